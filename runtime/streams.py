@@ -1,0 +1,39 @@
+"""Streams and events as values: which work waits for which, on a GPU or on the host."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+__all__ = ["Event", "HostStream", "Stream"]
+
+
+class Event(Protocol):
+    """A point in a stream's work."""
+
+    def wait_done(self) -> None:
+        """Blocks the caller until the work before this event has finished."""
+        ...
+
+
+class Stream(Protocol):
+    """A queue of device work."""
+
+    def wait(self, event: Event) -> None:
+        """Makes later work on this stream wait for `event`, without blocking the caller."""
+        ...
+
+
+class _Done:
+    """The event of work that has already finished."""
+
+    def wait_done(self) -> None:
+        return
+
+
+class HostStream:
+    """The stream of an engine that computes when it is called: everything before now is done."""
+
+    done: Event = _Done()
+
+    def wait(self, event: Event) -> None:
+        event.wait_done()

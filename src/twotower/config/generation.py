@@ -1,0 +1,107 @@
+"""How to generate: one frozen options object for every request, validated when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from twotower.errors import ConfigError
+
+__all__ = ["CANDIDATES", "GenerationConfig"]
+
+CANDIDATES = 64
+"""Best tokens a position keeps for sampling (K): the width of `noise` and of the context head's outputs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationConfig:
+    """Options of one request; the defaults are the published reference's.
+
+    Attributes:
+        mode: `diffusion` (both towers) or `ar` (context tower alone, token by token).
+        max_new_tokens: Tokens to generate at most; the last block is cut to fit.
+        block_size: Tokens denoised together (S). Above the trained size quality collapses, so it needs the override.
+        steps_per_block: Denoiser passes a block may take; 1 commits everything at once.
+        confidence_threshold: A prediction above it is committed; 0.8 is the published operating point.
+        temperature: 0 is greedy. Confidence is always the un-tempered probability.
+        top_k: Sample among the k best tokens, 0 for all kept candidates (at most 64).
+        top_p: Nucleus sampling, `ar` mode only.
+        seed: Names the noise; the same seed gives the same text on any batch size or backend.
+        stop: Strings that end the text (cut before the string).
+        ignore_eos: Go on past the end-of-sequence token.
+        allow_untrained_block_size: Permit a block_size above the trained one.
+    """
+
+    mode: str = "diffusion"
+    max_new_tokens: int = 128
+    block_size: int = 16
+    steps_per_block: int = 16
+    confidence_threshold: float = 0.9
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    allow_untrained_block_size: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, (str, list)):
+            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for name, ok, allowed in self._checks():
+            if not ok:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} cannot be used",
+                    found=f"allowed: {allowed}",
+                    do=f"choose another {name.replace('_', ' ')}",
+                )
+
+    def _checks(self) -> list[tuple[str, bool, str]]:
+        whole = {n: _is_whole(getattr(self, n)) for n in ("max_new_tokens", "block_size", "steps_per_block", "top_k", "seed")}
+        real = {n: _is_real(getattr(self, n)) for n in ("confidence_threshold", "temperature", "top_p")}
+        diffusion = self.mode == "diffusion"
+        return [
+            ("mode", self.mode in ("diffusion", "ar"), "'diffusion' or 'ar'"),
+            ("max_new_tokens", whole["max_new_tokens"] and self.max_new_tokens > 0, "a whole number above 0"),
+            ("block_size", whole["block_size"] and self.block_size > 0, "a whole number above 0"),
+            ("steps_per_block", whole["steps_per_block"] and self.steps_per_block > 0, "a whole number above 0"),
+            ("confidence_threshold", real["confidence_threshold"] and 0 <= self.confidence_threshold <= 1, "0 to 1"),
+            ("temperature", real["temperature"] and 0 <= self.temperature <= 100, "0 (greedy) to 100"),
+            ("top_k", whole["top_k"] and 0 <= self.top_k <= CANDIDATES, f"0 (all candidates) to {CANDIDATES}"),
+            ("top_p", real["top_p"] and 0 < self.top_p <= 1, "above 0, up to 1"),
+            ("top_p", not diffusion or self.top_p == 1, "1 in diffusion mode: top-p is defined for `ar` only"),
+            ("seed", whole["seed"] and 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
+            ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
+            ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"),
+            ("allow_untrained_block_size", isinstance(self.allow_untrained_block_size, bool), "true or false"),
+        ]
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any], base: GenerationConfig | None = None) -> GenerationConfig:
+        """A config from plain data (a prompt file's line, a bundle's defaults), on top of `base`.
+
+        Raises:
+            ConfigError: a key is unknown or a value cannot be used.
+        """
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(data) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"unknown generation option(s) {', '.join(unknown)}",
+                found=f"known options: {', '.join(known)}",
+                do="correct the spelling or remove the option",
+            )
+        return replace(base or cls(), **data)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data that `from_mapping` reads back."""
+        return {**asdict(self), "stop": list(self.stop)}
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

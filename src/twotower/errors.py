@@ -1,0 +1,74 @@
+"""What can go wrong for a user of twotower, in three parts: what happened, what was found, what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BuildError",
+    "BundleError",
+    "CheckpointError",
+    "ConfigError",
+    "EngineMismatchError",
+    "EngineOutputError",
+    "ExportError",
+    "RequestError",
+    "TwoTowerError",
+]
+
+
+class TwoTowerError(Exception):
+    """An error a user can cause and mend.
+
+    Args:
+        what: What happened, with the values that caused it.
+        found: What was found, and what is allowed instead.
+        do: The next thing to type or to change.
+    """
+
+    def __init__(self, what: str, *, found: str, do: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.found = found
+        self.do = do
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  found: {self.found}\n  do: {self.do}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Keyword-only parts do not survive the default pickling across processes."""
+        return _rebuild, (type(self), self.what, self.found, self.do)
+
+
+def _rebuild(kind: type[TwoTowerError], what: str, found: str, do: str) -> TwoTowerError:
+    return kind(what, found=found, do=do)
+
+
+class ConfigError(TwoTowerError, ValueError):
+    """A model config, option or argument that cannot be honoured."""
+
+
+class CheckpointError(TwoTowerError):
+    """A checkpoint that is missing, damaged, or not a two-tower model."""
+
+
+class ExportError(TwoTowerError):
+    """An export that could not be finished or did not verify."""
+
+
+class BundleError(TwoTowerError):
+    """A bundle folder that is missing, incomplete, damaged or of another schema."""
+
+
+class BuildError(TwoTowerError):
+    """An engine that could not be built."""
+
+
+class EngineMismatchError(TwoTowerError):
+    """No engine of the bundle fits this machine, this library version or this graph."""
+
+
+class RequestError(TwoTowerError, ValueError):
+    """A generation request that cannot be served: too long, out of range, malformed."""
+
+
+class EngineOutputError(TwoTowerError):
+    """An engine returned numbers no sound engine returns (NaN or infinity)."""

@@ -1,0 +1,235 @@
+"""The graph contract as data: every input and output of the three graphs, named once.
+
+Axis letters: B rows, L chunk length, S block size, T context capacity; whole numbers are fixed by the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from twotower.config.generation import CANDIDATES
+from twotower.config.model import LayerKind, ModelConfig
+
+__all__ = [
+    "BLOCK",
+    "CANDIDATE_IDS",
+    "CANDIDATE_LOGPROBS",
+    "CHUNK_LENGTH",
+    "COMMIT_FLOOR",
+    "CONFIDENCE",
+    "CONTEXT",
+    "CONTEXT_HEAD",
+    "CONTEXT_LENGTH",
+    "DENOISER",
+    "HIDDEN",
+    "MASKED_LEFT",
+    "MAX_CHUNK",
+    "NEXT_BLOCK",
+    "NOISE",
+    "PAST_LENGTH",
+    "PREDICTED",
+    "TEMPERATURE",
+    "THRESHOLD",
+    "TOKENS",
+    "StateTensor",
+    "TensorSpec",
+    "TowerSignature",
+    "candidate_count",
+    "context_signature",
+    "denoiser_signature",
+    "head_signature",
+    "past_conv",
+    "past_key",
+    "past_ssm",
+    "past_value",
+    "present_conv",
+    "present_key",
+    "present_ssm",
+    "present_value",
+    "signatures",
+    "state_tensors",
+]
+
+CONTEXT, CONTEXT_HEAD, DENOISER = "context", "context_head", "denoiser"
+TOKENS, CHUNK_LENGTH, PAST_LENGTH, HIDDEN = "tokens", "chunk_length", "past_length", "hidden"
+CANDIDATE_IDS, CANDIDATE_LOGPROBS = "candidate_ids", "candidate_logprobs"
+BLOCK, CONTEXT_LENGTH, THRESHOLD, COMMIT_FLOOR = "block", "context_length", "threshold", "commit_floor"
+TEMPERATURE, NOISE = "temperature", "noise"
+NEXT_BLOCK, PREDICTED, CONFIDENCE, MASKED_LEFT = "next_block", "predicted", "confidence", "masked_left"
+
+MAX_CHUNK = 256
+"""Longest chunk the context graph is asked to read: the masked decay matrix of a chunk is L x L a head."""
+
+Axis = str | int
+
+
+def past_key(layer: int) -> str:
+    return f"past_key_values.{layer}.key"
+
+
+def past_value(layer: int) -> str:
+    return f"past_key_values.{layer}.value"
+
+
+def past_conv(layer: int) -> str:
+    return f"past_conv.{layer}"
+
+
+def past_ssm(layer: int) -> str:
+    return f"past_ssm.{layer}"
+
+
+def present_key(layer: int) -> str:
+    return f"present.{layer}.key"
+
+
+def present_value(layer: int) -> str:
+    return f"present.{layer}.value"
+
+
+def present_conv(layer: int) -> str:
+    return f"present_conv.{layer}"
+
+
+def present_ssm(layer: int) -> str:
+    return f"present_ssm.{layer}"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One graph input or output.
+
+    Attributes:
+        name: The tensor's name in the graph.
+        dtype: `int64`, `float32`, `float16` or `bfloat16`.
+        axes: Letters for dynamic axes, whole numbers for fixed ones.
+    """
+
+    name: str
+    dtype: str
+    axes: tuple[Axis, ...]
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The concrete shape when the letters take these sizes."""
+        return tuple(sizes[a] if isinstance(a, str) else a for a in self.axes)
+
+
+@dataclass(frozen=True, slots=True)
+class StateTensor:
+    """One tensor a row carries from chunk to chunk, under its input and its output name.
+
+    Attributes:
+        past: The input of both towers.
+        present: The context graph's output.
+        in_place: True where both names share one buffer (keys and values); False where the old state is still read
+            while the new one is written, so that two buffers alternate (convolution and SSM states).
+    """
+
+    past: TensorSpec
+    present: TensorSpec
+    in_place: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TowerSignature:
+    """Inputs and outputs of one graph, in graph order."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def tensor(self, name: str) -> TensorSpec:
+        """The input or output of that name.
+
+        Raises:
+            KeyError: the graph has no such tensor.
+        """
+        for spec in (*self.inputs, *self.outputs):
+            if spec.name == name:
+                return spec
+        raise KeyError(name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as stored in a bundle."""
+        return {
+            "name": self.name,
+            "inputs": [[s.name, s.dtype, list(s.axes)] for s in self.inputs],
+            "outputs": [[s.name, s.dtype, list(s.axes)] for s in self.outputs],
+        }
+
+
+def candidate_count(config: ModelConfig) -> int:
+    """K: candidates a position keeps; fewer than 64 only for a vocabulary smaller than that."""
+    return min(CANDIDATES, config.vocab_size - 1)
+
+
+def state_tensors(config: ModelConfig, dtype: str) -> tuple[StateTensor, ...]:
+    """The context state in layer order: keys, values and conv in `dtype`, SSM always float32."""
+    out: list[StateTensor] = []
+    kv: tuple[Axis, ...] = ("B", config.num_key_value_heads, "T", config.head_dim)
+    conv: tuple[Axis, ...] = ("B", config.conv_channels, config.conv_kernel - 1)
+    ssm: tuple[Axis, ...] = ("B", config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+    for i, kind in enumerate(config.layers):
+        if kind is LayerKind.ATTENTION:
+            for past, present in ((past_key(i), present_key(i)), (past_value(i), present_value(i))):
+                out.append(StateTensor(TensorSpec(past, dtype, kv), TensorSpec(present, dtype, kv), in_place=True))
+        elif kind is LayerKind.MAMBA:
+            pairs = ((past_conv(i), present_conv(i), dtype, conv), (past_ssm(i), present_ssm(i), "float32", ssm))
+            for past, present, kept_as, axes in pairs:
+                out.append(StateTensor(TensorSpec(past, kept_as, axes), TensorSpec(present, kept_as, axes), in_place=False))
+    return tuple(out)
+
+
+def context_signature(config: ModelConfig, dtype: str) -> TowerSignature:
+    """The context graph: a right-padded chunk of tokens in, the state moved on and each row's last hidden vector out."""
+    state = state_tensors(config, dtype)
+    return TowerSignature(
+        CONTEXT,
+        (
+            TensorSpec(TOKENS, "int64", ("B", "L")),
+            TensorSpec(CHUNK_LENGTH, "int64", ("B",)),
+            TensorSpec(PAST_LENGTH, "int64", ("B",)),
+            *(s.past for s in state),
+        ),
+        (TensorSpec(HIDDEN, dtype, ("B", config.hidden_size)), *(s.present for s in state)),
+    )
+
+
+def head_signature(config: ModelConfig, dtype: str) -> TowerSignature:
+    """The context head: hidden vectors in, the K best tokens and their log-probabilities out, best first."""
+    k = candidate_count(config)
+    return TowerSignature(
+        CONTEXT_HEAD,
+        (TensorSpec(HIDDEN, dtype, ("B", config.hidden_size)),),
+        (TensorSpec(CANDIDATE_IDS, "int64", ("B", k)), TensorSpec(CANDIDATE_LOGPROBS, "float32", ("B", k))),
+    )
+
+
+def denoiser_signature(config: ModelConfig, dtype: str) -> TowerSignature:
+    """The denoiser graph: one whole denoising step, sampler included; the context state is read, never written."""
+    return TowerSignature(
+        DENOISER,
+        (
+            TensorSpec(BLOCK, "int64", ("B", "S")),
+            TensorSpec(CONTEXT_LENGTH, "int64", ("B",)),
+            TensorSpec(THRESHOLD, "float32", ("B",)),
+            TensorSpec(COMMIT_FLOOR, "int64", ("B",)),
+            TensorSpec(TEMPERATURE, "float32", ("B",)),
+            TensorSpec(NOISE, "float32", ("B", "S", candidate_count(config))),
+            *(s.past for s in state_tensors(config, dtype)),
+        ),
+        (
+            TensorSpec(NEXT_BLOCK, "int64", ("B", "S")),
+            TensorSpec(PREDICTED, "int64", ("B", "S")),
+            TensorSpec(CONFIDENCE, "float32", ("B", "S")),
+            TensorSpec(MASKED_LEFT, "int64", ("B",)),
+        ),
+    )
+
+
+def signatures(config: ModelConfig, dtype: str) -> dict[str, TowerSignature]:
+    """All three graphs by name."""
+    all_three = (context_signature(config, dtype), head_signature(config, dtype), denoiser_signature(config, dtype))
+    return {s.name: s for s in all_three}
