@@ -1,0 +1,37 @@
+"""Engines from a bundle's graphs: one builder a target, chosen by name and imported only then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from twotower.builders.base import BuildConfig, EngineBuilder
+from twotower.builders.build import build_engines
+from twotower.errors import BuildError
+
+__all__ = ["BUILDERS", "BuildConfig", "EngineBuilder", "build_engines", "builder_for"]
+
+
+def _ort_cpu() -> EngineBuilder:
+    from twotower.builders.ort import OrtCpuBuilder
+
+    return OrtCpuBuilder()
+
+
+BUILDERS: dict[str, Callable[[], EngineBuilder]] = {"ort-cpu": _ort_cpu}
+"""Target name -> creator of its builder."""
+
+
+def builder_for(target: str) -> EngineBuilder:
+    """The builder of a target.
+
+    Raises:
+        BuildError: no such target, or its library is not installed.
+    """
+    if target not in BUILDERS:
+        raise BuildError(f"there is no builder for target {target!r}", found=f"known targets: {', '.join(BUILDERS)}", do="choose one of them")
+    try:
+        return BUILDERS[target]()
+    except ImportError as e:
+        raise BuildError(
+            f"target {target} cannot be built here", found=f"a library is missing: {e}", do="install the extra it needs, e.g. `pip install 'twotower[cpu]'`"
+        ) from e

@@ -1,0 +1,221 @@
+"""Checkpoint to bundle: record the graphs, stream the weights, verify, and publish the folder by one rename."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from twotower import __version__
+from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, MANIFEST_FILE, REPORT_FILE, SCHEMA, TOKENIZER_FILE, Bundle, FileRecord, hash_file, write_json
+from twotower.config import GenerationConfig
+from twotower.errors import ConfigError, ExportError
+from twotower.export.checkpoint import Checkpoint
+from twotower.export.graphs import OPSET, TowerGraph, build_graph
+from twotower.export.weights import lay_out, point_to_data, stream_weights
+from twotower.spec import signatures
+
+__all__ = ["ExportConfig", "Verifier", "export_bundle"]
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("float32", "float16", "bfloat16")
+TRAINED_BLOCK_SIZE = 16
+_SLACK_BYTES = 64 << 20  # graphs, manifest, tokenizer and the file system's own needs
+
+Report = Callable[[str, int, int], None]
+Verifier = Callable[[Path, Checkpoint, str, Report], dict[str, Any]]
+"""Checks an unpublished bundle folder against the checkpoint; returns its report or raises ExportError."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """Options of one export.
+
+    Attributes:
+        dtype: `float32`, `float16` or `bfloat16`; None keeps the checkpoint's. The SSM state is float32 in any case.
+        trained_block_size: S the denoiser was trained with: larger blocks are refused at generation.
+        defaults: Generation defaults stored in the bundle.
+    """
+
+    dtype: str | None = None
+    trained_block_size: int = TRAINED_BLOCK_SIZE
+    defaults: GenerationConfig = GenerationConfig()
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, *DTYPES):
+            raise ConfigError(f"cannot export as {self.dtype!r}", found=f"allowed: {', '.join(DTYPES)}", do="choose one with --dtype")
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    output: Path,
+    config: ExportConfig | None = None,
+    *,
+    verify: Verifier | None = None,
+    report: Report | None = None,
+) -> Bundle:
+    """Exports a checkpoint into a new bundle folder.
+
+    The folder appears whole or not at all: everything is written beside it under a hidden name and renamed at the end.
+
+    Args:
+        checkpoint: An opened (and so checked) checkpoint.
+        output: The folder to make; it must not exist.
+        config: Options.
+        verify: Checks the result before it is published; None publishes it unverified.
+        report: Called with (what is being done, bytes done, bytes in all).
+
+    Raises:
+        ExportError: the folder exists, the disk is too small or full, a value overflows, or verification fails.
+    """
+    options = config or ExportConfig()
+    dtype = options.dtype or checkpoint.config.dtype
+    graphs = {name: build_graph(name, checkpoint.config, dtype) for name in GRAPH_FILES}
+    _require_room(output, sum(w.nbytes for g in graphs.values() for w in g.weights))
+    try:
+        with _unpublished(output) as folder:
+            _write(folder, checkpoint, graphs, _manifest_base(checkpoint, dtype, options), verify=verify, report=report or _silent)
+    except OSError as e:
+        raise ExportError(
+            f"the export to '{output}' failed while writing", found=str(e), do="free disk space or check permissions; nothing was left behind"
+        ) from e
+    return Bundle.open(output, contents=False)
+
+
+def _write(
+    folder: Path,
+    checkpoint: Checkpoint,
+    graphs: dict[str, TowerGraph],
+    manifest: dict[str, Any],
+    *,
+    verify: Verifier | None,
+    report: Report,
+) -> None:
+    total = sum(w.nbytes for g in graphs.values() for w in g.weights)
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        report("writing weights", min(done, total), total)
+
+    files: dict[str, FileRecord] = {}
+    # The checkpoint's identity is hashed in the background: reading for it warms the page cache the writer reads from.
+    with ThreadPoolExecutor(1) as background:
+        shards = background.submit(checkpoint.identity)
+        for name, relative in GRAPH_FILES.items():
+            (folder / relative).parent.mkdir(exist_ok=True)
+            data = relative + DATA_SUFFIX
+            files[data] = stream_weights(folder / data, graphs[name].weights, checkpoint, tick=tick)
+            point_to_data(graphs[name].model, lay_out(graphs[name].weights), Path(data).name)
+            ir.save(graphs[name].model, folder / relative)
+        manifest["source"]["shards"] = shards.result()
+    _copy_tokenizer(checkpoint.path, folder)
+    outcome = verify(folder, checkpoint, manifest["dtype"], report) if verify else {"verified": False, "why": "not asked for"}
+    (folder / REPORT_FILE).parent.mkdir()
+    write_json(folder / REPORT_FILE, outcome)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        relative = path.relative_to(folder).as_posix()
+        if relative not in files:
+            files[relative] = FileRecord(path.stat().st_size, hash_file(path))
+    manifest["files"] = {name: {"size": r.size, "sha256": r.sha256} for name, r in sorted(files.items())}
+    write_json(folder / MANIFEST_FILE, manifest)
+
+
+def _manifest_base(checkpoint: Checkpoint, dtype: str, options: ExportConfig) -> dict[str, Any]:
+    config = checkpoint.config
+    high = ("norm", "router", "ssm_state", "ssm_scan", "softmax", "logits")
+    return {
+        "schema": SCHEMA,
+        "twotower": __version__,
+        "model": config.to_json(),
+        "dtype": dtype,
+        "precision": {
+            **dict.fromkeys(("embedding", "mamba", "attention", "routed_expert", "shared_expert", "mlp", "conditioning", "head"), dtype),
+            **dict.fromkeys(high, "float32"),
+        },
+        "generation": {"trained_block_size": options.trained_block_size, "defaults": options.defaults.to_json()},
+        "signatures": {name: s.to_json() for name, s in signatures(config, dtype).items()},
+        "source": {"name": checkpoint.path.name, "dtype": config.dtype},
+        "tools": {"opset": str(OPSET), "python": platform.python_version(), **_versions("onnx-ir", "onnx", "onnxruntime", "torch", "numpy")},
+    }
+
+
+def _versions(*distributions: str) -> dict[str, str]:
+    out = {}
+    for name in distributions:
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """Takes what a tokenizer needs along; a checkpoint without one makes a bundle for token ids only."""
+    target = (folder / TOKENIZER_FILE).parent
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (source / name).is_file():
+            target.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def _require_room(output: Path, weight_bytes: int) -> None:
+    if output.exists() or output.is_symlink():
+        raise ExportError(
+            f"the output folder '{output}' exists already", found="an export never overwrites", do="name a new folder with -o, or remove that one"
+        )
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    needed, free = weight_bytes + _SLACK_BYTES, shutil.disk_usage(parent).free
+    if needed > free:
+        raise ExportError(
+            f"not enough disk space for '{output}'",
+            found=f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on {parent}",
+            do="free space, choose another disk with -o, or a smaller --dtype",
+        )
+
+
+@contextmanager
+def _unpublished(output: Path) -> Iterator[Path]:
+    """A hidden folder beside `output` that becomes it if the block succeeds and disappears if it does not."""
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    stem = f".{output.name}.partial."
+    for left in output.absolute().parent.glob(f"{stem}*"):  # by exports that were killed
+        owner = left.name.removeprefix(stem)
+        if owner.isdigit() and not _alive(int(owner)):
+            logger.info("removing %s, left by a killed export", left)
+            shutil.rmtree(left, ignore_errors=True)
+    folder = output.absolute().parent / f"{stem}{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+        folder.rename(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    return

@@ -1,0 +1,165 @@
+"""The Mamba-2 mixer as matrix products over a chunk, seeded with convolution and SSM state, scanned in float32."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from twotower.config import ModelConfig
+from twotower.export.graphs.builder import GraphBuilder
+from twotower.export.graphs.layers import LayerWeights
+
+__all__ = ["ChunkInfo", "MambaOutput", "mamba"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkInfo:
+    """What the mixers need to know of a chunk.
+
+    Attributes:
+        causal: [L,L] bool, True where the second position is not after the first.
+        running_sum: [L,L] float32, the triangle of ones by which a product is a running sum: TensorRT miscompiles CumSum.
+        valid: [B,1,L] float32, 1 for a token and 0 for padding; None where nothing is padded (the denoiser's block).
+        lengths: [B] int64 valid tokens; None where the state after the chunk is not wanted.
+    """
+
+    causal: ir.Value
+    running_sum: ir.Value
+    valid: ir.Value | None
+    lengths: ir.Value | None
+
+
+@dataclass(frozen=True, slots=True)
+class MambaOutput:
+    """The mixer's output [B,L,D] and, where asked for, the states after the chunk's last valid token."""
+
+    y: ir.Value
+    conv: ir.Value | None
+    ssm: ir.Value | None
+
+
+def mamba(
+    graph: GraphBuilder, u: ir.Value, weights: LayerWeights, config: ModelConfig, *, past: tuple[ir.Value, ir.Value], chunk: ChunkInfo
+) -> MambaOutput:
+    """Mamba-2 on u [B,L,D] from past = (conv [B,C,K-1], ssm [B,H,P,N] float32)."""
+    inner, channels, heads = config.mamba_inner, config.conv_channels, config.mamba_num_heads
+    projected = graph.linear(u, weights("in_proj.weight", inner + channels + heads, config.hidden_size))
+    z, columns, dt = graph.ops("Split", 3, projected, graph.constant([inner, channels, heads]), axis=-1)
+    columns = graph.op("Concat", past[0], graph.op("Transpose", columns, perm=[0, 2, 1]), axis=2)  # [B,C,K-1+L]
+    conv = _conv_state(graph, columns, chunk.lengths, config) if chunk.lengths is not None else None
+    y, ssm = _scan(graph, (_convolved(graph, columns, weights, config), dt), weights, config, past_ssm=past[1], chunk=chunk)
+    y = _gated_norm(graph, y, z, weights, config)
+    return MambaOutput(graph.linear(y, weights("out_proj.weight", config.hidden_size, inner)), conv, ssm)
+
+
+def _convolved(graph: GraphBuilder, columns: ir.Value, weights: LayerWeights, config: ModelConfig) -> ir.Value:
+    """Depthwise causal convolution and SiLU of [B,C,K-1+L]: float32 [B,L,C]."""
+    channels, width = config.conv_channels, config.conv_kernel
+    kernel = weights("conv1d.weight", channels, 1, width)
+    bias = weights("conv1d.bias", channels) if config.use_conv_bias else None
+    inputs = (columns, kernel) if bias is None else (columns, kernel, bias)
+    out = graph.silu(graph.op("Conv", *inputs, group=channels, kernel_shape=[width]))
+    return graph.to_float32(graph.op("Transpose", out, perm=[0, 2, 1]))
+
+
+def _conv_state(graph: GraphBuilder, columns: ir.Value, lengths: ir.Value, config: ModelConfig) -> ir.Value:
+    """The last K-1 raw columns before each row's own end: columns [n, n+K-1) of [B,C,K-1+L] for n valid tokens."""
+
+    def indices() -> ir.Value:
+        offsets = graph.constant([[list(range(config.conv_kernel - 1))]])
+        start = graph.op("Unsqueeze", lengths, graph.constant([1, 2]))
+        span = graph.op("Add", start, offsets)  # [B,1,K-1]
+        return graph.op("Expand", span, graph.constant([1, config.conv_channels, 1]))
+
+    return graph.op("GatherElements", columns, graph.shared("conv state indices", indices), axis=2)
+
+
+def _scan(
+    graph: GraphBuilder,
+    inputs: tuple[ir.Value, ir.Value],
+    weights: LayerWeights,
+    config: ModelConfig,
+    *,
+    past_ssm: ir.Value,
+    chunk: ChunkInfo,
+) -> tuple[ir.Value, ir.Value | None]:
+    """The state-space recurrence over a whole chunk, all in float32.
+
+    Args:
+        inputs: (convolved x, B, C side by side [B,L,HP+2GN] float32, raw dt [B,L,H]).
+
+    Returns:
+        y [B,L,HP] float32 and, if the chunk wants it, the new state [B,H,P,N].
+    """
+    g, n, p = config.n_groups, config.ssm_state_size, config.mamba_head_dim
+    per_group = config.mamba_num_heads // g
+    inner = config.mamba_inner
+    x, b, c = graph.ops("Split", 3, inputs[0], graph.constant([inner, g * n, g * n]), axis=-1)
+    x = graph.op("Transpose", graph.reshape(x, 0, 0, g, per_group, p), perm=[0, 2, 3, 1, 4])  # [B,G,H/G,L,P]
+    b = _by_group(graph, b, g, n)  # [B,G,1,L,N]
+    c = _by_group(graph, c, g, n)
+    dt, decay = _time_steps(graph, inputs[1], weights, config, chunk=chunk)  # [B,G,H/G,L] each
+    state = graph.reshape(past_ssm, 0, g, per_group, p, n)
+    x_dt = graph.op("Mul", x, graph.op("Unsqueeze", dt, graph.constant([-1])))
+
+    # Inside the chunk: position t sees s <= t through exp(decay_t - decay_s). Masked before exp: above the diagonal the
+    # exponent is positive and would overflow.
+    last_axis, row_axis = graph.constant([-1]), graph.constant([-2])
+    decay_t, decay_s = graph.op("Unsqueeze", decay, last_axis), graph.op("Unsqueeze", decay, row_axis)
+    exponent = graph.op("Where", chunk.causal, graph.op("Sub", decay_t, decay_s), graph.constant(-math.inf, "float32"))
+    similarity = graph.op("MatMul", c, graph.op("Transpose", b, perm=[0, 1, 2, 4, 3]))  # [B,G,1,L,L]
+    y = graph.op("MatMul", graph.op("Mul", similarity, graph.op("Exp", exponent)), x_dt)
+    # From before the chunk: the old state, decayed to t.
+    carried = graph.op("MatMul", c, graph.op("Transpose", state, perm=[0, 1, 2, 4, 3]))
+    y = graph.op("Add", y, graph.op("Mul", carried, graph.op("Exp", decay_t)))
+    skip = graph.reshape(weights("D", config.mamba_num_heads, dtype="float32"), g, per_group, 1, 1)
+    y = graph.op("Add", y, graph.op("Mul", x, skip))
+    y = graph.reshape(graph.op("Transpose", y, perm=[0, 3, 1, 2, 4]), 0, 0, inner)
+    if chunk.lengths is None:
+        return y, None
+
+    total = graph.op("Slice", decay, graph.constant([-1]), graph.constant([2**62]), graph.constant([3]))  # [B,G,H/G,1]
+    to_end = graph.op("Unsqueeze", graph.op("Exp", graph.op("Sub", total, decay)), last_axis)
+    gained = graph.op("MatMul", graph.op("Transpose", graph.op("Mul", x_dt, to_end), perm=[0, 1, 2, 4, 3]), b)
+    kept = graph.op("Mul", state, graph.op("Unsqueeze", graph.op("Exp", total), last_axis))
+    new_state = graph.op("Add", kept, gained)
+    return y, graph.reshape(new_state, 0, config.mamba_num_heads, p, n)
+
+
+def _by_group(graph: GraphBuilder, x: ir.Value, groups: int, size: int) -> ir.Value:
+    """[B,L,GN] as [B,G,1,L,N]: the heads of a group share B and C."""
+    x = graph.op("Transpose", graph.reshape(x, 0, 0, groups, size), perm=[0, 2, 1, 3])
+    return graph.op("Unsqueeze", x, graph.constant([2]))
+
+
+def _time_steps(
+    graph: GraphBuilder, raw: ir.Value, weights: LayerWeights, config: ModelConfig, *, chunk: ChunkInfo
+) -> tuple[ir.Value, ir.Value]:
+    """Step sizes dt and the running sum of dt*A, both [B,G,H/G,L] float32; padding has dt 0 and so moves nothing."""
+    heads, groups = config.mamba_num_heads, config.n_groups
+    dt = graph.to_float32(graph.op("Transpose", raw, perm=[0, 2, 1]))  # [B,H,L]
+    bias = graph.reshape(weights("dt_bias", heads, dtype="float32"), heads, 1)
+    dt = graph.op("Softplus", graph.op("Add", dt, bias))
+    low, high = config.time_step_limit
+    if low > 0 or high < math.inf:
+        bounds = (graph.constant(low, "float32"), graph.constant(min(high, 3.0e38), "float32"))
+        dt = graph.op("Clip", dt, *bounds)
+    if chunk.valid is not None:
+        dt = graph.op("Mul", dt, chunk.valid)
+    rate = graph.reshape(weights.negated_exp("A_log", heads), heads, 1)
+    running = graph.op("MatMul", graph.op("Mul", dt, rate), chunk.running_sum)
+    split = (0, groups, heads // groups, -1)
+    return graph.reshape(dt, *split), graph.reshape(running, *split)
+
+
+def _gated_norm(graph: GraphBuilder, y: ir.Value, z: ir.Value, weights: LayerWeights, config: ModelConfig) -> ir.Value:
+    """RMSNorm of y * silu(z) within each group of HP/G channels; the gate comes first. y is float32, z the model's dtype."""
+    inner, groups = config.mamba_inner, config.n_groups
+    size = inner // groups
+    gated = graph.op("Mul", y, graph.silu(graph.to_float32(z)))
+    ones = graph.constant([1.0] * size, "float32")
+    normed = graph.op("RMSNormalization", graph.reshape(gated, 0, 0, groups, size), ones, axis=-1, epsilon=config.layer_norm_epsilon)
+    scaled = graph.op("Mul", graph.reshape(normed, 0, 0, inner), weights("norm.weight", inner, dtype="float32"))
+    return graph.to_model_dtype(scaled)

@@ -1,0 +1,90 @@
+"""The denoiser graph's tail: logits become tokens, confidences and the commit decision without leaving the device."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from twotower.config import ModelConfig
+from twotower.export.graphs.builder import GraphBuilder
+from twotower.spec import BLOCK, COMMIT_FLOOR, CONFIDENCE, MASKED_LEFT, NEXT_BLOCK, NOISE, PREDICTED, TEMPERATURE, THRESHOLD, candidate_count
+
+__all__ = ["MaskInfo", "mask_info", "sample_and_commit"]
+
+_NEVER = -1e30  # the mask token's logit: its probability underflows to exactly 0 in float32
+
+
+class MaskInfo:
+    """Which positions of the block are masked, [B,S] bool, and how many, [B,1] int64."""
+
+    def __init__(self, masked: ir.Value, count: ir.Value) -> None:
+        self.masked = masked
+        self.count = count
+
+
+def mask_info(graph: GraphBuilder, config: ModelConfig) -> tuple[MaskInfo, ir.Value]:
+    """The block's masks and t [B] float32, the masked fraction of each row's own block."""
+    block = graph.input(BLOCK)
+    masked = graph.op("Equal", block, graph.constant(config.mask_token_id))
+    ones = graph.op("Cast", masked, to=ir.DataType.INT64)
+    count = graph.op("ReduceSum", ones, graph.constant([1]), keepdims=1)
+    length = graph.op("Cast", graph.op("Shape", block, start=1, end=2), to=ir.DataType.FLOAT)
+    fraction = graph.op("Div", graph.op("Cast", count, to=ir.DataType.FLOAT), length)
+    return MaskInfo(masked, count), graph.op("Squeeze", fraction, graph.constant([1]))
+
+
+def sample_and_commit(graph: GraphBuilder, logits: ir.Value, masks: MaskInfo, config: ModelConfig) -> None:
+    """Records the graph's four outputs from logits [B,S,V] float32."""
+    predicted, confidence = _choose(graph, logits, config)
+    commit = _committed(graph, confidence, masks)
+    graph.output(PREDICTED, predicted)
+    graph.output(CONFIDENCE, confidence)
+    graph.output(NEXT_BLOCK, graph.op("Where", commit, predicted, graph.input(BLOCK)))
+    committed = graph.op("ReduceSum", graph.op("Cast", commit, to=ir.DataType.INT64), graph.constant([1]), keepdims=1)
+    left = graph.op("Sub", masks.count, committed)
+    graph.output(MASKED_LEFT, graph.op("Squeeze", left, graph.constant([1])))
+
+
+def _choose(graph: GraphBuilder, logits: ir.Value, config: ModelConfig) -> tuple[ir.Value, ir.Value]:
+    """The chosen token and its un-tempered probability, [B,S] each.
+
+    The choice is among the K best candidates: the highest of logit / temperature + noise, the best itself at temperature 0. Noise of -inf
+    excludes a candidate (that is top-k).
+    """
+    penalty = [0.0] * config.vocab_size
+    penalty[config.mask_token_id] = _NEVER
+    logits = graph.op("Add", logits, graph.constant(penalty, "float32"))
+    best, ids = graph.ops("TopK", 2, logits, graph.constant([candidate_count(config)]), axis=-1)
+    temperature = graph.op("Unsqueeze", graph.input(TEMPERATURE), graph.constant([1, 2]))
+    greedy = graph.op("LessOrEqual", temperature, graph.constant(0.0, "float32"))
+    divisor = graph.op("Where", greedy, graph.constant(1.0, "float32"), temperature)
+    noisy = graph.op("Add", graph.op("Div", best, divisor), graph.input(NOISE))
+    sampled = graph.op("ArgMax", noisy, axis=-1, keepdims=1)
+    place = graph.op("Where", greedy, graph.constant(0), sampled)
+    axis = graph.constant([-1])
+    token = graph.op("Squeeze", graph.op("GatherElements", ids, place, axis=-1), axis)
+    log_total = graph.op("ReduceLogSumExp", logits, axis, keepdims=0)
+    chosen = graph.op("Squeeze", graph.op("GatherElements", best, place, axis=-1), axis)
+    return token, graph.op("Exp", graph.op("Sub", chosen, log_total))
+
+
+def _committed(graph: GraphBuilder, confidence: ir.Value, masks: MaskInfo) -> ir.Value:
+    """The positions that take their prediction, [B,S] bool: the `count` most confident of the masked ones.
+
+    A position's rank is the number of masked positions ahead of it (more confident, or as confident and further left), summed over
+    S x S comparisons: no sort, no data-dependent shape.
+    """
+    axis_t, axis_s = graph.constant([2]), graph.constant([1])
+    mine, other = graph.op("Unsqueeze", confidence, axis_t), graph.op("Unsqueeze", confidence, axis_s)
+    length = graph.op("Shape", confidence, start=1, end=2)
+    places = graph.op("Range", graph.constant(0), graph.op("Squeeze", length), graph.constant(1))
+    left_of = graph.op("Less", graph.op("Unsqueeze", places, graph.constant([0])), graph.op("Unsqueeze", places, graph.constant([1])))
+    tied = graph.op("And", graph.op("Equal", other, mine), left_of)
+    ahead = graph.op("And", graph.op("Or", graph.op("Greater", other, mine), tied), graph.op("Unsqueeze", masks.masked, axis_s))
+    rank = graph.op("ReduceSum", graph.op("Cast", ahead, to=ir.DataType.INT64), axis_t, keepdims=0)
+
+    threshold = graph.op("Unsqueeze", graph.input(THRESHOLD), graph.constant([1]))
+    sure = graph.op("And", graph.op("Greater", confidence, threshold), masks.masked)
+    count = graph.op("ReduceSum", graph.op("Cast", sure, to=ir.DataType.INT64), graph.constant([1]), keepdims=1)
+    floor = graph.op("Unsqueeze", graph.input(COMMIT_FLOOR), graph.constant([1]))
+    count = graph.op("Max", count, floor, graph.constant([[1]]))  # more than are masked commits them all: no Min needed
+    return graph.op("And", masks.masked, graph.op("Less", rank, count))

@@ -1,0 +1,36 @@
+"""The bundle: one folder with all a deployment needs, described and checked by its `bundle.json`."""
+
+from twotower.bundle.engines import BUILD_FILE, EngineRecord, engine_folder, read_engine_record
+from twotower.bundle.integrity import FileRecord, Progress, check_files, hash_file, inside
+from twotower.bundle.manifest import (
+    DATA_SUFFIX,
+    GRAPH_FILES,
+    MANIFEST_FILE,
+    REPORT_FILE,
+    SCHEMA,
+    TOKENIZER_FILE,
+    Bundle,
+    is_bundle,
+    write_json,
+)
+
+__all__ = [
+    "BUILD_FILE",
+    "DATA_SUFFIX",
+    "GRAPH_FILES",
+    "MANIFEST_FILE",
+    "REPORT_FILE",
+    "SCHEMA",
+    "TOKENIZER_FILE",
+    "Bundle",
+    "EngineRecord",
+    "FileRecord",
+    "Progress",
+    "check_files",
+    "engine_folder",
+    "hash_file",
+    "inside",
+    "is_bundle",
+    "read_engine_record",
+    "write_json",
+]

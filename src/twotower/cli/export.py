@@ -1,0 +1,60 @@
+"""`twotower export`: a checkpoint becomes a bundle of ONNX graphs, verified against the torch towers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a local folder in the published layout, or a hub id")
+    parser.add_argument("-o", "--output", required=True, metavar="BUNDLE", help="the folder to make; it must not exist")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="element type of weights and residual stream (default: the checkpoint's); the SSM state is float32 in any case",
+    )
+    parser.add_argument("--block-size", type=int, default=16, metavar="S", help="block size the denoiser was trained with (default: 16)")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare ONNX Runtime with the torch towers before publishing; of a model too large for this machine one layer of each kind",
+    )
+    parser.epilog = (
+        "Weights are streamed: memory stays small and the disk needs the size of the weights. A killed export leaves no bundle.\n"
+        "example: twotower export ./Nemotron-Labs-TwoTower-30B-A3B-Base-BF16 -o bundle"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from twotower.cli.progress import ProgressLine, human_bytes
+    from twotower.export import Checkpoint, ExportConfig, export_bundle, locate_checkpoint
+    from twotower.export.verify import verify_bundle
+
+    config = ExportConfig(dtype=args.dtype, trained_block_size=args.block_size)
+    line = ProgressLine()
+    try:
+        checkpoint = Checkpoint.open(locate_checkpoint(args.checkpoint))
+        bundle = export_bundle(checkpoint, Path(args.output), config, verify=verify_bundle if args.verify else None, report=line)
+    finally:
+        line.end()
+    size = sum(record.size for record in bundle.files.values())
+    print(f"{args.output}: {bundle.config.pattern}, {bundle.dtype}, {human_bytes(size)}", file=sys.stderr)
+    print(_verdict(bundle.path), file=sys.stderr)
+    print(f"next: twotower build {args.output} --target ort-cpu", file=sys.stderr)
+    return 0
+
+
+def _verdict(path: Path) -> str:
+    import json
+
+    from twotower.bundle import REPORT_FILE
+
+    report = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
+    if not report["verified"]:
+        return f"not verified: {report['why']}"
+    return f"verified: {report['layers']}; largest relative error {report['largest_error']:.1e} (allowed {report['tolerance']:.0e})"

@@ -1,0 +1,90 @@
+"""The command tree: parses, runs one verb, and turns errors into one paragraph and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from twotower import __version__
+from twotower.errors import TwoTowerError
+
+__all__ = ["VERBS", "build_parser", "main"]
+
+VERBS = {
+    "inspect": "what a checkpoint or bundle is: towers, layers, parameters, state, engines",
+    "export": "checkpoint -> bundle of ONNX graphs",
+    "build": "bundle -> engines of a target",
+    "generate": "text (or tokens) from a bundle",
+    "doctor": "what this machine can run, and whether it computes right",
+    "bench": "time and memory of export and generation, as ratios",
+}
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The argument tree.
+
+    Args:
+        only: Fill in the arguments of this verb alone (importing its module alone); None fills in all.
+    """
+    parser = argparse.ArgumentParser(
+        prog="twotower",
+        description="Deploy Nemotron-Labs-TwoTower: export each tower to ONNX, build engines, generate with block diffusion.",
+        epilog="Start with `twotower inspect CHECKPOINT`; `twotower VERB --help` explains one verb.",
+    )
+    parser.add_argument("--version", action="version", version=f"twotower {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the stack of an error and debug logging")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, summary in VERBS.items():
+        verb = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            parents=[common],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if only in (None, name):
+            module = importlib.import_module(f"twotower.cli.{name}")
+            module.add_arguments(verb)
+            verb.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for an error the user can mend, 130 when interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = next((w for w in words if w in VERBS), None)
+    args = build_parser(verb).parse_args(words)
+    logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return int(args.run(args))
+    except TwoTowerError as e:
+        if args.debug:
+            raise
+        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written was left behind", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away
+        sys.stderr.close()
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """A terminated command cleans up like an interrupted one."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""A progress line on stderr: bytes, rate and time left; silent unless stderr is a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+__all__ = ["ProgressLine", "human_bytes"]
+
+
+def human_bytes(count: float) -> str:
+    """A byte count with three significant digits and a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{int(count)} B"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+class ProgressLine:
+    """Call it with (what, done, total); it redraws one line at most ten times a second.
+
+    Args:
+        unit: `bytes` shows sizes and a rate, anything else is shown as a counted noun.
+    """
+
+    def __init__(self, unit: str = "bytes") -> None:
+        self._unit = unit
+        self._shown = 0.0
+        self._what = ""
+        self._started = time.monotonic()
+        self._active = sys.stderr.isatty()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if not self._active:
+            return
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._started, self._shown = what, now, 0.0
+        if now - self._shown < 0.1 and done < total:
+            return
+        self._shown = now
+        sys.stderr.write(f"\r\x1b[K{what}  {self._figures(done, total, now - self._started)}")
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """Clears the line."""
+        if self._active and self._what:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def _figures(self, done: int, total: int, seconds: float) -> str:
+        if total <= 0:
+            return ""
+        share = f"{100 * done / total:3.0f} %"
+        if self._unit != "bytes":
+            return f"{share}  {done}/{total} {self._unit}"
+        rate = done / seconds if seconds > 0.2 else 0.0
+        left = f"  {human_bytes(rate)}/s  {_clock((total - done) / rate)} left" if rate else ""
+        return f"{share}  {human_bytes(done)} of {human_bytes(total)}{left}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

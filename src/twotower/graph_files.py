@@ -1,0 +1,118 @@
+"""ONNX files whose weights lie outside: what they hold, and the edits builders and the export check both need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+__all__ = ["ALIGNMENT", "WeightRef", "aligned", "attach_weights", "detach_weights", "load_graph", "read_weight", "weight_refs", "widen_to_float32"]
+
+ALIGNMENT = 4096
+"""Offsets of weights in a data file: a page, so that a weight can be mapped on its own."""
+
+_NAMES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+_CODES = {name: code for code, name in _NAMES.items()}
+_NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRef:
+    """Where one weight lies in a data file.
+
+    Attributes:
+        dtype: `float32`, `float16` or `bfloat16`.
+        shape: Its shape.
+        offset: First byte.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * (4 if self.dtype == "float32" else 2)
+
+
+def aligned(offset: int) -> int:
+    """The next offset a weight may start at."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def weight_refs(model: onnx.ModelProto) -> dict[str, WeightRef]:
+    """The external initializers of a model loaded without its data."""
+    out: dict[str, WeightRef] = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            entries = {e.key: e.value for e in tensor.external_data}
+            out[tensor.name] = WeightRef(_NAMES[tensor.data_type], tuple(tensor.dims), int(entries["offset"]))
+    return out
+
+
+def read_weight(data: np.ndarray[Any, np.dtype[np.uint8]], ref: WeightRef) -> np.ndarray[Any, np.dtype[Any]]:
+    """One weight out of a mapped data file: a view for float32 and float16, bfloat16 widened to float32 (a copy)."""
+    raw = data[ref.offset : ref.offset + ref.nbytes]
+    if ref.dtype == "bfloat16":
+        wide = raw.view(np.uint16).astype(np.uint32)
+        np.left_shift(wide, 16, out=wide)
+        return wide.view(np.float32).reshape(ref.shape)
+    return raw.view(np.dtype(ref.dtype)).reshape(ref.shape)
+
+
+def detach_weights(model: onnx.ModelProto) -> None:
+    """Turns external initializers into graph inputs: tools that transform the graph then cannot touch, copy or fold them."""
+    refs = weight_refs(model)
+    kept = [t for t in model.graph.initializer if t.name not in refs]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    for name, ref in refs.items():
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, _CODES[ref.dtype], list(ref.shape)))
+
+
+def attach_weights(model: onnx.ModelProto, refs: dict[str, WeightRef], location: str) -> None:
+    """The inverse of `detach_weights`: the named inputs become external initializers in the file `location`."""
+    kept = [i for i in model.graph.input if i.name not in refs]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    for name, ref in refs.items():
+        tensor = TensorProto(name=name, data_type=_CODES[ref.dtype], dims=ref.shape, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", location), ("offset", ref.offset), ("length", ref.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        model.graph.initializer.append(tensor)
+
+
+def widen_to_float32(model: onnx.ModelProto) -> None:
+    """Makes a float16 or bfloat16 graph compute in float32: types of inputs, outputs, weights and casts, in place.
+
+    For engines whose machine has no arithmetic of that width. The data of external weights must be widened by the caller.
+    """
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        if value.type.tensor_type.elem_type in _NARROW:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for tensor in model.graph.initializer:
+        if tensor.data_type in _NARROW:
+            tensor.data_type = TensorProto.FLOAT
+            for entry in tensor.external_data:
+                if entry.key == "length":
+                    entry.value = str(2 * int(entry.value))
+    for attribute in _cast_targets(model):
+        if attribute.i in _NARROW:
+            attribute.i = TensorProto.FLOAT
+
+
+def _cast_targets(model: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
+    for node in model.graph.node:
+        if node.op_type == "Cast":
+            yield from (a for a in node.attribute if a.name == "to")
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """A model without its weights' data."""
+    return onnx.load(str(path), load_external_data=False)

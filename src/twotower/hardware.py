@@ -1,0 +1,141 @@
+"""What this machine has (probed once) and which target fits it (decided by a pure function, with its reasons)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from twotower.errors import EngineMismatchError
+
+__all__ = ["TARGETS", "Gpu", "Machine", "Selection", "probe_machine", "select_target"]
+
+TARGETS = ("trt", "rtx", "ort-cuda", "ort-cpu")
+"""Every target the design knows, the one to prefer first."""
+
+_NEEDS = {"trt": ("tensorrt",), "rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx"), "ort-cuda": ("onnxruntime-gpu",), "ort-cpu": ("onnxruntime", "onnxruntime-gpu")}
+_LIBRARIES = tuple(dict.fromkeys(name for names in _NEEDS.values() for name in names))
+_RTX_SMS = (75, 80, 86, 89, 120, 121)
+_CC_MAJOR, _CC_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One NVIDIA GPU: its name, compute capability as e.g. 89, and memory in bytes."""
+
+    name: str
+    sm: int
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Facts about this machine; `libraries` maps installed inference distributions to versions."""
+
+    system: str
+    cpus: int
+    memory: int
+    gpus: tuple[Gpu, ...]
+    libraries: Mapping[str, str]
+
+    @property
+    def conflict(self) -> str | None:
+        """What is wrong with the set of installed libraries, if anything."""
+        if {"onnxruntime", "onnxruntime-gpu"} <= set(self.libraries):
+            return (
+                "onnxruntime and onnxruntime-gpu are both installed; they hold the same files and overwrite one another: "
+                "`pip uninstall onnxruntime onnxruntime-gpu`, then install exactly one of the extras `cpu` and `gpu`"
+            )
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """A chosen target and why every other one was not taken."""
+
+    target: str
+    rejected: Mapping[str, str]
+
+
+def probe_machine() -> Machine:
+    """Looks at the machine: processors, memory, GPUs by the CUDA driver, installed libraries (none is imported)."""
+    libraries = {}
+    for name in _LIBRARIES:
+        try:
+            libraries[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return Machine(platform.platform(terse=True), os.cpu_count() or 1, memory, _gpus(), libraries)
+
+
+def select_target(machine: Machine, built: Sequence[str], *, wanted: str | None = None) -> Selection:
+    """Picks the target to run: the wanted one, or the first of `TARGETS` that is built and can run here.
+
+    Args:
+        machine: What `probe_machine` found.
+        built: Targets the bundle has engines for.
+        wanted: A target asked for by name; the reasons against it become the error.
+
+    Raises:
+        EngineMismatchError: no target fits; it lists each with its reason.
+    """
+    reasons = {target: _reason_against(target, machine, built) for target in TARGETS}
+    candidates = (wanted,) if wanted else TARGETS
+    for target in candidates:
+        if target in reasons and reasons[target] is None:
+            return Selection(target, {t: r or "less preferred" for t, r in reasons.items() if t != target})
+    if wanted and wanted not in reasons:
+        raise EngineMismatchError(f"unknown target {wanted!r}", found=f"known targets: {', '.join(TARGETS)}", do="choose one with --target")
+    trace = "; ".join(f"{t}: {reasons[t]}" for t in candidates)
+    raise EngineMismatchError(
+        f"no engine fits this machine ({_describe(machine)})", found=trace, do="`twotower build BUNDLE --target ort-cpu` works on any machine"
+    )
+
+
+def _reason_against(target: str, machine: Machine, built: Sequence[str]) -> str | None:
+    if target not in built:
+        return "not built"
+    if not any(name in machine.libraries for name in _NEEDS[target]):
+        return f"{_NEEDS[target][0]} is not installed"
+    if target.startswith("ort") and machine.conflict:
+        return machine.conflict
+    if target == "ort-cpu":
+        return None
+    if not machine.gpus:
+        return "no NVIDIA GPU"
+    if target == "rtx" and all(gpu.sm not in _RTX_SMS for gpu in machine.gpus):
+        return f"TensorRT-RTX does not list SM {machine.gpus[0].sm} (it lists {', '.join(map(str, _RTX_SMS))})"
+    return None
+
+
+def _describe(machine: Machine) -> str:
+    return ", ".join(f"{g.name} SM {g.sm}" for g in machine.gpus) or f"{machine.cpus} CPUs, no NVIDIA GPU"
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    """GPUs as the CUDA driver lists them; none where there is no driver. The driver's C interface needs no package."""
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return ()
+    count = ctypes.c_int()
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return ()
+    return tuple(_gpu(cuda, index) for index in range(count.value))
+
+
+def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
+    device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
+    cuda.cuDeviceGet(ctypes.byref(device), index)
+    cuda.cuDeviceGetName(name, len(name), device)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    parts = []
+    for attribute in (_CC_MAJOR, _CC_MINOR):
+        value = ctypes.c_int()
+        cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        parts.append(value.value)
+    return Gpu(name.value.decode(errors="replace"), 10 * parts[0] + parts[1], memory.value)
