@@ -1,0 +1,274 @@
+"""The recorded graphs against the goldens and against themselves, before any file is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from tests.helpers.graphs import FIXTURES, GraphRunner, fixture_weights, graph_with_weight_inputs, random_state, zero_state
+from twotower.config import ModelConfig, read_model_config
+from twotower.export.graphs import OPSET, build_graph
+from twotower.spec import signatures
+
+FOLDERS = ("hybrid-a", "hybrid-b")
+
+
+@cache
+def runner(folder: str) -> GraphRunner:
+    path = FIXTURES / folder
+    return GraphRunner(read_model_config(path / "config.json"), fixture_weights(path))
+
+
+def denoise(run: GraphRunner, block: np.ndarray, past: int, state: dict, **options: float) -> dict[str, np.ndarray]:
+    rows, size = block.shape
+    width = signatures(run.config, "float32")["denoiser"].tensor("noise").axes[2]
+    return run(
+        "denoiser",
+        block=block,
+        context_length=np.full(rows, past),
+        threshold=np.full(rows, options.get("threshold", 0.9), np.float32),
+        commit_floor=np.full(rows, int(options.get("floor", 1))),
+        temperature=np.full(rows, options.get("temperature", 0.0), np.float32),
+        noise=np.zeros((rows, size, width), np.float32),
+        **state,
+    )
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_prompt_states_match_the_oracle(folder: str) -> None:
+    run, path = runner(folder), FIXTURES / folder
+    prompt = json.loads((path / "golden.json").read_text())[0]["prompt"]
+    state, _ = run.extend(zero_state(run.config, 1, 64), [prompt], [0])
+    checked = 0
+    with safe_open(path / "golden.safetensors", "numpy") as golden:
+        for layer in range(len(run.config.layers)):
+            for theirs, ours in (("conv_state", "past_conv.{}"), ("ssm_state", "past_ssm.{}"), ("key", "past_key_values.{}.key"), ("value", "past_key_values.{}.value")):
+                name = f"case0.layer{layer}.{theirs}"
+                if name not in golden.keys():  # noqa: SIM118
+                    continue
+                want, got = golden.get_tensor(name), state[ours.format(layer)]
+                got = got[:, :, : len(prompt)] if theirs in ("key", "value") else got
+                assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max(), name
+                checked += 1
+        block = golden.get_tensor("case0.denoiser_block").reshape(1, -1).astype(np.int64)
+        logits = golden.get_tensor("case0.denoiser_logits").reshape(block.shape[1], -1).astype(np.float64)
+    assert checked == 2 * sum(kind.value in "M*" for kind in run.config.layers)
+    logits[:, run.config.mask_token_id] = -np.inf
+    best = np.exp(logits - logits.max(-1, keepdims=True))
+    out = denoise(run, block, len(prompt), state)
+    np.testing.assert_array_equal(out["predicted"][0], logits.argmax(-1))
+    np.testing.assert_allclose(out["confidence"][0], (best / best.sum(-1, keepdims=True)).max(-1), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ("context", "context_head", "denoiser"))
+@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
+def test_graphs_are_well_formed_and_keep_the_contract(name: str, dtype: str) -> None:
+    config = read_model_config(FIXTURES / "hybrid-b" / "config.json")
+    graph = build_graph(name, config, dtype)
+    proto = ir.to_proto(graph.model)
+    for tensor in proto.graph.initializer:  # the data are not written yet: an inline stand-in lets the checker see the types
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            shape, code = list(tensor.dims), tensor.data_type
+            tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, code, shape, np.zeros(shape, np.float32)))
+    onnx.checker.check_model(proto, full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+    assert [o.version for o in inferred.opset_import] == [OPSET]
+    assert {n.domain for n in inferred.graph.node} == {""}, "standard operators only"
+    signature = signatures(config, dtype)[name]
+    for specs, values in ((signature.inputs, inferred.graph.input), (signature.outputs, inferred.graph.output)):
+        assert [s.name for s in specs] == [v.name for v in values]
+        for spec, value in zip(specs, values, strict=True):
+            dims = tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
+            assert dims == spec.axes, spec.name
+    used = {i for n in proto.graph.node for i in n.input}
+    assert used >= {s.name for s in signature.inputs}, "every input is read"
+
+
+def test_published_size_is_recorded_at_once() -> None:
+    """52 layers and 128 experts: the graphs are data and need neither weights nor memory."""
+    pattern = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+    config = ModelConfig.from_json(
+        {
+            **read_model_config(FIXTURES / "hybrid-a" / "config.json").to_json(),
+            **{"layers": pattern, "vocab_size": 131072, "hidden_size": 2688, "num_attention_heads": 32, "num_key_value_heads": 2},
+            **{"head_dim": 128, "mamba_num_heads": 64, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "n_routed_experts": 128},
+            **{"num_experts_per_tok": 6, "moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712, "dtype": "bfloat16"},
+        }
+    )
+    total = sum(w.nbytes for name in signatures(config, "bfloat16") for w in build_graph(name, config, "bfloat16").weights)
+    assert 117.6 < total / 2**30 < 117.9
+
+
+@given(st.data())
+def test_any_split_of_a_prompt_gives_the_same_state(data: st.DataObject) -> None:
+    """Also with padding: the second row is shorter, so every chunk of it is ragged."""
+    run = runner("hybrid-a")
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(4, 250, (2, 40))
+    lengths = np.array([40, data.draw(st.integers(1, 40))])
+    whole, hidden = run.extend(zero_state(run.config, 2, 128), tokens, [0, 0], lengths)
+    state, past = zero_state(run.config, 2, 128), np.zeros(2, np.int64)
+    while (past < lengths).any():
+        width = data.draw(st.integers(1, 25))
+        count = np.minimum(lengths - past, width)
+        chunk = np.stack([np.pad(row[p : p + n], (0, width - n), constant_values=7) for row, p, n in zip(tokens, past, count, strict=True)])
+        state, last = run.extend(state, chunk, past, count)
+        if count[0]:
+            final = last[0]
+        past = past + count
+    for name, want in whole.items():
+        for row in range(2):
+            a, b = want[row], state[name][row]
+            if name.startswith("past_key_values"):
+                a, b = a[:, : lengths[row]], b[:, : lengths[row]]
+            assert np.abs(a - b).max() <= 1e-4 * max(1.0, np.abs(a).max()), name
+    np.testing.assert_allclose(final, hidden[0], atol=1e-4)
+
+
+def test_padding_and_unused_cache_leave_no_trace() -> None:
+    run = runner("hybrid-b")
+    state = random_state(run.config, 2, 32)
+    tokens = np.random.default_rng(1).integers(4, 250, (2, 9))
+    poisoned = {k: v.copy() for k, v in state.items()}
+    for name, value in poisoned.items():
+        if name.startswith("past_key_values"):
+            value[:, :, 16:] = 1e4  # beyond what any row holds after this chunk
+    other = tokens.copy()
+    other[1, 4:] = 5
+    a, hidden_a = run.extend(state, tokens, [7, 7], [9, 4])
+    b, hidden_b = run.extend(poisoned, other, [7, 7], [9, 4])
+    np.testing.assert_allclose(hidden_a, hidden_b, rtol=1e-6, atol=1e-6)
+    for name in a:
+        if not name.startswith("past_key_values"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-6, atol=1e-6, err_msg=name)
+    block = np.array([[3, 9, 3, 3], [3, 3, 3, 8]])
+    one, two = denoise(run, block, 11, a), denoise(run, block, 11, {**a, **{k: v for k, v in b.items() if k.startswith("past_key_values")}})
+    np.testing.assert_allclose(one["confidence"], two["confidence"], atol=1e-6)
+
+
+def test_a_row_without_tokens_keeps_its_state() -> None:
+    run = runner("hybrid-a")
+    state = random_state(run.config, 1, 32)
+    after, _ = run.extend(state, [[9, 8, 7]], [5], [0])
+    for name, value in state.items():
+        got = after[name]
+        if name.startswith("past_key_values"):
+            value, got = value[:, :, :5], got[:, :, :5]
+        np.testing.assert_allclose(got, value, rtol=1e-6, err_msg=name)
+
+
+def test_rows_do_not_see_each_other() -> None:
+    run = runner("hybrid-a")
+    state = random_state(run.config, 3, 32)
+    block = np.array([[3, 3, 3, 3], [3, 9, 3, 3], [5, 6, 7, 8]])
+    together = denoise(run, block, 10, state)
+    for row in range(3):
+        alone = denoise(run, block[row : row + 1], 10, {k: v[row : row + 1] for k, v in state.items()})
+        np.testing.assert_array_equal(alone["next_block"][0], together["next_block"][row])
+        np.testing.assert_allclose(alone["confidence"][0], together["confidence"][row], atol=1e-5)
+    assert together["masked_left"][2] == 0
+    np.testing.assert_array_equal(together["next_block"][2], block[2])
+
+
+def commit_rule(confidence: list[float], masked: list[bool], threshold: float, floor: int) -> list[bool]:
+    """The rule as its definition reads, with a sort."""
+    places = [i for i, m in enumerate(masked) if m]
+    sure = sum(confidence[i] > threshold for i in places)
+    count = min(len(places), max(sure, 1, floor))
+    chosen = sorted(places, key=lambda i: (-confidence[i], i))[:count]
+    return [i in chosen for i in range(len(masked))]
+
+
+@cache
+def sampler_session():  # noqa: ANN201 - a test's session
+    """The sampler alone: logits in, outputs out."""
+    from twotower.export.graphs.builder import GraphBuilder
+    from twotower.export.graphs.sampler import mask_info, sample_and_commit
+    from twotower.spec import TensorSpec, TowerSignature, denoiser_signature
+
+    config = replace(read_model_config(FIXTURES / "hybrid-a" / "config.json"), vocab_size=8)
+    full = denoiser_signature(config, "float32")
+    logits = TensorSpec("logits", "float32", ("B", "S", 8))
+    graph = GraphBuilder(TowerSignature("sampler", (*full.inputs[:1], *full.inputs[2:6], logits), full.outputs), "float32")
+    masks, _ = mask_info(graph, config)
+    sample_and_commit(graph, graph.input("logits"), masks, config)
+    import onnxruntime as ort
+
+    return ort.InferenceSession(ir.to_proto(graph.finish()).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@given(
+    rows=st.lists(st.tuples(st.sampled_from([0.1, 0.5, 0.5, 0.9, 0.97, 0.3]), st.booleans()), min_size=1, max_size=16),
+    threshold=st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
+    floor=st.integers(0, 20),
+)
+def test_commit_rule_is_its_definition(rows: list[tuple[float, bool]], threshold: float, floor: int) -> None:
+    """Confidences repeat on purpose: ties go to the left."""
+    size = len(rows)
+    logits = np.full((1, size, 8), -100.0, np.float32)
+    for i, (p, _) in enumerate(rows):  # two tokens share the mass, the first the larger part of it or not
+        logits[0, i, 5], logits[0, i, 6] = math.log(p), math.log1p(-p)
+    block = np.array([[3 if masked else 7 for _, masked in rows]])
+    names = ("next_block", "predicted", "confidence", "masked_left")
+    feeds = {"block": block, "threshold": np.float32([threshold]), "commit_floor": np.int64([floor]), "temperature": np.float32([0])}
+    out = dict(zip(names, sampler_session().run(names, {**feeds, "noise": np.zeros((1, size, 7), np.float32), "logits": logits}), strict=True))
+    confidence = out["confidence"][0].tolist()
+    commit = commit_rule(confidence, [m for _, m in rows], np.float32(threshold), floor)
+    want = [int(t) if c else int(b) for t, c, b in zip(out["predicted"][0], commit, block[0], strict=True)]
+    assert out["next_block"][0].tolist() == want
+    assert out["masked_left"][0] == want.count(3)
+    np.testing.assert_allclose(confidence, [max(p, 1 - p) for p, _ in rows], atol=1e-6)
+
+
+def test_noise_chooses_and_temperature_zero_does_not_listen() -> None:
+    logits = np.zeros((1, 1, 8), np.float32)
+    logits[0, 0, :3] = (2.0, 1.0, 0.5)
+    noise = np.zeros((1, 1, 7), np.float32)
+    noise[0, 0, 1] = 10.0
+    feeds = {"block": np.array([[3]]), "threshold": np.float32([0.9]), "commit_floor": np.int64([1]), "noise": noise, "logits": logits}
+    greedy = sampler_session().run(["predicted"], {**feeds, "temperature": np.float32([0.0])})[0]
+    sampled, confidence = sampler_session().run(["predicted", "confidence"], {**feeds, "temperature": np.float32([1.0])})
+    assert (greedy[0, 0], sampled[0, 0]) == (0, 1)
+    exact = np.exp(1.0) / np.exp(np.delete(logits[0, 0], 3)).sum()
+    assert confidence[0, 0] == pytest.approx(exact, rel=1e-6), "confidence is the un-tempered probability without the mask token"
+
+
+@pytest.mark.parametrize("kind", ("float16", "bfloat16"))
+def test_narrow_graphs_compute_the_same_when_widened(kind: str) -> None:
+    """The narrow graphs differ from the float32 graph in casts only: widened and fed the same weights they must agree."""
+    path = FIXTURES / "hybrid-a"
+    config, tensors = read_model_config(path / "config.json"), fixture_weights(path)
+    wide, narrow = runner("hybrid-a"), GraphRunner(config, tensors, kind)
+    state = random_state(config, 1, 32)
+    block = np.array([[3, 3, 9, 3, 3, 3, 3, 12]])
+    np.testing.assert_allclose(denoise(narrow, block, 9, state)["confidence"], denoise(wide, block, 9, state)["confidence"], atol=1e-5)
+    model, _ = graph_with_weight_inputs(config, "context", tensors, kind)
+    assert not {t.type.tensor_type.elem_type for t in model.graph.input} & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+
+
+def test_group_limited_routing_keeps_to_the_best_groups() -> None:
+    """Four groups of two experts: the one chosen group is the one whose scores sum highest, not the one of the best expert."""
+    import onnxruntime as ort
+
+    from twotower.export.graphs.builder import GraphBuilder
+    from twotower.export.graphs.layers import _within_best_groups
+    from twotower.spec import TensorSpec, TowerSignature
+
+    base = read_model_config(FIXTURES / "hybrid-a" / "config.json")
+    config = replace(base, n_group=4, topk_group=1)
+    graph = GraphBuilder(TowerSignature("t", (TensorSpec("x", "float32", ("B", 8)),), (TensorSpec("y", "float32", ("B", 8)),)), "float32")
+    graph.output("y", _within_best_groups(graph, graph.input("x"), config))
+    session = ort.InferenceSession(ir.to_proto(graph.finish()).SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.float32([[0.9, 0.0, 0.6, 0.5, 0.1, 0.1, 0.2, 0.3]])
+    y = session.run(None, {"x": x})[0]
+    assert np.isfinite(y[0]).nonzero()[0].tolist() == [2, 3]
+    np.testing.assert_array_equal(y[0, 2:4], x[0, 2:4])
