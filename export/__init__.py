@@ -1,0 +1,6 @@
+"""Checkpoint to bundle: reading the published layout, recording the graphs, streaming the weights, verifying the result."""
+
+from twotower.export.checkpoint import Checkpoint, locate_checkpoint
+from twotower.export.exporter import ExportConfig, export_bundle
+
+__all__ = ["Checkpoint", "ExportConfig", "export_bundle", "locate_checkpoint"]

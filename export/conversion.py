@@ -1,0 +1,63 @@
+"""Streaming a tensor into another float dtype, a bounded piece at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from twotower.errors import ExportError
+from twotower.export.checkpoint import Tensor
+
+__all__ = ["convert_chunks"]
+
+_Floats = np.ndarray[Any, np.dtype[np.float32]]
+_Bytes = bytes | np.ndarray[Any, np.dtype[Any]]
+
+
+def convert_chunks(tensor: Tensor, dtype: str, *, chunk_bytes: int) -> Iterator[_Bytes]:
+    """The tensor's elements in order as little-endian `dtype`, in pieces that stand for at most `chunk_bytes` of the source.
+
+    Raises:
+        ExportError: a finite value is too large for float16.
+    """
+    if tensor.dtype == dtype:
+        yield from tensor.chunks(chunk_bytes)
+        return
+    for raw in tensor.chunks(chunk_bytes):
+        wide = _widened(raw, tensor.dtype)
+        if dtype == "float32":
+            yield wide
+        elif dtype == "bfloat16":
+            yield _bfloat16(wide)
+        else:
+            yield _float16(wide, tensor.name)
+
+
+def _widened(raw: bytes, dtype: str) -> _Floats:
+    if dtype == "bfloat16":
+        bits = np.frombuffer(raw, np.uint16).astype(np.uint32)
+        np.left_shift(bits, 16, out=bits)
+        return bits.view(np.float32)
+    return np.frombuffer(raw, np.dtype(dtype)).astype(np.float32, copy=False)
+
+
+def _bfloat16(x: _Floats) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """Rounded to nearest, ties to even; a NaN stays one (rounding its bits could make it infinite)."""
+    bits = x.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
+    return np.where(np.isnan(x), (bits >> 16) | np.uint32(0x40), rounded).astype(np.uint16)
+
+
+def _float16(x: _Floats, name: str) -> np.ndarray[Any, np.dtype[np.float16]]:
+    with np.errstate(over="ignore"):
+        out = x.astype(np.float16)
+    lost = np.isinf(out) & np.isfinite(x)
+    if lost.any():
+        raise ExportError(
+            f"tensor {name} does not fit float16",
+            found=f"a value of magnitude {np.abs(x[lost]).max():g}; float16 ends at 65504",
+            do="export with --dtype bfloat16 (same size) or float32",
+        )
+    return out

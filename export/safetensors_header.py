@@ -1,0 +1,76 @@
+"""The header of one safetensors file: where each tensor lies, refused unless the file is exactly what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ITEM_BYTES", "HeaderError", "StoredTensor", "read_header"]
+
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+    "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+_MAX_HEADER = 100_000_000  # the format's own bound
+
+
+class HeaderError(Exception):
+    """Why a file is not a sound safetensors file; the caller adds which one and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One entry of a header: dtype as the format writes it, absolute byte offset in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Reads the header of one file; no tensor data are touched.
+
+    Raises:
+        HeaderError: the file is truncated, oversized, or its header is not sound.
+        OSError: the file cannot be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else None
+        if length is None or length > min(_MAX_HEADER, size - 8):
+            raise HeaderError(f"truncated or not a safetensors file ({size} bytes, header says {length})")
+        try:
+            raw = json.loads(file.read(length))
+        except ValueError as e:
+            raise HeaderError(f"its header is not JSON ({e})") from e
+    if not isinstance(raw, dict):
+        raise HeaderError("its header is not a JSON object")
+    raw.pop("__metadata__", None)
+    start = 8 + length
+    out = {name: _stored(name, entry, start) for name, entry in raw.items()}
+    end = start
+    for tensor in sorted(out.values(), key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != end:
+            raise HeaderError(f"its tensors overlap or leave a hole at byte {end}")
+        end += tensor.nbytes
+    if end != size:
+        raise HeaderError(f"{'truncated' if size < end else 'oversized'}: {size} bytes, its header describes {end}")
+    return out
+
+
+def _stored(name: str, entry: Any, start: int) -> StoredTensor:
+    try:
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        first, last = entry["data_offsets"]
+        sound = dtype in ITEM_BYTES and all(type(d) is int and d >= 0 for d in (*shape, first, last))
+    except (TypeError, KeyError, ValueError) as e:
+        raise HeaderError(f"the entry of {name!r} is malformed") from e
+    if not sound or last - first != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise HeaderError(f"the entry of {name!r} is malformed: dtype {dtype}, shape {list(shape)}, bytes {first} to {last}")
+    return StoredTensor(dtype, shape, start + first, last - first)
