@@ -10,6 +10,7 @@ __all__ = [
     "EngineMismatchError",
     "EngineOutputError",
     "ExportError",
+    "RequestCancelledError",
     "RequestError",
     "TwoTowerError",
 ]
@@ -68,6 +69,10 @@ class EngineMismatchError(TwoTowerError):
 
 class RequestError(TwoTowerError, ValueError):
     """A generation request that cannot be served: too long, out of range, malformed."""
+
+
+class RequestCancelledError(TwoTowerError):
+    """A request that was stopped by its caller."""
 
 
 class EngineOutputError(TwoTowerError):
