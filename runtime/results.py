@@ -1,24 +1,29 @@
-"""What a request gives back."""
+"""What a generation gives back: tokens, text, why it ended, what it cost."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["BlockEvent", "Generation", "Timings", "Usage"]
+from twotower.errors import TwoTowerError
+
+__all__ = ["BlockEvent", "Generation", "RequestCancelledError", "Timings", "Usage"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestCancelledError(TwoTowerError):
+    """A call stopped between two steps because its `cancelled` said so."""
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request took.
+    """What one request read, wrote and cost.
 
     Attributes:
-        prompt_tokens: Tokens read before the first new one.
-        completion_tokens: Tokens returned.
-        nfe: Denoiser passes this row needed; in `ar` mode, tokens computed.
-        blocks: Blocks denoised; in `ar` mode a block is one token.
-        steps_per_block: nfe / blocks.
-        tokens_per_nfe: completion_tokens / nfe.
+        prompt_tokens: Tokens read, BOS included.
+        completion_tokens: Tokens returned: an end-of-sequence token and everything after a stop are not among them.
+        nfe: Network passes this row needed: denoiser passes in which it still had masks; in `ar` mode passes of the context tower
+            that produced a token (the end-of-sequence token included). The context passes of `diffusion` mode are not counted.
+        blocks: Blocks denoised; 0 in `ar` mode.
     """
 
     prompt_tokens: int
@@ -28,34 +33,44 @@ class Usage:
 
     @property
     def steps_per_block(self) -> float:
+        """Denoiser passes a block; 0 in `ar` mode."""
         return self.nfe / self.blocks if self.blocks else 0.0
 
     @property
     def tokens_per_nfe(self) -> float:
+        """Returned tokens a pass."""
         return self.completion_tokens / self.nfe if self.nfe else 0.0
 
     def to_json(self) -> dict[str, Any]:
+        """Plain data with the derived numbers."""
         return {**asdict(self), "steps_per_block": self.steps_per_block, "tokens_per_nfe": self.tokens_per_nfe}
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Timings:
-    """Milliseconds from the start of a request's batch to the row's end: reading the prompt, denoising (or, in `ar` mode, choosing
-    tokens), extending the context, and in all."""
-
-    prefill: float = 0.0
-    denoise: float = 0.0
-    extend: float = 0.0
-    total: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
-    """One finished request.
+    """Wall-clock milliseconds of one request; rows of one batch share the passes, so theirs overlap.
 
     Attributes:
-        tokens: New token ids, without the end-of-sequence token and without a stop string's.
-        text: The new text, None where the bundle has no tokenizer.
+        prefill: Reading the prompts of the batch.
+        denoise: Denoiser passes while the row was alive; 0 in `ar` mode.
+        extend: Context passes while the row was alive; in `ar` mode with the choice of the token.
+        total: From the start of the batch to the row's end.
+    """
+
+    prefill: float
+    denoise: float
+    extend: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The result of one request.
+
+    Attributes:
+        tokens: Generated ids, without the end-of-sequence token. After a stop string they end with the token that completed it, so
+            their text may be longer than `text`.
+        text: The text before any stop string; None without a tokenizer.
         finish_reason: `eos`, `stop` or `length`.
     """
 
@@ -66,32 +81,31 @@ class Generation:
     timings: Timings
 
     def to_json(self) -> dict[str, Any]:
-        """The object `twotower generate --json` prints."""
-        return {
-            "tokens": list(self.tokens),
-            **({} if self.text is None else {"text": self.text}),
-            "finish_reason": self.finish_reason,
-            "usage": self.usage.to_json(),
-            "timings_ms": {k: round(v, 3) for k, v in asdict(self.timings).items()},
-        }
+        """The object `--json` prints; `text` only where there is a tokenizer."""
+        out: dict[str, Any] = {"tokens": list(self.tokens)}
+        if self.text is not None:
+            out["text"] = self.text
+        out["finish_reason"] = self.finish_reason
+        out["usage"] = self.usage.to_json()
+        out["timings_ms"] = asdict(self.timings)
+        return out
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class BlockEvent:
-    """A committed block of one row, or its end.
+    """Tokens of one request as they are committed: a block, or one token in `ar` mode.
 
     Attributes:
-        row: The request's place in the list given.
-        tokens: Tokens this event adds; a later stop string may take some of them back (see `result`).
-        text: Text this event adds, None without a tokenizer; never half a character or the beginning of a stop string.
-        result: The whole outcome, with the row's last event only.
+        row: Number of the request in the call.
+        tokens: New tokens; all events of a row together give the result's tokens.
+        text: New text, likewise; None without a tokenizer. It may lag behind the tokens: text that could still become part of a stop
+            string, or of a character whose last bytes are missing, is held back.
+        finished: Whether this is the row's last event.
+        result: The whole result, with the last event.
     """
 
     row: int
     tokens: tuple[int, ...]
     text: str | None
+    finished: bool
     result: Generation | None
-
-    @property
-    def finished(self) -> bool:
-        return self.result is not None

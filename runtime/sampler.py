@@ -1,57 +1,98 @@
-"""Choices as pure functions of logits and a counter: the same seed gives the same text on any backend and batch size."""
+"""How tokens are chosen, as small values: keyed noise for the denoiser, and the choice among an AR step's candidates."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from twotower.config import GenerationConfig
 
-__all__ = ["block_noise", "choose_token", "gumbel"]
+__all__ = ["Sampling", "gumbel_noise", "keyed_uniforms"]
 
-Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
-Ids = np.ndarray[Any, np.dtype[np.int64]]
-
-
-def gumbel(seed: int, block: int, step: int, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Standard Gumbel noise that depends on (seed, block, step) alone.
-
-    Philox is a counter-based generator; its raw words are turned into uniforms here because numpy promises to keep the words, not the
-    distributions, the same in later versions. The row's place in the batch is not part of the key: a row's own seed is.
-    """
-    words = np.random.Philox(key=seed, counter=np.array([0, 0, step, block], dtype=np.uint64)).random_raw(int(np.prod(shape)))
-    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    return -np.log(-np.log(uniform)).reshape(shape)
+_DIFFUSION, _AR = 0, 1  # the two modes must not share noise
+_SMALLEST_TEMPERATURE = 1e-30  # float32 logits divided by it stay finite, so that noise of -inf cannot make a NaN of them
 
 
-def block_noise(config: GenerationConfig, block: int, step: int, out: np.ndarray[Any, np.dtype[np.float32]]) -> None:
-    """Fills `out` [S,K] for one row and denoising step: zeros when greedy, -inf for candidates beyond top-k."""
-    if config.temperature == 0:
-        out.fill(0.0)
-        return
-    out[:] = gumbel(config.seed, block, step, out.shape)
-    if config.top_k:
-        out[:, config.top_k :] = -np.inf
+def keyed_uniforms(seed: int, counter: tuple[int, int, int], count: int) -> npt.NDArray[np.float64]:
+    """Uniform numbers in (0, 1), the same for the same key on every machine, NumPy version and batch.
 
-
-def choose_token(ids: Ids, logprobs: Floats, config: GenerationConfig, index: int) -> int:
-    """The next token of an autoregressive text.
+    Philox is a counter-based generator: there is no state to carry, and numbers of different counters never overlap. Only its raw
+    bits are used; how NumPy makes floats of them may change from version to version.
 
     Args:
-        ids: [K] candidates, best first.
-        logprobs: [K] their log-probabilities.
-        config: Temperature first, then top-k, then top-p over what is left, as is customary. Tokens beyond the K candidates are never
-            sampled.
-        index: How many tokens were generated before: the counter of the noise.
+        seed: 0 to 2**64 - 1.
+        counter: Three whole numbers that name the place of use.
+        count: How many.
     """
-    if config.temperature == 0:
-        return int(ids[0])
-    scores = logprobs.astype(np.float64) / config.temperature
-    if config.top_k:
-        scores[config.top_k :] = -np.inf
-    if config.top_p < 1:
-        p = np.exp(scores - scores.max())
-        before = np.concatenate(([0.0], np.cumsum(p / p.sum())[:-1]))
-        scores[before >= config.top_p] = -np.inf
-    return int(ids[np.argmax(scores + gumbel(config.seed, index, 0, scores.shape))])
+    raw = np.random.Philox(key=np.array([seed, 0], np.uint64), counter=np.array([0, *counter], np.uint64)).random_raw(count)
+    return ((np.asarray(raw, np.uint64) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def gumbel_noise(seed: int, counter: tuple[int, int, int], count: int) -> npt.NDArray[np.float64]:
+    """Standard Gumbel noise: adding it to log-probabilities and taking the highest draws from the distribution."""
+    return -np.log(-np.log(keyed_uniforms(seed, counter, count)))
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one row chooses its tokens.
+
+    The noise is keyed by the row's own seed and not by its place in the batch: its text is the same alone, among others, and in any order.
+    """
+
+    seed: int
+    temperature: float
+    top_k: int
+    top_p: float
+
+    @classmethod
+    def from_config(cls, config: GenerationConfig) -> Sampling:
+        """The sampling part of a request's options."""
+        temperature = max(config.temperature, _SMALLEST_TEMPERATURE) if config.temperature > 0 else 0.0
+        return cls(config.seed, temperature, config.top_k, config.top_p)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the best token is always taken."""
+        return self.temperature == 0
+
+    def write_noise(self, out: npt.NDArray[np.float32], *, block: int, step: int) -> None:
+        """Fills the denoiser's noise for one row and one step.
+
+        Args:
+            out: [S,K] float32, candidates in descending order. Those from rank `top_k` on get -inf, which excludes them; all is 0 at
+                temperature 0.
+            block: Number of the block in the row's text.
+            step: Number of the step in the block.
+        """
+        if self.greedy:
+            out[:] = 0
+            return
+        out[:] = gumbel_noise(self.seed, (step, block, _DIFFUSION), out.size).reshape(out.shape)
+        if self.top_k:
+            out[:, self.top_k :] = -np.inf
+
+    def choose(self, ids: npt.NDArray[np.int64], logprobs: npt.NDArray[Any], *, index: int) -> int:
+        """The next token of an autoregressive row, from its best candidates in descending order.
+
+        Temperature, top-k and top-p apply in this order, as users of other libraries expect; probabilities are taken among the K candidates.
+
+        Args:
+            ids: [K] int64.
+            logprobs: [K], un-tempered.
+            index: Number of the token in the row's generated text.
+        """
+        if self.greedy:
+            return int(ids[0])
+        kept = logprobs[: self.top_k or len(ids)].astype(np.float64)
+        with np.errstate(over="ignore"):  # a very small temperature sends all but the best to -inf, which is what it means
+            scaled = (kept - kept[0]) / self.temperature
+        if self.top_p < 1:
+            weights = np.exp(scaled)
+            before = np.cumsum(weights) - weights
+            scaled = scaled[: max(int(np.count_nonzero(before < self.top_p * weights.sum())), 1)]
+        noise = gumbel_noise(self.seed, (0, index, _AR), len(ids))
+        return int(ids[int(np.argmax(scaled + noise[: len(scaled)]))])

@@ -1,4 +1,4 @@
-"""The integers of generation: how many positions to commit, how a prompt is cut into chunks, how much cache that takes."""
+"""Blocks, steps, prefill chunks and capacities of a generation, in whole numbers only."""
 
 from __future__ import annotations
 
@@ -7,58 +7,99 @@ from dataclasses import dataclass
 
 from twotower.spec import MAX_CHUNK
 
-__all__ = ["SMALLEST_BUCKET", "PrefillStep", "capacity_bucket", "commit_floor", "plan_prefill", "prefill_peak", "text_end"]
+__all__ = [
+    "SMALLEST_BUCKET",
+    "ChunkStep",
+    "PrefillPlan",
+    "block_count",
+    "capacity_bucket",
+    "capacity_limit",
+    "commit_floor",
+    "prefill_plan",
+]
 
 SMALLEST_BUCKET = 256
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillStep:
-    """One run of the context graph over the prompts of a batch.
-
-    Attributes:
-        starts: For each row, tokens read before.
-        counts: For each row, tokens read now; 0 for a row that is through.
-        width: Length of the padded chunk.
-    """
-
-    starts: tuple[int, ...]
-    counts: tuple[int, ...]
-    width: int
+"""Capacity of the smallest cache; every further bucket doubles it."""
 
 
 def commit_floor(masked: int, step: int, steps: int) -> int:
-    """The fewest positions to commit so that `masked` positions are done by the last of `steps` (counted from 0)."""
+    """Positions that must be committed in this step so that the masks left can still be spread evenly over the rest.
+
+    Args:
+        masked: Masks left in the row's block before the step.
+        step: The step, from 0.
+        steps: Steps the block may take; at the last one everything is committed.
+    """
     return -(-masked // max(steps - step, 1))
 
 
-def plan_prefill(lengths: Sequence[int], chunk: int = MAX_CHUNK) -> list[PrefillStep]:
-    """Cuts prompts of any mix of lengths into padded chunks.
+def block_count(max_new_tokens: int, block_size: int) -> int:
+    """Blocks that hold so many tokens; the last one may be cut."""
+    return -(-max_new_tokens // block_size)
 
-    A row's chunks are counted from its own start, whoever else is in the batch, so that its arithmetic is the same in any company.
+
+@dataclass(frozen=True, slots=True)
+class ChunkStep:
+    """One pass of the context tower over a right-padded chunk of every row.
+
+    Attributes:
+        starts: Where each row's chunk begins in its own prompt; also the tokens it has read so far.
+        lengths: Valid tokens in each row's chunk; 0 for a row whose turn has not come.
+        width: Columns of the chunk (L): the longest valid length.
     """
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPlan:
+    """How prompts are read.
+
+    Attributes:
+        steps: The passes, in order.
+        peak: Capacity they need. A chunk is written whole at its row's start, padding and rows without tokens included.
+    """
+
+    steps: tuple[ChunkStep, ...]
+    peak: int
+
+
+def prefill_plan(lengths: Sequence[int], max_chunk: int = MAX_CHUNK) -> PrefillPlan:
+    """Cuts prompts into chunks that are read side by side.
+
+    A row's chunk boundaries are counted from its own start, so its arithmetic does not depend on its neighbours. Rows
+    with fewer chunks begin later rather than end sooner: every row's last token is then in the last pass, whose `hidden`
+    is what autoregressive decoding goes on from, and a row without tokens is always written at position 0, where it
+    never needs capacity of its own.
+
+    Args:
+        lengths: Tokens of each prompt, at least 1.
+        max_chunk: Longest chunk.
+    """
+    assert lengths and min(lengths) > 0 and max_chunk > 0, "prompts are checked before they are planned"
+    counts = [-(-n // max_chunk) for n in lengths]
+    total = max(counts)
     steps = []
-    for start in range(0, max(lengths), chunk):
-        starts = tuple(min(n, start) for n in lengths)
-        counts = tuple(min(max(n - start, 0), chunk) for n in lengths)
-        steps.append(PrefillStep(starts, counts, max(counts)))
-    return steps
+    for number in range(total):
+        starts = tuple(max(number - (total - count), 0) * max_chunk for count in counts)
+        valid = tuple(
+            min(max_chunk, n - start) if number >= total - count else 0 for n, start, count in zip(lengths, starts, counts, strict=True)
+        )
+        steps.append(ChunkStep(starts, valid, max(valid)))
+    return PrefillPlan(tuple(steps), max(max(step.starts) + step.width for step in steps))
 
 
-def prefill_peak(plan: Sequence[PrefillStep]) -> int:
-    """Cache slots a prefill writes, padding included: a padded chunk is written whole, also for rows that are through."""
-    return max(start + step.width for step in plan for start in step.starts)
+def capacity_limit(max_context: int, max_chunk: int = MAX_CHUNK) -> int:
+    """Largest capacity a session allocates: its longest text, and a chunk more because padding is written too."""
+    return max_context + max_chunk
 
 
-def text_end(prompt: int, max_new_tokens: int, block: int) -> int:
-    """Cache slots a text can come to fill: the last block is never read by the context tower."""
-    blocks = -(-max_new_tokens // block)
-    return prompt + (blocks - 1) * block
-
-
-def capacity_bucket(slots: int) -> int:
-    """The cache capacity for so many slots: 256, 512, 1024, ... A short text does not pay for a long cache."""
-    bucket = SMALLEST_BUCKET
-    while bucket < slots:
-        bucket *= 2
-    return bucket
+def capacity_bucket(needed: int, limit: int) -> int:
+    """The smallest capacity of 256, 512, 1024, ... `limit` that holds `needed` positions."""
+    assert needed <= limit, "lengths are checked before any work"
+    size = SMALLEST_BUCKET
+    while size < needed:
+        size *= 2
+    return min(size, limit)

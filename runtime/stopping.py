@@ -1,96 +1,97 @@
-"""When a row's text ends: end of sequence, a stop string, or its length; and what of it may be shown already."""
+"""When a row's text ends: its end-of-sequence token, a stop string, or its length; and what of it is handed out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from twotower.config import GenerationConfig
-from twotower.runtime.tokenizer import TextStream, Tokenizer
+from twotower.runtime.tokenizer import IncrementalText
 
-__all__ = ["RowText"]
+__all__ = ["EOS", "LENGTH", "STOP", "Accepted", "Continuation", "StopRule"]
+
+EOS, STOP, LENGTH = "eos", "stop", "length"
 
 
-class RowText:
-    """The growing answer of one row.
-
-    Args:
-        config: Stop strings, length, end-of-sequence handling.
-        eos: End-of-sequence token ids.
-        tokenizer: For text and stop strings; None for token ids alone.
+@dataclass(frozen=True, slots=True)
+class StopRule:
+    """What ends a row.
 
     Attributes:
-        tokens: Accepted token ids, neither end-of-sequence nor stop string among them once finished.
-        finish_reason: `eos`, `stop`, `length`, or None while the text goes on.
+        max_new_tokens: Most tokens it may have.
+        eos_ids: Tokens that end it and are not part of it; empty to go on past them.
+        stop: Strings that end it and are not part of its text.
     """
 
-    def __init__(self, config: GenerationConfig, eos: Sequence[int], tokenizer: Tokenizer | None) -> None:
+    max_new_tokens: int
+    eos_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What a row takes of a block: its tokens, the text that became certain (None without a tokenizer), and the end if it came."""
+
+    tokens: tuple[int, ...]
+    text: str | None
+    finish_reason: str | None
+
+
+class Continuation:
+    """A row's generated tokens and text, with the rule that ends them.
+
+    Tokens are taken one by one. The row ends before the first end-of-sequence token; or with the token whose text first completes a stop
+    string, the text being cut before the earliest stop string found there; or with its last allowed token. A stop string may lie
+    across blocks, so text that could be the beginning of one is held back until it is known.
+    """
+
+    def __init__(self, rule: StopRule, decoder: IncrementalText | None) -> None:
+        assert decoder is not None or not rule.stop, "stop strings without a tokenizer are refused with the request"
+        self._rule = rule
+        self._decoder = decoder
+        self._out = 0  # characters handed out
+        self._text = ""
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
-        self._config = config
-        self._eos = frozenset() if config.ignore_eos else frozenset(eos)
-        self._tokenizer = tokenizer
-        self._stream: TextStream | None = tokenizer.stream() if tokenizer else None
-        self._text = ""
-        self._ends: list[int] = []  # length of the text after each token
-        self._shown = 0
-        self._longest = max((len(s) for s in config.stop), default=0)
 
     @property
     def text(self) -> str | None:
-        """All text so far, None without a tokenizer."""
-        return self._text if self._stream else None
+        """All text so far, held-back text included; None without a tokenizer."""
+        return None if self._decoder is None else self._text
 
-    def feed(self, tokens: Iterable[int]) -> tuple[tuple[int, ...], str | None]:
-        """Takes committed tokens up to where the text ends; returns the accepted ones and the text that may now be shown."""
+    def push(self, tokens: Iterable[int]) -> Accepted:
+        """Takes the tokens of a committed block, up to the row's end."""
+        assert self.finish_reason is None, "a finished row takes no tokens"
         before = len(self.tokens)
         for token in tokens:
-            if token in self._eos:
-                self._finish("eos")
+            self.finish_reason = self._take(token)
+            if self.finish_reason:
                 break
-            self._accept(token)
-            if self.finish_reason is None and len(self.tokens) == self._config.max_new_tokens:
-                self._finish("length")
-            if self.finish_reason is not None:
-                break
-        return tuple(self.tokens[before:]), self._show()
+        if self._decoder is None:
+            return Accepted(tuple(self.tokens[before:]), None, self.finish_reason)
+        if self.finish_reason in (EOS, LENGTH):
+            self._text += self._decoder.flush()
+        end = len(self._text) - (0 if self.finish_reason else _held_back(self._text, self._rule.stop))
+        new, self._out = self._text[self._out : end], end
+        return Accepted(tuple(self.tokens[before:]), new, self.finish_reason)
 
-    def _accept(self, token: int) -> None:
+    def _take(self, token: int) -> str | None:
+        if token in self._rule.eos_ids:
+            return EOS
         self.tokens.append(token)
-        if self._stream is None:
-            return
-        piece = self._stream.step(token)
-        searched_from = max(0, len(self._text) - self._longest + 1)
-        self._text += piece
-        self._ends.append(len(self._text))
-        cuts = [i for s in self._config.stop if (i := self._text.find(s, searched_from)) >= 0] if piece else []
-        if cuts:
-            self._cut(min(cuts))
+        if self._decoder is not None and self._reads_stop(self._decoder.push(token)):
+            return STOP
+        return LENGTH if len(self.tokens) >= self._rule.max_new_tokens else None
 
-    def _cut(self, at: int) -> None:
-        """Ends the text before a stop string; tokens whose text reaches past the cut go with it."""
-        self._text = self._text[:at]
-        while self._ends and self._ends[-1] > at:
-            self._ends.pop()
-            self.tokens.pop()
-        self.finish_reason = "stop"
+    def _reads_stop(self, new: str) -> bool:
+        """Adds text; True when it completes a stop string, with the text cut before it."""
+        searched = len(self._text)
+        self._text += new
+        found = [at for s in self._rule.stop if (at := self._text.find(s, max(searched - len(s) + 1, 0))) >= 0]
+        if found:
+            self._text = self._text[: min(found)]
+        return bool(found)
 
-    def _finish(self, reason: str) -> None:
-        self.finish_reason = reason
-        if self._tokenizer:  # bytes of a character that never came are shown as what they are
-            whole = self._tokenizer.decode(self.tokens)
-            if whole.startswith(self._text):
-                self._text = whole
 
-    def _show(self) -> str | None:
-        if self._stream is None:
-            return None
-        end = len(self._text) if self.finish_reason else len(self._text) - self._held_back()
-        shown, self._shown = self._text[self._shown : end], max(end, self._shown)
-        return shown
-
-    def _held_back(self) -> int:
-        """Length of the longest end of the text that a stop string begins with."""
-        for size in range(min(self._longest - 1, len(self._text)), 0, -1):
-            if any(s.startswith(self._text[-size:]) for s in self._config.stop):
-                return size
-        return 0
+def _held_back(text: str, stop: Sequence[str]) -> int:
+    """Characters at the end of the text that could be the beginning of a stop string."""
+    return max((n for s in stop for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n])), default=0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Protocol
 
-__all__ = ["Event", "HostStream", "Stream"]
+__all__ = ["Event", "HostStream", "Stream", "Streams"]
 
 
 class Event(Protocol):
@@ -37,3 +38,11 @@ class HostStream:
 
     def wait(self, event: Event) -> None:
         event.wait_done()
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The two queues of a session: the context tower's and the denoiser's; host streams unless told otherwise."""
+
+    context: Stream = field(default_factory=HostStream)
+    denoiser: Stream = field(default_factory=HostStream)

@@ -1,54 +1,105 @@
-"""Text to token ids and back, by the `tokenizers` library; piece by piece for streaming."""
+"""Text to token ids and back, with the `tokenizers` library and the bundle's own `tokenizer.json`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from twotower.errors import BundleError, RequestError
 
-__all__ = ["TextStream", "Tokenizer"]
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+__all__ = ["IncrementalText", "Tokenizer", "tokenizer_missing"]
+
+_UNKNOWN = "\ufffd"  # what a decoder writes for bytes that are not a character, or not one yet
+_MOST_PENDING = 3  # bytes of an unfinished character; some decoders write one mark for each
+
+
+def tokenizer_missing(what: str) -> RequestError:
+    """The error of wanting text from a bundle without a tokenizer."""
+    return RequestError(
+        f"{what} needs a tokenizer",
+        found="this bundle has none: its checkpoint came without tokenizer.json",
+        do='give token ids instead (`--tokens "5 6 7"`, or a list of whole numbers), or export a checkpoint that has a tokenizer.json',
+    )
 
 
 class Tokenizer:
-    """A bundle's tokenizer.
+    """A loaded tokenizer; special tokens are added by its own rules and left out of text."""
 
-    Raises:
-        BundleError: the file is not a tokenizer.
-        RequestError: the `tokenizers` library is not installed.
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    @classmethod
+    def from_file(cls, path: Path) -> Tokenizer:
+        """Loads a `tokenizer.json`.
+
+        Raises:
+            BundleError: the library is not installed, or the file is missing or not a tokenizer.
+        """
+        try:
+            from tokenizers import Tokenizer as Backend  # noqa: PLC0415 - only when a tokenizer is opened
+        except ImportError as e:
+            raise BundleError(f"cannot open {path}", found="the `tokenizers` library is not installed", do="`pip install tokenizers`") from e
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise BundleError(f"cannot read {path}", found=str(e), do="copy or export the bundle again") from e
+        try:
+            return cls(Backend.from_str(text))
+        except Exception as e:  # noqa: BLE001 - the library raises plain Exception for every fault of a file
+            raise BundleError(f"{path} is not a tokenizer", found=str(e), do="copy or export the bundle again") from e
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            RequestError: the text is not valid Unicode.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as e:
+            raise RequestError("the prompt is not valid Unicode text", found=str(e), do="pass text decoded as UTF-8") from e
+        return list(self._backend.encode(text).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; special tokens and ids the tokenizer does not know give none."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=True))
+
+
+class IncrementalText:
+    """Text of tokens that arrive one by one, never with half a character.
+
+    Tokens are decoded again from a short way back, because a token's text can depend on the one before it (spaces, characters spread
+    over tokens). The window moves on at every token that ends on a whole character.
     """
 
-    def __init__(self, file: Path) -> None:
-        try:
-            import tokenizers  # noqa: PLC0415 - token ids need no tokenizer
-        except ImportError as e:
-            raise RequestError("text needs the tokenizers library", found=str(e), do="`pip install tokenizers`, or use token ids") from e
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as e:  # noqa: BLE001 - the library raises bare Exception
-            raise BundleError(f"{file} is not a tokenizer", found=str(e), do="export the checkpoint again with a sound tokenizer.json") from e
-        self._stream_type: Any = tokenizers.decoders.DecodeStream
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids as the tokenizer's own post-processor makes them."""
-        return tuple(self._tokenizer.encode(text).ids)
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-    def stream(self) -> TextStream:
-        """A decoder for one growing text."""
-        return TextStream(self._tokenizer, self._stream_type(skip_special_tokens=True))
-
-
-class TextStream:
-    """Decodes token by token; a character whose bytes are still coming is held back."""
-
-    def __init__(self, tokenizer: Any, stream: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._stream = stream
+        self._settled: list[int] = []  # tokens whose text is out, kept for what they mean to the next
+        self._window: list[int] = []  # tokens after them
+        self._sent = 0  # characters of the window's text that are out
 
-    def step(self, token: int) -> str:
-        """The text this token completes, possibly empty."""
-        return str(self._stream.step(self._tokenizer, token) or "")
+    def push(self, token: int) -> str:
+        """The text that has become certain with this token, often its own, sometimes none."""
+        self._window.append(token)
+        text = self._window_text()
+        pending = min(len(text) - len(text.rstrip(_UNKNOWN)), _MOST_PENDING)
+        new = text[self._sent : len(text) - pending]
+        if pending:
+            self._sent += len(new)
+        elif text:  # a token without text (a special one) says nothing to its successor
+            self._settled, self._window, self._sent = self._window, [], 0
+        return new
+
+    def flush(self) -> str:
+        """What is left at the end: marks for the bytes of a character that never came."""
+        new = self._window_text()[self._sent :]
+        self._sent += len(new)
+        return new
+
+    def _window_text(self) -> str:
+        before = self._tokenizer.decode(self._settled) if self._settled else ""
+        return self._tokenizer.decode(self._settled + self._window)[len(before) :]

@@ -1,0 +1,81 @@
+"""Norms, the squared-ReLU MLP and the mixture of experts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from twotower.config import ModelConfig
+
+__all__ = ["MLP", "MoE", "RMSNorm"]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, in float32, cast back to x's dtype."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.epsilon = epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon) * self.weight.float()).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """down(relu(up(x))^2), without a gate."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(size, width, bias=False)
+        self.down_proj = nn.Linear(width, size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.relu(self.up_proj(x)).square())
+
+
+class MoE(nn.Module):
+    """Top-k routed experts plus one shared expert."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.config = c
+        self.gate = nn.Module()
+        self.gate.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
+        self.gate.e_score_correction_bias = nn.Parameter(torch.empty(c.n_routed_experts))
+        self.experts = nn.ModuleList(MLP(c.hidden_size, c.moe_intermediate_size) for _ in range(c.n_routed_experts))
+        self.shared_experts = MLP(c.hidden_size, c.shared_intermediate) if c.shared_intermediate else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.route(tokens)
+        out = torch.zeros(tokens.shape, dtype=torch.float32)
+        # Only experts that some token visits are run: at published size 128 results at once would be 128 times the activations.
+        for expert in chosen.unique().tolist():
+            rows, place = (chosen == expert).nonzero(as_tuple=True)
+            out.index_add_(0, rows, self.experts[expert](tokens[rows]).float() * weights[rows, place, None])
+        routed = out.to(x.dtype).reshape(x.shape)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+
+    def route(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights [N,k] float32 and chosen experts [N,k] of tokens [N,D].
+
+        In float64, like the published code, so that two correct implementations agree on borderline choices.
+        """
+        c = self.config
+        scores = torch.sigmoid(tokens.double() @ self.gate.weight.double().T)
+        choice = scores + self.gate.e_score_correction_bias.double()
+        if c.n_group > 1:
+            groups = choice.unflatten(-1, (c.n_group, -1))
+            best = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)
+            kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(c.topk_group, -1).indices, True)
+            choice = groups.masked_fill(~kept[..., None], -math.inf).flatten(-2)
+        chosen = choice.topk(c.num_experts_per_tok, -1).indices
+        weights = scores.gather(-1, chosen)
+        if c.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return (weights * c.routed_scaling_factor).float(), chosen

@@ -1,0 +1,56 @@
+"""Towers filled from a checkpoint tensor by tensor, without random weights first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from twotower.config import ModelConfig
+from twotower.config.tensors import Tower
+from twotower.model.context_tower import ContextTower
+from twotower.model.denoiser_tower import DenoiserTower
+from twotower.model.state import TORCH_DTYPES
+
+__all__ = ["load_context_tower", "load_denoiser_tower"]
+
+T = TypeVar("T", ContextTower, DenoiserTower)
+Read = Callable[[str], torch.Tensor]
+"""A checkpoint tensor by its published name."""
+
+# Used in float32 whatever the model's dtype, and so never rounded to it.
+_HIGH_PRECISION = ("A_log", "D", "dt_bias", "gate.weight", "e_score_correction_bias", "norm.weight", "norm_f.weight")
+
+
+def load_context_tower(config: ModelConfig, read: Read, dtype: str = "float32") -> ContextTower:
+    """The context tower with its head."""
+    return _filled(ContextTower, config, dtype, lambda name: read(_published(name, Tower.CONTEXT)))
+
+
+def load_denoiser_tower(config: ModelConfig, read: Read, dtype: str = "float32") -> DenoiserTower:
+    """The denoiser tower with its conditioning and head."""
+    return _filled(DenoiserTower, config, dtype, lambda name: read(_published(name, Tower.DENOISER)))
+
+
+def _published(name: str, tower: Tower) -> str:
+    """A parameter's published name: the head and the conditioning carry no tower prefix."""
+    if name.startswith("lm_head."):
+        return tower.head
+    return name if name.startswith(("t_embedder.", "t_block.", "scale_shift_tables.")) else f"{tower.value}.{name}"
+
+
+def _filled(kind: type[T], config: ModelConfig, dtype: str, read: Read) -> T:
+    with torch.device("meta"):  # shapes alone: random numbers for 30 billion weights would take minutes and all the memory
+        tower = kind(config)
+    for name, parameter in list(tower.named_parameters()):
+        value = read(name).to(torch.float32 if name.endswith(_HIGH_PRECISION) else TORCH_DTYPES[dtype])
+        assert value.shape == parameter.shape, f"{name}: {tuple(value.shape)} instead of {tuple(parameter.shape)}"
+        owner_name, _, last = name.rpartition(".")
+        owner = tower.get_submodule(owner_name) if owner_name else tower
+        if isinstance(owner, nn.ParameterList):
+            owner[int(last)] = nn.Parameter(value, requires_grad=False)
+        else:
+            setattr(owner, last, nn.Parameter(value, requires_grad=False))
+    return tower.eval()
