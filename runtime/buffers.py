@@ -1,79 +1,93 @@
-"""Named host buffers of a batch: allocated once, and two sets where an engine cannot write over what it reads."""
+"""Named static buffers: allocated once for a number of rows, filled in place, bound once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from twotower.config import ModelConfig
 from twotower.errors import RequestError
-from twotower.spec import StateTensor, TensorSpec, state_tensors
+from twotower.runtime.engines.base import Array
+from twotower.spec import (
+    BLOCK,
+    COMMIT_FLOOR,
+    CONFIDENCE,
+    CONTEXT_LENGTH,
+    MASKED_LEFT,
+    NEXT_BLOCK,
+    NOISE,
+    PREDICTED,
+    TEMPERATURE,
+    THRESHOLD,
+    TensorSpec,
+    TowerSignature,
+)
 
-__all__ = ["Array", "StateBuffers", "allocate"]
+__all__ = ["DenoiserArrays", "allocate", "allocate_all", "numpy_dtype"]
 
-Array = np.ndarray[Any, np.dtype[Any]]
-_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int64": np.int64}  # numpy has no bfloat16: its bits
+_NUMPY: dict[str, npt.DTypeLike] = {
+    "int64": np.int64,
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": np.uint16,  # NumPy has no bfloat16: the bits are carried, nothing is computed with them
+}
 
 
-def allocate(specs: Iterable[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Array]:
-    """A zeroed buffer for every tensor.
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """The element type a buffer of a contract dtype is kept in."""
+    return np.dtype(_NUMPY[dtype])
+
+
+def allocate(spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
+    """A C-contiguous buffer of zeros.
 
     Raises:
-        RequestError: there is no memory for them.
+        RequestError: there is not enough memory.
     """
-    specs = tuple(specs)
+    shape = spec.shape(sizes)
     try:
-        return {s.name: np.zeros(s.shape(sizes), _DTYPES[s.dtype]) for s in specs}
+        return np.zeros(shape, numpy_dtype(spec.dtype))
     except MemoryError as e:
-        needed = sum(int(np.prod(s.shape(sizes))) * np.dtype(_DTYPES[s.dtype]).itemsize for s in specs)
+        need = int(np.prod(shape, dtype=object)) * numpy_dtype(spec.dtype).itemsize
         raise RequestError(
-            "there is not enough memory for the state of this batch",
-            found=f"{needed / 1e9:.2f} GB wanted for {dict(sizes)}",
-            do="use a smaller --max-batch or a shorter text",
+            f"not enough memory for {sizes.get('B', 1)} row(s) at a context capacity of {sizes.get('T', 0)} tokens",
+            found=f"{spec.name} alone needs {need:,} bytes",
+            do="lower max_batch, shorten the prompt, or lower max_new_tokens",
         ) from e
 
 
-class StateBuffers:
-    """The context state of a batch: keys and values once, conv and SSM states twice.
+def allocate_all(specs: tuple[TensorSpec, ...], sizes: Mapping[str, int]) -> dict[str, Array]:
+    """One buffer for every tensor whose axes all have a size here."""
+    return {s.name: allocate(s, sizes) for s in specs if all(a in sizes for a in s.axes if isinstance(a, str))}
 
-    Args:
-        config: The model.
-        dtype: Element type of keys, values and conv state.
-        rows: B.
-        capacity: T.
+
+class DenoiserArrays:
+    """The denoiser's small inputs and outputs, written and read in place (shapes as in the graph contract).
+
+    Attributes:
+        by_name: The same arrays under their graph names.
     """
 
-    def __init__(self, config: ModelConfig, dtype: str, *, rows: int, capacity: int) -> None:
-        self._tensors = state_tensors(config, dtype)
-        self.rows, self.capacity = rows, capacity
-        self._shared = allocate((s.past for s in self._in_place()), self._sizes())
-        self._pair = tuple(allocate((s.past for s in self._tensors if not s.in_place), self._sizes()) for _ in range(2))
+    __slots__ = (
+        "block",
+        "by_name",
+        "commit_floor",
+        "confidence",
+        "context_length",
+        "masked_left",
+        "next_block",
+        "noise",
+        "predicted",
+        "temperature",
+        "threshold",
+    )
 
-    def inputs(self, parity: int) -> dict[str, Array]:
-        """Buffers under their input names; `parity` says which of the two sets is current."""
-        return {**self._shared, **self._pair[parity]}
-
-    def outputs(self, parity: int) -> dict[str, Array]:
-        """Buffers under their output names: the other set of a pair, the same buffer where it is updated in place."""
-        after = self.inputs(1 - parity)
-        return {s.present.name: after[s.past.name] for s in self._tensors}
-
-    def clear(self) -> None:
-        """The state before the first token. Keys and values too: a NaN left there would outlive its mask (0 x NaN is NaN)."""
-        for array in (*self._shared.values(), *self._pair[0].values(), *self._pair[1].values()):
-            array.fill(0)
-
-    def grow(self, capacity: int, used: int) -> None:
-        """Moves the keys and values into longer buffers; the first `used` slots are kept."""
-        old, self.capacity = self._shared, capacity
-        self._shared = allocate((s.past for s in self._in_place()), self._sizes())
-        for name, array in old.items():
-            self._shared[name][:, :, :used] = array[:, :, :used]
-
-    def _in_place(self) -> list[StateTensor]:
-        return [s for s in self._tensors if s.in_place]
-
-    def _sizes(self) -> dict[str, int]:
-        return {"B": self.rows, "T": self.capacity}
+    def __init__(self, signature: TowerSignature, rows: int, block_size: int) -> None:
+        a = self.by_name = allocate_all((*signature.inputs, *signature.outputs), {"B": rows, "S": block_size})
+        self.block, self.context_length = a[BLOCK], a[CONTEXT_LENGTH]
+        self.threshold, self.commit_floor = a[THRESHOLD], a[COMMIT_FLOOR]
+        self.temperature, self.noise = a[TEMPERATURE], a[NOISE]
+        self.next_block, self.predicted = a[NEXT_BLOCK], a[PREDICTED]
+        self.confidence, self.masked_left = a[CONFIDENCE], a[MASKED_LEFT]

@@ -40,7 +40,7 @@ class Tokenizer:
             BundleError: the library is not installed, or the file is missing or not a tokenizer.
         """
         try:
-            from tokenizers import Tokenizer as Backend  # noqa: PLC0415 - only when a tokenizer is opened
+            from tokenizers import Tokenizer as Backend  # only when a tokenizer is opened: a run on token ids needs none
         except ImportError as e:
             raise BundleError(f"cannot open {path}", found="the `tokenizers` library is not installed", do="`pip install tokenizers`") from e
         try:
@@ -80,6 +80,7 @@ class IncrementalText:
         self._tokenizer = tokenizer
         self._settled: list[int] = []  # tokens whose text is out, kept for what they mean to the next
         self._window: list[int] = []  # tokens after them
+        self._before = 0  # characters of the settled tokens' text
         self._sent = 0  # characters of the window's text that are out
 
     def push(self, token: int) -> str:
@@ -92,6 +93,7 @@ class IncrementalText:
             self._sent += len(new)
         elif text:  # a token without text (a special one) says nothing to its successor
             self._settled, self._window, self._sent = self._window, [], 0
+            self._before = len(self._tokenizer.decode(self._settled))
         return new
 
     def flush(self) -> str:
@@ -101,5 +103,4 @@ class IncrementalText:
         return new
 
     def _window_text(self) -> str:
-        before = self._tokenizer.decode(self._settled) if self._settled else ""
-        return self._tokenizer.decode(self._settled + self._window)[len(before) :]
+        return self._tokenizer.decode(self._settled + self._window)[self._before :]

@@ -1,136 +1,115 @@
-"""The engines of a bundle bound to the buffers of one batch: what the loop drives."""
+"""Everything a batch of rows runs in: the state, the small arrays, and the engines bound to them once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-
-from twotower.runtime.buffers import Array, StateBuffers, allocate
-from twotower.runtime.engines.base import Binding, Towers
-from twotower.runtime.streams import Event, HostStream, Stream
-from twotower.spec import (
-    BLOCK,
-    CANDIDATE_IDS,
-    CANDIDATE_LOGPROBS,
-    CHUNK_LENGTH,
-    COMMIT_FLOOR,
-    CONFIDENCE,
-    CONTEXT_LENGTH,
-    HIDDEN,
-    MASKED_LEFT,
-    NEXT_BLOCK,
-    NOISE,
-    PAST_LENGTH,
-    PREDICTED,
-    TEMPERATURE,
-    THRESHOLD,
-    TOKENS,
-)
+from twotower.runtime.buffers import DenoiserArrays, allocate_all
+from twotower.runtime.engines.base import Array, Binding, Towers
+from twotower.runtime.state import ContextState
+from twotower.runtime.streams import Event, Stream
+from twotower.spec import CANDIDATE_IDS, CANDIDATE_LOGPROBS, CHUNK_LENGTH, HIDDEN, PAST_LENGTH, TOKENS, TowerSignature, state_tensors
 
 __all__ = ["Workspace"]
 
+_MOST_CONTEXT_BINDINGS = 32  # prompts end in chunks of any width; a session should not keep a binding for each for ever
+
 
 class Workspace:
-    """Buffers, bindings and streams for `rows` texts, reused from request to request.
+    """Buffers and bindings for one number of rows, reused from request to request.
 
-    Engines are bound once for every (chunk width, state parity); a step writes a few small arrays and runs a binding.
-    The conv and SSM states alternate between two sets (`parity` says which is current), keys and values stay where they are.
+    Bindings are made when they are first needed and kept: of the context engine for each chunk width and state set, of the denoiser for
+    each state set. A step in the loop then writes small arrays in place and runs a binding, and does nothing else.
 
     Args:
         towers: The engines.
         rows: B.
-        block_size: S.
         capacity: T to begin with.
+
+    Attributes:
+        chunk_length: [B] int64, valid tokens in each row's chunk.
+        past_length: [B] int64, tokens each row has read.
+        candidate_ids: [B,K] int64 and
+        candidate_logprobs: [B,K] float32, what the head wrote last.
     """
 
-    def __init__(self, towers: Towers, *, rows: int, block_size: int, capacity: int) -> None:
+    def __init__(self, towers: Towers, *, rows: int, capacity: int) -> None:
+        self.rows = rows
         self._towers = towers
-        self.rows, self.block_size = rows, block_size
-        self._state = StateBuffers(towers.config, towers.dtype, rows=rows, capacity=capacity)
-        self._parity = 0
-        self._chunks: dict[tuple[int, int], Binding] = {}
-        self._denoisers: list[Binding] = []
-        self._head: Binding | None = None
+        self._state = ContextState(state_tensors(towers.config, towers.dtype), rows=rows, capacity=capacity)
+        context, head = towers.context.signature, towers.context_head.signature
+        self._small = allocate_all(_io(context), {"B": rows})
+        self._head = {**allocate_all(head.outputs, {"B": rows}), HIDDEN: self._small[HIDDEN]}
+        self.chunk_length, self.past_length = self._small[CHUNK_LENGTH], self._small[PAST_LENGTH]
+        self.candidate_ids, self.candidate_logprobs = self._head[CANDIDATE_IDS], self._head[CANDIDATE_LOGPROBS]
         self._tokens: dict[int, Array] = {}
-        sizes = {"B": rows, "S": block_size}
-        context, head, denoiser = towers.context.signature, towers.context_head.signature, towers.denoiser.signature
-        self._small = allocate([context.tensor(n) for n in (CHUNK_LENGTH, PAST_LENGTH, HIDDEN)], sizes)
-        self._small |= allocate(head.outputs, sizes)
-        step_inputs = (BLOCK, CONTEXT_LENGTH, THRESHOLD, COMMIT_FLOOR, TEMPERATURE, NOISE)
-        self._block = allocate([*(denoiser.tensor(n) for n in step_inputs), *denoiser.outputs], sizes)
-        self.context_stream: Stream = HostStream()
-        self.denoiser_stream: Stream = HostStream()
+        self._denoiser_arrays: DenoiserArrays | None = None
+        self._context: dict[tuple[int, int], Binding] = {}
+        self._denoiser: dict[int, Binding] = {}
+        self._head_binding: Binding | None = None
 
     @property
     def capacity(self) -> int:
+        """Positions the keys and values have room for."""
         return self._state.capacity
 
-    @property
-    def candidates(self) -> tuple[Array, Array]:
-        """(ids, log-probabilities) [B,K] after `score`, best first; overwritten by the next one."""
-        return self._small[CANDIDATE_IDS], self._small[CANDIDATE_LOGPROBS]
-
-    def reset(self) -> None:
-        """Makes all rows empty texts."""
+    def clear(self) -> None:
+        """Back to the start of a text."""
         self._state.clear()
-        self._parity = 0
 
-    def ensure_capacity(self, capacity: int, used: int) -> None:
-        """Grows the cache if it is smaller, keeping the first `used` slots; the engines are bound anew when next run."""
-        if capacity > self.capacity:
-            self._state.grow(capacity, used)
-            self._chunks.clear()
-            self._denoisers.clear()
+    def grow(self, capacity: int) -> None:
+        """Makes room for longer texts; the engines must have finished what they were given."""
+        self._context.clear()
+        self._denoiser.clear()
+        self._state.grow(capacity)
 
-    def extend(self, tokens: Sequence[Sequence[int]], past: Sequence[int], *, width: int) -> Event:
-        """Reads up to `width` tokens a row into the state; rows may be shorter or empty. Returns the event of its end."""
-        array = self._tokens.setdefault(width, np.zeros((self.rows, width), np.int64))
-        array.fill(0)
-        for row, ids in enumerate(tokens):
-            array[row, : len(ids)] = ids
-            self._small[CHUNK_LENGTH][row] = len(ids)
-        self._small[PAST_LENGTH][:] = past
-        done = self._context(width, array).run(self.context_stream)
-        self._parity = 1 - self._parity
-        self.denoiser_stream.wait(done)
-        return done
+    def tokens(self, width: int) -> Array:
+        """The context engine's chunk of this width, [B,L] int64, to be written in place."""
+        if width not in self._tokens:
+            self._tokens.update(allocate_all_tokens(self._towers.context.signature, self.rows, width))
+        return self._tokens[width]
 
-    def score(self) -> Event:
-        """Fills `candidates` for each row's last token read."""
-        if self._head is None:
-            self._head = self._towers.context_head.bind(self._small)
-        return self._head.run(self.context_stream)
+    def denoiser(self, block_size: int) -> DenoiserArrays:
+        """The denoiser's small arrays for this block size."""
+        arrays = self._denoiser_arrays
+        if arrays is None or arrays.block.shape[1] != block_size:
+            self._denoiser.clear()
+            arrays = self._denoiser_arrays = DenoiserArrays(self._towers.denoiser.signature, self.rows, block_size)
+        return arrays
 
-    def start_block(self, context_lengths: Sequence[int], thresholds: Sequence[float], temperatures: Sequence[float]) -> Array:
-        """Sets what stays the same for a block's steps; returns the block [B,S], to be filled by the caller."""
-        self._block[CONTEXT_LENGTH][:] = context_lengths
-        self._block[THRESHOLD][:] = thresholds
-        self._block[TEMPERATURE][:] = temperatures
-        return self._block[BLOCK]
+    def extend(self, width: int, stream: Stream) -> Event:
+        """Lets the context tower read the chunk of this width and move the state on."""
+        end = int(self.past_length.max()) + width
+        assert end <= self.capacity, "the loop grows the capacity before it writes"
+        which = self._state.current
+        binding = self._context.get((width, which))
+        if binding is None:
+            binding = self._bind_context(width, which)
+        event = binding.run(stream)
+        self._state.moved_on(end)
+        return event
 
-    @property
-    def step_inputs(self) -> tuple[Array, Array]:
-        """(commit_floor [B], noise [B,S,K]) of the next denoising step, to be filled by the caller."""
-        return self._block[COMMIT_FLOOR], self._block[NOISE]
+    def denoise(self, stream: Stream) -> Event:
+        """One denoising step on the small arrays and the current state."""
+        which = self._state.current
+        binding = self._denoiser.get(which)
+        if binding is None:
+            assert self._denoiser_arrays is not None, "the small arrays are filled first"
+            arrays = {**self._denoiser_arrays.by_name, **self._state.reads(which)}
+            binding = self._denoiser[which] = self._towers.denoiser.bind(arrays)
+        return binding.run(stream)
 
-    def denoise(self) -> Event:
-        """One denoising step of every row."""
-        if not self._denoisers:
-            self._denoisers = [self._towers.denoiser.bind({**self._block, **self._state.inputs(p)}) for p in (0, 1)]
-        done = self._denoisers[self._parity].run(self.denoiser_stream)
-        self.context_stream.wait(done)
-        return done
+    def head(self, stream: Stream) -> Event:
+        """The candidates after each row's last token read."""
+        if self._head_binding is None:
+            self._head_binding = self._towers.context_head.bind(self._head)
+        return self._head_binding.run(stream)
 
-    @property
-    def step_outputs(self) -> tuple[Array, Array, Array, Array]:
-        """(next_block, predicted, confidence [B,S], masked_left [B]) of the last step; overwritten by the next one."""
-        return self._block[NEXT_BLOCK], self._block[PREDICTED], self._block[CONFIDENCE], self._block[MASKED_LEFT]
+    def _bind_context(self, width: int, which: int) -> Binding:
+        if len(self._context) >= _MOST_CONTEXT_BINDINGS:
+            del self._context[next(iter(self._context))]
+        arrays = {**self._small, TOKENS: self.tokens(width), **self._state.reads(which), **self._state.writes(which)}
+        binding = self._context[width, which] = self._towers.context.bind(arrays)
+        return binding
 
-    def _context(self, width: int, tokens: Array) -> Binding:
-        key = (width, self._parity)
-        if key not in self._chunks:
-            state = {**self._state.inputs(self._parity), **self._state.outputs(self._parity)}
-            small = {name: self._small[name] for name in (CHUNK_LENGTH, PAST_LENGTH, HIDDEN)}
-            self._chunks[key] = self._towers.context.bind({TOKENS: tokens, **small, **state})
-        return self._chunks[key]
+
+def _io(signature: TowerSignature):  # type: ignore
+    return (*signature.inputs, *signature.outputs)

@@ -1,0 +1,214 @@
+"""The exported graphs in ONNX Runtime against the torch towers filled from the checkpoint, output by output.
+
+Two independent paths meet here: bytes and operators as they were written, and the checkpoint read again by other code. Inputs
+are random, non-zero and distinct (zeros would hide swapped states), rows ragged, one chunk padded, one block half masked.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+
+from twotower.bundle import DATA_SUFFIX, GRAPH_FILES
+from twotower.config import LayerKind, ModelConfig
+from twotower.config.tensors import Tower, expected_tensors
+from twotower.errors import ExportError
+from twotower.export.checkpoint import Checkpoint
+from twotower.export.graphs import build_graph
+from twotower.export.verify_cases import Case, random_case
+from twotower.export.weights import lay_out, point_to_data
+from twotower.graph_files import WeightRef, load_graph, read_weight, weight_refs, widen_to_float32
+from twotower.model import ContextTower, DenoiserTower, load_context_tower, load_denoiser_tower
+from twotower.model.context_tower import last_valid
+from twotower.model.denoiser_tower import commit_step
+from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, state_tensors
+
+__all__ = ["TOLERANCE", "layers_that_fit", "verify_bundle"]
+
+TOLERANCE = 1e-3
+"""Largest error relative to a tensor's largest magnitude. Both sides compute in float32 and differ in the order of sums of up to
+131072 terms; a wrong operator, weight or state shows as an error near 1."""
+_ATTEMPTS = 3  # a router choice on the very edge may fall differently in float32 and float64; a defect fails every time
+_MEMORY_SHARE = 0.7
+
+Report = Callable[[str, int, int], None]
+Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """What is compared: a model made of some layers of the exported one, which keep their weights."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    dtype: str
+    config: ModelConfig
+    layers: tuple[int, ...]
+
+    def original(self, name: str) -> str:
+        """A weight's name in the whole model."""
+        return re.sub(r"(layers|scale_shift_tables)\.(\d+)", lambda m: f"{m[1]}.{self.layers[int(m[2])]}", name)
+
+    def read(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self.checkpoint.tensors[self.original(name)].numpy().copy())
+
+
+def verify_bundle(folder: Path, checkpoint: Checkpoint, dtype: str, report: Report) -> dict[str, Any]:
+    """Compares every output of the three graphs.
+
+    A graph of narrow dtype is widened for the comparison: rounding would hide what is looked for, and ONNX Runtime has no
+    bfloat16 on a CPU. A model that does not fit in memory is compared on its first layer of each kind.
+
+    Returns:
+        The report stored in the bundle.
+
+    Raises:
+        ExportError: an output differs by more than `TOLERANCE`.
+    """
+    started = time.perf_counter()
+    layers, why = layers_that_fit(checkpoint.config, _available_memory())
+    if not layers:
+        return {"verified": False, "why": why}
+    config = _selected(checkpoint.config, layers)
+    subject = _Subject(folder, checkpoint, dtype, config, layers)
+    errors: dict[str, float] = {}
+    for attempt in range(1, _ATTEMPTS + 1):
+        case = random_case(config, seed=attempt)
+        errors = {}
+        for step, compare in enumerate((_compare_context, _compare_denoiser)):
+            report("verifying", step, 2)
+            errors.update(compare(subject, case))
+        if max(errors.values()) <= TOLERANCE:
+            break
+    worst = max(errors, key=lambda name: errors[name])
+    if not errors[worst] <= TOLERANCE:
+        bad = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
+        raise ExportError(
+            f"the exported graphs do not compute what the checkpoint's towers compute ({why})",
+            found=f"relative errors above {TOLERANCE:.0e}: {', '.join(bad[:12])}",
+            do="report this with the checkpoint's config.json; --no-verify exports regardless",
+        )
+    return {
+        "verified": True,
+        "layers": why,
+        "attempts": attempt,
+        "tolerance": TOLERANCE,
+        "largest_error": errors[worst],
+        "errors": {name: float(f"{error:.2e}") for name, error in errors.items()},
+        "cases": "3 ragged rows, a padded chunk, a row without tokens, blocks fully, half and not masked, greedy and sampled",
+        "computed_in": "float32" if dtype == "float32" else f"float32, with the weights as rounded to {dtype}",
+        "onnxruntime": ort.__version__,
+        "torch": torch.__version__,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def layers_that_fit(config: ModelConfig, memory: int) -> tuple[tuple[int, ...], str]:
+    """The layers to compare within `memory` bytes, and how to say it: all, the first of each kind, or none."""
+    every = tuple(range(len(config.layers)))
+    first = tuple(sorted(config.indices(kind)[0] for kind in LayerKind if config.indices(kind)))
+    for layers, words in ((every, f"all {len(every)} layers"), (first, "")):
+        needed = _peak_bytes(_selected(config, layers))
+        if needed <= _MEMORY_SHARE * memory:
+            named = ", ".join(f"{i} ({config.layers[i].value})" for i in layers)
+            return layers, words or f"the first layer of each kind only, {named}: the whole does not fit in {memory / 1e9:.0f} GB"
+    return (), f"comparing one layer of each kind takes {needed / 1e9:.1f} GB of memory, {memory / 1e9:.1f} GB are available"
+
+
+def _peak_bytes(config: ModelConfig) -> int:
+    """Two float32 copies, torch's and ONNX Runtime's, of the larger tower: the towers are compared one after the other."""
+    sizes = {tower: sum(int(np.prod(t.shape)) for t in expected_tensors(config).values() if t.tower is tower) for tower in Tower}
+    return 2 * 4 * max(sizes.values())
+
+
+def _selected(config: ModelConfig, layers: tuple[int, ...]) -> ModelConfig:
+    return ModelConfig.from_json({**config.to_json(), "layers": "".join(config.layers[i].value for i in layers)})
+
+
+def _compare_context(subject: _Subject, case: Case) -> Iterator[tuple[str, float]]:
+    tower: ContextTower = load_context_tower(subject.config, subject.read, subject.dtype).float()
+    tokens, lengths, past = (torch.from_numpy(a) for a in (case.tokens, case.chunk_length, case.past_length))
+    hidden, state = tower.extend(tokens, {k: torch.from_numpy(v) for k, v in case.state.items()}, past=past, lengths=lengths)
+    want = last_valid(hidden, lengths).numpy()
+    want_logprobs = torch.log_softmax(tower.logits(torch.from_numpy(want)), -1).numpy()
+    del tower
+    got = _run(subject, CONTEXT, {**case.context_inputs(), **case.state})
+    busy = case.chunk_length > 0
+    yield "hidden", _error(got["hidden"][busy], want[busy])
+    for s in state_tensors(subject.config, "float32"):
+        yield s.present.name, _error(got[s.present.name], state[s.past.name].numpy())
+    head = _run(subject, CONTEXT_HEAD, {"hidden": want})
+    at_ids = np.take_along_axis(want_logprobs, head["candidate_ids"], -1)
+    yield "candidate_logprobs", _error(head["candidate_logprobs"], at_ids)
+    yield "candidate_ids", _error(at_ids, -np.sort(-want_logprobs, -1)[:, : at_ids.shape[1]])
+
+
+def _compare_denoiser(subject: _Subject, case: Case) -> Iterator[tuple[str, float]]:
+    tower: DenoiserTower = load_denoiser_tower(subject.config, subject.read, subject.dtype).float()
+    block, length = torch.from_numpy(case.block), torch.from_numpy(case.context_length)
+    logits = tower.logits(block, {k: torch.from_numpy(v) for k, v in case.state.items()}, context_length=length)
+    del tower
+    options = {k: torch.from_numpy(v) for k, v in case.sampling.items()}
+    want = commit_step(logits, block, subject.config, **options)
+    got = _run(subject, DENOISER, {**case.denoiser_inputs(), **case.state})
+    yield "confidence", _error(got["confidence"], want.confidence.numpy())
+    for name in ("predicted", "next_block", "masked_left"):
+        yield name, float(np.mean(got[name] != getattr(want, name).numpy()))
+
+
+def _error(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> float:
+    """Largest difference relative to the largest magnitude; NaN or infinity on either side is an infinite error."""
+    difference = np.abs(got.astype(np.float64) - want).max() / (np.abs(want).max() + 1e-30)
+    return float(difference) if np.isfinite(difference) else float("inf")
+
+
+def _run(subject: _Subject, name: str, feeds: Arrays) -> Arrays:
+    """One exported graph on float32 inputs, with its weights out of the written data file."""
+    relative = GRAPH_FILES[name]
+    model = load_graph(subject.folder / relative)
+    refs = weight_refs(model)
+    if len(subject.layers) != len(subject.checkpoint.config.layers):
+        model, refs = _fewer_layers(subject, name, refs)
+    if subject.dtype != "float32":
+        widen_to_float32(model)
+    data = np.memmap(subject.folder / (relative + DATA_SUFFIX), dtype=np.uint8, mode="r")
+    weights = {key: read_weight(data, ref).astype(np.float32, copy=False) for key, ref in refs.items()}
+    session = _session(model, weights)
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def _fewer_layers(subject: _Subject, name: str, refs: Mapping[str, WeightRef]) -> tuple[onnx.ModelProto, dict[str, WeightRef]]:
+    """The graph of the selected layers, with each weight where the whole model's file holds it."""
+    graph = build_graph(name, subject.config, subject.dtype)
+    point_to_data(graph.model, lay_out(graph.weights), "unused")
+    return ir.to_proto(graph.model), {w.name: refs[subject.original(w.name)] for w in graph.weights}
+
+
+def _session(model: onnx.ModelProto, weights: Arrays) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    # Nothing may be folded or packed: each would copy the weights.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.log_severity_level = 3
+    options.add_external_initializers(list(weights), [ort.OrtValue.ortvalue_from_numpy(w) for w in weights.values()])
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _available_memory() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
