@@ -112,7 +112,7 @@ def commit_step(
     predicted = best.indices.gather(-1, place)[..., 0]
     confidence = F.softmax(logits, -1).gather(-1, predicted[..., None])[..., 0]
     count = torch.maximum(((confidence > threshold[:, None]) & masked).sum(-1), floor.clamp(min=1))
-    order = torch.where(masked, confidence, -math.inf).argsort(-1, descending=True, stable=True)
+    order = torch.where(masked, confidence, -math.inf).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter(-1, order, torch.arange(block.shape[1]).expand_as(order))
     commit = masked & (rank < count[:, None])
     return Step(torch.where(commit, predicted, block), predicted, confidence, (masked & ~commit).sum(-1))

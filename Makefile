@@ -1,0 +1,67 @@
+# The whole ritual. On a machine with Python 3.11 or newer, make and git, `make demo` and `make test` do all set-up themselves.
+#   make PYTHON=python3.12 ...           another interpreter
+#   make EXTRAS=export,cpu,dev ...       other extras (default: gpu in place of cpu where nvidia-smi is found)
+#   make test ARGS='-m "not slow" -x'    arguments for pytest
+
+PYTHON ?= python3
+EXTRAS ?=
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+FIXTURE := tests/fixtures/hybrid-a
+
+.DEFAULT_GOAL := help
+.PHONY: help install lint format types test test-gpu wheel demo bench docs clean ci
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP) ## everything into .venv (repeated only when pyproject.toml changes)
+
+$(STAMP): pyproject.toml tools/install.py
+	@command -v $(PYTHON) > /dev/null || { echo "error: there is no '$(PYTHON)' here; name a Python >= 3.11 with make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) tools/install.py --venv $(VENV) $(if $(EXTRAS),--extras $(EXTRAS))
+	@touch $@
+
+lint: $(STAMP) ## style, format and import rules
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	PYTHONPATH=src $(BIN)/lint-imports
+
+format: $(STAMP) ## mends what ruff can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+test: $(STAMP) ## all tests that need no GPU
+	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(STAMP) ## the tests that need a GPU and TensorRT; fails where either is missing
+	TWOTOWER_REQUIRE=gpu,trt $(BIN)/python -m pytest -m "gpu or trt or trt_rtx" $(ARGS)
+
+wheel: $(STAMP) ## dist/: sdist, and the wheel built from it
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+demo: $(STAMP) ## checkpoint -> graphs -> engines -> tokens on a toy model, in both modes
+	$(BIN)/python tools/demo.py
+
+bench: out/bench ## time and memory of export and generation on the toy model
+	$(BIN)/twotower bench $<
+
+out/bench: $(STAMP)
+	rm -rf $@
+	$(BIN)/twotower export $(FIXTURE) -o $@
+	$(BIN)/twotower build $@ --target ort-cpu
+
+docs: $(STAMP) ## links, commands and examples in the documents
+	$(BIN)/python -m pytest tests/test_docs.py
+
+clean: ## removes the environment, outputs and caches
+	rm -rf $(VENV) out build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+ci: lint types test wheel ## what the continuous integration runs

@@ -1,0 +1,77 @@
+"""Makes a virtual environment with this project in it; `make install` runs this with the interpreter named by PYTHON.
+
+Torch is the one dependency that needs care: from a plain package index it brings gigabytes of CUDA libraries. Where the `gpu`
+extra is not asked for, its CPU build is taken: from the configured package indexes if they have it, from PyTorch's own otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST_PYTHON = (3, 11)
+CPU_TORCH = "torch==2.13.0+cpu" if sys.platform != "darwin" else "torch==2.13.0"  # macOS has CPU builds only, under the plain name
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def main() -> int:
+    if sys.version_info < OLDEST_PYTHON:  # noqa: UP036 - an older interpreter is exactly what this line is for
+        return _fail(f"twotower needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}", "name another: make PYTHON=python3.12 ...")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where the environment lies (default: .venv)")
+    parser.add_argument("--extras", default="", help="extras to install (default: export,gpu,dev with an NVIDIA GPU, else export,cpu,dev)")
+    args = parser.parse_args()
+    extras = args.extras or ("export,gpu,dev" if shutil.which("nvidia-smi") else "export,cpu,dev")
+    try:
+        _install(args.venv, extras.split(","))
+    except subprocess.CalledProcessError as e:
+        hint = "read pip's message above"
+        if "gpu" in extras.split(","):
+            hint += "; TensorRT comes from NVIDIA's own package index. `make EXTRAS=export,cpu,dev ...` installs without it"
+        return _fail(f"`{' '.join(map(str, e.cmd))}` failed with exit code {e.returncode}", hint)
+    return 0
+
+
+def _install(venv: Path, extras: list[str]) -> None:
+    print(f"installing twotower[{','.join(extras)}] into {venv}", file=sys.stderr)
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    python = venv / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    _remove_other_onnxruntime(pip, extras)
+    constraints: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        if "gpu" not in extras and "export" in extras:
+            _install_cpu_torch(pip)
+            file = Path(scratch) / "constraints.txt"
+            file.write_text(f"{CPU_TORCH}\n", encoding="utf-8")  # or the next command might replace it
+            constraints = ["--constraint", str(file)]
+        subprocess.run([*pip, "install", *constraints, "--editable", f"{ROOT}[{','.join(extras)}]"], check=True)
+
+
+def _install_cpu_torch(pip: list[str]) -> None:
+    """Tries the configured indexes first: a mirror or a wheel on this disk spares the download."""
+    configured = subprocess.run([*pip, "install", CPU_TORCH], capture_output=True, check=False)
+    if configured.returncode != 0:
+        print(f"{CPU_TORCH} is not in the configured package indexes; taking it from {CPU_INDEX}", file=sys.stderr)
+        subprocess.run([*pip, "install", "--extra-index-url", CPU_INDEX, CPU_TORCH], check=True)
+
+
+def _remove_other_onnxruntime(pip: list[str], extras: list[str]) -> None:
+    """The two ONNX Runtime distributions overwrite one another: an environment changes sides cleanly or breaks."""
+    unwanted = "onnxruntime" if "gpu" in extras else "onnxruntime-gpu"
+    if subprocess.run([*pip, "show", unwanted], capture_output=True, check=False).returncode == 0:
+        subprocess.run([*pip, "uninstall", "--yes", "onnxruntime", "onnxruntime-gpu"], check=True)
+
+
+def _fail(what: str, do: str) -> int:
+    print(f"error: {what}\n  do: {do}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
