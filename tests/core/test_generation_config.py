@@ -1,0 +1,63 @@
+"""Generation options are checked when they are made."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from twotower.config import GenerationConfig
+from twotower.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", -3),
+        ("max_new_tokens", 2.0),
+        ("max_new_tokens", True),
+        ("block_size", 0),
+        ("steps_per_block", 0),
+        ("confidence_threshold", 1.5),
+        ("confidence_threshold", math.nan),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_k", 65),
+        ("top_k", -1),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("mode", "beam"),
+        ("stop", ("",)),
+        ("top_p", 0.5),
+        ("ignore_eos", 1),
+    ],
+)
+def test_what_cannot_be_used_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        GenerationConfig(**{name: value})
+    assert name in caught.value.what
+    assert "allowed" in caught.value.found
+    assert isinstance(caught.value, ValueError)
+
+
+def test_the_published_defaults() -> None:
+    c = GenerationConfig()
+    assert (c.block_size, c.steps_per_block, c.confidence_threshold, c.temperature, c.max_new_tokens) == (16, 16, 0.9, 0.0, 128)
+
+
+def test_unknown_options_are_an_error_and_known_ones_override() -> None:
+    base = GenerationConfig(seed=7)
+    assert GenerationConfig.from_mapping({"max_new_tokens": 3}, base=base) == GenerationConfig(seed=7, max_new_tokens=3)
+    with pytest.raises(ConfigError, match="n_beams"):
+        GenerationConfig.from_mapping({"n_beams": 3})
+    with pytest.raises(ConfigError):
+        GenerationConfig.from_mapping({"max_new_tokens": 0})
+
+
+def test_plain_form_reads_back() -> None:
+    config = GenerationConfig(mode="ar", top_p=0.9, stop=["a", "b"], temperature=1.0)  # type: ignore[arg-type]
+    assert config.stop == ("a", "b")
+    assert GenerationConfig.from_mapping(config.to_json()) == config
+    assert GenerationConfig(stop="end").stop == ("end",)  # type: ignore[arg-type]

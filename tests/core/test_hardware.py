@@ -1,0 +1,56 @@
+"""Which target a machine gets, for machines this one is not."""
+
+from __future__ import annotations
+
+import pytest
+from twotower.errors import EngineMismatchError
+from twotower.hardware import TARGETS, Gpu, Machine, probe_machine, select_target
+
+ALL = {"tensorrt": "11.4", "tensorrt-rtx-cu13": "1.7", "onnxruntime-gpu": "1.31"}
+RTX4090, H100 = Gpu("RTX 4090", 89, 24 << 30), Gpu("H100", 90, 80 << 30)
+
+
+def machine(*gpus: Gpu, **libraries: str) -> Machine:
+    return Machine("test", 8, 64 << 30, gpus, {k.replace("_", "-"): v for k, v in libraries.items()})
+
+
+@pytest.mark.parametrize(
+    ("here", "built", "want"),
+    [
+        (Machine("t", 8, 1, (RTX4090,), ALL), TARGETS, "trt"),
+        (Machine("t", 8, 1, (RTX4090,), ALL), ("rtx", "ort-cpu"), "rtx"),
+        (Machine("t", 8, 1, (H100,), ALL), ("rtx", "ort-cuda"), "ort-cuda"),
+        (Machine("t", 8, 1, (), ALL), TARGETS, "ort-cpu"),
+        (Machine("t", 8, 1, (), {"onnxruntime": "1.32"}), ("ort-cpu",), "ort-cpu"),
+    ],
+)
+def test_best_target_that_fits(here: Machine, built: tuple[str, ...], want: str) -> None:
+    chosen = select_target(here, built)
+    assert chosen.target == want
+    assert set(chosen.rejected) == set(TARGETS) - {want}
+
+
+def test_every_rejection_has_its_reason() -> None:
+    with pytest.raises(EngineMismatchError) as caught:
+        select_target(machine(H100, tensorrt_rtx_cu13="1.7"), ("rtx",))
+    assert "does not list SM 90" in caught.value.found
+    assert "ort-cpu: not built" in caught.value.found
+    with pytest.raises(EngineMismatchError, match="no engine fits"):
+        select_target(machine(tensorrt="11.4"), ("trt",), wanted="trt")
+    with pytest.raises(EngineMismatchError, match="unknown target"):
+        select_target(machine(), (), wanted="tpu")
+
+
+def test_two_onnxruntimes_are_a_conflict_and_say_so() -> None:
+    both = machine(onnxruntime="1.32", onnxruntime_gpu="1.31")
+    assert both.conflict
+    with pytest.raises(EngineMismatchError, match="ort-cpu") as caught:
+        select_target(both, ("ort-cpu",))
+    assert "pip uninstall" in caught.value.found
+
+
+def test_probe_describes_this_machine() -> None:
+    here = probe_machine()
+    assert here.cpus >= 1
+    assert here.memory > 0
+    assert here.conflict is None, here.conflict
