@@ -2,5 +2,6 @@
 
 from twotower.export.checkpoint import Checkpoint, locate_checkpoint
 from twotower.export.exporter import ExportConfig, export_bundle
+from twotower.export.summary import ModelSummary, summarize
 
-__all__ = ["Checkpoint", "ExportConfig", "export_bundle", "locate_checkpoint"]
+__all__ = ["Checkpoint", "ExportConfig", "ModelSummary", "export_bundle", "locate_checkpoint", "summarize"]

@@ -1,0 +1,80 @@
+"""`twotower inspect`: what a checkpoint or a bundle is, from headers alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from twotower.bundle import BUILD_FILE, Bundle, is_bundle
+from twotower.hardware import TARGETS, probe_machine, select_target
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="CHECKPOINT|BUNDLE", help="a checkpoint (local folder or hub id) or a bundle")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--verify", action="store_true", help="of a bundle: also compare every file's SHA-256")
+    parser.epilog = "Reads headers only: two seconds for the published 118 GB.\nexample: twotower inspect bundle"
+
+
+def run(args: argparse.Namespace) -> int:
+    path = Path(args.path)
+    facts, lines = _bundle(path, verify=args.verify) if is_bundle(path) or (path / "engines").is_dir() else _checkpoint(args.path)
+    print(json.dumps(facts) if args.json else "\n".join(lines))
+    return 0
+
+
+def _checkpoint(name: str) -> tuple[dict[str, Any], list[str]]:
+    from twotower.export import Checkpoint, locate_checkpoint, summarize
+
+    checkpoint = Checkpoint.open(locate_checkpoint(name))
+    summary = summarize(checkpoint.config)
+    shards = {t.file for t in checkpoint.tensors.values()}
+    facts = {"kind": "checkpoint", "path": name, "shards": len(shards), "tensors": len(checkpoint.tensors), **summary.to_json()}
+    head = f"checkpoint  {name}: {len(checkpoint.tensors)} tensors in {len(shards)} file(s), all as published"
+    return facts, [head, *summary.lines(), f"next        twotower export {name} -o BUNDLE"]
+
+
+def _bundle(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:
+    from twotower.export.summary import summarize
+
+    bundle = Bundle.open(path, contents=verify)
+    summary = summarize(bundle.config, bundle.dtype)
+    built = sorted(p.parent.name for p in (path / "engines").glob(f"*/{BUILD_FILE}"))
+    fitness = _fitness(built)
+    facts = {
+        "kind": "bundle",
+        "path": str(path),
+        "trained_block_size": bundle.trained_block_size,
+        "defaults": bundle.defaults.to_json(),
+        "tokenizer": bundle.tokenizer_file is not None,
+        "source": bundle.source,
+        "tools": bundle.tools,
+        "engines": fitness,
+        **summary.to_json(),
+    }
+    text = "text and token ids" if bundle.tokenizer_file else "token ids only (no tokenizer)"
+    return facts, [
+        f"bundle      {path}: from checkpoint {bundle.source['name']}, {text}",
+        *summary.lines(),
+        f"block size  {bundle.trained_block_size} as trained; threshold {bundle.defaults.confidence_threshold} by default",
+        *(f"{'engines' if i == 0 else '':<12}{target}: {state}" for i, (target, state) in enumerate(fitness.items())),
+    ]
+
+
+def _fitness(built: list[str]) -> dict[str, str]:
+    """For every target, whether this machine would run it and why not."""
+    from twotower.errors import EngineMismatchError
+
+    machine = probe_machine()
+    out = {}
+    for target in TARGETS:
+        try:
+            select_target(machine, built, wanted=target)
+            out[target] = "built, fits this machine"
+        except EngineMismatchError as e:
+            out[target] = e.found.removeprefix(f"{target}: ")
+    return out

@@ -1,0 +1,149 @@
+"""Building the ort-cpu engines: what is written, what is kept, and what a damaged or foreign engine says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from tests.helpers.bundles import built_fixture, copy_of, export_fixture, flip_byte
+from twotower.builders import BuildConfig, build_engines, builder_for
+from twotower.builders import build as build_module
+from twotower.bundle import BUILD_FILE, GRAPH_FILES, Bundle, engine_folder, read_engine_record
+from twotower.errors import BuildError, EngineMismatchError
+from twotower.graph_files import load_graph
+
+TARGET = "ort-cpu"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return built_fixture("hybrid-a", tmp_path_factory.mktemp("bundle") / "b")
+
+
+@pytest.fixture
+def copy(built: Bundle, tmp_path: Path) -> Bundle:
+    return Bundle.open(copy_of(built, tmp_path / "copy"))
+
+
+def record_of(bundle: Bundle) -> Any:
+    return read_engine_record(bundle, TARGET, library=builder_for(TARGET).library())
+
+
+def test_float32_weights_are_not_copied(built: Bundle) -> None:
+    record = record_of(built)
+    assert record.weights == {name: f"{file}.data" for name, file in GRAPH_FILES.items()}
+    assert sum(f.size for f in record.files.values()) < 400_000, "three graphs, no weights"
+
+
+def test_transposes_of_weights_and_caches_are_fused_away(built: Bundle) -> None:
+    """Otherwise every step would copy what it multiplies: a Transpose left over reads neither a weight nor a cache."""
+    for name in GRAPH_FILES:
+        model = load_graph(engine_folder(built, TARGET) / f"{name}.onnx")
+        large = {t.name for t in model.graph.initializer if t.external_data} | {i.name for i in model.graph.input if i.name.startswith("past_key_values")}
+        for node in model.graph.node:
+            if node.op_type in ("Transpose", "Concat"):
+                assert not large & set(node.input), f"{name}: {node.name} copies {node.input[0]}"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_bundles_are_widened_once(tmp_path: Path, dtype: str) -> None:
+    bundle = built_fixture("hybrid-a", tmp_path / "b", dtype)
+    record = record_of(bundle)
+    assert record.dtype == "float32"
+    assert record.report["widened_from"] == dtype
+    for name, table in record.tables.items():
+        assert {dtype for dtype, _, _ in table.values()} == {"float32"}
+        file = bundle.path / record.weights[name]
+        last = max(offset + 4 * int(np.prod(shape)) for _, shape, offset in table.values())
+        assert file.stat().st_size == last
+        model = load_graph(engine_folder(bundle, TARGET) / f"{name}.onnx")
+        kinds = {v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
+        assert kinds <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
+
+
+def test_second_build_keeps_the_engine_and_force_makes_a_new_one(copy: Bundle) -> None:
+    file = engine_folder(copy, TARGET) / BUILD_FILE
+    before = file.stat().st_mtime_ns
+    build_engines(copy, TARGET, builder_for(TARGET))
+    assert file.stat().st_mtime_ns == before
+    build_engines(copy, TARGET, builder_for(TARGET), config=BuildConfig(force=True))
+    assert file.stat().st_mtime_ns > before
+    assert [p.name for p in engine_folder(copy, TARGET).parent.iterdir()] == [TARGET], "nothing else is left behind"
+
+
+def test_damaged_engines_are_found_and_built_again(copy: Bundle) -> None:
+    flip_byte(engine_folder(copy, TARGET) / "denoiser.onnx", 5000)
+    with pytest.raises(EngineMismatchError, match="does not fit") as caught:
+        record_of(copy)
+    assert "denoiser.onnx" in caught.value.found
+    assert "twotower build" in caught.value.do
+    build_engines(copy, TARGET, builder_for(TARGET))
+    record_of(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"target": "rtx"}, "built for target rtx"),
+        ({"library": {"name": "onnxruntime", "version": "0.1"}}, "built with onnxruntime 0.1"),
+        ({"graphs": {}}, "built from another graph"),
+    ],
+)
+def test_foreign_engines_do_not_fit(copy: Bundle, change: dict[str, Any], found: str) -> None:
+    path = engine_folder(copy, TARGET) / BUILD_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(EngineMismatchError) as caught:
+        record_of(copy)
+    assert found in caught.value.found
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"schema": 9}', "[]"])
+def test_unreadable_records_do_not_fit(copy: Bundle, text: str) -> None:
+    (engine_folder(copy, TARGET) / BUILD_FILE).write_text(text)
+    with pytest.raises(EngineMismatchError, match="not readable"):
+        record_of(copy)
+
+
+def test_an_unbuilt_target_says_what_is_built(tmp_path: Path, copy: Bundle) -> None:
+    with pytest.raises(EngineMismatchError) as caught:
+        read_engine_record(copy, "trt", library={})
+    assert caught.value.found == "built targets: ort-cpu"
+    with pytest.raises(BuildError, match="no builder"):
+        builder_for("tpu")
+
+
+def test_a_failed_build_leaves_the_old_engine(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = builder_for(TARGET)
+
+    def full(*arguments: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(builder, "build", full)
+    with pytest.raises(BuildError, match="could not be written"):
+        build_engines(copy, TARGET, builder, config=BuildConfig(force=True))
+    record_of(copy)
+    assert [p.name for p in engine_folder(copy, TARGET).parent.iterdir()] == [TARGET]
+
+
+def test_small_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from collections import namedtuple
+
+    bundle = export_fixture("hybrid-b", tmp_path / "b", "bfloat16")
+    monkeypatch.setattr(build_module.shutil, "disk_usage", lambda path: namedtuple("U", "total used free")(1, 1, 10))
+    with pytest.raises(BuildError, match="disk space"):
+        build_engines(bundle, TARGET, builder_for(TARGET))
+
+
+def test_a_graph_the_library_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = export_fixture("hybrid-b", tmp_path / "b")
+    path = bundle.graph_file("denoiser")
+    model = load_graph(path)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(BuildError, match="refuses the denoiser graph"):
+        build_engines(bundle, TARGET, builder_for(TARGET))
+    assert not engine_folder(bundle, TARGET).exists()

@@ -1,0 +1,142 @@
+"""Opening a bundle finds every kind of damage and says what to do about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.helpers.bundles import copy_of, export_fixture, flip_byte
+from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, MANIFEST_FILE, Bundle, FileRecord, check_files, hash_file, inside
+from twotower.errors import BundleError, ConfigError
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export_fixture("hybrid-b", tmp_path_factory.mktemp("bundle") / "b")
+
+
+@pytest.fixture
+def copy(sound: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return copy_of(sound, tmp_path / "copy")
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / MANIFEST_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_sound_bundle_opens_and_describes_itself(sound: Bundle) -> None:
+    opened = Bundle.open(sound.path)
+    assert opened.config.pattern == "M-M*E"
+    assert opened.dtype == "float32"
+    assert opened.trained_block_size == 16
+    assert opened.tokenizer_file is None
+    assert set(opened.source["shards"]) == {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    assert {g + s for g in GRAPH_FILES.values() for s in ("", DATA_SUFFIX)} < set(opened.files)
+    assert opened.precision["norm"] == "float32"
+
+
+def test_every_flipped_byte_is_found(copy: Path) -> None:
+    for name in json.loads((copy / MANIFEST_FILE).read_text())["files"]:
+        flip_byte(copy / name)
+        with pytest.raises(BundleError, match="damaged") as caught:
+            Bundle.open(copy)
+        assert name in caught.value.found
+        flip_byte(copy / name)
+    Bundle.open(copy)
+
+
+def test_a_flip_after_a_good_opening_is_found_too(copy: Path) -> None:
+    """Remembered files are trusted by their identity only."""
+    target = copy / "denoiser/model.onnx.data"
+    for path in copy.rglob("*"):
+        os.utime(path, (time.time() - 100,) * 2)
+    Bundle.open(copy)
+    Bundle.open(copy)
+    before = target.stat()
+    flip_byte(target, 12345)
+    os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))  # even a forged time does not help
+    with pytest.raises(BundleError):
+        Bundle.open(copy)
+
+
+def test_a_file_is_hashed_once(copy: Path) -> None:
+    for path in copy.rglob("*"):
+        os.utime(path, (time.time() - 100,) * 2)
+    ticks: list[int] = []
+    Bundle.open(copy, progress=lambda done, total: ticks.append(done))
+    assert ticks
+    ticks.clear()
+    Bundle.open(copy, progress=lambda done, total: ticks.append(done))
+    assert not ticks
+
+
+def test_missing_and_truncated_files_are_named_together(copy: Path) -> None:
+    (copy / "context/head.onnx").unlink()
+    with (copy / "denoiser/model.onnx.data").open("r+b") as file:
+        file.truncate(1000)
+    for contents in (True, False):
+        with pytest.raises(BundleError) as caught:
+            Bundle.open(copy, contents=contents)
+        assert "context/head.onnx" in caught.value.found
+        assert "denoiser/model.onnx.data" in caught.value.found
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside", "..\\outside", "C:outside", ""])
+def test_paths_may_not_lead_out(copy: Path, name: str) -> None:
+    assert inside(copy, name) is None
+    files = json.loads((copy / MANIFEST_FILE).read_text())["files"]
+    edit(copy, files={**files, name: {"size": 1, "sha256": "0"}})
+    with pytest.raises(BundleError, match="damaged"):
+        Bundle.open(copy)
+
+
+def test_a_link_may_not_lead_out(copy: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    (copy / "link").symlink_to(secret)
+    problems = check_files(copy, {"link": FileRecord(1, hash_file(secret))})
+    assert problems == ["link: leads out of the folder"]
+
+
+@pytest.mark.parametrize("schema", [None, 0, 2, "1"])
+def test_other_schemas_are_refused(copy: Path, schema: Any) -> None:
+    edit(copy, schema=schema)
+    with pytest.raises(BundleError, match="schema") as caught:
+        Bundle.open(copy)
+    assert "schema 1" in caught.value.found
+
+
+@pytest.mark.parametrize("key", ["model", "dtype", "files", "generation", "signatures", "source", "tools", "precision"])
+def test_incomplete_manifests_are_refused(copy: Path, key: str) -> None:
+    data = json.loads((copy / MANIFEST_FILE).read_text())
+    del data[key]
+    (copy / MANIFEST_FILE).write_text(json.dumps(data))
+    with pytest.raises(BundleError):
+        Bundle.open(copy)
+
+
+def test_what_is_no_bundle_is_refused(tmp_path: Path, copy: Path) -> None:
+    for path, found in ((tmp_path, "no bundle.json"), (tmp_path / "nowhere", "no such folder")):
+        with pytest.raises(BundleError) as caught:
+            Bundle.open(path)
+        assert found in caught.value.found
+        assert "twotower export" in caught.value.do
+    (copy / MANIFEST_FILE).write_text("{")
+    with pytest.raises(BundleError, match="not JSON"):
+        Bundle.open(copy)
+
+
+def test_unknown_model_keys_and_foreign_signatures_are_refused(copy: Path) -> None:
+    data = json.loads((copy / MANIFEST_FILE).read_text())
+    edit(copy, model={**data["model"], "rope": True})
+    with pytest.raises(ConfigError, match="not readable"):
+        Bundle.open(copy)
+    edit(copy, model=data["model"], signatures={})
+    with pytest.raises(BundleError, match="inputs or outputs"):
+        Bundle.open(copy)

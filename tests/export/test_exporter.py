@@ -1,0 +1,220 @@
+"""Exporting: the files say what the checkpoint says, appear whole or not at all, and verification finds what is wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from safetensors.numpy import load_file, save_file
+from tests.helpers.bundles import export_fixture
+from tests.helpers.graphs import FIXTURES, fixture_weights
+from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, MANIFEST_FILE, REPORT_FILE, Bundle
+from twotower.errors import ConfigError, ExportError
+from twotower.export import Checkpoint, ExportConfig, export_bundle
+from twotower.export import exporter as exporter_module
+from twotower.export import verify as verify_module
+from twotower.export.verify import layers_that_fit, verify_bundle
+from twotower.graph_files import load_graph, read_weight, weight_refs
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_data_files_hold_the_checkpoint(tmp_path: Path, dtype: str) -> None:
+    bundle, tensors = export_fixture("hybrid-a", tmp_path / "b", dtype), fixture_weights(FIXTURES / "hybrid-a")
+    seen = set()
+    for relative in GRAPH_FILES.values():
+        onnx.checker.check_model(str(bundle.path / relative))
+        data = np.fromfile(bundle.path / (relative + DATA_SUFFIX), np.uint8)
+        for name, ref in weight_refs(load_graph(bundle.path / relative)).items():
+            got = read_weight(data, ref)
+            seen.add(name)
+            if name.endswith(".negated_exp"):
+                np.testing.assert_allclose(got, -np.exp(tensors[name.removesuffix(".negated_exp")]), rtol=1e-6)
+            elif ".experts." in name:
+                kind = name.rsplit("experts.", 1)[1]
+                stem = name.removesuffix(kind)
+                want = np.stack([tensors[f"{stem}{j}.{kind}"] for j in range(bundle.config.n_routed_experts)])
+                np.testing.assert_allclose(got, want, rtol=1e-2 if dtype == "bfloat16" else 1e-3, atol=1e-6)
+            else:
+                np.testing.assert_allclose(got, tensors[name], rtol=1e-2 if dtype == "bfloat16" else 1e-3, atol=1e-6)
+    plain = {n for n in tensors if ".experts." not in n and not n.endswith("A_log")}
+    assert plain <= seen
+
+
+def test_same_checkpoint_same_bundle(tmp_path: Path) -> None:
+    one, two = (export_fixture("hybrid-b", tmp_path / name) for name in "ab")
+    assert one.files == two.files
+
+
+def test_plain_onnxruntime_opens_the_files(tmp_path: Path) -> None:
+    """No loader of ours is needed: the standard dialect with standard external data."""
+    import onnxruntime as ort
+
+    bundle = export_fixture("hybrid-b", tmp_path / "b")
+    for relative in GRAPH_FILES.values():
+        ort.InferenceSession(str(bundle.path / relative), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("folder", ["hybrid-a", "hybrid-b"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_export_verifies_itself(tmp_path: Path, folder: str, dtype: str) -> None:
+    calls: list[tuple[str, int, int]] = []
+    bundle = export_bundle(
+        Checkpoint.open(FIXTURES / folder),
+        tmp_path / "b",
+        ExportConfig(dtype=dtype),
+        verify=verify_bundle,
+        report=lambda what, done, total: calls.append((what, done, total)),
+    )
+    report = json.loads((bundle.path / REPORT_FILE).read_text())
+    assert report["verified"]
+    assert report["largest_error"] < 1e-4
+    names = {s.present.name for s in _states(bundle)} | {"hidden", "candidate_logprobs", "predicted", "confidence", "next_block", "masked_left"}
+    assert names <= set(report["errors"]), "every output is compared"
+    written = [done for what, done, total in calls if what == "writing weights" and total]
+    assert written == sorted(written)
+    assert written[-1] == next(total for what, _, total in calls if what == "writing weights")
+
+
+def _states(bundle: Bundle) -> Any:
+    from twotower.spec import state_tensors
+
+    return state_tensors(bundle.config, "float32")
+
+
+@pytest.mark.parametrize("which", ["context/model.onnx.data", "context/head.onnx.data", "denoiser/model.onnx.data"])
+def test_verification_finds_a_changed_weight(tmp_path: Path, which: str) -> None:
+    def spoiled(folder: Path, *rest: Any) -> dict[str, Any]:
+        data = np.fromfile(folder / which, np.float32)
+        data[-500:] += 1.0
+        data.tofile(folder / which)
+        return verify_bundle(folder, *rest)
+
+    with pytest.raises(ExportError, match="do not compute"):
+        export_bundle(Checkpoint.open(FIXTURES / "hybrid-a"), tmp_path / "b", verify=spoiled)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_too_large_is_verified_on_the_first_layer_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(FIXTURES / "hybrid-a")
+    whole = verify_module._peak_bytes(checkpoint.config)
+    assert layers_that_fit(checkpoint.config, whole)[0] == (0, 1, 3)
+    assert layers_that_fit(checkpoint.config, 2 * whole)[0] == tuple(range(8))
+    assert layers_that_fit(checkpoint.config, 1000)[0] == ()
+    for memory, layers in ((whole, "the first layer of each kind only, 0 (M), 1 (E), 3 (*)"), (1000, None)):
+        monkeypatch.setattr(verify_module, "_available_memory", lambda memory=memory: memory)
+        bundle = export_bundle(checkpoint, tmp_path / str(memory), verify=verify_bundle)
+        report = json.loads((bundle.path / REPORT_FILE).read_text())
+        assert report["verified"] is (layers is not None)
+        assert (layers or "takes") in report.get("layers", report.get("why"))
+
+
+def test_existing_output_is_never_touched(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine").write_text("precious")
+    with pytest.raises(ExportError, match="exists"):
+        export_fixture("hybrid-b", tmp_path / "b")
+    assert (tmp_path / "b" / "mine").read_text() == "precious"
+
+
+def test_small_disk_is_noticed_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from collections import namedtuple
+
+    monkeypatch.setattr(exporter_module.shutil, "disk_usage", lambda path: namedtuple("U", "total used free")(1, 1, 1000))
+    with pytest.raises(ExportError, match="disk space"):
+        export_fixture("hybrid-b", tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *rest: Any, **options: Any) -> Any:
+        path.write_bytes(b"some")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(exporter_module, "stream_weights", full)
+    with pytest.raises(ExportError, match="failed while writing") as caught:
+        export_fixture("hybrid-b", tmp_path / "b")
+    assert "No space left" in caught.value.found
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tmp_path: Path, number: int) -> None:
+    script = (
+        "import sys, time\nfrom twotower.export import exporter, weights\n"
+        "def slow(*a, **k):\n    print('writing', flush=True); time.sleep(60)\n"
+        "exporter.stream_weights = slow\nfrom twotower.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    words = ["export", str(FIXTURES / "hybrid-b"), "-o", str(tmp_path / "b"), "--no-verify"]
+    process = subprocess.Popen([sys.executable, "-c", script, *words], stdout=subprocess.PIPE, text=True, env=_environment())
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(number)
+    code = process.wait(30)
+    assert not (tmp_path / "b").exists()
+    assert not any(p.name == MANIFEST_FILE for p in tmp_path.rglob("*"))
+    if number == signal.SIGTERM:
+        assert code == 130
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert len(list(tmp_path.iterdir())) == 1
+    export_fixture("hybrid-b", tmp_path / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_running_neighbour_is_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / f".b.partial.{os.getppid()}"
+    other.mkdir()
+    export_fixture("hybrid-b", tmp_path / "b")
+    assert other.exists()
+
+
+def test_float16_overflow_names_the_tensor(tmp_path: Path) -> None:
+    source = tmp_path / "checkpoint"
+    source.mkdir()
+    tensors = {}
+    for shard in (FIXTURES / "hybrid-b").glob("*.safetensors"):
+        if shard.name.startswith("model"):
+            tensors.update(load_file(shard))
+    name = "denoiser_tower.layers.0.mixer.in_proj.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][3, 4] = 1e5
+    save_file(tensors, source / "model.safetensors")
+    (source / "config.json").write_bytes((FIXTURES / "hybrid-b" / "config.json").read_bytes())
+    with pytest.raises(ExportError, match=name) as caught:
+        export_bundle(Checkpoint.open(source), tmp_path / "b", ExportConfig(dtype="float16"))
+    assert "100000" in caught.value.found
+    assert "bfloat16" in caught.value.do
+    assert not (tmp_path / "b").exists()
+
+
+def test_tokenizer_comes_along(tmp_path: Path) -> None:
+    import shutil
+
+    source = tmp_path / "checkpoint"
+    shutil.copytree(FIXTURES / "hybrid-b", source)
+    (source / "tokenizer.json").write_text("{}")
+    bundle = export_bundle(Checkpoint.open(source), tmp_path / "b")
+    assert bundle.tokenizer_file is not None
+    assert bundle.tokenizer_file.read_text() == "{}"
+
+
+def test_unknown_dtype_is_refused() -> None:
+    with pytest.raises(ConfigError, match="int8"):
+        ExportConfig(dtype="int8")
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+
+
