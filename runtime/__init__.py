@@ -1,8 +1,19 @@
-"""The embedded runtime: two engines and one block-diffusion loop, with numpy and one inference library."""
+"""Two engines and one block loop: generation from a bundle, without torch."""
 
 from twotower.config import GenerationConfig
-from twotower.runtime.loop import StepRecord
-from twotower.runtime.results import BlockEvent, Generation, Timings, Usage
-from twotower.runtime.session import Request, SessionOptions, TwoTower
+from twotower.runtime.hooks import StepRecord
+from twotower.runtime.requests import Request
+from twotower.runtime.results import BlockEvent, Generation, RequestCancelledError, Timings, Usage
+from twotower.runtime.session import TwoTower
 
-__all__ = ["BlockEvent", "Generation", "GenerationConfig", "Request", "SessionOptions", "StepRecord", "Timings", "TwoTower", "Usage"]
+__all__ = [
+    "BlockEvent",
+    "Generation",
+    "GenerationConfig",
+    "Request",
+    "RequestCancelledError",
+    "StepRecord",
+    "Timings",
+    "TwoTower",
+    "Usage",
+]

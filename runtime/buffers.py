@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from twotower.spec import (
     TowerSignature,
 )
 
-__all__ = ["DenoiserArrays", "allocate", "allocate_all", "numpy_dtype"]
+__all__ = ["DenoiserArrays", "allocate", "allocate_named", "numpy_dtype"]
 
 _NUMPY: dict[str, npt.DTypeLike] = {
     "int64": np.int64,
@@ -33,6 +33,11 @@ _NUMPY: dict[str, npt.DTypeLike] = {
     "float16": np.float16,
     "bfloat16": np.uint16,  # NumPy has no bfloat16: the bits are carried, nothing is computed with them
 }
+
+_DENOISER_SMALL = (
+    *(BLOCK, CONTEXT_LENGTH, THRESHOLD, COMMIT_FLOOR, TEMPERATURE, NOISE),
+    *(NEXT_BLOCK, PREDICTED, CONFIDENCE, MASKED_LEFT),
+)
 
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
@@ -58,9 +63,9 @@ def allocate(spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
         ) from e
 
 
-def allocate_all(specs: tuple[TensorSpec, ...], sizes: Mapping[str, int]) -> dict[str, Array]:
-    """One buffer for every tensor whose axes all have a size here."""
-    return {s.name: allocate(s, sizes) for s in specs if all(a in sizes for a in s.axes if isinstance(a, str))}
+def allocate_named(signature: TowerSignature, names: Sequence[str], sizes: Mapping[str, int]) -> dict[str, Array]:
+    """One buffer for each of these inputs and outputs of a graph."""
+    return {name: allocate(signature.tensor(name), sizes) for name in names}
 
 
 class DenoiserArrays:
@@ -85,7 +90,7 @@ class DenoiserArrays:
     )
 
     def __init__(self, signature: TowerSignature, rows: int, block_size: int) -> None:
-        a = self.by_name = allocate_all((*signature.inputs, *signature.outputs), {"B": rows, "S": block_size})
+        a = self.by_name = allocate_named(signature, _DENOISER_SMALL, {"B": rows, "S": block_size})
         self.block, self.context_length = a[BLOCK], a[CONTEXT_LENGTH]
         self.threshold, self.commit_floor = a[THRESHOLD], a[COMMIT_FLOOR]
         self.temperature, self.noise = a[TEMPERATURE], a[NOISE]

@@ -78,7 +78,7 @@ class Sampling:
     def choose(self, ids: npt.NDArray[np.int64], logprobs: npt.NDArray[Any], *, index: int) -> int:
         """The next token of an autoregressive row, from its best candidates in descending order.
 
-        Temperature, top-k and top-p apply in this order, as users of other libraries expect; probabilities are taken among the K candidates.
+        Temperature, top-k and top-p apply in this order, as elsewhere; probabilities are taken among the K candidates.
 
         Args:
             ids: [K] int64.

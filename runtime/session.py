@@ -1,261 +1,280 @@
-"""TwoTower: an opened bundle that generates."""
+"""An opened model: engines, buffers and streams under one owner, with `generate` and `stream` on top of one loop."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from threading import RLock
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Self, TypeVar, overload
 
-from twotower.bundle import BUILD_FILE, Bundle, Progress
-from twotower.config import GenerationConfig
+from twotower.bundle import BUILD_FILE, Bundle, Progress, engine_folder
+from twotower.config import GenerationConfig, ModelConfig
 from twotower.errors import ConfigError, RequestError
-from twotower.hardware import probe_machine, select_target
+from twotower.hardware import TARGETS, probe_machine, select_target
 from twotower.runtime.engines import OpenOptions, open_towers
 from twotower.runtime.engines.base import Towers
-from twotower.runtime.loop import Hooks, Row, StepRecord, run_rows
-from twotower.runtime.results import BlockEvent, Generation, Usage
-from twotower.runtime.schedule import capacity_bucket, plan_prefill, prefill_peak
-from twotower.runtime.stopping import RowText
+from twotower.runtime.hooks import Hooks, StepRecord
+from twotower.runtime.loop import run_rows
+from twotower.runtime.requests import Limits, Request, as_requests, batches, row_from_request
+from twotower.runtime.results import BlockEvent, Generation
+from twotower.runtime.rows import Row, text_end
+from twotower.runtime.schedule import capacity_bucket, capacity_limit, prefill_plan
+from twotower.runtime.settings import LoopSettings
+from twotower.runtime.streams import Streams
 from twotower.runtime.tokenizer import Tokenizer
 from twotower.runtime.workspace import Workspace
+from twotower.spec import MAX_CHUNK
 
-__all__ = ["Prompt", "Request", "SessionOptions", "TwoTower"]
+__all__ = ["TwoTower"]
 
-Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A prompt with options of its own; None takes those of the call."""
-
-    prompt: Prompt
-    config: GenerationConfig | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionOptions:
-    """What a session is opened with.
-
-    Attributes:
-        max_batch: Rows generated together at most; a longer list is served in parts.
-        max_context: Longest text, prompt and answer together.
-        trained_block_size: Largest block size allowed without the override.
-        defaults: Options of requests that bring none.
-    """
-
-    max_batch: int = 8
-    max_context: int = 262144
-    trained_block_size: int = 16
-    defaults: GenerationConfig = GenerationConfig()
-
-    def __post_init__(self) -> None:
-        for name in ("max_batch", "max_context"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} cannot be used", found="allowed: a whole number above 0", do=f"raise {name}")
+_Item = TypeVar("_Item", bound="str | Request | Sequence[int]")
 
 
 class TwoTower:
-    """Two engines and the block loop that drives them.
+    """A model ready to generate: `TwoTower.open(bundle)`, best in a `with` statement.
 
-    Use it as a context manager. Calls from several threads wait for one another: a session has one set of buffers.
-
-    Args:
-        towers: Opened engines; the session closes them.
-        tokenizer: For text; None for token ids alone.
-        options: Limits and defaults.
+    Calls from several threads are safe. `generate` calls wait for one another; open streams take turns block by block, each with buffers
+    of its own, so a slow reader of one never holds up the others. A call that fails or is cancelled leaves the session usable.
     """
 
-    def __init__(self, towers: Towers, *, tokenizer: Tokenizer | None = None, options: SessionOptions | None = None) -> None:
-        self._towers: Towers | None = towers
-        self._config = towers.config
-        self._tokenizer = tokenizer
-        self._options = options or SessionOptions(max_context=towers.config.max_position_embeddings)
-        self._workspace: Workspace | None = None
-        self._lock = threading.Lock()
+    def __init__(
+        self, towers: Towers, limits: Limits, *, defaults: GenerationConfig, max_batch: int, max_chunk: int, streams: Streams
+    ) -> None:
+        self._towers = towers
+        self._limits = limits
+        self._defaults = defaults
+        self._max_batch, self._max_chunk = max_batch, max_chunk
+        self._streams = streams
+        self._idle: Workspace | None = None
+        self._lock = RLock()
+        self._closed = False
 
     @classmethod
     def open(
         cls,
         path: str | Path,
-        *,
         target: str | None = None,
+        *,
         max_batch: int = 8,
         max_context: int | None = None,
         threads: int = 0,
         progress: Progress | None = None,
     ) -> Self:
-        """Opens a bundle and its engines.
+        """Opens a bundle.
 
         Args:
             path: The bundle's folder.
-            target: Which engines; None takes the best that are built and fit this machine.
-            max_batch: Rows generated together at most.
-            max_context: Longest text; None for the model's own limit, which also is the most allowed.
+            target: The engines to run, e.g. `ort-cpu`; None for the best that are built and fit this machine.
+            max_batch: Most requests generated together; longer lists are run in turns.
+            max_context: Longest text, prompt and answer; None for the model's own limit.
             threads: Threads of a CPU engine, 0 for the library's choice.
-            progress: Called with (bytes, of bytes) while files are checked for the first time.
+            progress: Called with (bytes checked, bytes to check).
 
         Raises:
-            BundleError, EngineMismatchError: the bundle is damaged or has no engine that fits.
+            BundleError: the folder is not a sound bundle.
+            EngineMismatchError: no engine of it fits this machine.
+            ConfigError: an option is out of range.
         """
         bundle = Bundle.open(path, progress=progress)
-        built = [p.parent.name for p in (bundle.path / "engines").glob(f"*/{BUILD_FILE}")]
-        chosen = target if target is not None and target not in built else select_target(probe_machine(), built, wanted=target).target
-        if max_context is not None and max_context > bundle.max_context:
-            raise ConfigError(
-                f"max_context={max_context} is more than the model was made for", found=f"allowed: up to {bundle.max_context}", do="lower it"
-            )
-        options = SessionOptions(
-            max_batch=max_batch,
-            max_context=bundle.max_context if max_context is None else max_context,
+        tokenizer = Tokenizer.from_file(bundle.tokenizer_file) if bundle.tokenizer_file else None
+        built = [t for t in TARGETS if (engine_folder(bundle, t) / BUILD_FILE).is_file()]
+        chosen = select_target(probe_machine(), built, wanted=target).target
+        _check_options(bundle.config, max_batch=max_batch, max_context=max_context, max_chunk=MAX_CHUNK)
+        return cls.from_towers(
+            open_towers(bundle, chosen, OpenOptions(threads=threads, progress=progress)),
+            tokenizer=tokenizer,
             trained_block_size=bundle.trained_block_size,
             defaults=bundle.defaults,
+            max_batch=max_batch,
+            max_context=max_context,
         )
-        tokenizer = Tokenizer(bundle.tokenizer_file) if bundle.tokenizer_file else None
-        towers = open_towers(bundle, chosen, OpenOptions(threads=threads, progress=progress))
-        return cls(towers, tokenizer=tokenizer, options=options)
+
+    @classmethod
+    def from_towers(
+        cls,
+        towers: Towers,
+        *,
+        tokenizer: Tokenizer | None = None,
+        trained_block_size: int = 16,
+        defaults: GenerationConfig | None = None,
+        max_batch: int = 8,
+        max_context: int | None = None,
+        max_chunk: int = MAX_CHUNK,
+        streams: Streams | None = None,
+    ) -> Self:
+        """A session on engines that are already open; it owns and closes them.
+
+        Args:
+            towers: The engines.
+            tokenizer: None to work on token ids only.
+            trained_block_size: Largest block size that needs no override.
+            defaults: Options of calls that bring none.
+            max_batch: Most requests generated together.
+            max_context: Longest text, prompt and answer; None for the model's own limit.
+            max_chunk: Most prompt tokens read in one pass.
+            streams: The towers' queues; host streams by default.
+        """
+        _check_options(towers.config, max_batch=max_batch, max_context=max_context, max_chunk=max_chunk)
+        limits = Limits(towers.config, tokenizer, trained_block_size, max_context or towers.config.max_position_embeddings)
+        return cls(
+            towers, limits, defaults=defaults or GenerationConfig(), max_batch=max_batch, max_chunk=max_chunk, streams=streams or Streams()
+        )
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model."""
+        return self._limits.model
 
     @property
     def defaults(self) -> GenerationConfig:
-        """Options of requests that bring none."""
-        return self._options.defaults
+        """Options of calls that bring none."""
+        return self._defaults
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The bundle's tokenizer, if it has one."""
+        return self._limits.tokenizer
 
     @overload
-    def generate(self, prompt: Prompt | Request, config: GenerationConfig | None = None, **watch: Any) -> Generation: ...
-    @overload
-    def generate(self, prompt: Sequence[Prompt | Request], config: GenerationConfig | None = None, **watch: Any) -> list[Generation]: ...
-    def generate(self, prompt: Any, config: GenerationConfig | None = None, **watch: Any) -> Any:
-        """Generates to the end.
-
-        Args:
-            prompt: Text, token ids or a `Request`; or a list of these. An empty prompt is the beginning-of-sequence token.
-            config: Options of prompts that bring none; None for the bundle's defaults.
-            watch: `on_prefill(done, total)`, `on_step(StepRecord)`, `cancelled() -> bool`.
-
-        Returns:
-            One `Generation`, or a list of them in the order of the prompts.
-
-        Raises:
-            RequestError, ConfigError: a request cannot be served; found before any work.
-            EngineOutputError, RequestCancelledError: the session stays usable.
-        """
-        single = _is_single(prompt)
-        requests = [prompt] if single else list(prompt)
-        results: list[Generation | None] = [None] * len(requests)
-        for event in self.stream(requests, config, **watch):
-            if event.result is not None:
-                results[event.row] = event.result
-        return results[0] if single else results
-
-    def stream(
+    def generate(
         self,
-        prompts: Prompt | Request | Sequence[Prompt | Request],
+        prompts: str | Request | Sequence[int],
         config: GenerationConfig | None = None,
         *,
         on_prefill: Callable[[int, int], None] | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
-    ) -> Iterator[BlockEvent]:
-        """Like `generate`, but yields every committed block of every row as it comes. Closing the iterator frees the rows."""
-        requests: Sequence[Any] = [prompts] if _is_single(prompts) else list(prompts)  # type: ignore[list-item]
-        rows = [self._row(r if isinstance(r, Request) else Request(r), config) for r in requests]
-        return self._events(rows, Hooks(on_prefill=on_prefill, on_step=on_step, cancelled=cancelled))
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: list[_Item],
+        config: GenerationConfig | None = None,
+        *,
+        on_prefill: Callable[[int, int], None] | None = None,
+        on_step: Callable[[StepRecord], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompts: Any,
+        config: GenerationConfig | None = None,
+        *,
+        on_prefill: Callable[[int, int], None] | None = None,
+        on_step: Callable[[StepRecord], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Generation | list[Generation]:
+        """Generates the continuation of one prompt, or of each of a list.
+
+        Args:
+            prompts: Text, token ids, a `Request`, or a list of these; an empty prompt is the beginning of a text.
+            config: Options of the requests that have none of their own; None for the bundle's defaults.
+            on_prefill: Called with (tokens read, tokens to read) while prompts are read, once a chunk.
+            on_step: Called after every denoiser pass.
+            cancelled: Asked before every pass.
+
+        Returns:
+            One result for one prompt, a list in the order of the prompts for a list.
+
+        Raises:
+            RequestError: a request cannot be served; nothing has been run.
+            ConfigError: likewise, because of an option.
+            EngineOutputError: an engine returned numbers that cannot be right.
+            RequestCancelledError: `cancelled` said so.
+        """
+        rows, single = self._rows(prompts, config)
+        results: dict[int, Generation] = {}
+        with self._lock:
+            for event in self._events(rows, Hooks(on_step, on_prefill, cancelled)):
+                if event.result is not None:
+                    results[event.row] = event.result
+        return results[0] if single else [results[i] for i in range(len(rows))]
+
+    def stream(
+        self,
+        prompts: str | Request | Sequence[int] | Sequence[str | Request | Sequence[int]],
+        config: GenerationConfig | None = None,
+        *,
+        on_prefill: Callable[[int, int], None] | None = None,
+        on_step: Callable[[StepRecord], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Generator[BlockEvent, None, None]:
+        """Generates like `generate` and yields each row's part of a block as it is committed; closing the iterator stops the work.
+
+        Requests are checked at once, work begins with the first event asked for.
+        """
+        rows, _ = self._rows(prompts, config)
+        return self._in_turns(self._events(rows, Hooks(on_step, on_prefill, cancelled)))
 
     def close(self) -> None:
-        """Frees engines and buffers; idempotent."""
+        """Frees buffers and engines, after a running call has come to the end of its turn; idempotent."""
         with self._lock:
-            towers, self._towers, self._workspace = self._towers, None, None
-        if towers is not None:
-            towers.close()
+            if not self._closed:
+                self._closed = True
+                self._idle = None
+                self._towers.close()
 
     def __enter__(self) -> Self:
+        self._check_open()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _events(self, rows: Sequence[Row], hooks: Hooks) -> Iterator[BlockEvent]:
-        groups: dict[tuple[str, int], list[int]] = {}
-        for i, row in enumerate(rows):
-            # Rows of one run share the block; autoregressive rows have none.
-            size = self._options.trained_block_size if row.config.mode == "ar" else row.config.block_size
-            groups.setdefault((row.config.mode, size), []).append(i)
-        for (_, size), members in groups.items():
-            for first in range(0, len(members), self._options.max_batch):
-                part = members[first : first + self._options.max_batch]
+    def _rows(self, prompts: Any, config: GenerationConfig | None) -> tuple[list[Row], bool]:
+        self._check_open()
+        requests, single = as_requests(prompts, config or self._defaults)
+        return [row_from_request(i, request, self._limits) for i, request in enumerate(requests)], single
+
+    def _events(self, rows: Sequence[Row], hooks: Hooks) -> Generator[BlockEvent, None, None]:
+        largest = capacity_limit(self._limits.max_context, self._max_chunk)
+        settings = LoopSettings(model=self._limits.model, largest_capacity=largest, streams=self._streams, hooks=hooks)
+        for batch in batches(rows, self._max_batch):
+            self._check_open()
+            plan = prefill_plan([row.length for row in batch], self._max_chunk)
+            first_extension = max(min(row.length + row.width, text_end(row.length, row.config)) for row in batch)
+            work = self._workspace(len(batch), capacity_bucket(max(plan.peak, first_extension), largest))
+            for commits in run_rows(work, batch, plan, settings):
+                for row, taken in commits:
+                    result = None if row.live else row.result()
+                    yield BlockEvent(row.index, taken.tokens, taken.text, result is not None, result)
+            self._idle = work  # only after a sound end: buffers of a failed run are dropped with whatever is in them
+
+    def _in_turns(self, events: Generator[BlockEvent, None, None]) -> Generator[BlockEvent, None, None]:
+        """The same events; the session is held only while one is computed."""
+        try:
+            while True:
                 with self._lock:
-                    yield from self._run(rows, part, size, hooks)
+                    self._check_open()
+                    event = next(events, None)
+                if event is None:
+                    return
+                yield event
+        finally:
+            events.close()
 
-    def _run(self, rows: Sequence[Row], members: Sequence[int], block_size: int, hooks: Hooks) -> Iterator[BlockEvent]:
-        batch = [rows[i] for i in members]
-        place = {id(row): i for i, row in zip(members, batch, strict=True)}
-        work = self._prepared(batch, block_size)
-        for row, tokens, text in run_rows(work, batch, mask_token=self._config.mask_token_id, hooks=hooks):
-            yield BlockEvent(row=place[id(row)], tokens=tokens, text=text, result=None if row.live else _result(row))
-
-    def _prepared(self, batch: Sequence[Row], block_size: int) -> Workspace:
-        """Buffers for this batch: those of the last one if they have the right shape."""
-        if self._towers is None:
-            raise RequestError("the session is closed", found="generate after close()", do="open the bundle again")
-        capacity = capacity_bucket(prefill_peak(plan_prefill([len(row.prompt) for row in batch])))
-        work = self._workspace
-        if work is None or (work.rows, work.block_size, work.capacity) != (len(batch), block_size, capacity):
-            self._workspace = None  # frees the old buffers before the new ones are made
-            self._workspace = work = Workspace(self._towers, rows=len(batch), block_size=block_size, capacity=capacity)
+    def _workspace(self, rows: int, capacity: int) -> Workspace:
+        """Cleared buffers, those of the last run if they have the very size: a larger cache would be slower."""
+        work, self._idle = self._idle, None
+        if work is None or (work.rows, work.capacity) != (rows, capacity):
+            del work  # before the new buffers are allocated
+            return Workspace(self._towers, rows=rows, capacity=capacity)
+        work.clear()
         return work
 
-    def _row(self, request: Request, config: GenerationConfig | None) -> Row:
-        """A checked request."""
-        options = request.config or config or self._options.defaults
-        if options.mode == "diffusion" and options.block_size > self._options.trained_block_size and not options.allow_untrained_block_size:
-            raise ConfigError(
-                f"block_size={options.block_size} is above the {self._options.trained_block_size} the denoiser was trained with",
-                found="quality collapses without a warning: the published model's HumanEval falls from 76.4 to 19.9 at 64",
-                do=f"use {self._options.trained_block_size} or less, or insist with --allow-untrained-block-size",
-            )
-        if options.stop and self._tokenizer is None:
-            raise RequestError("stop strings need text", found="this bundle has no tokenizer", do="leave them out, or export with tokenizer.json")
-        prompt = self._ids(request.prompt) or (self._config.bos_token_id,)
-        limit = self._options.max_context
-        if len(prompt) + options.max_new_tokens > limit:
+    def _check_open(self) -> None:
+        if self._closed:
             raise RequestError(
-                f"a prompt of {len(prompt)} tokens and {options.max_new_tokens} new ones do not fit",
-                found=f"the capacity is {limit} tokens together",
-                do="shorten the prompt, lower max_new_tokens, or raise max_context if the model allows it",
+                "this session is closed", found="a call after close() or after the end of its `with` statement", do="open the bundle again"
             )
-        return Row(prompt, replace(options), RowText(options, self._config.eos_token_ids, self._tokenizer))
-
-    def _ids(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise RequestError(
-                    "a text prompt needs a tokenizer", found="this bundle has none", do="give token ids (--tokens), or export with tokenizer.json"
-                )
-            return self._tokenizer.encode(prompt)
-        size = self._config.vocab_size
-        wrong = [t for t in prompt if isinstance(t, bool) or not hasattr(t, "__index__") or not 0 <= t < size]
-        if wrong:
-            raise RequestError(
-                f"the prompt has {len(wrong)} token(s) that do not exist",
-                found=f"{', '.join(map(repr, wrong[:8]))}; allowed: 0 to {size - 1}",
-                do="use the tokenizer this model was trained with",
-            )
-        return tuple(int(t) for t in prompt)
 
 
-def _is_single(prompt: Any) -> bool:
-    """Text, one request, or one list of token ids; an empty list is no prompts."""
-    if isinstance(prompt, (str, Request)):
-        return True
-    return len(prompt) > 0 and all(hasattr(t, "__index__") for t in prompt)
-
-
-def _result(row: Row) -> Generation:
-    answer = row.answer
-    assert answer.finish_reason is not None
-    usage = Usage(prompt_tokens=len(row.prompt), completion_tokens=len(answer.tokens), nfe=row.nfe, blocks=row.blocks)
-    return Generation(
-        tokens=tuple(answer.tokens), text=answer.text, finish_reason=answer.finish_reason, usage=usage, timings=replace(row.timings)
-    )
+def _check_options(model: ModelConfig, *, max_batch: int, max_context: int | None, max_chunk: int) -> None:
+    longest = model.max_position_embeddings
+    for name, value, most in (("max_batch", max_batch, None), ("max_context", max_context, longest), ("max_chunk", max_chunk, MAX_CHUNK)):
+        if value is not None and (value < 1 or (most is not None and value > most)):
+            allowed = f"1 to {most}" if most is not None else "1 or more"
+            raise ConfigError(f"{name}={value} cannot be used", found=f"allowed: {allowed}", do=f"choose another {name}")

@@ -40,16 +40,18 @@ class Tokenizer:
             BundleError: the library is not installed, or the file is missing or not a tokenizer.
         """
         try:
-            from tokenizers import Tokenizer as Backend  # only when a tokenizer is opened: a run on token ids needs none
+            from tokenizers import Tokenizer as Backend  # noqa: PLC0415 - only when opened: a run on token ids needs none
         except ImportError as e:
-            raise BundleError(f"cannot open {path}", found="the `tokenizers` library is not installed", do="`pip install tokenizers`") from e
+            raise BundleError(
+                f"cannot open {path}", found="the `tokenizers` library is not installed", do="`pip install tokenizers`"
+            ) from e
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
             raise BundleError(f"cannot read {path}", found=str(e), do="copy or export the bundle again") from e
         try:
             return cls(Backend.from_str(text))
-        except Exception as e:  # noqa: BLE001 - the library raises plain Exception for every fault of a file
+        except Exception as e:  # the library raises plain Exception for every fault of a file
             raise BundleError(f"{path} is not a tokenizer", found=str(e), do="copy or export the bundle again") from e
 
     def encode(self, text: str) -> list[int]:

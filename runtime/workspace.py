@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from twotower.runtime.buffers import DenoiserArrays, allocate_all
+from twotower.runtime.buffers import DenoiserArrays, allocate, allocate_named
 from twotower.runtime.engines.base import Array, Binding, Towers
 from twotower.runtime.state import ContextState
 from twotower.runtime.streams import Event, Stream
-from twotower.spec import CANDIDATE_IDS, CANDIDATE_LOGPROBS, CHUNK_LENGTH, HIDDEN, PAST_LENGTH, TOKENS, TowerSignature, state_tensors
+from twotower.spec import CANDIDATE_IDS, CANDIDATE_LOGPROBS, CHUNK_LENGTH, HIDDEN, MAX_CHUNK, PAST_LENGTH, TOKENS, state_tensors
 
 __all__ = ["Workspace"]
 
@@ -36,11 +36,11 @@ class Workspace:
         self._towers = towers
         self._state = ContextState(state_tensors(towers.config, towers.dtype), rows=rows, capacity=capacity)
         context, head = towers.context.signature, towers.context_head.signature
-        self._small = allocate_all(_io(context), {"B": rows})
-        self._head = {**allocate_all(head.outputs, {"B": rows}), HIDDEN: self._small[HIDDEN]}
+        self._small = allocate_named(context, (CHUNK_LENGTH, PAST_LENGTH, HIDDEN), {"B": rows})
+        self._head = {**allocate_named(head, (CANDIDATE_IDS, CANDIDATE_LOGPROBS), {"B": rows}), HIDDEN: self._small[HIDDEN]}
         self.chunk_length, self.past_length = self._small[CHUNK_LENGTH], self._small[PAST_LENGTH]
         self.candidate_ids, self.candidate_logprobs = self._head[CANDIDATE_IDS], self._head[CANDIDATE_LOGPROBS]
-        self._tokens: dict[int, Array] = {}
+        self._tokens = allocate(context.tensor(TOKENS), {"B": rows, "L": MAX_CHUNK}).reshape(-1)
         self._denoiser_arrays: DenoiserArrays | None = None
         self._context: dict[tuple[int, int], Binding] = {}
         self._denoiser: dict[int, Binding] = {}
@@ -62,10 +62,8 @@ class Workspace:
         self._state.grow(capacity)
 
     def tokens(self, width: int) -> Array:
-        """The context engine's chunk of this width, [B,L] int64, to be written in place."""
-        if width not in self._tokens:
-            self._tokens.update(allocate_all_tokens(self._towers.context.signature, self.rows, width))
-        return self._tokens[width]
+        """The context engine's chunk of this width, [B,L] int64, to be written in place; all widths share their memory."""
+        return self._tokens[: self.rows * width].reshape(self.rows, width)
 
     def denoiser(self, block_size: int) -> DenoiserArrays:
         """The denoiser's small arrays for this block size."""
@@ -109,7 +107,3 @@ class Workspace:
         arrays = {**self._small, TOKENS: self.tokens(width), **self._state.reads(which), **self._state.writes(which)}
         binding = self._context[width, which] = self._towers.context.bind(arrays)
         return binding
-
-
-def _io(signature: TowerSignature):  # type: ignore
-    return (*signature.inputs, *signature.outputs)

@@ -42,7 +42,7 @@ def _show(model: TwoTower, config: GenerationConfig) -> None:
     for first in range(0, len(result.tokens), config.block_size):
         print("  " + " ".join(f"{t:3d}" for t in result.tokens[first : first + config.block_size]))
     if config.mode == "diffusion":
-        print(f"  passes per block  {usage.steps_per_block:.2f}  ({usage.nfe} denoiser passes, {usage.blocks} blocks of {config.block_size})")
+        print(f"  passes per block  {usage.steps_per_block:.2f}  ({usage.nfe} denoiser passes in {usage.blocks} blocks)")
     else:
         print(f"  passes per token  {usage.nfe / usage.completion_tokens:.2f}  ({usage.nfe} passes of the context tower)")
     print(f"  tokens per second {usage.completion_tokens / seconds:.0f}  ({1000 * seconds:.1f} ms)")

@@ -1,7 +1,7 @@
 """Makes a virtual environment with this project in it; `make install` runs this with the interpreter named by PYTHON.
 
 Torch is the one dependency that needs care: from a plain package index it brings gigabytes of CUDA libraries. Where the `gpu`
-extra is not asked for, its CPU build is taken: from the configured package indexes if they have it, from PyTorch's own otherwise.
+extra is not asked for, its CPU build is taken: from the configured package indexes if they have it, otherwise from PyTorch's own.
 """
 
 from __future__ import annotations
@@ -15,13 +15,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
-CPU_TORCH = "torch==2.13.0+cpu" if sys.platform != "darwin" else "torch==2.13.0"  # macOS has CPU builds only, under the plain name
+TORCH = "torch==2.13.0"
+CPU_TORCH = TORCH if sys.platform == "darwin" else f"{TORCH}+cpu"  # macOS has CPU builds only, under the plain name
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+TORCH_SOURCES = (  # (where, what pip is given), tried in this order
+    ("the configured package indexes", [CPU_TORCH]),
+    (CPU_INDEX, ["--extra-index-url", CPU_INDEX, CPU_TORCH]),
+    ("the configured package indexes, with gigabytes of CUDA libraries that stay unused", [TORCH]),
+)
 
 
 def main() -> int:
-    if sys.version_info < OLDEST_PYTHON:  # noqa: UP036 - an older interpreter is exactly what this line is for
-        return _fail(f"twotower needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}", "name another: make PYTHON=python3.12 ...")
+    if sys.version_info < OLDEST_PYTHON:
+        return _fail(f"twotower needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}", "make PYTHON=python3.12 ...")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where the environment lies (default: .venv)")
     parser.add_argument("--extras", default="", help="extras to install (default: export,gpu,dev with an NVIDIA GPU, else export,cpu,dev)")
@@ -38,7 +44,7 @@ def main() -> int:
 
 
 def _install(venv: Path, extras: list[str]) -> None:
-    print(f"installing twotower[{','.join(extras)}] into {venv}", file=sys.stderr)
+    print(f"installing twotower[{','.join(extras)}] into {venv}: a few minutes the first time", file=sys.stderr)
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     python = venv / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet"]
@@ -48,17 +54,20 @@ def _install(venv: Path, extras: list[str]) -> None:
         if "gpu" not in extras and "export" in extras:
             _install_cpu_torch(pip)
             file = Path(scratch) / "constraints.txt"
-            file.write_text(f"{CPU_TORCH}\n", encoding="utf-8")  # or the next command might replace it
+            file.write_text(f"{TORCH}\n", encoding="utf-8")  # or the next command might replace it
             constraints = ["--constraint", str(file)]
         subprocess.run([*pip, "install", *constraints, "--editable", f"{ROOT}[{','.join(extras)}]"], check=True)
 
 
 def _install_cpu_torch(pip: list[str]) -> None:
-    """Tries the configured indexes first: a mirror or a wheel on this disk spares the download."""
-    configured = subprocess.run([*pip, "install", CPU_TORCH], capture_output=True, check=False)
-    if configured.returncode != 0:
-        print(f"{CPU_TORCH} is not in the configured package indexes; taking it from {CPU_INDEX}", file=sys.stderr)
-        subprocess.run([*pip, "install", "--extra-index-url", CPU_INDEX, CPU_TORCH], check=True)
+    """Takes torch from the first source that has it: a mirror or a wheel on this disk spares a download."""
+    for where, arguments in TORCH_SOURCES:
+        print(f"  torch for CPUs: trying {where}", file=sys.stderr)
+        done = subprocess.run([*pip, "install", *arguments], stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode == 0:
+            return
+    print(done.stderr, file=sys.stderr)
+    done.check_returncode()
 
 
 def _remove_other_onnxruntime(pip: list[str], extras: list[str]) -> None:

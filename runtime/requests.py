@@ -1,0 +1,155 @@
+"""What callers may pass as prompts, and the checks a request passes before any work is done for it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from twotower.config import GenerationConfig, ModelConfig
+from twotower.errors import ConfigError, RequestError
+from twotower.runtime.rows import Row
+from twotower.runtime.tokenizer import Tokenizer, tokenizer_missing
+from twotower.spec import MAX_CHUNK
+
+__all__ = ["Limits", "Prompt", "Request", "as_requests", "batches", "row_from_request"]
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt with options of its own.
+
+    Attributes:
+        prompt: Text, or token ids; empty for the beginning of a text (the BOS token).
+        config: None for the options of the call.
+    """
+
+    prompt: Prompt
+    config: GenerationConfig | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a session can serve."""
+
+    model: ModelConfig
+    tokenizer: Tokenizer | None
+    trained_block_size: int
+    max_context: int
+
+
+def as_requests(prompts: Any, config: GenerationConfig) -> tuple[list[Request], bool]:
+    """Requests from one prompt or a list of them.
+
+    A flat sequence of whole numbers is one prompt; an empty one is no prompt at all.
+
+    Returns:
+        The requests, each with its options, and whether a single one was passed.
+
+    Raises:
+        RequestError: something else was passed.
+    """
+    single = isinstance(prompts, (str, Request)) or (_is_sequence(prompts) and len(prompts) > 0 and _is_whole(prompts[0]))
+    if not single and not _is_sequence(prompts):
+        raise _not_a_prompt(prompts)
+    out = []
+    for item in [prompts] if single else prompts:
+        request = item if isinstance(item, Request) else Request(item)
+        if not isinstance(request.prompt, str) and not _is_sequence(request.prompt):
+            raise _not_a_prompt(request.prompt)
+        out.append(Request(request.prompt, request.config or config))
+    return out, single
+
+
+def row_from_request(index: int, request: Request, limits: Limits) -> Row:
+    """The request ready to run.
+
+    Any token of the vocabulary may be in a prompt, the mask token too: it means something to the denoiser only, which never sees prompts.
+
+    Raises:
+        RequestError: a token is out of range, text is needed without a tokenizer, or the text would be too long.
+        ConfigError: the block size is not one the denoiser can work with.
+    """
+    config = request.config
+    assert config is not None
+    _check_block_size(config, limits)
+    if config.stop and limits.tokenizer is None:
+        raise tokenizer_missing(f"a stop string ({config.stop[0]!r})")
+    prompt = _token_ids(request.prompt, limits) or [limits.model.bos_token_id]
+    where = f"prompt {index}"
+    vocab = limits.model.vocab_size
+    bad = next(((i, t) for i, t in enumerate(prompt) if not 0 <= t < vocab), None)
+    if bad:
+        raise RequestError(
+            f"{where} has a token id outside the vocabulary",
+            found=f"{bad[1]} at position {bad[0]}; allowed: 0 to {vocab - 1}",
+            do="use the tokenizer the model was trained with",
+        )
+    if len(prompt) + config.max_new_tokens > limits.max_context:
+        room = limits.max_context - len(prompt)
+        shorter = f"lower max_new_tokens to {room} or less, " if room > 0 else "shorten the prompt, "
+        raise RequestError(
+            f"{where} is too long: {len(prompt)} tokens, and {config.max_new_tokens} new ones asked for",
+            found=f"this session holds {limits.max_context} tokens a text, prompt and answer together",
+            do=f"{shorter}or open the session with a larger max_context (--max-context)",
+        )
+    return Row(index, prompt, config, model=limits.model, tokenizer=limits.tokenizer)
+
+
+def batches(rows: Sequence[Row], max_batch: int) -> Iterator[list[Row]]:
+    """Rows that can run together (one mode, one block size), at most `max_batch` at a time, in the order of their first."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.config.mode, row.width), []).append(row)
+    for group in groups.values():
+        for start in range(0, len(group), max_batch):
+            yield group[start : start + max_batch]
+
+
+def _check_block_size(config: GenerationConfig, limits: Limits) -> None:
+    if config.mode != "diffusion":
+        return
+    if config.block_size > limits.trained_block_size and not config.allow_untrained_block_size:
+        raise ConfigError(
+            f"block_size={config.block_size} is above the {limits.trained_block_size} this denoiser was trained with",
+            found="quality collapses there without any other sign: HumanEval falls from 76.4 to 19.9 at a block size of 64",
+            do=f"use block_size {limits.trained_block_size} or less, or set allow_untrained_block_size=True (--allow-untrained-block-size)",
+        )
+    if config.block_size > MAX_CHUNK:
+        raise ConfigError(
+            f"block_size={config.block_size} cannot be used",
+            found=f"the context tower reads at most {MAX_CHUNK} tokens at once",
+            do=f"use a block size of {MAX_CHUNK} or less",
+        )
+
+
+def _token_ids(prompt: Prompt, limits: Limits) -> list[int]:
+    if isinstance(prompt, str):
+        if limits.tokenizer is None:
+            raise tokenizer_missing("a prompt given as text")
+        return limits.tokenizer.encode(prompt)
+    wrong = next((t for t in prompt if not _is_whole(t)), None)
+    if wrong is not None:
+        raise RequestError(f"a prompt holds {wrong!r}", found=f"a {type(wrong).__name__} among token ids", do="pass whole numbers only")
+    return [operator.index(t) for t in prompt]
+
+
+def _is_sequence(value: object) -> bool:
+    return (isinstance(value, Sequence) and not isinstance(value, (str, bytes))) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _not_a_prompt(value: object) -> RequestError:
+    return RequestError(
+        f"a {type(value).__name__} is not a prompt",
+        found=repr(value)[:80],
+        do="pass text, a list of token ids, a Request, or a list of these",
+    )

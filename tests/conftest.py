@@ -1,0 +1,76 @@
+"""Fixtures and hooks of all tests; nothing imports from here.
+
+The GPU is hidden before any library can look for it, unless TWOTOWER_REQUIRE asks for it (`make test-gpu`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = ROOT / "tests" / "fixtures" / "hybrid-a"
+REQUIRED = frozenset(filter(None, os.environ.get("TWOTOWER_REQUIRE", "").split(",")))
+LIBRARY = {"trt": "tensorrt", "trt_rtx": "tensorrt_rtx"}
+
+if "gpu" not in REQUIRED:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch's threads: small tensors gain nothing from more, and machines are shared
+
+settings.register_profile("twotower", deadline=None, max_examples=25, derandomize="CI" in os.environ)
+settings.load_profile("twotower")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A hardware test runs where its hardware is; TWOTOWER_REQUIRE turns its skip into a failure."""
+    for mark in ("gpu", *LIBRARY):
+        if item.get_closest_marker(mark) and (why := _missing(mark)):
+            if mark in REQUIRED:
+                pytest.fail(f"TWOTOWER_REQUIRE asks for {mark}, but {why}", pytrace=False)
+            pytest.skip(why)
+
+
+def _missing(mark: str) -> str | None:
+    if mark in LIBRARY:
+        return None if importlib.util.find_spec(LIBRARY[mark]) else f"{LIBRARY[mark]} is not installed"
+    if "gpu" not in REQUIRED:
+        return "the GPU is hidden; `make test-gpu` shows it"
+    from twotower.hardware import probe_machine
+
+    return None if probe_machine().gpus else "there is no NVIDIA GPU"
+
+
+@pytest.fixture(scope="session")
+def built_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fixture checkpoint exported and built for ort-cpu by the commands a user types. Read only."""
+    path = tmp_path_factory.mktemp("built") / "bundle"
+    _run("-m", "twotower.cli", "export", str(CHECKPOINT), "-o", str(path))
+    _run("-m", "twotower.cli", "build", str(path), "--target", "ort-cpu")
+    return path
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel as it is released: built from the sdist, so that a file missing there is missed here."""
+    folder = tmp_path_factory.mktemp("dist")
+    _run("-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT))
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def _run(*arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"python {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}"

@@ -1,0 +1,94 @@
+"""Where a row's text ends, whatever blocks its tokens come in."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from twotower.runtime.stopping import Continuation, StopRule
+from twotower.runtime.tokenizer import IncrementalText, Tokenizer
+
+with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+EOS = frozenset({2})
+
+
+def run(tokenizer: Tokenizer | None, tokens: list[int], rule: StopRule, block: int = 4) -> tuple[Continuation, list[str | None]]:
+    """The row after reading tokens in blocks, and the text it handed out with each."""
+    row = Continuation(rule, IncrementalText(tokenizer) if tokenizer else None)
+    texts = []
+    for start in range(0, len(tokens), block):
+        texts.append(row.push(tokens[start : start + block]).text)
+        if row.finish_reason:
+            break
+    return row, texts
+
+
+def test_eos_ends_the_row_and_is_not_in_it() -> None:
+    row, texts = run(None, [5, 6, 2, 7, 8], StopRule(10, EOS))
+    assert (row.tokens, row.finish_reason, row.text, texts) == ([5, 6], "eos", None, [None])
+    assert run(None, [2], StopRule(10, EOS))[0].tokens == []
+
+
+def test_eos_can_be_ignored() -> None:
+    row, _ = run(None, [5, 2, 7], StopRule(3))
+    assert (row.tokens, row.finish_reason) == ([5, 2, 7], "length")
+
+
+def test_length_comes_before_an_eos_after_it() -> None:
+    assert run(None, [5, 6, 2], StopRule(2, EOS))[0].finish_reason == "length"
+
+
+@given(tokens=st.lists(st.integers(0, 9), min_size=1, max_size=40), block=st.integers(1, 20), most=st.integers(1, 50))
+def test_blocks_do_not_matter(tokens: list[int], block: int, most: int) -> None:
+    in_blocks, at_once = run(None, tokens, StopRule(most, EOS), block)[0], run(None, tokens, StopRule(most, EOS), 1000)[0]
+    assert (in_blocks.tokens, in_blocks.finish_reason) == (at_once.tokens, at_once.finish_reason)
+    assert len(in_blocks.tokens) <= most
+
+
+def test_a_stop_string_across_blocks_cuts_text_and_tokens(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("one\nQ: two")[1:]
+    row, texts = run(tokenizer, tokens, StopRule(100, EOS, ("\nQ:",)))
+    assert row.text == "one"
+    assert tokenizer.decode(row.tokens) == "one\nQ:", "tokens end with the one that completed the stop string"
+    assert row.finish_reason == "stop"
+    assert texts == ["one", ""], "what may become the stop string is held back"
+
+
+def test_what_was_held_back_comes_when_it_was_no_stop_string(tokenizer: Tokenizer) -> None:
+    row, texts = run(tokenizer, tokenizer.encode("one\nQ two")[1:], StopRule(9, EOS, ("\nQ:",)))
+    assert (texts, row.finish_reason) == (["one", "\nQ tw", "o"], "length")
+    _, texts = run(tokenizer, [*tokenizer.encode("one\n")[1:], 2], StopRule(9, EOS, ("\nQ:",)))
+    assert texts == ["one", "\n"], "the end of the text lets go of it"
+
+
+def test_the_earliest_of_several_stop_strings_counts(tokenizer: Tokenizer) -> None:
+    row, _ = run(tokenizer, tokenizer.encode("xabc")[1:], StopRule(99, EOS, ("abc", "c")))
+    assert row.text == "x"
+
+
+ALPHABET = "ab\u20ac"
+
+
+@given(text=st.text(ALPHABET, max_size=30), stop=st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3), block=st.integers(1, 9))
+@with_fixture
+def test_stop_strings_over_many_texts(tokenizer: Tokenizer, text: str, stop: list[str], block: int) -> None:
+    row, texts = run(tokenizer, tokenizer.encode(text)[1:] + [2], StopRule(1000, EOS, tuple(stop)), block)
+    # The first stop string to be complete ends the text; of those complete at the same character, the longest begins first.
+    ends = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
+    assert row.text == (text[: min(ends)[1]] if ends else text)
+    assert row.finish_reason == ("stop" if ends else "eos")
+    assert "".join(t or "" for t in texts) == row.text, "nothing handed out is ever taken back"
+
+
+def test_half_a_character_is_flushed_at_the_end(tokenizer: Tokenizer) -> None:
+    half = tokenizer.encode("€")[1:3]
+    row, texts = run(tokenizer, [*half, 2], StopRule(9, EOS), block=2)
+    assert texts == ["", "\ufffd"]
+    assert row.text == "\ufffd"
+
+
+def test_a_finished_row_takes_nothing() -> None:
+    row, _ = run(None, [2], StopRule(9, EOS))
+    with pytest.raises(AssertionError):
+        row.push([5])

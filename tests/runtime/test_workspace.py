@@ -1,0 +1,111 @@
+"""Buffers and bindings: made once, shared in place, grown with what they hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.helpers.fake_engines import FakeTowers, fake_config, fake_towers
+from twotower.errors import RequestError
+from twotower.runtime.buffers import allocate, numpy_dtype
+from twotower.runtime.state import ContextState
+from twotower.runtime.streams import HostStream
+from twotower.runtime.workspace import Workspace
+from twotower.spec import TensorSpec, past_conv, past_key, past_ssm, present_key, present_ssm, state_tensors
+
+STREAM = HostStream()
+
+
+def state(dtype: str = "float32", rows: int = 2, capacity: int = 256) -> ContextState:
+    return ContextState(state_tensors(fake_config(), dtype), rows=rows, capacity=capacity)
+
+
+def read(work: Workspace, tokens: list[int], past: int) -> None:
+    work.tokens(len(tokens))[...] = tokens
+    work.past_length[:], work.chunk_length[:] = past, len(tokens)
+    work.extend(len(tokens), STREAM)
+
+
+def workspace() -> tuple[Workspace, FakeTowers]:
+    fake = fake_towers()
+    return Workspace(fake.towers, rows=1, capacity=256), fake
+
+
+@pytest.mark.parametrize(("dtype", "kept_as"), [("float32", "float32"), ("float16", "float16"), ("bfloat16", "uint16"), ("int64", "int64")])
+def test_buffers_have_the_dtype_of_the_contract(dtype: str, kept_as: str) -> None:
+    assert numpy_dtype(dtype) == kept_as
+    buffer = allocate(TensorSpec("x", dtype, ("B", 3)), {"B": 2})
+    assert (buffer.shape, buffer.dtype, buffer.flags.c_contiguous, buffer.any()) == ((2, 3), kept_as, True, False)
+
+
+def test_no_memory_is_named() -> None:
+    with pytest.raises(RequestError, match=r"not enough memory for 8 row\(s\) at a context capacity of 1152921504606846976 tokens"):
+        allocate(TensorSpec("past_key_values.0.key", "float32", ("B", 2, "T", 4)), {"B": 8, "T": 2**60})
+
+
+def test_keys_are_shared_and_mamba_states_alternate() -> None:
+    s = state("float16")
+    for which in (0, 1):
+        reads, writes = s.reads(which), s.writes(which)
+        assert reads[past_key(0)] is writes[present_key(0)] is s.reads(1 - which)[past_key(0)]
+        assert reads[past_ssm(1)] is not writes[present_ssm(1)]
+        assert writes[present_ssm(1)] is s.reads(1 - which)[past_ssm(1)]
+    assert (s.reads(0)[past_conv(1)].dtype, s.reads(0)[past_ssm(1)].dtype) == (np.float16, np.float32)
+
+
+def test_growing_keeps_what_was_written_and_clearing_forgets_it() -> None:
+    s = state()
+    s.reads(0)[past_key(0)][:, :, :7] = 5
+    s.reads(1)[past_ssm(1)].fill(3)
+    s.moved_on(7)
+    s.grow(512)
+    key = s.reads(0)[past_key(0)]
+    assert (s.capacity, key.shape[2], key[:, :, :7].min(), key[:, :, 7:].any()) == (512, 512, 5, False)
+    assert s.reads(s.current)[past_ssm(1)].min() == 3
+    s.clear()
+    assert s.current == 0
+    assert not any(buffer.any() for buffer in s.reads(0).values())
+
+
+def test_the_denoiser_reads_what_the_context_wrote_last() -> None:
+    work, _ = workspace()
+    arrays = work.denoiser(4)
+    arrays.block.fill(3)
+    seen = []
+    for past, tokens in ((0, [5, 6]), (2, [7]), (3, [8])):
+        read(work, tokens, past)
+        arrays.context_length[:] = past + len(tokens)
+        work.denoise(STREAM)
+        seen.append(arrays.predicted.tolist())
+    fresh, _ = workspace()
+    read(fresh, [5, 6, 7, 8], 0)
+    again = fresh.denoiser(4)
+    again.block.fill(3)
+    again.context_length[:] = 4
+    fresh.denoise(STREAM)
+    assert seen[-1] == again.predicted.tolist()
+    assert seen[0] != seen[1] != seen[2]
+
+
+def test_bindings_are_made_once_for_each_width_and_state_set() -> None:
+    work, fake = workspace()
+    work.denoiser(4)
+    for past in range(0, 40, 4):
+        read(work, [5, 6, 7, 8], past)
+        work.denoise(STREAM)
+        work.denoise(STREAM)
+        work.head(STREAM)
+    assert (fake.context.binds, fake.denoiser.binds, fake.head.binds) == (2, 2, 1)
+    assert (len(fake.context.addresses), len(fake.denoiser.addresses), len(fake.head.addresses)) == (2, 2, 1)
+    work.denoiser(8)
+    work.denoise(STREAM)
+    assert fake.denoiser.binds == 3, "another block size has other arrays"
+
+
+def test_bindings_of_odd_widths_do_not_pile_up() -> None:
+    work, fake = workspace()
+    for width in range(1, 21):
+        for _ in range(2):
+            read(work, [5] * width, 0)
+    assert fake.context.binds == 40
+    assert len(work._context) <= 32

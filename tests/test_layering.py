@@ -1,0 +1,68 @@
+"""Import rules that import-linter cannot say: one door a vendor, one name a module, links that are links.
+
+The contracts between layers are in pyproject.toml and are checked by `make lint`.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.source import LINKED, ROOT, imported, package_files, tree
+
+DOORS = {
+    "tensorrt": ("builders/trt.py", "runtime/engines/trt.py"),
+    "tensorrt_rtx": ("builders/trt_rtx.py", "runtime/engines/trt_rtx.py"),
+    "onnxruntime": ("builders/ort.py", "runtime/engines/ort.py", "export/verify.py"),
+    "modelopt": ("calibration/modelopt.py",),
+    "transformers": (),  # an oracle of tests; nothing that ships may need it
+}
+
+
+def real_path(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("vendor", DOORS)
+def test_a_vendor_is_imported_behind_its_doors_only(vendor: str) -> None:
+    users = {real_path(f) for f in package_files().values() if any(name.split(".")[0] == vendor for name in imported(tree(f)))}
+    assert users <= set(DOORS[vendor]), f"{vendor} is imported outside its doors {DOORS[vendor]}"
+
+
+def test_the_walk_sees_all_five_folders() -> None:
+    """Or the rules above would hold for want of files."""
+    files = [real_path(f) for f in package_files().values()]
+    for pattern in ("src/twotower/*.py", *(f"{folder}/*.py" for folder in LINKED)):
+        assert any(fnmatch(f, pattern) for f in files), pattern
+    assert "runtime/engines/ort.py" in files
+    assert len(files) == len(set(files))
+
+
+@pytest.mark.parametrize("folder", LINKED)
+def test_the_four_folders_are_relative_links(folder: str) -> None:
+    assert os.readlink(ROOT / "src" / "twotower" / folder) == f"../../{folder}"
+
+
+def test_modules_go_by_one_name() -> None:
+    """`import runtime` would work from the repository root, by accident, and load a second copy of each module."""
+    files = [*package_files().values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
+    wrong = [f"{real_path(f)}: {name}" for f in files for name in imported(tree(f)) if name.split(".")[0] in LINKED]
+    assert not wrong, "write twotower.<folder>"
+
+
+def test_imports_are_absolute() -> None:
+    wrong = [real_path(f) for f in package_files().values() for n in ast.walk(tree(f)) if isinstance(n, ast.ImportFrom) and n.level]
+    assert not wrong
+
+
+def test_only_the_registries_and_the_command_line_name_vendor_files() -> None:
+    """An engine's file is imported when it is chosen; a second importer would make its library a dependency of that one too."""
+    engines = {door for some in DOORS.values() for door in some if door.startswith(("builders/", "runtime/"))}
+    doors = {f"twotower.{door.removesuffix('.py').replace('/', '.')}" for door in engines}
+    allowed = {"builders/__init__.py", "runtime/engines/__init__.py"}
+    users = {real_path(f) for f in package_files().values() if doors & set(imported(tree(f)))}
+    assert users <= allowed

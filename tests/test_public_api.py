@@ -1,0 +1,81 @@
+"""What is public is said to be, package by package, and importing the shop window costs nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+import twotower
+from tests.helpers.source import ROOT, imported, package_files, tree
+
+MODULES = {name: file for name, file in package_files().items() if not name.endswith("__main__")}
+HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "tensorrt", "tensorrt_rtx", "transformers", "safetensors", "tokenizers")
+
+
+def declared(body: ast.Module) -> list[str] | None:
+    """The module's `__all__`, if it has one."""
+    for node in body.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        if any(isinstance(t, ast.Name) and t.id == "__all__" for t in targets):
+            assert isinstance(node, (ast.Assign, ast.AnnAssign))
+            assert node.value is not None
+            return list(ast.literal_eval(node.value))
+    return None
+
+
+def bound(body: ast.Module) -> Iterator[str]:
+    """Every name a module binds at its top level, conditional imports included."""
+    for node in ast.walk(body):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from (alias.asname or alias.name.split(".")[0] for alias in node.names)
+    for node in body.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Assign):
+            yield from (n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name))
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_functions_and_classes_are_in_all(module: str) -> None:
+    body = tree(MODULES[module])
+    public = [n.name for n in body.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+    names = declared(body)
+    if not public and names is None:
+        return
+    assert names is not None, f"{module} has no __all__"
+    assert len(names) == len(set(names))
+    assert set(public) <= set(names), "public, but not in __all__; is an underscore missing?"
+    assert set(names) <= set(bound(body)), "in __all__, but not there"
+
+
+@pytest.mark.parametrize("module", [name for name, file in MODULES.items() if file.name == "__init__.py"])
+def test_a_package_is_a_shop_window(module: str) -> None:
+    """It re-exports and registers; it neither probes the machine nor reads the environment."""
+    probes = {"os", "sys", "ctypes", "platform", "subprocess", "shutil", "logging"}
+    assert not probes & set(imported(tree(MODULES[module])))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_opens_with_a_sentence(module: str) -> None:
+    first = (ast.get_docstring(tree(MODULES[module])) or "").split("\n\n")[0].strip()
+    assert first.endswith((".", ":")), f"{module}: {first!r}"
+
+
+def test_lazy_names_resolve() -> None:
+    for name in twotower.__all__:
+        assert getattr(twotower, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = twotower.Nothing
+
+
+@pytest.mark.parametrize("statement", ("import twotower", "from twotower import GenerationConfig, TwoTower", "import twotower.bundle"))
+def test_importing_loads_nothing_heavy(statement: str) -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r}); {statement}; print(*sorted(set({HEAVY!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
