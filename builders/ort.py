@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 
 from twotower.builders.base import Report
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, FileRecord, hash_file
 from twotower.errors import BuildError
-from twotower.graph_files import WeightRef, aligned, attach_weights, detach_weights, load_graph, read_weight, weight_refs, widen_to_float32
+from twotower.graph_files import attach_weights, detach_weights, load_graph, weight_refs, widen_data, widen_to_float32
 
 __all__ = ["OrtCpuBuilder"]
 
 TARGET = "ort-cpu"
-_PIECE = 4 << 20  # elements widened at a time: 16 MiB of float32
 
 
 class OrtCpuBuilder:
@@ -42,12 +39,10 @@ class OrtCpuBuilder:
     def build(self, bundle: Bundle, folder: Path, report: Report) -> EngineRecord:
         started = time.perf_counter()
         weights: dict[str, str] = {}
-        tables: dict[str, dict[str, list[object]]] = {}
         operators: dict[str, dict[str, int]] = {}
         for step, name in enumerate(GRAPH_FILES):
             report(f"optimising {name}", step, len(GRAPH_FILES))
-            refs, weights[name], ops = self._build_graph(bundle, name, folder, report)
-            tables[name] = {k: [r.dtype, list(r.shape), r.offset] for k, r in refs.items()}
+            weights[name], ops = self._build_graph(bundle, name, folder, report)
             operators[name] = dict(ops.most_common())
         files = {p.name: FileRecord(p.stat().st_size, hash_file(p)) for p in sorted(folder.iterdir())}
         return EngineRecord(
@@ -56,26 +51,32 @@ class OrtCpuBuilder:
             dtype="float32",
             graphs={name: bundle.graph_identity(name) for name in GRAPH_FILES},
             weights=weights,
-            tables=tables,
             files=files,
             report={"seconds": round(time.perf_counter() - started, 3), "operators": operators, "widened_from": _widened_from(bundle)},
         )
 
-    def _build_graph(self, bundle: Bundle, name: str, folder: Path, report: Report) -> tuple[dict[str, WeightRef], str, Counter[str]]:
-        """One engine file; returns where its weights lie, in which file of the bundle, and its operators."""
+    def _build_graph(self, bundle: Bundle, name: str, folder: Path, report: Report) -> tuple[str, Counter[str]]:
+        """One engine file; returns the file of the bundle its weights lie in, and its operators."""
         model = load_graph(bundle.graph_file(name))
         refs = weight_refs(model)
         location = GRAPH_FILES[name] + DATA_SUFFIX
         if any(ref.dtype != "float32" for ref in refs.values()):
             wide = folder / f"{name}{DATA_SUFFIX}"
-            refs = _widen(bundle.path / location, wide, refs, lambda done, total: report(f"widening {name}", done, total))
+            total, done = sum(ref.nbytes for ref in refs.values()), 0
+
+            def tick(count: int) -> None:
+                nonlocal done
+                done += count
+                report(f"widening {name}", done, total)
+
+            refs = widen_data(bundle.path / location, wide, refs, tick)
             location = f"engines/{TARGET}/{wide.name}"
             widen_to_float32(model)
         detach_weights(model)
         optimised = _optimised(model, folder / f"{name}.onnx", name)
-        attach_weights(optimised, refs, "weights are mapped by the runtime")
+        attach_weights(optimised, refs, location)  # relative to the bundle: the runtime maps the file from there
         (folder / f"{name}.onnx").write_bytes(optimised.SerializeToString())
-        return refs, location, Counter(node.op_type for node in optimised.graph.node)
+        return location, Counter(node.op_type for node in optimised.graph.node)
 
 
 def _optimised(model: onnx.ModelProto, scratch: Path, name: str) -> onnx.ModelProto:
@@ -91,26 +92,6 @@ def _optimised(model: onnx.ModelProto, scratch: Path, name: str) -> onnx.ModelPr
             f"ONNX Runtime {ort.__version__} refuses the {name} graph", found=str(e), do="use the ONNX Runtime this version of twotower asks for"
         ) from e
     return load_graph(scratch)
-
-
-def _widen(source: Path, target: Path, refs: dict[str, WeightRef], progress: Callable[[int, int], None]) -> dict[str, WeightRef]:
-    """Copies weights into a float32 data file, a bounded piece at a time."""
-    data = np.memmap(source, dtype=np.uint8, mode="r")
-    out: dict[str, WeightRef] = {}
-    end, done, total = 0, 0, sum(r.nbytes for r in refs.values())
-    with target.open("wb") as file:
-        for name, ref in sorted(refs.items(), key=lambda item: item[1].offset):
-            out[name] = WeightRef("float32", ref.shape, aligned(end))
-            file.seek(out[name].offset)
-            size = 4 if ref.dtype == "float32" else 2
-            count = ref.nbytes // size
-            for first in range(0, count, _PIECE):
-                piece = WeightRef(ref.dtype, (min(_PIECE, count - first),), ref.offset + first * size)
-                read_weight(data, piece).astype(np.float32, copy=False).tofile(file)
-                done += piece.nbytes
-                progress(done, total)
-            end = out[name].offset + out[name].nbytes
-    return out
 
 
 def _widened_from(bundle: Bundle) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from twotower.export.checkpoint import Checkpoint
 from twotower.export.graphs import build_graph
 from twotower.export.verify_cases import Case, random_case
 from twotower.export.weights import lay_out, point_to_data
-from twotower.graph_files import WeightRef, load_graph, read_weight, weight_refs, widen_to_float32
+from twotower.graph_files import WeightRef, attach_weights, load_graph, weight_refs, widen_data, widen_to_float32
 from twotower.model import ContextTower, DenoiserTower, load_context_tower, load_denoiser_tower
 from twotower.model.context_tower import last_valid
 from twotower.model.denoiser_tower import commit_step
@@ -61,7 +62,8 @@ class _Subject:
         return re.sub(r"(layers|scale_shift_tables)\.(\d+)", lambda m: f"{m[1]}.{self.layers[int(m[2])]}", name)
 
     def read(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(self.checkpoint.tensors[self.original(name)].numpy().copy())
+        array = self.checkpoint.tensors[self.original(name)].numpy()
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def verify_bundle(folder: Path, checkpoint: Checkpoint, dtype: str, report: Report) -> dict[str, Any]:
@@ -78,6 +80,9 @@ def verify_bundle(folder: Path, checkpoint: Checkpoint, dtype: str, report: Repo
     """
     started = time.perf_counter()
     layers, why = layers_that_fit(checkpoint.config, _available_memory())
+    scratch = 0 if dtype == "float32" else _tower_bytes(_selected(checkpoint.config, layers)) if layers else 0
+    if scratch > (free := shutil.disk_usage(folder).free):
+        layers, why = (), f"comparing takes {scratch / 1e9:.1f} GB of disk for a while, {free / 1e9:.1f} GB are free"
     if not layers:
         return {"verified": False, "why": why}
     config = _selected(checkpoint.config, layers)
@@ -127,9 +132,14 @@ def layers_that_fit(config: ModelConfig, memory: int) -> tuple[tuple[int, ...], 
 
 
 def _peak_bytes(config: ModelConfig) -> int:
-    """Two float32 copies, torch's and ONNX Runtime's, of the larger tower: the towers are compared one after the other."""
+    """The larger tower in float32 for torch, and a quarter more for what is in flight; ONNX Runtime maps its weights from disk."""
+    return _tower_bytes(config) * 5 // 4
+
+
+def _tower_bytes(config: ModelConfig) -> int:
+    """The larger tower in float32: the towers are compared one after the other."""
     sizes = {tower: sum(int(np.prod(t.shape)) for t in expected_tensors(config).values() if t.tower is tower) for tower in Tower}
-    return 2 * 4 * max(sizes.values())
+    return 4 * max(sizes.values())
 
 
 def _selected(config: ModelConfig, layers: tuple[int, ...]) -> ModelConfig:
@@ -137,7 +147,7 @@ def _selected(config: ModelConfig, layers: tuple[int, ...]) -> ModelConfig:
 
 
 def _compare_context(subject: _Subject, case: Case) -> Iterator[tuple[str, float]]:
-    tower: ContextTower = load_context_tower(subject.config, subject.read, subject.dtype).float()
+    tower: ContextTower = load_context_tower(subject.config, subject.read, rounded_to=subject.dtype)
     tokens, lengths, past = (torch.from_numpy(a) for a in (case.tokens, case.chunk_length, case.past_length))
     hidden, state = tower.extend(tokens, {k: torch.from_numpy(v) for k, v in case.state.items()}, past=past, lengths=lengths)
     want = last_valid(hidden, lengths).numpy()
@@ -155,7 +165,7 @@ def _compare_context(subject: _Subject, case: Case) -> Iterator[tuple[str, float
 
 
 def _compare_denoiser(subject: _Subject, case: Case) -> Iterator[tuple[str, float]]:
-    tower: DenoiserTower = load_denoiser_tower(subject.config, subject.read, subject.dtype).float()
+    tower: DenoiserTower = load_denoiser_tower(subject.config, subject.read, rounded_to=subject.dtype)
     block, length = torch.from_numpy(case.block), torch.from_numpy(case.context_length)
     logits = tower.logits(block, {k: torch.from_numpy(v) for k, v in case.state.items()}, context_length=length)
     del tower
@@ -174,19 +184,24 @@ def _error(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> float:
 
 
 def _run(subject: _Subject, name: str, feeds: Arrays) -> Arrays:
-    """One exported graph on float32 inputs, with its weights out of the written data file."""
-    relative = GRAPH_FILES[name]
-    model = load_graph(subject.folder / relative)
+    """One exported graph on float32 inputs, its weights mapped from the written data file."""
+    file = subject.folder / GRAPH_FILES[name]
+    data = file.with_name(file.name + DATA_SUFFIX)
+    model = load_graph(file)
     refs = weight_refs(model)
     if len(subject.layers) != len(subject.checkpoint.config.layers):
         model, refs = _fewer_layers(subject, name, refs)
-    if subject.dtype != "float32":
-        widen_to_float32(model)
-    data = np.memmap(subject.folder / (relative + DATA_SUFFIX), dtype=np.uint8, mode="r")
-    weights = {key: read_weight(data, ref).astype(np.float32, copy=False) for key, ref in refs.items()}
-    session = _session(model, weights)
-    names = [o.name for o in session.get_outputs()]
-    return dict(zip(names, session.run(names, feeds), strict=True))
+    wide = file.with_name(f"{file.name}.float32")
+    try:
+        if subject.dtype != "float32":
+            widen_to_float32(model)
+            refs, data = widen_data(data, wide, refs), wide
+        attach_weights(model, refs, data.name)
+        session = _session(model, file.parent)
+        names = [o.name for o in session.get_outputs()]
+        return dict(zip(names, session.run(names, feeds), strict=True))
+    finally:
+        wide.unlink(missing_ok=True)
 
 
 def _fewer_layers(subject: _Subject, name: str, refs: Mapping[str, WeightRef]) -> tuple[onnx.ModelProto, dict[str, WeightRef]]:
@@ -196,13 +211,13 @@ def _fewer_layers(subject: _Subject, name: str, refs: Mapping[str, WeightRef]) -
     return ir.to_proto(graph.model), {w.name: refs[subject.original(w.name)] for w in graph.weights}
 
 
-def _session(model: onnx.ModelProto, weights: Arrays) -> ort.InferenceSession:
+def _session(model: onnx.ModelProto, folder: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    # Nothing may be folded or packed: each would copy the weights.
+    # Nothing may be folded or packed: each would copy the weights into memory.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     options.log_severity_level = 3
-    options.add_external_initializers(list(weights), [ort.OrtValue.ortvalue_from_numpy(w) for w in weights.values()])
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

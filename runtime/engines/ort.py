@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 
 from twotower.bundle import Bundle, EngineRecord, Progress, engine_folder, inside, read_engine_record
@@ -18,8 +16,7 @@ from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TowerSignature, signa
 __all__ = ["OrtEngine", "open_ort_cpu"]
 
 TARGET = "ort-cpu"
-# Packing weights for the matrix product is faster but copies them into anonymous memory: only where that is small change.
-_PACK_BELOW_BYTES = 1 << 30
+_PACK_BELOW_BYTES = 1 << 30  # packing copies: only where that is small change
 
 
 def open_ort_cpu(bundle: Bundle, *, threads: int = 0, progress: Progress | None = None) -> Towers:
@@ -44,18 +41,8 @@ def _open(bundle: Bundle, record: EngineRecord, signature: TowerSignature, threa
             found=f"{record.weights[name]!r}",
             do=f"run `twotower build {bundle.path} --target {TARGET} --force`",
         )
-    weights = _mapped(data, record.tables[name])
-    return OrtEngine(engine_folder(bundle, TARGET) / f"{name}.onnx", weights, signature, threads=threads)
-
-
-def _mapped(data: Path, table: Mapping[str, list[Any]]) -> dict[str, Array]:
-    """Views of a data file's weights; pages are read when they are first used and can be dropped again by the system."""
-    mapped = np.memmap(data, dtype=np.uint8, mode="r")
-    out: dict[str, Array] = {}
-    for name, (dtype, shape, offset) in table.items():
-        count = int(np.prod(shape))
-        out[name] = mapped[offset : offset + count * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
-    return out
+    graph = engine_folder(bundle, TARGET) / f"{name}.onnx"
+    return OrtEngine(graph, bundle.path, signature, pack=data.stat().st_size < _PACK_BELOW_BYTES, threads=threads)
 
 
 class OrtEngine:
@@ -63,22 +50,25 @@ class OrtEngine:
 
     Args:
         graph: The optimised graph.
-        weights: Its external weights by name; the engine keeps them alive.
+        folder: The folder its weight file is named from. ONNX Runtime maps that file: pages are read when they are first used, and
+            the system can drop them again.
         signature: Its inputs and outputs.
+        pack: Pack weights for the matrix product, which is faster but copies them into anonymous memory.
         threads: Threads to compute with, 0 for ONNX Runtime's choice.
     """
 
-    def __init__(self, graph: Path, weights: Mapping[str, Array], signature: TowerSignature, *, threads: int = 0) -> None:
+    def __init__(self, graph: Path, folder: Path, signature: TowerSignature, *, pack: bool, threads: int = 0) -> None:
         self.signature = signature
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # done at build time
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
-        if sum(w.nbytes for w in weights.values()) > _PACK_BELOW_BYTES:
+        if not pack:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        self._weights = [ort.OrtValue.ortvalue_from_numpy(w) for w in weights.values()]
-        options.add_external_initializers(list(weights), self._weights)
-        self._session: ort.InferenceSession | None = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        # Weights may lie outside the graph's own folder only for a graph that is passed as bytes.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+        providers = ["CPUExecutionProvider"]
+        self._session: ort.InferenceSession | None = ort.InferenceSession(graph.read_bytes(), options, providers=providers)
 
     def bind(self, arrays: Mapping[str, Array]) -> Binding:
         """Binds every input and output to a host buffer; see `TowerEngine.bind`."""
@@ -96,7 +86,6 @@ class OrtEngine:
     def close(self) -> None:
         """Frees the session; idempotent."""
         self._session = None
-        self._weights = []
 
 
 class _OrtBinding:

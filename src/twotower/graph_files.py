@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,25 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-__all__ = ["ALIGNMENT", "WeightRef", "aligned", "attach_weights", "detach_weights", "load_graph", "read_weight", "weight_refs", "widen_to_float32"]
+__all__ = [
+    "ALIGNMENT",
+    "WeightRef",
+    "aligned",
+    "attach_weights",
+    "detach_weights",
+    "load_graph",
+    "read_weight",
+    "weight_refs",
+    "widen_data",
+    "widen_to_float32",
+]
 
 ALIGNMENT = 4096
 """Offsets of weights in a data file: a page, so that a weight can be mapped on its own."""
 
 _NAMES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 _CODES = {name: code for code, name in _NAMES.items()}
+_PIECE = 4 << 20  # elements widened at a time
 _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
@@ -77,10 +89,13 @@ def detach_weights(model: onnx.ModelProto) -> None:
 
 
 def attach_weights(model: onnx.ModelProto, refs: dict[str, WeightRef], location: str) -> None:
-    """The inverse of `detach_weights`: the named inputs become external initializers in the file `location`."""
+    """Makes the named inputs, or external initializers, external initializers in the file `location`."""
     kept = [i for i in model.graph.input if i.name not in refs]
     del model.graph.input[:]
     model.graph.input.extend(kept)
+    inline = [t for t in model.graph.initializer if t.name not in refs]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(inline)
     for name, ref in refs.items():
         tensor = TensorProto(name=name, data_type=_CODES[ref.dtype], dims=ref.shape, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", location), ("offset", ref.offset), ("length", ref.nbytes)):
@@ -105,6 +120,36 @@ def widen_to_float32(model: onnx.ModelProto) -> None:
     for attribute in _cast_targets(model):
         if attribute.i in _NARROW:
             attribute.i = TensorProto.FLOAT
+
+
+def widen_data(source: Path, target: Path, refs: dict[str, WeightRef], tick: Callable[[int], None] | None = None) -> dict[str, WeightRef]:
+    """Copies weights into a float32 data file, 16 MiB at a time.
+
+    Args:
+        source: The data file `refs` points into.
+        target: The file to write.
+        refs: The weights to take.
+        tick: Called with the bytes read for each piece.
+
+    Returns:
+        Where the weights lie in the new file.
+    """
+    data = np.memmap(source, dtype=np.uint8, mode="r")
+    out: dict[str, WeightRef] = {}
+    end = 0
+    with target.open("wb") as file:
+        for name, ref in sorted(refs.items(), key=lambda item: item[1].offset):
+            out[name] = WeightRef("float32", ref.shape, aligned(end))
+            file.seek(out[name].offset)
+            size = 4 if ref.dtype == "float32" else 2
+            count = ref.nbytes // size
+            for first in range(0, count, _PIECE):
+                piece = WeightRef(ref.dtype, (min(_PIECE, count - first),), ref.offset + first * size)
+                read_weight(data, piece).astype(np.float32, copy=False).tofile(file)
+                if tick:
+                    tick(piece.nbytes)
+            end = out[name].offset + out[name].nbytes
+    return out
 
 
 def _cast_targets(model: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 from tests.helpers.bundles import built_fixture, copy_of, export_fixture, flip_byte
@@ -14,7 +13,7 @@ from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders import build as build_module
 from twotower.bundle import BUILD_FILE, GRAPH_FILES, Bundle, engine_folder, read_engine_record
 from twotower.errors import BuildError, EngineMismatchError
-from twotower.graph_files import load_graph
+from twotower.graph_files import load_graph, weight_refs
 
 TARGET = "ort-cpu"
 
@@ -55,12 +54,11 @@ def test_narrow_bundles_are_widened_once(tmp_path: Path, dtype: str) -> None:
     record = record_of(bundle)
     assert record.dtype == "float32"
     assert record.report["widened_from"] == dtype
-    for name, table in record.tables.items():
-        assert {dtype for dtype, _, _ in table.values()} == {"float32"}
-        file = bundle.path / record.weights[name]
-        last = max(offset + 4 * int(np.prod(shape)) for _, shape, offset in table.values())
-        assert file.stat().st_size == last
+    for name, weights in record.weights.items():
         model = load_graph(engine_folder(bundle, TARGET) / f"{name}.onnx")
+        refs = weight_refs(model)
+        assert {ref.dtype for ref in refs.values()} == {"float32"}
+        assert (bundle.path / weights).stat().st_size == max(ref.offset + ref.nbytes for ref in refs.values())
         kinds = {v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
         assert kinds <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
 

@@ -128,7 +128,7 @@ requests = st.builds(lambda seed, n, config: Request(prompt(seed, n), config), s
 
 
 @given(st.lists(requests, min_size=1, max_size=8), st.integers(1, 8), st.sampled_from([1, 3, 16, 256]))
-@settings(max_examples=20)
+@settings(max_examples=60)
 def test_every_row_is_what_the_plain_algorithm_says(batch: list[Request], max_batch: int, max_chunk: int) -> None:
     results = run(batch, max_batch=max_batch, max_chunk=max_chunk)
     naive = Naive(fake_towers(eos_every=40))

@@ -34,7 +34,12 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
 
 
 def test_the_stream_is_philox_whatever_numpy_does() -> None:
-    assert [f"{x:x}" for x in philox([0, 0, 0, 0], [0, 0])] == ["16554d9eca36314c", "db20fe9d672d0fdc", "d7e772cee186176b", "7e68b68aec7ba23b"]
+    assert [f"{x:x}" for x in philox([0, 0, 0, 0], [0, 0])] == [
+        "16554d9eca36314c",
+        "db20fe9d672d0fdc",
+        "d7e772cee186176b",
+        "7e68b68aec7ba23b",
+    ]
     bits = [x for draw in (1, 2) for x in philox([draw, 1, 2, 3], [5, 0])]
     assert keyed_uniforms(5, (1, 2, 3), 8).tolist() == [((x >> 11) + 0.5) / 2**53 for x in bits]
 

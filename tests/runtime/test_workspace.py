@@ -39,8 +39,8 @@ def test_buffers_have_the_dtype_of_the_contract(dtype: str, kept_as: str) -> Non
 
 
 def test_no_memory_is_named() -> None:
-    with pytest.raises(RequestError, match=r"not enough memory for 8 row\(s\) at a context capacity of 1152921504606846976 tokens"):
-        allocate(TensorSpec("past_key_values.0.key", "float32", ("B", 2, "T", 4)), {"B": 8, "T": 2**60})
+    with pytest.raises(RequestError, match=r"not enough memory for 8 row\(s\) at a context capacity of 4503599627370496 tokens"):
+        allocate(TensorSpec("past_key_values.0.key", "float32", ("B", 2, "T", 4)), {"B": 8, "T": 2**52})
 
 
 def test_keys_are_shared_and_mamba_states_alternate() -> None:

@@ -27,7 +27,6 @@ class EngineRecord:
         dtype: Element type the engines keep their buffers in.
         graphs: For each graph, the identity of what it was built from (`Bundle.graph_identity`).
         weights: For each graph, the weight file relative to the bundle.
-        tables: For each graph, where each weight lies in that file: name -> [dtype, shape, offset].
         files: Every file in the folder besides `build.json`.
         report: What the build observed: seconds, bytes, operators.
     """
@@ -37,7 +36,6 @@ class EngineRecord:
     dtype: str
     graphs: dict[str, str]
     weights: dict[str, str]
-    tables: dict[str, dict[str, list[Any]]]
     files: dict[str, FileRecord]
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -50,7 +48,6 @@ class EngineRecord:
             "dtype": self.dtype,
             "graphs": self.graphs,
             "weights": self.weights,
-            "tables": self.tables,
             "files": {name: {"size": r.size, "sha256": r.sha256} for name, r in sorted(self.files.items())},
             "report": self.report,
         }
@@ -104,7 +101,6 @@ def _parsed(data: dict[str, Any]) -> EngineRecord:
         dtype=str(data["dtype"]),
         graphs=dict(data["graphs"]),
         weights=dict(data["weights"]),
-        tables=dict(data["tables"]),
         files={str(k): FileRecord(int(v["size"]), str(v["sha256"])) for k, v in data["files"].items()},
         report=dict(data["report"]),
     )

@@ -24,14 +24,21 @@ Read = Callable[[str], torch.Tensor]
 _HIGH_PRECISION = ("A_log", "D", "dt_bias", "gate.weight", "e_score_correction_bias", "norm.weight", "norm_f.weight")
 
 
-def load_context_tower(config: ModelConfig, read: Read, dtype: str = "float32") -> ContextTower:
-    """The context tower with its head."""
-    return _filled(ContextTower, config, dtype, lambda name: read(_published(name, Tower.CONTEXT)))
+def load_context_tower(config: ModelConfig, read: Read, dtype: str = "float32", *, rounded_to: str | None = None) -> ContextTower:
+    """The context tower with its head.
+
+    Args:
+        config: The model.
+        read: Gives a checkpoint tensor by its published name.
+        dtype: What the tower computes in.
+        rounded_to: Round the weights to this dtype first: the exact twin of a narrow model, computed in `dtype`.
+    """
+    return _filled(ContextTower, config, (dtype, rounded_to or dtype), lambda name: read(_published(name, Tower.CONTEXT)))
 
 
-def load_denoiser_tower(config: ModelConfig, read: Read, dtype: str = "float32") -> DenoiserTower:
-    """The denoiser tower with its conditioning and head."""
-    return _filled(DenoiserTower, config, dtype, lambda name: read(_published(name, Tower.DENOISER)))
+def load_denoiser_tower(config: ModelConfig, read: Read, dtype: str = "float32", *, rounded_to: str | None = None) -> DenoiserTower:
+    """The denoiser tower with its conditioning and head; arguments as of `load_context_tower`."""
+    return _filled(DenoiserTower, config, (dtype, rounded_to or dtype), lambda name: read(_published(name, Tower.DENOISER)))
 
 
 def _published(name: str, tower: Tower) -> str:
@@ -41,11 +48,15 @@ def _published(name: str, tower: Tower) -> str:
     return name if name.startswith(("t_embedder.", "t_block.", "scale_shift_tables.")) else f"{tower.value}.{name}"
 
 
-def _filled(kind: type[T], config: ModelConfig, dtype: str, read: Read) -> T:
+def _filled(kind: type[T], config: ModelConfig, dtypes: tuple[str, str], read: Read) -> T:
     with torch.device("meta"):  # shapes alone: random numbers for 30 billion weights would take minutes and all the memory
         tower = kind(config)
     for name, parameter in list(tower.named_parameters()):
-        value = read(name).to(torch.float32 if name.endswith(_HIGH_PRECISION) else TORCH_DTYPES[dtype])
+        value = read(name)
+        if name.endswith(_HIGH_PRECISION):
+            value = value.to(torch.float32)
+        else:
+            value = value.to(TORCH_DTYPES[dtypes[1]]).to(TORCH_DTYPES[dtypes[0]])
         assert value.shape == parameter.shape, f"{name}: {tuple(value.shape)} instead of {tuple(parameter.shape)}"
         owner_name, _, last = name.rpartition(".")
         owner = tower.get_submodule(owner_name) if owner_name else tower
