@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from twotower.bundle import hash_file, inside
 from twotower.config import ModelConfig, read_model_config
 from twotower.config.tensors import expected_tensors
 from twotower.errors import CheckpointError
-from twotower.export.safetensors_header import HeaderError, StoredTensor, read_header
+from twotower.export.safetensors_header import HeaderError, StoredTensor, read_header, refuse_repeats
+from twotower.export.stored import Tensor
 
 __all__ = ["Checkpoint", "Tensor", "locate_checkpoint"]
 
@@ -23,57 +22,7 @@ INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 FLOAT_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.txt"]
 _LISTED = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """One tensor of a checkpoint, not yet read.
-
-    Attributes:
-        name: Its published name.
-        dtype: `float32`, `float16` or `bfloat16`.
-        shape: Its shape.
-        file: The shard.
-        offset: First byte in the shard.
-        nbytes: Its size.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    nbytes: int
-
-    def chunks(self, chunk_bytes: int) -> Iterator[bytes]:
-        """Its raw little-endian bytes in pieces of whole elements.
-
-        Raises:
-            CheckpointError: the shard became shorter since it was opened.
-        """
-        with self.file.open("rb", buffering=0) as file:
-            file.seek(self.offset)
-            left = self.nbytes
-            while left:
-                piece = file.read(min(chunk_bytes, left))
-                while len(piece) % 4 and len(piece) < left:  # a short read must not cut an element
-                    more = file.read(min(4 - len(piece) % 4, left - len(piece)))
-                    if not more:
-                        break
-                    piece += more
-                if not piece:
-                    raise CheckpointError(
-                        f"tensor {self.name} could not be read", found=f"{self.file} ends too early", do="download the shard again"
-                    )
-                left -= len(piece)
-                yield piece
-
-    def numpy(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """The whole tensor: float16 and float32 as they are, bfloat16 widened to float32."""
-        raw = b"".join(self.chunks(1 << 24))
-        if self.dtype == "bfloat16":
-            return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(self.shape)
-        return np.frombuffer(raw, np.dtype(self.dtype)).reshape(self.shape)
+_NAME = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +44,8 @@ class Checkpoint:
         """
         root = Path(folder)
         if not root.is_dir():
-            raise CheckpointError(f"there is no checkpoint folder '{folder}'", found="no such folder", do="name the folder that holds config.json")
+            found = "a file" if root.exists() else "no such folder"
+            raise CheckpointError(f"there is no checkpoint folder '{folder}'", found=found, do="name the folder that holds config.json")
         config = read_model_config(root / "config.json")
         problems: list[str] = []
         stored = _stored_tensors(root, problems)
@@ -113,9 +63,9 @@ class Checkpoint:
         return cls(root, config, tensors)
 
     def identity(self, tick: Callable[[int], None] | None = None) -> dict[str, dict[str, Any]]:
-        """Size and SHA-256 of every shard by file name; reads every byte."""
+        """Size and SHA-256 of every shard by its path in the folder; reads every byte."""
         files = sorted({t.file for t in self.tensors.values()})
-        return {f.name: {"size": f.stat().st_size, "sha256": hash_file(f, tick)} for f in files}
+        return {f.relative_to(self.path).as_posix(): {"size": f.stat().st_size, "sha256": hash_file(f, tick)} for f in files}
 
 
 def locate_checkpoint(name: str) -> Path:
@@ -124,9 +74,12 @@ def locate_checkpoint(name: str) -> Path:
     Raises:
         CheckpointError: neither; says which was tried.
     """
-    path = Path(name)
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        return path.expanduser()
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        found = "no such folder, and not a hub id either (`owner/model`)"
+        raise CheckpointError(f"cannot find checkpoint '{name}'", found=found, do="name the folder that holds config.json, or a hub id")
     try:
         from huggingface_hub import snapshot_download  # noqa: PLC0415 - only a hub id needs it
 
@@ -147,13 +100,11 @@ def _stored_tensors(root: Path, problems: list[str]) -> _Stored:
     index = _index(root, problems)
     names = sorted(set(index.values())) if index is not None else [SINGLE_FILE]
     out: _Stored = {}
+    read: set[str] = set()
     for name in names:
-        path = inside(root, name) if isinstance(name, str) else None
-        # A hub cache keeps its files as links to a store beside the snapshot: a plain name may be such a link.
-        if path is None and isinstance(name, str) and os.path.basename(name) == name and (root / name).is_symlink():
-            path = root / name
+        path = _shard(root, name)
         if path is None:
-            problems.append(f"the index names a path outside the folder: {name!r}")
+            problems.append(f"the index names a path outside the folder: {_short(name)}")
             continue
         try:
             header = read_header(path)
@@ -161,17 +112,44 @@ def _stored_tensors(root: Path, problems: list[str]) -> _Stored:
             problems.append(f"{name}: missing" if index is not None else f"neither {INDEX_FILE} nor {SINGLE_FILE} is there")
             continue
         except (HeaderError, OSError) as e:
-            problems.append(f"{name}: {e}")
+            problems.append(f"{_short(name)}: {e.strerror if isinstance(e, OSError) else e}")
             continue
+        read.add(name)
         for tensor, entry in header.items():
             if tensor in out:
                 problems.append(f"{tensor}: stored twice, in {out[tensor][0].name} and {name}")
             elif index is not None and index.get(tensor) != name:
-                problems.append(f"{tensor}: stored in {name}, but the index says {index.get(tensor)}")
+                problems.append(f"{tensor}: stored in {name}, but the index {_says(index.get(tensor))}")
             out[tensor] = (path, entry)
-    if index is not None and not problems:
-        problems += [f"{tensor}: the index says {file}, which does not hold it" for tensor, file in index.items() if tensor not in out]
+    problems += _not_held(index or {}, out, read)
     return out
+
+
+def _not_held(index: Mapping[str, str], stored: _Stored, read: Set[str]) -> Iterator[str]:
+    """What the index promises of the shards that could be read; a shard that could not is one problem, not one a tensor."""
+    for tensor, name in index.items():
+        if tensor not in stored and name in read:
+            yield f"{tensor}: the index says {name}, which does not hold it"
+
+
+def _shard(root: Path, name: str) -> Path | None:
+    """The file of a shard, or None for a name that leads out of the folder or that no file system takes."""
+    try:
+        path = inside(root, name)
+        # A hub cache keeps its files as links to a store beside the snapshot: a plain name may be such a link.
+        if path is None and os.path.basename(name) == name and (root / name).is_symlink():
+            path = root / name
+    except (ValueError, OSError, RuntimeError):  # a zero byte, a lone surrogate; a link to itself
+        return None
+    return path
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= _NAME else f"{name[:_NAME]}...")
+
+
+def _says(name: str | None) -> str:
+    return "does not list it" if name is None else f"says {_short(name)}"
 
 
 def _index(root: Path, problems: list[str]) -> dict[str, str] | None:
@@ -179,11 +157,13 @@ def _index(root: Path, problems: list[str]) -> dict[str, str] | None:
     if not path.is_file():
         return None
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(k): v for k, v in table.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_repeats)["weight_map"]
+        wrong = [tensor for tensor, name in table.items() if not isinstance(name, str)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         problems.append(f"{INDEX_FILE}: not a readable index ({type(e).__name__}: {e})")
         return {}
+    problems += [f"{INDEX_FILE}: the file of {tensor} is not a name but {_short(repr(table[tensor]))}" for tensor in wrong]
+    return {tensor: name for tensor, name in table.items() if isinstance(name, str)}
 
 
 def _against_layout(config: ModelConfig, stored: _Stored) -> Iterator[str]:
@@ -191,8 +171,10 @@ def _against_layout(config: ModelConfig, stored: _Stored) -> Iterator[str]:
     for name, want in expected.items():
         if name not in stored:
             yield f"{name}: missing"
-        elif (got := stored[name][1]).shape != want.shape:
+            continue
+        got = stored[name][1]
+        if got.shape != want.shape:
             yield f"{name}: shape {list(got.shape)} instead of {list(want.shape)}"
-        elif got.dtype not in FLOAT_DTYPES:
+        if got.dtype not in FLOAT_DTYPES:
             yield f"{name}: dtype {got.dtype} instead of one of {', '.join(FLOAT_DTYPES)}"
     yield from (f"{name}: not part of this model" for name in stored if name not in expected)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ITEM_BYTES", "HeaderError", "StoredTensor", "read_header"]
+__all__ = ["ITEM_BYTES", "HeaderError", "StoredTensor", "read_header", "refuse_repeats"]
 
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
     "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # the format's own bound
+_MAX_AXES = 64
+_SHOWN = 200
 
 
 class HeaderError(Exception):
@@ -39,15 +43,18 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         HeaderError: the file is truncated, oversized, or its header is not sound.
         OSError: the file cannot be read.
     """
-    size = path.stat().st_size
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer for ever
+        raise HeaderError("not a regular file")
+    size = status.st_size
     with path.open("rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else None
         if length is None or length > min(_MAX_HEADER, size - 8):
             raise HeaderError(f"truncated or not a safetensors file ({size} bytes, header says {length})")
         try:
-            raw = json.loads(file.read(length))
-        except ValueError as e:
+            raw = json.loads(file.read(length), object_pairs_hook=refuse_repeats)
+        except (ValueError, RecursionError) as e:
             raise HeaderError(f"its header is not JSON ({e})") from e
     if not isinstance(raw, dict):
         raise HeaderError("its header is not a JSON object")
@@ -64,13 +71,28 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return out
 
 
+def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ: of two entries of one name, which one is meant would be a guess.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{twice!r} is there twice")
+    return out
+
+
 def _stored(name: str, entry: Any, start: int) -> StoredTensor:
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         first, last = entry["data_offsets"]
-        sound = dtype in ITEM_BYTES and all(type(d) is int and d >= 0 for d in (*shape, first, last))
+        # The bounds keep a hostile header from costing minutes in multiplying numbers of thousands of digits.
+        sound = dtype in ITEM_BYTES and len(shape) <= _MAX_AXES and all(type(d) is int and 0 <= d < 2**63 for d in (*shape, first, last))
     except (TypeError, KeyError, ValueError) as e:
         raise HeaderError(f"the entry of {name!r} is malformed") from e
     if not sound or last - first != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise HeaderError(f"the entry of {name!r} is malformed: dtype {dtype}, shape {list(shape)}, bytes {first} to {last}")
+        shown = f"dtype {dtype!r}, shape {list(shape)}, bytes {first!r} to {last!r}"
+        raise HeaderError(f"the entry of {name!r} is malformed: {shown[:_SHOWN]}")
     return StoredTensor(dtype, shape, start + first, last - first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -86,9 +87,10 @@ class Naive:
         return [Sampling.from_config(config).choose(a["candidate_ids"][0], a["candidate_logprobs"][0], index=index)]
 
     def generate(self, request: Request) -> tuple[list[int], str, int]:
-        config, out, nfe, index = request.config, [], 0, 0
+        config, nfe, index = request.config, 0, 0
         assert config is not None
-        text = list(request.prompt) or [1]
+        out: list[int] = []
+        text = [int(t) for t in request.prompt] or [1]
         while True:
             if config.mode == "ar":
                 new, passes = self.token(text, config, index), 1
@@ -185,7 +187,7 @@ def test_a_text_grows_through_the_buckets_and_stays_the_same() -> None:
 
 
 def test_a_row_that_ends_early_does_not_keep_the_cache_growing() -> None:
-    long, short = Request(prompt(1, 500), options(max_new_tokens=1)), Request(prompt(2, 3), options(max_new_tokens=200, ignore_eos=True))
+    long, short = Request(prompt(1, 510), options(max_new_tokens=1)), Request(prompt(2, 3), options(max_new_tokens=200, ignore_eos=True))
     assert what(run([long, short])) == what([*run([long]), *run([short])])
 
 
@@ -237,7 +239,7 @@ def test_every_step_can_be_watched() -> None:
     assert [(r.block_index, r.step) for r in seen] == [(b, s) for b in range(3) for s in range(8)]
     assert sum(0 in r.rows for r in seen) == short.usage.nfe
     assert sum(1 in r.rows for r in seen) == long.usage.nfe == 24
-    for before, after in zip(seen, seen[1:], strict=False):
+    for before, after in pairwise(seen):
         if after.step:
             assert np.array_equal(before.next_block, after.block_in), "records are copies"
     masked = (seen[3].block_in == 3).mean(1)
@@ -251,6 +253,30 @@ def test_progress_of_the_prompt() -> None:
     with TwoTower.from_towers(fake.towers, max_chunk=4) as model:
         model.generate([prompt(0, 10), prompt(1, 3)], options(max_new_tokens=1), on_prefill=lambda *at: seen.append(at))
     assert seen == [(4, 13), (8, 13), (13, 13)]
+
+
+def test_padding_is_the_pad_token_and_greedy_rows_have_no_noise() -> None:
+    fake = fake_towers(fake_config(pad_token_id=9))
+    chunks: list[np.ndarray] = []
+    noises: list[np.ndarray] = []
+    read, denoise = fake.context.compute, fake.denoiser.compute
+
+    def reading(arrays: Any) -> None:
+        chunks.append(arrays[TOKENS].copy())
+        read(arrays)
+
+    def denoising(arrays: Any) -> None:
+        noises.append(arrays["noise"].copy())
+        denoise(arrays)
+
+    fake.context.compute, fake.denoiser.compute = reading, denoising
+    with TwoTower.from_towers(fake.towers, max_chunk=4) as model:
+        model.generate([[5, 6, 7, 8, 9, 10], [11, 12, 13]], options(max_new_tokens=8, temperature=1.0))
+        assert [c.tolist() for c in chunks[:2]] == [[[5, 6, 7, 8], [9, 9, 9, 9]], [[9, 10, 9], [11, 12, 13]]]
+        assert noises[0].all()
+        noises.clear()
+        model.generate([[5], [6]], options(max_new_tokens=8))
+        assert not any(n.any() for n in noises), "buffers are reused, the last request's noise is not"
 
 
 def test_mask_zero_does_not_confuse_ended_rows() -> None:

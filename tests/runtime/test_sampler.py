@@ -44,6 +44,11 @@ def test_the_stream_is_philox_whatever_numpy_does() -> None:
     assert keyed_uniforms(5, (1, 2, 3), 8).tolist() == [((x >> 11) + 0.5) / 2**53 for x in bits]
 
 
+def test_what_the_noise_is_keyed_by_is_pinned() -> None:
+    expected = -np.log(-np.log(keyed_uniforms(7, (3, 2, 0), 32))).reshape(4, 8)  # step, block, mode
+    assert np.array_equal(noise(temperature=1.0, seed=7, block=2, step=3), expected.astype(np.float32))
+
+
 def test_noise_is_standard_gumbel() -> None:
     values = gumbel_noise(3, (0, 0, 0), 200_000)
     assert values.mean() == pytest.approx(0.5772, abs=0.01)

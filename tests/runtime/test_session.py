@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_one_prompt_gives_one_result_and_a_list_a_list(model: TwoTower) -> None:
     one = model.generate([5, 6, 7], SHORT)
     assert isinstance(one, Generation)
     for same in ((5, 6, 7), np.array([5, 6, 7]), Request([5, 6, 7])):
-        again = model.generate(same, SHORT)  # type: ignore[arg-type,call-overload]
+        again = model.generate(same, SHORT)  # type: ignore[arg-type]
         assert again.tokens == one.tokens
     several = model.generate([[5, 6, 7], [8]], SHORT)
     assert several[0].tokens == one.tokens
@@ -109,10 +110,11 @@ def test_what_cannot_be_served_is_refused_before_any_work(
     prompt: Any, config: dict[str, Any], kind: type[TwoTowerError], says: str
 ) -> None:
     fake = fake_towers()
+    bad: Any = [Request([5]), prompt] if isinstance(prompt, int) else prompt
     with TwoTower.from_towers(fake.towers, max_context=500) as session:
         for call in (session.generate, session.stream):
             with pytest.raises(kind, match=says):
-                call([Request([5]), prompt] if isinstance(prompt, int) else prompt, GenerationConfig(**config))
+                call(bad, GenerationConfig(**config))
         assert fake.log == []
 
 
@@ -131,7 +133,7 @@ def test_a_larger_block_needs_the_override(model: TwoTower) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"max_context": 0}, {"max_context": 4097}, {"max_chunk": 257}])
-def test_session_options_are_checked(wrong: dict[str, int]) -> None:
+def test_session_options_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(wrong))}=.* cannot be used"):
         TwoTower.from_towers(fake_towers().towers, **wrong)
 
@@ -295,9 +297,19 @@ def test_buffers_are_reused_by_requests_of_the_same_size(model: TwoTower, fake: 
 # Threads and the end
 
 
-def test_threads_queue(model: TwoTower) -> None:
+def test_threads_queue(model: TwoTower, fake: FakeTowers) -> None:
     alone = {p: model.generate([p], SHORT).tokens for p in range(5, 11)}
     found: dict[int, tuple[int, ...]] = {}
+    busy = threading.Lock()
+    honest = fake.denoiser.compute
+
+    def alone_in_here(arrays: Any) -> None:
+        assert busy.acquire(blocking=False), "two threads are in the engines at once"
+        time.sleep(0.0005)  # lets another thread come in, if anything would
+        honest(arrays)
+        busy.release()
+
+    fake.denoiser.compute = alone_in_here
 
     def work(p: int) -> None:
         if p % 2:

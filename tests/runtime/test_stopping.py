@@ -73,7 +73,7 @@ ALPHABET = "ab\u20ac"
 @given(text=st.text(ALPHABET, max_size=30), stop=st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3), block=st.integers(1, 9))
 @with_fixture
 def test_stop_strings_over_many_texts(tokenizer: Tokenizer, text: str, stop: list[str], block: int) -> None:
-    row, texts = run(tokenizer, tokenizer.encode(text)[1:] + [2], StopRule(1000, EOS, tuple(stop)), block)
+    row, texts = run(tokenizer, [*tokenizer.encode(text)[1:], 2], StopRule(1000, EOS, tuple(stop)), block)
     # The first stop string to be complete ends the text; of those complete at the same character, the longest begins first.
     ends = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
     assert row.text == (text[: min(ends)[1]] if ends else text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from tests.helpers.fake_engines import FakeTowers, fake_config, fake_towers
@@ -35,7 +34,9 @@ def workspace() -> tuple[Workspace, FakeTowers]:
 def test_buffers_have_the_dtype_of_the_contract(dtype: str, kept_as: str) -> None:
     assert numpy_dtype(dtype) == kept_as
     buffer = allocate(TensorSpec("x", dtype, ("B", 3)), {"B": 2})
-    assert (buffer.shape, buffer.dtype, buffer.flags.c_contiguous, buffer.any()) == ((2, 3), kept_as, True, False)
+    assert (buffer.shape, str(buffer.dtype)) == ((2, 3), kept_as)
+    assert buffer.flags.c_contiguous
+    assert not buffer.any()
 
 
 def test_no_memory_is_named() -> None:
@@ -50,7 +51,7 @@ def test_keys_are_shared_and_mamba_states_alternate() -> None:
         assert reads[past_key(0)] is writes[present_key(0)] is s.reads(1 - which)[past_key(0)]
         assert reads[past_ssm(1)] is not writes[present_ssm(1)]
         assert writes[present_ssm(1)] is s.reads(1 - which)[past_ssm(1)]
-    assert (s.reads(0)[past_conv(1)].dtype, s.reads(0)[past_ssm(1)].dtype) == (np.float16, np.float32)
+    assert [str(s.reads(0)[name].dtype) for name in (past_conv(1), past_ssm(1))] == ["float16", "float32"]
 
 
 def test_growing_keeps_what_was_written_and_clearing_forgets_it() -> None:
@@ -60,7 +61,9 @@ def test_growing_keeps_what_was_written_and_clearing_forgets_it() -> None:
     s.moved_on(7)
     s.grow(512)
     key = s.reads(0)[past_key(0)]
-    assert (s.capacity, key.shape[2], key[:, :, :7].min(), key[:, :, 7:].any()) == (512, 512, 5, False)
+    assert s.capacity == key.shape[2] == 512
+    assert key[:, :, :7].min() == 5
+    assert not key[:, :, 7:].any()
     assert s.reads(s.current)[past_ssm(1)].min() == 3
     s.clear()
     assert s.current == 0

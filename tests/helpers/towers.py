@@ -1,0 +1,36 @@
+"""The torch towers of a fixture, loaded once."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from tests.helpers.graphs import FIXTURES, fixture_weights
+from twotower.config import GenerationConfig, read_model_config
+from twotower.model import ContextTower, DenoiserTower, load_context_tower, load_denoiser_tower
+
+
+@cache
+def towers(folder: str, dtype: str = "float32") -> tuple[ContextTower, DenoiserTower]:
+    """Both towers of a fixture in one dtype."""
+    path = FIXTURES / folder
+    config, tensors = read_model_config(path / "config.json"), fixture_weights(path)
+
+    def read(name: str) -> torch.Tensor:
+        return torch.from_numpy(tensors[name])
+
+    return load_context_tower(config, read, dtype), load_denoiser_tower(config, read, dtype)
+
+
+def golden_config(case: dict[str, Any]) -> GenerationConfig:
+    """A golden case's parameters as options; the reference handles no end of sequence."""
+    p = case["params"]
+    return GenerationConfig(
+        max_new_tokens=p["max_new_tokens"],
+        block_size=p["block_size"],
+        steps_per_block=p["steps_per_block"],
+        confidence_threshold=p["confidence_threshold"],
+        temperature=p["temperature"],
+        ignore_eos=True,
+    )
