@@ -28,10 +28,14 @@ def builder_for(target: str) -> EngineBuilder:
         BuildError: no such target, or its library is not installed.
     """
     if target not in BUILDERS:
-        raise BuildError(f"there is no builder for target {target!r}", found=f"known targets: {', '.join(BUILDERS)}", do="choose one of them")
+        raise BuildError(
+            f"there is no builder for target {target!r}", found=f"known targets: {', '.join(BUILDERS)}", do="choose one of them"
+        )
     try:
         return BUILDERS[target]()
     except ImportError as e:
         raise BuildError(
-            f"target {target} cannot be built here", found=f"a library is missing: {e}", do="install the extra it needs, e.g. `pip install 'twotower[cpu]'`"
+            f"target {target} cannot be built here",
+            found=f"a library is missing: {e}",
+            do="install the extra it needs, e.g. `pip install 'twotower[cpu]'`",
         ) from e

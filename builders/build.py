@@ -44,7 +44,9 @@ def build_engines(
         _replace(partial, folder)
     except OSError as e:
         raise BuildError(
-            f"the {target} engine of '{bundle.path}' could not be written", found=str(e), do="free disk space or check permissions, then build again"
+            f"the {target} engine of '{bundle.path}' could not be written",
+            found=str(e),
+            do="free disk space or check permissions, then build again",
         ) from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)

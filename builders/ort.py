@@ -87,9 +87,11 @@ def _optimised(model: onnx.ModelProto, scratch: Path, name: str) -> onnx.ModelPr
     options.log_severity_level = 3
     try:
         ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as e:  # noqa: BLE001 - ONNX Runtime's exceptions share no other base
+    except Exception as e:
         raise BuildError(
-            f"ONNX Runtime {ort.__version__} refuses the {name} graph", found=str(e), do="use the ONNX Runtime this version of twotower asks for"
+            f"ONNX Runtime {ort.__version__} refuses the {name} graph",
+            found=str(e),
+            do="use the ONNX Runtime this version of twotower asks for",
         ) from e
     return load_graph(scratch)
 

@@ -57,9 +57,7 @@ class Checkpoint:
                 found="; ".join(problems[:_LISTED]) + more,
                 do="download the files named above again, or use the config.json that belongs to them",
             )
-        tensors = {
-            name: Tensor(name, FLOAT_DTYPES[s.dtype], s.shape, file, s.offset, s.nbytes) for name, (file, s) in stored.items()
-        }
+        tensors = {name: Tensor(name, FLOAT_DTYPES[s.dtype], s.shape, file, s.offset, s.nbytes) for name, (file, s) in stored.items()}
         return cls(root, config, tensors)
 
     def identity(self, tick: Callable[[int], None] | None = None) -> dict[str, dict[str, Any]]:
@@ -86,8 +84,10 @@ def locate_checkpoint(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except ImportError as e:
         found = f"no such folder, and huggingface_hub is not installed to look for the hub id ({e})"
-        raise CheckpointError(f"cannot find checkpoint '{name}'", found=found, do="name a local folder, or `pip install huggingface_hub`") from e
-    except Exception as e:  # noqa: BLE001 - the hub client's errors come from several libraries
+        raise CheckpointError(
+            f"cannot find checkpoint '{name}'", found=found, do="name a local folder, or `pip install huggingface_hub`"
+        ) from e
+    except Exception as e:
         found = f"no such folder, and the hub answered: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
         raise CheckpointError(f"cannot find checkpoint '{name}'", found=found, do="download it yourself and name the folder") from e
 
@@ -104,7 +104,7 @@ def _stored_tensors(root: Path, problems: list[str]) -> _Stored:
     for name in names:
         path = _shard(root, name)
         if path is None:
-            problems.append(f"the index names a path outside the folder: {_short(name)}")
+            problems.append(f"the index names a path outside the folder, or none at all: {_short(name)}")
             continue
         try:
             header = read_header(path)

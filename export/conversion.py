@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,18 @@ def convert_chunks(tensor: Tensor, dtype: str, *, chunk_bytes: int) -> Iterator[
     if tensor.dtype == dtype:
         yield from tensor.chunks(chunk_bytes)
         return
-    for raw in tensor.chunks(chunk_bytes):
+    pieces = tensor.chunks(chunk_bytes)
+    for raw in pieces:
         wide = _widened(raw, tensor.dtype)
         if dtype == "float32":
             yield wide
         elif dtype == "bfloat16":
             yield _bfloat16(wide)
         else:
-            yield _float16(wide, tensor.name)
+            narrow = _float16(wide)
+            if narrow is None:
+                raise _overflow(tensor, chain([raw], pieces))
+            yield narrow
 
 
 def _widened(raw: bytes, dtype: str) -> _Floats:
@@ -50,14 +55,21 @@ def _bfloat16(x: _Floats) -> np.ndarray[Any, np.dtype[np.uint16]]:
     return np.where(np.isnan(x), (bits >> 16) | np.uint32(0x40), rounded).astype(np.uint16)
 
 
-def _float16(x: _Floats, name: str) -> np.ndarray[Any, np.dtype[np.float16]]:
+def _float16(x: _Floats) -> np.ndarray[Any, np.dtype[np.float16]] | None:
+    """Rounded to nearest; None if a finite value would become infinite."""
     with np.errstate(over="ignore"):
         out = x.astype(np.float16)
-    lost = np.isinf(out) & np.isfinite(x)
-    if lost.any():
-        raise ExportError(
-            f"tensor {name} does not fit float16",
-            found=f"a value of magnitude {np.abs(x[lost]).max():g}; float16 ends at 65504",
-            do="export with --dtype bfloat16 (same size) or float32",
-        )
-    return out
+    return None if (np.isinf(out) & np.isfinite(x)).any() else out
+
+
+def _overflow(tensor: Tensor, pieces: Iterable[bytes]) -> ExportError:
+    """Looks through the rest of the tensor too: the largest value decides what to do, not the first one too large."""
+    largest = 0.0
+    for raw in pieces:
+        wide = _widened(raw, tensor.dtype)
+        largest = max(largest, float(np.abs(wide[np.isfinite(wide)]).max(initial=0)))
+    return ExportError(
+        f"tensor {tensor.name} does not fit float16",
+        found=f"a value of magnitude {largest:g}; float16 ends at 65504",
+        do="export with --dtype bfloat16 (same size) or float32",
+    )

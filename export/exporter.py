@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,18 @@ from typing import Any
 import onnx_ir as ir
 
 from twotower import __version__
-from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, MANIFEST_FILE, REPORT_FILE, SCHEMA, TOKENIZER_FILE, Bundle, FileRecord, hash_file, write_json
+from twotower.bundle import (
+    DATA_SUFFIX,
+    GRAPH_FILES,
+    MANIFEST_FILE,
+    REPORT_FILE,
+    SCHEMA,
+    TOKENIZER_FILE,
+    Bundle,
+    FileRecord,
+    hash_file,
+    write_json,
+)
 from twotower.config import GenerationConfig
 from twotower.errors import ConfigError, ExportError
 from twotower.export.checkpoint import Checkpoint
@@ -50,7 +61,7 @@ class ExportConfig:
 
     dtype: str | None = None
     trained_block_size: int = TRAINED_BLOCK_SIZE
-    defaults: GenerationConfig = GenerationConfig()
+    defaults: GenerationConfig = field(default_factory=GenerationConfig)
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
@@ -88,7 +99,9 @@ def export_bundle(
             _write(folder, checkpoint, graphs, _manifest_base(checkpoint, dtype, options), verify=verify, report=report or _silent)
     except OSError as e:
         raise ExportError(
-            f"the export to '{output}' failed while writing", found=str(e), do="free disk space or check permissions; nothing was left behind"
+            f"the export to '{output}' failed while writing",
+            found=str(e),
+            do="free disk space or check permissions; nothing was left behind",
         ) from e
     return Bundle.open(output, contents=False)
 
@@ -148,7 +161,11 @@ def _manifest_base(checkpoint: Checkpoint, dtype: str, options: ExportConfig) ->
         "generation": {"trained_block_size": options.trained_block_size, "defaults": options.defaults.to_json()},
         "signatures": {name: s.to_json() for name, s in signatures(config, dtype).items()},
         "source": {"name": checkpoint.path.name, "dtype": config.dtype},
-        "tools": {"opset": str(OPSET), "python": platform.python_version(), **_versions("onnx-ir", "onnx", "onnxruntime", "torch", "numpy")},
+        "tools": {
+            "opset": str(OPSET),
+            "python": platform.python_version(),
+            **_versions("onnx-ir", "onnx", "onnxruntime", "torch", "numpy"),
+        },
     }
 
 
@@ -174,7 +191,9 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 def _require_room(output: Path, weight_bytes: int) -> None:
     if output.exists() or output.is_symlink():
         raise ExportError(
-            f"the output folder '{output}' exists already", found="an export never overwrites", do="name a new folder with -o, or remove that one"
+            f"the output folder '{output}' exists already",
+            found="an export never overwrites",
+            do="name a new folder with -o, or remove that one",
         )
     parent = output.absolute().parent
     while not parent.exists():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from twotower.config import LayerKind, ModelConfig
 from twotower.config.tensors import Role, Tower, expected_tensors
+from twotower.export.stored import Tensor
 from twotower.spec import TensorSpec, state_tensors
 
 __all__ = ["ModelSummary", "summarize"]
@@ -26,8 +28,11 @@ class ModelSummary:
         by_role: Weights of both towers by what they are for.
         routed: Weights of routed experts.
         active: Weights one token uses in one tower: the chosen experts of each MoE layer, one row of the embedding, everything else whole.
-        weight_bytes: Size of all weights in `dtype`.
-        dtype: Element type the byte figures are for.
+        active_ratio: Share of a tower's weights that one token uses.
+        weight_bytes: Size of all weights.
+        bytes_by_dtype: The same by element type: as stored, or all in `dtype` where nothing is stored.
+        bytes_by_role: The same by what the weights are for.
+        dtype: Element type of weights and state where none is stored.
         kv_bytes_per_token: Keys and values a row keeps for each token of its text.
         state_bytes_per_row: Convolution and SSM state of a row, whatever its length.
     """
@@ -39,7 +44,10 @@ class ModelSummary:
     by_role: dict[str, int]
     routed: int
     active: int
+    active_ratio: float
     weight_bytes: int
+    bytes_by_dtype: dict[str, int]
+    bytes_by_role: dict[str, int]
     dtype: str
     kv_bytes_per_token: int
     state_bytes_per_row: int
@@ -56,44 +64,67 @@ class ModelSummary:
             ("parameters", f"{_count(self.parameters)} total, {100 * self.routed / self.parameters:.1f} % in routed experts"),
             *(("", f"{_count(n)} {name}") for name, n in self.by_tower.items()),
             ("active", f"{_count(self.active)} a token in one tower"),
-            ("weights", f"{_size(self.weight_bytes)} as {self.dtype}"),
-            ("state", f"{_size(self.kv_bytes_per_token)} a token and {_size(self.state_bytes_per_row)} a row as {self.dtype} (SSM as float32)"),
+            ("", f"{100 * self.active_ratio:.1f} % of a tower: the chosen experts, one embedding row, all the rest"),
+            ("weights", f"{_size(self.weight_bytes)} as {', '.join(self.bytes_by_dtype)}"),
+            *(("", self._role_line(role)) for role in sorted(self.by_role, key=self.by_role.__getitem__, reverse=True)),
+            (
+                "state",
+                f"{_size(self.kv_bytes_per_token)} a token and {_size(self.state_bytes_per_row)} a row as {self.dtype} (SSM as float32)",
+            ),
         ]
         return [f"{name:<12}{value}" for name, value in rows]
 
+    def _role_line(self, role: str) -> str:
+        count, share = self.by_role[role], 100 * self.by_role[role] / self.parameters
+        return f"{role:<14}{_count(count):>8}  {share:5.1f} %  {_size(self.bytes_by_role[role]):>10}"
 
-def summarize(config: ModelConfig, dtype: str | None = None) -> ModelSummary:
-    """The numbers of a model in `dtype` (None for its own)."""
+
+def summarize(config: ModelConfig, dtype: str | None = None, tensors: Mapping[str, Tensor] | None = None) -> ModelSummary:
+    """The numbers of a model.
+
+    Args:
+        config: The model.
+        dtype: Element type of the state, and of the weights where no tensors are given; None for the config's own.
+        tensors: The tensors of an opened checkpoint, whose dtypes may differ from one another.
+    """
     kept = dtype or config.dtype
-    by_tower: Counter[str] = Counter()
-    by_role: Counter[str] = Counter()
-    active = 0
-    chosen = config.num_experts_per_tok / config.n_routed_experts if config.n_routed_experts else 0.0
-    for tensor in expected_tensors(config).values():
-        size = math.prod(tensor.shape)
-        by_tower[tensor.tower.value] += size
-        by_role[tensor.role.value] += size
+    count: dict[str, Counter[str]] = {key: Counter() for key in ("tower", "role", "bytes_of_dtype", "bytes_of_role", "used")}
+    for name, tensor in expected_tensors(config).items():
+        size, stored_as = math.prod(tensor.shape), tensors[name].dtype if tensors else kept
+        count["tower"][tensor.tower.value] += size
+        count["role"][tensor.role.value] += size
+        count["bytes_of_dtype"][stored_as] += size * _item(stored_as)
+        count["bytes_of_role"][tensor.role.value] += size * _item(stored_as)
         if tensor.tower is Tower.CONTEXT:
-            active += round(size * chosen) if tensor.role is Role.ROUTED_EXPERT else tensor.shape[1] if tensor.role is Role.EMBEDDING else size
+            count["used"][tensor.role.value] += tensor.shape[1] if tensor.role is Role.EMBEDDING else size
+    # Whole experts are chosen, all of one size: the division leaves nothing over.
+    routed = count["used"].pop(Role.ROUTED_EXPERT.value, 0)
+    active = sum(count["used"].values()) + (routed * config.num_experts_per_tok // config.n_routed_experts if routed else 0)
     state = state_tensors(config, kept)
-    total = sum(by_tower.values())
     return ModelSummary(
         pattern=config.pattern,
         layers={kind.name.lower(): len(config.indices(kind)) for kind in LayerKind if config.indices(kind)},
-        parameters=total,
-        by_tower=dict(by_tower),
-        by_role=dict(by_role),
-        routed=by_role[Role.ROUTED_EXPERT.value],
+        parameters=sum(count["tower"].values()),
+        by_tower=dict(count["tower"]),
+        by_role=dict(count["role"]),
+        routed=count["role"][Role.ROUTED_EXPERT.value],
         active=active,
-        weight_bytes=total * (4 if kept == "float32" else 2),
+        active_ratio=active / count["tower"][Tower.CONTEXT.value],
+        weight_bytes=sum(count["bytes_of_dtype"].values()),
+        bytes_by_dtype=dict(count["bytes_of_dtype"]),
+        bytes_by_role=dict(count["bytes_of_role"]),
         dtype=kept,
         kv_bytes_per_token=sum(_bytes(s.past) for s in state if s.in_place),
         state_bytes_per_row=sum(_bytes(s.past) for s in state if not s.in_place),
     )
 
 
+def _item(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
 def _bytes(spec: TensorSpec) -> int:
-    return math.prod(spec.shape({"B": 1, "T": 1})) * (4 if spec.dtype == "float32" else 2)
+    return math.prod(spec.shape({"B": 1, "T": 1})) * _item(spec.dtype)
 
 
 def _count(number: int) -> str:

@@ -20,7 +20,6 @@ from twotower.graph_files import WeightRef, aligned
 __all__ = ["lay_out", "point_to_data", "stream_weights"]
 
 _CHUNK = 16 << 20
-Piece = bytes | memoryview | np.ndarray[Any, np.dtype[Any]]
 
 
 def lay_out(weights: Sequence[Weight]) -> dict[str, WeightRef]:
@@ -76,13 +75,13 @@ def stream_weights(
     return FileRecord(size, digest.hexdigest())
 
 
-def _with(padding: bytes, pieces: Iterable[Piece]) -> Iterator[Piece]:
+def _with(padding: bytes, pieces: Iterable[Any]) -> Iterator[Any]:
     if padding:
         yield padding
     yield from pieces
 
 
-def _pieces(weight: Weight, checkpoint: Checkpoint) -> Iterator[Piece]:
+def _pieces(weight: Weight, checkpoint: Checkpoint) -> Iterator[Any]:
     for name in weight.sources:
         tensor = checkpoint.tensors[name]
         if weight.negated_exp:

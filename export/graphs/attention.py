@@ -46,8 +46,7 @@ def denoiser_attention(
     The two segments meet in the softmax only. Concatenating the caches instead would copy every key and value of the
     context in every step of every layer.
 
-    Args:
-        mask: [B,1,1,T] bool, True where the cache holds a token.
+    `mask` [B,1,1,T] is True where the cache holds a token.
     """
     kv, queries, size = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads, config.head_dim
     q = _linear(graph, u, weights, config, "q")

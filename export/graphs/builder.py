@@ -123,9 +123,7 @@ class GraphBuilder:
     def weight(self, weight: Weight) -> ir.Value:
         """Declares an initializer whose data will be streamed in later."""
         self.weights.append(weight)
-        placeholder = ir.ExternalTensor(
-            "", None, None, ir_dtype(weight.dtype), shape=ir.Shape(weight.shape), name=weight.name
-        )
+        placeholder = ir.ExternalTensor("", None, None, ir_dtype(weight.dtype), shape=ir.Shape(weight.shape), name=weight.name)
         return self._initializer(weight.name, placeholder)
 
     def to_float32(self, x: ir.Value) -> ir.Value:
@@ -139,7 +137,7 @@ class GraphBuilder:
         return self.op("Reshape", x, self.constant(list(shape)))
 
     def linear(self, x: ir.Value, weight: ir.Value) -> ir.Value:
-        """x W^T with W as the checkpoint stores it, [out, in]; readers fold the transpose into the product."""
+        """X W^T with W as the checkpoint stores it, [out, in]; readers fold the transpose into the product."""
         return self.op("MatMul", x, self.op("Transpose", weight, perm=[1, 0]))
 
     def silu(self, x: ir.Value) -> ir.Value:

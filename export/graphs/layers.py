@@ -57,7 +57,8 @@ def moe(graph: GraphBuilder, x: ir.Value, weights: LayerWeights, config: ModelCo
     """The mixture-of-experts mixer on x [B,L,D].
 
     Every expert computes every token and a dense routing matrix [N,E] weighs the results: exact, of static shape and
-    without scatter-add or data-dependent dispatch, which TensorRT cannot take. A block of 16 tokens touches more than half of 128 experts anyway.
+    without scatter-add or data-dependent dispatch, which TensorRT cannot take. A block of 16 tokens touches more than half
+    of 128 experts anyway.
     """
     e, f, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
     tokens = graph.reshape(x, 1, -1, d)

@@ -87,8 +87,7 @@ def _scan(
 ) -> tuple[ir.Value, ir.Value | None]:
     """The state-space recurrence over a whole chunk, all in float32.
 
-    Args:
-        inputs: (convolved x, B, C side by side [B,L,HP+2GN] float32, raw dt [B,L,H]).
+    `inputs` is x, B and C side by side and convolved [B,L,HP+2GN] float32, and the raw dt [B,L,H].
 
     Returns:
         y [B,L,HP] float32 and, if the chunk wants it, the new state [B,H,P,N].

@@ -6,7 +6,18 @@ import onnx_ir as ir
 
 from twotower.config import ModelConfig
 from twotower.export.graphs.builder import GraphBuilder
-from twotower.spec import BLOCK, COMMIT_FLOOR, CONFIDENCE, MASKED_LEFT, NEXT_BLOCK, NOISE, PREDICTED, TEMPERATURE, THRESHOLD, candidate_count
+from twotower.spec import (
+    BLOCK,
+    COMMIT_FLOOR,
+    CONFIDENCE,
+    MASKED_LEFT,
+    NEXT_BLOCK,
+    NOISE,
+    PREDICTED,
+    TEMPERATURE,
+    THRESHOLD,
+    candidate_count,
+)
 
 __all__ = ["MaskInfo", "mask_info", "sample_and_commit"]
 

@@ -53,6 +53,7 @@ def build_graph(name: str, config: ModelConfig, dtype: str) -> TowerGraph:
     """Records one graph of the contract; needs no weights and no torch, and takes well under a second at 52 layers.
 
     Args:
+        config: The model.
         name: `context`, `context_head` or `denoiser`.
         dtype: `float32`, `float16` or `bfloat16`; the SSM state and its scan, norms, softmax and routing stay float32.
     """
@@ -76,9 +77,7 @@ def _context(graph: GraphBuilder, config: ModelConfig) -> None:
         graph.output(HIDDEN, rms_norm(graph, last, norm, config.layer_norm_epsilon))
 
 
-def _context_mixer(
-    graph: GraphBuilder, h: ir.Value, config: ModelConfig, i: int, *, chunk: ChunkInfo, mask: ir.Value | None
-) -> ir.Value:
+def _context_mixer(graph: GraphBuilder, h: ir.Value, config: ModelConfig, i: int, *, chunk: ChunkInfo, mask: ir.Value | None) -> ir.Value:
     kind = config.layers[i]
     layer = LayerWeights(graph, f"{Tower.CONTEXT.value}.layers.{i}.")
     weights = LayerWeights(graph, f"{Tower.CONTEXT.value}.layers.{i}.mixer.")
@@ -125,9 +124,7 @@ def _denoiser(graph: GraphBuilder, config: ModelConfig) -> None:
         sample_and_commit(graph, logits, masks, config)
 
 
-def _denoiser_mixer(
-    graph: GraphBuilder, u: ir.Value, config: ModelConfig, i: int, *, chunk: ChunkInfo, mask: ir.Value | None
-) -> ir.Value:
+def _denoiser_mixer(graph: GraphBuilder, u: ir.Value, config: ModelConfig, i: int, *, chunk: ChunkInfo, mask: ir.Value | None) -> ir.Value:
     kind = config.layers[i]
     weights = LayerWeights(graph, f"{Tower.DENOISER.value}.layers.{i}.mixer.")
     if kind is LayerKind.MAMBA:
@@ -206,6 +203,6 @@ def _cached_mask(graph: GraphBuilder, config: ModelConfig) -> ir.Value | None:
 
 
 def _last_valid(graph: GraphBuilder, h: ir.Value) -> ir.Value:
-    """h [B,L,D] at each row's last valid token, [B,D]; a row without tokens gives its first (unused) position."""
+    """H [B,L,D] at each row's last valid token, [B,D]; a row without tokens gives its first (unused) position."""
     last = graph.op("Max", graph.op("Sub", graph.input(CHUNK_LENGTH), graph.constant(1)), graph.constant(0))
     return graph.op("GatherND", h, graph.op("Unsqueeze", last, graph.constant([1])), batch_dims=1)

@@ -43,11 +43,15 @@ def open_towers(bundle: Bundle, target: str, options: OpenOptions | None = None)
     """
     if target not in OPENERS:
         raise EngineMismatchError(
-            f"there is no runtime for target {target!r}", found=f"known targets: {', '.join(OPENERS)}", do="choose one of them with --target"
+            f"there is no runtime for target {target!r}",
+            found=f"known targets: {', '.join(OPENERS)}",
+            do="choose one of them with --target",
         )
     try:
         return OPENERS[target](bundle, options or OpenOptions())
     except ImportError as e:
         raise EngineMismatchError(
-            f"target {target} cannot run here", found=f"a library is missing: {e}", do="install the extra it needs, e.g. `pip install 'twotower[cpu]'`"
+            f"target {target} cannot run here",
+            found=f"a library is missing: {e}",
+            do="install the extra it needs, e.g. `pip install 'twotower[cpu]'`",
         ) from e

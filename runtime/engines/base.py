@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -71,5 +72,6 @@ class Towers:
 
     def close(self) -> None:
         """Closes every engine, also when one of them fails to."""
-        for engine in (self.denoiser, self.context_head, self.context):
-            engine.close()
+        with ExitStack() as stack:
+            for engine in (self.context, self.context_head, self.denoiser):
+                stack.callback(engine.close)

@@ -16,7 +16,12 @@ __all__ = ["TARGETS", "Gpu", "Machine", "Selection", "probe_machine", "select_ta
 TARGETS = ("trt", "rtx", "ort-cuda", "ort-cpu")
 """Every target the design knows, the one to prefer first."""
 
-_NEEDS = {"trt": ("tensorrt",), "rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx"), "ort-cuda": ("onnxruntime-gpu",), "ort-cpu": ("onnxruntime", "onnxruntime-gpu")}
+_NEEDS = {
+    "trt": ("tensorrt",),
+    "rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx"),
+    "ort-cuda": ("onnxruntime-gpu",),
+    "ort-cpu": ("onnxruntime", "onnxruntime-gpu"),
+}
 _LIBRARIES = tuple(dict.fromkeys(name for names in _NEEDS.values() for name in names))
 _RTX_SMS = (75, 80, 86, 89, 120, 121)
 _CC_MAJOR, _CC_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
@@ -92,7 +97,9 @@ def select_target(machine: Machine, built: Sequence[str], *, wanted: str | None 
         raise EngineMismatchError(f"unknown target {wanted!r}", found=f"known targets: {', '.join(TARGETS)}", do="choose one with --target")
     trace = "; ".join(f"{t}: {reasons[t]}" for t in candidates)
     raise EngineMismatchError(
-        f"no engine fits this machine ({_describe(machine)})", found=trace, do="`twotower build BUNDLE --target ort-cpu` works on any machine"
+        f"no engine fits this machine ({_describe(machine)})",
+        found=trace,
+        do="`twotower build BUNDLE --target ort-cpu` works on any machine",
     )
 
 

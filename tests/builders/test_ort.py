@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
 import pytest
+
 from tests.helpers.bundles import built_fixture, copy_of, export_fixture, flip_byte
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders import build as build_module
@@ -42,7 +44,9 @@ def test_transposes_of_weights_and_caches_are_fused_away(built: Bundle) -> None:
     """Otherwise every step would copy what it multiplies: a Transpose left over reads neither a weight nor a cache."""
     for name in GRAPH_FILES:
         model = load_graph(engine_folder(built, TARGET) / f"{name}.onnx")
-        large = {t.name for t in model.graph.initializer if t.external_data} | {i.name for i in model.graph.input if i.name.startswith("past_key_values")}
+        large = {t.name for t in model.graph.initializer if t.external_data} | {
+            i.name for i in model.graph.input if i.name.startswith("past_key_values")
+        }
         for node in model.graph.node:
             if node.op_type in ("Transpose", "Concat"):
                 assert not large & set(node.input), f"{name}: {node.name} copies {node.input[0]}"
@@ -128,10 +132,8 @@ def test_a_failed_build_leaves_the_old_engine(copy: Bundle, monkeypatch: pytest.
 
 
 def test_small_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from collections import namedtuple
-
     bundle = export_fixture("hybrid-b", tmp_path / "b", "bfloat16")
-    monkeypatch.setattr(build_module.shutil, "disk_usage", lambda path: namedtuple("U", "total used free")(1, 1, 10))
+    monkeypatch.setattr(build_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(BuildError, match="disk space"):
         build_engines(bundle, TARGET, builder_for(TARGET))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.helpers.bundles import copy_of, export_fixture, flip_byte
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, MANIFEST_FILE, Bundle, FileRecord, check_files, hash_file, inside
 from twotower.errors import BundleError, ConfigError

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+
 from twotower.config import GenerationConfig
 from twotower.errors import ConfigError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from twotower.errors import EngineMismatchError
 from twotower.hardware import TARGETS, Gpu, Machine, probe_machine, select_target
 

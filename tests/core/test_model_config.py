@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.helpers.graphs import FIXTURES
 from twotower.config import LayerKind, ModelConfig, read_model_config
 from twotower.config.tensors import Role, Tower, expected_tensors

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tests.helpers.bundles import built_fixture
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.towers import golden_config
@@ -126,7 +127,9 @@ def test_greedy_is_temperature_zero_and_seeds_differ(models: dict[str, TwoTower]
     prompt = random.Random(0).sample(range(4, 290), 12)
     for mode in ("diffusion", "ar"):
         texts = {
-            (t, seed): model.generate(prompt, GenerationConfig(mode=mode, temperature=t, seed=seed, max_new_tokens=32, ignore_eos=True)).tokens
+            (t, seed): model.generate(
+                prompt, GenerationConfig(mode=mode, temperature=t, seed=seed, max_new_tokens=32, ignore_eos=True)
+            ).tokens
             for t in (0.0, 1.5)
             for seed in (0, 1)
         }

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
+
 from tests.helpers.bundles import export_fixture
 from tests.helpers.graphs import FIXTURES, fixture_weights
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, MANIFEST_FILE, REPORT_FILE, Bundle
@@ -79,7 +81,14 @@ def test_export_verifies_itself(tmp_path: Path, folder: str, dtype: str) -> None
     report = json.loads((bundle.path / REPORT_FILE).read_text())
     assert report["verified"]
     assert report["largest_error"] < 1e-4
-    names = {s.present.name for s in _states(bundle)} | {"hidden", "candidate_logprobs", "predicted", "confidence", "next_block", "masked_left"}
+    names = {s.present.name for s in _states(bundle)} | {
+        "hidden",
+        "candidate_logprobs",
+        "predicted",
+        "confidence",
+        "next_block",
+        "masked_left",
+    }
     assert names <= set(report["errors"]), "every output is compared"
     written = [done for what, done, total in calls if what == "writing weights" and total]
     assert written == sorted(written)
@@ -128,9 +137,7 @@ def test_existing_output_is_never_touched(tmp_path: Path) -> None:
 
 
 def test_small_disk_is_noticed_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from collections import namedtuple
-
-    monkeypatch.setattr(exporter_module.shutil, "disk_usage", lambda path: namedtuple("U", "total used free")(1, 1, 1000))
+    monkeypatch.setattr(exporter_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(ExportError, match="disk space"):
         export_fixture("hybrid-b", tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
@@ -216,5 +223,3 @@ def test_unknown_dtype_is_refused() -> None:
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-
-

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+
 from tests.helpers.graphs import FIXTURES, GraphRunner, fixture_weights, graph_with_weight_inputs, random_state, zero_state
 from twotower.config import ModelConfig, read_model_config
 from twotower.export.graphs import OPSET, build_graph
@@ -51,7 +52,12 @@ def test_prompt_states_match_the_oracle(folder: str) -> None:
     checked = 0
     with safe_open(path / "golden.safetensors", "numpy") as golden:
         for layer in range(len(run.config.layers)):
-            for theirs, ours in (("conv_state", "past_conv.{}"), ("ssm_state", "past_ssm.{}"), ("key", "past_key_values.{}.key"), ("value", "past_key_values.{}.value")):
+            for theirs, ours in (
+                ("conv_state", "past_conv.{}"),
+                ("ssm_state", "past_ssm.{}"),
+                ("key", "past_key_values.{}.key"),
+                ("value", "past_key_values.{}.value"),
+            ):
                 name = f"case0.layer{layer}.{theirs}"
                 if name not in golden.keys():  # noqa: SIM118
                     continue
@@ -99,9 +105,21 @@ def test_published_size_is_recorded_at_once() -> None:
     config = ModelConfig.from_json(
         {
             **read_model_config(FIXTURES / "hybrid-a" / "config.json").to_json(),
-            **{"layers": pattern, "vocab_size": 131072, "hidden_size": 2688, "num_attention_heads": 32, "num_key_value_heads": 2},
-            **{"head_dim": 128, "mamba_num_heads": 64, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "n_routed_experts": 128},
-            **{"num_experts_per_tok": 6, "moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712, "dtype": "bfloat16"},
+            "layers": pattern,
+            "vocab_size": 131072,
+            "hidden_size": 2688,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "mamba_num_heads": 64,
+            "mamba_head_dim": 64,
+            "ssm_state_size": 128,
+            "n_groups": 8,
+            "n_routed_experts": 128,
+            "num_experts_per_tok": 6,
+            "moe_intermediate_size": 1856,
+            "moe_shared_expert_intermediate_size": 3712,
+            "dtype": "bfloat16",
         }
     )
     total = sum(w.nbytes for name in signatures(config, "bfloat16") for w in build_graph(name, config, "bfloat16").weights)
@@ -189,7 +207,7 @@ def commit_rule(confidence: list[float], masked: list[bool], threshold: float, f
 
 
 @cache
-def sampler_session():  # noqa: ANN201 - a test's session
+def sampler_session():
     """The sampler alone: logits in, outputs out."""
     from twotower.export.graphs.builder import GraphBuilder
     from twotower.export.graphs.sampler import mask_info, sample_and_commit
@@ -220,7 +238,9 @@ def test_commit_rule_is_its_definition(rows: list[tuple[float, bool]], threshold
     block = np.array([[3 if masked else 7 for _, masked in rows]])
     names = ("next_block", "predicted", "confidence", "masked_left")
     feeds = {"block": block, "threshold": np.float32([threshold]), "commit_floor": np.int64([floor]), "temperature": np.float32([0])}
-    out = dict(zip(names, sampler_session().run(names, {**feeds, "noise": np.zeros((1, size, 7), np.float32), "logits": logits}), strict=True))
+    out = dict(
+        zip(names, sampler_session().run(names, {**feeds, "noise": np.zeros((1, size, 7), np.float32), "logits": logits}), strict=True)
+    )
     confidence = out["confidence"][0].tolist()
     commit = commit_rule(confidence, [m for _, m in rows], np.float32(threshold), floor)
     want = [int(t) if c else int(b) for t, c, b in zip(out["predicted"][0], commit, block[0], strict=True)]

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+
 from tests.helpers.graphs import FIXTURES, fixture_weights
 from twotower.config import GenerationConfig, read_model_config
 from twotower.model import ContextTower, DenoiserTower, load_context_tower, load_denoiser_tower

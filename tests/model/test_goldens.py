@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 from safetensors import safe_open
+
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.towers import golden_config, towers
 from twotower.config import GenerationConfig
@@ -41,9 +42,7 @@ def test_autoregression_is_the_reference(folder: str, index: int) -> None:
     out = reference_generate(towers(folder), case["prompt"], GenerationConfig(mode="ar", max_new_tokens=24))
     assert out.tokens == case["ar_greedy_tokens"]
     context = towers(folder)[0]
-    hidden, _ = context.extend(
-        torch.tensor([case["prompt"]]), empty_state(context.config, 1, len(case["prompt"])), past=torch.tensor([0])
-    )
+    hidden, _ = context.extend(torch.tensor([case["prompt"]]), empty_state(context.config, 1, len(case["prompt"])), past=torch.tensor([0]))
     with safe_open(FIXTURES / folder / "golden.safetensors", "pt") as file:
         want = file.get_tensor(f"case{index}.context_last_logits").reshape(-1)
     torch.testing.assert_close(context.logits(hidden[0, -1]), want, rtol=1e-5, atol=1e-4)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tests.helpers.towers import towers
 from twotower.model import empty_state
 from twotower.model.context_tower import last_valid
@@ -26,7 +27,9 @@ def test_any_split_gives_the_same_state(widths: list[int], short: int) -> None:
     state, past = empty_state(context.config, 2, 64), torch.zeros(2, dtype=torch.int64)
     for width in [*widths, *[7] * 5]:
         count = (lengths - past).clamp(0, width)
-        chunk = torch.stack([torch.cat([row[p : p + n], row.new_full((width - n,), 9)]) for row, p, n in zip(TOKENS, past, count, strict=True)])
+        chunk = torch.stack(
+            [torch.cat([row[p : p + n], row.new_full((width - n,), 9)]) for row, p, n in zip(TOKENS, past, count, strict=True)]
+        )
         _, state = context.extend(chunk, state, past=past, lengths=count)
         past = past + count
     for name, want in whole.items():
@@ -74,7 +77,9 @@ def test_rows_are_independent() -> None:
         n = int(lengths[row])
         alone, mine = context.extend(TOKENS[row : row + 1, :n], empty_state(context.config, 1, 64), past=torch.tensor([0]))
         torch.testing.assert_close(last_valid(hidden, lengths)[row], alone[0, -1], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(denoiser.logits(block[row : row + 1], mine, context_length=lengths[row : row + 1])[0], together[row], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            denoiser.logits(block[row : row + 1], mine, context_length=lengths[row : row + 1])[0], together[row], rtol=1e-4, atol=1e-4
+        )
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.2, 0.5, 0.9]), st.booleans()), min_size=1, max_size=12), st.integers(0, 14))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.helpers.towers import towers
 from twotower.config import ModelConfig
 from twotower.model import ContextTower, empty_state, load_context_tower
@@ -15,7 +16,12 @@ transformers = pytest.importorskip("transformers")
 
 SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
 MAMBA: dict[str, Any] = {"mamba_num_heads": 6, "mamba_head_dim": 12, "ssm_state_size": 14, "n_groups": 3, "conv_kernel": 4}
-EXPERTS: dict[str, Any] = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "moe_shared_expert_intermediate_size": 36}
+EXPERTS: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "moe_shared_expert_intermediate_size": 36,
+}
 WORDS = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
 
 
@@ -71,7 +77,12 @@ def tower_from(model: Any, config: ModelConfig) -> ContextTower:
 
 @pytest.mark.parametrize(
     ("pattern", "changes"),
-    [("ME*-M", {}), ("M*EM-*E", {"num_key_value_heads": 1, "n_groups": 1}), ("EME", {"n_group": 4, "topk_group": 2}), ("MM", {"conv_kernel": 2})],
+    [
+        ("ME*-M", {}),
+        ("M*EM-*E", {"num_key_value_heads": 1, "n_groups": 1}),
+        ("EME", {"n_group": 4, "topk_group": 2}),
+        ("MM", {"conv_kernel": 2}),
+    ],
 )
 def test_logits_of_random_models(pattern: str, changes: dict[str, Any]) -> None:
     model, config = oracle(pattern, **changes)

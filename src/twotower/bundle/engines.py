@@ -84,7 +84,9 @@ def read_engine_record(bundle: Bundle, target: str, *, library: dict[str, str], 
     problems = check_files(folder, record.files, progress)
     if record.target != target:
         problems.append(f"built for target {record.target}, asked for {target}")
-    problems += [f"{name}: built from another graph" for name in bundle.signatures if record.graphs.get(name) != bundle.graph_identity(name)]
+    problems += [
+        f"{name}: built from another graph" for name in bundle.signatures if record.graphs.get(name) != bundle.graph_identity(name)
+    ]
     if record.library != library:
         problems.append(f"built with {_label(record.library)}, this environment has {_label(library)}")
     if problems:

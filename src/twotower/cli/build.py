@@ -15,7 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="build again although a fitting engine is there")
     parser.add_argument("--dry-run", action="store_true", help="say what would be built and what it takes, then stop")
     parser.add_argument("--json", action="store_true", help="print the build record as one JSON object on stdout")
-    parser.epilog = "The result lies in BUNDLE/engines/<target>. A fitting engine is kept; a killed build leaves the old one.\nexample: twotower build bundle --target ort-cpu"
+    parser.epilog = (
+        "The result lies in BUNDLE/engines/<target>. A fitting engine is kept; a killed build leaves the old one.\n"
+        "example: twotower build bundle --target ort-cpu"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,6 +40,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(record.to_json()))
     size = sum(file.size for file in record.files.values())
-    seconds = record.report.get("seconds")
-    print(f"{args.bundle}/engines/{args.target}: {human_bytes(size)}, built in {seconds} s with {record.library['name']} {record.library['version']}", file=sys.stderr)
+    made = f"built in {record.report.get('seconds')} s with {record.library['name']} {record.library['version']}"
+    print(f"{args.bundle}/engines/{args.target}: {human_bytes(size)}, {made}", file=sys.stderr)
     return 0

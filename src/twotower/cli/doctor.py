@@ -16,10 +16,14 @@ EXIT_FAILED = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="BUNDLE", nargs="?", help="also check this bundle and its engines (default: a small random model)")
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", nargs="?", help="also check this bundle and its engines (default: a small random model)"
+    )
     parser.add_argument("--target", metavar="T", help="of the bundle: the engines to check")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    parser.epilog = "Exit code 1 if a check fails. Without BUNDLE a small model goes through the whole chain.\nexample: twotower doctor bundle"
+    parser.epilog = (
+        "Exit code 1 if a check fails. Without BUNDLE a small model goes through the whole chain.\nexample: twotower doctor bundle"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

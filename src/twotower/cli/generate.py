@@ -25,12 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to continue (needs a bundle with a tokenizer)")
     source.add_argument("--tokens", metavar='"5 6 7"', help="token ids to continue, separated by spaces or commas")
-    source.add_argument("--prompt-file", metavar="F.jsonl", help='one {"text": ...} or {"tokens": [...]} a line, with options of its own if wanted')
+    source.add_argument(
+        "--prompt-file", metavar="F.jsonl", help='one {"text": ...} or {"tokens": [...]} a line, with options of its own if wanted'
+    )
     how = parser.add_argument_group("how to generate (defaults: the bundle's, which start as the ones shown)")
     how.add_argument("--mode", choices=("diffusion", "ar"), help=f"both towers, or the context tower alone ({_D.mode})")
     how.add_argument("--max-new-tokens", type=int, metavar="N", help=f"tokens to generate at most ({_D.max_new_tokens})")
     how.add_argument("--block-size", type=int, metavar="S", help=f"tokens denoised together ({_D.block_size})")
-    how.add_argument("--steps", dest="steps_per_block", type=int, metavar="N", help=f"denoiser passes a block at most ({_D.steps_per_block})")
+    how.add_argument(
+        "--steps", dest="steps_per_block", type=int, metavar="N", help=f"denoiser passes a block at most ({_D.steps_per_block})"
+    )
     how.add_argument(
         "--threshold",
         dest="confidence_threshold",
@@ -45,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--stop", action="append", metavar="STR", help="end the text before this string; may be repeated")
     how.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end-of-sequence token")
     how.add_argument(
-        "--allow-untrained-block-size", action="store_true", default=None, help="permit a block size above the trained one (quality collapses)"
+        "--allow-untrained-block-size",
+        action="store_true",
+        default=None,
+        help="permit a block size above the trained one (quality collapses)",
     )
     parser.add_argument("--target", metavar="T", help="engine to run (default: the best that is built and fits this machine)")
     parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="prompts generated together at most (8)")

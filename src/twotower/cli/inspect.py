@@ -31,7 +31,7 @@ def _checkpoint(name: str) -> tuple[dict[str, Any], list[str]]:
     from twotower.export import Checkpoint, locate_checkpoint, summarize
 
     checkpoint = Checkpoint.open(locate_checkpoint(name))
-    summary = summarize(checkpoint.config)
+    summary = summarize(checkpoint.config, tensors=checkpoint.tensors)
     shards = {t.file for t in checkpoint.tensors.values()}
     facts = {"kind": "checkpoint", "path": name, "shards": len(shards), "tensors": len(checkpoint.tensors), **summary.to_json()}
     head = f"checkpoint  {name}: {len(checkpoint.tensors)} tensors in {len(shards)} file(s), all as published"

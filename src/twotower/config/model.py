@@ -184,7 +184,9 @@ def _from_published(raw: dict[str, Any], path: Path) -> ModelConfig:
     if raw.get("tie_word_embeddings"):
         wrong.append("tie_word_embeddings=true (the towers are untied)")
     if wrong:
-        raise ConfigError(f"{path} asks for mathematics this model does not have", found="; ".join(wrong), do="use the published config.json")
+        raise ConfigError(
+            f"{path} asks for mathematics this model does not have", found="; ".join(wrong), do="use the published config.json"
+        )
     for f in fields(ModelConfig):
         if f.name in raw and f.name not in values:
             values[f.name] = raw[f.name]

@@ -48,7 +48,9 @@ def check_bundle(model: TwoTower) -> Iterator[CheckResult]:
     finite = all(np.isfinite(s.confidence).all() for s in steps)
     yield CheckResult("confidences are finite", finite, f"{len(steps)} denoiser passes")
     same = alone.tokens == together.tokens
-    yield CheckResult("a text does not depend on its neighbours", same, "alone and in a batch of three" if same else _difference(alone, together))
+    yield CheckResult(
+        "a text does not depend on its neighbours", same, "alone and in a batch of three" if same else _difference(alone, together)
+    )
     joined = texts[0].tokens[4:] == texts[1].tokens
     yield CheckResult("tokens read one by one and as a prompt give the same state", joined, "8 autoregressive tokens")
     masked = c.mask_token_id in alone.tokens
@@ -116,11 +118,25 @@ def _small_config() -> dict[str, Any]:
         "architectures": ["NemotronHTwoTowerForCausalLM"],
         "hybrid_override_pattern": "ME*-M",
         "num_hidden_layers": 5,
-        **{"hidden_size": 48, "vocab_size": 211, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12},
-        **{"mamba_num_heads": 6, "mamba_head_dim": 8, "ssm_state_size": 10, "n_groups": 3, "conv_kernel": 4},
-        **{"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "moe_shared_expert_intermediate_size": 28},
-        **{"intermediate_size": 40, "routed_scaling_factor": 2.5, "max_position_embeddings": 4096},
-        **{"time_step_limit": [0.0, math.inf], "torch_dtype": "float32"},
+        "hidden_size": 48,
+        "vocab_size": 211,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "mamba_num_heads": 6,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 10,
+        "n_groups": 3,
+        "conv_kernel": 4,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "moe_shared_expert_intermediate_size": 28,
+        "intermediate_size": 40,
+        "routed_scaling_factor": 2.5,
+        "max_position_embeddings": 4096,
+        "time_step_limit": [0.0, math.inf],
+        "torch_dtype": "float32",
     }
 
 

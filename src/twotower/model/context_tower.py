@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -61,7 +64,7 @@ class ContextTower(nn.Module):
         """
         new = dict(state)
         h = self.embeddings(tokens)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(cast("Iterable[Layer]", self.layers)):
             u = layer.norm(h)
             if isinstance(layer.mixer, Mamba2):
                 y, new[past_conv(i)], new[past_ssm(i)] = layer.mixer(u, state[past_conv(i)], state[past_ssm(i)], lengths)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -31,6 +33,14 @@ class Step:
     masked_left: torch.Tensor
 
 
+class TimestepEmbedder(nn.Module):
+    """The time-step embedding's two linear layers, under their published names."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * TIMESTEP_FREQUENCIES, size), nn.SiLU(), nn.Linear(size, size))
+
+
 class DenoiserTower(nn.Module):
     """Embeddings, conditioned layers, final norm and head; the published names under one roof."""
 
@@ -42,8 +52,7 @@ class DenoiserTower(nn.Module):
         self.layers = nn.ModuleList(Layer(c, kind) for kind in c.layers)
         self.norm_f = RMSNorm(d, c.layer_norm_epsilon)
         self.lm_head = nn.Linear(d, c.vocab_size, bias=False)
-        self.t_embedder = nn.Module()
-        self.t_embedder.mlp = nn.Sequential(nn.Linear(2 * TIMESTEP_FREQUENCIES, d), nn.SiLU(), nn.Linear(d, d))
+        self.t_embedder = TimestepEmbedder(d)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(d, 3 * d))
         self.scale_shift_tables = nn.ParameterList(torch.empty(3, d) for _ in c.layers)
 
@@ -52,7 +61,7 @@ class DenoiserTower(nn.Module):
         """Float32 logits [B,S,V] of a block [B,S] some of whose tokens are masks; the state is read only."""
         h = self.embeddings(block)
         shared = self._conditioning((block == self.config.mask_token_id).float().mean(-1))
-        for i, (layer, kind) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+        for i, (layer, kind) in enumerate(zip(cast("Iterable[Layer]", self.layers), self.config.layers, strict=True)):
             shift, scale, gate = (shared + self.scale_shift_tables[i]).unsqueeze(2).unbind(1)  # [B,1,D] each
             if kind in (LayerKind.MAMBA, LayerKind.ATTENTION):
                 u = layer.norm(h * (1 + scale) + shift)
@@ -71,7 +80,7 @@ class DenoiserTower(nn.Module):
 
     def _conditioning(self, t: torch.Tensor) -> torch.Tensor:
         """The conditioning [B,3,D] all layers share, from the masked fraction t [B]."""
-        dtype = self.t_block[1].weight.dtype
+        dtype = self.lm_head.weight.dtype
         t = t.to(dtype).float()  # the published model rounds t to its own dtype before the factor 1000
         rates = torch.exp(-math.log(10000.0) * torch.arange(TIMESTEP_FREQUENCIES, dtype=torch.float32) / TIMESTEP_FREQUENCIES)
         angles = (t * 1000.0)[:, None] * rates

@@ -38,15 +38,22 @@ class MLP(nn.Module):
         return self.down_proj(F.relu(self.up_proj(x)).square())
 
 
+class Router(nn.Module):
+    """The gate's parameters: `weight` [E,D] and `e_score_correction_bias` [E], used in float64."""
+
+    def __init__(self, experts: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, size))
+        self.e_score_correction_bias = nn.Parameter(torch.empty(experts))
+
+
 class MoE(nn.Module):
     """Top-k routed experts plus one shared expert."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.config = c
-        self.gate = nn.Module()
-        self.gate.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
-        self.gate.e_score_correction_bias = nn.Parameter(torch.empty(c.n_routed_experts))
+        self.gate = Router(c.n_routed_experts, c.hidden_size)
         self.experts = nn.ModuleList(MLP(c.hidden_size, c.moe_intermediate_size) for _ in range(c.n_routed_experts))
         self.shared_experts = MLP(c.hidden_size, c.shared_intermediate) if c.shared_intermediate else None
 

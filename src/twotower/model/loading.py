@@ -52,11 +52,8 @@ def _filled(kind: type[T], config: ModelConfig, dtypes: tuple[str, str], read: R
     with torch.device("meta"):  # shapes alone: random numbers for 30 billion weights would take minutes and all the memory
         tower = kind(config)
     for name, parameter in list(tower.named_parameters()):
-        value = read(name)
-        if name.endswith(_HIGH_PRECISION):
-            value = value.to(torch.float32)
-        else:
-            value = value.to(TORCH_DTYPES[dtypes[1]]).to(TORCH_DTYPES[dtypes[0]])
+        kept, rounded = ("float32", "float32") if name.endswith(_HIGH_PRECISION) else dtypes
+        value = read(name).to(TORCH_DTYPES[rounded]).to(TORCH_DTYPES[kept])
         assert value.shape == parameter.shape, f"{name}: {tuple(value.shape)} instead of {tuple(parameter.shape)}"
         owner_name, _, last = name.rpartition(".")
         owner = tower.get_submodule(owner_name) if owner_name else tower

@@ -13,6 +13,14 @@ from twotower.config import ModelConfig
 __all__ = ["Mamba2"]
 
 
+class Scale(nn.Module):
+    """The weight of a norm that is computed elsewhere."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+
+
 class Mamba2(nn.Module):
     """Parameters as published; `A_log`, `D` and `dt_bias` [H] are used in float32."""
 
@@ -21,10 +29,10 @@ class Mamba2(nn.Module):
         self.config = c
         self.in_proj = nn.Linear(c.hidden_size, c.mamba_inner + c.conv_channels + c.mamba_num_heads, bias=False)
         self.conv1d = nn.Conv1d(c.conv_channels, c.conv_channels, c.conv_kernel, groups=c.conv_channels, bias=c.use_conv_bias)
-        for name in ("dt_bias", "A_log", "D"):
-            setattr(self, name, nn.Parameter(torch.empty(c.mamba_num_heads)))
-        self.norm = nn.Module()
-        self.norm.weight = nn.Parameter(torch.empty(c.mamba_inner))
+        self.dt_bias = nn.Parameter(torch.empty(c.mamba_num_heads))
+        self.A_log = nn.Parameter(torch.empty(c.mamba_num_heads))
+        self.D = nn.Parameter(torch.empty(c.mamba_num_heads))
+        self.norm = Scale(c.mamba_inner)
         self.out_proj = nn.Linear(c.mamba_inner, c.hidden_size, bias=False)
 
     def forward(
@@ -56,7 +64,7 @@ class Mamba2(nn.Module):
         return self.out_proj(self._gated_norm(y, z).to(u.dtype)), columns.gather(2, kept.expand(-1, c.conv_channels, -1)), after
 
     def _scan(self, mixed: torch.Tensor, dt: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """y [B,L,HP] and the new state, from x, B and C side by side [B,L,C] and dt [B,L,H]."""
+        """Y [B,L,HP] and the new state, from x, B and C side by side [B,L,C] and dt [B,L,H]."""
         c = self.config
         x, b, cc = mixed.split([c.mamba_inner, c.n_groups * c.ssm_state_size, c.n_groups * c.ssm_state_size], -1)
         x = x.unflatten(-1, (c.mamba_num_heads, -1)).transpose(1, 2)  # [B,H,L,P]
