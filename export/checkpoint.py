@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def _stored_tensors(root: Path, problems: list[str]) -> _Stored:
     return out
 
 
-def _not_held(index: Mapping[str, str], stored: _Stored, read: Set[str]) -> Iterator[str]:
+def _not_held(index: Mapping[str, str], stored: _Stored, read: Collection[str]) -> Iterator[str]:
     """What the index promises of the shards that could be read; a shard that could not is one problem, not one a tensor."""
     for tensor, name in index.items():
         if tensor not in stored and name in read:

@@ -1,1 +1,6 @@
-"""Time and memory of export and generation, and the checkpoints to measure them on."""
+"""Time and memory, as ratios of things measured in one run."""
+
+from twotower.bench.export_cost import ExportCost, measure_export
+from twotower.bench.generation import GenerationSpeed, measure_generation
+
+__all__ = ["ExportCost", "GenerationSpeed", "measure_export", "measure_generation"]

@@ -1,0 +1,103 @@
+"""What an export costs beside a plain copy of the same bytes, and whether the result computes the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from twotower.bench.process import run_measured
+from twotower.bundle import REPORT_FILE
+from twotower.export import Checkpoint, export_bundle
+from twotower.export.synthetic import SyntheticOptions, published_slice, write_checkpoint
+from twotower.export.verify import verify_bundle
+
+__all__ = ["SMALL_CONFIG", "ExportCost", "measure_export"]
+
+SMALL_CONFIG: dict[str, Any] = {
+    **published_slice("MEM*E-"),
+    "hidden_size": 512,
+    "vocab_size": 8192,
+    "n_routed_experts": 16,
+    "moe_intermediate_size": 256,
+    "intermediate_size": 256,
+    "moe_shared_expert_intermediate_size": 512,
+    "mamba_num_heads": 16,
+    "ssm_state_size": 64,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+    "time_step_limit": [0.0, math.inf],
+}
+"""A model of 100 MB with every layer kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportCost:
+    """One measurement.
+
+    Attributes:
+        checkpoint_bytes: Size of the checkpoint.
+        copy_seconds: A plain copy of its files.
+        export_seconds: The export without verification, hashing included.
+        export_peak_bytes: Peak anonymous memory of the export.
+        verify_seconds: The comparison with torch, None if it was not asked for.
+        largest_error: Its largest relative error.
+    """
+
+    checkpoint_bytes: int
+    copy_seconds: float
+    export_seconds: float
+    export_peak_bytes: int
+    verify_seconds: float | None
+    largest_error: float | None
+
+    @property
+    def ratio(self) -> float:
+        """Export time over copy time."""
+        return self.export_seconds / self.copy_seconds
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "export_to_copy": self.ratio}
+
+
+def measure_export(
+    scratch: Path, pattern: str | None, *, verify: bool = False, say: Callable[[str], None] = lambda what: None
+) -> ExportCost:
+    """Writes a synthetic BF16 checkpoint and measures a copy and an export of it.
+
+    Args:
+        scratch: An empty folder on the disk to measure; its content is removed again.
+        pattern: Layers at published widths (`ME*` is 8 GB), or None for a model of 100 MB.
+        verify: Also compare the result with the torch towers.
+        say: Told what is being done.
+    """
+    say("writing a synthetic checkpoint")
+    source = write_checkpoint(scratch / "checkpoint", published_slice(pattern) if pattern else SMALL_CONFIG, SyntheticOptions())
+    size = sum(p.stat().st_size for p in source.iterdir())
+    say(f"copying {size / 1e9:.2f} GB")
+    copy_seconds, _ = run_measured(_copy, source, scratch / "copy")
+    shutil.rmtree(scratch / "copy")
+    say("exporting it")
+    export_seconds, peak = run_measured(_export, source, scratch / "bundle", False)
+    verify_seconds, error = None, None
+    if verify:
+        shutil.rmtree(scratch / "bundle")
+        say("exporting it again, with verification")
+        whole, _ = run_measured(_export, source, scratch / "bundle", True)
+        verify_seconds = whole - export_seconds
+        error = json.loads((scratch / "bundle" / REPORT_FILE).read_text(encoding="utf-8")).get("largest_error")
+    for name in ("checkpoint", "bundle"):
+        shutil.rmtree(scratch / name)
+    return ExportCost(size, copy_seconds, export_seconds, peak, verify_seconds, error)
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target)
+
+
+def _export(source: Path, target: Path, verified: bool) -> None:
+    export_bundle(Checkpoint.open(source), target, verify=verify_bundle if verified else None)

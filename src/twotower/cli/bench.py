@@ -1,0 +1,87 @@
+"""`twotower bench`: how fast a bundle generates, or what an export costs; always with the thing it is compared to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from twotower.config import GenerationConfig
+from twotower.errors import ConfigError
+
+__all__ = ["add_arguments", "run"]
+
+_D = GenerationConfig()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", metavar="BUNDLE", nargs="?", help="measure generation on this bundle")
+    parser.add_argument("--export", action="store_true", help="measure an export of a synthetic checkpoint beside a plain copy of it")
+    parser.add_argument(
+        "--real-widths", action="store_true", help="the same with one layer of each kind at published widths: 8 GB, verified"
+    )
+    parser.add_argument("--scratch", metavar="DIR", help="with --export: where to write (default: the system's temporary folder)")
+    parser.add_argument("--target", metavar="T", help="engine to run (default: the best that is built and fits)")
+    parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="length of each prompt (64)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to generate (64)")
+    parser.add_argument("--threshold", type=float, default=0.8, metavar="X", help="commit threshold (0.8)")
+    parser.add_argument("--rows", type=int, default=1, metavar="N", help="prompts generated together (1)")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="measured runs of each mode (5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.epilog = "example: twotower bench bundle --rows 4"
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.export or args.real_widths:
+        facts, lines = _export(args)
+    elif args.bundle:
+        facts, lines = _generation(args)
+    else:
+        do = "`twotower bench BUNDLE` or `twotower bench --export`"
+        raise ConfigError("nothing to measure", found="neither a bundle nor --export", do=do)
+    print(json.dumps(facts) if args.json else "\n".join(lines))
+    return 0
+
+
+def _generation(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    from twotower.bench import measure_generation
+    from twotower.runtime import TwoTower
+
+    config = GenerationConfig(max_new_tokens=args.max_new_tokens, confidence_threshold=args.threshold)
+    with TwoTower.open(args.bundle, target=args.target, max_batch=max(args.rows, 1)) as model:
+        diffusion, ar = measure_generation(model, config, prompt_tokens=args.prompt_tokens, rows=args.rows, runs=args.runs)
+    ratio = diffusion.tokens_per_second / ar.tokens_per_second
+    # A pass is worth so many tokens of AR; fewer tokens a pass than that, and diffusion loses.
+    break_even = diffusion.tokens_per_nfe / ratio
+    facts = {"rows": args.rows, "diffusion": diffusion.to_json(), "ar": ar.to_json()}
+    facts |= {"diffusion_to_ar": ratio, "break_even_tokens_per_nfe": break_even}
+    lines = [
+        f"{'':<11}{'tokens/s':>10}{'prefill ms':>12}{'pass ms':>10}{'tokens/pass':>13}{'passes/block':>14}",
+        *(
+            f"{s.mode:<11}{s.tokens_per_second:>10.1f}{s.prefill_ms:>12.2f}{s.pass_ms:>10.3f}{s.tokens_per_nfe:>13.2f}{s.steps_per_block:>14.2f}"
+            for s in (diffusion, ar)
+        ),
+        f"diffusion is {ratio:.2f}x autoregression here; it breaks even at {break_even:.2f} tokens a pass",
+    ]
+    return facts, lines
+
+
+def _export(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    from twotower.bench import measure_export
+
+    with tempfile.TemporaryDirectory(prefix="twotower-bench-", dir=args.scratch) as scratch:
+        pattern = "ME*" if args.real_widths else None
+        cost = measure_export(Path(scratch), pattern, verify=args.real_widths, say=lambda what: print(f"... {what}", file=sys.stderr))
+    lines = [
+        f"checkpoint     {cost.checkpoint_bytes / 1e9:.2f} GB",
+        f"plain copy     {cost.copy_seconds:.1f} s",
+        f"export         {cost.export_seconds:.1f} s, {cost.ratio:.2f}x the copy",
+        f"peak RssAnon   {cost.export_peak_bytes / 1e6:.0f} MB",
+    ]
+    if cost.verify_seconds is not None and cost.largest_error is not None:
+        error = f"largest relative error {cost.largest_error:.1e} against torch in float32"
+        lines.append(f"verification   {cost.verify_seconds:.0f} s, {error}")
+    return cost.to_json(), lines
