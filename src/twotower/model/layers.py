@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from twotower.config import ModelConfig
 
-__all__ = ["MLP", "MoE", "RMSNorm"]
+__all__ = ["MLP", "MoE", "RMSNorm", "Router"]
 
 
 class RMSNorm(nn.Module):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from twotower.config import ModelConfig
 
-__all__ = ["Mamba2"]
+__all__ = ["Mamba2", "Scale"]
 
 
 class Scale(nn.Module):
