@@ -43,8 +43,8 @@ class Checkpoint:
                 mis-shaped or of a dtype other than BF16, F16 and F32; all problems are listed at once.
         """
         root = Path(folder)
-        if not root.is_dir():
-            found = "a file" if root.exists() else "no such folder"
+        if not os.path.isdir(root):  # os.path says no where pathlib raises: a name too long, a parent closed to this user
+            found = "a file" if os.path.exists(root) else "no such folder"
             raise CheckpointError(f"there is no checkpoint folder '{folder}'", found=found, do="name the folder that holds config.json")
         config = read_model_config(root / "config.json")
         problems: list[str] = []
@@ -72,8 +72,8 @@ def locate_checkpoint(name: str) -> Path:
     Raises:
         CheckpointError: neither; says which was tried.
     """
-    path = Path(name).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(name))  # os.path lets stand what pathlib raises for: no such user, a name too long
+    if os.path.exists(path):
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         found = "no such folder, and not a hub id either (`owner/model`)"

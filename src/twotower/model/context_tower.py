@@ -47,7 +47,6 @@ class ContextTower(nn.Module):
         self.norm_f = RMSNorm(c.hidden_size, c.layer_norm_epsilon)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
-    @torch.inference_mode()
     def extend(
         self, tokens: torch.Tensor, state: ContextState, *, past: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ContextState]:
@@ -75,7 +74,6 @@ class ContextTower(nn.Module):
             h = h + y
         return self.norm_f(h), new
 
-    @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 logits of hidden vectors [..., D]."""
         return self.lm_head(hidden).float()

@@ -56,7 +56,6 @@ class DenoiserTower(nn.Module):
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(d, 3 * d))
         self.scale_shift_tables = nn.ParameterList(torch.empty(3, d) for _ in c.layers)
 
-    @torch.inference_mode()
     def logits(self, block: torch.Tensor, state: ContextState, *, context_length: torch.Tensor) -> torch.Tensor:
         """Float32 logits [B,S,V] of a block [B,S] some of whose tokens are masks; the state is read only."""
         h = self.embeddings(block)

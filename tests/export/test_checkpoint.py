@@ -1,0 +1,609 @@
+"""Opening a checkpoint finds everything that is wrong with it before any work, and what it hands out is what the shards hold."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.helpers.graphs import FIXTURES
+from twotower.config import ModelConfig, read_model_config
+from twotower.errors import CheckpointError, ConfigError
+from twotower.export import Checkpoint, locate_checkpoint
+from twotower.export.safetensors_header import HeaderError, read_header
+from twotower.export.stored import Tensor
+from twotower.export.synthetic import SyntheticOptions, write_checkpoint
+
+SOURCE = FIXTURES / "hybrid-a"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The fixture, for a test to damage."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for name in ("config.json", INDEX, FIRST, SECOND):
+        shutil.copyfile(SOURCE / name, folder / name)
+    return folder
+
+
+def refused(folder: Path) -> CheckpointError:
+    """The one error that opening the folder gives."""
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(folder)
+    assert caught.value.what
+    assert caught.value.found
+    assert caught.value.do
+    return caught.value
+
+
+def all_tensors() -> dict[str, torch.Tensor]:
+    return {**load_file(SOURCE / FIRST), **load_file(SOURCE / SECOND)}
+
+
+def in_one_file(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(SOURCE / "config.json", folder / "config.json")
+    save_file(tensors, folder / SINGLE)
+    return folder
+
+
+def edit_index(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    edit(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def shard(path: Path, header: Any, data: bytes = b"", *, length: int | None = None) -> Path:
+    """A safetensors file with any header, sound or not."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def entry(first: int, last: int, *, dtype: str = "F32", shape: list[int] | None = None) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [(last - first) // 4] if shape is None else shape, "data_offsets": [first, last]}
+
+
+# --- what is sound opens
+
+
+def test_a_sound_checkpoint_opens_with_every_tensor_in_its_shard(copy: Path) -> None:
+    opened, want = Checkpoint.open(copy), all_tensors()
+    assert opened.path == copy
+    assert set(opened.tensors) == set(want)
+    assert {n: t.shape for n, t in opened.tensors.items()} == {n: tuple(t.shape) for n, t in want.items()}
+    weight_map = json.loads((copy / INDEX).read_text())["weight_map"]
+    assert {n: t.file.name for n, t in opened.tensors.items()} == weight_map
+
+
+def test_one_file_without_an_index_is_the_same_model(copy: Path, tmp_path: Path) -> None:
+    single, split = Checkpoint.open(in_one_file(tmp_path / "single", all_tensors())), Checkpoint.open(copy)
+    assert set(single.tensors) == set(split.tensors)
+    assert {t.file.name for t in single.tensors.values()} == {SINGLE}
+    assert list(single.identity()) == [SINGLE]
+
+
+def test_a_folder_may_be_named_by_a_string(copy: Path) -> None:
+    assert Checkpoint.open(str(copy)).path == copy
+
+
+def test_identity_is_size_and_hash_of_every_shard(copy: Path) -> None:
+    ticks: list[int] = []
+    before = Checkpoint.open(copy).identity(ticks.append)
+    assert {name: record["size"] for name, record in before.items()} == {name: (copy / name).stat().st_size for name in (FIRST, SECOND)}
+    assert sum(ticks) == sum(record["size"] for record in before.values())
+    with (copy / SECOND).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+    after = Checkpoint.open(copy).identity()
+    assert after[FIRST] == before[FIRST]
+    assert after[SECOND]["sha256"] != before[SECOND]["sha256"]
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_a_snapshot_of_links_into_a_blob_store_is_accepted(copy: Path, tmp_path: Path, single: bool) -> None:
+    """The layout of a hub cache: `snapshots/<revision>/name` is a link to `../../blobs/<hash>`."""
+    source = in_one_file(tmp_path / "single", all_tensors()) if single else copy
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0123abcd"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(source.iterdir())):
+        shutil.copyfile(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    opened, plain = Checkpoint.open(snapshot), Checkpoint.open(source)
+    name = "denoiser_tower.layers.3.mixer.q_proj.weight"
+    np.testing.assert_array_equal(opened.tensors[name].numpy(), plain.tensors[name].numpy())
+    assert opened.identity() == plain.identity()
+
+
+def test_a_link_to_nothing_is_a_missing_shard(copy: Path) -> None:
+    (copy / FIRST).unlink()
+    (copy / FIRST).symlink_to("../../blobs/gone")
+    assert refused(copy).found == f"{FIRST}: missing"
+
+
+# --- tensors that do not fit the model
+
+
+def test_everything_wrong_with_the_tensors_is_in_one_error(tmp_path: Path) -> None:
+    tensors = all_tensors()
+    gone = ["context_tower.norm_f.weight", "denoiser_tower.layers.7.mixer.o_proj.weight"]
+    for name in gone:
+        del tensors[name]
+    tensors["denoiser_tower.layers.8.norm.weight"] = torch.zeros(64)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].T.contiguous()
+    tensors["t_embedder.mlp.0.bias"] = tensors["t_embedder.mlp.0.bias"].to(torch.int8)
+    tensors["t_block.1.bias"] = torch.zeros(3, dtype=torch.float64)
+    error = refused(in_one_file(tmp_path / "bad", tensors))
+    assert "has 7 problem(s)" in error.what
+    assert set(error.found.split("; ")) == {
+        *(f"{name}: missing" for name in gone),
+        "denoiser_tower.layers.8.norm.weight: not part of this model",
+        "lm_head.weight: shape [64, 256] instead of [256, 64]",
+        "t_embedder.mlp.0.bias: dtype I8 instead of one of BF16, F16, F32",
+        "t_block.1.bias: shape [3] instead of [192]",
+        "t_block.1.bias: dtype F64 instead of one of BF16, F16, F32",
+    }
+    assert "config.json" in error.do
+
+
+def test_a_long_list_of_problems_is_cut_and_counted(tmp_path: Path) -> None:
+    error = refused(in_one_file(tmp_path / "bad", {"lm_head.weight": torch.zeros(256, 64)}))
+    missing = len(all_tensors()) - 1
+    assert f"has {missing} problem(s)" in error.what
+    assert error.found.count(": missing") == 20
+    assert error.found.endswith(f"; and {missing - 20} more")
+
+
+def test_a_checkpoint_of_another_size_is_refused(copy: Path) -> None:
+    edit_config(copy, n_routed_experts=9)
+    found = refused(copy).found
+    assert "context_tower.layers.1.mixer.experts.8.up_proj.weight: missing" in found
+    assert "context_tower.layers.1.mixer.gate.weight: shape [8, 64] instead of [9, 64]" in found
+
+
+# --- shards that are damaged
+
+ONE = {"w": entry(0, 8)}
+DAMAGE = {
+    "empty": (b"", b"", None, "truncated"),
+    "shorter than its header": (ONE, b"", 1000, "header says 1000"),
+    "header length of exabytes": (ONE, bytes(8), 2**63, f"header says {2**63}"),
+    "data cut": (ONE, bytes(7), None, "truncated"),
+    "data left over": (ONE, bytes(9), None, "oversized"),
+    "not JSON": (b"{]", b"", None, "not JSON"),
+    "not UTF-8": (b'{"\xff\xfe": 1}', b"", None, "not JSON"),
+    "nested too deeply": (b"[" * 100_000, b"", None, "not JSON"),
+    "a list": ([ONE], bytes(8), None, "not a JSON object"),
+    "a name twice": (b'{"w": %s, "w": %s}' % ((json.dumps(entry(0, 8)).encode(),) * 2), bytes(8), None, "'w' is there twice"),
+    "a key twice": (
+        b'{"w": {"dtype": "F32", "dtype": "F16", "shape": [2], "data_offsets": [0, 8]}}',
+        bytes(8),
+        None,
+        "'dtype' is there twice",
+    ),
+    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12), None, "overlap or leave a hole at byte"),
+    "hole": ({"a": entry(0, 8), "b": entry(12, 16)}, bytes(16), None, "overlap or leave a hole at byte"),
+    "beyond the end": ({"a": entry(0, 8), "b": entry(8, 1 << 40)}, bytes(16), None, "truncated"),
+    "not from the start": ({"a": entry(4, 12)}, bytes(12), None, "overlap or leave a hole at byte"),
+    "negative offset": ({"w": {**entry(0, 8), "data_offsets": [-8, 0]}}, bytes(8), None, "'w' is malformed"),
+    "offsets reversed": ({"w": {**entry(0, 8), "data_offsets": [8, 0]}}, bytes(8), None, "'w' is malformed"),
+    "offsets of huge numbers": ({"w": {**entry(0, 8), "data_offsets": [10**4000, 10**4000 + 8]}}, bytes(8), None, "'w' is malformed"),
+    "offsets that are no whole numbers": ({"w": {**entry(0, 8), "data_offsets": [0.0, 8.0]}}, bytes(8), None, "'w' is malformed"),
+    "three offsets": ({"w": {**entry(0, 8), "data_offsets": [0, 4, 8]}}, bytes(8), None, "'w' is malformed"),
+    "shape of another size": ({"w": entry(0, 8, shape=[3])}, bytes(8), None, "'w' is malformed"),
+    "negative shape": ({"w": entry(0, 8, shape=[-1, -2])}, bytes(8), None, "'w' is malformed"),
+    "shape that is no list": ({"w": {**entry(0, 8), "shape": 2}}, bytes(8), None, "'w' is malformed"),
+    "unknown dtype": ({"w": entry(0, 8, dtype="F31")}, bytes(8), None, "'F31'"),
+    "dtype that is no name": ({"w": {**entry(0, 8), "dtype": ["F32"]}}, bytes(8), None, "'w' is malformed"),
+    "no dtype": ({"w": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8), None, "'w' is malformed"),
+    "entry that is no object": ({"w": [0, 8]}, bytes(8), None, "'w' is malformed"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_shard_is_named_with_what_is_wrong(copy: Path, damage: str) -> None:
+    header, data, length, says = DAMAGE[damage]
+    if damage == "empty":
+        (copy / SECOND).write_bytes(b"")
+    else:
+        shard(copy / SECOND, header, data, length=length)
+    with pytest.raises(HeaderError):
+        read_header(copy / SECOND)
+    error = refused(copy)
+    assert "has 1 problem(s)" in error.what, "the tensors of a damaged shard are not listed on top of it"
+    assert error.found.startswith(f"{SECOND!r}: ")
+    assert says in error.found
+    assert len(error.found) < 600, "a hostile header does not fill the screen"
+    assert "again" in error.do
+
+
+def test_a_sound_header_gives_places_in_the_file(tmp_path: Path) -> None:
+    """Metadata are no tensor; order in the header is not order in the file; an empty tensor takes no place."""
+    header = {"b": entry(8, 12), "__metadata__": {"format": "pt"}, "none": entry(8, 8, shape=[0, 3]), "a": entry(0, 8)}
+    read = read_header(shard(tmp_path / "s", header, bytes(12)))
+    start = (tmp_path / "s").stat().st_size - 12
+    assert {n: (t.offset - start, t.nbytes, t.shape) for n, t in read.items()} == {
+        "a": (0, 8, (2,)),
+        "none": (8, 0, (0, 3)),
+        "b": (8, 4, (1,)),
+    }
+
+
+@pytest.mark.parametrize("cut", [0, 4, 8, 5000, -1])
+def test_a_truncated_shard_is_named(copy: Path, cut: int) -> None:
+    os.truncate(copy / FIRST, cut if cut >= 0 else (copy / FIRST).stat().st_size + cut)
+    found = refused(copy).found
+    assert found.startswith(f"{FIRST!r}: truncated")
+    assert ";" not in found
+
+
+def test_all_damaged_shards_are_named_at_once(copy: Path) -> None:
+    (copy / FIRST).unlink()
+    os.truncate(copy / SECOND, 100)
+    error = refused(copy)
+    assert "has 2 problem(s)" in error.what
+    assert f"{FIRST}: missing" in error.found
+    assert f"{SECOND!r}: truncated" in error.found
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_a_shard_that_is_no_file_is_refused_and_not_waited_for(copy: Path, make: Callable[[Path], None]) -> None:
+    (copy / FIRST).unlink()
+    make(copy / FIRST)
+    assert "not a regular file" in refused(copy).found
+
+
+def test_a_shard_that_cannot_be_read_says_why(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.open
+
+    def failing(self: Path, *args: Any, **options: Any) -> Any:
+        if self.name == FIRST:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", failing)
+    assert os.strerror(errno.EIO) in refused(copy).found
+
+
+# --- the index
+
+
+def test_an_index_naming_a_missing_file_says_so_once(copy: Path) -> None:
+    (copy / SECOND).unlink()
+    assert refused(copy).found == f"{SECOND}: missing"
+
+
+def test_a_tensor_the_index_does_not_list_is_found(copy: Path) -> None:
+    edit_index(copy, lambda table: table.pop("t_block.1.bias"))
+    assert refused(copy).found == f"t_block.1.bias: stored in {SECOND}, but the index does not list it"
+
+
+def test_a_tensor_the_index_puts_in_the_other_shard_is_found(copy: Path) -> None:
+    edit_index(copy, lambda table: table.update({"t_block.1.bias": FIRST}))
+    assert f"t_block.1.bias: stored in {SECOND}, but the index says '{FIRST}'" in refused(copy).found
+
+
+def test_a_tensor_that_only_the_index_knows_is_found(copy: Path) -> None:
+    edit_index(copy, lambda table: table.update(phantom=FIRST))
+    assert refused(copy).found == f"phantom: the index says {FIRST}, which does not hold it"
+
+
+def test_a_tensor_stored_twice_is_found(copy: Path) -> None:
+    first = load_file(copy / FIRST)
+    save_file({**first, "t_block.1.bias": torch.zeros(192)}, copy / FIRST)
+    assert f"t_block.1.bias: stored twice, in {FIRST} and {SECOND}" in refused(copy).found
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "a/../../outside.safetensors", "{absolute}", "", "..", "a\0b", "\ud800"])
+def test_an_index_may_not_lead_out_of_the_folder(copy: Path, name: str) -> None:
+    """The file outside is a sound shard: only its place is wrong."""
+    outside = shutil.copyfile(copy / SECOND, copy.parent / "outside.safetensors")
+    name = name.format(absolute=outside)
+    edit_index(copy, lambda table: table.update({t: name for t, file in table.items() if file == SECOND}))
+    assert refused(copy).found.startswith(f"the index names a path outside the folder, or none at all: {name[:80]!r}"[:-1])
+
+
+def test_a_linked_subfolder_may_not_lead_out(copy: Path) -> None:
+    """Unlike a shard that is itself a link, which is how a hub cache stores it."""
+    (copy.parent / "elsewhere").mkdir()
+    shutil.move(copy / SECOND, copy.parent / "elsewhere" / SECOND)
+    (copy / "sub").symlink_to("../elsewhere")
+    edit_index(copy, lambda table: table.update({t: f"sub/{SECOND}" for t, file in table.items() if file == SECOND}))
+    assert "outside the folder" in refused(copy).found
+
+
+def test_a_shard_in_a_subfolder_is_allowed(copy: Path) -> None:
+    (copy / "sub").mkdir()
+    shutil.move(copy / SECOND, copy / "sub" / SECOND)
+    edit_index(copy, lambda table: table.update({t: f"sub/{SECOND}" for t, file in table.items() if file == SECOND}))
+    assert sorted(Checkpoint.open(copy).identity()) == [FIRST, f"sub/{SECOND}"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": {"a": "x", "a": "y"}}', "[" * 100_000],
+    ids=lambda text: text[:40] or "empty",
+)
+def test_an_index_of_another_form_is_refused(copy: Path, text: str) -> None:
+    (copy / INDEX).write_text(text)
+    error = refused(copy)
+    assert error.found.startswith(f"{INDEX}: not a readable index")
+    assert "has 1 problem(s)" in error.what
+
+
+@pytest.mark.parametrize("value", [None, 3, [FIRST], {"file": FIRST}])
+def test_an_index_whose_file_is_no_name_is_refused(copy: Path, value: Any) -> None:
+    edit_index(copy, lambda table: table.update(phantom=value))
+    assert f"{INDEX}: the file of phantom is not a name" in refused(copy).found
+
+
+def test_no_weights_at_all_is_said_plainly(copy: Path) -> None:
+    for name in (INDEX, FIRST, SECOND):
+        (copy / name).unlink()
+    assert refused(copy).found == f"neither {INDEX} nor {SINGLE} is there"
+
+
+# --- the folder and its config
+
+
+def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for name, found in (("nowhere", "no such folder"), ("file", "a file"), ("n" * 5000, "no such folder")):
+        error = refused(tmp_path / name)
+        assert error.found == found
+        assert "config.json" in error.do
+
+
+def test_a_folder_without_config_is_refused(copy: Path) -> None:
+    (copy / "config.json").unlink()
+    with pytest.raises(ConfigError, match="cannot read"):
+        Checkpoint.open(copy)
+
+
+def test_an_unknown_layer_letter_is_named_with_the_allowed_ones(copy: Path) -> None:
+    edit_config(copy, hybrid_override_pattern="MEM*XME*")
+    with pytest.raises(ConfigError) as caught:
+        Checkpoint.open(copy)
+    assert "'X' at layer 4" in caught.value.found
+    assert all(repr(letter) in caught.value.found for letter in "ME*-")
+    assert "hybrid_override_pattern" in caught.value.do
+
+
+def test_layers_block_type_opens_as_the_same_model(copy: Path) -> None:
+    plain = Checkpoint.open(copy).config
+    words = {"M": "mamba", "E": "moe", "*": "attention"}
+    edit_config(copy, hybrid_override_pattern=None, layers_block_type=[words[letter] for letter in plain.pattern])
+    assert Checkpoint.open(copy).config == plain
+
+
+def test_a_literal_infinity_in_the_config_is_accepted(copy: Path) -> None:
+    assert "Infinity" in (copy / "config.json").read_text()
+    bounded = Checkpoint.open(copy).config
+    assert bounded.time_step_limit[1] == float("inf")
+    edit_config(copy, time_step_limit=[0.0, 0.5])
+    assert Checkpoint.open(copy).config != bounded
+
+
+# --- where a checkpoint is looked for
+
+
+def test_a_local_folder_is_taken_before_the_hub(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(copy.parent.parent)
+    assert locate_checkpoint(str(copy)) == copy
+    assert locate_checkpoint(f"{copy.parent.name}/{copy.name}") == Path(copy.parent.name, copy.name)
+    monkeypatch.setenv("HOME", str(copy.parent))
+    assert locate_checkpoint(f"~/{copy.name}") == copy
+
+
+def test_a_hub_id_is_downloaded_without_other_formats(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(copy)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert locate_checkpoint("owner/model") == copy
+    ((name, patterns),) = asked
+    assert name == "owner/model"
+    wanted = set(huggingface_hub.utils.filter_repo_objects([FIRST, INDEX, "config.json", "tokenizer.json"], allow_patterns=patterns))
+    assert wanted == {FIRST, INDEX, "config.json", "tokenizer.json"}
+    assert not list(huggingface_hub.utils.filter_repo_objects(["pytorch_model.bin", "consolidated.pth"], allow_patterns=patterns))
+
+
+@pytest.mark.parametrize(
+    ("failure", "says"),
+    [
+        (OSError("no route to host\nmore"), "OSError: no route to host"),
+        (ValueError("Repo id must be"), "Repo id"),
+        (RuntimeError(), "Runtime"),
+    ],
+)
+def test_a_hub_that_fails_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch, failure: Exception, says: str) -> None:
+    def download(*args: Any, **options: Any) -> str:
+        raise failure
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(CheckpointError, match="owner/model") as caught:
+        locate_checkpoint("owner/model")
+    assert says in caught.value.found
+    assert "\n" not in caught.value.found
+    assert "download it yourself" in caught.value.do
+    assert caught.value.__cause__ is failure
+
+
+def test_a_hub_id_without_the_hub_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match="owner/model") as caught:
+        locate_checkpoint("owner/model")
+    assert "not installed" in caught.value.found
+    assert "pip install huggingface_hub" in caught.value.do
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nowhere", "./owner/model", "../model", "/no/such", "~/model-of-nobody", "~no-such-user/model", "a/b/c", "owner/", "\0", "n" * 5000],
+)
+def test_what_is_neither_a_folder_nor_a_hub_id_is_not_looked_for(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("the hub was asked"))
+    with pytest.raises(CheckpointError, match="cannot find") as caught:
+        locate_checkpoint(name)
+    assert "not a hub id either" in caught.value.found
+    assert "config.json" in caught.value.do
+
+
+# --- what a tensor gives
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=DTYPES.values())
+def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], dict[str, torch.Tensor]]:
+    """The fixture in one dtype: as opened, and as the `safetensors` library reads it."""
+    tensors = {name: tensor.to(request.param) for name, tensor in all_tensors().items()}
+    # Any bit pattern may be stored, and all of them must come through: NaN, infinities, denormals, both zeros.
+    bits = torch.from_numpy(np.random.default_rng(0).integers(0, 256, tensors["lm_head.weight"].nbytes, np.uint8))
+    tensors["lm_head.weight"] = bits.view(request.param).reshape(tensors["lm_head.weight"].shape)
+    folder = in_one_file(tmp_path_factory.mktemp("stored") / "c", tensors)
+    return dict(Checkpoint.open(folder).tensors), load_file(folder / SINGLE)
+
+
+NAMES = ["lm_head.weight", "denoiser_tower.layers.0.mixer.conv1d.weight", "context_tower.layers.5.mixer.A_log"]
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numpy_is_what_the_library_reads(stored: tuple[dict[str, Tensor], dict[str, torch.Tensor]], name: str) -> None:
+    tensor, want = stored[0][name], stored[1][name]
+    assert tensor.dtype == DTYPES[want.dtype]
+    got = tensor.numpy()
+    expected = want.float() if want.dtype == torch.bfloat16 else want
+    assert got.dtype == expected.numpy().dtype
+    assert got.shape == tuple(want.shape)
+    assert got.tobytes() == raw(expected)
+    got[...] = 0  # the array is the caller's own
+    assert tensor.numpy().tobytes() == raw(expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("chunk", [1, 4, 7, 1000, 1 << 20])
+def test_chunks_are_whole_elements_of_what_the_library_reads(
+    stored: tuple[dict[str, Tensor], dict[str, torch.Tensor]], name: str, chunk: int
+) -> None:
+    tensor, want = stored[0][name], stored[1][name]
+    pieces = list(tensor.chunks(chunk))
+    assert b"".join(pieces) == raw(want)
+    assert {len(piece) % want.itemsize for piece in pieces} == {0}
+    assert max(map(len, pieces)) <= max(chunk, want.itemsize)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_read_into_fills_a_buffer_of_the_right_size_only(stored: tuple[dict[str, Tensor], dict[str, torch.Tensor]], name: str) -> None:
+    tensor, want = stored[0][name], stored[1][name]
+    for buffer in (bytearray(tensor.nbytes), np.empty(tensor.shape, np.dtype(f"u{want.itemsize}"))):
+        tensor.read_into(buffer)
+        assert bytes(memoryview(buffer).cast("B")) == raw(want)
+    for wrong in (tensor.nbytes - 1, tensor.nbytes + 1, 0):
+        with pytest.raises(ValueError, match=name):
+            tensor.read_into(bytearray(wrong))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kernel", ["copies", "refuses", "copies a part", "answers nothing", "is too old"])
+def test_copy_to_writes_in_place_whatever_the_kernel_offers(
+    stored: tuple[dict[str, Tensor], dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kernel: str
+) -> None:
+    tensor, want = stored[0][name], stored[1][name]
+    real, calls = os.copy_file_range, []
+
+    def replaced(source: int, target: int, count: int, *offsets: int) -> int:
+        calls.append(count)
+        if kernel == "answers nothing":
+            return 0
+        if kernel == "refuses" or len(calls) > 1:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return real(source, target, min(count, 3), *offsets)
+
+    if kernel == "is too old":
+        monkeypatch.delattr(os, "copy_file_range")
+    elif kernel != "copies":
+        monkeypatch.setattr(os, "copy_file_range", replaced)
+    if kernel == "refuses":  # and writes less than it was given, as it may
+        write = os.pwrite
+        monkeypatch.setattr(os, "pwrite", lambda target, data, at: write(target, data[: len(data) // 2 + 1], at))
+    path = tmp_path / "out"
+    path.write_bytes(b"\x55" * (tensor.nbytes + 200))
+    with path.open("r+b") as file:
+        tensor.copy_to(file.fileno(), 100)
+        assert file.tell() == 0
+    assert path.read_bytes() == b"\x55" * 100 + raw(want) + b"\x55" * 100
+
+
+def test_copy_to_reports_a_full_disk(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with (tmp_path / "out").open("wb") as file, pytest.raises(OSError, match="No space left"):
+        Checkpoint.open(copy).tensors["lm_head.weight"].copy_to(file.fileno(), 0)
+
+
+@pytest.mark.parametrize("way", ["numpy", "chunks", "read_into", "copy_to"])
+@pytest.mark.parametrize("left", [0, 1, 5000])
+def test_a_shard_that_became_shorter_is_an_error_and_not_a_crash(copy: Path, tmp_path: Path, way: str, left: int) -> None:
+    tensor = Checkpoint.open(copy).tensors["lm_head.weight"]
+    os.truncate(tensor.file, tensor.offset + left)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight") as caught, (tmp_path / "out").open("wb") as out:
+        if way == "numpy":
+            tensor.numpy()
+        elif way == "chunks":
+            list(tensor.chunks(4096))
+        elif way == "read_into":
+            tensor.read_into(bytearray(tensor.nbytes))
+        else:
+            tensor.copy_to(out.fileno(), 0)
+    assert "ends too early" in caught.value.found
+    assert SECOND in caught.value.found
+    assert "again" in caught.value.do
+
+
+# --- written checkpoints
+
+
+def test_a_written_checkpoint_opens_and_its_damage_is_found(tmp_path: Path) -> None:
+    """Another writer, another dtype and another number of shards than the fixture's."""
+    config = {**json.loads((SOURCE / "config.json").read_text()), "torch_dtype": "bfloat16"}
+    folder = write_checkpoint(tmp_path / "c", config, SyntheticOptions(shards=3))
+    opened = Checkpoint.open(folder)
+    assert isinstance(opened.config, ModelConfig)
+    assert opened.config == read_model_config(folder / "config.json")
+    assert len(opened.identity()) == 3
+    for shard_file in sorted(folder.glob("*.safetensors")):
+        for name, want in load_file(shard_file).items():
+            assert opened.tensors[name].numpy().tobytes() == raw(want.float())
+    os.truncate(folder / "model-00002-of-00003.safetensors", 9)
+    assert "model-00002-of-00003.safetensors" in refused(folder).found
