@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 FIXTURE := tests/fixtures/hybrid-a
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-gpu wheel demo bench docs clean ci
+.PHONY: help install lint format types test test-gpu wheel demo bench bench-real docs clean ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,9 @@ demo: $(STAMP) ## checkpoint -> graphs -> engines -> tokens on a toy model, in b
 
 bench: out/bench ## time and memory of export and generation on the toy model
 	$(BIN)/twotower bench $<
+
+bench-real: $(STAMP) ## the same of an export at published widths: 8 GB of weights, verified, some minutes
+	$(BIN)/twotower bench --real-widths --scratch .
 
 out/bench: $(STAMP)
 	rm -rf $@

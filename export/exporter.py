@@ -7,11 +7,12 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import onnx_ir as ir
@@ -66,6 +67,9 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
             raise ConfigError(f"cannot export as {self.dtype!r}", found=f"allowed: {', '.join(DTYPES)}", do="choose one with --dtype")
+        if self.trained_block_size < 1:
+            found = f"{self.trained_block_size}; allowed: 1 and more"
+            raise ConfigError("no denoiser was trained with that block size", found=found, do="name the trained one with --block-size")
 
 
 def export_bundle(
@@ -101,7 +105,7 @@ def export_bundle(
         raise ExportError(
             f"the export to '{output}' failed while writing",
             found=str(e),
-            do="free disk space or check permissions; nothing was left behind",
+            do="free disk space, check permissions, and that checkpoint and output are as they were at the start; nothing was left behind",
         ) from e
     return Bundle.open(output, contents=False)
 
@@ -124,9 +128,7 @@ def _write(
         report("writing weights", min(done, total), total)
 
     files: dict[str, FileRecord] = {}
-    # The checkpoint's identity is hashed in the background: reading for it warms the page cache the writer reads from.
-    with ThreadPoolExecutor(1) as background:
-        shards = background.submit(checkpoint.identity)
+    with _identity_in_background(checkpoint) as shards:
         for name, relative in GRAPH_FILES.items():
             (folder / relative).parent.mkdir(exist_ok=True)
             data = relative + DATA_SUFFIX
@@ -144,6 +146,26 @@ def _write(
             files[relative] = FileRecord(path.stat().st_size, hash_file(path))
     manifest["files"] = {name: {"size": r.size, "sha256": r.sha256} for name, r in sorted(files.items())}
     write_json(folder / MANIFEST_FILE, manifest)
+
+
+@contextmanager
+def _identity_in_background(checkpoint: Checkpoint) -> Iterator[Future[dict[str, dict[str, Any]]]]:
+    """Hashes the checkpoint beside the writer: both read the same shards, so the second reader finds them in the page cache.
+
+    A block that fails does not wait for the rest of 118 GB.
+    """
+    stopped = Event()
+
+    def tick(count: int) -> None:
+        if stopped.is_set():
+            raise CancelledError
+
+    with ThreadPoolExecutor(1) as background:
+        try:
+            yield background.submit(checkpoint.identity, tick)
+        except BaseException:
+            stopped.set()
+            raise
 
 
 def _manifest_base(checkpoint: Checkpoint, dtype: str, options: ExportConfig) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +13,7 @@ from twotower.errors import CheckpointError
 
 __all__ = ["Tensor"]
 
-_COPY_BYTES = 16 << 20
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# The kernel will not copy between these two files (other file system, append mode, a seal); a plain copy still may.
-_REFUSALS = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,41 +84,6 @@ class Tensor:
         wide = bits.astype(np.uint32)
         np.left_shift(wide, 16, out=wide)
         return wide.view(np.float32).reshape(self.shape)
-
-    def copy_to(self, out_fd: int, out_offset: int) -> None:
-        """Copies the raw bytes into an open file at `out_offset`; the file's position does not move.
-
-        The kernel copies where it can (no byte passes through this process, and some file systems share the blocks).
-
-        Raises:
-            OSError: the disk is full or fails.
-            CheckpointError: the shard became shorter since it was opened.
-        """
-        with self.file.open("rb", buffering=0) as file:
-            done = self._copied_by_kernel(file.fileno(), out_fd, out_offset)
-            file.seek(self.offset + done)
-            buffer = memoryview(bytearray(min(_COPY_BYTES, self.nbytes - done)))
-            while done < self.nbytes:
-                piece = buffer[: self.nbytes - done]
-                self._fill(file, piece)
-                written = 0
-                while written < len(piece):
-                    written += os.pwrite(out_fd, piece[written:], out_offset + done + written)
-                done += written
-
-    def _copied_by_kernel(self, source: int, target: int, out_offset: int) -> int:
-        done = 0
-        while hasattr(os, "copy_file_range") and done < self.nbytes:
-            try:
-                count = os.copy_file_range(source, target, self.nbytes - done, self.offset + done, out_offset + done)
-            except OSError as e:
-                if e.errno in _REFUSALS:
-                    break
-                raise
-            if not count:  # the end of the file, or a file system that answers 0 for "no": reading tells which
-                break
-            done += count
-        return done
 
     def _fill(self, file: Any, view: memoryview) -> None:
         done = 0

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from twotower.config.model import read_model_config
+from twotower.config.model import parse_model_config
 from twotower.config.tensors import CheckpointTensor, Role, expected_tensors
 from twotower.errors import CheckpointError
 from twotower.export.checkpoint import INDEX_FILE
@@ -62,7 +62,7 @@ PUBLISHED_CONFIG: dict[str, Any] = {
 }
 """The published model's config.json."""
 
-_STORED = {"float32": "F32", "bfloat16": "BF16"}
+_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _BLOCK = 1 << 24  # elements drawn once and repeated: drawing 30 billion numbers would take longer than writing them
 
 
@@ -91,26 +91,27 @@ def write_checkpoint(folder: Path, config_json: dict[str, Any], options: Synthet
 
     Args:
         folder: A folder to make.
-        config_json: A config.json; its `torch_dtype` (`float32` or `bfloat16`) is that of the weights.
+        config_json: A config.json; its `torch_dtype` is that of the weights.
         options: Seed, shards, sparse or not.
 
     Raises:
         CheckpointError: the folder exists.
+        ConfigError: the config is unusable; no folder is made.
     """
     how = options or SyntheticOptions()
     if folder.exists():
         raise CheckpointError(f"'{folder}' exists already", found="a synthetic checkpoint never overwrites", do="name a new folder")
+    config = parse_model_config(config_json, "the synthetic checkpoint's config")
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_json, indent=1))
-    config = read_model_config(folder / "config.json")
     tensors = list(expected_tensors(config).values())
-    random = np.random.default_rng(how.seed).standard_normal(min(_BLOCK, 1 << 22 if how.headers_only else _BLOCK), dtype=np.float32)
+    random = None if how.headers_only else np.random.default_rng(how.seed).standard_normal(_BLOCK, dtype=np.float32)
     weight_map = {}
     for shard in range(how.shards):
         name = f"model-{shard + 1:05d}-of-{how.shards:05d}.safetensors"
         members = tensors[shard * len(tensors) // how.shards : (shard + 1) * len(tensors) // how.shards]
         weight_map.update({t.name: name for t in members})
-        _write_shard(folder / name, members, config.dtype, None if how.headers_only else random)
+        _write_shard(folder / name, members, config.dtype, random)
     size = sum(math.prod(t.shape) for t in tensors) * _item(config.dtype)
     (folder / INDEX_FILE).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}))
     return folder
@@ -136,7 +137,13 @@ def _write_shard(path: Path, members: list[CheckpointTensor], dtype: str, random
             return
         for number, tensor in enumerate(members):
             for piece in _values(tensor, random, start=number * 7919):
-                (piece if dtype == "float32" else (piece.view(np.uint32) >> 16).astype(np.uint16)).tofile(file)
+                _as_stored(piece, dtype).tofile(file)
+
+
+def _as_stored(piece: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    if dtype == "bfloat16":  # the upper half of a float32
+        return (piece.view(np.uint32) >> 16).astype(np.uint16)
+    return piece.astype(dtype, copy=False)
 
 
 def _values(tensor: CheckpointTensor, random: np.ndarray[Any, Any], *, start: int) -> Iterator[np.ndarray[Any, Any]]:

@@ -67,8 +67,7 @@ class OrtEngine:
             options.add_session_config_entry("session.disable_prepacking", "1")
         # Weights may lie outside the graph's own folder only for a graph that is passed as bytes.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-        providers = ["CPUExecutionProvider"]
-        self._session: ort.InferenceSession | None = ort.InferenceSession(graph.read_bytes(), options, providers=providers)
+        self._session: ort.InferenceSession | None = _load(graph, options)
 
     def bind(self, arrays: Mapping[str, Array]) -> Binding:
         """Binds every input and output to a host buffer; see `TowerEngine.bind`."""
@@ -86,6 +85,17 @@ class OrtEngine:
     def close(self) -> None:
         """Frees the session; idempotent."""
         self._session = None
+
+
+def _load(graph: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(graph.read_bytes(), options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # ONNX Runtime raises a class of its own for every kind of failure, with no common base
+        raise EngineMismatchError(
+            f"ONNX Runtime cannot load {graph}",
+            found=" ".join(str(e).split()),
+            do=f"build it again with `twotower build BUNDLE --target {TARGET} --force`; if it fails again, check free memory",
+        ) from e
 
 
 class _OrtBinding:

@@ -16,6 +16,7 @@ from twotower.builders import build as build_module
 from twotower.bundle import BUILD_FILE, GRAPH_FILES, Bundle, engine_folder, read_engine_record
 from twotower.errors import BuildError, EngineMismatchError
 from twotower.graph_files import load_graph, weight_refs
+from twotower.runtime.engines.ort import open_ort_cpu
 
 TARGET = "ort-cpu"
 
@@ -147,3 +148,15 @@ def test_a_graph_the_library_refuses_is_named(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(BuildError, match="refuses the denoiser graph"):
         build_engines(bundle, TARGET, builder_for(TARGET))
     assert not engine_folder(bundle, TARGET).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph"])
+def test_an_engine_that_cannot_be_loaded_says_how_to_get_one_that_can(
+    copy: Bundle, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    """Damage is found by its hash; this is about a whole graph that the installed library will not take."""
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: content if self.suffix == ".onnx" else real(self))
+    with pytest.raises(EngineMismatchError, match="cannot load") as caught:
+        open_ort_cpu(copy)
+    assert "--force" in caught.value.do

@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.helpers.graphs import FIXTURES
 from twotower.config import LayerKind, ModelConfig, read_model_config
+from twotower.config.model import parse_model_config
 from twotower.config.tensors import Role, Tower, expected_tensors
 from twotower.errors import ConfigError
 
 PUBLISHED = json.loads((FIXTURES / "hybrid-a" / "config.json").read_text())
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
 
 
 def written(tmp_path: Path, **changes: Any) -> Path:
@@ -101,3 +110,46 @@ def test_roles_and_towers_split_the_table() -> None:
     assert {t.tower for t in table.values()} == set(Tower)
     assert sum(t.role is Role.ROUTED_EXPERT for t in table.values()) == 2 * 2 * 8 * len(config.indices(LayerKind.MOE))
     assert all(t.tower is Tower.DENOISER for t in table.values() if t.role is Role.CONDITIONING)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"time_step_limit": 3}, "time_step_limit"),
+        ({"time_step_limit": [1]}, "time_step_limit"),
+        ({"time_step_limit": ["a", "b"]}, "time_step_limit"),
+        ({"time_step_limit": [2, 1]}, "time_step_limit"),
+        ({"torch_dtype": ["float32"]}, "dtype"),
+        ({"layers_block_type": [["mamba"]], "hybrid_override_pattern": None, "num_hidden_layers": 1}, "at layer 0"),
+        ({"architectures": 5}, "architectures 5"),
+        ({"eos_token_id": ["two"]}, "eos_token_id"),
+        ({"routed_scaling_factor": "high"}, "routed_scaling_factor"),
+        ({"norm_topk_prob": 3}, "norm_topk_prob"),
+        ({"num_key_value_heads": "two"}, "num_key_value_heads"),
+        ({"n_shared_experts": [1]}, "n_shared_experts"),
+    ],
+)
+def test_any_json_value_in_any_field_is_named_and_not_computed_with(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_model_config(written(tmp_path, **changes))
+    assert named in str(caught.value)
+
+
+@given(field=st.sampled_from(sorted(PUBLISHED)), value=JSON_VALUES)
+def test_no_value_of_a_field_raises_anything_else(field: str, value: Any) -> None:
+    try:
+        parse_model_config({**PUBLISHED, field: value}, "config")
+    except ConfigError as e:
+        assert e.found
+        assert e.do
+
+
+def test_json_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(ConfigError, match="not JSON"):
+        read_model_config(path)
+
+
+def test_null_means_the_default() -> None:
+    assert parse_model_config({**PUBLISHED, "n_group": None, "time_step_limit": None}, "config").time_step_limit == (0.0, math.inf)

@@ -532,60 +532,18 @@ def test_read_into_fills_a_buffer_of_the_right_size_only(stored: tuple[dict[str,
             tensor.read_into(bytearray(wrong))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kernel", ["copies", "refuses", "copies a part", "answers nothing", "is too old"])
-def test_copy_to_writes_in_place_whatever_the_kernel_offers(
-    stored: tuple[dict[str, Tensor], dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kernel: str
-) -> None:
-    tensor, want = stored[0][name], stored[1][name]
-    real, calls = os.copy_file_range, []
-
-    def replaced(source: int, target: int, count: int, *offsets: int) -> int:
-        calls.append(count)
-        if kernel == "answers nothing":
-            return 0
-        if kernel == "refuses" or len(calls) > 1:
-            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-        return real(source, target, min(count, 3), *offsets)
-
-    if kernel == "is too old":
-        monkeypatch.delattr(os, "copy_file_range")
-    elif kernel != "copies":
-        monkeypatch.setattr(os, "copy_file_range", replaced)
-    if kernel == "refuses":  # and writes less than it was given, as it may
-        write = os.pwrite
-        monkeypatch.setattr(os, "pwrite", lambda target, data, at: write(target, data[: len(data) // 2 + 1], at))
-    path = tmp_path / "out"
-    path.write_bytes(b"\x55" * (tensor.nbytes + 200))
-    with path.open("r+b") as file:
-        tensor.copy_to(file.fileno(), 100)
-        assert file.tell() == 0
-    assert path.read_bytes() == b"\x55" * 100 + raw(want) + b"\x55" * 100
-
-
-def test_copy_to_reports_a_full_disk(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "copy_file_range", full)
-    with (tmp_path / "out").open("wb") as file, pytest.raises(OSError, match="No space left"):
-        Checkpoint.open(copy).tensors["lm_head.weight"].copy_to(file.fileno(), 0)
-
-
-@pytest.mark.parametrize("way", ["numpy", "chunks", "read_into", "copy_to"])
+@pytest.mark.parametrize("way", ["numpy", "chunks", "read_into"])
 @pytest.mark.parametrize("left", [0, 1, 5000])
 def test_a_shard_that_became_shorter_is_an_error_and_not_a_crash(copy: Path, tmp_path: Path, way: str, left: int) -> None:
     tensor = Checkpoint.open(copy).tensors["lm_head.weight"]
     os.truncate(tensor.file, tensor.offset + left)
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight") as caught, (tmp_path / "out").open("wb") as out:
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight") as caught:
         if way == "numpy":
             tensor.numpy()
         elif way == "chunks":
             list(tensor.chunks(4096))
-        elif way == "read_into":
-            tensor.read_into(bytearray(tensor.nbytes))
         else:
-            tensor.copy_to(out.fileno(), 0)
+            tensor.read_into(bytearray(tensor.nbytes))
     assert "ends too early" in caught.value.found
     assert SECOND in caught.value.found
     assert "again" in caught.value.do

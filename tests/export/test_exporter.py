@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -223,3 +225,27 @@ def test_unknown_dtype_is_refused() -> None:
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+
+
+def test_a_failed_export_does_not_hash_the_rest_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashing 118 GB takes minutes; the error comes at once."""
+    failed, seen = Event(), []
+
+    def identity(self: Checkpoint, tick: Any) -> Any:
+        failed.wait(60)
+        for number in range(1000):
+            time.sleep(0.001)
+            seen.append(number)
+            tick(1)
+        return {}
+
+    def full(*args: Any, **options: Any) -> Any:
+        failed.set()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Checkpoint, "identity", identity)
+    monkeypatch.setattr(exporter_module, "stream_weights", full)
+    with pytest.raises(ExportError, match="failed while writing"):
+        export_fixture("hybrid-b", tmp_path / "b")
+    assert len(seen) < 1000
+    assert not list(tmp_path.iterdir())

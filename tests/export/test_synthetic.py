@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.helpers.graphs import FIXTURES
 from twotower.config import read_model_config
 from twotower.config.tensors import Role, expected_tensors
-from twotower.errors import CheckpointError
+from twotower.errors import CheckpointError, ConfigError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.export import synthetic as synthetic_module
 from twotower.export.synthetic import PUBLISHED_CONFIG, SyntheticOptions, published_slice, write_checkpoint
@@ -150,3 +150,18 @@ def test_a_slice_of_the_published_config_has_its_widths(tmp_path: Path) -> None:
     assert (config.hidden_size, config.vocab_size, config.n_routed_experts, config.dtype) == (2688, 131072, 128, "bfloat16")
     assert before == PUBLISHED_CONFIG
     assert sum(os.stat(p).st_blocks * 512 for p in folder.iterdir()) < 1 << 20
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_weights_are_the_same_in_every_dtype(tmp_path: Path, dtype: str) -> None:
+    want = Checkpoint.open(write_checkpoint(tmp_path / "wide", {**SMALL, "torch_dtype": "float32"})).tensors
+    got = Checkpoint.open(write_checkpoint(tmp_path / "c", {**SMALL, "torch_dtype": dtype})).tensors
+    assert {t.dtype for t in got.values()} == {dtype}
+    for name, tensor in got.items():  # bfloat16 is cut, not rounded; float16 ends at 6e-8
+        np.testing.assert_allclose(tensor.numpy(), want[name].numpy(), rtol=2**-7, atol=1e-7, err_msg=name)
+
+
+def test_an_unusable_config_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        write_checkpoint(tmp_path / "c", {"architectures": ["Other"]})
+    assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from twotower.config import GenerationConfig
+from twotower.errors import ConfigError
 from twotower.runtime import Generation, TwoTower
 
 __all__ = ["GenerationSpeed", "measure_generation"]
@@ -47,7 +48,13 @@ def measure_generation(model: TwoTower, config: GenerationConfig, *, prompt_toke
         prompt_tokens: Length of each prompt.
         rows: Prompts generated together.
         runs: Measured runs of each mode, after one that is not counted.
+
+    Raises:
+        ConfigError: there would be nothing to measure.
     """
+    for name, value in (("--prompt-tokens", prompt_tokens), ("--rows", rows), ("--runs", runs)):
+        if value < 1:
+            raise ConfigError("nothing to measure", found=f"{name} {value}; allowed: 1 and more", do=f"name a larger {name}")
     rng = np.random.default_rng(config.seed)
     c = model.config
     words = np.setdiff1d(np.arange(c.vocab_size), [c.mask_token_id, c.pad_token_id, *c.eos_token_ids])

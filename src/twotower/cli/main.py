@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -65,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        return int(args.run(args))
+        try:
+            return int(args.run(args))
+        finally:
+            sys.stdout.flush()  # a reader that went away is noticed here and not by the interpreter's last breath
     except TwoTowerError as e:
         if args.debug:
             raise
@@ -75,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; nothing half-written was left behind", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in the buffer goes nowhere
         return 0
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -12,7 +12,7 @@ from typing import Any
 
 from twotower.errors import ConfigError
 
-__all__ = ["LayerKind", "ModelConfig", "read_model_config"]
+__all__ = ["LayerKind", "ModelConfig", "parse_model_config", "read_model_config"]
 
 ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 MASK_TOKEN_ID = 3  # not in the published config.json; the tokenizer's [MASK] slot
@@ -142,16 +142,12 @@ class ModelConfig:
                 found=f"unknown keys {unknown}, layers {data.get('layers')!r}; allowed keys: {', '.join(sorted(known))}",
                 do="export the checkpoint again with this version of twotower",
             )
-        low, high = data.get("time_step_limit", (0.0, None))
-        kinds = tuple(LayerKind(letter) for letter in data["layers"])
-        return cls(
-            **{
-                **data,
-                "layers": kinds,
-                "time_step_limit": (low or 0.0, math.inf if high is None else high),
-                "eos_token_ids": tuple(data.get("eos_token_ids", (2,))),
-            }
-        )
+        read = {"layers": _layers({"hybrid_override_pattern": data["layers"]}, "the model section of the bundle")}
+        if "time_step_limit" in data:
+            read["time_step_limit"] = _interval(data["time_step_limit"])
+        if "eos_token_ids" in data:
+            read["eos_token_ids"] = _as_tuple(data["eos_token_ids"])
+        return cls(**{**data, **read})
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -164,21 +160,30 @@ def read_model_config(path: Path) -> ModelConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"cannot read {path}", found=str(e), do="name the folder that holds config.json") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ConfigError(f"{path} is not JSON", found=str(e), do="download the file again") from e
+    return parse_model_config(raw, str(path))
+
+
+def parse_model_config(raw: object, name: str) -> ModelConfig:
+    """The config in a parsed config.json; `name` says in errors where it is from.
+
+    Raises:
+        ConfigError: it is of another architecture or has unusable values.
+    """
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} is not a model config", found=f"a {type(raw).__name__}", do="expect a JSON object")
-    architectures = raw.get("architectures") or []
-    if ARCHITECTURE not in architectures:
+        raise ConfigError(f"{name} is not a model config", found=f"a {type(raw).__name__}", do="expect a JSON object")
+    architectures = raw.get("architectures")
+    if not isinstance(architectures, list) or ARCHITECTURE not in architectures:
         raise ConfigError(
-            f"{path} describes another model",
+            f"{name} describes another model",
             found=f"architectures {architectures}; this tool exports {ARCHITECTURE}",
             do="name a Nemotron-Labs-TwoTower checkpoint",
         )
-    return _from_published(raw, path)
+    return _from_published(raw, name)
 
 
-def _from_published(raw: dict[str, Any], path: Path) -> ModelConfig:
+def _from_published(raw: dict[str, Any], path: str) -> ModelConfig:
     values: dict[str, Any] = {"layers": _layers(raw, path)}
     wrong = [f"{k}={raw[k]!r} (only {v!r} is defined)" for k, v in _FIXED.items() if raw.get(k, v) != v]
     if raw.get("tie_word_embeddings"):
@@ -188,12 +193,10 @@ def _from_published(raw: dict[str, Any], path: Path) -> ModelConfig:
             f"{path} asks for mathematics this model does not have", found="; ".join(wrong), do="use the published config.json"
         )
     for f in fields(ModelConfig):
-        if f.name in raw and f.name not in values:
+        if raw.get(f.name) is not None and f.name not in values:
             values[f.name] = raw[f.name]
-    eos = raw.get("eos_token_id", 2)
-    values["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
-    low, high = raw.get("time_step_limit") or (0.0, math.inf)
-    values["time_step_limit"] = (float(low), float(high))
+    values["eos_token_ids"] = _as_tuple(raw.get("eos_token_id", 2))
+    values["time_step_limit"] = _interval(raw.get("time_step_limit"))
     values["dtype"] = raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"
     missing = [k for k in ("vocab_size", "hidden_size") if k not in values]
     if missing:
@@ -201,7 +204,21 @@ def _from_published(raw: dict[str, Any], path: Path) -> ModelConfig:
     return ModelConfig(**values)
 
 
-def _layers(raw: dict[str, Any], path: Path) -> tuple[LayerKind, ...]:
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _interval(value: Any) -> Any:
+    """(lower, upper) with None for "no bound"; anything else comes back as it is, for the check to name."""
+    if value is None:
+        return 0.0, math.inf
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(x is None or _is_number(x) for x in value):
+        return value
+    low, high = value
+    return float(low or 0.0), math.inf if high is None else float(high)
+
+
+def _layers(raw: dict[str, Any], path: str) -> tuple[LayerKind, ...]:
     pattern, words = raw.get("hybrid_override_pattern"), raw.get("layers_block_type")
     letters = {kind.value: kind for kind in LayerKind}
     if isinstance(pattern, str):
@@ -214,7 +231,7 @@ def _layers(raw: dict[str, Any], path: Path) -> tuple[LayerKind, ...]:
             found="neither hybrid_override_pattern nor layers_block_type",
             do="use the published config.json",
         )
-    unknown = [f"{name!r} at layer {i}" for i, name in enumerate(names) if name not in table]
+    unknown = [f"{name!r} at layer {i}" for i, name in enumerate(names) if not isinstance(name, str) or name not in table]
     if unknown:
         raise ConfigError(
             f"{path} names layer kinds this tool does not know",
@@ -236,6 +253,7 @@ def _problems(c: ModelConfig) -> list[str]:
     for kind in Counter(c.layers):
         needed.update(_NEEDED_BY[kind])
     out = [f"{k}={getattr(c, k)!r} (a whole number above 0)" for k in sorted(needed) if not _is_positive(getattr(c, k))]
+    out += _mistyped(c, needed)
     if out:
         return out
     if c.num_key_value_heads and c.num_attention_heads % c.num_key_value_heads:
@@ -250,9 +268,29 @@ def _problems(c: ModelConfig) -> list[str]:
         out.append(f"mask_token_id={c.mask_token_id} is outside the vocabulary of {c.vocab_size}")
     if c.dtype not in _DTYPES:
         out.append(f"dtype={c.dtype!r} (allowed: {', '.join(sorted(_DTYPES))})")
-    low, high = c.time_step_limit
-    if not 0 <= low <= high:
-        out.append(f"time_step_limit={c.time_step_limit} is not an interval")
+    return out
+
+
+def _mistyped(c: ModelConfig, checked: set[str]) -> list[str]:
+    """Values no arithmetic should be tried on: JSON gives any type to any field."""
+    out = []
+    for f in fields(c):
+        value = getattr(c, f.name)
+        if f.name in checked:
+            continue
+        if f.type == "int" and not _is_count(value):
+            out.append(f"{f.name}={value!r} (a whole number, 0 or more)")
+        elif f.type == "float" and not (_is_number(value) and math.isfinite(value)):
+            out.append(f"{f.name}={value!r} (a number)")
+        elif f.type == "bool" and not isinstance(value, bool):
+            out.append(f"{f.name}={value!r} (true or false)")
+        elif f.type == "str" and not isinstance(value, str):
+            out.append(f"{f.name}={value!r} (a word)")
+    if not all(_is_count(token) for token in c.eos_token_ids):
+        out.append(f"eos_token_id={list(c.eos_token_ids)!r} (token ids, 0 or more)")
+    limit = c.time_step_limit
+    if not (isinstance(limit, tuple) and len(limit) == 2 and all(_is_number(x) for x in limit) and 0 <= limit[0] <= limit[1]):
+        out.append(f"time_step_limit={limit!r} is not an interval")
     return out
 
 
@@ -271,8 +309,16 @@ def _moe_problems(c: ModelConfig) -> list[str]:
     return out
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return _is_count(value) and bool(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _plain(config: ModelConfig) -> dict[str, Any]:

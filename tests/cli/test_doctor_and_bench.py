@@ -1,0 +1,78 @@
+"""`twotower doctor` and `twotower bench` as they are typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from twotower.cli.main import main
+from twotower.evaluate import CheckResult
+
+
+def test_doctor_checks_the_whole_chain(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["targets"]["ort-cpu"] == "can run here"
+    checks = {c["name"]: c["ok"] for c in facts["checks"]}
+    assert checks["known answer, diffusion"] is True
+    assert checks["known answer, ar"] is True
+    assert False not in checks.values()
+
+
+def test_doctor_checks_a_bundle(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(built_bundle)]) == 0
+    out = capsys.readouterr().out
+    assert "ok      a text does not depend on its neighbours" in out
+    assert "FAILED" not in out
+
+
+@pytest.mark.parametrize(("outcome", "code", "mark"), [(True, 0, "ok"), (None, 0, "note"), (False, 1, "FAILED")])
+def test_only_a_failed_check_fails_the_doctor(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, outcome: bool | None, code: int, mark: str
+) -> None:
+    def checks(progress: Any) -> Iterator[CheckResult]:
+        yield CheckResult("the sky", outcome, "blue")
+
+    monkeypatch.setattr("twotower.evaluate.check_chain", checks)
+    assert main(["doctor"]) == code
+    assert f"{mark:<6}  the sky: blue" in capsys.readouterr().out
+
+
+def test_doctor_of_no_bundle_is_a_user_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(tmp_path)]) == 2
+    assert "\n  do: " in capsys.readouterr().err
+
+
+def test_bench_compares_the_modes(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", str(built_bundle), "--prompt-tokens", "8", "--max-new-tokens", "32", "--rows", "2", "--runs", "2"]
+    assert main([*words, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["rows"] == 2
+    ratio = facts["diffusion"]["tokens_per_second"] / facts["ar"]["tokens_per_second"]
+    assert facts["diffusion_to_ar"] == pytest.approx(ratio)
+    assert facts["ar"]["tokens_per_nfe"] == pytest.approx(1, abs=0.1)
+    assert main(words) == 0
+    assert "breaks even" in capsys.readouterr().out
+
+
+def test_bench_of_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--export", "--scratch", str(tmp_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["checkpoint_bytes"] > 0
+    assert 0 < facts["export_peak_bytes"] < 2 << 30
+    assert facts["export_seconds"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["B", "--runs", "0"], ["B", "--rows", "0"], ["B", "--max-new-tokens", "0"], ["B", "--prompt-tokens", "0"]]
+)
+def test_nothing_to_measure_is_a_user_error(built_bundle: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert main(["bench", *(str(built_bundle) if w == "B" else w for w in words)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "\n  do: " in captured.err

@@ -1,0 +1,11 @@
+"""What a user sees of an error."""
+
+from __future__ import annotations
+
+
+def check_error(err: str, what: str) -> None:
+    """stderr says what happened (with `what`), what was found and what to do; and nothing of Python's."""
+    assert what in err
+    assert "\n  found: " in err
+    assert "\n  do: " in err
+    assert "Traceback" not in err
