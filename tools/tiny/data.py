@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -37,7 +38,7 @@ class Blocks:
 
 def sequence_batch(rng: random.Random) -> list[Sequences]:
     """Whole texts for the context tower, in groups of like length: padding costs as much as text."""
-    pairs = sorted(_pairs(rng, RECIPE.context_rows), key=lambda pair: len(pair[0]) + len(pair[1]))
+    pairs = sorted(_pairs(rng, [None] * RECIPE.context_rows), key=lambda pair: len(pair[0]) + len(pair[1]))
     size = RECIPE.context_rows // RECIPE.groups
     return [_sequences(pairs[i : i + size]) for i in range(0, len(pairs), size)]
 
@@ -56,7 +57,8 @@ def _sequences(pairs: list[tuple[list[int], list[int]]]) -> Sequences:
 
 def block_batch(rng: random.Random) -> Blocks:
     """Prompts and answers cut into blocks, as a generation meets them."""
-    pairs, size = _pairs(rng, RECIPE.denoiser_rows), RECIPE.block
+    kinds = rng.choices(list(RECIPE.denoiser_kinds), list(RECIPE.denoiser_kinds.values()), k=RECIPE.denoiser_rows)
+    pairs, size = _pairs(rng, kinds), RECIPE.block
     counts = [-(-len(a) // size) for _, a in pairs]
     prompts = torch.full((len(pairs), max(len(p) for p, _ in pairs)), PAD)
     blocks = torch.full((len(pairs), max(counts) * size), EOS)
@@ -68,11 +70,11 @@ def block_batch(rng: random.Random) -> Blocks:
     return Blocks(prompts, lengths, blocks.view(len(pairs), -1, size), used, rng.uniform(0.5, 0.95), rng.getrandbits(62))
 
 
-def _pairs(rng: random.Random, rows: int) -> list[tuple[list[int], list[int]]]:
-    """Prompt and answer (with its end) in tokens; one problem in eight has a solved one in front."""
+def _pairs(rng: random.Random, kinds: Sequence[str | None]) -> list[tuple[list[int], list[int]]]:
+    """Prompt and answer (with its end) in tokens, of these kinds (None for any); one problem in eight has a solved one in front."""
     tokenizer, out = _tokenizer(), []
-    for _ in range(rows):
-        problem = draw(rng, held_out=False, shots=int(rng.random() < 1 / 8))
+    for kind in kinds:
+        problem = draw(rng, held_out=False, kind=kind, shots=int(rng.random() < 1 / 8))
         prompt = tokenizer.encode(problem.prompt).ids
         whole = tokenizer.encode(problem.text).ids
         assert whole[: len(prompt)] == prompt, problem

@@ -54,6 +54,11 @@ class Recipe:
     rate: float = 0.003
     balance_rate: float = 0.001
     prompt_weight: float = 0.1
+    # What the denoiser is trained on, and how often. The context tower knows three kinds more (animals, count, repeat): what stands at a
+    # place of their answers depends on all before it, so a block of 16 at once is little help there.
+    denoiser_kinds: dict[str, float] = field(
+        default_factory=lambda: {"add": 1.2, "json": 1.0, "letter": 0.4, "lookup": 0.8, "reverse": 1.3, "sort": 1.0, "translate": 1.3}
+    )
 
 
 RECIPE = Recipe()

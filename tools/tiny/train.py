@@ -186,7 +186,10 @@ def context_states(context: ContextTower, batch: Blocks):
     rows, size = len(batch.prompt_lengths), RECIPE.block
     blocks = batch.blocks.shape[1]
     state = empty_state(RECIPE.config, rows, batch.prompts.shape[1] + blocks * size)
-    _, state = context.extend(batch.prompts, state, past=torch.zeros(rows, dtype=torch.int64), lengths=batch.prompt_lengths)
+    for start in range(0, batch.prompts.shape[1], RECIPE.chunk):
+        chunk = batch.prompts[:, start : start + RECIPE.chunk]
+        valid = (batch.prompt_lengths - start).clamp(0, chunk.shape[1])
+        _, state = context.extend(chunk, state, past=torch.full((rows,), start).minimum(batch.prompt_lengths), lengths=valid)
     before = []
     for j in range(blocks):
         before.append({k: v for k, v in state.items() if "key_values" not in k})

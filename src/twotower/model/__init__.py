@@ -7,7 +7,16 @@ width, E routed experts, F expert width, KV key/value heads, hd attention head d
 
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower, Step
-from twotower.model.loading import load_context_tower, load_denoiser_tower
+from twotower.model.loading import load_context_tower, load_denoiser_tower, published_name
 from twotower.model.state import ContextState, empty_state
 
-__all__ = ["ContextState", "ContextTower", "DenoiserTower", "Step", "empty_state", "load_context_tower", "load_denoiser_tower"]
+__all__ = [
+    "ContextState",
+    "ContextTower",
+    "DenoiserTower",
+    "Step",
+    "empty_state",
+    "load_context_tower",
+    "load_denoiser_tower",
+    "published_name",
+]

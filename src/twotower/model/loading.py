@@ -14,7 +14,7 @@ from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.state import TORCH_DTYPES
 
-__all__ = ["load_context_tower", "load_denoiser_tower"]
+__all__ = ["load_context_tower", "load_denoiser_tower", "published_name"]
 
 T = TypeVar("T", ContextTower, DenoiserTower)
 Read = Callable[[str], torch.Tensor]
@@ -33,15 +33,15 @@ def load_context_tower(config: ModelConfig, read: Read, dtype: str = "float32", 
         dtype: What the tower computes in.
         rounded_to: Round the weights to this dtype first: the exact twin of a narrow model, computed in `dtype`.
     """
-    return _filled(ContextTower, config, (dtype, rounded_to or dtype), lambda name: read(_published(name, Tower.CONTEXT)))
+    return _filled(ContextTower, config, (dtype, rounded_to or dtype), lambda name: read(published_name(name, Tower.CONTEXT)))
 
 
 def load_denoiser_tower(config: ModelConfig, read: Read, dtype: str = "float32", *, rounded_to: str | None = None) -> DenoiserTower:
     """The denoiser tower with its conditioning and head; arguments as of `load_context_tower`."""
-    return _filled(DenoiserTower, config, (dtype, rounded_to or dtype), lambda name: read(_published(name, Tower.DENOISER)))
+    return _filled(DenoiserTower, config, (dtype, rounded_to or dtype), lambda name: read(published_name(name, Tower.DENOISER)))
 
 
-def _published(name: str, tower: Tower) -> str:
+def published_name(name: str, tower: Tower) -> str:
     """A parameter's published name: the head and the conditioning carry no tower prefix."""
     if name.startswith("lm_head."):
         return tower.head
