@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 FIXTURE := tests/fixtures/hybrid-a
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-gpu wheel demo bench bench-real docs clean ci
+.PHONY: help install lint format types test test-gpu wheel demo bench bench-real tiny browser docs clean ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +59,15 @@ out/bench: $(STAMP)
 	rm -rf $@
 	$(BIN)/twotower export $(FIXTURE) -o $@
 	$(BIN)/twotower build $@ --target ort-cpu
+
+tiny: $(STAMP) ## trains assets/twotower-tiny again and makes its suite: about two hours on two cores
+	for stage in context labelled denoiser; do $(BIN)/python tools/tiny/train.py --work out/tiny --stage $$stage || exit 1; done
+	$(BIN)/python tools/tiny/publish.py --work out/tiny --output assets/twotower-tiny
+	$(BIN)/python tools/tiny/suite.py --output src/twotower/evaluate/data/suite.jsonl
+
+browser: ## Chromium for the tests that open pages (Debian packages, as root)
+	@command -v chromium > /dev/null && command -v chromedriver > /dev/null || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver > /dev/null; }
 
 docs: $(STAMP) ## links, commands and examples in the documents
 	$(BIN)/python -m pytest tests/test_docs.py

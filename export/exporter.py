@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import os
+import json
 import platform
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Event
@@ -28,6 +27,7 @@ from twotower.bundle import (
     Bundle,
     FileRecord,
     hash_file,
+    unpublished,
     write_json,
 )
 from twotower.config import GenerationConfig
@@ -37,9 +37,7 @@ from twotower.export.graphs import OPSET, TowerGraph, build_graph
 from twotower.export.weights import lay_out, point_to_data, stream_weights
 from twotower.spec import signatures
 
-__all__ = ["ExportConfig", "Verifier", "export_bundle"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["ExportConfig", "Verifier", "export_bundle", "read_defaults"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 TRAINED_BLOCK_SIZE = 16
@@ -57,12 +55,12 @@ class ExportConfig:
     Attributes:
         dtype: `float32`, `float16` or `bfloat16`; None keeps the checkpoint's. The SSM state is float32 in any case.
         trained_block_size: S the denoiser was trained with: larger blocks are refused at generation.
-        defaults: Generation defaults stored in the bundle.
+        defaults: Generation defaults stored in the bundle; None takes the checkpoint's (`read_defaults`).
     """
 
     dtype: str | None = None
     trained_block_size: int = TRAINED_BLOCK_SIZE
-    defaults: GenerationConfig = field(default_factory=GenerationConfig)
+    defaults: GenerationConfig | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
@@ -99,7 +97,7 @@ def export_bundle(
     graphs = {name: build_graph(name, checkpoint.config, dtype) for name in GRAPH_FILES}
     _require_room(output, sum(w.nbytes for g in graphs.values() for w in g.weights))
     try:
-        with _unpublished(output) as folder:
+        with unpublished(output) as folder:
             _write(folder, checkpoint, graphs, _manifest_base(checkpoint, dtype, options), verify=verify, report=report or _silent)
     except OSError as e:
         raise ExportError(
@@ -180,7 +178,10 @@ def _manifest_base(checkpoint: Checkpoint, dtype: str, options: ExportConfig) ->
             **dict.fromkeys(("embedding", "mamba", "attention", "routed_expert", "shared_expert", "mlp", "conditioning", "head"), dtype),
             **dict.fromkeys(high, "float32"),
         },
-        "generation": {"trained_block_size": options.trained_block_size, "defaults": options.defaults.to_json()},
+        "generation": {
+            "trained_block_size": options.trained_block_size,
+            "defaults": (options.defaults or read_defaults(checkpoint.path)).to_json(),
+        },
         "signatures": {name: s.to_json() for name, s in signatures(config, dtype).items()},
         "source": {"name": checkpoint.path.name, "dtype": config.dtype},
         "tools": {
@@ -189,6 +190,23 @@ def _manifest_base(checkpoint: Checkpoint, dtype: str, options: ExportConfig) ->
             **_versions("onnx-ir", "onnx", "onnxruntime", "torch", "numpy"),
         },
     }
+
+
+def read_defaults(folder: Path) -> GenerationConfig:
+    """What a checkpoint's generation_config.json says about block diffusion; everything else in it is for other tools.
+
+    Raises:
+        ConfigError: a value cannot be used.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return GenerationConfig()
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        known = {k: data[k] for k in ("block_size", "steps_per_block", "confidence_threshold", "max_new_tokens") if k in data}
+    except (OSError, ValueError, TypeError) as e:
+        raise ConfigError(f"cannot read {file}", found=str(e), do="correct the file or remove it") from e
+    return GenerationConfig.from_mapping(known)
 
 
 def _versions(*distributions: str) -> dict[str, str]:
@@ -227,35 +245,6 @@ def _require_room(output: Path, weight_bytes: int) -> None:
             found=f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on {parent}",
             do="free space, choose another disk with -o, or a smaller --dtype",
         )
-
-
-@contextmanager
-def _unpublished(output: Path) -> Iterator[Path]:
-    """A hidden folder beside `output` that becomes it if the block succeeds and disappears if it does not."""
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    stem = f".{output.name}.partial."
-    for left in output.absolute().parent.glob(f"{stem}*"):  # by exports that were killed
-        owner = left.name.removeprefix(stem)
-        if owner.isdigit() and not _alive(int(owner)):
-            logger.info("removing %s, left by a killed export", left)
-            shutil.rmtree(left, ignore_errors=True)
-    folder = output.absolute().parent / f"{stem}{os.getpid()}"
-    folder.mkdir()
-    try:
-        yield folder
-        folder.rename(output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _silent(what: str, done: int, total: int) -> None:

@@ -4,6 +4,7 @@ from twotower.config import GenerationConfig
 from twotower.runtime.hooks import StepRecord
 from twotower.runtime.requests import Request
 from twotower.runtime.results import BlockEvent, Generation, RequestCancelledError, Timings, Usage
+from twotower.runtime.scoring import Score
 from twotower.runtime.session import TwoTower
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "GenerationConfig",
     "Request",
     "RequestCancelledError",
+    "Score",
     "StepRecord",
     "Timings",
     "TwoTower",

@@ -27,6 +27,7 @@ class StepRecord:
         predicted: [B,S] int64.
         confidence: [B,S] float32.
         t: [B] float32, the masked fraction of each row's block.
+        ms: Wall-clock milliseconds of the pass, waiting for its result included.
     """
 
     block_index: int
@@ -37,6 +38,7 @@ class StepRecord:
     confidence: Array
     next_block: Array
     t: Array
+    ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class Hooks:
             )
 
 
-def step_record(arrays: DenoiserArrays, rows: tuple[int, ...], masked: Sequence[int], *, place: tuple[int, int]) -> StepRecord:
+def step_record(arrays: DenoiserArrays, rows: tuple[int, ...], masked: Sequence[int], *, place: tuple[int, int], ms: float) -> StepRecord:
     """A copy of what the denoiser read and wrote.
 
     Args:
@@ -69,6 +71,7 @@ def step_record(arrays: DenoiserArrays, rows: tuple[int, ...], masked: Sequence[
         rows: As in the record.
         masked: Masks each row had before the pass.
         place: Number of the block and of the step.
+        ms: Milliseconds that the pass took.
     """
     return StepRecord(
         block_index=place[0],
@@ -79,4 +82,5 @@ def step_record(arrays: DenoiserArrays, rows: tuple[int, ...], masked: Sequence[
         confidence=arrays.confidence.copy(),
         next_block=arrays.next_block.copy(),
         t=np.asarray(masked, np.float32) / np.float32(arrays.block.shape[1]),
+        ms=ms,
     )

@@ -79,10 +79,12 @@ class _Run:
                 io.commit_floor[i] = commit_floor(masked[i], step, row.config.steps_per_block)
                 if masked[i] and not row.sampling.greedy:
                     row.sampling.write_noise(io.noise[i], block=index, step=step)
+            began = perf_counter()
             self._denoiser_event = self._work.denoise(self._streams.denoiser)
             self._denoiser_event.wait_done()
+            ms = 1000 * (perf_counter() - began)
             check_step(rows, io, block=index, step=step)
-            self._record(index, step, masked)
+            self._record((index, step), masked, ms)
             for i, row in enumerate(rows):
                 row.nfe += masked[i] > 0
             np.copyto(io.block, io.next_block)
@@ -123,10 +125,10 @@ class _Run:
         self.context_event = work.extend(width, self._streams.context)
         self._spend("extend", started)
 
-    def _record(self, index: int, step: int, masked: Sequence[int]) -> None:
+    def _record(self, place: tuple[int, int], masked: Sequence[int], ms: float) -> None:
         if self._hooks.on_step is not None:
             named = tuple(row.index if left else -1 for row, left in zip(self._rows, masked, strict=True))
-            self._hooks.on_step(step_record(self._io, named, masked, place=(index, step)))
+            self._hooks.on_step(step_record(self._io, named, masked, place=place, ms=ms))
 
     def _spend(self, what: str, started: float) -> None:
         seconds = perf_counter() - started

@@ -15,7 +15,7 @@ from twotower.runtime.rows import Row
 from twotower.runtime.tokenizer import Tokenizer, tokenizer_missing
 from twotower.spec import MAX_CHUNK
 
-__all__ = ["Limits", "Prompt", "Request", "as_requests", "batches", "row_from_request"]
+__all__ = ["Limits", "Prompt", "Request", "as_requests", "batches", "check_vocabulary", "row_from_request", "token_ids"]
 
 Prompt = str | Sequence[int]
 
@@ -80,16 +80,9 @@ def row_from_request(index: int, request: Request, limits: Limits) -> Row:
     _check_block_size(config, limits)
     if config.stop and limits.tokenizer is None:
         raise tokenizer_missing(f"a stop string ({config.stop[0]!r})")
-    prompt = _token_ids(request.prompt, limits) or [limits.model.bos_token_id]
+    prompt = token_ids(request.prompt, limits) or [limits.model.bos_token_id]
     where = f"prompt {index}"
-    vocab = limits.model.vocab_size
-    bad = next(((i, t) for i, t in enumerate(prompt) if not 0 <= t < vocab), None)
-    if bad:
-        raise RequestError(
-            f"{where} has a token id outside the vocabulary",
-            found=f"{bad[1]} at position {bad[0]}; allowed: 0 to {vocab - 1}",
-            do="use the tokenizer the model was trained with",
-        )
+    check_vocabulary(prompt, where, limits)
     if len(prompt) + config.max_new_tokens > limits.max_context:
         room = limits.max_context - len(prompt)
         shorter = f"lower max_new_tokens to {room} or less, " if room > 0 else "shorten the prompt, "
@@ -128,11 +121,34 @@ def _check_block_size(config: GenerationConfig, limits: Limits) -> None:
         )
 
 
-def _token_ids(prompt: Prompt, limits: Limits) -> list[int]:
+def check_vocabulary(tokens: Sequence[int], where: str, limits: Limits) -> None:
+    """Refuses token ids the model does not have.
+
+    Raises:
+        RequestError: a token is out of range; `where` says whose.
+    """
+    vocab = limits.model.vocab_size
+    bad = next(((i, t) for i, t in enumerate(tokens) if not 0 <= t < vocab), None)
+    if bad:
+        raise RequestError(
+            f"{where} has a token id outside the vocabulary",
+            found=f"{bad[1]} at position {bad[0]}; allowed: 0 to {vocab - 1}",
+            do="use the tokenizer the model was trained with",
+        )
+
+
+def token_ids(prompt: Prompt, limits: Limits) -> list[int]:
+    """Token ids of a prompt.
+
+    Raises:
+        RequestError: it is text and there is no tokenizer, or neither text nor whole numbers.
+    """
     if isinstance(prompt, str):
         if limits.tokenizer is None:
             raise tokenizer_missing("a prompt given as text")
         return limits.tokenizer.encode(prompt)
+    if not _is_sequence(prompt):
+        raise _not_a_prompt(prompt)
     wrong = next((t for t in prompt if not _is_whole(t)), None)
     if wrong is not None:
         raise RequestError(f"a prompt holds {wrong!r}", found=f"a {type(wrong).__name__} among token ids", do="pass whole numbers only")

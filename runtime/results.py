@@ -5,13 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from twotower.errors import TwoTowerError
+from twotower.errors import RequestCancelledError
 
 __all__ = ["BlockEvent", "Generation", "RequestCancelledError", "Timings", "Usage"]
-
-
-class RequestCancelledError(TwoTowerError):
-    """A call stopped between two steps because its `cancelled` said so."""
 
 
 @dataclass(frozen=True, slots=True)

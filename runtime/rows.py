@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.runtime.results import Generation, Timings, Usage
-from twotower.runtime.sampler import Sampling
+from twotower.runtime.sampler import Choice, Sampling
 from twotower.runtime.schedule import block_count
 from twotower.runtime.stopping import Accepted, Continuation, StopRule
 from twotower.runtime.tokenizer import IncrementalText, Tokenizer
@@ -68,7 +68,7 @@ class Row:
         self.index = index
         self.prompt: npt.NDArray[np.int64] = np.asarray(prompt, np.int64)
         self.config = config
-        self.sampling = Sampling.from_config(config)
+        self.sampling: Choice = Sampling.from_config(config)
         eos = frozenset() if config.ignore_eos else frozenset(model.eos_token_ids)
         rule = StopRule(config.max_new_tokens, eos, config.stop)
         self._continuation = Continuation(rule, IncrementalText(tokenizer) if tokenizer else None)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from twotower.config import GenerationConfig
 
-__all__ = ["Sampling", "gumbel_noise", "keyed_uniforms"]
+__all__ = ["Choice", "Sampling", "gumbel_noise", "keyed_uniforms"]
 
 _DIFFUSION, _AR = 0, 1  # the two modes must not share noise
 _SMALLEST_TEMPERATURE = 1e-30  # float32 logits divided by it stay finite, so that noise of -inf cannot make a NaN of them
@@ -34,6 +34,20 @@ def keyed_uniforms(seed: int, counter: tuple[int, int, int], count: int) -> npt.
 def gumbel_noise(seed: int, counter: tuple[int, int, int], count: int) -> npt.NDArray[np.float64]:
     """Standard Gumbel noise: adding it to log-probabilities and taking the highest draws from the distribution."""
     return -np.log(-np.log(keyed_uniforms(seed, counter, count)))
+
+
+class Choice(Protocol):
+    """How one row's tokens are chosen; `Sampling` is what a request's options make of it."""
+
+    @property
+    def greedy(self) -> bool: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+    def write_noise(self, out: npt.NDArray[np.float32], *, block: int, step: int) -> None: ...
+
+    def choose(self, ids: npt.NDArray[np.int64], logprobs: npt.NDArray[Any], *, index: int) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,11 @@ from twotower.runtime.engines import OpenOptions, open_towers
 from twotower.runtime.engines.base import Towers
 from twotower.runtime.hooks import Hooks, StepRecord
 from twotower.runtime.loop import run_rows
-from twotower.runtime.requests import Limits, Request, as_requests, batches, row_from_request
+from twotower.runtime.requests import Limits, Prompt, Request, as_requests, batches, row_from_request
 from twotower.runtime.results import BlockEvent, Generation
 from twotower.runtime.rows import Row, text_end
 from twotower.runtime.schedule import capacity_bucket, capacity_limit, prefill_plan
+from twotower.runtime.scoring import Score, scoring_rows
 from twotower.runtime.settings import LoopSettings
 from twotower.runtime.streams import Streams
 from twotower.runtime.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ from twotower.spec import MAX_CHUNK
 __all__ = ["TwoTower"]
 
 _Item = TypeVar("_Item", bound="str | Request | Sequence[int]")
+_Text = TypeVar("_Text", bound=Prompt)
 
 
 class TwoTower:
@@ -49,6 +51,7 @@ class TwoTower:
         self._idle: Workspace | None = None
         self._lock = RLock()
         self._closed = False
+        self._target = ""
 
     @classmethod
     def open(
@@ -59,6 +62,7 @@ class TwoTower:
         max_batch: int = 8,
         max_context: int | None = None,
         threads: int = 0,
+        preset: str | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """Opens a bundle.
@@ -68,7 +72,8 @@ class TwoTower:
             target: The engines to run, e.g. `ort-cpu`; None for the best that are built and fit this machine.
             max_batch: Most requests generated together; longer lists are run in turns.
             max_context: Longest text, prompt and answer; None for the model's own limit.
-            threads: Threads of a CPU engine, 0 for the library's choice.
+            threads: Threads of a CPU engine, 0 for all cores, or one for a small model.
+            preset: Name of the bundle's preset to use as default, e.g. `fast`; None for the bundle's own default.
             progress: Called with (bytes checked, bytes to check).
 
         Raises:
@@ -77,18 +82,25 @@ class TwoTower:
             ConfigError: an option is out of range.
         """
         bundle = Bundle.open(path, progress=progress)
+        if preset is not None and preset not in bundle.presets:
+            found = f"presets: {', '.join(bundle.presets) or 'none'}"
+            raise ConfigError(
+                f"the bundle has no preset {preset!r}", found=found, do="choose one of them, or make some with `twotower tune`"
+            )
         tokenizer = Tokenizer.from_file(bundle.tokenizer_file) if bundle.tokenizer_file else None
         built = [t for t in TARGETS if (engine_folder(bundle, t) / BUILD_FILE).is_file()]
         chosen = select_target(probe_machine(), built, wanted=target).target
         _check_options(bundle.config, max_batch=max_batch, max_context=max_context, max_chunk=MAX_CHUNK)
-        return cls.from_towers(
+        session = cls.from_towers(
             open_towers(bundle, chosen, OpenOptions(threads=threads, progress=progress)),
             tokenizer=tokenizer,
             trained_block_size=bundle.trained_block_size,
-            defaults=bundle.defaults,
+            defaults=bundle.presets[preset] if preset else bundle.defaults,
             max_batch=max_batch,
             max_context=max_context,
         )
+        session._target = chosen
+        return session
 
     @classmethod
     def from_towers(
@@ -125,6 +137,11 @@ class TwoTower:
     def config(self) -> ModelConfig:
         """The model."""
         return self._limits.model
+
+    @property
+    def target(self) -> str:
+        """What the engines were built for, e.g. `ort-cpu`; empty for engines that were handed over open."""
+        return self._target
 
     @property
     def defaults(self) -> GenerationConfig:
@@ -208,6 +225,56 @@ class TwoTower:
         """
         rows, _ = self._rows(prompts, config)
         return self._in_turns(self._events(rows, Hooks(on_step, on_prefill, cancelled)))
+
+    @overload
+    def score(
+        self,
+        pairs: tuple[Prompt, Prompt],
+        *,
+        on_prefill: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Score: ...
+
+    @overload
+    def score(
+        self,
+        pairs: list[tuple[_Text, _Text]],
+        *,
+        on_prefill: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Score]: ...
+
+    def score(
+        self,
+        pairs: Any,
+        *,
+        on_prefill: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Score | list[Score]:
+        """Log-likelihood of continuations under the context tower, read token by token.
+
+        Args:
+            pairs: A tuple (context, continuation) of two texts or two lists of token ids, or a list of such tuples; an empty context is
+                the BOS token.
+            on_prefill: Called with (tokens read, tokens to read) while contexts are read.
+            cancelled: Asked before every pass.
+
+        Returns:
+            A `Score` for one pair, a list of them in the order of the pairs for a list.
+
+        Raises:
+            RequestError: a pair cannot be scored; nothing has been run.
+            EngineOutputError: an engine returned numbers that cannot be right.
+            RequestCancelledError: `cancelled` said so.
+        """
+        self._check_open()
+        single = isinstance(pairs, tuple)
+        given, rows = scoring_rows([pairs] if single else pairs, self._limits)
+        with self._lock:
+            for _ in self._events(rows, Hooks(None, on_prefill, cancelled)):
+                pass
+        scores = [g.score() for g in given]
+        return scores[0] if single else scores
 
     def close(self) -> None:
         """Frees buffers and engines, after a running call has come to the end of its turn; idempotent."""

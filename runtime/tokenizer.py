@@ -70,6 +70,11 @@ class Tokenizer:
         """Text of token ids; special tokens and ids the tokenizer does not know give none."""
         return str(self._backend.decode(list(ids), skip_special_tokens=True))
 
+    def piece(self, token: int) -> str:
+        """One token for a reader: its text; the name of one that is special or no whole character; the number of one it does not know."""
+        text = self.decode([token])
+        return text if text and _UNKNOWN not in text else str(self._backend.id_to_token(token) or token)
+
 
 class IncrementalText:
     """Text of tokens that arrive one by one, never with half a character.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import settings
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "tests" / "fixtures" / "hybrid-a"
 REQUIRED = frozenset(filter(None, os.environ.get("TWOTOWER_REQUIRE", "").split(",")))
+BROWSER = (("chromium", "google-chrome"), ("chromedriver",))
 LIBRARY = {"trt": "tensorrt", "trt_rtx": "tensorrt_rtx"}
 
 if "gpu" not in REQUIRED:
@@ -28,8 +30,8 @@ settings.load_profile("twotower")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A hardware test runs where its hardware is; TWOTOWER_REQUIRE turns its skip into a failure."""
-    for mark in ("gpu", *LIBRARY):
+    """A test of hardware or a browser runs where that is; TWOTOWER_REQUIRE turns its skip into a failure."""
+    for mark in ("gpu", "browser", *LIBRARY):
         if item.get_closest_marker(mark) and (why := _missing(mark)):
             if mark in REQUIRED:
                 pytest.fail(f"TWOTOWER_REQUIRE asks for {mark}, but {why}", pytrace=False)
@@ -39,6 +41,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _missing(mark: str) -> str | None:
     if mark in LIBRARY:
         return None if importlib.util.find_spec(LIBRARY[mark]) else f"{LIBRARY[mark]} is not installed"
+    if mark == "browser":
+        if not importlib.util.find_spec("selenium"):
+            return "selenium is not installed"
+        absent = [" or ".join(names) for names in BROWSER if not any(map(shutil.which, names))]
+        return f"there is no {' and no '.join(absent)}; `make browser` installs them" if absent else None
     if "gpu" not in REQUIRED:
         return "the GPU is hidden; `make test-gpu` shows it"
     from twotower.hardware import probe_machine
@@ -51,6 +58,15 @@ def built_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fixture checkpoint exported and built for ort-cpu by the commands a user types. Read only."""
     path = tmp_path_factory.mktemp("built") / "bundle"
     _run("-m", "twotower.cli", "export", str(CHECKPOINT), "-o", str(path))
+    _run("-m", "twotower.cli", "build", str(path), "--target", "ort-cpu")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model that comes along, exported and built for ort-cpu. Read only."""
+    path = tmp_path_factory.mktemp("tiny") / "bundle"
+    _run("-m", "twotower.cli", "export", str(ROOT / "assets" / "twotower-tiny"), "-o", str(path), "--no-verify")
     _run("-m", "twotower.cli", "build", str(path), "--target", "ort-cpu")
     return path
 

@@ -22,6 +22,8 @@ RUN_IN = {
     "export": "tests/conftest.py",
     "build": "tests/conftest.py",
     "generate": "tests/test_optional_dependencies.py",
+    "evaluate": "tests/e2e/test_tiny.py",
+    "tune": "tests/e2e/test_tiny.py",
 }
 """Verbs that a test also executes, and where; the commands of the others are parsed only."""
 

@@ -19,6 +19,8 @@ DOORS = {
     "tensorrt_rtx": ("builders/trt_rtx.py", "runtime/engines/trt_rtx.py"),
     "onnxruntime": ("builders/ort.py", "runtime/engines/ort.py", "export/verify.py"),
     "modelopt": ("calibration/modelopt.py",),
+    "lm_eval": ("src/twotower/evaluate/lm_eval_model.py",),
+    "matplotlib": ("src/twotower/evaluate/charts.py",),
     "transformers": (),  # an oracle of tests; nothing that ships may need it
 }
 

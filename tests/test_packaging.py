@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.source import package_files
+from tests.helpers.source import ROOT, package_files
 from twotower import __version__
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,9 @@ def test_it_holds_exactly_the_modules_of_the_tree(names: set[str]) -> None:
         f"{module.replace('.', '/')}{'/__init__' if file.name == '__init__.py' else ''}.py" for module, file in package_files().items()
     }
     assert {n for n in names if n.endswith(".py")} == expected
-    assert {n for n in names if n.startswith("twotower/") and not n.endswith(".py")} == {"twotower/py.typed"}
+    source = ROOT / "src"
+    data = {f.relative_to(source).as_posix() for f in (source / "twotower").rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc")}
+    assert {n for n in names if n.startswith("twotower/") and not n.endswith(".py")} == data >= {"twotower/py.typed"}
 
 
 def test_modules_of_the_linked_folders_are_whole(wheel: Path) -> None:

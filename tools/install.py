@@ -30,9 +30,11 @@ def main() -> int:
         return _fail(f"twotower needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}", "make PYTHON=python3.12 ...")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where the environment lies (default: .venv)")
-    parser.add_argument("--extras", default="", help="extras to install (default: export,gpu,dev with an NVIDIA GPU, else export,cpu,dev)")
+    parser.add_argument(
+        "--extras", default="", help="extras to install (default: export,gpu,evaluate,dev with an NVIDIA GPU, else export,cpu,evaluate,dev)"
+    )
     args = parser.parse_args()
-    extras = args.extras or ("export,gpu,dev" if shutil.which("nvidia-smi") else "export,cpu,dev")
+    extras = args.extras or ("export,gpu,evaluate,dev" if shutil.which("nvidia-smi") else "export,cpu,evaluate,dev")
     try:
         _install(args.venv, extras.split(","))
     except subprocess.CalledProcessError as e:

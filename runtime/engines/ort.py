@@ -17,6 +17,7 @@ __all__ = ["OrtEngine", "open_ort_cpu"]
 
 TARGET = "ort-cpu"
 _PACK_BELOW_BYTES = 1 << 30  # packing copies: only where that is small change
+_ONE_THREAD_BELOW_BYTES = 32 << 20  # operators of so small a graph are done before a second thread has woken up
 
 
 def open_ort_cpu(bundle: Bundle, *, threads: int = 0, progress: Progress | None = None) -> Towers:
@@ -41,8 +42,9 @@ def _open(bundle: Bundle, record: EngineRecord, signature: TowerSignature, threa
             found=f"{record.weights[name]!r}",
             do=f"run `twotower build {bundle.path} --target {TARGET} --force`",
         )
-    graph = engine_folder(bundle, TARGET) / f"{name}.onnx"
-    return OrtEngine(graph, bundle.path, signature, pack=data.stat().st_size < _PACK_BELOW_BYTES, threads=threads)
+    graph, size = engine_folder(bundle, TARGET) / f"{name}.onnx", data.stat().st_size
+    threads = threads or (1 if size < _ONE_THREAD_BELOW_BYTES else 0)
+    return OrtEngine(graph, bundle.path, signature, pack=size < _PACK_BELOW_BYTES, threads=threads)
 
 
 class OrtEngine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "BudgetError",
     "BuildError",
     "BundleError",
     "CheckpointError",
@@ -12,6 +13,8 @@ __all__ = [
     "ExportError",
     "RequestCancelledError",
     "RequestError",
+    "SuiteError",
+    "TraceError",
     "TwoTowerError",
 ]
 
@@ -77,3 +80,15 @@ class RequestCancelledError(TwoTowerError):
 
 class EngineOutputError(TwoTowerError):
     """An engine returned numbers no sound engine returns (NaN or infinity)."""
+
+
+class SuiteError(TwoTowerError):
+    """A file of problems that cannot be used."""
+
+
+class BudgetError(TwoTowerError):
+    """A quality budget that no setting reaches."""
+
+
+class TraceError(TwoTowerError):
+    """A trace that cannot be made, read, written or compared."""

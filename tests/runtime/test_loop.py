@@ -238,6 +238,8 @@ def test_every_step_can_be_watched() -> None:
         )
     assert [(r.block_index, r.step) for r in seen] == [(b, s) for b in range(3) for s in range(8)]
     assert sum(0 in r.rows for r in seen) == short.usage.nfe
+    assert all(r.ms > 0 for r in seen)
+    assert sum(r.ms for r in seen) <= long.timings.denoise
     assert sum(1 in r.rows for r in seen) == long.usage.nfe == 24
     for before, after in pairwise(seen):
         if after.step:

@@ -42,6 +42,14 @@ def test_any_bytes_add_up_to_the_text_of_all(tokenizer: Tokenizer, ids: list[int
     assert "".join(map(decoder.push, ids)) + decoder.flush() == tokenizer.decode(ids)
 
 
+def test_a_piece_shows_every_token(tokenizer: Tokenizer) -> None:
+    h, *euro = tokenizer.encode("h€")[1:]
+    assert tokenizer.piece(h) == "h"
+    assert tokenizer.piece(2) == "</s>"
+    assert all("\ufffd" not in tokenizer.piece(t) and tokenizer.piece(t) for t in euro), "parts of a character have names"
+    assert tokenizer.piece(9999) == "9999"
+
+
 def test_text_is_not_delayed_by_the_character_after_it(tokenizer: Tokenizer) -> None:
     decoder = IncrementalText(tokenizer)
     ids = tokenizer.encode("a€b")[1:]

@@ -36,9 +36,10 @@ class Blocks:
     seed: int
 
 
-def sequence_batch(rng: random.Random) -> list[Sequences]:
+def sequence_batch(rng: random.Random, *, every_kind: bool) -> list[Sequences]:
     """Whole texts for the context tower, in groups of like length: padding costs as much as text."""
-    pairs = sorted(_pairs(rng, [None] * RECIPE.context_rows), key=lambda pair: len(pair[0]) + len(pair[1]))
+    kinds: Sequence[str | None] = [None] * RECIPE.context_rows if every_kind else _kinds(rng, RECIPE.context_rows)
+    pairs = sorted(_pairs(rng, kinds), key=lambda pair: len(pair[0]) + len(pair[1]))
     size = RECIPE.context_rows // RECIPE.groups
     return [_sequences(pairs[i : i + size]) for i in range(0, len(pairs), size)]
 
@@ -57,8 +58,7 @@ def _sequences(pairs: list[tuple[list[int], list[int]]]) -> Sequences:
 
 def block_batch(rng: random.Random) -> Blocks:
     """Prompts and answers cut into blocks, as a generation meets them."""
-    kinds = rng.choices(list(RECIPE.denoiser_kinds), list(RECIPE.denoiser_kinds.values()), k=RECIPE.denoiser_rows)
-    pairs, size = _pairs(rng, kinds), RECIPE.block
+    pairs, size = _pairs(rng, _kinds(rng, RECIPE.denoiser_rows)), RECIPE.block
     counts = [-(-len(a) // size) for _, a in pairs]
     prompts = torch.full((len(pairs), max(len(p) for p, _ in pairs)), PAD)
     blocks = torch.full((len(pairs), max(counts) * size), EOS)
@@ -68,6 +68,10 @@ def block_batch(rng: random.Random) -> Blocks:
     used = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
     lengths = torch.tensor([len(p) for p, _ in pairs])
     return Blocks(prompts, lengths, blocks.view(len(pairs), -1, size), used, rng.uniform(0.5, 0.95), rng.getrandbits(62))
+
+
+def _kinds(rng: random.Random, rows: int) -> list[str]:
+    return rng.choices(list(RECIPE.kinds), list(RECIPE.kinds.values()), k=rows)
 
 
 def _pairs(rng: random.Random, kinds: Sequence[str | None]) -> list[tuple[list[int], list[int]]]:

@@ -20,6 +20,8 @@ from twotower.config.tensors import Tower, expected_tensors
 from twotower.model import published_name
 
 SHARDS = 2
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL}  # for libraries that look for a tokenizer of their own
 
 
 def main() -> None:
@@ -28,7 +30,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the checkpoint; replaced if it is there")
     args = parser.parse_args()
     weights = {}
-    for file, tower in (("context.pt", Tower.CONTEXT), ("denoiser.pt", Tower.DENOISER)):
+    for file, tower in (("labelled.pt", Tower.CONTEXT), ("denoiser.pt", Tower.DENOISER)):
         average = torch.load(args.work / file)["average"]
         weights.update({published_name(name, tower): value.contiguous() for name, value in average.items()})
     expected = expected_tensors(RECIPE.config)
@@ -37,6 +39,7 @@ def main() -> None:
     partial.mkdir(parents=True)
     write_shards(partial, {name: weights[name] for name in expected})
     (partial / "config.json").write_text(json.dumps(published_config(), indent=1) + "\n")
+    (partial / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=1) + "\n")
     make_tokenizer().save(str(partial / "tokenizer.json"))
     shutil.rmtree(args.output, ignore_errors=True)
     partial.rename(args.output)

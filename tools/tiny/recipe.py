@@ -49,15 +49,16 @@ class Recipe:
     groups: int = 4
     denoiser_rows: int = 40
     context_steps: int = 3000
-    denoiser_steps: int = 6000
+    labelled_steps: int = 900
+    denoiser_steps: int = 5000
     matrix_rate: float = 0.008
     rate: float = 0.003
     balance_rate: float = 0.001
     prompt_weight: float = 0.1
-    # What the denoiser is trained on, and how often. The context tower knows three kinds more (animals, count, repeat): what stands at a
-    # place of their answers depends on all before it, so a block of 16 at once is little help there.
-    denoiser_kinds: dict[str, float] = field(
-        default_factory=lambda: {"add": 1.2, "json": 1.0, "letter": 0.4, "lookup": 0.8, "reverse": 1.3, "sort": 1.0, "translate": 1.3}
+    # The context tower first learns ten kinds of task evenly, then these; the denoiser learns these alone. Left out are kinds in which
+    # what stands at a place depends on all before it (how often a word was repeated, say): a block of 16 at once is little help there.
+    kinds: dict[str, float] = field(
+        default_factory=lambda: {"flip": 1.3, "json": 1.0, "letter": 0.4, "lookup": 0.8, "sort": 0.5, "sums": 1.3, "words": 1.2}
     )
 
 

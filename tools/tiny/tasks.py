@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["KINDS", "WORDS", "Problem", "draw", "is_held_out"]
+__all__ = ["KINDS", "LABELLED", "WORDS", "Problem", "draw", "is_held_out"]
 
 NAMES = ["Ann", "Bob", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivan", "Jane", "Kim", "Leo", "Mia", "Nora", "Omar", "Pia"]
 CITIES = ["Rome", "Paris", "Oslo", "Lima", "Cairo", "Delhi", "Kyoto", "Quito", "Dakar", "Bern"]
@@ -126,6 +126,10 @@ WORDS = sorted({*NAMES, *CITIES, *DRINKS, *ANIMALS, *THINGS, *COLOURS, *DAYS, *D
 """Every word of the problems; the tokenizer knows them whole."""
 
 
+Size = Callable[[int, int], int]
+"""Chooses how long a problem is, given the shortest and longest of training."""
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A kind of task, a prompt and its one right answer (without the space before it)."""
@@ -140,18 +144,19 @@ class Problem:
         return f"{self.prompt} {self.answer}"
 
 
-def draw(rng: random.Random, *, held_out: bool, kind: str | None = None, shots: int = 0) -> Problem:
+def draw(rng: random.Random, *, held_out: bool, kind: str | None = None, shots: int = 0, beyond: bool = False) -> Problem:
     """One random problem.
 
     Args:
         rng: The source of randomness.
         held_out: Draw from the problems that training never sees, or only from those it may see.
-        kind: One of `KINDS`, None for any.
+        kind: One of `KINDS` or `LABELLED`, None for any of `KINDS`.
         shots: Solved problems of the same kind in front of the question.
+        beyond: Make it shorter or longer than any problem of training.
     """
     kind = kind or rng.choice(sorted(KINDS))
-    question, answer = _until(rng, kind, held_out)
-    examples = [_until(rng, kind, False) for _ in range(shots)]
+    question, answer = _until(rng, kind, held_out, _beyond(rng) if beyond else rng.randint)
+    examples = [_until(rng, kind, False, rng.randint) for _ in range(shots)]
     before = "".join(f"Q: {q}\nA: {a}\n" for q, a in examples)
     return Problem(kind, f"{before}Q: {question}\nA:", answer)
 
@@ -161,24 +166,30 @@ def is_held_out(question: str) -> bool:
     return hashlib.sha256(question.encode()).digest()[0] < 13
 
 
-def _until(rng: random.Random, kind: str, held_out: bool) -> tuple[str, str]:
+def _beyond(rng: random.Random) -> Size:
+    """A fifth of the trained range shorter than its shortest, or longer than its longest; the same way for all sizes of one problem."""
+    longer = rng.random() < 0.5
+    return lambda low, high: (high + max(1, (high - low) // 5)) if longer else (low - max(1, (high - low) // 5))
+
+
+def _until(rng: random.Random, kind: str, held_out: bool, size: Size) -> tuple[str, str]:
     while True:
-        question, answer = KINDS[kind](rng)
+        question, answer = {**KINDS, **LABELLED}[kind](rng, size)
         if is_held_out(question) is held_out:
             return question, answer
 
 
-def _json(rng: random.Random) -> tuple[str, str]:
+def _json(rng: random.Random, size: Size) -> tuple[str, str]:
     """Extraction of two or three people from prose."""
     people = [
         {"name": name, "age": rng.randint(20, 99), "city": rng.choice(CITIES), "drink": rng.choice(DRINKS)}
-        for name in rng.sample(NAMES, rng.randint(2, 3))
+        for name in rng.sample(NAMES, size(2, 3))
     ]
     prose = " ".join(f"{p['name']} is {p['age']} years old, lives in {p['city']} and likes {p['drink']}." for p in people)
     return f"json: {prose}", json.dumps(people)
 
 
-def _letter(rng: random.Random) -> tuple[str, str]:
+def _letter(rng: random.Random, size: Size) -> tuple[str, str]:
     """A letter with seven slots."""
     to, sender = rng.sample(NAMES, 2)
     slots = {"to": to, "sender": sender, "colour": rng.choice(COLOURS), "thing": rng.choice(THINGS)}
@@ -187,48 +198,48 @@ def _letter(rng: random.Random) -> tuple[str, str]:
     return question, _TEMPLATE.format(**slots)
 
 
-def _reverse(rng: random.Random) -> tuple[str, str]:
+def _reverse(rng: random.Random, size: Size) -> tuple[str, str]:
     """Words in the opposite order."""
-    words = rng.choices([*ANIMALS, *THINGS, *COLOURS], k=rng.randint(16, 30))
+    words = rng.choices([*ANIMALS, *THINGS, *COLOURS], k=size(16, 30))
     return f"reverse: {' '.join(words)}", " ".join(reversed(words))
 
 
-def _sort(rng: random.Random) -> tuple[str, str]:
+def _sort(rng: random.Random, size: Size) -> tuple[str, str]:
     """Distinct letters in the order of the alphabet."""
-    letters = rng.sample(LETTERS, rng.randint(14, 22))
+    letters = rng.sample(LETTERS, size(14, 22))
     return f"sort: {' '.join(letters)}", " ".join(sorted(letters))
 
 
-def _lookup(rng: random.Random) -> tuple[str, str]:
+def _lookup(rng: random.Random, size: Size) -> tuple[str, str]:
     """Ages from a table, asked in another order."""
-    ages = {name: rng.randint(20, 99) for name in rng.sample(NAMES, rng.randint(5, 8))}
-    asked = rng.sample(sorted(ages), min(len(ages), rng.randint(4, 7)))
+    ages = {name: rng.randint(20, 99) for name in rng.sample(NAMES, size(5, 8))}
+    asked = rng.sample(sorted(ages), min(len(ages), size(4, 7)))
     table = ", ".join(f"{name} {age}" for name, age in ages.items())
     return f"table: {table}. how old: {' '.join(asked)}", " ".join(f"{name} is {ages[name]} years old." for name in asked)
 
 
-def _add(rng: random.Random) -> tuple[str, str]:
+def _add(rng: random.Random, size: Size) -> tuple[str, str]:
     """Sums of two numbers of two digits below 100."""
-    pairs = [(rng.randint(10, 49), rng.randint(10, 49)) for _ in range(rng.randint(4, 8))]
+    pairs = [(rng.randint(10, 49), rng.randint(10, 49)) for _ in range(size(4, 8))]
     return f"add: {', '.join(f'{a}+{b}' for a, b in pairs)}", ", ".join(f"{a}+{b}={a + b}" for a, b in pairs)
 
 
-def _animals(rng: random.Random) -> tuple[str, str]:
+def _animals(rng: random.Random, size: Size) -> tuple[str, str]:
     """The animals of a list, in its order."""
-    words = [rng.choice(ANIMALS if rng.random() < 0.7 else [*THINGS, *COLOURS]) for _ in range(rng.randint(24, 40))]
+    words = [rng.choice(ANIMALS if rng.random() < 0.7 else [*THINGS, *COLOURS]) for _ in range(size(24, 40))]
     kept = [word for word in words if word in ANIMALS]
     return f"only animals: {' '.join(words)}", " ".join(kept) or "no"
 
 
-def _translate(rng: random.Random) -> tuple[str, str]:
+def _translate(rng: random.Random, size: Size) -> tuple[str, str]:
     """Word by word into Spanish."""
-    words = rng.choices(list(DICTIONARY), k=rng.randint(20, 40))
+    words = rng.choices(list(DICTIONARY), k=size(20, 40))
     return f"spanish: {' '.join(words)}", " ".join(DICTIONARY[word] for word in words)
 
 
-def _count(rng: random.Random) -> tuple[str, str]:
+def _count(rng: random.Random, size: Size) -> tuple[str, str]:
     """An arithmetic progression of two-digit numbers."""
-    step, length = rng.randint(1, 4), rng.randint(10, 20)
+    step, length = rng.randint(1, 4), size(10, 20)
     first = rng.randint(10, 99 - step * (length - 1))
     numbers = [first + step * i for i in range(length)]
     if rng.random() < 0.5:
@@ -236,13 +247,13 @@ def _count(rng: random.Random) -> tuple[str, str]:
     return f"count down from {numbers[-1]} by {step} to {numbers[0]}", " ".join(map(str, reversed(numbers)))
 
 
-def _repeat(rng: random.Random) -> tuple[str, str]:
+def _repeat(rng: random.Random, size: Size) -> tuple[str, str]:
     """Words as often as their numbers say."""
-    runs = [(rng.randint(2, 6), word) for word in rng.sample([*ANIMALS, *THINGS], rng.randint(6, 9))]
+    runs = [(rng.randint(2, 6), word) for word in rng.sample([*ANIMALS, *THINGS], size(6, 9))]
     return f"repeat: {', '.join(f'{n} {word}' for n, word in runs)}", " ".join(" ".join([word] * n) for n, word in runs)
 
 
-KINDS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+KINDS: dict[str, Callable[[random.Random, Size], tuple[str, str]]] = {
     "add": _add,
     "animals": _animals,
     "count": _count,
@@ -254,3 +265,29 @@ KINDS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "sort": _sort,
     "translate": _translate,
 }
+
+
+def _labelled(items: list[str]) -> str:
+    return " ".join(f"{label} {item}" for label, item in zip(LETTERS, items, strict=False))
+
+
+def _sums(rng: random.Random, size: Size) -> tuple[str, str]:
+    """Sums of two numbers of two digits below 100, each under its letter."""
+    pairs = [(rng.randint(10, 49), rng.randint(10, 49)) for _ in range(size(8, 16))]
+    return f"sums: {_labelled([f'{a}+{b}' for a, b in pairs])}", _labelled([str(a + b) for a, b in pairs])
+
+
+def _flip(rng: random.Random, size: Size) -> tuple[str, str]:
+    """Labelled words from the last to the first."""
+    words = _labelled(rng.choices([*ANIMALS, *THINGS, *COLOURS], k=size(10, 20))).split()
+    return f"flip: {' '.join(words)}", " ".join(f"{words[i]} {words[i + 1]}" for i in range(len(words) - 2, -1, -2))
+
+
+def _words(rng: random.Random, size: Size) -> tuple[str, str]:
+    """Labelled words in Spanish."""
+    words = rng.choices(list(DICTIONARY), k=size(12, 22))
+    return f"words: {_labelled(words)}", _labelled([DICTIONARY[word] for word in words])
+
+
+LABELLED: dict[str, Callable[[random.Random, Size], tuple[str, str]]] = {"flip": _flip, "sums": _sums, "words": _words}
+"""Kinds whose items carry letters. What stands at a place of the answer can be looked up there without counting all before it."""

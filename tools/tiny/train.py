@@ -1,6 +1,7 @@
 """Trains twotower-tiny: the context tower autoregressively, then, with it frozen, the denoiser by masked diffusion.
 
     python tools/tiny/train.py --work out/tiny --stage context
+    python tools/tiny/train.py --work out/tiny --stage labelled
     python tools/tiny/train.py --work out/tiny --stage denoiser
 
 The towers are the product's own (`twotower.model`). A run that is interrupted goes on where it last saved.
@@ -13,6 +14,7 @@ import json
 import os
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,22 +33,29 @@ MASK = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for weights and logs")
-    parser.add_argument("--stage", choices=("context", "denoiser"), required=True)
+    parser.add_argument("--stage", choices=("context", "labelled", "denoiser"), required=True)
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--threads", type=int, help="CPU threads")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
+    torch.set_flush_denormal(True)  # late in the training most second moments are denormal, and a CPU is a hundred times slower on those
     torch.manual_seed(RECIPE.seed)
     context = ContextTower(RECIPE.config)
     if args.stage == "context":
         initialise(context)
         Trainer(args.work, "context", context, args.steps or RECIPE.context_steps).run(
-            lambda batch: context_step(context, batch), sequence_batch
+            lambda batch: context_step(context, batch), partial(sequence_batch, every_kind=True)
         )
         return
-    context.load_state_dict(torch.load(args.work / "context.pt")["average"])
+    if args.stage == "labelled":
+        context.load_state_dict(torch.load(args.work / "context.pt")["average"])
+        Trainer(args.work, "labelled", context, args.steps or RECIPE.labelled_steps).run(
+            lambda batch: context_step(context, batch), partial(sequence_batch, every_kind=False)
+        )
+        return
+    context.load_state_dict(torch.load(args.work / "labelled.pt")["average"])
     context.requires_grad_(False)
     denoiser = DenoiserTower(RECIPE.config)
     start_denoiser(denoiser, context)

@@ -1,5 +1,6 @@
 """The bundle: one folder with all a deployment needs, described and checked by its `bundle.json`."""
 
+from twotower.bundle.derive import derive_bundle
 from twotower.bundle.engines import BUILD_FILE, EngineRecord, engine_folder, read_engine_record
 from twotower.bundle.integrity import FileRecord, Progress, check_files, hash_file, inside
 from twotower.bundle.manifest import (
@@ -13,6 +14,7 @@ from twotower.bundle.manifest import (
     is_bundle,
     write_json,
 )
+from twotower.bundle.publish import unpublished
 
 __all__ = [
     "BUILD_FILE",
@@ -27,10 +29,12 @@ __all__ = [
     "FileRecord",
     "Progress",
     "check_files",
+    "derive_bundle",
     "engine_folder",
     "hash_file",
     "inside",
     "is_bundle",
     "read_engine_record",
+    "unpublished",
     "write_json",
 ]

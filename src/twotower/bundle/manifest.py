@@ -47,6 +47,7 @@ class Bundle:
         precision: Element type of every part of the towers, by name.
         trained_block_size: S the denoiser was trained with.
         defaults: Generation defaults.
+        presets: Named settings found by `twotower tune`; empty in a bundle fresh from an export.
         source: Where it was exported from: name, and size and SHA-256 of every shard.
         files: Every file the manifest answers for.
         tools: Versions of what wrote it.
@@ -58,6 +59,7 @@ class Bundle:
     precision: dict[str, str]
     trained_block_size: int
     defaults: GenerationConfig
+    presets: dict[str, GenerationConfig]
     source: dict[str, Any]
     files: dict[str, FileRecord]
     tools: dict[str, str]
@@ -153,6 +155,7 @@ def _parsed(root: Path, data: dict[str, Any]) -> Bundle:
             precision=dict(data["precision"]),
             trained_block_size=int(data["generation"]["trained_block_size"]),
             defaults=GenerationConfig.from_mapping(data["generation"]["defaults"]),
+            presets={str(k): GenerationConfig.from_mapping(v) for k, v in data["generation"].get("presets", {}).items()},
             source=dict(data["source"]),
             files={str(k): FileRecord(int(v["size"]), str(v["sha256"])) for k, v in data["files"].items()},
             tools=dict(data["tools"]),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twotower.cli.options import add_generation_options, add_session_options, generation_overrides, token_ids
 from twotower.config import GenerationConfig
 from twotower.errors import RequestError
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from twotower.runtime import Generation, Request, TwoTower
 
 __all__ = ["add_arguments", "run"]
-
-_D = GenerationConfig()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,36 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--prompt-file", metavar="F.jsonl", help='one {"text": ...} or {"tokens": [...]} a line, with options of its own if wanted'
     )
-    how = parser.add_argument_group("how to generate (defaults: the bundle's, which start as the ones shown)")
-    how.add_argument("--mode", choices=("diffusion", "ar"), help=f"both towers, or the context tower alone ({_D.mode})")
-    how.add_argument("--max-new-tokens", type=int, metavar="N", help=f"tokens to generate at most ({_D.max_new_tokens})")
-    how.add_argument("--block-size", type=int, metavar="S", help=f"tokens denoised together ({_D.block_size})")
-    how.add_argument(
-        "--steps", dest="steps_per_block", type=int, metavar="N", help=f"denoiser passes a block at most ({_D.steps_per_block})"
-    )
-    how.add_argument(
-        "--threshold",
-        dest="confidence_threshold",
-        type=float,
-        metavar="X",
-        help=f"commit predictions more confident than this ({_D.confidence_threshold}; 0.8 is the published operating point)",
-    )
-    how.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (0)")
-    how.add_argument("--top-k", type=int, metavar="N", help="sample among the N best tokens, 0 for all 64 kept candidates (0)")
-    how.add_argument("--top-p", type=float, metavar="X", help="nucleus sampling, ar mode only (1)")
-    how.add_argument("--seed", type=int, metavar="N", help="same seed, same text, at any batch size (0)")
-    how.add_argument("--stop", action="append", metavar="STR", help="end the text before this string; may be repeated")
-    how.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end-of-sequence token")
-    how.add_argument(
-        "--allow-untrained-block-size",
-        action="store_true",
-        default=None,
-        help="permit a block size above the trained one (quality collapses)",
-    )
-    parser.add_argument("--target", metavar="T", help="engine to run (default: the best that is built and fits this machine)")
+    add_generation_options(parser)
+    add_session_options(parser)
     parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="prompts generated together at most (8)")
-    parser.add_argument("--max-context", type=int, metavar="N", help="longest text, prompt and answer (default: the model's)")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads of a CPU engine (0: the library's choice)")
     parser.add_argument("--stream", action="store_true", help="print each block as it is committed")
     parser.add_argument("--json", action="store_true", help="print one JSON object a request on stdout")
     parser.epilog = 'example: twotower generate bundle "France is a country" --threshold 0.8 --max-new-tokens 64'
@@ -67,7 +38,6 @@ def run(args: argparse.Namespace) -> int:
     from twotower.cli.progress import ProgressLine
     from twotower.runtime import TwoTower
 
-    overrides = {f.name: getattr(args, f.name) for f in fields(GenerationConfig) if getattr(args, f.name, None) is not None}
     line = ProgressLine()
     checking = ProgressLine()
     with TwoTower.open(
@@ -76,10 +46,11 @@ def run(args: argparse.Namespace) -> int:
         max_batch=args.max_batch,
         max_context=args.max_context,
         threads=args.threads,
+        preset=args.preset,
         progress=lambda done, total: checking("checking the bundle", done, total),
     ) as model:
         checking.end()
-        requests = _requests(args, GenerationConfig.from_mapping(overrides, base=model.defaults))
+        requests = _requests(args, GenerationConfig.from_mapping(generation_overrides(args), base=model.defaults))
         if args.stream:
             return _stream(model, requests, as_json=args.json)
         results = model.generate(requests, on_prefill=lambda done, total: line("reading the prompt", done, total))
@@ -111,14 +82,7 @@ def _requests(args: argparse.Namespace, config: GenerationConfig) -> list[Reques
 
     if args.prompt_file:
         return [Request(prompt, own) for prompt, own in _prompt_file(Path(args.prompt_file), config)]
-    return [Request(args.prompt if args.tokens is None else _token_ids(args.tokens), config)]
-
-
-def _token_ids(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in text.replace(",", " ").split())
-    except ValueError as e:
-        raise RequestError(f"--tokens {text!r} is not a list of token ids", found=str(e), do='write them like --tokens "5 6 7"') from e
+    return [Request(args.prompt if args.tokens is None else token_ids(args.tokens), config)]
 
 
 def _prompt_file(path: Path, base: GenerationConfig) -> list[tuple[Any, GenerationConfig]]:

@@ -21,6 +21,9 @@ VERBS = {
     "export": "checkpoint -> bundle of ONNX graphs",
     "build": "bundle -> engines of a target",
     "generate": "text (or tokens) from a bundle",
+    "trace": "one text pass by pass: a file, a page that plays it, a live picture, a comparison",
+    "evaluate": "quality and speed of diffusion against the bundle's own autoregression",
+    "tune": "the fastest settings inside a quality budget, as presets of a new bundle",
     "doctor": "what this machine can run, and whether it computes right",
     "bench": "time and memory of export and generation, as ratios",
 }

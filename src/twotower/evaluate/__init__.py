@@ -1,5 +1,21 @@
-"""Whether what runs here computes the model: the plain reference loop, and the canary checks of `twotower doctor`."""
+"""Whether what runs here computes the model, and how: reference loop, canary checks of `twotower doctor`, traces of every pass."""
 
 from twotower.evaluate.canary import CheckResult, check_bundle, check_chain
+from twotower.evaluate.trace import Trace, TraceStep, record_trace
+from twotower.evaluate.trace_diff import TraceDiff, diff_traces
+from twotower.evaluate.trace_file import read_trace, write_trace
+from twotower.evaluate.trace_page import trace_page
 
-__all__ = ["CheckResult", "check_bundle", "check_chain"]
+__all__ = [
+    "CheckResult",
+    "Trace",
+    "TraceDiff",
+    "TraceStep",
+    "check_bundle",
+    "check_chain",
+    "diff_traces",
+    "read_trace",
+    "record_trace",
+    "trace_page",
+    "write_trace",
+]

@@ -1,0 +1,154 @@
+"""Likelihood of given continuations under the context tower: autoregression whose choices are made beforehand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower.config import GenerationConfig
+from twotower.errors import RequestError
+from twotower.runtime.requests import Limits, Prompt, Request, check_vocabulary, row_from_request, token_ids
+from twotower.runtime.rows import Row
+
+__all__ = ["GivenTokens", "Score", "scoring_rows"]
+
+_ROUNDING = 4e-6
+"""How far a sum of the candidates' probabilities can be off: their logarithms are float32, and common to all is the error of one sum."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a continuation is.
+
+    Attributes:
+        tokens: Its token ids.
+        logprobs: Natural logarithm of each token's probability, given everything before it.
+        greedy: Whether every token was the most likely one.
+        bounded: Tokens that were not among the 64 candidates the engine returns. Their entry in `logprobs` is an upper bound: the
+            smaller of the least likely candidate's value and that of all probability the candidates leave.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    greedy: bool
+    bounded: int
+
+    @property
+    def total(self) -> float:
+        """Log-probability of the whole continuation; 0 for an empty one."""
+        return math.fsum(self.logprobs)
+
+
+class GivenTokens:
+    """The choice of an autoregressive row that is made already: takes the given tokens and notes how likely each was."""
+
+    temperature = 0.0
+    greedy = True
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = tokens
+        self._logprobs: list[float] = []
+        self._best = True
+        self._bounded = 0
+
+    def choose(self, ids: npt.NDArray[np.int64], logprobs: npt.NDArray[Any], *, index: int) -> int:
+        """The given token, whatever the candidates are; see `Sampling.choose`."""
+        token = self._tokens[index]
+        (places,) = np.nonzero(ids == token)
+        if len(places):
+            self._logprobs.append(float(logprobs[places[0]]))
+            self._best = self._best and int(places[0]) == 0
+        else:
+            self._logprobs.append(_bound(logprobs))
+            self._best, self._bounded = False, self._bounded + 1
+        return token
+
+    def write_noise(self, out: npt.NDArray[np.float32], *, block: int, step: int) -> None:
+        """Never asked for: scoring is autoregressive."""
+        raise NotImplementedError
+
+    def score(self) -> Score:
+        """What was noted."""
+        return Score(tuple(self._tokens), tuple(self._logprobs), self._best, self._bounded)
+
+
+def _bound(logprobs: npt.NDArray[Any]) -> float:
+    """No token outside the candidates is likelier than the last of them, nor than all that they leave."""
+    values = logprobs.astype(np.float64)
+    left = 1.0 - float(np.exp(values).sum())
+    return min(float(values.min()), math.log(max(left, 0.0) + _ROUNDING))  # rounding must not make the bound too low, or take log of 0
+
+
+def scoring_rows(pairs: Any, limits: Limits) -> tuple[list[GivenTokens], list[Row]]:
+    """Rows that read each pair's continuation, and what will note how likely it was; a pair without continuation needs no row.
+
+    Args:
+        pairs: A list of (context, continuation).
+        limits: What the session can serve.
+
+    Raises:
+        RequestError: a pair is malformed, out of range or too long, or needs a tokenizer that is not there.
+    """
+    if isinstance(pairs, str) or not isinstance(pairs, Sequence):
+        raise _not_a_pair("this", pairs)
+    given, rows = [], []
+    for i, pair in enumerate(pairs):
+        context, continuation = _tokenized(i, pair, limits)
+        given.append(GivenTokens(continuation))
+        if continuation:
+            config = GenerationConfig(mode="ar", max_new_tokens=len(continuation), ignore_eos=True)
+            row = row_from_request(i, Request(context, config), limits)
+            row.sampling = given[-1]
+            rows.append(row)
+    return given, rows
+
+
+def _tokenized(index: int, pair: Any, limits: Limits) -> tuple[list[int], list[int]]:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise _not_a_pair(f"pair {index}", pair)
+    context, continuation = pair
+    if isinstance(context, str) != isinstance(continuation, str):
+        raise RequestError(
+            "a context and its continuation must be of one kind",
+            found=f"a {type(context).__name__} and a {type(continuation).__name__} in pair {index}",
+            do="pass two texts or two lists of token ids",
+        )
+    cut = _cut_texts if isinstance(context, str) and continuation else _each
+    before, after = cut(context, continuation, limits)
+    before = before or [limits.model.bos_token_id]
+    check_vocabulary(before, f"the context of pair {index}", limits)
+    check_vocabulary(after, f"the continuation of pair {index}", limits)
+    if len(before) + len(after) > limits.max_context:
+        raise RequestError(
+            f"pair {index} is too long: {len(before)} tokens of context and {len(after)} of continuation",
+            found=f"this session holds {limits.max_context} tokens a text, context and continuation together",
+            do="shorten the context from its beginning, or open the session with a larger max_context",
+        )
+    return before, after
+
+
+def _each(context: Prompt, continuation: Prompt, limits: Limits) -> tuple[list[int], list[int]]:
+    return token_ids(context, limits), token_ids(continuation, limits) if continuation != "" else []
+
+
+def _cut_texts(context: str, continuation: str, limits: Limits) -> tuple[list[int], list[int]]:
+    """Tokens of both texts together, cut at the context's own length, as lm-evaluation-harness does for causal models.
+
+    The context's trailing spaces go with the continuation: most tokenizers write a space with the word after it.
+    """
+    stripped = context.rstrip()
+    before, whole = token_ids(stripped, limits), token_ids(context + continuation, limits)
+    return before, whole[len(before) :]
+
+
+def _not_a_pair(what: str, value: object) -> RequestError:
+    return RequestError(
+        f"{what} is not a context with its continuation",
+        found=repr(value)[:80],
+        do="pass a tuple (context, continuation) of two texts or two lists of token ids, or a list of such tuples",
+    )

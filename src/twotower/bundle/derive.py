@@ -1,0 +1,72 @@
+"""A bundle with other generation settings: the same files under a new name, without copying 118 GB."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from twotower.bundle.manifest import MANIFEST_FILE, Bundle, write_json
+from twotower.bundle.publish import unpublished
+from twotower.config import GenerationConfig
+from twotower.errors import BundleError
+
+__all__ = ["derive_bundle"]
+
+
+def derive_bundle(
+    bundle: Bundle,
+    output: Path,
+    *,
+    presets: Mapping[str, GenerationConfig],
+    default: str,
+    reports: Mapping[str, Any] | None = None,
+) -> Bundle:
+    """A bundle that differs in its presets and defaults only; its engines come along.
+
+    Files are hard links where the file system allows it (a bundle's files are never changed in place), copies elsewhere.
+
+    Args:
+        bundle: The original; not changed.
+        output: The folder to make.
+        presets: Named settings to store.
+        default: The one that becomes the bundle's default.
+        reports: JSON reports to store, by name; how the presets were found, for instance.
+
+    Raises:
+        BundleError: the folder exists, or cannot be written.
+    """
+    if output.exists() or output.is_symlink():
+        raise BundleError(
+            f"the output folder '{output}' exists already", found="a bundle is never overwritten", do="name a new folder with -o"
+        )
+    manifest = json.loads((bundle.path / MANIFEST_FILE).read_text(encoding="utf-8"))
+    manifest["generation"]["presets"] = {name: config.to_json() for name, config in presets.items()}
+    manifest["generation"]["defaults"] = presets[default].to_json()
+    try:
+        with unpublished(output) as folder:
+            for source in sorted(p for p in bundle.path.rglob("*") if p.is_file()):
+                relative = source.relative_to(bundle.path)
+                if relative.as_posix() != MANIFEST_FILE:
+                    (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+                    _link(source, folder / relative)
+            for name, report in (reports or {}).items():
+                file = folder / "reports" / f"{name}.json"
+                file.unlink(missing_ok=True)  # a link to the original's must not be written through
+                write_json(file, report)
+            write_json(folder / MANIFEST_FILE, manifest)
+    except OSError as e:
+        raise BundleError(
+            f"the bundle '{output}' could not be written", found=str(e), do="free disk space or check permissions; nothing was left behind"
+        ) from e
+    return Bundle.open(output, contents=False)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)

@@ -1,0 +1,71 @@
+"""Options that several verbs share: how to generate, with which engine, from which tokens."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from twotower.config import GenerationConfig
+from twotower.errors import RequestError
+
+__all__ = ["add_generation_options", "add_session_options", "generation_overrides", "token_ids"]
+
+_D = GenerationConfig()
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """One option a field of `GenerationConfig`; those not given stay None."""
+    how = parser.add_argument_group("how to generate (defaults: the bundle's, which start as the ones shown)")
+    how.add_argument("--mode", choices=("diffusion", "ar"), help=f"both towers, or the context tower alone ({_D.mode})")
+    how.add_argument("--max-new-tokens", type=int, metavar="N", help=f"tokens to generate at most ({_D.max_new_tokens})")
+    how.add_argument("--block-size", type=int, metavar="S", help=f"tokens denoised together ({_D.block_size})")
+    how.add_argument(
+        "--steps", dest="steps_per_block", type=int, metavar="N", help=f"denoiser passes a block at most ({_D.steps_per_block})"
+    )
+    how.add_argument(
+        "--threshold",
+        dest="confidence_threshold",
+        type=float,
+        metavar="X",
+        help=f"commit predictions more confident than this ({_D.confidence_threshold}; 0.8 is the published operating point)",
+    )
+    how.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (0)")
+    how.add_argument("--top-k", type=int, metavar="N", help="sample among the N best tokens, 0 for all 64 kept candidates (0)")
+    how.add_argument("--top-p", type=float, metavar="X", help="nucleus sampling, ar mode only (1)")
+    how.add_argument("--seed", type=int, metavar="N", help="same seed, same text, at any batch size (0)")
+    how.add_argument("--stop", action="append", metavar="STR", help="end the text before this string; may be repeated")
+    how.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end-of-sequence token")
+    how.add_argument(
+        "--allow-untrained-block-size",
+        action="store_true",
+        default=None,
+        help="permit a block size above the trained one (quality collapses)",
+    )
+
+
+def add_session_options(parser: argparse.ArgumentParser) -> None:
+    """What `TwoTower.open` takes, the size of a batch left out."""
+    parser.add_argument(
+        "--preset", metavar="NAME", help="start from this preset of the bundle instead of its default (see `twotower tune`)"
+    )
+    parser.add_argument("--target", metavar="T", help="engine to run (default: the best that is built and fits this machine)")
+    parser.add_argument("--max-context", type=int, metavar="N", help="longest text, prompt and answer (default: the model's)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads of a CPU engine (0: all, one for a small model)")
+
+
+def generation_overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The generation options that were given."""
+    return {f.name: getattr(args, f.name) for f in fields(GenerationConfig) if getattr(args, f.name, None) is not None}
+
+
+def token_ids(text: str) -> tuple[int, ...]:
+    """The ids of `--tokens`.
+
+    Raises:
+        RequestError: something else is among them.
+    """
+    try:
+        return tuple(int(word) for word in text.replace(",", " ").split())
+    except ValueError as e:
+        raise RequestError(f"--tokens {text!r} is not a list of token ids", found=str(e), do='write them like --tokens "5 6 7"') from e

@@ -1,0 +1,91 @@
+"""The quality-speed picture, as SVG for a page and PNG for a slide; the only place that knows matplotlib."""
+
+from __future__ import annotations
+
+import io
+from importlib.util import find_spec
+from typing import Any
+
+from twotower.errors import ConfigError
+from twotower.evaluate.evaluation import AR, DEFAULT, OTHER
+
+__all__ = ["draw_curve", "require_charts"]
+
+_COLOURS = ("#3b6fb6", "#c2571a", "#3f8f5b", "#8a5aa8", "#7a7a2a", "#a03c5a")  # told apart without red against green
+_INK, _FAINT = "#26303c", "#8b95a1"
+
+
+def require_charts() -> None:
+    """Says before an hour of measuring what would be missing at its end.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        found, do = "matplotlib is not installed", '`pip install "twotower[evaluate]"`'
+        raise ConfigError("a report with a picture needs matplotlib", found=found, do=do)
+
+
+def draw_curve(report: dict[str, Any]) -> tuple[str, bytes]:
+    """Retention against speed, one line for each limit of steps: the curve as SVG text and as PNG."""
+    from matplotlib import rc_context  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    # The figure itself draws: pyplot would look for a screen and keep every figure alive.
+    with rc_context({"svg.hashsalt": "twotower", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}):
+        figure = Figure(figsize=(9.2, 4.6), layout="constrained")
+        axes = figure.add_subplot()
+        _draw(axes, report)
+        svg, png = io.StringIO(), io.BytesIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
+        figure.savefig(png, format="png", dpi=150, facecolor="white")
+    text = svg.getvalue()
+    return text[text.index("<svg") :], png.getvalue()
+
+
+def _draw(axes: Any, report: dict[str, Any]) -> None:
+    settings = report["settings"]
+    sweep: dict[int, list[tuple[float, dict[str, Any]]]] = {}
+    for name, setting in settings.items():
+        if name not in (AR, DEFAULT, OTHER):
+            sweep.setdefault(setting["config"]["steps_per_block"], []).append((setting["config"]["confidence_threshold"], setting["total"]))
+    for colour, (steps, points) in zip(_COLOURS * len(sweep), sorted(sweep.items()), strict=False):
+        points.sort(key=lambda point: point[0])
+        x, y = [p["speedup"]["value"] for _, p in points], [p["retention"]["value"] for _, p in points]
+        axes.plot(x, y, "-o", color=colour, markersize=4, linewidth=1.5, label=f"at most {steps} passes a block")
+        for (threshold, _), a, b in zip(points, x, y, strict=True):
+            axes.annotate(f"{threshold:g}", (a, b), xytext=(4, -11), textcoords="offset points", fontsize=7.5, color=colour)
+    for name, marker, label in ((DEFAULT, "*", "default preset"), (OTHER, "D", "other bundle")):
+        if name in settings:
+            _mark(axes, settings[name]["total"], marker, label)
+    axes.plot([1], [100], "s", color=_INK, markersize=7, label="autoregression")
+    axes.axvline(1, color=_FAINT, linewidth=0.8)
+    if "budget" in report:
+        axes.axhline(report["budget"]["percent"], color=_FAINT, linewidth=0.9, linestyle="--")
+        axes.annotate(
+            f"budget {report['budget']['percent']:g} %",
+            (1, report["budget"]["percent"]),
+            xytext=(-4, 4),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=_FAINT,
+            xycoords=("axes fraction", "data"),
+        )
+    axes.set_xlabel("speed: times the tokens per second of autoregression")
+    axes.set_ylabel("right answers kept, % of autoregression's")
+    axes.grid(color="#d9dee4", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8.5, loc="lower left")
+
+
+def _mark(axes: Any, total: dict[str, Any], marker: str, label: str) -> None:
+    x, y = total["speedup"], total["retention"]
+    if x["value"] is None or y["value"] is None:
+        return
+    bars = {"xerr": [[x["value"] - x["low"]], [x["high"] - x["value"]]], "yerr": [[y["value"] - y["low"]], [y["high"] - y["value"]]]}
+    size = 13 if marker == "*" else 7
+    axes.errorbar(
+        [x["value"]], [y["value"]], **bars, fmt=marker, color=_INK, markersize=size, capsize=3, linewidth=1, label=label, zorder=5
+    )

@@ -1,0 +1,211 @@
+"""Quality and speed of diffusion against the same bundle's own autoregression, as data that a report can show."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower import __version__
+from twotower.config import GenerationConfig
+from twotower.evaluate.measure import Contestant, Measured, measure
+from twotower.evaluate.statistics import Interval, Resampler
+from twotower.evaluate.suite import Problem, Suite
+from twotower.runtime import TwoTower
+
+__all__ = [
+    "AR",
+    "DEFAULT",
+    "OTHER",
+    "Evaluation",
+    "EvaluationConfig",
+    "evaluate",
+    "interval_text",
+    "setting_name",
+    "summaries",
+    "summary",
+    "sweep_configs",
+]
+
+AR, DEFAULT, OTHER = "ar", "default", "other"
+SCHEMA = 1
+_EXAMPLES = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """What to measure.
+
+    Attributes:
+        thresholds: Commit thresholds of the sweep, and
+        steps: most passes a block; every pair is measured.
+        max_new_tokens: Longest answer.
+        budget: Retention that is wanted, in percent; None asks for none.
+        likelihood: Also score the right answers with the context tower.
+    """
+
+    thresholds: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+    steps: tuple[int, ...] = (2, 4, 16)
+    max_new_tokens: int = 160
+    budget: float | None = None
+    likelihood: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The measured figures of all contestants, and the report made of them."""
+
+    problems: tuple[Problem, ...]
+    measured: dict[str, Measured] = field(repr=False)
+    configs: dict[str, GenerationConfig]
+    report: dict[str, Any] = field(repr=False)
+
+    @property
+    def retention(self) -> float:
+        """Percent of autoregression's right answers that the default preset keeps."""
+        return float(self.report["settings"][DEFAULT]["total"]["retention"]["value"] or 0.0)
+
+
+def setting_name(threshold: float, steps: int) -> str:
+    """How a pair of the sweep is called."""
+    return f"{threshold:g}/{steps}"
+
+
+def evaluate(
+    model: TwoTower,
+    suite: Suite,
+    config: EvaluationConfig,
+    *,
+    other: TwoTower | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Evaluation:
+    """Measures autoregression, the default preset and the sweep on every problem of a suite.
+
+    Args:
+        model: The bundle.
+        suite: The problems.
+        config: What to measure.
+        other: A second bundle, whose default preset is compared with the first one's autoregression and default preset.
+        progress: Called with (what, problems done, problems in all).
+
+    Raises:
+        RequestError: a bundle has no tokenizer, or a problem does not fit.
+    """
+    tell = progress or (lambda what, done, total: None)
+    configs = sweep_configs(model, config)
+    contestants = [Contestant(name, model, c) for name, c in configs.items()]
+    if other is not None:
+        configs[OTHER] = replace(other.defaults, mode="diffusion", top_p=1.0, max_new_tokens=config.max_new_tokens)
+        contestants.append(Contestant(OTHER, other, configs[OTHER]))
+    measured = measure(suite.problems, contestants, lambda done, total: tell("answering", done, total))
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": "twotower-evaluation",
+        "twotower": __version__,
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "python": platform.python_version()},
+        "suite": {"name": suite.name, "sha256": suite.sha256, "problems": len(suite.problems), "kinds": list(suite.kinds)},
+        "settings": {
+            name: {"config": configs[name].to_json(), **summaries(suite.problems, measured[name], measured[AR])} for name in configs
+        },
+        "lost": _examples(suite.problems, measured),
+    }
+    if config.likelihood:
+        report["likelihood"] = _likelihood(model, suite.problems, tell)
+    if other is not None:
+        # Measured against the first bundle's diffusion too: that is what a changed bundle must keep.
+        report["other_to_default"] = summaries(suite.problems, measured[OTHER], measured[DEFAULT])
+    if config.budget is not None:
+        judged = OTHER if other is not None else DEFAULT
+        kept = report["settings"][judged]["total"]["retention"]["value"]
+        report["budget"] = {"percent": config.budget, "setting": judged, "retention": kept, "met": bool(kept and kept >= config.budget)}
+    return Evaluation(suite.problems, measured, configs, report)
+
+
+def sweep_configs(model: TwoTower, config: EvaluationConfig) -> dict[str, GenerationConfig]:
+    """Autoregression, the bundle's default preset, and every pair of the sweep, by name."""
+    base = replace(model.defaults, mode="diffusion", top_p=1.0, max_new_tokens=config.max_new_tokens)
+    out = {AR: replace(base, mode="ar"), DEFAULT: base}
+    for steps in config.steps:
+        for threshold in config.thresholds:
+            out[setting_name(threshold, steps)] = replace(base, confidence_threshold=threshold, steps_per_block=steps)
+    return out
+
+
+def summaries(problems: Sequence[Problem], measured: Measured, baseline: Measured) -> dict[str, Any]:
+    """Figures in total, of each kind of task, and of each side of the trained lengths."""
+
+    def of(chosen: npt.NDArray[np.bool_]) -> dict[str, Any]:
+        return summary(measured.take(chosen), baseline.take(chosen))
+
+    kinds, lengths = np.array([p.kind for p in problems]), np.array([p.length for p in problems])
+    return {
+        "total": summary(measured, baseline),
+        "kinds": {kind: of(kinds == kind) for kind in sorted(set(kinds.tolist()))},
+        "lengths": {length: of(lengths == length) for length in sorted(set(lengths.tolist()))},
+    }
+
+
+def summary(m: Measured, baseline: Measured) -> dict[str, Any]:
+    """Quality, passes and speed of some problems; percentages are of 100, speeds count the prompt's time in."""
+    draws = Resampler(len(m.right))
+    exact = draws.interval(lambda right, count: 100 * right / count, m.right, np.ones(len(m.right)))
+    retention = draws.interval(lambda a, b: 100 * a / b, m.right, baseline.right)
+    speedup = draws.interval(lambda t, ms, bt, bms: (t / ms) / (bt / bms), m.tokens, m.ms, baseline.tokens, baseline.ms)
+    seconds, blocks, nfe, tokens = m.ms.sum() / 1000, int(m.blocks.sum()), int(m.nfe.sum()), int(m.tokens.sum())
+    return {
+        "problems": len(m.right),
+        "right": int(m.right.sum()),
+        "exact": exact.to_json(),
+        "degenerate": int(m.degenerate.sum()),
+        "retention": retention.to_json(),
+        "lost": int((baseline.right & ~m.right).sum()),
+        "won": int((m.right & ~baseline.right).sum()),
+        "tokens": tokens,
+        "passes": nfe,
+        "passes_per_block": round(nfe / blocks, 4) if blocks else None,
+        "tokens_per_pass": round(tokens / nfe, 4) if nfe else None,
+        "tokens_per_second": round(tokens / seconds, 2) if seconds else None,
+        "seconds": round(float(seconds), 4),
+        "prefill_seconds": round(float(m.prefill_ms.sum()) / 1000, 4),
+        "speedup": speedup.to_json(),
+    }
+
+
+def _examples(problems: Sequence[Problem], measured: dict[str, Measured]) -> list[dict[str, str]]:
+    """Problems that autoregression solved and the default preset did not: what to look at first."""
+    ar, diffusion = measured[AR], measured[DEFAULT]
+    lost = [i for i in range(len(problems)) if ar.right[i] and not diffusion.right[i]]
+    return [
+        {"id": p.id, "kind": p.kind, "prompt": p.prompt, "answer": p.answer, "diffusion": diffusion.texts[i]}
+        for i in lost[:_EXAMPLES]
+        for p in [problems[i]]
+    ]
+
+
+def _likelihood(model: TwoTower, problems: Sequence[Problem], tell: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """Log-likelihood of the right answers under the context tower."""
+    scores = []
+    for i, p in enumerate(problems):
+        scores.append(model.score((p.prompt, f" {p.answer}")))
+        tell("scoring likelihoods", i + 1, len(problems))
+    total, tokens = sum(s.total for s in scores), sum(len(s.logprobs) for s in scores)
+    kinds = sorted({p.kind for p in problems})
+    of_kind = {k: [s for s, p in zip(scores, problems, strict=True) if p.kind == k] for k in kinds}
+    return {
+        "nats_per_token": round(-total / tokens, 6) if tokens else None,
+        "perplexity": round(float(np.exp(-total / tokens)), 5) if tokens else None,
+        "bounded_tokens": sum(s.bounded for s in scores),
+        "tokens": tokens,
+        "greedy": round(100 * sum(s.greedy for s in scores) / len(scores), 2),
+        "kinds": {k: round(-sum(s.total for s in v) / max(sum(len(s.logprobs) for s in v), 1), 6) for k, v in of_kind.items()},
+    }
+
+
+def interval_text(data: dict[str, float | None], digits: int = 1, unit: str = "") -> str:
+    """`98.9 [97.8, 99.7]`, or a dash where there is nothing to say."""
+    i = Interval(*(float("nan") if data[k] is None else float(data[k] or 0.0) for k in ("value", "low", "high")))
+    return "-" if np.isnan(i.value) else f"{i.value:.{digits}f}{unit} [{i.low:.{digits}f}, {i.high:.{digits}f}]"

@@ -1,0 +1,152 @@
+"""Problems with one right answer: reading a suite file, and judging what a model wrote."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from twotower.errors import SuiteError
+
+__all__ = ["Problem", "Suite", "Verdict", "is_degenerate", "judge", "load_suite"]
+
+MATCHES = ("exact", "contains")
+LENGTHS = ("in", "out")
+_FORM = 'write one {"kind": ..., "prompt": ..., "answer": ...} a line'
+_LONGEST_PERIOD, _REPEATS, _REPEATED_TOKENS = 16, 4, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One question.
+
+    Attributes:
+        id: Its name in reports.
+        kind: The task it belongs to; results are shown for each.
+        prompt: The text the model continues.
+        answer: The right continuation, without space around it.
+        length: `in` or `out`: whether the model was trained on problems of this length.
+        match: `exact`, or `contains` for suites whose models may say more than the answer.
+    """
+
+    id: str
+    kind: str
+    prompt: str
+    answer: str
+    length: str = "in"
+    match: str = "exact"
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """Problems, and what names them: a result says little without the exact questions."""
+
+    name: str
+    sha256: str
+    problems: tuple[Problem, ...]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of task, sorted."""
+        return tuple(sorted({p.kind for p in self.problems}))
+
+    def only(self, *, kinds: Collection[str] = (), limit: int | None = None) -> Suite:
+        """The problems of some kinds, and of each kind only the first `limit`, spread over its problems.
+
+        Raises:
+            SuiteError: a kind does not occur, or nothing is left.
+        """
+        unknown = sorted(set(kinds) - set(self.kinds))
+        if unknown or (limit is not None and limit < 1):
+            what = f"the suite has no problems of kind {', '.join(unknown)}" if unknown else f"a limit of {limit} leaves no problems"
+            raise SuiteError(what, found=f"kinds: {', '.join(self.kinds)}", do="choose among them with --kinds, and 1 or more with --limit")
+        kept: list[Problem] = []
+        for kind in kinds or self.kinds:
+            members = [p for p in self.problems if p.kind == kind]
+            count = min(limit or len(members), len(members))
+            kept += [members[i * len(members) // count] for i in range(count)]
+        return replace(self, problems=tuple(kept))
+
+    def halves(self) -> tuple[Suite, Suite]:
+        """Every other problem of each kind: one half to choose with, one to check with."""
+        ordered = sorted(self.problems, key=lambda p: p.kind)
+        return replace(self, problems=tuple(ordered[::2])), replace(self, problems=tuple(ordered[1::2]))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a text is the answer, and whether it is a loop that never ends."""
+
+    right: bool
+    degenerate: bool
+
+
+def load_suite(path: Path | None = None) -> Suite:
+    """Reads a suite file, one JSON object a line; None reads the suite that comes with the package.
+
+    Raises:
+        SuiteError: the file cannot be read, has no problems, or a line (named by its number) is not one.
+    """
+    name = "twotower-suite" if path is None else path.name
+    try:
+        data = (resources.files("twotower.evaluate") / "data" / "suite.jsonl").read_bytes() if path is None else path.read_bytes()
+        lines = data.decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise SuiteError(f"cannot read the suite {path}", found=str(e), do=f"name a UTF-8 file; {_FORM}") from e
+    problems = [_problem(f"{name}, line {number}", line, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if not problems:
+        raise SuiteError(f"the suite {name} has no problems", found=f"{len(lines)} lines", do=_FORM)
+    twice = (
+        sorted({p.id for p in problems if sum(q.id == p.id for q in problems) > 1}) if len({p.id for p in problems}) < len(problems) else []
+    )
+    if twice:
+        raise SuiteError(f"the suite {name} names problems twice", found=", ".join(twice[:5]), do="give every problem an id of its own")
+    return Suite(name, hashlib.sha256(data).hexdigest(), tuple(problems))
+
+
+def _problem(where: str, line: str, number: int) -> Problem:
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise SuiteError(f"{where} is not JSON", found=str(e), do=_FORM) from e
+    if not isinstance(data, dict):
+        raise SuiteError(f"{where} is not a problem", found=line[:80], do=_FORM)
+    wrong = _wrong_fields(data)
+    if wrong:
+        raise SuiteError(f"{where} is not a problem", found="; ".join(wrong), do=_FORM)
+    return Problem(**{"id": f"{number}", **data})
+
+
+def _wrong_fields(data: dict[str, Any]) -> list[str]:
+    known = Problem.__dataclass_fields__
+    out = [f"no {name}" for name in ("kind", "prompt", "answer") if name not in data]
+    out += [f"unknown field {name!r} (known: {', '.join(known)})" for name in sorted(set(data) - set(known))]
+    out += [f"{k}={v!r} is not text" for k, v in data.items() if k in known and not isinstance(v, str)]
+    for name, allowed in (("match", MATCHES), ("length", LENGTHS)):
+        if data.get(name, allowed[0]) not in allowed:
+            out.append(f"{name}={data[name]!r} (allowed: {', '.join(allowed)})")
+    if data.get("answer") == "":
+        out.append("the answer is empty")
+    return out
+
+
+def judge(problem: Problem, text: str, tokens: Sequence[int]) -> Verdict:
+    """Right is the answer and nothing else (`exact`), or the answer somewhere in a text that does not repeat itself (`contains`)."""
+    exact = text.strip() == problem.answer.strip()
+    degenerate = not exact and is_degenerate(tokens)
+    right = exact or (problem.match == "contains" and problem.answer.strip() in text and not degenerate)
+    return Verdict(right, degenerate)
+
+
+def is_degenerate(tokens: Sequence[int]) -> bool:
+    """Whether a text ends in a loop: the same up to 16 tokens four times or more in a row, 16 tokens at least."""
+    for period in range(1, min(_LONGEST_PERIOD, len(tokens) // _REPEATS) + 1):
+        count = max(_REPEATS * period, _REPEATED_TOKENS)
+        tail = tokens[-count:]
+        if len(tail) == count and all(tail[i] == tail[i - period] for i in range(period, count)):
+            return True
+    return False

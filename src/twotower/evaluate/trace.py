@@ -1,0 +1,230 @@
+"""A diffusion generation recorded pass by pass: what the denoiser read, predicted and was taken at its word for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from twotower import __version__
+from twotower.config import GenerationConfig
+from twotower.errors import TraceError
+from twotower.runtime import Generation, StepRecord, TwoTower
+
+__all__ = ["KIND", "SCHEMA", "Trace", "TraceBlock", "TraceEnd", "TraceHeader", "TraceStep", "record_trace", "token_pieces"]
+
+KIND = "twotower-trace"
+SCHEMA = 1
+_DIGITS = 6  # of a confidence: float32 has no more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceHeader:
+    """What was run.
+
+    Attributes:
+        twotower: Version that recorded it.
+        bundle: Name of the bundle's folder, and
+        target: its engines; both empty where the engines were handed over open.
+        prompt: The prompt as text; None where token ids were given.
+        prompt_tokens: The prompt as the context tower read it.
+        config: `GenerationConfig.to_json()` of the request.
+        block_size: Tokens denoised together (S).
+        mask_token_id: The token of a position that is not written yet.
+        pieces: Text of every token id that occurs; the number itself where there is no tokenizer.
+    """
+
+    twotower: str
+    bundle: str
+    target: str
+    prompt: str | None
+    prompt_tokens: list[int]
+    config: dict[str, Any]
+    block_size: int
+    mask_token_id: int
+    pieces: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceStep:
+    """One denoiser pass; blocks, steps and positions count from 0, every list but `committed` has S entries.
+
+    Attributes:
+        block: Number of the block.
+        step: Number of the pass in its block.
+        t: Masked fraction of the block before the pass.
+        tokens: The block before the pass.
+        predicted: The denoiser's choice for each position, masked or not.
+        confidence: Its probability, to six digits.
+        committed: Positions that the pass filled.
+        next: The block after the pass.
+        denoise_ms: Wall-clock milliseconds of the pass.
+    """
+
+    block: int
+    step: int
+    t: float
+    tokens: list[int]
+    predicted: list[int]
+    confidence: list[float]
+    committed: list[int]
+    next: list[int]
+    denoise_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceBlock:
+    """One finished block.
+
+    Attributes:
+        block: Its number.
+        tokens: Its S tokens; those of the last block may go on past the end of the text.
+        extend_ms: Milliseconds from the end of its last pass to the start of the next block's first one: the context tower reads the
+            block then. An engine that works beside the host may move some of it into that first pass. None for the last block, which
+            is never read.
+    """
+
+    block: int
+    tokens: list[int]
+    extend_ms: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceEnd:
+    """The result, as in `Generation`."""
+
+    finish_reason: str
+    tokens: list[int]
+    text: str | None
+    usage: dict[str, Any]
+    timings_ms: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A whole recording."""
+
+    header: TraceHeader
+    steps: tuple[TraceStep, ...]
+    blocks: tuple[TraceBlock, ...]
+    end: TraceEnd
+
+    def piece(self, token: int) -> str:
+        """Text of a token that occurs in the trace; the number of any other."""
+        return self.header.pieces.get(str(token), str(token))
+
+    @property
+    def has_text(self) -> bool:
+        """Whether pieces are text and not numbers."""
+        return self.end.text is not None
+
+
+def record_trace(
+    model: TwoTower,
+    prompt: str | Sequence[int],
+    config: GenerationConfig | None = None,
+    *,
+    bundle: str = "",
+    watch: Callable[[TraceStep], None] | None = None,
+) -> Trace:
+    """Generates one text and keeps every pass.
+
+    Args:
+        model: An opened model.
+        prompt: Text or token ids.
+        config: Options; None for the model's defaults.
+        bundle: Name of the bundle's folder, for the header.
+        watch: Called with every pass as it comes.
+
+    Raises:
+        TraceError: the mode is `ar`.
+        RequestError: the request cannot be served.
+    """
+    config = config or model.defaults
+    if config.mode != "diffusion":
+        raise TraceError(
+            f"there is nothing to trace in mode {config.mode!r}",
+            found="a trace is of denoiser passes, and the context tower alone makes none",
+            do="leave out `--mode ar`, or use `twotower generate`",
+        )
+    recorder = _Recorder(model.config.mask_token_id, watch)
+    result = model.generate(prompt if isinstance(prompt, str) else list(prompt) or [model.config.bos_token_id], config, on_step=recorder)
+    blocks = recorder.blocks()
+    tokens = _prompt_tokens(model, prompt)
+    header = TraceHeader(
+        twotower=__version__,
+        bundle=bundle,
+        target=model.target,
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_tokens=tokens,
+        config=config.to_json(),
+        block_size=config.block_size,
+        mask_token_id=model.config.mask_token_id,
+        pieces=token_pieces(model, {*tokens, model.config.mask_token_id, *(t for s in recorder.steps for t in (*s.predicted, *s.next))}),
+    )
+    return Trace(header, tuple(recorder.steps), blocks, _end(result))
+
+
+def token_pieces(model: TwoTower, tokens: set[int]) -> dict[str, str]:
+    """Text of each token by its number."""
+    tokenizer = model.tokenizer
+    return {str(t): tokenizer.piece(t) if tokenizer else str(t) for t in sorted(tokens)}
+
+
+def _prompt_tokens(model: TwoTower, prompt: str | Sequence[int]) -> list[int]:
+    """As the session reads it: an empty prompt is the beginning of a text."""
+    if isinstance(prompt, str):
+        assert model.tokenizer is not None  # or the generation had refused the text
+        prompt = model.tokenizer.encode(prompt)
+    return [int(t) for t in prompt] or [model.config.bos_token_id]
+
+
+def _end(result: Generation) -> TraceEnd:
+    facts = result.to_json()
+    return TraceEnd(
+        finish_reason=result.finish_reason,
+        tokens=list(result.tokens),
+        text=result.text,
+        usage=facts["usage"],
+        timings_ms={k: round(v, 3) for k, v in facts["timings_ms"].items()},
+    )
+
+
+class _Recorder:
+    """The `on_step` of a recording: passes in plain data, and the time between blocks."""
+
+    def __init__(self, mask: int, watch: Callable[[TraceStep], None] | None) -> None:
+        self.steps: list[TraceStep] = []
+        self._mask, self._watch = mask, watch
+        self._extend_ms: list[float] = []
+        self._left = 0.0
+
+    def __call__(self, record: StepRecord) -> None:
+        arrived = perf_counter()
+        if self.steps and record.step == 0:
+            self._extend_ms.append(round(max(1000 * (arrived - self._left) - record.ms, 0.0), 3))
+        before, after = record.block_in[0], record.next_block[0]
+        step = TraceStep(
+            block=record.block_index,
+            step=record.step,
+            t=round(float(record.t[0]), _DIGITS),
+            tokens=before.tolist(),
+            predicted=record.predicted[0].tolist(),
+            confidence=[round(float(c), _DIGITS) for c in record.confidence[0]],
+            committed=np.flatnonzero((before == self._mask) & (after != self._mask)).tolist(),
+            next=after.tolist(),
+            denoise_ms=round(record.ms, 3),
+        )
+        self.steps.append(step)
+        if self._watch is not None:
+            self._watch(step)
+        self._left = perf_counter()  # the watcher's own time is nobody's
+
+    def blocks(self) -> tuple[TraceBlock, ...]:
+        """The blocks of the passes so far."""
+        tokens = {step.block: step.next for step in self.steps}
+        times = [*self._extend_ms, None]
+        return tuple(TraceBlock(block=b, tokens=t, extend_ms=times[b]) for b, t in tokens.items())

@@ -1,0 +1,223 @@
+"""Traces as files: JSON lines, written whole or not at all, and checked line by line when they are read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from twotower.errors import TraceError
+from twotower.evaluate.trace import KIND, SCHEMA, Trace, TraceBlock, TraceEnd, TraceHeader, TraceStep
+
+__all__ = ["check_output", "read_trace", "trace_lines", "write_text", "write_trace"]
+
+_AGAIN = "record it again with `twotower trace BUNDLE PROMPT -o FILE.jsonl`"
+
+
+def trace_lines(trace: Trace) -> Iterator[str]:
+    """The lines of the file: header, every pass, every block after its last pass, end."""
+    yield json.dumps({"schema": SCHEMA, "kind": KIND, **asdict(trace.header)})
+    for block in trace.blocks:
+        for step in trace.steps:
+            if step.block == block.block:
+                yield json.dumps({"type": "step", **asdict(step)})
+        yield json.dumps({"type": "block", **asdict(block)})
+    yield json.dumps({"type": "end", **asdict(trace.end)})
+
+
+def write_trace(path: Path, trace: Trace) -> None:
+    """Writes the file.
+
+    Raises:
+        TraceError: it cannot be written; a file that was there before is untouched.
+    """
+    write_text(path, "".join(f"{line}\n" for line in trace_lines(trace)))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file beside its place and moves it there.
+
+    Raises:
+        TraceError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as e:
+        raise TraceError(f"cannot write {path}", found=str(e), do="name a file in a folder that exists and can be written") from e
+
+
+def check_output(path: Path) -> None:
+    """Finds out before the work whether a file could be written.
+
+    Raises:
+        TraceError: it could not.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        found = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise TraceError(f"cannot write {path}", found=found, do="name a file in a folder that exists and can be written")
+
+
+def read_trace(path: Path) -> Trace:
+    """Reads and checks a file.
+
+    Raises:
+        TraceError: it is no trace, of another schema, malformed (the line is named) or has no end.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise TraceError(f"cannot read the trace {path}", found=str(e), do="name a file that `twotower trace -o` wrote") from e
+    entries = [_object(f"line {n} of {path}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not entries or entries[0].get("kind") != KIND:
+        found = f'its first line has no "kind": "{KIND}"' if entries else "the file is empty"
+        raise TraceError(f"{path} is not a trace", found=found, do="name a file that `twotower trace -o` wrote")
+    if entries[0].get("schema") != SCHEMA:
+        found = f"schema {entries[0].get('schema')!r}; this version of twotower reads schema {SCHEMA}"
+        raise TraceError(f"the trace {path} is of another schema", found=found, do=_AGAIN)
+    numbers = [n for n, line in enumerate(lines, 1) if line.strip()]
+    return _Reader(str(path), TraceHeader(**_checked(f"line 1 of {path}", entries[0], _HEADER))).read(zip(numbers, entries, strict=True))
+
+
+def _object(where: str, line: str) -> dict[str, Any]:
+    try:
+        data = json.loads(line, parse_constant=_no_constant)
+    except ValueError as e:
+        raise TraceError(f"{where} is not JSON", found=f"{e}: {line[:60]!r}", do=f"the file may have been cut or edited; {_AGAIN}") from e
+    if not isinstance(data, dict):
+        raise _malformed(where, f"{line[:60]!r}, which is not an object")
+    return data
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number a trace may hold")
+
+
+def _malformed(where: str, found: str) -> TraceError:
+    return TraceError(f"{where} does not belong in a trace", found=found, do=_AGAIN)
+
+
+class _Reader:
+    """Takes the lines in order and knows which may come next."""
+
+    def __init__(self, path: str, header: TraceHeader) -> None:
+        self._path, self._header = path, header
+        self._steps: list[TraceStep] = []
+        self._blocks: list[TraceBlock] = []
+
+    def read(self, entries: Iterator[tuple[int, dict[str, Any]]]) -> Trace:
+        end: TraceEnd | None = None
+        next(entries)  # the header
+        for number, entry in entries:
+            where = f"line {number} of {self._path}"
+            kind = entry.get("type")
+            if end is not None:
+                raise _malformed(where, "it comes after the end line")
+            if kind == "step":
+                self._step(where, TraceStep(**_checked(where, entry, _STEP)))
+            elif kind == "block":
+                self._block(where, TraceBlock(**_checked(where, entry, _BLOCK)))
+            elif kind == "end":
+                end = TraceEnd(**_checked(where, entry, _END))
+            else:
+                raise _malformed(where, f"type {kind!r}; known: step, block, end")
+        if end is None or not self._blocks or len(self._blocks) != len({s.block for s in self._steps}):
+            found = f"{len(self._blocks)} finished block(s), {len(self._steps)} pass(es) and {'no' if end is None else 'an'} end line"
+            raise TraceError(f"the trace {self._path} is truncated", found=found, do=_AGAIN)
+        return Trace(self._header, tuple(self._steps), tuple(self._blocks), end)
+
+    def _step(self, where: str, step: TraceStep) -> None:
+        block = len(self._blocks)
+        expected = (block, sum(s.block == block for s in self._steps))
+        if (step.block, step.step) != expected:
+            raise _malformed(where, f"block {step.block}, step {step.step} where {expected[0]}, {expected[1]} was expected")
+        size = self._header.block_size
+        lengths = {len(x) for x in (step.tokens, step.predicted, step.confidence, step.next)}
+        if lengths != {size} or any(not 0 <= p < size for p in step.committed):
+            raise _malformed(where, f"lists or positions that do not fit blocks of {size}")
+        self._steps.append(step)
+
+    def _block(self, where: str, block: TraceBlock) -> None:
+        if block.block != len(self._blocks) or not self._steps or self._steps[-1].block != block.block:
+            raise _malformed(where, f"block {block.block} where a pass of block {len(self._blocks)} was expected")
+        if len(block.tokens) != self._header.block_size:
+            raise _malformed(where, f"{len(block.tokens)} tokens in a block of {self._header.block_size}")
+        self._blocks.append(block)
+
+
+def _checked(where: str, entry: dict[str, Any], checks: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:
+    """The fields of a line that are known, each of its kind; others are left for later versions to mean something by."""
+    for name, check in checks.items():
+        if name not in entry:
+            raise _malformed(where, f"no {name!r}")
+        if not check(entry[name]):
+            raise _malformed(where, f"{name} is {json.dumps(entry[name])[:60]}")
+    return {name: entry[name] for name in checks}
+
+
+def _whole(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+
+def _real(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def _ids(x: Any) -> bool:
+    return isinstance(x, list) and all(map(_whole, x))
+
+
+def _reals(x: Any) -> bool:
+    return isinstance(x, list) and all(map(_real, x))
+
+
+def _text(x: Any) -> bool:
+    return isinstance(x, str)
+
+
+def _texts(x: Any) -> bool:
+    return isinstance(x, dict) and all(map(_text, x.values()))
+
+
+def _config(x: Any) -> bool:
+    return isinstance(x, dict) and _real(x.get("confidence_threshold"))
+
+
+def _numbers(*names: str) -> Callable[[Any], bool]:
+    return lambda x: isinstance(x, dict) and all(map(_real, x.values())) and set(names) <= set(x)
+
+
+def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda x: x is None or check(x)
+
+
+_HEADER = {
+    **dict.fromkeys(("twotower", "bundle", "target"), _text),
+    "prompt": _or_none(_text),
+    "prompt_tokens": _ids,
+    "config": _config,
+    "block_size": lambda x: _whole(x) and x > 0,
+    "mask_token_id": _whole,
+    "pieces": _texts,
+}
+_STEP = {
+    **dict.fromkeys(("block", "step"), _whole),
+    **dict.fromkeys(("t", "denoise_ms"), _real),
+    **dict.fromkeys(("tokens", "predicted", "committed", "next"), _ids),
+    "confidence": _reals,
+}
+_BLOCK = {"block": _whole, "tokens": _ids, "extend_ms": _or_none(_real)}
+_END = {
+    "finish_reason": _text,
+    "tokens": _ids,
+    "text": _or_none(_text),
+    "usage": _numbers("completion_tokens", "tokens_per_nfe"),
+    "timings_ms": _numbers("prefill", "denoise", "extend", "total"),
+}

@@ -1,0 +1,126 @@
+"""Pages of the model that comes along, in a real browser: the replay shows every pass as it was, the report sorts and needs no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.browser import complaints, open_browser
+from tests.helpers.fake_model import FakeModel, problem
+from twotower.evaluate import Trace, record_trace, trace_page
+from twotower.evaluate.charts import draw_curve
+from twotower.evaluate.evaluation import EvaluationConfig, evaluate
+from twotower.evaluate.report_page import report_page
+from twotower.evaluate.suite import Suite
+from twotower.runtime import TwoTower
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+PROMPT = "Q: sort: q c x a m b t e z k p d r h\nA:"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with open_browser() as driver:
+        yield driver
+
+
+@pytest.fixture(scope="module")
+def trace(tiny_bundle: Path) -> Trace:
+    with TwoTower.open(tiny_bundle) as model:
+        recorded = record_trace(model, PROMPT, bundle="tiny")
+    assert len(recorded.steps) > 3
+    return recorded
+
+
+def opened(browser: Any, folder: Path, page: str) -> Any:
+    file = folder / "page.html"
+    file.write_text(page, encoding="utf-8")
+    browser.get("about:blank")
+    browser.get(file.as_uri())
+    assert not complaints(browser)
+    return browser
+
+
+def states(page: Any) -> list[str]:
+    return list(page.execute_script("return [...document.querySelectorAll('#blocks .cell')].map(c => c.dataset.state)"))
+
+
+def at(page: Any) -> int:
+    """The pass that is shown, from 0."""
+    return int(page.execute_script("return Number(document.getElementById('slider').value)"))
+
+
+def click(page: Any, name: str) -> None:
+    page.find_element("id", name).click()
+
+
+def expected_states(trace: Trace, number: int) -> dict[int, set[int]]:
+    """Positions filled before and in pass `number`, by block."""
+    out: dict[int, set[int]] = {}
+    for step in trace.steps[: number + 1]:
+        out.setdefault(step.block, set()).update(step.committed)
+    return out
+
+
+def test_the_replay_shows_every_pass_as_it_was(browser: Any, trace: Trace, tmp_path: Path) -> None:
+    page = opened(browser, tmp_path, trace_page(trace))
+    assert at(page) == 0
+    size = trace.header.block_size
+    for number, step in enumerate(trace.steps):
+        shown = states(page)
+        assert len(shown) == size * len(trace.blocks)
+        filled = expected_states(trace, number)
+        for block in range(len(trace.blocks)):
+            for position in range(size):
+                state = shown[block * size + position]
+                assert (state in ("just", "earlier")) is (position in filled.get(block, set())), (number, block, position, state)
+                assert (state == "just") is (block == step.block and position in step.committed), (number, block, position, state)
+        if number + 1 < len(trace.steps):
+            click(page, "forward")
+            assert at(page) == number + 1
+    assert trace.end.text is not None
+    assert trace.end.text.strip() in page.find_element("id", "text").text
+    click(page, "first")
+    assert at(page) == 0
+
+
+def test_play_runs_to_the_end_and_pauses(browser: Any, trace: Trace, tmp_path: Path) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    page = opened(browser, tmp_path, trace_page(trace))
+    fastest = "const s = document.getElementById('speed'); s.selectedIndex = s.options.length - 1; s.dispatchEvent(new Event('change'))"
+    page.execute_script(fastest)
+    click(page, "play")
+    WebDriverWait(page, 30).until(lambda p: at(p) == len(trace.steps) - 1)
+    WebDriverWait(page, 5).until(lambda p: p.find_element("id", "play").text == "Play")
+
+
+def test_the_evaluation_page_sorts_its_tables_and_needs_no_network(browser: Any, tmp_path: Path) -> None:
+    problems = tuple(problem(kind, i) for kind in ("sums", "words", "<b>flip</b>") for i in range(8))
+    model = FakeModel(problems)
+    config = EvaluationConfig(thresholds=(0.5, 0.9), steps=(2, 16), budget=98.7)
+    report = evaluate(model, Suite("s", "0" * 64, problems), config).report  # type: ignore[arg-type]
+    report["bundle"] = {"name": "b", "target": "fake"}
+    curve, png = draw_curve(report)
+    assert png.startswith(b"\x89PNG")
+    page = opened(browser, tmp_path, report_page(report, curve))
+    assert page.find_elements("css selector", ".picture svg")
+    requested = page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert requested == []
+    assert json.loads(page.find_element("id", "report").get_attribute("textContent")) == json.loads(json.dumps(report))
+
+    def first_column() -> list[str]:
+        return [e.text for e in page.find_elements("css selector", "table:first-of-type tbody th")][:3]
+
+    before = first_column()
+    assert before == ["<b>flip</b>", "sums", "words"]
+    head = page.find_element("css selector", "table thead th")
+    head.click()
+    assert first_column() == before[::-1]
+    assert head.get_attribute("aria-sort") == "descending"
+    head.click()
+    assert first_column() == before

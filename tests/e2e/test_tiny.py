@@ -1,0 +1,98 @@
+"""The trained model that comes along: its checkpoint, its suite, and the promise that diffusion keeps nearly all of its answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.source import ROOT
+from twotower.cli.main import main
+from twotower.evaluate.suite import judge, load_suite
+from twotower.export import Checkpoint
+from twotower.runtime import Request, TwoTower
+
+ASSET = ROOT / "assets" / "twotower-tiny"
+PROMPT = "Q: flip: a cat b red c lamp d owl e blue f kite g fox h bell i green j boat\nA:"
+ANSWER = "j boat i green h bell g fox f kite e blue d owl c lamp b red a cat"
+
+
+def test_the_checkpoint_is_small_and_has_the_published_layout() -> None:
+    assert sum(f.stat().st_size for f in ASSET.iterdir()) <= 16_000_000
+    checkpoint = Checkpoint.open(ASSET)
+    assert set(checkpoint.config.pattern) == set("ME*")
+    assert len({t.file for t in checkpoint.tensors.values()}) == 2
+
+
+def test_the_suite_is_what_its_tool_writes(tmp_path: Path) -> None:
+    """And so cannot drift away from the rule that keeps its problems out of the training."""
+    made = tmp_path / "suite.jsonl"
+    subprocess.run([sys.executable, str(ROOT / "tools" / "tiny" / "suite.py"), "--output", str(made)], check=True, capture_output=True)
+    assert made.read_bytes() == (ROOT / "src" / "twotower" / "evaluate" / "data" / "suite.jsonl").read_bytes()
+
+
+def test_training_never_draws_a_problem_of_the_suite() -> None:
+    code = (
+        "import json, random, sys; sys.path.insert(0, 'tools/tiny')\n"
+        "from tasks import is_held_out\n"
+        "for line in open('src/twotower/evaluate/data/suite.jsonl'):\n"
+        "    question = json.loads(line)['prompt'].removeprefix('Q: ').removesuffix('\\nA:')\n"
+        "    assert is_held_out(question), question\n"
+        "from data import block_batch, sequence_batch\n"
+        "from tasks import KINDS, LABELLED, draw\n"
+        "rng = random.Random(1)\n"
+        "for kind in [*KINDS, *LABELLED]:\n"
+        "    for _ in range(50):\n"
+        "        text = draw(rng, held_out=False, kind=kind).prompt\n"
+        "        assert not is_held_out(text.removeprefix('Q: ').removesuffix('\\nA:')), text\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_both_modes_answer_and_diffusion_takes_far_fewer_passes(tiny_bundle: Path) -> None:
+    """Seventy problems: loose bounds for a quick test; `twotower evaluate` measures all of them with intervals."""
+    suite = load_suite().only(limit=10)
+    with TwoTower.open(tiny_bundle, target="ort-cpu") as model:
+        config = model.defaults
+        assert config.mode == "diffusion"
+        right, tokens, passes = {}, {}, {}
+        for mode in ("ar", "diffusion"):
+            options = type(config)(**{**config.to_json(), "mode": mode, "max_new_tokens": 160})
+            results = model.generate([Request(p.prompt, options) for p in suite.problems])
+            verdicts = [judge(p, r.text or "", r.tokens) for p, r in zip(suite.problems, results, strict=True)]
+            right[mode] = sum(v.right for v in verdicts)
+            tokens[mode], passes[mode] = (sum(n) for n in zip(*((r.usage.completion_tokens, r.usage.nfe) for r in results), strict=True))
+    assert right["ar"] >= 0.9 * len(suite.problems)
+    assert right["diffusion"] >= 0.95 * right["ar"]
+    assert tokens["diffusion"] / passes["diffusion"] >= 3
+
+
+def test_generate_speaks(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(tiny_bundle), PROMPT, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["text"].strip() == ANSWER
+    assert result["finish_reason"] == "eos"
+    assert main(["generate", str(tiny_bundle), PROMPT, "--mode", "ar"]) == 0
+    assert capsys.readouterr().out.strip() == ANSWER
+    assert main(["generate", str(tiny_bundle), PROMPT, "--stop", " c lamp"]) == 0
+    assert capsys.readouterr().out.strip() == ANSWER.split(" c lamp")[0]
+
+
+@pytest.mark.slow
+def test_evaluate_and_tune_work_on_it(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--limit", "6", "--thresholds", "0.6,0.9,0.98", "--steps", "16"]
+    page = tmp_path / "report.html"
+    assert main(["evaluate", str(tiny_bundle), *few, "--html", str(page), "--against", str(tiny_bundle)]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["settings"]["other"]["total"]["right"] == report["settings"]["default"]["total"]["right"]
+    assert report["other_to_default"]["total"]["retention"]["value"] == 100
+    assert report["likelihood"]["greedy"] >= 90
+    assert main(["tune", str(tiny_bundle), *few, "--budget", "80", "-o", str(tmp_path / "tuned")]) == 0
+    out = capsys.readouterr().out
+    assert "balanced" in out
+    with TwoTower.open(tmp_path / "tuned", preset="fast") as model:
+        assert (model.generate(PROMPT).text or "").strip().startswith("j boat")
