@@ -1,6 +1,6 @@
 # The whole ritual. On a machine with Python 3.11 or newer, make and git, `make demo` and `make test` do all set-up themselves.
 #   make PYTHON=python3.12 ...           another interpreter
-#   make EXTRAS=export,cpu,dev ...       other extras (default: gpu in place of cpu where nvidia-smi is found)
+#   make EXTRAS=export,cpu,evaluate,dev ...       other extras (default: gpu in place of cpu where nvidia-smi is found)
 #   make test ARGS='-m "not slow" -x'    arguments for pytest
 
 PYTHON ?= python3

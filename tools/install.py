@@ -40,7 +40,7 @@ def main() -> int:
     except subprocess.CalledProcessError as e:
         hint = "read pip's message above"
         if "gpu" in extras.split(","):
-            hint += "; TensorRT comes from NVIDIA's own package index. `make EXTRAS=export,cpu,dev ...` installs without it"
+            hint += "; TensorRT comes from NVIDIA's own package index. `make EXTRAS=export,cpu,evaluate,dev ...` installs without it"
         return _fail(f"`{' '.join(map(str, e.cmd))}` failed with exit code {e.returncode}", hint)
     return 0
 

@@ -18,6 +18,7 @@ __all__ = [
     "CANDIDATE_LOGPROBS",
     "CHUNK_LENGTH",
     "COMMIT_FLOOR",
+    "CONDITIONING",
     "CONFIDENCE",
     "CONTEXT",
     "CONTEXT_HEAD",
@@ -30,6 +31,8 @@ __all__ = [
     "NOISE",
     "PAST_LENGTH",
     "PREDICTED",
+    "RESIDUAL_IN",
+    "RESIDUAL_OUT",
     "TEMPERATURE",
     "THRESHOLD",
     "TOKENS",
@@ -58,6 +61,9 @@ CANDIDATE_IDS, CANDIDATE_LOGPROBS = "candidate_ids", "candidate_logprobs"
 BLOCK, CONTEXT_LENGTH, THRESHOLD, COMMIT_FLOOR = "block", "context_length", "threshold", "commit_floor"
 TEMPERATURE, NOISE = "temperature", "noise"
 NEXT_BLOCK, PREDICTED, CONFIDENCE, MASKED_LEFT = "next_block", "predicted", "confidence", "masked_left"
+
+# Between the segments of a tower that was cut into several engines: the residual stream, and the denoiser's conditioning.
+RESIDUAL_IN, RESIDUAL_OUT, CONDITIONING = "residual_in", "residual_out", "conditioning"
 
 MAX_CHUNK = 256
 """Longest chunk the context graph is asked to read: the masked decay matrix of a chunk is L x L a head."""
@@ -115,6 +121,10 @@ class TensorSpec:
         """The concrete shape when the letters take these sizes."""
         return tuple(sizes[a] if isinstance(a, str) else a for a in self.axes)
 
+    def to_json(self) -> list[Any]:
+        """Name, dtype and axes, as stored in a bundle."""
+        return [self.name, self.dtype, list(self.axes)]
+
 
 @dataclass(frozen=True, slots=True)
 class StateTensor:
@@ -155,8 +165,8 @@ class TowerSignature:
         """Plain data, as stored in a bundle."""
         return {
             "name": self.name,
-            "inputs": [[s.name, s.dtype, list(s.axes)] for s in self.inputs],
-            "outputs": [[s.name, s.dtype, list(s.axes)] for s in self.outputs],
+            "inputs": [s.to_json() for s in self.inputs],
+            "outputs": [s.to_json() for s in self.outputs],
         }
 
 

@@ -1,4 +1,4 @@
-"""Writes the trained towers as a checkpoint in the published layout: two shards with their index, config.json, tokenizer.json.
+"""Writes the trained towers as a checkpoint in the published layout: two shards with their index, configs and tokenizer.
 
 python tools/tiny/publish.py --work out/tiny --output assets/twotower-tiny
 """
@@ -39,6 +39,7 @@ def main() -> None:
     partial.mkdir(parents=True)
     write_shards(partial, {name: weights[name] for name in expected})
     (partial / "config.json").write_text(json.dumps(published_config(), indent=1) + "\n")
+    (partial / "generation_config.json").write_text(json.dumps(RECIPE.generation, indent=1) + "\n")
     (partial / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=1) + "\n")
     make_tokenizer().save(str(partial / "tokenizer.json"))
     shutil.rmtree(args.output, ignore_errors=True)

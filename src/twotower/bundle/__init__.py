@@ -1,7 +1,7 @@
 """The bundle: one folder with all a deployment needs, described and checked by its `bundle.json`."""
 
 from twotower.bundle.derive import derive_bundle
-from twotower.bundle.engines import BUILD_FILE, EngineRecord, engine_folder, read_engine_record
+from twotower.bundle.engines import BUILD_FILE, EngineFile, EngineLimits, EngineRecord, Profile, engine_folder, read_engine_record
 from twotower.bundle.integrity import FileRecord, Progress, check_files, hash_file, inside
 from twotower.bundle.manifest import (
     DATA_SUFFIX,
@@ -25,8 +25,11 @@ __all__ = [
     "SCHEMA",
     "TOKENIZER_FILE",
     "Bundle",
+    "EngineFile",
+    "EngineLimits",
     "EngineRecord",
     "FileRecord",
+    "Profile",
     "Progress",
     "check_files",
     "derive_bundle",

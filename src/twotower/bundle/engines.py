@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,78 @@ from typing import Any
 from twotower.bundle.integrity import FileRecord, Progress, check_files
 from twotower.bundle.manifest import Bundle
 from twotower.errors import EngineMismatchError
+from twotower.spec import TensorSpec
 
-__all__ = ["BUILD_FILE", "EngineRecord", "engine_folder", "read_engine_record"]
+__all__ = ["BUILD_FILE", "EngineFile", "EngineLimits", "EngineRecord", "Profile", "engine_folder", "read_engine_record"]
 
 BUILD_FILE = "build.json"
-SCHEMA = 1
+SCHEMA = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Shapes an engine is tuned for.
+
+    Attributes:
+        name: `prefill`, `block`, `decode`, `denoise` or `head`.
+        axes: For each dynamic axis letter the least, the best and the most.
+    """
+
+    name: str
+    axes: dict[str, tuple[int, int, int]]
+
+    def admits(self, sizes: Mapping[str, int]) -> bool:
+        """Whether every axis of this profile may take its size."""
+        return all(least <= sizes[letter] <= most for letter, (least, _, most) in self.axes.items())
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFile:
+    """One engine: a graph, or some consecutive layers of it that run as one of several segments on the same stream.
+
+    Attributes:
+        file: Its name in the target's folder.
+        layers: The first layer and the one after the last.
+        inputs: What it reads: names of the graph, and from the segment before `residual_in` and (denoiser) `conditioning`.
+        outputs: What it writes: names of the graph, and for the segment after `residual_out`; the first denoiser segment
+            writes `conditioning` for all others.
+        profiles: In the order they were added to the engine.
+    """
+
+    file: str
+    layers: tuple[int, int]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Profile, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "file": self.file,
+            "layers": list(self.layers),
+            "inputs": [s.to_json() for s in self.inputs],
+            "outputs": [s.to_json() for s in self.outputs],
+            "profiles": [{"name": p.name, "axes": {k: list(v) for k, v in p.axes.items()}} for p in self.profiles],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What was fixed when the engines were built.
+
+    Attributes:
+        capacity: T, positions of the key and value caches.
+        max_batch: Most rows.
+        sms: Compute capabilities the engines hold code for, e.g. 86.
+    """
+
+    capacity: int
+    max_batch: int
+    sms: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"capacity": self.capacity, "max_batch": self.max_batch, "sms": list(self.sms)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +97,8 @@ class EngineRecord:
         weights: For each graph, the weight file relative to the bundle.
         files: Every file in the folder besides `build.json`.
         report: What the build observed: seconds, bytes, operators.
+        limits: What the build fixed; None where shapes are free (ONNX Runtime).
+        engines: For each graph its engine, or its segments in the order they run; empty where every file is a graph.
     """
 
     target: str
@@ -38,6 +108,8 @@ class EngineRecord:
     weights: dict[str, str]
     files: dict[str, FileRecord]
     report: dict[str, Any] = field(default_factory=dict)
+    limits: EngineLimits | None = None
+    engines: dict[str, tuple[EngineFile, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that `read_engine_record` reads back."""
@@ -50,6 +122,8 @@ class EngineRecord:
             "weights": self.weights,
             "files": {name: {"size": r.size, "sha256": r.sha256} for name, r in sorted(self.files.items())},
             "report": self.report,
+            "limits": self.limits.to_json() if self.limits else None,
+            "engines": {name: [e.to_json() for e in parts] for name, parts in self.engines.items()},
         }
 
 
@@ -105,7 +179,36 @@ def _parsed(data: dict[str, Any]) -> EngineRecord:
         weights=dict(data["weights"]),
         files={str(k): FileRecord(int(v["size"]), str(v["sha256"])) for k, v in data["files"].items()},
         report=dict(data["report"]),
+        limits=_limits(data["limits"]),
+        engines={str(name): tuple(_engine_file(e) for e in parts) for name, parts in data["engines"].items()},
     )
+
+
+def _limits(data: dict[str, Any] | None) -> EngineLimits | None:
+    if data is None:
+        return None
+    return EngineLimits(int(data["capacity"]), int(data["max_batch"]), tuple(int(sm) for sm in data["sms"]))
+
+
+def _engine_file(data: dict[str, Any]) -> EngineFile:
+    first, end = data["layers"]
+    return EngineFile(
+        file=str(data["file"]),
+        layers=(int(first), int(end)),
+        inputs=tuple(_spec(s) for s in data["inputs"]),
+        outputs=tuple(_spec(s) for s in data["outputs"]),
+        profiles=tuple(Profile(str(p["name"]), {str(k): _three(v) for k, v in p["axes"].items()}) for p in data["profiles"]),
+    )
+
+
+def _spec(data: list[Any]) -> TensorSpec:
+    name, dtype, axes = data
+    return TensorSpec(str(name), str(dtype), tuple(axes))
+
+
+def _three(data: list[int]) -> tuple[int, int, int]:
+    least, best, most = data
+    return int(least), int(best), int(most)
 
 
 def _label(library: dict[str, str]) -> str:

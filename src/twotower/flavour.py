@@ -1,0 +1,49 @@
+"""TensorRT and TensorRT for RTX as one value: the same API, and what only one of them has, probed and never inferred from a version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Flavour", "flavour_from_module"]
+
+
+@dataclass(frozen=True, slots=True)
+class Flavour:
+    """An imported TensorRT library.
+
+    Attributes:
+        module: `tensorrt` or `tensorrt_rtx`; whoever takes a flavour imports neither.
+        target: `trt` or `rtx`.
+        version: The library's version.
+        sms: Compute capabilities engines can be built for ahead of time, without a GPU, e.g. 86; empty for a library that builds for
+            the GPU at hand.
+        runtime_cache: Kernels compiled at first use can be kept in a file.
+        capturable: The library says itself whether a stream can be captured into a CUDA graph.
+    """
+
+    module: Any
+    target: str
+    version: str
+    sms: tuple[int, ...]
+    runtime_cache: bool
+    capturable: bool
+
+    @property
+    def library(self) -> dict[str, str]:
+        """Name and version, as engines are tied to them."""
+        return {"name": self.module.__name__, "version": self.version}
+
+
+def flavour_from_module(module: Any) -> Flavour:
+    """Probes an imported library for what it can do."""
+    capability = getattr(module, "ComputeCapability", None)
+    names = [name for name in dir(capability) if name.startswith("SM") and name[2:].isdigit()] if capability is not None else []
+    return Flavour(
+        module=module,
+        target="rtx" if capability is not None else "trt",
+        version=str(module.__version__),
+        sms=tuple(sorted(int(name[2:]) for name in names)),
+        runtime_cache=hasattr(module, "IRuntimeCache"),
+        capturable=hasattr(getattr(module, "IExecutionContext", None), "is_stream_capturable"),
+    )
