@@ -24,6 +24,7 @@ RUN_IN = {
     "generate": "tests/test_optional_dependencies.py",
     "evaluate": "tests/e2e/test_tiny.py",
     "tune": "tests/e2e/test_tiny.py",
+    "trace": "tests/cli/test_trace.py",
 }
 """Verbs that a test also executes, and where; the commands of the others are parsed only."""
 

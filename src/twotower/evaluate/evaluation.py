@@ -106,7 +106,7 @@ def evaluate(
         "schema": SCHEMA,
         "kind": "twotower-evaluation",
         "twotower": __version__,
-        "machine": {"system": platform.platform(), "processor": platform.machine(), "python": platform.python_version()},
+        "machine": {"system": platform.system(), "processor": platform.machine(), "python": platform.python_version()},
         "suite": {"name": suite.name, "sha256": suite.sha256, "problems": len(suite.problems), "kinds": list(suite.kinds)},
         "settings": {
             name: {"config": configs[name].to_json(), **summaries(suite.problems, measured[name], measured[AR])} for name in configs
