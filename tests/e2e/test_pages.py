@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers.browser import complaints, open_browser
 from tests.helpers.fake_model import FakeModel, problem
+from twotower.config import GenerationConfig
 from twotower.evaluate import Trace, record_trace, trace_page
 from twotower.evaluate.charts import draw_curve
 from twotower.evaluate.evaluation import EvaluationConfig, evaluate
@@ -31,7 +32,8 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def trace(tiny_bundle: Path) -> Trace:
     with TwoTower.open(tiny_bundle) as model:
-        recorded = record_trace(model, PROMPT, bundle="tiny")
+        sparing = GenerationConfig(confidence_threshold=1.0, steps_per_block=6)  # several passes a block, however sure the model is
+        recorded = record_trace(model, PROMPT, sparing, bundle="tiny")
     assert len(recorded.steps) > 3
     return recorded
 
