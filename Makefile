@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 FIXTURE := tests/fixtures/hybrid-a
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-gpu wheel demo bench bench-real tiny browser docs clean ci
+.PHONY: help install lint format types test test-gpu fp16-check wheel demo bench bench-real tiny browser docs clean ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,9 @@ test: $(STAMP) ## all tests that need no GPU
 
 test-gpu: $(STAMP) ## the tests that need a GPU and TensorRT; fails where either is missing
 	TWOTOWER_REQUIRE=gpu,trt $(BIN)/python -m pytest -m "gpu or trt or trt_rtx" $(ARGS)
+
+fp16-check: $(STAMP) ## tokens of the small model with every result rounded to float16, against float32; under a minute, no GPU
+	$(BIN)/python tools/fp16_check.py $(ARGS)
 
 wheel: $(STAMP) ## dist/: sdist, and the wheel built from it
 	rm -rf dist
