@@ -15,7 +15,7 @@ FIXTURE := tests/fixtures/hybrid-a
 .PHONY: help install lint format types test test-gpu fp16-check wheel demo bench bench-real tiny browser docs clean ci
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## everything into .venv (repeated only when pyproject.toml changes)
 
