@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.epilog = (
-        "Exit code 1 if a check fails. Without BUNDLE a small model goes through the whole chain. The answers of a bundle's ort-cpu engine\n"
-        "are kept in the bundle, for its other engines to match; a wrong one is compared with what is publicly known to go wrong.\n"
+        "Exit code 1 if a check fails. Without BUNDLE a small model goes through the whole chain. The answers of a bundle's ort-cpu\n"
+        "engine are kept in the bundle, for its other engines to match; a wrong one is compared with what is publicly known to go wrong.\n"
         "example: twotower doctor bundle --report docs/gpu"
     )
 

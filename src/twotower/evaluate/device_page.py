@@ -71,8 +71,8 @@ _PASS_HEAD = (
     "runs",
 )
 _PASS_NOTE = (
-    "Medians of wall-clock times from the launch until the result is on the host, one row. Weights read are all weights of the tower as\n"
-    "the bundle stores them, and GB/s is that over the time: what a pass would have to read if it read every weight once. No limit is claimed."
+    "Medians of wall-clock times from the launch until the result is on the host, one row. Weights read are all weights of the\n"
+    "tower as the bundle stores them, and GB/s is that over the time, as if a pass read every weight once. No limit is claimed."
 )
 
 
