@@ -68,9 +68,11 @@ def _smallest(module: str) -> dict[str, Any]:
 
 
 def _build_configs(trt: Any, builder: Any) -> dict[str, Any]:
-    """For the GPU at hand, and as deployed: ahead of time for every capability the library lists."""
+    """For the GPU at hand, and as deployed: ahead of time for every capability listed, Turing excepted, which has no float32 product."""
     configs = {"for this GPU": builder.create_builder_config()}
-    listed = [c for n, c in getattr(getattr(trt, "ComputeCapability", None), "__members__", {}).items() if n.startswith("SM")]
+    listed = [
+        c for n, c in getattr(getattr(trt, "ComputeCapability", None), "__members__", {}).items() if n.startswith("SM") and n != "SM75"
+    ]
     if listed:
         config = configs["ahead of time"] = builder.create_builder_config()
         config.num_compute_capabilities = len(listed)
