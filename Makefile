@@ -12,10 +12,10 @@ STAMP := $(VENV)/.installed
 FIXTURE := tests/fixtures/hybrid-a
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-gpu wheel demo bench bench-real tiny browser docs clean ci
+.PHONY: help install lint format types test test-gpu gpu-first-run fp16-check wheel demo bench bench-real tiny browser docs clean ci
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## everything into .venv (repeated only when pyproject.toml changes)
 
@@ -39,8 +39,14 @@ types: $(STAMP) ## mypy, strict
 test: $(STAMP) ## all tests that need no GPU
 	$(BIN)/python -m pytest $(ARGS)
 
-test-gpu: $(STAMP) ## the tests that need a GPU and TensorRT; fails where either is missing
-	TWOTOWER_REQUIRE=gpu,trt $(BIN)/python -m pytest -m "gpu or trt or trt_rtx" $(ARGS)
+test-gpu: $(STAMP) ## the tests that need a GPU; fails without one, skips a library that is missing unless REQUIRE names it (REQUIRE=gpu,trt)
+	TWOTOWER_REQUIRE=$(or $(REQUIRE),gpu) $(BIN)/python -m pytest -m gpu $(ARGS)
+
+gpu-first-run: $(STAMP) ## on a machine with a GPU: answers the open questions one by one, ten minutes, into out/gpu-first-run
+	$(BIN)/python tools/gpu_first_run.py --output out/gpu-first-run $(ARGS)
+
+fp16-check: $(STAMP) ## tokens of the small model with every result rounded to float16, against float32; under a minute, no GPU
+	$(BIN)/python tools/fp16_check.py $(ARGS)
 
 wheel: $(STAMP) ## dist/: sdist, and the wheel built from it
 	rm -rf dist

@@ -17,7 +17,13 @@ def _ort_cpu() -> EngineBuilder:
     return OrtCpuBuilder()
 
 
-BUILDERS: dict[str, Callable[[], EngineBuilder]] = {"ort-cpu": _ort_cpu}
+def _ort_cuda() -> EngineBuilder:
+    from twotower.builders.ort import OrtCudaBuilder
+
+    return OrtCudaBuilder()
+
+
+BUILDERS: dict[str, Callable[[], EngineBuilder]] = {"ort-cpu": _ort_cpu, "ort-cuda": _ort_cuda}
 """Target name -> creator of its builder."""
 
 

@@ -1,9 +1,13 @@
-"""ONNX Runtime on a CPU: the graph is optimised once and saved, the weights stay where they are.
+"""ONNX Runtime on a CPU or a GPU: the weights stay where they are.
 
-Saving ONNX Runtime's own optimised model would copy every weight. Here the weights are taken out of the graph first, so
-that optimisation sees structure only (it fuses the transposes into the products, which is what matters), and the runtime
-maps the bundle's own data file. Half-width weights are the exception: a CPU has no arithmetic for them, so they are
-widened to float32 into a data file of the engine.
+On a CPU the graph is optimised once and saved. Saving ONNX Runtime's own optimised model would copy every weight. Here the
+weights are taken out of the graph first, so that optimisation sees structure only (it fuses the transposes into the products,
+which is what matters), and the runtime maps the bundle's own data file. Half-width weights are the exception: a CPU has no
+arithmetic for them, so they are widened to float32 into a data file of the engine.
+
+For a GPU the graph stays as it was exported. Which fusions a provider knows, and between which operators a copy or a cast must
+stand, is decided where the provider is: ONNX Runtime on this machine's CPU would insert casts around every half-width operator
+that a CPU lacks, and a GPU would then compute in float32. The session optimises when it is opened.
 """
 
 from __future__ import annotations
@@ -20,16 +24,16 @@ from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, File
 from twotower.errors import BuildError
 from twotower.graph_files import attach_weights, detach_weights, load_graph, weight_refs, widen_data, widen_to_float32
 
-__all__ = ["OrtCpuBuilder"]
+__all__ = ["OrtCpuBuilder", "OrtCudaBuilder"]
 
-TARGET = "ort-cpu"
+CPU, CUDA = "ort-cpu", "ort-cuda"
 
 
 class OrtCpuBuilder:
     """Builds the `ort-cpu` target."""
 
     def library(self) -> dict[str, str]:
-        return {"name": "onnxruntime", "version": ort.__version__}
+        return _library()
 
     def needed_bytes(self, bundle: Bundle) -> int:
         if bundle.dtype == "float32":
@@ -44,14 +48,13 @@ class OrtCpuBuilder:
             report(f"optimising {name}", step, len(GRAPH_FILES))
             weights[name], ops = self._build_graph(bundle, name, folder, report)
             operators[name] = dict(ops.most_common())
-        files = {p.name: FileRecord(p.stat().st_size, hash_file(p)) for p in sorted(folder.iterdir())}
         return EngineRecord(
-            target=TARGET,
+            target=CPU,
             library=self.library(),
             dtype="float32",
             graphs={name: bundle.graph_identity(name) for name in GRAPH_FILES},
             weights=weights,
-            files=files,
+            files=_written(folder),
             report={"seconds": round(time.perf_counter() - started, 3), "operators": operators, "widened_from": _widened_from(bundle)},
         )
 
@@ -70,13 +73,53 @@ class OrtCpuBuilder:
                 report(f"widening {name}", done, total)
 
             refs = widen_data(bundle.path / location, wide, refs, tick)
-            location = f"engines/{TARGET}/{wide.name}"
+            location = f"engines/{CPU}/{wide.name}"
             widen_to_float32(model)
         detach_weights(model)
         optimised = _optimised(model, folder / f"{name}.onnx", name)
         attach_weights(optimised, refs, location)  # relative to the bundle: the runtime maps the file from there
         (folder / f"{name}.onnx").write_bytes(optimised.SerializeToString())
         return location, Counter(node.op_type for node in optimised.graph.node)
+
+
+class OrtCudaBuilder:
+    """Builds the `ort-cuda` target: no GPU is needed, and nothing of the CUDA provider is asked or guessed.
+
+    The engine is tied to the version of ONNX Runtime all the same: a bundle is built and checked with the library it will run on.
+    """
+
+    def library(self) -> dict[str, str]:
+        return _library()
+
+    def needed_bytes(self, bundle: Bundle) -> int:
+        return sum(bundle.files[graph].size for graph in GRAPH_FILES.values())
+
+    def build(self, bundle: Bundle, folder: Path, report: Report) -> EngineRecord:
+        started = time.perf_counter()
+        operators: dict[str, dict[str, int]] = {}
+        for step, (name, file) in enumerate(GRAPH_FILES.items()):
+            report(f"writing {name}", step, len(GRAPH_FILES))
+            model = load_graph(bundle.graph_file(name))
+            attach_weights(model, weight_refs(model), file + DATA_SUFFIX)  # relative to the bundle: the runtime reads the file from there
+            (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+            operators[name] = dict(Counter(node.op_type for node in model.graph.node).most_common())
+        return EngineRecord(
+            target=CUDA,
+            library=self.library(),
+            dtype=bundle.dtype,
+            graphs={name: bundle.graph_identity(name) for name in GRAPH_FILES},
+            weights={name: file + DATA_SUFFIX for name, file in GRAPH_FILES.items()},
+            files=_written(folder),
+            report={"seconds": round(time.perf_counter() - started, 3), "operators": operators},
+        )
+
+
+def _library() -> dict[str, str]:
+    return {"name": "onnxruntime", "version": ort.__version__}
+
+
+def _written(folder: Path) -> dict[str, FileRecord]:
+    return {p.name: FileRecord(p.stat().st_size, hash_file(p)) for p in sorted(folder.iterdir())}
 
 
 def _optimised(model: onnx.ModelProto, scratch: Path, name: str) -> onnx.ModelProto:

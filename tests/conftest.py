@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "tests" / "fixtures" / "hybrid-a"
 REQUIRED = frozenset(filter(None, os.environ.get("TWOTOWER_REQUIRE", "").split(",")))
 BROWSER = (("chromium", "google-chrome"), ("chromedriver",))
-LIBRARY = {"trt": "tensorrt", "trt_rtx": "tensorrt_rtx"}
+LIBRARY = {"trt": ("tensorrt",), "trt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx"), "ort_cuda": ("onnxruntime-gpu",)}
+"""Mark -> distributions, any of which will do: onnxruntime and onnxruntime-gpu cannot be told apart by what can be imported."""
 
 if "gpu" not in REQUIRED:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -40,7 +42,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def _missing(mark: str) -> str | None:
     if mark in LIBRARY:
-        return None if importlib.util.find_spec(LIBRARY[mark]) else f"{LIBRARY[mark]} is not installed"
+        return None if any(map(_installed, LIBRARY[mark])) else f"{LIBRARY[mark][0]} is not installed"
     if mark == "browser":
         if not importlib.util.find_spec("selenium"):
             return "selenium is not installed"
@@ -51,6 +53,13 @@ def _missing(mark: str) -> str | None:
     from twotower.hardware import probe_machine
 
     return None if probe_machine().gpus else "there is no NVIDIA GPU"
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        return bool(version(distribution))
+    except PackageNotFoundError:
+        return False
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from twotower.errors import EngineMismatchError
 
@@ -38,13 +40,21 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Facts about this machine; `libraries` maps installed inference distributions to versions."""
+    """Facts about this machine.
+
+    Attributes:
+        libraries: Installed inference distributions and their versions.
+        processor: The processor's name; likewise
+        driver: NVIDIA's driver, empty where there is none.
+    """
 
     system: str
     cpus: int
     memory: int
     gpus: tuple[Gpu, ...]
     libraries: Mapping[str, str]
+    processor: str = ""
+    driver: str = ""
 
     @property
     def conflict(self) -> str | None:
@@ -74,7 +84,7 @@ def probe_machine() -> Machine:
         except PackageNotFoundError:
             continue
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return Machine(platform.platform(terse=True), os.cpu_count() or 1, memory, _gpus(), libraries)
+    return Machine(platform.platform(terse=True), os.cpu_count() or 1, memory, _gpus(), libraries, _processor(), _driver())
 
 
 def select_target(machine: Machine, built: Sequence[str], *, wanted: str | None = None) -> Selection:
@@ -121,6 +131,24 @@ def _reason_against(target: str, machine: Machine, built: Sequence[str]) -> str 
 
 def _describe(machine: Machine) -> str:
     return ", ".join(f"{g.name} SM {g.sm}" for g in machine.gpus) or f"{machine.cpus} CPUs, no NVIDIA GPU"
+
+
+def _processor() -> str:
+    names = re.findall(r"^model name\s*: (.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    return names[0].strip() if names else platform.processor() or platform.machine()
+
+
+def _driver() -> str:
+    found = re.search(r"NVRM version: .*?(\d+(?:\.\d+)+)", _text("/proc/driver/nvidia/version"))
+    return found[1] if found else ""
+
+
+def _text(file: str) -> str:
+    """A file of the kernel's; empty where there is none."""
+    try:
+        return Path(file).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _gpus() -> tuple[Gpu, ...]:

@@ -1,4 +1,4 @@
-"""Building the ort-cpu engines: what is written, what is kept, and what a damaged or foreign engine says."""
+"""Building the engines for ONNX Runtime: what is written, what is kept, and what a damaged or foreign engine says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from twotower.builders import build as build_module
 from twotower.bundle import BUILD_FILE, GRAPH_FILES, Bundle, engine_folder, read_engine_record
 from twotower.errors import BuildError, EngineMismatchError
 from twotower.graph_files import load_graph, weight_refs
-from twotower.runtime.engines.ort import open_ort_cpu
+from twotower.runtime import GenerationConfig, TwoTower
+from twotower.runtime.engines.base import Towers
+from twotower.runtime.engines.ort import OrtEngine, open_ort_cpu
 
 TARGET = "ort-cpu"
 
@@ -160,3 +162,44 @@ def test_an_engine_that_cannot_be_loaded_says_how_to_get_one_that_can(
     with pytest.raises(EngineMismatchError, match="cannot load") as caught:
         open_ort_cpu(copy)
     assert "--force" in caught.value.do
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_gpu_gets_the_graphs_as_they_were_exported(tmp_path: Path, dtype: str) -> None:
+    """In the bundle's own precision: an optimisation on this CPU would insert casts to float32 that a GPU does not need."""
+    bundle = export_fixture("hybrid-a", tmp_path / "b", dtype)
+    assert build_engines(bundle, "ort-cuda", builder_for("ort-cuda")).target == "ort-cuda"
+    record = read_engine_record(bundle, "ort-cuda", library=builder_for("ort-cuda").library())
+    assert record.dtype == dtype
+    assert record.weights == {name: f"{file}.data" for name, file in GRAPH_FILES.items()}
+    assert sorted(record.files) == sorted(f"{name}.onnx" for name in GRAPH_FILES), "graphs and no weights"
+    for name in GRAPH_FILES:
+        engine, exported = load_graph(engine_folder(bundle, "ort-cuda") / f"{name}.onnx"), load_graph(bundle.graph_file(name))
+        assert list(engine.graph.node) == list(exported.graph.node)
+        assert (engine.graph.input, engine.graph.output) == (exported.graph.input, exported.graph.output)
+        assert weight_refs(engine) == weight_refs(exported)
+        assert {ref.dtype for ref in weight_refs(engine).values()} <= {dtype, "float32"}
+        assert record.report["operators"][name]["MatMul"] == sum(node.op_type == "MatMul" for node in exported.graph.node)
+        locations = {e.value for t in engine.graph.initializer for e in t.external_data if e.key == "location"}
+        assert locations == {record.weights[name]}
+
+
+def test_a_gpu_engine_computes_what_the_cpu_engine_computes(tmp_path: Path, built: Bundle) -> None:
+    """The very file, on the provider that is here: it loads, finds its weights from the bundle, and means the same."""
+    bundle = Bundle.open(copy_of(built, tmp_path / "copy"))
+    build_engines(bundle, "ort-cuda", builder_for("ort-cuda"))
+    texts = []
+    for target in ("ort-cpu", "ort-cuda"):
+        engines = [
+            OrtEngine(engine_folder(bundle, target) / f"{name}.onnx", bundle.path, signature, pack=False)
+            for name, signature in bundle.signatures.items()
+        ]
+        with TwoTower.from_towers(Towers(bundle.config, "float32", *engines)) as model:
+            texts.append(model.generate([5, 6, 7], GenerationConfig(max_new_tokens=32, ignore_eos=True)).tokens)
+    assert texts[0] == texts[1]
+
+
+def test_an_engine_of_another_library_version_does_not_fit_a_gpu_either(copy: Bundle) -> None:
+    build_engines(copy, "ort-cuda", builder_for("ort-cuda"))
+    with pytest.raises(EngineMismatchError, match="does not fit"):
+        read_engine_record(copy, "ort-cuda", library={"name": "onnxruntime", "version": "0.1"})

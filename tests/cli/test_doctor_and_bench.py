@@ -34,7 +34,7 @@ def test_doctor_checks_a_bundle(built_bundle: Path, capsys: pytest.CaptureFixtur
 def test_only_a_failed_check_fails_the_doctor(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, outcome: bool | None, code: int, mark: str
 ) -> None:
-    def checks(progress: Any) -> Iterator[CheckResult]:
+    def checks(progress: Any, target: str) -> Iterator[CheckResult]:
         yield CheckResult("the sky", outcome, "blue")
 
     monkeypatch.setattr("twotower.evaluate.check_chain", checks)
@@ -73,6 +73,54 @@ def test_bench_of_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 )
 def test_nothing_to_measure_is_a_user_error(built_bundle: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     assert main(["bench", *(str(built_bundle) if w == "B" else w for w in words)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "\n  do: " in captured.err
+
+
+def test_a_report_is_a_page_named_after_the_device(
+    built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from twotower.hardware import Machine
+
+    machine = Machine("Linux", 3, 8 << 30, (), {"onnxruntime": "1.32"}, processor="Some | CPU (R) 9000")
+    monkeypatch.setattr("twotower.cli.doctor.probe_machine", lambda: machine)
+    assert main(["doctor", str(built_bundle), "--target", "ort-cpu", "--report", str(tmp_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    (file,) = tmp_path.iterdir()
+    assert file.name == "some-cpu-r-9000.md"
+    page = file.read_text(encoding="utf-8")
+    assert page.startswith("# Some | CPU (R) 9000\n")
+    assert "| ort-cpu | known answer | ok |" in page
+    assert "| trt | tensorrt is not installed |" in page or "| trt | not built |" in page
+    assert all(c["target"] == "ort-cpu" for c in facts["checks"])
+    (times,) = facts["passes"]
+    assert times["denoise_ms"] > 0 and times["extend_ms"] > 0
+    assert times["denoise_gb_per_s"] == pytest.approx(times["denoiser_bytes"] / times["denoise_ms"] / 1e6)
+    assert f"{times['denoise_ms']:.3f} ms" in page
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert all(line.replace("\\|", "").endswith(" |") for line in rows)
+
+
+def test_a_report_checks_every_target_that_runs_here_and_shows_the_one_that_does_not_open(
+    built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from twotower.hardware import Gpu, Machine
+
+    libraries = {"onnxruntime-gpu": "1.32", "tensorrt": "11.4"}
+    machine = Machine("Linux", 3, 8 << 30, (Gpu("NVIDIA Thing", 90, 1 << 30),), libraries)
+    monkeypatch.setattr("twotower.cli.doctor.probe_machine", lambda: machine)
+    assert main(["doctor", str(built_bundle), "--report", str(tmp_path)]) == 0
+    assert (tmp_path / "nvidia-thing.md").is_file()
+    monkeypatch.setattr("twotower.cli.doctor._chosen", lambda args, machine: ["trt", "ort-cpu"])
+    assert main(["doctor", str(built_bundle), "--report", str(tmp_path)]) == 1
+    page = (tmp_path / "nvidia-thing.md").read_text(encoding="utf-8")
+    assert "| trt | runs | **FAILED** |" in page
+    assert "| ort-cpu | known answer | ok |" in page
+
+
+def test_a_report_into_no_folder_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--report", str(tmp_path / "none")]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "\n  do: " in captured.err

@@ -60,8 +60,8 @@ def check_bundle(model: TwoTower) -> Iterator[CheckResult]:
     yield CheckResult("more than one token a pass", rate > 1 or None, f"{rate:.2f} tokens a pass at threshold 0.8")
 
 
-def check_chain(progress: Callable[[str], None] | None = None) -> Iterator[CheckResult]:
-    """Known answer: a small random model through export, build and generation, against the plain torch loop."""
+def check_chain(progress: Callable[[str], None] | None = None, target: str = "ort-cpu") -> Iterator[CheckResult]:
+    """Known answer: a small random model through export, build and generation on one target, against the plain torch loop."""
     try:
         import torch  # noqa: F401, PLC0415 - the check is for environments that can export
 
@@ -72,12 +72,12 @@ def check_chain(progress: Callable[[str], None] | None = None) -> Iterator[Check
     with tempfile.TemporaryDirectory(prefix="twotower-doctor-") as scratch:
         checkpoint = write_checkpoint(Path(scratch) / "checkpoint", _small_config())
         try:
-            yield from _known_answer(checkpoint, Path(scratch) / "bundle", progress or (lambda what: None))
+            yield from _known_answer(checkpoint, Path(scratch) / "bundle", target=target, progress=progress or (lambda what: None))
         except (TwoTowerError, ImportError) as e:
             yield CheckResult("known answer", False if isinstance(e, TwoTowerError) else None, str(e))
 
 
-def _known_answer(checkpoint: Path, bundle: Path, progress: Callable[[str], None]) -> Iterator[CheckResult]:
+def _known_answer(checkpoint: Path, bundle: Path, *, target: str, progress: Callable[[str], None]) -> Iterator[CheckResult]:
     import torch  # noqa: PLC0415
 
     from twotower.builders import build_engines, builder_for  # noqa: PLC0415
@@ -97,14 +97,14 @@ def _known_answer(checkpoint: Path, bundle: Path, progress: Callable[[str], None
     exported = export_bundle(opened, bundle, verify=verify)
     yield CheckResult("exported graphs compute the torch towers", True, f"error {outcome['largest_error']:.1e}, allowed {TOLERANCE:.0e}")
     progress("building and generating")
-    build_engines(exported, "ort-cpu", builder_for("ort-cpu"))
+    build_engines(exported, target, builder_for(target))
 
     def read(name: str) -> torch.Tensor:
         return torch.from_numpy(opened.tensors[name].numpy().copy())
 
     towers = load_context_tower(opened.config, read), load_denoiser_tower(opened.config, read)
     prompt = list(range(5, 25))
-    with TwoTower.open(bundle, target="ort-cpu") as model:
+    with TwoTower.open(bundle, target=target) as model:
         for mode in ("diffusion", "ar"):
             config = GenerationConfig(mode=mode, max_new_tokens=40, confidence_threshold=0.5, ignore_eos=True)
             got, want = model.generate(prompt, config).tokens, reference_generate(towers, prompt, config).tokens
