@@ -8,22 +8,49 @@ from pathlib import Path
 from typing import Protocol
 
 from twotower.bundle import Bundle, EngineRecord
+from twotower.errors import ConfigError
 
-__all__ = ["BuildConfig", "EngineBuilder", "Report"]
+__all__ = ["DEFAULT_MAX_BATCH", "DEFAULT_MAX_CONTEXT", "BuildConfig", "EngineBuilder", "Report", "silent"]
 
 Report = Callable[[str, int, int], None]
 """Called with (what is being done, done, in all); the numbers are bytes or steps."""
 
+DEFAULT_MAX_BATCH = 8
+DEFAULT_MAX_CONTEXT = 4096
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """A `Report` nobody reads."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildConfig:
-    """Options of one build.
+    """Options of one build; all but `force` are for targets that fix their shapes (`rtx`, `trt`).
 
     Attributes:
         force: Build again although a fitting engine is there.
+        sms: Compute capabilities to build for ahead of time, e.g. (86, 89); empty for the builder's own choice.
+        max_batch: Most rows the engines take.
+        max_context: Longest text, prompt and answer; None for 4096 or the model's own limit, whichever is less.
+        max_build_memory: Bytes the build of one engine may need at its peak; None for no bound. A tower that needs more is cut into segments.
+        cache: Folder of engines kept from build to build; None for no cache.
+        save_graphs: Folder that gets the very graphs the library is given, for other tools; None for none.
     """
 
     force: bool = False
+    sms: tuple[int, ...] = ()
+    max_batch: int = DEFAULT_MAX_BATCH
+    max_context: int | None = None
+    max_build_memory: int | None = None
+    cache: Path | None = None
+    save_graphs: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_context", "max_build_memory"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} cannot be {value}", found=f"{value}; allowed: 1 and more", do=f"pass a positive {flag}")
 
 
 class EngineBuilder(Protocol):
@@ -33,10 +60,22 @@ class EngineBuilder(Protocol):
         """Name and version of the library the engines are tied to."""
         ...
 
-    def needed_bytes(self, bundle: Bundle) -> int:
+    def fits(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
+        """Whether sound engines that are already there are what this config asks for."""
+        ...
+
+    def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
+        """What a build would do, a line each, without doing any of it.
+
+        Raises:
+            BuildError: it cannot be done.
+        """
+        ...
+
+    def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
         """Disk space the engines will take."""
         ...
 
-    def build(self, bundle: Bundle, folder: Path, report: Report) -> EngineRecord:
+    def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
         """Writes the engines into an empty folder and describes them; publishing the folder is the caller's part."""
         ...

@@ -8,7 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from twotower.builders.base import BuildConfig, EngineBuilder, Report
+from twotower.builders.base import BuildConfig, EngineBuilder, Report, silent
+from twotower.builders.lock import locked
 from twotower.bundle import BUILD_FILE, Bundle, EngineRecord, engine_folder, read_engine_record, write_json
 from twotower.errors import BuildError, EngineMismatchError
 
@@ -23,31 +24,45 @@ def build_engines(
     """Builds the engines of one target into `engines/<target>`.
 
     A fitting engine that is already there is kept unless `config.force`. The new one is written beside it and takes its place by a
-    rename, so that a killed build leaves the old engine usable.
+    rename, so that a killed build leaves the old engine usable. Of two builds of one target at a time the second waits for the first.
 
     Raises:
         BuildError: no space, or the library refuses the graph.
     """
+    config, report = config or BuildConfig(), report or silent
     folder = engine_folder(bundle, target)
-    if not (config or BuildConfig()).force:
-        try:
-            return read_engine_record(bundle, target, library=builder.library())
-        except EngineMismatchError as e:
-            logger.debug("building %s: %s", target, e.found)
-    _require_space(bundle, builder.needed_bytes(bundle))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target}.", dir=folder.parent))
     try:
-        record = builder.build(bundle, partial, report or _silent)
-        write_json(partial / BUILD_FILE, record.to_json())
-        os.chmod(partial, 0o755)  # mkdtemp is private; an engine is as readable as its bundle
-        _replace(partial, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.parent / f".{target}.lock", waiting=lambda: report(f"waiting for another build of {target}", 0, 0)):
+            return _fitting(bundle, target, builder, config=config) or _built(bundle, folder, builder, config=config, report=report)
     except OSError as e:
         raise BuildError(
             f"the {target} engine of '{bundle.path}' could not be written",
             found=str(e),
             do="free disk space or check permissions, then build again",
         ) from e
+
+
+def _fitting(bundle: Bundle, target: str, builder: EngineBuilder, *, config: BuildConfig) -> EngineRecord | None:
+    """The record of engines that are there and are what is asked for."""
+    if config.force:
+        return None
+    try:
+        record = read_engine_record(bundle, target, library=builder.library())
+    except EngineMismatchError as e:
+        logger.debug("building %s: %s", target, e.found)
+        return None
+    return record if builder.fits(record, bundle, config) else None
+
+
+def _built(bundle: Bundle, folder: Path, builder: EngineBuilder, *, config: BuildConfig, report: Report) -> EngineRecord:
+    _require_space(bundle, builder.needed_bytes(bundle, config))
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        record = builder.build(bundle, partial, config, report=report)
+        write_json(partial / BUILD_FILE, record.to_json())
+        os.chmod(partial, 0o755)  # mkdtemp is private; an engine is as readable as its bundle
+        _replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return record
@@ -70,7 +85,3 @@ def _require_space(bundle: Bundle, needed: int) -> None:
             found=f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
             do="free space, or move the bundle to a larger disk",
         )
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    return

@@ -1,0 +1,215 @@
+"""From an ONNX graph to serialized engine with a TensorRT library that is passed as a value: parse, check, configure, build."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from twotower.bundle import Profile
+from twotower.errors import BuildError
+from twotower.flavour import Flavour
+from twotower.spec import TensorSpec
+
+__all__ = ["EXPLAINED", "BuildLog", "NetworkOptions", "build_network", "explain", "make_logger"]
+
+EXPLAINED: tuple[tuple[str, str], ...] = (
+    (r"Make sure (input|output) \S+ has Int64 binding", "token ids and lengths are int64 by contract, and that is how they are bound"),
+    (r"(cudaError|CUDA initialization failure|error) ?.*35|CUDA lib.*not found|no CUDA-capable device|CUDA driver version is insufficient",
+     "there is no GPU on this machine; engines for named compute capabilities are built without one"),
+)  # fmt: skip
+"""Warnings that are understood: pattern and why it is harmless here. Any other is reported as unexplained."""
+
+_DROPPED = re.compile(r"Unused Input:|\[RemoveDeadLayers\] Input Tensor")
+"""A graph input the parser silently ignored: the engine would compute something else."""
+
+
+@dataclass(slots=True)
+class BuildLog:
+    """Warnings and errors of one build, in order, each once with its count."""
+
+    lines: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def add(self, severity: str, message: str) -> None:
+        self.lines[severity, " ".join(message.split())] += 1
+
+    def errors(self) -> list[str]:
+        return [message for (severity, message) in self.lines if severity != "WARNING"]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Every line with the reason it is harmless, or None."""
+        return [
+            {"severity": severity, "message": message, "count": count, "explained": explain(message)}
+            for (severity, message), count in self.lines.items()
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkOptions:
+    """What one engine is built for.
+
+    Attributes:
+        inputs: The graph's inputs.
+        profiles: In order.
+        sms: Compute capabilities; empty for the GPU at hand.
+        dtype: The graph's own: float32 keeps full precision in products, and lets attention be taken apart.
+        timing_cache: File of measured kernels, for a library that measures; None for none.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    profiles: tuple[Profile, ...]
+    sms: tuple[int, ...]
+    dtype: str
+    timing_cache: Path | None = None
+
+
+def explain(message: str) -> str | None:
+    """Why a line of the library's log is harmless, if it is known to be."""
+    return next((why for pattern, why in EXPLAINED if re.search(pattern, message)), None)
+
+
+def make_logger(trt: Any, log: BuildLog) -> Any:
+    """The library's logger writing into `log`; a process has one, the library ignores a second."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        """Keeps warnings and worse."""
+
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity.value <= trt.ILogger.Severity.WARNING.value:
+                log.add(severity.name, message)
+
+    return Logger()
+
+
+def build_network(
+    flavour: Flavour,
+    graph: tuple[bytes, Path],
+    options: NetworkOptions,
+    *,
+    log: BuildLog,
+    tick: Callable[[str, int, int], bool],
+) -> tuple[Any, dict[str, Any]]:
+    """Builds one engine.
+
+    Args:
+        flavour: The library.
+        graph: The serialized model, and a file in the folder its weights lie in.
+        options: What to build for.
+        log: Gets the library's warnings and errors.
+        tick: Called with (phase, step, steps); False cancels the build.
+
+    Returns:
+        The library's buffer with the serialized engine, and a report: operators by layer type and by type of output.
+
+    Raises:
+        BuildError: the library refuses the graph or fails.
+    """
+    trt = flavour.module
+    logger = make_logger(trt, log)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    parsed = parser.parse(graph[0], path=str(graph[1]))
+    _check_parsed(parsed, [parser.get_error(i).desc() for i in range(parser.num_errors)], log)
+    if options.dtype == "float32":
+        _allow_decomposition(trt, network)
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    facts = {
+        "layers": len(layers),
+        "by_type": dict(Counter(layer.type.name for layer in layers).most_common()),
+        "by_precision": dict(Counter(_precision(layer) for layer in layers).most_common()),
+    }
+    config = _configured(flavour, builder, options, tick=tick)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        found = "; ".join(log.errors()[-3:]) or "it gives no reason (a cancelled build gives none either)"
+        raise BuildError(f"{trt.__name__} {flavour.version} cannot build this graph", found=found, do=_NEXT)
+    if options.timing_cache is not None and (cache := config.get_timing_cache()) is not None:
+        options.timing_cache.write_bytes(bytes(cache.serialize()))
+    return plan, facts
+
+
+_NEXT = "write the graph with `--save-graphs FOLDER --dry-run` and cut it down with `polygraphy debug reduce` (docs/engines.md)"
+
+
+def _check_parsed(parsed: bool, errors: Sequence[str], log: BuildLog) -> None:
+    if not parsed:
+        raise BuildError("the ONNX parser refuses the graph", found="; ".join(errors[:3]) or "no reason given", do=_NEXT)
+    dropped = [message for (_, message) in log.lines if _DROPPED.search(message)]
+    if dropped:
+        raise BuildError("the ONNX parser ignores an input of the graph", found="; ".join(dropped), do=_NEXT)
+
+
+def _allow_decomposition(trt: Any, network: Any) -> None:
+    """No fused kernel computes attention in float32: the compiler may take it apart. In half precision losing the fused kernel is an error."""
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionBoundaryLayer
+            layer.attention.decomposable = True
+
+
+def _configured(flavour: Flavour, builder: Any, options: NetworkOptions, *, tick: Callable[[str, int, int], bool]) -> Any:
+    trt = flavour.module
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    for profile in options.profiles:
+        _add_profile(builder, config, options.inputs, profile=profile)
+    if options.sms:
+        config.num_compute_capabilities = len(options.sms)  # the count first: a slot does not exist before
+        for slot, sm in enumerate(options.sms):
+            if not config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), slot):
+                raise BuildError(
+                    f"{trt.__name__} does not take SM {sm}", found=f"it lists {', '.join(map(str, flavour.sms))}", do="choose others with --sm"
+                )
+    elif options.timing_cache is not None:
+        known = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
+        config.set_timing_cache(config.create_timing_cache(known), False)
+    config.progress_monitor = _monitor(trt, tick)
+    return config
+
+
+def _add_profile(builder: Any, config: Any, inputs: Sequence[TensorSpec], *, profile: Profile) -> None:
+    made = builder.create_optimization_profile()
+    for spec in inputs:
+        if any(letter in spec.axes for letter in profile.axes):
+            made.set_shape(spec.name, *(_shape(spec, profile.axes, which) for which in range(3)))
+    if config.add_optimization_profile(made) < 0:
+        raise BuildError("an optimization profile is refused", found=f"{profile}", do="report this: it is a defect of twotower")
+
+
+def _shape(spec: TensorSpec, axes: Mapping[str, tuple[int, int, int]], which: int) -> tuple[int, ...]:
+    return tuple(axes[axis][which] if isinstance(axis, str) else axis for axis in spec.axes)
+
+
+def _precision(layer: Any) -> str:
+    return str(layer.get_output(0).dtype.name) if layer.num_outputs else "none"
+
+
+def _monitor(trt: Any, tick: Callable[[str, int, int], bool]) -> Any:
+    """The library's progress as calls of `tick`."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        """Passes phases on."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return tick(phase_name, step + 1, self._steps.get(phase_name, 0))
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+    return Monitor()

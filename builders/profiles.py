@@ -1,0 +1,39 @@
+"""Shapes the engines are tuned for, as plain numbers."""
+
+from __future__ import annotations
+
+from twotower.bundle import Profile
+from twotower.errors import ConfigError
+from twotower.spec import CONTEXT, CONTEXT_HEAD, MAX_CHUNK
+
+__all__ = ["cache_capacity", "profiles"]
+
+_ALIGNED = 64  # positions of a key-value cache: rows of whole cache lines in every dtype
+
+
+def cache_capacity(max_context: int, longest: int) -> int:
+    """T for texts of up to `max_context` tokens: a chunk more, because a padded chunk is written whole, rounded up.
+
+    Raises:
+        ConfigError: the model itself cannot read such texts.
+    """
+    if max_context > longest:
+        raise ConfigError(
+            f"--max-context {max_context} is longer than the model's texts",
+            found=f"1 to {longest} tokens are allowed",
+            do="lower --max-context",
+        )
+    return -(-(max_context + MAX_CHUNK) // _ALIGNED) * _ALIGNED
+
+
+def profiles(graph: str, *, max_batch: int, block_size: int) -> tuple[Profile, ...]:
+    """The optimization profiles of one graph; a later one is the narrower and is preferred where it admits a shape.
+
+    The context graph has one for each of its three uses, so that a step of autoregression and the extension by a block are tuned for
+    their own length; T and the denoiser's S are constants of the graph. Rows are tuned for `max_batch`: throughput is what rows are for.
+    """
+    rows = (1, max_batch, max_batch)
+    if graph == CONTEXT:
+        lengths = {"prefill": (1, MAX_CHUNK, MAX_CHUNK), "block": (block_size,) * 3, "decode": (1, 1, 1)}
+        return tuple(Profile(name, {"B": rows, "L": length}) for name, length in lengths.items())
+    return (Profile("head" if graph == CONTEXT_HEAD else "denoise", {"B": rows}),)

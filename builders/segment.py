@@ -1,0 +1,201 @@
+"""The graph TensorRT is given: constant capacity and block, and of a cut tower the nodes and weights of some layers only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import onnx
+
+from twotower.spec import CONDITIONING, CONTEXT, DENOISER, RESIDUAL_IN, RESIDUAL_OUT, TensorSpec, TowerSignature
+
+__all__ = ["GraphLayers", "Segment", "fix_axes", "layer_bytes", "segment"]
+
+_LAYER = re.compile(r"layers\.(\d+)\.")
+_SIZES = {onnx.TensorProto.FLOAT: 4, onnx.TensorProto.FLOAT16: 2, onnx.TensorProto.BFLOAT16: 2, onnx.TensorProto.INT64: 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A graph of consecutive layers, with the signature it got."""
+
+    model: onnx.ModelProto
+    layers: tuple[int, int]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphLayers:
+    """Weight bytes of a tower's graph by layer.
+
+    Attributes:
+        layers: Of each layer.
+        before: Of the embedding and, in the denoiser, the conditioning.
+        after: Of the final norm and the head.
+    """
+
+    layers: tuple[int, ...]
+    before: int
+    after: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.layers) + self.before + self.after
+
+
+def fix_axes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
+    """Makes named axes constants, in place: TensorRT wants the capacity of a cache static, and tunes a static block better."""
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in sizes:
+                dim.dim_value = sizes[dim.dim_param]
+
+
+def layer_bytes(model: onnx.ModelProto) -> GraphLayers:
+    """Weight bytes by layer: a weight belongs to the layer whose node reads it."""
+    sizes = {t.name: _nbytes(t) for t in model.graph.initializer}
+    layers: dict[int, int] = {}
+    ends = [0, 0]
+    for node in model.graph.node:
+        nbytes = sum(sizes.pop(name, 0) for name in node.input)
+        index = _layer_of(node)
+        if index is not None:
+            layers[index] = layers.get(index, 0) + nbytes
+        else:
+            ends[_is_after(node)] += nbytes
+    return GraphLayers(tuple(layers[i] for i in sorted(layers)), ends[0], ends[1])
+
+
+def segment(model: onnx.ModelProto, signature: TowerSignature, layers: tuple[int, int], *, dtype: str) -> Segment:
+    """Layers [first, end) of a tower's graph as a graph of their own; the whole graph if these are all.
+
+    What every layer shares (masks, positions) is computed again in each segment from the graph's own inputs, which is cheap. Handed over are
+    the residual stream and, because it is three large products, the denoiser's conditioning.
+
+    Args:
+        model: The graph, with its weights outside.
+        signature: Its inputs and outputs.
+        layers: First layer and the one after the last.
+        dtype: Element type of the residual stream.
+    """
+    first, end = layers
+    last_layer = max((i for i in map(_layer_of, model.graph.node) if i is not None), default=-1)
+    if first == 0 and end > last_layer:
+        return Segment(model, layers, signature.inputs, signature.outputs)
+    nodes = list(model.graph.node)
+    stream_axes = ("B", "L" if signature.name == CONTEXT else "S", _width(signature, model))
+    given: dict[str, TensorSpec] = {}
+    wanted: dict[str, TensorSpec] = {}
+    if first > 0:
+        given[_last_output(nodes, f"layers.{first - 1}.")] = TensorSpec(RESIDUAL_IN, dtype, stream_axes)
+    if end <= last_layer:
+        wanted[_last_output(nodes, f"layers.{end - 1}.")] = TensorSpec(RESIDUAL_OUT, dtype, stream_axes)
+    if signature.name == DENOISER:
+        handed = TensorSpec(CONDITIONING, dtype, ("B", 3, stream_axes[2]))
+        (wanted if first == 0 else given)[_last_output(nodes, "conditioning/")] = handed
+    for spec in signature.outputs:
+        maker = next(n for n in nodes if spec.name in n.output)
+        index = _layer_of(maker)
+        if (end > last_layer) if index is None else first <= index < end:
+            wanted[spec.name] = spec
+    return _extracted(model, signature, layers, given=given, wanted=wanted)
+
+
+def _extracted(
+    model: onnx.ModelProto,
+    signature: TowerSignature,
+    layers: tuple[int, int],
+    *,
+    given: Mapping[str, TensorSpec],
+    wanted: Mapping[str, TensorSpec],
+) -> Segment:
+    """The nodes `wanted` needs when `given` is there, under the names both have in the segment."""
+    keep = _needed(model.graph.node, wanted, stop=given)
+    renamed = {old: spec.name for old, spec in (*given.items(), *wanted.items())}
+    nodes = []
+    for i in keep:
+        node = onnx.NodeProto()
+        node.CopyFrom(model.graph.node[i])
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+        nodes.append(node)
+    read = {name for node in nodes for name in node.input}
+    by_name = {v.name: v for v in (*model.graph.input, *model.graph.output)}
+    inputs = [*given.values(), *(s for s in signature.inputs if s.name in read)]
+    outputs = list(wanted.values())
+    graph = onnx.helper.make_graph(
+        nodes,
+        f"{signature.name}_{layers[0]}_{layers[1]}",
+        [_value(s, by_name) for s in inputs],
+        [_value(s, by_name) for s in outputs],
+        [t for t in model.graph.initializer if t.name in read],
+    )
+    part = onnx.helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version, producer_name="twotower")
+    block = _block_length(model)
+    if block:
+        fix_axes(part, {"S": block})
+    return Segment(part, layers, tuple(inputs), tuple(outputs))
+
+
+def _needed(nodes: Iterable[onnx.NodeProto], wanted: Iterable[str], *, stop: Iterable[str]) -> list[int]:
+    """Indices, in order, of the nodes from which `wanted` is computed."""
+    listed = list(nodes)
+    makers = {name: i for i, node in enumerate(listed) for name in node.output if name}
+    seen: set[int] = set()
+    todo, known = list(wanted), set(stop)
+    while todo:
+        name = todo.pop()
+        if name in known or name not in makers:
+            continue
+        known.add(name)
+        index = makers[name]
+        if index not in seen:
+            seen.add(index)
+            todo += [n for n in listed[index].input if n]
+    return sorted(seen)
+
+
+def _value(spec: TensorSpec, known: Mapping[str, onnx.ValueInfoProto]) -> onnx.ValueInfoProto:
+    """The graph's own value of that name, its axes already fixed, or a new one."""
+    if spec.name in known:
+        return known[spec.name]
+    codes = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
+    return onnx.helper.make_tensor_value_info(spec.name, codes[spec.dtype], list(spec.axes))
+
+
+def _last_output(nodes: Iterable[onnx.NodeProto], scope: str) -> str:
+    """Output of the last node recorded in a scope: a layer ends with its sum into the residual stream."""
+    return str([node for node in nodes if node.name.startswith(scope)][-1].output[0])
+
+
+def _layer_of(node: onnx.NodeProto) -> int | None:
+    found = _LAYER.match(node.name)
+    return int(found[1]) if found else None
+
+
+def _is_after(node: onnx.NodeProto) -> bool:
+    return node.name.startswith(("norm_f", "lm_head", "sampler"))
+
+
+def _nbytes(tensor: onnx.TensorProto) -> int:
+    count = 1
+    for size in tensor.dims:
+        count *= size
+    return count * _SIZES[tensor.data_type]
+
+
+def _width(signature: TowerSignature, model: onnx.ModelProto) -> int:
+    """D, the residual stream's width: the second axis of the embedding table."""
+    table = next(t for t in model.graph.initializer if t.name.endswith("embeddings.weight"))
+    return int(table.dims[1])
+
+
+def _block_length(model: onnx.ModelProto) -> int | None:
+    """S where it is constant already."""
+    for value in model.graph.input:
+        if value.name == "block":
+            dim = value.type.tensor_type.shape.dim[1]
+            return dim.dim_value if dim.HasField("dim_value") else None
+    return None
