@@ -32,7 +32,7 @@ class BuildConfig:
         sms: Compute capabilities to build for ahead of time, e.g. (86, 89); empty for the builder's own choice.
         max_batch: Most rows the engines take.
         max_context: Longest text, prompt and answer; None for 4096 or the model's own limit, whichever is less.
-        max_build_memory: Bytes the build of one engine may need at its peak; None for no bound. A tower that needs more is cut into segments.
+        max_build_memory: Bytes the build of one engine may need at its peak, None for no bound; a larger tower is cut into segments.
         cache: Folder of engines kept from build to build; None for no cache.
         save_graphs: Folder that gets the very graphs the library is given, for other tools; None for none.
     """

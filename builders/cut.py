@@ -50,10 +50,11 @@ def cut_layers(layer_bytes: Sequence[int], *, first_extra: int, last_extra: int,
     for i, size in enumerate(sizes):
         if size > most:
             with_it = {0: " with the embedding", len(sizes) - 1: " with the head"}.get(i, "")
+            needed, bound = build_memory(size), build_memory(most)
             raise BuildError(
                 f"layer {i}{with_it} cannot be built in so little memory",
-                found=f"{size / 1e9:.2f} GB of weights need about {build_memory(size) / 1e9:.1f} GB, the bound allows {build_memory(most) / 1e9:.1f} GB",
-                do=f"raise --max-build-memory to {-(-build_memory(size) // 10**9)}G or more; a layer is the smallest piece",
+                found=f"{size / 1e9:.2f} GB of weights need about {needed / 1e9:.1f} GB, {bound / 1e9:.1f} GB are allowed",
+                do=f"raise --max-build-memory to {-(-needed // 10**9)}G or more; a layer is the smallest piece",
             )
         if filled + size > most:
             groups.append((start, i))

@@ -74,7 +74,7 @@ def explain(message: str) -> str | None:
 def make_logger(trt: Any, log: BuildLog) -> Any:
     """The library's logger writing into `log`; a process has one, the library ignores a second."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         """Keeps warnings and worse."""
 
         def __init__(self) -> None:
@@ -147,7 +147,7 @@ def _check_parsed(parsed: bool, errors: Sequence[str], log: BuildLog) -> None:
 
 
 def _allow_decomposition(trt: Any, network: Any) -> None:
-    """No fused kernel computes attention in float32: the compiler may take it apart. In half precision losing the fused kernel is an error."""
+    """No fused kernel computes attention in float32: it may be taken apart. In half precision losing the fused kernel is an error."""
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
@@ -167,7 +167,9 @@ def _configured(flavour: Flavour, builder: Any, options: NetworkOptions, *, tick
         for slot, sm in enumerate(options.sms):
             if not config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), slot):
                 raise BuildError(
-                    f"{trt.__name__} does not take SM {sm}", found=f"it lists {', '.join(map(str, flavour.sms))}", do="choose others with --sm"
+                    f"{trt.__name__} does not take SM {sm}",
+                    found=f"it lists {', '.join(map(str, flavour.sms))}",
+                    do="choose others with --sm",
                 )
     elif options.timing_cache is not None:
         known = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
@@ -196,7 +198,7 @@ def _precision(layer: Any) -> str:
 def _monitor(trt: Any, tick: Callable[[str, int, int], bool]) -> Any:
     """The library's progress as calls of `tick`."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Passes phases on."""
 
         def __init__(self) -> None:

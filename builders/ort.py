@@ -19,7 +19,7 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 
-from twotower.builders.base import Report
+from twotower.builders.base import BuildConfig, Report
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, FileRecord, hash_file
 from twotower.errors import BuildError
 from twotower.graph_files import attach_weights, detach_weights, load_graph, weight_refs, widen_data, widen_to_float32
@@ -29,18 +29,29 @@ __all__ = ["OrtCpuBuilder", "OrtCudaBuilder"]
 CPU, CUDA = "ort-cpu", "ort-cuda"
 
 
-class OrtCpuBuilder:
-    """Builds the `ort-cpu` target."""
+class _OrtBuilder:
+    """What both targets share: shapes stay free, so any sound engine fits any config."""
 
     def library(self) -> dict[str, str]:
-        return _library()
+        return {"name": "onnxruntime", "version": ort.__version__}
 
-    def needed_bytes(self, bundle: Bundle) -> int:
+    def fits(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
+        return True
+
+
+class OrtCpuBuilder(_OrtBuilder):
+    """Builds the `ort-cpu` target."""
+
+    def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
+        how = "weights stay in the bundle" if bundle.dtype == "float32" else f"weights widened from {bundle.dtype} to float32"
+        return [f"three optimised graphs, {how}; any number of rows, any length"]
+
+    def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
         if bundle.dtype == "float32":
             return sum(bundle.files[g].size for g in GRAPH_FILES.values())
         return 2 * sum(bundle.files[g + DATA_SUFFIX].size for g in GRAPH_FILES.values())
 
-    def build(self, bundle: Bundle, folder: Path, report: Report) -> EngineRecord:
+    def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
         started = time.perf_counter()
         weights: dict[str, str] = {}
         operators: dict[str, dict[str, int]] = {}
@@ -82,19 +93,19 @@ class OrtCpuBuilder:
         return location, Counter(node.op_type for node in optimised.graph.node)
 
 
-class OrtCudaBuilder:
+class OrtCudaBuilder(_OrtBuilder):
     """Builds the `ort-cuda` target: no GPU is needed, and nothing of the CUDA provider is asked or guessed.
 
     The engine is tied to the version of ONNX Runtime all the same: a bundle is built and checked with the library it will run on.
     """
 
-    def library(self) -> dict[str, str]:
-        return _library()
+    def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
+        return [f"the three graphs as they are, in {bundle.dtype}; optimised when they are opened on the GPU"]
 
-    def needed_bytes(self, bundle: Bundle) -> int:
+    def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
         return sum(bundle.files[graph].size for graph in GRAPH_FILES.values())
 
-    def build(self, bundle: Bundle, folder: Path, report: Report) -> EngineRecord:
+    def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
         started = time.perf_counter()
         operators: dict[str, dict[str, int]] = {}
         for step, (name, file) in enumerate(GRAPH_FILES.items()):
@@ -112,10 +123,6 @@ class OrtCudaBuilder:
             files=_written(folder),
             report={"seconds": round(time.perf_counter() - started, 3), "operators": operators},
         )
-
-
-def _library() -> dict[str, str]:
-    return {"name": "onnxruntime", "version": ort.__version__}
 
 
 def _written(folder: Path) -> dict[str, FileRecord]:

@@ -13,7 +13,6 @@ from twotower.spec import CONDITIONING, CONTEXT, DENOISER, RESIDUAL_IN, RESIDUAL
 __all__ = ["GraphLayers", "Segment", "fix_axes", "layer_bytes", "segment"]
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
-_SIZES = {onnx.TensorProto.FLOAT: 4, onnx.TensorProto.FLOAT16: 2, onnx.TensorProto.BFLOAT16: 2, onnx.TensorProto.INT64: 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +70,8 @@ def layer_bytes(model: onnx.ModelProto) -> GraphLayers:
 def segment(model: onnx.ModelProto, signature: TowerSignature, layers: tuple[int, int], *, dtype: str) -> Segment:
     """Layers [first, end) of a tower's graph as a graph of their own; the whole graph if these are all.
 
-    What every layer shares (masks, positions) is computed again in each segment from the graph's own inputs, which is cheap. Handed over are
-    the residual stream and, because it is three large products, the denoiser's conditioning.
+    What every layer shares (masks, positions) is computed again in each segment from the graph's own inputs, which is cheap. Handed
+    over are the residual stream and, because it is three large products, the denoiser's conditioning.
 
     Args:
         model: The graph, with its weights outside.
@@ -183,7 +182,7 @@ def _nbytes(tensor: onnx.TensorProto) -> int:
     count = 1
     for size in tensor.dims:
         count *= size
-    return count * _SIZES[tensor.data_type]
+    return count * (onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def _width(signature: TowerSignature, model: onnx.ModelProto) -> int:

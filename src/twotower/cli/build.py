@@ -30,11 +30,13 @@ def run(args: argparse.Namespace) -> int:
     line = ProgressLine()
     try:
         bundle = Bundle.open(args.bundle, progress=lambda done, total: line("checking the bundle", done, total))
+        config = BuildConfig(force=args.force)
         if args.dry_run:
             library = builder.library()
-            print(f"{args.target}: {library['name']} {library['version']}, {human_bytes(builder.needed_bytes(bundle))} of disk")
+            print(f"{args.target}: {library['name']} {library['version']}, {human_bytes(builder.needed_bytes(bundle, config))} of disk")
+            print("\n".join(builder.describe(bundle, config)))
             return 0
-        record = build_engines(bundle, args.target, builder, config=BuildConfig(force=args.force), report=line)
+        record = build_engines(bundle, args.target, builder, config=config, report=line)
     finally:
         line.end()
     if args.json:

@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from twotower.builders import EngineBuilder, builder_for
-from twotower.builders.base import Report
+from twotower.builders.base import BuildConfig, Report
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, FileRecord, hash_file
 from twotower.errors import BuildError
 from twotower.graph_files import attach_weights, load_graph, weight_refs, widen_data, widen_to_float32
@@ -44,10 +44,16 @@ class RoundingBuilder:
     def library(self) -> dict[str, str]:
         return self._plain.library()
 
-    def needed_bytes(self, bundle: Bundle) -> int:
-        return self._plain.needed_bytes(bundle)
+    def fits(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
+        return "rounded" in record.report
 
-    def build(self, bundle: Bundle, folder: Path, report: Report) -> EngineRecord:
+    def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
+        return [f"three graphs in float32 that round every result to {bundle.dtype}"]
+
+    def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
+        return self._plain.needed_bytes(bundle, config)
+
+    def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
         if bundle.dtype not in _CODES:
             raise BuildError(
                 f"bundle '{bundle.path}' has no narrow type to round to",
