@@ -33,8 +33,6 @@ class BuildConfig:
         max_batch: Most rows the engines take.
         max_context: Longest text, prompt and answer; None for 4096 or the model's own limit, whichever is less.
         max_build_memory: Bytes the build of one engine may need at its peak, None for no bound; a larger tower is cut into segments.
-        cache: Folder of engines kept from build to build; None for no cache.
-        save_graphs: Folder that gets the very graphs the library is given, for other tools; None for none.
     """
 
     force: bool = False
@@ -42,8 +40,6 @@ class BuildConfig:
     max_batch: int = DEFAULT_MAX_BATCH
     max_context: int | None = None
     max_build_memory: int | None = None
-    cache: Path | None = None
-    save_graphs: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_context", "max_build_memory"):

@@ -135,7 +135,7 @@ def build_network(
     return plan, facts
 
 
-_NEXT = "write the graph with `--save-graphs FOLDER --dry-run` and cut it down with `polygraphy debug reduce` (docs/engines.md)"
+_NEXT = "read the reason; `polygraphy inspect model` shows the graph and `polygraphy debug reduce` cuts it down (docs/engines.md)"
 
 
 def _check_parsed(parsed: bool, errors: Sequence[str], log: BuildLog) -> None:
