@@ -23,7 +23,26 @@ def _ort_cuda() -> EngineBuilder:
     return OrtCudaBuilder()
 
 
-BUILDERS: dict[str, Callable[[], EngineBuilder]] = {"ort-cpu": _ort_cpu, "ort-cuda": _ort_cuda}
+def _rtx() -> EngineBuilder:
+    from twotower.builders.trt_rtx import make_builder
+
+    return make_builder()
+
+
+def _trt() -> EngineBuilder:
+    from twotower.builders.trt import make_builder
+
+    return make_builder()
+
+
+_EXTRAS = {
+    "ort-cpu": "`pip install 'twotower[cpu]'`",
+    "ort-cuda": "`pip install 'twotower[gpu]'`",
+    "rtx": "`pip install 'twotower[rtx]'`",
+    "trt": "`pip install 'twotower[gpu]'`: the wheels fetch the library itself from NVIDIA's own package index, pypi.nvidia.com",
+}
+
+BUILDERS: dict[str, Callable[[], EngineBuilder]] = {"ort-cpu": _ort_cpu, "ort-cuda": _ort_cuda, "rtx": _rtx, "trt": _trt}
 """Target name -> creator of its builder."""
 
 
@@ -39,9 +58,9 @@ def builder_for(target: str) -> EngineBuilder:
         )
     try:
         return BUILDERS[target]()
-    except ImportError as e:
+    except (ImportError, OSError) as e:  # OSError: the bindings are there and the library is not
         raise BuildError(
             f"target {target} cannot be built here",
             found=f"a library is missing: {e}",
-            do="install the extra it needs, e.g. `pip install 'twotower[cpu]'`",
+            do=_EXTRAS[target],
         ) from e

@@ -161,6 +161,14 @@ class TowerSignature:
                 return spec
         raise KeyError(name)
 
+    def with_sizes(self, sizes: Mapping[str, int]) -> TowerSignature:
+        """The same with these axes made constants."""
+
+        def fixed(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(s.name, s.dtype, tuple(sizes.get(a, a) if isinstance(a, str) else a for a in s.axes)) for s in specs)
+
+        return TowerSignature(self.name, fixed(self.inputs), fixed(self.outputs))
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, as stored in a bundle."""
         return {

@@ -125,7 +125,7 @@ def test_an_unbuilt_target_says_what_is_built(tmp_path: Path, copy: Bundle) -> N
 def test_a_failed_build_leaves_the_old_engine(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     builder = builder_for(TARGET)
 
-    def full(*arguments: object, **options: object) -> Any:
+    def full(*arguments: Any, **options: Any) -> Any:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(builder, "build", full)

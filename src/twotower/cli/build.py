@@ -12,6 +12,14 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by `twotower export`")
     parser.add_argument("--target", default="ort-cpu", metavar="T", help="what to build for (default: ort-cpu, which runs on any machine)")
+    parser.add_argument(
+        "--sm", metavar="LIST", help="of rtx: compute capabilities to build for, e.g. 86,89,120 (default: the GPU here, or these)"
+    )
+    parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="of rtx, trt: most rows (default: %(default)s)")
+    parser.add_argument(
+        "--max-context", type=int, metavar="N", help="of rtx, trt: longest text, prompt and answer (default: 4096 or the model's)"
+    )
+    parser.add_argument("--max-build-memory", metavar="SIZE", help="of rtx, trt: cut towers so that a build stays below this, e.g. 16G")
     parser.add_argument("--force", action="store_true", help="build again although a fitting engine is there")
     parser.add_argument("--dry-run", action="store_true", help="say what would be built and what it takes, then stop")
     parser.add_argument("--json", action="store_true", help="print the build record as one JSON object on stdout")
@@ -30,7 +38,13 @@ def run(args: argparse.Namespace) -> int:
     line = ProgressLine()
     try:
         bundle = Bundle.open(args.bundle, progress=lambda done, total: line("checking the bundle", done, total))
-        config = BuildConfig(force=args.force)
+        config = BuildConfig(
+            force=args.force,
+            sms=_numbers(args.sm),
+            max_batch=args.max_batch,
+            max_context=args.max_context,
+            max_build_memory=_size(args.max_build_memory),
+        )
         if args.dry_run:
             library = builder.library()
             print(f"{args.target}: {library['name']} {library['version']}, {human_bytes(builder.needed_bytes(bundle, config))} of disk")
@@ -45,3 +59,25 @@ def run(args: argparse.Namespace) -> int:
     made = f"built in {record.report.get('seconds')} s with {record.library['name']} {record.library['version']}"
     print(f"{args.bundle}/engines/{args.target}: {human_bytes(size)}, {made}", file=sys.stderr)
     return 0
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    from twotower.errors import ConfigError
+
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError as e:
+        raise ConfigError(f"--sm {text!r} is not a list of compute capabilities", found=str(e), do="write e.g. --sm 86,89,120") from e
+
+
+def _size(text: str | None) -> int | None:
+    from twotower.errors import ConfigError
+
+    if text is None:
+        return None
+    units = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
+    try:
+        return round(float(number) * unit)
+    except ValueError as e:
+        raise ConfigError(f"--max-build-memory {text!r} is not a size", found=str(e), do="write bytes, or e.g. 16G") from e
