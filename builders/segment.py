@@ -84,7 +84,8 @@ def segment(model: onnx.ModelProto, signature: TowerSignature, layers: tuple[int
     if first == 0 and end > last_layer:
         return Segment(model, layers, signature.inputs, signature.outputs)
     nodes = list(model.graph.node)
-    stream_axes = ("B", "L" if signature.name == CONTEXT else "S", _width(signature, model))
+    length: str | int = "L" if signature.name == CONTEXT else _block_length(model) or "S"
+    stream_axes = ("B", length, _width(model))
     given: dict[str, TensorSpec] = {}
     wanted: dict[str, TensorSpec] = {}
     if first > 0:
@@ -132,9 +133,6 @@ def _extracted(
         [t for t in model.graph.initializer if t.name in read],
     )
     part = onnx.helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version, producer_name="twotower")
-    block = _block_length(model)
-    if block:
-        fix_axes(part, {"S": block})
     return Segment(part, layers, tuple(inputs), tuple(outputs))
 
 
@@ -185,7 +183,7 @@ def _nbytes(tensor: onnx.TensorProto) -> int:
     return count * (onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
-def _width(signature: TowerSignature, model: onnx.ModelProto) -> int:
+def _width(model: onnx.ModelProto) -> int:
     """D, the residual stream's width: the second axis of the embedding table."""
     table = next(t for t in model.graph.initializer if t.name.endswith("embeddings.weight"))
     return int(table.dims[1])

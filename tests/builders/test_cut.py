@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,13 +19,13 @@ def test_pieces_cover_the_tower_and_no_two_neighbours_would_fit_together(sizes: 
     groups = cut_layers(sizes, first_extra=before, last_extra=after, most=most)
     assert groups[0][0] == 0
     assert groups[-1][1] == len(sizes)
-    assert all(a[1] == b[0] for a, b in zip(groups, groups[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(groups))
     whole = list(sizes)
     whole[0] += before
     whole[-1] += after
     loads = [sum(whole[a:b]) for a, b in groups]
     assert max(loads) <= most
-    assert all(sum(whole[a[0] : b[0] + 1]) > most for a, b in zip(groups, groups[1:], strict=False)), "greedy: the next layer did not fit"
+    assert all(sum(whole[a[0] : b[0] + 1]) > most for a, b in pairwise(groups)), "greedy: the next layer did not fit"
 
 
 def test_a_layer_that_is_too_large_is_named_with_the_bound_it_needs() -> None:

@@ -1,0 +1,112 @@
+"""Every graph is parsed and built by TensorRT for RTX, without a GPU, for three generations and in every dtype."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from twotower.builders import BuildConfig, build_engines, builder_for
+from twotower.bundle import BUILD_FILE, Bundle, engine_folder, read_engine_record
+from twotower.errors import BuildError, ConfigError, EngineMismatchError
+
+pytestmark = [pytest.mark.trt_rtx, pytest.mark.slow]
+ROOT = Path(__file__).parents[2]
+CHECKPOINTS = {"a": "tests/fixtures/hybrid-a", "b": "tests/fixtures/hybrid-b", "tiny": "assets/twotower-tiny"}
+SMS = (86, 89, 120)
+
+
+def exported(folder: Path, name: str, dtype: str) -> Bundle:
+    path = folder / f"{name}-{dtype}"
+    if not path.exists():
+        checkpoint = str(ROOT / CHECKPOINTS[name])
+        command = [sys.executable, "-m", "twotower.cli", "export", checkpoint, "-o", str(path), "--dtype", dtype, "--no-verify"]
+        subprocess.run(command, check=True, capture_output=True)
+    return Bundle.open(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("rtx")
+
+
+def unexplained(record: Any) -> list[str]:
+    lines = [line for engine in record.report["engines"].values() for line in engine["log"]]
+    return [line["message"] for line in lines if not line["explained"]]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_the_graphs_build_without_an_unexplained_word(folder: Path, name: str, dtype: str) -> None:
+    bundle = exported(folder, name, dtype)
+    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=SMS, max_context=256))
+    assert not unexplained(record)
+    assert record.limits is not None
+    assert (record.limits.sms, record.limits.capacity) == (SMS, 512)
+    assert [e.file for parts in record.engines.values() for e in parts] == ["context.engine", "context_head.engine", "denoiser.engine"]
+    layers = record.report["engines"]["context.engine"]["by_type"]
+    attention = sum(kind.value == "*" for kind in bundle.config.layers)
+    assert layers["KV_CACHE_UPDATE"] == 2 * attention, "keys and values are updated in place"
+    assert not [kind for kind in layers if "PLUGIN" in kind or kind in ("NON_ZERO", "CUMULATIVE", "TRIP_LIMIT")]
+    assert read_engine_record(bundle, "rtx", library=builder_for("rtx").library()) == record, "build.json holds all of it"
+
+
+def test_a_second_build_is_instant_and_other_options_build_again(folder: Path) -> None:
+    bundle, builder = exported(folder, "b", "float16"), builder_for("rtx")
+    file = engine_folder(bundle, "rtx") / BUILD_FILE
+    config = BuildConfig(sms=(86,), max_context=256)
+    build_engines(bundle, "rtx", builder, config=config)
+    before = file.stat().st_mtime_ns
+    build_engines(bundle, "rtx", builder, config=config)
+    assert file.stat().st_mtime_ns == before
+    build_engines(bundle, "rtx", builder, config=BuildConfig(sms=(86,), max_context=512))
+    assert file.stat().st_mtime_ns > before
+    engine = engine_folder(bundle, "rtx") / "denoiser.engine"
+    engine.write_bytes(engine.read_bytes()[:-100])
+    with pytest.raises(EngineMismatchError, match="does not fit"):
+        read_engine_record(bundle, "rtx", library=builder.library())
+
+
+def test_a_memory_bound_cuts_the_towers_and_every_piece_builds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from twotower.builders import cut
+
+    bundle = exported(folder, "a", "bfloat16")
+    monkeypatch.setattr(cut, "BUILD_MEMORY_BASE", 0)  # tiny weights: the library itself would hide them
+    config = BuildConfig(sms=(89,), max_context=256, max_build_memory=2_500_000)
+    record = build_engines(bundle, "rtx", builder_for("rtx"), config=config)
+    assert len(record.engines["denoiser"]) > 1
+    assert [e.layers[0] for e in record.engines["denoiser"][1:]] == [e.layers[1] for e in record.engines["denoiser"][:-1]]
+    assert not unexplained(record)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "config", "says"),
+    [
+        ("float16", {"sms": (90,)}, "75, 80, 86, 89, 120, 121"),
+        ("bfloat16", {"sms": (75, 86)}, "80, 86, 89, 120, 121"),
+        ("float16", {"sms": (86,), "max_context": 10**9}, "1 to"),
+    ],
+)
+def test_what_cannot_be_built_is_said_before_any_work(folder: Path, dtype: str, config: dict[str, Any], says: str) -> None:
+    bundle = exported(folder, "b", dtype)
+    with pytest.raises((BuildError, ConfigError)) as error:
+        build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(**config, force=True))
+    assert says in error.value.found
+
+
+def test_the_full_library_is_named_with_where_its_wheels_live() -> None:
+    with pytest.raises(BuildError) as error:
+        builder_for("trt")
+    assert "pypi.nvidia.com" in error.value.do
+
+
+def test_the_command_describes_without_building(folder: Path) -> None:
+    bundle = exported(folder, "tiny", "float16")
+    options = ["--target", "rtx", "--sm", "86", "--max-batch", "2", "--dry-run"]
+    command = [sys.executable, "-m", "twotower.cli", "build", str(bundle.path), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "SM 86" in done.stdout
+    assert "denoiser.engine" in done.stdout
