@@ -12,7 +12,7 @@ from twotower.bundle import BUILD_FILE, Bundle, Progress, engine_folder
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.errors import ConfigError, RequestError
 from twotower.hardware import TARGETS, probe_machine, select_target
-from twotower.runtime.engines import OpenOptions, open_towers
+from twotower.runtime.engines import OPENERS, OpenOptions, open_towers, require_opener
 from twotower.runtime.engines.base import Towers
 from twotower.runtime.hooks import Hooks, StepRecord
 from twotower.runtime.loop import run_rows
@@ -88,7 +88,9 @@ class TwoTower:
                 f"the bundle has no preset {preset!r}", found=found, do="choose one of them, or make some with `twotower tune`"
             )
         tokenizer = Tokenizer.from_file(bundle.tokenizer_file) if bundle.tokenizer_file else None
-        built = [t for t in TARGETS if (engine_folder(bundle, t) / BUILD_FILE).is_file()]
+        if target is not None and target in TARGETS:
+            require_opener(target)
+        built = [t for t in TARGETS if t in OPENERS and (engine_folder(bundle, t) / BUILD_FILE).is_file()]
         chosen = select_target(probe_machine(), built, wanted=target).target
         _check_options(bundle.config, max_batch=max_batch, max_context=max_context, max_chunk=MAX_CHUNK)
         session = cls.from_towers(

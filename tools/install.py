@@ -7,6 +7,7 @@ extra is not asked for, its CPU build is taken: from the configured package inde
 from __future__ import annotations
 
 import argparse
+import platform
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
 TORCH = "torch==2.13.0"
+RTX = (sys.platform, platform.machine()) == ("linux", "x86_64")  # where TensorRT for RTX builds engines without a GPU
 CPU_TORCH = TORCH if sys.platform == "darwin" else f"{TORCH}+cpu"  # macOS has CPU builds only, under the plain name
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TORCH_SOURCES = (  # (where, what pip is given), tried in this order
@@ -31,10 +33,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where the environment lies (default: .venv)")
     parser.add_argument(
-        "--extras", default="", help="extras to install (default: export,gpu,evaluate,dev with an NVIDIA GPU, else export,cpu,evaluate,dev)"
+        "--extras",
+        default="",
+        help="extras to install (default: export,gpu,evaluate,dev with an NVIDIA GPU, else export,cpu,rtx,evaluate,dev)",
     )
     args = parser.parse_args()
-    extras = args.extras or ("export,gpu,evaluate,dev" if shutil.which("nvidia-smi") else "export,cpu,evaluate,dev")
+    extras = args.extras or (_default_extras())
     try:
         _install(args.venv, extras.split(","))
     except subprocess.CalledProcessError as e:
@@ -43,6 +47,12 @@ def main() -> int:
             hint += "; TensorRT comes from NVIDIA's own package index. `make EXTRAS=export,cpu,evaluate,dev ...` installs without it"
         return _fail(f"`{' '.join(map(str, e.cmd))}` failed with exit code {e.returncode}", hint)
     return 0
+
+
+def _default_extras() -> str:
+    if shutil.which("nvidia-smi"):
+        return "export,gpu,evaluate,dev"
+    return "export,cpu,rtx,evaluate,dev" if RTX else "export,cpu,evaluate,dev"
 
 
 def _install(venv: Path, extras: list[str]) -> None:

@@ -9,7 +9,7 @@ from twotower.bundle import Bundle, Progress
 from twotower.errors import EngineMismatchError
 from twotower.runtime.engines.base import Towers
 
-__all__ = ["OPENERS", "OpenOptions", "open_towers"]
+__all__ = ["OPENERS", "OpenOptions", "open_towers", "require_opener"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,18 +35,27 @@ OPENERS: dict[str, Callable[[Bundle, OpenOptions], Towers]] = {"ort-cpu": _ort_c
 """Target name -> opener of its engines."""
 
 
+def require_opener(target: str) -> None:
+    """Says of a target that this version can build and not run that it is so.
+
+    Raises:
+        EngineMismatchError: there is no runtime for it.
+    """
+    if target not in OPENERS:
+        raise EngineMismatchError(
+            f"there is no runtime for target {target!r} in this version",
+            found=f"targets that run: {', '.join(OPENERS)}",
+            do="choose one of them with --target",
+        )
+
+
 def open_towers(bundle: Bundle, target: str, options: OpenOptions | None = None) -> Towers:
     """Opens the engines of one target.
 
     Raises:
         EngineMismatchError: unknown target, its library is not installed, or the engine does not fit.
     """
-    if target not in OPENERS:
-        raise EngineMismatchError(
-            f"there is no runtime for target {target!r}",
-            found=f"known targets: {', '.join(OPENERS)}",
-            do="choose one of them with --target",
-        )
+    require_opener(target)
     try:
         return OPENERS[target](bundle, options or OpenOptions())
     except ImportError as e:
