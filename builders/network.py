@@ -130,6 +130,7 @@ def build_network(
     if plan is None:
         found = "; ".join(log.errors()[-3:]) or "it gives no reason (a cancelled build gives none either)"
         raise BuildError(f"{trt.__name__} {flavour.version} cannot build this graph", found=found, do=_NEXT)
+    _check_inputs(log)
     if options.timing_cache is not None and (cache := config.get_timing_cache()) is not None:
         options.timing_cache.write_bytes(bytes(cache.serialize()))
     return plan, facts
@@ -141,9 +142,14 @@ _NEXT = "read the reason; `polygraphy inspect model` shows the graph and `polygr
 def _check_parsed(parsed: bool, errors: Sequence[str], log: BuildLog) -> None:
     if not parsed:
         raise BuildError("the ONNX parser refuses the graph", found="; ".join(errors[:3]) or "no reason given", do=_NEXT)
+    _check_inputs(log)
+
+
+def _check_inputs(log: BuildLog) -> None:
+    """A graph input that is dropped, at parsing or while building, means that something else than the graph would be computed."""
     dropped = [message for (_, message) in log.lines if _DROPPED.search(message)]
     if dropped:
-        raise BuildError("the ONNX parser ignores an input of the graph", found="; ".join(dropped), do=_NEXT)
+        raise BuildError("the library ignores an input of the graph", found="; ".join(dropped), do=_NEXT)
 
 
 def _allow_decomposition(trt: Any, network: Any) -> None:

@@ -121,6 +121,7 @@ def _extracted(
         node.input[:] = [renamed.get(name, name) for name in node.input]
         node.output[:] = [renamed.get(name, name) for name in node.output]
         nodes.append(node)
+    constants = _settle_shapes(nodes, signature, tuple(given.values()))
     read = {name for node in nodes for name in node.input}
     by_name = {v.name: v for v in (*model.graph.input, *model.graph.output)}
     inputs = [*given.values(), *(s for s in signature.inputs if s.name in read)]
@@ -130,10 +131,33 @@ def _extracted(
         f"{signature.name}_{layers[0]}_{layers[1]}",
         [_value(s, by_name) for s in inputs],
         [_value(s, by_name) for s in outputs],
-        [t for t in model.graph.initializer if t.name in read],
+        [*(t for t in model.graph.initializer if t.name in read), *constants],
     )
     part = onnx.helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version, producer_name="twotower")
     return Segment(part, layers, tuple(inputs), tuple(outputs))
+
+
+def _settle_shapes(nodes: list[onnx.NodeProto], signature: TowerSignature, given: tuple[TensorSpec, ...]) -> list[onnx.TensorProto]:
+    """Lets no input be read for its shape alone, in place: the compiler would report it as dropped, and a real loss would go unnoticed.
+
+    A constant axis becomes a constant; a dynamic one is asked of the residual stream, which every segment but the first reads.
+
+    Returns:
+        The constants.
+    """
+    constants: list[onnx.TensorProto] = []
+    stream = next((spec for spec in given if spec.name == RESIDUAL_IN), None)
+    known = {spec.name: spec for spec in signature.inputs}
+    for node in [n for n in nodes if n.op_type == "Shape" and n.input[0] in known]:
+        ends = {a.name: a.i for a in node.attribute}
+        part = slice(ends.get("start", 0), ends.get("end"))
+        axes = known[node.input[0]].axes[part]
+        if all(isinstance(axis, int) for axis in axes):
+            constants.append(onnx.helper.make_tensor(node.output[0], onnx.TensorProto.INT64, [len(axes)], list(axes)))
+            nodes.remove(node)
+        elif stream is not None and stream.axes[part] == axes:
+            node.input[0] = stream.name
+    return constants
 
 
 def _needed(nodes: Iterable[onnx.NodeProto], wanted: Iterable[str], *, stop: Iterable[str]) -> list[int]:

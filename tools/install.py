@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
 TORCH = "torch==2.13.0"
-RTX = (sys.platform, platform.machine()) == ("linux", "x86_64")  # where TensorRT for RTX builds engines without a GPU
+RTX = (sys.platform, platform.machine()) == ("linux", "x86_64")  # where it needs no GPU
 CPU_TORCH = TORCH if sys.platform == "darwin" else f"{TORCH}+cpu"  # macOS has CPU builds only, under the plain name
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TORCH_SOURCES = (  # (where, what pip is given), tried in this order
