@@ -153,7 +153,7 @@ def _settle_shapes(nodes: list[onnx.NodeProto], signature: TowerSignature, given
         part = slice(ends.get("start", 0), ends.get("end"))
         axes = known[node.input[0]].axes[part]
         if all(isinstance(axis, int) for axis in axes):
-            constants.append(onnx.helper.make_tensor(node.output[0], onnx.TensorProto.INT64, [len(axes)], list(axes)))
+            constants.append(onnx.helper.make_tensor(node.output[0], onnx.TensorProto.INT64, [len(axes)], [int(axis) for axis in axes]))
             nodes.remove(node)
         elif stream is not None and stream.axes[part] == axes:
             node.input[0] = stream.name
