@@ -9,7 +9,7 @@ import numpy as np
 from twotower.config import ModelConfig
 from twotower.errors import EngineOutputError
 from twotower.runtime.buffers import DenoiserArrays
-from twotower.runtime.engines.base import Array
+from twotower.runtime.memory import Array
 from twotower.runtime.rows import Row
 from twotower.spec import CANDIDATE_LOGPROBS, CONFIDENCE, CONTEXT, DENOISER, NEXT_BLOCK
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from twotower.runtime.buffers import DenoiserArrays
-from twotower.runtime.engines.base import Array
+from twotower.runtime.memory import Array
 from twotower.runtime.results import RequestCancelledError
 
 __all__ = ["Hooks", "StepRecord", "step_record"]

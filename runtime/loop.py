@@ -9,8 +9,8 @@ from time import perf_counter
 import numpy as np
 
 from twotower.runtime.checks import check_block, check_candidates, check_step
-from twotower.runtime.engines.base import Array
 from twotower.runtime.hooks import step_record
+from twotower.runtime.memory import Array
 from twotower.runtime.prefill import prefill
 from twotower.runtime.rows import Commit, Row
 from twotower.runtime.schedule import PrefillPlan, capacity_bucket, commit_floor

@@ -35,12 +35,18 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a session can serve."""
+    """What a session can serve.
+
+    Attributes:
+        max_context: Longest text, prompt and answer.
+        fixed_block: The only block size its denoiser computes; None for any.
+    """
 
     model: ModelConfig
     tokenizer: Tokenizer | None
     trained_block_size: int
     max_context: int
+    fixed_block: int | None = None
 
 
 def as_requests(prompts: Any, config: GenerationConfig) -> tuple[list[Request], bool]:
@@ -89,7 +95,7 @@ def row_from_request(index: int, request: Request, limits: Limits) -> Row:
         raise RequestError(
             f"{where} is too long: {len(prompt)} tokens, and {config.max_new_tokens} new ones asked for",
             found=f"this session holds {limits.max_context} tokens a text, prompt and answer together",
-            do=f"{shorter}or open the session with a larger max_context (--max-context)",
+            do=f"{shorter}or open the session with a larger max_context (--max-context; TensorRT engines are built with one)",
         )
     return Row(index, prompt, config, model=limits.model, tokenizer=limits.tokenizer)
 
@@ -112,6 +118,12 @@ def _check_block_size(config: GenerationConfig, limits: Limits) -> None:
             f"block_size={config.block_size} is above the {limits.trained_block_size} this denoiser was trained with",
             found="quality collapses there without any other sign: HumanEval falls from 76.4 to 19.9 at a block size of 64",
             do=f"use block_size {limits.trained_block_size} or less, or set allow_untrained_block_size=True (--allow-untrained-block-size)",
+        )
+    if limits.fixed_block is not None and config.block_size != limits.fixed_block:
+        raise ConfigError(
+            f"block_size={config.block_size} cannot be used with these engines",
+            found=f"they were built for blocks of {limits.fixed_block}",
+            do=f"use block_size {limits.fixed_block}, or an ONNX Runtime target, which takes any",
         )
     if config.block_size > MAX_CHUNK:
         raise ConfigError(

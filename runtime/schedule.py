@@ -45,7 +45,7 @@ class ChunkStep:
     Attributes:
         starts: Where each row's chunk begins in its own prompt; also the tokens it has read so far.
         lengths: Valid tokens in each row's chunk; 0 for a row whose turn has not come.
-        width: Columns of the chunk (L): the longest valid length.
+        width: Columns of the chunk (L): the longest valid length, or the next width engines are bound for.
     """
 
     starts: tuple[int, ...]
@@ -66,7 +66,7 @@ class PrefillPlan:
     peak: int
 
 
-def prefill_plan(lengths: Sequence[int], max_chunk: int = MAX_CHUNK) -> PrefillPlan:
+def prefill_plan(lengths: Sequence[int], max_chunk: int = MAX_CHUNK, widths: Sequence[int] = ()) -> PrefillPlan:
     """Cuts prompts into chunks that are read side by side.
 
     A row's chunk boundaries are counted from its own start, so its arithmetic does not depend on its neighbours. Rows
@@ -77,6 +77,7 @@ def prefill_plan(lengths: Sequence[int], max_chunk: int = MAX_CHUNK) -> PrefillP
     Args:
         lengths: Tokens of each prompt, at least 1.
         max_chunk: Longest chunk.
+        widths: Widths chunks are padded to, ascending; empty to pad to the longest row only. The last admits `max_chunk`.
     """
     assert lengths and min(lengths) > 0 and max_chunk > 0, "prompts are checked before they are planned"
     counts = [-(-n // max_chunk) for n in lengths]
@@ -87,7 +88,8 @@ def prefill_plan(lengths: Sequence[int], max_chunk: int = MAX_CHUNK) -> PrefillP
         valid = tuple(
             min(max_chunk, n - start) if number >= total - count else 0 for n, start, count in zip(lengths, starts, counts, strict=True)
         )
-        steps.append(ChunkStep(starts, valid, max(valid)))
+        width = max(valid)
+        steps.append(ChunkStep(starts, valid, next((w for w in widths if w >= width), width)))
     return PrefillPlan(tuple(steps), max(max(step.starts) + step.width for step in steps))
 
 

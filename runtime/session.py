@@ -13,7 +13,7 @@ from twotower.config import GenerationConfig, ModelConfig
 from twotower.errors import ConfigError, RequestError
 from twotower.hardware import TARGETS, probe_machine, select_target
 from twotower.runtime.engines import OPENERS, OpenOptions, open_towers, require_opener
-from twotower.runtime.engines.base import Towers
+from twotower.runtime.engines.towers import Towers
 from twotower.runtime.hooks import Hooks, StepRecord
 from twotower.runtime.loop import run_rows
 from twotower.runtime.requests import Limits, Prompt, Request, as_requests, batches, row_from_request
@@ -62,6 +62,8 @@ class TwoTower:
         max_batch: int = 8,
         max_context: int | None = None,
         threads: int = 0,
+        devices: Sequence[int] = (),
+        graphs: bool = True,
         preset: str | None = None,
         progress: Progress | None = None,
     ) -> Self:
@@ -70,9 +72,12 @@ class TwoTower:
         Args:
             path: The bundle's folder.
             target: The engines to run, e.g. `ort-cpu`; None for the best that are built and fit this machine.
-            max_batch: Most requests generated together; longer lists are run in turns.
-            max_context: Longest text, prompt and answer; None for the model's own limit.
+            max_batch: Most requests generated together; longer lists are run in turns. Engines built for fewer rows take fewer.
+            max_context: Longest text, prompt and answer; None for the limit of the model and its engines.
             threads: Threads of a CPU engine, 0 for all cores, or one for a small model.
+            devices: GPUs by number: one for both towers, or two, the first for the context tower; segments are spread over all. Empty
+                for the first GPU.
+            graphs: Whether passes are captured as CUDA graphs and replayed, where a target can; False launches each by itself.
             preset: Name of the bundle's preset to use as default, e.g. `fast`; None for the bundle's own default.
             progress: Called with (bytes checked, bytes to check).
 
@@ -92,15 +97,20 @@ class TwoTower:
             require_opener(target)
         built = [t for t in TARGETS if t in OPENERS and (engine_folder(bundle, t) / BUILD_FILE).is_file()]
         chosen = select_target(probe_machine(), built, wanted=target).target
-        _check_options(bundle.config, max_batch=max_batch, max_context=max_context, max_chunk=MAX_CHUNK)
-        session = cls.from_towers(
-            open_towers(bundle, chosen, OpenOptions(threads=threads, progress=progress)),
-            tokenizer=tokenizer,
-            trained_block_size=bundle.trained_block_size,
-            defaults=bundle.presets[preset] if preset else bundle.defaults,
-            max_batch=max_batch,
-            max_context=max_context,
-        )
+        _check_options(bundle.config.max_position_embeddings, max_batch=max_batch, max_context=max_context, max_chunk=MAX_CHUNK)
+        towers = open_towers(bundle, chosen, OpenOptions(threads=threads, progress=progress, devices=tuple(devices), graphs=graphs))
+        try:
+            session = cls.from_towers(
+                towers,
+                tokenizer=tokenizer,
+                trained_block_size=bundle.trained_block_size,
+                defaults=bundle.presets[preset] if preset else bundle.defaults,
+                max_batch=max_batch,
+                max_context=max_context,
+            )
+        except BaseException:
+            towers.close()
+            raise
         session._target = chosen
         return session
 
@@ -125,14 +135,23 @@ class TwoTower:
             trained_block_size: Largest block size that needs no override.
             defaults: Options of calls that bring none.
             max_batch: Most requests generated together.
-            max_context: Longest text, prompt and answer; None for the model's own limit.
+            max_context: Longest text, prompt and answer; None for the limit of the model and the engines.
             max_chunk: Most prompt tokens read in one pass.
-            streams: The towers' queues; host streams by default.
+            streams: The towers' queues; None for their own.
         """
-        _check_options(towers.config, max_batch=max_batch, max_context=max_context, max_chunk=max_chunk)
-        limits = Limits(towers.config, tokenizer, trained_block_size, max_context or towers.config.max_position_embeddings)
+        longest = towers.config.max_position_embeddings
+        if towers.limits is not None:
+            longest = min(longest, towers.limits.capacity - MAX_CHUNK)
+            max_batch = min(max_batch, towers.limits.max_batch)
+        _check_options(longest, max_batch=max_batch, max_context=max_context, max_chunk=max_chunk)
+        limits = Limits(towers.config, tokenizer, trained_block_size, max_context or longest, towers.fixed_block)
         return cls(
-            towers, limits, defaults=defaults or GenerationConfig(), max_batch=max_batch, max_chunk=max_chunk, streams=streams or Streams()
+            towers,
+            limits,
+            defaults=defaults or GenerationConfig(),
+            max_batch=max_batch,
+            max_chunk=max_chunk,
+            streams=streams or towers.streams,
         )
 
     @property
@@ -283,7 +302,9 @@ class TwoTower:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._idle = None
+                idle, self._idle = self._idle, None
+                if idle is not None:
+                    idle.close()
                 self._towers.close()
 
     def __enter__(self) -> Self:
@@ -303,14 +324,18 @@ class TwoTower:
         settings = LoopSettings(model=self._limits.model, largest_capacity=largest, streams=self._streams, hooks=hooks)
         for batch in batches(rows, self._max_batch):
             self._check_open()
-            plan = prefill_plan([row.length for row in batch], self._max_chunk)
+            plan = prefill_plan([row.length for row in batch], self._max_chunk, self._towers.chunk_widths)
             first_extension = max(min(row.length + row.width, text_end(row.length, row.config)) for row in batch)
-            work = self._workspace(len(batch), capacity_bucket(max(plan.peak, first_extension), largest))
-            for commits in run_rows(work, batch, plan, settings):
-                for row, taken in commits:
-                    result = None if row.live else row.result()
-                    yield BlockEvent(row.index, taken.tokens, taken.text, result is not None, result)
-            self._idle = work  # only after a sound end: buffers of a failed run are dropped with whatever is in them
+            work = self._workspace(len(batch), max(plan.peak, first_extension), largest)
+            sound = False
+            try:
+                for commits in run_rows(work, batch, plan, settings):
+                    for row, taken in commits:
+                        result = None if row.live else row.result()
+                        yield BlockEvent(row.index, taken.tokens, taken.text, result is not None, result)
+                sound = True
+            finally:
+                self._let_go(work, keep=sound)
 
     def _in_turns(self, events: Generator[BlockEvent, None, None]) -> Generator[BlockEvent, None, None]:
         """The same events; the session is held only while one is computed."""
@@ -325,14 +350,25 @@ class TwoTower:
         finally:
             events.close()
 
-    def _workspace(self, rows: int, capacity: int) -> Workspace:
-        """Cleared buffers, those of the last run if they have the very size: a larger cache would be slower."""
+    def _workspace(self, rows: int, needed: int, largest: int) -> Workspace:
+        """Cleared buffers for `needed` positions, those of the last run if they have the very size: a larger cache would be slower."""
+        limits = self._towers.limits
+        capacity = limits.capacity if limits is not None else capacity_bucket(needed, largest)
         work, self._idle = self._idle, None
-        if work is None or (work.rows, work.capacity) != (rows, capacity):
-            del work  # before the new buffers are allocated
+        if work is not None and (work.rows, work.capacity) != (rows, capacity):
+            work.close()  # before the new buffers are allocated
+            work = None
+        if work is None:
             return Workspace(self._towers, rows=rows, capacity=capacity)
         work.clear()
         return work
+
+    def _let_go(self, work: Workspace, *, keep: bool) -> None:
+        """Keeps buffers for the next run; those of a failed run are dropped with whatever is in them."""
+        if keep and self._idle is None and not self._closed:
+            self._idle = work
+        else:
+            work.close()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -341,8 +377,7 @@ class TwoTower:
             )
 
 
-def _check_options(model: ModelConfig, *, max_batch: int, max_context: int | None, max_chunk: int) -> None:
-    longest = model.max_position_embeddings
+def _check_options(longest: int, *, max_batch: int, max_context: int | None, max_chunk: int) -> None:
     for name, value, most in (("max_batch", max_batch, None), ("max_context", max_context, longest), ("max_chunk", max_chunk, MAX_CHUNK)):
         if value is not None and (value < 1 or (most is not None and value > most)):
             allowed = f"1 to {most}" if most is not None else "1 or more"

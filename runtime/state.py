@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from twotower.runtime.buffers import allocate
-from twotower.runtime.engines.base import Array
+from twotower.runtime.memory import Buffer, Memory, span_of
 from twotower.spec import StateTensor
 
 __all__ = ["ContextState"]
@@ -19,6 +18,7 @@ class ContextState:
     copied, and two bindings of each engine cover all cases.
 
     Args:
+        memory: Where it lies.
         tensors: The state by name, dtype and axes.
         rows: B.
         capacity: T.
@@ -28,21 +28,29 @@ class ContextState:
         current: Which of the two sets, 0 or 1, holds the state now.
     """
 
-    def __init__(self, tensors: Sequence[StateTensor], *, rows: int, capacity: int) -> None:
+    def __init__(self, memory: Memory, tensors: Sequence[StateTensor], *, rows: int, capacity: int) -> None:
         self.capacity = capacity
         self.current = 0
+        self._memory = memory
         self._tensors = tuple(tensors)
         self._rows = rows
         self._used = 0
         sizes = {"B": rows, "T": capacity}
-        self._fixed = {t.past.name: allocate(t.past, sizes) for t in tensors if t.in_place}
-        self._moving = tuple({t.past.name: allocate(t.past, sizes) for t in tensors if not t.in_place} for _ in range(2))
+        self._fixed: dict[str, Buffer] = {}
+        self._moving: tuple[dict[str, Buffer], dict[str, Buffer]] = ({}, {})
+        try:
+            for t in tensors:
+                for names in (self._fixed,) if t.in_place else self._moving:
+                    names[t.past.name] = memory.state(t.past, sizes)
+        except BaseException:
+            self.close()
+            raise
 
-    def reads(self, which: int) -> dict[str, Array]:
+    def reads(self, which: int) -> dict[str, Buffer]:
         """Set `which` under its input names."""
         return {t.past.name: self._buffer(t, which) for t in self._tensors}
 
-    def writes(self, which: int) -> dict[str, Array]:
+    def writes(self, which: int) -> dict[str, Buffer]:
         """What a context pass that reads set `which` writes: the other set, under its output names."""
         return {t.present.name: self._buffer(t, 1 - which) for t in self._tensors}
 
@@ -58,9 +66,9 @@ class ContextState:
         """
         for tensor in self._tensors:
             if tensor.in_place:
-                self._used_part(tensor, self._fixed[tensor.past.name])[...] = 0
+                self._memory.clear(self._fixed[tensor.past.name], span_of(tensor.past, "T", self._used))
             else:
-                self._moving[0][tensor.past.name].fill(0)
+                self._memory.clear(self._moving[0][tensor.past.name])
         self.current = self._used = 0
 
     def grow(self, capacity: int) -> None:
@@ -73,14 +81,17 @@ class ContextState:
         for tensor in self._tensors:
             if tensor.in_place:
                 name = tensor.past.name
-                larger = allocate(tensor.past, {"B": self._rows, "T": capacity})
-                self._used_part(tensor, larger)[...] = self._used_part(tensor, self._fixed[name])
+                old, larger = self._fixed[name], self._memory.state(tensor.past, {"B": self._rows, "T": capacity})
+                self._memory.copy(old, larger, span_of(tensor.past, "T", self._used))
                 self._fixed[name] = larger
+                self._memory.release([old])
         self.capacity = capacity
 
-    def _buffer(self, tensor: StateTensor, which: int) -> Array:
-        return self._fixed[tensor.past.name] if tensor.in_place else self._moving[which][tensor.past.name]
+    def close(self) -> None:
+        """Gives the buffers back; whatever is bound to them must be let go first."""
+        for names in (self._fixed, *self._moving):
+            self._memory.release(tuple(names.values()))
+            names.clear()
 
-    def _used_part(self, tensor: StateTensor, buffer: Array) -> Array:
-        """The view of the positions written so far."""
-        return buffer[tuple(slice(0, self._used) if axis == "T" else slice(None) for axis in tensor.past.axes)]
+    def _buffer(self, tensor: StateTensor, which: int) -> Buffer:
+        return self._fixed[tensor.past.name] if tensor.in_place else self._moving[which][tensor.past.name]

@@ -23,6 +23,10 @@ class Stream(Protocol):
         """Makes later work on this stream wait for `event`, without blocking the caller."""
         ...
 
+    def close(self) -> None:
+        """Ends the stream after its work; idempotent."""
+        ...
+
 
 class _Done:
     """The event of work that has already finished."""
@@ -39,6 +43,9 @@ class HostStream:
     def wait(self, event: Event) -> None:
         event.wait_done()
 
+    def close(self) -> None:
+        return
+
 
 @dataclass(frozen=True, slots=True)
 class Streams:
@@ -46,3 +53,8 @@ class Streams:
 
     context: Stream = field(default_factory=HostStream)
     denoiser: Stream = field(default_factory=HostStream)
+
+    def close(self) -> None:
+        """Ends both."""
+        self.context.close()
+        self.denoiser.close()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from twotower.runtime.buffers import DenoiserArrays, allocate, allocate_named
-from twotower.runtime.engines.base import Array, Binding, Towers
+from typing import Any
+
+from twotower.runtime.buffers import DenoiserArrays
+from twotower.runtime.engines.base import Binding
+from twotower.runtime.engines.towers import Towers
+from twotower.runtime.memory import Array, Buffer
 from twotower.runtime.state import ContextState
 from twotower.runtime.streams import Event, Stream
 from twotower.spec import CANDIDATE_IDS, CANDIDATE_LOGPROBS, CHUNK_LENGTH, HIDDEN, MAX_CHUNK, PAST_LENGTH, TOKENS, state_tensors
@@ -34,13 +38,16 @@ class Workspace:
     def __init__(self, towers: Towers, *, rows: int, capacity: int) -> None:
         self.rows = rows
         self._towers = towers
-        self._state = ContextState(state_tensors(towers.config, towers.dtype), rows=rows, capacity=capacity)
+        self._memory = memory = towers.memory
         context, head = towers.context.signature, towers.context_head.signature
-        self._small = allocate_named(context, (CHUNK_LENGTH, PAST_LENGTH, HIDDEN), {"B": rows})
-        self._head = {**allocate_named(head, (CANDIDATE_IDS, CANDIDATE_LOGPROBS), {"B": rows}), HIDDEN: self._small[HIDDEN]}
-        self.chunk_length, self.past_length = self._small[CHUNK_LENGTH], self._small[PAST_LENGTH]
-        self.candidate_ids, self.candidate_logprobs = self._head[CANDIDATE_IDS], self._head[CANDIDATE_LOGPROBS]
-        self._tokens = allocate(context.tensor(TOKENS), {"B": rows, "L": MAX_CHUNK}).reshape(-1)
+        self._state = ContextState(memory, state_tensors(towers.config, towers.dtype), rows=rows, capacity=capacity)
+        # Tokens last: what a narrow chunk leaves of them unused is then not copied to a device.
+        self._small = memory.small([context.tensor(n) for n in (CHUNK_LENGTH, PAST_LENGTH, TOKENS)], {"B": rows, "L": MAX_CHUNK})
+        self._hidden = {HIDDEN: memory.state(context.tensor(HIDDEN), {"B": rows})}
+        self._head = memory.small([head.tensor(n) for n in (CANDIDATE_IDS, CANDIDATE_LOGPROBS)], {"B": rows})
+        self.chunk_length, self.past_length = memory.host(self._small[CHUNK_LENGTH]), memory.host(self._small[PAST_LENGTH])
+        self.candidate_ids = memory.host(self._head[CANDIDATE_IDS])
+        self.candidate_logprobs = memory.host(self._head[CANDIDATE_LOGPROBS])
         self._denoiser_arrays: DenoiserArrays | None = None
         self._context: dict[tuple[int, int], Binding] = {}
         self._denoiser: dict[int, Binding] = {}
@@ -57,20 +64,23 @@ class Workspace:
 
     def grow(self, capacity: int) -> None:
         """Makes room for longer texts; the engines must have finished what they were given."""
-        self._context.clear()
-        self._denoiser.clear()
+        _close(self._context)
+        _close(self._denoiser)
         self._state.grow(capacity)
 
     def tokens(self, width: int) -> Array:
         """The context engine's chunk of this width, [B,L] int64, to be written in place; all widths share their memory."""
-        return self._tokens[: self.rows * width].reshape(self.rows, width)
+        return self._memory.host(self._chunk(width))
 
     def denoiser(self, block_size: int) -> DenoiserArrays:
         """The denoiser's small arrays for this block size."""
         arrays = self._denoiser_arrays
         if arrays is None or arrays.block.shape[1] != block_size:
-            self._denoiser.clear()
-            arrays = self._denoiser_arrays = DenoiserArrays(self._towers.denoiser.signature, self.rows, block_size)
+            _close(self._denoiser)
+            if arrays is not None:
+                self._memory.release(tuple(arrays.by_name.values()))
+            signature = self._towers.denoiser.signature
+            arrays = self._denoiser_arrays = DenoiserArrays(self._memory, signature, rows=self.rows, block_size=block_size)
         return arrays
 
     def extend(self, width: int, stream: Stream) -> Event:
@@ -98,12 +108,33 @@ class Workspace:
     def head(self, stream: Stream) -> Event:
         """The candidates after each row's last token read."""
         if self._head_binding is None:
-            self._head_binding = self._towers.context_head.bind(self._head)
+            self._head_binding = self._towers.context_head.bind({**self._head, **self._hidden})
         return self._head_binding.run(stream)
+
+    def close(self) -> None:
+        """Lets go of bindings, then of buffers; the engines must have finished what they were given. Idempotent."""
+        _close(self._context)
+        _close(self._denoiser)
+        if self._head_binding is not None:
+            self._head_binding.close()
+            self._head_binding = None
+        arrays, self._denoiser_arrays = self._denoiser_arrays, None
+        self._memory.release((*self._small.values(), *self._hidden.values(), *self._head.values()))
+        self._memory.release(tuple(arrays.by_name.values()) if arrays else ())
+        self._state.close()
+
+    def _chunk(self, width: int) -> Buffer:
+        return self._memory.view(self._small[TOKENS], (self.rows, width))
 
     def _bind_context(self, width: int, which: int) -> Binding:
         if len(self._context) >= _MOST_CONTEXT_BINDINGS:
-            del self._context[next(iter(self._context))]
-        arrays = {**self._small, TOKENS: self.tokens(width), **self._state.reads(which), **self._state.writes(which)}
+            self._context.pop(next(iter(self._context))).close()
+        arrays = {**self._small, **self._hidden, TOKENS: self._chunk(width), **self._state.reads(which), **self._state.writes(which)}
         binding = self._context[width, which] = self._towers.context.bind(arrays)
         return binding
+
+
+def _close(bindings: dict[Any, Binding]) -> None:
+    """Closes and forgets bindings; nothing may be running."""
+    while bindings:
+        bindings.popitem()[1].close()

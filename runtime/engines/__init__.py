@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from twotower.bundle import Bundle, Progress
 from twotower.errors import EngineMismatchError
-from twotower.runtime.engines.base import Towers
+from twotower.runtime.engines.towers import Towers
 
 __all__ = ["OPENERS", "OpenOptions", "open_towers", "require_opener"]
 
@@ -18,10 +18,14 @@ class OpenOptions:
 
     Attributes:
         threads: Threads a CPU engine computes with; 0 leaves the choice to the library.
+        devices: GPUs by number; empty for the first.
+        graphs: Whether passes are captured as CUDA graphs.
         progress: Called with (bytes hashed, bytes to hash) while engine files are checked.
     """
 
     threads: int = 0
+    devices: tuple[int, ...] = ()
+    graphs: bool = True
     progress: Progress | None = None
 
 

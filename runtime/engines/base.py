@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-
-from twotower.config import ModelConfig
 from twotower.runtime.streams import Event, Stream
 from twotower.spec import TowerSignature
 
-__all__ = ["Binding", "TowerEngine", "Towers"]
-
-Array = np.ndarray[Any, np.dtype[Any]]
+__all__ = ["Binding", "TowerEngine"]
 
 
 class Binding(Protocol):
@@ -26,6 +19,10 @@ class Binding(Protocol):
 
     def run(self, stream: Stream) -> Event:
         """Enqueues one execution on `stream` and returns the event of its completion; a host engine runs at once."""
+        ...
+
+    def close(self) -> None:
+        """Frees what was made for it; nothing of it may be running. Idempotent."""
         ...
 
 
@@ -41,37 +38,15 @@ class TowerEngine(Protocol):
         """Inputs and outputs by name."""
         ...
 
-    def bind(self, arrays: Mapping[str, Array]) -> Binding:
+    def bind(self, arrays: Mapping[str, Any]) -> Binding:
         """Fixes the buffers of every input and output.
 
         Args:
-            arrays: A C-contiguous buffer for every name in the signature. An in-place state has the same buffer under
-                its `past` and its `present` name. The buffers must outlive the binding.
+            arrays: A buffer of the towers' memory for every name in the signature; on the host a C-contiguous array. An in-place
+                state has the same buffer under its `past` and its `present` name. The buffers must outlive the binding.
         """
         ...
 
     def close(self) -> None:
         """Frees the engine; idempotent."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Towers:
-    """The three engines of one opened bundle.
-
-    Attributes:
-        config: The model they compute.
-        dtype: Element type of keys, values, convolution state and hidden vectors in their buffers.
-    """
-
-    config: ModelConfig
-    dtype: str
-    context: TowerEngine
-    context_head: TowerEngine
-    denoiser: TowerEngine
-
-    def close(self) -> None:
-        """Closes every engine, also when one of them fails to."""
-        with ExitStack() as stack:
-            for engine in (self.context, self.context_head, self.denoiser):
-                stack.callback(engine.close)

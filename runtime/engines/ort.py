@@ -9,7 +9,9 @@ import onnxruntime as ort
 
 from twotower.bundle import Bundle, EngineRecord, Progress, engine_folder, inside, read_engine_record
 from twotower.errors import EngineMismatchError
-from twotower.runtime.engines.base import Array, Binding, Towers
+from twotower.runtime.engines.base import Binding
+from twotower.runtime.engines.towers import Towers
+from twotower.runtime.memory import Array
 from twotower.runtime.streams import Event, HostStream, Stream
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TowerSignature, signatures
 
@@ -112,3 +114,6 @@ class _OrtBinding:
         """Runs at once: a host stream's earlier work is done when this is called."""
         self._session.run_with_iobinding(self._binding)
         return HostStream.done
+
+    def close(self) -> None:
+        """Nothing was made that is not let go with the object."""

@@ -17,8 +17,8 @@ from twotower.bundle import BUILD_FILE, GRAPH_FILES, Bundle, engine_folder, read
 from twotower.errors import BuildError, EngineMismatchError
 from twotower.graph_files import load_graph, weight_refs
 from twotower.runtime import GenerationConfig, TwoTower
-from twotower.runtime.engines.base import Towers
 from twotower.runtime.engines.ort import OrtEngine, open_ort_cpu
+from twotower.runtime.engines.towers import Towers
 
 TARGET = "ort-cpu"
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from twotower.config import LayerKind, ModelConfig
-from twotower.runtime.engines.base import Array, Towers
+from twotower.runtime.engines.towers import Towers
+from twotower.runtime.memory import Array
 from twotower.runtime.streams import Event, Stream, Streams
 from twotower.spec import (
     CONTEXT,
@@ -75,6 +76,9 @@ class FakeStream:
     def wait(self, event: Event) -> None:
         self.log.append(f"{self.name} stream waits for {getattr(event, 'name', 'nothing')}")
 
+    def close(self) -> None:
+        return
+
 
 @dataclass
 class FakeEngine:
@@ -128,6 +132,9 @@ class _FakeBinding:
                     self.arrays[spec.name].fill(np.nan)
         e.addresses.add(tuple(a.ctypes.data for a in self.arrays.values()))
         return FakeEvent(name, e.log)
+
+    def close(self) -> None:
+        return
 
 
 @dataclass

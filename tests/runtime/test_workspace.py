@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.fake_engines import FakeTowers, fake_config, fake_towers
 from twotower.errors import RequestError
-from twotower.runtime.buffers import allocate, numpy_dtype
+from twotower.runtime.memory import HostMemory, numpy_dtype
 from twotower.runtime.state import ContextState
 from twotower.runtime.streams import HostStream
 from twotower.runtime.workspace import Workspace
@@ -16,7 +16,7 @@ STREAM = HostStream()
 
 
 def state(dtype: str = "float32", rows: int = 2, capacity: int = 256) -> ContextState:
-    return ContextState(state_tensors(fake_config(), dtype), rows=rows, capacity=capacity)
+    return ContextState(HostMemory(), state_tensors(fake_config(), dtype), rows=rows, capacity=capacity)
 
 
 def read(work: Workspace, tokens: list[int], past: int) -> None:
@@ -33,7 +33,7 @@ def workspace() -> tuple[Workspace, FakeTowers]:
 @pytest.mark.parametrize(("dtype", "kept_as"), [("float32", "float32"), ("float16", "float16"), ("bfloat16", "uint16"), ("int64", "int64")])
 def test_buffers_have_the_dtype_of_the_contract(dtype: str, kept_as: str) -> None:
     assert numpy_dtype(dtype) == kept_as
-    buffer = allocate(TensorSpec("x", dtype, ("B", 3)), {"B": 2})
+    buffer = HostMemory().state(TensorSpec("x", dtype, ("B", 3)), {"B": 2})
     assert (buffer.shape, str(buffer.dtype)) == ((2, 3), kept_as)
     assert buffer.flags.c_contiguous
     assert not buffer.any()
@@ -41,7 +41,7 @@ def test_buffers_have_the_dtype_of_the_contract(dtype: str, kept_as: str) -> Non
 
 def test_no_memory_is_named() -> None:
     with pytest.raises(RequestError, match=r"not enough memory for 8 row\(s\) at a context capacity of 4503599627370496 tokens"):
-        allocate(TensorSpec("past_key_values.0.key", "float32", ("B", 2, "T", 4)), {"B": 8, "T": 2**52})
+        HostMemory().state(TensorSpec("past_key_values.0.key", "float32", ("B", 2, "T", 4)), {"B": 8, "T": 2**52})
 
 
 def test_keys_are_shared_and_mamba_states_alternate() -> None:

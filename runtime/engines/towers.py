@@ -1,0 +1,48 @@
+"""An opened bundle's engines, with the memory and the streams they work in."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from twotower.bundle import EngineLimits
+from twotower.config import ModelConfig
+from twotower.runtime.engines.base import TowerEngine
+from twotower.runtime.memory import HostMemory, Memory
+from twotower.runtime.streams import Streams
+
+__all__ = ["Towers"]
+
+
+@dataclass(frozen=True, slots=True)
+class Towers:
+    """The three engines of one opened bundle.
+
+    Attributes:
+        config: The model they compute.
+        dtype: Element type of keys, values, convolution state and hidden vectors in their buffers.
+        memory: Where their buffers lie.
+        streams: The two towers' queues.
+        limits: What was fixed when they were built; None for engines of any number of rows and any length.
+        chunk_widths: Widths of a prompt's chunks they are bound for, ascending; empty for any width. Every width costs a binding.
+        fixed_block: The only block size the denoiser computes; None for any.
+    """
+
+    config: ModelConfig
+    dtype: str
+    context: TowerEngine
+    context_head: TowerEngine
+    denoiser: TowerEngine
+    memory: Memory = field(default_factory=HostMemory)
+    streams: Streams = field(default_factory=Streams)
+    limits: EngineLimits | None = None
+    chunk_widths: tuple[int, ...] = ()
+    fixed_block: int | None = None
+
+    def close(self) -> None:
+        """Closes every engine, then streams and memory, also when one of them fails to."""
+        with ExitStack() as stack:  # last in, first out
+            stack.callback(self.memory.close)
+            stack.callback(self.streams.close)
+            for engine in (self.denoiser, self.context_head, self.context):
+                stack.callback(engine.close)

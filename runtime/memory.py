@@ -1,0 +1,146 @@
+"""Where buffers live: on the host, or on devices of which the loop sees only the small arrays it writes and reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower.errors import RequestError
+from twotower.spec import TensorSpec
+
+__all__ = ["Array", "Buffer", "HostMemory", "Memory", "Span", "no_memory", "numpy_dtype", "span_of"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+Buffer = Any
+"""What a `Memory` gives out and its engines take: an array on the host, addresses on a device."""
+
+_NUMPY: dict[str, npt.DTypeLike] = {
+    "int64": np.int64,
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": np.uint16,  # NumPy has no bfloat16: the bits are carried, nothing is computed with them
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Positions `start` to `stop` along one axis, and everything along the others."""
+
+    axis: int
+    start: int
+    stop: int
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """The same for NumPy."""
+        return (*(slice(None),) * self.axis, slice(self.start, self.stop))
+
+
+class Memory(Protocol):
+    """Allocates, clears and copies the buffers of a session.
+
+    A Protocol, so that the loop and what it runs in are one for every backend. Clearing and copying happen between runs, when no engine
+    is at work, and are done when they return.
+    """
+
+    def state(self, spec: TensorSpec, sizes: Mapping[str, int]) -> Buffer:
+        """A buffer of zeros that engines read and write and the host never looks at.
+
+        Raises:
+            RequestError: there is not enough memory.
+        """
+        ...
+
+    def small(self, specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Buffer]:
+        """Buffers of zeros by name that the host writes or reads around every pass; on a device they travel in one copy.
+
+        Raises:
+            RequestError: there is not enough memory.
+        """
+        ...
+
+    def host(self, buffer: Buffer) -> Array:
+        """The host's side of a small buffer."""
+        ...
+
+    def view(self, buffer: Buffer, shape: tuple[int, ...]) -> Buffer:
+        """The beginning of a buffer in another shape; it shares the memory."""
+        ...
+
+    def clear(self, buffer: Buffer, span: Span | None = None) -> None:
+        """Zeros in all of a buffer or in a span of it."""
+        ...
+
+    def copy(self, source: Buffer, target: Buffer, span: Span) -> None:
+        """Copies a span from one buffer to the same place of another, which may be longer along that axis."""
+        ...
+
+    def release(self, buffers: Sequence[Buffer]) -> None:
+        """Gives buffers back; one that was given back already is passed over."""
+        ...
+
+    def close(self) -> None:
+        """Gives everything back; idempotent."""
+        ...
+
+
+class HostMemory:
+    """NumPy arrays, which engines on the host use where they are."""
+
+    def state(self, spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
+        try:
+            return np.zeros(spec.shape(sizes), numpy_dtype(spec.dtype))
+        except MemoryError as e:
+            raise no_memory(spec, sizes) from e
+
+    def small(self, specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Array]:
+        return {spec.name: self.state(spec, sizes) for spec in specs}
+
+    def host(self, buffer: Array) -> Array:
+        return buffer
+
+    def view(self, buffer: Array, shape: tuple[int, ...]) -> Array:
+        return buffer.reshape(-1)[: int(np.prod(shape))].reshape(shape)
+
+    def clear(self, buffer: Array, span: Span | None = None) -> None:
+        buffer[span.index if span else ...] = 0
+
+    def copy(self, source: Array, target: Array, span: Span) -> None:
+        target[span.index] = source[span.index]
+
+    def release(self, buffers: Sequence[Array]) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """The element type a buffer of a contract dtype is kept in."""
+    return np.dtype(_NUMPY[dtype])
+
+
+def span_of(spec: TensorSpec, axis: str, stop: int) -> Span:
+    """The positions below `stop` of an axis given by its letter."""
+    return Span(spec.axes.index(axis), 0, stop)
+
+
+def no_memory(spec: TensorSpec, sizes: Mapping[str, int], free: str = "") -> RequestError:
+    """The error of a buffer that cannot be had.
+
+    Args:
+        spec: The tensor.
+        sizes: Its axes.
+        free: What is known of the memory that is left.
+    """
+    need = int(np.prod(spec.shape(sizes), dtype=object)) * numpy_dtype(spec.dtype).itemsize
+    return RequestError(
+        f"not enough memory for {sizes.get('B', 1)} row(s) at a context capacity of {sizes.get('T', 0)} tokens",
+        found=f"{spec.name} alone needs {need:,} bytes" + (f"; {free}" if free else ""),
+        do="lower max_batch, shorten the prompt, or lower max_new_tokens",
+    )
