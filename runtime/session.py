@@ -49,6 +49,7 @@ class TwoTower:
         self._max_batch, self._max_chunk = max_batch, max_chunk
         self._streams = streams
         self._idle: Workspace | None = None
+        self._working: list[Workspace] = []  # of calls and open streams
         self._lock = RLock()
         self._closed = False
         self._target = ""
@@ -303,8 +304,8 @@ class TwoTower:
             if not self._closed:
                 self._closed = True
                 idle, self._idle = self._idle, None
-                if idle is not None:
-                    idle.close()
+                for work in (*self._working, *([idle] if idle else [])):
+                    work.close()
                 self._towers.close()
 
     def __enter__(self) -> Self:
@@ -359,12 +360,15 @@ class TwoTower:
             work.close()  # before the new buffers are allocated
             work = None
         if work is None:
-            return Workspace(self._towers, rows=rows, capacity=capacity)
-        work.clear()
+            work = Workspace(self._towers, rows=rows, capacity=capacity)
+        else:
+            work.clear()
+        self._working.append(work)
         return work
 
     def _let_go(self, work: Workspace, *, keep: bool) -> None:
         """Keeps buffers for the next run; those of a failed run are dropped with whatever is in them."""
+        self._working = [other for other in self._working if other is not work]
         if keep and self._idle is None and not self._closed:
             self._idle = work
         else:

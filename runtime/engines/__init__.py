@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from twotower.bundle import Bundle, Progress
 from twotower.errors import EngineMismatchError
+from twotower.hardware import probe_machine
+from twotower.runtime.engines.tensorrt_open import TensorRTOptions
 from twotower.runtime.engines.towers import Towers
 
 __all__ = ["OPENERS", "OpenOptions", "open_towers", "require_opener"]
@@ -29,14 +31,35 @@ class OpenOptions:
     progress: Progress | None = None
 
 
-def _ort_cpu(bundle: Bundle, options: OpenOptions) -> Towers:
+Opener = Callable[[Bundle, OpenOptions], Towers]
+
+
+def _ort_cpu() -> Opener:
     from twotower.runtime.engines.ort import open_ort_cpu
 
-    return open_ort_cpu(bundle, threads=options.threads, progress=options.progress)
+    return lambda bundle, options: open_ort_cpu(bundle, threads=options.threads, progress=options.progress)
 
 
-OPENERS: dict[str, Callable[[Bundle, OpenOptions], Towers]] = {"ort-cpu": _ort_cpu}
-"""Target name -> opener of its engines."""
+def _trt() -> Opener:
+    from twotower.runtime.engines import trt
+
+    return lambda bundle, options: trt.open_towers(bundle, _tensorrt_options(options))
+
+
+def _rtx() -> Opener:
+    from twotower.runtime.engines import trt_rtx
+
+    return lambda bundle, options: trt_rtx.open_towers(bundle, _tensorrt_options(options))
+
+
+def _tensorrt_options(options: OpenOptions) -> TensorRTOptions:
+    return TensorRTOptions(devices=options.devices, graphs=options.graphs, gpus=probe_machine().gpus, progress=options.progress)
+
+
+OPENERS: dict[str, Callable[[], Opener]] = {"ort-cpu": _ort_cpu, "rtx": _rtx, "trt": _trt}
+"""Target name -> importer of what opens its engines."""
+
+_EXTRAS = {"ort-cpu": "cpu", "ort-cuda": "gpu", "rtx": "rtx", "trt": "gpu"}
 
 
 def require_opener(target: str) -> None:
@@ -61,10 +84,11 @@ def open_towers(bundle: Bundle, target: str, options: OpenOptions | None = None)
     """
     require_opener(target)
     try:
-        return OPENERS[target](bundle, options or OpenOptions())
-    except ImportError as e:
+        opener = OPENERS[target]()
+    except (ImportError, OSError) as e:  # OSError: the bindings are there and the library is not
         raise EngineMismatchError(
             f"target {target} cannot run here",
             found=f"a library is missing: {e}",
-            do="install the extra it needs, e.g. `pip install 'twotower[cpu]'`",
+            do=f"`pip install 'twotower[{_EXTRAS[target]}]'`",
         ) from e
+    return opener(bundle, options or OpenOptions())

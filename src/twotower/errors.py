@@ -8,6 +8,7 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "ConfigError",
+    "DeviceError",
     "EngineMismatchError",
     "EngineOutputError",
     "ExportError",
@@ -76,6 +77,10 @@ class RequestError(TwoTowerError, ValueError):
 
 class RequestCancelledError(TwoTowerError):
     """A request that was stopped by its caller."""
+
+
+class DeviceError(TwoTowerError):
+    """A GPU, or the library that drives it, failed while it worked."""
 
 
 class EngineOutputError(TwoTowerError):

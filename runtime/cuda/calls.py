@@ -1,0 +1,212 @@
+"""The few CUDA calls the runtime makes, each with its result checked; the library is a value, so that a stand-in can take its place."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from typing import Any
+
+from twotower.errors import DeviceError, EngineMismatchError
+
+__all__ = ["Cuda", "CudaError"]
+
+logger = logging.getLogger(__name__)
+
+_SUCCESS, _OUT_OF_MEMORY, _DRIVER_TOO_OLD, _NO_DEVICE = 0, 2, 35, 100
+_PORTABLE = 1  # cudaHostAllocPortable: pinned for every device
+_NO_TIMING = 2  # cudaEventDisableTiming
+_NON_BLOCKING = 1  # cudaStreamNonBlocking: no implicit order with the default stream
+_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: other threads may go on using CUDA
+_PEER_ALREADY_ENABLED = 704
+
+
+class CudaError(DeviceError):
+    """A CUDA call that did not succeed.
+
+    Attributes:
+        code: The library's number of the error.
+    """
+
+    code = 0
+
+
+class Cuda:
+    """CUDA runtime calls with plain numbers in and out: addresses and handles are whole numbers.
+
+    Args:
+        api: `cuda.bindings.runtime`, or something with the same functions: each returns a tuple that starts with an error code.
+    """
+
+    def __init__(self, api: Any) -> None:
+        self._api = api
+
+    def _call(self, name: str, *args: Any) -> Any:
+        """The results of a call, without the error code: none, one, or a tuple of several."""
+        code, *results = getattr(self._api, name)(*args)
+        if int(code) != _SUCCESS:
+            _, meaning = self._api.cudaGetErrorString(code)
+            raise _error(name, int(code), meaning.decode() if isinstance(meaning, bytes) else str(meaning))
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def device_count(self) -> int:
+        """GPUs on this machine.
+
+        Raises:
+            EngineMismatchError: there is no driver, one that is too old, or no GPU.
+        """
+        try:
+            return int(self._call("cudaGetDeviceCount"))
+        except CudaError as e:
+            if e.code not in (_DRIVER_TOO_OLD, _NO_DEVICE):
+                raise
+            driver, library = int(self._call("cudaDriverGetVersion")), int(self._call("cudaRuntimeGetVersion"))
+            found = f"the driver supports CUDA {_version(driver)}, this environment needs {_version(library)}" if driver else "no driver"
+            found = "the driver is there and no GPU is visible (CUDA_VISIBLE_DEVICES?)" if e.code == _NO_DEVICE else found
+            raise EngineMismatchError(
+                "the NVIDIA driver is missing or too old" if e.code == _DRIVER_TOO_OLD else "there is no NVIDIA GPU here",
+                found=found,
+                do="install or update the driver (`nvidia-smi` shows it), or use `--target ort-cpu`, which needs none",
+            ) from e
+
+    def use(self, device: int) -> None:
+        """Makes a device current for the calling thread."""
+        self._call("cudaSetDevice", device)
+
+    def free_memory(self) -> tuple[int, int]:
+        """Free and all bytes of the current device."""
+        free, total = self._call("cudaMemGetInfo")
+        return int(free), int(total)
+
+    def enable_peer(self, other: int) -> bool:
+        """Lets the current device reach another's memory directly, if the machine can; copies work without, by way of the host."""
+        try:
+            self._call("cudaDeviceEnablePeerAccess", other, 0)
+        except CudaError as e:
+            if e.code != _PEER_ALREADY_ENABLED:
+                logger.info("no direct way to the memory of device %d (%s): copies go by way of the host", other, e.found)
+                return False
+        return True
+
+    def allocate(self, size: int) -> int:
+        """Address of device memory.
+
+        Raises:
+            MemoryError: there is not so much.
+        """
+        try:
+            return int(self._call("cudaMalloc", size))
+        except CudaError as e:
+            if e.code != _OUT_OF_MEMORY:
+                raise
+            raise MemoryError(e.found) from e
+
+    def free(self, address: int) -> None:
+        self._call("cudaFree", address)
+
+    def allocate_pinned(self, size: int) -> int:
+        """Address of host memory a device copies from and to without a detour."""
+        return int(self._call("cudaHostAlloc", size, _PORTABLE))
+
+    def free_pinned(self, address: int) -> None:
+        self._call("cudaFreeHost", address)
+
+    def bytes_at(self, address: int, size: int) -> Any:
+        """Host memory as a buffer; the memory must outlive it."""
+        return (ctypes.c_ubyte * size).from_address(address)
+
+    def copy(self, target: int, source: int, size: int, *, stream: int) -> None:
+        """Enqueues a copy between any two places: host, device, another device."""
+        self._call("cudaMemcpyAsync", target, source, size, self._api.cudaMemcpyKind.cudaMemcpyDefault, stream)
+
+    def copy_rows(self, target: tuple[int, int], source: tuple[int, int], shape: tuple[int, int], *, stream: int) -> None:
+        """Enqueues a copy of rows.
+
+        Args:
+            target: Address and bytes from row to row; likewise
+            source: of what is copied.
+            shape: Number of rows and bytes of each.
+            stream: Where it is enqueued.
+        """
+        rows, width = shape
+        kind = self._api.cudaMemcpyKind.cudaMemcpyDefault
+        self._call("cudaMemcpy2DAsync", target[0], target[1], source[0], source[1], width, rows, kind, stream)
+
+    def clear(self, address: int, size: int, *, stream: int) -> None:
+        self._call("cudaMemsetAsync", address, 0, size, stream)
+
+    def clear_rows(self, target: tuple[int, int], shape: tuple[int, int], *, stream: int) -> None:
+        """Enqueues zeros: address and pitch, number of rows and bytes of each."""
+        rows, width = shape
+        self._call("cudaMemset2DAsync", target[0], target[1], 0, width, rows, stream)
+
+    def create_stream(self) -> int:
+        return int(self._call("cudaStreamCreateWithFlags", _NON_BLOCKING))
+
+    def destroy_stream(self, stream: int) -> None:
+        self._call("cudaStreamDestroy", stream)
+
+    def synchronize(self, stream: int) -> None:
+        """Blocks until everything enqueued on a stream is done."""
+        self._call("cudaStreamSynchronize", stream)
+
+    def create_event(self) -> int:
+        return int(self._call("cudaEventCreateWithFlags", _NO_TIMING))
+
+    def destroy_event(self, event: int) -> None:
+        self._call("cudaEventDestroy", event)
+
+    def record(self, event: int, *, stream: int) -> None:
+        self._call("cudaEventRecord", event, stream)
+
+    def wait_event(self, event: int) -> None:
+        """Blocks until an event has happened."""
+        self._call("cudaEventSynchronize", event)
+
+    def stream_waits(self, stream: int, event: int) -> None:
+        """Lets what is enqueued later wait for an event."""
+        self._call("cudaStreamWaitEvent", stream, event, 0)
+
+    def begin_capture(self, stream: int) -> None:
+        self._call("cudaStreamBeginCapture", stream, self._api.cudaStreamCaptureMode(_THREAD_LOCAL))
+
+    def end_capture(self, stream: int) -> int:
+        """Leaves a capture; returns the graph, or 0 for none."""
+        graph = self._call("cudaStreamEndCapture", stream)
+        return int(graph) if graph else 0
+
+    def instantiate(self, graph: int) -> int:
+        """A graph ready to launch; the captured one is let go."""
+        try:
+            return int(self._call("cudaGraphInstantiate", graph, 0))
+        finally:
+            self.drop_graph(graph)
+
+    def drop_graph(self, graph: int) -> None:
+        """Frees a graph that is not to be instantiated (any more)."""
+        if graph:
+            self._call("cudaGraphDestroy", graph)
+
+    def launch(self, graph: int, *, stream: int) -> None:
+        self._call("cudaGraphLaunch", graph, stream)
+
+    def destroy_graph(self, graph: int) -> None:
+        self._call("cudaGraphExecDestroy", graph)
+
+    def pending_error(self) -> str | None:
+        """The last error nobody has looked at, which is then forgotten; None for none."""
+        (code,) = self._api.cudaGetLastError()
+        return None if int(code) == _SUCCESS else f"CUDA error {int(code)}"
+
+
+def _error(call: str, code: int, meaning: str) -> CudaError:
+    error = CudaError(
+        f"the GPU reported an error in {call}",
+        found=f"CUDA error {code}: {meaning}",
+        do="open the bundle again, best in a new process; if it happens again, `twotower doctor BUNDLE` narrows it down",
+    )
+    error.code = code
+    return error
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"

@@ -1,0 +1,185 @@
+"""One pass of a graph on devices: small inputs up, the engines, small outputs down, an event; replayed as a CUDA graph where it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.cuda.graphs import capture
+from twotower.runtime.cuda.memory import DeviceBuffer
+from twotower.runtime.cuda.streams import CudaEvent, CudaStream
+from twotower.runtime.streams import Stream
+from twotower.spec import TowerSignature
+
+__all__ = ["DevicePass", "PassWork", "Transfer", "Turns", "downloads", "uploads"]
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A copy between a device and pinned host memory: addresses, bytes, and the device whose stream it is on."""
+
+    device: int
+    target: int
+    source: int
+    size: int
+
+
+class Turns:
+    """Who used a memory last that passes share (activation scratch, hand-over buffers): their executions must never overlap.
+
+    The loop's own events order the passes of one batch of rows; this orders those of several.
+    """
+
+    def __init__(self) -> None:
+        self._event: CudaEvent | None = None
+        self._queue: CudaStream | None = None
+
+    def begin(self, queue: CudaStream) -> None:
+        """Holds a queue back until the last user is done; the order within one device's stream needs no event."""
+        if self._event is not None and (self._queue is not queue or len(queue.handles) > 1):
+            self._event.hold(queue.handles[queue.first])
+
+    def end(self, queue: CudaStream, event: CudaEvent) -> None:
+        self._queue, self._event = queue, event
+
+    def forget(self, event: CudaEvent) -> None:
+        """Before an event that has happened is freed."""
+        if self._event is event:
+            self._event = self._queue = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassWork:
+    """What a pass is made of.
+
+    Attributes:
+        name: For messages.
+        devices: The devices it runs on, in the order work passes through them.
+        before: Copies to devices; likewise
+        after: copies to the host.
+        enqueue: Puts the engines on a queue.
+        capturable: Asked once, outside a capture; False where the work is not the same every time or a library says no.
+        close: Frees what was made for it.
+    """
+
+    name: str
+    devices: tuple[int, ...]
+    before: tuple[Transfer, ...]
+    after: tuple[Transfer, ...]
+    enqueue: Callable[[CudaStream], None]
+    capturable: Callable[[CudaStream], bool]
+    close: Callable[[], None]
+
+
+class DevicePass:
+    """A binding on devices.
+
+    The first run enqueues piece by piece, which also lets a library finish its lazy set-up. The second is captured, if the pass can be,
+    and from then on a run is one launch. Nothing is bound, allocated or looked up by name in a run.
+
+    Args:
+        cuda: The calls.
+        work: What to do.
+        turns: Shared with every pass that uses the same scratch memory.
+    """
+
+    def __init__(self, cuda: Cuda, work: PassWork, turns: Turns) -> None:
+        self._cuda, self._work, self._turns = cuda, work, turns
+        self._events = {device: CudaEvent(cuda, device) for device in dict.fromkeys(work.devices)}
+        self._last = work.devices[-1]
+        self._runs = 0
+        self._graph: int | None = None
+        self._closed = False
+
+    @property
+    def replayed(self) -> bool:
+        """Whether a run is the launch of a captured graph."""
+        return self._graph is not None
+
+    def run(self, stream: Stream) -> CudaEvent:
+        """Enqueues one pass; see `Binding.run`.
+
+        Raises:
+            DeviceError: the library or the driver refused.
+        """
+        assert not self._closed, "a closed pass is not run"
+        queue = cast(CudaStream, stream)
+        event = self._events[self._last]
+        self._turns.begin(queue)
+        if self._runs == 1 and len(self._events) == 1 and self._work.capturable(queue):
+            event.wait_done()  # the first run is done before its work is recorded
+            self._cuda.use(self._last)
+            self._graph = capture(self._cuda, queue.handles[self._last], lambda: self._enqueue(queue), name=self._work.name)
+        if self._graph is not None:
+            self._cuda.use(self._last)
+            self._cuda.launch(self._graph, stream=queue.handles[self._last])
+        else:
+            self._enqueue(queue)
+            self._join(queue)
+        self._runs += 1
+        event.record(queue.handles[self._last])
+        self._turns.end(queue, event)
+        return event
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        event = self._events[self._last]
+        if self._runs:
+            event.wait_done()
+        self._turns.forget(event)
+        if self._graph is not None:
+            self._cuda.use(self._last)
+            self._cuda.destroy_graph(self._graph)
+        self._work.close()
+        for each in self._events.values():
+            each.close()
+
+    def _enqueue(self, queue: CudaStream) -> None:
+        self._copy(self._work.before, queue)
+        self._work.enqueue(queue)
+        self._copy(self._work.after, queue)
+
+    def _copy(self, transfers: Iterable[Transfer], queue: CudaStream) -> None:
+        for t in transfers:
+            self._cuda.use(t.device)
+            self._cuda.copy(t.target, t.source, t.size, stream=queue.handles[t.device])
+
+    def _join(self, queue: CudaStream) -> None:
+        """Lets the last device's stream wait for what the others still do."""
+        for device, event in self._events.items():
+            if device != self._last:
+                self._cuda.use(device)
+                event.record(queue.handles[device])
+                event.hold(queue.handles[self._last])
+
+
+def uploads(signature: TowerSignature, buffers: Mapping[str, DeviceBuffer]) -> tuple[Transfer, ...]:
+    """Copies of a graph's small inputs to every device that reads them, one a slab and device."""
+    return _transfers([buffers[spec.name] for spec in signature.inputs], to_device=True)
+
+
+def downloads(signature: TowerSignature, buffers: Mapping[str, DeviceBuffer]) -> tuple[Transfer, ...]:
+    """Copies of a graph's small outputs to the host, one a slab."""
+    return _transfers([buffers[spec.name] for spec in signature.outputs], to_device=False)
+
+
+def _transfers(buffers: Iterable[DeviceBuffer], *, to_device: bool) -> tuple[Transfer, ...]:
+    ranges: dict[tuple[int, int], tuple[DeviceBuffer, int, int]] = {}
+    for buffer in buffers:
+        if buffer.slab is None:
+            continue
+        for device in buffer.addresses if to_device else (buffer.home,):
+            key = (buffer.slab.host, device)
+            _, start, end = ranges.get(key, (buffer, buffer.offset, 0))
+            ranges[key] = (buffer, min(start, buffer.offset), max(end, buffer.offset + buffer.nbytes))
+    out = []
+    for (host, device), (buffer, start, end) in ranges.items():
+        assert buffer.slab is not None
+        there, here = buffer.slab.addresses[device] + start, host + start
+        target, source = (there, here) if to_device else (here, there)
+        out.append(Transfer(device, target, source, end - start))
+    return tuple(out)

@@ -1,0 +1,75 @@
+"""CUDA streams and events behind the loop's own two words, on one device or, for a tower cut into segments, on several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.streams import Event, HostStream
+
+__all__ = ["CudaEvent", "CudaStream"]
+
+
+class CudaEvent:
+    """A point in a stream's work that can be recorded again: who waits then waits for the later work too, never for less."""
+
+    def __init__(self, cuda: Cuda, device: int) -> None:
+        self.device = device
+        self._cuda = cuda
+        cuda.use(device)
+        self._handle = cuda.create_event()
+
+    def record(self, stream: int) -> None:
+        """Marks what has been enqueued on a stream of the event's own device so far."""
+        self._cuda.record(self._handle, stream=stream)
+
+    def wait_done(self) -> None:
+        if self._handle:  # whoever freed it has waited
+            self._cuda.wait_event(self._handle)
+
+    def hold(self, stream: int) -> None:
+        """Lets later work of a stream, of any device, wait for this."""
+        self._cuda.stream_waits(stream, self._handle)
+
+    def close(self) -> None:
+        """Frees the event; idempotent."""
+        handle, self._handle = self._handle, 0
+        if handle:
+            self._cuda.destroy_event(handle)
+
+
+class CudaStream:
+    """The queue of one tower: a CUDA stream on each of its devices, which its engines join by events from one device to the next.
+
+    Args:
+        cuda: The calls.
+        devices: In the order work passes through them. What the queue waits for holds back the first, and so everything after it.
+
+    Attributes:
+        handles: The CUDA stream of each device.
+        first: The first device.
+    """
+
+    def __init__(self, cuda: Cuda, devices: Sequence[int]) -> None:
+        self._cuda = cuda
+        self.first = devices[0]
+        self.handles: dict[int, int] = {}
+        for device in dict.fromkeys(devices):
+            cuda.use(device)
+            self.handles[device] = cuda.create_stream()
+
+    def wait(self, event: Event) -> None:
+        if event is not HostStream.done:
+            cast(CudaEvent, event).hold(self.handles[self.first])
+
+    def synchronize(self) -> None:
+        """Blocks until everything enqueued is done."""
+        for handle in self.handles.values():
+            self._cuda.synchronize(handle)
+
+    def close(self) -> None:
+        while self.handles:
+            device, handle = self.handles.popitem()
+            self._cuda.use(device)
+            self._cuda.destroy_stream(handle)

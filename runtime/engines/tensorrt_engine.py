@@ -1,0 +1,250 @@
+"""A graph on TensorRT: one engine, or segments that run back to back, bound to fixed addresses and enqueued on a tower's stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from twotower.bundle import Profile
+from twotower.errors import DeviceError, RequestError
+from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.cuda.memory import DeviceBuffer, DeviceMemory
+from twotower.runtime.cuda.passes import DevicePass, PassWork, Turns, downloads, uploads
+from twotower.runtime.cuda.streams import CudaEvent, CudaStream
+from twotower.runtime.engines.copies import StateCopies
+from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
+from twotower.runtime.memory import numpy_dtype
+from twotower.spec import CONDITIONING, RESIDUAL_IN, RESIDUAL_OUT, TensorSpec, TowerSignature
+
+__all__ = ["EngineRoom", "TensorRTEngine", "handover_bytes"]
+
+
+@dataclass(slots=True)
+class EngineRoom:
+    """What the engines of one bundle share.
+
+    Attributes:
+        cuda: The calls.
+        loader: The library.
+        memory: Buffers.
+        graphs: Whether passes may be captured.
+        scratch: Activation memory of each device, address and bytes: one for all engines, as no two of them run at the same time.
+        handover: On each device, where segments hand the residual stream over: two halves that take turns; and the conditioning.
+        turns: Keeps those executions apart.
+    """
+
+    cuda: Cuda
+    loader: PlanLoader
+    memory: DeviceMemory
+    graphs: bool
+    scratch: dict[int, tuple[int, int]] = field(default_factory=dict)
+    handover: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    turns: Turns = field(default_factory=Turns)
+
+
+class TensorRTEngine:
+    """One graph of the contract on TensorRT.
+
+    Args:
+        signature: Its inputs and outputs.
+        plans: Its segments in the order they run.
+        room: Shared with the bundle's other engines.
+        copies: Brings what this graph writes of the state to other devices that read it; None where there are none.
+    """
+
+    def __init__(self, signature: TowerSignature, plans: Sequence[Plan], room: EngineRoom, copies: StateCopies | None = None) -> None:
+        self.signature = signature
+        self._plans: tuple[Plan, ...] = tuple(plans)
+        self._room = room
+        self._copies = copies
+
+    def bind(self, arrays: Mapping[str, DeviceBuffer]) -> DevicePass:
+        """Fixes addresses and shapes in an execution context for each segment; see `TowerEngine.bind`.
+
+        Raises:
+            RequestError: the engine was built for other shapes.
+            DeviceError: the library refuses an address or a shape.
+        """
+        if not self._plans:
+            raise RuntimeError("the engine is closed")
+        sizes = _sizes(self.signature, arrays)
+        profiles = [_profile(plan, sizes) for plan in self._plans]
+        fixed = all(least == most for number, plan in zip(profiles, self._plans, strict=True) for least, most in _ends(plan, number))
+        bound = [
+            self._bound(plan, index, arrays, (number, sizes, fixed))
+            for index, (plan, number) in enumerate(zip(self._plans, profiles, strict=True))
+        ]
+        run = _Segments(self._room, bound, None if self._copies is None else self._copies.of(arrays, sizes))
+        devices = tuple(plan.device for plan in self._plans)
+        capturable = fixed and self._room.graphs and run.same_every_time
+        work = PassWork(
+            name=f"the {self.signature.name} pass of {sizes.get('B', 1)} row(s)",
+            devices=devices,
+            before=uploads(self.signature, arrays),
+            after=downloads(self.signature, arrays),
+            enqueue=run.enqueue,
+            capturable=lambda queue: capturable and run.may_be_captured(queue),
+            close=run.close,
+        )
+        return DevicePass(self._room.cuda, work, self._room.turns)
+
+    def close(self) -> None:
+        """Frees the engines; idempotent. Compiled kernels are kept for the next opening."""
+        plans, self._plans = self._plans, ()
+        for plan in plans:
+            self._room.cuda.use(plan.device)
+            self._room.loader.keep_kernels(plan)
+
+    def _bound(self, plan: Plan, index: int, arrays: Mapping[str, DeviceBuffer], how: tuple[int, dict[str, int], bool]) -> _Bound:
+        """An execution context of one segment with its profile, shapes and addresses set."""
+        number, sizes, fixed = how
+        room, device = self._room, plan.device
+        room.cuda.use(device)
+        context = room.loader.context(plan, fixed=fixed)
+        stream = room.memory.stream(device)
+        refused = [] if context.set_optimization_profile_async(number, stream) else [f"profile {number}"]
+        room.cuda.synchronize(stream)
+        inputs = {spec.name: spec for spec in plan.part.inputs}
+        for name, spec in inputs.items():
+            if not context.set_input_shape(name, spec.shape(sizes)):
+                refused.append(f"shape {spec.shape(sizes)} of {name}")
+        names = [spec.name for spec in (*plan.part.inputs, *plan.part.outputs)]
+        refused += [f"address of {n}" for n in names if not context.set_tensor_address(n, self._address(n, arrays, index))]
+        refused += [f"{name} has no shape" for name in context.infer_shapes()]
+        if refused:
+            raise DeviceError(
+                f"{plan.part.file} cannot be bound",
+                found="; ".join(refused[:5]) + _because(room.loader),
+                do="report this with `twotower doctor`",
+            )
+        address, size = room.scratch[device]
+        context.set_device_memory(address, size)
+        return _Bound(plan, context, index, _nbytes(inputs.get(RESIDUAL_IN), sizes), _nbytes(inputs.get(CONDITIONING), sizes))
+
+    def _address(self, name: str, arrays: Mapping[str, DeviceBuffer], index: int) -> int:
+        """Where a segment finds a tensor: in a buffer, or where its neighbours hand over."""
+        device = self._plans[index].device
+        if name in arrays:
+            return arrays[name].addresses[device]
+        if name == CONDITIONING:
+            return self._room.handover[device][2]
+        assert name in (RESIDUAL_IN, RESIDUAL_OUT), name
+        return self._room.handover[device][(index + (name == RESIDUAL_OUT)) % 2]
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """A segment ready to run: its context, its number, and the bytes it takes over from the segments before it."""
+
+    plan: Plan
+    context: Any
+    index: int
+    residual: int
+    conditioning: int
+
+
+class _Segments:
+    """Enqueues the segments of one pass."""
+
+    def __init__(self, room: EngineRoom, bound: Sequence[_Bound], copies: Any) -> None:
+        self._room, self._bound, self._copies = room, list(bound), copies
+        devices = dict.fromkeys(b.plan.device for b in bound)
+        self._events = {device: CudaEvent(room.cuda, device) for device in devices} if len(devices) > 1 else {}
+        self._first = bound[0].plan.device
+
+    @property
+    def same_every_time(self) -> bool:
+        """Whether all runs enqueue the very same work: copies of the state follow the text."""
+        return self._copies is None and not self._events
+
+    def may_be_captured(self, queue: CudaStream) -> bool:
+        """What the library says of it, where it says anything."""
+        if not self._room.loader.flavour.capturable:
+            return True
+        return all(b.context.is_stream_capturable(queue.handles[b.plan.device]) for b in self._bound)
+
+    def enqueue(self, queue: CudaStream) -> None:
+        """Puts every segment on the stream of its device.
+
+        Raises:
+            DeviceError: the library refuses one.
+        """
+        at = self._first
+        for bound in self._bound:
+            device = bound.plan.device
+            if device != at:
+                self._hand_over(queue, bound, at)
+                at = device
+            self._room.cuda.use(device)
+            if not bound.context.execute_async_v3(queue.handles[device]):
+                raise DeviceError(
+                    f"{bound.plan.part.file} was not run",
+                    found=f"the library refused to enqueue it{_because(self._room.loader)}",
+                    do="run `twotower doctor BUNDLE`; an engine that was built for another GPU fails like this",
+                )
+            if self._copies is not None:
+                self._copies.enqueue(bound.plan.part.outputs, queue)
+
+    def close(self) -> None:
+        """Frees the contexts, then the events; idempotent."""
+        self._bound.clear()
+        while self._events:
+            self._events.popitem()[1].close()
+
+    def _hand_over(self, queue: CudaStream, bound: _Bound, source: int) -> None:
+        """Brings what a segment reads from the device before it; the later device's stream waits for the earlier one's."""
+        cuda, handover, device = self._room.cuda, self._room.handover, bound.plan.device
+        cuda.use(source)
+        self._events[source].record(queue.handles[source])
+        cuda.use(device)
+        self._events[source].hold(queue.handles[device])
+        half = bound.index % 2
+        cuda.copy(handover[device][half], handover[source][half], bound.residual, stream=queue.handles[device])
+        if bound.conditioning:
+            cuda.copy(handover[device][2], handover[source][2], bound.conditioning, stream=queue.handles[device])
+
+
+def handover_bytes(plans: Sequence[Plan], sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Bytes of the residual stream and of the conditioning where segments hand over, at most; zeros for a graph in one piece."""
+    specs = {spec.name: spec for plan in plans for spec in plan.part.inputs}
+    return _nbytes(specs.get(RESIDUAL_IN), sizes), _nbytes(specs.get(CONDITIONING), sizes)
+
+
+def _nbytes(spec: TensorSpec | None, sizes: Mapping[str, int]) -> int:
+    return 0 if spec is None else prod(spec.shape(sizes)) * numpy_dtype(spec.dtype).itemsize
+
+
+def _sizes(signature: TowerSignature, arrays: Mapping[str, DeviceBuffer]) -> dict[str, int]:
+    """The letters' sizes, from the shapes of the buffers."""
+    out: dict[str, int] = {}
+    for spec in (*signature.inputs, *signature.outputs):
+        out.update({axis: size for axis, size in zip(spec.axes, arrays[spec.name].shape, strict=True) if isinstance(axis, str)})
+    return out
+
+
+def _profile(plan: Plan, sizes: Mapping[str, int]) -> int:
+    """The narrowest profile that admits the shapes: later ones are narrower."""
+    for number, profile in reversed(list(enumerate(plan.part.profiles))):
+        if profile.admits(sizes):
+            return number
+    raise RequestError(
+        f"{plan.part.file} was not built for these shapes",
+        found=f"{dict(sizes)}; built for {'; '.join(_described(p) for p in plan.part.profiles)}",
+        do="build it with a larger --max-batch",
+    )
+
+
+def _ends(plan: Plan, number: int) -> list[tuple[int, int]]:
+    """Least and most of the axes of a profile that are not the number of rows: contexts are made for one number of rows anyway."""
+    return [(least, most) for axis, (least, _, most) in plan.part.profiles[number].axes.items() if axis != "B"]
+
+
+def _described(profile: Profile) -> str:
+    return f"{profile.name}: " + ", ".join(f"{axis} {least} to {most}" for axis, (least, _, most) in profile.axes.items())
+
+
+def _because(loader: PlanLoader) -> str:
+    said = loader.drain()
+    return f": {said}" if said else ""

@@ -1,0 +1,169 @@
+"""Opening a bundle's TensorRT engines: checked, placed on devices, loaded once, with one scratch memory a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+
+from twotower.bundle import Bundle, EngineRecord, Progress, engine_folder, read_engine_record
+from twotower.errors import EngineMismatchError
+from twotower.flavour import Flavour
+from twotower.hardware import Gpu
+from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.cuda.memory import DeviceMemory
+from twotower.runtime.cuda.streams import CudaStream
+from twotower.runtime.engines.copies import StateCopies
+from twotower.runtime.engines.devices import chosen_devices, require_room
+from twotower.runtime.engines.tensorrt_engine import EngineRoom, TensorRTEngine, handover_bytes
+from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
+from twotower.runtime.engines.towers import Towers
+from twotower.runtime.memory import numpy_dtype
+from twotower.runtime.placement import place_engines, places_of_tensors
+from twotower.runtime.streams import Streams
+from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, MAX_CHUNK, signatures, state_tensors
+
+__all__ = ["CHUNK_WIDTHS", "TensorRTOptions", "open_tensorrt"]
+
+CHUNK_WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, MAX_CHUNK)
+"""Widths prompts are padded to: a context, and kernels, for each of them and not for every width there is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRTOptions:
+    """Options of opening.
+
+    Attributes:
+        devices: GPUs by number; empty for the first.
+        graphs: Whether passes are captured as CUDA graphs.
+        gpus: What the GPUs are, by number.
+        progress: Called with (bytes hashed, bytes to hash) while engine files are checked.
+    """
+
+    devices: tuple[int, ...] = ()
+    graphs: bool = True
+    gpus: tuple[Gpu, ...] = ()
+    progress: Progress | None = None
+
+
+def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: TensorRTOptions) -> Towers:
+    """Opens the three graphs of a bundle on TensorRT.
+
+    Raises:
+        EngineMismatchError: not built, damaged, of another library, graph or GPU, too large for the GPU, or there is none.
+        ConfigError: a device that is not there was asked for.
+    """
+    record = read_engine_record(bundle, flavour.target, library=flavour.library, progress=options.progress)
+    devices = chosen_devices(cuda, options.devices)
+    _check_sms(record, [options.gpus[d] for d in devices if d < len(options.gpus)], bundle)
+    sizes = {name: [record.files[part.file].size for part in parts] for name, parts in record.engines.items()}
+    placed = place_engines(sizes, devices)
+    require_room(cuda, _needed(bundle, record, sizes, placed), target=flavour.target)
+    with ExitStack() as undo:
+        towers = _opened(bundle, record, placed, _Opening(flavour, cuda, devices, options.graphs, undo))
+        undo.pop_all()
+    return towers
+
+
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """What opening works with; `undo` closes what was made so far if the rest fails."""
+
+    flavour: Flavour
+    cuda: Cuda
+    devices: tuple[int, ...]
+    graphs: bool
+    undo: ExitStack
+
+
+def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[int]], with_: _Opening) -> Towers:
+    cuda, limits = with_.cuda, record.limits
+    assert limits is not None, "TensorRT engines have limits"
+    state = state_tensors(bundle.config, record.dtype)
+    memory = DeviceMemory(cuda, with_.devices, places_of_tensors(record.engines, placed, state))
+    with_.undo.callback(memory.close)
+    queues = {name: CudaStream(cuda, placed[name]) for name in (CONTEXT, DENOISER)}
+    for queue in queues.values():
+        with_.undo.callback(queue.close)
+    loader = PlanLoader(with_.flavour, {t.present.name: t.past.name for t in state if t.in_place})
+    room = EngineRoom(cuda, loader, memory, with_.graphs)
+    folder = engine_folder(bundle, record.target)
+    plans: dict[str, list[Plan]] = {}
+    for name, parts in record.engines.items():
+        plans[name] = []
+        for part, device in zip(parts, placed[name], strict=True):
+            cuda.use(device)
+            plans[name].append(loader.load(folder / part.file, part, device))
+    _furnish(room, plans, {"B": limits.max_batch, "L": MAX_CHUNK})
+    fixed = {"T": limits.capacity, "S": bundle.trained_block_size}
+    contract = {name: graph.with_sizes(fixed) for name, graph in signatures(bundle.config, record.dtype).items()}
+    engines = {
+        name: TensorRTEngine(contract[name], plans[name], room, StateCopies(cuda, state) if name == CONTEXT else None) for name in contract
+    }
+    return Towers(
+        bundle.config,
+        record.dtype,
+        engines[CONTEXT],
+        engines[CONTEXT_HEAD],
+        engines[DENOISER],
+        memory=memory,
+        streams=Streams(queues[CONTEXT], queues[DENOISER]),
+        limits=limits,
+        chunk_widths=CHUNK_WIDTHS,
+        fixed_block=bundle.trained_block_size,
+    )
+
+
+def _furnish(room: EngineRoom, plans: Mapping[str, Sequence[Plan]], sizes: Mapping[str, int]) -> None:
+    """Allocates what engines share on each device: the scratch of the neediest, and where segments hand over."""
+    every = [plan for some in plans.values() for plan in some]
+    pairs = [handover_bytes(some, sizes) for some in plans.values()]
+    residual, conditioning = max(p[0] for p in pairs), max(p[1] for p in pairs)
+    for device in dict.fromkeys(plan.device for plan in every):
+        size = max(plan.scratch for plan in every if plan.device == device)
+        try:
+            room.scratch[device] = (room.memory.scratch(size, device), size)
+            if residual:
+                halves = [room.memory.scratch(residual, device) for _ in range(2)]
+                room.handover[device] = (halves[0], halves[1], room.memory.scratch(conditioning, device))
+        except MemoryError as e:
+            raise EngineMismatchError(
+                f"GPU {device} has no room for the engines' activations",
+                found=f"{(size + 2 * residual + conditioning) / 1e9:.2f} GB needed besides the weights: {e}",
+                do="build with a smaller --max-batch or --max-context, or spread the towers with --devices 0,1",
+            ) from e
+
+
+def _needed(
+    bundle: Bundle, record: EngineRecord, sizes: Mapping[str, Sequence[int]], placed: Mapping[str, Sequence[int]]
+) -> dict[int, dict[str, int]]:
+    """Bytes each device must have free: its engines, and the state of one row. Scratch is known only once engines are loaded."""
+    assert record.limits is not None
+    state = state_tensors(bundle.config, record.dtype)
+    places = places_of_tensors(record.engines, placed, state)
+    one = {"B": 1, "T": record.limits.capacity}
+    needed: dict[int, dict[str, int]] = {}
+    for name, devices in placed.items():
+        for size, device in zip(sizes[name], devices, strict=True):
+            parts = needed.setdefault(device, {})
+            parts[name.replace("_", " ")] = parts.get(name.replace("_", " "), 0) + size
+    for tensor in state:
+        size = prod(tensor.past.shape(one)) * numpy_dtype(tensor.past.dtype).itemsize * (1 if tensor.in_place else 2)
+        for device in places[tensor.past.name]:
+            needed[device]["state of a row"] = needed[device].get("state of a row", 0) + size
+    return needed
+
+
+def _check_sms(record: EngineRecord, gpus: Sequence[Gpu], bundle: Bundle) -> None:
+    assert record.limits is not None
+    foreign = [gpu for gpu in gpus if gpu.sm not in record.limits.sms]
+    if foreign:
+        built = ", ".join(map(str, record.limits.sms))
+        wanted = ",".join(map(str, sorted({*record.limits.sms, foreign[0].sm})))
+        rebuild = f"`twotower build {bundle.path} --target {record.target}"
+        raise EngineMismatchError(
+            f"the {record.target} engines of '{bundle.path}' hold no code for {foreign[0].name}",
+            found=f"it is SM {foreign[0].sm}; they were built for SM {built}",
+            do=f"{rebuild} --sm {wanted}`" if record.target == "rtx" else f"{rebuild}` on this machine",
+        )

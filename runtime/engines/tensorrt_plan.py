@@ -1,0 +1,166 @@
+"""Serialized TensorRT engines, loaded and checked against what the build says of them; the library is a value."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twotower.bundle import EngineFile
+from twotower.errors import DeviceError, EngineMismatchError
+from twotower.flavour import Flavour
+
+__all__ = ["Plan", "PlanLoader"]
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
+_KEPT_LINES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One engine in the memory of a device.
+
+    Attributes:
+        part: What the build says of it.
+        device: Where it is.
+        engine: The library's engine.
+        scratch: Bytes of activation memory an execution needs.
+        cache: Kernels the library compiled for it so far; None for a library that compiles nothing at run time.
+        cache_file: Where they are kept.
+    """
+
+    part: EngineFile
+    device: int
+    engine: Any
+    scratch: int
+    cache: Any = None
+    cache_file: Path | None = None
+
+
+class PlanLoader:
+    """Loads engines with one library. Of one process-wide logger the library takes the first and ignores others.
+
+    Args:
+        flavour: The library.
+        in_place: Outputs that must be the memory of an input, by name (keys and values), with that input.
+    """
+
+    def __init__(self, flavour: Flavour, in_place: Mapping[str, str]) -> None:
+        self.flavour = flavour
+        self._in_place = in_place
+        self._said: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._logger = _make_logger(flavour.module, self._said)
+        self._runtime = flavour.module.Runtime(self._logger)
+
+    def load(self, file: Path, part: EngineFile, device: int) -> Plan:
+        """Brings an engine to the current device, which must be `device`; the file is mapped and not read into memory first.
+
+        Raises:
+            EngineMismatchError: the library refuses the file, or it is not the engine the build describes.
+        """
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            engine = self._runtime.deserialize_cuda_engine(mapped)
+        if engine is None:
+            raise EngineMismatchError(
+                f"{self.flavour.module.__name__} {self.flavour.version} cannot load {file}",
+                found=self.drain() or "it gives no reason; the engine may be for another GPU or damaged",
+                do="build it again on or for this machine with `twotower build BUNDLE --target ... --force`",
+            )
+        self._check(engine, part, file)
+        cache, cache_file = None, None
+        if self.flavour.runtime_cache:
+            cache_file = file.with_name(f".{file.name}.kernels")
+            cache = engine.create_runtime_config().create_runtime_cache()
+            if cache_file.is_file() and not cache.deserialize(cache_file.read_bytes()):
+                logger.info("%s is of another GPU, driver or library; kernels are compiled again", cache_file)
+        return Plan(part, device, engine, int(engine.device_memory_size_v2), cache, cache_file)
+
+    def context(self, plan: Plan, *, fixed: bool) -> Any:
+        """An execution context without activation memory of its own.
+
+        Args:
+            plan: The engine.
+            fixed: It will run in one shape again and again, so kernels may be compiled for that very shape. That is done at once and
+                not behind the first runs, which a captured graph would freeze.
+        """
+        trt = self.flavour.module
+        config = plan.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if plan.cache is not None:
+            config.set_runtime_cache(plan.cache)
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # a whole pass is captured here, copies included
+            kinds = trt.DynamicShapesKernelSpecializationStrategy
+            config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if fixed else kinds.NONE
+        context = plan.engine.create_execution_context(config)
+        if context is None:
+            raise DeviceError(
+                f"no execution context for {plan.part.file}",
+                found=self.drain() or "the library gives no reason",
+                do="free GPU memory, or build with a smaller --max-batch or --max-context",
+            )
+        return context
+
+    def keep_kernels(self, plan: Plan) -> None:
+        """Saves kernels compiled while the engine ran, for the next opening; a bundle that cannot be written to goes without."""
+        if plan.cache is None or plan.cache_file is None:
+            return
+        try:
+            data = bytes(plan.cache.serialize())
+            if not plan.cache_file.is_file() or plan.cache_file.stat().st_size != len(data):
+                partial = plan.cache_file.with_suffix(".partial")
+                partial.write_bytes(data)
+                partial.replace(plan.cache_file)
+        except OSError as e:
+            logger.info("compiled kernels are not kept: %s", e)
+
+    def drain(self) -> str:
+        """What the library said last, which is then forgotten."""
+        said = "; ".join(self._said)
+        self._said.clear()
+        return said
+
+    def _check(self, engine: Any, part: EngineFile, file: Path) -> None:
+        """Names, types and shared addresses of an engine's tensors are the contract the buffers were made for."""
+        has = {name: engine.get_tensor_dtype(name).name for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors))}
+        wants = {spec.name: spec for spec in (*part.inputs, *part.outputs)}
+        problems = [f"{name} is missing" for name in sorted(set(wants) - set(has))]
+        problems += [f"{name} is not expected" for name in sorted(set(has) - set(wants))]
+        problems += [
+            f"{name} is {has[name]}, expected {spec.dtype}"
+            for name, spec in wants.items()
+            if name in has and _DTYPES.get(has[name]) != spec.dtype
+        ]
+        if not problems:
+            problems = [
+                f"{out.name} does not share the memory of {past}"
+                for out in part.outputs
+                if (past := self._in_place.get(out.name)) and engine.get_aliased_input_tensor(out.name) != past
+            ]
+        if problems:
+            raise EngineMismatchError(
+                f"{file} is not the engine its build.json describes",
+                found="; ".join(problems[:5]),
+                do="build it again with `twotower build BUNDLE --target ... --force`",
+            )
+
+
+def _make_logger(trt: Any, said: deque[str]) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """The library's lines in Python's log; warnings and worse are remembered for an error's text."""
+
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, severity: Any, message: str) -> None:
+            serious = severity.value <= trt.ILogger.Severity.WARNING.value
+            logger.log(logging.INFO if serious else logging.DEBUG, "%s: %s", severity.name, message)
+            if serious:
+                said.append(" ".join(message.split()))
+
+    return Logger()

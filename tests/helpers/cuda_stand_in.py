@@ -1,0 +1,311 @@
+"""A CUDA without a GPU: the functions of `cuda.bindings.runtime` over host memory. Streams run their work as late as they may.
+
+Whoever forgets to wait sees old numbers: nothing enqueued has run until something waits for it, and then only what it had to wait for
+has. With a seed, work also runs in between, in a random order. Memory freed twice, work on a stream of another device, an event recorded
+on another device and a call a capture forbids are errors at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from itertools import count
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+__all__ = ["CudaStandIn"]
+
+Op = Callable[[], None]
+_OK, _OUT_OF_MEMORY, _CAPTURE = 0, 2, 901
+
+
+@dataclass
+class _Stream:
+    device: int
+    ops: list[Op | tuple[int, int]] = field(default_factory=list)  # work, or (stream, position) to wait for
+    done: int = 0
+    capture: list[Op] | None = None
+
+
+@dataclass
+class _Event:
+    device: int
+    at: tuple[int, int] | None = None
+
+
+class _Mode(IntEnum):
+    GLOBAL, THREAD_LOCAL, RELAXED = range(3)
+
+
+class CudaStandIn:
+    """The stand-in.
+
+    Args:
+        devices: GPUs.
+        memory: Bytes of each.
+        seed: None runs work as late as it may; a number also runs some of it in between, in an order drawn from it.
+
+    Attributes:
+        calls: Every call by name, in order.
+        counts: How often each was made.
+        fail: Name of a call -> (number of the call, error code) at which it fails.
+        bindings: Called by the library's stand-in while a graph is captured, to refuse.
+    """
+
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyDefault=4)
+    cudaStreamCaptureMode = _Mode
+
+    def __init__(self, *, devices: int = 1, memory: int = 1 << 34, seed: int | None = None) -> None:
+        self.calls: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.fail: dict[str, tuple[int, int]] = {}
+        self._random = None if seed is None else random.Random(seed)
+        self._devices, self._memory = devices, memory
+        self._current = 0
+        self._blocks: dict[int, tuple[np.ndarray, int | None]] = {}  # address -> memory, device (None: pinned)
+        self._streams: dict[int, _Stream] = {}
+        self._events: dict[int, _Event] = {}
+        self._graphs: dict[int, list[Op]] = {}
+        self._execs: dict[int, tuple[int, list[Op]]] = {}
+        self._ids = count(1001)
+
+    # What the tests ask.
+
+    @property
+    def leaked(self) -> dict[str, int]:
+        """What was made and not freed."""
+        kinds = {
+            "memory": len(self._blocks),
+            "streams": len(self._streams),
+            "events": len(self._events),
+            "graphs": len(self._graphs) + len(self._execs),
+        }
+        return {name: number for name, number in kinds.items() if number}
+
+    @property
+    def pending(self) -> int:
+        """Work that was enqueued and has not run."""
+        return sum(len(s.ops) - s.done for s in self._streams.values())
+
+    def device_of(self, address: int) -> int | None:
+        """The device an address belongs to; None for pinned host memory.
+
+        Raises:
+            AssertionError: it lies in no allocation.
+        """
+        for start, (block, device) in self._blocks.items():
+            if start <= address < start + block.nbytes:
+                return device
+        raise AssertionError(f"address {address:#x} lies in no allocation")
+
+    def capturing(self, stream: int) -> bool:
+        return self._streams[stream].capture is not None
+
+    def enqueue(self, stream: int, op: Op) -> None:
+        """Puts work on a stream, or into the graph it is captured into."""
+        s = self._streams[stream]
+        assert s.device == self._current, f"device {self._current} is current, the stream is of device {s.device}"
+        if s.capture is not None:
+            s.capture.append(op)
+        else:
+            s.ops.append(op)
+            self._drift()
+
+    # The functions of the library: each returns a tuple that starts with an error code.
+
+    def cudaGetDeviceCount(self) -> tuple[int, int]:
+        return self._answer("cudaGetDeviceCount", lambda: self._devices)
+
+    def cudaDriverGetVersion(self) -> tuple[int, int]:
+        return _OK, 12040
+
+    def cudaRuntimeGetVersion(self) -> tuple[int, int]:
+        return _OK, 13050
+
+    def cudaGetErrorString(self, code: int) -> tuple[int, bytes]:
+        return _OK, b"a planted failure"
+
+    def cudaGetLastError(self) -> tuple[int]:
+        return (_OK,)
+
+    def cudaSetDevice(self, device: int) -> tuple[int]:
+        assert 0 <= device < self._devices
+        self._current = device
+        return (_OK,)
+
+    def cudaMemGetInfo(self) -> tuple[int, int, int]:
+        return _OK, self._free(self._current), self._memory
+
+    def cudaDeviceEnablePeerAccess(self, other: int, flags: int) -> tuple[int]:
+        assert other != self._current
+        return (_OK,)
+
+    def cudaMalloc(self, size: int) -> tuple[int, int]:
+        self._forbid_in_capture()
+        if size > self._free(self._current):
+            return _OUT_OF_MEMORY, 0
+        return self._answer("cudaMalloc", lambda: self._block(size, self._current))
+
+    def cudaFree(self, address: int) -> tuple[int, None]:
+        return self._answer("cudaFree", lambda: self._freed(address))
+
+    def cudaHostAlloc(self, size: int, flags: int) -> tuple[int, int]:
+        self._forbid_in_capture()
+        return self._answer("cudaHostAlloc", lambda: self._block(size, None))
+
+    def cudaFreeHost(self, address: int) -> tuple[int, None]:
+        return self._answer("cudaFreeHost", lambda: self._freed(address))
+
+    def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> tuple[int, None]:
+        self.device_of(target), self.device_of(source)
+        return self._answer("cudaMemcpyAsync", lambda: self.enqueue(stream, lambda: ctypes.memmove(target, source, size) and None))
+
+    def cudaMemcpy2DAsync(
+        self, target: int, to_pitch: int, source: int, from_pitch: int, width: int, rows: int, kind: int, stream: int
+    ) -> tuple[int, None]:
+        assert self.device_of(target) == self.device_of(source), "rows are copied within a device only"
+
+        def op() -> None:
+            for row in range(rows):
+                ctypes.memmove(target + row * to_pitch, source + row * from_pitch, width)
+
+        return self._answer("cudaMemcpy2DAsync", lambda: self.enqueue(stream, op))
+
+    def cudaMemsetAsync(self, address: int, value: int, size: int, stream: int) -> tuple[int, None]:
+        return self._answer("cudaMemsetAsync", lambda: self.enqueue(stream, lambda: ctypes.memset(address, value, size) and None))
+
+    def cudaMemset2DAsync(self, address: int, pitch: int, value: int, width: int, rows: int, stream: int) -> tuple[int, None]:
+        def op() -> None:
+            for row in range(rows):
+                ctypes.memset(address + row * pitch, value, width)
+
+        return self._answer("cudaMemset2DAsync", lambda: self.enqueue(stream, op))
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
+        return self._answer("cudaStreamCreateWithFlags", lambda: self._new(self._streams, _Stream(self._current)))
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[int, None]:
+        self._run(stream, len(self._streams[stream].ops))
+        return self._answer("cudaStreamDestroy", lambda: self._streams.pop(stream) and None)
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[int, None]:
+        self._forbid_in_capture()
+        return self._answer("cudaStreamSynchronize", lambda: self._run(stream, len(self._streams[stream].ops)))
+
+    def cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[int, None]:
+        at = self._events[event].at
+        assert self._streams[stream].capture is None, "a captured pass waits for nothing outside it"
+        if at is not None:
+            self._streams[stream].ops.append(at)
+        return self._answer("cudaStreamWaitEvent", lambda: None)
+
+    def cudaEventCreateWithFlags(self, flags: int) -> tuple[int, int]:
+        return self._answer("cudaEventCreateWithFlags", lambda: self._new(self._events, _Event(self._current)))
+
+    def cudaEventDestroy(self, event: int) -> tuple[int, None]:
+        return self._answer("cudaEventDestroy", lambda: self._events.pop(event) and None)
+
+    def cudaEventRecord(self, event: int, stream: int) -> tuple[int, None]:
+        s = self._streams[stream]
+        assert self._events[event].device == s.device, "an event is recorded on a stream of its own device"
+        assert s.capture is None
+        self._events[event].at = (stream, len(s.ops))
+        return self._answer("cudaEventRecord", lambda: None)
+
+    def cudaEventSynchronize(self, event: int) -> tuple[int, None]:
+        self._forbid_in_capture()
+        at = self._events[event].at
+        return self._answer("cudaEventSynchronize", lambda: None if at is None else self._run(*at))
+
+    def cudaStreamBeginCapture(self, stream: int, mode: _Mode) -> tuple[int, None]:
+        assert mode is _Mode.THREAD_LOCAL
+        answer = self._answer("cudaStreamBeginCapture", lambda: None)
+        if answer[0] == _OK:
+            self._streams[stream].capture = []
+        return answer
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple[int, int]:
+        ops, self._streams[stream].capture = self._streams[stream].capture, None
+        assert ops is not None, "no capture was begun"
+        return self._answer("cudaStreamEndCapture", lambda: self._new(self._graphs, ops))
+
+    def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[int, int]:
+        return self._answer("cudaGraphInstantiate", lambda: self._new(self._execs, (self._current, list(self._graphs[graph]))))
+
+    def cudaGraphDestroy(self, graph: int) -> tuple[int, None]:
+        return self._answer("cudaGraphDestroy", lambda: self._graphs.pop(graph) and None)
+
+    def cudaGraphExecDestroy(self, graph: int) -> tuple[int, None]:
+        return self._answer("cudaGraphExecDestroy", lambda: self._execs.pop(graph) and None)
+
+    def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[int, None]:
+        device, ops = self._execs[graph]
+        assert device == self._streams[stream].device
+
+        def launch() -> None:
+            for op in ops:
+                self.enqueue(stream, op)
+
+        return self._answer("cudaGraphLaunch", launch)
+
+    # How it works.
+
+    def _answer(self, name: str, act: Callable[[], Any]) -> Any:
+        self.calls.append(name)
+        self.counts[name] += 1
+        number, code = self.fail.get(name, (0, 0))
+        if number == self.counts[name]:
+            return code, None
+        return _OK, act()
+
+    def _forbid_in_capture(self) -> None:
+        assert all(s.capture is None for s in self._streams.values()), "a capture forbids allocating and waiting"
+
+    def _new(self, where: dict[int, Any], what: Any) -> int:
+        number = next(self._ids)
+        where[number] = what
+        return number
+
+    def _block(self, size: int, device: int | None) -> int:
+        whole = np.full(size + 256, 0xA5, np.uint8)  # memory nobody cleared holds anything
+        address = -(-whole.ctypes.data // 256) * 256
+        start = address - whole.ctypes.data
+        self._blocks[address] = (whole[start : start + size], device)
+        return address
+
+    def _freed(self, address: int) -> None:
+        assert address in self._blocks, "freed twice, or never allocated"
+        for number, stream in self._streams.items():
+            self._run(number, len(stream.ops))  # as the library does: freeing waits for the device
+        block, _ = self._blocks.pop(address)
+        block.fill(0xEE)
+
+    def _free(self, device: int) -> int:
+        return self._memory - sum(block.nbytes for block, where in self._blocks.values() if where == device)
+
+    def _run(self, stream: int, upto: int) -> None:
+        """Runs a stream's work up to a position, and of other streams only what it waits for."""
+        s = self._streams.get(stream)
+        while s is not None and s.done < upto:
+            op = s.ops[s.done]
+            s.done += 1
+            if isinstance(op, tuple):
+                self._run(*op)
+            else:
+                op()
+
+    def _drift(self) -> None:
+        """Sometimes runs a piece of some stream's work, as a device would."""
+        while self._random is not None and self._random.random() < 0.5:
+            stream = self._random.choice(list(self._streams))
+            s = self._streams[stream]
+            op = s.ops[s.done] if s.done < len(s.ops) else None
+            if op is None or (isinstance(op, tuple) and op[0] in self._streams and self._streams[op[0]].done < op[1]):
+                return  # nothing, or it is waiting
+            self._run(stream, s.done + 1)
