@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from twotower.spec import MAX_CHUNK
 
 __all__ = [
+    "CHUNK_WIDTHS",
     "SMALLEST_BUCKET",
     "ChunkStep",
     "PrefillPlan",
@@ -20,6 +21,9 @@ __all__ = [
 
 SMALLEST_BUCKET = 256
 """Capacity of the smallest cache; every further bucket doubles it."""
+
+CHUNK_WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, MAX_CHUNK)
+"""Widths the chunks of prompts are padded to on a device: a binding, and kernels, for each of them and not for every width there is."""
 
 
 def commit_floor(masked: int, step: int, steps: int) -> int:

@@ -60,7 +60,8 @@ class PassWork:
         before: Copies to devices; likewise
         after: copies to the host.
         enqueue: Puts the engines on a queue.
-        capturable: Asked once, outside a capture; False where the work is not the same every time or a library says no.
+        capturable: Asked once, outside a capture; False where the work is not the same every time, is on several devices, or a library
+            says no.
         close: Frees what was made for it.
     """
 
@@ -87,8 +88,9 @@ class DevicePass:
 
     def __init__(self, cuda: Cuda, work: PassWork, turns: Turns) -> None:
         self._cuda, self._work, self._turns = cuda, work, turns
-        self._events = {device: CudaEvent(cuda, device) for device in dict.fromkeys(work.devices)}
+        # A device that hands over to the next is done with its part before: the end of the last one's work is the end of all.
         self._last = work.devices[-1]
+        self._event = CudaEvent(cuda, self._last)
         self._runs = 0
         self._graph: int | None = None
         self._closed = False
@@ -106,37 +108,34 @@ class DevicePass:
         """
         assert not self._closed, "a closed pass is not run"
         queue = cast(CudaStream, stream)
-        event = self._events[self._last]
+        last = queue.handles[self._last]
         self._turns.begin(queue)
-        if self._runs == 1 and len(self._events) == 1 and self._work.capturable(queue):
-            event.wait_done()  # the first run is done before its work is recorded
+        if self._runs == 1 and self._work.capturable(queue):
+            self._event.wait_done()  # the first run is done before its work is recorded
             self._cuda.use(self._last)
-            self._graph = capture(self._cuda, queue.handles[self._last], lambda: self._enqueue(queue), name=self._work.name)
+            self._graph = capture(self._cuda, last, lambda: self._enqueue(queue), name=self._work.name)
         if self._graph is not None:
             self._cuda.use(self._last)
-            self._cuda.launch(self._graph, stream=queue.handles[self._last])
+            self._cuda.launch(self._graph, stream=last)
         else:
             self._enqueue(queue)
-            self._join(queue)
         self._runs += 1
-        event.record(queue.handles[self._last])
-        self._turns.end(queue, event)
-        return event
+        self._event.record(last)
+        self._turns.end(queue, self._event)
+        return self._event
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
-        event = self._events[self._last]
         if self._runs:
-            event.wait_done()
-        self._turns.forget(event)
+            self._event.wait_done()
+        self._turns.forget(self._event)
         if self._graph is not None:
             self._cuda.use(self._last)
             self._cuda.destroy_graph(self._graph)
         self._work.close()
-        for each in self._events.values():
-            each.close()
+        self._event.close()
 
     def _enqueue(self, queue: CudaStream) -> None:
         self._copy(self._work.before, queue)
@@ -147,14 +146,6 @@ class DevicePass:
         for t in transfers:
             self._cuda.use(t.device)
             self._cuda.copy(t.target, t.source, t.size, stream=queue.handles[t.device])
-
-    def _join(self, queue: CudaStream) -> None:
-        """Lets the last device's stream wait for what the others still do."""
-        for device, event in self._events.items():
-            if device != self._last:
-                self._cuda.use(device)
-                event.record(queue.handles[device])
-                event.hold(queue.handles[self._last])
 
 
 def uploads(signature: TowerSignature, buffers: Mapping[str, DeviceBuffer]) -> tuple[Transfer, ...]:

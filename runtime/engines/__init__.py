@@ -40,6 +40,14 @@ def _ort_cpu() -> Opener:
     return lambda bundle, options: open_ort_cpu(bundle, threads=options.threads, progress=options.progress)
 
 
+def _ort_cuda() -> Opener:
+    from twotower.runtime.cuda.door import load_cuda
+    from twotower.runtime.engines.ort import CudaLibrary
+    from twotower.runtime.engines.ort_device import open_ort_cuda
+
+    return lambda bundle, options: open_ort_cuda(bundle, CudaLibrary(), load_cuda(), devices=options.devices, progress=options.progress)
+
+
 def _trt() -> Opener:
     from twotower.runtime.engines import trt
 
@@ -56,7 +64,7 @@ def _tensorrt_options(options: OpenOptions) -> TensorRTOptions:
     return TensorRTOptions(devices=options.devices, graphs=options.graphs, gpus=probe_machine().gpus, progress=options.progress)
 
 
-OPENERS: dict[str, Callable[[], Opener]] = {"ort-cpu": _ort_cpu, "rtx": _rtx, "trt": _trt}
+OPENERS: dict[str, Callable[[], Opener]] = {"ort-cpu": _ort_cpu, "ort-cuda": _ort_cuda, "rtx": _rtx, "trt": _trt}
 """Target name -> importer of what opens its engines."""
 
 _EXTRAS = {"ort-cpu": "cpu", "ort-cuda": "gpu", "rtx": "rtx", "trt": "gpu"}

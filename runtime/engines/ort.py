@@ -1,13 +1,14 @@
-"""ONNX Runtime on a CPU: weights mapped from the bundle, buffers bound once, keys and values written in place."""
+"""ONNX Runtime: on a CPU weights are mapped from the bundle and buffers bound once; for a GPU, the sessions of its CUDA provider."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 
-from twotower.bundle import Bundle, EngineRecord, Progress, engine_folder, inside, read_engine_record
+from twotower.bundle import Bundle, EngineRecord, Progress, engine_folder, read_engine_record, weight_bytes
 from twotower.errors import EngineMismatchError
 from twotower.runtime.engines.base import Binding
 from twotower.runtime.engines.towers import Towers
@@ -15,9 +16,9 @@ from twotower.runtime.memory import Array
 from twotower.runtime.streams import Event, HostStream, Stream
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TowerSignature, signatures
 
-__all__ = ["OrtEngine", "open_ort_cpu"]
+__all__ = ["CudaLibrary", "OrtEngine", "open_ort_cpu"]
 
-TARGET = "ort-cpu"
+CPU, CUDA = "ort-cpu", "ort-cuda"
 _PACK_BELOW_BYTES = 1 << 30  # packing copies: only where that is small change
 _ONE_THREAD_BELOW_BYTES = 32 << 20  # operators of so small a graph are done before a second thread has woken up
 
@@ -29,7 +30,7 @@ def open_ort_cpu(bundle: Bundle, *, threads: int = 0, progress: Progress | None 
         EngineMismatchError: not built, damaged, or built with another ONNX Runtime or from another graph.
     """
     library = {"name": "onnxruntime", "version": ort.__version__}
-    record = read_engine_record(bundle, TARGET, library=library, progress=progress)
+    record = read_engine_record(bundle, CPU, library=library, progress=progress)
     contract = signatures(bundle.config, record.dtype)
     context, head, denoiser = (_open(bundle, record, contract[name], threads) for name in (CONTEXT, CONTEXT_HEAD, DENOISER))
     return Towers(bundle.config, record.dtype, context, head, denoiser)
@@ -37,16 +38,9 @@ def open_ort_cpu(bundle: Bundle, *, threads: int = 0, progress: Progress | None 
 
 def _open(bundle: Bundle, record: EngineRecord, signature: TowerSignature, threads: int) -> OrtEngine:
     name = signature.name
-    data = inside(bundle.path, record.weights[name])
-    if data is None or not data.is_file():
-        raise EngineMismatchError(
-            f"the weights of the {name} engine are not where build.json says",
-            found=f"{record.weights[name]!r}",
-            do=f"run `twotower build {bundle.path} --target {TARGET} --force`",
-        )
-    graph, size = engine_folder(bundle, TARGET) / f"{name}.onnx", data.stat().st_size
+    size = weight_bytes(bundle, record, name)
     threads = threads or (1 if size < _ONE_THREAD_BELOW_BYTES else 0)
-    return OrtEngine(graph, bundle.path, signature, pack=size < _PACK_BELOW_BYTES, threads=threads)
+    return OrtEngine(engine_folder(bundle, CPU) / f"{name}.onnx", bundle.path, signature, pack=size < _PACK_BELOW_BYTES, threads=threads)
 
 
 class OrtEngine:
@@ -63,15 +57,12 @@ class OrtEngine:
 
     def __init__(self, graph: Path, folder: Path, signature: TowerSignature, *, pack: bool, threads: int = 0) -> None:
         self.signature = signature
-        options = ort.SessionOptions()
+        options = _options(folder)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # done at build time
-        options.log_severity_level = 3
         options.intra_op_num_threads = threads
         if not pack:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        # Weights may lie outside the graph's own folder only for a graph that is passed as bytes.
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-        self._session: ort.InferenceSession | None = _load(graph, options)
+        self._session: ort.InferenceSession | None = _load(graph, options, ["CPUExecutionProvider"], CPU)
 
     def bind(self, arrays: Mapping[str, Array]) -> Binding:
         """Binds every input and output to a host buffer; see `TowerEngine.bind`."""
@@ -91,14 +82,14 @@ class OrtEngine:
         self._session = None
 
 
-def _load(graph: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+def _load(graph: Path, options: ort.SessionOptions, providers: list[Any], target: str) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(graph.read_bytes(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(graph.read_bytes(), options, providers=providers)
     except Exception as e:  # ONNX Runtime raises a class of its own for every kind of failure, with no common base
         raise EngineMismatchError(
             f"ONNX Runtime cannot load {graph}",
             found=" ".join(str(e).split()),
-            do=f"build it again with `twotower build BUNDLE --target {TARGET} --force`; if it fails again, check free memory",
+            do=f"build it again with `twotower build BUNDLE --target {target} --force`; if it fails again, check free memory",
         ) from e
 
 
@@ -117,3 +108,46 @@ class _OrtBinding:
 
     def close(self) -> None:
         """Nothing was made that is not let go with the object."""
+
+
+class CudaLibrary:
+    """ONNX Runtime with its CUDA provider, as `open_ort_cuda` takes it; it has never run on a GPU."""
+
+    version = str(ort.__version__)
+    device_type = "cuda"
+
+    def session(self, graph: Path, folder: Path, *, device: int, stream: int) -> ort.InferenceSession:
+        """A session on a GPU that works on a CUDA stream of ours.
+
+        Raises:
+            EngineMismatchError: the graph cannot be loaded, or the provider cannot.
+        """
+        options = _options(folder)
+        provider = {
+            "device_id": str(device),
+            "user_compute_stream": str(stream),
+            "use_tf32": "0",  # float32 means float32, as for the other targets
+            "arena_extend_strategy": "kSameAsRequested",  # the state is not in the arena; doubling would take memory from it
+        }
+        session = _load(graph, options, [("CUDAExecutionProvider", provider), "CPUExecutionProvider"], CUDA)
+        if "CUDAExecutionProvider" not in session.get_providers():  # the library goes on without one that fails to load, on the CPU
+            raise EngineMismatchError(
+                "ONNX Runtime cannot use CUDA here",
+                found=f"providers: {', '.join(session.get_providers())}; the CUDA libraries it needs did not load",
+                do="install the libraries your onnxruntime-gpu asks for (CUDA 13, cuDNN 9), or use `--target ort-cpu`",
+            )
+        return session
+
+    def run_options(self) -> ort.RunOptions:
+        """Options of a pass that does not wait for its own end: events say when it is done."""
+        options = ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return options
+
+
+def _options(folder: Path) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Weights may lie outside the graph's own folder only for a graph that is passed as bytes.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    return options

@@ -21,13 +21,11 @@ from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.memory import numpy_dtype
 from twotower.runtime.placement import place_engines, places_of_tensors
+from twotower.runtime.schedule import CHUNK_WIDTHS
 from twotower.runtime.streams import Streams
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, MAX_CHUNK, signatures, state_tensors
 
-__all__ = ["CHUNK_WIDTHS", "TensorRTOptions", "open_tensorrt"]
-
-CHUNK_WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, MAX_CHUNK)
-"""Widths prompts are padded to: a context, and kernels, for each of them and not for every width there is."""
+__all__ = ["TensorRTOptions", "open_tensorrt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

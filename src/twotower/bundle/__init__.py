@@ -1,7 +1,16 @@
 """The bundle: one folder with all a deployment needs, described and checked by its `bundle.json`."""
 
 from twotower.bundle.derive import derive_bundle
-from twotower.bundle.engines import BUILD_FILE, EngineFile, EngineLimits, EngineRecord, Profile, engine_folder, read_engine_record
+from twotower.bundle.engines import (
+    BUILD_FILE,
+    EngineFile,
+    EngineLimits,
+    EngineRecord,
+    Profile,
+    engine_folder,
+    read_engine_record,
+    weight_bytes,
+)
 from twotower.bundle.integrity import FileRecord, Progress, check_files, hash_file, inside
 from twotower.bundle.manifest import (
     DATA_SUFFIX,
@@ -39,5 +48,6 @@ __all__ = [
     "is_bundle",
     "read_engine_record",
     "unpublished",
+    "weight_bytes",
     "write_json",
 ]

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twotower.bundle.integrity import FileRecord, Progress, check_files
+from twotower.bundle.integrity import FileRecord, Progress, check_files, inside
 from twotower.bundle.manifest import Bundle
 from twotower.errors import EngineMismatchError
 from twotower.spec import TensorSpec
 
-__all__ = ["BUILD_FILE", "EngineFile", "EngineLimits", "EngineRecord", "Profile", "engine_folder", "read_engine_record"]
+__all__ = ["BUILD_FILE", "EngineFile", "EngineLimits", "EngineRecord", "Profile", "engine_folder", "read_engine_record", "weight_bytes"]
 
 BUILD_FILE = "build.json"
 SCHEMA = 2
@@ -166,6 +166,22 @@ def read_engine_record(bundle: Bundle, target: str, *, library: dict[str, str], 
     if problems:
         raise EngineMismatchError(f"the {target} engine of bundle '{bundle.path}' does not fit", found="; ".join(problems), do=rebuild)
     return record
+
+
+def weight_bytes(bundle: Bundle, record: EngineRecord, name: str) -> int:
+    """Bytes of the file an engine's weights lie in, where they are not in the engine.
+
+    Raises:
+        EngineMismatchError: it is not in the bundle.
+    """
+    data = inside(bundle.path, record.weights[name])
+    if data is None or not data.is_file():
+        raise EngineMismatchError(
+            f"the weights of the {name} engine are not where build.json says",
+            found=f"{record.weights[name]!r}",
+            do=f"run `twotower build {bundle.path} --target {record.target} --force`",
+        )
+    return data.stat().st_size
 
 
 def _parsed(data: dict[str, Any]) -> EngineRecord:

@@ -1,0 +1,116 @@
+"""The ONNX Runtime GPU engines on the CUDA stand-in: real sessions on the CPU, run when the stream's turn comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import pytest
+
+from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.towers import golden_config
+from tests.runtime.engines.test_tensorrt_engine import AR, golden_cases
+from twotower.builders import build_engines, builder_for
+from twotower.errors import ConfigError, EngineMismatchError
+from twotower.runtime import Request, TwoTower
+from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.engines import OpenOptions, open_towers
+from twotower.runtime.engines.ort import CudaLibrary
+from twotower.runtime.engines.ort_device import open_ort_cuda
+
+
+class CpuLibrary:
+    """The library, computing on the CPU in place of the CUDA provider."""
+
+    version = ort.__version__
+    device_type = "cpu"
+
+    def __init__(self, cuda: CudaStandIn) -> None:
+        self.cuda = cuda
+
+    def session(self, graph: Path, folder: Path, *, device: int, stream: int) -> Any:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        return _Deferred(ort.InferenceSession(graph.read_bytes(), options, providers=["CPUExecutionProvider"]), self.cuda, stream)
+
+    def run_options(self) -> Any:
+        return CudaLibrary().run_options()
+
+
+class _Deferred:
+    """A session whose passes are work on a stream."""
+
+    def __init__(self, session: Any, cuda: CudaStandIn, stream: int) -> None:
+        self.session, self.cuda, self.stream = session, cuda, stream
+        self.io_binding = session.io_binding
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        self.cuda.enqueue(self.stream, lambda: self.session.run_with_iobinding(binding, options))
+
+
+@pytest.fixture
+def opened_ort(built: Callable[..., Any]) -> Callable[..., Any]:
+    """`opened_ort(folder, devices=(0,), seed=None)`: a session and the stand-in beneath it."""
+
+    @contextmanager
+    def open_(
+        folder: str = "hybrid-a", *, devices: tuple[int, ...] = (0,), seed: int | None = None, memory: int = 1 << 34
+    ) -> Iterator[Any]:
+        bundle, api = built(folder), CudaStandIn(devices=2, seed=seed, memory=memory)
+        build_engines(bundle, "ort-cuda", builder_for("ort-cuda"))
+        with TwoTower.from_towers(open_ort_cuda(bundle, CpuLibrary(api), Cuda(api), devices=devices)) as model:
+            yield model, api
+        assert not api.leaked
+
+    return open_
+
+
+@pytest.mark.parametrize(("devices", "seed"), [((0,), None), ((0,), 1), ((0, 1), 2), ((1, 0), None)])
+@pytest.mark.parametrize("folder", ["hybrid-a", "hybrid-b"])
+def test_the_goldens(opened_ort: Callable[..., Any], folder: str, devices: tuple[int, ...], seed: int | None) -> None:
+    cases = golden_cases(folder)
+    with opened_ort(folder, devices=devices, seed=seed) as (model, _):
+        for case in cases:
+            assert list(model.generate(case["prompt"], golden_config(case)).tokens) == case["diffusion_tokens"]
+            assert list(model.generate(case["prompt"], AR).tokens) == case["ar_greedy_tokens"]
+        together = model.generate([Request(c["prompt"], golden_config(c)) for c in cases])
+        assert [list(out.tokens) for out in together] == [c["diffusion_tokens"] for c in cases]
+
+
+def test_a_text_that_outgrows_its_cache_keeps_it(opened_ort: Callable[..., Any]) -> None:
+    """From 256 positions to 512: keys and values are moved on the device."""
+    from twotower import GenerationConfig
+
+    config = GenerationConfig(mode="ar", max_new_tokens=40, ignore_eos=True)
+    prompt = [4 + n % 200 for n in range(240)]
+    with opened_ort() as (model, _):
+        text = model.generate(prompt, config).tokens
+        again = model.generate([*prompt, *text[:30]], GenerationConfig(mode="ar", max_new_tokens=10, ignore_eos=True)).tokens
+    assert text[30:] == again
+
+
+def test_no_memory_is_named_with_what_is_free(opened_ort: Callable[..., Any]) -> None:
+    with (
+        pytest.raises(EngineMismatchError, match=r"do not fit on GPU 0") as error,
+        opened_ort(memory=1000),
+    ):
+        raise AssertionError("it was opened")
+    assert "GB needed" in error.value.found
+
+
+def test_a_gpu_that_is_not_there_is_named(opened_ort: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="no GPU 7"), opened_ort(devices=(7,)):
+        raise AssertionError("it was opened")
+
+
+def test_without_a_driver_the_target_says_so(built: Callable[..., Any]) -> None:
+    bundle = built("hybrid-a")
+    build_engines(bundle, "ort-cuda", builder_for("ort-cuda"))
+    with pytest.raises(EngineMismatchError, match=r"driver|GPU|cannot run here") as error:
+        open_towers(bundle, "ort-cuda", OpenOptions())
+    assert "ort-cpu" in error.value.do or "pip install" in error.value.do

@@ -1,0 +1,204 @@
+"""Opening TensorRT engines: what does not fit is refused before anything is loaded, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.bundles import export_fixture, flip_byte
+from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.tensorrt_stand_in import TensorRTStandIn
+from twotower import GenerationConfig
+from twotower.builders import BuildConfig, build_engines, builder_for
+from twotower.bundle import BUILD_FILE, Bundle, engine_folder
+from twotower.errors import ConfigError, EngineMismatchError, RequestError, TwoTowerError
+from twotower.flavour import flavour_from_module
+from twotower.hardware import Gpu, probe_machine
+from twotower.runtime import TwoTower
+from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.engines import open_towers
+from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+
+GPU = Gpu("a GPU", 89, 1 << 34)
+
+
+@pytest.fixture
+def copied(built: Callable[..., Any], tmp_path: Path) -> Bundle:
+    """A bundle that a test may damage."""
+    shutil.copytree(built().path, tmp_path / "bundle")
+    return Bundle.open(tmp_path / "bundle")
+
+
+def open_(
+    bundle: Bundle, *, cuda: CudaStandIn | None = None, change: Callable[[TensorRTStandIn], None] | None = None, **options: Any
+) -> Any:
+    api = cuda or CudaStandIn()
+    trt = TensorRTStandIn(api)
+    if change:
+        change(trt)
+    try:
+        return open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), TensorRTOptions(**{"gpus": (GPU,), **options}))
+    except TwoTowerError:
+        assert not api.leaked, "a failed opening leaves nothing"
+        raise
+
+
+def truncated(bundle: Bundle) -> None:
+    file = engine_folder(bundle, "rtx") / "denoiser.engine"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def of_another_graph(bundle: Bundle) -> None:
+    file = engine_folder(bundle, "rtx") / BUILD_FILE
+    data = json.loads(file.read_text())
+    data["graphs"]["denoiser"] = "0" * 64
+    file.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("harm", "options", "says"),
+    [
+        (lambda b: shutil.rmtree(engine_folder(b, "rtx")), {}, "has no engine"),
+        (truncated, {}, "does not fit"),
+        (lambda b: flip_byte(engine_folder(b, "rtx") / "context.engine"), {}, "does not fit"),
+        (of_another_graph, {}, "does not fit"),
+        (None, {"change": lambda trt: setattr(trt, "__version__", "2.0")}, "does not fit"),
+        (None, {"gpus": (replace(GPU, sm=90, name="H100"),)}, "no code for H100"),
+        (None, {"cuda": CudaStandIn(memory=10_000)}, "do not fit on GPU 0"),
+    ],
+)
+def test_what_does_not_fit_is_named(copied: Bundle, harm: Any, options: dict[str, Any], says: str) -> None:
+    if harm:
+        harm(copied)
+    with pytest.raises(EngineMismatchError, match=says) as error:
+        open_(copied, **options)
+    assert "twotower" in error.value.do
+
+
+def test_the_command_that_mends_a_foreign_engine_keeps_what_was_built_for(copied: Bundle) -> None:
+    with pytest.raises(EngineMismatchError) as error:
+        open_(copied, gpus=(replace(GPU, sm=120),))
+    assert "--sm 89,120" in error.value.do
+
+
+def test_a_file_the_library_refuses_is_named_with_its_words(copied: Bundle) -> None:
+    """Hashes fit, so the build itself was of something else."""
+
+    def refuse(trt: TensorRTStandIn) -> None:
+        trt._engine = lambda data, logger: logger.log(logger.Severity.ERROR, "the magic tag does not match")
+
+    with pytest.raises(EngineMismatchError, match="cannot load") as error:
+        open_(copied, change=refuse)
+    assert "magic tag" in error.value.found
+
+
+@pytest.mark.parametrize("fault", ["missing", "dtype", "not aliased"])
+def test_an_engine_with_other_tensors_is_refused(copied: Bundle, fault: str) -> None:
+    def change(trt: TensorRTStandIn) -> None:
+        make = trt._engine
+
+        def other(data: bytes, logger: Any) -> Any:
+            engine = make(data, logger)
+            if fault == "missing":
+                engine.num_io_tensors -= 1
+            elif fault == "dtype":
+                engine.get_tensor_dtype = lambda name: type("T", (), {"name": "INT8"})
+            else:
+                engine.get_aliased_input_tensor = lambda name: None
+            return engine
+
+        trt._engine = other
+
+    with pytest.raises(EngineMismatchError, match=r"is not the engine its build\.json describes"):
+        open_(copied, change=change)
+
+
+def test_no_room_for_activations_is_named(copied: Bundle) -> None:
+    def change(trt: TensorRTStandIn) -> None:
+        make = trt._engine
+
+        def huge(data: bytes, logger: Any) -> Any:
+            engine = make(data, logger)
+            engine.device_memory_size_v2 = 1 << 40
+            return engine
+
+        trt._engine = huge
+
+    with pytest.raises(EngineMismatchError, match="no room for the engines' activations"):
+        open_(copied, change=change)
+
+
+@pytest.mark.parametrize("devices", [(3,), (0, 0), (-1,)])
+def test_devices_that_are_not_there(copied: Bundle, devices: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="GPU"):
+        open_(copied, devices=devices)
+
+
+@pytest.mark.parametrize(("code", "says"), [(35, "driver"), (100, "no NVIDIA GPU")])
+def test_no_driver_and_no_gpu_are_told_apart(copied: Bundle, code: int, says: str) -> None:
+    api = CudaStandIn()
+    api.fail["cudaGetDeviceCount"] = (1, code)
+    with pytest.raises(EngineMismatchError, match=says) as error:
+        open_(copied, cuda=api)
+    assert "ort-cpu" in error.value.do
+    assert (code == 35) == ("supports CUDA 12.4, this environment needs 13.5" in error.value.found)
+
+
+def test_limits_of_the_engines_are_limits_of_the_session(copied: Bundle) -> None:
+    with TwoTower.from_towers(open_(copied)) as model:
+        with pytest.raises(RequestError, match="too long") as error:
+            model.generate([5] * 250, GenerationConfig(max_new_tokens=10))
+        assert "256 tokens a text" in error.value.found
+        with pytest.raises(ConfigError, match="block_size=8 cannot be used"):
+            model.generate([5], GenerationConfig(block_size=8))
+        assert len(model.generate([[5]] * 6, GenerationConfig(max_new_tokens=1))) == 6, "more rows than the engines take run in turns"
+    with pytest.raises(ConfigError, match="max_context=512"), TwoTower.from_towers(towers := open_(copied), max_context=512):
+        pass
+    towers.close()
+
+
+def test_capacity_beyond_memory_is_said_with_what_is_free(copied: Bundle) -> None:
+    api = CudaStandIn()
+    with TwoTower.from_towers(open_(copied, cuda=api)) as model:
+        api._memory = (1 << 34) - api._free(0) + 5000
+        with pytest.raises(RequestError, match="not enough memory for 3 row") as error:
+            model.generate([[5], [6], [7]], GenerationConfig(max_new_tokens=1))
+        assert "are free on device 0" in error.value.found
+        api._memory = 1 << 34
+        assert model.generate([5], GenerationConfig(max_new_tokens=1)).tokens, "the session goes on"
+    assert not api.leaked
+
+
+def test_compiled_kernels_are_kept_for_the_next_opening(copied: Bundle) -> None:
+    open_(copied).close()
+    kept = sorted(p.name for p in engine_folder(copied, "rtx").glob(".*.kernels"))
+    assert kept == [".context.engine.kernels", ".context_head.engine.kernels", ".denoiser.engine.kernels"]
+    open_(copied).close()
+    Bundle.open(copied.path)  # they are no part of what is checked
+
+
+@pytest.mark.trt_rtx
+@pytest.mark.slow
+def test_the_real_library_gets_as_far_as_the_driver(tmp_path: Path) -> None:
+    """The door itself: TensorRT for RTX and CUDA's bindings are imported, the engine is read and checked, and then there is no driver."""
+    if probe_machine().gpus:
+        pytest.skip("there is a GPU here")
+    bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
+    build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256))
+    with pytest.raises(EngineMismatchError, match="driver is missing") as error:
+        open_towers(bundle, "rtx")
+    assert error.value.found == "no driver"
+
+
+def test_a_library_that_is_not_installed_is_named_with_its_extra(copied: Bundle) -> None:
+    if "tensorrt" in probe_machine().libraries:
+        pytest.skip("full TensorRT is here")
+    with pytest.raises(EngineMismatchError, match="target trt cannot run here") as error:
+        open_towers(copied, "trt")
+    assert "twotower[gpu]" in error.value.do
