@@ -19,8 +19,11 @@ KV = TensorSpec("past_key_values.0.key", "float32", ("B", 2, "T", 3))
 IDS, LENGTHS, OUT = TensorSpec("ids", "int64", ("B", "L")), TensorSpec("lengths", "int64", ("B",)), TensorSpec("out", "float32", ("B", 5))
 
 
+SIZE = 1 << 20
+
+
 def memory(places: dict[str, tuple[int, ...]] | None = None) -> tuple[DeviceMemory, CudaStandIn]:
-    api = CudaStandIn(devices=2)
+    api = CudaStandIn(devices=2, memory=SIZE)
     return DeviceMemory(Cuda(api), (0, 1), places or {}), api
 
 
@@ -88,7 +91,7 @@ def test_buffers_are_given_back_once() -> None:
 
 def test_a_buffer_on_two_devices_is_had_on_both_or_not_at_all() -> None:
     device, api = memory({KV.name: (0, 1)})
-    filler = device.scratch((1 << 34) - 500, 1)
+    filler = device.scratch(SIZE - 500, 1)
     assert filler
     with pytest.raises(RequestError, match=r"not enough memory for 4 row\(s\)"):
         device.state(KV, {"B": 4, "T": 100})
