@@ -36,7 +36,7 @@ def _precision(view: GraphView, node: onnx.NodeProto) -> str | None:
 
 
 def _no_mask(view: GraphView, node: onnx.NodeProto) -> str | None:
-    return None if view.operand(node, _MASK) else "no mask"
+    return None if view.operand(node, _MASK) or _causal(view, node) else "no mask"
 
 
 def _mask_type(view: GraphView, node: onnx.NodeProto) -> str | None:
@@ -112,8 +112,9 @@ def _write_indices(view: GraphView, node: onnx.NodeProto) -> str | None:
 
 
 ATTENTION_RULES: tuple[Rule, ...] = (
-    Rule("attention-causal", "Attention", "is_causal", "aligned to the upper left: with a cache, the wrong mask and no error",
-         "a boolean mask", BUILT, each("Attention", _causal)),
+    Rule("attention-causal", "Attention", "is_causal",
+         "aligned to the upper left: with a cache the wrong mask, and no error; beside a mask it is refused", "a boolean mask", BUILT,
+         each("Attention", _causal)),
     Rule("attention-lengths", "Attention", "nonpad_kv_seqlen",
          "dropped by the parser; ONNX Runtime honours it, so no comparison with it shows the difference", "a boolean mask",
          f"{BUILT}; NVIDIA/TensorRT-Model-Connect #955, #1035", each("Attention", _nonpad)),

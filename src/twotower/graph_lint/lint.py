@@ -64,7 +64,7 @@ def explained(findings: Iterable[Finding]) -> list[str]:
 def _line(group: list[Finding]) -> str:
     rule, more = group[0].rule, len(group) - _SHOWN
     places = ", ".join(f"{f.where}: {f.found}" for f in group[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-    return f"{rule.severity} {rule.id}: {places} ({rule.reason}; write {rule.instead})"
+    return f"{rule.severity} {rule.id}: {places} ({rule.reason}; instead: {rule.instead})"
 
 
 def rules_table() -> str:

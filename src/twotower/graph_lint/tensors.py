@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import onnx
+
 from twotower.graph_lint.rule import BUILT, Complaint, Rule, where
 from twotower.graph_lint.view import UNKNOWN, GraphView, type_name
 
@@ -48,10 +50,19 @@ def _types(view: GraphView) -> Iterator[Complaint]:
     names = {name for node in view.nodes for name in (*node.input, *node.output) if name} | view.inputs | view.outputs
     for name in sorted(names):
         dtype = view.dtype(name)
-        quantizing = all(n.op_type.startswith("TRT_") or n.op_type.endswith("quantizeLinear") for n in view.readers.get(name, ()))
-        outside = name in view.inputs | view.outputs or (name in view.initializers and quantizing)
-        if dtype not in (*_TYPES, UNKNOWN) and not (dtype == "uint8" and outside):
+        passed_through = dtype == "uint8" and name in view.inputs | view.outputs
+        if dtype not in (*_TYPES, UNKNOWN) and not passed_through and not _quantized(view, name):
             yield name, dtype
+
+
+def _quantized(view: GraphView, name: str) -> bool:
+    """Whether a value's type is the business of the rules about quantization."""
+    maker, readers = view.producers.get(name), view.readers.get(name, ())
+    return (maker is not None and _quantizes(maker)) or (bool(readers) and all(map(_quantizes, readers)))
+
+
+def _quantizes(node: onnx.NodeProto) -> bool:
+    return node.op_type in ("QuantizeLinear", "DequantizeLinear") or node.op_type.startswith("TRT_")
 
 
 def _untyped(view: GraphView) -> Iterator[Complaint]:

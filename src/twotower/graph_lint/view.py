@@ -37,7 +37,7 @@ class GraphView:
         self.model = model
         self.fixed = fixed
         graph = model.graph
-        self.nodes: Sequence[onnx.NodeProto] = graph.node
+        self.nodes: Sequence[onnx.NodeProto] = list(graph.node)  # held, so that a node is one object
         self.initializers = {t.name: t for t in graph.initializer}
         self.inputs = {i.name for i in graph.input} - set(self.initializers)
         self.outputs = {o.name for o in graph.output}
