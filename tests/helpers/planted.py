@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
-__all__ = ["ALSO", "PLANTED"]
+__all__ = ["ALSO", "LEGITIMATE", "PLANTED"]
 
 OPSET = 24
 node = helper.make_node
@@ -269,6 +269,12 @@ def narrow_value(bad: bool) -> onnx.ModelProto:
 # --- values
 
 
+def infinite(bad: bool) -> onnx.ModelProto:
+    given, number = [value("x", T.FLOAT16, [4, 64]), value("m", T.BOOL, [4, 64])], np.float16(-np.inf if bad else -60000)
+    nodes = [node("Where", ["m", "x", "c"], ["y"])]
+    return model(nodes, given, [value("y", T.FLOAT16, [4, 64])], weights=[constant("c", number)])
+
+
 def inferable(bad: bool) -> onnx.ModelProto:
     weights = [constant("w", np.ones((63 if bad else 64, 64), np.float32))]
     nodes = [node("MatMul", ["x", "w"], ["m"]), node("Sigmoid", ["m"], ["y"])]
@@ -304,6 +310,62 @@ def shape_from_value(bad: bool) -> onnx.ModelProto:
 def unnamed(bad: bool) -> onnx.ModelProto:
     return one("Sigmoid", shape=[None, 4] if bad else ["B", 4])
 
+
+def weights_in(dtype: int, *, block: int) -> onnx.ModelProto:
+    """A product with a weight [64, 32] of few bits, in blocks along its first axis."""
+    few = dtype in (T.INT4, T.FLOAT4E2M1)
+    stored = helper.make_tensor("w", dtype, [64, 32], bytes(64 * 32 // (2 if few else 1)), raw=True)
+    scale = helper.make_tensor("s", T.FLOAT16, [64 // block, 32], [0.5] * (2048 // block))
+    nodes = [node("DequantizeLinear", ["w", "s"], ["d"], axis=0, block_size=block), node("MatMul", ["x", "d"], ["y"])]
+    return model(nodes, [value("x", T.FLOAT16, [4, 64])], [value("y", T.FLOAT16, [4, 32])], weights=[stored, scale])
+
+
+def twice_scaled() -> onnx.ModelProto:
+    """NVFP4 weights: blocks of 16 with scales in float8, which have a scale of their own."""
+    weights = [
+        helper.make_tensor("w", T.FLOAT4E2M1, [32, 64], bytes(1024), raw=True),
+        helper.make_tensor("b", T.FLOAT8E4M3FN, [32, 4], bytes([0x38]) * 128, raw=True),
+        helper.make_tensor("g", T.FLOAT16, [], [0.5]),
+    ]
+    nodes = [
+        node("DequantizeLinear", ["b", "g"], ["s"]),
+        node("DequantizeLinear", ["w", "s"], ["d"], axis=1, block_size=16),
+        node("Transpose", ["d"], ["t"], perm=[1, 0]),
+        node("MatMul", ["x", "t"], ["y"]),
+    ]
+    return model(nodes, [value("x", T.FLOAT16, [4, 64])], [value("y", T.FLOAT16, [4, 32])], weights=weights)
+
+
+def activations_in_four_bits() -> onnx.ModelProto:
+    """NVFP4 activations: their scales are computed, which no standard operator says."""
+    nodes = [
+        node("TRT_FP4DynamicQuantize", ["x", "g"], ["q", "b"], domain="trt", axis=-1, block_size=16, scale_type=17),
+        node("DequantizeLinear", ["b", "g"], ["s"]),
+        node("DequantizeLinear", ["q", "s"], ["y"], axis=-1, block_size=16),
+    ]
+    given, made = value("x", T.FLOAT16, [4, 64]), value("y", T.FLOAT16, [4, 64])
+    return model(nodes, [given], [made], weights=[helper.make_tensor("g", T.FLOAT16, [], [0.5])], domains=["trt"])
+
+
+def turned_between() -> onnx.ModelProto:
+    """Quantized values may change their shape before they are widened."""
+    made = quantized(None, output_dtype=T.FLOAT8E4M3FN)
+    made.graph.node.insert(1, node("Transpose", ["q"], ["t"], perm=[1, 0]))
+    made.graph.node[2].input[0] = "t"
+    return made
+
+
+LEGITIMATE: dict[str, Callable[[], onnx.ModelProto]] = {
+    "int8": lambda: quantized(helper.make_tensor("z", T.INT8, [], [0])),
+    "float8 by zero point": lambda: quantized(helper.make_tensor("z", T.FLOAT8E4M3FN, [], [0])),
+    "float8 by attribute": lambda: quantized(None, output_dtype=T.FLOAT8E4M3FN),
+    **{T.DataType.Name(t): lambda t=t: weights_in(t, block=16) for t in (T.INT8, T.INT4, T.FLOAT8E4M3FN, T.FLOAT4E2M1)},
+    "NVFP4 weights": twice_scaled,
+    "NVFP4 activations": activations_in_four_bits,
+    "float8 in another shape": turned_between,
+    "uint8 outside": lambda: one("Cast", dtype=T.UINT8, out=T.FLOAT, to=T.FLOAT),
+}
+"""Few bits as they should be: no rule complains, and they build."""
 
 PLANTED: dict[str, Callable[[bool], onnx.ModelProto]] = {
     "opset": opset,
@@ -350,6 +412,7 @@ PLANTED: dict[str, Callable[[bool], onnx.ModelProto]] = {
     "quantized-values": narrow_value,
     "one-type": lambda bad: two("Mul", (T.FLOAT16, T.FLOAT if bad else T.FLOAT16)),
     "known-types": lambda bad: one("Abs", dtype=T.DOUBLE if bad else T.FLOAT),
+    "finite-constants": infinite,
     "inferable": inferable,
     "declared-types": declared,
     "inputs-are-read": unread,

@@ -110,7 +110,7 @@ OPERATOR_RULES: tuple[Rule, ...] = (
     Rule("no-trilu", "Trilu", "any", "becomes 19 layers that compare positions", "a constant, or one comparison of positions", BUILT,
          each("Trilu", _present), Severity.NOTE),
     Rule("wide-normalization", "RMSNormalization, LayerNormalization", "a stash_type other than float32",
-         "squares overflow float16 at 256; LayerNormalization's is not even read", "stash_type 1", BUILT,
+         "the mean square is taken in that type, and squares overflow float16 at 256", "stash_type 1", BUILT,
          each(("RMSNormalization", "LayerNormalization"), _stash)),
     Rule("wide-exponentials", ", ".join(_EXPONENTIALS), "half precision",
          "e^x overflows float16 above 11, and this model's dt biases reach 33.5; a bundle promises float32 for scan and softmax",

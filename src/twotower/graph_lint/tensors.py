@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import onnx
 
 from twotower.graph_lint.rule import BUILT, Complaint, Rule, where
@@ -11,6 +12,8 @@ from twotower.graph_lint.view import UNKNOWN, GraphView, type_name
 
 __all__ = ["TENSOR_RULES"]
 
+_HALF = ("float16", "bfloat16")
+_LARGEST_FLOAT16 = 65504.0
 _TYPES = frozenset({"float32", "float16", "bfloat16", "int64", "int32", "bool", "int8", "int4", "float8e4m3fn", "float4e2m1"})
 
 # Operands that must have one type; None for all.
@@ -65,6 +68,24 @@ def _quantizes(node: onnx.NodeProto) -> bool:
     return node.op_type in ("QuantizeLinear", "DequantizeLinear") or node.op_type.startswith("TRT_")
 
 
+def _infinite(view: GraphView) -> Iterator[Complaint]:
+    for name, tensor in view.initializers.items():
+        value = view.constant(name) if type_name(tensor.data_type) in _HALF else None
+        if value is not None and np.isinf(value.astype(np.float32)).any():
+            yield name, f"an infinite {type_name(tensor.data_type)}"
+    for node in view.nodes:
+        given = (
+            view.constant(view.operand(node, 0))
+            if node.op_type == "Cast" and view.attribute(node, "to") == onnx.TensorProto.FLOAT16
+            else None
+        )
+        if given is not None and (np.abs(given.astype(np.float64)) > _LARGEST_FLOAT16).any():
+            yield (
+                where(node),
+                f"a cast of {given.astype(np.float64).reshape(-1)[np.argmax(np.abs(given.astype(np.float64)))]:.3g} to float16",
+            )
+
+
 def _untyped(view: GraphView) -> Iterator[Complaint]:
     """Only where it begins: what follows from an unknown value is unknown too."""
     for node in view.nodes:
@@ -75,7 +96,7 @@ def _untyped(view: GraphView) -> Iterator[Complaint]:
 
 def _declared(view: GraphView) -> Iterator[Complaint]:
     for name, kind in view.declared.items():
-        if name in view.inferred and view.inferred[name].elem_type not in (0, kind.elem_type):
+        if name in view.inferred and view.inferred[name].elem_type != kind.elem_type:
             yield name, f"declared {type_name(kind.elem_type)}, computed in {type_name(view.inferred[name].elem_type)}"
 
 
@@ -109,6 +130,9 @@ TENSOR_RULES: tuple[Rule, ...] = (
          _mixed),
     Rule("known-types", "all values", "float64 and other types TensorRT lacks; uint8 inside",
          "float64 is narrowed to float32 without a word, others are rejected", "float32, int64", BUILT, _types),
+    Rule("finite-constants", "constants in float16 and bfloat16", "infinite, also by a cast of a larger number",
+         "a row that is masked throughout is NaN, and 0 times it too; the least float32 is minus infinity in float16",
+         "a boolean mask, or a large finite number", "IEEE 754", _infinite),
     Rule("inferable", "all values", "a type that ONNX cannot infer", "no rule about types sees it; operands that do not fit do this",
          "operands that fit; the operator as its opset has it", "onnx.shape_inference", _untyped),
     Rule("declared-types", "outputs", "declared in another type than computed",

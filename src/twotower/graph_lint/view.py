@@ -115,5 +115,5 @@ def _infer(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
         output.ClearField("type")
     with suppress(onnx.shape_inference.InferenceError, ValueError):  # an operator without a definition: what is unknown is a finding
         bare = onnx.shape_inference.infer_shapes(bare)
-    graph = bare.graph
-    return {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output) if v.type.HasField("tensor_type")}
+    values = (*bare.graph.input, *bare.graph.value_info, *bare.graph.output)
+    return {v.name: v.type.tensor_type for v in values if v.type.tensor_type.elem_type}
