@@ -18,6 +18,7 @@ from twotower.bundle import GRAPH_FILES, Bundle, EngineFile, EngineLimits, Engin
 from twotower.errors import BuildError
 from twotower.flavour import Flavour
 from twotower.graph_files import load_graph
+from twotower.graph_lint import require_clean
 from twotower.hardware import probe_machine
 from twotower.spec import CONTEXT_HEAD
 
@@ -83,12 +84,13 @@ class TensorRTBuilder:
         started, limits = time.perf_counter(), self._limits(bundle, config)
         engines: dict[str, tuple[EngineFile, ...]] = {}
         facts: dict[str, Any] = {}
-        for piece in self._pieces(bundle, config):
-            made = self._segment(bundle, piece, limits)
+        pieces = [(piece, self._segment(bundle, piece, limits)) for piece in self._pieces(bundle, config)]
+        notes = {piece.file: _notes(made.model, piece) for piece, made in pieces}  # of all, before hours are spent on the first
+        for piece, made in pieces:
             shapes = profiles(piece.graph, max_batch=limits.max_batch, block_size=bundle.trained_block_size)
             engine = EngineFile(piece.file, made.layers, made.inputs, made.outputs, shapes)
             job = self._job(bundle, piece, engine, limits)
-            facts[piece.file] = self._run(made, job, folder, report)
+            facts[piece.file] = {**self._run(made, job, folder, report), "notes": notes[piece.file]}
             engines[piece.graph] = (*engines.get(piece.graph, ()), engine)
         return EngineRecord(
             target=self.flavour.target,
@@ -179,6 +181,12 @@ class TensorRTBuilder:
 
 
 _OTHER = "choose others with --sm; for Hopper and data-centre Blackwell use `--target trt` or `--target ort-cuda`"
+
+
+def _notes(model: onnx.ModelProto, piece: _Piece) -> list[dict[str, str]]:
+    """What the very graph TensorRT is given costs there; an error in it refuses the build."""
+    do = "export the checkpoint again with this version of twotower (docs/graph-rules.md explains each rule)"
+    return [n.to_json() for n in require_clean(model, f"the graph of {piece.file}", error=BuildError, do=do, fixed=True)]
 
 
 def _structure(bundle: Bundle, name: str) -> onnx.ModelProto:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from twotower.errors import ConfigError, ExportError
 from twotower.export.checkpoint import Checkpoint
 from twotower.export.graphs import OPSET, TowerGraph, build_graph
 from twotower.export.weights import lay_out, point_to_data, stream_weights
+from twotower.graph_lint import require_clean
 from twotower.spec import signatures
 
 __all__ = ["ExportConfig", "Verifier", "export_bundle", "read_defaults"]
@@ -42,6 +44,7 @@ __all__ = ["ExportConfig", "Verifier", "export_bundle", "read_defaults"]
 DTYPES = ("float32", "float16", "bfloat16")
 TRAINED_BLOCK_SIZE = 16
 _SLACK_BYTES = 64 << 20  # graphs, manifest, tokenizer and the file system's own needs
+logger = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int], None]
 Verifier = Callable[[Path, Checkpoint, str, Report], dict[str, Any]]
@@ -90,15 +93,18 @@ def export_bundle(
         report: Called with (what is being done, bytes done, bytes in all).
 
     Raises:
-        ExportError: the folder exists, the disk is too small or full, a value overflows, or verification fails.
+        ExportError: the folder exists, the disk is too small or full, a graph breaks a rule (graph_lint), a value overflows, or
+            verification fails.
     """
     options = config or ExportConfig()
     dtype = options.dtype or checkpoint.config.dtype
     graphs = {name: build_graph(name, checkpoint.config, dtype) for name in GRAPH_FILES}
+    notes = _notes(graphs)
     _require_room(output, sum(w.nbytes for g in graphs.values() for w in g.weights))
     try:
         with unpublished(output) as folder:
-            _write(folder, checkpoint, graphs, _manifest_base(checkpoint, dtype, options), verify=verify, report=report or _silent)
+            manifest = _manifest_base(checkpoint, dtype, options)
+            _write(folder, checkpoint, graphs, manifest, notes=notes, verify=verify, report=report or _silent)
     except OSError as e:
         raise ExportError(
             f"the export to '{output}' failed while writing",
@@ -114,6 +120,7 @@ def _write(
     graphs: dict[str, TowerGraph],
     manifest: dict[str, Any],
     *,
+    notes: list[dict[str, str]],
     verify: Verifier | None,
     report: Report,
 ) -> None:
@@ -137,13 +144,24 @@ def _write(
     _copy_tokenizer(checkpoint.path, folder)
     outcome = verify(folder, checkpoint, manifest["dtype"], report) if verify else {"verified": False, "why": "not asked for"}
     (folder / REPORT_FILE).parent.mkdir()
-    write_json(folder / REPORT_FILE, outcome)
+    write_json(folder / REPORT_FILE, {**outcome, "notes": notes})
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         relative = path.relative_to(folder).as_posix()
         if relative not in files:
             files[relative] = FileRecord(path.stat().st_size, hash_file(path))
     manifest["files"] = {name: {"size": r.size, "sha256": r.sha256} for name, r in sorted(files.items())}
     write_json(folder / MANIFEST_FILE, manifest)
+
+
+def _notes(graphs: dict[str, TowerGraph]) -> list[dict[str, str]]:
+    """What the graphs cost on TensorRT, before a byte of weights is written."""
+    notes = []
+    for name, graph in graphs.items():
+        do = "report this: it is a defect of twotower; nothing was written"
+        for note in require_clean(ir.to_proto(graph.model), f"the {name} graph", error=ExportError, do=do):
+            logger.info("%s: %s", name, note)
+            notes.append({"graph": name, **note.to_json()})
+    return notes
 
 
 @contextmanager

@@ -8,11 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers.errors import check_error
 from tests.helpers.graphs import FIXTURES
+from tests.helpers.planted import PLANTED
 from twotower.cli.main import main
 
 SOURCE = FIXTURES / "hybrid-a"
@@ -161,3 +163,31 @@ def test_builds_that_cannot_be(
     assert main(["build", str(tmp_path / folder), "--target", target]) == 2
     check_error(capsys.readouterr().err, what)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_inspect_of_a_graph_lists_what_tensorrt_would_do_wrongly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad, good = tmp_path / "bad.onnx", tmp_path / "good.onnx"
+    onnx.save(PLANTED["attention-causal"](True), bad)
+    onnx.save(PLANTED["attention-float32"](True), good)
+    assert main(["inspect", str(bad)]) == 1
+    assert "attention-causal" in capsys.readouterr().out
+    assert main(["inspect", str(good)]) == 0, "a note is no error"
+    assert "attention-float32" in capsys.readouterr().out
+    assert main(["inspect", str(bad), "--json"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["kind"], facts["opset"], facts["operators"]) == ("graph", 24, 1)
+    assert [(f["rule"], f["severity"]) for f in facts["findings"]] == [("attention-causal", "error")]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 300, None])
+def test_inspect_of_a_file_that_is_no_graph(content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "graph.onnx"
+    if content is not None:
+        file.write_bytes(content)
+    assert main(["inspect", str(file)]) == 2
+    check_error(capsys.readouterr().err, str(file))
+
+
+def test_inspect_of_an_exported_graph_is_clean(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(built_bundle / "denoiser" / "model.onnx")]) == 0
+    assert "nothing to complain of" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -249,3 +250,32 @@ def test_a_failed_export_does_not_hash_the_rest_of_the_checkpoint(tmp_path: Path
         export_fixture("hybrid-b", tmp_path / "b")
     assert len(seen) < 1000
     assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_breaks_a_rule_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later change of the recorder that TensorRT would compute wrongly: found before a byte of weights is written."""
+    recorded = exporter_module.build_graph
+
+    def harmed(name: str, *rest: Any) -> Any:
+        graph = recorded(name, *rest)
+        for node in graph.model.graph:
+            if node.op_type == "Attention":
+                node.attributes.add(ir.AttrInt64("is_causal", 1))
+        return graph
+
+    monkeypatch.setattr(exporter_module, "build_graph", harmed)
+    monkeypatch.setattr(exporter_module, "stream_weights", lambda *_, **__: pytest.fail("weights are written"))
+    with pytest.raises(ExportError) as caught:
+        export_fixture("hybrid-a", tmp_path / "b")
+    assert "context" in caught.value.what
+    for place in ("attention-causal", "layers.3.attention/Attention", "layers.7.attention/Attention"):
+        assert place in caught.value.found
+    assert "defect of twotower" in caught.value.do
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("dtype", "rules"), [("float32", {"attention-float32"}), ("bfloat16", set())])
+def test_notes_on_the_graphs_are_in_the_report(tmp_path: Path, dtype: str, rules: set[str]) -> None:
+    bundle = export_fixture("hybrid-a", tmp_path / "b", dtype)
+    notes = json.loads((bundle.path / REPORT_FILE).read_text())["notes"]
+    assert {(note["graph"], note["rule"]) for note in notes} == {("context", rule) for rule in rules}

@@ -17,7 +17,7 @@ from twotower.errors import TwoTowerError
 __all__ = ["VERBS", "build_parser", "main"]
 
 VERBS = {
-    "inspect": "what a checkpoint or bundle is: towers, layers, parameters, state, engines",
+    "inspect": "what a checkpoint, bundle or ONNX graph is: towers, layers, parameters, state, engines",
     "export": "checkpoint -> bundle of ONNX graphs",
     "build": "bundle -> engines of a target",
     "generate": "text (or tokens) from a bundle",

@@ -2,53 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import onnx
 
-from twotower.graph_lint.rule import Complaint, Rule, Severity
+from twotower.graph_lint.rule import BUILT, Complaint, Rule, Severity, each, where
 from twotower.graph_lint.view import GraphView
 
-__all__ = ["OPERATOR_RULES"]
+__all__ = ["ABSENT_OPERATORS", "OPERATOR_RULES"]
 
-_OPSET = 24
+_NEWEST_OPSET = 24
 _TOPK_LIMIT = 3840
-_BUILT = "parsed and built with TensorRT for RTX 1.7.1"
-_MANUAL = "onnx-tensorrt, docs/operators.md (11.1)"
 
 _DATA_DEPENDENT = ("NonZero", "Unique", "Compress", "NonMaxSuppression", "StringSplit")
 _CONTROL = ("Loop", "Scan", "If")
-_PLUGINS = ("LinearAttention", "CausalConvWithState", "FlexAttention", "SwiGLU")
-_ABSENT = (
-    "Multinomial", "DynamicQuantizeLinear", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot", "BitShift", "CumProd", "BitCast",
+_PLUGINS = ("LinearAttention", "CausalConvWithState", "FlexAttention")
+ABSENT_OPERATORS = (
+    "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "BitCast", "CumProd", "SwiGLU", "Multinomial", "Bernoulli",
+    "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv", "AffineGrid", "CenterCropPad", "Col2Im",
+    "DeformConv", "DFT", "Det", "MelWeightMatrix", "MaxRoiPool", "MaxUnpool", "NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss",
+    "Optional", "OptionalGetElement", "OptionalHasElement", "ConcatFromSequence", "SequenceAt", "SequenceConstruct", "SequenceEmpty",
+    "SequenceErase", "SequenceInsert", "SequenceLength", "SequenceMap", "SplitToSequence", "ImageDecoder", "RegexFullMatch", "StringConcat",
+    "StringNormalizer", "TfIdfVectorizer",
 )  # fmt: skip
-_RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Dropout")
+"""Operators of ONNX that the parser does not know."""
+
+_RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+_EXPONENTIALS = ("Exp", "Softplus", "Softmax", "LogSoftmax", "ReduceLogSumExp")
+_QUANTIZERS = ("TRT_FP4DynamicQuantize", "TRT_MXFP8DynamicQuantize", "TRT_MXFP8DequantizeLinear")  # there is no standard form of these
 
 
-def _named(*names: str) -> Callable[[GraphView], Iterator[Complaint]]:
-    """Finds operators by name; their domain does not matter, because TensorRT's parser does not read it either."""
-
-    def find(view: GraphView) -> Iterator[Complaint]:
-        for node in view.nodes:
-            if node.op_type in names:
-                yield _where(node), f"operator {node.op_type}"
-
-    return find
-
-
-def _where(node: onnx.NodeProto) -> str:
-    return node.name or f"{node.op_type} that makes {', '.join(node.output)}"
+def _present(view: GraphView, node: onnx.NodeProto) -> str:
+    return f"operator {node.op_type}"
 
 
 def _foreign(view: GraphView) -> Iterator[Complaint]:
     for node in view.nodes:
-        if node.domain not in ("", "ai.onnx"):
-            yield _where(node), f"operator {node.domain}::{node.op_type}"
+        allowed = view.fixed and node.domain == "trt" and node.op_type in _QUANTIZERS
+        if node.domain not in ("", "ai.onnx") and not allowed:
+            yield where(node), f"operator {node.domain}::{node.op_type}"
 
 
 def _opset(view: GraphView) -> Iterator[Complaint]:
     for entry in view.model.opset_import:
-        if entry.domain in ("", "ai.onnx") and entry.version != _OPSET:
+        if entry.domain in ("", "ai.onnx") and entry.version > _NEWEST_OPSET:
             yield "the model", f"opset {entry.version}"
 
 
@@ -57,74 +54,69 @@ def _functions(view: GraphView) -> Iterator[Complaint]:
         yield "the model", f"local function {function.domain}::{function.name}"
 
 
-def _reduction(view: GraphView) -> Iterator[Complaint]:
-    for node in view.nodes:
-        if node.op_type in ("ScatterND", "ScatterElements") and (kind := view.attribute(node, "reduction", "none")) != "none":
-            yield _where(node), f'reduction="{kind}"'
+def _reduction(view: GraphView, node: onnx.NodeProto) -> str | None:
+    kind = view.attribute(node, "reduction", "none")
+    return f'reduction="{kind}"' if kind != "none" else None
 
 
-def _topk(view: GraphView) -> Iterator[Complaint]:
-    for node in view.nodes:
-        if node.op_type != "TopK":
-            continue
-        count = view.constant(view.operand(node, 1))
-        if count is None:
-            yield _where(node), "k is not a constant"
-        elif int(count.reshape(-1)[0]) > _TOPK_LIMIT:
-            yield _where(node), f"k = {int(count.reshape(-1)[0])}"
+def _topk(view: GraphView, node: onnx.NodeProto) -> str | None:
+    count = view.constant(view.operand(node, 1))
+    if count is None:
+        return "k is not a constant"
+    k = int(count.reshape(-1)[0])
+    return f"k = {k}" if k > _TOPK_LIMIT else None
 
 
-def _rms_stash(view: GraphView) -> Iterator[Complaint]:
-    for node in view.nodes:
-        if node.op_type in ("RMSNormalization", "LayerNormalization"):
-            kind = view.attribute(node, "stash_type", 1)
-            if kind != 1:
-                yield _where(node), f"stash_type = {kind}"
+def _stash(view: GraphView, node: onnx.NodeProto) -> str | None:
+    kind = view.attribute(node, "stash_type", onnx.TensorProto.FLOAT)
+    return f"stash_type = {kind}" if kind != onnx.TensorProto.FLOAT else None
 
 
-def _narrow_exponential(view: GraphView) -> Iterator[Complaint]:
-    for node in view.nodes:
-        if node.op_type in ("Exp", "Softplus", "Softmax", "LogSoftmax", "ReduceLogSumExp"):
-            dtype = view.dtype(view.operand(node, 0))
-            if dtype in ("float16", "bfloat16"):
-                yield _where(node), f"{node.op_type} in {dtype}"
-
-
-def _extremes(view: GraphView) -> Iterator[Complaint]:
-    for node in view.nodes:
-        if node.op_type in ("ReduceMax", "ReduceMin"):
-            yield _where(node), f"operator {node.op_type}"
+def _half(view: GraphView, node: onnx.NodeProto) -> str | None:
+    dtype = view.dtype(view.operand(node, 0))
+    return f"{node.op_type} in {dtype}" if dtype in ("float16", "bfloat16") else None
 
 
 OPERATOR_RULES: tuple[Rule, ...] = (
-    Rule("opset", "the model", f"an opset other than {_OPSET}", "newer ones are not documented for TensorRT 11; older ones lack TensorScatter",
-         f"opset {_OPSET}", "TensorRT 11 operator documentation: 9 to 24", _opset),
-    Rule("standard-operators", "every operator", "a domain of its own",
-         "ONNX Runtime cannot run it, and TensorRT matches it by name alone, whatever its domain", "operators of the default domain", _BUILT, _foreign),
-    Rule("no-functions", "the model", "local functions", "the parser expands them in its own way; what is checked is not what is built",
+    Rule("opset", "the model", f"an opset above {_NEWEST_OPSET}",
+         "the parser's documentation ends there, although it reads newer numbers without a word", f"opset {_NEWEST_OPSET}",
+         "TensorRT 11 operator documentation: 9 to 24", _opset),
+    Rule("standard-operators", "every operator", f"a domain of its own; in a graph about to be built {', '.join(_QUANTIZERS)} may be",
+         "ONNX Runtime cannot check it, and TensorRT matches by name alone: an Add of any domain is its Add",
+         "operators of the default domain", BUILT, _foreign),
+    Rule("no-functions", "the model", "local functions", "the parser expands them in its own way, and these rules do not look inside",
          "the operators themselves", "this project's dialect", _functions),
     Rule("no-cumsum", "CumSum", "any", "several with different axes or directions are miscompiled: wrong numbers, no error",
-         "a product with a constant lower-triangular matrix", "NVIDIA/TensorRT #4551, #4513; onnx/onnx-tensorrt #1034", _named("CumSum")),
-    Rule("no-data-dependent-output", ", ".join(_DATA_DEPENDENT), "any", "the size of the result is known only when it runs: no parser plugin, no graph capture",
-         "masks over a fixed size", _BUILT, _named(*_DATA_DEPENDENT)),
-    Rule("no-control-flow", ", ".join(_CONTROL), "any", "growing values fail to build, and a captured CUDA graph cannot branch on the host",
-         "the chunk form of the recurrence; loops in the runtime", _BUILT, _named(*_CONTROL)),
-    Rule("no-plugin-operators", ", ".join(_PLUGINS), "any", 'supports_operator() says yes, parsing fails: "failed to load plugin"',
-         "MatMul, Conv and elementwise operators", _BUILT, _named(*_PLUGINS)),
-    Rule("no-absent-operators", ", ".join(_ABSENT), "any", "the parser rejects them", "arithmetic on int64, Where; noise as an input", _BUILT, _named(*_ABSENT)),
-    Rule("no-randomness", ", ".join(_RANDOM), "any", "a seed inside an engine cannot be reproduced on another backend",
-         "noise as an input, drawn by the runtime", "this project's contract: equal seeds, equal text", _named(*_RANDOM)),
+         "a product with a constant lower-triangular matrix", "NVIDIA/TensorRT #4551, #4513; onnx/onnx-tensorrt #1034",
+         each("CumSum", _present)),
+    Rule("no-data-dependent-output", ", ".join(_DATA_DEPENDENT), "any",
+         "the size of the result is known only when it runs: most are refused, and none can be captured into a CUDA graph",
+         "masks over a fixed size", BUILT, each(_DATA_DEPENDENT, _present)),
+    Rule("no-control-flow", ", ".join(_CONTROL), "any", "values that grow fail to build, and these rules do not look into bodies",
+         "the chunk form of a recurrence; loops in the runtime", BUILT, each(_CONTROL, _present)),
+    Rule("no-plugin-operators", ", ".join(_PLUGINS), "any", "known by name only: they need a plugin that no wheel ships, and parsing fails",
+         "MatMul, Conv and elementwise operators", BUILT, each(_PLUGINS, _present)),
+    Rule("no-absent-operators", ", ".join(ABSENT_OPERATORS), "any", "the parser does not know them",
+         "int64 arithmetic for bits, quantization around MatMul for integer products, noise as an input for draws", BUILT,
+         each(ABSENT_OPERATORS, _present)),
+    Rule("no-randomness", ", ".join(_RANDOM), "any", "seeds are ignored, or at best cannot be reproduced by another library",
+         "noise as an input, drawn by the runtime", "onnx-tensorrt operator documentation; equal seeds mean equal text",
+         each(_RANDOM, _present)),
     Rule("no-scatter-reduction", "ScatterND, ScatterElements", "a reduction", "rejected at parsing", "a dense routing matrix and a product",
-         f"{_MANUAL}; {_BUILT}", _reduction),
-    Rule("topk-limit", "TopK", f"a k above {_TOPK_LIMIT}, or one that is not constant", f'parses, then fails to build: "exceeds {_TOPK_LIMIT}"',
-         "a smaller constant k", f"{_MANUAL}; {_BUILT}", _topk),
-    Rule("no-trilu", "Trilu", "any", "becomes 31 layers", "a constant or a comparison of positions", _BUILT, _named("Trilu")),
+         BUILT, each(("ScatterND", "ScatterElements"), _reduction)),
+    Rule("topk-limit", "TopK", f"a k above {_TOPK_LIMIT}, or one that is computed",
+         f'parses, then fails to build ("exceeds {_TOPK_LIMIT}"); a computed k has no profile', "a smaller constant k", BUILT,
+         each("TopK", _topk)),
+    Rule("no-trilu", "Trilu", "any", "becomes 19 layers that compare positions", "a constant, or one comparison of positions", BUILT,
+         each("Trilu", _present), Severity.NOTE),
     Rule("wide-normalization", "RMSNormalization, LayerNormalization", "a stash_type other than float32",
-         "squares overflow float16 at 256", "stash_type 1", "the published model computes it in float32", _rms_stash),
-    Rule("wide-exponentials", "Exp, Softplus, Softmax, LogSoftmax, ReduceLogSumExp", "half precision",
-         "dt biases reach 33.5, whose exponential overflows float16", "a cast to float32 before",
-         "NVIDIA/TensorRT-Model-Connect, Nemotron-H; the published model", _narrow_exponential),
+         "the mean square is taken in that type, and squares overflow float16 at 256", "stash_type 1", BUILT,
+         each(("RMSNormalization", "LayerNormalization"), _stash)),
+    Rule("wide-exponentials", ", ".join(_EXPONENTIALS), "half precision",
+         "e^x overflows float16 above 11, and this model's dt biases reach 33.5; a bundle promises float32 for scan and softmax",
+         "a cast to float32 before", "NVIDIA/TensorRT-Model-Connect, Nemotron-H; the published model", each(_EXPONENTIALS, _half)),
     Rule("reductions-drop-nan", "ReduceMax, ReduceMin", "the only guard against NaN", "TensorRT's drop a NaN that ONNX Runtime passes on",
-         "a check of the result", "measured by NVIDIA/trt-samples-for-hackathon-cn on 11.1", _extremes, Severity.NOTE),
+         "a check of the result", "measured by NVIDIA/trt-samples-for-hackathon-cn on 11.1", each(("ReduceMax", "ReduceMin"), _present),
+         Severity.NOTE),
 )  # fmt: skip
 """Rules about operators."""

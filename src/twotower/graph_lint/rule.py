@@ -6,12 +6,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+import onnx
+
 from twotower.graph_lint.view import GraphView
 
-__all__ = ["Complaint", "Finding", "Rule", "Severity"]
+__all__ = ["BUILT", "Check", "Complaint", "Finding", "Rule", "Severity", "each", "where"]
+
+BUILT = "tested with TensorRT for RTX 1.7.1"
+"""The source of a reason that a test of this project repeats with the library itself."""
 
 Complaint = tuple[str, str]
 """Where (an operator or a tensor) and what was found there."""
+
+Check = Callable[[GraphView, onnx.NodeProto], str | None]
+"""What is wrong with an operator, or None."""
 
 
 class Severity(StrEnum):
@@ -33,7 +41,7 @@ class Rule:
         instead: What to write.
         source: Where the reason comes from.
         find: Finds the places.
-        severity: Errors stop an export.
+        severity: Errors stop an export and a build.
         built_only: It holds for a graph whose axes were fixed for a build, not for an exported one.
     """
 
@@ -62,3 +70,20 @@ class Finding:
     def to_json(self) -> dict[str, str]:
         """Plain data."""
         return {"rule": self.rule.id, "severity": self.rule.severity.value, "where": self.where, "found": self.found}
+
+
+def each(op_types: tuple[str, ...] | str, check: Check) -> Callable[[GraphView], Iterator[Complaint]]:
+    """Asks every operator of some types; their domain does not matter, because TensorRT's parser does not read it either."""
+    wanted = (op_types,) if isinstance(op_types, str) else op_types
+
+    def find(view: GraphView) -> Iterator[Complaint]:
+        for node in view.nodes:
+            if node.op_type in wanted and (found := check(view, node)):
+                yield where(node), found
+
+    return find
+
+
+def where(node: onnx.NodeProto) -> str:
+    """An operator's name, or what it makes if it has none."""
+    return node.name or f"{node.op_type} that makes {', '.join(node.output)}"

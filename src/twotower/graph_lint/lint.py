@@ -1,0 +1,82 @@
+"""Every rule held against a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx
+
+from twotower.errors import TwoTowerError
+from twotower.graph_lint.attention import ATTENTION_RULES
+from twotower.graph_lint.operators import OPERATOR_RULES
+from twotower.graph_lint.quantization import QUANTIZATION_RULES
+from twotower.graph_lint.rule import Finding, Rule, Severity
+from twotower.graph_lint.tensors import TENSOR_RULES
+from twotower.graph_lint.view import GraphView
+
+__all__ = ["RULES", "explained", "lint", "require_clean", "rules_table"]
+
+RULES: tuple[Rule, ...] = (*OPERATOR_RULES, *ATTENTION_RULES, *QUANTIZATION_RULES, *TENSOR_RULES)
+"""Every rule."""
+
+_SHOWN = 5  # findings of one rule an error names one by one: 52 layers share their faults
+
+
+def lint(model: onnx.ModelProto, *, fixed: bool = False) -> tuple[Finding, ...]:
+    """Every place of a graph where a rule does not hold, errors first.
+
+    Args:
+        model: The graph; its external weights need not be there.
+        fixed: Whether its axes were fixed for a build; some rules hold only then.
+    """
+    view = GraphView(model, fixed=fixed)
+    found = [Finding(rule, where, what) for rule in RULES if fixed or not rule.built_only for where, what in rule.find(view)]
+    return tuple(sorted(found, key=lambda f: f.rule.severity is Severity.NOTE))
+
+
+def require_clean(model: onnx.ModelProto, name: str, *, error: type[TwoTowerError], do: str, fixed: bool = False) -> tuple[Finding, ...]:
+    """The notes on a graph that has no errors.
+
+    Args:
+        model: The graph; its external weights need not be there.
+        name: What to call it.
+        error: What to raise.
+        do: What the user can do.
+        fixed: Whether its axes were fixed for a build.
+
+    Raises:
+        TwoTowerError: `error`, with every finding, if a rule that is an error does not hold.
+    """
+    findings = lint(model, fixed=fixed)
+    if errors := [f for f in findings if f.rule.severity is Severity.ERROR]:
+        raise error(f"{name} has forms that TensorRT refuses or computes wrongly", found="; ".join(explained(errors)), do=do)
+    return findings
+
+
+def explained(findings: Iterable[Finding]) -> list[str]:
+    """One line a rule: what is wrong and where, why it matters, and what to write."""
+    by_rule: dict[str, list[Finding]] = {}
+    for finding in findings:
+        by_rule.setdefault(finding.rule.id, []).append(finding)
+    return [_line(group) for group in by_rule.values()]
+
+
+def _line(group: list[Finding]) -> str:
+    rule, more = group[0].rule, len(group) - _SHOWN
+    places = ", ".join(f"{f.where}: {f.found}" for f in group[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return f"{rule.severity} {rule.id}: {places} ({rule.reason}; instead: {rule.instead})"
+
+
+def rules_table() -> str:
+    """All rules as a Markdown table."""
+    rows = [
+        "| rule | looks at | must not be | because | write | source |",
+        "|---|---|---|---|---|---|",
+        *(f"| `{r.id}`{_kind(r)} | {r.subject} | {r.avoid} | {r.reason} | {r.instead} | {r.source} |" for r in RULES),
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def _kind(rule: Rule) -> str:
+    words = [*(["note"] if rule.severity is Severity.NOTE else []), *(["fixed axes"] if rule.built_only else [])]
+    return f" ({', '.join(words)})" if words else ""
