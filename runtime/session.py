@@ -298,6 +298,15 @@ class TwoTower:
         scores = [g.score() for g in given]
         return scores[0] if single else scores
 
+    def relocate(self) -> None:
+        """Moves the keys and values of running calls to other memory, as a growing text does: for checks, from a callback between passes.
+
+        Whatever an engine keeps anywhere else than in its buffers is lost by it, and the text changes.
+        """
+        with self._lock:
+            for work in self._working:
+                work.grow(work.capacity)
+
     def close(self) -> None:
         """Frees buffers and engines, after a running call has come to the end of its turn; idempotent."""
         with self._lock:

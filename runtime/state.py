@@ -72,12 +72,12 @@ class ContextState:
         self.current = self._used = 0
 
     def grow(self, capacity: int) -> None:
-        """Moves keys and values into larger buffers; everything bound to the old ones must be let go first.
+        """Moves keys and values into larger buffers, or other ones of the same size; whatever is bound to the old ones is let go first.
 
         Raises:
             RequestError: there is not enough memory.
         """
-        assert capacity > self.capacity
+        assert capacity >= self.capacity
         for tensor in self._tensors:
             if tensor.in_place:
                 name = tensor.past.name

@@ -63,7 +63,7 @@ class Workspace:
         self._state.clear()
 
     def grow(self, capacity: int) -> None:
-        """Makes room for longer texts; the engines must have finished what they were given."""
+        """Makes room for longer texts, or moves to other memory; the engines must have finished what they were given."""
         _close(self._context)
         _close(self._denoiser)
         self._state.grow(capacity)

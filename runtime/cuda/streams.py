@@ -12,7 +12,10 @@ __all__ = ["CudaEvent", "CudaStream"]
 
 
 class CudaEvent:
-    """A point in a stream's work that can be recorded again: who waits then waits for the later work too, never for less."""
+    """A point in a stream's work that can be recorded again: who waits then waits for the later work too, never for less.
+
+    Whoever closes it has waited for it, so waiting for a closed one is done at once.
+    """
 
     def __init__(self, cuda: Cuda, device: int) -> None:
         self.device = device
@@ -25,12 +28,13 @@ class CudaEvent:
         self._cuda.record(self._handle, stream=stream)
 
     def wait_done(self) -> None:
-        if self._handle:  # whoever freed it has waited
+        if self._handle:
             self._cuda.wait_event(self._handle)
 
     def hold(self, stream: int) -> None:
         """Lets later work of a stream, of any device, wait for this."""
-        self._cuda.stream_waits(stream, self._handle)
+        if self._handle:
+            self._cuda.stream_waits(stream, self._handle)
 
     def close(self) -> None:
         """Frees the event; idempotent."""

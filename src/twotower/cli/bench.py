@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from twotower.cli.options import add_device_options, device_options
 from twotower.config import GenerationConfig
 from twotower.errors import ConfigError
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold", type=float, default=0.8, metavar="X", help="commit threshold (0.8)")
     parser.add_argument("--rows", type=int, default=1, metavar="N", help="prompts generated together (1)")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="measured runs of each mode (5)")
+    add_device_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.epilog = "example: twotower bench bundle --rows 4"
 
@@ -51,7 +53,7 @@ def _generation(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from twotower.runtime import TwoTower
 
     config = GenerationConfig(max_new_tokens=args.max_new_tokens, confidence_threshold=args.threshold)
-    with TwoTower.open(args.bundle, target=args.target, max_batch=max(args.rows, 1)) as model:
+    with TwoTower.open(args.bundle, target=args.target, max_batch=max(args.rows, 1), **device_options(args)) as model:
         diffusion, ar = measure_generation(model, config, prompt_tokens=args.prompt_tokens, rows=args.rows, runs=args.runs)
     ratio = diffusion.tokens_per_second / ar.tokens_per_second
     # A pass is worth so many tokens of AR; fewer tokens a pass than that, and diffusion loses.

@@ -112,7 +112,7 @@ def _checks(args: argparse.Namespace, machine: Machine, target: str | None, fact
 
         yield from check_chain(lambda what: print(f"... {what}", file=sys.stderr) if sys.stderr.isatty() else None, target or "ort-cpu")
         return
-    from twotower.evaluate import check_bundle
+    from twotower.evaluate import KEPT_BY, check_bundle, check_execution
     from twotower.runtime import TwoTower
 
     line = ProgressLine()
@@ -123,6 +123,9 @@ def _checks(args: argparse.Namespace, machine: Machine, target: str | None, fact
         yield from _answer(args, machine, model)
         if args.report:
             facts["passes"].append(_passes(args, model))
+    if args.report and facts["checked"] != KEPT_BY:
+        chosen = facts["checked"]
+        yield from check_execution(lambda **options: TwoTower.open(args.bundle, target=chosen, **options), devices=len(machine.gpus))
 
 
 def _answer(args: argparse.Namespace, machine: Machine, model: Any) -> Iterator[Any]:

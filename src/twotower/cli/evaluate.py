@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from twotower.cli.options import add_device_options, device_options
 from twotower.errors import ConfigError
 
 __all__ = ["add_arguments", "add_suite_arguments", "chosen_suite", "numbers", "run"]
@@ -56,6 +57,7 @@ def add_suite_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-new-tokens", type=int, default=160, metavar="N", help="longest answer (%(default)s)")
     group.add_argument("--target", metavar="T", help="engine to run (default: the best that is built and fits)")
     group.add_argument("--threads", type=int, default=0, metavar="N", help="threads of a CPU engine (0: all, one for a small model)")
+    add_device_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,7 +79,11 @@ def run(args: argparse.Namespace) -> int:
         require_charts()
     line = ProgressLine("problems")
     with ExitStack() as stack:
-        opened = [stack.enter_context(TwoTower.open(b, target=args.target, threads=args.threads)) for b in (args.bundle, args.against) if b]
+        opened = [
+            stack.enter_context(TwoTower.open(b, target=args.target, threads=args.threads, **device_options(args)))
+            for b in (args.bundle, args.against)
+            if b
+        ]
         result = evaluate(opened[0], suite, config, other=opened[1] if args.against else None, progress=line)
         result.report["bundle"] = {"name": Path(args.bundle).resolve().name, "target": opened[0].target}
         if args.against:

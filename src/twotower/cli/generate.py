@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twotower.cli.options import add_generation_options, add_session_options, generation_overrides, token_ids
+from twotower.cli.options import add_generation_options, add_session_options, device_options, generation_overrides, token_ids
 from twotower.config import GenerationConfig
 from twotower.errors import RequestError
 
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         max_context=args.max_context,
         threads=args.threads,
         preset=args.preset,
+        **device_options(args),
         progress=lambda done, total: checking("checking the bundle", done, total),
     ) as model:
         checking.end()

@@ -7,9 +7,9 @@ from dataclasses import fields
 from typing import Any
 
 from twotower.config import GenerationConfig
-from twotower.errors import RequestError
+from twotower.errors import ConfigError, RequestError
 
-__all__ = ["add_generation_options", "add_session_options", "generation_overrides", "token_ids"]
+__all__ = ["add_device_options", "add_generation_options", "add_session_options", "device_options", "generation_overrides", "token_ids"]
 
 _D = GenerationConfig()
 
@@ -52,6 +52,32 @@ def add_session_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", metavar="T", help="engine to run (default: the best that is built and fits this machine)")
     parser.add_argument("--max-context", type=int, metavar="N", help="longest text, prompt and answer (default: the model's)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads of a CPU engine (0: all, one for a small model)")
+    add_device_options(parser)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Where a GPU engine runs, and how its passes are launched."""
+    parser.add_argument(
+        "--devices",
+        metavar="LIST",
+        help="GPUs by number (default: 0); of two, the first takes the context tower, e.g. 0,1; segments are spread over more",
+    )
+    parser.add_argument(
+        "--no-cuda-graphs", action="store_true", help="launch every pass piece by piece instead of replaying a captured CUDA graph"
+    )
+
+
+def device_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The same as `TwoTower.open` takes them.
+
+    Raises:
+        ConfigError: the list of GPUs is none.
+    """
+    try:
+        devices = tuple(int(word) for word in args.devices.split(",")) if args.devices else ()
+    except ValueError as e:
+        raise ConfigError(f"--devices {args.devices!r} is not a list of GPUs", found=str(e), do="write numbers, e.g. --devices 0,1") from e
+    return {"devices": devices, "graphs": not args.no_cuda_graphs}
 
 
 def generation_overrides(args: argparse.Namespace) -> dict[str, Any]:

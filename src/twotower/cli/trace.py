@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twotower.cli.live import LiveView, Words, pass_line
-from twotower.cli.options import add_generation_options, add_session_options, generation_overrides, token_ids
+from twotower.cli.options import add_generation_options, add_session_options, device_options, generation_overrides, token_ids
 from twotower.config import GenerationConfig
 from twotower.errors import RequestError
 
@@ -117,6 +117,7 @@ def _recorded(
         max_context=args.max_context,
         threads=args.threads,
         preset=args.preset,
+        **device_options(args),
         progress=lambda done, total: line("checking the bundle", done, total),
     ) as model:
         line.end()

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from twotower.bundle import Bundle, derive_bundle
     from twotower.cli.evaluate import chosen_suite, numbers
+    from twotower.cli.options import device_options
     from twotower.cli.progress import ProgressLine
     from twotower.errors import BudgetError, BundleError
     from twotower.evaluate.tune import TuneConfig, tune
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         )
     line = ProgressLine("problems")
     try:
-        with TwoTower.open(args.bundle, target=args.target, threads=args.threads) as model:
+        with TwoTower.open(args.bundle, target=args.target, threads=args.threads, **device_options(args)) as model:
             tuned = tune(model, suite, config, line)
     except BudgetError as e:
         print(f"BudgetError: {e}", file=sys.stderr)

@@ -5,24 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.bundles import export_fixture
 from tests.helpers.cuda_stand_in import CudaStandIn
-from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_job
-from twotower.builders import BuildConfig, build_engines, cut, tensorrt_builder
+from tests.helpers.stand_ins import GPUS, stand_in_bundle
+from tests.helpers.tensorrt_stand_in import TensorRTStandIn
 from twotower.bundle import Bundle
 from twotower.flavour import flavour_from_module
-from twotower.hardware import Gpu
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
 from twotower.runtime.engines.towers import Towers
-
-GPUS = tuple(Gpu(f"stand-in {n}", 89, 1 << 34) for n in range(4))
 
 
 @dataclass(frozen=True)
@@ -42,15 +37,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
 
     def build(folder: str = "hybrid-a", pieces: int = 1) -> Bundle:
         if (folder, pieces) not in made:
-            bundle = export_fixture(folder, tmp_path_factory.mktemp("stand-in") / f"{folder}-{pieces}", "float32")
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(tensorrt_builder, "run_job", stand_in_job)
-                patch.setattr(cut, "BUILD_MEMORY_BASE", 0)  # tiny weights: the library itself would hide them
-                weights = bundle.files["denoiser/model.onnx.data"].size
-                memory = None if pieces == 1 else 3 * max(weights // pieces, weights // 4)
-                builder = StandInBuilder(TensorRTStandIn(CudaStandIn()))
-                build_engines(bundle, "rtx", builder, config=BuildConfig(sms=(89,), max_context=256, max_batch=4, max_build_memory=memory))
-            made[folder, pieces] = bundle
+            made[folder, pieces] = stand_in_bundle(folder, tmp_path_factory.mktemp("stand-in") / f"{folder}-{pieces}", pieces)
         return made[folder, pieces]
 
     return build
@@ -70,7 +57,3 @@ def opened() -> Callable[..., Any]:
         assert not api.leaked
 
     return open_
-
-
-def folder_of(bundle: Bundle) -> Path:
-    return bundle.path / "engines" / "rtx"

@@ -1,0 +1,78 @@
+"""An engine against itself: a sound one passes every way, one that keeps its cache somewhere else or replays old numbers does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.stand_ins import GPUS, stand_in_bundle
+from tests.helpers.tensorrt_stand_in import TensorRTStandIn
+from twotower.evaluate import check_execution
+from twotower.flavour import flavour_from_module
+from twotower.runtime import TwoTower
+from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+
+Plant = Callable[[CudaStandIn, TensorRTStandIn], None]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return stand_in_bundle("hybrid-b", tmp_path_factory.mktemp("execution") / "bundle")
+
+
+def outcome(bundle: Any, plant: Plant | None = None) -> dict[str, bool | None]:
+    @contextmanager
+    def open_(**options: Any) -> Iterator[TwoTower]:
+        api = CudaStandIn(devices=2)
+        trt = TensorRTStandIn(api)
+        if plant:
+            plant(api, trt)
+        with TwoTower.from_towers(
+            open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), TensorRTOptions(gpus=GPUS, **options))
+        ) as model:
+            yield model
+
+    return {result.name: result.ok for result in check_execution(open_, devices=2)}
+
+
+COPIED, LAUNCHED, TWO = (
+    "keys and values in other memory for every block",
+    "passes launched piece by piece",
+    "a tower on each of two GPUs",
+)
+
+
+def test_a_sound_engine_passes(bundle: Any) -> None:
+    assert outcome(bundle) == {COPIED: True, LAUNCHED: True, TWO: True}
+
+
+@pytest.mark.parametrize(("graph", "found_by"), [("hidden", LAUNCHED), ("", "generation as usual")])
+def test_graphs_that_replay_old_numbers_are_found(bundle: Any, graph: str, found_by: str) -> None:
+    """The defect of a library that records nothing: a replay leaves the output as it was, of the context tower (by its outputs) or of all."""
+
+    def plant(api: CudaStandIn, trt: TensorRTStandIn) -> None:
+        recorded = api.cudaStreamEndCapture
+
+        def empty(stream: int) -> tuple[int, int]:
+            answer = recorded(stream)
+            if trt.log[-1].startswith(f"execute {graph}"):
+                api._graphs[answer[1]].clear()
+            return answer
+
+        api.cudaStreamEndCapture = empty
+
+    assert outcome(bundle, plant)[found_by] is False
+
+
+def test_a_cache_that_is_kept_elsewhere_is_found(bundle: Any) -> None:
+    """The defect of an update that does not reach the buffer the caller bound: the library's own copy lasts as long as its context."""
+
+    def plant(api: CudaStandIn, trt: TensorRTStandIn) -> None:
+        api.cudaMemcpy2DAsync = lambda *_: (0, None)  # what is moved to other memory is not there
+
+    assert outcome(bundle, plant)[COPIED] is False

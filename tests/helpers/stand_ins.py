@@ -1,0 +1,31 @@
+"""Bundles with engines for the TensorRT stand-in, by the builder that ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.bundles import export_fixture
+from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_job
+from twotower.builders import BuildConfig, build_engines, cut, tensorrt_builder
+from twotower.bundle import Bundle
+from twotower.hardware import Gpu
+
+__all__ = ["GPUS", "stand_in_bundle"]
+
+GPUS = tuple(Gpu(f"stand-in {n}", 89, 1 << 34) for n in range(4))
+
+
+def stand_in_bundle(folder: str, output: Path, pieces: int = 1) -> Bundle:
+    """A bundle of a fixture, engines for texts of 256 tokens and 4 rows; `pieces` > 1 cuts each tower into about so many segments."""
+    bundle = export_fixture(folder, output, "float32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensorrt_builder, "run_job", stand_in_job)
+        patch.setattr(cut, "BUILD_MEMORY_BASE", 0)  # tiny weights: the library itself would hide them
+        weights = bundle.files["denoiser/model.onnx.data"].size
+        memory = None if pieces == 1 else round(cut.BUILD_MEMORY_FACTOR * max(weights // pieces, weights // 4))
+        builder = StandInBuilder(TensorRTStandIn(CudaStandIn()))
+        build_engines(bundle, "rtx", builder, config=BuildConfig(sms=(89,), max_context=256, max_batch=4, max_build_memory=memory))
+    return bundle
