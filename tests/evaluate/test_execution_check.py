@@ -53,7 +53,7 @@ def test_a_sound_engine_passes(bundle: Any) -> None:
 
 @pytest.mark.parametrize(("graph", "found_by"), [("hidden", LAUNCHED), ("", "generation as usual")])
 def test_graphs_that_replay_old_numbers_are_found(bundle: Any, graph: str, found_by: str) -> None:
-    """The defect of a library that records nothing: a replay leaves the output as it was, of the context tower (by its outputs) or of all."""
+    """The defect of a library that records nothing: a replay leaves the output as it was, of the context tower (`hidden`) or of all."""
 
     def plant(api: CudaStandIn, trt: TensorRTStandIn) -> None:
         recorded = api.cudaStreamEndCapture

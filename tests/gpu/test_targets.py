@@ -19,7 +19,7 @@ from tests.helpers.graphs import FIXTURES
 from tests.helpers.towers import golden_config
 from twotower import GenerationConfig
 from twotower.bundle import Bundle
-from twotower.evaluate import KEPT_BY, check_answer, check_bundle, known_answer_of, setting_of
+from twotower.evaluate import KEPT_BY, check_answer, check_bundle, check_execution, known_answer_of, setting_of
 from twotower.evaluate.agreement import measure_agreement
 from twotower.evaluate.suite import load_suite
 from twotower.hardware import probe_machine
@@ -92,6 +92,15 @@ def test_a_replayed_graph_writes_what_single_launches_write(built_for: Build, ta
             texts.append([[out.tokens for out in model.generate(some, DIFFUSION)] for some in runs])
     assert texts[0] == texts[1]
     assert texts[0][0] == texts[0][3], "the same after other shapes were run"
+
+
+@pytest.mark.parametrize("target", targets())
+def test_an_engine_agrees_with_itself(built_for: Build, target: str) -> None:
+    """Launched piece by piece, with keys and values in other memory for every block, and on two GPUs where there are two."""
+    path = built_for("hybrid-b", "float32", target)
+    gpus = len(probe_machine().gpus)
+    failed = [r for r in check_execution(lambda **options: opened(path, target, **options), devices=gpus) if r.ok is False]
+    assert not failed
 
 
 @pytest.mark.parametrize("target", targets())
