@@ -8,11 +8,11 @@ from threading import RLock
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
-from twotower.bundle import BUILD_FILE, Bundle, Progress, engine_folder
+from twotower.bundle import Bundle, Progress, built_targets
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.errors import ConfigError, RequestError
 from twotower.hardware import TARGETS, probe_machine, select_target
-from twotower.runtime.engines import OPENERS, OpenOptions, open_towers, require_opener
+from twotower.runtime.engines import OpenOptions, open_towers, require_opener
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.hooks import Hooks, StepRecord
 from twotower.runtime.loop import run_rows
@@ -96,8 +96,7 @@ class TwoTower:
         tokenizer = Tokenizer.from_file(bundle.tokenizer_file) if bundle.tokenizer_file else None
         if target is not None and target in TARGETS:
             require_opener(target)
-        built = [t for t in TARGETS if t in OPENERS and (engine_folder(bundle, t) / BUILD_FILE).is_file()]
-        chosen = select_target(probe_machine(), built, wanted=target).target
+        chosen = select_target(probe_machine(), built_targets(bundle.path), wanted=target).target
         _check_options(bundle.config.max_position_embeddings, max_batch=max_batch, max_context=max_context, max_chunk=MAX_CHUNK)
         towers = open_towers(bundle, chosen, OpenOptions(threads=threads, progress=progress, devices=tuple(devices), graphs=graphs))
         try:

@@ -6,7 +6,7 @@ import ctypes
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -87,12 +87,12 @@ def probe_machine() -> Machine:
     return Machine(platform.platform(terse=True), os.cpu_count() or 1, memory, _gpus(), libraries, _processor(), _driver())
 
 
-def select_target(machine: Machine, built: Sequence[str], *, wanted: str | None = None) -> Selection:
+def select_target(machine: Machine, built: Collection[str], *, wanted: str | None = None) -> Selection:
     """Picks the target to run: the wanted one, or the first of `TARGETS` that is built and can run here.
 
     Args:
         machine: What `probe_machine` found.
-        built: Targets the bundle has engines for.
+        built: Targets the bundle has engines for; as a mapping, with the compute capabilities they hold code for, none for any.
         wanted: A target asked for by name; the reasons against it become the error.
 
     Raises:
@@ -113,7 +113,7 @@ def select_target(machine: Machine, built: Sequence[str], *, wanted: str | None 
     )
 
 
-def _reason_against(target: str, machine: Machine, built: Sequence[str]) -> str | None:
+def _reason_against(target: str, machine: Machine, built: Collection[str]) -> str | None:
     if target not in built:
         return "not built"
     if not any(name in machine.libraries for name in _NEEDS[target]):
@@ -126,6 +126,9 @@ def _reason_against(target: str, machine: Machine, built: Sequence[str]) -> str 
         return "no NVIDIA GPU"
     if target == "rtx" and all(gpu.sm not in _RTX_SMS for gpu in machine.gpus):
         return f"TensorRT-RTX does not list SM {machine.gpus[0].sm} (it lists {', '.join(map(str, _RTX_SMS))})"
+    sms = built.get(target, ()) if isinstance(built, Mapping) else ()
+    if sms and all(gpu.sm not in sms for gpu in machine.gpus):
+        return f"built for SM {', '.join(map(str, sms))}, the GPU is SM {machine.gpus[0].sm}"
     return None
 
 

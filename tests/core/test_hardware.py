@@ -21,11 +21,14 @@ def machine(*gpus: Gpu, **libraries: str) -> Machine:
         (Machine("t", 8, 1, (RTX4090,), ALL), TARGETS, "trt"),
         (Machine("t", 8, 1, (RTX4090,), ALL), ("rtx", "ort-cpu"), "rtx"),
         (Machine("t", 8, 1, (H100,), ALL), ("rtx", "ort-cuda"), "ort-cuda"),
+        (Machine("t", 8, 1, (RTX4090,), ALL), {"trt": (90,), "rtx": (86, 89), "ort-cpu": ()}, "rtx"),
+        (Machine("t", 8, 1, (RTX4090,), ALL), {"rtx": (120,), "ort-cuda": (), "ort-cpu": ()}, "ort-cuda"),
+        (Machine("t", 8, 1, (H100, RTX4090), ALL), {"rtx": (89,), "ort-cpu": ()}, "rtx"),
         (Machine("t", 8, 1, (), ALL), TARGETS, "ort-cpu"),
         (Machine("t", 8, 1, (), {"onnxruntime": "1.32"}), ("ort-cpu",), "ort-cpu"),
     ],
 )
-def test_best_target_that_fits(here: Machine, built: tuple[str, ...], want: str) -> None:
+def test_best_target_that_fits(here: Machine, built: tuple[str, ...] | dict[str, tuple[int, ...]], want: str) -> None:
     chosen = select_target(here, built)
     assert chosen.target == want
     assert set(chosen.rejected) == set(TARGETS) - {want}
@@ -36,6 +39,9 @@ def test_every_rejection_has_its_reason() -> None:
         select_target(machine(H100, tensorrt_rtx_cu13="1.7"), ("rtx",))
     assert "does not list SM 90" in caught.value.found
     assert "ort-cpu: not built" in caught.value.found
+    with pytest.raises(EngineMismatchError) as caught:
+        select_target(machine(RTX4090, tensorrt_rtx_cu13="1.7"), {"rtx": (86, 120)}, wanted="rtx")
+    assert "built for SM 86, 120, the GPU is SM 89" in caught.value.found
     with pytest.raises(EngineMismatchError, match="no engine fits"):
         select_target(machine(tensorrt="11.4"), ("trt",), wanted="trt")
     with pytest.raises(EngineMismatchError, match="unknown target"):

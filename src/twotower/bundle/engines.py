@@ -13,7 +13,17 @@ from twotower.bundle.manifest import Bundle
 from twotower.errors import EngineMismatchError
 from twotower.spec import TensorSpec
 
-__all__ = ["BUILD_FILE", "EngineFile", "EngineLimits", "EngineRecord", "Profile", "engine_folder", "read_engine_record", "weight_bytes"]
+__all__ = [
+    "BUILD_FILE",
+    "EngineFile",
+    "EngineLimits",
+    "EngineRecord",
+    "Profile",
+    "built_targets",
+    "engine_folder",
+    "read_engine_record",
+    "weight_bytes",
+]
 
 BUILD_FILE = "build.json"
 SCHEMA = 2
@@ -130,6 +140,18 @@ class EngineRecord:
 def engine_folder(bundle: Bundle, target: str) -> Path:
     """Where the engines of a target lie."""
     return bundle.path / "engines" / target
+
+
+def built_targets(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Targets a bundle has engines for, with the compute capabilities they hold code for, none for any; nothing is checked."""
+    out: dict[str, tuple[int, ...]] = {}
+    for file in sorted((folder / "engines").glob(f"*/{BUILD_FILE}")):
+        try:
+            limits = json.loads(file.read_text(encoding="utf-8"))["limits"]
+            out[file.parent.name] = tuple(int(sm) for sm in limits["sms"]) if limits else ()
+        except (OSError, ValueError, KeyError, TypeError):
+            out[file.parent.name] = ()  # whoever opens it says what is wrong with it
+    return out
 
 
 def read_engine_record(bundle: Bundle, target: str, *, library: dict[str, str], progress: Progress | None = None) -> EngineRecord:
