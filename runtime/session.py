@@ -165,6 +165,11 @@ class TwoTower:
         return self._target
 
     @property
+    def max_context(self) -> int:
+        """Longest text, prompt and answer together."""
+        return self._limits.max_context
+
+    @property
     def defaults(self) -> GenerationConfig:
         """Options of calls that bring none."""
         return self._defaults

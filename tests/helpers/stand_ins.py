@@ -18,8 +18,8 @@ __all__ = ["GPUS", "stand_in_bundle"]
 GPUS = tuple(Gpu(f"stand-in {n}", 89, 1 << 34) for n in range(4))
 
 
-def stand_in_bundle(folder: str, output: Path, pieces: int = 1) -> Bundle:
-    """A bundle of a fixture, engines for texts of 256 tokens and 4 rows; `pieces` > 1 cuts each tower into about so many segments."""
+def stand_in_bundle(folder: str, output: Path, pieces: int = 1, *, max_context: int = 256) -> Bundle:
+    """A bundle of a fixture with engines for 4 rows; `pieces` > 1 cuts each tower into about so many segments."""
     bundle = export_fixture(folder, output, "float32")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensorrt_builder, "run_job", stand_in_job)
@@ -27,5 +27,5 @@ def stand_in_bundle(folder: str, output: Path, pieces: int = 1) -> Bundle:
         weights = bundle.files["denoiser/model.onnx.data"].size
         memory = None if pieces == 1 else round(cut.BUILD_MEMORY_FACTOR * max(weights // pieces, weights // 4))
         builder = StandInBuilder(TensorRTStandIn(CudaStandIn()))
-        build_engines(bundle, "rtx", builder, config=BuildConfig(sms=(89,), max_context=256, max_batch=4, max_build_memory=memory))
+        build_engines(bundle, "rtx", builder, config=BuildConfig(sms=(89,), max_context=max_context, max_batch=4, max_build_memory=memory))
     return bundle

@@ -58,6 +58,11 @@ def check_answer(known: KnownAnswer, model: TwoTower, setting: Setting, *, open_
         setting: Where it runs.
         open_plain: Opens the same engine without CUDA graphs; asked only when something is wrong.
     """
+    needed = max(len(a.prompt) + len(a.tokens) for a in (known.short, known.long))
+    if model.max_context < needed:
+        held = f"these engines hold texts of {model.max_context} tokens, the known answer has {needed}"
+        yield CheckResult("known answer", None, f"{held}: build them with --max-context {needed} or more")
+        return
     try:
         seen = _observed(known, model, setting.dtype, open_plain)
     except EngineOutputError as e:

@@ -1,0 +1,87 @@
+"""The commands on a machine with two GPUs, which are stand-ins: generate, inspect, and the report of the doctor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.stand_ins import GPUS, stand_in_bundle
+from tests.helpers.tensorrt_stand_in import TensorRTStandIn
+from twotower.builders import build_engines, builder_for
+from twotower.cli.main import main
+from twotower.flavour import flavour_from_module
+from twotower.hardware import Machine
+from twotower.runtime import engines
+from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+
+MACHINE = Machine("a machine", 2, 1 << 34, GPUS[:2], {"tensorrt-rtx-cu13": "1.7", "onnxruntime": "1.32"}, "a processor", "580.1")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made = stand_in_bundle("hybrid-b", tmp_path_factory.mktemp("gpu-commands") / "bundle", max_context=512)
+    build_engines(made, "ort-cpu", builder_for("ort-cpu"))
+    return made
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[engines.OpenOptions]:
+    """Puts the stand-ins in the place of TensorRT for RTX; returns the options of every opening."""
+    seen: list[engines.OpenOptions] = []
+
+    def opener() -> Callable[..., Any]:
+        def open_(bundle: Any, options: engines.OpenOptions) -> Any:
+            seen.append(options)
+            api = CudaStandIn(devices=2)
+            given = TensorRTOptions(devices=options.devices, graphs=options.graphs, gpus=GPUS[:2])
+            return open_tensorrt(bundle, flavour_from_module(TensorRTStandIn(api)), Cuda(api), given)
+
+        return open_
+
+    monkeypatch.setitem(engines.OPENERS, "rtx", opener)
+    for module in ("twotower.runtime.session", "twotower.cli.doctor", "twotower.cli.inspect"):
+        monkeypatch.setattr(f"{module}.probe_machine", lambda: MACHINE)
+    return seen
+
+
+def test_generate_takes_the_gpu_of_its_own_accord(bundle: Any, opened: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", str(bundle.path), "--tokens", "5 6 7", "--max-new-tokens", "20", "--ignore-eos", "--json"]
+    texts = []
+    for more in ([], ["--devices", "0,1"], ["--no-cuda-graphs"], ["--target", "ort-cpu"]):
+        assert main([*words, *more]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert texts == [texts[0]] * 4
+    assert [(o.devices, o.graphs) for o in opened] == [((), True), ((0, 1), True), ((), False)]
+
+
+@pytest.mark.parametrize("devices", ["x", "0,7"])
+def test_devices_that_are_none(bundle: Any, opened: list[Any], capsys: pytest.CaptureFixture[str], devices: str) -> None:
+    assert main(["generate", str(bundle.path), "--tokens", "5", "--devices", devices]) == 2
+    assert "\n  do: " in capsys.readouterr().err
+
+
+def test_the_report_of_a_device(bundle: Any, opened: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(bundle.path), "--report", str(tmp_path)]) == 0, capsys.readouterr().out
+    page = (tmp_path / "stand-in-0.md").read_text()
+    for line in (
+        "| rtx | known answer | ok |",
+        "| rtx | keys and values in other memory for every block | ok |",
+        "| rtx | passes launched piece by piece | ok |",
+        "| rtx | a tower on each of two GPUs | ok |",
+        "## Time of a pass",
+    ):
+        assert line in page, page
+
+
+def test_a_known_answer_too_long_for_the_engines_is_a_note(tmp_path: Path, opened: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    made = stand_in_bundle("hybrid-b", tmp_path / "bundle", max_context=256)
+    build_engines(made, "ort-cpu", builder_for("ort-cpu"))
+    assert main(["doctor", str(made.path)]) == 0
+    out = capsys.readouterr().out
+    assert "note    known answer: these engines hold texts of 256 tokens" in out
