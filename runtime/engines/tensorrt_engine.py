@@ -91,11 +91,8 @@ class TensorRTEngine:
         return DevicePass(self._room.cuda, work, self._room.turns)
 
     def close(self) -> None:
-        """Frees the engines; idempotent. Compiled kernels are kept for the next opening."""
-        plans, self._plans = self._plans, ()
-        for plan in plans:
-            self._room.cuda.use(plan.device)
-            self._room.loader.keep_kernels(plan)
+        """Frees the engines; idempotent."""
+        self._plans = ()
 
     def _bound(self, plan: Plan, index: int, arrays: Mapping[str, DeviceBuffer], how: tuple[int, dict[str, int], bool]) -> _Bound:
         """An execution context of one segment with its profile, shapes and addresses set."""
@@ -188,7 +185,10 @@ class _Segments:
                 self._copies.enqueue(bound.plan.part.outputs, queue)
 
     def close(self) -> None:
-        """Frees the contexts, then the events; idempotent."""
+        """Frees the contexts, then the events; idempotent. Kernels compiled for a context are kept first: they may go with it."""
+        for bound in self._bound:
+            self._room.cuda.use(bound.plan.device)
+            self._room.loader.keep_kernels(bound.plan)
         self._bound.clear()
         while self._events:
             self._events.popitem()[1].close()

@@ -44,6 +44,7 @@ class TensorRTStandIn(SimpleNamespace):
         refuse_at: Number of the execution that is refused, counted from 1; 0 for none. Likewise
         refuse_capture: while a stream is captured.
         log: What was done, in order.
+        kernels: Grows by one whenever kernels are compiled.
         contexts: Every execution context made.
     """
 
@@ -63,6 +64,7 @@ class TensorRTStandIn(SimpleNamespace):
         self.refuse_at, self.refuse_capture, self.capturable = 0, False, True
         self.executions = 0
         self.log: list[str] = []
+        self.kernels: list[bytes] = []
         self.contexts: list[_Context] = []
 
     def Runtime(self, logger: Any) -> Any:
@@ -90,11 +92,14 @@ def stand_in_job(job: dict[str, Any], scratch: Path, *, tick: Any) -> dict[str, 
 
 
 class _Cache:
+    """Kernels compiled so far: made by the first execution context, unless they were read."""
+
     def __init__(self) -> None:
-        self.data = b"kernels"
+        self.data = b""
 
     def deserialize(self, data: bytes) -> bool:
-        return data == self.data
+        self.data = data
+        return data == b"kernels"
 
     def serialize(self) -> bytes:
         return self.data
@@ -146,6 +151,9 @@ class _Engine:
 
     def create_execution_context(self, config: Any) -> _Context:
         assert config.strategy == "user", "contexts share one scratch memory"
+        if not config.cache.data:
+            config.cache.data = b"kernels"
+            self.trt.kernels.append(b"kernels")
         context = _Context(self, config)
         self.trt.contexts.append(context)
         return context
