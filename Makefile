@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 FIXTURE := tests/fixtures/hybrid-a
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-gpu gpu-first-run fp16-check wheel demo bench bench-real tiny browser docs clean ci
+.PHONY: help install lint format types test test-gpu gpu-first-run fp16-check wheel demo bench bench-real engines-real engines-boundary tiny browser docs clean ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -65,6 +65,12 @@ out/bench: $(STAMP)
 	rm -rf $@
 	$(BIN)/twotower export $(FIXTURE) -o $@
 	$(BIN)/twotower build $@ --target ort-cpu
+
+engines-real: $(STAMP) ## TensorRT engines at published widths, built without a GPU: ten minutes, 13 GB of memory, 30 GB of disk
+	$(BIN)/python tools/engines_real.py $(ARGS)
+
+engines-boundary: $(STAMP) ## a slice at published widths in one piece and in segments, side by side on the CPU
+	$(BIN)/python tools/engines_boundary.py $(ARGS)
 
 tiny: $(STAMP) ## trains assets/twotower-tiny again and makes its suite: about two hours on two cores
 	for stage in context labelled denoiser; do $(BIN)/python tools/tiny/train.py --work out/tiny --stage $$stage || exit 1; done

@@ -1,0 +1,99 @@
+"""Engines at published widths, built without a GPU: seconds, memory and size of each; `make engines-real` runs this.
+
+Slices of one layer of each kind and of the heads, and three layers in segments under a memory bound, all in bfloat16 for SM 89 and 120.
+Rows are kept as they come (OUT/results.jsonl), and a slice that is there is not built again. Exit code 1 if a warning is unexplained, if a
+build needed more than its bound, or if the planned peak of an engine above 500 MB is more than 20 % off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from engines_slices import SLICES, Slice, measure, read_rows, wait_for_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "engines.md"
+BEGIN, END = "<!-- engines-real: written by `make engines-real`, begin -->", "<!-- engines-real: end -->"
+PLANNED_FROM = 500_000_000
+PLANNED_WITHIN = 0.2
+
+
+def main(argv: list[str] | None = None, slices: tuple[Slice, ...] = SLICES) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "out" / "engines-real", metavar="OUT", help="where rows and scratch files go")
+    parser.add_argument("--only", metavar="A,B", help="only these slices")
+    parser.add_argument("--force", action="store_true", help="measure again what is there")
+    parser.add_argument("--write-docs", type=Path, nargs="?", const=DOCUMENT, metavar="FILE", help="put the table into docs/engines.md")
+    args = parser.parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    file = args.output / "results.jsonl"
+    wanted = args.only.split(",") if args.only else [s.name for s in slices]
+    rows = [] if args.force else read_rows(file)
+    for piece in slices:
+        if piece.name in wanted and not any(row["slice"] == piece.name for row in rows):
+            wait_for_memory(12_000_000_000, say=_say)
+            rows += measure(piece, args.output, say=_say)
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(table(rows))
+    if args.write_docs:
+        write_table(args.write_docs, table(rows))
+    problems = [problem for row in rows for problem in problems_of(row)]
+    print("\n".join(problems), file=sys.stderr)
+    return 1 if problems else 0
+
+
+def problems_of(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row."""
+    where = f"{row['slice']} {row['engine']}"
+    out = [f"{where}: unexplained warning: {message}" for message in row["unexplained"]]
+    if row["bound"] and row["peak"] > row["bound"]:
+        out.append(f"{where}: {row['peak'] / 1e9:.2f} GB needed, {row['bound'] / 1e9:.2f} GB allowed")
+    off = abs(row["planned_peak"] - row["peak"]) / row["peak"]
+    if row["weights"] >= PLANNED_FROM and off > PLANNED_WITHIN:
+        out.append(f"{where}: planned {row['planned_peak'] / 1e9:.2f} GB, measured {row['peak'] / 1e9:.2f} GB")
+    return out
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    head = ["slice", "engine", "bound", "weights", "seconds", "peak memory", "planned", "of it anonymous", "size", "layers"]
+    lines = [head, ["---"] * len(head)]
+    lines += [
+        [
+            f"`{row['slice']}`",
+            row["engine"].removesuffix(".engine"),
+            f"{row['bound'] / 1e9:g} GB" if row["bound"] else "",
+            f"{row['weights'] / 1e9:.3f} GB",
+            f"{row['seconds']:.1f}",
+            f"{row['peak'] / 1e9:.2f} GB",
+            f"{row['planned_peak'] / 1e9:.2f} GB",
+            f"{row['anonymous'] / 1e9:.2f} GB",
+            f"{row['size'] / 1e9:.3f} GB",
+            str(row["layers"]),
+        ]
+        for row in rows
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_table(document: Path, text: str) -> None:
+    """Puts a table between the document's two marks."""
+    before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"{document} has no place for the table: it needs the lines\n{BEGIN}\n{END}")
+    partial = document.with_suffix(".partial")
+    partial.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    partial.replace(document)
+
+
+def _say(what: str) -> None:
+    print(f"... {what}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
