@@ -73,9 +73,7 @@ def _compare(bundle: Bundle, runs: int) -> int:
     print(f"{count} layers ({config.pattern}), {width} wide, {config.n_routed_experts} experts, float32, one CPU core")
     print(f"one piece    {1000 * one:.1f} ms")
     print(f"{count} pieces     {1000 * many:.1f} ms, {many / one:.3f}x: {1000 * (many - one) / (count - 1):.2f} ms a boundary")
-    print(
-        f"handed over  {handed / 1e3:.0f} kB a boundary (a row's residual stream and conditioning); weights read {weights.total / 1e9:.2f} GB"
-    )
+    print(f"handed over  {handed / 1e3:.0f} kB a boundary (residual and conditioning); weights read {weights.total / 1e9:.2f} GB")
     print(f"outputs      {'the same to the bit' if same else 'DIFFERENT'}")
     return 0 if same else 1
 
