@@ -1,7 +1,18 @@
 """The bundle: one folder with all a deployment needs, described and checked by its `bundle.json`."""
 
 from twotower.bundle.derive import derive_bundle
-from twotower.bundle.engines import BUILD_FILE, EngineFile, EngineLimits, EngineRecord, Profile, engine_folder, read_engine_record
+from twotower.bundle.engines import (
+    BUILD_FILE,
+    EngineFile,
+    EngineLimits,
+    EngineRecord,
+    Profile,
+    built_targets,
+    engine_folder,
+    load_engine_record,
+    read_engine_record,
+    record_problems,
+)
 from twotower.bundle.integrity import FileRecord, Progress, check_files, hash_file, inside
 from twotower.bundle.manifest import (
     DATA_SUFFIX,
@@ -31,13 +42,16 @@ __all__ = [
     "FileRecord",
     "Profile",
     "Progress",
+    "built_targets",
     "check_files",
     "derive_bundle",
     "engine_folder",
     "hash_file",
     "inside",
     "is_bundle",
+    "load_engine_record",
     "read_engine_record",
+    "record_problems",
     "unpublished",
     "write_json",
 ]
