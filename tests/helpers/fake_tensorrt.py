@@ -238,7 +238,7 @@ class Builder:
         return True
 
 
-class IEngineInspector:
+class EngineInspector:
     def get_engine_information(self, form: LayerInformationFormat) -> str:
         layers = [
             {"Name": "a", "LayerType": "gemm", "Outputs": [{"Name": "x", "Datatype": "Half"}]},
@@ -249,8 +249,8 @@ class IEngineInspector:
 
 
 class ICudaEngine:
-    def create_engine_inspector(self) -> IEngineInspector:
-        return IEngineInspector()
+    def create_engine_inspector(self) -> EngineInspector:
+        return EngineInspector()
 
 
 class Runtime:
