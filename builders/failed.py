@@ -8,6 +8,8 @@ import os
 import shutil
 from pathlib import Path
 
+import onnx
+
 from twotower.builders.engine_plan import EnginePlan
 from twotower.builders.job import RefusedError
 from twotower.bundle import Bundle, write_json
@@ -25,8 +27,8 @@ _README = """# A graph that could not be built
 
     {found}
 
-- `graph.onnx`: the very graph the library was given. Its weights are in `{data}`, a second name of the bundle's own file where the file
-  system allows it.
+- `graph.onnx`: the graph the library was given, with the shapes of all values written down. Its weights are in `{data}`, a link
+  to the bundle's own file: `cp -rL` copies both. (A second hard name would keep `onnx.load` from reading the bundle's weights.)
 - `job.json`: inputs, profiles and compute capabilities.
 - `log.json`: what the library said, in order.
 
@@ -55,13 +57,13 @@ def keep_failed(bundle: Bundle, plan: EnginePlan, error: RefusedError) -> BuildE
     check = f"python -m twotower.builders.try_graph graph.onnx --target {plan.job['target']} --job job.json"
     inspect = "polygraphy inspect model graph.onnx --show layers --ignore-external-data"
     on_part = check.replace("graph.onnx", "polygraphy_debug.onnx")  # where polygraphy puts what it wants checked
-    reduce = f"polygraphy debug reduce graph.onnx -o reduced.onnx --ignore-external-data --fail-code 1 --check {on_part}"
+    reduce = f"polygraphy debug reduce graph.onnx -o reduced.onnx --ignore-external-data --no-shape-inference --fail-code 1 --check {on_part}"
     words = {"check": check, "inspect": inspect, "reduce": reduce, "what": error.what, "found": error.found, "data": data.name}
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        (folder / "graph.onnx").write_bytes(plan.model)
-        _link(data, folder / data.name)
+        (folder / "graph.onnx").write_bytes(_with_shapes(plan.model))
+        (folder / data.name).symlink_to(os.path.relpath(data.resolve(), folder.resolve()))
         write_json(folder / "job.json", {key: value for key, value in plan.job.items() if key != "timing_cache"})
         (folder / "log.json").write_text(json.dumps(error.log, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_README.format(**words), encoding="utf-8")
@@ -84,9 +86,6 @@ def failed_folder(bundle: Bundle, plan: EnginePlan) -> Path:
     return bundle.path / "engines" / FAILED_FOLDER / f"{plan.job['target']}-{plan.engine.file.removesuffix('.engine')}"
 
 
-def _link(source: Path, target: Path) -> None:
-    """A second name for the weights; a symbolic link, which tools may refuse to follow, on a file system without such names."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        target.symlink_to(source.resolve())
+def _with_shapes(serialized: bytes) -> bytes:
+    """The graph with the type and shape of every value written down: a part that is cut out of it then knows its inputs."""
+    return bytes(onnx.shape_inference.infer_shapes(onnx.load_from_string(serialized), data_prop=True).SerializeToString())

@@ -67,8 +67,10 @@ def job_of_graph(
     A part has axes nobody named. All dynamic axes of it are then 1, so that two of them which are the same cannot differ.
 
     Raises:
-        ValueError: an input has no type or no rank.
+        ValueError: there are no nodes, or an input has no type or no rank.
     """
+    if not graph.graph.node:
+        raise ValueError("it has no nodes")
     inputs = [_input(value) for value in graph.graph.input]
     whole = {"target": target, "dtype": _narrowest(graph), "timing_cache": None, "sms": [89] if target == "rtx" else [], **given}
     whole["target"] = target

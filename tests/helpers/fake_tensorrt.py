@@ -215,14 +215,14 @@ class Builder:
             return None
         if not self._stepped(config.progress_monitor):
             return None
-        assert config.cache is not None
-        config.cache.known.append(network.digest)
+        if config.cache is not None:
+            config.cache.known.append(network.digest)
         plan = {
             "graph": network.digest,
             "flags": [flag.name for flag in config.flags],
             "verbosity": config.profiling_verbosity.name,
             "profiles": [p.shapes for p in config.profiles],
-            "timings": len(config.cache.known),
+            "timings": len(config.cache.known) if config.cache else 0,
         }
         return memoryview(json.dumps(plan).encode())
 
