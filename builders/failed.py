@@ -57,7 +57,9 @@ def keep_failed(bundle: Bundle, plan: EnginePlan, error: RefusedError) -> BuildE
     check = f"python -m twotower.builders.try_graph graph.onnx --target {plan.job['target']} --job job.json"
     inspect = "polygraphy inspect model graph.onnx --show layers --ignore-external-data"
     on_part = check.replace("graph.onnx", "polygraphy_debug.onnx")  # where polygraphy puts what it wants checked
-    reduce = f"polygraphy debug reduce graph.onnx -o reduced.onnx --ignore-external-data --no-shape-inference --fail-code 1 --check {on_part}"
+    reduce = (
+        f"polygraphy debug reduce graph.onnx -o reduced.onnx --ignore-external-data --no-shape-inference --fail-code 1 --check {on_part}"
+    )
     words = {"check": check, "inspect": inspect, "reduce": reduce, "what": error.what, "found": error.found, "data": data.name}
     try:
         shutil.rmtree(folder, ignore_errors=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -145,4 +144,3 @@ def test_a_defect_of_ours_is_not_blamed_on_the_graph(bundle: Bundle, builder: En
         build_engines(bundle, "trt", builder, config=CONFIG)
     assert "RuntimeError: a defect of ours" in caught.value.found
     assert not (bundle.path / "engines" / ".failed").exists()
-

@@ -1,4 +1,4 @@
-"""The check for `polygraphy debug reduce`, and the folder a failed build leaves for it: from the refusal to the one node that is refused."""
+"""The check for `polygraphy debug reduce`, and what a failed build leaves for it: from the refusal to the refused node."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ def test_the_kept_graph_fails_elsewhere_for_the_same_reason(failed: tuple[Path, 
     folder, error = failed
     assert "exceeds the maximum value allowed (3840)" in error.found
     check = next(line.strip() for line in (folder / "README.md").read_text().splitlines() if "twotower.builders.try_graph" in line)
-    done = run([sys.executable, *shlex.split(check)[1:]], shutil.copytree(folder, tmp_path / "copy"))  # with the weights: it needs no bundle
+    done = run(
+        [sys.executable, *shlex.split(check)[1:]], shutil.copytree(folder, tmp_path / "copy")
+    )  # with the weights: it needs no bundle
     assert done.returncode == REFUSED
     assert "3840" in done.stderr
     assert any("3840" in line["message"] for line in json.loads((folder / "log.json").read_text()))
