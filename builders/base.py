@@ -10,13 +10,14 @@ from typing import Protocol
 from twotower.bundle import Bundle, EngineRecord
 from twotower.errors import ConfigError
 
-__all__ = ["DEFAULT_MAX_BATCH", "DEFAULT_MAX_CONTEXT", "BuildConfig", "EngineBuilder", "Report", "silent"]
+__all__ = ["DEFAULT_CACHE_BYTES", "DEFAULT_MAX_BATCH", "DEFAULT_MAX_CONTEXT", "BuildConfig", "EngineBuilder", "Report", "silent"]
 
 Report = Callable[[str, int, int], None]
 """Called with (what is being done, done, in all); the numbers are bytes or steps."""
 
 DEFAULT_MAX_BATCH = 8
 DEFAULT_MAX_CONTEXT = 4096
+DEFAULT_CACHE_BYTES = 20 * 10**9
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -33,6 +34,9 @@ class BuildConfig:
         max_batch: Most rows the engines take.
         max_context: Longest text, prompt and answer; None for 4096 or the model's own limit, whichever is less.
         max_build_memory: Bytes the build of one engine may need at its peak, None for no bound; a larger tower is cut into segments.
+        use_cache: Take engines that were built before from the cache, and keep new ones there.
+        cache: The cache's folder; None for the bundle's own, where an engine and its entry are one file.
+        cache_bytes: Bytes that cached engines no target uses may take.
     """
 
     force: bool = False
@@ -40,6 +44,9 @@ class BuildConfig:
     max_batch: int = DEFAULT_MAX_BATCH
     max_context: int | None = None
     max_build_memory: int | None = None
+    use_cache: bool = True
+    cache: Path | None = None
+    cache_bytes: int = DEFAULT_CACHE_BYTES
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_context", "max_build_memory"):
@@ -47,6 +54,8 @@ class BuildConfig:
             if value is not None and value < 1:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} cannot be {value}", found=f"{value}; allowed: 1 and more", do=f"pass a positive {flag}")
+        if self.cache_bytes < 0:
+            raise ConfigError(f"--cache-size cannot be {self.cache_bytes}", found="it is negative", do="pass e.g. --cache-size 20G, or 0")
 
 
 class EngineBuilder(Protocol):

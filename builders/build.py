@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from twotower.builders.base import BuildConfig, EngineBuilder, Report, silent
+from twotower.builders.cache_store import EngineCache, open_cache
 from twotower.builders.lock import locked
 from twotower.bundle import BUILD_FILE, Bundle, EngineRecord, engine_folder, read_engine_record, write_json
 from twotower.errors import BuildError, EngineMismatchError
@@ -31,10 +32,17 @@ def build_engines(
     """
     config, report = config or BuildConfig(), report or silent
     folder = engine_folder(bundle, target)
+    if config.use_cache and config.cache is not None:
+        EngineCache(config.cache, config.cache_bytes).prepare()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent / f".{target}.lock", waiting=lambda: report(f"waiting for another build of {target}", 0, 0)):
-            return _fitting(bundle, target, builder, config=config) or _built(bundle, folder, builder, config=config, report=report)
+            _recover(folder)
+            record = _fitting(bundle, target, builder, config=config)
+            if record is None:
+                record = _built(bundle, folder, builder, config=config, report=report)
+                _trim(bundle, config)
+            return record
     except OSError as e:
         raise BuildError(
             f"the {target} engine of '{bundle.path}' could not be written",
@@ -71,10 +79,35 @@ def _built(bundle: Bundle, folder: Path, builder: EngineBuilder, *, config: Buil
 def _replace(partial: Path, folder: Path) -> None:
     """Puts `partial` in the place of `folder`; the old one goes last."""
     old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
+    try:
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    finally:
+        if not folder.exists() and old.exists():  # interrupted between the two
+            old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(folder: Path) -> None:
+    """Mends what a build that was killed outright left: nobody else writes here, because the lock is held."""
+    for left in sorted(p for p in folder.parent.glob(f".{folder.name}.*") if p.is_dir()):
+        if left.name.startswith(f".{folder.name}.old.") and not folder.exists():
+            logger.warning("a build was killed between two renames; %s is the engine again", left)
+            left.rename(folder)
+        else:
+            logger.info("removing %s, left by a killed build", left)
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _trim(bundle: Bundle, config: BuildConfig) -> None:
+    """Keeps the cache within its bound. The engine is published by now: what goes wrong here is a warning."""
+    cache = open_cache(bundle, config)
+    try:
+        if cache is not None:
+            cache.trim()
+    except OSError as e:
+        logger.warning("the engine cache '%s' could not be trimmed: %s", cache.folder if cache else "", e)
 
 
 def _require_space(bundle: Bundle, needed: int) -> None:

@@ -8,11 +8,11 @@ from twotower.errors import BuildError
 
 __all__ = ["BUILD_MEMORY_BASE", "BUILD_MEMORY_FACTOR", "build_memory", "cut_layers", "most_weights"]
 
-BUILD_MEMORY_FACTOR = 3.0
+BUILD_MEMORY_FACTOR = 3.05
 """Peak memory of a build over the weights of its engine: the mapped weights, the builder's copy and the plan.
 
-With the base it lies at most 7 % above what was measured on fifteen engines of 0.7 to 4.2 GB at published widths, and never below
-(`make engines-real`; a straight line through them is 0.22 GB and 3.02 times the weights).
+With the base it lies 1 to 9 % above what was measured on the engines of 0.7 to 4.2 GB of `make engines-real`, and never below; a straight
+line through them is 0.25 GB and 3.02 times the weights.
 """
 
 BUILD_MEMORY_BASE = 400_000_000

@@ -13,7 +13,17 @@ from typing import Any
 
 from twotower.errors import BuildError
 
-__all__ = ["run_job"]
+__all__ = ["RefusedError", "run_job"]
+
+
+class RefusedError(BuildError):
+    """The library does not make an engine of this graph.
+
+    Attributes:
+        log: What it said: lines as `BuildLog.to_json` writes them, or text on stderr.
+    """
+
+    log: tuple[Any, ...] = ()
 
 
 def run_job(job: dict[str, Any], scratch: Path, *, tick: Callable[[str, int, int], None]) -> dict[str, Any]:
@@ -28,8 +38,10 @@ def run_job(job: dict[str, Any], scratch: Path, *, tick: Callable[[str, int, int
         What the build observed.
 
     Raises:
-        BuildError: the library refused the graph, or the process was killed.
+        RefusedError: the library refused the graph, or crashed over it.
+        BuildError: there was no memory or no space for it.
     """
+    job = {**job, "parent": os.getpid()}
     file = scratch / "job.json"
     file.write_text(json.dumps(job), encoding="utf-8")
     # The package is found where this very file was found, whatever the child's working directory.
@@ -44,34 +56,48 @@ def run_job(job: dict[str, Any], scratch: Path, *, tick: Callable[[str, int, int
             child.wait()
         errors.seek(0)
         said = errors.read().decode(errors="replace").strip().splitlines()
-    if result is None:
-        raise _died(child.returncode, said)
     if "error" in result:
-        raise BuildError(result["error"]["what"], found=result["error"]["found"], do=result["error"]["do"])
-    return dict(result["done"])
+        parts = result["error"]
+        error = RefusedError if result["refused"] else BuildError
+        raise _with_log(error(parts["what"], found=parts["found"], do=parts["do"]), result["log"])
+    if "done" not in result:
+        raise _died(child.returncode, said)
+    return {**result["done"], "inspector": result.get("inspected", {"why_not": "the process died while it looked"})}
 
 
-def _followed(child: subprocess.Popen[str], tick: Callable[[str, int, int], None]) -> dict[str, Any] | None:
-    """The child's last word, or None if it died without one."""
+def _followed(child: subprocess.Popen[str], tick: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """What the child said in the end, all its lines as one; empty if it died without a word."""
     assert child.stdout is not None
-    result = None
+    result: dict[str, Any] = {}
     for text in child.stdout:
         try:
             line = json.loads(text)
         except ValueError:
             continue  # something a library printed
+        if not isinstance(line, dict):
+            continue
         if "phase" in line:
             tick(line["phase"], line["step"], line["steps"])
         else:
-            result = line
+            result |= line
     child.wait()
     return result
 
 
 def _died(code: int, said: list[str]) -> BuildError:
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    do = "build again; if it fails again, try another dtype" if code != -signal.SIGKILL else "free memory, or lower --max-build-memory"
-    return BuildError("the process that built the engine died", found="; ".join([name, *said[-2:]]), do=do)
+    what, found = "the process that built the engine died", "; ".join([name, *said[-2:]])
+    if code == -signal.SIGKILL:
+        return BuildError(what, found=f"{found}: most likely for want of memory", do="free memory, or lower --max-build-memory")
+    if code >= 0:  # not the library: an exception of ours
+        return BuildError(what, found=found, do="this is a defect of twotower: report it with what --debug shows")
+    return _with_log(RefusedError(what, found=found, do="build again; if it fails again, try another dtype"), said)
+
+
+def _with_log(error: BuildError, log: list[Any]) -> BuildError:
+    if isinstance(error, RefusedError):
+        error.log = tuple(log)
+    return error
 
 
 def _root() -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from twotower.builders.cache_keys import SETTINGS
 from twotower.bundle import Profile
 from twotower.errors import BuildError
 from twotower.flavour import Flavour
@@ -20,6 +23,7 @@ EXPLAINED: tuple[tuple[str, str], ...] = (
     (r"Make sure (input|output) \S+ has Int64 binding", "token ids and lengths are int64 by contract, and that is how they are bound"),
     (r"(cudaError|CUDA initialization failure|error) ?.*35|CUDA lib.*not found|no CUDA-capable device|CUDA driver version is insufficient",
      "there is no GPU on this machine; engines for named compute capabilities are built without one"),
+    (r"^the timing cache is not kept", "it saves time of the next build only; the engine is whole"),
 )  # fmt: skip
 """Warnings that are understood: pattern and why it is harmless here. Any other is reported as unexplained."""
 
@@ -111,32 +115,62 @@ def build_network(
         BuildError: the library refuses the graph or fails.
     """
     trt = flavour.module
-    logger = make_logger(trt, log)
-    builder = trt.Builder(logger)
+    sink = make_logger(trt, log)
+    builder = trt.Builder(sink)
     network = builder.create_network(0)
-    parser = trt.OnnxParser(network, logger)
+    parser = trt.OnnxParser(network, sink)
+    started = time.perf_counter()
     parsed = parser.parse(graph[0], path=str(graph[1]))
     _check_parsed(parsed, [parser.get_error(i).desc() for i in range(parser.num_errors)], log)
-    if options.dtype == "float32":
+    if options.dtype in SETTINGS["decomposable_attention"]:
         _allow_decomposition(trt, network)
-    layers = [network.get_layer(i) for i in range(network.num_layers)]
-    facts = {
-        "layers": len(layers),
-        "by_type": dict(Counter(layer.type.name for layer in layers).most_common()),
-        "by_precision": dict(Counter(_precision(layer) for layer in layers).most_common()),
-    }
+    parse_seconds = time.perf_counter() - started
+    facts = _walked(network)
     config = _configured(flavour, builder, options, tick=tick)
+    started = time.perf_counter()
     plan = builder.build_serialized_network(network, config)
+    facts |= {"parse_seconds": round(parse_seconds, 3), "build_seconds": round(time.perf_counter() - started, 2)}
     if plan is None:
         found = "; ".join(log.errors()[-3:]) or "it gives no reason (a cancelled build gives none either)"
         raise BuildError(f"{trt.__name__} {flavour.version} cannot build this graph", found=found, do=_NEXT)
     _check_inputs(log)
     if options.timing_cache is not None and (cache := config.get_timing_cache()) is not None:
-        options.timing_cache.write_bytes(bytes(cache.serialize()))
+        _keep_timings(options.timing_cache, cache.serialize(), log)
     return plan, facts
 
 
-_NEXT = "read the reason; `polygraphy inspect model` shows the graph and `polygraphy debug reduce` cuts it down (docs/engines.md)"
+def _walked(network: Any) -> dict[str, Any]:
+    """Layers of the network as it was parsed, before the compiler fuses them: what can be known without a GPU."""
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    return {
+        "layers_from": "walk",
+        "layers": len(layers),
+        "by_type": dict(Counter(layer.type.name for layer in layers).most_common()),
+        "by_precision": dict(Counter(_precision(layer) for layer in layers).most_common()),
+    }
+
+
+def _recall_timings(config: Any, file: Path) -> None:
+    """Starts from the measurements of earlier builds, or from none if the library does not take those."""
+    for known in ([file.read_bytes()] if file.is_file() else []) + [b""]:
+        timings = config.create_timing_cache(known)
+        if timings is not None and config.set_timing_cache(timings, False):
+            return
+
+
+def _keep_timings(file: Path, timings: Any, log: BuildLog) -> None:
+    """Writes the timing cache, whole or not at all; losing it costs time only, so an engine is not lost over it."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as out:
+            out.write(timings)
+        partial.replace(file)
+    except OSError as e:
+        log.add("WARNING", f"the timing cache is not kept: {e}")
+        partial.unlink(missing_ok=True)
+
+
+_NEXT = "read the reason; the graph is kept (docs/engines.md)"
 
 
 def _check_parsed(parsed: bool, errors: Sequence[str], log: BuildLog) -> None:
@@ -164,8 +198,9 @@ def _allow_decomposition(trt: Any, network: Any) -> None:
 def _configured(flavour: Flavour, builder: Any, options: NetworkOptions, *, tick: Callable[[str, int, int], bool]) -> Any:
     trt = flavour.module
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    for flag in SETTINGS["cleared_flags"]:
+        config.clear_flag(getattr(trt.BuilderFlag, flag))
+    config.profiling_verbosity = getattr(trt.ProfilingVerbosity, SETTINGS["profiling_verbosity"])
     for profile in options.profiles:
         _add_profile(builder, config, options.inputs, profile=profile)
     if options.sms:
@@ -178,8 +213,7 @@ def _configured(flavour: Flavour, builder: Any, options: NetworkOptions, *, tick
                     do="choose others with --sm",
                 )
     elif options.timing_cache is not None:
-        known = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(known), False)
+        _recall_timings(config, options.timing_cache)
     config.progress_monitor = _monitor(trt, tick)
     return config
 

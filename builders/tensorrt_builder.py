@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import onnx
 
 from twotower.builders.base import DEFAULT_MAX_CONTEXT, BuildConfig, Report
+from twotower.builders.cache_keys import GpuIdentity
+from twotower.builders.cache_store import open_cache
 from twotower.builders.cut import build_memory, cut_layers, most_weights
-from twotower.builders.job import run_job
+from twotower.builders.engine_plan import EnginePlan, plan_key
+from twotower.builders.make_engine import EngineMaker
 from twotower.builders.profiles import cache_capacity, profiles
 from twotower.builders.segment import GraphLayers, Segment, fix_axes, layer_bytes, segment
-from twotower.bundle import GRAPH_FILES, Bundle, EngineFile, EngineLimits, EngineRecord, FileRecord, hash_file
+from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineFile, EngineLimits, EngineRecord, FileRecord
 from twotower.errors import BuildError
 from twotower.flavour import Flavour
 from twotower.graph_files import load_graph
@@ -63,73 +67,96 @@ class TensorRTBuilder:
         return cut == wanted
 
     def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
-        limits, weights = self._limits(bundle, config), self._weights(bundle)
+        limits = self._limits(bundle, config)
         for_what = ", ".join(f"SM {sm}" for sm in limits.sms) or "the GPU at hand"
         lines = [
             f"for         {for_what}; {bundle.dtype}; up to {limits.max_batch} rows, {limits.capacity} positions of keys and values",
         ]
-        for piece in self._pieces(bundle, config):
-            size = _between(weights[piece.graph], piece.layers)
-            shapes = ", ".join(p.name for p in profiles(piece.graph, max_batch=limits.max_batch, block_size=bundle.trained_block_size))
+        cache = open_cache(bundle, config)
+        for plan in self._plans(bundle, config):
+            shapes = ", ".join(p.name for p in plan.engine.profiles)
+            first, end = plan.engine.layers
+            cached = cache is not None and not config.force and cache.find(plan.key) is not None
             lines.append(
-                f"{piece.file:<22}{size / 1e9:.3g} GB of weights, about {build_memory(size) / 1e9:.2g} GB to build; profiles {shapes}"
+                f"{plan.engine.file:<22}"
+                + (f"layers {first} to {end - 1}; " if end > first else "")
+                + f"{_gigabytes(plan.weights)} of weights, "
+                + ("in the cache" if cached else f"about {_gigabytes(build_memory(plan.weights))} of memory to build")
+                + f"; profiles {shapes}"
             )
         return lines
 
     def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
         self._limits(bundle, config)  # what cannot be built is said before space is asked for
-        return sum(w.total for w in self._weights(bundle).values()) * 101 // 100 + (64 << 20)
+        cache = open_cache(bundle, config)
+        if cache is None or config.force or config.cache is not None or not cache.folder.is_dir():
+            weights = sum(w.total for w in self._weights(bundle).values())
+        else:  # an engine of the bundle's own cache is a second name and no bytes
+            weights = sum(plan.weights for plan in self._plans(bundle, config) if cache.find(plan.key) is None)
+        return weights * 101 // 100 + (64 << 20)
 
     def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
         started, limits = time.perf_counter(), self._limits(bundle, config)
+        cache = open_cache(bundle, config)
+        if cache is not None:
+            cache.prepare()
+        maker = EngineMaker(bundle, folder, cache, force=config.force, report=report)
         engines: dict[str, tuple[EngineFile, ...]] = {}
+        files: dict[str, FileRecord] = {}
         facts: dict[str, Any] = {}
-        pieces = [(piece, self._segment(bundle, piece, limits)) for piece in self._pieces(bundle, config)]
-        notes = {piece.file: _notes(made.model, piece) for piece, made in pieces}  # of all, before hours are spent on the first
-        for piece, made in pieces:
-            shapes = profiles(piece.graph, max_batch=limits.max_batch, block_size=bundle.trained_block_size)
-            engine = EngineFile(piece.file, made.layers, made.inputs, made.outputs, shapes)
-            job = self._job(bundle, piece, engine, limits)
-            facts[piece.file] = {**self._run(made, job, folder, report), "notes": notes[piece.file]}
-            engines[piece.graph] = (*engines.get(piece.graph, ()), engine)
+        for plan in list(self._plans(bundle, config)):  # all graphs are checked before hours are spent on the first
+            files[plan.engine.file], made = maker.make(plan)
+            facts[plan.engine.file] = {**made, "notes": list(plan.notes)}
+            engines[plan.graph] = (*engines.get(plan.graph, ()), plan.engine)
         return EngineRecord(
             target=self.flavour.target,
             library=self.library(),
             dtype=bundle.dtype,
             graphs={name: bundle.graph_identity(name) for name in GRAPH_FILES},
             weights={},
-            files={p.name: FileRecord(p.stat().st_size, hash_file(p)) for p in sorted(folder.iterdir())},
+            files=files,
             report={"seconds": round(time.perf_counter() - started, 2), "engines": facts},
             limits=limits,
             engines=engines,
         )
 
-    def _run(self, made: Segment, job: dict[str, Any], folder: Path, report: Report) -> dict[str, Any]:
-        """Builds one piece into `folder` in a child process."""
-        scratch = folder / "scratch"
-        scratch.mkdir()
-        job = {**job, "graph": str(scratch / "graph.onnx"), "output": str(folder / job["file"])}
-        (scratch / "graph.onnx").write_bytes(made.model.SerializeToString())
-        try:
-            return run_job(job, scratch, tick=lambda phase, step, steps: report(f"{job['file']}: {phase}", step, steps))
-        finally:
-            for file in scratch.iterdir():
-                file.unlink()
-            scratch.rmdir()
+    def _plans(self, bundle: Bundle, config: BuildConfig) -> Iterator[EnginePlan]:
+        """Every engine of the build, in order, one at a time: the graph of a tower is some megabytes."""
+        limits, weights = self._limits(bundle, config), self._weights(bundle)
+        gpu = None if self.flavour.sms else self._gpu()
+        for piece in self._pieces(bundle, config):
+            made = self._segment(bundle, piece, limits)
+            shapes = profiles(piece.graph, max_batch=limits.max_batch, block_size=bundle.trained_block_size)
+            engine = EngineFile(piece.file, made.layers, made.inputs, made.outputs, shapes)
+            job, model = self._job(bundle, engine, limits), made.model.SerializeToString()
+            data = bundle.files[GRAPH_FILES[piece.graph] + DATA_SUFFIX].sha256
+            yield EnginePlan(
+                graph=piece.graph,
+                engine=engine,
+                model=model,
+                beside=bundle.graph_file(piece.graph),
+                weights=_between(weights[piece.graph], piece.layers),
+                key=plan_key(job, model, weights=data, library=self.library(), gpu=gpu),
+                job=job,
+                notes=_notes(made.model, piece),
+            )
 
-    def _job(self, bundle: Bundle, piece: _Piece, engine: EngineFile, limits: EngineLimits) -> dict[str, Any]:
-        cache = None if self.flavour.sms else str(bundle.path / "engines" / f".{self.flavour.target}.timing")
+    def _job(self, bundle: Bundle, engine: EngineFile, limits: EngineLimits) -> dict[str, Any]:
+        timings = None if self.flavour.sms else str(bundle.path / "engines" / f".{self.flavour.target}.timing")
         described = engine.to_json()
         return {
             "target": self.flavour.target,
-            "file": engine.file,
-            "beside": str(bundle.graph_file(piece.graph)),
             "inputs": described["inputs"],
             "profiles": described["profiles"],
             "sms": list(limits.sms) if self.flavour.sms else [],
             "dtype": bundle.dtype,
-            "timing_cache": cache,
+            "timing_cache": timings,
         }
+
+    def _gpu(self) -> GpuIdentity | None:
+        """The GPU a library that builds for the one at hand builds for: the driver's first."""
+        machine = probe_machine()
+        return next((GpuIdentity(name=gpu.name, sm=gpu.sm, driver=machine.driver) for gpu in machine.gpus), None)
 
     def _segment(self, bundle: Bundle, piece: _Piece, limits: EngineLimits) -> Segment:
         model = load_graph(bundle.graph_file(piece.graph))
@@ -160,14 +187,14 @@ class TensorRTBuilder:
 
     def _sms(self, bundle: Bundle, config: BuildConfig) -> tuple[int, ...]:
         name, version, listed = self.flavour.module.__name__, self.flavour.version, self.flavour.sms
-        present = tuple(sorted({gpu.sm for gpu in probe_machine().gpus}))
+        present = tuple(dict.fromkeys(gpu.sm for gpu in probe_machine().gpus))
         if not listed:
             if config.sms or not present:
                 found = "--sm was given" if config.sms else "there is no NVIDIA GPU here"
                 do = "build on the machine that will run it, or use `--target rtx`, which builds ahead of time for RTX GPUs"
                 raise BuildError(f"{name} {version} builds for the GPU at hand only", found=found, do=do)
-            return present
-        chosen = tuple(sorted(set(config.sms))) or tuple(sm for sm in present if sm in listed) or DEFAULT_SMS
+            return present[:1]
+        chosen = tuple(sorted(set(config.sms))) or tuple(sm for sm in sorted(present) if sm in listed) or DEFAULT_SMS
         unknown = [sm for sm in chosen if sm not in listed]
         narrow = [sm for sm in chosen if sm in _HALF_ONLY] if bundle.dtype != "float16" else []
         if unknown:
@@ -183,10 +210,10 @@ class TensorRTBuilder:
 _OTHER = "choose others with --sm; for Hopper and data-centre Blackwell use `--target trt` or `--target ort-cuda`"
 
 
-def _notes(model: onnx.ModelProto, piece: _Piece) -> list[dict[str, str]]:
+def _notes(model: onnx.ModelProto, piece: _Piece) -> tuple[dict[str, str], ...]:
     """What the very graph TensorRT is given costs there; an error in it refuses the build."""
     do = "export the checkpoint again with this version of twotower (docs/graph-rules.md explains each rule)"
-    return [n.to_json() for n in require_clean(model, f"the graph of {piece.file}", error=BuildError, do=do, fixed=True)]
+    return tuple(n.to_json() for n in require_clean(model, f"the graph of {piece.file}", error=BuildError, do=do, fixed=True))
 
 
 def _structure(bundle: Bundle, name: str) -> onnx.ModelProto:
@@ -204,3 +231,7 @@ def _between(weights: GraphLayers, layers: tuple[int, int]) -> int:
     first, end = layers
     ends = (weights.before if first == 0 else 0) + (weights.after if end == len(weights.layers) else 0)
     return sum(weights.layers[first:end]) + ends
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 10**8 else f"{count / 1e6:.1f} MB"

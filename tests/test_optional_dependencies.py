@@ -43,7 +43,7 @@ def python_without(blocked: tuple[str, ...], code: str) -> subprocess.CompletedP
 def hardware_free(package: str) -> list[str]:
     """Modules of a package that import no optional library themselves."""
     optional = {*TRAINING, *VENDORS, "tokenizers"}
-    apart = {"twotower.builders.child"}  # started as a process of its own, by a builder that has its libraries
+    apart = {"twotower.builders.child", "twotower.builders.make_engine"}  # reached only from a builder that has its libraries
     inside = {m: f for m, f in package_files().items() if f"{m}.".startswith(f"{package}.") and m not in apart}
     return [m for m, f in inside.items() if not imported_at_import(f) & optional]
 

@@ -72,13 +72,15 @@ def measure(piece: Slice, scratch: Path, *, say: Callable[[str], None], options:
 
 
 def _built(piece: Slice, bundle: Bundle, bound: int | None) -> Iterator[dict[str, Any]]:
-    config = BuildConfig(sms=SMS, max_context=MAX_CONTEXT, max_build_memory=bound, force=True)
+    config = BuildConfig(sms=SMS, max_context=MAX_CONTEXT, max_build_memory=bound, use_cache=False, force=True)
     with _watched_children() as seen:
         record = build_engines(bundle, "rtx", builder_for("rtx"), config=config)
     weights = _weights(bundle, record)
     peaks = list(seen.values())
     for number, (name, facts) in enumerate(record.report["engines"].items()):
-        anonymous, mapped = peaks[number] if len(peaks) == len(weights) else (0, 0)
+        if len(peaks) != len(weights):
+            raise SystemExit(f"{len(peaks)} processes were seen, {len(weights)} engines were built")
+        anonymous, mapped = peaks[number]
         unexplained = [line["message"] for line in facts["log"] if not line["explained"]]
         yield {
             "slice": piece.name,
@@ -90,6 +92,7 @@ def _built(piece: Slice, bundle: Bundle, bound: int | None) -> Iterator[dict[str
             "peak": facts["peak_memory"],
             "anonymous": anonymous,
             "mapped": mapped,
+            "parse_seconds": facts["parse_seconds"],
             "seconds": facts["seconds"],
             "size": record.files[name].size,
             "layers": facts["layers"],

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from twotower.errors import EngineMismatchError
 
-__all__ = ["TARGETS", "Gpu", "Machine", "Selection", "probe_machine", "select_target"]
+__all__ = ["TARGETS", "Gpu", "Machine", "Selection", "installed_version", "probe_machine", "select_target"]
 
 TARGETS = ("trt", "rtx", "ort-cuda", "ort-cpu")
 """Every target the design knows, the one to prefer first."""
@@ -111,6 +111,11 @@ def select_target(machine: Machine, built: Collection[str], *, wanted: str | Non
         found=trace,
         do="`twotower build BUNDLE --target ort-cpu` works on any machine",
     )
+
+
+def installed_version(machine: Machine, target: str) -> str | None:
+    """Version of the library a target runs on; None if it is not installed."""
+    return next((machine.libraries[name] for name in _NEEDS.get(target, ()) if name in machine.libraries), None)
 
 
 def _reason_against(target: str, machine: Machine, built: Collection[str]) -> str | None:

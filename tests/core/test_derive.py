@@ -58,6 +58,18 @@ def test_files_are_shared_where_that_is_possible(original: Bundle, tmp_path: Pat
     assert next(iter((tmp_path / "copied").rglob("*.data"))).stat().st_nlink == 1
 
 
+def test_the_cache_and_what_failed_stay_behind(tmp_path: Path) -> None:
+    """They can be larger than the engines in use, and a lock or a half-built engine means nothing elsewhere."""
+    original = built_fixture("hybrid-b", tmp_path / "b")
+    for name in (".cache/aa.engine", ".cache/aa.json", ".failed/rtx-denoiser/graph.onnx", ".rtx.x1/denoiser.engine", ".rtx.lock"):
+        file = original.path / "engines" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    assert Bundle.open(original.path).files == original.files, "nor do they disturb their own bundle"
+    derived = derive_bundle(original, tmp_path / "d", presets=PRESETS, default="fast")
+    assert {p.name for p in (derived.path / "engines").iterdir()} == {"ort-cpu"}
+
+
 def test_a_derived_bundle_can_be_derived_from_without_touching_it(original: Bundle, tmp_path: Path) -> None:
     one = derive_bundle(original, tmp_path / "one", presets=PRESETS, default="fast", reports={"tune": {"n": 1}})
     derive_bundle(one, tmp_path / "two", presets=PRESETS, default="fast", reports={"tune": {"n": 2}})

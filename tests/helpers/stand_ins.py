@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.bundles import export_fixture
 from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_job
-from twotower.builders import BuildConfig, build_engines, cut, tensorrt_builder
+from twotower.builders import BuildConfig, build_engines, cut, make_engine
 from twotower.bundle import Bundle
 from twotower.hardware import Gpu
 
@@ -22,7 +22,7 @@ def stand_in_bundle(folder: str, output: Path, pieces: int = 1, *, max_context: 
     """A bundle of a fixture with engines for 4 rows; `pieces` > 1 cuts each tower into about so many segments."""
     bundle = export_fixture(folder, output, "float32")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensorrt_builder, "run_job", stand_in_job)
+        patch.setattr(make_engine, "run_job", stand_in_job)
         patch.setattr(cut, "BUILD_MEMORY_BASE", 0)  # tiny weights: the library itself would hide them
         weights = bundle.files["denoiser/model.onnx.data"].size
         memory = None if pieces == 1 else round(cut.BUILD_MEMORY_FACTOR * max(weights // pieces, weights // 4))

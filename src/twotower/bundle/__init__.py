@@ -9,7 +9,9 @@ from twotower.bundle.engines import (
     Profile,
     built_targets,
     engine_folder,
+    load_engine_record,
     read_engine_record,
+    record_problems,
     weight_bytes,
 )
 from twotower.bundle.integrity import FileRecord, Progress, check_files, hash_file, inside
@@ -48,7 +50,9 @@ __all__ = [
     "hash_file",
     "inside",
     "is_bundle",
+    "load_engine_record",
     "read_engine_record",
+    "record_problems",
     "unpublished",
     "weight_bytes",
     "write_json",

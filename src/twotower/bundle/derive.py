@@ -50,7 +50,7 @@ def derive_bundle(
         with unpublished(output) as folder:
             for source in sorted(p for p in bundle.path.rglob("*") if p.is_file()):
                 relative = source.relative_to(bundle.path)
-                if relative.as_posix() != MANIFEST_FILE:
+                if relative.as_posix() != MANIFEST_FILE and not _hidden_engine(relative):
                     (folder / relative).parent.mkdir(parents=True, exist_ok=True)
                     _link(source, folder / relative)
             for name, report in (reports or {}).items():
@@ -63,6 +63,11 @@ def derive_bundle(
             f"the bundle '{output}' could not be written", found=str(e), do="free disk space or check permissions; nothing was left behind"
         ) from e
     return Bundle.open(output, contents=False)
+
+
+def _hidden_engine(relative: Path) -> bool:
+    """Locks, the cache, half-built engines and graphs that failed belong to the bundle they came about in."""
+    return relative.parts[0] == "engines" and any(part.startswith(".") for part in relative.parts)
 
 
 def _link(source: Path, target: Path) -> None:

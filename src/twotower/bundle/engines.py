@@ -21,7 +21,9 @@ __all__ = [
     "Profile",
     "built_targets",
     "engine_folder",
+    "load_engine_record",
     "read_engine_record",
+    "record_problems",
     "weight_bytes",
 ]
 
@@ -142,10 +144,15 @@ def engine_folder(bundle: Bundle, target: str) -> Path:
     return bundle.path / "engines" / target
 
 
-def built_targets(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Targets a bundle has engines for, with the compute capabilities they hold code for, none for any; nothing is checked."""
+def built_targets(path: Path) -> dict[str, tuple[int, ...]]:
+    """Targets the bundle in a folder has engines for, with the compute capabilities they hold code for, none for any; nothing is checked.
+
+    Half-built engines have hidden names and do not count.
+    """
     out: dict[str, tuple[int, ...]] = {}
-    for file in sorted((folder / "engines").glob(f"*/{BUILD_FILE}")):
+    for file in sorted((path / "engines").glob(f"*/{BUILD_FILE}")):
+        if file.parent.name.startswith("."):
+            continue
         try:
             limits = json.loads(file.read_text(encoding="utf-8"))["limits"]
             out[file.parent.name] = tuple(int(sm) for sm in limits["sms"]) if limits else ()
@@ -154,39 +161,70 @@ def built_targets(folder: Path) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def read_engine_record(bundle: Bundle, target: str, *, library: dict[str, str], progress: Progress | None = None) -> EngineRecord:
+def load_engine_record(bundle: Bundle, target: str) -> EngineRecord:
+    """What `build.json` says; whether it is true and fits is not looked at.
+
+    Raises:
+        EngineMismatchError: not built, or not readable.
+    """
+    file = engine_folder(bundle, target) / BUILD_FILE
+    if not file.is_file():
+        found = f"built targets: {', '.join(built_targets(bundle.path)) or 'none'}"
+        raise EngineMismatchError(f"bundle '{bundle.path}' has no engine for target {target}", found=found, do=_rebuild(bundle, target))
+    try:
+        return _parsed(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        found = f"{type(e).__name__}: {e}"
+        raise EngineMismatchError(f"{file} is not readable", found=found, do=_rebuild(bundle, target)) from e
+
+
+def record_problems(
+    record: EngineRecord, bundle: Bundle, target: str, *, library: Mapping[str, str] | None, sm: int | None = None
+) -> list[str]:
+    """Why engines are not the ones asked for, from their record alone.
+
+    Args:
+        record: What `load_engine_record` read.
+        bundle: The bundle they lie in.
+        target: What they are wanted for.
+        library: Name and version of the library that is about to run them; None if it is not known.
+        sm: Compute capability of the GPU that is about to run them; None if there is none, or any will do.
+    """
+    problems = []
+    if record.target != target:
+        problems.append(f"built for target {record.target}, asked for {target}")
+    problems += [
+        f"{name}: built from another graph" for name in bundle.signatures if record.graphs.get(name) != bundle.graph_identity(name)
+    ]
+    if library is not None and record.library != dict(library):
+        problems.append(f"built with {_label(record.library)}, this environment has {_label(library)}")
+    if sm is not None and record.limits is not None and sm not in record.limits.sms:
+        problems.append(f"built for SM {', '.join(map(str, record.limits.sms))}, this GPU is SM {sm}")
+    return problems
+
+
+def read_engine_record(
+    bundle: Bundle, target: str, *, library: dict[str, str], sm: int | None = None, progress: Progress | None = None
+) -> EngineRecord:
     """Reads and checks the engines of one target.
 
     Args:
         bundle: An opened bundle.
         target: For example `ort-cpu`.
         library: Name and version of the library that is about to run them: engines are tied to it.
+        sm: Compute capability of the GPU that is about to run them, if that is to be checked.
         progress: Called with (bytes hashed, bytes to hash).
 
     Raises:
-        EngineMismatchError: not built, damaged, or built from other graphs, for another target or with another library.
+        EngineMismatchError: not built, damaged, or built from other graphs, for another target or GPU, or with another library.
     """
-    folder = engine_folder(bundle, target)
-    rebuild = f"run `twotower build {bundle.path} --target {target}`"
-    built = sorted(p.parent.name for p in folder.parent.glob(f"*/{BUILD_FILE}"))
-    if not (folder / BUILD_FILE).is_file():
-        raise EngineMismatchError(
-            f"bundle '{bundle.path}' has no engine for target {target}", found=f"built targets: {', '.join(built) or 'none'}", do=rebuild
-        )
-    try:
-        record = _parsed(json.loads((folder / BUILD_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise EngineMismatchError(f"{folder / BUILD_FILE} is not readable", found=f"{type(e).__name__}: {e}", do=rebuild) from e
-    problems = check_files(folder, record.files, progress)
-    if record.target != target:
-        problems.append(f"built for target {record.target}, asked for {target}")
-    problems += [
-        f"{name}: built from another graph" for name in bundle.signatures if record.graphs.get(name) != bundle.graph_identity(name)
-    ]
-    if record.library != library:
-        problems.append(f"built with {_label(record.library)}, this environment has {_label(library)}")
+    record = load_engine_record(bundle, target)
+    problems = check_files(engine_folder(bundle, target), record.files, progress)
+    problems += record_problems(record, bundle, target, library=library, sm=sm)
     if problems:
-        raise EngineMismatchError(f"the {target} engine of bundle '{bundle.path}' does not fit", found="; ".join(problems), do=rebuild)
+        raise EngineMismatchError(
+            f"the {target} engine of bundle '{bundle.path}' does not fit", found="; ".join(problems), do=_rebuild(bundle, target)
+        )
     return record
 
 
@@ -204,6 +242,10 @@ def weight_bytes(bundle: Bundle, record: EngineRecord, name: str) -> int:
             do=f"run `twotower build {bundle.path} --target {record.target} --force`",
         )
     return data.stat().st_size
+
+
+def _rebuild(bundle: Bundle, target: str) -> str:
+    return f"run `twotower build {bundle.path} --target {target}`"
 
 
 def _parsed(data: dict[str, Any]) -> EngineRecord:
@@ -249,5 +291,5 @@ def _three(data: list[int]) -> tuple[int, int, int]:
     return int(least), int(best), int(most)
 
 
-def _label(library: dict[str, str]) -> str:
+def _label(library: Mapping[str, str]) -> str:
     return f"{library.get('name')} {library.get('version')}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 __all__ = ["add_arguments", "run"]
 
@@ -20,12 +21,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-context", type=int, metavar="N", help="of rtx, trt: longest text, prompt and answer (default: 4096 or the model's)"
     )
     parser.add_argument("--max-build-memory", metavar="SIZE", help="of rtx, trt: cut towers so that a build stays below this, e.g. 16G")
-    parser.add_argument("--force", action="store_true", help="build again although a fitting engine is there")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="of rtx, trt: keep built engines here, to share them between bundles (default: in the bundle, where an engine in use and its "
+        "entry are one file)",
+    )
+    parser.add_argument(
+        "--cache-size",
+        default="20G",
+        metavar="SIZE",
+        help="of rtx, trt: room for cached engines that no target uses; the least recently used go first (default: %(default)s)",
+    )
+    parser.add_argument("--no-cache", action="store_true", help="of rtx, trt: neither take engines from the cache nor keep them there")
+    parser.add_argument("--force", action="store_true", help="build everything again, whatever is there or cached")
     parser.add_argument("--dry-run", action="store_true", help="say what would be built and what it takes, then stop")
     parser.add_argument("--json", action="store_true", help="print the build record as one JSON object on stdout")
     parser.epilog = (
-        "The result lies in BUNDLE/engines/<target>. A fitting engine is kept; a killed build leaves the old one.\n"
-        "example: twotower build bundle --target ort-cpu"
+        "The result lies in BUNDLE/engines/<target>. A fitting engine is kept; a killed build leaves the old one, and the same command\n"
+        "goes on with the engines it had finished. `twotower inspect BUNDLE` shows what was built.\n"
+        "example: twotower build bundle --target ort-cpu\n"
+        "example: twotower build bundle --target rtx --sm 86,89 --dry-run"
     )
 
 
@@ -43,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
             sms=_numbers(args.sm),
             max_batch=args.max_batch,
             max_context=args.max_context,
-            max_build_memory=_size(args.max_build_memory),
+            max_build_memory=_size("--max-build-memory", args.max_build_memory),
+            use_cache=not args.no_cache,
+            cache=args.cache,
+            cache_bytes=_size("--cache-size", args.cache_size) or 0,
         )
         if args.dry_run:
             library = builder.library()
@@ -57,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(record.to_json()))
     size = sum(file.size for file in record.files.values())
     made = f"built in {record.report.get('seconds')} s with {record.library['name']} {record.library['version']}"
+    observed = record.report.get("engines", {}).values()
+    if cached := sum(bool(facts["cached"]) for facts in observed):
+        made += f", {cached} of {len(observed)} engines from the cache"
     print(f"{args.bundle}/engines/{args.target}: {human_bytes(size)}, {made}", file=sys.stderr)
     return 0
 
@@ -70,7 +93,7 @@ def _numbers(text: str | None) -> tuple[int, ...]:
         raise ConfigError(f"--sm {text!r} is not a list of compute capabilities", found=str(e), do="write e.g. --sm 86,89,120") from e
 
 
-def _size(text: str | None) -> int | None:
+def _size(flag: str, text: str | None) -> int | None:
     from twotower.errors import ConfigError
 
     if text is None:
@@ -80,4 +103,4 @@ def _size(text: str | None) -> int | None:
     try:
         return round(float(number) * unit)
     except ValueError as e:
-        raise ConfigError(f"--max-build-memory {text!r} is not a size", found=str(e), do="write bytes, or e.g. 16G") from e
+        raise ConfigError(f"{flag} {text!r} is not a size", found=str(e), do="write bytes, or e.g. 16G") from e

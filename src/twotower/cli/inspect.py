@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from twotower.bundle import BUILD_FILE, Bundle, is_bundle
-from twotower.hardware import TARGETS, probe_machine, select_target
+from twotower.bundle import Bundle, EngineRecord, built_targets, is_bundle, load_engine_record, record_problems
+from twotower.cli.engine_table import engine_facts, engine_lines
+from twotower.errors import EngineMismatchError
+from twotower.hardware import TARGETS, Machine, installed_version, probe_machine, select_target
 
 __all__ = ["add_arguments", "run"]
 
@@ -20,8 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--verify", action="store_true", help="of a bundle: also compare every file's SHA-256")
     parser.epilog = (
-        "Reads headers only: two seconds for the published 118 GB. Of an ONNX file it lists what TensorRT would refuse or compute\n"
-        "wrongly (docs/graph-rules.md), and exits with 1 if there is any.\n"
+        "Reads headers only: two seconds for the published 118 GB. Of a bundle it shows every built engine: what for, at what cost, and\n"
+        "whether it runs here; --json has all of each build.json: inputs, profiles, layers by type, and every warning with its reason.\n"
+        "Of an ONNX file it lists what TensorRT would refuse or compute wrongly (docs/graph-rules.md); exit code 1 if there is any.\n"
         "example: twotower inspect bundle"
     )
 
@@ -53,8 +56,9 @@ def _bundle(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:
 
     bundle = Bundle.open(path, contents=verify)
     summary = summarize(bundle.config, bundle.dtype)
-    built = sorted(p.parent.name for p in (path / "engines").glob(f"*/{BUILD_FILE}"))
-    fitness = _fitness(built)
+    machine = probe_machine()
+    fitness = _fitness(bundle, machine)
+    records = _records(bundle)
     facts = {
         "kind": "bundle",
         "path": str(path),
@@ -64,6 +68,7 @@ def _bundle(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:
         "source": bundle.source,
         "tools": bundle.tools,
         "engines": fitness,
+        "builds": {target: engine_facts(record, fitness[target]) for target, record in records.items()},
         **summary.to_json(),
     }
     text = "text and token ids" if bundle.tokenizer_file else "token ids only (no tokenizer)"
@@ -72,6 +77,7 @@ def _bundle(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:
         *summary.lines(),
         f"block size  {bundle.trained_block_size} as trained; threshold {bundle.defaults.confidence_threshold} by default",
         *(f"{'engines' if i == 0 else '':<12}{target}: {state}" for i, (target, state) in enumerate(fitness.items())),
+        *(line for target, record in records.items() for line in ("", *engine_lines(record, fitness[target]))),
     ]
 
 
@@ -102,11 +108,20 @@ def _graph(path: Path) -> tuple[dict[str, Any], list[str]]:
     ]
 
 
-def _fitness(built: list[str]) -> dict[str, str]:
-    """For every target, whether this machine would run it and why not."""
-    from twotower.errors import EngineMismatchError
+def _records(bundle: Bundle) -> dict[str, EngineRecord]:
+    """Every `build.json` that can be read; one that cannot is told among the fitness."""
+    out = {}
+    for target in built_targets(bundle.path):
+        try:
+            out[target] = load_engine_record(bundle, target)
+        except EngineMismatchError:
+            continue
+    return {target: record for target, record in out.items() if target in TARGETS}
 
-    machine = probe_machine()
+
+def _fitness(bundle: Bundle, machine: Machine) -> dict[str, str]:
+    """For every target, whether this machine would run it and why not."""
+    built = built_targets(bundle.path)
     out = {}
     for target in TARGETS:
         try:
@@ -114,4 +129,21 @@ def _fitness(built: list[str]) -> dict[str, str]:
             out[target] = "built, fits this machine"
         except EngineMismatchError as e:
             out[target] = e.found.removeprefix(f"{target}: ")
+        if target in built:
+            out[target] = _with_record(bundle, target, machine, state=out[target])
     return out
+
+
+def _with_record(bundle: Bundle, target: str, machine: Machine, *, state: str) -> str:
+    """The state with what the record itself says against it. Contents are not hashed: that is for whoever opens the engine."""
+    try:
+        record = load_engine_record(bundle, target)
+    except EngineMismatchError as e:
+        return f"{e.what}: {e.found}"
+    version = installed_version(machine, target)
+    library = {**record.library, "version": version} if version else None
+    problems = record_problems(record, bundle, target, library=library, sm=machine.gpus[0].sm if machine.gpus else None)
+    if not problems:
+        return state if state.startswith("built") else f"built; cannot run here: {state}"
+    against = [] if state.startswith("built") else [state]
+    return f"built; does not fit: {'; '.join([*problems, *against])}"

@@ -1,0 +1,226 @@
+"""Engines that were built before, by key: a folder of files that appear whole, are checked when used, and cost no bytes while in use."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twotower.builders.base import BuildConfig
+from twotower.builders.lock import locked
+from twotower.bundle import Bundle, FileRecord, hash_file, write_json
+from twotower.errors import BuildError
+
+__all__ = ["CACHE_FOLDER", "EngineCache", "Entry", "open_cache"]
+
+logger = logging.getLogger(__name__)
+
+CACHE_FOLDER = ".cache"
+"""In a bundle's `engines`: on the same file system, so that an engine and its entry are one file with two names."""
+
+_ABANDONED_SECONDS = 24 * 3600.0  # a half-written entry that old has no writer any more
+
+Tick = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An engine in the cache: its size and SHA-256, and what its build observed."""
+
+    record: FileRecord
+    facts: dict[str, Any]
+
+
+class EngineCache:
+    """A folder of engines by key. Several processes may use it at once.
+
+    Args:
+        folder: Where it lies; made by `prepare`.
+        most: Bytes that engines which no bundle uses may take; more are dropped by `trim`, the least recently used first.
+    """
+
+    def __init__(self, folder: Path, most: int) -> None:
+        self.folder = folder
+        self._most = most
+
+    def prepare(self) -> None:
+        """Makes the folder and proves it can be written.
+
+        Raises:
+            BuildError: it cannot.
+        """
+        probe = self.folder / f".probe.{secrets.token_hex(8)}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as e:
+            raise BuildError(
+                f"the engine cache '{self.folder}' cannot be written",
+                found=str(e),
+                do="check permissions and disk space, name another folder with --cache, or go without with --no-cache",
+            ) from e
+
+    def find(self, key: str) -> Entry | None:
+        """The entry of a key; its content is not looked at."""
+        return _entry(self._note(key), self._engine(key))
+
+    def take(self, key: str, target: Path, *, tick: Tick) -> Entry | None:
+        """Puts a cached engine at `target`, as a link where that is possible, and checks it.
+
+        A damaged entry is dropped with a warning. None if there is none or it was damaged.
+
+        Raises:
+            OSError: `target` cannot be written.
+        """
+        with self._locked():
+            entry = self.find(key)
+            if entry is None:
+                return None
+            source = self._engine(key).open("rb")  # an open file outlives its entry
+            linked = _linked(self._engine(key), target)
+        with source:
+            if not linked:
+                with target.open("wb") as file:
+                    shutil.copyfileobj(source, file, 8 << 20)
+        if _hashed(target, entry.record.size, tick) != entry.record.sha256:
+            target.unlink()
+            logger.warning("the cached engine %s is damaged (its SHA-256 differs); it is dropped and built again", self._engine(key))
+            self.drop(key)
+            return None
+        try:
+            os.utime(self._note(key))  # what was used last is dropped last
+        except OSError as e:
+            logger.debug("cannot mark %s as used: %s", key, e)
+        return entry
+
+    def put(self, key: str, engine: Path, facts: dict[str, Any], *, tick: Tick) -> FileRecord:
+        """Keeps an engine that was just built. Without the space for it the engine is not kept, and a warning says so.
+
+        Returns:
+            The engine's size and SHA-256.
+        """
+        record = FileRecord(engine.stat().st_size, _hashed(engine, engine.stat().st_size, tick))
+        partial = self.folder / f".{key}.{secrets.token_hex(8)}"
+        try:
+            if not _linked(engine, partial):
+                shutil.copyfile(engine, partial)
+            with self._locked():
+                self._note(key).unlink(missing_ok=True)  # no moment at which a note speaks of another's engine
+                partial.replace(self._engine(key))
+                write_json(self._note(key), {"size": record.size, "sha256": record.sha256, "facts": facts})
+        except OSError as e:
+            logger.warning("%s is not kept in the engine cache '%s': %s", engine.name, self.folder, e)
+        finally:
+            partial.unlink(missing_ok=True)
+        return record
+
+    def drop(self, key: str) -> None:
+        """Removes an entry; engines in use stay where they are used."""
+        with self._locked():
+            self._remove(key)
+
+    def trim(self) -> list[str]:
+        """Drops what is too much, and what killed processes left; returns the dropped keys."""
+        if not self.folder.is_dir():
+            return []
+        dropped: list[str] = []
+        with self._locked():
+            self._sweep()
+            unused = sorted((used, key, size) for key, size, used, links in self._entries() if links == 1)
+            total = sum(size for _, _, size in unused)
+            for _, key, size in unused:
+                if total <= self._most:
+                    break
+                self._remove(key)
+                dropped.append(key)
+                total -= size
+        if dropped:
+            logger.info("dropped %d unused engines from '%s'", len(dropped), self.folder)
+        return dropped
+
+    def _entries(self) -> list[tuple[str, int, float, int]]:
+        """(key, bytes, time of last use, links) of every entry."""
+        out = []
+        for note in self.folder.glob("*.json"):
+            stat = self._engine(note.stem).stat() if self._engine(note.stem).is_file() else None
+            if stat is not None:
+                out.append((note.stem, stat.st_size, note.stat().st_mtime, stat.st_nlink))
+        return out
+
+    def _sweep(self) -> None:
+        """Halves of entries: an engine without a note, a note without an engine, a file somebody died writing."""
+        now = time.time()
+        for file in self.folder.iterdir():
+            if file.suffix in (".engine", ".json") and not file.name.startswith("."):
+                other = file.with_suffix(".json" if file.suffix == ".engine" else ".engine")
+                if not other.exists():
+                    file.unlink()
+            elif file.name != ".lock" and now - file.stat().st_ctime > _ABANDONED_SECONDS:
+                file.unlink()
+
+    def _remove(self, key: str) -> None:
+        self._note(key).unlink(missing_ok=True)
+        self._engine(key).unlink(missing_ok=True)
+
+    def _locked(self) -> Any:
+        """Held for renames and links only, never while bytes are copied or hashed."""
+        return locked(self.folder / ".lock", waiting=lambda: None)
+
+    def _engine(self, key: str) -> Path:
+        return self.folder / f"{key}.engine"
+
+    def _note(self, key: str) -> Path:
+        return self.folder / f"{key}.json"
+
+
+def open_cache(bundle: Bundle, config: BuildConfig) -> EngineCache | None:
+    """The cache a build uses, not yet made; None for none."""
+    if not config.use_cache:
+        return None
+    return EngineCache(config.cache or bundle.path / "engines" / CACHE_FOLDER, config.cache_bytes)
+
+
+def _entry(note: Path, engine: Path) -> Entry | None:
+    """The entry if both halves are there and the engine has its size."""
+    try:
+        data = json.loads(note.read_text(encoding="utf-8"))
+        entry = Entry(FileRecord(int(data["size"]), str(data["sha256"])), dict(data["facts"]))
+        size = engine.stat().st_size
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        logger.warning("the cache entry %s is not readable (%s: %s); the engine is built again", note, type(e).__name__, e)
+        return None
+    if size != entry.record.size:
+        logger.warning("the cached engine %s is damaged (%d bytes instead of %d); it is built again", engine, size, entry.record.size)
+        return None
+    return entry
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Whether `target` could be made a second name of `source`; False on another file system or one without links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
+
+
+def _hashed(path: Path, size: int, tick: Tick) -> str:
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        tick(done, size)
+
+    return hash_file(path, count)

@@ -1,0 +1,53 @@
+"""One engine to be built, with everything its build needs and the key it is known by: nothing here touches a library."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twotower.builders.cache_keys import EngineIdentity, GpuIdentity, engine_key
+from twotower.bundle import EngineFile
+
+__all__ = ["EnginePlan", "plan_key"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePlan:
+    """One engine.
+
+    Attributes:
+        graph: `context`, `context_head` or `denoiser`.
+        engine: Its file, layers, inputs, outputs and profiles.
+        model: The serialized graph the library is given.
+        beside: A file in the folder the graph's weights lie in.
+        weights: Bytes of its weights.
+        key: Its name in the cache.
+        job: What `child.main` is told, but for the places of its files.
+        notes: What the graph rules note of the graph.
+    """
+
+    graph: str
+    engine: EngineFile
+    model: bytes
+    beside: Path
+    weights: int
+    key: str
+    job: dict[str, Any]
+    notes: tuple[dict[str, str], ...] = ()
+
+
+def plan_key(job: dict[str, Any], model: bytes, *, weights: str, library: dict[str, str], gpu: GpuIdentity | None) -> str:
+    """The key of the engine a job makes; see `cache_keys`."""
+    identity = EngineIdentity(
+        graph=hashlib.sha256(model).hexdigest(),
+        weights=weights,
+        library=library,
+        dtype=job["dtype"],
+        inputs=job["inputs"],
+        profiles=job["profiles"],
+        sms=tuple(job["sms"]),
+        gpu=gpu,
+    )
+    return engine_key(identity)

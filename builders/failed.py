@@ -1,0 +1,93 @@
+"""A graph the library refused, kept with what it said and with the commands that cut it down to what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import onnx
+
+from twotower.builders.engine_plan import EnginePlan
+from twotower.builders.job import RefusedError
+from twotower.bundle import Bundle, write_json
+from twotower.errors import BuildError
+
+__all__ = ["FAILED_FOLDER", "failed_folder", "forget_failed", "keep_failed"]
+
+logger = logging.getLogger(__name__)
+
+FAILED_FOLDER = ".failed"
+
+_README = """# A graph that could not be built
+
+{what}
+
+    {found}
+
+- `graph.onnx`: the graph the library was given, with the shapes of all values written down. Its weights are in `{data}`, a link
+  to the bundle's own file: `cp -rL` copies both. (A second hard name would keep `onnx.load` from reading the bundle's weights.)
+- `job.json`: inputs, profiles and compute capabilities.
+- `log.json`: what the library said, in order.
+
+In this folder:
+
+    {check}
+
+builds it again and says why not. To see its nodes, and to cut it down to the ones that are refused:
+
+    {inspect}
+    {reduce}
+
+`debug reduce` itself reads no weights; it needs the package onnx-graphsurgeon. If the graph is that of a whole tower, build with a low
+--max-build-memory first: each segment is a graph of its own then, and the one that fails is far smaller.
+"""
+
+
+def keep_failed(bundle: Bundle, plan: EnginePlan, error: RefusedError) -> BuildError:
+    """Keeps the graph of a failed build.
+
+    Returns:
+        The error with the folder and the next commands.
+    """
+    folder = failed_folder(bundle, plan)
+    data = plan.beside.with_name(f"{plan.beside.name}.data")
+    check = f"python -m twotower.builders.try_graph graph.onnx --target {plan.job['target']} --job job.json"
+    inspect = "polygraphy inspect model graph.onnx --show layers --ignore-external-data"
+    on_part = check.replace("graph.onnx", "polygraphy_debug.onnx")  # where polygraphy puts what it wants checked
+    reduce = (
+        f"polygraphy debug reduce graph.onnx -o reduced.onnx --ignore-external-data --no-shape-inference --fail-code 1 --check {on_part}"
+    )
+    words = {"check": check, "inspect": inspect, "reduce": reduce, "what": error.what, "found": error.found, "data": data.name}
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "graph.onnx").write_bytes(_with_shapes(plan.model))
+        (folder / data.name).symlink_to(os.path.relpath(data.resolve(), folder.resolve()))
+        write_json(folder / "job.json", {key: value for key, value in plan.job.items() if key != "timing_cache"})
+        (folder / "log.json").write_text(json.dumps(error.log, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_README.format(**words), encoding="utf-8")
+    except OSError as e:
+        return BuildError(error.what, found=f"{plan.engine.file}: {error.found}", do=f"{error.do}; the graph could not be kept: {e}")
+    do = f"`cd {folder}`, then `{inspect}` shows the graph and `{reduce}` cuts it down (README.md there)"
+    return BuildError(error.what, found=f"{plan.engine.file}: {error.found}", do=do)
+
+
+def forget_failed(bundle: Bundle, plan: EnginePlan) -> None:
+    """Removes what an earlier failure of the same engine left: it builds now."""
+    folder = failed_folder(bundle, plan)
+    if folder.is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+        logger.info("removed %s: the engine builds now", folder)
+
+
+def failed_folder(bundle: Bundle, plan: EnginePlan) -> Path:
+    """Where the graph of a failed build is kept."""
+    return bundle.path / "engines" / FAILED_FOLDER / f"{plan.job['target']}-{plan.engine.file.removesuffix('.engine')}"
+
+
+def _with_shapes(serialized: bytes) -> bytes:
+    """The graph with the type and shape of every value written down: a part that is cut out of it then knows its inputs."""
+    return bytes(onnx.shape_inference.infer_shapes(onnx.load_from_string(serialized), data_prop=True).SerializeToString())

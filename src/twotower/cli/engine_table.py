@@ -1,0 +1,70 @@
+"""Built engines as a table: what each was built for, of what, at what cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twotower.bundle import EngineFile, EngineRecord, Profile
+from twotower.cli.progress import human_bytes
+
+__all__ = ["engine_facts", "engine_lines"]
+
+_TYPES_SHOWN = 4
+
+
+def engine_facts(record: EngineRecord, state: str) -> dict[str, Any]:
+    """All of a record as plain data, with whether it fits here."""
+    return {"state": state, **record.to_json()}
+
+
+def engine_lines(record: EngineRecord, state: str) -> list[str]:
+    """A heading, and for every engine two lines; a target without fixed shapes has the heading alone."""
+    limits = record.limits
+    size = human_bytes(sum(file.size for file in record.files.values()))
+    for_what = "any number of rows, any length"
+    if limits is not None:
+        for_what = f"SM {', '.join(map(str, limits.sms))}; up to {limits.max_batch} rows, {limits.capacity} positions"
+    head = f"{record.target}: {record.library.get('name')} {record.library.get('version')}, {record.dtype}, {size}; {for_what}"
+    observed = record.report.get("engines", {})
+    rows: list[tuple[str, ...]] = [("engine", "layers", "size", "build", "memory", "source", "warnings")]
+    rows += [_row(engine, record, observed.get(engine.file, {})) for parts in record.engines.values() for engine in parts]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"  {state}", *(_aligned(row, widths) for row in rows)] if len(rows) > 1 else [f"  {state}"]
+    return [head, *lines, *_details(record, observed)]
+
+
+def _row(engine: EngineFile, record: EngineRecord, facts: dict[str, Any]) -> tuple[str, ...]:
+    first, end = engine.layers
+    unexplained = sum(not line.get("explained") for line in facts.get("log", []))
+    return (
+        engine.file,
+        f"{first}-{end - 1}" if end > first else "none",
+        human_bytes(record.files[engine.file].size) if engine.file in record.files else "missing",
+        f"{facts['seconds']} s" if "seconds" in facts else "?",
+        human_bytes(facts["peak_memory"]) if "peak_memory" in facts else "?",
+        "cache" if facts.get("cached") else "built",
+        f"{unexplained} unexplained" if unexplained else "none unexplained",
+    )
+
+
+def _details(record: EngineRecord, observed: dict[str, Any]) -> list[str]:
+    """Profiles and layers by type. Segments of a graph have the same profiles: these are told once."""
+    lines = []
+    for graph, parts in record.engines.items():
+        lines.append(f"  {graph}: {'; '.join(map(_profile, parts[0].profiles))}")
+        for engine in parts:
+            facts = observed.get(engine.file, {})
+            if "by_type" in facts:
+                top = ", ".join(f"{count} {kind}" for kind, count in list(facts["by_type"].items())[:_TYPES_SHOWN])
+                kinds = ", ".join(f"{count} {kind}" for kind, count in facts["by_precision"].items())
+                lines.append(f"    {engine.file}: {facts['layers']} layers before fusion ({top}, ...); results {kinds}")
+    return lines
+
+
+def _profile(profile: Profile) -> str:
+    axes = ", ".join(f"{axis} {low}" if low == high else f"{axis} {low} to {high}" for axis, (low, _, high) in profile.axes.items())
+    return f"{profile.name} ({axes})"
+
+
+def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
+    return "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -1,0 +1,44 @@
+"""What the library's inspector tells of an engine; it needs a GPU, so a stand-in tells it here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.tensorrt import L4, install_fake, machine_with
+from twotower.builders.engine_inspector import inspect_plan, summarize_layers
+from twotower.flavour import Flavour, flavour_from_module
+from twotower.hardware import Gpu
+
+
+@pytest.fixture
+def flavour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flavour:
+    return flavour_from_module(install_fake(tmp_path, monkeypatch))
+
+
+def test_fused_layers_are_counted(flavour: Flavour) -> None:
+    told = inspect_plan(flavour, memoryview(b"plan"), machine_with(L4))
+    assert told == {"layers": 3, "by_type": {"kgen": 2, "gemm": 1}, "by_precision": {"Half": 1, "Float": 1, "none": 1}}
+
+
+@pytest.mark.parametrize(
+    ("plan", "gpus", "why"),
+    [(b"plan", (), "no GPU"), (b"damaged", (L4,), "the plan is not one"), (b"plan" * 9, (Gpu("small", 75, 71),), "may not fit")],
+)
+def test_what_cannot_be_inspected_says_why(flavour: Flavour, plan: bytes, gpus: tuple[Gpu, ...], why: str) -> None:
+    assert why in inspect_plan(flavour, memoryview(plan), machine_with(*gpus))["why_not"]
+
+
+def test_a_library_that_fails_here_costs_no_engine(flavour: Flavour, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(flavour.module.Runtime, "deserialize_cuda_engine", fail)
+    assert inspect_plan(flavour, memoryview(b"plan"), machine_with(L4)) == {"why_not": "RuntimeError: out of memory"}
+
+
+def test_layers_told_by_name_alone_are_counted_alone() -> None:
+    """What the library writes for an engine without detailed profiling."""
+    assert summarize_layers({"Layers": ["a", "b"]}) == {"layers": 2, "by_type": {}, "by_precision": {}}

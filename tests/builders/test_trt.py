@@ -1,0 +1,146 @@
+"""The door to TensorRT, tried with a stand-in: for the GPU at hand, with timings that are kept, in processes that may die."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.bundles import copy_of, export_fixture
+from tests.helpers.tensorrt import L4, install_fake, plant, see_gpu
+from twotower.builders import BuildConfig, EngineBuilder, build_engines, builder_for
+from twotower.bundle import Bundle, engine_folder, read_engine_record
+from twotower.errors import BuildError, EngineMismatchError
+from twotower.flavour import flavour_from_module
+from twotower.hardware import Gpu
+
+CONFIG = BuildConfig(max_context=256, max_batch=2)
+B200 = Gpu("NVIDIA B200", 100, 180 << 30)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export_fixture("hybrid-b", tmp_path_factory.mktemp("trt") / "b", "float16")
+
+
+@pytest.fixture
+def bundle(exported: Bundle, tmp_path: Path) -> Bundle:
+    return Bundle.open(copy_of(exported, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineBuilder:
+    install_fake(tmp_path, monkeypatch)
+    see_gpu(monkeypatch, L4)
+    return builder_for("trt")
+
+
+def timings(bundle: Bundle) -> list[str]:
+    return list(json.loads((bundle.path / "engines" / ".trt.timing").read_text()))
+
+
+def test_the_flavour_is_told_by_what_it_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flavour = flavour_from_module(install_fake(tmp_path, monkeypatch))
+    assert (flavour.target, flavour.sms, flavour.runtime_cache, flavour.capturable) == ("trt", (), False, False)
+    assert flavour.library == {"name": "tensorrt", "version": "11.4.0.106"}
+
+
+def test_engines_are_built_for_the_gpu_at_hand(bundle: Bundle, builder: EngineBuilder) -> None:
+    record = build_engines(bundle, "trt", builder, config=CONFIG)
+    assert record.limits is not None
+    assert (record.target, record.limits.sms, record.limits.max_batch) == ("trt", (89,), 2)
+    plan = json.loads((engine_folder(bundle, "trt") / "context.engine").read_bytes())
+    assert plan["flags"] == [], "TF32 is on by default and must be cleared"
+    assert plan["verbosity"] == "DETAILED"
+    assert [p["tokens"] for p in plan["profiles"]] == [[[1, 1], [2, 256], [2, 256]], [[1, 16], [2, 16], [2, 16]], [[1, 1], [2, 1], [2, 1]]]
+    facts = record.report["engines"]["context.engine"]
+    assert facts["by_type"]["KV_CACHE_UPDATE"] == 2 * sum(kind.value == "*" for kind in bundle.config.layers)
+    assert facts["layers_from"] == "walk"
+    assert "no GPU" in facts["inspector"]["why_not"], "the child sees the true machine"
+    library = builder.library()
+    assert read_engine_record(bundle, "trt", library=library, sm=89) == record
+    with pytest.raises(EngineMismatchError, match="does not fit") as caught:
+        read_engine_record(bundle, "trt", library=library, sm=100)
+    assert caught.value.found == "built for SM 89, this GPU is SM 100"
+
+
+def test_timings_are_kept_and_used_again(bundle: Bundle, builder: EngineBuilder) -> None:
+    build_engines(bundle, "trt", builder, config=CONFIG)
+    assert len(timings(bundle)) == 3
+    build_engines(bundle, "trt", builder, config=BuildConfig(max_context=512))
+    assert len(timings(bundle)) == 6, "the second build started from the first one's"
+    (bundle.path / "engines" / ".trt.timing").write_text("garbage")
+    build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, force=True))
+    assert len(timings(bundle)) == 3, "what the library does not take is replaced"
+    assert not list((bundle.path / "engines").glob(".trt.timing.*"))
+
+
+@pytest.mark.parametrize(("gpus", "sms", "found"), [((), (), "no NVIDIA GPU"), ((L4,), (89,), "--sm was given")])
+def test_it_builds_for_no_other_machine(
+    bundle: Bundle, builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch, gpus: tuple[Gpu, ...], sms: tuple[int, ...], found: str
+) -> None:
+    see_gpu(monkeypatch, *gpus)
+    with pytest.raises(BuildError, match="for the GPU at hand only") as caught:
+        build_engines(bundle, "trt", builder, config=BuildConfig(sms=sms))
+    assert found in caught.value.found
+    assert "rtx" in caught.value.do
+
+
+def test_another_gpu_or_driver_builds_again_and_the_first_is_remembered(
+    bundle: Bundle, builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cached(*gpus: Gpu, driver: str = "580.1") -> set[bool]:
+        see_gpu(monkeypatch, *gpus, driver=driver)
+        record = build_engines(bundle, "trt", builder, config=CONFIG)
+        assert record.limits is not None
+        assert record.limits.sms == (gpus[0].sm,)
+        return {facts["cached"] for facts in record.report["engines"].values()}
+
+    assert cached(L4) == {False}
+    assert cached(B200, L4) == {False}, "the first GPU is the one built for"
+    assert cached(L4) == {True}
+    assert cached(B200) == {True}
+    shutil.rmtree(engine_folder(bundle, "trt"))
+    assert cached(B200, driver="590.2") == {False}
+
+
+@pytest.mark.parametrize(
+    ("operator", "what", "found"),
+    [
+        ("Refuse", "the ONNX parser refuses the graph", "no importer for Refuse"),
+        ("RefuseBuild", "cannot build this graph", "no kernel for RefuseBuild"),
+        ("Ignore", "ignores an input", "Unused Input: tokens"),
+        ("Crash", "the process that built the engine died", "SIGSEGV"),
+    ],
+)
+def test_a_graph_the_library_refuses_is_an_error_and_the_graph_is_kept(
+    bundle: Bundle, builder: EngineBuilder, operator: str, what: str, found: str
+) -> None:
+    build_engines(bundle, "trt", builder, config=CONFIG)
+    plant(bundle, "denoiser", operator)
+    with pytest.raises(BuildError, match=what) as caught:
+        build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, max_batch=2, force=True))
+    assert type(caught.value) is BuildError
+    assert found in caught.value.found
+    assert "denoiser.engine" in caught.value.found
+    folder = bundle.path / "engines" / ".failed" / "trt-denoiser"
+    assert str(folder) in caught.value.do
+    assert "polygraphy debug reduce" in caught.value.do
+    assert {p.name for p in folder.iterdir()} == {"graph.onnx", "model.onnx.data", "job.json", "log.json", "README.md"}
+    data = bundle.path / "denoiser" / "model.onnx.data"
+    assert (folder / data.name).samefile(data), "weights are not copied"
+    assert data.stat().st_nlink == 1, "nor given a second hard name, with which onnx would refuse to load them"
+    assert "denoiser.engine" in {p.name for p in engine_folder(bundle, "trt").iterdir()}, "the old engines are still there"
+    plant(bundle, "denoiser", "Identity")
+    build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, max_batch=2, force=True))
+    assert not folder.exists(), "it builds now"
+
+
+def test_a_defect_of_ours_is_not_blamed_on_the_graph(bundle: Bundle, builder: EngineBuilder) -> None:
+    plant(bundle, "context", "Raise")
+    with pytest.raises(BuildError, match="died") as caught:
+        build_engines(bundle, "trt", builder, config=CONFIG)
+    assert "RuntimeError: a defect of ours" in caught.value.found
+    assert not (bundle.path / "engines" / ".failed").exists()

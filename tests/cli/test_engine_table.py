@@ -1,0 +1,100 @@
+"""What `twotower inspect` and `twotower build --dry-run` show of engines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.bundles import export_fixture
+from tests.helpers.tensorrt import L4, install_fake, machine_with, see_gpu
+from twotower.bundle import BUILD_FILE, Bundle, engine_folder
+from twotower.cli import inspect
+from twotower.cli.main import main
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    """With engines of the stand-in: two segments a tower, and a warning nobody has explained."""
+    install_fake(tmp_path, monkeypatch)
+    see_gpu(monkeypatch, L4)
+    bundle = export_fixture("hybrid-a", tmp_path / "bundle", "float16")
+    monkeypatch.setattr("twotower.builders.cut.BUILD_MEMORY_BASE", 0)
+    assert main(["build", str(bundle.path), *options(bundle)]) == 0
+    return bundle
+
+
+def options(bundle: Bundle) -> list[str]:
+    return ["--target", "trt", "--max-context", "256", "--max-build-memory", str(2 * bundle.files["denoiser/model.onnx.data"].size)]
+
+
+def edit(bundle: Bundle, **changes: Any) -> None:
+    file = engine_folder(bundle, "trt") / BUILD_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def shown(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any]]:
+    capsys.readouterr()
+    assert main(["inspect", str(bundle.path)]) == 0
+    text = capsys.readouterr().out
+    assert main(["inspect", str(bundle.path), "--json"]) == 0
+    return text, json.loads(capsys.readouterr().out)
+
+
+def test_inspect_shows_what_was_built_and_json_has_all_of_it(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads((engine_folder(bundle, "trt") / BUILD_FILE).read_text())
+    record["report"]["engines"]["context_head.engine"]["log"] = [{"severity": "WARNING", "message": "odd", "count": 1, "explained": None}]
+    edit(bundle, report=record["report"])
+    text, facts = shown(bundle, capsys)
+    assert len(record["engines"]["denoiser"]) > 1
+    for word in ("trt: tensorrt 11.4.0.106", "SM 89", "float16", "prefill (B 1 to 8, L 1 to 256)", "MATRIX_MULTIPLY", "1 unexplained"):
+        assert word in text
+    rows = {line.split()[0]: line for line in text.splitlines() if line.strip() and line.split()[0].endswith(".engine")}
+    for part in record["engines"]["denoiser"]:
+        first, end = part["layers"]
+        assert f" {first}-{end - 1} " in rows[part["file"]]
+    assert {k: v for k, v in facts["builds"]["trt"].items() if k != "state"} == record
+    assert facts["builds"]["trt"]["state"] == facts["engines"]["trt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"library": {"name": "tensorrt", "version": "11.3"}}, "built with tensorrt 11.3, this environment has tensorrt 11.4.0.106"),
+        ({"graphs": {}}, "built from another graph"),
+        ({"limits": {"capacity": 512, "max_batch": 8, "sms": [86]}}, "built for SM 86, this GPU is SM 89"),
+        ({"schema": 1}, "not readable"),
+        ({}, "built, fits this machine"),
+    ],
+)
+def test_inspect_says_whether_engines_fit_here(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], says: str
+) -> None:
+    machine = machine_with(L4)
+    object.__setattr__(machine, "libraries", {"tensorrt": "11.4.0.106"})
+    monkeypatch.setattr(inspect, "probe_machine", lambda: machine)
+    edit(bundle, **change)
+    text, facts = shown(bundle, capsys)
+    assert says in facts["engines"]["trt"]
+    assert says in text
+
+
+def test_a_half_built_folder_is_no_target(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(engine_folder(bundle, "trt"), bundle.path / "engines" / ".rtx.old.1")
+    _, facts = shown(bundle, capsys)
+    assert facts["engines"]["rtx"] == "not built"
+    assert facts["builds"].keys() == {"trt"}
+
+
+def test_a_dry_run_tells_what_is_cached(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    lines = []
+    for more in ([], ["--no-cache"], ["--force"], ["--max-batch", "2"]):
+        assert main(["build", str(bundle.path), *options(bundle), "--dry-run", *more]) == 0
+        lines.append([line for line in capsys.readouterr().out.splitlines() if ".engine" in line])
+    assert all("in the cache" in line for line in lines[0])
+    assert not any("in the cache" in line for more in lines[1:] for line in more)
+    assert all("of memory to build" in line for line in lines[1])
