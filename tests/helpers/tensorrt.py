@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 from tests.helpers.graphs import FIXTURES
+from twotower import builders
 from twotower.builders import tensorrt_builder
 from twotower.bundle import Bundle
 from twotower.graph_files import load_graph
@@ -32,8 +33,10 @@ def install_fake(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH")))))
     monkeypatch.syspath_prepend(str(package.parent))
     for name in ("tensorrt", "twotower.builders.trt"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.delattr("twotower.builders.trt", raising=False)
+        monkeypatch.setitem(sys.modules, name, None)  # what is imported under this name later is forgotten at the end
+        del sys.modules[name]
+    monkeypatch.setattr(builders, "trt", None, raising=False)
+    del builders.trt
     return importlib.import_module("tensorrt")
 
 
