@@ -36,7 +36,6 @@ def install_fake(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setitem(sys.modules, name, None)  # what is imported under this name later is forgotten at the end
         del sys.modules[name]
     monkeypatch.setattr(builders, "trt", None, raising=False)
-    del builders.trt
     return importlib.import_module("tensorrt")
 
 
