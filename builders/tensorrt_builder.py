@@ -57,14 +57,21 @@ class TensorRTBuilder:
         return self.flavour.library
 
     def fits(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
-        limits = record.limits
-        if limits != self._limits(bundle, config):
+        if record.limits != self._limits(bundle, config):
             return False
         cut = {name: [e.layers for e in parts] for name, parts in record.engines.items()}
         wanted: dict[str, list[tuple[int, int]]] = {}
         for piece in self._pieces(bundle, config):
             wanted.setdefault(piece.graph, []).append(piece.layers)
-        return cut == wanted
+        return cut == wanted and (not self.flavour.sms or self._same_keys(record, bundle, config))
+
+    def _same_keys(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
+        """Whether a build would make just these engines: another version of twotower may cut or configure differently.
+
+        Not asked of an engine for the GPU at hand: its key holds the driver, and an engine outlives a driver.
+        """
+        observed = record.report.get("engines", {})
+        return all(observed.get(plan.engine.file, {}).get("key") == plan.key for plan in self._plans(bundle, config))
 
     def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
         limits = self._limits(bundle, config)

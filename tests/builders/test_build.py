@@ -16,6 +16,7 @@ import pytest
 from tests.helpers.bundles import copy_of, export_fixture, flip_byte
 from tests.helpers.errors import check_error
 from tests.helpers.graphs import FIXTURES
+from tests.helpers.processes import child_of, is_gone
 from tests.helpers.tensorrt import L4, install_fake, plant, see_gpu
 from twotower.builders import BuildConfig, EngineBuilder, build_engines, builder_for
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder, read_engine_record
@@ -165,28 +166,6 @@ def start(words: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
 
-def child_of(pid: int) -> int:
-    """The process that compiles; it is waited for."""
-    for _ in range(600):
-        text = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        if text and "twotower.builders.child" in Path(f"/proc/{text[0]}/cmdline").read_text():
-            return int(text[0])
-        time.sleep(0.02)
-    raise AssertionError("no build started")
-
-
-def is_gone(pid: int) -> bool:
-    """Within some seconds; a zombie that nobody waited for is gone too."""
-    for _ in range(250):
-        try:
-            if "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text():
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.02)
-    return False
-
-
 @pytest.mark.trt_rtx
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -208,6 +187,7 @@ def test_an_interrupted_build_leaves_the_old_engine_and_no_process(tmp_path: Pat
         assert (bundle / "engines" / "rtx" / BUILD_FILE).read_bytes() == record
         if number != signal.SIGKILL:
             assert (build.returncode, "interrupted" in err, "Traceback" in err) == (130, True, False)
+            assert "goes on from there" in err
             assert {p.name for p in (bundle / "engines").iterdir()} == {"rtx", ".rtx.lock", ".cache"}
         else:
             assert build.returncode == -signal.SIGKILL

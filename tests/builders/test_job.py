@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 
+from tests.helpers.processes import child_of, is_gone
 from tests.helpers.tensorrt import install_fake
 from twotower.builders.job import RefusedError, run_job
 from twotower.errors import BuildError
@@ -85,6 +89,24 @@ def test_a_timing_cache_that_cannot_be_kept_is_a_warning(tmp_path: Path) -> None
     (line,) = facts["log"]
     assert "timing cache is not kept" in line["message"]
     assert line["explained"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the closed pipe ends it, a step later")
+def test_a_build_dies_with_a_parent_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: a step takes 20 seconds here, so that the closed pipe is not what ends it."""
+    monkeypatch.setenv("FAKE_TENSORRT_SECONDS", "200")
+    code = (
+        "import json, sys; from pathlib import Path; from twotower.builders.job import run_job\n"
+        "run_job(json.loads(sys.argv[1]), Path(sys.argv[2]), tick=lambda *words: None)"
+    )
+    words = [sys.executable, "-c", code, json.dumps(job(tmp_path)), str(tmp_path)]
+    paths = os.pathsep.join(p for p in sys.path if p)
+    parent = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": paths})
+    child = child_of(parent.pid)
+    time.sleep(0.5)
+    parent.kill()
+    parent.wait()
+    assert is_gone(child)
 
 
 def test_an_error_of_the_caller_ends_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,22 +9,35 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.bundles import export_fixture
+from tests.helpers.bundles import copy_of, export_fixture
 from tests.helpers.tensorrt import L4, install_fake, machine_with, see_gpu
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder
 from twotower.cli import inspect
 from twotower.cli.main import main
 
 
-@pytest.fixture
-def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    """With engines of the stand-in: two segments a tower, and a warning nobody has explained."""
-    install_fake(tmp_path, monkeypatch)
-    see_gpu(monkeypatch, L4)
-    bundle = export_fixture("hybrid-a", tmp_path / "bundle", "float16")
-    monkeypatch.setattr("twotower.builders.cut.BUILD_MEMORY_BASE", 0)
-    assert main(["build", str(bundle.path), *options(bundle)]) == 0
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """With engines of the stand-in: several segments a tower."""
+    folder = tmp_path_factory.mktemp("table")
+    bundle = export_fixture("hybrid-a", folder / "bundle", "float16")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        pretend(folder, monkeypatch)
+        assert main(["build", str(bundle.path), *options(bundle)]) == 0
     return bundle
+
+
+@pytest.fixture
+def bundle(built: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    pretend(tmp_path, monkeypatch)
+    return Bundle.open(copy_of(built, tmp_path / "bundle"))
+
+
+def pretend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT and a GPU are here, and the library itself needs no memory: tiny weights would not show beside it."""
+    install_fake(folder, monkeypatch)
+    see_gpu(monkeypatch, L4)
+    monkeypatch.setattr("twotower.builders.cut.BUILD_MEMORY_BASE", 0)
 
 
 def options(bundle: Bundle) -> list[str]:

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from twotower.builders import BuildConfig, build_engines, builder_for
-    from twotower.bundle import Bundle
+    from twotower.bundle import BUILD_FILE, Bundle, engine_folder
     from twotower.cli.progress import ProgressLine, human_bytes
 
     builder = builder_for(args.target)
@@ -70,7 +70,13 @@ def run(args: argparse.Namespace) -> int:
             print(f"{args.target}: {library['name']} {library['version']}, {human_bytes(builder.needed_bytes(bundle, config))} of disk")
             print("\n".join(builder.describe(bundle, config)))
             return 0
+        there = _stamp(file := engine_folder(bundle, args.target) / BUILD_FILE)
         record = build_engines(bundle, args.target, builder, config=config, report=line)
+    except KeyboardInterrupt:
+        line.end()
+        if args.target in ("rtx", "trt") and not args.no_cache:
+            print("engines that were finished are in the cache: the same command goes on from there", file=sys.stderr)
+        raise
     finally:
         line.end()
     if args.json:
@@ -78,10 +84,17 @@ def run(args: argparse.Namespace) -> int:
     size = sum(file.size for file in record.files.values())
     made = f"built in {record.report.get('seconds')} s with {record.library['name']} {record.library['version']}"
     observed = record.report.get("engines", {}).values()
-    if cached := sum(bool(facts["cached"]) for facts in observed):
+    if there is not None and there == _stamp(file):
+        made += "; kept, because it fits"
+    elif cached := sum(bool(facts["cached"]) for facts in observed):
         made += f", {cached} of {len(observed)} engines from the cache"
     print(f"{args.bundle}/engines/{args.target}: {human_bytes(size)}, {made}", file=sys.stderr)
     return 0
+
+
+def _stamp(file: Path) -> int | None:
+    """When a file was written; None if it is not there."""
+    return file.stat().st_mtime_ns if file.is_file() else None
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:
