@@ -12,6 +12,7 @@ import onnx
 from twotower.builders.base import DEFAULT_MAX_CONTEXT, BuildConfig, Report
 from twotower.builders.cut import build_memory, cut_layers, most_weights
 from twotower.builders.job import run_job
+from twotower.builders.memory import require_build_memory
 from twotower.builders.profiles import cache_capacity, profiles
 from twotower.builders.segment import GraphLayers, Segment, fix_axes, layer_bytes, segment
 from twotower.bundle import GRAPH_FILES, Bundle, EngineFile, EngineLimits, EngineRecord, FileRecord, hash_file
@@ -81,6 +82,7 @@ class TensorRTBuilder:
 
     def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
         started, limits = time.perf_counter(), self._limits(bundle, config)
+        require_build_memory(self._weights(bundle), available=probe_machine().available, bound=config.max_build_memory)
         engines: dict[str, tuple[EngineFile, ...]] = {}
         facts: dict[str, Any] = {}
         for piece in self._pieces(bundle, config):
