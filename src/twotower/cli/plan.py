@@ -13,7 +13,7 @@ from twotower.hardware import TARGETS
 if TYPE_CHECKING:
     from twotower.config import ModelConfig
     from twotower.hardware import Machine
-    from twotower.planning import GpuModel, PlanOptions
+    from twotower.planning import GpuModel, Plan, PlanOptions
 
 __all__ = ["add_arguments", "run"]
 
@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
         mode=args.mode,
     )
     config, options = _source(args.path, asked)
-    gpus, concrete = _gpus(args.gpu, options, probe_machine())
+    machine = probe_machine()
+    gpus, concrete = _gpus(args.gpu, options, machine)
     plan = plan_bundle(config, options)
     fits = fit(config, options, gpus)
     if (concrete or args.fit) and not any(f.fits for f in fits):
@@ -67,8 +68,16 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"path": args.path, **plan.to_json(), "gpus": [f.to_json() for f in fits]}))
     else:
-        print("\n".join([*describe_plan(plan), *describe_fits(plan, fits)]))
+        print("\n".join([*describe_plan(plan), *_here(plan, machine), *describe_fits(plan, fits)]))
     return 0
+
+
+def _here(plan: Plan, machine: Machine) -> list[str]:
+    """What this machine has for the build, where that is known."""
+    if not plan.build_peak or not machine.available:
+        return []
+    enough = "enough" if plan.build_peak <= machine.available else "not enough for the build; see --max-build-memory"
+    return [f"this host   {machine.available / 1e9:.1f} GB of memory available: {enough}"]
 
 
 def _source(name: str, options: PlanOptions) -> tuple[ModelConfig, PlanOptions]:

@@ -127,12 +127,17 @@ def _fullest(config: ModelConfig, options: PlanOptions) -> int:
 
 
 def _alternatives(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> Iterator[Alternative]:
+    enough: list[set[tuple[str, Any]]] = []  # changes that suffice alone: more of them is no news
     for changes in _changes(config, options):
+        if any(few <= set(changes.items()) for few in enough):
+            continue
         changed = replace(options, **changes)
         shrunk = _shrunk(config, changed, gpu.memory)
         if not changes and shrunk == changed:
             continue
         needs = _fullest(config, shrunk)
+        if shrunk == changed and needs <= gpu.memory:
+            enough.append(set(changes.items()))
         yield Alternative(_flags(options, shrunk), needs, needs <= gpu.memory, shrunk.experts is not None)
 
 

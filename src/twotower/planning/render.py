@@ -12,13 +12,16 @@ from twotower.planning.plan import EXPORT_MEMORY, Plan
 __all__ = ["describe_fits", "describe_plan", "refusal"]
 
 _NOTES = (
-    "exact       weights, state, disk (graphs, tokenizer and compiled code, a few MB a file, left out)",
+    "exact       weights, state, checkpoint and bundle (but for graphs and tokenizer, a few MB)",
     "estimated   scratch: the two largest tensors alive at once, an upper bound for a library that fuses; never measured on a GPU",
     f"            {LIBRARY_OVERHEAD / 1e9:.1f} GB for driver and library in every total is an assumption",
     "            pass and AR step: bytes over the published memory bandwidth, a lower bound, not measured; every pass reads",
     "            all experts, because the exported graph computes all of them",
 )
-_BUILD_NOTE = "            build memory and time: from one published expert layer of 2.6 GB on two cores, 14 s cached and 84 s from disk"
+_BUILD_NOTES = (
+    "            build memory and time: from one published expert layer of 2.6 GB on two cores, 14 s cached and 84 s from disk,",
+    "            and half a second a layer; the measuring of kernels on a GPU, which trt does, comes on top",
+)
 
 
 def describe_plan(plan: Plan) -> list[str]:
@@ -50,15 +53,17 @@ def describe_fits(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
     head = ("GPU", "fits", "weights", "state", "scratch", "total", "of", "used", "pass", "AR step")
     rows = [head, *(_row(f) for f in fits)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["", "GB of 1e9 bytes, on the fullest device; times are least ones:"]
+    lines = ["", f"GB of 1e9 bytes, on the fullest device; times are lower bounds for {plan.options.max_batch} rows at full length:"]
     for row in rows:
         cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
+    for why in dict.fromkeys(f.refused for f in fits if f.refused):
+        lines += ["", f"{', '.join(f.gpu.title for f in fits if f.refused == why)}: {why}"]
     for f in fits:
         lines += _instead(f)
     lines += ["", *_NOTES]
     if plan.build_peak:
-        lines.append(_BUILD_NOTE)
+        lines += _BUILD_NOTES
     if any(f.gpu.count > 1 or len(f.devices) > 1 or any("--devices" in a.flags for a in f.alternatives) for f in fits):
         lines.append(
             "            several devices: arithmetic; one tower each on two, runs of layers on more; this version has no such runtime"
@@ -76,7 +81,8 @@ def refusal(plan: Plan, fits: Sequence[GpuFit]) -> ConfigError:
     if not do:
         near = [(a.needs, f, a) for f in fits for a in f.alternatives]
         least = min(near, key=lambda n: n[0], default=None)
-        do = "plan for another GPU or target: --gpu all lists them"
+        other = " or --target trt or ort-cuda" if any(f.refused for f in fits) else ""
+        do = f"plan for another GPU{other}: --gpu all lists them"
         if least:
             do += f"; the least that was tried on {least[1].gpu.title} is {_alternative(least[2])}"
     return ConfigError(f"the plan for target {plan.options.target} does not fit {names}", found=found, do=do)
@@ -96,10 +102,8 @@ def _row(f: GpuFit) -> tuple[str, ...]:
 
 
 def _instead(f: GpuFit) -> list[str]:
-    if f.fits:
+    if f.fits or f.refused:
         return []
-    if f.refused:
-        return ["", f"{f.gpu.title}: {f.refused}"]
     possible = [a for a in f.alternatives if a.fits]
     if not possible:
         least = min(f.alternatives, key=lambda a: a.needs, default=None)
@@ -127,7 +131,9 @@ def _kinds(plan: Plan, graph: str) -> str:
 
 
 def _gb(size: float) -> str:
-    if size >= 1e8 or size == 0:
+    if not size:
+        return "none"
+    if size >= 1e8:
         return f"{size / 1e9:.1f} GB"
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 

@@ -24,7 +24,7 @@ _FLOAT32 = ("norm.weight", "norm_f.weight", ".D", ".dt_bias", ".A_log", ".gate.w
 
 @dataclass(frozen=True, slots=True)
 class ExpertRecipe:
-    """Routed experts in few bits: `bits` a weight and `scale_bytes` for each `group` of weights that are summed together (0: a whole row)."""
+    """Routed experts in few bits: `bits` a weight, and `scale_bytes` for each `group` of weights of a row (0: for a whole row)."""
 
     name: str
     bits: int
