@@ -13,8 +13,8 @@ from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.cut import build_memory, cut_layers, most_weights
 from twotower.builders.memory import least_bound, require_build_memory
 from twotower.builders.segment import GraphLayers
-from twotower.cli.options import byte_size
 from twotower.bundle import engine_folder
+from twotower.cli.options import byte_size
 from twotower.errors import BuildError
 from twotower.hardware import Machine
 
