@@ -16,6 +16,7 @@ from twotower.builders.cache_store import open_cache
 from twotower.builders.cut import build_memory, cut_layers, most_weights
 from twotower.builders.engine_plan import EnginePlan, plan_key
 from twotower.builders.make_engine import EngineMaker
+from twotower.builders.memory import require_build_memory
 from twotower.builders.profiles import cache_capacity, profiles
 from twotower.builders.segment import GraphLayers, Segment, fix_axes, layer_bytes, segment
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineFile, EngineLimits, EngineRecord, FileRecord
@@ -111,7 +112,10 @@ class TensorRTBuilder:
         engines: dict[str, tuple[EngineFile, ...]] = {}
         files: dict[str, FileRecord] = {}
         facts: dict[str, Any] = {}
-        for plan in list(self._plans(bundle, config)):  # all graphs are checked before hours are spent on the first
+        plans = list(self._plans(bundle, config))  # all graphs are checked before hours are spent on the first
+        if any(cache is None or config.force or cache.find(plan.key) is None for plan in plans):
+            require_build_memory(self._weights(bundle), available=probe_machine().available, bound=config.max_build_memory)
+        for plan in plans:
             files[plan.engine.file], made = maker.make(plan)
             facts[plan.engine.file] = {**made, "notes": list(plan.notes)}
             engines[plan.graph] = (*engines.get(plan.graph, ()), plan.engine)

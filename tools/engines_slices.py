@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from twotower.builders import BuildConfig, build_engines, builder_for
-from twotower.builders.cut import build_memory
-from twotower.builders.segment import layer_bytes
-from twotower.bundle import GRAPH_FILES, Bundle, EngineRecord
+from twotower.bundle import Bundle
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.export.synthetic import SyntheticOptions, published_slice, write_checkpoint
-from twotower.graph_files import load_graph
+from twotower.planning import PlanOptions, plan_bundle
 
 SMS = (89, 120)
 MAX_CONTEXT = 1024
@@ -75,20 +73,19 @@ def _built(piece: Slice, bundle: Bundle, bound: int | None) -> Iterator[dict[str
     config = BuildConfig(sms=SMS, max_context=MAX_CONTEXT, max_build_memory=bound, use_cache=False, force=True)
     with _watched_children() as seen:
         record = build_engines(bundle, "rtx", builder_for("rtx"), config=config)
-    weights = _weights(bundle, record)
-    peaks = list(seen.values())
-    for number, (name, facts) in enumerate(record.report["engines"].items()):
-        if len(peaks) != len(weights):
-            raise SystemExit(f"{len(peaks)} processes were seen, {len(weights)} engines were built")
-        anonymous, mapped = peaks[number]
-        unexplained = [line["message"] for line in facts["log"] if not line["explained"]]
+    options = PlanOptions(target="rtx", dtype="bfloat16", max_context=MAX_CONTEXT, max_build_memory=bound)
+    planned = {engine.name: engine for engine in plan_bundle(bundle.config, options).engines}
+    if len(seen) != len(planned) or set(planned) != set(record.report["engines"]):
+        raise SystemExit(f"{len(planned)} engines were planned, {len(record.report['engines'])} built, {len(seen)} processes seen")
+    for (name, facts), (anonymous, mapped) in zip(record.report["engines"].items(), seen.values(), strict=True):
+        plan = planned[name]
         yield {
             "slice": piece.name,
             "sms": list(record.limits.sms if record.limits else ()),
             "bound": bound,
             "engine": name,
-            "weights": weights[name],
-            "planned_peak": build_memory(weights[name]),
+            "weights": plan.weight_bytes,
+            "planned": {"peak": plan.build_peak_bytes, "seconds": plan.build_seconds, "size": plan.engine_bytes},
             "peak": facts["peak_memory"],
             "anonymous": anonymous,
             "mapped": mapped,
@@ -96,21 +93,9 @@ def _built(piece: Slice, bundle: Bundle, bound: int | None) -> Iterator[dict[str
             "seconds": facts["seconds"],
             "size": record.files[name].size,
             "layers": facts["layers"],
-            "unexplained": unexplained,
+            "unexplained": [line["message"] for line in facts["log"] if not line["explained"]],
             "library": record.library["version"],
         }
-
-
-def _weights(bundle: Bundle, record: EngineRecord) -> dict[str, int]:
-    """Weight bytes of every engine file."""
-    out = {}
-    for name in GRAPH_FILES:
-        whole = layer_bytes(load_graph(bundle.graph_file(name)))
-        for part in record.engines[name]:
-            first, end = part.layers
-            last = end >= len(whole.layers)
-            out[part.file] = sum(whole.layers[first:end]) + (whole.before if first == 0 else 0) + (whole.after if last else 0)
-    return out
 
 
 @contextmanager

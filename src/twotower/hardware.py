@@ -13,7 +13,7 @@ from pathlib import Path
 
 from twotower.errors import EngineMismatchError
 
-__all__ = ["TARGETS", "Gpu", "Machine", "Selection", "installed_version", "probe_machine", "select_target"]
+__all__ = ["RTX_SMS", "TARGETS", "Gpu", "Machine", "Selection", "installed_version", "probe_machine", "select_target"]
 
 TARGETS = ("trt", "rtx", "ort-cuda", "ort-cpu")
 """Every target the design knows, the one to prefer first."""
@@ -25,7 +25,9 @@ _NEEDS = {
     "ort-cpu": ("onnxruntime", "onnxruntime-gpu"),
 }
 _LIBRARIES = tuple(dict.fromkeys(name for names in _NEEDS.values() for name in names))
-_RTX_SMS = (75, 80, 86, 89, 120, 121)
+RTX_SMS = (75, 80, 86, 89, 120, 121)
+"""Compute capabilities that TensorRT for RTX lists."""
+
 _CC_MAJOR, _CC_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 
@@ -46,6 +48,7 @@ class Machine:
         libraries: Installed inference distributions and their versions.
         processor: The processor's name; likewise
         driver: NVIDIA's driver, empty where there is none.
+        available: Bytes of memory the kernel could give to a new program, 0 where it does not say.
     """
 
     system: str
@@ -55,6 +58,7 @@ class Machine:
     libraries: Mapping[str, str]
     processor: str = ""
     driver: str = ""
+    available: int = 0
 
     @property
     def conflict(self) -> str | None:
@@ -84,7 +88,7 @@ def probe_machine() -> Machine:
         except PackageNotFoundError:
             continue
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return Machine(platform.platform(terse=True), os.cpu_count() or 1, memory, _gpus(), libraries, _processor(), _driver())
+    return Machine(platform.platform(terse=True), os.cpu_count() or 1, memory, _gpus(), libraries, _processor(), _driver(), _available())
 
 
 def select_target(machine: Machine, built: Collection[str], *, wanted: str | None = None) -> Selection:
@@ -129,8 +133,8 @@ def _reason_against(target: str, machine: Machine, built: Collection[str]) -> st
         return None
     if not machine.gpus:
         return "no NVIDIA GPU"
-    if target == "rtx" and all(gpu.sm not in _RTX_SMS for gpu in machine.gpus):
-        return f"TensorRT-RTX does not list SM {machine.gpus[0].sm} (it lists {', '.join(map(str, _RTX_SMS))})"
+    if target == "rtx" and all(gpu.sm not in RTX_SMS for gpu in machine.gpus):
+        return f"TensorRT-RTX does not list SM {machine.gpus[0].sm} (it lists {', '.join(map(str, RTX_SMS))})"
     sms = built.get(target, ()) if isinstance(built, Mapping) else ()
     if sms and all(gpu.sm not in sms for gpu in machine.gpus):
         return f"built for SM {', '.join(map(str, sms))}, the GPU is SM {machine.gpus[0].sm}"
@@ -149,6 +153,11 @@ def _processor() -> str:
 def _driver() -> str:
     found = re.search(r"NVRM version: .*?(\d+(?:\.\d+)+)", _text("/proc/driver/nvidia/version"))
     return found[1] if found else ""
+
+
+def _available() -> int:
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
 
 
 def _text(file: str) -> str:

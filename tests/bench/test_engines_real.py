@@ -30,8 +30,10 @@ ROW = {
     "engine": "denoiser.engine",
     "bound": 10_000_000_000,
     "weights": 3_000_000_000,
-    "planned_peak": 9_400_000_000,
+    "planned": {"peak": 9_400_000_000, "seconds": 13.0, "size": 3_010_000_000},
     "peak": 9_000_000_000,
+    "seconds": 12.0,
+    "size": 3_000_000_000,
     "unexplained": [],
 }
 
@@ -73,11 +75,13 @@ def test_a_small_slice_through_the_whole_command(tools: Any, tmp_path: Path, cap
     ("change", "says"),
     [
         ({}, None),
-        ({"peak": 7_500_000_000}, "planned 9.40 GB, measured 7.50 GB"),
-        ({"peak": 12_000_000_000, "bound": None}, "planned"),
-        ({"peak": 10_100_000_000}, "10.00 GB allowed"),
+        ({"peak": 7_500_000_000}, "peak planned 9.4e+09, measured 7.5e+09"),
+        ({"peak": 9_500_000_000}, "peak planned"),
+        ({"peak": 9_100_000_000, "bound": 9_000_000_000}, "9.00 GB allowed"),
+        ({"seconds": 20.0}, "seconds planned 13, measured 20"),
+        ({"size": 2_000_000_000}, "size planned"),
         ({"unexplained": ["a word"]}, "unexplained warning: a word"),
-        ({"weights": 1000, "peak": 100_000_000}, None),
+        ({"weights": 1000, "peak": 100_000_000, "seconds": 1.0, "size": 5}, None),
     ],
 )
 def test_what_is_off_is_found(tools: Any, change: dict[str, Any], says: str | None) -> None:

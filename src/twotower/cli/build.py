@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from twotower.builders import BuildConfig, build_engines, builder_for
     from twotower.bundle import BUILD_FILE, Bundle, engine_folder
+    from twotower.cli.options import byte_size, whole_numbers
     from twotower.cli.progress import ProgressLine, human_bytes
 
     builder = builder_for(args.target)
@@ -57,13 +58,13 @@ def run(args: argparse.Namespace) -> int:
         bundle = Bundle.open(args.bundle, progress=lambda done, total: line("checking the bundle", done, total))
         config = BuildConfig(
             force=args.force,
-            sms=_numbers(args.sm),
+            sms=whole_numbers(args.sm),
             max_batch=args.max_batch,
             max_context=args.max_context,
-            max_build_memory=_size("--max-build-memory", args.max_build_memory),
+            max_build_memory=byte_size(args.max_build_memory),
             use_cache=not args.no_cache,
             cache=args.cache,
-            cache_bytes=_size("--cache-size", args.cache_size) or 0,
+            cache_bytes=byte_size(args.cache_size, "--cache-size") or 0,
         )
         if args.dry_run:
             library = builder.library()
@@ -95,25 +96,3 @@ def run(args: argparse.Namespace) -> int:
 def _stamp(file: Path) -> int | None:
     """When a file was written; None if it is not there."""
     return file.stat().st_mtime_ns if file.is_file() else None
-
-
-def _numbers(text: str | None) -> tuple[int, ...]:
-    from twotower.errors import ConfigError
-
-    try:
-        return tuple(int(part) for part in text.split(",")) if text else ()
-    except ValueError as e:
-        raise ConfigError(f"--sm {text!r} is not a list of compute capabilities", found=str(e), do="write e.g. --sm 86,89,120") from e
-
-
-def _size(flag: str, text: str | None) -> int | None:
-    from twotower.errors import ConfigError
-
-    if text is None:
-        return None
-    units = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-    number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
-    try:
-        return round(float(number) * unit)
-    except ValueError as e:
-        raise ConfigError(f"{flag} {text!r} is not a size", found=str(e), do="write bytes, or e.g. 16G") from e

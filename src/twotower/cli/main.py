@@ -18,6 +18,7 @@ __all__ = ["VERBS", "build_parser", "main"]
 
 VERBS = {
     "inspect": "what a checkpoint, bundle or ONNX graph is: towers, layers, parameters, state, engines",
+    "plan": "memory, disk and time a model will take on a GPU, before anything is started",
     "export": "checkpoint -> bundle of ONNX graphs",
     "build": "bundle -> engines of a target",
     "generate": "text (or tokens) from a bundle",

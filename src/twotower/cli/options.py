@@ -9,7 +9,16 @@ from typing import Any
 from twotower.config import GenerationConfig
 from twotower.errors import ConfigError, RequestError
 
-__all__ = ["add_device_options", "add_generation_options", "add_session_options", "device_options", "generation_overrides", "token_ids"]
+__all__ = [
+    "add_device_options",
+    "add_generation_options",
+    "add_session_options",
+    "byte_size",
+    "device_options",
+    "generation_overrides",
+    "token_ids",
+    "whole_numbers",
+]
 
 _D = GenerationConfig()
 
@@ -95,3 +104,23 @@ def token_ids(text: str) -> tuple[int, ...]:
         return tuple(int(word) for word in text.replace(",", " ").split())
     except ValueError as e:
         raise RequestError(f"--tokens {text!r} is not a list of token ids", found=str(e), do='write them like --tokens "5 6 7"') from e
+
+
+def whole_numbers(text: str | None) -> tuple[int, ...]:
+    """The compute capabilities of `--sm`."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError as e:
+        raise ConfigError(f"--sm {text!r} is not a list of compute capabilities", found=str(e), do="write e.g. --sm 86,89,120") from e
+
+
+def byte_size(text: str | None, flag: str = "--max-build-memory") -> int | None:
+    """The bytes of a flag, written e.g. 16G."""
+    if text is None:
+        return None
+    units = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
+    try:
+        return round(float(number) * unit)
+    except ValueError as e:
+        raise ConfigError(f"{flag} {text!r} is not a size", found=str(e), do="write bytes, or e.g. 16G") from e

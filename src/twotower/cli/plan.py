@@ -1,0 +1,115 @@
+"""`twotower plan`: what a model will take, from headers or a config.json alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from twotower.hardware import TARGETS
+
+if TYPE_CHECKING:
+    from twotower.config import ModelConfig
+    from twotower.hardware import Machine
+    from twotower.planning import GpuModel, Plan, PlanOptions
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path", metavar="CHECKPOINT|BUNDLE|CONFIG", help="a checkpoint (local folder or hub id), a bundle, or a config.json"
+    )
+    parser.add_argument("--target", default="rtx", metavar="T", help=f"what would be built: {', '.join(TARGETS)} (default: %(default)s)")
+    parser.add_argument("--dtype", metavar="D", help="float32, float16 or bfloat16 (default: the checkpoint's or bundle's)")
+    parser.add_argument("--experts", metavar="R", help="routed experts in int8, int4 or nvfp4: arithmetic, this version cannot make them")
+    parser.add_argument("--mode", default="diffusion", metavar="M", help="diffusion: both towers; ar: the context tower alone")
+    parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="most rows (default: %(default)s)")
+    parser.add_argument("--max-context", type=int, metavar="N", help="longest text, prompt and answer (default: 4096 or the model's)")
+    parser.add_argument("--max-build-memory", metavar="SIZE", help="of rtx, trt: cut towers so that a build stays below this, e.g. 16G")
+    parser.add_argument("--sm", metavar="LIST", help="of rtx: compute capabilities to build for, e.g. 86,89,120")
+    parser.add_argument("--gpu", metavar="NAME", help="a GPU, e.g. 'RTX 4090' or '2x H100', or all (default: those here, or all)")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="spread over N GPUs: arithmetic, this version runs on one")
+    parser.add_argument("--fit", action="store_true", help="exit with 2 unless one of the GPUs that are looked at fits")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.epilog = (
+        "Exits with 2, and with what would fit, if the plan fits no GPU of --gpu NAME, none of the GPUs at hand, or, with --fit, none\n"
+        "of the table. Without a GPU at hand and without these options the table is information and the exit code is 0.\n"
+        "Target ort-cpu is held against this machine's memory, and refused with --fit only. Nothing is started, nothing is written.\n"
+        "example: twotower plan CHECKPOINT --target trt --gpu H200"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from twotower.cli.options import byte_size, whole_numbers
+    from twotower.hardware import probe_machine
+    from twotower.planning import PlanOptions, describe_fits, describe_plan, fit, plan_bundle, refusal
+
+    asked = PlanOptions(
+        target=args.target,
+        dtype=args.dtype,
+        max_batch=args.max_batch,
+        max_context=args.max_context,
+        max_build_memory=byte_size(args.max_build_memory),
+        sms=whole_numbers(args.sm),
+        devices=args.devices,
+        experts=args.experts,
+        mode=args.mode,
+    )
+    config, options = _source(args.path, asked)
+    machine = probe_machine()
+    gpus, concrete = _gpus(args.gpu, options, machine)
+    plan = plan_bundle(config, options)
+    fits = fit(config, options, gpus)
+    if (concrete or args.fit) and not any(f.fits for f in fits):
+        raise refusal(plan, fits)
+    if args.json:
+        print(json.dumps({"path": args.path, **plan.to_json(), "gpus": [f.to_json() for f in fits]}))
+    else:
+        print("\n".join([*describe_plan(plan), *_here(plan, machine), *describe_fits(plan, fits)]))
+    return 0
+
+
+def _here(plan: Plan, machine: Machine) -> list[str]:
+    """What this machine has for the build, where that is known."""
+    if not plan.build_peak or not machine.available:
+        return []
+    enough = "enough" if plan.build_peak <= machine.available else "not enough for the build; see --max-build-memory"
+    return [f"this host   {machine.available / 1e9:.1f} GB of memory available: {enough}"]
+
+
+def _source(name: str, options: PlanOptions) -> tuple[ModelConfig, PlanOptions]:
+    """The model, and the options with what its files say; only headers are read."""
+    from twotower.bundle import Bundle, is_bundle
+    from twotower.config.model import read_model_config
+
+    path = Path(name)
+    if is_bundle(path):
+        bundle = Bundle.open(path, contents=False)
+        return bundle.config, replace(options, dtype=options.dtype or bundle.dtype, block_size=bundle.trained_block_size)
+    if path.is_file() or path.suffix == ".json":
+        return read_model_config(path), options
+    if path.is_dir() and not any(path.glob("*.safetensors")) and (path / "config.json").is_file():
+        return read_model_config(path / "config.json"), options
+    from twotower.export import Checkpoint, locate_checkpoint
+
+    checkpoint = Checkpoint.open(locate_checkpoint(name))
+    known = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    return checkpoint.config, replace(options, checkpoint_bytes=known)
+
+
+def _gpus(name: str | None, options: PlanOptions, machine: Machine) -> tuple[tuple[GpuModel, ...], bool]:
+    """What to hold the plan against, and whether that is a machine somebody means."""
+    from twotower.errors import ConfigError
+    from twotower.planning import GPUS, GpuModel, gpu_at_hand, gpus_named
+
+    if options.target == "ort-cpu":
+        if name:
+            raise ConfigError("target ort-cpu uses no GPU", found=f"--gpu {name!r}", do="leave --gpu out, or plan another --target")
+        return (GpuModel("this machine", machine.memory, 0),), False
+    if name:
+        return gpus_named(name), name.strip().lower() != "all"
+    here = gpu_at_hand(machine.gpus)
+    return (here, True) if here else (GPUS, False)

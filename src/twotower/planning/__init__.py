@@ -1,0 +1,24 @@
+"""What a bundle will take, before anything is started: memory, disk and time by arithmetic, no hardware touched."""
+
+from twotower.planning.fit import Alternative, GpuFit, fit
+from twotower.planning.gpus import GPUS, GpuModel, gpu_at_hand, gpus_named
+from twotower.planning.options import PlanOptions
+from twotower.planning.plan import EnginePlan, Plan, plan_bundle
+from twotower.planning.render import describe_fits, describe_plan, refusal
+
+__all__ = [
+    "GPUS",
+    "Alternative",
+    "EnginePlan",
+    "GpuFit",
+    "GpuModel",
+    "Plan",
+    "PlanOptions",
+    "describe_fits",
+    "describe_plan",
+    "fit",
+    "gpu_at_hand",
+    "gpus_named",
+    "plan_bundle",
+    "refusal",
+]

@@ -1,0 +1,171 @@
+"""Which GPUs a plan fits, how fast their memory lets a pass be at best, and what would fit instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from twotower.config.model import LayerKind, ModelConfig
+from twotower.hardware import RTX_SMS
+from twotower.planning.gpus import GpuModel
+from twotower.planning.memory import DeviceNeed, device_needs, traffic
+from twotower.planning.options import HALF_ONLY_SM, PlanOptions, capacity_of, engine_dtype
+from twotower.planning.weights import EXPERT_RECIPES
+
+__all__ = ["Alternative", "GpuFit", "fit", "largest_batch", "largest_context"]
+
+LEAST_CONTEXT = 256
+"""Shorter texts are no alternative."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Other options and what they take on the fullest device.
+
+    Attributes:
+        flags: What to type; the rest of the command stays.
+        needs: Bytes on the fullest device.
+        fits: Whether that is within the device's memory.
+        quantized: Whether it needs experts in few bits, which this version cannot make yet.
+    """
+
+    flags: str
+    needs: int
+    fits: bool
+    quantized: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFit:
+    """A plan on one kind of GPU.
+
+    Attributes:
+        gpu: The GPU, or several of a kind.
+        refused: Why the target cannot be run on it at all, or empty.
+        devices: What each device holds.
+        fits: Whether it runs and every device's memory suffices.
+        pass_seconds: Least time of a denoiser pass by memory bandwidth; None where it is not known or there is no denoiser.
+        step_seconds: The same of a step of autoregression.
+        alternatives: What else could be asked for, where it does not fit.
+    """
+
+    gpu: GpuModel
+    refused: str
+    devices: tuple[DeviceNeed, ...]
+    fits: bool
+    pass_seconds: float | None
+    step_seconds: float | None
+    alternatives: tuple[Alternative, ...]
+
+    @property
+    def fullest(self) -> DeviceNeed:
+        return max(self.devices, key=lambda d: d.total)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "title": self.gpu.title, "needs": self.fullest.total}
+
+
+def fit(config: ModelConfig, options: PlanOptions, gpus: Sequence[GpuModel]) -> tuple[GpuFit, ...]:
+    """The plan on each GPU; an entry of several GPUs sets the number of devices."""
+    return tuple(_fit(config, replace(options, devices=gpu.count if gpu.count > 1 else options.devices), gpu) for gpu in gpus)
+
+
+def _fit(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> GpuFit:
+    needs, refused = device_needs(config, options), _refused(config, options, gpu)
+    fits = not refused and max(d.total for d in needs) <= gpu.memory
+    moved = traffic(config, options)
+    return GpuFit(
+        gpu=gpu,
+        refused=refused,
+        devices=needs,
+        fits=fits,
+        pass_seconds=moved.denoiser_pass / gpu.bandwidth if gpu.bandwidth and moved.denoiser_pass else None,
+        step_seconds=moved.ar_step / gpu.bandwidth if gpu.bandwidth else None,
+        alternatives=() if fits or refused else tuple(_alternatives(config, options, gpu)),
+    )
+
+
+def _refused(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> str:
+    if options.target == "rtx" and gpu.sm not in RTX_SMS:
+        return f"rtx does not list SM {gpu.sm}; plan --target trt"
+    if options.target == "rtx" and gpu.sm == HALF_ONLY_SM and engine_dtype(config, options) != "float16":
+        return f"SM {HALF_ONLY_SM} has float16 only; plan --dtype float16"
+    if options.target == "rtx" and options.sms and gpu.sm not in options.sms:
+        return f"--sm does not list SM {gpu.sm}"
+    return ""
+
+
+def largest_batch(config: ModelConfig, options: PlanOptions, memory: int) -> int:
+    """Most rows, up to those asked for, that fit so much memory a device; 0 if not even one does."""
+    return _largest(0, options.max_batch, lambda rows: _fullest(config, replace(options, max_batch=rows)) <= memory)
+
+
+def largest_context(config: ModelConfig, options: PlanOptions, memory: int) -> int:
+    """Longest text, up to the one asked for, that fits so much memory a device; 0 if not even the shortest does."""
+    asked = _asked_context(config, options)
+    found = _largest(LEAST_CONTEXT - 1, asked, lambda n: _fullest(config, replace(options, max_context=n)) <= memory)
+    return found if found >= LEAST_CONTEXT else 0
+
+
+def _asked_context(config: ModelConfig, options: PlanOptions) -> int:
+    from_capacity = capacity_of(config, options)  # what the default came to
+    return options.max_context or min(from_capacity, 4096, config.max_position_embeddings)
+
+
+def _largest(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """The largest number in (low, high] for which a property holds that larger numbers only lose; `low` if none."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def _fullest(config: ModelConfig, options: PlanOptions) -> int:
+    return max(d.total for d in device_needs(config, options))
+
+
+def _alternatives(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> Iterator[Alternative]:
+    enough: list[set[tuple[str, Any]]] = []  # changes that suffice alone: more of them is no news
+    for changes in _changes(config, options):
+        if any(few <= set(changes.items()) for few in enough):
+            continue
+        changed = replace(options, **changes)
+        shrunk = _shrunk(config, changed, gpu.memory)
+        if not changes and shrunk == changed:
+            continue
+        needs = _fullest(config, shrunk)
+        if shrunk == changed and needs <= gpu.memory:
+            enough.append(set(changes.items()))
+        yield Alternative(_flags(options, shrunk), needs, needs <= gpu.memory, shrunk.experts is not None)
+
+
+def _changes(config: ModelConfig, options: PlanOptions) -> Iterator[dict[str, Any]]:
+    """Sets of changed options, the mildest first: only shorter or fewer texts, narrower weights, more devices, one tower."""
+    narrow: list[dict[str, Any]] = [{}]
+    if engine_dtype(config, options) == "float32" and options.target != "ort-cpu":
+        narrow.append({"dtype": "bfloat16"})
+    if LayerKind.MOE in config.layers and options.experts is None and options.target != "ort-cpu":
+        half = {"dtype": "bfloat16"} if engine_dtype(config, options) == "float32" else {}
+        narrow += [{**half, "experts": name} for name in EXPERT_RECIPES]
+    yield from narrow
+    if options.devices == 1 and options.target != "ort-cpu":
+        yield from ({**change, "devices": 2} for change in narrow)
+    if options.mode == "diffusion":
+        yield from ({**change, "mode": "ar"} for change in narrow)
+
+
+def _shrunk(config: ModelConfig, options: PlanOptions, memory: int) -> PlanOptions:
+    """The same with fewer rows, or with one row and shorter texts, where that makes it fit; otherwise as it is."""
+    rows = largest_batch(config, options, memory)
+    if rows:
+        return replace(options, max_batch=rows)
+    single = replace(options, max_batch=1)
+    context = largest_context(config, single, memory)
+    return replace(single, max_context=context) if context else options
+
+
+def _flags(before: PlanOptions, after: PlanOptions) -> str:
+    names = ("dtype", "experts", "devices", "mode", "max_batch", "max_context")
+    return " ".join(f"--{n.replace('_', '-')} {getattr(after, n)}" for n in names if getattr(after, n) != getattr(before, n))

@@ -1,0 +1,94 @@
+"""GPUs as data: memory, compute capability and memory bandwidth as the vendor publishes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from twotower.errors import ConfigError
+from twotower.hardware import Gpu
+
+__all__ = ["GPUS", "GpuModel", "gpu_at_hand", "gpus_named"]
+
+
+@dataclass(frozen=True, slots=True)
+class GpuModel:
+    """One kind of GPU, or several of a kind.
+
+    Attributes:
+        name: As it is asked for with `--gpu`.
+        memory: Bytes of one.
+        sm: Compute capability as e.g. 89.
+        bandwidth: Bytes a second its memory delivers at best; 0 where it is not known.
+        count: How many of them.
+    """
+
+    name: str
+    memory: int
+    sm: int
+    bandwidth: int = 0
+    count: int = 1
+
+    @property
+    def title(self) -> str:
+        """The name, with the number in front if there are several."""
+        return self.name if self.count == 1 else f"{self.count}x {self.name}"
+
+
+# Memory and bandwidth are those of NVIDIA's product pages. The published memory is counted as 1e9 bytes a GB; a device reports a
+# few percent more, so the table errs on the side of "does not fit".
+GPUS = (
+    GpuModel("RTX 4090", 24 * 10**9, 89, 1008 * 10**9),
+    GpuModel("RTX 5090", 32 * 10**9, 120, 1792 * 10**9),
+    GpuModel("RTX PRO 6000 Blackwell", 96 * 10**9, 120, 1792 * 10**9),
+    GpuModel("H100 80GB", 80 * 10**9, 90, 3350 * 10**9),
+    GpuModel("H100 80GB", 80 * 10**9, 90, 3350 * 10**9, count=2),
+    GpuModel("H200", 141 * 10**9, 90, 4800 * 10**9),
+    GpuModel("B200", 180 * 10**9, 100, 8000 * 10**9),
+)
+"""The GPUs a plan is made for when none is named; H100 and H200 are the SXM modules."""
+
+
+def gpus_named(name: str) -> tuple[GpuModel, ...]:
+    """The GPUs of a name such as `RTX 4090`, `h100`, `2x H100` or `all`.
+
+    Raises:
+        ConfigError: no GPU of the table, or more than one kind, goes by that name.
+    """
+    if name.strip().lower() == "all":
+        return GPUS
+    several = re.fullmatch(r"\s*(\d+)\s*x\s+(.+)", name)
+    count, wanted = (int(several[1]), _plain(several[2])) if several else (1, _plain(name))
+    single = [gpu for gpu in GPUS if gpu.count == 1]
+    exact = [gpu for gpu in single if _plain(gpu.name) == wanted]
+    found = exact or [gpu for gpu in single if wanted and wanted in _plain(gpu.name)]
+    if len(found) != 1 or count < 1:
+        which = "is unknown" if not found else f"could be {' or '.join(gpu.name for gpu in found)}" if len(found) > 1 else "is no GPU"
+        raise ConfigError(
+            f"--gpu {name!r} {which}",
+            found=f"known: {', '.join(gpu.name for gpu in single)}; also all, or several as e.g. 2x H100",
+            do="name one of them",
+        )
+    return (replace(found[0], count=count),)
+
+
+def gpu_at_hand(gpus: Sequence[Gpu]) -> tuple[GpuModel, ...]:
+    """The kinds of GPU that were probed, with the memory the driver says; bandwidth where the table knows the name."""
+    kinds: dict[tuple[str, int, int], int] = {}
+    for gpu in gpus:
+        key = (gpu.name, gpu.memory, gpu.sm)
+        kinds[key] = kinds.get(key, 0) + 1
+    return tuple(GpuModel(name, memory, sm, _bandwidth(name)) for name, memory, sm in kinds)
+
+
+def _bandwidth(name: str) -> int:
+    """Only where every word of a table's name is a word of the driver's: an RTX 4090 Laptop or an H100 PCIe is another card."""
+    words = set(name.lower().replace("-", " ").split())
+    other = {"laptop", "pcie", "nvl", "max", "d", "mig", "server"}
+    fits = [gpu for gpu in GPUS if gpu.count == 1 and set(gpu.name.lower().replace("80gb", "").split()) <= words]
+    return fits[0].bandwidth if fits and not words & other else 0
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())

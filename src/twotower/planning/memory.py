@@ -1,0 +1,132 @@
+"""What has to be in a device's memory while texts are generated, and what a pass reads of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from twotower.config.model import ModelConfig
+from twotower.planning.options import PlanOptions, capacity_of, engine_dtype
+from twotower.planning.scratch import Scratch, Shapes, scratch
+from twotower.planning.weights import GraphWeights, graph_weights, item_bytes
+from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, state_tensors
+
+__all__ = [
+    "LIBRARY_OVERHEAD",
+    "DeviceNeed",
+    "State",
+    "Traffic",
+    "device_needs",
+    "needed_weights",
+    "state_bytes",
+    "tower_scratch",
+    "traffic",
+]
+
+LIBRARY_OVERHEAD = 1_000_000_000
+"""Assumed bytes for the driver's context, the library and its kernels; not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Bytes a row keeps between passes.
+
+    Attributes:
+        per_token: Keys and values of one position.
+        per_row: Convolution and SSM state, whatever the length.
+        capacity: Positions a row gets.
+        rows: Rows.
+    """
+
+    per_token: int
+    per_row: int
+    capacity: int
+    rows: int
+
+    @property
+    def read(self) -> int:
+        """One copy of all of it."""
+        return self.rows * (self.per_token * self.capacity + self.per_row)
+
+    @property
+    def total(self) -> int:
+        """As it lies in memory: the states of fixed size alternate between two buffers, keys and values are updated in place."""
+        return self.rows * (self.per_token * self.capacity + 2 * self.per_row)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceNeed:
+    """Bytes in one device's memory, and what lies there."""
+
+    holds: str
+    weights: int
+    state: int
+    scratch: int
+    overhead: int = LIBRARY_OVERHEAD
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.state + self.scratch + self.overhead
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes read and written at least: all of the weights, the experts that no token chose included."""
+
+    denoiser_pass: int
+    ar_step: int
+
+
+def state_bytes(config: ModelConfig, options: PlanOptions) -> State:
+    """The context state in the engines' dtype, SSM in float32."""
+    tensors = state_tensors(config, engine_dtype(config, options))
+    size = {s.past.name: math.prod(s.past.shape({"B": 1, "T": 1})) * item_bytes(s.past.dtype) for s in tensors}
+    return State(
+        per_token=sum(size[s.past.name] for s in tensors if s.in_place),
+        per_row=sum(size[s.past.name] for s in tensors if not s.in_place),
+        capacity=capacity_of(config, options),
+        rows=options.max_batch,
+    )
+
+
+def needed_weights(config: ModelConfig, options: PlanOptions) -> Mapping[str, GraphWeights]:
+    """Weights of the graphs the mode uses."""
+    every = graph_weights(config, engine_dtype(config, options), options.experts)
+    return every if options.mode == "diffusion" else {name: every[name] for name in (CONTEXT, CONTEXT_HEAD)}
+
+
+def tower_scratch(config: ModelConfig, options: PlanOptions) -> dict[str, Scratch]:
+    """The estimate for every graph the mode uses."""
+    shapes = Shapes(engine_dtype(config, options), options.max_batch, capacity_of(config, options), options.block_size)
+    return {name: scratch(name, config, shapes) for name in needed_weights(config, options)}
+
+
+def device_needs(config: ModelConfig, options: PlanOptions) -> tuple[DeviceNeed, ...]:
+    """What each device holds. Scratch is shared: one graph runs at a time on a device."""
+    weights, state = needed_weights(config, options), state_bytes(config, options)
+    need = {name: s.nbytes for name, s in tower_scratch(config, options).items()}
+    total = sum(w.total for w in weights.values())
+    if options.devices == 1:
+        what = "both towers" if DENOISER in weights else "context tower"
+        return (DeviceNeed(what, total, state.total, max(need.values())),)
+    if options.devices == 2 and DENOISER in weights:
+        reader = weights[CONTEXT].total + weights[CONTEXT_HEAD].total
+        return (
+            DeviceNeed("context tower", reader, state.total, max(need[CONTEXT], need[CONTEXT_HEAD])),
+            DeviceNeed("denoiser tower", weights[DENOISER].total, state.read, need[DENOISER]),
+        )
+    # Runs of whole layers: no better balance is promised than a share and the largest piece that cannot be divided.
+    whole = max(max(*w.layers, w.before, w.after) if w.layers else w.total for w in weights.values())
+    share = min(total, -(-total // options.devices) + whole)
+    return (DeviceNeed("segments", share, state.total, max(need.values())),) * options.devices
+
+
+def traffic(config: ModelConfig, options: PlanOptions) -> Traffic:
+    """Bytes of one denoiser pass and of one step of autoregression, all rows together, at full length."""
+    weights, state = needed_weights(config, options), state_bytes(config, options)
+    written = state.rows * (state.per_row + state.per_token)
+    return Traffic(
+        denoiser_pass=weights[DENOISER].read + state.read if DENOISER in weights else 0,
+        ar_step=weights[CONTEXT].read + weights[CONTEXT_HEAD].total + state.read + written,
+    )

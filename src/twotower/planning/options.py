@@ -1,0 +1,105 @@
+"""What a plan is made for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from twotower.builders.base import DEFAULT_MAX_BATCH, DEFAULT_MAX_CONTEXT, BuildConfig
+from twotower.builders.profiles import cache_capacity
+from twotower.config.generation import GenerationConfig
+from twotower.config.model import LayerKind, ModelConfig
+from twotower.errors import ConfigError
+from twotower.hardware import RTX_SMS, TARGETS
+from twotower.planning.weights import EXPERT_RECIPES
+
+__all__ = ["DTYPES", "HALF_ONLY_SM", "MODES", "TENSORRT", "PlanOptions", "capacity_of", "engine_dtype", "require_sound"]
+
+DTYPES = ("float32", "float16", "bfloat16")
+MODES = ("diffusion", "ar")
+TENSORRT = ("rtx", "trt")
+HALF_ONLY_SM = 75
+"""TensorRT for RTX has products in float16 only for this compute capability."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """Options of one plan; those that a build has too mean the same.
+
+    Attributes:
+        target: What would be built.
+        dtype: Element type of the bundle, None for the checkpoint's.
+        max_batch: Most rows.
+        max_context: Longest text, None for 4096 or the model's own limit, whichever is less.
+        max_build_memory: Bytes the build of one engine may need, None for no bound.
+        sms: Compute capabilities to build for ahead of time.
+        devices: GPUs to spread over: with two one tower each, with more segments of both.
+        experts: Few-bit recipe for the routed experts, None for `dtype`.
+        mode: `diffusion` for both towers, `ar` for the context tower alone.
+        block_size: Trained block size.
+        checkpoint_bytes: Size of the checkpoint's tensors where it is known from their headers.
+    """
+
+    target: str = "rtx"
+    dtype: str | None = None
+    max_batch: int = DEFAULT_MAX_BATCH
+    max_context: int | None = None
+    max_build_memory: int | None = None
+    sms: tuple[int, ...] = ()
+    devices: int = 1
+    experts: str | None = None
+    mode: str = "diffusion"
+    block_size: int = GenerationConfig().block_size
+    checkpoint_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        BuildConfig(sms=self.sms, max_batch=self.max_batch, max_context=self.max_context, max_build_memory=self.max_build_memory)
+        for flag, value, allowed in (
+            ("--target", self.target, TARGETS),
+            ("--dtype", self.dtype, (None, *DTYPES)),
+            ("--experts", self.experts, (None, *EXPERT_RECIPES)),
+            ("--mode", self.mode, MODES),
+        ):
+            if value not in allowed:
+                raise ConfigError(
+                    f"{flag} cannot be {value!r}", found=f"allowed: {', '.join(str(a) for a in allowed if a)}", do=f"choose another {flag}"
+                )
+        if self.devices < 1:
+            raise ConfigError(f"--devices cannot be {self.devices}", found="allowed: 1 and more", do="pass a positive --devices")
+
+
+def capacity_of(config: ModelConfig, options: PlanOptions) -> int:
+    """Positions of keys and values a row gets."""
+    longest = config.max_position_embeddings
+    return cache_capacity(options.max_context or min(DEFAULT_MAX_CONTEXT, longest), longest)
+
+
+def engine_dtype(config: ModelConfig, options: PlanOptions) -> str:
+    """Element type the engines compute in: `ort-cpu` widens everything to float32."""
+    return "float32" if options.target == "ort-cpu" else options.dtype or config.dtype
+
+
+def require_sound(config: ModelConfig, options: PlanOptions) -> None:
+    """Refuses what no build could do.
+
+    Raises:
+        ConfigError: options that contradict the target or the model.
+    """
+    capacity_of(config, options)
+    dtype, target = engine_dtype(config, options), options.target
+    unknown = [sm for sm in options.sms if sm not in RTX_SMS]
+    if options.sms and target != "rtx":
+        found = "trt builds for the GPU at hand, ort-cuda and ort-cpu compile nothing ahead"
+        raise ConfigError(f"--sm is not for target {target}", found=found, do="leave --sm out, or plan --target rtx")
+    if unknown:
+        raise ConfigError(
+            f"target rtx does not build for SM {', '.join(map(str, unknown))}",
+            found=f"it lists {', '.join(map(str, RTX_SMS))}: not Hopper (90), not data-centre Blackwell (100)",
+            do="choose others with --sm, or plan --target trt or --target ort-cuda",
+        )
+    if HALF_ONLY_SM in options.sms and dtype != "float16":
+        raise ConfigError(
+            f"SM {HALF_ONLY_SM} has no products in {dtype}", found="float16 only", do="add --dtype float16, or leave 75 out of --sm"
+        )
+    if options.experts and (target == "ort-cpu" or LayerKind.MOE not in config.layers):
+        found = "ort-cpu widens every weight to float32" if target == "ort-cpu" else "the model has no routed experts"
+        raise ConfigError("--experts does not apply", found=found, do="leave --experts out")

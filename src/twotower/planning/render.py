@@ -1,0 +1,150 @@
+"""A plan as aligned text; a GB is 1e9 bytes everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from twotower.errors import ConfigError
+from twotower.planning.fit import Alternative, GpuFit
+from twotower.planning.memory import LIBRARY_OVERHEAD
+from twotower.planning.plan import EXPORT_MEMORY, Plan
+
+__all__ = ["describe_fits", "describe_plan", "refusal"]
+
+_NOTES = (
+    "exact       weights, state, checkpoint and bundle (but for graphs and tokenizer, a few MB)",
+    "estimated   scratch: the two largest tensors alive at once, an upper bound for a library that fuses; never measured on a GPU",
+    f"            {LIBRARY_OVERHEAD / 1e9:.1f} GB for driver and library in every total is an assumption",
+    "            pass and AR step: bytes over the published memory bandwidth, a lower bound, not measured; every pass reads",
+    "            all experts, because the exported graph computes all of them",
+)
+_BUILD_NOTES = (
+    "            build memory and time: from slices at published widths on two cores (docs/engines.md), 4 s a GB cached, 32 s from disk,",
+    "            and half a second a layer; the measuring of kernels on a GPU, which trt does, comes on top",
+)
+
+
+def describe_plan(plan: Plan) -> list[str]:
+    """Everything but the GPUs."""
+    o, state = plan.options, plan.state
+    what = "both towers" if o.mode == "diffusion" else "context tower alone"
+    experts = f", experts in {o.experts}" if o.experts else ""
+    rows = [
+        ("plan", f"target {o.target}, {plan.dtype}{experts}, {what}; up to {o.max_batch} rows of {state.capacity} positions"),
+        ("weights", f"{_gb(sum(w.total for w in plan.weights.values()))}; {plan.parameters / 1e9:.3g} billion parameters in both towers"),
+        *(("", f"{name:<14}{_gb(w.total):>10}   {_kinds(plan, name)}") for name, w in plan.weights.items()),
+        (
+            "state",
+            f"{_small(state.per_token)} a token and {_small(state.per_row)} a row; {_gb(state.total)} for all rows (the latter twice)",
+        ),
+        ("scratch", _gb(max(s.nbytes for s in plan.scratch.values()))),
+        *(("", f"{name:<14}{_gb(s.nbytes):>10}   {s.because}") for name, s in plan.scratch.items()),
+        ("disk", f"checkpoint {_gb(plan.disk.checkpoint)}, bundle {_gb(plan.disk.bundle)}"),
+        ("", "engines " + ", ".join(f"{target} {_gb(size)}" for target, size in plan.disk.engines.items())),
+        ("host memory", f"export {_gb(EXPORT_MEMORY)} (streams); {_build(plan)}"),
+    ]
+    if seconds := plan.build_seconds:
+        rows.append(("build time", f"{_time(seconds[0])} with weights in the page cache, {_time(seconds[1])} from disk; two cores"))
+    return [f"{name:<12}{value}" for name, value in rows]
+
+
+def describe_fits(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
+    """The table of GPUs, what would fit those it does not fit, and what the numbers rest on."""
+    head = ("GPU", "fits", "weights", "state", "scratch", "total", "of", "used", "pass", "AR step")
+    rows = [head, *(_row(f) for f in fits)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["", f"GB of 1e9 bytes, on the fullest device; times are lower bounds for {plan.options.max_batch} rows at full length:"]
+    for row in rows:
+        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    for why in dict.fromkeys(f.refused for f in fits if f.refused):
+        lines += ["", f"{', '.join(f.gpu.title for f in fits if f.refused == why)}: {why}"]
+    for f in fits:
+        lines += _instead(f)
+    lines += ["", *_NOTES]
+    if plan.build_peak:
+        lines += _BUILD_NOTES
+    if any(f.gpu.count > 1 or len(f.devices) > 1 or any("--devices" in a.flags for a in f.alternatives) for f in fits):
+        lines.append(
+            "            several devices: one tower each on two, runs of layers on more (`--devices 0,1` when it runs); arithmetic, never run"
+        )
+    return lines
+
+
+def refusal(plan: Plan, fits: Sequence[GpuFit]) -> ConfigError:
+    """The error of a plan that fits none of the GPUs it was made for."""
+    names = ", ".join(f.gpu.title for f in fits)
+    found = "; ".join(f"{f.gpu.title}: {f.refused or _found(f)}" for f in fits)
+    possible = [(f, a) for f in fits for a in f.alternatives if a.fits]
+    many = len(fits) > 1
+    do = "; ".join(f"{f.gpu.title + ': ' if many else ''}{_alternative(a)}" for f, a in possible)
+    if not do:
+        near = [(a.needs, f, a) for f in fits for a in f.alternatives]
+        least = min(near, key=lambda n: n[0], default=None)
+        other = " or --target trt or ort-cuda" if any(f.refused for f in fits) else ""
+        do = f"plan for another GPU{other}: --gpu all lists them"
+        if least:
+            do += f"; the least that was tried on {least[1].gpu.title} is {_alternative(least[2])}"
+    return ConfigError(f"the plan for target {plan.options.target} does not fit {names}", found=found, do=do)
+
+
+def _found(f: GpuFit) -> str:
+    n = f.fullest
+    parts = f"weights {_gb(n.weights)}, state {_gb(n.state)}, scratch {_gb(n.scratch)}, library {_gb(n.overhead)}"
+    return f"needs {_gb(n.total)} ({parts}), has {_gb(f.gpu.memory)}"
+
+
+def _row(f: GpuFit) -> tuple[str, ...]:
+    n = f.fullest
+    sizes = (f"{x / 1e9:.1f}" for x in (n.weights, n.state, n.scratch, n.total, f.gpu.memory))
+    verdict = "no (SM)" if f.refused else "yes" if f.fits else "no"
+    return (f.gpu.title, verdict, *sizes, f"{100 * n.total / f.gpu.memory:.0f} %", _ms(f.pass_seconds), _ms(f.step_seconds))
+
+
+def _instead(f: GpuFit) -> list[str]:
+    if f.fits or f.refused:
+        return []
+    possible = [a for a in f.alternatives if a.fits]
+    if not possible:
+        least = min(f.alternatives, key=lambda a: a.needs, default=None)
+        return ["", f"{f.gpu.title}: nothing tried fits" + (f"; least: {_alternative(least)}" if least else "")]
+    width = max(len(a.flags) for a in possible)
+    return ["", f"{f.gpu.title} would fit with", *(f"  {_alternative(a, width)}" for a in possible)]
+
+
+def _alternative(a: Alternative, width: int = 0) -> str:
+    later = " (arithmetic; nothing quantizes yet)" if a.quantized else ""
+    return f"{a.flags:<{width}}  {_gb(a.needs)}{later}" if width else f"`{a.flags}` {_gb(a.needs)}{later}"
+
+
+def _build(plan: Plan) -> str:
+    if not plan.build_peak:
+        return "nothing is compiled at build time"
+    count = len(plan.engines)
+    bound = "" if plan.options.max_build_memory else "; --max-build-memory cuts towers"
+    return f"build {_gb(plan.build_peak)} at the peak of {count} engines, one after the other{bound}"
+
+
+def _kinds(plan: Plan, graph: str) -> str:
+    kinds = sorted(plan.weights[graph].by_kind.items(), key=lambda kv: -kv[1])
+    return ", ".join(f"{name} {_gb(size)}" for name, size in kinds[:4])
+
+
+def _gb(size: float) -> str:
+    if not size:
+        return "none"
+    if size >= 1e8:
+        return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def _small(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.3g} KiB"
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.1f} ms" if seconds >= 1e-4 else f"{1e6 * seconds:.1f} us"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

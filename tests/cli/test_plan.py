@@ -1,0 +1,129 @@
+"""`twotower plan` as it is typed: every kind of source, the table, and refusals a script can trust."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.errors import check_error
+from tests.helpers.source import ROOT
+from twotower.cli.main import main
+from twotower.config.model import parse_model_config
+from twotower.export.synthetic import PUBLISHED_CONFIG, SyntheticOptions, write_checkpoint
+from twotower.hardware import Gpu, Machine
+from twotower.planning import GPUS, PlanOptions, describe_fits, describe_plan, fit, plan_bundle
+
+TINY = str(ROOT / "assets" / "twotower-tiny")
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No GPU and 8 GB, wherever the tests run."""
+    monkeypatch.setattr("twotower.hardware.probe_machine", lambda: Machine("test", 2, 8 * 10**9, (), {}, available=8 * 10**9))
+    return monkeypatch
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> str:
+    """The published config.json alone; it is not JSON, for it holds `Infinity`."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(PUBLISHED_CONFIG))
+    assert "Infinity" in path.read_text()
+    return str(path)
+
+
+def test_a_small_model_fits_every_gpu_rtx_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", TINY, "--target", "rtx"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("  yes  ") == 3
+    assert "rtx does not list SM 90" in out
+    for word in ("exact ", "estimated ", "1e9 bytes"):
+        assert word in out
+
+
+def test_the_published_config_alone_gives_the_table(published: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", published, "--target", "trt"]) == 0
+    out = capsys.readouterr().out
+    for gpu in GPUS:
+        assert f"\n{gpu.title}  " in out
+    assert "63.2 billion" in out
+    assert "--experts int4" in out
+    assert "not enough for the build; see --max-build-memory" in out
+
+
+def test_json_holds_the_same(published: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", published, "--target", "trt", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {g["title"] for g in facts["gpus"] if g["fits"]} == {"2x H100 80GB", "H200", "B200"}
+    assert round(facts["parameters"] / 1e9, 1) == 63.2
+    assert facts["state"]["per_token"] == 6144
+
+
+def test_a_checkpoint_is_read_by_its_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """118 GB of it take no space here: the files are sparse."""
+    folder = write_checkpoint(tmp_path / "c", PUBLISHED_CONFIG, SyntheticOptions(headers_only=True))
+    assert main(["plan", str(folder), "--target", "ort-cuda", "--gpu", "H200", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["disk"]["checkpoint"] == facts["parameters"] * 2 == facts["options"]["checkpoint_bytes"]
+    assert facts["host"]["build_peak"] == 0
+
+
+def test_a_bundle_gives_its_own_dtype(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(built_bundle), "--target", "rtx", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["dtype"], facts["options"]["block_size"]) == ("float32", 16)
+
+
+@pytest.mark.parametrize("words", [["--gpu", "RTX 4090"], ["--gpu", "H100"], ["--fit", "--max-batch", "200"]])
+def test_what_does_not_fit_a_named_gpu_exits_with_2_and_says_what_does(
+    published: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", published, "--target", "trt", *words]) == 2
+    out, err = capsys.readouterr()
+    check_error(err, "does not fit")
+    assert not out
+    assert "--experts int4" in err
+    assert "twotower quantize" in err
+
+
+def test_a_gpu_at_hand_is_meant(machine: pytest.MonkeyPatch, published: str, capsys: pytest.CaptureFixture[str]) -> None:
+    here = Machine("test", 2, 8 * 10**9, (Gpu("NVIDIA GeForce RTX 4090", 89, 24 * 10**9),), {})
+    machine.setattr("twotower.hardware.probe_machine", lambda: here)
+    assert main(["plan", published, "--target", "trt"]) == 2
+    check_error(capsys.readouterr().err, "NVIDIA GeForce RTX 4090")
+    assert main(["plan", published, "--target", "trt", "--gpu", "all"]) == 0
+    assert main(["plan", TINY, "--target", "trt"]) == 0
+
+
+def test_a_cpu_is_held_against_its_memory(published: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", published, "--target", "ort-cpu"]) == 0
+    assert "this machine  no" in capsys.readouterr().out
+    assert main(["plan", published, "--target", "ort-cpu", "--fit"]) == 2
+    assert main(["plan", TINY, "--target", "ort-cpu", "--fit"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--gpu", "GTX 480"], "RTX 5090"),
+        (["--target", "tpu"], "ort-cuda"),
+        (["--target", "ort-cpu", "--gpu", "H200"], "uses no GPU"),
+        (["--sm", "90"], "not Hopper (90)"),
+        (["--gpu", "H200", "--target", "rtx"], "rtx does not list SM 90"),
+        (["--max-build-memory", "1G"], "a layer is the smallest piece"),
+    ],
+)
+def test_what_cannot_be_planned_names_what_can(published: str, words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", published, *words]) == 2
+    err = capsys.readouterr().err
+    check_error(err, "Error")
+    assert says in err
+
+
+def test_the_document_shows_what_the_command_prints() -> None:
+    config, options = parse_model_config(PUBLISHED_CONFIG, "published"), PlanOptions(target="trt")
+    plan = plan_bundle(config, options)
+    shown = "\n".join([*describe_plan(plan), *describe_fits(plan, fit(config, options, GPUS))])
+    assert f"```text\n{shown}\n```" in (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")

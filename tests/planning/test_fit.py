@@ -1,0 +1,97 @@
+"""GPUs by name, which of them the published model fits, and that every alternative keeps its word."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twotower.config.model import parse_model_config
+from twotower.errors import ConfigError
+from twotower.export.synthetic import PUBLISHED_CONFIG
+from twotower.hardware import Gpu
+from twotower.planning import GPUS, GpuModel, PlanOptions, fit, gpu_at_hand, gpus_named
+from twotower.planning.fit import largest_batch, largest_context
+from twotower.planning.memory import device_needs
+
+PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
+TRT = PlanOptions(target="trt")
+
+
+def applied(options: PlanOptions, flags: str) -> PlanOptions:
+    """The options with flags typed as an alternative says them."""
+    words = flags.split()
+    given = {k.removeprefix("--").replace("-", "_"): v for k, v in zip(words[::2], words[1::2], strict=True)}
+    return replace(options, **{k: int(v) if v.isdigit() else v for k, v in given.items()})  # type: ignore[arg-type]
+
+
+def test_the_published_model_fits_where_it_should() -> None:
+    fits = {f.gpu.title: f for f in fit(PUBLISHED, TRT, GPUS)}
+    assert {title for title, f in fits.items() if f.fits} == {"2x H100 80GB", "H200", "B200"}
+    assert not fits["H100 80GB"].fits
+    assert fits["H100 80GB"].fullest.weights > 126e9
+    assert {a.flags for a in fits["H100 80GB"].alternatives if a.fits} >= {"--devices 2", "--mode ar", "--experts int4"}
+
+
+def test_rtx_does_not_list_data_centre_gpus() -> None:
+    fits = fit(PUBLISHED, PlanOptions(target="rtx"), GPUS)
+    assert {f.gpu.sm for f in fits if f.refused} == {90, 100}
+    assert all("--target trt" in f.refused and not f.fits for f in fits if f.gpu.sm in (90, 100))
+
+
+@given(memory=st.integers(10 * 10**9, 200 * 10**9), rows=st.integers(1, 32), devices=st.sampled_from([1, 2]))
+def test_alternatives_are_what_the_plan_with_their_flags_says(memory: int, rows: int, devices: int) -> None:
+    options = replace(TRT, max_batch=rows, devices=devices)
+    (found,) = fit(PUBLISHED, options, [GpuModel("some", memory, 89, 10**12)])
+    assert found.fits == (max(d.total for d in found.devices) <= memory)
+    assert not (found.fits and found.alternatives)
+    for alternative in found.alternatives:
+        changed = applied(options, alternative.flags)
+        assert max(d.total for d in device_needs(PUBLISHED, changed)) == alternative.needs
+        assert alternative.fits == (alternative.needs <= memory)
+        assert alternative.quantized == ("--experts" in alternative.flags)
+
+
+@given(memory=st.integers(126 * 10**9, 150 * 10**9))
+def test_largest_is_largest(memory: int) -> None:
+    def needs(options: PlanOptions) -> int:
+        return device_needs(PUBLISHED, options)[0].total
+
+    asked = replace(TRT, max_batch=16)
+    rows = largest_batch(PUBLISHED, asked, memory)
+    assert rows == 0 or needs(replace(asked, max_batch=rows)) <= memory
+    assert rows == 16 or needs(replace(asked, max_batch=rows + 1)) > memory
+    long = replace(TRT, max_batch=1, max_context=100_000)
+    context = largest_context(PUBLISHED, long, memory)
+    assert context == 0 or needs(replace(long, max_context=context)) <= memory
+    assert context in (0, 100_000) or needs(replace(long, max_context=context + 64)) > memory
+
+
+def test_time_is_bytes_over_bandwidth() -> None:
+    for f in fit(PUBLISHED, TRT, GPUS):
+        assert f.pass_seconds is not None
+        assert 62e9 / f.gpu.bandwidth < f.pass_seconds < 65e9 / f.gpu.bandwidth
+    (ar,) = fit(PUBLISHED, replace(TRT, mode="ar"), [GPUS[0]])
+    assert ar.pass_seconds is None
+    assert ar.step_seconds is not None
+
+
+def test_gpus_go_by_names_people_type() -> None:
+    assert gpus_named("all") == GPUS
+    assert [g.title for g in gpus_named("rtx4090")] == ["RTX 4090"]
+    assert [g.title for g in gpus_named("2x h100")] == ["2x H100 80GB"]
+    assert gpus_named("RTX PRO 6000")[0].memory == 96 * 10**9
+    for name in ("GTX 480", "RTX", ""):
+        with pytest.raises(ConfigError) as caught:
+            gpus_named(name)
+        assert all(gpu.name in caught.value.found for gpu in GPUS)
+
+
+def test_a_gpu_at_hand_has_its_own_memory_and_the_table_s_bandwidth() -> None:
+    gpus = [Gpu("NVIDIA GeForce RTX 4090", 89, 25_386_352_640), Gpu("NVIDIA GeForce RTX 4090", 89, 25_386_352_640)]
+    gpus.append(Gpu("NVIDIA H100 PCIe", 90, 85 * 10**9))
+    known, other = gpu_at_hand(gpus)
+    assert (known.memory, known.bandwidth) == (25_386_352_640, 1008 * 10**9)
+    assert other.bandwidth == 0, "another card than the table's"

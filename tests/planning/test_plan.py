@@ -1,0 +1,102 @@
+"""Plans against what is really built, and their promises to other modules."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.bundles import export_fixture
+from twotower.builders import BuildConfig, build_engines, builder_for
+from twotower.builders.cut import build_memory
+from twotower.config.model import parse_model_config, read_model_config
+from twotower.errors import BuildError, ConfigError
+from twotower.export.synthetic import PUBLISHED_CONFIG
+from twotower.planning import PlanOptions, plan_bundle
+from twotower.planning.weights import WEIGHT_ALIGNMENT
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
+TINY = read_model_config(ROOT / "assets/twotower-tiny/config.json")
+
+
+def test_one_engine_a_graph_unless_memory_is_bounded() -> None:
+    whole = plan_bundle(PUBLISHED, PlanOptions(target="trt"))
+    assert [e.name for e in whole.engines] == ["context.engine", "context_head.engine", "denoiser.engine"]
+    assert whole.build_peak == build_memory(max(e.weight_bytes for e in whole.engines))
+    bound = 16 * 10**9
+    cut = plan_bundle(PUBLISHED, PlanOptions(target="trt", max_build_memory=bound))
+    assert len(cut.engines) > 20
+    assert all((e.build_peak_bytes or 0) <= bound for e in cut.engines)
+    assert sum(e.weight_bytes for e in cut.engines) == sum(e.weight_bytes for e in whole.engines)
+    for graph in ("context", "denoiser"):
+        layers = [e.layers for e in cut.engines if e.graph == graph]
+        assert layers[0][0] == 0
+        assert layers[-1][1] == 52
+        assert all(a[1] == b[0] for a, b in pairwise(layers))
+
+
+def test_a_bound_below_one_layer_is_refused() -> None:
+    with pytest.raises(BuildError) as caught:
+        plan_bundle(PUBLISHED, PlanOptions(target="trt", max_build_memory=10**9))
+    assert "--max-build-memory" in caught.value.do
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
+def test_onnx_runtime_compiles_nothing(target: str) -> None:
+    plan = plan_bundle(PUBLISHED, PlanOptions(target=target))
+    assert (plan.build_peak, plan.build_seconds) == (0, None)
+    assert plan.dtype == ("float32" if target == "ort-cpu" else "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (PlanOptions(sms=(90,)), "not Hopper (90)"),
+        (PlanOptions(sms=(75,)), "float16 only"),
+        (PlanOptions(target="trt", sms=(89,)), "GPU at hand"),
+        (PlanOptions(target="ort-cpu", experts="int4"), "float32"),
+        (PlanOptions(max_context=10**6), "1 to 262144"),
+    ],
+)
+def test_what_no_build_could_do_is_refused(options: PlanOptions, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_bundle(PUBLISHED, options)
+    assert says in caught.value.found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_disk_is_what_onnx_runtime_s_files_take(tmp_path: Path, dtype: str) -> None:
+    """Data files, but for less than a page at the end of each; the graphs beside them, under a megabyte, are what the plan leaves out."""
+    bundle = export_fixture("hybrid-a", tmp_path / "bundle", dtype)
+    build_engines(bundle, "ort-cpu", builder_for("ort-cpu"))
+    plan = plan_bundle(bundle.config, PlanOptions(target="ort-cpu", dtype=dtype))
+    pages = 3 * WEIGHT_ALIGNMENT
+    assert 0 <= plan.disk.bundle - sum(p.stat().st_size for p in bundle.path.glob("*/*.onnx.data")) < pages
+    engine = bundle.path / "engines" / "ort-cpu"
+    written = sum(p.stat().st_size for p in engine.glob("*.data"))
+    assert (written == 0) == (dtype == "float32"), "only narrow weights are widened into files of their own"
+    assert 0 <= plan.disk.engines["ort-cpu"] - written < pages
+    assert sum(p.stat().st_size for p in engine.glob("*.onnx")) < 1e6
+
+
+@pytest.mark.slow
+@pytest.mark.trt_rtx
+@pytest.mark.parametrize("folder", ["hybrid-a", "hybrid-b"])
+def test_disk_is_what_tensorrt_s_engines_take(tmp_path: Path, folder: str) -> None:
+    bundle = export_fixture(folder, tmp_path / "bundle", "float16")
+    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256))
+    plan = plan_bundle(bundle.config, PlanOptions(dtype="float16", sms=(89,), max_context=256))
+    assert {e.name for e in plan.engines} == set(record.files)
+    for engine in plan.engines:
+        assert engine.engine_bytes == pytest.approx(record.files[engine.name].size, rel=0.35)
+        assert record.files[engine.name].size > engine.weight_bytes
+    assert sum(e.engine_bytes for e in plan.engines) == pytest.approx(sum(f.size for f in record.files.values()), rel=0.2)
+
+
+def test_a_plan_is_plain_data() -> None:
+    facts = plan_bundle(TINY, PlanOptions()).to_json()
+    assert facts["parameters"] == sum(w["total"] for w in facts["weights"].values()) // 4
+    assert {e["name"] for e in facts["engines"]} == {"context.engine", "context_head.engine", "denoiser.engine"}
+    assert facts["devices"][0]["total"] > facts["state"]["total"]

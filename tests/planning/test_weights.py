@@ -1,0 +1,80 @@
+"""Weights by arithmetic are the weights the graphs declare and the checkpoints hold."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from twotower.config.model import ModelConfig, parse_model_config, read_model_config
+from twotower.export.graphs import build_graph
+from twotower.export.synthetic import PUBLISHED_CONFIG
+from twotower.graph_files import ALIGNMENT
+from twotower.planning.weights import EXPERT_RECIPES, WEIGHT_ALIGNMENT, checkpoint_bytes, graph_weights
+from twotower.spec import CONTEXT, DENOISER
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = {"a": ROOT / "tests/fixtures/hybrid-a", "b": ROOT / "tests/fixtures/hybrid-b", "tiny": ROOT / "assets/twotower-tiny"}
+
+
+def config_of(name: str) -> ModelConfig:
+    return parse_model_config(PUBLISHED_CONFIG, "published") if name == "published" else read_model_config(FOLDERS[name] / "config.json")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", [*FOLDERS, "published"])
+def test_every_graph_declares_what_the_arithmetic_says(name: str, dtype: str) -> None:
+    config = config_of(name)
+    for graph, planned in graph_weights(config, dtype).items():
+        declared = build_graph(graph, config, dtype).weights
+        assert planned.total == sum(w.nbytes for w in declared)
+        assert planned.stored == sum(-(-w.nbytes // ALIGNMENT) * ALIGNMENT for w in declared)
+        in_layers = [w for w in declared if ".layers." in w.name or "scale_shift" in w.name]
+        assert sum(planned.layers) == sum(w.nbytes for w in in_layers)
+        assert sum(planned.by_kind.values()) == sum(planned.by_dtype.values()) == planned.total
+    assert WEIGHT_ALIGNMENT == ALIGNMENT
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_checkpoint_holds_what_the_arithmetic_says(name: str) -> None:
+    elements = 0
+    for shard in FOLDERS[name].glob("model*.safetensors"):
+        with safe_open(shard, "numpy") as file:
+            elements += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    config = config_of(name)
+    item = 4 if config.dtype == "float32" else 2
+    assert checkpoint_bytes(config) == elements * item
+    planned = graph_weights(config, "float32")
+    assert sum(w.total for w in planned.values()) == 4 * elements
+
+
+def test_the_published_model_is_as_large_as_published() -> None:
+    size = checkpoint_bytes(config_of("published"))
+    assert round(size / 2 / 1e9, 1) == 63.2
+    assert round(size / 2**30, 1) == 117.7
+
+
+@pytest.mark.parametrize("name", EXPERT_RECIPES)
+def test_few_bits_narrow_routed_experts_only(name: str) -> None:
+    config, recipe = config_of("published"), EXPERT_RECIPES[name]
+    before, after = graph_weights(config, "bfloat16")[CONTEXT], graph_weights(config, "bfloat16", name)[CONTEXT]
+    rest = {kind: size for kind, size in before.by_kind.items() if kind != "routed_expert"}
+    assert rest == {kind: size for kind, size in after.by_kind.items() if kind != "routed_expert"}
+    bits = 8 * 2 * after.by_kind["routed_expert"] / before.by_kind["routed_expert"]
+    assert recipe.bits < bits <= recipe.bits + 0.51
+    assert after.by_dtype[name] == after.by_kind["routed_expert"]
+
+
+def test_a_recipe_counts_a_scale_for_a_part_of_a_group() -> None:
+    """1856 columns are 14 groups of 128 and a half."""
+    assert EXPERT_RECIPES["int4"].nbytes((3, 1856)) == 3 * 928 + 3 * 15 * 2
+    assert EXPERT_RECIPES["nvfp4"].nbytes((3, 1856)) == 3 * 928 + 3 * 116
+    assert EXPERT_RECIPES["int8"].nbytes((3, 1856)) == 3 * 1856 + 3 * 2
+
+
+def test_the_conditioning_is_the_denoiser_s() -> None:
+    planned = graph_weights(config_of("a"), "float32")
+    assert "conditioning" in planned[DENOISER].by_kind
+    assert "conditioning" not in planned[CONTEXT].by_kind
