@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class EnginePlan:
         key: Its name in the cache.
         job: What `child.main` is told, but for the places of its files.
         notes: What the graph rules note of the graph.
+        operators: How often each operator is in it, the most frequent first.
     """
 
     graph: str
@@ -36,6 +37,7 @@ class EnginePlan:
     key: str
     job: dict[str, Any]
     notes: tuple[dict[str, str], ...] = ()
+    operators: dict[str, int] = field(default_factory=dict)
 
 
 def plan_key(job: dict[str, Any], model: bytes, *, weights: str, library: dict[str, str], gpu: GpuIdentity | None) -> str:

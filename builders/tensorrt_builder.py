@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ class TensorRTBuilder:
             require_build_memory(self._weights(bundle), available=probe_machine().available, bound=config.max_build_memory)
         for plan in plans:
             files[plan.engine.file], made = maker.make(plan)
-            facts[plan.engine.file] = {**made, "notes": list(plan.notes)}
+            facts[plan.engine.file] = {**made, "notes": list(plan.notes), "operators": plan.operators}
             engines[plan.graph] = (*engines.get(plan.graph, ()), plan.engine)
         return EngineRecord(
             target=self.flavour.target,
@@ -150,6 +151,7 @@ class TensorRTBuilder:
                 key=plan_key(job, model, weights=data, library=self.library(), gpu=gpu),
                 job=job,
                 notes=_notes(made.model, piece),
+                operators=dict(Counter(node.op_type for node in made.model.graph.node).most_common()),
             )
 
     def _job(self, bundle: Bundle, engine: EngineFile, limits: EngineLimits) -> dict[str, Any]:

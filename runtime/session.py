@@ -19,12 +19,12 @@ from twotower.runtime.loop import run_rows
 from twotower.runtime.requests import Limits, Prompt, Request, as_requests, batches, row_from_request
 from twotower.runtime.results import BlockEvent, Generation
 from twotower.runtime.rows import Row, text_end
-from twotower.runtime.schedule import capacity_bucket, capacity_limit, prefill_plan
+from twotower.runtime.schedule import capacity_limit, prefill_plan
 from twotower.runtime.scoring import Score, scoring_rows
 from twotower.runtime.settings import LoopSettings
 from twotower.runtime.streams import Streams
 from twotower.runtime.tokenizer import Tokenizer
-from twotower.runtime.workspace import Workspace
+from twotower.runtime.workspaces import Workspaces
 from twotower.spec import MAX_CHUNK
 
 __all__ = ["TwoTower"]
@@ -48,8 +48,7 @@ class TwoTower:
         self._defaults = defaults
         self._max_batch, self._max_chunk = max_batch, max_chunk
         self._streams = streams
-        self._idle: Workspace | None = None
-        self._working: list[Workspace] = []  # of calls and open streams
+        self._workspaces = Workspaces(towers)
         self._lock = RLock()
         self._closed = False
         self._target = ""
@@ -308,17 +307,14 @@ class TwoTower:
         Whatever an engine keeps anywhere else than in its buffers is lost by it, and the text changes.
         """
         with self._lock:
-            for work in self._working:
-                work.grow(work.capacity)
+            self._workspaces.relocate()
 
     def close(self) -> None:
         """Frees buffers and engines, after a running call has come to the end of its turn; idempotent."""
         with self._lock:
             if not self._closed:
                 self._closed = True
-                idle, self._idle = self._idle, None
-                for work in (*self._working, *([idle] if idle else [])):
-                    work.close()
+                self._workspaces.close()
                 self._towers.close()
 
     def __enter__(self) -> Self:
@@ -340,7 +336,7 @@ class TwoTower:
             self._check_open()
             plan = prefill_plan([row.length for row in batch], self._max_chunk, self._towers.chunk_widths)
             first_extension = max(min(row.length + row.width, text_end(row.length, row.config)) for row in batch)
-            work = self._workspace(len(batch), max(plan.peak, first_extension), largest)
+            work = self._workspaces.take(len(batch), max(plan.peak, first_extension), largest)
             sound = False
             try:
                 for commits in run_rows(work, batch, plan, settings):
@@ -349,7 +345,7 @@ class TwoTower:
                         yield BlockEvent(row.index, taken.tokens, taken.text, result is not None, result)
                 sound = True
             finally:
-                self._let_go(work, keep=sound)
+                self._workspaces.give_back(work, sound=sound)
 
     def _in_turns(self, events: Generator[BlockEvent, None, None]) -> Generator[BlockEvent, None, None]:
         """The same events; the session is held only while one is computed."""
@@ -363,29 +359,6 @@ class TwoTower:
                 yield event
         finally:
             events.close()
-
-    def _workspace(self, rows: int, needed: int, largest: int) -> Workspace:
-        """Cleared buffers for `needed` positions, those of the last run if they have the very size: a larger cache would be slower."""
-        limits = self._towers.limits
-        capacity = limits.capacity if limits is not None else capacity_bucket(needed, largest)
-        work, self._idle = self._idle, None
-        if work is not None and (work.rows, work.capacity) != (rows, capacity):
-            work.close()  # before the new buffers are allocated
-            work = None
-        if work is None:
-            work = Workspace(self._towers, rows=rows, capacity=capacity)
-        else:
-            work.clear()
-        self._working.append(work)
-        return work
-
-    def _let_go(self, work: Workspace, *, keep: bool) -> None:
-        """Keeps buffers for the next run; those of a failed run are dropped with whatever is in them."""
-        self._working = [other for other in self._working if other is not work]
-        if keep and self._idle is None and not self._closed:
-            self._idle = work
-        else:
-            work.close()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -56,7 +56,7 @@ def test_what_it_says_to_type_can_be_built(available: int) -> None:
 def test_a_build_asks_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
     monkeypatch.setattr("twotower.builders.tensorrt_builder.probe_machine", lambda: Machine("test", 2, GB, (), {}, available=10**7))
-    monkeypatch.setattr("twotower.builders.tensorrt_builder.run_job", lambda *_, **__: pytest.fail("a build was started"))
+    monkeypatch.setattr("twotower.builders.make_engine.run_job", lambda *_, **__: pytest.fail("a build was started"))
     with pytest.raises(BuildError) as caught:
         build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256))
     assert "available" in caught.value.found

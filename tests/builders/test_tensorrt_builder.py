@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from tests.helpers.bundles import export_fixture
-from twotower.builders import BuildConfig
+from twotower.builders import BuildConfig, make_engine
 from twotower.builders.tensorrt_builder import TensorRTBuilder
 from twotower.bundle import Bundle
 from twotower.errors import BuildError
@@ -26,11 +26,12 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[onnx.ModelProto]:
     """The graphs that reach the library, which is not there."""
     graphs: list[onnx.ModelProto] = []
 
-    def run(self: Any, made: Any, *rest: Any) -> dict[str, Any]:
-        graphs.append(made.model)
+    def run(job: dict[str, Any], scratch: Path, *, tick: Any) -> dict[str, Any]:
+        graphs.append(onnx.load(job["graph"], load_external_data=False))
+        Path(job["output"]).write_bytes(b"engine")
         return {"layers": 0}
 
-    monkeypatch.setattr(TensorRTBuilder, "_run", run)
+    monkeypatch.setattr(make_engine, "run_job", run)
     return graphs
 
 

@@ -14,6 +14,7 @@ from tests.helpers.stand_ins import GPUS, stand_in_bundle
 from tests.helpers.tensorrt_stand_in import TensorRTStandIn
 from twotower.builders import build_engines, builder_for
 from twotower.cli.main import main
+from twotower.evaluate import setting_of
 from twotower.flavour import flavour_from_module
 from twotower.hardware import Machine
 from twotower.runtime import engines
@@ -64,6 +65,13 @@ def test_generate_takes_the_gpu_of_its_own_accord(bundle: Any, opened: list[Any]
 def test_devices_that_are_none(bundle: Any, opened: list[Any], capsys: pytest.CaptureFixture[str], devices: str) -> None:
     assert main(["generate", str(bundle.path), "--tokens", "5", "--devices", devices]) == 2
     assert "\n  do: " in capsys.readouterr().err
+
+
+def test_the_operators_of_an_engine_are_known_to_the_diagnosis(bundle: Any) -> None:
+    """Known defects are named by the operators they strike."""
+    of_rtx, of_cpu = (setting_of(bundle, target).operators for target in ("rtx", "ort-cpu"))
+    assert {"Attention", "TensorScatter", "TopK"} <= of_rtx
+    assert {"Attention", "TensorScatter", "TopK"} <= of_cpu
 
 
 def test_the_report_of_a_device(bundle: Any, opened: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

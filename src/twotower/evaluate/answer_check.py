@@ -45,7 +45,9 @@ def known_answer_of(bundle: Bundle, open_reference: Opener) -> tuple[KnownAnswer
 def setting_of(bundle: Bundle, target: str, sm: int | None = None) -> Setting:
     """Where an engine runs, from its build record; call it for an engine that has been opened, and so checked."""
     record = json.loads((engine_folder(bundle, target) / BUILD_FILE).read_text(encoding="utf-8"))
-    operators = frozenset(op for graph in record["report"].get("operators", {}).values() for op in graph)
+    report = record["report"]
+    graphs = [*report.get("operators", {}).values(), *(facts["operators"] for facts in report.get("engines", {}).values())]
+    operators = frozenset(op for graph in graphs for op in graph)
     return Setting(target=target, dtype=str(record["dtype"]), sm=sm, operators=operators)
 
 

@@ -65,9 +65,7 @@ def describe_fits(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
     if plan.build_peak:
         lines += _BUILD_NOTES
     if any(f.gpu.count > 1 or len(f.devices) > 1 or any("--devices" in a.flags for a in f.alternatives) for f in fits):
-        lines.append(
-            "            several devices: one tower each on two, runs of layers on more (`--devices 0,1` when it runs); arithmetic, never run"
-        )
+        lines.append("            several devices: one tower each on two, runs of layers on more (`--devices 0,1` at run time); never run")
     return lines
 
 

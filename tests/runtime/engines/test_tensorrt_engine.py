@@ -97,7 +97,7 @@ def test_a_step_is_one_launch_and_sets_nothing(built: Callable[..., Any], opened
         steady = np.diff(np.array(marks[33:48]), axis=0)  # the third block: both sets of Mamba states have been captured
         assert len(marks) == 64
         assert (steady == [0, 0, 1, 0, 1, 0]).all(), steady
-        assert all(p.replayed for p in it.model._idle._denoiser.values())
+        assert all(p.replayed for p in it.model._workspaces._idle._denoiser.values())
 
 
 def test_the_order_of_waits(built: Callable[..., Any], opened: Callable[..., Any]) -> None:
