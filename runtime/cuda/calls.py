@@ -82,6 +82,7 @@ class Cuda:
         try:
             self._call("cudaDeviceEnablePeerAccess", other, 0)
         except CudaError as e:
+            self.pending_error()  # or whoever asks for the last error next would take it for theirs
             if e.code != _PEER_ALREADY_ENABLED:
                 logger.info("no direct way to the memory of device %d (%s): copies go by way of the host", other, e.found)
                 return False

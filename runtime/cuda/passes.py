@@ -27,7 +27,7 @@ class Transfer:
 
 
 class Turns:
-    """Who used a memory last that passes share (activation scratch, hand-over buffers): their executions must never overlap.
+    """Who used the memory of a device last that passes share (activation scratch, hand-over buffers): they must never overlap there.
 
     The loop's own events order the passes of one batch of rows; this orders those of several.
     """
@@ -83,11 +83,11 @@ class DevicePass:
     Args:
         cuda: The calls.
         work: What to do.
-        turns: Shared with every pass that uses the same scratch memory.
+        turns: For each device of the pass, shared with every pass that uses the same scratch memory.
     """
 
-    def __init__(self, cuda: Cuda, work: PassWork, turns: Turns) -> None:
-        self._cuda, self._work, self._turns = cuda, work, turns
+    def __init__(self, cuda: Cuda, work: PassWork, turns: Iterable[Turns]) -> None:
+        self._cuda, self._work, self._turns = cuda, work, tuple(turns)
         # A device that hands over to the next is done with its part before: the end of the last one's work is the end of all.
         self._last = work.devices[-1]
         self._event = CudaEvent(cuda, self._last)
@@ -109,7 +109,8 @@ class DevicePass:
         assert not self._closed, "a closed pass is not run"
         queue = cast(CudaStream, stream)
         last = queue.handles[self._last]
-        self._turns.begin(queue)
+        for turns in self._turns:
+            turns.begin(queue)
         if self._runs == 1 and self._work.capturable(queue):
             self._event.wait_done()  # the first run is done before its work is recorded
             self._cuda.use(self._last)
@@ -121,7 +122,8 @@ class DevicePass:
             self._enqueue(queue)
         self._runs += 1
         self._event.record(last)
-        self._turns.end(queue, self._event)
+        for turns in self._turns:
+            turns.end(queue, self._event)
         return self._event
 
     def close(self) -> None:
@@ -130,7 +132,8 @@ class DevicePass:
         self._closed = True
         if self._runs:
             self._event.wait_done()
-        self._turns.forget(self._event)
+        for turns in self._turns:
+            turns.forget(self._event)
         if self._graph is not None:
             self._cuda.use(self._last)
             self._cuda.destroy_graph(self._graph)

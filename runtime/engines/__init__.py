@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from twotower.bundle import Bundle, Progress
-from twotower.errors import EngineMismatchError
+from twotower.errors import ConfigError, EngineMismatchError
 from twotower.hardware import probe_machine
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions
 from twotower.runtime.engines.towers import Towers
@@ -37,7 +37,13 @@ Opener = Callable[[Bundle, OpenOptions], Towers]
 def _ort_cpu() -> Opener:
     from twotower.runtime.engines.ort import open_ort_cpu
 
-    return lambda bundle, options: open_ort_cpu(bundle, threads=options.threads, progress=options.progress)
+    def opened(bundle: Bundle, options: OpenOptions) -> Towers:
+        if options.devices:
+            found = f"GPUs {', '.join(map(str, options.devices))} were asked for"
+            raise ConfigError("target ort-cpu uses no GPU", found=found, do="leave out --devices, or choose a GPU target with --target")
+        return open_ort_cpu(bundle, threads=options.threads, progress=options.progress)
+
+    return opened
 
 
 def _ort_cuda() -> Opener:

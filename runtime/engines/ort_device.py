@@ -87,14 +87,14 @@ def open_ort_cuda(
         undo.callback(memory.close)
         streams = Streams(CudaStream(cuda, placed[CONTEXT]), CudaStream(cuda, placed[DENOISER]))
         undo.callback(streams.close)
-        turns, engines = Turns(), {}
+        turns, engines = {device: Turns() for device in devices}, {}
         for name, signature in contract.items():
             queue, (device,) = streams.denoiser if name == DENOISER else streams.context, placed[name]
             assert isinstance(queue, CudaStream)
             graph = engine_folder(bundle, TARGET) / parts[name][0].file
             session = library.session(graph, bundle.path, device=device, stream=queue.handles[device])
             copies = StateCopies(cuda, state) if name == CONTEXT else None
-            engines[name] = OrtDeviceEngine(signature, session, _Setting(cuda, library, device, turns, copies))
+            engines[name] = OrtDeviceEngine(signature, session, _Setting(cuda, library, device, turns[device], copies))
         undo.pop_all()
     return Towers(
         bundle.config,
@@ -150,7 +150,7 @@ class OrtDeviceEngine:
             capturable=lambda queue: False,
             close=lambda: None,
         )
-        return DevicePass(it.cuda, work, it.turns)
+        return DevicePass(it.cuda, work, [it.turns])
 
     def close(self) -> None:
         """Frees the session; idempotent."""

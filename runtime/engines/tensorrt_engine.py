@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -32,7 +33,7 @@ class EngineRoom:
         graphs: Whether passes may be captured.
         scratch: Activation memory of each device, address and bytes: one for all engines, as no two of them run at the same time.
         handover: On each device, where segments hand the residual stream over: two halves that take turns; and the conditioning.
-        turns: Keeps those executions apart.
+        turns: Keeps executions on a device apart.
     """
 
     cuda: Cuda
@@ -41,7 +42,7 @@ class EngineRoom:
     graphs: bool
     scratch: dict[int, tuple[int, int]] = field(default_factory=dict)
     handover: dict[int, tuple[int, int, int]] = field(default_factory=dict)
-    turns: Turns = field(default_factory=Turns)
+    turns: dict[int, Turns] = field(default_factory=lambda: defaultdict(Turns))
 
 
 class TensorRTEngine:
@@ -88,7 +89,7 @@ class TensorRTEngine:
             capturable=lambda queue: capturable and run.may_be_captured(queue),
             close=run.close,
         )
-        return DevicePass(self._room.cuda, work, self._room.turns)
+        return DevicePass(self._room.cuda, work, [self._room.turns[device] for device in dict.fromkeys(devices)])
 
     def close(self) -> None:
         """Frees the engines; idempotent."""

@@ -160,3 +160,8 @@ def test_damaged_bundles_are_refused(built_bundle: Path, tmp_path: Path, capsys:
     captured = capsys.readouterr()
     assert captured.out == ""
     check_error(captured.err, "")
+
+
+def test_gpus_for_a_target_that_uses_none_are_refused(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(built_bundle), "--tokens", PROMPT, "--devices", "0"]) == 2
+    check_error(capsys.readouterr().err, "uses no GPU")

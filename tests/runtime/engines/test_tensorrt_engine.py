@@ -163,11 +163,14 @@ def test_closing_frees_once_and_twice_is_once(built: Callable[..., Any], opened:
     assert not it.cuda.leaked
 
 
-def test_open_streams_take_turns_with_one_scratch_memory(built: Callable[..., Any], opened: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("devices", [(0,), (0, 1)])
+def test_open_streams_take_turns_with_one_scratch_memory(
+    built: Callable[..., Any], opened: Callable[..., Any], devices: tuple[int, ...]
+) -> None:
     with opened(built()) as it:
         alone = [it.model.generate(p, DIFFUSION).tokens for p in ([5, 6, 7], [8, 9])]
     for seed in range(6):
-        with opened(built(), seed=seed) as it:
+        with opened(built(), seed=seed, devices=devices) as it:
             streams = [it.model.stream(p, DIFFUSION) for p in ([5, 6, 7], [8, 9])]
             texts: list[list[int]] = [[], []]
             for events in zip(*streams, strict=False):
