@@ -7,6 +7,8 @@ import time
 
 __all__ = ["ProgressLine", "human_bytes"]
 
+_FEWEST_BYTES = 10_000
+
 
 def human_bytes(count: float) -> str:
     """A byte count with three significant digits and a decimal unit."""
@@ -21,7 +23,8 @@ class ProgressLine:
     """Call it with (what, done, total); it redraws one line at most ten times a second.
 
     Args:
-        unit: `bytes` shows sizes and a rate, anything else is shown as a counted noun.
+        unit: `bytes` shows sizes and a rate, anything else is shown as a counted noun. Totals too small to be worth a line as bytes are
+            steps of a build or an export and are shown as they are.
     """
 
     def __init__(self, unit: str = "bytes") -> None:
@@ -55,6 +58,8 @@ class ProgressLine:
         share = f"{100 * done / total:3.0f} %"
         if self._unit != "bytes":
             return f"{share}  {done}/{total} {self._unit}"
+        if total < _FEWEST_BYTES:
+            return f"{share}  {done} of {total}"
         rate = done / seconds if seconds > 0.2 else 0.0
         left = f"  {human_bytes(rate)}/s  {_clock((total - done) / rate)} left" if rate else ""
         return f"{share}  {human_bytes(done)} of {human_bytes(total)}{left}"

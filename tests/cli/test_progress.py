@@ -1,0 +1,31 @@
+"""The progress line: sizes with a rate, steps as they are, and nothing where nobody looks."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from twotower.cli.progress import ProgressLine
+
+
+@pytest.mark.parametrize(
+    ("unit", "done", "total", "shown"),
+    [
+        ("bytes", 500_000_000, 2_000_000_000, "25 %  500 MB of 2 GB"),
+        ("bytes", 3, 10, "30 %  3 of 10"),
+        ("problems", 3, 12_000, "0 %  3/12000 problems"),
+        ("bytes", 0, 0, "denoiser.engine: waiting  "),
+    ],
+)
+def test_figures(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, unit: str, done: int, total: int, shown: str) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    ProgressLine(unit)("denoiser.engine: waiting", done, total)
+    assert shown in capsys.readouterr().err
+
+
+def test_nothing_is_drawn_into_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ProgressLine()
+    line("x", 1, 2)
+    line.end()
+    assert capsys.readouterr().err == ""
