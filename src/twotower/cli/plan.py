@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-build-memory", metavar="SIZE", help="of rtx, trt: cut towers so that a build stays below this, e.g. 16G")
     parser.add_argument("--sm", metavar="LIST", help="of rtx: compute capabilities to build for, e.g. 86,89,120")
     parser.add_argument("--gpu", metavar="NAME", help="a GPU, e.g. 'RTX 4090' or '2x H100', or all (default: those here, or all)")
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="spread over N GPUs: arithmetic, this version runs on one")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="spread over N GPUs, as `twotower generate --devices` does")
     parser.add_argument("--fit", action="store_true", help="exit with 2 unless one of the GPUs that are looked at fits")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.epilog = (

@@ -114,7 +114,7 @@ def device_needs(config: ModelConfig, options: PlanOptions) -> tuple[DeviceNeed,
         reader = weights[CONTEXT].total + weights[CONTEXT_HEAD].total
         return (
             DeviceNeed("context tower", reader, state.total, max(need[CONTEXT], need[CONTEXT_HEAD])),
-            DeviceNeed("denoiser tower", weights[DENOISER].total, state.read, need[DENOISER]),
+            DeviceNeed("denoiser tower", weights[DENOISER].total, state.total, need[DENOISER]),
         )
     # Runs of whole layers: no better balance is promised than a share and the largest piece that cannot be divided.
     whole = max(max(*w.layers, w.before, w.after) if w.layers else w.total for w in weights.values())

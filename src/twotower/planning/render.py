@@ -111,7 +111,9 @@ def _instead(f: GpuFit) -> list[str]:
 
 
 def _alternative(a: Alternative, width: int = 0) -> str:
-    later = " (arithmetic; nothing quantizes yet)" if a.quantized else ""
+    remarks = ["arithmetic; nothing quantizes yet"] if a.quantized else []
+    remarks += ["the runtime loads both towers so far"] if "--mode ar" in a.flags else []
+    later = f" ({'; '.join(remarks)})" if remarks else ""
     return f"{a.flags:<{width}}  {_gb(a.needs)}{later}" if width else f"`{a.flags}` {_gb(a.needs)}{later}"
 
 
