@@ -40,7 +40,6 @@ class Workspace:
         self._towers = towers
         self._memory = memory = towers.memory
         context, head = towers.context.signature, towers.context_head.signature
-        self._state = ContextState(memory, state_tensors(towers.config, towers.dtype), rows=rows, capacity=capacity)
         # Tokens last: what a narrow chunk leaves of them unused is then not copied to a device.
         self._small = memory.small([context.tensor(n) for n in (CHUNK_LENGTH, PAST_LENGTH, TOKENS)], {"B": rows, "L": MAX_CHUNK})
         self._hidden = {HIDDEN: memory.state(context.tensor(HIDDEN), {"B": rows})}
@@ -52,6 +51,11 @@ class Workspace:
         self._context: dict[tuple[int, int], Binding] = {}
         self._denoiser: dict[int, Binding] = {}
         self._head_binding: Binding | None = None
+        try:  # the large part last: whoever asked for too many rows has lost nothing
+            self._state = ContextState(memory, state_tensors(towers.config, towers.dtype), rows=rows, capacity=capacity)
+        except BaseException:
+            memory.release((*self._small.values(), *self._hidden.values(), *self._head.values()))
+            raise
 
     @property
     def capacity(self) -> int:
