@@ -1,0 +1,76 @@
+"""What is asked of TensorRT's execution API is there, in the real library and in the stand-in; loading goes as far as a driver would be needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.bundles import export_fixture
+from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.tensorrt_stand_in import TensorRTStandIn, _Context, _Engine
+from twotower.builders import BuildConfig, build_engines, builder_for
+from twotower.bundle import engine_folder
+from twotower.errors import EngineMismatchError
+from twotower.flavour import flavour_from_module
+from twotower.hardware import probe_machine
+from twotower.runtime.engines.tensorrt_plan import _DTYPES, PlanLoader
+
+CONTEXT = (
+    "set_optimization_profile_async",
+    "set_input_shape",
+    "set_tensor_address",
+    "infer_shapes",
+    "set_device_memory",
+    "execute_async_v3",
+    "is_stream_capturable",
+)
+ENGINE = ("create_runtime_config", "create_execution_context", "get_tensor_dtype", "get_tensor_name", "get_aliased_input_tensor")
+ENGINE_DATA = ("num_io_tensors", "device_memory_size_v2")
+CONFIG = (
+    "set_execution_context_allocation_strategy",
+    "set_runtime_cache",
+    "create_runtime_cache",
+    "cuda_graph_strategy",
+    "dynamic_shapes_kernel_specialization_strategy",
+)
+
+
+@pytest.mark.trt_rtx
+def test_every_name_is_in_the_real_library() -> None:
+    import tensorrt_rtx as trt
+
+    for owner, names in (
+        (trt.IExecutionContext, CONTEXT),
+        (trt.ICudaEngine, (*ENGINE, *ENGINE_DATA)),
+        (trt.IRuntimeConfig, CONFIG),
+        (trt.IRuntimeCache, ("serialize", "deserialize")),
+        (trt.Runtime, ("deserialize_cuda_engine",)),
+        (trt.ExecutionContextAllocationStrategy, ("USER_MANAGED",)),
+        (trt.CudaGraphStrategy, ("DISABLED",)),
+        (trt.DynamicShapesKernelSpecializationStrategy, ("EAGER", "NONE")),
+        (trt.DataType, tuple(_DTYPES)),
+    ):
+        assert [name for name in names if not hasattr(owner, name)] == [], owner
+
+
+def test_every_name_is_in_the_stand_in() -> None:
+    assert [name for name in CONTEXT if not hasattr(_Context, name)] == []
+    assert [name for name in ENGINE if not hasattr(_Engine, name)] == []
+    assert hasattr(TensorRTStandIn(CudaStandIn()), "Runtime")
+
+
+@pytest.mark.trt_rtx
+@pytest.mark.slow
+def test_a_real_engine_is_mapped_and_refused_for_want_of_a_driver(tmp_path: Path) -> None:
+    """The library takes the mapped file, says through our logger what is missing, and the error repeats it."""
+    if probe_machine().gpus:
+        pytest.skip("there is a GPU here")
+    import tensorrt_rtx as trt
+
+    bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
+    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256))
+    (part,) = record.engines["context_head"]
+    with pytest.raises(EngineMismatchError, match="cannot load") as error:
+        PlanLoader(flavour_from_module(trt), {}).load(engine_folder(bundle, "rtx") / part.file, part, 0)
+    assert "35" in error.value.found, "cudaErrorInsufficientDriver"
