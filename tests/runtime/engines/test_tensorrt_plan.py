@@ -1,4 +1,4 @@
-"""What is asked of TensorRT's execution API is there, in the real library and in the stand-in; loading goes as far as a driver would be needed."""
+"""What is asked of TensorRT is there, in the real library and in the stand-in; loading goes as far as a driver would be needed."""
 
 from __future__ import annotations
 
