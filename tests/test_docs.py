@@ -25,8 +25,12 @@ RUN_IN = {
     "evaluate": "tests/e2e/test_tiny.py",
     "tune": "tests/e2e/test_tiny.py",
     "trace": "tests/cli/test_trace.py",
+    "plan": "tests/cli/test_plan.py",
+    "inspect": "tests/cli/test_engine_table.py",
+    "doctor": "tests/cli/test_doctor_and_bench.py",
+    "bench": "tests/cli/test_doctor_and_bench.py",
 }
-"""Verbs that a test also executes, and where; the commands of the others are parsed only."""
+"""Where a test executes each verb."""
 
 SHELL_ENDS = {"|", ">", ">>", "2>", "&&", ";", "&"}
 
@@ -96,6 +100,10 @@ def test_commands_parse(document: str, arguments: list[str]) -> None:
 def test_the_readme_shows_commands() -> None:
     """Or the test above would hold for want of any."""
     assert {words[0] for name, words in twotower_commands() if name == "README.md"} >= {"export", "build", "generate"}
+
+
+def test_every_verb_is_executed_somewhere() -> None:
+    assert set(RUN_IN) == set(VERBS)
 
 
 @pytest.mark.parametrize("verb", RUN_IN)
