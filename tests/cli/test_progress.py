@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 
 import pytest
 
-from twotower.cli.progress import ProgressLine
+from twotower.cli.progress import Interrupts, ProgressLine
 
 
 @pytest.mark.parametrize(
@@ -22,6 +24,29 @@ def test_figures(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     ProgressLine(unit)("denoiser.engine: waiting", done, total)
     assert shown in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_was_lost_is_raised_at_the_next_step(number: signal.Signals) -> None:
+    """Python drops what is raised in a finalizer; here it is an `except` that drops it."""
+    before = signal.getsignal(number)
+    with Interrupts():
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt):
+            ProgressLine()("building", 1, 2)
+    assert signal.getsignal(number) is before
+    with Interrupts():
+        ProgressLine()("another command", 1, 2)
+
+
+def test_deafness_that_was_inherited_is_kept() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupts():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_nothing_is_drawn_into_a_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,11 @@ import argparse
 import importlib
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
 from twotower import __version__
+from twotower.cli.progress import Interrupts
 from twotower.errors import TwoTowerError
 
 __all__ = ["VERBS", "build_parser", "main"]
@@ -68,12 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = next((w for w in words if w in VERBS), None)
     args = build_parser(verb).parse_args(words)
     logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        try:
-            return int(args.run(args))
-        finally:
-            sys.stdout.flush()  # a reader that went away is noticed here and not by the interpreter's last breath
+        with Interrupts():
+            try:
+                return int(args.run(args))
+            finally:
+                sys.stdout.flush()  # a reader that went away is noticed here and not by the interpreter's last breath
     except TwoTowerError as e:
         if args.debug:
             raise
@@ -85,13 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in the buffer goes nowhere
         return 0
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """A terminated command cleans up like an interrupted one."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -1,13 +1,39 @@
-"""A progress line on stderr: bytes, rate and time left; silent unless stderr is a terminal."""
+"""A progress line on stderr: bytes, rate and time left; silent unless stderr is a terminal. Who reports here ends when told to."""
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
+from types import FrameType
 
-__all__ = ["ProgressLine", "human_bytes"]
+__all__ = ["Interrupts", "ProgressLine", "human_bytes"]
 
 _FEWEST_BYTES = 10_000
+
+
+class Interrupts:
+    """Ctrl-C and a polite end of the process as `KeyboardInterrupt`, for the length of a `with` statement.
+
+    Python drops an exception that is raised while it runs a finalizer, and an interrupt that falls there would be lost. So it is
+    remembered, and raised again at the next step of progress. Who started us deaf to Ctrl-C, as a shell does in the background, means it.
+    """
+
+    pending = False
+
+    def __enter__(self) -> None:
+        Interrupts.pending = False
+        deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        self._before = {n: signal.signal(n, _interrupt) for n in (signal.SIGTERM, *(() if deaf else (signal.SIGINT,)))}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    Interrupts.pending = True
+    raise KeyboardInterrupt
 
 
 def human_bytes(count: float) -> str:
@@ -35,6 +61,8 @@ class ProgressLine:
         self._active = sys.stderr.isatty()
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        if Interrupts.pending:
+            raise KeyboardInterrupt
         if not self._active:
             return
         now = time.monotonic()
