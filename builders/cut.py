@@ -11,7 +11,7 @@ __all__ = ["BUILD_MEMORY_BASE", "BUILD_MEMORY_FACTOR", "build_memory", "cut_laye
 BUILD_MEMORY_FACTOR = 3.05
 """Peak memory of a build over the weights of its engine: the mapped weights, the builder's copy and the plan.
 
-With the base it lies 1 to 9 % above what was measured on the engines of 0.7 to 4.2 GB of `make engines-real`, and never below; a straight
+With the base it lies 2 to 9 % above what was measured on the engines of 0.7 to 4.2 GB of `make engines-real`, and never below; a straight
 line through them is 0.25 GB and 3.02 times the weights.
 """
 

@@ -31,7 +31,7 @@ def describe_plan(plan: Plan) -> list[str]:
     experts = f", experts in {o.experts}" if o.experts else ""
     rows = [
         ("plan", f"target {o.target}, {plan.dtype}{experts}, {what}; up to {o.max_batch} rows of {state.capacity} positions"),
-        ("weights", f"{_gb(sum(w.total for w in plan.weights.values()))}; {plan.parameters / 1e9:.3g} billion parameters in both towers"),
+        ("weights", f"{_gb(sum(w.total for w in plan.weights.values()))}; {_parameters(plan.parameters)} parameters in both towers"),
         *(("", f"{name:<14}{_gb(w.total):>10}   {_kinds(plan, name)}") for name, w in plan.weights.items()),
         (
             "state",
@@ -115,6 +115,10 @@ def _alternative(a: Alternative, width: int = 0) -> str:
     remarks += ["the runtime loads both towers so far"] if "--mode ar" in a.flags else []
     later = f" ({'; '.join(remarks)})" if remarks else ""
     return f"{a.flags:<{width}}  {_gb(a.needs)}{later}" if width else f"`{a.flags}` {_gb(a.needs)}{later}"
+
+
+def _parameters(count: int) -> str:
+    return f"{count / 1e9:.3g} billion" if count >= 10**9 else f"{count / 1e6:.3g} million"
 
 
 def _build(plan: Plan) -> str:
