@@ -77,16 +77,14 @@ class Cuda:
         free, total = self._call("cudaMemGetInfo")
         return int(free), int(total)
 
-    def enable_peer(self, other: int) -> bool:
+    def enable_peer(self, other: int) -> None:
         """Lets the current device reach another's memory directly, if the machine can; copies work without, by way of the host."""
         try:
             self._call("cudaDeviceEnablePeerAccess", other, 0)
         except CudaError as e:
-            self.pending_error()  # or whoever asks for the last error next would take it for theirs
+            self.forget_error()  # or whoever asks for the last error next would take it for theirs
             if e.code != _PEER_ALREADY_ENABLED:
                 logger.info("no direct way to the memory of device %d (%s): copies go by way of the host", other, e.found)
-                return False
-        return True
 
     def allocate(self, size: int) -> int:
         """Address of device memory.
@@ -193,10 +191,9 @@ class Cuda:
     def destroy_graph(self, graph: int) -> None:
         self._call("cudaGraphExecDestroy", graph)
 
-    def pending_error(self) -> str | None:
-        """The last error nobody has looked at, which is then forgotten; None for none."""
-        (code,) = self._api.cudaGetLastError()
-        return None if int(code) == _SUCCESS else f"CUDA error {int(code)}"
+    def forget_error(self) -> None:
+        """Clears the error CUDA keeps for whoever asks for the last one, after a call whose failure was expected."""
+        self._api.cudaGetLastError()
 
 
 def _error(call: str, code: int, meaning: str) -> CudaError:

@@ -29,7 +29,7 @@ def capture(cuda: Cuda, stream: int, enqueue: Callable[[], None], *, name: str) 
     try:
         return cuda.instantiate(_recorded(cuda, stream, enqueue))
     except DeviceError as e:
-        cuda.pending_error()  # a broken capture leaves its error behind for whoever asks next
+        cuda.forget_error()  # a broken capture leaves its error behind for whoever asks next
         logger.warning("%s cannot be captured as a CUDA graph and is launched piece by piece: %s (%s)", name, e.what, e.found)
         return None
 
@@ -39,7 +39,7 @@ def _recorded(cuda: Cuda, stream: int, enqueue: Callable[[], None]) -> int:
     cuda.begin_capture(stream)
     try:
         enqueue()
-    except DeviceError:
+    except BaseException:  # whatever it is, a stream that stays in a capture helps nobody
         try:
             cuda.drop_graph(cuda.end_capture(stream))
         except DeviceError as e:

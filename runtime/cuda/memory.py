@@ -106,11 +106,12 @@ class DeviceMemory:
             end += -(-prod(spec.shape(sizes)) * numpy_dtype(spec.dtype).itemsize // _ALIGNED) * _ALIGNED
         devices = tuple(dict.fromkeys(d for spec in specs for d in self._devices_of(spec)))
         addresses, freed = self._allocated(end, devices, (specs[0], sizes))
+        token = self._owner(freed)  # before more is asked for: whatever fails from here on, closing frees it
         host = self.cuda.allocate_pinned(end)
         freed.append(lambda: self.cuda.free_pinned(host))
         whole = np.frombuffer(self.cuda.bytes_at(host, end), np.uint8)
         whole.fill(0)
-        slab, token = Slab(host, addresses), self._owner(freed)
+        slab = Slab(host, addresses)
         out = {}
         for spec, offset in zip(specs, offsets, strict=True):
             shape, dtype = spec.shape(sizes), numpy_dtype(spec.dtype)

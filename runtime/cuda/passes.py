@@ -93,6 +93,7 @@ class DevicePass:
         self._event = CudaEvent(cuda, self._last)
         self._runs = 0
         self._graph: int | None = None
+        self._broken: CudaStream | None = None
         self._closed = False
 
     @property
@@ -115,6 +116,7 @@ class DevicePass:
             self._event.wait_done()  # the first run is done before its work is recorded
             self._cuda.use(self._last)
             self._graph = capture(self._cuda, last, lambda: self._enqueue(queue), name=self._work.name)
+        self._broken = queue  # until the event that says what was enqueued is recorded
         if self._graph is not None:
             self._cuda.use(self._last)
             self._cuda.launch(self._graph, stream=last)
@@ -122,6 +124,7 @@ class DevicePass:
             self._enqueue(queue)
         self._runs += 1
         self._event.record(last)
+        self._broken = None
         for turns in self._turns:
             turns.end(queue, self._event)
         return self._event
@@ -130,7 +133,9 @@ class DevicePass:
         if self._closed:
             return
         self._closed = True
-        if self._runs:
+        if self._broken is not None:  # a pass that was refused in the middle: the part before is at work, and no event tells of it
+            self._broken.synchronize()
+        elif self._runs:
             self._event.wait_done()
         for turns in self._turns:
             turns.forget(self._event)

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.bundles import copy_of, export_fixture, flip_byte
+from tests.helpers.bundles import copy_of, flip_byte
 from tests.helpers.errors import check_error
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.processes import child_of, is_gone
-from tests.helpers.tensorrt import L4, install_fake, plant, see_gpu
-from twotower.builders import BuildConfig, EngineBuilder, build_engines, builder_for
+from tests.helpers.tensorrt import plant
+from twotower.builders import BuildConfig, EngineBuilder, build_engines
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder, read_engine_record
 from twotower.cli.main import main
 from twotower.errors import BuildError, ConfigError
@@ -26,22 +26,14 @@ from twotower.errors import BuildError, ConfigError
 CONFIG = BuildConfig(max_context=256)
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_fixture("hybrid-b", tmp_path_factory.mktemp("build") / "b", "float16")
+@pytest.fixture
+def bundle(damageable: Bundle) -> Bundle:
+    return damageable
 
 
 @pytest.fixture
-def bundle(exported: Bundle, tmp_path: Path) -> Bundle:
-    return Bundle.open(copy_of(exported, tmp_path / "bundle"))
-
-
-@pytest.fixture
-def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineBuilder:
-    """Of the stand-in: what is tested here is not the library."""
-    install_fake(tmp_path, monkeypatch)
-    see_gpu(monkeypatch, L4)
-    return builder_for("trt")
+def builder(stand_in_builder: EngineBuilder) -> EngineBuilder:
+    return stand_in_builder
 
 
 def engines(bundle: Bundle) -> set[str]:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.bundles import copy_of, export_fixture
 from tests.helpers.tensorrt import L4, install_fake, plant, see_gpu
-from twotower.builders import BuildConfig, EngineBuilder, build_engines, builder_for
+from twotower.builders import BuildConfig, EngineBuilder, build_engines
 from twotower.bundle import Bundle, engine_folder, read_engine_record
 from twotower.errors import BuildError, EngineMismatchError
 from twotower.flavour import flavour_from_module
@@ -20,21 +19,14 @@ CONFIG = BuildConfig(max_context=256, max_batch=2)
 B200 = Gpu("NVIDIA B200", 100, 180 << 30)
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_fixture("hybrid-b", tmp_path_factory.mktemp("trt") / "b", "float16")
+@pytest.fixture
+def bundle(damageable: Bundle) -> Bundle:
+    return damageable
 
 
 @pytest.fixture
-def bundle(exported: Bundle, tmp_path: Path) -> Bundle:
-    return Bundle.open(copy_of(exported, tmp_path / "bundle"))
-
-
-@pytest.fixture
-def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineBuilder:
-    install_fake(tmp_path, monkeypatch)
-    see_gpu(monkeypatch, L4)
-    return builder_for("trt")
+def builder(stand_in_builder: EngineBuilder) -> EngineBuilder:
+    return stand_in_builder
 
 
 def timings(bundle: Bundle) -> list[str]:

@@ -36,8 +36,8 @@ class GpuModel:
         return self.name if self.count == 1 else f"{self.count}x {self.name}"
 
 
-# Memory and bandwidth are those of NVIDIA's product pages. The published memory is counted as 1e9 bytes a GB; a device reports a
-# few percent more, so the table errs on the side of "does not fit".
+# Memory and bandwidth as public specifications of these cards give them, entered by hand. The published memory is counted as 1e9 bytes
+# a GB; a device reports a few percent more, so the table errs on the side of "does not fit".
 GPUS = (
     GpuModel("RTX 4090", 24 * 10**9, 89, 1008 * 10**9),
     GpuModel("RTX 5090", 32 * 10**9, 120, 1792 * 10**9),

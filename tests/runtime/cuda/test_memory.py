@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.cuda_stand_in import CudaStandIn
-from twotower.errors import RequestError
+from twotower.errors import DeviceError, RequestError
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.memory import DeviceBuffer, DeviceMemory
 from twotower.runtime.cuda.passes import downloads, uploads
@@ -85,6 +85,15 @@ def test_buffers_are_given_back_once() -> None:
     device.release([*made.values(), state])
     device.scratch(1000, 1)
     device.close()
+    device.close()
+    assert not api.leaked
+
+
+def test_device_memory_is_freed_where_pinned_memory_cannot_be_had() -> None:
+    device, api = memory()
+    api.fail["cudaHostAlloc"] = (1, 2)
+    with pytest.raises(DeviceError, match="cudaHostAlloc"):
+        device.small([LENGTHS, IDS], {"B": 2, "L": 4})
     device.close()
     assert not api.leaked
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.graphs import FIXTURES
+from tests.helpers.tensorrt_stand_in import _Context
 from tests.helpers.towers import golden_config
 from twotower import GenerationConfig
 from twotower.errors import DeviceError
@@ -119,6 +120,35 @@ def test_a_refused_execution_surfaces_and_the_session_goes_on(built: Callable[..
         with pytest.raises(DeviceError, match=r"denoiser.engine was not run"):
             it.model.generate(case["prompt"], golden_config(case))
         assert list(it.model.generate(case["prompt"], golden_config(case)).tokens) == case["diffusion_tokens"]
+
+
+def test_what_a_broken_pass_has_begun_is_waited_for_before_its_memory_goes(built: Callable[..., Any], opened: Callable[..., Any]) -> None:
+    with opened(built("hybrid-a", 4), graphs=False) as it:
+        segments = len(it.towers.context._plans)
+        assert segments > 1
+        it.trt.refuse_at = segments  # the last of the prompt's segments: the ones before are on the stream
+        with pytest.raises(DeviceError):
+            it.model.generate([5, 6, 7], DIFFUSION)
+        refused = it.cuda.calls[it.cuda.calls.index("cudaMemcpyAsync") :]
+        assert "cudaStreamSynchronize" in refused[: refused.index("cudaFree")]
+
+
+def test_an_error_of_ours_leaves_no_stream_in_a_capture(
+    built: Callable[..., Any], opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only what a library refuses: any exception between the two ends of a capture."""
+    with opened(built()) as it:
+        execute = _Context.execute_async_v3
+
+        def fail(context: Any, stream: int) -> bool:
+            if it.cuda.capturing(stream):
+                raise RuntimeError("a defect")
+            return execute(context, stream)
+
+        monkeypatch.setattr(_Context, "execute_async_v3", fail)
+        with pytest.raises(RuntimeError, match="a defect"):
+            it.model.generate([5, 6, 7], DIFFUSION)
+        assert not any(it.cuda.capturing(s) for s in it.cuda._streams)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,30 @@
+"""A bundle that a test may damage, and the builder of the stand-in for TensorRT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.bundles import copy_of, export_fixture
+from tests.helpers.tensorrt import L4, install_fake, see_gpu
+from twotower.builders import EngineBuilder, builder_for
+from twotower.bundle import Bundle
+
+
+@pytest.fixture(scope="session")
+def exported_half(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export_fixture("hybrid-b", tmp_path_factory.mktemp("builders") / "b", "float16")
+
+
+@pytest.fixture
+def damageable(exported_half: Bundle, tmp_path: Path) -> Bundle:
+    return Bundle.open(copy_of(exported_half, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def stand_in_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineBuilder:
+    """Of target `trt`, on a machine with one GPU: what is tested with it is not the library."""
+    install_fake(tmp_path, monkeypatch)
+    see_gpu(monkeypatch, L4)
+    return builder_for("trt")
