@@ -3,7 +3,8 @@
 On a CPU the graph is optimised once and saved. Saving ONNX Runtime's own optimised model would copy every weight. Here the
 weights are taken out of the graph first, so that optimisation sees structure only (it fuses the transposes into the products,
 which is what matters), and the runtime maps the bundle's own data file. Half-width weights are the exception: a CPU has no
-arithmetic for them, so they are widened to float32 into a data file of the engine.
+arithmetic for them, so they are widened to float32 into a data file of the engine. Quantized weights stay in the bundle and are expanded
+by each pass, but for 4-bit floats, which ONNX Runtime has no kernel for: those are expanded into the engine's file.
 
 For a GPU the graph stays as it was exported. Which fusions a provider knows, and between which operators a copy or a cast must
 stand, is decided where the provider is: ONNX Runtime on this machine's CPU would insert casts around every half-width operator
@@ -14,17 +15,27 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
 import onnxruntime as ort
 
 from twotower.builders.base import BuildConfig, Report
-from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, FileRecord, hash_file
+from twotower.builders.ort_weights import Place, expand_data, expand_float4, hide_dequantization, places_of, show_dequantization
+from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, FileRecord, engine_folder, hash_file
 from twotower.errors import BuildError
-from twotower.graph_files import attach_weights, detach_weights, load_graph, weight_refs, widen_data, widen_to_float32
+from twotower.graph_files import (
+    WeightRef,
+    attach_weights,
+    detach_weights,
+    load_graph,
+    located_weights,
+    weight_refs,
+    widen_to_float32,
+)
 
-__all__ = ["OrtCpuBuilder", "OrtCudaBuilder"]
+__all__ = ["OrtCpuBuilder", "OrtCudaBuilder", "engine_places", "write_engine"]
 
 CPU, CUDA = "ort-cpu", "ort-cuda"
 
@@ -44,12 +55,12 @@ class OrtCpuBuilder(_OrtBuilder):
 
     def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
         how = "weights stay in the bundle" if bundle.dtype == "float32" else f"weights widened from {bundle.dtype} to float32"
+        if bundle.quantization is not None:
+            how = f"{how}; quantized ones stay as they are and every pass expands them, 4-bit floats are expanded once"
         return [f"three optimised graphs, {how}; any number of rows, any length"]
 
     def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
-        if bundle.dtype == "float32":
-            return sum(bundle.files[g].size for g in GRAPH_FILES.values())
-        return 2 * sum(bundle.files[g + DATA_SUFFIX].size for g in GRAPH_FILES.values())
+        return sum(sum(place.written for place in _places(bundle, name).values()) + bundle.files[g].size for name, g in GRAPH_FILES.items())
 
     def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
         started = time.perf_counter()
@@ -72,25 +83,55 @@ class OrtCpuBuilder(_OrtBuilder):
     def _build_graph(self, bundle: Bundle, name: str, folder: Path, report: Report) -> tuple[str, Counter[str]]:
         """One engine file; returns the file of the bundle its weights lie in, and its operators."""
         model = load_graph(bundle.graph_file(name))
-        refs = weight_refs(model)
-        location = GRAPH_FILES[name] + DATA_SUFFIX
-        if any(ref.dtype != "float32" for ref in refs.values()):
-            wide = folder / f"{name}{DATA_SUFFIX}"
-            total, done = sum(ref.nbytes for ref in refs.values()), 0
+        places = _places(bundle, name)
+        own, data = f"engines/{CPU}/{name}{DATA_SUFFIX}", GRAPH_FILES[name] + DATA_SUFFIX
+        located = {weight: (data, place.ref) for weight, place in places.items() if not place.written and not place.dropped}
+        if any(place.written for place in places.values()):
+            total, done = sum(place.written for place in places.values()), 0
 
             def tick(count: int) -> None:
                 nonlocal done
                 done += count
                 report(f"widening {name}", done, total)
 
-            refs = widen_data(bundle.path / location, wide, refs, tick)
-            location = f"engines/{CPU}/{wide.name}"
-            widen_to_float32(model)
-        detach_weights(model)
-        optimised = _optimised(model, folder / f"{name}.onnx", name)
-        attach_weights(optimised, refs, location)  # relative to the bundle: the runtime maps the file from there
-        (folder / f"{name}.onnx").write_bytes(optimised.SerializeToString())
-        return location, Counter(node.op_type for node in optimised.graph.node)
+            written = expand_data(bundle.path / data, folder / f"{name}{DATA_SUFFIX}", places, tick)
+            located |= {weight: (own, ref) for weight, ref in written.items()}
+        operators = write_engine(model, located, folder / f"{name}.onnx", name)
+        return own if (folder / f"{name}{DATA_SUFFIX}").is_file() else data, operators
+
+
+def write_engine(model: onnx.ModelProto, located: Mapping[str, tuple[str, WeightRef]], path: Path, name: str) -> Counter[str]:
+    """Optimises a graph for a CPU and writes it; its weights stay where they are.
+
+    Args:
+        model: The graph as it was recorded; changed.
+        located: For each of its weights the file, relative to the folder the engine will be opened with, and the place in it: float32, and
+            quantized types ONNX Runtime reads. 4-bit floats are expected expanded, under the weight's name.
+        path: The file to write.
+        name: Of the graph, for errors.
+
+    Returns:
+        How many operators of each kind it has.
+    """
+    widen_to_float32(model)
+    expand_float4(model)
+    hidden = hide_dequantization(model)
+    detach_weights(model)
+    optimised = _optimised(model, path, name)
+    show_dequantization(optimised, hidden)
+    for location in {location for location, _ in located.values()}:
+        attach_weights(optimised, {w: ref for w, (where, ref) in located.items() if where == location}, location)
+    path.write_bytes(optimised.SerializeToString())
+    return Counter(node.op_type for node in optimised.graph.node)
+
+
+def engine_places(bundle: Bundle, name: str) -> dict[str, tuple[str, WeightRef]]:
+    """Where the weights of a built engine lie: by name the file, relative to the bundle, and the place in it."""
+    return located_weights(load_graph(engine_folder(bundle, CPU) / f"{name}.onnx"))
+
+
+def _places(bundle: Bundle, name: str) -> dict[str, Place]:
+    return places_of(load_graph(bundle.graph_file(name)))
 
 
 class OrtCudaBuilder(_OrtBuilder):
@@ -134,6 +175,7 @@ def _optimised(model: onnx.ModelProto, scratch: Path, name: str) -> onnx.ModelPr
     # "Extended" and not "all": the last level lays data out for the CPU at hand, and the engine may run on another.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(scratch)
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 3
     try:
         ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

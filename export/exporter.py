@@ -35,7 +35,7 @@ from twotower.config import GenerationConfig
 from twotower.errors import ConfigError, ExportError
 from twotower.export.checkpoint import Checkpoint
 from twotower.export.graphs import OPSET, TowerGraph, build_graph
-from twotower.export.weights import lay_out, point_to_data, stream_weights
+from twotower.export.weights import lay_out, point_to_data, save_graph, stream_weights
 from twotower.graph_lint import require_clean
 from twotower.spec import signatures
 
@@ -139,7 +139,7 @@ def _write(
             data = relative + DATA_SUFFIX
             files[data] = stream_weights(folder / data, graphs[name].weights, checkpoint, tick=tick)
             point_to_data(graphs[name].model, lay_out(graphs[name].weights), Path(data).name)
-            ir.save(graphs[name].model, folder / relative)
+            save_graph(graphs[name].model, folder / relative)
         manifest["source"]["shards"] = shards.result()
     _copy_tokenizer(checkpoint.path, folder)
     outcome = verify(folder, checkpoint, manifest["dtype"], report) if verify else {"verified": False, "why": "not asked for"}

@@ -17,17 +17,17 @@ from twotower.export.conversion import convert_chunks
 from twotower.export.graphs import Weight
 from twotower.graph_files import WeightRef, aligned
 
-__all__ = ["lay_out", "point_to_data", "stream_weights"]
+__all__ = ["lay_out", "point_to_data", "save_graph", "stream_weights"]
 
 _CHUNK = 16 << 20
 
 
 def lay_out(weights: Sequence[Weight]) -> dict[str, WeightRef]:
-    """Page-aligned places in one data file, in declaration order: a reader that runs the layers in turn reads forward."""
+    """Aligned places in one data file, in declaration order: a reader that runs the layers in turn reads forward."""
     out: dict[str, WeightRef] = {}
     end = 0
     for weight in weights:
-        out[weight.name] = WeightRef(weight.dtype, weight.shape, aligned(end))
+        out[weight.name] = WeightRef(weight.dtype, weight.shape, aligned(end, weight.nbytes))
         end = out[weight.name].offset + weight.nbytes
     return out
 
@@ -40,6 +40,16 @@ def point_to_data(model: ir.Model, refs: dict[str, WeightRef], location: str) ->
         value.const_value = ir.ExternalTensor(
             location, ref.offset, ref.nbytes, value.const_value.dtype, shape=ir.Shape(ref.shape), name=name
         )
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Writes a graph whose weights lie outside; what an initializer says of itself is not said a second time."""
+    proto = ir.to_proto(model)
+    named = {tensor.name for tensor in proto.graph.initializer}
+    left = [value for value in proto.graph.value_info if value.name not in named]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(left)
+    path.write_bytes(proto.SerializeToString())
 
 
 def stream_weights(

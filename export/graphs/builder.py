@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
+from twotower.config.formats import WeightFormat, stored_bytes
+from twotower.export.graphs.precision import Precision, Tap
 from twotower.spec import TensorSpec, TowerSignature
 
 __all__ = ["OPSET", "GraphBuilder", "Weight", "ir_dtype"]
@@ -25,6 +28,10 @@ _DTYPES = {
     "bfloat16": ir.DataType.BFLOAT16,
     "int64": ir.DataType.INT64,
     "bool": ir.DataType.BOOL,
+    "int8": ir.DataType.INT8,
+    "int4": ir.DataType.INT4,
+    "float8e4m3fn": ir.DataType.FLOAT8E4M3FN,
+    "float4e2m1": ir.DataType.FLOAT4E2M1,
 }
 
 
@@ -43,9 +50,13 @@ class Weight:
     Attributes:
         name: The initializer's name; for a single source the checkpoint's own name.
         shape: Its shape.
-        dtype: `float32`, `float16` or `bfloat16`.
+        dtype: `float32`, `float16` or `bfloat16`; of a quantized weight's parts any type of `twotower.config.formats`.
         sources: Checkpoint tensors in order.
         negated_exp: Store -exp(x) of a (small) source: the Mamba decay rate A of A_log.
+        rows: Only these rows of the (single) source: the first and the one after the last; None for all.
+        origin: Name of the whole weight this is a part of, as a float graph declares it; empty for a weight that is none.
+        part: Of a quantized weight `values`, `scale` or `global_scale`; empty for plain numbers.
+        format: How the weight is quantized that this is a part of.
     """
 
     name: str
@@ -53,10 +64,14 @@ class Weight:
     dtype: str
     sources: tuple[str, ...]
     negated_exp: bool = False
+    rows: tuple[int, int] | None = None
+    origin: str = ""
+    part: str = ""
+    format: WeightFormat | None = None
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * (4 if self.dtype == "float32" else 2)
+        return stored_bytes(self.dtype, math.prod(self.shape))
 
 
 class GraphBuilder:
@@ -65,12 +80,15 @@ class GraphBuilder:
     Args:
         signature: Names, dtypes and axes of the graph's inputs and outputs.
         dtype: Element type of weights and of the residual stream.
+        precision: Which weights are quantized, and the inputs of which products; None for none.
     """
 
-    def __init__(self, signature: TowerSignature, dtype: str) -> None:
+    def __init__(self, signature: TowerSignature, dtype: str, precision: Precision | None = None) -> None:
         self.signature = signature
         self.dtype = dtype
+        self.precision = precision or Precision()
         self.weights: list[Weight] = []
+        self.taps: dict[str, Tap] = {}
         self._tape = tape.Tape()
         self._inputs = {s.name: _value(s) for s in signature.inputs}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
@@ -78,24 +96,27 @@ class GraphBuilder:
         self._shared: dict[str, ir.Value] = {}
         self._outputs: dict[str, ir.Value] = {}
         self._scope = ""
+        self._values = 0
         self._counts: dict[str, int] = {}
+        self._weight_names: dict[ir.Value, str] = {}
+        self._rounded: dict[ir.Value, ir.Value] = {}
 
     def input(self, name: str) -> ir.Value:
         return self._inputs[name]
 
     def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """Appends one node with one output. Node and output names carry the current scope, for profilers and viewers."""
+        """Appends one node with one output. A node's name carries the current scope, for profilers and viewers; values are numbered."""
         name = self._name(op_type)
         out = self._tape.op(op_type, inputs, attributes, name=name)
-        out.name = f"{name}:0"
+        out.name = self._next_value()
         return out
 
     def ops(self, op_type: str, outputs: int, *inputs: ir.Value | None, **attributes: Any) -> Sequence[ir.Value]:
         """Appends one node with several outputs."""
         name = self._name(op_type)
         values = self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=outputs, name=name)
-        for i, value in enumerate(values):
-            value.name = f"{name}:{i}"
+        for value in values:
+            value.name = self._next_value()
         return values
 
     def constant(self, data: Any, dtype: str = "int64") -> ir.Value:
@@ -121,10 +142,35 @@ class GraphBuilder:
         return self._shared[key]
 
     def weight(self, weight: Weight) -> ir.Value:
-        """Declares an initializer whose data will be streamed in later."""
+        """Declares an initializer whose data will be streamed in later, and what reads it back where it is quantized."""
+        how = self.precision.weights.get(weight.origin or weight.name)
+        value = self._declared(weight) if how is None or len(weight.shape) < 2 else self._quantized(weight, how)
+        self._weight_names[value] = weight.origin or weight.name
+        return value
+
+    def _declared(self, weight: Weight) -> ir.Value:
         self.weights.append(weight)
         placeholder = ir.ExternalTensor("", None, None, ir_dtype(weight.dtype), shape=ir.Shape(weight.shape), name=weight.name)
         return self._initializer(weight.name, placeholder)
+
+    def _quantized(self, weight: Weight, how: WeightFormat) -> ir.Value:
+        """Values and scales, and the DequantizeLinear that must come before anything else: TensorRT takes no other reader of few bits.
+
+        A scale a row is one axis of scales for a matrix and blocks as long as a row for stacked ones; groups are blocks.
+        """
+        whole = replace(weight, origin=weight.origin or weight.name, format=how)
+        columns = weight.shape[-1]
+        blocked = bool(how.group) or len(weight.shape) > 2
+        shape = (*weight.shape[:-1], how.groups(columns)) if blocked else weight.shape[:1]
+        values = self._declared(replace(whole, dtype=how.dtype, part="values"))
+        scales = replace(whole, name=f"{weight.name}.scale", shape=shape, dtype=how.scale_dtype or self.dtype, part="scale")
+        scale = self._declared(scales)
+        if how.scale_dtype:
+            shared = self._declared(replace(whole, name=f"{weight.name}.global_scale", shape=(), dtype=self.dtype, part="global_scale"))
+            scale = self.op("DequantizeLinear", scale, shared)
+        if blocked:
+            return self.op("DequantizeLinear", values, scale, axis=len(weight.shape) - 1, block_size=how.group or columns)
+        return self.op("DequantizeLinear", values, scale, axis=0)
 
     def to_float32(self, x: ir.Value) -> ir.Value:
         return x if self.dtype == "float32" else self.op("Cast", x, to=ir.DataType.FLOAT)
@@ -136,9 +182,53 @@ class GraphBuilder:
         """Reshape where 0 keeps an input dimension and -1 takes what is left."""
         return self.op("Reshape", x, self.constant(list(shape)))
 
-    def linear(self, x: ir.Value, weight: ir.Value) -> ir.Value:
-        """X W^T with W as the checkpoint stores it, [out, in]; readers fold the transpose into the product."""
+    def linear(self, x: ir.Value, weight: ir.Value, *, visited: ir.Value | None = None) -> ir.Value:
+        """X W^T with W as the checkpoint stores it, [out, in], or stacked [E, out, in]; readers fold the transpose into the product.
+
+        `visited` [E,N,1] float32 is above 0 where a row of x is used at all: rows nobody reads say nothing about its range.
+        """
+        x = self._as_input(x, self._weight_names[weight], visited)
+        perm = [0, 2, 1] if self._rank(weight) == 3 else [1, 0]
+        return self.op("MatMul", x, self.op("Transpose", weight, perm=perm))
+
+    def linear_exact(self, x: ir.Value, weight: ir.Value) -> ir.Value:
+        """The same with x as it is, whatever other products of x read."""
         return self.op("MatMul", x, self.op("Transpose", weight, perm=[1, 0]))
+
+    def _rank(self, weight: ir.Value) -> int:
+        node = weight.producer()
+        values = weight if node is None else node.inputs[0]
+        assert values is not None and values.shape is not None
+        return len(values.shape)
+
+    def _as_input(self, x: ir.Value, name: str, visited: ir.Value | None) -> ir.Value:
+        """X as a product with that weight reads it: noted for those who watch ranges, and rounded to few bits if that is wanted.
+
+        Products of one input share its rounding, and its name is that of the first.
+        """
+        if x in self._rounded:
+            return self._rounded[x]
+        assert x.name is not None
+        known = next((tap for tap in self.taps.values() if tap.value == x.name), None)
+        if known is None:
+            self.taps[name] = Tap(name, x.name, visited.name if visited is not None else None)
+        how = self.precision.activations.get(known.weight if known else name)
+        if how is None:
+            return x
+        scale = self._typed(how.scale, self.dtype)
+        few = self.op("QuantizeLinear", x, scale, output_dtype=ir_dtype(how.dtype))
+        self._rounded[x] = self.op("DequantizeLinear", few, scale)
+        return self._rounded[x]
+
+    def _typed(self, value: float, dtype: str) -> ir.Value:
+        """A scalar initializer of a type numpy may not know: readers want a quantization's scale to be a constant."""
+        kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+        array = np.asarray(value, dtype=np.float64).astype(kind)
+        key = (dtype, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = f"constant_{len(self._constants)}"
+            self._constants[key] = self._initializer(name, ir.tensor(array, name=name))
+        return self._constants[key]
 
     def silu(self, x: ir.Value) -> ir.Value:
         return self.op("Mul", x, self.op("Sigmoid", x))
@@ -178,6 +268,10 @@ class GraphBuilder:
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
         self._initializers[name] = value
         return value
+
+    def _next_value(self) -> str:
+        self._values += 1
+        return f"v{self._values}"
 
     def _name(self, op_type: str) -> str:
         stem = f"{self._scope}{op_type}"

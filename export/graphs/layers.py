@@ -29,6 +29,16 @@ class LayerWeights:
         full = self._prefix + name
         return self._graph.weight(Weight(full, shape, dtype or self._graph.dtype, (full,)))
 
+    def rows(self, name: str, first: int, end: int, columns: int, *, suffix: str = "") -> ir.Value:
+        """Rows [first, end) of a matrix, under its own name; with a suffix under that, and never quantized."""
+        full = self._prefix + name
+        origin = f"{full}{suffix}"
+        return self._graph.weight(Weight(origin, (end - first, columns), self._graph.dtype, (full,), rows=(first, end), origin=origin))
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the weight is to be stored in few bits."""
+        return self._prefix + name in self._graph.precision.weights
+
     def negated_exp(self, name: str, *shape: int) -> ir.Value:
         """-exp of a tensor in float32: the decay rates A, computed once at export."""
         full = self._prefix + name
@@ -65,8 +75,8 @@ def moe(graph: GraphBuilder, x: ir.Value, weights: LayerWeights, config: ModelCo
     routing = _routing(graph, tokens, weights, config)
     up = weights.stacked("experts.{}.up_proj.weight", e, f, d)
     down = weights.stacked("experts.{}.down_proj.weight", e, d, f)
-    hidden = _squared_relu(graph, graph.op("MatMul", tokens, graph.op("Transpose", up, perm=[0, 2, 1])))
-    each = graph.op("MatMul", hidden, graph.op("Transpose", down, perm=[0, 2, 1]))  # [E,N,D]
+    hidden = _squared_relu(graph, graph.linear(tokens, up))
+    each = graph.linear(hidden, down, visited=routing)  # [E,N,D]
     weighed = graph.op("Mul", graph.to_float32(each), routing)
     routed = graph.to_model_dtype(graph.op("ReduceSum", weighed, graph.constant([0]), keepdims=0))
     routed = graph.op("Reshape", routed, graph.op("Shape", x))

@@ -44,14 +44,29 @@ def mamba(
     graph: GraphBuilder, u: ir.Value, weights: LayerWeights, config: ModelConfig, *, past: tuple[ir.Value, ir.Value], chunk: ChunkInfo
 ) -> MambaOutput:
     """Mamba-2 on u [B,L,D] from past = (conv [B,C,K-1], ssm [B,H,P,N] float32)."""
-    inner, channels, heads = config.mamba_inner, config.conv_channels, config.mamba_num_heads
-    projected = graph.linear(u, weights("in_proj.weight", inner + channels + heads, config.hidden_size))
-    z, columns, dt = graph.ops("Split", 3, projected, graph.constant([inner, channels, heads]), axis=-1)
+    z, columns, dt = _projected(graph, u, weights, config)
     columns = graph.op("Concat", past[0], graph.op("Transpose", columns, perm=[0, 2, 1]), axis=2)  # [B,C,K-1+L]
     conv = _conv_state(graph, columns, chunk.lengths, config) if chunk.lengths is not None else None
     y, ssm = _scan(graph, (_convolved(graph, columns, weights, config), dt), weights, config, past_ssm=past[1], chunk=chunk)
     y = _gated_norm(graph, y, z, weights, config)
-    return MambaOutput(graph.linear(y, weights("out_proj.weight", config.hidden_size, inner)), conv, ssm)
+    return MambaOutput(graph.linear(y, weights("out_proj.weight", config.hidden_size, config.mamba_inner)), conv, ssm)
+
+
+def _projected(graph: GraphBuilder, u: ir.Value, weights: LayerWeights, config: ModelConfig) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """The gate z, the columns of the convolution, and the raw dt of u [B,L,D].
+
+    One product, unless it is quantized: the few rows that make dt then stay as they are, because dt goes through two exponentials.
+    """
+    inner, channels, heads = config.mamba_inner, config.conv_channels, config.mamba_num_heads
+    total, width = inner + channels + heads, config.hidden_size
+    if not weights.is_quantized("in_proj.weight"):
+        projected = graph.linear(u, weights("in_proj.weight", total, width))
+        z, columns, dt = graph.ops("Split", 3, projected, graph.constant([inner, channels, heads]), axis=-1)
+        return z, columns, dt
+    dt = graph.linear_exact(u, weights.rows("in_proj.weight", inner + channels, total, width, suffix=".dt"))
+    projected = graph.linear(u, weights.rows("in_proj.weight", 0, inner + channels, width))
+    z, columns = graph.ops("Split", 2, projected, graph.constant([inner, channels]), axis=-1)
+    return z, columns, dt
 
 
 def _convolved(graph: GraphBuilder, columns: ir.Value, weights: LayerWeights, config: ModelConfig) -> ir.Value:

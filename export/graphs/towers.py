@@ -13,6 +13,7 @@ from twotower.export.graphs.builder import GraphBuilder, Weight
 from twotower.export.graphs.conditioning import conditioning, modulation, normed_input
 from twotower.export.graphs.layers import LayerWeights, mlp, moe, rms_norm
 from twotower.export.graphs.mamba import ChunkInfo, mamba
+from twotower.export.graphs.precision import Precision, Tap
 from twotower.export.graphs.sampler import mask_info, sample_and_commit
 from twotower.spec import (
     BLOCK,
@@ -43,23 +44,25 @@ __all__ = ["TowerGraph", "build_graph"]
 
 @dataclass(frozen=True, slots=True)
 class TowerGraph:
-    """A recorded graph and the weights it declares, in declaration order (which is layer order)."""
+    """A recorded graph, the weights it declares, in declaration order (which is layer order), and the inputs of its products."""
 
     model: ir.Model
     weights: tuple[Weight, ...]
+    taps: tuple[Tap, ...] = ()
 
 
-def build_graph(name: str, config: ModelConfig, dtype: str) -> TowerGraph:
+def build_graph(name: str, config: ModelConfig, dtype: str, precision: Precision | None = None) -> TowerGraph:
     """Records one graph of the contract; needs no weights and no torch, and takes well under a second at 52 layers.
 
     Args:
         config: The model.
         name: `context`, `context_head` or `denoiser`.
         dtype: `float32`, `float16` or `bfloat16`; the SSM state and its scan, norms, softmax and routing stay float32.
+        precision: What is stored or computed in few bits; None for nothing.
     """
-    graph = GraphBuilder(signatures(config, dtype)[name], dtype)
+    graph = GraphBuilder(signatures(config, dtype)[name], dtype, precision)
     {CONTEXT: _context, CONTEXT_HEAD: _context_head, DENOISER: _denoiser}[name](graph, config)
-    return TowerGraph(graph.finish(), tuple(graph.weights))
+    return TowerGraph(graph.finish(), tuple(graph.weights), tuple(graph.taps.values()))
 
 
 def _context(graph: GraphBuilder, config: ModelConfig) -> None:

@@ -87,6 +87,14 @@ class EngineOutputError(TwoTowerError):
     """An engine returned numbers no sound engine returns (NaN or infinity)."""
 
 
+class RecipeError(TwoTowerError, ValueError):
+    """A quantization recipe that cannot be read, or that a model cannot follow."""
+
+
+class CalibrationError(TwoTowerError):
+    """Statistics that cannot be made, read or used for this bundle."""
+
+
 class SuiteError(TwoTowerError):
     """A file of problems that cannot be used."""
 

@@ -4,31 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto
 
+from twotower.config.formats import stored_bytes
+
 __all__ = [
-    "ALIGNMENT",
+    "LARGE",
+    "LINE",
+    "PAGE",
     "WeightRef",
     "aligned",
     "attach_weights",
     "detach_weights",
     "load_graph",
+    "located_weights",
     "read_weight",
     "weight_refs",
     "widen_data",
     "widen_to_float32",
 ]
 
-ALIGNMENT = 4096
-"""Offsets of weights in a data file: a page, so that a weight can be mapped on its own."""
+PAGE, LINE, LARGE = 4096, 64, 1 << 20
+"""Offsets of weights in a data file: a large weight starts on a page, so that it can be mapped on its own, any other on a cache line."""
 
-_NAMES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+_NAMES: dict[int, str] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.INT8: "int8",
+    TensorProto.FLOAT8E4M3FN: "float8e4m3fn",
+    TensorProto.INT4: "int4",
+    TensorProto.FLOAT4E2M1: "float4e2m1",
+}
 _CODES = {name: code for code, name in _NAMES.items()}
 _PIECE = 4 << 20  # elements widened at a time
 _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -39,7 +53,7 @@ class WeightRef:
     """Where one weight lies in a data file.
 
     Attributes:
-        dtype: `float32`, `float16` or `bfloat16`.
+        dtype: `float32`, `float16` or `bfloat16`; of a quantized weight `int8`, `float8e4m3fn`, `int4` or `float4e2m1`.
         shape: Its shape.
         offset: First byte.
     """
@@ -50,32 +64,53 @@ class WeightRef:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * (4 if self.dtype == "float32" else 2)
+        return stored_bytes(self.dtype, math.prod(self.shape))
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it is of half width, and so widened where a machine has no arithmetic for that."""
+        return self.dtype in ("float16", "bfloat16")
 
 
-def aligned(offset: int) -> int:
-    """The next offset a weight may start at."""
-    return -(-offset // ALIGNMENT) * ALIGNMENT
+def aligned(offset: int, nbytes: int) -> int:
+    """The next offset a weight of so many bytes may start at."""
+    step = PAGE if nbytes >= LARGE else LINE
+    return -(-offset // step) * step
 
 
 def weight_refs(model: onnx.ModelProto) -> dict[str, WeightRef]:
     """The external initializers of a model loaded without its data."""
-    out: dict[str, WeightRef] = {}
+    return {name: ref for name, (_, ref) in located_weights(model).items()}
+
+
+def located_weights(model: onnx.ModelProto) -> dict[str, tuple[str, WeightRef]]:
+    """The external initializers of a model loaded without its data, each with the file it names."""
+    out: dict[str, tuple[str, WeightRef]] = {}
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
             entries = {e.key: e.value for e in tensor.external_data}
-            out[tensor.name] = WeightRef(_NAMES[tensor.data_type], tuple(tensor.dims), int(entries["offset"]))
+            ref = WeightRef(_NAMES[tensor.data_type], tuple(tensor.dims), int(entries["offset"]))
+            out[tensor.name] = (entries["location"], ref)
     return out
 
 
 def read_weight(data: np.ndarray[Any, np.dtype[np.uint8]], ref: WeightRef) -> np.ndarray[Any, np.dtype[Any]]:
-    """One weight out of a mapped data file: a view for float32 and float16, bfloat16 widened to float32 (a copy)."""
+    """One weight out of a mapped data file: a view where a byte or more is an element, bfloat16 widened to float32 (a copy).
+
+    Types of 4 bits are unpacked (a copy): int4 to int8, float4e2m1 to the type of that name in ml_dtypes.
+    """
     raw = data[ref.offset : ref.offset + ref.nbytes]
     if ref.dtype == "bfloat16":
         wide = raw.view(np.uint16).astype(np.uint32)
         np.left_shift(wide, 16, out=wide)
         return wide.view(np.float32).reshape(ref.shape)
-    return raw.view(np.dtype(ref.dtype)).reshape(ref.shape)
+    if ref.dtype in ("int4", "float4e2m1"):
+        halves = np.stack((raw & 15, raw >> 4), axis=-1).reshape(-1)[: math.prod(ref.shape)]
+        if ref.dtype == "int4":
+            return ((halves.astype(np.int8) ^ 8) - 8).reshape(ref.shape)
+        return halves.view(ml_dtypes.float4_e2m1fn).reshape(ref.shape)
+    dtype: Any = ml_dtypes.float8_e4m3fn if ref.dtype == "float8e4m3fn" else ref.dtype
+    return raw.view(np.dtype(dtype)).reshape(ref.shape)
 
 
 def detach_weights(model: onnx.ModelProto) -> None:
@@ -112,18 +147,22 @@ def widen_to_float32(model: onnx.ModelProto) -> None:
         if value.type.tensor_type.elem_type in _NARROW:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
     for tensor in model.graph.initializer:
-        if tensor.data_type in _NARROW:
-            tensor.data_type = TensorProto.FLOAT
-            for entry in tensor.external_data:
-                if entry.key == "length":
-                    entry.value = str(2 * int(entry.value))
+        if tensor.data_type not in _NARROW:
+            continue
+        if tensor.data_location != TensorProto.EXTERNAL:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+            continue
+        tensor.data_type = TensorProto.FLOAT
+        for entry in tensor.external_data:
+            if entry.key == "length":
+                entry.value = str(2 * int(entry.value))
     for attribute in _cast_targets(model):
         if attribute.i in _NARROW:
             attribute.i = TensorProto.FLOAT
 
 
 def widen_data(source: Path, target: Path, refs: dict[str, WeightRef], tick: Callable[[int], None] | None = None) -> dict[str, WeightRef]:
-    """Copies weights into a float32 data file, 16 MiB at a time.
+    """Copies weights into a data file, in float32 what is of half width and as they are the quantized ones, 16 MiB at a time.
 
     Args:
         source: The data file `refs` points into.
@@ -139,17 +178,26 @@ def widen_data(source: Path, target: Path, refs: dict[str, WeightRef], tick: Cal
     end = 0
     with target.open("wb") as file:
         for name, ref in sorted(refs.items(), key=lambda item: item[1].offset):
-            out[name] = WeightRef("float32", ref.shape, aligned(end))
+            kept = WeightRef("float32" if ref.narrow else ref.dtype, ref.shape, 0)
+            out[name] = replace(kept, offset=aligned(end, kept.nbytes))
             file.seek(out[name].offset)
-            size = 4 if ref.dtype == "float32" else 2
-            count = ref.nbytes // size
-            for first in range(0, count, _PIECE):
-                piece = WeightRef(ref.dtype, (min(_PIECE, count - first),), ref.offset + first * size)
-                read_weight(data, piece).astype(np.float32, copy=False).tofile(file)
+            for piece in _pieces(data, ref):
+                piece.tofile(file)
                 if tick:
-                    tick(piece.nbytes)
+                    tick(piece.nbytes // 2 if ref.narrow else piece.nbytes)
             end = out[name].offset + out[name].nbytes
     return out
+
+
+def _pieces(data: np.ndarray[Any, np.dtype[np.uint8]], ref: WeightRef) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
+    if not ref.narrow:
+        for first in range(ref.offset, ref.offset + ref.nbytes, 4 * _PIECE):
+            yield data[first : min(first + 4 * _PIECE, ref.offset + ref.nbytes)]
+        return
+    count = math.prod(ref.shape)
+    for first in range(0, count, _PIECE):
+        piece = WeightRef(ref.dtype, (min(_PIECE, count - first),), ref.offset + first * 2)
+        yield read_weight(data, piece).astype(np.float32, copy=False)
 
 
 def _cast_targets(model: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:

@@ -96,7 +96,7 @@ def test_a_write_that_the_system_refuses_leaves_nothing(tmp_path: Path, size: in
 
 
 STEPS: dict[str, tuple[Any, str]] = {
-    "saving a graph": (exporter_module.ir, "save"),
+    "saving a graph": (exporter_module, "save_graph"),
     "copying the tokenizer": (exporter_module.shutil, "copyfile"),
     "writing the report": (exporter_module, "write_json"),
     "hashing the small files": (exporter_module, "hash_file"),

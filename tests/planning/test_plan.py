@@ -14,7 +14,7 @@ from twotower.config.model import parse_model_config, read_model_config
 from twotower.errors import BuildError, ConfigError
 from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.planning import PlanOptions, plan_bundle
-from twotower.planning.weights import WEIGHT_ALIGNMENT
+from twotower.planning.weights import PAGE
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
@@ -72,7 +72,7 @@ def test_disk_is_what_onnx_runtime_s_files_take(tmp_path: Path, dtype: str) -> N
     bundle = export_fixture("hybrid-a", tmp_path / "bundle", dtype)
     build_engines(bundle, "ort-cpu", builder_for("ort-cpu"))
     plan = plan_bundle(bundle.config, PlanOptions(target="ort-cpu", dtype=dtype))
-    pages = 3 * WEIGHT_ALIGNMENT
+    pages = 3 * PAGE
     assert 0 <= plan.disk.bundle - sum(p.stat().st_size for p in bundle.path.glob("*/*.onnx.data")) < pages
     engine = bundle.path / "engines" / "ort-cpu"
     written = sum(p.stat().st_size for p in engine.glob("*.data"))

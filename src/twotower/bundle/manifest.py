@@ -51,6 +51,8 @@ class Bundle:
         source: Where it was exported from: name, and size and SHA-256 of every shard.
         files: Every file the manifest answers for.
         tools: Versions of what wrote it.
+        quantization: Of a quantized bundle: recipe, options, identity of the bundle it was made from, and what was measured of it. None
+            for a float bundle.
     """
 
     path: Path
@@ -64,6 +66,7 @@ class Bundle:
     files: dict[str, FileRecord]
     tools: dict[str, str]
     signatures: dict[str, TowerSignature] = field(repr=False)
+    quantization: dict[str, Any] | None = None
 
     @classmethod
     def open(cls, path: str | Path, *, contents: bool = True, progress: Progress | None = None) -> Bundle:
@@ -160,6 +163,7 @@ def _parsed(root: Path, data: dict[str, Any]) -> Bundle:
             files={str(k): FileRecord(int(v["size"]), str(v["sha256"])) for k, v in data["files"].items()},
             tools=dict(data["tools"]),
             signatures=all_signatures,
+            quantization=dict(data["quantization"]) if data.get("quantization") else None,
         )
     except ConfigError:
         raise

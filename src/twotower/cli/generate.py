@@ -6,11 +6,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from twotower.cli.options import add_generation_options, add_session_options, device_options, generation_overrides, token_ids
+from twotower.cli.prompts import read_prompts
 from twotower.config import GenerationConfig
-from twotower.errors import RequestError
 
 if TYPE_CHECKING:
     from twotower.runtime import Generation, Request, TwoTower
@@ -82,34 +82,8 @@ def _requests(args: argparse.Namespace, config: GenerationConfig) -> list[Reques
     from twotower.runtime import Request
 
     if args.prompt_file:
-        return [Request(prompt, own) for prompt, own in _prompt_file(Path(args.prompt_file), config)]
+        return [Request(prompt, own) for prompt, own in read_prompts(Path(args.prompt_file), config)]
     return [Request(args.prompt if args.tokens is None else token_ids(args.tokens), config)]
-
-
-def _prompt_file(path: Path, base: GenerationConfig) -> list[tuple[Any, GenerationConfig]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise RequestError(f"cannot read the prompt file {path}", found=str(e), do="name a UTF-8 file with one JSON object a line") from e
-    out = [_prompt_line(f"{path}, line {number}", line, base) for number, line in enumerate(lines, 1) if line.strip()]
-    if not out:
-        raise RequestError(f"the prompt file {path} has no prompts", found=f"{len(lines)} lines", do='write one {"text": ...} a line')
-    return out
-
-
-def _prompt_line(where: str, line: str, base: GenerationConfig) -> tuple[Any, GenerationConfig]:
-    form = 'write {"text": "..."} or {"tokens": [5, 6, 7]}, with generation options beside it if wanted'
-    try:
-        data = json.loads(line)
-    except ValueError as e:
-        raise RequestError(f"{where} is not JSON", found=str(e), do=form) from e
-    if not isinstance(data, dict) or ("text" in data) == ("tokens" in data):
-        raise RequestError(f"{where} is not one prompt", found=line[:80], do=form)
-    prompt = data.pop("text") if "text" in data else data.pop("tokens")
-    ids = isinstance(prompt, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt)
-    if not isinstance(prompt, str) and not ids:
-        raise RequestError(f"{where}: the prompt is neither text nor a list of token ids", found=repr(prompt)[:80], do=form)
-    return (prompt if isinstance(prompt, str) else tuple(prompt)), GenerationConfig.from_mapping(data, base=base)
 
 
 def _readable(result: Generation) -> str:

@@ -19,6 +19,8 @@ VERBS = {
     "inspect": "what a checkpoint, bundle or ONNX graph is: towers, layers, parameters, state, engines",
     "plan": "memory, disk and time a model will take on a GPU, before anything is started",
     "export": "checkpoint -> bundle of ONNX graphs",
+    "calibrate": "ranges of activations from real denoising runs",
+    "quantize": "bundle -> bundle with weights, and inputs of products, in few bits",
     "build": "bundle -> engines of a target",
     "generate": "text (or tokens) from a bundle",
     "trace": "one text pass by pass: a file, a page that plays it, a live picture, a comparison",

@@ -13,10 +13,10 @@ from twotower.config.model import ModelConfig
 from twotower.config.tensors import CheckpointTensor, Role, Tower, expected_tensors
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 
-__all__ = ["EXPERT_RECIPES", "WEIGHT_ALIGNMENT", "ExpertRecipe", "GraphWeights", "checkpoint_bytes", "graph_weights", "item_bytes"]
+__all__ = ["EXPERT_RECIPES", "LARGE", "LINE", "PAGE", "ExpertRecipe", "GraphWeights", "checkpoint_bytes", "graph_weights", "item_bytes"]
 
-WEIGHT_ALIGNMENT = 4096
-"""A weight starts on a page in a bundle's data file (`twotower.graph_files`)."""
+PAGE, LINE, LARGE = 4096, 64, 1 << 20
+"""A weight of a megabyte or more starts on a page in a bundle's data file, a smaller one on a cache line (`twotower.graph_files`)."""
 
 _FLOAT32 = ("norm.weight", "norm_f.weight", ".D", ".dt_bias", ".A_log", ".gate.weight", ".e_score_correction_bias")
 """Ends of the names that a graph keeps in float32 whatever the model's dtype."""
@@ -109,7 +109,8 @@ def graph_weights(config: ModelConfig, dtype: str, experts: str | None = None) -
         sums[graph].add(tensor, size, kept)
         stacks[graph, _stack_of(tensor)] += size
     for (graph, _), size in stacks.items():
-        sums[graph].stored += -(-size // WEIGHT_ALIGNMENT) * WEIGHT_ALIGNMENT
+        step = PAGE if size >= LARGE else LINE
+        sums[graph].stored += -(-size // step) * step
     return MappingProxyType({name: s.frozen(with_layers=name != CONTEXT_HEAD) for name, s in sums.items()})
 
 

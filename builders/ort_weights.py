@@ -1,0 +1,161 @@
+"""Weights for ONNX Runtime on a CPU: which it reads as they are, and the others widened or expanded into a file of the engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from twotower.graph_files import WeightRef, aligned, read_weight, weight_refs
+
+__all__ = ["Place", "expand_data", "expand_float4", "hide_dequantization", "places_of", "show_dequantization"]
+
+_PIECE = 4 << 20  # elements at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A weight of a bundle's graph, and what an engine for a CPU makes of it.
+
+    Attributes:
+        ref: Where it lies in the bundle's data file.
+        written: Bytes the engine's own file takes for it; 0 where it stays in the bundle or is not needed any more.
+        scales: Of 4-bit floats: places of the block scales and the global scale.
+        dropped: Whether it is a scale of such a weight, and goes with it.
+    """
+
+    ref: WeightRef
+    written: int = 0
+    scales: tuple[WeightRef, WeightRef] | None = None
+    dropped: bool = False
+
+
+def places_of(model: onnx.ModelProto) -> dict[str, Place]:
+    """What becomes of every weight of a graph as it lies in a bundle."""
+    refs = weight_refs(model)
+    scales = {values: names for values, _, *names in _float4_weights(model)}
+    dropped = {name for names in scales.values() for name in names}
+    out = {}
+    for name, ref in refs.items():
+        if name in dropped:
+            out[name] = Place(ref, dropped=True)
+        elif name in scales:
+            block, whole = scales[name]
+            out[name] = Place(ref, 4 * math.prod(ref.shape), (refs[block], refs[whole]))
+        else:
+            out[name] = Place(ref, 4 * math.prod(ref.shape) if ref.narrow else 0)
+    return out
+
+
+def expand_float4(model: onnx.ModelProto) -> None:
+    """Takes the reading of 4-bit floats out of a graph, in place: the weight is float32 and read directly."""
+    gone: set[str] = set()
+    for values, output, *scales in _float4_weights(model):
+        tensor = next(t for t in model.graph.initializer if t.name == values)
+        tensor.data_type = onnx.TensorProto.FLOAT
+        gone |= {output, *scales}
+        for node in model.graph.node:
+            if output in node.input:
+                node.input[:] = [values if name == output else name for name in node.input]
+    gone |= {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in gone}
+    kept = [node for node in model.graph.node if node.output[0] not in gone]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    left = [t for t in model.graph.initializer if t.name not in gone]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(left)
+
+
+def hide_dequantization(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Makes graph inputs of quantized weights as their products read them, in place, so that an optimiser sees products of floats.
+
+    ONNX Runtime's own passes would move the transpose of a weight in front of its DequantizeLinear, and to do so quantize the whole weight
+    once more in every pass; and they would not fuse that transpose into the product.
+
+    Returns:
+        The operators that were taken out, for `show_dequantization`.
+    """
+    refs = weight_refs(model)
+    hidden = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in refs]
+    kept = [node for node in model.graph.node if node not in hidden]
+    gone = {name for node in hidden for name in node.input}
+    left = [t for t in model.graph.initializer if t.name not in gone]
+    for node in hidden:
+        shape = list(refs[node.input[0]].shape)
+        model.graph.input.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, shape))
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(kept)
+    model.graph.initializer.extend(left)
+    return hidden
+
+
+def show_dequantization(model: onnx.ModelProto, hidden: Sequence[onnx.NodeProto]) -> None:
+    """Puts the operators back, each right before its first reader: a weight is expanded when it is needed and no earlier."""
+    waiting = {node.output[0]: node for node in hidden}
+    inputs = [value for value in model.graph.input if value.name not in waiting]
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        nodes += [waiting.pop(name) for name in node.input if name in waiting]
+        nodes.append(node)
+    del model.graph.node[:], model.graph.input[:]
+    model.graph.node.extend(nodes)
+    model.graph.input.extend(inputs)
+
+
+def expand_data(source: Path, target: Path, places: Mapping[str, Place], tick: Callable[[int], None]) -> dict[str, WeightRef]:
+    """Writes what an engine keeps itself, float32, in pieces; `tick` gets the bytes of each.
+
+    Returns:
+        Where the weights lie in the new file.
+    """
+    data = np.memmap(source, dtype=np.uint8, mode="r")
+    out: dict[str, WeightRef] = {}
+    end = 0
+    with target.open("wb") as file:
+        for name, place in sorted(places.items(), key=lambda item: item[1].ref.offset):
+            if not place.written:
+                continue
+            out[name] = WeightRef("float32", place.ref.shape, aligned(end, place.written))
+            file.seek(out[name].offset)
+            for piece in _pieces(data, place):
+                piece.tofile(file)
+                tick(piece.nbytes)
+            end = out[name].offset + place.written
+    return out
+
+
+def _pieces(data: npt.NDArray[np.uint8], place: Place) -> Iterator[npt.NDArray[np.float32]]:
+    ref = place.ref
+    if place.scales is None:
+        count = math.prod(ref.shape)
+        for first in range(0, count, _PIECE):
+            part = WeightRef(ref.dtype, (min(_PIECE, count - first),), ref.offset + 2 * first)
+            yield np.asarray(read_weight(data, part), np.float32)
+        return
+    block, whole = place.scales
+    shared = np.float32(read_weight(data, whole))
+    rows, columns, groups = math.prod(ref.shape[:-1]), ref.shape[-1], block.shape[-1]
+    step = max(_PIECE // columns, 1)
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        values = read_weight(data, WeightRef(ref.dtype, (count, groups, columns // groups), ref.offset + first * columns // 2))
+        scales = read_weight(data, WeightRef(block.dtype, (count, groups, 1), block.offset + first * groups))
+        # What two DequantizeLinear do: the scale is a product of its own, rounded, before it meets the values.
+        yield values.astype(np.float32) * (scales.astype(np.float32) * shared)
+
+
+def _float4_weights(model: onnx.ModelProto) -> Iterator[tuple[str, str, str, str]]:
+    """Of every weight in 4-bit floats: its values, the output that reads them, its block scales and its global scale."""
+    code: Any = onnx.TensorProto.FLOAT4E2M1
+    narrow = {t.name for t in model.graph.initializer if t.data_type == code}
+    makers = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    for node in makers.values():
+        if node.input[0] in narrow:
+            scale = makers[node.input[1]]
+            yield node.input[0], node.output[0], scale.input[0], scale.input[1]

@@ -1,0 +1,240 @@
+"""Recipes: which layer kinds are stored in which format. They are data, read from TOML, checked here, and resolved to weights by name."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from twotower.config import ModelConfig
+from twotower.config.formats import ACTIVATIONS, FORMATS, QUANTIZABLE, WeightFormat
+from twotower.config.tensors import CheckpointTensor, Role, Tower, expected_tensors
+from twotower.errors import RecipeError
+from twotower.export.graphs import Weight
+
+__all__ = ["KEEP", "Part", "Recipe", "RecipeException", "builtin_recipes", "load_recipe", "parts_of"]
+
+KEEP = "keep"
+GROUPS = (32, 64, 96, 128)
+KINDS = tuple(role.value for role in QUANTIZABLE)
+_MAMBA_MATRICES = ("in_proj.weight", "out_proj.weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeException:
+    """Weights that are treated otherwise; what is None matches everything.
+
+    Attributes:
+        tower: `context` or `denoiser`.
+        layer: Number of the layer.
+        kind: Layer kind.
+        format: A format's name, or `keep`.
+    """
+
+    tower: str | None = None
+    layer: int | None = None
+    kind: str | None = None
+    format: str = KEEP
+
+    def matches(self, part: Part) -> bool:
+        """Whether it is about that weight."""
+        return self.tower in (None, part.tower) and self.layer in (None, part.layer) and self.kind in (None, part.kind)
+
+    def to_json(self) -> dict[str, Any]:
+        """What is set."""
+        return {k: v for k, v in (("tower", self.tower), ("layer", self.layer), ("kind", self.kind), ("format", self.format)) if v is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A weight a recipe may quantize.
+
+    Attributes:
+        name: Its name in a float graph.
+        tower: `context` or `denoiser`.
+        layer: Number of its layer; None for embedding and head.
+        kind: Layer kind.
+        columns: Length of its rows.
+    """
+
+    name: str
+    tower: str
+    layer: int | None
+    kind: str
+    columns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What is stored, and computed, in few bits.
+
+    Attributes:
+        name: Its name.
+        summary: One sentence.
+        weights: Layer kind -> name of a format.
+        activations: Kinds whose products read their input in the weights' format too.
+        group: Weights that share a scale in int4.
+        exceptions: The last one that matches a weight decides.
+    """
+
+    name: str
+    summary: str = ""
+    weights: Mapping[str, str] = field(default_factory=dict)
+    activations: tuple[str, ...] = ()
+    group: int = 32
+    exceptions: tuple[RecipeException, ...] = ()
+
+    def __post_init__(self) -> None:
+        for kind in (*self.weights, *self.activations, *(e.kind for e in self.exceptions if e.kind is not None)):
+            _require(kind in KINDS, f"recipe {self.name!r} names a layer kind there is not", kind, KINDS)
+        for name in self.weights.values():
+            _require(name in FORMATS, f"recipe {self.name!r} names a format that ONNX opset 24 or this version cannot write", name, FORMATS)
+        for exception in self.exceptions:
+            allowed = (*FORMATS, KEEP)
+            _require(exception.format in allowed, f"recipe {self.name!r} has an exception with an unknown format", exception.format, allowed)
+            _require(exception.tower in (None, "context", "denoiser"), f"recipe {self.name!r} names a tower there is not", exception.tower,
+                     ("context", "denoiser"))  # fmt: skip
+        for kind in self.activations:
+            chosen = self.weights.get(kind, KEEP)
+            few = [name for name, f in FORMATS.items() if f.dtype in ACTIVATIONS]
+            _require(chosen in few, f"recipe {self.name!r} cannot round the inputs of {kind}: its weights are in {chosen}", chosen, few)
+        _require(self.group in GROUPS, f"recipe {self.name!r} has a group TensorRT and this version do not take", self.group, GROUPS)
+
+    @classmethod
+    def from_mapping(cls, name: str, data: Mapping[str, Any]) -> Recipe:
+        """A recipe from a TOML table.
+
+        Raises:
+            RecipeError: unknown keys, kinds or formats, or values of another type.
+        """
+        known = ("summary", "weights", "activations", "group", "except")
+        for key in data:
+            _require(key in known, f"recipe {name!r} has a key there is not", key, known)
+        try:
+            exceptions = tuple(RecipeException(**entry) for entry in data.get("except", ()))
+            return cls(
+                name=name,
+                summary=str(data.get("summary", "")),
+                weights={str(k): str(v) for k, v in data.get("weights", {}).items()},
+                activations=tuple(str(kind) for kind in data.get("activations", ())),
+                group=int(data.get("group", 32)),
+                exceptions=exceptions,
+            )
+        except (TypeError, ValueError, AttributeError) as e:
+            raise RecipeError(f"recipe {name!r} is not written like one", found=str(e), do="see docs/quantization.md for the form") from e
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as `from_mapping` reads it."""
+        return {
+            "summary": self.summary,
+            "weights": dict(self.weights),
+            "activations": list(self.activations),
+            "group": self.group,
+            "except": [e.to_json() for e in self.exceptions],
+        }
+
+    def format_of(self, part: Part) -> WeightFormat | None:
+        """The format of a weight; None where it stays as it is."""
+        name = self.weights.get(part.kind, KEEP)
+        for exception in self.exceptions:
+            if exception.matches(part):
+                name = exception.format
+        if name == KEEP:
+            return None
+        chosen = FORMATS[name]
+        return replace(chosen, group=self.group) if name == "int4" else chosen
+
+    def rounds_input_of(self, part: Part) -> bool:
+        """Whether the product with that weight reads few bits on both sides."""
+        chosen = self.format_of(part)
+        return part.kind in self.activations and chosen is not None and chosen.dtype in ACTIVATIONS
+
+    def only(self, kinds: Iterable[str]) -> Recipe:
+        """The part of it that concerns some kinds."""
+        chosen = tuple(kinds)
+        return replace(
+            self,
+            weights={k: v for k, v in self.weights.items() if k in chosen},
+            activations=tuple(k for k in self.activations if k in chosen),
+        )
+
+    def check(self, parts: Sequence[Part]) -> None:
+        """Refuses what this model's shapes do not allow.
+
+        Raises:
+            RecipeError: a group does not divide a row, or nothing is quantized.
+        """
+        chosen = [(part, f) for part in parts if (f := self.format_of(part))]
+        if not chosen:
+            kinds = sorted({part.kind for part in parts})
+            raise RecipeError(
+                f"recipe {self.name!r} changes nothing of this model",
+                found=f"it names {', '.join(self.weights) or 'no kind'}; the model has {', '.join(kinds)}",
+                do="choose a recipe that names a kind the model has",
+            )
+        for part, how in chosen:
+            if how.group and part.columns % how.group:
+                fitting = [g for g in GROUPS if part.columns % g == 0] if how.name == "int4" else []
+                raise RecipeError(
+                    f"{part.name} cannot be divided into groups of {how.group}",
+                    found=f"its rows have {part.columns} weights; allowed groups: {', '.join(map(str, fitting)) or 'none'}",
+                    do="choose another --group" if fitting else f"store {part.kind} in another format, int8 for instance",
+                )
+
+
+def builtin_recipes() -> dict[str, Recipe]:
+    """The recipes that come along, by name."""
+    text = (resources.files("twotower.calibration") / "data" / "recipes.toml").read_text(encoding="utf-8")
+    return {name: Recipe.from_mapping(name, table) for name, table in tomllib.loads(text).items()}
+
+
+def load_recipe(wanted: str) -> Recipe:
+    """A recipe by name, or of a TOML file (`mine.toml`, or `mine.toml:name` where the file has several).
+
+    Raises:
+        RecipeError: there is none, or it cannot be read.
+    """
+    known = builtin_recipes()
+    if wanted in known:
+        return known[wanted]
+    path, _, name = wanted.partition(".toml:")
+    if not (name or wanted.endswith(".toml")):
+        found = f"recipes: {', '.join(known)}, auto"
+        raise RecipeError(f"there is no recipe {wanted!r}", found=found, do="choose one of them, or name a .toml file with your own")
+    file = Path(f"{path}.toml" if name else wanted)
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise RecipeError(f"cannot read the recipe file {file}", found=str(e), do="name a TOML file with a table a recipe") from e
+    tables = {k: v for k, v in tables.items() if isinstance(v, dict)}
+    chosen = name or (next(iter(tables)) if len(tables) == 1 else "")
+    if chosen not in tables:
+        found = f"tables: {', '.join(tables) or 'none'}"
+        raise RecipeError(f"{file} has no recipe {chosen!r}", found=found, do=f"name one of them: --recipe {file}:NAME")
+    return Recipe.from_mapping(chosen, tables[chosen])
+
+
+def parts_of(config: ModelConfig, weights: Iterable[Weight]) -> list[Part]:
+    """The weights of a float graph that recipes are about: every matrix of an embedding or of a product, router and conditioning left out."""
+    known = expected_tensors(config)
+    out = []
+    for weight in weights:
+        source = known[weight.sources[0]]
+        if source.role in QUANTIZABLE and (source.role is not Role.MAMBA or weight.name.endswith(_MAMBA_MATRICES)):
+            tower = "context" if source.tower is Tower.CONTEXT else "denoiser"
+            out.append(Part(weight.name, tower, _layer_of(source), source.role.value, weight.shape[-1]))
+    return out
+
+
+def _layer_of(tensor: CheckpointTensor) -> int | None:
+    words = tensor.name.split(".")
+    return int(words[2]) if words[1] == "layers" else None
+
+
+def _require(good: bool, what: str, found: Any, allowed: Iterable[Any]) -> None:
+    if not good:
+        choices = ", ".join(map(str, allowed))
+        raise RecipeError(what, found=f"{found!r}; allowed: {choices}", do="correct the recipe (docs/quantization.md has the form)")

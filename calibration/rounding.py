@@ -1,0 +1,121 @@
+"""Numbers to few bits: values and scales of rows of weights, by plain rounding or with the clipping that costs least."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from twotower.config.formats import WeightFormat
+
+__all__ = ["ROUNDINGS", "expand_rows", "global_scale", "numpy_dtype", "pack", "quantize_rows"]
+
+Floats = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
+
+ROUNDINGS = ("plain", "mse")
+"""`plain`: the greatest weight of a group is the greatest value. `mse`: the greatest weights are clipped where that makes the sum of
+squared errors of the group smaller, because all others then get finer steps."""
+
+_CLIPS = {"int8": (1.0, 0.96, 0.92), "fp8": (1.0,), "int4": tuple(np.linspace(1.0, 0.6, 11)), "nvfp4": tuple(np.linspace(1.0, 0.64, 10))}
+"""Fractions of a group's greatest weight that are tried as the greatest value. A float format has as many steps in every octave, so
+that clipping 8-bit floats gains nothing."""
+
+_SMALLEST_SCALE = 2.0**-24  # positive in float16 too; a group of zeros is zero whatever its scale
+
+
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """The numpy type of a type of ours; the 4-bit ones take a byte an element there."""
+    special = {"bfloat16": ml_dtypes.bfloat16, "float8e4m3fn": ml_dtypes.float8_e4m3fn, "float4e2m1": ml_dtypes.float4_e2m1fn, "int4": np.int8}
+    return np.dtype(special.get(dtype, dtype))
+
+
+def global_scale(greatest: float, how: WeightFormat, dtype: str) -> Array:
+    """The scale of a tensor's scales [] in `dtype`: its greatest group gets the greatest 8-bit scale.
+
+    Args:
+        greatest: The tensor's greatest magnitude.
+        how: A format with scales of 8 bits.
+        dtype: The graph's element type.
+    """
+    largest_scale = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
+    value = greatest / (how.largest * largest_scale)
+    return np.asarray(max(value, _SMALLEST_SCALE)).astype(numpy_dtype(dtype))
+
+
+def quantize_rows(x: Floats, how: WeightFormat, dtype: str, *, rounding: str = "plain", shared: Array | None = None) -> tuple[Array, Array]:
+    """Rows [R,K] as values [R,K] (the numpy type of the format) and scales [R, K/group], both as they are stored.
+
+    The scale is rounded to its own type first and the values are made with the rounded one: what reads them back multiplies by that.
+
+    Args:
+        x: The rows.
+        how: The format.
+        dtype: The graph's element type, which is the scales' unless the format has one of its own.
+        rounding: One of `ROUNDINGS`.
+        shared: The global scale, for formats that have one.
+    """
+    grouped = x.reshape(x.shape[0], how.groups(x.shape[1]), -1)
+    greatest = np.abs(grouped).max(axis=-1, keepdims=True)
+    clips = _CLIPS[how.name] if rounding == "mse" else (1.0,)
+    values, scales = _rounded(grouped, greatest, how, dtype, shared)
+    if len(clips) > 1:
+        least = _error(grouped, values, scales, shared)
+        for clip in clips[1:]:
+            other_values, other_scales = _rounded(grouped, greatest * np.float32(clip), how, dtype, shared)
+            error = _error(grouped, other_values, other_scales, shared)
+            better = error < least
+            np.copyto(least, error, where=better)
+            np.copyto(values, other_values, where=better)
+            np.copyto(scales, other_scales, where=better)
+    return values.reshape(x.shape), scales[..., 0]
+
+
+def expand_rows(values: Array, scales: Array, shared: Array | None = None) -> Floats:
+    """What values [R,K] and scales [R, K/group] stand for, [R,K] float32: the arithmetic of DequantizeLinear."""
+    grouped = values.reshape(values.shape[0], scales.shape[1], -1)
+    return (grouped.astype(np.float32) * _wide(scales[..., None], shared)).reshape(values.shape)
+
+
+def pack(values: Array, dtype: str) -> npt.NDArray[np.uint8]:
+    """The bytes of values as ONNX stores them, [n]: two of 4 bits to a byte, the first in the low half.
+
+    The number of 4-bit values must be even.
+    """
+    raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    if dtype not in ("int4", "float4e2m1"):
+        return raw
+    return (raw[0::2] & 15) | (raw[1::2] << 4)
+
+
+def _rounded(grouped: Floats, greatest: Floats, how: WeightFormat, dtype: str, shared: Array | None) -> tuple[Array, Array]:
+    scales = _scales(greatest, how, dtype, shared)
+    units = grouped / _wide(scales, shared)
+    np.clip(units, -how.largest, how.largest, out=units)
+    if how.dtype in ("int8", "int4"):
+        np.rint(units, out=units)
+    return units.astype(numpy_dtype(how.dtype)), scales
+
+
+def _scales(greatest: Floats, how: WeightFormat, dtype: str, shared: Array | None) -> Array:
+    wanted = greatest / np.float32(how.largest)
+    if shared is None:
+        return np.maximum(wanted, _SMALLEST_SCALE).astype(numpy_dtype(dtype))
+    kind = numpy_dtype(how.scale_dtype or dtype)
+    info = ml_dtypes.finfo(kind)
+    units = np.clip(wanted / np.float32(shared), float(info.smallest_subnormal), float(info.max))
+    return units.astype(kind)
+
+
+def _wide(scales: Array, shared: Array | None) -> Floats:
+    wide = scales.astype(np.float32)
+    return wide if shared is None else wide * np.float32(shared)
+
+
+def _error(grouped: Floats, values: Array, scales: Array, shared: Array | None) -> Floats:
+    difference = values.astype(np.float32)
+    difference *= _wide(scales, shared)
+    difference -= grouped
+    return np.einsum("rgk,rgk->rg", difference, difference)[..., None]

@@ -1,0 +1,46 @@
+"""What of a graph is stored or computed in few bits, and where the ranges that decide it can be watched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from twotower.config.formats import WeightFormat
+
+__all__ = ["ActivationFormat", "Precision", "Tap"]
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationFormat:
+    """The input of a product rounded to few bits: `dtype` is `int8` or `float8e4m3fn`, one unit of it stands for `scale`."""
+
+    dtype: str
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Few-bit parts of a graph; what is not named stays as it is.
+
+    Attributes:
+        weights: Format by the weight's name in a float graph.
+        activations: Of the inputs of products, by the name of the first weight an input is multiplied with.
+    """
+
+    weights: Mapping[str, WeightFormat] = field(default_factory=dict)
+    activations: Mapping[str, ActivationFormat] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """The input of a product, as a place to watch.
+
+    Attributes:
+        weight: Name of the (first) weight it is multiplied with.
+        value: Its name in the graph.
+        visited: Name of the [E,N,1] value that is above 0 where a row is used at all; None where every row is.
+    """
+
+    weight: str
+    value: str
+    visited: str | None

@@ -1,0 +1,106 @@
+"""`twotower quantize`: a bundle in few bits, by a recipe or by measuring what a budget allows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from twotower.bundle import Bundle
+    from twotower.calibration.statistics_file import Statistics
+
+__all__ = ["add_arguments", "run"]
+
+AUTO = "auto"
+EXIT_BELOW_BUDGET = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from twotower.calibration.recipes import builtin_recipes
+    from twotower.cli.evaluate import add_suite_arguments
+
+    recipes = builtin_recipes()
+    parser.add_argument("bundle", metavar="BUNDLE", help="a float bundle; it is not changed")
+    parser.add_argument("--recipe", required=True, metavar="R", help=f"{', '.join(recipes)}, auto, or a .toml file of your own")
+    parser.add_argument("-o", "--output", metavar="BUNDLE2", help="the folder to make; needed but with --dry-run")
+    parser.add_argument("--stats", metavar="STATS", help="statistics of `twotower calibrate`; int8 and fp8 need them, auto uses them")
+    parser.add_argument("--group", type=int, metavar="N", help="int4: weights that share a scale, 32, 64, 96 or 128 (the recipe's)")
+    parser.add_argument("--rounding", default="mse", metavar="W", help="of weights: plain, or mse: clip where it costs least (%(default)s)")
+    parser.add_argument("--ranges", default="mse", metavar="W", help="of inputs: max, percentile or mse (%(default)s)")
+    parser.add_argument(
+        "--calibrated-on", default="trajectories", metavar="W", help="trajectories, or text: finished blocks only, to compare (%(default)s)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be stored how, and what it takes; write nothing")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+    auto = parser.add_argument_group("--recipe auto: the smallest formats inside a budget of quality and passes, measured on problems")
+    auto.add_argument("--budget", type=float, default=98.7, metavar="P", help="percent of the float bundle's right answers (%(default)s)")
+    auto.add_argument("--max-inflation", type=float, default=5.0, metavar="P", help="percent of more passes a block (%(default)s)")
+    add_suite_arguments(parser)
+    parser.epilog = "\n".join(
+        [
+            "recipes:",
+            *(f"  {name:<15}{recipe.summary}" for name, recipe in recipes.items()),
+            f"  {AUTO:<15}for each layer kind, then layer by layer, what --budget allows",
+            "Exit code 3: auto found nothing inside the budget.",
+            "example: twotower quantize bundle --recipe int4-experts -o q4",
+        ]
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from twotower.bundle import Bundle
+    from twotower.calibration.quantize import QuantizeConfig, plan_quantization, quantize_bundle, require_float
+    from twotower.calibration.recipes import load_recipe
+    from twotower.calibration.statistics_file import read_statistics
+    from twotower.cli.progress import ProgressLine
+    from twotower.errors import BundleError, ConfigError
+
+    if not args.output and not args.dry_run:
+        raise ConfigError("there is no folder to write to", found="no -o", do="name the new bundle's folder with -o, or add --dry-run")
+    if args.output and Path(args.output).exists():
+        raise BundleError(
+            f"the output folder '{args.output}' exists already", found="a bundle is never overwritten", do="name a new folder with -o"
+        )
+    config = QuantizeConfig(rounding=args.rounding, ranges=args.ranges, calibrated_on=args.calibrated_on)
+    line = ProgressLine()
+    bundle = Bundle.open(args.bundle, progress=lambda done, total: line("checking the bundle", done, total))
+    require_float(bundle)
+    statistics = read_statistics(Path(args.stats)) if args.stats else None
+    if args.recipe == AUTO:
+        line.end()
+        return _auto(args, bundle, config, statistics)
+    recipe = load_recipe(args.recipe)
+    if args.group is not None:
+        recipe = replace(recipe, group=args.group)
+    plan = plan_quantization(bundle, recipe, config, statistics)
+    if args.dry_run:
+        line.end()
+        _tell(args, bundle, plan.nbytes, {"recipe": recipe.to_json(), "name": recipe.name})
+        return 0
+    made = quantize_bundle(bundle, plan, Path(args.output), report=line)
+    line.end()
+    _tell(args, bundle, plan.nbytes, {"recipe": recipe.to_json(), "name": recipe.name, "precision": made.precision})
+    print(f"next: twotower build {args.output} --target ort-cpu, then twotower evaluate {args.output} --against {args.bundle}", file=sys.stderr)
+    return 0
+
+
+def _tell(args: argparse.Namespace, bundle: Bundle, nbytes: int, facts: dict[str, Any]) -> None:
+    from twotower.bundle import DATA_SUFFIX, GRAPH_FILES
+    from twotower.cli.progress import human_bytes
+
+    before = sum(bundle.files[graph + DATA_SUFFIX].size for graph in GRAPH_FILES.values())
+    if args.json:
+        print(json.dumps({"output": args.output, "weight_bytes": nbytes, "weight_bytes_before": before, **facts}))
+        return
+    share = f"{100 * nbytes / before:.0f} % of the {bundle.dtype} bundle's"
+    print(f"{args.output or 'would be'}: {facts['name']}, {human_bytes(nbytes)} of weights, {share}")
+    for kind, how in facts.get("precision", facts["recipe"]["weights"]).items():
+        print(f"  {kind:<15}{how}")
+
+
+def _auto(args: argparse.Namespace, bundle: Bundle, config: Any, statistics: Statistics | None) -> int:
+    raise NotImplementedError

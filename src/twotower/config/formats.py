@@ -1,0 +1,81 @@
+"""Few-bit number formats as data: what a weight is stored as, how many weights share a scale, and what that takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from twotower.config.tensors import Role
+
+__all__ = ["ACTIVATIONS", "BITS", "FORMATS", "QUANTIZABLE", "WeightFormat", "stored_bytes"]
+
+BITS: Mapping[str, int] = MappingProxyType(
+    {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "float8e4m3fn": 8, "int4": 4, "float4e2m1": 4}
+)
+"""Bits of one element of every type a weight can be stored as; types of 4 bits lie two to a byte, the first in the low half."""
+
+QUANTIZABLE = (Role.EMBEDDING, Role.HEAD, Role.MAMBA, Role.ATTENTION, Role.ROUTED_EXPERT, Role.SHARED_EXPERT, Role.MLP)
+"""Layer kinds a recipe may name. Router, norms and conditioning are small and decide everything after them: they stay as they are, and
+so do convolution, dt, A and D of the Mamba layers."""
+
+ACTIVATIONS: Mapping[str, float] = MappingProxyType({"int8": 127.0, "float8e4m3fn": 448.0})
+"""Types the input of a product can be rounded to, and the largest value each is used for."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """How a matrix [..., out, in] is stored in few bits.
+
+    Attributes:
+        name: `int8`, `fp8`, `int4` or `nvfp4`.
+        dtype: Element type of the values.
+        largest: Largest magnitude a value is used for; scales are made so that the greatest weight of a group lands there.
+        group: Neighbours along the last axis that share a scale; 0 for a whole row.
+        scale_dtype: Element type of the scales; None for the graph's own. With `float8e4m3fn` a second, global scale a tensor in the graph's
+            type multiplies them.
+        first_sm: The first compute capability whose hardware has the type.
+    """
+
+    name: str
+    dtype: str
+    largest: float
+    group: int = 0
+    scale_dtype: str | None = None
+    first_sm: int = 75
+
+    @property
+    def bits(self) -> int:
+        """Of one value, its share of the scale not counted."""
+        return BITS[self.dtype]
+
+    def groups(self, columns: int) -> int:
+        """Scales of a row."""
+        return -(-columns // self.group) if self.group else 1
+
+    def nbytes(self, shape: tuple[int, ...], dtype: str) -> int:
+        """Bytes of a matrix with its scales, in a graph of element type `dtype`."""
+        rows, scales = math.prod(shape[:-1]), self.groups(shape[-1])
+        return stored_bytes(self.dtype, rows * shape[-1]) + stored_bytes(self.scale_dtype or dtype, rows * scales)
+
+    @property
+    def label(self) -> str:
+        """As a person reads it: `int4 in groups of 32`."""
+        return f"{self.name} in groups of {self.group}" if self.group else self.name
+
+
+FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
+    {
+        "int8": WeightFormat("int8", "int8", 127.0),
+        "fp8": WeightFormat("fp8", "float8e4m3fn", 448.0, first_sm=89),
+        "int4": WeightFormat("int4", "int4", 7.0, group=32, first_sm=80),
+        "nvfp4": WeightFormat("nvfp4", "float4e2m1", 6.0, group=16, scale_dtype="float8e4m3fn", first_sm=120),
+    }
+)
+"""Formats the graphs can hold: what ONNX opset 24 has a type for and TensorRT reads (docs/quantization.md)."""
+
+
+def stored_bytes(dtype: str, count: int) -> int:
+    """Bytes of `count` elements."""
+    return -(-count * BITS[dtype] // 8)
