@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import onnx
 
+from twotower.config.formats import stored_bytes
+from twotower.graph_files import TYPE_NAMES
 from twotower.spec import CONDITIONING, CONTEXT, DENOISER, RESIDUAL_IN, RESIDUAL_OUT, TensorSpec, TowerSignature
 
 __all__ = ["GraphLayers", "Segment", "fix_axes", "layer_bytes", "segment"]
@@ -204,7 +206,8 @@ def _nbytes(tensor: onnx.TensorProto) -> int:
     count = 1
     for size in tensor.dims:
         count *= size
-    return count * (onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    name = TYPE_NAMES.get(tensor.data_type)
+    return stored_bytes(name, count) if name else count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 def _width(model: onnx.ModelProto) -> int:

@@ -207,12 +207,19 @@ class TensorRTBuilder:
                 do = "build on the machine that will run it, or use `--target rtx`, which builds ahead of time for RTX GPUs"
                 raise BuildError(f"{name} {version} builds for the GPU at hand only", found=found, do=do)
             return present[:1]
-        chosen = tuple(sorted(set(config.sms))) or tuple(sm for sm in sorted(present) if sm in listed) or DEFAULT_SMS
+        first = max((f.first_sm for f in bundle.formats), default=0)
+        chosen = tuple(sorted(set(config.sms))) or tuple(sm for sm in sorted(present) if sm in listed)
+        chosen = chosen or tuple(sm for sm in DEFAULT_SMS if sm >= first)
         unknown = [sm for sm in chosen if sm not in listed]
         narrow = [sm for sm in chosen if sm in _HALF_ONLY] if bundle.dtype != "float16" else []
         if unknown:
             found = f"supported: {', '.join(map(str, listed))}"
             raise BuildError(f"{name} {version} does not build for SM {', '.join(map(str, unknown))}", found=found, do=_OTHER)
+        old = [sm for sm in chosen if sm < first]
+        if old:
+            formats = ", ".join(f"{f.name} from SM {f.first_sm}" for f in bundle.formats)
+            do = "leave it out of --sm, or quantize with a recipe of formats it has (docs/quantization.md)"
+            raise BuildError(f"SM {old[0]} has no hardware for the formats of '{bundle.path}'", found=formats, do=do)
         if narrow:
             found = f"supported in {bundle.dtype}: {', '.join(str(sm) for sm in listed if sm not in _HALF_ONLY)}"
             do = "export with --dtype float16, or leave it out of --sm"

@@ -37,7 +37,7 @@ from twotower.export.weights import lay_out, point_to_data, save_graph
 from twotower.graph_files import load_graph, weight_refs
 from twotower.graph_lint import require_clean
 
-__all__ = ["Plan", "QuantizeConfig", "plan_quantization", "quantize_bundle", "require_float"]
+__all__ = ["Plan", "QuantizeConfig", "plan_quantization", "precision_of", "quantize_bundle", "require_float", "source_identity"]
 
 RANGES = ("max", "percentile", "mse")
 SOURCES = ("trajectories", "text")
@@ -227,6 +227,8 @@ def _manifest(bundle: Bundle, plan: Plan, files: Mapping[str, FileRecord], extra
     manifest["quantization"] = {
         "recipe": {"name": plan.recipe.name, **plan.recipe.to_json()},
         "options": asdict(plan.config),
+        "formats": sorted({how.name for how in plan.precision.weights.values()}),
+        "activations": {name: {"dtype": how.dtype, "scale": how.scale} for name, how in plan.precision.activations.items()},
         "statistics": plan.statistics,
         "source": source_identity(bundle),
         "measured": None,
@@ -239,6 +241,16 @@ def _manifest(bundle: Bundle, plan: Plan, files: Mapping[str, FileRecord], extra
 def source_identity(bundle: Bundle) -> dict[str, str]:
     """What says that a quantized bundle was made from this one: the identity of its graphs and weights."""
     return {name: bundle.graph_identity(name) for name in GRAPH_FILES}
+
+
+def precision_of(bundle: Bundle) -> Precision:
+    """What of a quantized bundle is in few bits, as its manifest says."""
+    facts = bundle.quantization
+    assert facts is not None
+    recipe = Recipe.from_mapping(facts["recipe"]["name"], {k: v for k, v in facts["recipe"].items() if k != "name"})
+    parts = (p for name in GRAPH_FILES for p in parts_of(bundle.config, build_graph(name, bundle.config, bundle.dtype).weights))
+    weights = {part.name: how for part in parts if (how := recipe.format_of(part))}
+    return Precision(weights, {name: ActivationFormat(a["dtype"], a["scale"]) for name, a in facts["activations"].items()})
 
 
 def _require_same_source(bundle: Bundle, statistics: Statistics) -> None:

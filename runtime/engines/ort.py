@@ -16,7 +16,7 @@ from twotower.runtime.memory import Array
 from twotower.runtime.streams import Event, HostStream, Stream
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TowerSignature, signatures
 
-__all__ = ["CudaLibrary", "OrtEngine", "open_ort_cpu"]
+__all__ = ["CudaLibrary", "OrtEngine", "engine_threads", "open_ort_cpu", "packs"]
 
 CPU, CUDA = "ort-cpu", "ort-cuda"
 _PACK_BELOW_BYTES = 1 << 30  # packing copies: only where that is small change
@@ -39,8 +39,18 @@ def open_ort_cpu(bundle: Bundle, *, threads: int = 0, progress: Progress | None 
 def _open(bundle: Bundle, record: EngineRecord, signature: TowerSignature, threads: int) -> OrtEngine:
     name = signature.name
     size = weight_bytes(bundle, record, name)
-    threads = threads or (1 if size < _ONE_THREAD_BELOW_BYTES else 0)
-    return OrtEngine(engine_folder(bundle, CPU) / f"{name}.onnx", bundle.path, signature, pack=size < _PACK_BELOW_BYTES, threads=threads)
+    graph = engine_folder(bundle, CPU) / f"{name}.onnx"
+    return OrtEngine(graph, bundle.path, signature, pack=packs(size), threads=threads or engine_threads(size))
+
+
+def packs(weight_bytes: int) -> bool:
+    """Whether weights of so many bytes are packed for the product."""
+    return weight_bytes < _PACK_BELOW_BYTES
+
+
+def engine_threads(weight_bytes: int) -> int:
+    """Threads of an engine with so many bytes of weights, 0 for ONNX Runtime's choice."""
+    return 1 if weight_bytes < _ONE_THREAD_BELOW_BYTES else 0
 
 
 class OrtEngine:

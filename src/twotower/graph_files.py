@@ -19,6 +19,7 @@ __all__ = [
     "LARGE",
     "LINE",
     "PAGE",
+    "TYPE_NAMES",
     "WeightRef",
     "aligned",
     "attach_weights",
@@ -34,7 +35,7 @@ __all__ = [
 PAGE, LINE, LARGE = 4096, 64, 1 << 20
 """Offsets of weights in a data file: a large weight starts on a page, so that it can be mapped on its own, any other on a cache line."""
 
-_NAMES: dict[int, str] = {
+TYPE_NAMES: dict[int, str] = {
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
     TensorProto.BFLOAT16: "bfloat16",
@@ -43,7 +44,9 @@ _NAMES: dict[int, str] = {
     TensorProto.INT4: "int4",
     TensorProto.FLOAT4E2M1: "float4e2m1",
 }
-_CODES = {name: code for code, name in _NAMES.items()}
+"""Types a weight can be stored as, by ONNX's number."""
+
+_CODES = {name: code for code, name in TYPE_NAMES.items()}
 _PIECE = 4 << 20  # elements widened at a time
 _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
@@ -89,7 +92,7 @@ def located_weights(model: onnx.ModelProto) -> dict[str, tuple[str, WeightRef]]:
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
             entries = {e.key: e.value for e in tensor.external_data}
-            ref = WeightRef(_NAMES[tensor.data_type], tuple(tensor.dims), int(entries["offset"]))
+            ref = WeightRef(TYPE_NAMES[tensor.data_type], tuple(tensor.dims), int(entries["offset"]))
             out[tensor.name] = (entries["location"], ref)
     return out
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from twotower.bundle.integrity import FileRecord, Progress, check_files, inside
 from twotower.config import GenerationConfig, ModelConfig
+from twotower.config.formats import FORMATS, WeightFormat
 from twotower.errors import BundleError, ConfigError
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TowerSignature, signatures
 
@@ -103,6 +104,11 @@ class Bundle:
     def tokenizer_file(self) -> Path | None:
         """The tokenizer, if the checkpoint came with one."""
         return self.path / TOKENIZER_FILE if TOKENIZER_FILE in self.files else None
+
+    @property
+    def formats(self) -> tuple[WeightFormat, ...]:
+        """The few-bit formats of its weights; empty for a float bundle."""
+        return tuple(FORMATS[name] for name in (self.quantization or {}).get("formats", ()))
 
     @property
     def max_context(self) -> int:
