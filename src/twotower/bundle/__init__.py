@@ -26,6 +26,7 @@ from twotower.bundle.manifest import (
     is_bundle,
     write_json,
 )
+from twotower.bundle.measurement import flags_of_bundle, note_measurement
 from twotower.bundle.publish import unpublished
 
 __all__ = [
@@ -47,10 +48,12 @@ __all__ = [
     "check_files",
     "derive_bundle",
     "engine_folder",
+    "flags_of_bundle",
     "hash_file",
     "inside",
     "is_bundle",
     "load_engine_record",
+    "note_measurement",
     "read_engine_record",
     "record_problems",
     "unpublished",

@@ -20,7 +20,10 @@ EXIT_BELOW_BUDGET = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", help="a bundle with built engines and a tokenizer")
     parser.add_argument(
-        "--against", metavar="BUNDLE2", help="a second bundle (quantized, say), measured on the same problems in the same run"
+        "--against",
+        metavar="BUNDLE2",
+        help="a second bundle, measured on the same problems in the same run; where one of the two is quantized the report is about what that "
+        "costs: bytes, quality, passes a block, speed, layer kind by layer kind",
     )
     add_suite_arguments(parser)
     sweep = parser.add_argument_group("what to measure beside the bundle's default preset and its own autoregression")
@@ -31,9 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sweep.add_argument(
         "--no-likelihood", dest="likelihood", action="store_false", help="do not score the right answers with the context tower"
     )
+    price = parser.add_argument_group("of a quantized bundle --against the float one")
+    price.add_argument("--no-sensitivity", action="store_true", help="do not measure one layer kind, and one tower, quantized at a time")
+    price.add_argument("--max-inflation", type=float, default=5.0, metavar="P", help="percent of more passes a block to accept (%(default)s)")
+    price.add_argument("--no-note", action="store_true", help="do not note the result, and its flags, in the quantized bundle's bundle.json")
     out = parser.add_argument_group("what to do with the result")
     out.add_argument(
-        "--budget", type=float, metavar="P", help="percent of autoregression's right answers to keep; below it the exit code is 3 (98.7)"
+        "--budget",
+        type=float,
+        metavar="P",
+        help="percent of autoregression's right answers to keep, of a quantized bundle those of the float one (98.7); below it the exit code is 3",
     )
     out.add_argument("--html", metavar="FILE", help="write a self-contained page, and beside it the curve as .png and the data as .json")
     out.add_argument("-o", "--output", metavar="FILE", help="write the data as JSON")
@@ -84,6 +94,9 @@ def run(args: argparse.Namespace) -> int:
             for b in (args.bundle, args.against)
             if b
         ]
+        pair = _pair(args)
+        if pair is not None:
+            return _price(args, pair, opened, suite=suite, files=files)
         result = evaluate(opened[0], suite, config, other=opened[1] if args.against else None, progress=line)
         result.report["bundle"] = {"name": Path(args.bundle).resolve().name, "target": opened[0].target}
         if args.against:
@@ -94,6 +107,52 @@ def run(args: argparse.Namespace) -> int:
     for file in files.values():
         print(f"wrote {file}", file=sys.stderr)
     return EXIT_BELOW_BUDGET if args.budget is not None and not result.report["budget"]["met"] else 0
+
+
+def _pair(args: argparse.Namespace) -> Any:
+    """The two bundles if the report is about quantization."""
+    from twotower.bundle import Bundle
+
+    if not args.against:
+        return None
+    first, second = (Bundle.open(b, contents=False) for b in (args.bundle, args.against))
+    if first.quantization is None and second.quantization is None:
+        return None
+    from twotower.evaluate.price_run import require_pair
+
+    return require_pair(first, second)
+
+
+def _price(args: argparse.Namespace, pair: Any, opened: list[Any], *, suite: Any, files: dict[str, Path]) -> int:
+    from twotower.bundle import note_measurement
+    from twotower.cli.progress import ProgressLine
+    from twotower.evaluate.price import PriceConfig
+    from twotower.evaluate.price_page import price_lines
+    from twotower.evaluate.price_run import note_of, price_of
+
+    config = PriceConfig(
+        max_new_tokens=args.max_new_tokens, budget=98.7 if args.budget is None else args.budget, max_inflation=args.max_inflation
+    )
+    line = ProgressLine("problems")
+    models = (opened[0], opened[1]) if pair.quantized.path == Path(args.bundle) else (opened[1], opened[0])
+    report = price_of(
+        pair,
+        models,
+        suite,
+        config,
+        sensitivity=not args.no_sensitivity,
+        threads=args.threads,
+        progress=lambda done, total: line("answering", done, total),
+    )
+    line.end()
+    _write(report, files)
+    if not args.no_note:
+        note_measurement(pair.quantized, note_of(report))
+    print(json.dumps(report) if args.json else "\n".join(price_lines(report)))
+    for file in files.values():
+        print(f"wrote {file}", file=sys.stderr)
+    kept = report["compared"]["retention"]["value"]
+    return EXIT_BELOW_BUDGET if args.budget is not None and (kept is None or kept < args.budget) else 0
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:
@@ -136,7 +195,12 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
 
 def _write(report: dict[str, Any], files: dict[str, Path]) -> None:
     contents: dict[str, bytes] = {}
-    if "html" in files:
+    if "html" in files and "compared" in report:
+        from twotower.evaluate.price_page import draw_sensitivity, price_page
+
+        svg, contents["png"] = draw_sensitivity(report)
+        contents["html"] = price_page(report, svg).encode()
+    elif "html" in files:
         from twotower.evaluate.charts import draw_curve
         from twotower.evaluate.report_page import report_page
 

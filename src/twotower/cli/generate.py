@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         progress=lambda done, total: checking("checking the bundle", done, total),
     ) as model:
         checking.end()
+        _warn(args.bundle)
         requests = _requests(args, GenerationConfig.from_mapping(generation_overrides(args), base=model.defaults))
         if args.stream:
             return _stream(model, requests, as_json=args.json)
@@ -61,6 +62,14 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             print(_summary(result), file=sys.stderr)
     return 0
+
+
+def _warn(path: str) -> None:
+    """Says of a quantized bundle what its measurement found wrong."""
+    from twotower.bundle import Bundle, flags_of_bundle
+
+    for flag in flags_of_bundle(Bundle.open(path, contents=False)):
+        print(f"warning: this quantized bundle {flag}", file=sys.stderr)
 
 
 def _stream(model: TwoTower, requests: list[Request], *, as_json: bool) -> int:

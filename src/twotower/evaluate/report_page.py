@@ -10,7 +10,7 @@ from typing import Any
 
 from twotower.evaluate.evaluation import AR, DEFAULT, OTHER, interval_text
 
-__all__ = ["report_page", "where_it_loses"]
+__all__ = ["card", "examples", "number", "page", "report_page", "table", "where_it_loses"]
 
 
 def report_page(report: dict[str, Any], curve: str) -> str:
@@ -20,20 +20,28 @@ def report_page(report: dict[str, Any], curve: str) -> str:
         report: `Evaluation.report`.
         curve: The picture as SVG.
     """
-    template = Template((resources.files("twotower.evaluate") / "pages" / "evaluation.html").read_text(encoding="utf-8"))
     suite, machine = report["suite"], report["machine"]
-    return template.substitute(
+    return page(
+        "evaluation.html",
+        report,
         title=escape(f"{report['bundle']['name']} on {report['bundle']['target']}"),
         subtitle=escape(f"{suite['problems']} problems of {len(suite['kinds'])} kinds, one at a time, {machine['system']}"),
         cards="".join(_cards(report)),
         curve=curve,
-        kinds=_table(_KIND_HEAD, _kind_rows(report)),
+        kinds=table(_KIND_HEAD, _kind_rows(report)),
         loses=_sentence(where_it_loses(report)),
-        sweep=_table(_SWEEP_HEAD, _sweep_rows(report)),
-        lost="".join(_lost(report)) or "<p>None: every problem that autoregression solved, diffusion solved too.</p>",
+        sweep=table(_SWEEP_HEAD, _sweep_rows(report)),
+        lost="".join(examples(report["lost"])) or "<p>None: every problem that autoregression solved, diffusion solved too.</p>",
         method=escape(_method(report)),
-        data=json.dumps(report).replace("<", "\\u003c"),
     )
+
+
+def page(name: str, report: dict[str, Any], **parts: str) -> str:
+    """A page of this folder with its parts, its style, the sorting of its tables, and the report as data."""
+    pages = resources.files("twotower.evaluate") / "pages"
+    style, sort = ((pages / file).read_text(encoding="utf-8") for file in ("report.css", "sort.js"))
+    template = Template((pages / name).read_text(encoding="utf-8"))
+    return template.substitute(parts, style=style, sort=sort, data=json.dumps(report).replace("<", "\\u003c"))
 
 
 def where_it_loses(report: dict[str, Any]) -> list[str]:
@@ -55,21 +63,23 @@ def _cards(report: dict[str, Any]) -> list[str]:
     state = "" if budget is None or budget["setting"] != DEFAULT else (" good" if budget["met"] else " bad")
     kept, faster = diffusion["retention"], diffusion["speedup"]
     figures = [
-        ("quality kept", _number(kept["value"], 1, " %"), f"95 % interval {interval_text(kept)}", state),
-        ("faster than autoregression", _number(faster["value"], 2, "x"), f"95 % interval {interval_text(faster, 2)}", ""),
-        ("tokens a pass", _number(diffusion["tokens_per_pass"], 2), f"{_number(diffusion['passes_per_block'], 2)} passes a block", ""),
-        ("right answers", _number(diffusion["exact"]["value"], 1, " %"), f"autoregression {_number(ar['exact']['value'], 1, ' %')}", ""),
-        ("tokens a second", _number(diffusion["tokens_per_second"], 0), f"autoregression {_number(ar['tokens_per_second'], 0)}", ""),
+        ("quality kept", number(kept["value"], 1, " %"), f"95 % interval {interval_text(kept)}", state),
+        ("faster than autoregression", number(faster["value"], 2, "x"), f"95 % interval {interval_text(faster, 2)}", ""),
+        ("tokens a pass", number(diffusion["tokens_per_pass"], 2), f"{number(diffusion['passes_per_block'], 2)} passes a block", ""),
+        ("right answers", number(diffusion["exact"]["value"], 1, " %"), f"autoregression {number(ar['exact']['value'], 1, ' %')}", ""),
+        ("tokens a second", number(diffusion["tokens_per_second"], 0), f"autoregression {number(ar['tokens_per_second'], 0)}", ""),
     ]
     if OTHER in report["settings"]:
         other, change = report["settings"][OTHER]["total"], report["other_to_default"]["total"]
-        note = f"{_number(change['retention']['value'], 1, ' %')} of this bundle's, {_number(change['speedup']['value'], 2, 'x')} its speed"
-        figures.append((f"{report['other']['name']} keeps", _number(other["retention"]["value"], 1, " %"), note, ""))
-    return [
-        f'<div class="card{css}"><div class="figure">{escape(figure)}</div><div class="label">{escape(label)}</div>'
-        f'<div class="note">{escape(note)}</div></div>'
-        for label, figure, note, css in figures
-    ]
+        note = f"{number(change['retention']['value'], 1, ' %')} of this bundle's, {number(change['speedup']['value'], 2, 'x')} its speed"
+        figures.append((f"{report['other']['name']} keeps", number(other["retention"]["value"], 1, " %"), note, ""))
+    return [card(*figure) for figure in figures]
+
+
+def card(label: str, figure: str, note: str, css: str = "") -> str:
+    """One figure with what it is and what is to be said of it; `css` is ` good`, ` bad` or nothing."""
+    shown = f'<div class="figure">{escape(figure)}</div><div class="label">{escape(label)}</div><div class="note">{escape(note)}</div>'
+    return f'<div class="card{css}">{shown}</div>'
 
 
 _KIND_HEAD = ("task", "problems", "AR right", "diffusion right", "kept", "speed", "passes a block", "tokens a pass", "tokens")
@@ -98,13 +108,13 @@ def _kind_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
             [
                 name,
                 str(d["problems"]),
-                _number(a["exact"]["value"], 1, " %"),
-                _number(d["exact"]["value"], 1, " %"),
-                _number(d["retention"]["value"], 1, " %"),
-                _number(d["speedup"]["value"], 2, "x"),
-                _number(d["passes_per_block"], 2),
-                _number(d["tokens_per_pass"], 2),
-                _number(d["tokens"] / d["problems"], 0),
+                number(a["exact"]["value"], 1, " %"),
+                number(d["exact"]["value"], 1, " %"),
+                number(d["retention"]["value"], 1, " %"),
+                number(d["speedup"]["value"], 2, "x"),
+                number(d["passes_per_block"], 2),
+                number(d["tokens_per_pass"], 2),
+                number(d["tokens"] / d["problems"], 0),
             ],
         )
         for name, a, d, css in groups
@@ -118,19 +128,20 @@ def _sweep_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
         first = {AR: ["autoregression", "-"]}.get(name, [f"{config['confidence_threshold']:g}", str(config["steps_per_block"])])
         first[0] += {DEFAULT: " (default)", OTHER: " (other bundle)"}.get(name, "")
         cells = [
-            _number(total["exact"]["value"], 1, " %"),
+            number(total["exact"]["value"], 1, " %"),
             interval_text(total["retention"]),
             interval_text(total["speedup"], 2, "x"),
-            _number(total["passes_per_block"], 2),
-            _number(total["tokens_per_pass"], 2),
-            _number(total["tokens_per_second"], 0),
+            number(total["passes_per_block"], 2),
+            number(total["tokens_per_pass"], 2),
+            number(total["tokens_per_second"], 0),
             str(total["degenerate"]),
         ]
         rows.append(("total" if name == DEFAULT else "", [*first, *cells]))
     return rows
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, list[str]]]) -> str:
+def table(head: tuple[str, ...], rows: list[tuple[str, list[str]]]) -> str:
+    """A table; a row is its class (` total` and ` group` rows stay where they are) and its cells."""
     titles = "".join(f'<th scope="col">{escape(h)}</th>' for h in head)
     body = "".join(
         f'<tr class="{css}"><th scope="row">{escape(cells[0])}</th>{"".join(f"<td>{escape(c)}</td>" for c in cells[1:])}</tr>'
@@ -139,12 +150,13 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, list[str]]]) -> str:
     return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _lost(report: dict[str, Any]) -> list[str]:
+def examples(lost: list[dict[str, str]], who: str = "diffusion") -> list[str]:
+    """Problems that were lost, each to be unfolded: the prompt, the right answer and what was written, differing words marked."""
     return [
         f"<details><summary><b>{escape(x['kind'])}</b> {escape(x['prompt'][:110])}</summary>"
         f"<pre>{escape(x['prompt'])}</pre><p>right</p><pre>{_marked(x['answer'], x['diffusion'])}</pre>"
-        f"<p>diffusion wrote</p><pre>{_marked(x['diffusion'], x['answer'])}</pre></details>"
-        for x in report["lost"]
+        f"<p>{escape(who)} wrote</p><pre>{_marked(x['diffusion'], x['answer'])}</pre></details>"
+        for x in lost
     ]
 
 
@@ -179,5 +191,6 @@ def _method(report: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def _number(value: float | None, digits: int, unit: str = "") -> str:
+def number(value: float | None, digits: int, unit: str = "") -> str:
+    """A figure, or a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}{unit}"
