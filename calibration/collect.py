@@ -67,8 +67,8 @@ def collect(
 ) -> Statistics:
     """Gathers statistics of a float bundle into a new folder.
 
-    The bundle's `ort-cpu` engine is built if it is not there. What was gathered is kept beside the folder from time to time, and a run of the
-    same prompts with the same options goes on from there: the result is the same, number for number.
+    The bundle's `ort-cpu` engine is built if it is not there. What was gathered is kept beside the folder from time to time, and a run of
+    the same prompts with the same options goes on from there: the result is the same, number for number.
 
     Args:
         bundle: The bundle.
@@ -126,6 +126,7 @@ class _Run:
         self._graphs = {name: build_graph(name, bundle.config, "float32") for name in (CONTEXT, DENOISER)}
         self._taps = {name: self._of_products(name) for name in self._graphs}
         self.done = self._passes = self._blocks = self._tokens = 0
+        self._before: dict[str, Array] = {}
         self.towers = {
             CONTEXT: TowerStatistics.empty([t.weight for t in self._taps[CONTEXT]], CONTEXT_BUCKETS),
             DENOISER: TowerStatistics.empty([t.weight for t in self._taps[DENOISER]], DENOISER_BUCKETS),
@@ -261,7 +262,7 @@ class _Run:
 
 
 def _copy(s: TowerStatistics) -> TowerStatistics:
-    return replace(s, **{name: array.copy() for name, array in s.arrays().items()})
+    return TowerStatistics(s.names, s.buckets, s.histogram.copy(), s.minimum.copy(), s.maximum.copy(), s.squares.copy())
 
 
 def _key(bundle: Bundle, requests: Sequence[Request], config: CollectConfig) -> str:

@@ -29,8 +29,8 @@ _INK, _FAINT, _LINE, _TEXT = "#26303c", "#8b95a1", "#3b6fb6", "#c2571a"
 def draw_ranges(statistics: Statistics) -> dict[str, bytes]:
     """The picture as `ranges.svg` and `ranges.png`; needs matplotlib.
 
-    One panel a kind of input; a thin line a layer, a thick one their median. The leftmost point is clean text in the denoiser, which no step
-    of generation ever sees, and the mark beside it the context tower on text.
+    One panel a kind of input; a thin line a layer, a thick one their median. The leftmost point is clean text in the denoiser, which no
+    step of generation ever sees, and the mark beside it the context tower on text.
     """
     from matplotlib import rc_context  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415

@@ -144,7 +144,9 @@ def plan_quantization(bundle: Bundle, recipe: Recipe, config: QuantizeConfig | N
     return Plan(recipe, options, precision, graphs, statistics.sha256 if statistics and wanted else None)
 
 
-def quantize_bundle(bundle: Bundle, plan: Plan, output: Path, *, report: Report | None = None, extra: Mapping[str, Any] | None = None) -> Bundle:
+def quantize_bundle(
+    bundle: Bundle, plan: Plan, output: Path, *, report: Report | None = None, extra: Mapping[str, Any] | None = None
+) -> Bundle:
     """Writes the quantized bundle; its folder appears whole or not at all.
 
     Memory stays at a few pieces of 4 million weights, whatever the model; the weights are read from the bundle's mapped files.
@@ -173,7 +175,9 @@ def quantize_bundle(bundle: Bundle, plan: Plan, output: Path, *, report: Report 
             _write(folder, bundle, plan, notes=notes, tell=tell, extra=extra or {})
     except OSError as e:
         raise BundleError(
-            f"quantizing to '{output}' failed while writing", found=str(e), do="free disk space or check permissions; nothing was left behind"
+            f"quantizing to '{output}' failed while writing",
+            found=str(e),
+            do="free disk space or check permissions; nothing was left behind",
         ) from e
     return Bundle.open(output, contents=False)
 
@@ -220,7 +224,7 @@ def _manifest(bundle: Bundle, plan: Plan, files: Mapping[str, FileRecord], extra
     labels: dict[str, set[str]] = {}
     for part in parts.values():
         how = plan.recipe.format_of(part)
-        rounded = how is not None and part.kind in plan.recipe.activations
+        rounded = plan.recipe.rounds_input_of(part)
         labels.setdefault(part.kind, set()).add((how.label + (", inputs too" if rounded else "")) if how else bundle.dtype)
     manifest["precision"] |= {kind: " / ".join(sorted(found)) for kind, found in labels.items()}
     manifest["twotower"] = __version__

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.config import ModelConfig
-from twotower.config.formats import ACTIVATIONS, FORMATS, QUANTIZABLE, WeightFormat
+from twotower.config.formats import ACTIVATIONS, FORMATS, GROUPS, QUANTIZABLE, WeightFormat, stored_format
 from twotower.config.tensors import CheckpointTensor, Role, Tower, expected_tensors
 from twotower.errors import RecipeError
 from twotower.export.graphs import Weight
@@ -18,7 +18,6 @@ from twotower.export.graphs import Weight
 __all__ = ["KEEP", "Part", "Recipe", "RecipeException", "builtin_recipes", "load_recipe", "parts_of"]
 
 KEEP = "keep"
-GROUPS = (32, 64, 96, 128)
 KINDS = tuple(role.value for role in QUANTIZABLE)
 _MAMBA_MATRICES = ("in_proj.weight", "out_proj.weight")
 
@@ -45,7 +44,9 @@ class RecipeException:
 
     def to_json(self) -> dict[str, Any]:
         """What is set."""
-        return {k: v for k, v in (("tower", self.tower), ("layer", self.layer), ("kind", self.kind), ("format", self.format)) if v is not None}
+        return {
+            k: v for k, v in (("tower", self.tower), ("layer", self.layer), ("kind", self.kind), ("format", self.format)) if v is not None
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,9 @@ class Recipe:
             _require(name in FORMATS, f"recipe {self.name!r} names a format that ONNX opset 24 or this version cannot write", name, FORMATS)
         for exception in self.exceptions:
             allowed = (*FORMATS, KEEP)
-            _require(exception.format in allowed, f"recipe {self.name!r} has an exception with an unknown format", exception.format, allowed)
+            _require(
+                exception.format in allowed, f"recipe {self.name!r} has an exception with an unknown format", exception.format, allowed
+            )
             _require(exception.tower in (None, "context", "denoiser"), f"recipe {self.name!r} names a tower there is not", exception.tower,
                      ("context", "denoiser"))  # fmt: skip
         for kind in self.activations:
@@ -138,19 +141,23 @@ class Recipe:
 
     def format_of(self, part: Part) -> WeightFormat | None:
         """The format of a weight; None where it stays as it is."""
+        name = self._name_of(part)
+        if name == KEEP:
+            return None
+        stacked = part.kind == Role.ROUTED_EXPERT.value
+        return stored_format(name, part.columns, stacked=stacked, rounded_input=self.rounds_input_of(part), group=self.group)
+
+    def rounds_input_of(self, part: Part) -> bool:
+        """Whether the product with that weight reads few bits on both sides."""
+        name = self._name_of(part)
+        return part.kind in self.activations and name != KEEP and FORMATS[name].dtype in ACTIVATIONS
+
+    def _name_of(self, part: Part) -> str:
         name = self.weights.get(part.kind, KEEP)
         for exception in self.exceptions:
             if exception.matches(part):
                 name = exception.format
-        if name == KEEP:
-            return None
-        chosen = FORMATS[name]
-        return replace(chosen, group=self.group) if name == "int4" else chosen
-
-    def rounds_input_of(self, part: Part) -> bool:
-        """Whether the product with that weight reads few bits on both sides."""
-        chosen = self.format_of(part)
-        return part.kind in self.activations and chosen is not None and chosen.dtype in ACTIVATIONS
+        return name
 
     def only(self, kinds: Iterable[str]) -> Recipe:
         """The part of it that concerns some kinds."""
@@ -167,7 +174,7 @@ class Recipe:
         Raises:
             RecipeError: a group does not divide a row, or nothing is quantized.
         """
-        chosen = [(part, f) for part in parts if (f := self.format_of(part))]
+        chosen = [(part, how) for part in parts if (how := self.format_of(part))]
         if not chosen:
             kinds = sorted({part.kind for part in parts})
             raise RecipeError(
@@ -218,7 +225,7 @@ def load_recipe(wanted: str) -> Recipe:
 
 
 def parts_of(config: ModelConfig, weights: Iterable[Weight]) -> list[Part]:
-    """The weights of a float graph that recipes are about: every matrix of an embedding or of a product, router and conditioning left out."""
+    """The weights of a float graph that recipes are about: embeddings and matrices of products, router and conditioning left out."""
     known = expected_tensors(config)
     out = []
     for weight in weights:

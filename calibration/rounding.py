@@ -23,13 +23,21 @@ _CLIPS = {"int8": (1.0, 0.96, 0.92), "fp8": (1.0,), "int4": tuple(np.linspace(1.
 """Fractions of a group's greatest weight that are tried as the greatest value. A float format has as many steps in every octave, so
 that clipping 8-bit floats gains nothing."""
 
+_GREATEST_SCALE, _LEAST_SCALE = 448.0, 2.0**-9  # of float8e4m3fn
 _SMALLEST_SCALE = 2.0**-24  # positive in float16 too; a group of zeros is zero whatever its scale
 
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
     """The numpy type of a type of ours; the 4-bit ones take a byte an element there."""
-    special = {"bfloat16": ml_dtypes.bfloat16, "float8e4m3fn": ml_dtypes.float8_e4m3fn, "float4e2m1": ml_dtypes.float4_e2m1fn, "int4": np.int8}
-    return np.dtype(special.get(dtype, dtype))
+    special = {
+        "bfloat16": ml_dtypes.bfloat16,
+        "float8e4m3fn": ml_dtypes.float8_e4m3fn,
+        "float4e2m1": ml_dtypes.float4_e2m1fn,
+        "int4": np.int8,
+    }
+    kind: Any = special.get(dtype, dtype)
+    out: np.dtype[Any] = np.dtype(kind)
+    return out
 
 
 def global_scale(greatest: float, how: WeightFormat, dtype: str) -> Array:
@@ -40,8 +48,7 @@ def global_scale(greatest: float, how: WeightFormat, dtype: str) -> Array:
         how: A format with scales of 8 bits.
         dtype: The graph's element type.
     """
-    largest_scale = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
-    value = greatest / (how.largest * largest_scale)
+    value = greatest / (how.largest * _GREATEST_SCALE)
     return np.asarray(max(value, _SMALLEST_SCALE)).astype(numpy_dtype(dtype))
 
 
@@ -87,7 +94,7 @@ def pack(values: Array, dtype: str) -> npt.NDArray[np.uint8]:
     raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     if dtype not in ("int4", "float4e2m1"):
         return raw
-    return (raw[0::2] & 15) | (raw[1::2] << 4)
+    return np.asarray((raw[0::2] & 15) | (raw[1::2] << 4), np.uint8)
 
 
 def _rounded(grouped: Floats, greatest: Floats, how: WeightFormat, dtype: str, shared: Array | None) -> tuple[Array, Array]:
@@ -102,11 +109,9 @@ def _rounded(grouped: Floats, greatest: Floats, how: WeightFormat, dtype: str, s
 def _scales(greatest: Floats, how: WeightFormat, dtype: str, shared: Array | None) -> Array:
     wanted = greatest / np.float32(how.largest)
     if shared is None:
-        return np.maximum(wanted, _SMALLEST_SCALE).astype(numpy_dtype(dtype))
-    kind = numpy_dtype(how.scale_dtype or dtype)
-    info = ml_dtypes.finfo(kind)
-    units = np.clip(wanted / np.float32(shared), float(info.smallest_subnormal), float(info.max))
-    return units.astype(kind)
+        return np.asarray(np.maximum(wanted, _SMALLEST_SCALE).astype(numpy_dtype(dtype)))
+    units = np.clip(wanted / np.float32(shared), _LEAST_SCALE, _GREATEST_SCALE)
+    return np.asarray(units.astype(numpy_dtype(how.scale_dtype or dtype)))
 
 
 def _wide(scales: Array, shared: Array | None) -> Floats:
@@ -118,4 +123,4 @@ def _error(grouped: Floats, values: Array, scales: Array, shared: Array | None) 
     difference = values.astype(np.float32)
     difference *= _wide(scales, shared)
     difference -= grouped
-    return np.einsum("rgk,rgk->rg", difference, difference)[..., None]
+    return np.asarray(np.einsum("rgk,rgk->rg", difference, difference)[..., None], np.float32)

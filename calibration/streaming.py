@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twotower.bundle import FileRecord
-from twotower.calibration.rounding import Array, global_scale, pack, quantize_rows
+from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, FileRecord
+from twotower.calibration.rounding import Array, expand_rows, global_scale, pack, quantize_rows
+from twotower.config.formats import WeightFormat
 from twotower.errors import BundleError
 from twotower.export.graphs import Weight
 from twotower.export.weights import lay_out
-from twotower.graph_files import WeightRef, read_weight
+from twotower.graph_files import WeightRef, load_graph, read_weight, weight_refs
 
-__all__ = ["Source", "stream_quantized"]
+__all__ = ["Source", "rounding_error", "stream_quantized"]
 
 _PIECE = 1 << 20  # weights a worker rounds at a time: small enough for its temporaries to stay near the core
 _COPY = 16 << 20
@@ -61,6 +62,19 @@ def stream_quantized(
                     tick(len(memoryview(piece).cast("B")))
         size = file.tell()
     return FileRecord(size, digest.hexdigest())
+
+
+def rounding_error(bundle: Bundle, name: str, how: WeightFormat, *, rounding: str, rows: int = 256) -> float:
+    """Relative error (root of the sums of squares) of a sample of a weight's rows, evenly taken, in a format."""
+    graph = next(graph for graph in GRAPH_FILES.values() if name in weight_refs(load_graph(bundle.path / graph)))
+    data = np.memmap(bundle.path / (graph + DATA_SUFFIX), dtype=np.uint8, mode="r")
+    ref = weight_refs(load_graph(bundle.path / graph))[name]
+    count = math.prod(ref.shape[:-1])
+    sample = np.concatenate([_read(data, ref, first, 1) for first in range(0, count, max(count // rows, 1))])
+    shared = global_scale(float(np.abs(sample).max()), how, bundle.dtype) if how.scale_dtype else None
+    values, scales = quantize_rows(sample, how, bundle.dtype, rounding=rounding, shared=shared)
+    difference = expand_rows(values, scales, shared) - sample
+    return float(np.sqrt(np.square(difference).sum() / max(float(np.square(sample).sum()), 1e-30)))
 
 
 def _with(padding: bytes, pieces: Iterable[Any]) -> Iterator[Any]:

@@ -110,8 +110,8 @@ def read_weight(data: np.ndarray[Any, np.dtype[np.uint8]], ref: WeightRef) -> np
     if ref.dtype in ("int4", "float4e2m1"):
         halves = np.stack((raw & 15, raw >> 4), axis=-1).reshape(-1)[: math.prod(ref.shape)]
         if ref.dtype == "int4":
-            return ((halves.astype(np.int8) ^ 8) - 8).reshape(ref.shape)
-        return halves.view(ml_dtypes.float4_e2m1fn).reshape(ref.shape)
+            return np.asarray((halves.astype(np.int8) ^ 8) - 8).reshape(ref.shape)
+        return np.asarray(np.asarray(halves.view(ml_dtypes.float4_e2m1fn)).reshape(ref.shape))
     dtype: Any = ml_dtypes.float8_e4m3fn if ref.dtype == "float8e4m3fn" else ref.dtype
     return raw.view(np.dtype(dtype)).reshape(ref.shape)
 

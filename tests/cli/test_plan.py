@@ -85,7 +85,7 @@ def test_what_does_not_fit_a_named_gpu_exits_with_2_and_says_what_does(
     check_error(err, "does not fit")
     assert not out
     assert "--experts int4" in err
-    assert "arithmetic; nothing quantizes yet" in err
+    assert "made by `twotower quantize`" in err
 
 
 def test_a_gpu_at_hand_is_meant(machine: pytest.MonkeyPatch, published: str, capsys: pytest.CaptureFixture[str]) -> None:

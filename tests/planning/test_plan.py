@@ -56,7 +56,7 @@ def test_onnx_runtime_compiles_nothing(target: str) -> None:
         (PlanOptions(sms=(90,)), "not Hopper (90)"),
         (PlanOptions(sms=(75,)), "float16 only"),
         (PlanOptions(target="trt", sms=(89,)), "GPU at hand"),
-        (PlanOptions(target="ort-cpu", experts="int4"), "float32"),
+        (PlanOptions(experts="int4", formats=(("head", "int8"),)), "head int8"),
         (PlanOptions(max_context=10**6), "1 to 262144"),
     ],
 )

@@ -32,7 +32,7 @@ def note_measurement(bundle: Bundle, measured: Mapping[str, Any]) -> None:
 
 
 def flags_of_bundle(bundle: Bundle) -> list[str]:
-    """Sentences a user must read before trusting the bundle; empty for a float one, and for one that was measured and is inside its budget."""
+    """Sentences a user must read before trusting the bundle; empty for a float one, and for one that is inside its budget."""
     if bundle.quantization is None:
         return []
     measured = bundle.quantization.get("measured")

@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         metavar="BUNDLE2",
-        help="a second bundle, measured on the same problems in the same run; where one of the two is quantized the report is about what that "
-        "costs: bytes, quality, passes a block, speed, layer kind by layer kind",
+        help="a second bundle, measured on the same problems in the same run; where one of the two is quantized the report is about what "
+        "that costs: bytes, quality, passes a block, speed, layer kind by layer kind",
     )
     add_suite_arguments(parser)
     sweep = parser.add_argument_group("what to measure beside the bundle's default preset and its own autoregression")
@@ -36,14 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     price = parser.add_argument_group("of a quantized bundle --against the float one")
     price.add_argument("--no-sensitivity", action="store_true", help="do not measure one layer kind, and one tower, quantized at a time")
-    price.add_argument("--max-inflation", type=float, default=5.0, metavar="P", help="percent of more passes a block to accept (%(default)s)")
-    price.add_argument("--no-note", action="store_true", help="do not note the result, and its flags, in the quantized bundle's bundle.json")
+    price.add_argument(
+        "--max-inflation", type=float, default=5.0, metavar="P", help="percent of more passes a block to accept (%(default)s)"
+    )
+    price.add_argument(
+        "--no-note", action="store_true", help="do not note the result, and its flags, in the quantized bundle's bundle.json"
+    )
     out = parser.add_argument_group("what to do with the result")
     out.add_argument(
         "--budget",
         type=float,
         metavar="P",
-        help="percent of autoregression's right answers to keep, of a quantized bundle those of the float one (98.7); below it the exit code is 3",
+        help="percent of autoregression's right answers to keep, of a quantized bundle those of the float one (98.7); exit code 3 below it",
     )
     out.add_argument("--html", metavar="FILE", help="write a self-contained page, and beside it the curve as .png and the data as .json")
     out.add_argument("-o", "--output", metavar="FILE", help="write the data as JSON")

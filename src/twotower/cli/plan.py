@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--target", default="rtx", metavar="T", help=f"what would be built: {', '.join(TARGETS)} (default: %(default)s)")
     parser.add_argument("--dtype", metavar="D", help="float32, float16 or bfloat16 (default: the checkpoint's or bundle's)")
-    parser.add_argument("--experts", metavar="R", help="routed experts in int8, int4 or nvfp4: arithmetic, this version cannot make them")
+    parser.add_argument("--experts", metavar="R", help="routed experts in int8, int4 or nvfp4, as `twotower quantize` makes them")
     parser.add_argument("--mode", default="diffusion", metavar="M", help="diffusion: both towers; ar: the context tower alone")
     parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="most rows (default: %(default)s)")
     parser.add_argument("--max-context", type=int, metavar="N", help="longest text, prompt and answer (default: 4096 or the model's)")
@@ -88,7 +88,9 @@ def _source(name: str, options: PlanOptions) -> tuple[ModelConfig, PlanOptions]:
     path = Path(name)
     if is_bundle(path):
         bundle = Bundle.open(path, contents=False)
-        return bundle.config, replace(options, dtype=options.dtype or bundle.dtype, block_size=bundle.trained_block_size)
+        # Layers that a recipe treats otherwise than their kind are counted as their kind.
+        formats = tuple(sorted((bundle.quantization or {"recipe": {"weights": {}}})["recipe"]["weights"].items()))
+        return bundle.config, replace(options, dtype=options.dtype or bundle.dtype, block_size=bundle.trained_block_size, formats=formats)
     if path.is_file() or path.suffix == ".json":
         return read_model_config(path), options
     if path.is_dir() and not any(path.glob("*.safetensors")) and (path / "config.json").is_file():

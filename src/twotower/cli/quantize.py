@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     auto = parser.add_argument_group("--recipe auto: the smallest formats inside a budget of quality and passes, measured on problems")
     auto.add_argument("--budget", type=float, default=98.7, metavar="P", help="percent of the float bundle's right answers (%(default)s)")
     auto.add_argument("--max-inflation", type=float, default=5.0, metavar="P", help="percent of more passes a block (%(default)s)")
+    auto.add_argument("--formats", default="int4,int8", metavar="A,B", help="to try, of int4, nvfp4, int8 and fp8 (%(default)s)")
     add_suite_arguments(parser)
     parser.epilog = "\n".join(
         [
@@ -84,7 +85,10 @@ def run(args: argparse.Namespace) -> int:
     made = quantize_bundle(bundle, plan, Path(args.output), report=line)
     line.end()
     _tell(args, bundle, plan.nbytes, {"recipe": recipe.to_json(), "name": recipe.name, "precision": made.precision})
-    print(f"next: twotower build {args.output} --target ort-cpu, then twotower evaluate {args.output} --against {args.bundle}", file=sys.stderr)
+    print(
+        f"next: twotower build {args.output} --target ort-cpu, then twotower evaluate {args.output} --against {args.bundle}",
+        file=sys.stderr,
+    )
     return 0
 
 
@@ -103,4 +107,57 @@ def _tell(args: argparse.Namespace, bundle: Bundle, nbytes: int, facts: dict[str
 
 
 def _auto(args: argparse.Namespace, bundle: Bundle, config: Any, statistics: Statistics | None) -> int:
-    raise NotImplementedError
+    import tempfile
+
+    from twotower.bundle import note_measurement
+    from twotower.calibration.quantize import plan_quantization, quantize_bundle
+    from twotower.cli.evaluate import chosen_suite
+    from twotower.cli.progress import ProgressLine
+    from twotower.errors import BudgetError
+    from twotower.evaluate.choose import ChooseConfig, choose
+    from twotower.evaluate.price import PriceConfig
+
+    price = PriceConfig(max_new_tokens=args.max_new_tokens, budget=args.budget, max_inflation=args.max_inflation)
+    formats = tuple(word.strip() for word in args.formats.split(",") if word.strip())
+    wanted = ChooseConfig(price=price, formats=formats, group=args.group or 32, threads=args.threads, quantize=config)
+    suite, output = chosen_suite(args), Path(args.output or "auto")
+    line, writing = ProgressLine("problems"), ProgressLine()
+    parent = output.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.auto.", dir=parent) as scratch:
+            choice = choose(bundle, suite, wanted, Path(scratch), statistics=statistics, progress=line)
+    except BudgetError as e:
+        line.end()
+        print(f"BudgetError: {e}", file=sys.stderr)
+        return EXIT_BELOW_BUDGET
+    line.end()
+    plan = plan_quantization(bundle, choice.recipe, config, statistics)
+    facts = {"recipe": choice.recipe.to_json(), "name": "auto", "chosen": choice.report}
+    if not args.dry_run:
+        made = quantize_bundle(bundle, plan, output, report=writing, extra={"chosen": choice.report})
+        writing.end()
+        check = choice.report["check"]
+        names = ("retention", "passes_per_block", "inflation", "step_time", "speedup")
+        about = {name: choice.report[name] for name in ("suite", "generation", "budget", "flags")}
+        note_measurement(made, {**about, "target": "ort-cpu", **{name: check[name] for name in names}})
+        facts["precision"] = made.precision
+    _tell(args, bundle, plan.nbytes, facts)
+    if not args.json:
+        print("\n".join(_choice_lines(choice.report)))
+    for flag in choice.report["flags"]:
+        print(f"note: on the half it was not chosen with, it {flag}", file=sys.stderr)
+    return 0
+
+
+def _choice_lines(report: dict[str, Any]) -> list[str]:
+    from twotower.evaluate.evaluation import interval_text
+
+    def more(facts: dict[str, Any]) -> str:
+        return interval_text({k: None if v is None else 100 * (v - 1) for k, v in facts["inflation"].items()})
+
+    lines = ["", f"{'alone':<16}{'in':<20}{'kept, 95 % interval':<26}more passes a block"]
+    lines += [f"{r['kind']:<16}{r['candidate']:<20}{interval_text(r['retention']):<26}{more(r)}" for r in report["alone"]]
+    lines += [f"{len(report['tried'])} mixtures measured; {len(report['layers'])} layers treated otherwise than their kind"]
+    check = report["check"]
+    return [*lines, f"checked on the other half: keeps {interval_text(check['retention'])} %, {more(check)} % more passes a block"]

@@ -1,4 +1,4 @@
-"""What quantization costs and brings: quality kept, passes a block before and after, the time of a pass, and which layer kind is to blame."""
+"""What quantization costs and brings: quality kept, passes a block before and after, the time of a pass, and which kind is to blame."""
 
 from __future__ import annotations
 
@@ -101,9 +101,9 @@ def measure_price(
 def compared(after: Measured, before: Measured) -> dict[str, Any]:
     """Ratios of a changed model to the original one on the same problems, each with its interval.
 
-    `inflation` is passes a block over passes a block; `step_time` how much faster a pass is, the context tower's share and everything but
-    the prompt counted in; `speedup` their quotient: what is left of a faster pass when more of them are needed. Tokens a second, which texts
-    of another length move too, are in `tokens_per_second`.
+    `inflation` is passes a block over passes a block; `step_time` how much faster a pass is, the context tower's share and everything
+    but the prompt counted in; `speedup` their quotient: what is left of a faster pass when more of them are needed. Tokens a second, which
+    texts of another length move too, are in `tokens_per_second`.
     """
     draws = Resampler(len(after.right))
     spent, spent_before = after.ms - after.prefill_ms, before.ms - before.prefill_ms

@@ -95,7 +95,8 @@ def price_lines(report: Mapping[str, Any]) -> list[str]:
         f"weights: {weights['after'] / 1e6:.2f} MB, {weights['after'] / weights['before']:.3f} of before, "
         f"{weights['after'] / weights['bfloat16']:.3f} of bfloat16",
         f"quality: keeps {_kept(total)} %; passes a block: {_more(total)} %",
-        f"speed here: a pass {interval_text(total['step_time'], 2)} times as fast; with the passes it needs {interval_text(total['speedup'], 2)} times",
+        f"speed here: a pass {interval_text(total['step_time'], 2)} times as fast, "
+        f"with the passes it needs {interval_text(total['speedup'], 2)} times",
     ]
     lines += [f"FLAGGED: {flag}" for flag in report["flags"]] or ["inside the budget of quality and passes"]
     return lines
@@ -131,7 +132,16 @@ def _signed(ratio: float | None) -> str:
 
 _SETTINGS = ("", "right", "kept, 95 % interval", "passes a block", "tokens a pass", "tokens/s")
 _BYTES = ("layer kind", "stored as", "before", "after", "of bfloat16")
-_PARTS = ("quantized alone", "kept, 95 % interval", "more passes a block, 95 % interval", "a pass is", "true speedup", "same text", "lost", "won")
+_PARTS = (
+    "quantized alone",
+    "kept, 95 % interval",
+    "more passes a block, 95 % interval",
+    "a pass is",
+    "true speedup",
+    "same text",
+    "lost",
+    "won",
+)
 _TASKS = ("task", *_PARTS[1:])
 
 
@@ -174,10 +184,10 @@ def _method(report: dict[str, Any]) -> str:
     suite, machine = report["suite"], report["machine"]
     return " ".join(
         [
-            "Every problem is answered by every model in turn, one request at a time, so all share the machine's moods. Kept: right answers of",
-            "the quantized bundle over those of the float bundle. A pass is timed with the context tower's share, without the prompt.",
-            "True speedup: how much faster a pass is, divided by how many more of them a block needs. Intervals are percentiles of 2000 paired",
-            "bootstrap draws of the problems. Speeds are of this target on this machine and say nothing of another.",
+            "Every problem is answered by every model in turn, one request at a time: all share the machine's moods. Kept: right answers",
+            "of the quantized bundle over those of the float bundle. A pass is timed with the context tower's share, without the prompt.",
+            "True speedup: how much faster a pass is, divided by how many more of them a block needs. Intervals are percentiles of 2000",
+            "paired bootstrap draws of the problems. Speeds are of this target on this machine and say nothing of another.",
             f"Suite {suite['name']} {suite['sha256'][:12]}, twotower {report['twotower']}, Python {machine['python']}.",
         ]
     )

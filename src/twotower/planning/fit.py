@@ -10,8 +10,8 @@ from twotower.config.model import LayerKind, ModelConfig
 from twotower.hardware import RTX_SMS
 from twotower.planning.gpus import GpuModel
 from twotower.planning.memory import DeviceNeed, device_needs, traffic
-from twotower.planning.options import HALF_ONLY_SM, PlanOptions, capacity_of, engine_dtype
-from twotower.planning.weights import EXPERT_RECIPES
+from twotower.planning.options import HALF_ONLY_SM, PlanOptions, all_formats, capacity_of, engine_dtype
+from twotower.planning.weights import EXPERT_FORMATS
 
 __all__ = ["Alternative", "GpuFit", "fit", "largest_batch", "largest_context"]
 
@@ -27,7 +27,7 @@ class Alternative:
         flags: What to type; the rest of the command stays.
         needs: Bytes on the fullest device.
         fits: Whether that is within the device's memory.
-        quantized: Whether it needs experts in few bits, which this version cannot make yet.
+        quantized: Whether it needs experts in few bits, which `twotower quantize` makes.
     """
 
     flags: str
@@ -146,9 +146,9 @@ def _changes(config: ModelConfig, options: PlanOptions) -> Iterator[dict[str, An
     narrow: list[dict[str, Any]] = [{}]
     if engine_dtype(config, options) == "float32" and options.target != "ort-cpu":
         narrow.append({"dtype": "bfloat16"})
-    if LayerKind.MOE in config.layers and options.experts is None and options.target != "ort-cpu":
+    if LayerKind.MOE in config.layers and not all_formats(options) and options.target != "ort-cpu":
         half = {"dtype": "bfloat16"} if engine_dtype(config, options) == "float32" else {}
-        narrow += [{**half, "experts": name} for name in EXPERT_RECIPES]
+        narrow += [{**half, "experts": name} for name in EXPERT_FORMATS]
     yield from narrow
     if options.devices == 1 and options.target != "ort-cpu":
         yield from ({**change, "devices": 2} for change in narrow)

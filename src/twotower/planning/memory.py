@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from twotower.config.model import ModelConfig
-from twotower.planning.options import PlanOptions, capacity_of, engine_dtype
+from twotower.planning.options import PlanOptions, capacity_of, engine_dtype, formats_of
 from twotower.planning.scratch import Scratch, Shapes, scratch
 from twotower.planning.weights import GraphWeights, graph_weights, item_bytes
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, state_tensors
@@ -92,7 +92,7 @@ def state_bytes(config: ModelConfig, options: PlanOptions) -> State:
 
 def needed_weights(config: ModelConfig, options: PlanOptions) -> Mapping[str, GraphWeights]:
     """Weights of the graphs the mode uses."""
-    every = graph_weights(config, engine_dtype(config, options), options.experts)
+    every = graph_weights(config, engine_dtype(config, options), formats_of(options))
     return every if options.mode == "diffusion" else {name: every[name] for name in (CONTEXT, CONTEXT_HEAD)}
 
 

@@ -10,9 +10,20 @@ from twotower.config.generation import GenerationConfig
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.errors import ConfigError
 from twotower.hardware import RTX_SMS, TARGETS
-from twotower.planning.weights import EXPERT_RECIPES
+from twotower.planning.weights import EXPERT_FORMATS, Formats
 
-__all__ = ["DTYPES", "HALF_ONLY_SM", "MODES", "TENSORRT", "PlanOptions", "capacity_of", "engine_dtype", "require_sound"]
+__all__ = [
+    "DTYPES",
+    "HALF_ONLY_SM",
+    "MODES",
+    "TENSORRT",
+    "PlanOptions",
+    "all_formats",
+    "capacity_of",
+    "engine_dtype",
+    "formats_of",
+    "require_sound",
+]
 
 DTYPES = ("float32", "float16", "bfloat16")
 MODES = ("diffusion", "ar")
@@ -33,7 +44,8 @@ class PlanOptions:
         max_build_memory: Bytes the build of one engine may need, None for no bound.
         sms: Compute capabilities to build for ahead of time.
         devices: GPUs to spread over: with two one tower each, with more segments of both.
-        experts: Few-bit recipe for the routed experts, None for `dtype`.
+        experts: Few-bit format of the routed experts, None for `dtype`.
+        formats: Of a quantized bundle: its layer kinds in few bits, each with its format.
         mode: `diffusion` for both towers, `ar` for the context tower alone.
         block_size: Trained block size.
         checkpoint_bytes: Size of the checkpoint's tensors where it is known from their headers.
@@ -47,6 +59,7 @@ class PlanOptions:
     sms: tuple[int, ...] = ()
     devices: int = 1
     experts: str | None = None
+    formats: Formats = ()
     mode: str = "diffusion"
     block_size: int = GenerationConfig().block_size
     checkpoint_bytes: int | None = None
@@ -56,7 +69,7 @@ class PlanOptions:
         for flag, value, allowed in (
             ("--target", self.target, TARGETS),
             ("--dtype", self.dtype, (None, *DTYPES)),
-            ("--experts", self.experts, (None, *EXPERT_RECIPES)),
+            ("--experts", self.experts, (None, *EXPERT_FORMATS)),
             ("--mode", self.mode, MODES),
         ):
             if value not in allowed:
@@ -65,6 +78,16 @@ class PlanOptions:
                 )
         if self.devices < 1:
             raise ConfigError(f"--devices cannot be {self.devices}", found="allowed: 1 and more", do="pass a positive --devices")
+
+
+def all_formats(options: PlanOptions) -> Formats:
+    """Layer kinds in few bits as the bundle holds them."""
+    return tuple(sorted({**dict(options.formats), **({"routed_expert": options.experts} if options.experts else {})}.items()))
+
+
+def formats_of(options: PlanOptions) -> Formats:
+    """The same as the engines hold them: `ort-cpu` has no 4-bit floats and expands them."""
+    return tuple((kind, name) for kind, name in all_formats(options) if options.target != "ort-cpu" or name != "nvfp4")
 
 
 def capacity_of(config: ModelConfig, options: PlanOptions) -> int:
@@ -100,6 +123,8 @@ def require_sound(config: ModelConfig, options: PlanOptions) -> None:
         raise ConfigError(
             f"SM {HALF_ONLY_SM} has no products in {dtype}", found="float16 only", do="add --dtype float16, or leave 75 out of --sm"
         )
-    if options.experts and (target == "ort-cpu" or LayerKind.MOE not in config.layers):
-        found = "ort-cpu widens every weight to float32" if target == "ort-cpu" else "the model has no routed experts"
-        raise ConfigError("--experts does not apply", found=found, do="leave --experts out")
+    if options.experts and LayerKind.MOE not in config.layers:
+        raise ConfigError("--experts does not apply", found="the model has no routed experts", do="leave --experts out")
+    if options.experts and options.formats:
+        found = f"in few bits: {', '.join(f'{k} {f}' for k, f in options.formats)}"
+        raise ConfigError("--experts does not apply: the bundle is quantized", found=found, do="leave --experts out")

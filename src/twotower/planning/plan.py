@@ -10,9 +10,9 @@ from twotower.builders.cut import build_memory, cut_layers, most_weights
 from twotower.config.model import ModelConfig
 from twotower.hardware import TARGETS
 from twotower.planning.memory import DeviceNeed, State, Traffic, device_needs, needed_weights, state_bytes, tower_scratch, traffic
-from twotower.planning.options import TENSORRT, PlanOptions, engine_dtype, require_sound
+from twotower.planning.options import TENSORRT, PlanOptions, all_formats, engine_dtype, require_sound
 from twotower.planning.scratch import Scratch
-from twotower.planning.weights import GraphWeights, checkpoint_bytes, graph_weights, item_bytes
+from twotower.planning.weights import GraphWeights, checkpoint_bytes, cpu_bytes, graph_weights, item_bytes
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 
 __all__ = [
@@ -161,7 +161,8 @@ def plan_bundle(config: ModelConfig, options: PlanOptions | None = None) -> Plan
 def _engines(graph: str, weights: GraphWeights, config: ModelConfig, options: PlanOptions) -> list[EnginePlan]:
     if options.target not in TENSORRT:
         layers, size = (0, len(weights.layers)), weights.total
-        stored = weights.stored if options.target == "ort-cpu" and (options.dtype or config.dtype) != "float32" else 0
+        kept = options.dtype or config.dtype
+        stored = cpu_bytes(config, kept, all_formats(options))[graph] if options.target == "ort-cpu" else 0
         return [EnginePlan(f"{graph}.onnx", graph, layers, size, None, None, None, stored)]
     cuts: tuple[tuple[int, int], ...] = ((0, len(weights.layers)),)
     if options.max_build_memory is not None and weights.layers:
@@ -180,8 +181,9 @@ def _engines(graph: str, weights: GraphWeights, config: ModelConfig, options: Pl
 def _disk(config: ModelConfig, options: PlanOptions) -> Disk:
     """Graphs and tokenizer, a few megabytes, are left out."""
     dtype = options.dtype or config.dtype
-    kept = graph_weights(config, dtype, options.experts)
-    wide = 0 if dtype == "float32" else sum(w.stored for w in graph_weights(config, "float32").values())
+    formats = all_formats(options)
+    kept = graph_weights(config, dtype, formats)
+    wide = sum(cpu_bytes(config, dtype, formats).values())
     engine = sum(w.total for w in kept.values()) + sum(CODE_BYTES.values())
     # The chosen target's own count of segments is in `Plan.engines`.
     sizes = {"rtx": engine, "trt": engine, "ort-cuda": 0, "ort-cpu": wide}

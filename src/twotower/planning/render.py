@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from twotower.errors import ConfigError
 from twotower.planning.fit import Alternative, GpuFit
 from twotower.planning.memory import LIBRARY_OVERHEAD
+from twotower.planning.options import all_formats
 from twotower.planning.plan import EXPORT_MEMORY, Plan
 
 __all__ = ["describe_fits", "describe_plan", "refusal"]
@@ -28,7 +29,8 @@ def describe_plan(plan: Plan) -> list[str]:
     """Everything but the GPUs."""
     o, state = plan.options, plan.state
     what = "both towers" if o.mode == "diffusion" else "context tower alone"
-    experts = f", experts in {o.experts}" if o.experts else ""
+    few = all_formats(o)
+    experts = f", {', '.join(f'{kind} in {name}' for kind, name in few)}" if few else ""
     rows = [
         ("plan", f"target {o.target}, {plan.dtype}{experts}, {what}; up to {o.max_batch} rows of {state.capacity} positions"),
         ("weights", f"{_gb(sum(w.total for w in plan.weights.values()))}; {_parameters(plan.parameters)} parameters in both towers"),
@@ -111,7 +113,7 @@ def _instead(f: GpuFit) -> list[str]:
 
 
 def _alternative(a: Alternative, width: int = 0) -> str:
-    remarks = ["arithmetic; nothing quantizes yet"] if a.quantized else []
+    remarks = ["made by `twotower quantize`"] if a.quantized else []
     remarks += ["the runtime loads both towers so far"] if "--mode ar" in a.flags else []
     later = f" ({'; '.join(remarks)})" if remarks else ""
     return f"{a.flags:<{width}}  {_gb(a.needs)}{later}" if width else f"`{a.flags}` {_gb(a.needs)}{later}"

@@ -1,19 +1,31 @@
-"""Weight bytes of the three graphs by layer and by kind, from the config alone; few-bit experts by arithmetic."""
+"""Weight bytes of the three graphs by layer and by kind, from the config alone, in few bits too."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 
+from twotower.config.formats import FORMATS, stored_bytes, stored_format
 from twotower.config.model import ModelConfig
 from twotower.config.tensors import CheckpointTensor, Role, Tower, expected_tensors
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 
-__all__ = ["EXPERT_RECIPES", "LARGE", "LINE", "PAGE", "ExpertRecipe", "GraphWeights", "checkpoint_bytes", "graph_weights", "item_bytes"]
+__all__ = [
+    "EXPERT_FORMATS",
+    "LARGE",
+    "LINE",
+    "PAGE",
+    "Formats",
+    "GraphWeights",
+    "checkpoint_bytes",
+    "cpu_bytes",
+    "graph_weights",
+    "item_bytes",
+]
 
 PAGE, LINE, LARGE = 4096, 64, 1 << 20
 """A weight of a megabyte or more starts on a page in a bundle's data file, a smaller one on a cache line (`twotower.graph_files`)."""
@@ -22,28 +34,11 @@ _FLOAT32 = ("norm.weight", "norm_f.weight", ".D", ".dt_bias", ".A_log", ".gate.w
 """Ends of the names that a graph keeps in float32 whatever the model's dtype."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertRecipe:
-    """Routed experts in few bits: `bits` a weight, and `scale_bytes` for each `group` of weights of a row (0: for a whole row)."""
+EXPERT_FORMATS = ("int8", "int4", "nvfp4")
+"""What `--experts` can plan: formats of `twotower quantize` for the routed experts."""
 
-    name: str
-    bits: int
-    group: int
-    scale_bytes: int
-
-    def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of one expert's matrix with its scales."""
-        rows, columns = math.prod(shape[:-1]), shape[-1]
-        groups = -(-columns // self.group) if self.group else 1
-        return -(-rows * columns * self.bits // 8) + rows * groups * self.scale_bytes
-
-
-EXPERT_RECIPES = {
-    "int8": ExpertRecipe("int8", 8, 0, 2),
-    "int4": ExpertRecipe("int4", 4, 128, 2),
-    "nvfp4": ExpertRecipe("nvfp4", 4, 16, 1),
-}
-"""int8 with a float16 scale a row, int4 with a float16 scale for 128, NVFP4 with a float8 scale for 16."""
+Formats = tuple[tuple[str, str], ...]
+"""Layer kinds in few bits, each with the name of its format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +50,8 @@ class GraphWeights:
         before: Of the embedding and, in the denoiser, the conditioning's own products.
         after: Of the final norm and the head.
         by_kind: The same bytes by what the weights are for.
-        by_dtype: The same bytes by element type; few-bit experts go by the recipe's name, scales included.
-        stored: Bytes of the data file: every weight starts on a page.
+        by_dtype: The same bytes by element type; few-bit weights go by the format's name, scales included.
+        stored: Bytes of the data file: every weight starts on a page, a small one on a cache line.
     """
 
     layers: tuple[int, ...]
@@ -91,27 +86,53 @@ def checkpoint_bytes(config: ModelConfig) -> int:
 
 
 @lru_cache(maxsize=64)
-def graph_weights(config: ModelConfig, dtype: str, experts: str | None = None) -> Mapping[str, GraphWeights]:
+def graph_weights(config: ModelConfig, dtype: str, formats: Formats = ()) -> Mapping[str, GraphWeights]:
     """Weight bytes of every graph.
 
     Args:
         config: The model.
         dtype: Element type of the graphs.
-        experts: A recipe of `EXPERT_RECIPES` for the routed experts, None for `dtype`.
+        formats: Layer kinds in few bits, as `twotower quantize` stores them.
     """
-    recipe = EXPERT_RECIPES[experts] if experts else None
+    few = dict(formats)
     sums = {name: _Sums(len(config.layers)) for name in (CONTEXT, CONTEXT_HEAD, DENOISER)}
     stacks: Counter[tuple[str, str]] = Counter()
     for tensor in expected_tensors(config).values():
-        kept = _dtype_of(tensor, dtype, recipe)
-        size = recipe.nbytes(tensor.shape) if recipe and kept == recipe.name else math.prod(tensor.shape) * item_bytes(kept)
         graph = _graph_of(tensor)
-        sums[graph].add(tensor, size, kept)
-        stacks[graph, _stack_of(tensor)] += size
+        for size, kept in _stored(tensor, config, dtype, few.get(tensor.role.value)):
+            sums[graph].add(tensor, size, kept)
+            stacks[graph, f"{_stack_of(tensor)} {kept}"] += size
     for (graph, _), size in stacks.items():
         step = PAGE if size >= LARGE else LINE
         sums[graph].stored += -(-size // step) * step
     return MappingProxyType({name: s.frozen(with_layers=name != CONTEXT_HEAD) for name, s in sums.items()})
+
+
+@lru_cache(maxsize=64)
+def cpu_bytes(config: ModelConfig, dtype: str, formats: Formats = ()) -> Mapping[str, int]:
+    """Bytes an `ort-cpu` engine writes beside each graph: half-width weights widened to float32 and 4-bit floats expanded.
+
+    Quantized weights stay in the bundle, and so does what is float32 there; only their scales are widened.
+    """
+    out: Counter[str] = Counter({CONTEXT: 0, CONTEXT_HEAD: 0, DENOISER: 0})
+    few = dict(formats)
+    for tensor in expected_tensors(config).values():
+        how = few.get(tensor.role.value)
+        for size, kept in _stored(tensor, config, dtype, how):
+            if kept in ("float16", "bfloat16"):
+                out[_graph_of(tensor)] += 2 * size
+            elif kept == "nvfp4":
+                out[_graph_of(tensor)] += 4 * math.prod(tensor.shape)
+            elif kept == how and dtype != "float32":
+                values = stored_bytes(FORMATS[kept].dtype, _count(tensor, config))
+                out[_graph_of(tensor)] += 2 * (size - values)
+    return MappingProxyType(dict(out))
+
+
+def _count(tensor: CheckpointTensor, config: ModelConfig) -> int:
+    """Weights of a tensor that are quantized where its kind is."""
+    rows = tensor.shape[0] - (config.mamba_num_heads if tensor.name.endswith("in_proj.weight") else 0)
+    return rows * tensor.shape[-1]
 
 
 class _Sums:
@@ -163,7 +184,14 @@ def _stack_of(tensor: CheckpointTensor) -> str:
     return ".".join((*parts[:-3], parts[-2]))
 
 
-def _dtype_of(tensor: CheckpointTensor, dtype: str, recipe: ExpertRecipe | None) -> str:
-    if recipe and tensor.role is Role.ROUTED_EXPERT:
-        return recipe.name
-    return "float32" if tensor.name.endswith(_FLOAT32) else dtype
+def _stored(tensor: CheckpointTensor, config: ModelConfig, dtype: str, few: str | None) -> Iterator[tuple[int, str]]:
+    """Bytes and type of a tensor, or of its parts: of Mamba's first product the rows that make dt are not quantized."""
+    kept = "float32" if tensor.name.endswith(_FLOAT32) else dtype
+    if few is None or (tensor.role is Role.MAMBA and not tensor.name.endswith(("in_proj.weight", "out_proj.weight"))):
+        yield math.prod(tensor.shape) * item_bytes(kept), kept
+        return
+    columns = tensor.shape[-1]
+    if tensor.name.endswith("in_proj.weight"):
+        yield config.mamba_num_heads * columns * item_bytes(kept), kept
+    how = stored_format(few, columns, stacked=tensor.role is Role.ROUTED_EXPERT)
+    yield how.nbytes((_count(tensor, config) // columns, columns), dtype), few
