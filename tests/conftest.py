@@ -6,6 +6,7 @@ The GPU is hidden before any library can look for it, unless TWOTOWER_REQUIRE as
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -99,3 +100,14 @@ def _run(*arguments: str) -> None:
         check=False,
     )
     assert done.returncode == 0, f"python {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}"
+
+
+@pytest.fixture(scope="session")
+def tiny_statistics(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statistics of the trained model, made by the command a user types. Read only."""
+    folder = tmp_path_factory.mktemp("statistics")
+    prompts = folder / "prompts.jsonl"
+    lines = (ROOT / "src" / "twotower" / "evaluate" / "data" / "suite.jsonl").read_text(encoding="utf-8").splitlines()[::13]
+    prompts.write_text("".join(json.dumps({"text": json.loads(line)["prompt"]}) + "\n" for line in lines))
+    _run("-m", "twotower.cli", "calibrate", str(tiny_bundle), "--prompts", str(prompts), "-o", str(folder / "stats"))
+    return folder / "stats"

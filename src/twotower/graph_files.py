@@ -111,7 +111,8 @@ def read_weight(data: np.ndarray[Any, np.dtype[np.uint8]], ref: WeightRef) -> np
         halves = np.stack((raw & 15, raw >> 4), axis=-1).reshape(-1)[: math.prod(ref.shape)]
         if ref.dtype == "int4":
             return np.asarray((halves.astype(np.int8) ^ 8) - 8).reshape(ref.shape)
-        return np.asarray(np.asarray(halves.view(ml_dtypes.float4_e2m1fn)).reshape(ref.shape))
+        floats: np.ndarray[Any, np.dtype[Any]] = halves.view(ml_dtypes.float4_e2m1fn).reshape(ref.shape)
+        return floats
     dtype: Any = ml_dtypes.float8_e4m3fn if ref.dtype == "float8e4m3fn" else ref.dtype
     return raw.view(np.dtype(dtype)).reshape(ref.shape)
 

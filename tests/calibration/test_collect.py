@@ -1,0 +1,176 @@
+"""Calibration: what is watched is what the towers compute, however prompts are chunked, and an interrupted run goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers.quantized import TINY, suite_prompts
+from tests.helpers.few_bits import weights_of
+from twotower.bundle import Bundle
+from twotower.calibration import collect as collect_module
+from twotower.calibration.collect import CollectConfig, collect, watched_chunk
+from twotower.calibration.plot import draw_ranges
+from twotower.calibration.statistics_file import Statistics
+from twotower.config import GenerationConfig, read_model_config
+from twotower.config.model import parse_model_config
+from twotower.errors import CalibrationError
+from twotower.evaluate.reference import reference_generate
+from twotower.export.synthetic import PUBLISHED_CONFIG
+from twotower.model import load_context_tower, load_denoiser_tower
+from twotower.runtime import Request, TwoTower
+
+CONFIG = CollectConfig(generation=GenerationConfig(max_new_tokens=32, ignore_eos=True))
+PROMPTS = suite_prompts(5)
+
+
+def gathered(bundle: Path, output: Path, prompts: tuple[str, ...] = PROMPTS, config: CollectConfig = CONFIG, **options: Any) -> Statistics:
+    return collect(Bundle.open(bundle), [Request(p) for p in prompts], output, config, **options)
+
+
+def assert_same(a: Statistics, b: Statistics) -> None:
+    for tower in ("context", "denoiser"):
+        for name, array in a.towers[tower].arrays().items():
+            np.testing.assert_allclose(b.towers[tower].arrays()[name], array, rtol=1e-9, err_msg=f"{tower} {name}")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    return gathered(tiny_bundle, tmp_path_factory.mktemp("whole") / "stats")
+
+
+def test_ranges_are_those_torch_sees(tiny_bundle: Path, whole: Statistics) -> None:
+    """The same texts by the torch towers, hooked: an independent watcher sees the same extremes in both towers, step by step."""
+    config, tensors = read_model_config(TINY / "config.json"), weights_of(TINY)
+    towers = tuple(load(config, lambda name: torch.from_numpy(tensors[name])) for load in (load_context_tower, load_denoiser_tower))
+    seen: dict[str, list[float]] = {}
+
+    def hook(name: str) -> Any:
+        return lambda _, inputs: seen.setdefault(name, []).append(float(inputs[0].abs().max()))
+
+    for prefix, tower in zip(("context_tower", "denoiser_tower"), towers, strict=True):
+        for name, module in tower.named_modules():
+            if isinstance(module, nn.Linear) and "experts." not in name and not name.startswith(("t_", "lm_head")):
+                module.register_forward_pre_hook(hook(f"{prefix}.{name}.weight"))
+    with TwoTower.open(tiny_bundle) as model:
+        assert model.tokenizer is not None
+        for prompt in PROMPTS:
+            reference_generate(towers, list(model.tokenizer.encode(prompt)), CONFIG.generation)  # type: ignore[arg-type]
+    watched = whole.towers["denoiser"]
+    for i, name in enumerate(watched.names):
+        if name in seen:
+            assert np.nanmax(watched.greatest[i, 1:]) == pytest.approx(max(seen[name]), rel=1e-4), name
+    assert len([n for n in watched.names if n in seen]) >= 10
+
+
+def test_every_pass_is_counted_once_in_its_bucket(whole: Statistics) -> None:
+    d = whole.towers["denoiser"]
+    width = {"in_proj": 128, "out_proj": 256, "q_proj": 128}
+    for i, name in enumerate(d.names):
+        columns = next((w for key, w in width.items() if key in name), None)
+        if columns:
+            steps = d.count[i, 1:].sum() / (16 * columns)
+            assert steps == whole.facts["passes"], name
+            assert d.count[i, 0] / (16 * columns) == whole.facts["blocks"], "each finished block once without masks"
+    hidden = next(i for i, n in enumerate(d.names) if n.endswith("mixer.experts.down_proj.weight"))
+    assert d.count[hidden, 1:].sum() == whole.facts["passes"] * 16 * 2 * 96, "two experts a token, and none that was not asked"
+
+
+def test_any_chunking_of_the_prompts_gives_the_same_numbers(
+    tiny_bundle: Path, whole: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding of the last chunk leaves no trace."""
+    monkeypatch.setattr(collect_module, "watched_chunk", lambda config: 7)
+    chunked = gathered(tiny_bundle, tmp_path / "chunked")
+    for tower in ("context", "denoiser"):
+        a, b = whole.towers[tower], chunked.towers[tower]
+        np.testing.assert_array_equal(a.count, b.count)
+        np.testing.assert_allclose(b.greatest, a.greatest, rtol=1e-4)
+        np.testing.assert_allclose(b.squares, a.squares, rtol=1e-4)
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(
+    tiny_bundle: Path, whole: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = TwoTower.generate, []
+
+    def interrupted(self: TwoTower, *args: Any, **options: Any) -> Any:
+        result = real(self, *args, **options)
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt  # after its passes were watched: half a prompt must not be counted
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TwoTower, "generate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            gathered(tiny_bundle, tmp_path / "stats")
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.startswith(".stats.") and not (tmp_path / "stats").exists()
+    calls.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(TwoTower, "generate", lambda self, *a, **o: (calls.append(a), real(self, *a, **o))[1])
+        resumed = gathered(tiny_bundle, tmp_path / "stats")
+    assert len(calls) == len(PROMPTS) - 2, "two prompts were done"
+    assert_same(whole, resumed)
+    assert resumed.facts == whole.facts
+    assert [p.name for p in tmp_path.iterdir()] == ["stats"]
+
+
+def test_another_command_does_not_take_up_what_was_kept(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = TwoTower.generate
+    calls: list[int] = []
+
+    def stop_second(self: TwoTower, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TwoTower, "generate", stop_second)
+        with pytest.raises(KeyboardInterrupt):
+            gathered(tiny_bundle, tmp_path / "stats", PROMPTS[:3])
+    other = replace(CONFIG.generation, max_new_tokens=16)
+    assert gathered(tiny_bundle, tmp_path / "stats", PROMPTS[:2], CollectConfig(generation=other)).facts["prompts"] == 2
+
+
+def test_a_disk_that_is_full_at_the_end_loses_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
+    def full(_: Statistics) -> Any:
+        raise OSError("No space left on device")
+
+    with pytest.raises(CalibrationError, match="could not be written") as caught:
+        gathered(tiny_bundle, tmp_path / "stats", PROMPTS[:2], draw=full)
+    assert "goes on where it was" in caught.value.do
+    assert not (tmp_path / "stats").exists()
+
+
+def test_bad_input(tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="nothing to calibrate on"):
+        gathered(tiny_bundle, tmp_path / "a", ())
+    (tmp_path / "there").mkdir()
+    with pytest.raises(CalibrationError, match="exists already"):
+        gathered(tiny_bundle, tmp_path / "there")
+
+
+def test_what_is_watched_of_the_published_model_stays_below_a_gigabyte() -> None:
+    config = parse_model_config(PUBLISHED_CONFIG, "published")
+    chunk = watched_chunk(config)
+    assert 16 <= chunk <= 64
+    hidden = sum(k.name == "MOE" for k in config.layers) * config.n_routed_experts * config.moe_intermediate_size * 4
+    assert hidden * chunk <= 1 << 30
+
+
+def test_the_picture_has_a_panel_a_kind(whole: Statistics) -> None:
+    drawn = draw_ranges(whole)
+    assert drawn["ranges.png"].startswith(b"\x89PNG")
+    svg = drawn["ranges.svg"].decode()
+    for title in ("Mamba, in", "attention, out", "routed experts, hidden", "shared expert, in", "head, in"):
+        assert title in svg
+    assert draw_ranges(whole) == drawn, "the same numbers, the same picture"

@@ -1,0 +1,165 @@
+"""Quantized bundles: what they hold, that they compute what torch computes with rounded weights, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.few_bits import quantized_towers
+from tests.helpers.quantized import TINY, quantized, suite_prompts
+from twotower.bundle import GRAPH_FILES, Bundle
+from twotower.calibration import QuantizeConfig, load_recipe, plan_quantization, quantize_bundle
+from twotower.calibration.quantize import precision_of
+from twotower.calibration.recipes import builtin_recipes
+from twotower.config import GenerationConfig
+from twotower.errors import BundleError, CalibrationError, ConfigError
+from twotower.evaluate.bundle_bytes import bytes_by_kind
+from twotower.evaluate.reference import reference_generate
+from twotower.graph_files import load_graph, read_weight, weight_refs
+from twotower.graph_lint import lint
+from twotower.runtime import TwoTower
+
+RECIPES = tuple(builtin_recipes())
+HIGH = ("gate.", "norm", "conv1d", "dt_bias", "A_log", "mixer.D", "t_embedder", "t_block", "scale_shift_tables", "in_proj.weight.dt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("quantized")
+
+
+@pytest.fixture
+def few(folder: Path, tiny_bundle: Path, tiny_statistics: Path) -> Any:
+    return lambda recipe: quantized(tiny_bundle, folder, recipe, stats=tiny_statistics)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_it_computes_what_torch_computes_with_rounded_numbers(few: Any, recipe: str) -> None:
+    """The twin: the published mathematics in torch on weights, and inputs, rounded by other code. Text, passes and confidences."""
+    bundle = few(recipe)
+    precision = precision_of(bundle)
+    towers = quantized_towers(
+        TINY,
+        {name: (how.name, how.group) for name, how in precision.weights.items()},
+        {name: (how.dtype, how.scale) for name, how in precision.activations.items()},
+    )
+    embedding = {"context_tower.embeddings.weight", "denoiser_tower.embeddings.weight"} & set(precision.weights)
+    assert bool(embedding) == (recipe not in ("int4-experts", "nvfp4-experts"))
+    with TwoTower.open(bundle.path) as model:
+        assert model.tokenizer is not None
+        for prompt in suite_prompts(6):
+            config = GenerationConfig(max_new_tokens=32, ignore_eos=True)
+            steps: list[Any] = []
+            got = model.generate(prompt, config, on_step=steps.append)
+            expected = reference_generate(towers, list(model.tokenizer.encode(prompt)), config)
+            assert len(steps) == len(expected.steps)
+            assert list(got.tokens) == expected.tokens
+            for step, reference in zip(steps, expected.steps, strict=True):
+                # Sums in another order move a rounded input by a step where it lies between two; a float product has nothing of the kind.
+                bound = 2e-2 if precision.activations else 2e-4
+                np.testing.assert_allclose(step.confidence[0], reference.confidence, atol=bound)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_must_stay_high_is_the_float_bundle_s_to_the_bit(few: Any, tiny_bundle: Path, recipe: str) -> None:
+    before, after = Bundle.open(tiny_bundle), few(recipe)
+    for file in GRAPH_FILES.values():
+        old, new = (weight_refs(load_graph(b.path / file)) for b in (before, after))
+        a, b = (np.memmap(x.path / f"{file}.data", dtype=np.uint8, mode="r") for x in (before, after))
+        for name, ref in new.items():
+            if any(part in name for part in HIGH):
+                whole = read_weight(a, old[name.removesuffix(".dt")])
+                expected = whole[-before.config.mamba_num_heads :] if name.endswith(".dt") else whole
+                assert ref.dtype == "float32"
+                np.testing.assert_array_equal(read_weight(b, ref), expected)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_graphs_are_clean_and_of_standard_operators(few: Any, recipe: str) -> None:
+    bundle = few(recipe)
+    for name in GRAPH_FILES:
+        model = load_graph(bundle.graph_file(name))
+        assert {entry.domain for entry in model.opset_import} <= {"", "ai.onnx"}
+        assert {node.domain for node in model.graph.node} == {""}
+        assert not [f for f in lint(model) if f.rule.severity == "error"]
+
+
+def test_bytes_of_a_half_width_bundle(tmp_path: Path) -> None:
+    """The sizes that are promised: of the whole bundle in 8 bits, of the experts in 4."""
+    from twotower.export import Checkpoint, ExportConfig, export_bundle
+
+    half = export_bundle(Checkpoint.open(TINY), tmp_path / "half", ExportConfig(dtype="bfloat16"))
+    sizes = {}
+    for recipe in ("int8-weights", "int4-experts"):
+        made = quantize_bundle(half, plan_quantization(half, load_recipe(recipe)), tmp_path / recipe)
+        sizes[recipe] = sum(f.size for f in made.files.values()) / sum(f.size for f in half.files.values())
+        experts = bytes_by_kind(made)["routed_expert"] / bytes_by_kind(half)["routed_expert"]
+        assert experts <= {"int8-weights": 0.55, "int4-experts": 0.32}[recipe]
+        assert bytes_by_kind(made)["conditioning"] == bytes_by_kind(half)["conditioning"]
+    assert sizes["int8-weights"] <= 0.55
+
+
+def test_the_manifest_says_what_was_done(few: Any, tiny_bundle: Path) -> None:
+    bundle, source = few("mixed"), Bundle.open(tiny_bundle)
+    facts = bundle.quantization
+    assert facts is not None
+    assert facts["recipe"]["name"] == "mixed"
+    assert facts["formats"] == ["int4", "int8"]
+    assert facts["source"] == {name: source.graph_identity(name) for name in GRAPH_FILES}
+    assert facts["measured"] is None
+    assert bundle.precision["routed_expert"] == "int4 in groups of 32"
+    assert bundle.precision["router"] == "float32"
+    assert few("int8").quantization["activations"]
+    assert few("int8").precision["mamba"] == "int8, inputs too"
+    assert source.quantization is None and source.formats == ()
+
+
+def test_a_second_quantization_is_refused(few: Any) -> None:
+    with pytest.raises(BundleError, match="is quantized already") as caught:
+        plan_quantization(few("int4-experts"), load_recipe("int8-weights"))
+    assert "int4-experts" in caught.value.found
+
+
+def test_recipes_with_inputs_need_statistics_of_this_checkpoint(tiny_bundle: Path, tiny_statistics: Path, tmp_path: Path) -> None:
+    from twotower.calibration.statistics_file import read_statistics
+
+    bundle = Bundle.open(tiny_bundle)
+    with pytest.raises(CalibrationError, match="needs their ranges"):
+        plan_quantization(bundle, load_recipe("int8"))
+    shutil.copytree(tiny_statistics, tmp_path / "other")
+    described = tmp_path / "other" / "statistics.json"
+    data = json.loads(described.read_text())
+    described.write_text(json.dumps({**data, "source": "0" * 64}))
+    with pytest.raises(CalibrationError, match="another checkpoint") as caught:
+        plan_quantization(bundle, load_recipe("int8"), None, read_statistics(tmp_path / "other"))
+    assert "000000000000" in caught.value.found
+
+
+def test_bad_options_and_folders(tiny_bundle: Path, tmp_path: Path) -> None:
+    for wrong in ({"rounding": "up"}, {"ranges": "guess"}, {"calibrated_on": "tea"}):
+        with pytest.raises(ConfigError, match="cannot be"):
+            QuantizeConfig(**wrong)
+    bundle = Bundle.open(tiny_bundle)
+    plan = plan_quantization(bundle, load_recipe("int4-experts"))
+    (tmp_path / "there").mkdir()
+    with pytest.raises(BundleError, match="exists already"):
+        quantize_bundle(bundle, plan, tmp_path / "there")
+
+
+def test_a_weight_that_is_not_finite_leaves_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_bundle, broken)
+    bundle = Bundle.open(broken)
+    ref = next(ref for name, ref in weight_refs(load_graph(bundle.graph_file("denoiser"))).items() if "experts.up" in name)
+    data = np.memmap(broken / "denoiser" / "model.onnx.data", dtype=np.uint8, mode="r+")
+    data[ref.offset + 8 : ref.offset + 12].view(np.float32)[0] = np.nan
+    data.flush()
+    bundle = Bundle.open(broken, contents=False)
+    with pytest.raises(BundleError, match="not finite"):
+        quantize_bundle(bundle, plan_quantization(bundle, load_recipe("int4-experts")), tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["broken"]

@@ -1,0 +1,108 @@
+"""Recipes: those that come along, one's own, and what is wrong with the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from twotower.calibration.recipes import Part, Recipe, RecipeException, builtin_recipes, load_recipe, parts_of
+from twotower.config.model import parse_model_config
+from twotower.errors import RecipeError
+from twotower.export.graphs import build_graph
+from twotower.export.synthetic import PUBLISHED_CONFIG, published_slice
+
+ALWAYS_HIGH = ("gate.", "norm", "conv1d", "dt_bias", "A_log", ".D", "t_embedder", "t_block", "scale_shift_tables")
+
+
+def test_the_recipes_that_come_along() -> None:
+    assert set(builtin_recipes()) == {"int8-weights", "int8", "fp8", "int4-experts", "nvfp4-experts", "mixed"}
+    assert all(recipe.summary for recipe in builtin_recipes().values())
+
+
+@pytest.mark.parametrize("recipe", builtin_recipes().values(), ids=lambda r: r.name)
+def test_a_recipe_fits_the_published_model_and_leaves_high_what_must_be(recipe: Recipe) -> None:
+    config = parse_model_config(PUBLISHED_CONFIG, "published")
+    for graph in ("context", "context_head", "denoiser"):
+        weights = build_graph(graph, config, "bfloat16").weights
+        parts = parts_of(config, weights)
+        few = {p.name for p in parts if recipe.format_of(p)}
+        assert not [name for name in few if any(part in name for part in ALWAYS_HIGH)]
+        if graph != "context_head":
+            recipe.check(parts)
+            named = {w.name for w in weights} - {p.name for p in parts}
+            assert all(any(part in name for part in ALWAYS_HIGH) for name in named), "every matrix of a product can be quantized"
+
+
+def test_a_recipe_survives_being_stored() -> None:
+    recipe = Recipe(
+        name="mine",
+        weights={"mamba": "int8", "routed_expert": "int4"},
+        activations=("mamba",),
+        group=64,
+        exceptions=(RecipeException(tower="denoiser", layer=3, format="keep"), RecipeException(kind="mamba", layer=0, format="int4")),
+    )
+    assert Recipe.from_mapping("mine", recipe.to_json()) == recipe
+
+
+def test_the_last_exception_that_matches_decides() -> None:
+    part = Part("x", "denoiser", 3, "mamba", 128)
+    base = {"name": "r", "weights": {"mamba": "int8"}}
+    assert Recipe(**base).format_of(part).name == "int8"  # type: ignore[union-attr, arg-type]
+    both = (RecipeException(layer=3), RecipeException(tower="denoiser", format="int4"))
+    assert Recipe(**base, exceptions=both).format_of(part).name == "int4"  # type: ignore[union-attr, arg-type]
+    assert Recipe(**base, exceptions=both[::-1]).format_of(part) is None  # type: ignore[arg-type]
+
+
+def test_a_file_of_one_s_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('[a]\nweights = { head = "int8" }\n[b]\nweights = { mamba = "int4" }\ngroup = 64\n')
+    assert load_recipe(f"{file}:b").group == 64
+    with pytest.raises(RecipeError, match="has no recipe"):
+        load_recipe(str(file))
+    file.write_text('[a]\nweights = { head = "int8" }\n')
+    assert load_recipe(str(file)).weights == {"head": "int8"}
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "found"),
+    [
+        ('[a]\nweights = { router = "int8" }', "a layer kind there is not", "routed_expert"),
+        ('[a]\nweights = { head = "int3" }', "opset 24", "nvfp4"),
+        ('[a]\nweights = { head = "mxfp8" }', "opset 24", "fp8"),
+        ('[a]\nactivations = ["mamba"]', "cannot round the inputs of mamba", "int8, fp8"),
+        ('[a]\nweights = { mamba = "int4" }\nactivations = ["mamba"]', "cannot round the inputs of mamba", "int4"),
+        ('[a]\nweights = { head = "int8" }\ngroup = 48', "a group TensorRT and this version do not take", "48"),
+        ('[a]\nbits = 4', "a key there is not", "weights"),
+        ('[a]\nweights = { head = "int8" }\nexcept = [{ tower = "third" }]', "a tower there is not", "denoiser"),
+        ('[a]\nweights = { head = "int8" }\nexcept = [{ row = 1 }]', "is not written like one", "row"),
+        ('[a]\nweights = 8', "is not written like one", "items"),
+        ("[a", "cannot read the recipe file", "TOML"),
+    ],
+)  # fmt: skip
+def test_bad_files(tmp_path: Path, text: str, what: str, found: str) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=what) as caught:
+        load_recipe(str(file))
+    assert found in caught.value.found or found in str(caught.value)
+    assert caught.value.do
+
+
+def test_unknown_names_and_files(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="there is no recipe 'int5'") as caught:
+        load_recipe("int5")
+    assert "int4-experts" in caught.value.found
+    with pytest.raises(RecipeError, match="cannot read"):
+        load_recipe(str(tmp_path / "none.toml"))
+
+
+def test_what_a_model_s_shapes_do_not_allow() -> None:
+    config = parse_model_config({**published_slice("E*"), "moe_intermediate_size": 1864}, "odd")
+    parts = parts_of(config, build_graph("context", config, "bfloat16").weights)
+    with pytest.raises(RecipeError, match="cannot be divided into groups of 32") as caught:
+        builtin_recipes()["int4-experts"].check(parts)
+    assert "1864" in caught.value.found
+    dense = parse_model_config(published_slice("M*"), "dense")
+    with pytest.raises(RecipeError, match="changes nothing"):
+        builtin_recipes()["int4-experts"].check(parts_of(dense, build_graph("context", dense, "bfloat16").weights))

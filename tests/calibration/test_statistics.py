@@ -1,0 +1,141 @@
+"""Histograms, ranges, and the files they are kept in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twotower.calibration.ranges import activation_scales, range_of
+from twotower.calibration.statistics import BINS, DENOISER_BUCKETS, TowerStatistics, bin_edges, bucket_of
+from twotower.calibration.statistics_file import DATA_FILE, DESCRIPTION_FILE, Statistics, read_statistics, write_statistics
+from twotower.errors import CalibrationError
+
+
+def of(*values: Any, bucket: int = 0) -> TowerStatistics:
+    s = TowerStatistics.empty(["w"], DENOISER_BUCKETS)
+    for x in values:
+        s.add(0, bucket, np.asarray(x, np.float32))
+    return s
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=50))
+def test_every_magnitude_is_counted_in_its_bin(values: list[float]) -> None:
+    s = of(values)
+    expected, _ = np.histogram(np.abs(np.asarray(values, np.float32)).astype(np.float64), bins=bin_edges())
+    np.testing.assert_array_equal(s.histogram[0, 0], expected)
+    assert s.minimum[0, 0] == np.float32(min(values))
+    assert s.maximum[0, 0] == np.float32(max(values))
+
+
+def test_edges_ascend_by_an_eighth_of_an_octave() -> None:
+    edges = bin_edges()
+    assert len(edges) == BINS + 1
+    assert (np.diff(edges) > 0).all()
+    assert np.max(edges[2:] / edges[1:-1]) == 1.125
+
+
+@given(st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=40), st.integers(1, 39))
+def test_pieces_add_up(values: list[float], at: int) -> None:
+    whole, parts = of(values), of(values[:at], values[at:])
+    for name, array in whole.arrays().items():
+        np.testing.assert_allclose(parts.arrays()[name], array, rtol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_named(wrong: float) -> None:
+    with pytest.raises(CalibrationError, match="input of w is not finite") as caught:
+        of([1.0, wrong], bucket=3)
+    assert "3/8" in caught.value.found
+
+
+def test_masked_fractions_fall_into_eighths() -> None:
+    assert [bucket_of(n, 16) for n in (0, 1, 2, 3, 15, 16)] == [0, 1, 1, 2, 8, 8]
+
+
+def test_ranges() -> None:
+    """A bulk and one value far out: the greatest takes it in, the others leave it out, and floats do not clip."""
+    bulk = np.random.default_rng(0).standard_normal(200_000)
+    s = of(bulk, [80.0])
+    greatest = float(np.abs(bulk).max())
+    assert range_of(s, 0, slice(None), dtype="int8", ranges="max") == 80.0
+    assert range_of(s, 0, slice(None), dtype="int8", ranges="percentile") == pytest.approx(3.9, rel=0.13)
+    clipped = range_of(s, 0, slice(None), dtype="int8", ranges="mse")
+    assert greatest < clipped <= 40, "one value of 200001 is worth some of the steps of all others, not half of them"
+    assert range_of(s, 0, slice(None), dtype="float8e4m3fn", ranges="mse") == 80.0
+    assert range_of(of([0.0, 0.0]), 0, slice(None), dtype="int8", ranges="mse") > 0, "zeros alone still make a scale"
+
+
+@given(st.integers(0, 1000))
+def test_the_chosen_range_is_near_the_best_of_all(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(5000) * rng.choice([1.0, 1.0, 1.0, 6.0], 5000)
+
+    def cost(clip: float) -> float:
+        step = clip / 127
+        return float(np.square(np.clip(np.round(x / step), -127, 127) * step - x).sum())
+
+    chosen = cost(range_of(of(x), 0, slice(None), dtype="int8", ranges="mse"))
+    assert chosen <= 1.15 * min(cost(c) for c in np.geomspace(0.05, 1.0, 60) * np.abs(x).max())
+
+
+def test_trajectories_and_clean_text_read_other_buckets() -> None:
+    denoiser, context = of([1.0]), TowerStatistics.empty(["c"], ["text"])
+    denoiser.add(0, 8, np.asarray([5.0]))
+    context.add(0, 0, np.asarray([2.0]))
+    statistics = Statistics(Path(), "s", {"context": context, "denoiser": denoiser})
+    wanted = {"w": "int8", "c": "int8"}
+    assert activation_scales(statistics, wanted, ranges="max", clean_text=False) == {"w": 5.0, "c": 2.0}
+    assert activation_scales(statistics, wanted, ranges="max", clean_text=True) == {"w": 1.0, "c": 2.0}
+    with pytest.raises(CalibrationError, match="nothing about 1 inputs"):
+        activation_scales(statistics, {"other": "int8"}, ranges="max", clean_text=False)
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    folder = tmp_path / "stats"
+    folder.mkdir()
+    context = TowerStatistics.empty(["c"], ["text"])
+    context.add(0, 0, np.asarray([1.0, -3.0]))
+    write_statistics(Statistics(folder, "source", {"context": context, "denoiser": of([2.0])}, {"prompts": 1}), folder)
+    return folder
+
+
+def test_what_is_written_is_read(stored: Path) -> None:
+    back = read_statistics(stored)
+    assert back.source == "source" and back.facts == {"prompts": 1} and len(back.sha256) == 64
+    assert back.towers["context"].greatest.tolist() == [[3.0]]
+    assert back.towers["denoiser"].names == ("w",)
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda f: shutil.rmtree(f), "holds no statistics"),
+        (lambda f: (f / DATA_FILE).unlink(), "holds no statistics"),
+        (lambda f: (f / DATA_FILE).write_bytes(b"x" * 100), "has changed"),
+        (lambda f: (f / DESCRIPTION_FILE).write_text("{"), "are damaged"),
+        (lambda f: (f / DESCRIPTION_FILE).write_text('{"kind": "twotower-statistics", "schema": 1}'), "are damaged"),
+        (lambda f: (f / DESCRIPTION_FILE).write_text('{"kind": "twotower-trace", "schema": 1}'), "of this version"),
+    ],
+)
+def test_damaged_statistics(stored: Path, damage: Any, what: str) -> None:
+    damage(stored)
+    with pytest.raises(CalibrationError, match=what) as caught:
+        read_statistics(stored)
+    assert "twotower calibrate" in caught.value.do
+
+
+def test_a_range_that_is_not_a_number(stored: Path) -> None:
+    s = read_statistics(stored)
+    s.towers["context"].maximum[0, 0] = np.nan
+    write_statistics(s, stored)
+    with pytest.raises(CalibrationError, match="a range that is not a number") as caught:
+        read_statistics(stored)
+    assert caught.value.found == "c"

@@ -1,0 +1,121 @@
+"""Fake quantization in torch: rounding to few bits written a second time, and towers that compute with it.
+
+Nothing here is taken from `twotower.calibration`: types are torch's own where it has them, a table of values where it has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+
+from twotower.config import ModelConfig, read_model_config
+from twotower.model import ContextTower, DenoiserTower, load_context_tower, load_denoiser_tower
+
+FLOAT4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def to_float4(x: torch.Tensor) -> torch.Tensor:
+    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; of two as near the one with an even last bit."""
+    magnitude = x.abs().clamp(max=6.0)
+    distance = (magnitude[..., None] - FLOAT4).abs()
+    nearest = distance.min(-1).values
+    candidates = distance == nearest[..., None]
+    even = candidates & (torch.arange(8) % 2 == 0)
+    index = torch.where(even.any(-1), even.int().argmax(-1), candidates.int().argmax(-1))
+    return FLOAT4[index] * x.sign()
+
+
+def fake_quantize(w: torch.Tensor, name: str, *, group: int = 0, greatest: float | None = None) -> torch.Tensor:
+    """A matrix [out, in] float32 as it is read back, plainly rounded; `greatest` is of the whole tensor, for nvfp4."""
+    rows = w.reshape(w.shape[0], -1, group or w.shape[-1])
+    if name == "nvfp4":
+        shared = torch.tensor((greatest or float(w.abs().max())) / (6 * 448), dtype=torch.float32)
+        scale = (rows.abs().amax(-1, keepdim=True) / 6 / shared).clamp(2.0**-9, 448).to(torch.float8_e4m3fn).float() * shared
+        return (to_float4(rows / scale) * scale).reshape(w.shape)
+    largest = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[name]
+    scale = (rows.abs().amax(-1, keepdim=True) / largest).clamp(min=2.0**-24)
+    units = (rows / scale).clamp(-largest, largest)
+    units = units.to(torch.float8_e4m3fn).float() if name == "fp8" else units.round()
+    return (units * scale).reshape(w.shape)
+
+
+def fake_input(x: torch.Tensor, dtype: str, scale: float) -> torch.Tensor:
+    """The input of a product, rounded with a scale for all of it; ONNX's int8 reaches to -128."""
+    units = x / torch.tensor(scale, dtype=torch.float32)
+    units = units.round().clamp(-128, 127) if dtype == "int8" else units.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    return units * torch.tensor(scale, dtype=torch.float32)
+
+
+class _InProjection(nn.Module):
+    """Mamba's first product with its rows for dt exact and the others quantized, weights and input."""
+
+    def __init__(self, exact: torch.Tensor, few: torch.Tensor, heads: int, rounded: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.exact, self.few, self.heads, self.rounded = exact, few, heads, rounded
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        return torch.cat((self.rounded(u) @ self.few[: -self.heads].T, u @ self.exact[-self.heads :].T), -1)
+
+
+@cache
+def weights_of(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    return {name: array for file in sorted(folder.glob("*.safetensors")) for name, array in load_file(file).items()}
+
+
+def quantized_towers(
+    folder: Path, formats: Mapping[str, tuple[str, int]], activations: Mapping[str, tuple[str, float]]
+) -> tuple[ContextTower, DenoiserTower]:
+    """The towers of a checkpoint.
+
+    Args:
+        folder: The checkpoint.
+        formats: By stacked weight name the format and its group.
+        activations: By the name of the first weight an input is multiplied with its type and scale.
+    """
+    config, tensors = read_model_config(folder / "config.json"), weights_of(folder)
+
+    def read(name: str) -> torch.Tensor:
+        exact = torch.from_numpy(tensors[name])
+        stack = _stack(name)
+        if stack not in formats or name.endswith("in_proj.weight"):
+            return exact
+        how, group = formats[stack]
+        greatest = max(float(np.abs(tensors[n]).max()) for n in tensors if _stack(n) == stack)
+        return fake_quantize(exact, how, group=group, greatest=greatest)
+
+    towers = load_context_tower(config, read), load_denoiser_tower(config, read)
+    for tower, prefix in zip(towers, ("context_tower", "denoiser_tower"), strict=True):
+        for name, module in list(tower.named_modules()):
+            _rounds_input(module, f"{prefix}.{name}", activations)
+            if name.endswith("mixer") and f"{prefix}.{name}.in_proj.weight" in formats:
+                _split_in_projection(module, f"{prefix}.{name}.in_proj.weight", formats, activations, config)
+    return towers
+
+
+def _split_in_projection(module: Any, name: str, formats: Any, activations: Any, config: ModelConfig) -> None:
+    exact = module.in_proj.weight.detach()
+    few = fake_quantize(exact, formats[name][0], group=formats[name][1])
+    rounded = (lambda u: fake_input(u, *activations[name])) if name in activations else (lambda u: u)
+    module.in_proj = _InProjection(exact, few, config.mamba_num_heads, rounded)
+
+
+def _rounds_input(module: nn.Module, name: str, activations: Mapping[str, tuple[str, float]]) -> None:
+    if not isinstance(module, nn.Linear) or name.endswith("in_proj"):
+        return
+    first = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj")
+    how = activations.get(_stack(f"{first}.weight"))
+    if how is not None:
+        module.register_forward_pre_hook(lambda _, inputs: (fake_input(inputs[0], *how),))
+
+
+def _stack(name: str) -> str:
+    """`...experts.3.up_proj.weight` lies in the stack `...experts.up_proj.weight`."""
+    words = name.split(".")
+    return ".".join(w for i, w in enumerate(words) if not (w.isdigit() and words[i - 1] == "experts"))
