@@ -18,9 +18,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from twotower.builders import build_engines, builder_for
-from twotower.builders.ort import engine_places, write_engine
-from twotower.bundle import GRAPH_FILES, Bundle, unpublished, write_json
-from twotower.calibration.ort import WatchedEngine
+from twotower.bundle import GRAPH_FILES, Bundle, engine_folder, unpublished, write_json
+from twotower.calibration.ort import WatchedEngine, engine_places, plain_engine, write_engine
 from twotower.calibration.quantize import require_float
 from twotower.calibration.recipes import parts_of
 from twotower.calibration.statistics import CONTEXT_BUCKETS, DENOISER_BUCKETS, TowerStatistics, bucket_of
@@ -30,7 +29,6 @@ from twotower.errors import CalibrationError
 from twotower.export.graphs import Tap, build_graph
 from twotower.export.weights import lay_out, point_to_data
 from twotower.runtime import Request, TwoTower
-from twotower.runtime.engines.ort import OrtEngine
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.tokenizer import Tokenizer
 from twotower.spec import BLOCK, CHUNK_LENGTH, CONFIDENCE, CONTEXT, CONTEXT_HEAD, DENOISER, MASKED_LEFT, MAX_CHUNK, PREDICTED, signatures
@@ -146,7 +144,7 @@ class _Run:
             WatchedEngine(self._engine(name), bundle.path, contract[name], watched=self._watched(name), watch=watch)
             for name, watch in ((CONTEXT, self._saw_chunk), (DENOISER, self._saw_step))
         )
-        head = OrtEngine(bundle.path / "engines" / _TARGET / f"{CONTEXT_HEAD}.onnx", bundle.path, contract[CONTEXT_HEAD], pack=False)
+        head = plain_engine(engine_folder(bundle, _TARGET) / f"{CONTEXT_HEAD}.onnx", bundle.path, contract[CONTEXT_HEAD])
         return TwoTower.from_towers(
             Towers(bundle.config, "float32", context, head, denoiser),
             tokenizer=Tokenizer.from_file(bundle.tokenizer_file) if bundle.tokenizer_file else None,

@@ -1,4 +1,4 @@
-"""ONNX Runtime engines that also hand out the inputs of their products, for whoever gathers statistics."""
+"""ONNX Runtime engines that are not a bundle's own: composed of weights that lie elsewhere, or watched by whoever gathers statistics."""
 
 from __future__ import annotations
 
@@ -8,19 +8,51 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime as ort
 
+from twotower.builders.ort import engine_places, write_engine
+from twotower.graph_files import WeightRef
 from twotower.runtime.engines.base import Binding
-from twotower.runtime.engines.ort import OrtEngine
+from twotower.runtime.engines.ort import OrtEngine, engine_threads, packs
 from twotower.runtime.streams import Event, HostStream, Stream
 from twotower.spec import TowerSignature
 
-__all__ = ["Watch", "WatchedEngine"]
+__all__ = ["Watch", "WatchedEngine", "composed_engine", "engine_places", "plain_engine", "write_engine"]
 
 Array = npt.NDArray[Any]
 
 Watch = Callable[[Mapping[str, Array], Mapping[str, Array]], bool]
 """Called after a pass with the bound arrays and the watched values by name; True runs the pass once more with what the arrays hold now."""
+
+
+def composed_engine(
+    model: onnx.ModelProto,
+    located: Mapping[str, tuple[str, WeightRef]],
+    path: Path,
+    *,
+    root: Path,
+    signature: TowerSignature,
+    threads: int = 0,
+) -> OrtEngine:
+    """An engine of a recorded graph on weights that lie in other files.
+
+    Args:
+        model: The graph; changed.
+        located: For each weight its file, relative to `root`, and its place there.
+        path: Where the optimised graph is written.
+        root: The folder weights are named from.
+        signature: Inputs and outputs.
+        threads: 0 for as many as a bundle's own engine would take.
+    """
+    write_engine(model, located, path, signature.name)
+    size = sum(ref.nbytes for _, ref in located.values())
+    return OrtEngine(path, root, signature, pack=packs(size), threads=threads or engine_threads(size))
+
+
+def plain_engine(graph: Path, folder: Path, signature: TowerSignature) -> OrtEngine:
+    """A bundle's own engine, its weights where they are."""
+    return OrtEngine(graph, folder, signature, pack=False)
 
 
 class WatchedEngine(OrtEngine):

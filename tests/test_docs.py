@@ -21,6 +21,8 @@ IDS = [d.relative_to(ROOT).as_posix() for d in DOCUMENTS]
 RUN_IN = {
     "export": "tests/conftest.py",
     "build": "tests/conftest.py",
+    "calibrate": "tests/cli/test_quantize.py",
+    "quantize": "tests/cli/test_quantize.py",
     "generate": "tests/test_optional_dependencies.py",
     "evaluate": "tests/e2e/test_tiny.py",
     "tune": "tests/e2e/test_tiny.py",

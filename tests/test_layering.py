@@ -17,11 +17,11 @@ from tests.helpers.source import LINKED, ROOT, imported, package_files, tree
 DOORS = {
     "tensorrt": ("builders/trt.py", "runtime/engines/trt.py"),
     "tensorrt_rtx": ("builders/trt_rtx.py", "runtime/engines/trt_rtx.py"),
-    "onnxruntime": ("builders/ort.py", "runtime/engines/ort.py", "export/verify.py"),
+    "onnxruntime": ("builders/ort.py", "runtime/engines/ort.py", "calibration/ort.py", "export/verify.py"),
     "cuda": ("runtime/cuda/door.py",),
-    "modelopt": ("calibration/modelopt.py",),
+    "modelopt": (),  # an oracle of tests too
     "lm_eval": ("src/twotower/evaluate/lm_eval_model.py",),
-    "matplotlib": ("src/twotower/evaluate/charts.py",),
+    "matplotlib": ("src/twotower/evaluate/charts.py", "src/twotower/evaluate/price_chart.py", "calibration/plot.py"),
     "transformers": (),  # an oracle of tests; nothing that ships may need it
 }
 
@@ -66,6 +66,12 @@ def test_only_the_registries_and_the_command_line_name_vendor_files() -> None:
     """An engine's file is imported when it is chosen; a second importer would make its library a dependency of that one too."""
     engines = {door for some in DOORS.values() for door in some if door.startswith(("builders/", "runtime/"))}
     doors = {f"twotower.{door.removesuffix('.py').replace('/', '.')}" for door in engines}
-    allowed = {"builders/__init__.py", "runtime/engines/__init__.py", "runtime/engines/trt.py", "runtime/engines/trt_rtx.py"}
+    allowed = {
+        "builders/__init__.py",
+        "runtime/engines/__init__.py",
+        "runtime/engines/trt.py",
+        "runtime/engines/trt_rtx.py",
+        "calibration/ort.py",
+    }
     users = {real_path(f) for f in package_files().values() if doors & set(imported(tree(f)))}
     assert users <= allowed

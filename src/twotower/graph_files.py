@@ -114,7 +114,8 @@ def read_weight(data: np.ndarray[Any, np.dtype[np.uint8]], ref: WeightRef) -> np
         floats: np.ndarray[Any, np.dtype[Any]] = halves.view(ml_dtypes.float4_e2m1fn).reshape(ref.shape)
         return floats
     dtype: Any = ml_dtypes.float8_e4m3fn if ref.dtype == "float8e4m3fn" else ref.dtype
-    return raw.view(np.dtype(dtype)).reshape(ref.shape)
+    out: np.ndarray[Any, np.dtype[Any]] = raw.view(np.dtype(dtype)).reshape(ref.shape)
+    return out
 
 
 def detach_weights(model: onnx.ModelProto) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.quantized import TINY, suite_prompts
 from tests.helpers.few_bits import weights_of
+from tests.helpers.quantized import TINY, suite_prompts
 from twotower.bundle import Bundle
 from twotower.calibration import collect as collect_module
 from twotower.calibration.collect import CollectConfig, collect, watched_chunk

@@ -94,7 +94,5 @@ def test_clipping_never_costs_more_than_plain_rounding(seed: int, name: str) -> 
 
 def test_clipping_gains_where_few_weights_stand_out() -> None:
     x = weights(5)
-    plain, clipped = (
-        float(np.square(expand_rows(*rounded(x, FORMS["int4"], "float32", r)[:2]) - x).sum()) for r in ("plain", "mse")
-    )
+    plain, clipped = (float(np.square(expand_rows(*rounded(x, FORMS["int4"], "float32", r)[:2]) - x).sum()) for r in ("plain", "mse"))
     assert clipped < 0.95 * plain

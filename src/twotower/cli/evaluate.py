@@ -200,7 +200,8 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
 def _write(report: dict[str, Any], files: dict[str, Path]) -> None:
     contents: dict[str, bytes] = {}
     if "html" in files and "compared" in report:
-        from twotower.evaluate.price_page import draw_sensitivity, price_page
+        from twotower.evaluate.price_chart import draw_sensitivity
+        from twotower.evaluate.price_page import price_page
 
         svg, contents["png"] = draw_sensitivity(report)
         contents["html"] = price_page(report, svg).encode()

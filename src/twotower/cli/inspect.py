@@ -68,6 +68,7 @@ def _bundle(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:
         "source": bundle.source,
         "tools": bundle.tools,
         "engines": fitness,
+        "quantization": bundle.quantization,
         "builds": {target: engine_facts(record, fitness[target]) for target, record in records.items()},
         **summary.to_json(),
     }
@@ -75,9 +76,33 @@ def _bundle(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:
     return facts, [
         f"bundle      {path}: from checkpoint {bundle.source['name']}, {text}",
         *summary.lines(),
+        *_quantization(bundle),
         f"block size  {bundle.trained_block_size} as trained; threshold {bundle.defaults.confidence_threshold} by default",
         *(f"{'engines' if i == 0 else '':<12}{target}: {state}" for i, (target, state) in enumerate(fitness.items())),
         *(line for target, record in records.items() for line in ("", *engine_lines(record, fitness[target]))),
+    ]
+
+
+def _quantization(bundle: Bundle) -> list[str]:
+    """What of a bundle is in few bits, and what was measured of it."""
+    from twotower.bundle import flags_of_bundle
+
+    facts = bundle.quantization
+    if facts is None:
+        return []
+    kinds = ", ".join(f"{kind} {how}" for kind, how in bundle.precision.items() if kind in facts["recipe"]["weights"])
+    measured = facts["measured"]
+    if measured is None:
+        return [
+            f"few bits    recipe {facts['recipe']['name']}: {kinds}",
+            "            not measured: `twotower evaluate` it --against the float bundle",
+        ]
+    kept, passes = measured["retention"]["value"], measured["passes_per_block"]
+    figures = f"keeps {kept:.1f} % of the float bundle's right answers" if kept is not None else "keeps nothing"
+    return [
+        f"few bits    recipe {facts['recipe']['name']}: {kinds}",
+        f"            {figures}, passes a block {passes[0]} before and {passes[1]} after",
+        *(f"            FLAGGED: {flag}" for flag in flags_of_bundle(bundle)),
     ]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tomllib
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +22,9 @@ EXIT_BELOW_BUDGET = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from twotower.calibration.recipes import builtin_recipes
     from twotower.cli.evaluate import add_suite_arguments
 
-    recipes = builtin_recipes()
+    recipes = _summaries()
     parser.add_argument("bundle", metavar="BUNDLE", help="a float bundle; it is not changed")
     parser.add_argument("--recipe", required=True, metavar="R", help=f"{', '.join(recipes)}, auto, or a .toml file of your own")
     parser.add_argument("-o", "--output", metavar="BUNDLE2", help="the folder to make; needed but with --dry-run")
@@ -44,12 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "\n".join(
         [
             "recipes:",
-            *(f"  {name:<15}{recipe.summary}" for name, recipe in recipes.items()),
+            *(f"  {name:<15}{summary}" for name, summary in recipes.items()),
             f"  {AUTO:<15}for each layer kind, then layer by layer, what --budget allows",
             "Exit code 3: auto found nothing inside the budget.",
             "example: twotower quantize bundle --recipe int4-experts -o q4",
         ]
     )
+
+
+def _summaries() -> dict[str, str]:
+    """The recipes that come along in a sentence each, without the libraries that make a bundle of them: for the help."""
+    file = resources.files("twotower") / "calibration" / "data" / "recipes.toml"
+    return {name: table["summary"] for name, table in tomllib.loads(file.read_text(encoding="utf-8")).items()}
 
 
 def run(args: argparse.Namespace) -> int:

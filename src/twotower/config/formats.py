@@ -86,8 +86,8 @@ _LONG_ROW, _INT8_GROUPS = 128, (64, 32)
 def stored_format(name: str, columns: int, *, stacked: bool, rounded_input: bool = False, group: int = 32) -> WeightFormat:
     """The format as a matrix takes it.
 
-    In 8-bit integers a row has one scale, but for stacked experts with long rows: their scales are blocks in any case, and groups of 64 make
-    the error a third smaller. Not where the product's input is rounded too: TensorRT for RTX 1.7 builds no such product of blocks.
+    In 8-bit integers a row has one scale, but for stacked experts with long rows: their scales are blocks in any case, and groups of 64
+    make the error a third smaller. Not where the product's input is rounded too: TensorRT for RTX 1.7 builds no such product of blocks.
 
     Args:
         name: One of `FORMATS`.

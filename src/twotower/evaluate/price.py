@@ -134,7 +134,7 @@ def flags_of(result: Mapping[str, Any], config: PriceConfig) -> list[str]:
     kept, inflation = result["retention"]["value"], result["inflation"]["value"]
     if kept is None or kept < config.budget:
         out.append(f"keeps {_percent(kept)} of the float bundle's right answers, below the budget of {config.budget:g} %")
-    if inflation is None or 100 * (inflation - 1) > config.max_inflation:
+    if inflation is None or inflation > 1 + config.max_inflation / 100 + 1e-9:
         more = math.nan if inflation is None else 100 * (inflation - 1)
         out.append(f"needs {more:.1f} % more passes a block than the float bundle, above the accepted {config.max_inflation:g} %")
     return out

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from twotower.builders.ort import engine_places, write_engine
 from twotower.bundle import GRAPH_FILES, Bundle
+from twotower.calibration.ort import composed_engine, engine_places
 from twotower.calibration.quantize import precision_of
 from twotower.errors import ConfigError
 from twotower.export.graphs import Precision, Weight, build_graph
 from twotower.export.weights import lay_out, point_to_data
 from twotower.graph_files import WeightRef
 from twotower.runtime import TwoTower
-from twotower.runtime.engines.ort import OrtEngine, engine_threads, packs
+from twotower.runtime.engines.base import TowerEngine
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.tokenizer import Tokenizer
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, signatures
@@ -66,7 +66,7 @@ class Mixer:
             defaults=bundle.defaults,
         )
 
-    def _engine(self, name: str, precision: Precision, number: int) -> OrtEngine:
+    def _engine(self, name: str, precision: Precision, number: int) -> TowerEngine:
         graph = build_graph(name, self._reference.config, self._reference.dtype, precision)
         point_to_data(graph.model, lay_out(graph.weights), "unused")
         located: dict[str, tuple[str, WeightRef]] = {}
@@ -75,11 +75,8 @@ class Mixer:
             if weight.name in self._places[source][name]:  # scales that were expanded with their weight are not
                 location, ref = self._places[source][name][weight.name]
                 located[weight.name] = (f"{self._folders[source]}/{location}", ref)
-        path = self._scratch / f"{number}.{name}.onnx"
-        write_engine(ir.to_proto(graph.model), located, path, name)
-        size = sum(ref.nbytes for _, ref in located.values())
-        threads = self._threads or engine_threads(size)
-        return OrtEngine(path, self._root, signatures(self._reference.config, "float32")[name], pack=packs(size), threads=threads)
+        path, signature = self._scratch / f"{number}.{name}.onnx", signatures(self._reference.config, "float32")[name]
+        return composed_engine(ir.to_proto(graph.model), located, path, root=self._root, signature=signature, threads=self._threads)
 
     def _source(self, weight: Weight) -> int:
         """The bundle a weight is taken from."""

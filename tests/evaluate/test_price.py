@@ -1,0 +1,182 @@
+"""The price of quantization: ratios from known figures, mixtures that are what they say, the page, and the choice of formats."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.quantized import quantized
+from twotower.bundle import Bundle, flags_of_bundle, note_measurement
+from twotower.calibration.quantize import precision_of
+from twotower.errors import BudgetError, BundleError, ConfigError
+from twotower.evaluate.bundle_bytes import bytes_report
+from twotower.evaluate.choose import Candidate, ChooseConfig, choose
+from twotower.evaluate.measure import Measured
+from twotower.evaluate.price import PriceConfig, compared, flags_of
+from twotower.evaluate.price_chart import draw_sensitivity
+from twotower.evaluate.price_page import price_lines, price_page
+from twotower.evaluate.price_run import Pair, note_of, parts_alone, price_of, require_pair
+from twotower.evaluate.suite import load_suite
+from twotower.evaluate.variants import Mixer
+from twotower.export.graphs import Precision
+from twotower.runtime import GenerationConfig, TwoTower
+
+PROMPT = "Q: flip: a cat b red c lamp d owl e blue f kite g fox h bell i green j boat\nA:"
+
+
+def figures(count: int, *, right: int, nfe: int, blocks: int, ms: float) -> Measured:
+    m = Measured.empty(count)
+    m.right[:right] = True
+    m.nfe[:], m.blocks[:], m.tokens[:], m.ms[:], m.prefill_ms[:] = nfe, blocks, 16, ms + 5.0, 5.0
+    m.texts = [f"text {i}" for i in range(count)]
+    return m
+
+
+def test_ratios_of_known_figures() -> None:
+    """A pass twice as fast, half as many more of them: a third faster is what is left."""
+    before, after = figures(100, right=100, nfe=4, blocks=2, ms=40), figures(100, right=97, nfe=6, blocks=2, ms=30)
+    after.texts[0] = "another"
+    result = compared(after, before)
+    assert result["retention"]["value"] == pytest.approx(97)
+    assert result["inflation"]["value"] == pytest.approx(1.5)
+    assert result["step_time"]["value"] == pytest.approx(2.0)
+    assert result["speedup"]["value"] == pytest.approx(2.0 / 1.5, rel=1e-5)
+    assert result["passes_per_block"] == [2.0, 3.0]
+    assert (result["lost"], result["won"], result["same_text"]) == (3, 0, 99)
+    assert compared(before, before)["inflation"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_flags_name_the_budget_that_is_broken() -> None:
+    config = PriceConfig(budget=98.7, max_inflation=5)
+    good = {"retention": {"value": 98.7}, "inflation": {"value": 1.05}}
+    assert flags_of(good, config) == []
+    assert "below the budget of 98.7 %" in flags_of({**good, "retention": {"value": 98.6}}, config)[0]
+    assert "needs 7.0 % more passes" in flags_of({**good, "inflation": {"value": 1.07}}, config)[0]
+    assert len(flags_of({"retention": {"value": None}, "inflation": {"value": None}}, config)) == 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("price")
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_bundle: Path, folder: Path) -> Bundle:
+    return quantized(tiny_bundle, folder, "mixed", rounding="mse")
+
+
+def written(model: TwoTower) -> Any:
+    steps: list[Any] = []
+    tokens = model.generate(PROMPT, GenerationConfig(max_new_tokens=48), on_step=steps.append).tokens
+    return tokens, np.concatenate([s.confidence for s in steps])
+
+
+def test_a_mixture_of_everything_is_the_bundle_and_of_nothing_the_original(tiny_bundle: Path, mixed: Bundle, tmp_path: Path) -> None:
+    """To the last bit: the same graphs on the same files."""
+    mixer = Mixer(Bundle.open(tiny_bundle), [mixed], tmp_path)
+    for precision, path in ((Precision(), tiny_bundle), (precision_of(mixed), mixed.path)):
+        with mixer.open(precision) as mixture, TwoTower.open(path) as model:
+            (tokens, confidence), (expected, known) = written(mixture), written(model)
+            assert tokens == expected
+            np.testing.assert_array_equal(confidence, known)
+
+
+def test_parts_alone_differ_from_both_and_take_no_disk(tiny_bundle: Path, mixed: Bundle, tmp_path: Path) -> None:
+    parts = dict(parts_alone(mixed))
+    assert list(parts) == ["embedding", "mamba", "attention", "routed_expert", "head", "context tower", "denoiser tower"]
+    mixer = Mixer(Bundle.open(tiny_bundle), [mixed], tmp_path)
+    with TwoTower.open(tiny_bundle) as model:
+        exact = written(model)[1]
+    for name in ("mamba", "head"):
+        with mixer.open(parts[name]) as mixture:
+            confidence = written(mixture)[1]
+            assert len(confidence) != len(exact) or not np.array_equal(confidence, exact)
+    assert sum(p.stat().st_size for p in tmp_path.iterdir()) < 2_000_000, "graphs, no weights"
+    with pytest.raises(ConfigError, match="no bundle holds"):
+        mixer.open(Precision({name: replace(how, group=64) for name, how in parts["routed_expert"].weights.items()}))
+
+
+@pytest.fixture(scope="module")
+def report(tiny_bundle: Path, mixed: Bundle) -> dict[str, Any]:
+    pair = require_pair(Bundle.open(tiny_bundle), mixed)
+    assert pair == Pair(mixed, Bundle.open(tiny_bundle)), "whichever was named first"
+    with TwoTower.open(mixed.path) as few, TwoTower.open(tiny_bundle) as exact:
+        return price_of(pair, (few, exact), load_suite().only(limit=4), PriceConfig())
+
+
+def test_the_report_has_everything(report: dict[str, Any], mixed: Bundle) -> None:
+    assert report["suite"]["problems"] == 28
+    assert set(report["settings"]) == {"float", "quantized", "float ar", "quantized ar"}
+    assert list(report["sensitivity"])[-2:] == ["context tower", "denoiser tower"]
+    assert report["compared"]["retention"]["value"] >= 90
+    weights = report["bytes"]["weights"]
+    assert weights["after"] < 0.4 * weights["before"] and weights["bfloat16"] < weights["before"]
+    assert report["bytes"] == bytes_report(mixed, report and Bundle.open(mixed.path)) or report["bytes"]["kinds"]["router"]["before"]
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_lines_and_page_show_it(report: dict[str, Any]) -> None:
+    lines = "\n".join(price_lines(report))
+    for word in ("quantized ar", "passes/block", "denoiser tower", "of bfloat16", "inside the budget"):
+        assert word in lines
+    svg, png = draw_sensitivity(report)
+    page = price_page(report, svg)
+    assert png.startswith(b"\x89PNG") and "all together" in svg
+    for word in ("true speedup", "Bytes of the weights", "int4 in groups of 32", "By task", "<svg"):
+        assert word in page
+    assert "$" not in page.split("<script")[0], "every part of the page is filled in"
+    flagged = price_page({**report, "flags": ["keeps <nothing>"]}, "")
+    assert "<b>Flagged:</b> keeps &lt;nothing&gt;" in flagged
+
+
+def test_the_note_reaches_the_manifest_and_the_next_replaces_it(report: dict[str, Any], mixed: Bundle, tiny_bundle: Path) -> None:
+    note_measurement(mixed, {**note_of(report), "flags": ["is wrong"]})
+    assert flags_of_bundle(Bundle.open(mixed.path)) == ["is wrong"]
+    note_measurement(mixed, note_of(report))
+    again = Bundle.open(mixed.path)
+    assert flags_of_bundle(again) == [] and again.quantization is not None
+    assert again.quantization["measured"]["retention"] == report["compared"]["retention"]
+    with pytest.raises(BundleError, match="is not quantized"):
+        note_measurement(Bundle.open(tiny_bundle), {})
+    assert flags_of_bundle(Bundle.open(tiny_bundle)) == []
+
+
+def test_pairs(tiny_bundle: Path, built_bundle: Path, mixed: Bundle) -> None:
+    exact = Bundle.open(tiny_bundle)
+    assert require_pair(exact, exact) is None
+    assert require_pair(mixed, mixed) is None
+    with pytest.raises(ConfigError, match="was not made from the checkpoint"):
+        require_pair(mixed, Bundle.open(built_bundle))
+
+
+def test_the_choice_is_inside_its_budget_and_says_how_it_came_about(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Attention in 4 bits costs this model a fifth of its answers and its passes: the search must find that out and keep it in 8."""
+    config = ChooseConfig(price=PriceConfig(max_new_tokens=96))
+    choice = choose(Bundle.open(tiny_bundle), load_suite().only(limit=16), config, tmp_path)
+    recipe = choice.recipe
+    assert recipe.weights["routed_expert"] == "int4"
+    assert recipe.weights["attention"] == "int8"
+    assert recipe.weights["head"] == recipe.weights["embedding"] == "int8", "never below 8 bits"
+    alone = {(row["kind"], row["candidate"]): row for row in choice.report["alone"]}
+    assert alone["attention", "int4"]["retention"]["value"] < alone["attention", "int8"]["retention"]["value"]
+    last = [tried for tried in choice.report["tried"] if tried["half"] == 0][-1]
+    assert {"kinds", "layers", "retention", "inflation"} <= set(last)
+    assert choice.report["check"]["problems"] == len(load_suite().only(limit=16).halves()[1].problems)
+    assert json.loads(json.dumps(choice.report))
+
+
+def test_a_budget_nothing_reaches_and_formats_there_are_not(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="names a format there is not"):
+        ChooseConfig(price=PriceConfig(), formats=("int2",))
+    with pytest.raises(ConfigError, match="cannot be asked for"):
+        ChooseConfig(price=PriceConfig(budget=0))
+    assert Candidate("int8", inputs=True).label == "int8, inputs too"
+    monkeypatch.setattr("twotower.evaluate.choose.flags_of", lambda facts, price: ["never"])
+    with pytest.raises(BudgetError, match="no layer kind can be quantized") as caught:
+        choose(Bundle.open(tiny_bundle), load_suite().only(limit=2), ChooseConfig(price=PriceConfig(max_new_tokens=16)), tmp_path)
+    assert "--budget" in caught.value.do
