@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 FIXTURE := tests/fixtures/hybrid-a
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-gpu gpu-first-run fp16-check wheel demo bench bench-real engines-real engines-boundary tiny browser docs clean ci
+.PHONY: help install lint format types test test-gpu gpu-first-run fp16-check quantization-tables quantize-real wheel demo bench bench-real engines-real engines-boundary tiny browser docs clean ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +47,12 @@ gpu-first-run: $(STAMP) ## on a machine with a GPU: answers the open questions o
 
 fp16-check: $(STAMP) ## tokens of the small model with every result rounded to float16, against float32; under a minute, no GPU
 	$(BIN)/python tools/fp16_check.py $(ARGS)
+
+quantization-tables: $(STAMP) ## the tables and the picture of docs/quantization.md, measured: ten minutes, no GPU
+	$(BIN)/python tools/quantization_tables.py $(ARGS)
+
+quantize-real: $(STAMP) ## one expert layer at published widths through every format: seconds, memory, error; five minutes, 4 GB of disk
+	$(BIN)/python tools/quantize_real.py --output docs/quantization.md $(ARGS)
 
 wheel: $(STAMP) ## dist/: sdist, and the wheel built from it
 	rm -rf dist

@@ -112,12 +112,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scratch", default=".", help="a disk with room for 4 GB")
     parser.add_argument("--experts", type=int, default=128, help="fewer for a trial (%(default)s)")
+    parser.add_argument("--output", type=Path, help="a document whose table is exchanged, docs/quantization.md for instance")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     args = parser.parse_args()
     config = layer_config(args.experts)
+    rows = [
+        "| format | rounding | seconds | peak anonymous memory | bits a weight | relative error of the output |",
+        "|---|---|---|---|---|---|",
+    ]
     if not args.json:
-        print("| format | rounding | seconds | peak anonymous memory | bits a weight | relative error of the output |")
-        print("|---|---|---|---|---|---|")
+        print("\n".join(rows))
     with tempfile.TemporaryDirectory(prefix="quantize-real-", dir=args.scratch) as scratch:
         source, target = Path(scratch) / "float", Path(scratch) / "few"
         refs = write_float(source, config)
@@ -128,16 +132,21 @@ def main() -> None:
             weights = weights_of(config, recipe_of(name, group))
             got = output_of(config, few_bits_reader(target, weights))
             error = float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
-            how = next(w.format for w in weights if w.format)
             groups = sorted({w.format.label for w in weights if w.format})
             row = {"format": " / ".join(groups), "rounding": rounding, "seconds": round(seconds, 1), "peak": peak,
                    "bits": round(8 * sum(w.nbytes for w in weights) / count, 3), "error": error}  # fmt: skip
-            assert how is not None
-            if args.json:
-                print(json.dumps(row), flush=True)
-            else:
-                cells = (row["format"], rounding, f"{seconds:.0f}", f"{peak / 1e6:.0f} MB", f"{row['bits']:.2f}", f"{error:.2e}")
-                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+            cells = (row["format"], rounding, f"{seconds:.0f}", f"{peak / 1e6:.0f} MB", f"{row['bits']:.2f}", f"{error:.2e}")
+            rows.append("| " + " | ".join(map(str, cells)) + " |")
+            print(json.dumps(row) if args.json else rows[-1], flush=True)
+    if args.output:
+        args.output.write_text(replaced(args.output.read_text(encoding="utf-8"), "real", "\n".join(rows)), encoding="utf-8")
+
+
+def replaced(text: str, name: str, rows: str) -> str:
+    """The document with its table exchanged."""
+    start, end = f"<!-- {name}: made by tools/quantize_real.py -->", f"<!-- end of {name} -->"
+    before, rest = text.split(start)
+    return f"{before}{start}\n{rows}\n{end}{rest.split(end)[1]}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+"""Quantized graphs built by TensorRT for RTX, without a GPU: every recipe for every compute capability whose hardware has its formats."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.quantized import TINY
+from twotower.builders import BuildConfig, build_engines, builder_for
+from twotower.builders import tensorrt_builder as builder_module
+from twotower.bundle import GRAPH_FILES, Bundle
+from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
+from twotower.calibration.statistics_file import read_statistics
+from twotower.errors import BuildError
+from twotower.export import Checkpoint, ExportConfig, export_bundle
+
+pytestmark = [pytest.mark.trt_rtx, pytest.mark.slow]
+SMS = (86, 89, 120)
+FIRST = {"int8-weights": 86, "int8": 86, "fp8": 89, "int4-experts": 86, "nvfp4-experts": 120, "mixed": 86}
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory, tiny_statistics: Path) -> Any:
+    """Bundles in bfloat16, as the published model is."""
+    folder = tmp_path_factory.mktemp("recipes")
+    half = export_bundle(Checkpoint.open(TINY), folder / "half", ExportConfig(dtype="bfloat16"))
+
+    def of(recipe: str) -> Bundle:
+        path = folder / recipe
+        if path.exists():
+            return Bundle.open(path)
+        plan = plan_quantization(half, builtin_recipes()[recipe], None, read_statistics(tiny_statistics))
+        return quantize_bundle(half, plan, path)
+
+    return of
+
+
+def build(bundle: Bundle, sms: tuple[int, ...]) -> Any:
+    return build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=sms, max_context=256))
+
+
+@pytest.mark.parametrize("recipe", FIRST)
+def test_it_builds_for_the_hardware_that_has_its_formats(quantized: Any, recipe: str) -> None:
+    bundle, sms = quantized(recipe), tuple(sm for sm in SMS if sm >= FIRST[recipe])
+    record = build(bundle, sms)
+    assert record.limits is not None and record.limits.sms == sms
+    lines = [line for engine in record.report["engines"].values() for line in engine["log"]]
+    assert not [line["message"] for line in lines if not line["explained"]]
+    layers = record.report["engines"]["denoiser.engine"]["by_type"]
+    assert layers["DEQUANTIZE"] >= 6, "the weights are in few bits in the engine's network too"
+    assert ("QUANTIZE" in layers) == (recipe in ("int8", "fp8"))
+    weights = sum((bundle.path / f"{graph}.data").stat().st_size for graph in GRAPH_FILES.values())
+    engines = sum(engine["bytes"] for engine in record.report["engines"].values())
+    assert engines > weights, "nothing of the weights is left out"
+
+
+@pytest.mark.parametrize("recipe", [name for name, first in FIRST.items() if first > 86])
+def test_other_hardware_is_refused_before_and_would_be_by_the_library(quantized: Any, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = quantized(recipe)
+    for sm in (sm for sm in SMS if sm < FIRST[recipe]):
+        with pytest.raises(BuildError, match=f"SM {sm} has no hardware for the formats") as caught:
+            build(bundle, (sm,))
+        assert f"from SM {FIRST[recipe]}" in caught.value.found
+        with monkeypatch.context() as patched:  # the rule is not stricter than the library it stands for
+            patched.setattr(Bundle, "formats", property(lambda self: ()))
+            with pytest.raises(BuildError, match="cannot build this graph") as caught:
+                build(bundle, (sm,))
+            assert "HW-specific datatypes" in caught.value.found
+
+
+def test_without_a_choice_it_is_built_for_all_that_can(quantized: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    real = builder_module.TensorRTBuilder._limits  # type: ignore[attr-defined]
+
+    def limits(self: Any, bundle: Bundle, config: BuildConfig) -> Any:
+        found = real(self, bundle, config)
+        seen.append(found.sms)
+        return replace(found)
+
+    monkeypatch.setattr(builder_module.TensorRTBuilder, "_limits", limits)
+    builder_for("rtx").describe(quantized("fp8"), BuildConfig(max_context=256))
+    assert set(seen) == {(89, 120)}
