@@ -72,18 +72,10 @@ class WatchedEngine(OrtEngine):
 
     def bind(self, arrays: Mapping[str, Array]) -> Binding:
         """Binds the contract's inputs and outputs to the buffers; the watched outputs are allocated by each pass."""
-        if self._session is None:
-            raise RuntimeError("the engine is closed")
-        binding = self._session.io_binding()
-        for spec in self.signature.inputs:
-            a = arrays[spec.name]
-            binding.bind_input(spec.name, "cpu", 0, a.dtype.type, a.shape, a.ctypes.data)
-        for spec in self.signature.outputs:
-            a = arrays[spec.name]
-            binding.bind_output(spec.name, "cpu", 0, a.dtype.type, a.shape, a.ctypes.data)
+        session, binding = self._bound(arrays)
         for name in self._watched:
             binding.bind_output(name, "cpu")
-        return _WatchedBinding(self._session, binding, dict(arrays), self._watched, self._watch)
+        return _WatchedBinding(session, binding, dict(arrays), self._watched, self._watch)
 
 
 class _WatchedBinding:

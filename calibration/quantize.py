@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +20,8 @@ from twotower.bundle import (
     Bundle,
     FileRecord,
     hash_file,
+    link_file,
+    require_room,
     unpublished,
     write_json,
 )
@@ -41,7 +41,6 @@ __all__ = ["Plan", "QuantizeConfig", "plan_quantization", "precision_of", "quant
 
 RANGES = ("max", "percentile", "mse")
 SOURCES = ("trajectories", "text")
-_SLACK_BYTES = 64 << 20
 logger = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int], None]
@@ -161,7 +160,7 @@ def quantize_bundle(
     Raises:
         BundleError: the folder exists, the disk is too small or fails.
     """
-    _require_room(output, plan.nbytes)
+    require_room(output, plan.nbytes, error=BundleError, smaller="or choose another disk with -o")
     tell = report or (lambda what, done, total: None)
     notes = []
     for name, graph in plan.graphs.items():
@@ -199,7 +198,7 @@ def _write(folder: Path, bundle: Bundle, plan: Plan, *, notes: list[dict[str, An
             files[data] = stream_quantized(folder / data, graph.weights, (bundle.path / data, refs), bundle.dtype,
                                            rounding=plan.config.rounding, tick=tick)  # fmt: skip
         else:  # nothing of this graph changes
-            _link(bundle.path / data, folder / data)
+            link_file(bundle.path / data, folder / data)
             files[data] = bundle.files[data]
             tick(sum(w.nbytes for w in graph.weights))
         point_to_data(graph.model, lay_out(graph.weights), Path(data).name)
@@ -207,7 +206,7 @@ def _write(folder: Path, bundle: Bundle, plan: Plan, *, notes: list[dict[str, An
     for file in bundle.files:
         if file.startswith("tokenizer/"):
             (folder / file).parent.mkdir(exist_ok=True)
-            _link(bundle.path / file, folder / file)
+            link_file(bundle.path / file, folder / file)
             files[file] = bundle.files[file]
     (folder / REPORT_FILE).parent.mkdir(exist_ok=True)
     write_json(folder / REPORT_FILE, {"quantized_from": bundle.path.name, "notes": notes})
@@ -263,28 +262,4 @@ def _require_same_source(bundle: Bundle, statistics: Statistics) -> None:
             f"the statistics in '{statistics.path}' are of another checkpoint",
             found=f"they were made with shards {statistics.source[:12]}..., the bundle holds {identity_of(bundle)[:12]}...",
             do=f"run `twotower calibrate {bundle.path} --prompts FILE -o NEW` and pass that",
-        )
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
-
-
-def _require_room(output: Path, weight_bytes: int) -> None:
-    if output.exists() or output.is_symlink():
-        raise BundleError(
-            f"the output folder '{output}' exists already", found="a bundle is never overwritten", do="name a new folder with -o"
-        )
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    needed, free = weight_bytes + _SLACK_BYTES, shutil.disk_usage(parent).free
-    if needed > free:
-        raise BundleError(
-            f"not enough disk space for '{output}'",
-            found=f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on {parent}",
-            do="free space, or choose another disk with -o",
         )

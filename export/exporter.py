@@ -28,6 +28,7 @@ from twotower.bundle import (
     Bundle,
     FileRecord,
     hash_file,
+    require_room,
     unpublished,
     write_json,
 )
@@ -43,7 +44,6 @@ __all__ = ["ExportConfig", "Verifier", "export_bundle", "read_defaults"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 TRAINED_BLOCK_SIZE = 16
-_SLACK_BYTES = 64 << 20  # graphs, manifest, tokenizer and the file system's own needs
 logger = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int], None]
@@ -100,7 +100,8 @@ def export_bundle(
     dtype = options.dtype or checkpoint.config.dtype
     graphs = {name: build_graph(name, checkpoint.config, dtype) for name in GRAPH_FILES}
     notes = _notes(graphs)
-    _require_room(output, sum(w.nbytes for g in graphs.values() for w in g.weights))
+    smaller = "choose another disk with -o, or a smaller --dtype"
+    require_room(output, sum(w.nbytes for g in graphs.values() for w in g.weights), error=ExportError, smaller=smaller)
     try:
         with unpublished(output) as folder:
             manifest = _manifest_base(checkpoint, dtype, options)
@@ -244,25 +245,6 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         if (source / name).is_file():
             target.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
-
-
-def _require_room(output: Path, weight_bytes: int) -> None:
-    if output.exists() or output.is_symlink():
-        raise ExportError(
-            f"the output folder '{output}' exists already",
-            found="an export never overwrites",
-            do="name a new folder with -o, or remove that one",
-        )
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    needed, free = weight_bytes + _SLACK_BYTES, shutil.disk_usage(parent).free
-    if needed > free:
-        raise ExportError(
-            f"not enough disk space for '{output}'",
-            found=f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on {parent}",
-            do="free space, choose another disk with -o, or a smaller --dtype",
-        )
 
 
 def _silent(what: str, done: int, total: int) -> None:

@@ -1,7 +1,7 @@
 """The tables of docs/quantization.md: every recipe on the small model, what calibration changes, and what TensorRT for RTX builds.
 
     python tools/quantization_tables.py                 writes them into the document
-    python tools/quantization_tables.py --only builds   one of them: recipes, calibration, builds
+    python tools/quantization_tables.py --only builds   one of them
 
 Each stands between two comments that name it. Nothing is entered by hand.
 """
@@ -29,7 +29,9 @@ from twotower.evaluate.bundle_bytes import bytes_by_kind
 from twotower.evaluate.evaluation import interval_text
 from twotower.evaluate.measure import Contestant, measure
 from twotower.evaluate.price import compared
+from twotower.evaluate.price_run import parts_alone
 from twotower.evaluate.suite import load_suite
+from twotower.evaluate.variants import Mixer
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.runtime import Request, TwoTower
 
@@ -63,15 +65,25 @@ class Bench:
 
     def compared(self, bundles: dict[str, Bundle]) -> dict[str, Any]:
         """Every bundle against the float one, all on the same problems in one run."""
+        return self.held_against({name: TwoTower.open(bundle.path, "ort-cpu") for name, bundle in bundles.items()})
+
+    def parts(self, recipe: str) -> dict[str, Any]:
+        """One layer kind, and one tower, of a recipe at a time."""
+        made = self.quantized(recipe)
+        scratch = self._scratch / f"parts-{recipe}"
+        scratch.mkdir()
+        mixer = Mixer(self.full, [made], scratch)
+        return self.held_against({name: mixer.open(precision) for name, precision in parts_alone(made)})
+
+    def held_against(self, models: dict[str, TwoTower]) -> dict[str, Any]:
         suite = load_suite()
         with TwoTower.open(self.full.path, "ort-cpu") as exact:
             config = replace(exact.defaults, max_new_tokens=160)
-            models = {name: TwoTower.open(bundle.path, "ort-cpu") for name, bundle in bundles.items()}
             contestants = [Contestant("", exact, config), *(Contestant(name, model, config) for name, model in models.items())]
             measured = measure(suite.problems, contestants, _tell)
             for model in models.values():
                 model.close()
-        return {name: compared(measured[name], measured[""]) for name in bundles}
+        return {name: compared(measured[name], measured[""]) for name in models}
 
 
 def _tell(done: int, total: int) -> None:
@@ -130,6 +142,22 @@ def _outside(bench: Bench) -> list[str]:
     return [f"In the denoiser {beyond}: {named}."]
 
 
+def sensitivity(bench: Bench) -> list[str]:
+    """What each part of the recipes that round everything costs alone."""
+    rows = ["| recipe | quantized alone | kept, 95 % interval | more passes a block, % | same text |", "|---|---|---|---|---|"]
+    for recipe in NEEDS_STATISTICS:
+        for part, facts in bench.parts(recipe).items():
+            cells = (
+                f"`{recipe}`",
+                part,
+                f"{interval_text(facts['retention'])} %",
+                _more(facts),
+                f"{facts['same_text']} of {facts['problems']}",
+            )
+            rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
 def builds(bench: Bench) -> list[str]:
     """Every recipe for every compute capability, in bfloat16, by TensorRT for RTX."""
     rows = ["| recipe | " + " | ".join(f"SM {sm}" for sm in SMS) + " |", "|---|" + "---|" * len(SMS)]
@@ -156,7 +184,12 @@ def _size(bundle: Bundle) -> int:
     return sum(record.size for record in bundle.files.values())
 
 
-TABLES: dict[str, Callable[[Bench], list[str]]] = {"recipes": recipes, "calibration": calibration, "builds": builds}
+TABLES: dict[str, Callable[[Bench], list[str]]] = {
+    "recipes": recipes,
+    "sensitivity": sensitivity,
+    "calibration": calibration,
+    "builds": builds,
+}
 
 
 def replaced(text: str, name: str, rows: list[str]) -> str:

@@ -76,6 +76,10 @@ class OrtEngine:
 
     def bind(self, arrays: Mapping[str, Array]) -> Binding:
         """Binds every input and output to a host buffer; see `TowerEngine.bind`."""
+        session, binding = self._bound(arrays)
+        return _OrtBinding(session, binding, tuple(arrays.values()))
+
+    def _bound(self, arrays: Mapping[str, Array]) -> tuple[ort.InferenceSession, ort.IOBinding]:
         if self._session is None:
             raise RuntimeError("the engine is closed")
         binding = self._session.io_binding()
@@ -85,7 +89,7 @@ class OrtEngine:
         for spec in self.signature.outputs:
             a = arrays[spec.name]
             binding.bind_output(spec.name, "cpu", 0, a.dtype.type, a.shape, a.ctypes.data)
-        return _OrtBinding(self._session, binding, tuple(arrays.values()))
+        return self._session, binding
 
     def close(self) -> None:
         """Frees the session; idempotent."""

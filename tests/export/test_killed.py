@@ -169,7 +169,7 @@ def test_whatever_has_the_name_is_refused_and_untouched(tmp_path: Path, kind: st
     before = {p: (p.lstat().st_mode, p.lstat().st_mtime_ns, p.lstat().st_ino) for p in tmp_path.rglob("*")}
     with pytest.raises(ExportError, match="exists already") as caught:
         export_fixture("hybrid-b", output)
-    assert "never overwrites" in caught.value.found
+    assert "never overwritten" in caught.value.found
     assert "-o" in caught.value.do
     assert before == {p: (p.lstat().st_mode, p.lstat().st_mtime_ns, p.lstat().st_ino) for p in tmp_path.rglob("*")}
 

@@ -27,7 +27,7 @@ from twotower.bundle.manifest import (
     write_json,
 )
 from twotower.bundle.measurement import flags_of_bundle, note_measurement
-from twotower.bundle.publish import unpublished
+from twotower.bundle.publish import link_file, require_room, unpublished
 
 __all__ = [
     "BUILD_FILE",
@@ -52,10 +52,12 @@ __all__ = [
     "hash_file",
     "inside",
     "is_bundle",
+    "link_file",
     "load_engine_record",
     "note_measurement",
     "read_engine_record",
     "record_problems",
+    "require_room",
     "unpublished",
     "weight_bytes",
     "write_json",

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from twotower.bundle.manifest import MANIFEST_FILE, Bundle, write_json
-from twotower.bundle.publish import unpublished
+from twotower.bundle.publish import link_file, unpublished
 from twotower.config import GenerationConfig
 from twotower.errors import BundleError
 
@@ -52,7 +50,7 @@ def derive_bundle(
                 relative = source.relative_to(bundle.path)
                 if relative.as_posix() != MANIFEST_FILE and not _hidden_engine(relative):
                     (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-                    _link(source, folder / relative)
+                    link_file(source, folder / relative)
             for name, report in (reports or {}).items():
                 file = folder / "reports" / f"{name}.json"
                 file.unlink(missing_ok=True)  # a link to the original's must not be written through
@@ -68,10 +66,3 @@ def derive_bundle(
 def _hidden_engine(relative: Path) -> bool:
     """Locks, the cache, half-built engines and graphs that failed belong to the bundle they came about in."""
     return relative.parts[0] == "engines" and any(part.startswith(".") for part in relative.parts)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)

@@ -146,6 +146,19 @@ def _manifest(root: Path) -> dict[str, Any]:
     return dict(data)
 
 
+def _quantization(data: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a manifest says of few bits, with what everybody reads of it there.
+
+    Raises:
+        KeyError, TypeError: it is not complete, or names a format of another version.
+    """
+    if not data:
+        return None
+    for name in data["formats"]:
+        FORMATS[name]
+    return {**data, "recipe": {"name": str(data["recipe"]["name"]), **data["recipe"]}, "measured": data["measured"]}
+
+
 def _parsed(root: Path, data: dict[str, Any]) -> Bundle:
     try:
         config = ModelConfig.from_json(data["model"])
@@ -169,7 +182,7 @@ def _parsed(root: Path, data: dict[str, Any]) -> Bundle:
             files={str(k): FileRecord(int(v["size"]), str(v["sha256"])) for k, v in data["files"].items()},
             tools=dict(data["tools"]),
             signatures=all_signatures,
-            quantization=dict(data["quantization"]) if data.get("quantization") else None,
+            quantization=_quantization(data.get("quantization")),
         )
     except ConfigError:
         raise
