@@ -34,6 +34,15 @@ def test_the_suite_is_what_its_tool_writes(tmp_path: Path) -> None:
     assert made.read_bytes() == (ROOT / "src" / "twotower" / "evaluate" / "data" / "suite.jsonl").read_bytes()
 
 
+def test_the_prompts_to_calibrate_on_are_what_their_tool_writes_and_none_is_of_the_suite(tmp_path: Path) -> None:
+    made = tmp_path / "prompts.jsonl"
+    subprocess.run([sys.executable, str(ROOT / "tools" / "tiny" / "prompts.py"), "--output", str(made)], check=True, capture_output=True)
+    assert made.read_bytes() == (ROOT / "assets" / "twotower-tiny-prompts.jsonl").read_bytes()
+    prompts = {json.loads(line)["text"] for line in made.read_text().splitlines()}
+    assert len(prompts) > 100
+    assert not prompts & {p.prompt for p in load_suite().problems}
+
+
 def test_training_never_draws_a_problem_of_the_suite() -> None:
     code = (
         "import json, random, sys; sys.path.insert(0, 'tools/tiny')\n"
