@@ -34,6 +34,7 @@ def draw_ranges(statistics: Statistics) -> dict[str, bytes]:
     """
     from matplotlib import rc_context  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import LogFormatter  # noqa: PLC0415
 
     denoiser, context = statistics.towers[DENOISER], statistics.towers[CONTEXT]
     panels = [(title, _of(denoiser, end), _of(context, end)) for end, title in _PANELS]
@@ -49,12 +50,14 @@ def draw_ranges(statistics: Statistics) -> dict[str, bytes]:
             known = ~np.isnan(greatest).all(axis=0)  # of some fractions a run may have seen nothing
             shown = np.maximum(greatest[:, known], 1e-3)
             axes.plot(t[known], shown.T, color=_LINE, alpha=0.35, linewidth=0.9)
-            axes.plot(t[known], np.nanmedian(shown, axis=0), color=_LINE, linewidth=2.2)
+            axes.plot(t[known], np.nanmedian(shown, axis=0), "-o", color=_LINE, linewidth=2.2, markersize=4)
             axes.axvline(0, color=_FAINT, linewidth=0.8, linestyle=":")
             if outside:
                 seen = context.greatest[outside][:, 0]
                 axes.plot(np.full(len(seen), -0.06), np.maximum(seen, 1e-3), "_", color=_TEXT, markersize=9)
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.2, 0.5)))
             axes.set_title(title, fontsize=9, color=_INK, loc="left")
             axes.grid(color="#d9dee4", linewidth=0.5)
             axes.spines[["top", "right"]].set_visible(False)
