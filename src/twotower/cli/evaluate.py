@@ -150,11 +150,11 @@ def _price(args: argparse.Namespace, pair: Any, opened: list[Any], *, suite: Any
     )
     line.end()
     _write(report, files)
-    if not args.no_note:
-        note_measurement(pair.quantized, note_of(report))
     print(json.dumps(report) if args.json else "\n".join(price_lines(report)))
     for file in files.values():
         print(f"wrote {file}", file=sys.stderr)
+    if not args.no_note:  # last: a bundle that cannot be written must not cost the figures
+        note_measurement(pair.quantized, note_of(report))
     kept = report["compared"]["retention"]["value"]
     return EXIT_BELOW_BUDGET if args.budget is not None and (kept is None or kept < args.budget) else 0
 

@@ -184,11 +184,9 @@ class _Search:
         """Layers that take the smallest format of their kind though the kind as a whole could not: (tower, layer, kind) -> format."""
         lowered: dict[tuple[str, int, str], str] = {}
         for kind, ladder in self._ladders.items():
-            smallest = ladder[0] if ladder else KEPT
-            if chosen[kind] in (smallest, KEPT) and not (chosen[kind] == KEPT and ladder):
-                continue
-            if chosen[kind] != KEPT and FORMATS[chosen[kind].format].bits == FORMATS[smallest.format].bits:
-                continue
+            if not ladder or (chosen[kind] != KEPT and _bits(chosen[kind]) == _bits(ladder[0])):
+                continue  # as small as it gets already
+            smallest = ladder[0]
             order = self._layers_by_error(kind, smallest.format)
             few, many = 0, len(order)
             while few < many:  # the most layers that stay inside, as if costs only ever added up
@@ -324,6 +322,10 @@ class _Search:
                 error = rounding_error(self._bundle, part.name, how, rounding=self._config.quantize.rounding)
                 errors[key] = max(errors.get(key, 0.0), error)
         return sorted(errors, key=errors.__getitem__)
+
+
+def _bits(candidate: Candidate) -> int:
+    return FORMATS[candidate.format].bits
 
 
 def _short(facts: Mapping[str, Any]) -> dict[str, Any]:
