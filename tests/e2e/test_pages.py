@@ -11,12 +11,18 @@ import pytest
 
 from tests.helpers.browser import complaints, open_browser
 from tests.helpers.fake_model import FakeModel, problem
+from tests.helpers.quantized import quantized
+from twotower.bundle import Bundle
 from twotower.config import GenerationConfig
 from twotower.evaluate import Trace, record_trace, trace_page
 from twotower.evaluate.charts import draw_curve
 from twotower.evaluate.evaluation import EvaluationConfig, evaluate
+from twotower.evaluate.price import PriceConfig
+from twotower.evaluate.price_chart import draw_sensitivity
+from twotower.evaluate.price_page import price_page
+from twotower.evaluate.price_run import Pair, price_of
 from twotower.evaluate.report_page import report_page
-from twotower.evaluate.suite import Suite
+from twotower.evaluate.suite import Suite, load_suite
 from twotower.runtime import TwoTower
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -126,3 +132,19 @@ def test_the_evaluation_page_sorts_its_tables_and_needs_no_network(browser: Any,
     assert head.get_attribute("aria-sort") == "descending"
     head.click()
     assert first_column() == before
+
+
+def test_the_price_of_quantization_is_shown_and_sorts(browser: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    exact, few = Bundle.open(tiny_bundle), quantized(tiny_bundle, tmp_path, "mixed")
+    with TwoTower.open(few.path) as changed, TwoTower.open(tiny_bundle) as model:
+        report = price_of(Pair(few, exact), (changed, model), load_suite().only(limit=1), PriceConfig())
+    page = opened(browser, tmp_path, price_page(report, draw_sensitivity(report)[0]))
+    assert len(page.find_elements("css selector", ".card")) == 5
+    assert page.find_elements("css selector", ".picture svg")
+    assert page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
+    kinds = [e.text for e in page.find_elements("css selector", "h2 + .wide tbody th")]
+    assert {"float", "quantized", "routed_expert", "all weights"} <= set(kinds)
+    head = page.find_elements("css selector", "table")[1].find_elements("css selector", "thead th")[2]
+    head.click()
+    first = page.find_elements("css selector", "table")[1].find_element("css selector", "tbody th").text
+    assert first == "routed_expert", "the largest first; totals stay at the end"

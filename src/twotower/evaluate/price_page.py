@@ -151,6 +151,11 @@ def _method(report: dict[str, Any]) -> str:
             "of the quantized bundle over those of the float bundle. A pass is timed with the context tower's share, without the prompt.",
             "True speedup: how much faster a pass is, divided by how many more of them a block needs. Intervals are percentiles of 2000",
             "paired bootstrap draws of the problems. Speeds are of this target on this machine and say nothing of another.",
+            *(
+                ["ONNX Runtime on a CPU expands few-bit weights in every pass: a quantized bundle is smaller there, not faster."]
+                if report["quantized"]["target"] == "ort-cpu"
+                else []
+            ),
             f"Suite {suite['name']} {suite['sha256'][:12]}, twotower {report['twotower']}, Python {machine['python']}.",
         ]
     )
