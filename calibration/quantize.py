@@ -119,6 +119,7 @@ def plan_quantization(bundle: Bundle, recipe: Recipe, config: QuantizeConfig | N
     require_float(bundle)
     plain = {name: build_graph(name, bundle.config, bundle.dtype) for name in GRAPH_FILES}
     parts = {p.name: p for graph in plain.values() for p in parts_of(bundle.config, graph.weights)}
+    _require_weights(bundle, plain)
     recipe.check(tuple(parts.values()))
     weights = {name: how for name, part in parts.items() if (how := recipe.format_of(part))}
     wanted = {
@@ -148,7 +149,7 @@ def quantize_bundle(
 ) -> Bundle:
     """Writes the quantized bundle; its folder appears whole or not at all.
 
-    Memory stays at a few pieces of 4 million weights, whatever the model; the weights are read from the bundle's mapped files.
+    Memory stays at a few pieces of a million weights, whatever the model; the weights are read from the bundle's mapped files.
 
     Args:
         bundle: The float bundle.
@@ -194,14 +195,16 @@ def _write(folder: Path, bundle: Bundle, plan: Plan, *, notes: list[dict[str, An
         graph, data = plan.graphs[name], relative + DATA_SUFFIX
         (folder / relative).parent.mkdir(exist_ok=True)
         refs = weight_refs(load_graph(bundle.graph_file(name)))
+        places = lay_out(graph.weights)
         if any(w.format for w in graph.weights):
-            files[data] = stream_quantized(folder / data, graph.weights, (bundle.path / data, refs), bundle.dtype,
-                                           rounding=plan.config.rounding, tick=tick)  # fmt: skip
-        else:  # nothing of this graph changes
+            source = (bundle.path / data, refs)
+            how = plan.config.rounding
+            files[data] = stream_quantized(folder / data, graph.weights, source, bundle.dtype, rounding=how, tick=tick)
+        else:  # nothing of this graph changes: its weights stay where the export, maybe of another version, put them
             link_file(bundle.path / data, folder / data)
-            files[data] = bundle.files[data]
+            files[data], places = bundle.files[data], {w.name: refs[w.name] for w in graph.weights}
             tick(sum(w.nbytes for w in graph.weights))
-        point_to_data(graph.model, lay_out(graph.weights), Path(data).name)
+        point_to_data(graph.model, places, Path(data).name)
         save_graph(graph.model, folder / relative)
     for file in bundle.files:
         if file.startswith("tokenizer/"):
@@ -244,6 +247,19 @@ def _manifest(bundle: Bundle, plan: Plan, files: Mapping[str, FileRecord], extra
 def source_identity(bundle: Bundle) -> dict[str, str]:
     """What says that a quantized bundle was made from this one: the identity of its graphs and weights."""
     return {name: bundle.graph_identity(name) for name in GRAPH_FILES}
+
+
+def _require_weights(bundle: Bundle, graphs: Mapping[str, TowerGraph]) -> None:
+    """The bundle must hold what this version's graphs declare, in the same shapes and types."""
+    for name, graph in graphs.items():
+        held = weight_refs(load_graph(bundle.graph_file(name)))
+        wrong = [w.name for w in graph.weights if w.name not in held or (held[w.name].shape, held[w.name].dtype) != (w.shape, w.dtype)]
+        if wrong:
+            raise BundleError(
+                f"bundle '{bundle.path}' was exported by another version of twotower",
+                found=f"its {name} graph does not have {', '.join(wrong[:3])} as this version writes it",
+                do="export the checkpoint again with this version",
+            )
 
 
 def precision_of(bundle: Bundle) -> Precision:

@@ -163,3 +163,30 @@ def test_a_weight_that_is_not_finite_leaves_nothing(tiny_bundle: Path, tmp_path:
     with pytest.raises(BundleError, match="not finite"):
         quantize_bundle(bundle, plan_quantization(bundle, load_recipe("int4-experts")), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_bundle_laid_out_by_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every weight on a page of its own, as it once was: the tower that is kept and the one that is not read what they should."""
+    from twotower.builders import build_engines, builder_for
+    from twotower.calibration.recipes import Recipe, RecipeException
+    from twotower.export import Checkpoint, export_bundle
+
+    recipe = Recipe(name="one", weights={"routed_expert": "int4"}, exceptions=(RecipeException(tower="context"),))
+    texts = []
+    for name, large in (("old", 0), ("new", 1 << 20)):
+        with monkeypatch.context() as patched:
+            patched.setattr("twotower.graph_files.LARGE", large)
+            bundle = export_bundle(Checkpoint.open(TINY), tmp_path / name)
+        made = quantize_bundle(bundle, plan_quantization(bundle, recipe), tmp_path / f"{name}-few")
+        build_engines(made, "ort-cpu", builder_for("ort-cpu"))
+        with TwoTower.open(made.path) as model:
+            texts.append(model.generate(suite_prompts(1)[0], GenerationConfig(max_new_tokens=32)).tokens)
+    sizes = [(tmp_path / name / "context" / "model.onnx.data").stat().st_size for name in ("old", "new")]
+    assert sizes[0] > sizes[1]
+    assert texts[0] == texts[1]
+
+
+def test_a_bundle_with_other_weights_than_this_version_writes(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twotower.calibration.quantize.weight_refs", lambda model: {})
+    with pytest.raises(BundleError, match="was exported by another version"):
+        plan_quantization(Bundle.open(tiny_bundle), load_recipe("mixed"))

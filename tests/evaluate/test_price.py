@@ -15,7 +15,8 @@ from twotower.bundle import Bundle, flags_of_bundle, note_measurement
 from twotower.calibration.quantize import precision_of
 from twotower.errors import BudgetError, BundleError, ConfigError
 from twotower.evaluate.bundle_bytes import bytes_report
-from twotower.evaluate.choose import Candidate, ChooseConfig, choose
+from twotower.evaluate.choose import choose
+from twotower.evaluate.format_ladders import Candidate, ChooseConfig
 from twotower.evaluate.measure import Measured
 from twotower.evaluate.price import PriceConfig, compared, flags_of
 from twotower.evaluate.price_chart import draw_sensitivity

@@ -4,73 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from twotower.builders import build_engines, builder_for
 from twotower.bundle import GRAPH_FILES, Bundle
-from twotower.calibration.quantize import QuantizeConfig, plan_quantization, quantize_bundle
-from twotower.calibration.recipes import KEEP, Recipe, RecipeException, parts_of
+from twotower.calibration.quantize import plan_quantization, quantize_bundle
+from twotower.calibration.recipes import Recipe, parts_of
 from twotower.calibration.statistics_file import Statistics
 from twotower.calibration.streaming import rounding_error
 from twotower.config.formats import ACTIVATIONS, FORMATS
-from twotower.errors import BudgetError, ConfigError
+from twotower.errors import BudgetError
+from twotower.evaluate.format_ladders import KEPT, Candidate, ChooseConfig, FormatLadders
 from twotower.evaluate.measure import Contestant, Measured, measure
-from twotower.evaluate.price import PriceConfig, compared, flags_of
+from twotower.evaluate.price import compared, flags_of
 from twotower.evaluate.suite import Problem, Suite
 from twotower.evaluate.variants import Mixer
 from twotower.export.graphs import ActivationFormat, Precision, build_graph
 from twotower.runtime import TwoTower
 
-__all__ = ["Candidate", "Choice", "ChooseConfig", "choose"]
+__all__ = ["Choice", "choose"]
 
 _TARGET = "ort-cpu"
-_EIGHT_BITS_AT_LEAST = ("embedding", "head")
 _FLOAT = "float"
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A way to store a kind, and whether the inputs of its products are rounded too."""
-
-    format: str
-    inputs: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"{self.format}, inputs too" if self.inputs else self.format
-
-
-KEPT = Candidate(KEEP)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChooseConfig:
-    """What to search, and for what.
-
-    Attributes:
-        price: Budget of quality and passes, and the longest answer.
-        formats: To try, smallest first; what a kind cannot be stored in is left out for it.
-        group: Of int4.
-        threads: Of the engines.
-        quantize: How weights and ranges are rounded.
-    """
-
-    price: PriceConfig
-    formats: tuple[str, ...] = ("int4", "int8")
-    group: int = 32
-    threads: int = 0
-    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.formats if name not in FORMATS]
-        if unknown or not self.formats:
-            found = f"{', '.join(unknown) or 'none'}; allowed: {', '.join(FORMATS)}"
-            raise ConfigError("--formats names a format there is not", found=found, do="write it like --formats int4,int8")
-        if not 0 < self.price.budget <= 100 or self.price.max_inflation < 0:
-            found = f"budget {self.price.budget}, inflation {self.price.max_inflation}"
-            raise ConfigError("this budget cannot be asked for", found=found, do="name a budget of more than 0, up to 100 percent")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +78,7 @@ def choose(
                 do="lower --budget, raise --max-inflation, or name wider --formats",
             )
         lowered = search.by_layer(chosen, tell)
-        recipe = search.recipe(chosen, lowered)
+        recipe = search.formats.recipe(chosen, lowered)
         return Choice(recipe, search.report(alone, chosen, lowered, recipe, tell))
 
 
@@ -134,7 +91,7 @@ class _Search:
         self._suite = suite
         graphs = [build_graph(name, bundle.config, bundle.dtype) for name in GRAPH_FILES]
         self._parts = [part for graph in graphs for part in parts_of(bundle.config, graph.weights)]
-        self._kinds = tuple(dict.fromkeys(part.kind for part in self._parts))
+        self.formats = FormatLadders(self._parts, config)
         self._trail: list[dict[str, Any]] = []
 
     def prepare(self, scratch: Path, statistics: Statistics | None, tell: Callable[[str, int, int], None]) -> None:
@@ -145,7 +102,7 @@ class _Search:
         self._activations: dict[str, dict[str, ActivationFormat]] = {}
         for name in self._config.formats:
             for inputs in (False, True) if statistics is not None and FORMATS[name].dtype in ACTIVATIONS else (False,):
-                recipe = self._everything(name, inputs=inputs)
+                recipe = self.formats.everything(name, inputs=inputs)
                 plan = plan_quantization(self._bundle, recipe, self._config.quantize, statistics)
                 self._activations.setdefault(name, {}).update(plan.precision.activations)
                 if any(other.weights == plan.precision.weights for other in held):
@@ -159,7 +116,7 @@ class _Search:
         self._float = self._stack.enter_context(TwoTower.open(self._bundle.path, _TARGET, threads=self._config.threads))
         price = self._config.price
         self._generation = replace(self._float.defaults, mode="diffusion", top_p=1.0, max_new_tokens=price.max_new_tokens)
-        self._ladders = {kind: self._ladder(kind, inputs=statistics is not None) for kind in self._kinds}
+        self._ladders = {kind: self.formats.ladder(kind, inputs=statistics is not None) for kind in self.formats.kinds}
 
     def alone(self, tell: Callable[[str, int, int], None]) -> dict[tuple[str, Candidate], dict[str, Any]]:
         """Every kind in every format, everything else as it is."""
@@ -184,7 +141,7 @@ class _Search:
         """Layers that take the smallest format of their kind though the kind as a whole could not: (tower, layer, kind) -> format."""
         lowered: dict[tuple[str, int, str], str] = {}
         for kind, ladder in self._ladders.items():
-            if not ladder or (chosen[kind] != KEPT and _bits(chosen[kind]) == _bits(ladder[0])):
+            if not ladder or (chosen[kind] != KEPT and chosen[kind].bits == ladder[0].bits):
                 continue  # as small as it gets already
             smallest = ladder[0]
             order = self._layers_by_error(kind, smallest.format)
@@ -198,18 +155,6 @@ class _Search:
                     many = middle - 1
             lowered |= dict.fromkeys(order[:few], smallest.format)
         return lowered
-
-    def recipe(self, chosen: Mapping[str, Candidate], lowered: Mapping[tuple[str, int, str], str]) -> Recipe:
-        """The choice as a recipe."""
-        price = self._config.price
-        return Recipe(
-            name="auto",
-            summary=f"chosen by measuring: {price.budget:g} % of quality, {price.max_inflation:g} % more passes",
-            weights={kind: c.format for kind, c in chosen.items() if c != KEPT},
-            activations=tuple(kind for kind, c in chosen.items() if c.inputs),
-            group=self._config.group,
-            exceptions=tuple(RecipeException(tower=t, layer=i, kind=kind, format=f) for (t, i, kind), f in sorted(lowered.items())),
-        )
 
     def report(
         self,
@@ -233,31 +178,8 @@ class _Search:
             "flags": flags_of(check, self._config.price),
         }
 
-    def _everything(self, name: str, *, inputs: bool) -> Recipe:
-        kinds = [kind for kind in self._kinds if self._fits(kind, name)]
-        rounded = [k for k in kinds if k not in _EIGHT_BITS_AT_LEAST] if inputs and FORMATS[name].dtype in ACTIVATIONS else []
-        return Recipe(name=name, weights=dict.fromkeys(kinds, name), activations=tuple(rounded), group=self._config.group)
-
-    def _fits(self, kind: str, name: str) -> bool:
-        how = FORMATS[name]
-        group = self._config.group if name == "int4" else how.group
-        if kind in _EIGHT_BITS_AT_LEAST and how.bits < 8:
-            return False
-        return not group or all(part.columns % group == 0 for part in self._parts if part.kind == kind)
-
-    def _ladder(self, kind: str, *, inputs: bool) -> tuple[Candidate, ...]:
-        """From the smallest up; of two as small the one whose products are faster first."""
-        out: list[Candidate] = []
-        for name in sorted(self._config.formats, key=lambda name: FORMATS[name].bits):
-            if not self._fits(kind, name):
-                continue
-            if inputs and FORMATS[name].dtype in ACTIVATIONS and kind not in _EIGHT_BITS_AT_LEAST:
-                out.append(Candidate(name, inputs=True))
-            out.append(Candidate(name))
-        return tuple(out)
-
     def _precision(self, chosen: Mapping[str, Candidate], lowered: Mapping[tuple[str, int, str], str]) -> Precision:
-        plain = self.recipe(chosen, lowered)
+        plain = self.formats.recipe(chosen, lowered)
         weights = {part.name: how for part in self._parts if (how := plain.format_of(part))}
         activations: dict[str, ActivationFormat] = {}
         for part in self._parts:
@@ -312,7 +234,7 @@ class _Search:
 
     def _layers_by_error(self, kind: str, name: str) -> list[tuple[str, int, str]]:
         """Layers of a kind, those first whose weights a format changes least."""
-        recipe = self._everything(name, inputs=False)
+        recipe = self.formats.everything(name, inputs=False)
         errors: dict[tuple[str, int, str], float] = {}
         for part in self._parts:
             if part.kind == kind and part.layer is not None:
@@ -322,10 +244,6 @@ class _Search:
                 error = rounding_error(self._bundle, part.name, how, rounding=self._config.quantize.rounding)
                 errors[key] = max(errors.get(key, 0.0), error)
         return sorted(errors, key=errors.__getitem__)
-
-
-def _bits(candidate: Candidate) -> int:
-    return FORMATS[candidate.format].bits
 
 
 def _short(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,116 @@
+"""Which formats a layer kind can take, from the smallest up, and a choice of them as a recipe: no measuring here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from twotower.calibration.quantize import QuantizeConfig
+from twotower.calibration.recipes import KEEP, Part, Recipe, RecipeException
+from twotower.config.formats import ACTIVATIONS, FORMATS
+from twotower.errors import ConfigError
+from twotower.evaluate.price import PriceConfig
+
+__all__ = ["KEPT", "Candidate", "ChooseConfig", "FormatLadders"]
+
+_EIGHT_BITS_AT_LEAST = ("embedding", "head")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way to store a kind, and whether the inputs of its products are rounded too."""
+
+    format: str
+    inputs: bool = False
+
+    @property
+    def label(self) -> str:
+        """As a person reads it."""
+        return f"{self.format}, inputs too" if self.inputs else self.format
+
+    @property
+    def bits(self) -> int:
+        """Of a weight."""
+        return FORMATS[self.format].bits
+
+
+KEPT = Candidate(KEEP)
+"""As it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChooseConfig:
+    """What to search, and for what.
+
+    Attributes:
+        price: Budget of quality and passes, and the longest answer.
+        formats: To try, smallest first; what a kind cannot be stored in is left out for it.
+        group: Of int4.
+        threads: Of the engines.
+        quantize: How weights and ranges are rounded.
+    """
+
+    price: PriceConfig
+    formats: tuple[str, ...] = ("int4", "int8")
+    group: int = 32
+    threads: int = 0
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.formats if name not in FORMATS]
+        if unknown or not self.formats:
+            found = f"{', '.join(unknown) or 'none'}; allowed: {', '.join(FORMATS)}"
+            raise ConfigError("--formats names a format there is not", found=found, do="write it like --formats int4,int8")
+        if not 0 < self.price.budget <= 100 or self.price.max_inflation < 0:
+            found = f"budget {self.price.budget}, inflation {self.price.max_inflation}"
+            raise ConfigError("this budget cannot be asked for", found=found, do="name a budget of more than 0, up to 100 percent")
+
+
+class FormatLadders:
+    """The candidates of every layer kind of a model.
+
+    Args:
+        parts: What can be quantized of it.
+        config: Formats to try, and the group of int4.
+    """
+
+    def __init__(self, parts: Sequence[Part], config: ChooseConfig) -> None:
+        self._parts, self._config = parts, config
+        self.kinds = tuple(dict.fromkeys(part.kind for part in parts))
+
+    def everything(self, name: str, *, inputs: bool) -> Recipe:
+        """All that can be, in one format; with the inputs of products where the format allows."""
+        kinds = [kind for kind in self.kinds if self.fits(kind, name)]
+        rounded = [k for k in kinds if k not in _EIGHT_BITS_AT_LEAST] if inputs and FORMATS[name].dtype in ACTIVATIONS else []
+        return Recipe(name=name, weights=dict.fromkeys(kinds, name), activations=tuple(rounded), group=self._config.group)
+
+    def fits(self, kind: str, name: str) -> bool:
+        """Whether a kind can, and may, be stored in a format."""
+        how = FORMATS[name]
+        group = self._config.group if name == "int4" else how.group
+        if kind in _EIGHT_BITS_AT_LEAST and how.bits < 8:
+            return False
+        return not group or all(part.columns % group == 0 for part in self._parts if part.kind == kind)
+
+    def ladder(self, kind: str, *, inputs: bool) -> tuple[Candidate, ...]:
+        """From the smallest up; of two as small the one whose products are faster first."""
+        out: list[Candidate] = []
+        for name in sorted(self._config.formats, key=lambda name: FORMATS[name].bits):
+            if not self.fits(kind, name):
+                continue
+            if inputs and FORMATS[name].dtype in ACTIVATIONS and kind not in _EIGHT_BITS_AT_LEAST:
+                out.append(Candidate(name, inputs=True))
+            out.append(Candidate(name))
+        return tuple(out)
+
+    def recipe(self, chosen: Mapping[str, Candidate], lowered: Mapping[tuple[str, int, str], str]) -> Recipe:
+        """The choice as a recipe."""
+        price = self._config.price
+        return Recipe(
+            name="auto",
+            summary=f"chosen by measuring: {price.budget:g} % of quality, {price.max_inflation:g} % more passes",
+            weights={kind: c.format for kind, c in chosen.items() if c != KEPT},
+            activations=tuple(kind for kind, c in chosen.items() if c.inputs),
+            group=self._config.group,
+            exceptions=tuple(RecipeException(tower=t, layer=i, kind=kind, format=f) for (t, i, kind), f in sorted(lowered.items())),
+        )
