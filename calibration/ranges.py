@@ -73,7 +73,7 @@ def _least_error(counts: npt.NDArray[np.int64], greatest: float, largest: float)
     occupied = np.flatnonzero(counts)
     last = int(occupied[-1])
     candidates = np.unique(np.minimum(upper[max(last - 64, 0) : last + 1], greatest))
-    weights, values = counts[occupied].astype(np.float64), middles[occupied]
+    weights, values = counts[occupied].astype(np.float64), np.minimum(middles[occupied], greatest)
     beyond = np.maximum(values[None] - candidates[:, None], 0.0)
     steps = (candidates / largest)[:, None]
     inside = np.where(values[None] > steps / 2, steps**2 / 12, values[None] ** 2) * (beyond == 0)

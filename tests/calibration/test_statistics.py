@@ -71,17 +71,18 @@ def test_ranges() -> None:
     assert range_of(of([0.0, 0.0]), 0, slice(None), dtype="int8", ranges="mse") > 0, "zeros alone still make a scale"
 
 
-@given(st.integers(0, 1000))
+@pytest.mark.parametrize("seed", range(8))
 def test_the_chosen_range_is_near_the_best_of_all(seed: int) -> None:
+    """Within 10 % of the cost of the best range of 60: what bins an eighth of an octave wide cannot tell apart (5 % was the most of 200 seeds)."""
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal(5000) * rng.choice([1.0, 1.0, 1.0, 6.0], 5000)
+    x = rng.standard_normal(100_000) * rng.choice([1.0, 1.0, 1.0, 6.0], 100_000)
 
     def cost(clip: float) -> float:
         step = clip / 127
         return float(np.square(np.clip(np.round(x / step), -127, 127) * step - x).sum())
 
     chosen = cost(range_of(of(x), 0, slice(None), dtype="int8", ranges="mse"))
-    assert chosen <= 1.15 * min(cost(c) for c in np.geomspace(0.05, 1.0, 60) * np.abs(x).max())
+    assert chosen <= 1.10 * min(cost(c) for c in np.geomspace(0.05, 1.0, 60) * np.abs(x).max())
 
 
 def test_trajectories_and_clean_text_read_other_buckets() -> None:
