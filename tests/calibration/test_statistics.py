@@ -73,7 +73,7 @@ def test_ranges() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_chosen_range_is_near_the_best_of_all(seed: int) -> None:
-    """Within 10 % of the cost of the best range of 60: what bins an eighth of an octave wide cannot tell apart (5 % was the most of 200 seeds)."""
+    """Within 10 % of the cost of the best of 60: bins an eighth of an octave wide tell no more apart (5 % was the most of 200 seeds)."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(100_000) * rng.choice([1.0, 1.0, 1.0, 6.0], 100_000)
 
