@@ -78,6 +78,22 @@ def test_a_missing_library_is_an_error_that_names_its_extra(built_bundle: Path) 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "extra"),
+    [
+        (["export", "somewhere", "-o", "out"], "export"),
+        (["calibrate", "somewhere", "--prompts", "p", "-o", "out"], "calibration"),
+        (["quantize", "somewhere", "--recipe", "mixed", "-o", "out"], "calibration"),
+    ],
+)
+def test_commands_of_the_training_side_name_their_extra(words: list[str], extra: str) -> None:
+    done = python_without(TRAINING, f"import sys; from twotower.cli.main import main; sys.exit(main({words!r}))")
+    assert done.returncode == 2, done.stderr
+    assert f"twotower[{extra}]" in done.stderr
+    assert "onnx_ir" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
     """An environment with the wheel, its base dependencies and onnxruntime; returns its folder of commands."""

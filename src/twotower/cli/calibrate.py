@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from twotower.cli.options import require_libraries
+
+    require_libraries("calibration", "onnx", "onnx_ir", "safetensors")
     from twotower.bundle import Bundle
     from twotower.calibration.collect import CollectConfig, collect
     from twotower.calibration.plot import draw_ranges

@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from twotower.cli.options import require_libraries
+
+    require_libraries("export", "torch", "onnx", "onnx_ir", "safetensors")
     from twotower.cli.progress import ProgressLine, human_bytes
     from twotower.export import Checkpoint, ExportConfig, export_bundle, locate_checkpoint
     from twotower.export.verify import verify_bundle

@@ -60,6 +60,9 @@ def _summaries() -> dict[str, str]:
 
 
 def run(args: argparse.Namespace) -> int:
+    from twotower.cli.options import require_libraries
+
+    require_libraries("calibration", "onnx", "onnx_ir", "safetensors")
     from twotower.bundle import Bundle
     from twotower.calibration.quantize import QuantizeConfig, plan_quantization, quantize_bundle, require_float
     from twotower.calibration.recipes import load_recipe
