@@ -112,8 +112,11 @@ def _tell(args: argparse.Namespace, bundle: Bundle, nbytes: int, facts: dict[str
         return
     share = f"{100 * nbytes / before:.0f} % of the {bundle.dtype} bundle's"
     print(f"{args.output or 'would be'}: {facts['name']}, {human_bytes(nbytes)} of weights, {share}")
+    # What stays as it is, parts this model does not have included, is most of the list and no news.
     for kind, how in facts.get("precision", facts["recipe"]["weights"]).items():
-        print(f"  {kind:<15}{how}")
+        if how not in (bundle.dtype, "float32"):
+            print(f"  {kind:<15}{how}")
+    print(f"  {'the rest':<15}as it was, {bundle.dtype}")
 
 
 def _auto(args: argparse.Namespace, bundle: Bundle, config: Any, statistics: Statistics | None) -> int:
