@@ -155,16 +155,16 @@ class _Run:
         )
 
     def gather(self, model: TwoTower, requests: Sequence[Request], config: CollectConfig, tell: Report) -> None:
-        """Generates from every prompt that is not done yet."""
+        """Generates from every prompt that is not done yet; all are checked before the first."""
+        wanted = [Request(r.prompt, replace(r.config or config.generation, mode="diffusion")) for r in requests]
+        model.stream(wanted).close()  # checks, and does no work
         kept_at = time.monotonic()
         try:
             while self.done < len(requests):
                 tell("calibrating", self.done, len(requests))
-                request = requests[self.done]
-                wanted = replace(request.config or config.generation, mode="diffusion")
                 before = {name: _copy(s) for name, s in self.towers.items()}
                 try:
-                    result = model.generate(Request(request.prompt, wanted))
+                    result = model.generate(wanted[self.done])
                 except BaseException:
                     self.towers.update(before)  # half a prompt would be counted twice by the run that goes on
                     raise

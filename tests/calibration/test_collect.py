@@ -20,7 +20,7 @@ from twotower.calibration.plot import draw_ranges
 from twotower.calibration.statistics_file import Statistics
 from twotower.config import GenerationConfig, read_model_config
 from twotower.config.model import parse_model_config
-from twotower.errors import CalibrationError
+from twotower.errors import CalibrationError, RequestError
 from twotower.evaluate.reference import reference_generate
 from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.model import load_context_tower, load_denoiser_tower
@@ -157,6 +157,13 @@ def test_bad_input(tiny_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(CalibrationError, match="exists already"):
         gathered(tiny_bundle, tmp_path / "there")
+
+
+def test_every_prompt_is_checked_before_the_first_is_read(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TwoTower, "generate", lambda *a, **o: pytest.fail("work began"))
+    with pytest.raises(RequestError, match="99999"):
+        collect(Bundle.open(tiny_bundle), [Request("fine"), Request((1, 99999))], tmp_path / "stats", CONFIG)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_watched_of_the_published_model_stays_below_a_gigabyte() -> None:
