@@ -22,7 +22,7 @@ import onnx
 import onnxruntime as ort
 
 from twotower.builders.base import BuildConfig, Report
-from twotower.builders.ort_weights import Place, expand_data, expand_float4, hide_dequantization, places_of, show_dequantization
+from twotower.builders.ort_weights import expand_data, expand_float4, hide_dequantization, places_of, show_dequantization
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, FileRecord, engine_folder, hash_file
 from twotower.errors import BuildError
 from twotower.graph_files import (
@@ -60,7 +60,8 @@ class OrtCpuBuilder(_OrtBuilder):
         return [f"three optimised graphs, {how}; any number of rows, any length"]
 
     def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
-        return sum(sum(place.written for place in _places(bundle, name).values()) + bundle.files[g].size for name, g in GRAPH_FILES.items())
+        written = sum(place.written for name in GRAPH_FILES for place in places_of(load_graph(bundle.graph_file(name))).values())
+        return written + sum(bundle.files[graph].size for graph in GRAPH_FILES.values())
 
     def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
         started = time.perf_counter()
@@ -83,7 +84,7 @@ class OrtCpuBuilder(_OrtBuilder):
     def _build_graph(self, bundle: Bundle, name: str, folder: Path, report: Report) -> tuple[str, Counter[str]]:
         """One engine file; returns the file of the bundle its weights lie in, and its operators."""
         model = load_graph(bundle.graph_file(name))
-        places = _places(bundle, name)
+        places = places_of(model)
         own, data = f"engines/{CPU}/{name}{DATA_SUFFIX}", GRAPH_FILES[name] + DATA_SUFFIX
         located = {weight: (data, place.ref) for weight, place in places.items() if not place.written and not place.dropped}
         if any(place.written for place in places.values()):
@@ -130,10 +131,6 @@ def engine_places(bundle: Bundle, name: str) -> dict[str, tuple[str, WeightRef]]
     return located_weights(load_graph(engine_folder(bundle, CPU) / f"{name}.onnx"))
 
 
-def _places(bundle: Bundle, name: str) -> dict[str, Place]:
-    return places_of(load_graph(bundle.graph_file(name)))
-
-
 class OrtCudaBuilder(_OrtBuilder):
     """Builds the `ort-cuda` target: no GPU is needed, and nothing of the CUDA provider is asked or guessed.
 
@@ -175,7 +172,7 @@ def _optimised(model: onnx.ModelProto, scratch: Path, name: str) -> onnx.ModelPr
     # "Extended" and not "all": the last level lays data out for the CPU at hand, and the engine may run on another.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(scratch)
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # inputs are rounded where the graph says, and products stay float32
     options.log_severity_level = 3
     try:
         ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

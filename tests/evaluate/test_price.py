@@ -110,14 +110,18 @@ def report(tiny_bundle: Path, mixed: Bundle) -> dict[str, Any]:
         return price_of(pair, (few, exact), load_suite().only(limit=4), PriceConfig())
 
 
-def test_the_report_has_everything(report: dict[str, Any], mixed: Bundle) -> None:
+def test_the_report_has_everything(report: dict[str, Any], mixed: Bundle, tiny_bundle: Path) -> None:
     assert report["suite"]["problems"] == 28
     assert set(report["settings"]) == {"float", "quantized", "float ar", "quantized ar"}
     assert list(report["sensitivity"])[-2:] == ["context tower", "denoiser tower"]
     assert report["compared"]["retention"]["value"] >= 90
     weights = report["bytes"]["weights"]
     assert weights["after"] < 0.4 * weights["before"] and weights["bfloat16"] < weights["before"]
-    assert report["bytes"] == bytes_report(mixed, report and Bundle.open(mixed.path)) or report["bytes"]["kinds"]["router"]["before"]
+    again = bytes_report(mixed, Bundle.open(tiny_bundle))
+    assert (report["bytes"]["weights"], report["bytes"]["kinds"]) == (again["weights"], again["kinds"])
+    kinds = report["bytes"]["kinds"]
+    assert kinds["router"]["before"] == kinds["router"]["after"] > 0
+    assert kinds["routed_expert"]["after"] < 0.2 * kinds["routed_expert"]["before"]
     assert json.loads(json.dumps(report)) == report
 
 

@@ -91,14 +91,13 @@ def run(args: argparse.Namespace) -> int:
     files = _outputs(args)
     if args.html:
         require_charts()
-    line = ProgressLine("problems")
+    line, pair = ProgressLine("problems"), _pair(args)
     with ExitStack() as stack:
         opened = [
             stack.enter_context(TwoTower.open(b, target=args.target, threads=args.threads, **device_options(args)))
             for b in (args.bundle, args.against)
             if b
         ]
-        pair = _pair(args)
         if pair is not None:
             return _price(args, pair, opened, suite=suite, files=files)
         result = evaluate(opened[0], suite, config, other=opened[1] if args.against else None, progress=line)
