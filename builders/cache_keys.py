@@ -14,6 +14,8 @@ _SCHEMA = 1
 
 SETTINGS: dict[str, Any] = {
     "cleared_flags": ["TF32"],  # float32 means float32
+    "set_flags": ["REQUIRE_USER_ALLOCATION"],  # where the library has it: capture needs it
+    "max_aux_streams": 0,  # one stream a pass: more cost hundreds of events and gain no bandwidth
     "profiling_verbosity": "DETAILED",
     "decomposable_attention": ["float32"],  # no fused kernel computes attention in these types: it may be taken apart
 }

@@ -200,6 +200,10 @@ def _configured(flavour: Flavour, builder: Any, options: NetworkOptions, *, tick
     config = builder.create_builder_config()
     for flag in SETTINGS["cleared_flags"]:
         config.clear_flag(getattr(trt.BuilderFlag, flag))
+    for flag in SETTINGS["set_flags"]:
+        if hasattr(trt.BuilderFlag, flag):  # TensorRT for RTX alone allocates while it enqueues
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+    config.max_aux_streams = SETTINGS["max_aux_streams"]
     config.profiling_verbosity = getattr(trt.ProfilingVerbosity, SETTINGS["profiling_verbosity"])
     for profile in options.profiles:
         _add_profile(builder, config, options.inputs, profile=profile)

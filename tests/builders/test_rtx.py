@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,11 @@ def test_the_graphs_build_without_an_unexplained_word(folder: Path, name: str, d
     assert layers["KV_CACHE_UPDATE"] == 2 * attention, "keys and values are updated in place"
     assert not [kind for kind in layers if "PLUGIN" in kind or kind in ("NON_ZERO", "CUMULATIVE", "TRIP_LIMIT")]
     assert read_engine_record(bundle, "rtx", library=builder_for("rtx").library()) == record, "build.json holds all of it"
+    for file in record.files:  # the compiled program is in the plan, as text
+        program = (engine_folder(bundle, "rtx") / file).read_bytes()
+        streams = set(re.findall(rb"n_streams = (\d+)", program))
+        assert streams == {b"1"}, f"{file} runs on streams of its own"
+        assert set(re.findall(rb"stream_capturable=(\d)", program)) == {b"1"}
 
 
 def test_a_second_build_is_instant_and_other_options_build_again(folder: Path) -> None:

@@ -46,6 +46,7 @@ def test_engines_are_built_for_the_gpu_at_hand(bundle: Bundle, builder: EngineBu
     plan = json.loads((engine_folder(bundle, "trt") / "context.engine").read_bytes())
     assert plan["flags"] == [], "TF32 is on by default and must be cleared"
     assert plan["verbosity"] == "DETAILED"
+    assert plan["max_aux_streams"] == 0, "a pass runs on the stream it is given and on no other"
     assert [p["tokens"] for p in plan["profiles"]] == [[[1, 1], [2, 256], [2, 256]], [[1, 16], [2, 16], [2, 16]], [[1, 1], [2, 1], [2, 1]]]
     facts = record.report["engines"]["context.engine"]
     assert facts["by_type"]["KV_CACHE_UPDATE"] == 2 * sum(kind.value == "*" for kind in bundle.config.layers)

@@ -162,7 +162,7 @@ class IOptimizationProfile:
 
 
 class IBuilderConfig:
-    __slots__ = ("cache", "flags", "profiles", "profiling_verbosity", "progress_monitor")
+    __slots__ = ("cache", "flags", "max_aux_streams", "profiles", "profiling_verbosity", "progress_monitor")
 
     def __init__(self) -> None:
         self.flags = {BuilderFlag.TF32}  # on unless it is cleared, as in the real one
@@ -170,6 +170,10 @@ class IBuilderConfig:
         self.profiling_verbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
         self.progress_monitor: IProgressMonitor | None = None
         self.cache: ITimingCache | None = None
+        self.max_aux_streams = -1  # the library's own choice
+
+    def set_flag(self, flag: BuilderFlag) -> None:
+        self.flags.add(flag)
 
     def clear_flag(self, flag: BuilderFlag) -> None:
         self.flags.discard(flag)
@@ -220,6 +224,7 @@ class Builder:
         plan = {
             "graph": network.digest,
             "flags": [flag.name for flag in config.flags],
+            "max_aux_streams": config.max_aux_streams,
             "verbosity": config.profiling_verbosity.name,
             "profiles": [p.shapes for p in config.profiles],
             "timings": len(config.cache.known) if config.cache else 0,
