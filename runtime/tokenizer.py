@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 __all__ = ["IncrementalText", "Tokenizer", "tokenizer_missing"]
+
+logger = logging.getLogger(__name__)
 
 _UNKNOWN = "\ufffd"  # what a decoder writes for bytes that are not a character, or not one yet
 _MOST_PENDING = 3  # bytes of an unfinished character; some decoders write one mark for each
@@ -36,6 +39,10 @@ class Tokenizer:
     def from_file(cls, path: Path) -> Tokenizer:
         """Loads a `tokenizer.json`.
 
+        Its stored truncation, padding and BPE dropout are switched off: they are settings of
+        whoever trained with the file last. Here the session owns the length of a prompt, and equal
+        texts must give equal tokens.
+
         Raises:
             BundleError: the library is not installed, or the file is missing or not a tokenizer.
         """
@@ -50,9 +57,13 @@ class Tokenizer:
         except (OSError, UnicodeDecodeError) as e:
             raise BundleError(f"cannot read {path}", found=str(e), do="copy or export the bundle again") from e
         try:
-            return cls(Backend.from_str(text))
+            backend = Backend.from_str(text)
         except Exception as e:  # the library raises plain Exception for every fault of a file
             raise BundleError(f"{path} is not a tokenizer", found=str(e), do="copy or export the bundle again") from e
+        stored = _switch_off_stored(backend)
+        if stored:
+            logger.info("%s: switched off stored %s", path, ", ".join(stored))
+        return cls(backend)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text.
@@ -74,6 +85,21 @@ class Tokenizer:
         """One token for a reader: its text; the name of one that is special or no whole character; the number of one it does not know."""
         text = self.decode([token])
         return text if text and _UNKNOWN not in text else str(self._backend.id_to_token(token) or token)
+
+
+def _switch_off_stored(backend: Backend) -> list[str]:
+    """Switches off stored settings that cut, pad or vary the tokens of a text; says which."""
+    stored = []
+    if backend.truncation is not None:
+        stored.append(f"truncation to {backend.truncation.get('max_length')} tokens")
+        backend.no_truncation()
+    if backend.padding is not None:
+        stored.append(f"padding to {backend.padding.get('length') or 'the longest'}")
+        backend.no_padding()
+    if getattr(backend.model, "dropout", None) is not None:  # BPE's: merges left out at random
+        stored.append(f"dropout of {backend.model.dropout:g}")
+        backend.model.dropout = None
+    return stored
 
 
 class IncrementalText:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from tests.helpers.graphs import FIXTURES
+from tests.helpers.source import ROOT
 from twotower.builders import build_engines, builder_for
 from twotower.bundle import Bundle
 from twotower.export import Checkpoint, ExportConfig, export_bundle
@@ -21,6 +24,34 @@ def built_fixture(folder: str, output: Path, dtype: str | None = None) -> Bundle
     bundle = export_fixture(folder, output, dtype)
     build_engines(bundle, "ort-cpu", builder_for("ort-cpu"))
     return bundle
+
+
+def tiny_checkpoint(target: Path, **changed: dict[str, Any]) -> Path:
+    """The trained model's checkpoint with changed fields in JSON files; weights are linked.
+
+    Args:
+        target: The folder to make.
+        changed: File name without `.json` -> its changed top-level fields.
+    """
+    shutil.copytree(ROOT / "assets" / "twotower-tiny", target, copy_function=_link)
+    for name, values in changed.items():
+        file = target / f"{name}.json"
+        data = json.loads(file.read_text(encoding="utf-8"))
+        file.unlink()
+        file.write_text(json.dumps({**data, **values}), encoding="utf-8")
+    return target
+
+
+def built_tiny(target: Path, **changed: dict[str, Any]) -> Bundle:
+    """An unverified bundle of such a checkpoint with an ort-cpu engine."""
+    source = tiny_checkpoint(target.with_name(f"{target.name}.checkpoint"), **changed)
+    bundle = export_bundle(Checkpoint.open(source), target)
+    build_engines(bundle, "ort-cpu", builder_for("ort-cpu"))
+    return bundle
+
+
+def _link(source: str, target: str) -> None:
+    Path(target).symlink_to(source)
 
 
 def copy_of(bundle: Bundle, target: Path) -> Path:

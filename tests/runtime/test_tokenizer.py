@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -62,6 +65,50 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('{"model": 3}')
     with pytest.raises(BundleError, match="is not a tokenizer"):
         Tokenizer.from_file(tmp_path / "bad.json")
+
+
+STORED = {
+    "truncation": {"direction": "Right", "max_length": 12, "strategy": "LongestFirst", "stride": 0},
+    "padding": {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<pad>",
+    },
+}
+
+
+@pytest.mark.parametrize("setting", [*STORED, "dropout"])
+def test_settings_of_a_training_do_not_change_a_prompt(
+    tokenizer_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, setting: str
+) -> None:
+    data: dict[str, Any] = json.loads(tokenizer_file.read_text())
+    text = "ab" * 20
+    a, b = (data["model"]["vocab"][letter] for letter in text[:2])
+    data["model"]["vocab"]["ab"] = len(data["model"]["vocab"])
+    data["model"]["merges"] = [["a", "b"]]
+    if setting == "dropout":
+        data["model"]["dropout"] = 0.5
+    else:
+        data[setting] = STORED[setting]
+    stored = tmp_path / "tokenizer.json"
+    stored.write_text(json.dumps(data))
+    with caplog.at_level(logging.INFO):
+        opened = Tokenizer.from_file(stored)
+    assert opened.encode(text) == [1] + [data["model"]["vocab"]["ab"]] * 20
+    assert opened.encode("aab") == [1, a, data["model"]["vocab"]["ab"]]
+    assert opened.encode("b" * 300) == [1] + [b] * 300
+    said = [r.getMessage() for r in caplog.records if r.name == "twotower.runtime.tokenizer"]
+    assert len(said) == 1
+    assert setting in said[0]
+
+
+def test_other_files_are_opened_silently(tokenizer_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        Tokenizer.from_file(tokenizer_file)
+    assert not caplog.records
 
 
 def test_text_that_is_no_unicode_is_refused(tokenizer: Tokenizer) -> None:
