@@ -77,7 +77,10 @@ def moe(graph: GraphBuilder, x: ir.Value, weights: LayerWeights, config: ModelCo
     down = weights.stacked("experts.{}.down_proj.weight", e, d, f)
     hidden = _squared_relu(graph, graph.linear(tokens, up))
     each = graph.linear(hidden, down, visited=routing)  # [E,N,D]
-    weighed = graph.op("Mul", graph.to_float32(each), routing)
+    zero = graph.constant(0.0, "float32")
+    # Selected and not only multiplied: what nobody chose may overflow, and infinity times 0 is NaN.
+    unused = graph.op("Equal", routing, zero)
+    weighed = graph.op("Where", unused, zero, graph.op("Mul", graph.to_float32(each), routing))
     routed = graph.to_model_dtype(graph.op("ReduceSum", weighed, graph.constant([0]), keepdims=0))
     routed = graph.op("Reshape", routed, graph.op("Shape", x))
     if not config.shared_intermediate:
