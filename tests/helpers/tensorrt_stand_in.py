@@ -1,12 +1,14 @@
 """A TensorRT without a GPU: its execution API over the CUDA stand-in, computing with ONNX Runtime on the CPU.
 
 An "engine" is the very graph TensorRT would have been given, so what the runtime binds, orders and hands over decides whether the numbers
-are right. An execution has a beginning, which marks the scratch memory, and an end, which finds its own mark or another's.
+are right. An execution has a beginning, which marks the scratch memory, and an end, which finds its own mark or another's. It works
+with what its context was told when it was enqueued, as kernels do and graphs that captured them.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -207,17 +209,31 @@ class _Context:
         if trt.executions == trt.refuse_at or (trt.refuse_capture and trt.cuda.capturing(stream)):
             return False
         trt.log.append(f"execute {','.join(sorted(self._engine.outputs))[:40]}")
-        trt.cuda.enqueue(stream, self._begin)
-        trt.cuda.enqueue(stream, self._end)
+        work = _Execution(self._engine, dict(self.addresses), dict(self._shapes), self._scratch)
+        trt.cuda.enqueue(stream, work.begin)
+        trt.cuda.enqueue(stream, work.end)
         return True
 
-    def _begin(self) -> None:
-        _view(self._scratch, (1,), np.int64)[0] = id(self)
 
-    def _end(self) -> None:
-        assert _view(self._scratch, (1,), np.int64)[0] == id(self), "two executions used the scratch memory at a time"
-        given = {name: _view(self.addresses[name], self._shapes[name], _type(i.type)) for name, i in self._engine.inputs.items()}
-        for (name, spec), value in zip(self._engine.outputs.items(), self._engine.session.run(None, given), strict=True):
+@dataclass(frozen=True, eq=False)
+class _Execution:
+    """What was enqueued: kernels hold the addresses, shapes and scratch memory of that moment, and a captured graph replays them.
+
+    Whatever a context is told later is for later executions.
+    """
+
+    engine: _Engine
+    addresses: dict[str, int]
+    shapes: dict[str, tuple[int, ...]]
+    scratch: int
+
+    def begin(self) -> None:
+        _view(self.scratch, (1,), np.int64)[0] = id(self)
+
+    def end(self) -> None:
+        assert _view(self.scratch, (1,), np.int64)[0] == id(self), "two executions used the scratch memory at a time"
+        given = {name: _view(self.addresses[name], self.shapes[name], _type(i.type)) for name, i in self.engine.inputs.items()}
+        for (name, spec), value in zip(self.engine.outputs.items(), self.engine.session.run(None, given), strict=True):
             np.copyto(_view(self.addresses[name], value.shape, _type(spec.type)), value)
 
 

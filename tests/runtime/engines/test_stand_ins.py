@@ -1,0 +1,35 @@
+"""The stand-ins notice what a GPU would punish: each test plants a fault in code that is sound and sees it found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.helpers.towers import golden_config
+from tests.runtime.engines.test_tensorrt_engine import golden_cases
+from twotower.runtime.workspace import Workspace
+
+
+def rebound_after_capture(work: Workspace, stream: Any) -> Any:
+    """`Workspace.denoise` with one binding for both sets of Mamba states: its context is told the other set's addresses in between."""
+    binding = work._denoiser.setdefault(0, None) or work._towers.denoiser.bind({**work._denoiser_arrays.by_name, **work._state.reads(0)})
+    work._denoiser[0] = binding
+    segments = binding._work.enqueue.__self__
+    for bound in segments._bound:
+        for name, buffer in work._state.reads(work._state.current).items():
+            bound.context.set_tensor_address(name, buffer.addresses[bound.plan.device])
+    return binding.run(stream)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_captured_launch_keeps_the_addresses_it_was_captured_with(
+    built: Callable[..., Any], opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, graphs: bool
+) -> None:
+    """Launched piece by piece the next pass takes the new addresses; a replayed graph reads the old state and writes another text."""
+    case = next(c for c in golden_cases("hybrid-a") if c["params"]["max_new_tokens"] > 32)
+    monkeypatch.setattr(Workspace, "denoise", rebound_after_capture)
+    with opened(built(), graphs=graphs) as it:
+        right = list(it.model.generate(case["prompt"], golden_config(case)).tokens) == case["diffusion_tokens"]
+    assert right is not graphs
