@@ -1,8 +1,9 @@
 """A CUDA without a GPU: the functions of `cuda.bindings.runtime` over host memory. Streams run their work as late as they may.
 
 Whoever forgets to wait sees old numbers: nothing enqueued has run until something waits for it, and then only what it had to wait for
-has. With a seed, work also runs in between, in a random order. Memory freed twice, work on a stream of another device, an event recorded
-on another device and a call a capture forbids are errors at once.
+has. With a seed, work also runs in between, in a random order. Memory freed twice, work beyond the end of
+an allocation or on a stream of another device, an event recorded on another device and a call a capture
+forbids are errors at once.
 """
 
 from __future__ import annotations
@@ -93,16 +94,16 @@ class CudaStandIn:
         """Work that was enqueued and has not run."""
         return sum(len(s.ops) - s.done for s in self._streams.values())
 
-    def device_of(self, address: int) -> int | None:
-        """The device an address belongs to; None for pinned host memory.
+    def device_of(self, address: int, size: int = 1) -> int | None:
+        """The device that memory belongs to; None for pinned host memory.
 
         Raises:
-            AssertionError: it lies in no allocation.
+            AssertionError: not all `size` bytes lie in one allocation.
         """
         for start, (block, device) in self._blocks.items():
-            if start <= address < start + block.nbytes:
+            if start <= address and address + size <= start + block.nbytes:
                 return device
-        raise AssertionError(f"address {address:#x} lies in no allocation")
+        raise AssertionError(f"{size} bytes at {address:#x} lie in no allocation")
 
     def capturing(self, stream: int) -> bool:
         return self._streams[stream].capture is not None
@@ -163,13 +164,14 @@ class CudaStandIn:
         return self._answer("cudaFreeHost", lambda: self._freed(address))
 
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> tuple[int, None]:
-        self.device_of(target), self.device_of(source)
+        self.device_of(target, size), self.device_of(source, size)
         return self._answer("cudaMemcpyAsync", lambda: self.enqueue(stream, lambda: ctypes.memmove(target, source, size) and None))
 
     def cudaMemcpy2DAsync(
         self, target: int, to_pitch: int, source: int, from_pitch: int, width: int, rows: int, kind: int, stream: int
     ) -> tuple[int, None]:
-        assert self.device_of(target) == self.device_of(source), "rows are copied within a device only"
+        spans = [(rows - 1) * pitch + width for pitch in (to_pitch, from_pitch)]
+        assert self.device_of(target, spans[0]) == self.device_of(source, spans[1]), "rows are copied within a device only"
 
         def op() -> None:
             for row in range(rows):
@@ -178,9 +180,12 @@ class CudaStandIn:
         return self._answer("cudaMemcpy2DAsync", lambda: self.enqueue(stream, op))
 
     def cudaMemsetAsync(self, address: int, value: int, size: int, stream: int) -> tuple[int, None]:
+        self.device_of(address, size)
         return self._answer("cudaMemsetAsync", lambda: self.enqueue(stream, lambda: ctypes.memset(address, value, size) and None))
 
     def cudaMemset2DAsync(self, address: int, pitch: int, value: int, width: int, rows: int, stream: int) -> tuple[int, None]:
+        self.device_of(address, (rows - 1) * pitch + width)
+
         def op() -> None:
             for row in range(rows):
                 ctypes.memset(address + row * pitch, value, width)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.bundles import export_fixture
 from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.graphs import FIXTURES
 from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_job
 from twotower.builders import BuildConfig, build_engines, cut, make_engine
 from twotower.bundle import Bundle
+from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.hardware import Gpu
 
 __all__ = ["GPUS", "stand_in_bundle"]
@@ -18,9 +19,17 @@ __all__ = ["GPUS", "stand_in_bundle"]
 GPUS = tuple(Gpu(f"stand-in {n}", 89, 1 << 34) for n in range(4))
 
 
-def stand_in_bundle(folder: str, output: Path, pieces: int = 1, *, max_context: int = 256) -> Bundle:
-    """A bundle of a fixture with engines for 4 rows; `pieces` > 1 cuts each tower into about so many segments."""
-    bundle = export_fixture(folder, output, "float32")
+def stand_in_bundle(folder: str | Path, output: Path, pieces: int = 1, *, max_context: int = 256, dtype: str = "float32") -> Bundle:
+    """A bundle with engines for 4 rows.
+
+    Args:
+        folder: Name of a fixture, or a checkpoint.
+        output: Where it is made.
+        pieces: More than 1 cuts each tower into about so many segments.
+        max_context: Longest text.
+        dtype: Of the graphs.
+    """
+    bundle = export_bundle(Checkpoint.open(FIXTURES / folder), output, ExportConfig(dtype=dtype))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make_engine, "run_job", stand_in_job)
         patch.setattr(cut, "BUILD_MEMORY_BASE", 0)  # tiny weights: the library itself would hide them

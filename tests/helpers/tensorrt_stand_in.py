@@ -1,8 +1,8 @@
 """A TensorRT without a GPU: its execution API over the CUDA stand-in, computing with ONNX Runtime on the CPU.
 
 An "engine" is the very graph TensorRT would have been given, so what the runtime binds, orders and hands over decides whether the numbers
-are right. An execution has a beginning, which marks the scratch memory, and an end, which finds its own mark or another's. It works
-with what its context was told when it was enqueued, as kernels do and graphs that captured them.
+are right. An execution has a beginning, which marks the scratch memory, and an end, which finds its own
+mark or another's. It works with what its context was told when it was enqueued or captured.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.stand_in_graph import StandInGraph, view
 from twotower.builders.tensorrt_builder import TensorRTBuilder
 from twotower.flavour import flavour_from_module
 
 __all__ = ["StandInBuilder", "TensorRTStandIn"]
 
 _HEADER = b"stand-in engine\n"
-_DTYPES = {"float32": ("FLOAT", np.float32), "float16": ("HALF", np.float16), "int64": ("INT64", np.int64)}
 SCRATCH = 4096
 
 
@@ -110,16 +109,9 @@ class _Cache:
 class _Engine:
     def __init__(self, trt: TensorRTStandIn, data: bytes) -> None:
         header, _, graph = data.partition(b"\n")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        folder = str(Path(json.loads(header)["beside"]).parent)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         self.trt = trt
-        self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        self.inputs = {i.name: i for i in self.session.get_inputs()}
-        self.outputs = {o.name: o for o in self.session.get_outputs()}
-        self._names = [*self.inputs, *self.outputs]
+        self.graph = StandInGraph(graph, Path(json.loads(header)["beside"]).parent)
+        self._names = [*self.graph.inputs, *self.graph.outputs]
         self.num_io_tensors = len(self._names)
         self.device_memory_size_v2 = SCRATCH
         self.device = trt.cuda._current
@@ -128,12 +120,12 @@ class _Engine:
         return self._names[index]
 
     def get_tensor_dtype(self, name: str) -> Any:
-        kinds = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int64)": "INT64"}
-        return SimpleNamespace(name=kinds[(self.inputs | self.outputs)[name].type])
+        kind = (self.graph.inputs | self.graph.outputs)[name]
+        return SimpleNamespace(name={"FLOAT16": "HALF", "BFLOAT16": "BF16"}.get(kind, kind))
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
         past = name.replace("present.", "past_key_values.")
-        return past if past != name and past in self.inputs else None
+        return past if past != name and past in self.graph.inputs else None
 
     def create_runtime_config(self) -> Any:
         def set_strategy(strategy: str) -> None:
@@ -181,7 +173,7 @@ class _Context:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.changes += 1
-        fixed = self._engine.inputs[name].shape
+        fixed = self._engine.graph.shapes[name]
         self._shapes[name] = tuple(shape)
         return len(fixed) == len(shape) and all(isinstance(a, str) or a == b for a, b in zip(fixed, shape, strict=True))
 
@@ -189,10 +181,10 @@ class _Context:
         self.changes += 1
         assert self._engine.trt.cuda.device_of(address) == self._engine.device, f"{name} is on another device than the engine"
         self.addresses[name] = address
-        return name in self._engine.inputs or name in self._engine.outputs
+        return name in self._engine.graph.inputs or name in self._engine.graph.outputs
 
     def infer_shapes(self) -> list[str]:
-        return [name for name in self._engine.inputs if name not in self._shapes]
+        return [name for name in self._engine.graph.inputs if name not in self._shapes]
 
     def set_device_memory(self, address: int, size: int) -> None:
         self.changes += 1
@@ -204,12 +196,13 @@ class _Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         trt = self._engine.trt
-        assert set(self.addresses) == {*self._engine.inputs, *self._engine.outputs}, "every tensor is bound"
+        assert set(self.addresses) == {*self._engine.graph.inputs, *self._engine.graph.outputs}, "every tensor is bound"
         trt.executions += 1
         if trt.executions == trt.refuse_at or (trt.refuse_capture and trt.cuda.capturing(stream)):
             return False
-        trt.log.append(f"execute {','.join(sorted(self._engine.outputs))[:40]}")
-        work = _Execution(self._engine, dict(self.addresses), dict(self._shapes), self._scratch)
+        trt.log.append(f"execute {','.join(sorted(self._engine.graph.outputs))[:40]}")
+        self._engine.graph.check(self.addresses, self._shapes, trt.cuda.device_of)
+        work = _Execution(self._engine.graph, dict(self.addresses), dict(self._shapes), self._scratch)
         trt.cuda.enqueue(stream, work.begin)
         trt.cuda.enqueue(stream, work.end)
         return True
@@ -217,32 +210,16 @@ class _Context:
 
 @dataclass(frozen=True, eq=False)
 class _Execution:
-    """What was enqueued: kernels hold the addresses, shapes and scratch memory of that moment, and a captured graph replays them.
+    """What was enqueued: kernels, and graphs that captured them, hold the addresses and shapes of that moment."""
 
-    Whatever a context is told later is for later executions.
-    """
-
-    engine: _Engine
+    graph: StandInGraph
     addresses: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
     scratch: int
 
     def begin(self) -> None:
-        _view(self.scratch, (1,), np.int64)[0] = id(self)
+        view(self.scratch, (1,), np.int64)[0] = id(self)
 
     def end(self) -> None:
-        assert _view(self.scratch, (1,), np.int64)[0] == id(self), "two executions used the scratch memory at a time"
-        given = {name: _view(self.addresses[name], self.shapes[name], _type(i.type)) for name, i in self.engine.inputs.items()}
-        for (name, spec), value in zip(self.engine.outputs.items(), self.engine.session.run(None, given), strict=True):
-            np.copyto(_view(self.addresses[name], value.shape, _type(spec.type)), value)
-
-
-def _type(name: str) -> Any:
-    return {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}[name]
-
-
-def _view(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    import ctypes
-
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_ubyte * size).from_address(address), dtype).reshape(shape)
+        assert view(self.scratch, (1,), np.int64)[0] == id(self), "two executions used the scratch memory at a time"
+        self.graph.run(self.addresses, self.shapes)

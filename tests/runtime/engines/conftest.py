@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
 from twotower.runtime.engines.towers import Towers
+from twotower.runtime.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,14 @@ class StandIn:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
-    """A bundle of a fixture with stand-in engines for texts of 256 tokens; `pieces` > 1 cuts each tower into about so many segments."""
-    made: dict[tuple[str, int], Bundle] = {}
+    """A bundle of a fixture or checkpoint with stand-in engines; `pieces` > 1 cuts each tower into about so many."""
+    made: dict[tuple[str, int, str], Bundle] = {}
 
-    def build(folder: str = "hybrid-a", pieces: int = 1) -> Bundle:
-        if (folder, pieces) not in made:
-            made[folder, pieces] = stand_in_bundle(folder, tmp_path_factory.mktemp("stand-in") / f"{folder}-{pieces}", pieces)
-        return made[folder, pieces]
+    def build(folder: str | Path = "hybrid-a", pieces: int = 1, *, dtype: str = "float32") -> Bundle:
+        key = (str(folder), pieces, dtype)
+        if key not in made:
+            made[key] = stand_in_bundle(folder, tmp_path_factory.mktemp("stand-in") / "bundle", pieces, dtype=dtype)
+        return made[key]
 
     return build
 
@@ -52,7 +55,8 @@ def opened() -> Callable[..., Any]:
         api = CudaStandIn(devices=4, seed=seed)
         trt = TensorRTStandIn(api)
         towers = open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), TensorRTOptions(devices=devices, graphs=graphs, gpus=GPUS))
-        with TwoTower.from_towers(towers, trained_block_size=bundle.trained_block_size) as model:
+        tokenizer = Tokenizer.from_file(bundle.tokenizer_file) if bundle.tokenizer_file else None
+        with TwoTower.from_towers(towers, tokenizer=tokenizer, trained_block_size=bundle.trained_block_size) as model:
             yield StandIn(model, towers, api, trt)
         assert not api.leaked
 

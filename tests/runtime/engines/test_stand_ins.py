@@ -1,4 +1,4 @@
-"""The stand-ins notice what a GPU would punish: each test plants a fault in code that is sound and sees it found."""
+"""The stand-ins notice what a GPU would punish: each test plants a fault in sound code and sees it found."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from twotower.runtime.workspace import Workspace
 
 
 def rebound_after_capture(work: Workspace, stream: Any) -> Any:
-    """`Workspace.denoise` with one binding for both sets of Mamba states: its context is told the other set's addresses in between."""
-    binding = work._denoiser.setdefault(0, None) or work._towers.denoiser.bind({**work._denoiser_arrays.by_name, **work._state.reads(0)})
+    """`Workspace.denoise` with one binding, whose context is told the other set of states in between."""
+    binding = work._denoiser.setdefault(0, None) or work._towers.denoiser.bind(
+        {**work._denoiser_arrays.by_name, **work._state.reads(0)},
+    )
     work._denoiser[0] = binding
     segments = binding._work.enqueue.__self__
     for bound in segments._bound:
@@ -25,11 +27,14 @@ def rebound_after_capture(work: Workspace, stream: Any) -> Any:
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_a_captured_launch_keeps_the_addresses_it_was_captured_with(
-    built: Callable[..., Any], opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, graphs: bool
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    graphs: bool,
 ) -> None:
-    """Launched piece by piece the next pass takes the new addresses; a replayed graph reads the old state and writes another text."""
+    """Launched anew a pass takes the new addresses; a replayed graph reads the old state."""
     case = next(c for c in golden_cases("hybrid-a") if c["params"]["max_new_tokens"] > 32)
     monkeypatch.setattr(Workspace, "denoise", rebound_after_capture)
     with opened(built(), graphs=graphs) as it:
-        right = list(it.model.generate(case["prompt"], golden_config(case)).tokens) == case["diffusion_tokens"]
-    assert right is not graphs
+        out = it.model.generate(case["prompt"], golden_config(case))
+    assert (list(out.tokens) == case["diffusion_tokens"]) is not graphs

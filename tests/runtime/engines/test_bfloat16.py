@@ -1,0 +1,104 @@
+"""The published model's type on the device path: the text of a CPU that rounds every result alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.helpers.graphs import FIXTURES
+from tests.helpers.source import ROOT
+from tests.helpers.towers import golden_config
+from tests.runtime.engines.test_tensorrt_engine import AR, golden_cases
+from twotower import GenerationConfig
+from twotower.builders import build_engines
+from twotower.evaluate.rounding import RoundingBuilder
+from twotower.evaluate.suite import judge, load_suite
+from twotower.export import Checkpoint, ExportConfig, export_bundle
+from twotower.runtime import Request, TwoTower
+from twotower.runtime.cuda.memory import DeviceBuffer
+
+TINY = ROOT / "assets" / "twotower-tiny"
+LAYOUTS = {
+    "one device": {"devices": (0,)},
+    "plain launches in random order": {"devices": (0,), "graphs": False, "seed": 1},
+    "two devices": {"devices": (0, 1), "seed": 2},
+}
+
+
+def requests(folder: str) -> list[Request]:
+    cases = golden_cases(folder)
+    return [Request(c["prompt"], golden_config(c)) for c in cases] + [Request(c["prompt"], AR) for c in cases]
+
+
+@pytest.fixture(scope="module")
+def on_a_cpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[tuple[int, ...]]]:
+    """The host's path with engines that round every result: other memory, the same arithmetic."""
+    texts: dict[str, list[tuple[int, ...]]] = {}
+
+    def texts_of(folder: str) -> list[tuple[int, ...]]:
+        if folder not in texts:
+            path = tmp_path_factory.mktemp("cpu") / folder
+            bundle = export_bundle(
+                Checkpoint.open(FIXTURES / folder),
+                path,
+                ExportConfig(dtype="bfloat16"),
+            )
+            build_engines(bundle, "ort-cpu", RoundingBuilder())
+            with TwoTower.open(path, target="ort-cpu") as model:
+                texts[folder] = [out.tokens for out in model.generate(requests(folder))]
+        return texts[folder]
+
+    return texts_of
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("folder", "pieces"), [("hybrid-a", 1), ("hybrid-a", 4), ("hybrid-b", 1)])
+def test_the_text_is_that_of_a_cpu(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+    on_a_cpu: Callable[[str], Any],
+    folder: str,
+    pieces: int,
+    layout: str,
+) -> None:
+    with opened(built(folder, pieces, dtype="bfloat16"), **LAYOUTS[layout]) as it:
+        assert [out.tokens for out in it.model.generate(requests(folder))] == on_a_cpu(folder)
+
+
+def test_the_trained_model_answers(built: Callable[..., Any], opened: Callable[..., Any]) -> None:
+    """Problems with exact answers measure the arithmetic from outside; one may be lost to rounding."""
+    problems = load_suite().only(limit=1).problems
+    bundle = built(TINY, dtype="bfloat16")
+    with opened(bundle) as it:
+        for mode in ("diffusion", "ar"):
+            options = GenerationConfig(
+                **{**bundle.defaults.to_json(), "mode": mode, "max_new_tokens": 96},
+            )
+            results = it.model.generate([Request(p.prompt, options) for p in problems])
+            pairs = zip(problems, results, strict=True)
+            right = [judge(p, r.text or "", r.tokens).right for p, r in pairs]
+            assert sum(right) >= len(problems) - 1, right
+
+
+def test_a_size_that_holds_for_float32_only_is_found(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted: every element is taken for four bytes; a bfloat16 buffer is cleared beyond its end."""
+    monkeypatch.setattr(
+        DeviceBuffer,
+        "itemsize",
+        property(lambda self: 8 if self.dtype == "int64" else 4),
+    )
+    case = golden_cases("hybrid-a")[0]
+    with opened(built(), devices=(0, 1)) as it:
+        out = it.model.generate(case["prompt"], golden_config(case))
+        assert list(out.tokens) == case["diffusion_tokens"]
+    with (
+        pytest.raises(AssertionError, match="lie in no allocation"),
+        opened(built(dtype="bfloat16"), devices=(0, 1)) as it,
+    ):
+        it.model.generate(case["prompt"], golden_config(case))
