@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from twotower.bundle import hash_file, inside
 from twotower.config import ModelConfig, read_model_config
 from twotower.config.tensors import expected_tensors
 from twotower.errors import CheckpointError
+from twotower.export.generation_config import read_eos_token_ids
 from twotower.export.safetensors_header import HeaderError, StoredTensor, read_header, refuse_repeats
 from twotower.export.stored import Tensor
 
@@ -27,7 +28,14 @@ _NAME = 80
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened checkpoint: its config and all its tensors, names, shapes and dtypes checked."""
+    """An opened checkpoint: its config and all its tensors, names, shapes and dtypes checked.
+
+    Attributes:
+        path: The folder.
+        config: Its config.json, with the end-of-sequence tokens of generation_config.json if that
+            names any.
+        tensors: Every tensor by its name.
+    """
 
     path: Path
     config: ModelConfig
@@ -38,7 +46,8 @@ class Checkpoint:
         """Opens a folder in the published layout, reading headers only.
 
         Raises:
-            ConfigError: config.json is missing or unusable.
+            ConfigError: config.json is missing or unusable, or generation_config.json names
+                end-of-sequence tokens that are.
             CheckpointError: shards are missing, damaged or disagree with their index, or tensors are missing, extra,
                 mis-shaped or of a dtype other than BF16, F16 and F32; all problems are listed at once.
         """
@@ -47,6 +56,7 @@ class Checkpoint:
             found = "a file" if os.path.exists(root) else "no such folder"
             raise CheckpointError(f"there is no checkpoint folder '{folder}'", found=found, do="name the folder that holds config.json")
         config = read_model_config(root / "config.json")
+        config = replace(config, eos_token_ids=read_eos_token_ids(root, config))
         problems: list[str] = []
         stored = _stored_tensors(root, problems)
         problems += _against_layout(config, stored) if not problems else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import shutil
@@ -35,12 +34,13 @@ from twotower.bundle import (
 from twotower.config import GenerationConfig
 from twotower.errors import ConfigError, ExportError
 from twotower.export.checkpoint import Checkpoint
+from twotower.export.generation_config import read_defaults
 from twotower.export.graphs import OPSET, TowerGraph, build_graph
 from twotower.export.weights import lay_out, point_to_data, save_graph, stream_weights
 from twotower.graph_lint import require_clean
 from twotower.spec import signatures
 
-__all__ = ["ExportConfig", "Verifier", "export_bundle", "read_defaults"]
+__all__ = ["ExportConfig", "Verifier", "export_bundle"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 TRAINED_BLOCK_SIZE = 16
@@ -209,23 +209,6 @@ def _manifest_base(checkpoint: Checkpoint, dtype: str, options: ExportConfig) ->
             **_versions("onnx-ir", "onnx", "onnxruntime", "torch", "numpy"),
         },
     }
-
-
-def read_defaults(folder: Path) -> GenerationConfig:
-    """What a checkpoint's generation_config.json says about block diffusion; everything else in it is for other tools.
-
-    Raises:
-        ConfigError: a value cannot be used.
-    """
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return GenerationConfig()
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        known = {k: data[k] for k in ("block_size", "steps_per_block", "confidence_threshold", "max_new_tokens") if k in data}
-    except (OSError, ValueError, TypeError) as e:
-        raise ConfigError(f"cannot read {file}", found=str(e), do="correct the file or remove it") from e
-    return GenerationConfig.from_mapping(known)
 
 
 def _versions(*distributions: str) -> dict[str, str]:

@@ -123,6 +123,7 @@ def test_roles_and_towers_split_the_table() -> None:
         ({"layers_block_type": [["mamba"]], "hybrid_override_pattern": None, "num_hidden_layers": 1}, "at layer 0"),
         ({"architectures": 5}, "architectures 5"),
         ({"eos_token_id": ["two"]}, "eos_token_id"),
+        ({"eos_token_id": [2, 10**6]}, "outside the vocabulary"),
         ({"routed_scaling_factor": "high"}, "routed_scaling_factor"),
         ({"norm_topk_prob": 3}, "norm_topk_prob"),
         ({"num_key_value_heads": "two"}, "num_key_value_heads"),

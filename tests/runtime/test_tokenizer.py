@@ -105,7 +105,7 @@ def test_settings_of_a_training_do_not_change_a_prompt(
     assert setting in said[0]
 
 
-def test_other_files_are_opened_silently(tokenizer_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_files_open_silently(tokenizer_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         Tokenizer.from_file(tokenizer_file)
     assert not caplog.records

@@ -64,6 +64,7 @@ def _bundle(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:
         "path": str(path),
         "trained_block_size": bundle.trained_block_size,
         "defaults": bundle.defaults.to_json(),
+        "eos_token_ids": list(bundle.config.eos_token_ids),
         "tokenizer": bundle.tokenizer_file is not None,
         "source": bundle.source,
         "tools": bundle.tools,

@@ -52,8 +52,9 @@ _NEEDED_BY = {
 class ModelConfig:
     """Sizes and constants of both towers (they share everything but weights).
 
-    Field names are those of the published config.json, so that a reader of one knows the other. `layers` replaces
-    `hybrid_override_pattern`, and `time_step_limit` keeps its (lower, upper) bounds with `inf` for "none".
+    Field names are those of the published config.json, so that a reader of one knows the other.
+    `layers` replaces `hybrid_override_pattern`, `time_step_limit` keeps its (lower, upper) bounds
+    with `inf` for "none", and a text ends at any of `eos_token_ids`.
     """
 
     layers: tuple[LayerKind, ...]
@@ -266,6 +267,9 @@ def _problems(c: ModelConfig) -> list[str]:
         out.append("no layers")
     if not 0 <= c.mask_token_id < c.vocab_size:
         out.append(f"mask_token_id={c.mask_token_id} is outside the vocabulary of {c.vocab_size}")
+    outside = [token for token in c.eos_token_ids if token >= c.vocab_size]
+    if outside:
+        out.append(f"eos_token_id={outside} is outside the vocabulary of {c.vocab_size}")
     if c.dtype not in _DTYPES:
         out.append(f"dtype={c.dtype!r} (allowed: {', '.join(sorted(_DTYPES))})")
     return out
