@@ -24,16 +24,9 @@ import onnxruntime as ort
 from twotower.builders.base import BuildConfig, Report
 from twotower.builders.ort_weights import expand_data, expand_float4, hide_dequantization, places_of, show_dequantization
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, FileRecord, engine_folder, hash_file
+from twotower.config.weights import WeightRef
 from twotower.errors import BuildError
-from twotower.graph_files import (
-    WeightRef,
-    attach_weights,
-    detach_weights,
-    load_graph,
-    located_weights,
-    weight_refs,
-    widen_to_float32,
-)
+from twotower.graph_files import attach_weights, detach_weights, load_graph, located_weights, weight_refs, widen_to_float32
 
 __all__ = ["OrtCpuBuilder", "OrtCudaBuilder", "engine_places", "write_engine"]
 
@@ -75,8 +68,9 @@ class OrtCpuBuilder(_OrtBuilder):
             target=CPU,
             library=self.library(),
             dtype="float32",
-            graphs={name: bundle.graph_identity(name) for name in GRAPH_FILES},
+            graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
             weights=weights,
+            holds={name: bundle.data_identity(name) for name, file in weights.items() if file.startswith("engines/")},
             files=_written(folder),
             report={"seconds": round(time.perf_counter() - started, 3), "operators": operators, "widened_from": _widened_from(bundle)},
         )
@@ -156,7 +150,7 @@ class OrtCudaBuilder(_OrtBuilder):
             target=CUDA,
             library=self.library(),
             dtype=bundle.dtype,
-            graphs={name: bundle.graph_identity(name) for name in GRAPH_FILES},
+            graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
             weights={name: file + DATA_SUFFIX for name, file in GRAPH_FILES.items()},
             files=_written(folder),
             report={"seconds": round(time.perf_counter() - started, 3), "operators": operators},

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from twotower.graph_files import WeightRef, aligned, read_weight, weight_refs
+from twotower.config.weights import WeightRef, aligned
+from twotower.graph_files import read_weight, weight_refs
 
 __all__ = ["Place", "expand_data", "expand_float4", "hide_dequantization", "places_of", "show_dequantization"]
 

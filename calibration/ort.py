@@ -12,7 +12,7 @@ import onnx
 import onnxruntime as ort
 
 from twotower.builders.ort import engine_places, write_engine
-from twotower.graph_files import WeightRef
+from twotower.config.weights import WeightRef
 from twotower.runtime.engines.base import Binding
 from twotower.runtime.engines.ort import OrtEngine, engine_threads, packs
 from twotower.runtime.streams import Event, HostStream, Stream

@@ -33,8 +33,7 @@ from twotower.calibration.streaming import stream_quantized
 from twotower.config.formats import ACTIVATIONS
 from twotower.errors import BundleError, CalibrationError, ConfigError
 from twotower.export.graphs import ActivationFormat, Precision, TowerGraph, build_graph
-from twotower.export.weights import lay_out, point_to_data, save_graph
-from twotower.graph_files import load_graph, weight_refs
+from twotower.export.weights import lay_out, save_program
 from twotower.graph_lint import require_clean
 
 __all__ = ["Plan", "QuantizeConfig", "plan_quantization", "precision_of", "quantize_bundle", "require_float", "source_identity"]
@@ -117,6 +116,7 @@ def plan_quantization(bundle: Bundle, recipe: Recipe, config: QuantizeConfig | N
     """
     options = config or QuantizeConfig()
     require_float(bundle)
+    bundle.require_weights("quantization")
     plain = {name: build_graph(name, bundle.config, bundle.dtype) for name in GRAPH_FILES}
     parts = {p.name: p for graph in plain.values() for p in parts_of(bundle.config, graph.weights)}
     _require_weights(bundle, plain)
@@ -194,7 +194,7 @@ def _write(folder: Path, bundle: Bundle, plan: Plan, *, notes: list[dict[str, An
     for name, relative in GRAPH_FILES.items():
         graph, data = plan.graphs[name], relative + DATA_SUFFIX
         (folder / relative).parent.mkdir(exist_ok=True)
-        refs = weight_refs(load_graph(bundle.graph_file(name)))
+        refs = bundle.weights(name)
         places = lay_out(graph.weights)
         if any(w.format for w in graph.weights):
             source = (bundle.path / data, refs)
@@ -204,8 +204,7 @@ def _write(folder: Path, bundle: Bundle, plan: Plan, *, notes: list[dict[str, An
             link_file(bundle.path / data, folder / data)
             files[data], places = bundle.files[data], {w.name: refs[w.name] for w in graph.weights}
             tick(sum(w.nbytes for w in graph.weights))
-        point_to_data(graph.model, places, Path(data).name)
-        save_graph(graph.model, folder / relative)
+        save_program(folder / relative, graph, places)
     for file in bundle.files:
         if file.startswith("tokenizer/"):
             (folder / file).parent.mkdir(exist_ok=True)
@@ -230,6 +229,7 @@ def _manifest(bundle: Bundle, plan: Plan, files: Mapping[str, FileRecord], extra
         labels.setdefault(part.kind, set()).add((how.label + (", inputs too" if rounded else "")) if how else bundle.dtype)
     manifest["precision"] |= {kind: " / ".join(sorted(found)) for kind, found in labels.items()}
     manifest["twotower"] = __version__
+    manifest["requires"] = sorted({*bundle.requires, "quantization"})
     manifest["quantization"] = {
         "recipe": {"name": plan.recipe.name, **plan.recipe.to_json()},
         "options": asdict(plan.config),
@@ -252,7 +252,7 @@ def source_identity(bundle: Bundle) -> dict[str, str]:
 def _require_weights(bundle: Bundle, graphs: Mapping[str, TowerGraph]) -> None:
     """The bundle must hold what this version's graphs declare, in the same shapes and types."""
     for name, graph in graphs.items():
-        held = weight_refs(load_graph(bundle.graph_file(name)))
+        held = bundle.weights(name)
         wrong = [w.name for w in graph.weights if w.name not in held or (held[w.name].shape, held[w.name].dtype) != (w.shape, w.dtype)]
         if wrong:
             raise BundleError(

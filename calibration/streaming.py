@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, FileRecord
+from twotower.bundle import GRAPH_FILES, Bundle, FileRecord
 from twotower.calibration.rounding import Array, expand_rows, global_scale, pack, quantize_rows
 from twotower.config.formats import WeightFormat
+from twotower.config.weights import WeightRef
 from twotower.errors import BundleError
 from twotower.export.graphs import Weight
 from twotower.export.weights import lay_out
-from twotower.graph_files import WeightRef, load_graph, read_weight, weight_refs
+from twotower.graph_files import read_weight
 
 __all__ = ["Source", "rounding_error", "stream_quantized"]
 
@@ -66,9 +67,9 @@ def stream_quantized(
 
 def rounding_error(bundle: Bundle, name: str, how: WeightFormat, *, rounding: str, rows: int = 256) -> float:
     """Relative error (root of the sums of squares) of a sample of a weight's rows, evenly taken, in a format."""
-    graph = next(graph for graph in GRAPH_FILES.values() if name in weight_refs(load_graph(bundle.path / graph)))
-    data = np.memmap(bundle.path / (graph + DATA_SUFFIX), dtype=np.uint8, mode="r")
-    ref = weight_refs(load_graph(bundle.path / graph))[name]
+    graph = next(graph for graph in GRAPH_FILES if name in bundle.weights(graph))
+    data = np.memmap(bundle.data_file(graph), dtype=np.uint8, mode="r")
+    ref = bundle.weights(graph)[name]
     count = math.prod(ref.shape[:-1])
     sample = np.concatenate([_read(data, ref, first, 1) for first in range(0, count, max(count // rows, 1))])
     shared = global_scale(float(np.abs(sample).max()), how, bundle.dtype) if how.scale_dtype else None

@@ -36,7 +36,7 @@ from twotower.errors import ConfigError, ExportError
 from twotower.export.checkpoint import Checkpoint
 from twotower.export.generation_config import read_defaults
 from twotower.export.graphs import OPSET, TowerGraph, build_graph
-from twotower.export.weights import lay_out, point_to_data, save_graph, stream_weights
+from twotower.export.weights import lay_out, save_program, stream_weights
 from twotower.graph_lint import require_clean
 from twotower.spec import signatures
 
@@ -139,8 +139,7 @@ def _write(
             (folder / relative).parent.mkdir(exist_ok=True)
             data = relative + DATA_SUFFIX
             files[data] = stream_weights(folder / data, graphs[name].weights, checkpoint, tick=tick)
-            point_to_data(graphs[name].model, lay_out(graphs[name].weights), Path(data).name)
-            save_graph(graphs[name].model, folder / relative)
+            save_program(folder / relative, graphs[name], lay_out(graphs[name].weights))
         manifest["source"]["shards"] = shards.result()
     _copy_tokenizer(checkpoint.path, folder)
     outcome = verify(folder, checkpoint, manifest["dtype"], report) if verify else {"verified": False, "why": "not asked for"}
@@ -190,6 +189,7 @@ def _manifest_base(checkpoint: Checkpoint, dtype: str, options: ExportConfig) ->
     high = ("norm", "router", "ssm_state", "ssm_scan", "softmax", "logits")
     return {
         "schema": SCHEMA,
+        "requires": [],
         "twotower": __version__,
         "model": config.to_json(),
         "dtype": dtype,

@@ -24,12 +24,13 @@ import torch
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES
 from twotower.config import LayerKind, ModelConfig
 from twotower.config.tensors import Tower, expected_tensors
+from twotower.config.weights import WeightRef
 from twotower.errors import ExportError
 from twotower.export.checkpoint import Checkpoint
 from twotower.export.graphs import build_graph
 from twotower.export.verify_cases import Case, random_case
 from twotower.export.weights import lay_out, point_to_data
-from twotower.graph_files import WeightRef, attach_weights, load_graph, weight_refs, widen_data, widen_to_float32
+from twotower.graph_files import attach_weights, load_graph, weight_refs, widen_data, widen_to_float32
 from twotower.model import ContextTower, DenoiserTower, load_context_tower, load_denoiser_tower
 from twotower.model.context_tower import last_valid
 from twotower.model.denoiser_tower import commit_step

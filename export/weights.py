@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from twotower.bundle import FileRecord
+from twotower.bundle import DATA_SUFFIX, TABLE_SUFFIX, FileRecord, write_weight_table
+from twotower.config.weights import WeightRef, aligned
 from twotower.export.checkpoint import Checkpoint
 from twotower.export.conversion import convert_chunks
-from twotower.export.graphs import Weight
-from twotower.graph_files import WeightRef, aligned
+from twotower.export.graphs import TowerGraph, Weight
 
-__all__ = ["lay_out", "point_to_data", "save_graph", "stream_weights"]
+__all__ = ["lay_out", "point_to_data", "save_graph", "save_program", "stream_weights"]
 
 _CHUNK = 16 << 20
 
@@ -50,6 +50,13 @@ def save_graph(model: ir.Model, path: Path) -> None:
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(left)
     path.write_bytes(proto.SerializeToString())
+
+
+def save_program(path: Path, graph: TowerGraph, refs: dict[str, WeightRef]) -> None:
+    """Writes a graph and the table of its weights, which lie or will lie in a data file beside it."""
+    point_to_data(graph.model, refs, path.name + DATA_SUFFIX)
+    save_graph(graph.model, path)
+    write_weight_table(path.with_name(path.name + TABLE_SUFFIX), refs)
 
 
 def stream_weights(

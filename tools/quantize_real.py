@@ -19,10 +19,11 @@ from twotower.calibration.recipes import Recipe, parts_of
 from twotower.calibration.rounding import expand_rows
 from twotower.calibration.streaming import stream_quantized
 from twotower.config.model import ModelConfig, parse_model_config
+from twotower.config.weights import WeightRef
 from twotower.export.graphs import Precision, Weight, build_graph
 from twotower.export.synthetic import published_slice
 from twotower.export.weights import lay_out
-from twotower.graph_files import WeightRef, read_weight
+from twotower.graph_files import read_weight
 from twotower.spec import CONTEXT
 
 CASES = (("int8", 32, "plain"), ("int8", 32, "mse"), ("int4", 32, "plain"), ("int4", 32, "mse"), ("int4", 64, "mse"),

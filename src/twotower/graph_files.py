@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from twotower.config.formats import stored_bytes
+from twotower.config.weights import WeightRef, aligned
 
 __all__ = [
-    "LARGE",
-    "LINE",
-    "PAGE",
     "TYPE_NAMES",
-    "WeightRef",
-    "aligned",
     "attach_weights",
     "detach_weights",
     "load_graph",
@@ -31,9 +26,6 @@ __all__ = [
     "widen_data",
     "widen_to_float32",
 ]
-
-PAGE, LINE, LARGE = 4096, 64, 1 << 20
-"""Offsets of weights in a data file: a large weight starts on a page, so that it can be mapped on its own, any other on a cache line."""
 
 TYPE_NAMES: dict[int, str] = {
     TensorProto.FLOAT: "float32",
@@ -49,36 +41,6 @@ TYPE_NAMES: dict[int, str] = {
 _CODES = {name: code for code, name in TYPE_NAMES.items()}
 _PIECE = 4 << 20  # elements widened at a time
 _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-
-
-@dataclass(frozen=True, slots=True)
-class WeightRef:
-    """Where one weight lies in a data file.
-
-    Attributes:
-        dtype: `float32`, `float16` or `bfloat16`; of a quantized weight `int8`, `float8e4m3fn`, `int4` or `float4e2m1`.
-        shape: Its shape.
-        offset: First byte.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return stored_bytes(self.dtype, math.prod(self.shape))
-
-    @property
-    def narrow(self) -> bool:
-        """Whether it is of half width, and so widened where a machine has no arithmetic for that."""
-        return self.dtype in ("float16", "bfloat16")
-
-
-def aligned(offset: int, nbytes: int) -> int:
-    """The next offset a weight of so many bytes may start at."""
-    step = PAGE if nbytes >= LARGE else LINE
-    return -(-offset // step) * step
 
 
 def weight_refs(model: onnx.ModelProto) -> dict[str, WeightRef]:

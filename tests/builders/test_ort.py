@@ -107,11 +107,14 @@ def test_foreign_engines_do_not_fit(copy: Bundle, change: dict[str, Any], found:
     assert found in caught.value.found
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"schema": 9}', "[]"])
-def test_unreadable_records_do_not_fit(copy: Bundle, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "says"), [("", "not readable"), ("{}", "not readable"), ("[]", "not readable"), ('{"schema": 2}', "another version")]
+)
+def test_unreadable_records_do_not_fit(copy: Bundle, text: str, says: str) -> None:
     (engine_folder(copy, TARGET) / BUILD_FILE).write_text(text)
-    with pytest.raises(EngineMismatchError, match="not readable"):
+    with pytest.raises(EngineMismatchError, match=says) as caught:
         record_of(copy)
+    assert "twotower build" in caught.value.do
 
 
 def test_an_unbuilt_target_says_what_is_built(tmp_path: Path, copy: Bundle) -> None:

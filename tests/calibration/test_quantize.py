@@ -175,7 +175,7 @@ def test_a_bundle_laid_out_by_another_version(tmp_path: Path, monkeypatch: pytes
     texts = []
     for name, large in (("old", 0), ("new", 1 << 20)):
         with monkeypatch.context() as patched:
-            patched.setattr("twotower.graph_files.LARGE", large)
+            patched.setattr("twotower.config.weights.LARGE", large)
             bundle = export_bundle(Checkpoint.open(TINY), tmp_path / name)
         made = quantize_bundle(bundle, plan_quantization(bundle, recipe), tmp_path / f"{name}-few")
         build_engines(made, "ort-cpu", builder_for("ort-cpu"))
@@ -187,6 +187,6 @@ def test_a_bundle_laid_out_by_another_version(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_bundle_with_other_weights_than_this_version_writes(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("twotower.calibration.quantize.weight_refs", lambda model: {})
+    monkeypatch.setattr(Bundle, "weights", lambda bundle, name: {})
     with pytest.raises(BundleError, match="was exported by another version"):
         plan_quantization(Bundle.open(tiny_bundle), load_recipe("mixed"))

@@ -105,12 +105,40 @@ def test_a_link_may_not_lead_out(copy: Path, tmp_path: Path) -> None:
     assert problems == ["link: leads out of the folder"]
 
 
-@pytest.mark.parametrize("schema", [None, 0, 2, "1"])
-def test_other_schemas_are_refused(copy: Path, schema: Any) -> None:
+@pytest.mark.parametrize(
+    ("schema", "do"), [(None, "export"), (0, "export"), (1, "twotower export hybrid-b"), ("2", "export"), (3, "upgrade")]
+)
+def test_other_schemas_are_refused_with_the_command_that_mends_it(copy: Path, schema: Any, do: str) -> None:
     edit(copy, schema=schema)
     with pytest.raises(BundleError, match="schema") as caught:
         Bundle.open(copy)
-    assert "schema 1" in caught.value.found
+    assert "schema 2" in caught.value.found
+    assert do in caught.value.do
+
+
+def test_fields_of_later_versions_are_left_alone_unless_they_are_required(copy: Path) -> None:
+    edit(copy, colour="blue", requires=[])
+    assert Bundle.open(copy).requires == frozenset()
+    edit(copy, requires=["every-position"])
+    with pytest.raises(BundleError, match="newer version") as caught:
+        Bundle.open(copy)
+    assert "every-position" in caught.value.found
+
+
+def test_a_bundle_of_graphs_alone_says_so_when_weights_are_needed(copy: Path) -> None:
+    manifest = json.loads((copy / MANIFEST_FILE).read_text())
+    for graph in GRAPH_FILES.values():
+        (copy / (graph + DATA_SUFFIX)).unlink()
+        del manifest["files"][graph + DATA_SUFFIX]
+    edit(copy, files=manifest["files"])
+    with pytest.raises(BundleError, match="damaged"):
+        Bundle.open(copy)
+    edit(copy, requires=["no-weights"])
+    bundle = Bundle.open(copy)
+    assert not bundle.has_weights
+    assert sum(ref.nbytes for ref in bundle.weights("denoiser").values()) > 10**5
+    with pytest.raises(BundleError, match="holds none"):
+        bundle.require_weights("generation")
 
 
 @pytest.mark.parametrize("key", ["model", "dtype", "files", "generation", "signatures", "source", "tools", "precision"])

@@ -11,10 +11,10 @@ from tests.helpers.bundles import export_fixture
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.cut import build_memory
 from twotower.config.model import parse_model_config, read_model_config
+from twotower.config.weights import PAGE
 from twotower.errors import BuildError, ConfigError
 from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.planning import PlanOptions, plan_bundle
-from twotower.planning.weights import PAGE
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")

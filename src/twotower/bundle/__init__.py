@@ -17,6 +17,7 @@ from twotower.bundle.engines import (
 from twotower.bundle.integrity import FileRecord, Progress, check_files, hash_file, inside
 from twotower.bundle.manifest import (
     DATA_SUFFIX,
+    FEATURES,
     GRAPH_FILES,
     MANIFEST_FILE,
     REPORT_FILE,
@@ -28,14 +29,17 @@ from twotower.bundle.manifest import (
 )
 from twotower.bundle.measurement import flags_of_bundle, note_measurement
 from twotower.bundle.publish import link_file, require_room, unpublished
+from twotower.bundle.weight_table import TABLE_SUFFIX, read_weight_table, write_weight_table
 
 __all__ = [
     "BUILD_FILE",
     "DATA_SUFFIX",
+    "FEATURES",
     "GRAPH_FILES",
     "MANIFEST_FILE",
     "REPORT_FILE",
     "SCHEMA",
+    "TABLE_SUFFIX",
     "TOKENIZER_FILE",
     "Bundle",
     "EngineFile",
@@ -56,9 +60,11 @@ __all__ = [
     "load_engine_record",
     "note_measurement",
     "read_engine_record",
+    "read_weight_table",
     "record_problems",
     "require_room",
     "unpublished",
     "weight_bytes",
     "write_json",
+    "write_weight_table",
 ]

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 BUILD_FILE = "build.json"
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,8 @@ class EngineFile:
         outputs: What it writes: names of the graph, and for the segment after `residual_out`; the first denoiser segment
             writes `conditioning` for all others.
         profiles: In the order they were added to the engine.
+        weights: Weights it reads as inputs, by their names in the bundle's weight table.
+        constants: Names of the weights it holds inside.
     """
 
     file: str
@@ -66,6 +68,8 @@ class EngineFile:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     profiles: tuple[Profile, ...]
+    weights: tuple[TensorSpec, ...] = ()
+    constants: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -75,6 +79,8 @@ class EngineFile:
             "inputs": [s.to_json() for s in self.inputs],
             "outputs": [s.to_json() for s in self.outputs],
             "profiles": [{"name": p.name, "axes": {k: list(v) for k, v in p.axes.items()}} for p in self.profiles],
+            "weights": [s.to_json() for s in self.weights],
+            "constants": list(self.constants),
         }
 
 
@@ -105,8 +111,10 @@ class EngineRecord:
         target: For example `ort-cpu`.
         library: Name and version of the inference library the engines were built with.
         dtype: Element type the engines keep their buffers in.
-        graphs: For each graph, the identity of what it was built from (`Bundle.graph_identity`).
+        graphs: For each graph, SHA-256 of what it was built from, without its weights (`Bundle.program_identity`).
         weights: For each graph, the weight file relative to the bundle.
+        holds: SHA-256 of the weights of every graph of which the engines hold some themselves; engines that hold none serve every
+            checkpoint of the same shapes.
         files: Every file in the folder besides `build.json`.
         report: What the build observed: seconds, bytes, operators.
         limits: What the build fixed; None where shapes are free (ONNX Runtime).
@@ -122,6 +130,7 @@ class EngineRecord:
     report: dict[str, Any] = field(default_factory=dict)
     limits: EngineLimits | None = None
     engines: dict[str, tuple[EngineFile, ...]] = field(default_factory=dict)
+    holds: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that `read_engine_record` reads back."""
@@ -132,6 +141,7 @@ class EngineRecord:
             "dtype": self.dtype,
             "graphs": self.graphs,
             "weights": self.weights,
+            "holds": self.holds,
             "files": {name: {"size": r.size, "sha256": r.sha256} for name, r in sorted(self.files.items())},
             "report": self.report,
             "limits": self.limits.to_json() if self.limits else None,
@@ -172,7 +182,14 @@ def load_engine_record(bundle: Bundle, target: str) -> EngineRecord:
         found = f"built targets: {', '.join(built_targets(bundle.path)) or 'none'}"
         raise EngineMismatchError(f"bundle '{bundle.path}' has no engine for target {target}", found=found, do=_rebuild(bundle, target))
     try:
-        return _parsed(json.loads(file.read_text(encoding="utf-8")))
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data["schema"] != SCHEMA:
+            raise EngineMismatchError(
+                f"the {target} engine of bundle '{bundle.path}' was built by another version of twotower",
+                found=f"build.json has schema {data['schema']!r}, this version reads {SCHEMA}",
+                do=f"{_rebuild(bundle, target)}; engines without weights take seconds",
+            )
+        return _parsed(data)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         found = f"{type(e).__name__}: {e}"
         raise EngineMismatchError(f"{file} is not readable", found=found, do=_rebuild(bundle, target)) from e
@@ -194,7 +211,10 @@ def record_problems(
     if record.target != target:
         problems.append(f"built for target {record.target}, asked for {target}")
     problems += [
-        f"{name}: built from another graph" for name in bundle.signatures if record.graphs.get(name) != bundle.graph_identity(name)
+        f"{name}: built from another graph" for name in bundle.signatures if record.graphs.get(name) != bundle.program_identity(name)
+    ]
+    problems += [
+        f"{name}: holds weights of another checkpoint" for name, data in record.holds.items() if data != bundle.data_identity(name)
     ]
     if library is not None and record.library != dict(library):
         problems.append(f"built with {_label(record.library)}, this environment has {_label(library)}")
@@ -249,8 +269,6 @@ def _rebuild(bundle: Bundle, target: str) -> str:
 
 
 def _parsed(data: dict[str, Any]) -> EngineRecord:
-    if data["schema"] != SCHEMA:
-        raise ValueError(f"schema {data['schema']!r}, this version reads {SCHEMA}")
     return EngineRecord(
         target=str(data["target"]),
         library=dict(data["library"]),
@@ -261,6 +279,7 @@ def _parsed(data: dict[str, Any]) -> EngineRecord:
         report=dict(data["report"]),
         limits=_limits(data["limits"]),
         engines={str(name): tuple(_engine_file(e) for e in parts) for name, parts in data["engines"].items()},
+        holds=dict(data["holds"]),
     )
 
 
@@ -278,6 +297,8 @@ def _engine_file(data: dict[str, Any]) -> EngineFile:
         inputs=tuple(_spec(s) for s in data["inputs"]),
         outputs=tuple(_spec(s) for s in data["outputs"]),
         profiles=tuple(Profile(str(p["name"]), {str(k): _three(v) for k, v in p["axes"].items()}) for p in data["profiles"]),
+        weights=tuple(_spec(s) for s in data["weights"]),
+        constants=tuple(map(str, data["constants"])),
     )
 
 

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from twotower.bundle.integrity import FileRecord, Progress, check_files, inside
+from twotower.bundle.weight_table import TABLE_SUFFIX, read_weight_table
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.config.formats import FORMATS, WeightFormat
+from twotower.config.weights import WeightRef
 from twotower.errors import BundleError, ConfigError
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TowerSignature, signatures
 
-__all__ = ["DATA_SUFFIX", "GRAPH_FILES", "MANIFEST_FILE", "REPORT_FILE", "SCHEMA", "TOKENIZER_FILE", "Bundle", "is_bundle", "write_json"]
+__all__ = [
+    "DATA_SUFFIX",
+    "FEATURES",
+    "GRAPH_FILES",
+    "MANIFEST_FILE",
+    "REPORT_FILE",
+    "SCHEMA",
+    "TOKENIZER_FILE",
+    "Bundle",
+    "is_bundle",
+    "write_json",
+]
 
-SCHEMA = 1
+SCHEMA = 2
+FEATURES = frozenset({"no-weights", "quantization"})
+"""What a reader may be required to know: `no-weights` marks a bundle of graphs alone, `quantization` one with weights in few bits. A bundle
+lists in `requires` what it cannot be read without; any other field a reader does not know is left alone."""
+
 MANIFEST_FILE = "bundle.json"
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
 REPORT_FILE = "reports/export.json"
@@ -54,6 +72,7 @@ class Bundle:
         tools: Versions of what wrote it.
         quantization: Of a quantized bundle: recipe, options, identity of the bundle it was made from, and what was measured of it. None
             for a float bundle.
+        requires: Features a reader must know, of `FEATURES`.
     """
 
     path: Path
@@ -68,14 +87,16 @@ class Bundle:
     tools: dict[str, str]
     signatures: dict[str, TowerSignature] = field(repr=False)
     quantization: dict[str, Any] | None = None
+    requires: frozenset[str] = frozenset()
 
     @classmethod
-    def open(cls, path: str | Path, *, contents: bool = True, progress: Progress | None = None) -> Bundle:
+    def open(cls, path: str | Path, *, contents: bool = True, weights: bool = True, progress: Progress | None = None) -> Bundle:
         """Opens a bundle and checks its files.
 
         Args:
             path: The folder.
             contents: Also compare SHA-256 (once; see `check_files`); without it sizes alone are checked.
+            weights: Of data files too; False for a reader that is about to read every byte of them itself.
             progress: Called with (bytes hashed, bytes to hash).
 
         Raises:
@@ -83,15 +104,14 @@ class Bundle:
         """
         root = Path(path)
         bundle = _parsed(root, _manifest(root))
-        problems = [f"{name}: not listed" for name in GRAPH_FILES.values() if name not in bundle.files]
-        if contents:
-            problems += check_files(root, bundle.files, progress)
-        else:
-            problems += [
-                f"{name}: missing or of another size"
-                for name, record in bundle.files.items()
-                if (file := inside(root, name)) is None or not file.is_file() or file.stat().st_size != record.size
-            ]
+        problems = [f"{name}: not listed" for name in bundle.required_files() if name not in bundle.files]
+        hashed = {name: r for name, r in bundle.files.items() if contents and (weights or not name.endswith(DATA_SUFFIX))}
+        problems += check_files(root, hashed, progress)
+        problems += [
+            f"{name}: missing or of another size"
+            for name, record in bundle.files.items()
+            if name not in hashed and ((file := inside(root, name)) is None or not file.is_file() or file.stat().st_size != record.size)
+        ]
         if problems:
             raise BundleError(
                 f"bundle '{path}' is damaged: {len(problems)} file(s) are not what bundle.json says",
@@ -119,10 +139,57 @@ class Bundle:
         """The ONNX file of `context`, `context_head` or `denoiser`."""
         return self.path / GRAPH_FILES[name]
 
-    def graph_identity(self, name: str) -> str:
-        """SHA-256 of a graph and of its weights: what an engine is built from."""
+    @property
+    def has_weights(self) -> bool:
+        """Whether it holds weights: one of graphs alone can be built for and not run."""
+        return "no-weights" not in self.requires
+
+    def required_files(self) -> list[str]:
+        """Files every bundle of this kind lists, but for the tokenizer."""
+        suffixes = ("", TABLE_SUFFIX, DATA_SUFFIX) if self.has_weights else ("", TABLE_SUFFIX)
+        return [graph + suffix for graph in GRAPH_FILES.values() for suffix in suffixes]
+
+    def require_weights(self, what: str) -> None:
+        """Refuses a bundle of graphs alone.
+
+        Raises:
+            BundleError: it holds no weights; `what` says what needs them.
+        """
+        if not self.has_weights:
+            raise BundleError(
+                f"{what} needs weights, and bundle '{self.path}' holds none",
+                found="it was made from a config.json alone (`requires` lists no-weights); engines can be built from it",
+                do="export a checkpoint with `twotower export CHECKPOINT -o BUNDLE`; engines of the same shapes are taken from the cache",
+            )
+
+    def weights(self, name: str) -> Mapping[str, WeightRef]:
+        """Every weight of a graph with its place in the graph's data file, in the file's order.
+
+        Raises:
+            BundleError: the table cannot be read, or the data file is shorter than it says.
+        """
         relative = GRAPH_FILES[name]
-        return f"{self.files[relative].sha256}+{self.files[relative + DATA_SUFFIX].sha256}"
+        data = self.files.get(relative + DATA_SUFFIX)
+        if data is None:  # of a bundle without weights: any size will do
+            return read_weight_table(self.path / (relative + TABLE_SUFFIX), 1 << 62)
+        return read_weight_table(self.path / (relative + TABLE_SUFFIX), data.size)
+
+    def data_file(self, name: str) -> Path:
+        """The file a graph's weights lie in."""
+        return self.path / (GRAPH_FILES[name] + DATA_SUFFIX)
+
+    def program_identity(self, name: str) -> str:
+        """SHA-256 of a graph without its weights: the same for every checkpoint of one shape and dtype."""
+        return self.files[GRAPH_FILES[name]].sha256
+
+    def data_identity(self, name: str) -> str:
+        """SHA-256 of a graph's weights; empty where there are none."""
+        data = self.files.get(GRAPH_FILES[name] + DATA_SUFFIX)
+        return data.sha256 if data else ""
+
+    def graph_identity(self, name: str) -> str:
+        """SHA-256 of a graph and of its weights: what decides a text."""
+        return f"{self.program_identity(name)}+{self.data_identity(name)}"
 
 
 def _manifest(root: Path) -> dict[str, Any]:
@@ -141,9 +208,25 @@ def _manifest(root: Path) -> dict[str, Any]:
         raise BundleError(
             f"bundle '{root}' has a schema this version cannot read",
             found=f"schema {schema!r}; this version reads schema {SCHEMA}",
-            do="export the checkpoint again with this version of twotower, or use the version that wrote it",
+            do=_newer_or_older(data, root, schema),
+        )
+    unknown = sorted(set(map(str, data.get("requires", ()))) - FEATURES)
+    if unknown:
+        raise BundleError(
+            f"bundle '{root}' needs a newer version of twotower",
+            found=f"it requires {', '.join(unknown)}; this version knows {', '.join(sorted(FEATURES))}",
+            do="`pip install --upgrade twotower`, or export the checkpoint with this version",
         )
     return dict(data)
+
+
+def _newer_or_older(data: Any, root: Path, schema: Any) -> str:
+    """The command that mends a bundle of another schema."""
+    if isinstance(schema, int) and schema > SCHEMA:
+        return "`pip install --upgrade twotower`, or export the checkpoint with this version"
+    source = data.get("source") if isinstance(data, dict) else None
+    checkpoint = source.get("name", "CHECKPOINT") if isinstance(source, dict) else "CHECKPOINT"
+    return f"`twotower export {checkpoint} -o NEW` with this version, then `twotower build NEW`; or use the old version"
 
 
 def _quantization(data: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -183,6 +266,7 @@ def _parsed(root: Path, data: dict[str, Any]) -> Bundle:
             tools=dict(data["tools"]),
             signatures=all_signatures,
             quantization=_quantization(data.get("quantization")),
+            requires=frozenset(map(str, data.get("requires", ()))),
         )
     except ConfigError:
         raise

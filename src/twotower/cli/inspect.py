@@ -86,13 +86,13 @@ def _bundle(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:
 
 def _quantization(bundle: Bundle) -> list[str]:
     """What of a bundle is in few bits, and what was measured of it."""
-    from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, flags_of_bundle
+    from twotower.bundle import GRAPH_FILES, flags_of_bundle
     from twotower.cli.progress import human_bytes
 
     facts = bundle.quantization
     if facts is None:
         return []
-    size = sum(bundle.files[graph + DATA_SUFFIX].size for graph in GRAPH_FILES.values())
+    size = sum(ref.nbytes for graph in GRAPH_FILES for ref in bundle.weights(graph).values())
     kinds = ", ".join(f"{kind} {how}" for kind, how in bundle.precision.items() if kind in facts["recipe"]["weights"])
     kinds = f"{kinds}; {human_bytes(size)} of weights in all"
     measured = facts["measured"]

@@ -12,13 +12,11 @@ from types import MappingProxyType
 from twotower.config.formats import FORMATS, stored_bytes, stored_format
 from twotower.config.model import ModelConfig
 from twotower.config.tensors import CheckpointTensor, Role, Tower, expected_tensors
+from twotower.config.weights import aligned
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 
 __all__ = [
     "EXPERT_FORMATS",
-    "LARGE",
-    "LINE",
-    "PAGE",
     "Formats",
     "GraphWeights",
     "checkpoint_bytes",
@@ -26,9 +24,6 @@ __all__ = [
     "graph_weights",
     "item_bytes",
 ]
-
-PAGE, LINE, LARGE = 4096, 64, 1 << 20
-"""A weight of a megabyte or more starts on a page in a bundle's data file, a smaller one on a cache line (`twotower.graph_files`)."""
 
 _FLOAT32 = ("norm.weight", "norm_f.weight", ".D", ".dt_bias", ".A_log", ".gate.weight", ".e_score_correction_bias")
 """Ends of the names that a graph keeps in float32 whatever the model's dtype."""
@@ -103,8 +98,7 @@ def graph_weights(config: ModelConfig, dtype: str, formats: Formats = ()) -> Map
             sums[graph].add(tensor, size, kept)
             stacks[graph, f"{_stack_of(tensor)} {kept}"] += size
     for (graph, _), size in stacks.items():
-        step = PAGE if size >= LARGE else LINE
-        sums[graph].stored += -(-size // step) * step
+        sums[graph].stored += aligned(size, size)
     return MappingProxyType({name: s.frozen(with_layers=name != CONTEXT_HEAD) for name, s in sums.items()})
 
 

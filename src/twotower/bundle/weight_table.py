@@ -1,0 +1,91 @@
+"""The table of a data file: name, type, shape and place of every weight, for readers without ONNX.
+
+context/model.onnx           the graph
+context/model.onnx.data      its weights, one after another
+context/model.onnx.weights.json   this table, a weight a line
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from twotower.config.formats import BITS
+from twotower.config.weights import LINE, WeightRef
+from twotower.errors import BundleError
+
+__all__ = ["TABLE_SUFFIX", "read_weight_table", "write_weight_table"]
+
+TABLE_SUFFIX = ".weights.json"
+"""The table of a graph's weights lies beside it under the graph's name plus this."""
+
+
+def write_weight_table(path: Path, weights: Mapping[str, WeightRef]) -> None:
+    """Writes a table in the order of the data file, one weight a line.
+
+    The whole file is the same for every checkpoint of one shape and dtype.
+    """
+    ordered = sorted(weights.items(), key=lambda item: item[1].offset)
+    lines = [json.dumps([name, ref.dtype, list(ref.shape), ref.offset]) for name, ref in ordered]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+
+
+def read_weight_table(path: Path, data_bytes: int) -> Mapping[str, WeightRef]:
+    """Reads a table and holds it against the size of its data file.
+
+    Args:
+        path: The table.
+        data_bytes: Bytes of the data file, as the bundle lists it.
+
+    Returns:
+        Every weight by name, in the order of the data file.
+
+    Raises:
+        BundleError: the table cannot be read, or names bytes the data file does not have.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        table = {str(name): _ref(rest) for name, *rest in entries}
+    except (OSError, ValueError, TypeError) as e:
+        found = f"{type(e).__name__}: {e}"
+        raise BundleError(f"cannot read {path}", found=found, do=_AGAIN) from e
+    problems = _problems(table, data_bytes)
+    if len(table) < len(entries):
+        problems.append("a name stands twice")
+    if problems:
+        what = f"the weights in {path} are not where the data file has room for them"
+        raise BundleError(what, found="; ".join(problems[:5]), do=_AGAIN)
+    return MappingProxyType(table)
+
+
+_AGAIN = "copy the bundle again from where it was made, or export the checkpoint again"
+
+
+def _ref(entry: list[Any]) -> WeightRef:
+    dtype, shape, offset = entry
+    if dtype not in BITS:
+        raise ValueError(f"unknown type {dtype!r}")
+    sizes = tuple(shape)
+    if not all(_is_count(n) for n in (*sizes, offset)):
+        raise ValueError(f"shape {shape!r}, offset {offset!r}")
+    return WeightRef(dtype, sizes, offset)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _problems(table: Mapping[str, WeightRef], data_bytes: int) -> list[str]:
+    out, end = [], 0
+    for name, ref in sorted(table.items(), key=lambda item: item[1].offset):
+        if ref.offset % LINE:
+            out.append(f"{name} starts at byte {ref.offset}, which is no multiple of {LINE}")
+        if ref.offset < end:
+            out.append(f"{name} overlaps the weight before it")
+        if ref.end > data_bytes:
+            out.append(f"{name} ends at byte {ref.end}, the data file has {data_bytes}")
+        end = max(end, ref.end)
+    return out
