@@ -7,6 +7,7 @@ from collections.abc import Callable
 from twotower.builders.base import BuildConfig, EngineBuilder
 from twotower.builders.build import build_engines
 from twotower.errors import BuildError
+from twotower.extras import TARGET_EXTRA, install_command
 
 __all__ = ["BUILDERS", "BuildConfig", "EngineBuilder", "build_engines", "builder_for"]
 
@@ -35,15 +36,11 @@ def _trt() -> EngineBuilder:
     return make_builder()
 
 
-_EXTRAS = {
-    "ort-cpu": "`pip install 'twotower[cpu]'`",
-    "ort-cuda": "`pip install 'twotower[gpu]'`",
-    "rtx": "`pip install 'twotower[rtx]'`",
-    "trt": "`pip install 'twotower[gpu]'`: the wheels fetch the library itself from NVIDIA's own package index, pypi.nvidia.com",
-}
-
 BUILDERS: dict[str, Callable[[], EngineBuilder]] = {"ort-cpu": _ort_cpu, "ort-cuda": _ort_cuda, "rtx": _rtx, "trt": _trt}
 """Target name -> creator of its builder."""
+
+
+_NOTES = {"trt": ": the wheels fetch the library itself from NVIDIA's own package index, pypi.nvidia.com"}
 
 
 def builder_for(target: str) -> EngineBuilder:
@@ -62,5 +59,5 @@ def builder_for(target: str) -> EngineBuilder:
         raise BuildError(
             f"target {target} cannot be built here",
             found=f"a library is missing: {e}",
-            do=_EXTRAS[target],
+            do=install_command(TARGET_EXTRA[target]) + _NOTES.get(target, ""),
         ) from e

@@ -1,7 +1,25 @@
-"""Checkpoint to bundle: reading the published layout, recording the graphs, streaming the weights, verifying the result."""
+"""Checkpoint to bundle: reading the published layout, recording the graphs, streaming the weights, verifying the result.
+
+What reads a checkpoint is imported at once and needs numpy alone; what writes graphs needs the extra `export` and is imported when its
+name is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from twotower.export.checkpoint import Checkpoint, locate_checkpoint
-from twotower.export.exporter import ExportConfig, export_bundle
 from twotower.export.summary import ModelSummary, summarize
 
+if TYPE_CHECKING:
+    from twotower.export.exporter import ExportConfig, export_bundle
+
 __all__ = ["Checkpoint", "ExportConfig", "ModelSummary", "export_bundle", "locate_checkpoint", "summarize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("ExportConfig", "export_bundle"):
+        from twotower.export import exporter
+
+        return getattr(exporter, name)
+    raise AttributeError(f"module 'twotower.export' has no attribute {name!r}")

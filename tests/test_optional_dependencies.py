@@ -18,6 +18,7 @@ from twotower.cli.main import VERBS
 TRAINING = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "huggingface_hub")
 VENDORS = ("onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "modelopt", "polygraphy")
 FIRST_TOKENS = "5 17 42 99"
+CHECKPOINT = str(ROOT / "tests" / "fixtures" / "hybrid-a")
 
 # An import of a blocked name fails as if the distribution were not installed.
 BLOCKER = """
@@ -84,6 +85,7 @@ def test_a_missing_library_is_an_error_that_names_its_extra(built_bundle: Path) 
         (["export", "somewhere", "-o", "out"], "export"),
         (["calibrate", "somewhere", "--prompts", "p", "-o", "out"], "calibration"),
         (["quantize", "somewhere", "--recipe", "mixed", "-o", "out"], "calibration"),
+        (["bench", "--export"], "export"),
     ],
 )
 def test_commands_of_the_training_side_name_their_extra(words: list[str], extra: str) -> None:
@@ -92,6 +94,24 @@ def test_commands_of_the_training_side_name_their_extra(words: list[str], extra:
     assert f"twotower[{extra}]" in done.stderr
     assert "onnx_ir" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["inspect", CHECKPOINT], "checkpoint  "),
+        (["inspect", "BUNDLE"], "bundle      "),
+        (["plan", f"{CHECKPOINT}/config.json"], "engines "),
+        (["plan", CHECKPOINT, "--target", "ort-cpu"], "engines "),
+        (["plan", "BUNDLE"], "engines "),
+        (["bench", "BUNDLE", "--prompt-tokens", "4", "--max-new-tokens", "16", "--runs", "1"], "breaks even"),
+    ],
+)
+def test_what_only_reads_or_runs_needs_no_training_side(built_bundle: Path, words: list[str], expected: str) -> None:
+    words = [str(built_bundle) if w == "BUNDLE" else w for w in words]
+    done = python_without(TRAINING, f"import sys; from twotower.cli.main import main; sys.exit(main({words!r}))")
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from twotower.bundle import Bundle, Progress
 from twotower.errors import ConfigError, EngineMismatchError
+from twotower.extras import TARGET_EXTRA, install_command
 from twotower.hardware import probe_machine
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions
 from twotower.runtime.engines.towers import Towers
@@ -73,8 +74,6 @@ def _tensorrt_options(options: OpenOptions) -> TensorRTOptions:
 OPENERS: dict[str, Callable[[], Opener]] = {"ort-cpu": _ort_cpu, "ort-cuda": _ort_cuda, "rtx": _rtx, "trt": _trt}
 """Target name -> importer of what opens its engines."""
 
-_EXTRAS = {"ort-cpu": "cpu", "ort-cuda": "gpu", "rtx": "rtx", "trt": "gpu"}
-
 
 def require_opener(target: str) -> None:
     """Says of a target that this version can build and not run that it is so.
@@ -103,6 +102,6 @@ def open_towers(bundle: Bundle, target: str, options: OpenOptions | None = None)
         raise EngineMismatchError(
             f"target {target} cannot run here",
             found=f"a library is missing: {e}",
-            do=f"`pip install 'twotower[{_EXTRAS[target]}]'`",
+            do=install_command(TARGET_EXTRA[target]),
         ) from e
     return opener(bundle, options or OpenOptions())

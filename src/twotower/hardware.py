@@ -6,12 +6,13 @@ import ctypes
 import os
 import platform
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from twotower.errors import EngineMismatchError
+from twotower.extras import TARGET_EXTRA, install_command
 
 __all__ = ["RTX_SMS", "TARGETS", "Gpu", "Machine", "Selection", "installed_version", "probe_machine", "select_target"]
 
@@ -113,7 +114,7 @@ def select_target(machine: Machine, built: Collection[str], *, wanted: str | Non
     raise EngineMismatchError(
         f"no engine fits this machine ({_describe(machine)})",
         found=trace,
-        do="`twotower build BUNDLE --target ort-cpu` works on any machine",
+        do=_remedy(machine, [t for t in candidates if t in built]),
     )
 
 
@@ -139,6 +140,15 @@ def _reason_against(target: str, machine: Machine, built: Collection[str]) -> st
     if sms and all(gpu.sm not in sms for gpu in machine.gpus):
         return f"built for SM {', '.join(map(str, sms))}, the GPU is SM {machine.gpus[0].sm}"
     return None
+
+
+def _remedy(machine: Machine, built: Sequence[str]) -> str:
+    """What to do where no target runs: the library of one that is built, if this machine lacks that alone."""
+    for target in built:
+        able = target == "ort-cpu" or bool(machine.gpus)
+        if able and not any(name in machine.libraries for name in _NEEDS[target]):
+            return f"{install_command(TARGET_EXTRA[target])} for the built {target} engines"
+    return "`twotower build BUNDLE --target ort-cpu` works on any machine"
 
 
 def _describe(machine: Machine) -> str:

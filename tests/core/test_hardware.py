@@ -48,6 +48,21 @@ def test_every_rejection_has_its_reason() -> None:
         select_target(machine(), (), wanted="tpu")
 
 
+@pytest.mark.parametrize(
+    ("here", "built", "want"),
+    [
+        (machine(tensorrt_rtx_cu13="1.7"), ("ort-cpu",), "pip install 'twotower[cpu]'"),
+        (machine(RTX4090), ("rtx", "ort-cpu"), "pip install 'twotower[rtx]'"),
+        (machine(onnxruntime="1.32"), ("rtx",), "twotower build BUNDLE --target ort-cpu"),
+        (machine(), (), "twotower build BUNDLE --target ort-cpu"),
+    ],
+)
+def test_a_built_target_that_lacks_its_library_alone_names_the_extra(here: Machine, built: tuple[str, ...], want: str) -> None:
+    with pytest.raises(EngineMismatchError) as caught:
+        select_target(here, built)
+    assert want in caught.value.do
+
+
 def test_two_onnxruntimes_are_a_conflict_and_say_so() -> None:
     both = machine(onnxruntime="1.32", onnxruntime_gpu="1.31")
     assert both.conflict

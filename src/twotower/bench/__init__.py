@@ -1,7 +1,24 @@
-"""Time and memory, as ratios of things measured in one run."""
+"""Time and memory, as ratios of things measured in one run.
 
-from twotower.bench.export_cost import ExportCost, measure_export
+What measures an export needs the extras `export` and `cpu` and is imported when its name is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from twotower.bench.generation import GenerationSpeed, measure_generation
 from twotower.bench.passes import PassTimes, measure_passes
 
+if TYPE_CHECKING:
+    from twotower.bench.export_cost import ExportCost, measure_export
+
 __all__ = ["ExportCost", "GenerationSpeed", "PassTimes", "measure_export", "measure_generation", "measure_passes"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("ExportCost", "measure_export"):
+        from twotower.bench import export_cost
+
+        return getattr(export_cost, name)
+    raise AttributeError(f"module 'twotower.bench' has no attribute {name!r}")

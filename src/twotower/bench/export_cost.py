@@ -12,7 +12,8 @@ from typing import Any
 
 from twotower.bench.process import run_measured
 from twotower.bundle import REPORT_FILE
-from twotower.export import Checkpoint, export_bundle
+from twotower.export.checkpoint import Checkpoint
+from twotower.export.exporter import export_bundle
 from twotower.export.synthetic import SyntheticOptions, published_slice, write_checkpoint
 from twotower.export.verify import verify_bundle
 

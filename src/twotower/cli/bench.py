@@ -72,6 +72,10 @@ def _generation(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 
 def _export(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    from twotower.extras import require_libraries
+
+    require_libraries("export", "torch", "onnx", "onnx_ir", "safetensors", what="measuring an export")
+    require_libraries("export,cpu", "onnxruntime", what="measuring an export")
     from twotower.bench import measure_export
 
     with tempfile.TemporaryDirectory(prefix="twotower-bench-", dir=args.scratch) as scratch:

@@ -33,9 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from twotower.cli.options import require_libraries
+    from twotower.extras import require_libraries
 
     require_libraries("calibration", "onnx", "onnx_ir", "safetensors")
+    require_libraries("calibration,cpu", "onnxruntime", what="generating from the prompts")
     from twotower.bundle import Bundle
     from twotower.calibration.collect import CollectConfig, collect
     from twotower.calibration.plot import draw_ranges
@@ -43,13 +44,12 @@ def run(args: argparse.Namespace) -> int:
     from twotower.cli.progress import ProgressLine
     from twotower.cli.prompts import read_prompts
     from twotower.errors import ConfigError
-    from twotower.evaluate.charts import require_charts
     from twotower.runtime import Request
 
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit cannot be {args.limit}", found="allowed: 1 and more", do="pass a positive --limit")
     if not args.no_plot:
-        require_charts()
+        require_libraries("calibration", "matplotlib", what="drawing the ranges (--no-plot leaves that out)")
     checking, line = ProgressLine(), ProgressLine("prompts")
     bundle = Bundle.open(args.bundle, progress=lambda done, total: checking("checking the bundle", done, total))
     checking.end()

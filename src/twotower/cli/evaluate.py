@@ -121,6 +121,9 @@ def _pair(args: argparse.Namespace) -> Any:
     first, second = (Bundle.open(b, contents=False) for b in (args.bundle, args.against))
     if first.quantization is None and second.quantization is None:
         return None
+    from twotower.extras import require_libraries
+
+    require_libraries("calibration", "onnx", "onnx_ir", "safetensors", what="measuring what quantization costs")
     from twotower.evaluate.price_run import require_pair
 
     return require_pair(first, second)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 __all__ = ["add_arguments", "run"]
 
@@ -31,18 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from twotower.cli.options import require_libraries
+    from twotower.extras import require_libraries
 
     require_libraries("export", "torch", "onnx", "onnx_ir", "safetensors")
+    if args.verify:
+        require_libraries("export,cpu", "onnxruntime", what="comparing the result with the torch towers (--no-verify leaves it out)")
     from twotower.cli.progress import ProgressLine, human_bytes
     from twotower.export import Checkpoint, ExportConfig, export_bundle, locate_checkpoint
-    from twotower.export.verify import verify_bundle
 
     config = ExportConfig(dtype=args.dtype, trained_block_size=args.block_size)
     line = ProgressLine()
     try:
         checkpoint = Checkpoint.open(locate_checkpoint(args.checkpoint))
-        bundle = export_bundle(checkpoint, Path(args.output), config, verify=verify_bundle if args.verify else None, report=line)
+        bundle = export_bundle(checkpoint, Path(args.output), config, verify=_verification() if args.verify else None, report=line)
     finally:
         line.end()
     size = sum(record.size for record in bundle.files.values())
@@ -50,6 +53,12 @@ def run(args: argparse.Namespace) -> int:
     print(_verdict(bundle.path), file=sys.stderr)
     print(f"next: twotower build {args.output} --target ort-cpu", file=sys.stderr)
     return 0
+
+
+def _verification() -> Callable[..., dict[str, Any]]:
+    from twotower.export.verify import verify_bundle
+
+    return verify_bundle
 
 
 def _verdict(path: Path) -> str:

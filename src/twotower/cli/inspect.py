@@ -112,14 +112,14 @@ def _quantization(bundle: Bundle) -> list[str]:
 
 def _graph(path: Path) -> tuple[dict[str, Any], list[str]]:
     from twotower.errors import ConfigError
+    from twotower.extras import require_libraries
 
-    try:
-        from google.protobuf.message import DecodeError
+    require_libraries("cpu", "onnx", what="inspecting an ONNX file")
+    from google.protobuf.message import DecodeError
 
-        from twotower.graph_files import load_graph
-        from twotower.graph_lint import explained, lint
-    except ImportError as e:
-        raise ConfigError("an ONNX file cannot be inspected here", found=f"a library is missing: {e}", do="`pip install onnx`") from e
+    from twotower.graph_files import load_graph
+    from twotower.graph_lint import explained, lint
+
     try:
         model = load_graph(path)
     except (OSError, DecodeError) as e:

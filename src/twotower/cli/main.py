@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from twotower import __version__
 from twotower.cli.progress import Interrupts
 from twotower.errors import TwoTowerError
+from twotower.extras import missing_library
 
 __all__ = ["VERBS", "build_parser", "main"]
 
@@ -76,16 +77,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 sys.stdout.flush()  # a reader that went away is noticed here and not by the interpreter's last breath
     except TwoTowerError as e:
-        if args.debug:
+        return _refused(e, e, debug=args.debug)
+    except ModuleNotFoundError as e:  # verbs say beforehand what they need; this is for a path that nobody thought of
+        missing = missing_library(e, f"`twotower {args.verb}`")
+        if missing is None:
             raise
-        print(f"{type(e).__name__}: {e}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _refused(missing, e, debug=args.debug)
     except KeyboardInterrupt:
         print("interrupted; nothing half-written was left behind", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in the buffer goes nowhere
         return 0
+
+
+def _refused(error: TwoTowerError, cause: Exception, *, debug: bool) -> int:
+    if debug:
+        raise cause
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":

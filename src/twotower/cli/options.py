@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from importlib.util import find_spec
 from typing import Any
 
 from twotower.config import GenerationConfig
@@ -17,7 +16,6 @@ __all__ = [
     "byte_size",
     "device_options",
     "generation_overrides",
-    "require_libraries",
     "token_ids",
     "whole_numbers",
 ]
@@ -94,27 +92,6 @@ def device_options(args: argparse.Namespace) -> dict[str, Any]:
 def generation_overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The generation options that were given."""
     return {f.name: getattr(args, f.name) for f in fields(GenerationConfig) if getattr(args, f.name, None) is not None}
-
-
-def require_libraries(extra: str, *modules: str) -> None:
-    """Says before anything else what a command needs that is not installed.
-
-    Raises:
-        ConfigError: a module cannot be found; names the extra that brings it.
-    """
-    missing = [name for name in modules if not _installed(name)]
-    if missing:
-        found = f"not installed: {', '.join(missing)}"
-        raise ConfigError(
-            "this command needs libraries that a deployment does not have", found=found, do=f"`pip install 'twotower[{extra}]'`"
-        )
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ImportError:
-        return False
 
 
 def token_ids(text: str) -> tuple[int, ...]:

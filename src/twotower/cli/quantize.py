@@ -60,7 +60,7 @@ def _summaries() -> dict[str, str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from twotower.cli.options import require_libraries
+    from twotower.extras import require_libraries
 
     require_libraries("calibration", "onnx", "onnx_ir", "safetensors")
     from twotower.bundle import Bundle
@@ -122,6 +122,9 @@ def _tell(args: argparse.Namespace, bundle: Bundle, nbytes: int, facts: dict[str
 def _auto(args: argparse.Namespace, bundle: Bundle, config: Any, statistics: Statistics | None) -> int:
     import tempfile
 
+    from twotower.extras import require_libraries
+
+    require_libraries("calibration,cpu", "onnxruntime", what="measuring candidates (recipe auto)")
     from twotower.bundle import note_measurement
     from twotower.calibration.quantize import plan_quantization, quantize_bundle
     from twotower.cli.evaluate import chosen_suite

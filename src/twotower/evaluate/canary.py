@@ -67,14 +67,18 @@ def check_chain(progress: Callable[[str], None] | None = None, target: str = "or
 
         from twotower.export.synthetic import write_checkpoint  # noqa: PLC0415
     except ImportError as e:
-        yield CheckResult("known answer", None, f"needs the extras `export` and `cpu`: {e}")
+        yield _not_checked(e)
         return
     with tempfile.TemporaryDirectory(prefix="twotower-doctor-") as scratch:
         checkpoint = write_checkpoint(Path(scratch) / "checkpoint", _small_config())
         try:
             yield from _known_answer(checkpoint, Path(scratch) / "bundle", target=target, progress=progress or (lambda what: None))
         except (TwoTowerError, ImportError) as e:
-            yield CheckResult("known answer", False if isinstance(e, TwoTowerError) else None, str(e))
+            yield _not_checked(e) if isinstance(e, ImportError) else CheckResult("known answer", False, str(e))
+
+
+def _not_checked(missing: ImportError) -> CheckResult:
+    return CheckResult("known answer", None, f"not checked, it needs the extras `export` and `cpu`: {missing}")
 
 
 def _known_answer(checkpoint: Path, bundle: Path, *, target: str, progress: Callable[[str], None]) -> Iterator[CheckResult]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-from importlib.util import find_spec
 from typing import Any
 
-from twotower.errors import ConfigError
 from twotower.evaluate.evaluation import AR, DEFAULT, OTHER
+from twotower.extras import require_libraries
 
 __all__ = ["draw_curve", "require_charts"]
 
@@ -22,9 +21,7 @@ def require_charts() -> None:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
-        found, do = "matplotlib is not installed", '`pip install "twotower[evaluate]"`'
-        raise ConfigError("a report with a picture needs matplotlib", found=found, do=do)
+    require_libraries("evaluate", "matplotlib", what="a report with a picture")
 
 
 def draw_curve(report: dict[str, Any]) -> tuple[str, bytes]:

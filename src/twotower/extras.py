@@ -1,0 +1,72 @@
+"""Optional libraries: which extra brings each, and the error that says so where one is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+
+from twotower.errors import ConfigError
+
+__all__ = ["EXTRA_OF", "TARGET_EXTRA", "install_command", "missing_library", "require_libraries"]
+
+EXTRA_OF: Mapping[str, str] = {
+    "cuda": "gpu",
+    "huggingface_hub": "export",
+    "lm_eval": "evaluate",
+    "matplotlib": "evaluate",
+    "ml_dtypes": "cpu",  # comes with onnx
+    "onnx": "cpu",
+    "onnx_ir": "export",
+    "onnxruntime": "cpu",
+    "safetensors": "export",
+    "tensorrt": "gpu",
+    "tensorrt_rtx": "rtx",
+    "torch": "export",
+}
+"""First name of an import -> the extra to install for it where nothing else says which (several extras bring some of them)."""
+
+
+TARGET_EXTRA: Mapping[str, str] = {"trt": "gpu", "rtx": "rtx", "ort-cuda": "gpu", "ort-cpu": "cpu"}
+"""Target -> the extra that brings its library."""
+
+
+def install_command(extra: str) -> str:
+    """What to type for an extra, or several separated by commas."""
+    return f"`pip install 'twotower[{extra}]'`"
+
+
+def require_libraries(extra: str, *modules: str, what: str = "this command") -> None:
+    """Says before any work what a command needs that is not installed.
+
+    Args:
+        extra: The extra that brings the modules.
+        modules: Names to import.
+        what: What needs them, for the error's first part.
+
+    Raises:
+        ConfigError: a module cannot be found.
+    """
+    missing = [name for name in modules if not _installed(name)]
+    if missing:
+        raise ConfigError(
+            f"{what} needs libraries that are not installed here",
+            found=f"not installed: {', '.join(missing)}",
+            do=install_command(extra),
+        )
+
+
+def missing_library(error: ModuleNotFoundError, what: str = "this command") -> ConfigError | None:
+    """The same for an import that has failed; None if the module is of no extra, which is then our own mistake."""
+    name = (error.name or "").split(".")[0]
+    if name not in EXTRA_OF:
+        return None
+    return ConfigError(
+        f"{what} needs a library that is not installed here", found=f"not installed: {error.name}", do=install_command(EXTRA_OF[name])
+    )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ImportError:
+        return False
