@@ -143,6 +143,8 @@ def _cut_texts(context: str, continuation: str, limits: Limits) -> tuple[list[in
     """
     stripped = context.rstrip()
     before, whole = token_ids(stripped, limits), token_ids(context + continuation, limits)
+    if not before and whole[:1] == [limits.model.bos_token_id]:
+        before = whole[:1]  # an empty context is the BOS token, and here the continuation brings it
     return before, whole[len(before) :]
 
 

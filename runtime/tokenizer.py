@@ -66,7 +66,9 @@ class Tokenizer:
         return cls(backend)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text.
+        """Token ids of a text, with the special tokens that the tokenizer adds.
+
+        What it adds in front (a BOS token) is left out where the text begins with the same.
 
         Raises:
             RequestError: the text is not valid Unicode.
@@ -75,7 +77,10 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as e:
             raise RequestError("the prompt is not valid Unicode text", found=str(e), do="pass text decoded as UTF-8") from e
-        return list(self._backend.encode(text).ids)
+        encoding = self._backend.encode(text)
+        ids, added = list(encoding.ids), encoding.special_tokens_mask
+        front = added.index(0) if 0 in added else len(added)  # of a typed special token it is 0
+        return ids[front:] if ids[:front] == ids[front : 2 * front] else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens and ids the tokenizer does not know give none."""

@@ -75,6 +75,17 @@ def test_a_text_ends_at_any_token_of_the_list(models: Models, mode: str) -> None
     assert past.finish_reason == "length"
 
 
+def test_a_typed_bos_changes_neither_a_text_nor_a_score(models: Models) -> None:
+    typed, plain = (models.plain.generate(text) for text in (f"<s>{PROMPT}", PROMPT))
+    assert (typed.text, typed.usage) == (plain.text, plain.usage)
+    assert models.plain.generate("<s>").usage.prompt_tokens == 1
+    answer = " d fish c owl"
+    for context in (PROMPT, ""):
+        expected = models.plain.score((context, answer))
+        assert models.plain.score((f"<s>{context}", answer)) == expected
+    assert models.plain.score(("", f"<s>{answer}")) == models.plain.score(("", answer))
+
+
 def test_derived_and_quantized_bundles_carry_the_list(
     changed_bundle: Bundle,
     tmp_path: Path,

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from tests.helpers.bundles import built_fixture
-from tests.helpers.fake_engines import fake_towers
+from tests.helpers.fake_engines import fake_config, fake_towers
 from tests.helpers.graphs import FIXTURES
 from twotower.config import GenerationConfig
 from twotower.errors import RequestCancelledError, RequestError
@@ -19,6 +21,7 @@ from twotower.export import Checkpoint
 from twotower.model import empty_state, load_context_tower
 from twotower.runtime import Score, TwoTower
 from twotower.runtime.sampler import Sampling
+from twotower.runtime.tokenizer import Tokenizer
 
 PAIRS = [([5, 6, 7], [8, 9, 10, 11]), ([40], [41]), (list(range(60, 90)), list(range(100, 109))), ([], [5, 6]), ([9, 9], [])]
 
@@ -185,3 +188,17 @@ def test_texts_are_cut_where_the_context_ends(tmp_path: Path, tiny_bundle: Path)
         before, whole = model.tokenizer.encode(prompt), model.tokenizer.encode(prompt + answer)
         assert model.score((before, whole[len(before) :])) == one
         assert model.score((f"{prompt} ", "")).tokens == ()
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_a_typed_bos_is_the_context_s_only_one(tokenizer_file: Path, *, added: bool) -> None:
+    backend = Backend.from_file(str(tokenizer_file))
+    if not added:
+        backend.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    towers, tokenizer = fake_towers(fake_config(vocab_size=260)).towers, Tokenizer(backend)
+    with TwoTower.from_towers(towers, tokenizer=tokenizer) as toy:
+        a, b = (backend.token_to_id(letter) for letter in "ab")
+        for pair in (("<s>", "ab"), ("", "<s>ab"), ("", "ab")):
+            assert toy.score(pair) == toy.score(([1], [a, b]))
+        assert toy.score(("<s>a", "b")) == toy.score(([1, a], [b]))
+        assert toy.score(([1], [1, a])).tokens == (1, a), "token ids are taken as they are"

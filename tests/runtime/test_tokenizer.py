@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from twotower.errors import BundleError, RequestError
 from twotower.runtime.tokenizer import IncrementalText, Tokenizer
@@ -65,6 +67,42 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('{"model": 3}')
     with pytest.raises(BundleError, match="is not a tokenizer"):
         Tokenizer.from_file(tmp_path / "bad.json")
+
+
+def processed(tokenizer_file: Path, post_processor: Any) -> Tokenizer:
+    """The tokenizer with another post-processor."""
+    data = json.loads(tokenizer_file.read_text())
+    backend = Backend.from_str(json.dumps({**data, "post_processor": None}))
+    if post_processor is not None:
+        backend.post_processor = post_processor
+    return Tokenizer(backend)
+
+
+def test_a_typed_bos_is_the_only_one(tokenizer: Tokenizer) -> None:
+    a, space = tokenizer.encode("a")[1], tokenizer.encode(" ")[1]
+    assert tokenizer.encode("<s>") == [1]
+    assert tokenizer.encode("<s>a") == tokenizer.encode("a") == [1, a]
+    assert tokenizer.encode("<s><s>a") == [1, 1, a], "only what was added goes"
+    assert tokenizer.encode("a<s>") == [1, a, 1]
+    assert tokenizer.encode(" <s>") == [1, space, 1]
+    assert tokenizer.encode("</s>a") == [1, 2, a]
+
+
+def test_a_typed_bos_under_other_rules(tokenizer_file: Path, tokenizer: Tokenizer) -> None:
+    a = tokenizer.encode("a")[1]
+    template = processors.TemplateProcessing
+    names = [("<s>", 1), ("</s>", 2)]
+    chain = [processors.ByteLevel(), template(single="<s> $A", special_tokens=names)]
+    for rule, text, ids in (
+        (None, "<s>a", [1, a]),
+        (None, "<s><s>", [1, 1]),
+        (processors.Sequence(chain), "<s>a", [1, a]),
+        (template(single="<s> $A </s>", special_tokens=names), "<s>a</s>", [1, a, 2, 2]),
+        (template(single="<s> $A </s>", special_tokens=names), "", [1, 2]),
+        (template(single="$A </s>", special_tokens=names), "</s>", [2, 2]),
+        (template(single="<s> </s> $A", special_tokens=names), "<s></s>a", [1, 2, a]),
+    ):
+        assert processed(tokenizer_file, rule).encode(text) == ids, (rule, text)
 
 
 STORED = {
