@@ -46,7 +46,8 @@ def main(job_file: str) -> int:
         return 2
     _say({"done": {**facts, "bytes": plan.nbytes, "peak_memory": _peak_memory(), "log": log.to_json()}})
     # The engine is written and reported: whatever the inspector does now cannot lose it.
-    _say({"inspected": inspect_plan(builder.flavour, plan, probe_machine())})
+    profiles = len(job["profiles"])
+    _say({"inspected": inspect_plan(builder.flavour, plan, probe_machine(), profiles=profiles)})
     return 0
 
 

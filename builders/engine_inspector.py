@@ -1,4 +1,4 @@
-"""What an engine became, as the library's own inspector tells it: fused layers and their types. It needs a GPU. It has never run."""
+"""What an engine became: the program of an RTX plan, or layers as TensorRT's inspector tells them on a GPU (never run)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,37 @@ from collections import Counter
 from typing import Any
 
 from twotower.builders.network import BuildLog, make_logger
+from twotower.builders.rtx_program import ProgramTextError, read_programs, summarize_programs
 from twotower.flavour import Flavour
 from twotower.hardware import Machine
 
 __all__ = ["inspect_plan", "summarize_layers"]
 
 
-def inspect_plan(flavour: Flavour, plan: Any, machine: Machine) -> dict[str, Any]:
-    """Layers of a serialized engine by type and by type of output, or under `why_not` the reason there are none.
+def inspect_plan(flavour: Flavour, plan: Any, machine: Machine, *, profiles: int | None = None) -> dict[str, Any]:
+    """What a serialized engine runs, or under `why_not` the reason that is not known.
 
-    The report is worth having and not worth an engine: nothing the library says here fails a build.
+    Of TensorRT for RTX it is kernels, memory and fusions of every profile (`summarize_programs`);
+    of TensorRT it is layers by type and by type of output, which needs a GPU.
+
+    The report is worth having and not worth an engine: nothing that is found here fails a build.
+
+    Args:
+        flavour: The library.
+        plan: Its buffer with the engine.
+        machine: With its GPUs.
+        profiles: How many optimization profiles the engine was built with.
     """
+    if flavour.target == "rtx":
+        try:
+            return summarize_programs(read_programs(plan, profiles=profiles))
+        except ProgramTextError as e:
+            return {"why_not": f"{e.what}: {e.found}"}
+    return _loaded(flavour, plan, machine)
+
+
+def _loaded(flavour: Flavour, plan: Any, machine: Machine) -> dict[str, Any]:
+    """Layers of an engine that is loaded on the GPU at hand."""
     trt = flavour.module
     if not machine.gpus:
         return {"why_not": "no GPU: the inspector reads an engine that was loaded on one"}

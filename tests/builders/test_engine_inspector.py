@@ -1,4 +1,4 @@
-"""What the library's inspector tells of an engine; it needs a GPU, so a stand-in tells it here."""
+"""What is told of an engine: of RTX from its plan; of TensorRT by its inspector, which needs a GPU: a stand-in tells it here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.program_text import plan_of, program
 from tests.helpers.tensorrt import L4, install_fake, machine_with
 from twotower.builders.engine_inspector import inspect_plan, summarize_layers
 from twotower.flavour import Flavour, flavour_from_module
@@ -42,3 +43,14 @@ def test_a_library_that_fails_here_costs_no_engine(flavour: Flavour, monkeypatch
 def test_layers_told_by_name_alone_are_counted_alone() -> None:
     """What the library writes for an engine without detailed profiling."""
     assert summarize_layers({"Layers": ["a", "b"]}) == {"layers": 2, "by_type": {}, "by_precision": {}}
+
+
+def test_of_rtx_the_program_in_the_plan_is_told_without_a_gpu() -> None:
+    rtx = Flavour(None, "rtx", "1.7", (89,), runtime_cache=True, capturable=True)
+    plan = memoryview(plan_of(program().text()))
+    (told,) = inspect_plan(rtx, plan, machine_with(), profiles=1)["programs"]
+    assert (told["kernels"], told["streams"], told["capturable"], told["scratch"], told["expanded"]) == (2, 1, True, 5120, [])
+    for damaged, profiles in ((plan[:-400], 1), (plan, 3), (memoryview(plan_of(program(layout=9).text())), 1)):
+        told = inspect_plan(rtx, damaged, machine_with(L4), profiles=profiles)
+        assert "not read" in told["why_not"]
+        assert told.keys() == {"why_not"}, "a figure that may be wrong is none"

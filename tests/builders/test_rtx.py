@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ pytestmark = [pytest.mark.trt_rtx, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 CHECKPOINTS = {"a": "tests/fixtures/hybrid-a", "b": "tests/fixtures/hybrid-b", "tiny": "assets/twotower-tiny"}
 SMS = (86, 89, 120)
+MOST_KERNELS_A_LAYER = 30  # a prefill of Mamba in float32 needs most; the published widths have figures of their own
 
 
 def exported(folder: Path, name: str, dtype: str) -> Bundle:
@@ -53,11 +55,28 @@ def test_the_graphs_build_without_an_unexplained_word(folder: Path, name: str, d
     assert layers["KV_CACHE_UPDATE"] == 2 * attention, "keys and values are updated in place"
     assert not [kind for kind in layers if "PLUGIN" in kind or kind in ("NON_ZERO", "CUMULATIVE", "TRIP_LIMIT")]
     assert read_engine_record(bundle, "rtx", library=builder_for("rtx").library()) == record, "build.json holds all of it"
+    check_programs(bundle, record)
     for file in record.files:  # the compiled program is in the plan, as text
         program = (engine_folder(bundle, "rtx") / file).read_bytes()
         streams = set(re.findall(rb"n_streams = (\d+)", program))
         assert streams == {b"1"}, f"{file} runs on streams of its own"
         assert set(re.findall(rb"stream_capturable=(\d)", program)) == {b"1"}
+
+
+def check_programs(bundle: Bundle, record: Any) -> None:
+    """What the plans themselves say of their passes."""
+    kinds = Counter(kind.name.lower() for kind in bundle.config.layers)
+    for graph, (engine,) in record.engines.items():
+        told = record.report["engines"][engine.file]["inspector"]["programs"]
+        assert [p["profile"] for p in told] == list(range(len(engine.profiles)))
+        for program in told:
+            assert (program["sms"], program["streams"], program["events"], program["waits"]) == (list(SMS), 1, 1, 0)
+            assert program["capturable"]
+            assert program["expanded"] == []
+            assert sum(kind["kernels"] for kind in program["by_kind"].values()) == program["kernels"]
+            if graph != "context_head":
+                assert {kind: program["by_kind"][kind]["layers"] for kind in kinds} == kinds
+                assert max(program["by_kind"][kind]["max"] for kind in kinds) <= MOST_KERNELS_A_LAYER
 
 
 def test_a_second_build_is_instant_and_other_options_build_again(folder: Path) -> None:

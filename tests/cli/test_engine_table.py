@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from tests.helpers.bundles import copy_of, export_fixture
+from tests.helpers.errors import check_error
+from tests.helpers.program_text import Described, Launch, plan_of, program
 from tests.helpers.tensorrt import L4, install_fake, machine_with, see_gpu
+from twotower.builders.rtx_program import read_programs, summarize_programs
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder
 from twotower.cli import inspect
 from twotower.cli.main import main
@@ -111,3 +114,67 @@ def test_a_dry_run_tells_what_is_cached(bundle: Bundle, capsys: pytest.CaptureFi
     assert all("in the cache" in line for line in lines[0])
     assert not any("in the cache" in line for more in lines[1:] for line in more)
     assert all("of memory to build" in line for line in lines[1])
+
+
+EXPANDED = program(
+    tensors=[
+        Described("tokens.1", ["rows.1", 64]),
+        Described("q", [8, 64, 32], "int8", "p-consts"),
+        Described("w", [8, 64, 32], "bf16", "scratch_1"),
+        Described("y.1", ["rows.1", 32]),
+    ],
+    launches=[
+        Launch("__myl_CastMulCast", ["q"], ["w"], ["layers.2.moe/DequantizeLinear"]),
+        Launch("MatMul", ["tokens.1", "w"], ["y.1"], ["layers.2.moe/MatMul"], "fully_connected"),
+    ],
+)
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The table of programs, cell by cell."""
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if "capturable" in line)
+    return [[c for c in line.split("  ") if c] for line in lines[first:] if ".engine  " in line or "capturable" in line]
+
+
+def test_inspect_shows_what_the_engines_run(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads((engine_folder(bundle, "trt") / BUILD_FILE).read_text())
+    engines = record["report"]["engines"]
+    engines["denoiser.0.engine"]["inspector"] = summarize_programs(read_programs(plan_of(EXPANDED.text())))
+    engines["context_head.engine"]["inspector"] = summarize_programs(read_programs(plan_of(program(capturable=0).text())))
+    edit(bundle, report=record["report"])
+    text, facts = shown(bundle, capsys)
+    head, *rows = rows_of(text)
+    names = {engine["file"]: engine["profiles"][0]["name"] for parts in record["engines"].values() for engine in parts}
+    assert [cell.strip() for cell in head] == ["engine", "profile", "kernels", "streams", "events", "scratch", "capturable", "expanded"]
+    assert {row[0]: row[1:] for row in ([c.strip() for c in row] for row in rows)} == {
+        "context_head.engine": [names["context_head.engine"], "2", "1", "1", "5.12 kB", "no", "none"],
+        "denoiser.0.engine": [names["denoiser.0.engine"], "2", "1", "1", "5.12 kB", "yes", "1 weights, 32.8 kB a pass"],
+    }
+    assert "kernels moe 2" in text
+    assert "expanded in memory layers.2.moe experts as bf16 (32.8 kB)" in text
+    assert facts["builds"]["trt"]["report"]["engines"]["denoiser.0.engine"]["inspector"]["programs"][0]["kernels"] == 2
+
+
+def test_inspect_of_an_engine_lists_what_was_fused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = tmp_path / "denoiser.engine"
+    engine.write_bytes(plan_of(EXPANDED.text()))
+    assert main(["inspect", str(engine)]) == 0
+    text = capsys.readouterr().out
+    assert "__myl_CastMulCast " in text
+    assert "DequantizeLinear" in text
+    assert main(["inspect", str(engine), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [kernel["nodes"] for kernel in facts["kernels"][0]] == [["layers.2.moe/DequantizeLinear"], ["layers.2.moe/MatMul"]]
+    assert facts["programs"][0]["expanded"][0]["nbytes"] == 32768
+
+
+@pytest.mark.parametrize("contents", [b"", b"ptrt" + bytes(100), plan_of(program(layout=7).text())])
+def test_an_engine_that_cannot_be_read_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str], contents: bytes) -> None:
+    engine = tmp_path / "denoiser.engine"
+    engine.write_bytes(contents)
+    assert main(["inspect", str(engine)]) == 2
+    out, err = capsys.readouterr()
+    check_error(err, "Error")
+    assert not out
+    assert main(["inspect", str(tmp_path / "none.engine")]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from twotower.bundle import EngineFile, EngineRecord, Profile
+from twotower.cli.program_table import program_lines
 from twotower.cli.progress import human_bytes
 
 __all__ = ["engine_facts", "engine_lines"]
@@ -30,7 +31,20 @@ def engine_lines(record: EngineRecord, state: str) -> list[str]:
     rows += [_row(engine, record, observed.get(engine.file, {})) for parts in record.engines.values() for engine in parts]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"  {state}", *(_aligned(row, widths) for row in rows)] if len(rows) > 1 else [f"  {state}"]
-    return [head, *lines, *_details(record, observed)]
+    return [head, *lines, *_details(record, observed), *_programs(record, observed)]
+
+
+def _programs(record: EngineRecord, observed: dict[str, Any]) -> list[str]:
+    """What the engines run, where the build read it: of TensorRT for RTX."""
+    engines = [engine for parts in record.engines.values() for engine in parts]
+    inspected = {e.file: observed.get(e.file, {}).get("inspector", {}) for e in engines}
+    profiles = {e.file: [p.name for p in e.profiles] for e in engines}
+    unread = {
+        f"  program of {file} not read: {told['why_not']}"
+        for file, told in inspected.items()
+        if record.target == "rtx" and "why_not" in told
+    }
+    return [*program_lines(inspected, profiles), *sorted(unread)]
 
 
 def _row(engine: EngineFile, record: EngineRecord, facts: dict[str, Any]) -> tuple[str, ...]:

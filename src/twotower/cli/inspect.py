@@ -1,14 +1,17 @@
-"""`twotower inspect`: what a checkpoint, a bundle or an ONNX graph is, from headers alone."""
+"""`twotower inspect`: what a checkpoint, a bundle, an ONNX graph or an engine is, without loading it."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from twotower.bundle import Bundle, EngineRecord, built_targets, is_bundle, load_engine_record, record_problems
 from twotower.cli.engine_table import engine_facts, engine_lines
+from twotower.cli.program_table import fusion_lines, program_lines
 from twotower.errors import EngineMismatchError
 from twotower.hardware import TARGETS, Machine, installed_version, probe_machine, select_target
 
@@ -17,7 +20,9 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "path", metavar="CHECKPOINT|BUNDLE|GRAPH.onnx", help="a checkpoint (local folder or hub id), a bundle or an ONNX file"
+        "path",
+        metavar="CHECKPOINT|BUNDLE|GRAPH.onnx|RTX.engine",
+        help="a checkpoint (local folder or hub id), a bundle, an ONNX file or an engine of rtx",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--verify", action="store_true", help="of a bundle: also compare every file's SHA-256")
@@ -25,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Reads headers only: two seconds for the published 118 GB. Of a bundle it shows every built engine: what for, at what cost, and\n"
         "whether it runs here; --json has all of each build.json: inputs, profiles, layers by type, and every warning with its reason.\n"
         "Of an ONNX file it lists what TensorRT would refuse or compute wrongly (docs/graph-rules.md); exit code 1 if there is any.\n"
+        "Of an engine of TensorRT for RTX it shows the compiled program: kernels, what is fused into each, memory; no GPU is needed.\n"
         "example: twotower inspect bundle"
     )
 
@@ -35,6 +41,10 @@ def run(args: argparse.Namespace) -> int:
         facts, lines = _graph(path)
         print(json.dumps(facts) if args.json else "\n".join(lines))
         return int(any(f["severity"] == "error" for f in facts["findings"]))
+    if path.suffix == ".engine":
+        facts, lines = _engine(path)
+        print(json.dumps(facts) if args.json else "\n".join(lines))
+        return 0
     facts, lines = _bundle(path, verify=args.verify) if is_bundle(path) or (path / "engines").is_dir() else _checkpoint(args.path)
     print(json.dumps(facts) if args.json else "\n".join(lines))
     return 0
@@ -134,6 +144,27 @@ def _graph(path: Path) -> tuple[dict[str, Any], list[str]]:
     return facts, [
         f"graph       {path}: opset {opset}, {counts}",
         *(f"{'TensorRT' if i == 0 else '':<12}{line}" for i, line in enumerate(explained(findings) or ["nothing to complain of"])),
+    ]
+
+
+def _engine(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The compiled programs of an engine file; one of another library is refused."""
+    from twotower.builders.rtx_program import read_programs, summarize_programs
+    from twotower.errors import ConfigError
+
+    try:
+        with path.open("rb") as file:
+            programs = read_programs(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError) as e:
+        do = "name an engine: BUNDLE/engines/rtx/denoiser.engine"
+        raise ConfigError(f"cannot read '{path}'", found=str(e), do=do) from e
+    told = summarize_programs(programs)
+    kernels = [[asdict(kernel) for kernel in program.kernels] for program in programs]
+    facts = {"kind": "engine", "path": str(path), **told, "kernels": kernels}
+    return facts, [
+        f"engine      {path}: TensorRT for RTX, profiles {', '.join(str(p.profile) for p in programs)}",
+        *program_lines({path.name: told}, {}),
+        *fusion_lines(told["programs"]),
     ]
 
 

@@ -1,0 +1,26 @@
+"""The compiled program a TensorRT for RTX plan carries as text, read without a GPU."""
+
+from twotower.builders.rtx_program.read import read_program_text, read_programs
+from twotower.builders.rtx_program.records import (
+    ExpandedWeight,
+    Kernel,
+    Program,
+    Region,
+    ReplicatedCache,
+    Tensor,
+)
+from twotower.builders.rtx_program.summary import summarize_programs
+from twotower.builders.rtx_program.text import ProgramTextError
+
+__all__ = [
+    "ExpandedWeight",
+    "Kernel",
+    "Program",
+    "ProgramTextError",
+    "Region",
+    "ReplicatedCache",
+    "Tensor",
+    "read_program_text",
+    "read_programs",
+    "summarize_programs",
+]

@@ -1,0 +1,204 @@
+"""What is known of a compiled program: kernels, tensors, memory, and weights copied in device memory."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["ExpandedWeight", "Kernel", "Program", "Region", "ReplicatedCache", "Tensor"]
+
+_BITS = {
+    "float": 32,
+    "half": 16,
+    "bf16": 16,
+    "fp8_e4m3": 8,
+    "fp4_e2m1": 4,
+    "int4": 4,
+    "int8": 8,
+    "uint8": 8,
+    "bool": 8,
+    "int32": 32,
+    "int64": 64,
+}
+"""Bits of one element by the compiler's name of its type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A piece of memory.
+
+    Attributes:
+        name: The compiler's name.
+        nbytes: Its size; of activations at the greatest shapes of the profile.
+        place: `accelerator` or `host`.
+        constant: Whether it holds constants, which are part of the engine and no scratch.
+    """
+
+    name: str
+    nbytes: int
+    place: str
+    constant: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of a program.
+
+    Attributes:
+        name: The compiler's name; an input's is the graph's, without the mark of its profile.
+        dtype: The compiler's name of its element type, for instance `bf16`.
+        dims: Sizes at the greatest shapes of the profile; None where the text does not tell.
+        region: The region it lies in; empty for what is bound from outside.
+        fixed: Whether no size depends on the shapes of a call.
+    """
+
+    name: str
+    dtype: str
+    dims: tuple[int | None, ...]
+    region: str
+    fixed: bool
+
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes at the greatest shapes; None where a size or the type is unknown."""
+        bits = _BITS.get(self.dtype)
+        sizes = [d for d in self.dims if d is not None]
+        if bits is None or len(sizes) != len(self.dims):
+            return None
+        return -(-math.prod(sizes) * bits // 8)
+
+    @property
+    def matrix_dims(self) -> tuple[int, ...]:
+        """The sizes above 1: two for a matrix, three for a stack of matrices."""
+        return tuple(d for d in self.dims if d is not None and d > 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One statement that launches work: a kernel, or a product the library may split in two.
+
+    Attributes:
+        operation: `function` (generated kernel), `fully_connected` (product of the kernel
+            library), `runtime_fusion` (product with what was fused into it) and others.
+        name: The compiler's name, which tells its steps: `__myl_CastMulCast`.
+        stream: The stream it runs on.
+        nodes: The ONNX nodes fused into it, by the names of our scopes.
+        scope: The layer or part it counts for, for instance `layers.3.moe` or `sampler`.
+        backbone: Of a runtime fusion, what it is built around, for instance `gemm`.
+        reads: Names of the tensors it reads, shapes left out.
+        writes: Names of the tensors it writes.
+    """
+
+    operation: str
+    name: str
+    stream: int
+    nodes: tuple[str, ...]
+    scope: str
+    backbone: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it multiplies matrices, and may read a weight in any form."""
+        return self.operation in ("fully_connected", "runtime_fusion")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandedWeight:
+    """A copy of weights that a pass writes to device memory before the product reads it.
+
+    Attributes:
+        kernel: Name of the kernel that writes it.
+        scope: Where: `layers.3.moe`.
+        nodes: The ONNX nodes it carries out.
+        weights: Names and element types of what it reads, as `int8 [8, 128, 96]` where the
+            compiler renamed a constant.
+        dims: Shape of the copy.
+        dtype: Element type of the copy.
+        nbytes: Bytes written in every pass.
+    """
+
+    kernel: str
+    scope: str
+    nodes: tuple[str, ...]
+    weights: tuple[str, ...]
+    dims: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is a stack of matrices: the routed experts of a layer."""
+        return len([d for d in self.dims if d > 1]) == 3
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicatedCache:
+    """Keys or values copied once for every query head of their group before attention reads them.
+
+    Attributes:
+        kernel: Name of the kernel that copies.
+        scope: The attention layer.
+        cache: The keys or values it reads.
+        nbytes: Bytes written at the greatest shapes; None where the text does not tell.
+    """
+
+    kernel: str
+    scope: str
+    cache: str
+    nbytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """What one pass with one optimization profile runs; all compute capabilities share it.
+
+    Attributes:
+        profile: Number of the optimization profile.
+        sms: Compute capabilities it was compiled for; empty for the portable default set.
+        kernels: In the order of the text.
+        streams: Streams it uses.
+        events: Events between them.
+        signals: Event records a pass makes.
+        waits: Waits for events a pass makes.
+        capturable: Whether the library allows capture into a CUDA graph; None where not told.
+        regions: Memory.
+        tensors: Tensors that kernels read or write, by name.
+        expanded: Weights copied in device memory.
+        replicated: Keys and values copied for every query head.
+    """
+
+    profile: int
+    sms: tuple[int, ...]
+    kernels: tuple[Kernel, ...]
+    streams: int
+    events: int
+    signals: int
+    waits: int
+    capturable: bool | None
+    regions: tuple[Region, ...]
+    tensors: Mapping[str, Tensor]
+    expanded: tuple[ExpandedWeight, ...]
+    replicated: tuple[ReplicatedCache, ...]
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of device memory for activations, at the greatest shapes of the profile."""
+        return sum(r.nbytes for r in self.regions if r.place == "accelerator" and not r.constant)
+
+    @property
+    def constants(self) -> int:
+        """Bytes of constants in device memory: weights that are part of the engine."""
+        return sum(r.nbytes for r in self.regions if r.place == "accelerator" and r.constant)
+
+    @property
+    def host(self) -> int:
+        """Bytes of host memory a context takes."""
+        return sum(r.nbytes for r in self.regions if r.place == "host")
+
+    def by_scope(self) -> dict[str, int]:
+        """Kernels of every layer and part, in order of first use."""
+        return dict(Counter(kernel.scope for kernel in self.kernels))
