@@ -82,7 +82,7 @@ def test_inspect_shows_what_was_built_and_json_has_all_of_it(bundle: Bundle, cap
         ({"library": {"name": "tensorrt", "version": "11.3"}}, "built with tensorrt 11.3, this environment has tensorrt 11.4.0.106"),
         ({"graphs": {}}, "built from another graph"),
         ({"limits": {"capacity": 512, "max_batch": 8, "sms": [86]}}, "built for SM 86, this GPU is SM 89"),
-        ({"schema": 1}, "not readable"),
+        ({"schema": 1}, "another version of twotower"),
         ({}, "built, fits this machine"),
     ],
 )
