@@ -9,6 +9,7 @@ from time import perf_counter
 import numpy as np
 
 from twotower.runtime.checks import check_block, check_candidates, check_step
+from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.hooks import step_record
 from twotower.runtime.memory import Array
 from twotower.runtime.prefill import prefill
@@ -34,7 +35,7 @@ def run_rows(work: Workspace, rows: Sequence[Row], plan: PrefillPlan, settings: 
         row.start()
     run = _Run(work, rows, settings)
     propose = run.next_tokens if rows[0].config.mode == "ar" else run.denoised_block
-    try:
+    with Cleanup(run.wait):  # buffers are let go of only when nothing writes them any more
         run.context_event = prefill(work, rows, plan, settings)
         for index in count():
             tokens = propose(index)
@@ -45,8 +46,6 @@ def run_rows(work: Workspace, rows: Sequence[Row], plan: PrefillPlan, settings: 
             yield commits
             if not more:
                 return
-    finally:
-        run.context_event.wait_done()  # buffers may be let go only when nothing writes them any more
 
 
 class _Run:
@@ -63,6 +62,10 @@ class _Run:
             self._io.noise.fill(0)
             self._io.threshold[:] = [row.config.confidence_threshold for row in rows]
             self._io.temperature[:] = [row.sampling.temperature for row in rows]
+
+    def wait(self) -> None:
+        """Waits for the last pass of the context tower."""
+        self.context_event.wait_done()
 
     def denoised_block(self, index: int) -> Array:
         """Denoises one block of every live row, [B,S] int64."""

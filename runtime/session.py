@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
@@ -10,8 +12,9 @@ from typing import Any, Self, TypeVar, overload
 
 from twotower.bundle import Bundle, Progress, built_targets
 from twotower.config import GenerationConfig, ModelConfig
-from twotower.errors import ConfigError, RequestError
+from twotower.errors import ConfigError, DeviceError, RequestError
 from twotower.hardware import TARGETS, probe_machine, select_target
+from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.engines import OpenOptions, open_towers, require_opener
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.hooks import Hooks, StepRecord
@@ -28,6 +31,8 @@ from twotower.runtime.workspaces import Workspaces
 from twotower.spec import MAX_CHUNK
 
 __all__ = ["TwoTower"]
+
+logger = logging.getLogger(__name__)
 
 _Item = TypeVar("_Item", bound="str | Request | Sequence[int]")
 _Text = TypeVar("_Text", bound=Prompt)
@@ -51,6 +56,7 @@ class TwoTower:
         self._workspaces = Workspaces(towers)
         self._lock = RLock()
         self._closed = False
+        self._failed = False  # a call has ended with an error of the GPU, which closing will repeat
         self._target = ""
 
     @classmethod
@@ -98,7 +104,7 @@ class TwoTower:
         chosen = select_target(probe_machine(), built_targets(bundle.path), wanted=target).target
         _check_options(bundle.config.max_position_embeddings, max_batch=max_batch, max_context=max_context, max_chunk=MAX_CHUNK)
         towers = open_towers(bundle, chosen, OpenOptions(threads=threads, progress=progress, devices=tuple(devices), graphs=graphs))
-        try:
+        with Cleanup(towers.close) as undo:
             session = cls.from_towers(
                 towers,
                 tokenizer=tokenizer,
@@ -107,9 +113,7 @@ class TwoTower:
                 max_batch=max_batch,
                 max_context=max_context,
             )
-        except BaseException:
-            towers.close()
-            raise
+            undo.pop_all()
         session._target = chosen
         return session
 
@@ -314,15 +318,19 @@ class TwoTower:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._workspaces.close()
-                self._towers.close()
+                try:
+                    close_all((self._workspaces.close, self._towers.close))
+                except DeviceError as e:
+                    if not self._failed:
+                        raise
+                    logger.info("closing after the GPU had failed: %s", e)
 
     def __enter__(self) -> Self:
         self._check_open()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        Cleanup(self.close).__exit__(kind, error, trace)
 
     def _rows(self, prompts: Any, config: GenerationConfig | None) -> tuple[list[Row], bool]:
         self._check_open()
@@ -330,22 +338,31 @@ class TwoTower:
         return [row_from_request(i, request, self._limits) for i, request in enumerate(requests)], single
 
     def _events(self, rows: Sequence[Row], hooks: Hooks) -> Generator[BlockEvent, None, None]:
+        try:
+            for batch in batches(rows, self._max_batch):
+                self._check_open()
+                yield from self._batch_events(batch, hooks)
+        except DeviceError:
+            self._failed = True
+            raise
+
+    def _batch_events(self, batch: Sequence[Row], hooks: Hooks) -> Generator[BlockEvent, None, None]:
+        """The events of rows that run together."""
         largest = capacity_limit(self._limits.max_context, self._max_chunk)
         settings = LoopSettings(model=self._limits.model, largest_capacity=largest, streams=self._streams, hooks=hooks)
-        for batch in batches(rows, self._max_batch):
-            self._check_open()
-            plan = prefill_plan([row.length for row in batch], self._max_chunk, self._towers.chunk_widths)
-            first_extension = max(min(row.length + row.width, text_end(row.length, row.config)) for row in batch)
-            work = self._workspaces.take(len(batch), max(plan.peak, first_extension), largest)
-            sound = False
-            try:
-                for commits in run_rows(work, batch, plan, settings):
-                    for row, taken in commits:
-                        result = None if row.live else row.result()
-                        yield BlockEvent(row.index, taken.tokens, taken.text, result is not None, result)
-                sound = True
-            finally:
-                self._workspaces.give_back(work, sound=sound)
+        lengths = [row.length for row in batch]
+        plan = prefill_plan(lengths, self._max_chunk, self._towers.chunk_widths)
+        ends = [min(row.length + row.width, text_end(row.length, row.config)) for row in batch]
+        first_extension = max(ends)
+        work = self._workspaces.take(len(batch), max(plan.peak, first_extension), largest)
+        with Cleanup(partial(self._workspaces.give_back, work, sound=False)) as end:
+            for commits in run_rows(work, batch, plan, settings):
+                for row, taken in commits:
+                    result = None if row.live else row.result()
+                    done = result is not None
+                    yield BlockEvent(row.index, taken.tokens, taken.text, done, result)
+            end.pop_all()
+        self._workspaces.give_back(work, sound=True)
 
     def _in_turns(self, events: Generator[BlockEvent, None, None]) -> Generator[BlockEvent, None, None]:
         """The same events; the session is held only while one is computed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.memory import Buffer, Memory, span_of
 from twotower.spec import StateTensor
 
@@ -38,13 +39,11 @@ class ContextState:
         sizes = {"B": rows, "T": capacity}
         self._fixed: dict[str, Buffer] = {}
         self._moving: tuple[dict[str, Buffer], dict[str, Buffer]] = ({}, {})
-        try:
+        with Cleanup(self.close) as undo:
             for t in tensors:
                 for names in (self._fixed,) if t.in_place else self._moving:
                     names[t.past.name] = memory.state(t.past, sizes)
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
 
     def reads(self, which: int) -> dict[str, Buffer]:
         """Set `which` under its input names."""
@@ -89,9 +88,10 @@ class ContextState:
 
     def close(self) -> None:
         """Gives the buffers back; whatever is bound to them must be let go first."""
+        buffers = [buffer for names in (self._fixed, *self._moving) for buffer in names.values()]
         for names in (self._fixed, *self._moving):
-            self._memory.release(tuple(names.values()))
             names.clear()
+        self._memory.release(buffers)
 
     def _buffer(self, tensor: StateTensor, which: int) -> Buffer:
         return self._fixed[tensor.past.name] if tensor.in_place else self._moving[which][tensor.past.name]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from twotower.runtime.cleanup import close_all
+
 __all__ = ["Event", "HostStream", "Stream", "Streams"]
 
 
@@ -56,5 +58,4 @@ class Streams:
 
     def close(self) -> None:
         """Ends both."""
-        self.context.close()
-        self.denoiser.close()
+        close_all((self.context.close, self.denoiser.close))

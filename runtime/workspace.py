@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from twotower.runtime.buffers import DenoiserArrays
+from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.engines.base import Binding
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.memory import Array, Buffer
@@ -41,9 +44,18 @@ class Workspace:
         self._memory = memory = towers.memory
         context, head = towers.context.signature, towers.context_head.signature
         # Tokens last: what a narrow chunk leaves of them unused is then not copied to a device.
-        self._small = memory.small([context.tensor(n) for n in (CHUNK_LENGTH, PAST_LENGTH, TOKENS)], {"B": rows, "L": MAX_CHUNK})
-        self._hidden = {HIDDEN: memory.state(context.tensor(HIDDEN), {"B": rows})}
-        self._head = memory.small([head.tensor(n) for n in (CANDIDATE_IDS, CANDIDATE_LOGPROBS)], {"B": rows})
+        small = [context.tensor(n) for n in (CHUNK_LENGTH, PAST_LENGTH, TOKENS)]
+        with Cleanup() as undo:  # the large part last: a refusal of too many rows costs nothing
+            self._small = memory.small(small, {"B": rows, "L": MAX_CHUNK})
+            undo.callback(lambda: memory.release(tuple(self._small.values())))
+            self._hidden = {HIDDEN: memory.state(context.tensor(HIDDEN), {"B": rows})}
+            undo.callback(lambda: memory.release(tuple(self._hidden.values())))
+            best = [head.tensor(n) for n in (CANDIDATE_IDS, CANDIDATE_LOGPROBS)]
+            self._head = memory.small(best, {"B": rows})
+            undo.callback(lambda: memory.release(tuple(self._head.values())))
+            state = state_tensors(towers.config, towers.dtype)
+            self._state = ContextState(memory, state, rows=rows, capacity=capacity)
+            undo.pop_all()
         self.chunk_length, self.past_length = memory.host(self._small[CHUNK_LENGTH]), memory.host(self._small[PAST_LENGTH])
         self.candidate_ids = memory.host(self._head[CANDIDATE_IDS])
         self.candidate_logprobs = memory.host(self._head[CANDIDATE_LOGPROBS])
@@ -51,11 +63,6 @@ class Workspace:
         self._context: dict[tuple[int, int], Binding] = {}
         self._denoiser: dict[int, Binding] = {}
         self._head_binding: Binding | None = None
-        try:  # the large part last: whoever asked for too many rows has lost nothing
-            self._state = ContextState(memory, state_tensors(towers.config, towers.dtype), rows=rows, capacity=capacity)
-        except BaseException:
-            memory.release((*self._small.values(), *self._hidden.values(), *self._head.values()))
-            raise
 
     @property
     def capacity(self) -> int:
@@ -68,8 +75,7 @@ class Workspace:
 
     def grow(self, capacity: int) -> None:
         """Makes room for longer texts, or moves to other memory; the engines must have finished what they were given."""
-        _close(self._context)
-        _close(self._denoiser)
+        close_all((*_taken(self._context), *_taken(self._denoiser)))
         self._state.grow(capacity)
 
     def tokens(self, width: int) -> Array:
@@ -80,7 +86,7 @@ class Workspace:
         """The denoiser's small arrays for this block size."""
         arrays = self._denoiser_arrays
         if arrays is None or arrays.block.shape[1] != block_size:
-            _close(self._denoiser)
+            close_all(_taken(self._denoiser))
             if arrays is not None:
                 self._memory.release(tuple(arrays.by_name.values()))
             signature = self._towers.denoiser.signature
@@ -117,15 +123,14 @@ class Workspace:
 
     def close(self) -> None:
         """Lets go of bindings, then of buffers; the engines must have finished what they were given. Idempotent."""
-        _close(self._context)
-        _close(self._denoiser)
+        bindings = [*_taken(self._context), *_taken(self._denoiser)]
         if self._head_binding is not None:
-            self._head_binding.close()
+            bindings.append(self._head_binding.close)
             self._head_binding = None
         arrays, self._denoiser_arrays = self._denoiser_arrays, None
-        self._memory.release((*self._small.values(), *self._hidden.values(), *self._head.values()))
-        self._memory.release(tuple(arrays.by_name.values()) if arrays else ())
-        self._state.close()
+        small = (*self._small.values(), *self._hidden.values(), *self._head.values())
+        buffers = (*small, *(arrays.by_name.values() if arrays else ()))
+        close_all((*bindings, partial(self._memory.release, buffers), self._state.close))
 
     def _chunk(self, width: int) -> Buffer:
         return self._memory.view(self._small[TOKENS], (self.rows, width))
@@ -138,7 +143,8 @@ class Workspace:
         return binding
 
 
-def _close(bindings: dict[Any, Binding]) -> None:
-    """Closes and forgets bindings; nothing may be running."""
-    while bindings:
-        bindings.popitem()[1].close()
+def _taken(bindings: dict[Any, Binding]) -> list[Callable[[], None]]:
+    """What closes bindings, which are forgotten; nothing may be running."""
+    closes = [binding.close for binding in bindings.values()]
+    bindings.clear()
+    return closes

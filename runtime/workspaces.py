@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.schedule import capacity_bucket
 from twotower.runtime.workspace import Workspace
@@ -39,7 +40,9 @@ class Workspaces:
         if work is None:
             work = Workspace(self._towers, rows=rows, capacity=capacity)
         else:
-            work.clear()
+            with Cleanup(work.close) as undo:
+                work.clear()
+                undo.pop_all()
         self._working.append(work)
         return work
 
@@ -60,5 +63,4 @@ class Workspaces:
         """Closes all, also those that are not given back yet; idempotent."""
         self._closed = True
         idle, self._idle = self._idle, None
-        for work in (*self._working, *([idle] if idle else [])):
-            work.close()
+        close_all(work.close for work in (*self._working, *([idle] if idle else [])))

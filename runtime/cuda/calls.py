@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from functools import partial
 from typing import Any
 
 from twotower.errors import DeviceError, EngineMismatchError
+from twotower.runtime.cleanup import Cleanup
 
 __all__ = ["Cuda", "CudaError"]
 
@@ -19,6 +21,9 @@ _NON_BLOCKING = 1  # cudaStreamNonBlocking: no implicit order with the default s
 _THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: other threads may go on using CUDA
 _PEER_ALREADY_ENABLED = 704
 
+_STICKY = frozenset({214, 700, 702, 710, 714, 715, 716, 717, 718, 719})
+"""Errors of a kernel or of the memory: every later call of the process fails with the same."""
+
 
 class CudaError(DeviceError):
     """A CUDA call that did not succeed.
@@ -28,6 +33,11 @@ class CudaError(DeviceError):
     """
 
     code = 0
+
+    @property
+    def lasting(self) -> bool:
+        """Whether every later call of the process will fail as well."""
+        return self.code in _STICKY
 
 
 class Cuda:
@@ -39,14 +49,28 @@ class Cuda:
 
     def __init__(self, api: Any) -> None:
         self._api = api
+        self._first: CudaError | None = None  # the sticky error, as it was seen first
 
     def _call(self, name: str, *args: Any) -> Any:
         """The results of a call, without the error code: none, one, or a tuple of several."""
         code, *results = getattr(self._api, name)(*args)
         if int(code) != _SUCCESS:
-            _, meaning = self._api.cudaGetErrorString(code)
-            raise _error(name, int(code), meaning.decode() if isinstance(meaning, bytes) else str(meaning))
+            raise self._error(name, int(code))
         return results[0] if len(results) == 1 else tuple(results)
+
+    def _error(self, call: str, code: int) -> CudaError:
+        """The error of a call; after a sticky one it tells of that, and not of what came next."""
+        _, told = self._api.cudaGetErrorString(code)
+        meaning = told.decode() if isinstance(told, bytes) else str(told)
+        if code not in _STICKY:
+            return _error(call, code, f"CUDA error {code}: {meaning}", do=_AGAIN)
+        if self._first is None:
+            self._first = _error(call, code, f"CUDA error {code}: {meaning}", do=_NEW_PROCESS)
+            return self._first
+        found = f"{self._first.found}; every call since then fails, now {call}"
+        later = _error(call, code, found, do=_NEW_PROCESS)
+        later.what = self._first.what
+        return later
 
     def device_count(self) -> int:
         """GPUs on this machine.
@@ -175,10 +199,8 @@ class Cuda:
 
     def instantiate(self, graph: int) -> int:
         """A graph ready to launch; the captured one is let go."""
-        try:
+        with Cleanup(partial(self.drop_graph, graph)):
             return int(self._call("cudaGraphInstantiate", graph, 0))
-        finally:
-            self.drop_graph(graph)
 
     def drop_graph(self, graph: int) -> None:
         """Frees a graph that is not to be instantiated (any more)."""
@@ -196,12 +218,12 @@ class Cuda:
         self._api.cudaGetLastError()
 
 
-def _error(call: str, code: int, meaning: str) -> CudaError:
-    error = CudaError(
-        f"the GPU reported an error in {call}",
-        found=f"CUDA error {code}: {meaning}",
-        do="open the bundle again, best in a new process; if it happens again, `twotower doctor BUNDLE` narrows it down",
-    )
+_AGAIN = "open the bundle again; if it happens again, `twotower doctor BUNDLE` narrows it down"
+_NEW_PROCESS = "start a new process, this one cannot use the GPU any more; `twotower doctor` narrows it down"
+
+
+def _error(call: str, code: int, found: str, *, do: str) -> CudaError:
+    error = CudaError(f"the GPU reported an error in {call}", found=found, do=do)
     error.code = code
     return error
 

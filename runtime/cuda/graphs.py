@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from twotower.errors import DeviceError
-from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.cuda.calls import Cuda, CudaError
 
 __all__ = ["capture"]
 
@@ -29,6 +29,8 @@ def capture(cuda: Cuda, stream: int, enqueue: Callable[[], None], *, name: str) 
     try:
         return cuda.instantiate(_recorded(cuda, stream, enqueue))
     except DeviceError as e:
+        if isinstance(e, CudaError) and e.lasting:
+            raise
         cuda.forget_error()  # a broken capture leaves its error behind for whoever asks next
         logger.warning("%s cannot be captured as a CUDA graph and is launched piece by piece: %s (%s)", name, e.what, e.found)
         return None

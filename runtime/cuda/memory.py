@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from math import prod
 
 import numpy as np
 
+from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.memory import Array, Span, no_memory, numpy_dtype
 from twotower.spec import TensorSpec
@@ -149,18 +151,14 @@ class DeviceMemory:
                 self.cuda.synchronize(self.stream(device))
 
     def release(self, buffers: Sequence[DeviceBuffer]) -> None:
-        for buffer in buffers:
-            for free in self._owned.pop(buffer.token, ()):
-                free()
+        close_all(free for buffer in buffers for free in self._owned.pop(buffer.token, ()))
 
     def close(self) -> None:
-        while self._owned:
-            for free in self._owned.popitem()[1]:
-                free()
-        while self._streams:
-            device, stream = self._streams.popitem()
-            self.cuda.use(device)
-            self.cuda.destroy_stream(stream)
+        frees = [free for some in self._owned.values() for free in some]
+        streams = [partial(self.cuda.destroy_stream, stream) for stream in self._streams.values()]
+        self._owned.clear()
+        self._streams.clear()
+        close_all([*frees, *streams])
 
     def scratch(self, size: int, device: int) -> int:
         """Address of memory that belongs to the session until it is closed.
@@ -170,7 +168,7 @@ class DeviceMemory:
         """
         self.cuda.use(device)
         address = self.cuda.allocate(max(size, _ALIGNED))
-        self._owner([lambda: self._freed(device, address)])
+        self._owner([partial(self.cuda.free, address)])
         return address
 
     def _owner(self, freed: list[Callable[[], None]]) -> int:
@@ -187,20 +185,18 @@ class DeviceMemory:
     ) -> tuple[dict[int, int], list[Callable[[], None]]]:
         """Addresses on devices, and what frees them; all or nothing."""
         addresses: dict[int, int] = {}
-        try:
+        with Cleanup() as undo:
             for device in devices:
                 self.cuda.use(device)
-                addresses[device] = self.cuda.allocate(max(size, _ALIGNED))
-        except MemoryError as e:
-            free, total = self.cuda.free_memory()
-            for device, address in addresses.items():
-                self._freed(device, address)
-            raise no_memory(*what, free=f"{free / 1e9:.2f} of {total / 1e9:.2f} GB are free on device {device}") from e
-        return addresses, [lambda d=d, a=a: self._freed(d, a) for d, a in addresses.items()]  # type: ignore[misc]
-
-    def _freed(self, device: int, address: int) -> None:
-        self.cuda.use(device)
-        self.cuda.free(address)
+                try:
+                    addresses[device] = self.cuda.allocate(max(size, _ALIGNED))
+                except MemoryError as e:
+                    free, total = self.cuda.free_memory()
+                    known = f"{free / 1e9:.2f} of {total / 1e9:.2f} GB are free on device {device}"
+                    raise no_memory(*what, free=known) from e
+                undo.callback(partial(self.cuda.free, addresses[device]))
+            undo.pop_all()
+        return addresses, [partial(self.cuda.free, address) for address in addresses.values()]
 
     def _cleared(self, addresses: Mapping[int, int], size: int) -> None:
         for device, address in addresses.items():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
+from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.graphs import capture
 from twotower.runtime.cuda.memory import DeviceBuffer
@@ -82,7 +83,7 @@ class DevicePass:
 
     Args:
         cuda: The calls.
-        work: What to do.
+        work: What to do; it is closed with the pass, also with one that cannot be made.
         turns: For each device of the pass, shared with every pass that uses the same scratch memory.
     """
 
@@ -90,7 +91,9 @@ class DevicePass:
         self._cuda, self._work, self._turns = cuda, work, tuple(turns)
         # A device that hands over to the next is done with its part before: the end of the last one's work is the end of all.
         self._last = work.devices[-1]
-        self._event = CudaEvent(cuda, self._last)
+        with Cleanup(work.close) as undo:
+            self._event = CudaEvent(cuda, self._last)
+            undo.pop_all()
         self._runs = 0
         self._graph: int | None = None
         self._broken: CudaStream | None = None
@@ -133,17 +136,20 @@ class DevicePass:
         if self._closed:
             return
         self._closed = True
+        for turns in self._turns:
+            turns.forget(self._event)
+        close_all((self._wait, self._drop_graph, self._work.close, self._event.close))
+
+    def _wait(self) -> None:
         if self._broken is not None:  # a pass that was refused in the middle: the part before is at work, and no event tells of it
             self._broken.synchronize()
         elif self._runs:
             self._event.wait_done()
-        for turns in self._turns:
-            turns.forget(self._event)
-        if self._graph is not None:
-            self._cuda.use(self._last)
-            self._cuda.destroy_graph(self._graph)
-        self._work.close()
-        self._event.close()
+
+    def _drop_graph(self) -> None:
+        graph, self._graph = self._graph, None
+        if graph is not None:
+            self._cuda.destroy_graph(graph)
 
     def _enqueue(self, queue: CudaStream) -> None:
         self._copy(self._work.before, queue)

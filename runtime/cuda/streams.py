@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
+from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.streams import Event, HostStream
 
@@ -59,9 +61,11 @@ class CudaStream:
         self._cuda = cuda
         self.first = devices[0]
         self.handles: dict[int, int] = {}
-        for device in dict.fromkeys(devices):
-            cuda.use(device)
-            self.handles[device] = cuda.create_stream()
+        with Cleanup(self.close) as undo:
+            for device in dict.fromkeys(devices):
+                cuda.use(device)
+                self.handles[device] = cuda.create_stream()
+            undo.pop_all()
 
     def wait(self, event: Event) -> None:
         if event is not HostStream.done:
@@ -73,7 +77,6 @@ class CudaStream:
             self._cuda.synchronize(handle)
 
     def close(self) -> None:
-        while self.handles:
-            device, handle = self.handles.popitem()
-            self._cuda.use(device)
-            self._cuda.destroy_stream(handle)
+        handles = list(self.handles.values())
+        self.handles.clear()
+        close_all(partial(self._cuda.destroy_stream, handle) for handle in handles)

@@ -7,12 +7,12 @@ like those of the TensorRT targets. Its own CUDA graphs are not used. **It has n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from twotower.bundle import Bundle, EngineFile, Progress, engine_folder, read_engine_record, weight_bytes
+from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.memory import DeviceBuffer, DeviceMemory
 from twotower.runtime.cuda.passes import DevicePass, PassWork, Turns, downloads, uploads
@@ -82,15 +82,17 @@ def open_ort_cuda(
         needed.setdefault(device, {})[name.replace("_", " ")] = sizes[name][0]
     require_room(cuda, needed, target=TARGET)
     parts = {name: (EngineFile(f"{name}.onnx", (0, len(bundle.config.layers)), s.inputs, s.outputs, ()),) for name, s in contract.items()}
-    with ExitStack() as undo:
+    with Cleanup() as undo:
         memory = DeviceMemory(cuda, devices, places_of_tensors(parts, placed, state))
         undo.callback(memory.close)
-        streams = Streams(CudaStream(cuda, placed[CONTEXT]), CudaStream(cuda, placed[DENOISER]))
-        undo.callback(streams.close)
+        queues = {}
+        for name in (CONTEXT, DENOISER):
+            queues[name] = CudaStream(cuda, placed[name])
+            undo.callback(queues[name].close)
+        streams = Streams(queues[CONTEXT], queues[DENOISER])
         turns, engines = {device: Turns() for device in devices}, {}
         for name, signature in contract.items():
-            queue, (device,) = streams.denoiser if name == DENOISER else streams.context, placed[name]
-            assert isinstance(queue, CudaStream)
+            queue, (device,) = queues[DENOISER if name == DENOISER else CONTEXT], placed[name]
             graph = engine_folder(bundle, TARGET) / parts[name][0].file
             session = library.session(graph, bundle.path, device=device, stream=queue.handles[device])
             copies = StateCopies(cuda, state) if name == CONTEXT else None

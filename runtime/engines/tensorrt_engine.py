@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
 from twotower.bundle import Profile
 from twotower.errors import DeviceError, RequestError
+from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.memory import DeviceBuffer, DeviceMemory
 from twotower.runtime.cuda.passes import DevicePass, PassWork, Turns, downloads, uploads
@@ -148,9 +150,13 @@ class _Segments:
 
     def __init__(self, room: EngineRoom, bound: Sequence[_Bound], copies: Any) -> None:
         self._room, self._bound, self._copies = room, list(bound), copies
-        devices = dict.fromkeys(b.plan.device for b in bound)
-        self._events = {device: CudaEvent(room.cuda, device) for device in devices} if len(devices) > 1 else {}
+        self._events: dict[int, CudaEvent] = {}
         self._first = bound[0].plan.device
+        devices = dict.fromkeys(b.plan.device for b in bound)
+        with Cleanup(self.close) as undo:
+            for device in devices if len(devices) > 1 else ():
+                self._events[device] = CudaEvent(room.cuda, device)
+            undo.pop_all()
 
     @property
     def same_every_time(self) -> bool:
@@ -187,12 +193,14 @@ class _Segments:
 
     def close(self) -> None:
         """Frees the contexts, then the events; idempotent. Kernels compiled for a context are kept first: they may go with it."""
-        for bound in self._bound:
-            self._room.cuda.use(bound.plan.device)
-            self._room.loader.keep_kernels(bound.plan)
-        self._bound.clear()
-        while self._events:
-            self._events.popitem()[1].close()
+        plans, events = [bound.plan for bound in self._bound], list(self._events.values())
+        keep = [partial(self._keep_kernels, plan) for plan in plans]
+        self._events.clear()
+        close_all((*keep, self._bound.clear, *(event.close for event in events)))
+
+    def _keep_kernels(self, plan: Plan) -> None:
+        self._room.cuda.use(plan.device)
+        self._room.loader.keep_kernels(plan)
 
     def _hand_over(self, queue: CudaStream, bound: _Bound, source: int) -> None:
         """Brings what a segment reads from the device before it; the later device's stream waits for the earlier one's."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 
@@ -11,6 +10,7 @@ from twotower.bundle import Bundle, EngineRecord, Progress, engine_folder, read_
 from twotower.errors import EngineMismatchError
 from twotower.flavour import Flavour
 from twotower.hardware import Gpu
+from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.memory import DeviceMemory
 from twotower.runtime.cuda.streams import CudaStream
@@ -58,7 +58,7 @@ def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: TensorR
     sizes = {name: [record.files[part.file].size for part in parts] for name, parts in record.engines.items()}
     placed = place_engines(sizes, devices)
     require_room(cuda, _needed(bundle, record, sizes, placed), target=flavour.target)
-    with ExitStack() as undo:
+    with Cleanup() as undo:
         towers = _opened(bundle, record, placed, _Opening(flavour, cuda, devices, options.graphs, undo))
         undo.pop_all()
     return towers
@@ -72,7 +72,7 @@ class _Opening:
     cuda: Cuda
     devices: tuple[int, ...]
     graphs: bool
-    undo: ExitStack
+    undo: Cleanup
 
 
 def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[int]], with_: _Opening) -> Towers:
@@ -81,9 +81,10 @@ def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[
     state = state_tensors(bundle.config, record.dtype)
     memory = DeviceMemory(cuda, with_.devices, places_of_tensors(record.engines, placed, state))
     with_.undo.callback(memory.close)
-    queues = {name: CudaStream(cuda, placed[name]) for name in (CONTEXT, DENOISER)}
-    for queue in queues.values():
-        with_.undo.callback(queue.close)
+    queues: dict[str, CudaStream] = {}
+    for name in (CONTEXT, DENOISER):
+        queues[name] = CudaStream(cuda, placed[name])
+        with_.undo.callback(queues[name].close)
     loader = PlanLoader(with_.flavour, {t.present.name: t.past.name for t in state if t.in_place})
     room = EngineRoom(cuda, loader, memory, with_.graphs)
     folder = engine_folder(bundle, record.target)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from twotower.bundle import EngineLimits
 from twotower.config import ModelConfig
+from twotower.runtime.cleanup import close_all
 from twotower.runtime.engines.base import TowerEngine
 from twotower.runtime.memory import HostMemory, Memory
 from twotower.runtime.streams import Streams
@@ -41,8 +41,5 @@ class Towers:
 
     def close(self) -> None:
         """Closes every engine, then streams and memory, also when one of them fails to."""
-        with ExitStack() as stack:  # last in, first out
-            stack.callback(self.memory.close)
-            stack.callback(self.streams.close)
-            for engine in (self.denoiser, self.context_head, self.context):
-                stack.callback(engine.close)
+        engines = (self.context, self.context_head, self.denoiser)
+        close_all((*(engine.close for engine in engines), self.streams.close, self.memory.close))

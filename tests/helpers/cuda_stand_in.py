@@ -1,15 +1,19 @@
-"""A CUDA without a GPU: the functions of `cuda.bindings.runtime` over host memory. Streams run their work as late as they may.
+"""A CUDA without a GPU: the functions of `cuda.bindings.runtime` over host memory. Streams work as late as they may.
 
-Whoever forgets to wait sees old numbers: nothing enqueued has run until something waits for it, and then only what it had to wait for
-has. With a seed, work also runs in between, in a random order. Memory freed twice, work beyond the end of
-an allocation or on a stream of another device, an event recorded on another device and a call a capture
-forbids are errors at once.
+Whoever forgets to wait sees old numbers: nothing enqueued has run until something waits for it, and then only
+what it had to wait for has. With a seed, work also runs in between, in a random order. Memory freed twice, work
+beyond the end of an allocation or on a stream of another device and an event recorded on another device are
+errors at once.
+
+As in CUDA, the current device belongs to a thread; a call that a capture forbids fails and breaks the capture,
+whose end then gives no graph; and after some errors (`STICKY`) every later call fails with the same.
 """
 
 from __future__ import annotations
 
 import ctypes
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,10 +24,29 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CudaStandIn"]
+__all__ = ["STICKY", "CudaRefusedError", "CudaStandIn"]
 
 Op = Callable[[], None]
-_OK, _OUT_OF_MEMORY, _CAPTURE = 0, 2, 901
+_OK, _OUT_OF_MEMORY = 0, 2
+_UNSUPPORTED, _INVALIDATED, _ISOLATION, _WRONG_THREAD = 900, 901, 905, 908  # cudaErrorStreamCapture...
+
+STICKY = frozenset({214, 700, 702, 710, 714, 715, 716, 717, 718, 719})
+"""Errors after which a process can use the device no more: illegal addresses, failed launches and their like."""
+
+
+class CudaRefusedError(Exception):
+    """A call that fails, with the library's number of the error."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@dataclass
+class _Capture:
+    thread: int
+    ops: list[Op] = field(default_factory=list)
+    broken: bool = False
 
 
 @dataclass
@@ -31,12 +54,13 @@ class _Stream:
     device: int
     ops: list[Op | tuple[int, int]] = field(default_factory=list)  # work, or (stream, position) to wait for
     done: int = 0
-    capture: list[Op] | None = None
+    capture: _Capture | None = None
 
 
 @dataclass
 class _Event:
     device: int
+    flags: int
     at: tuple[int, int] | None = None
 
 
@@ -56,7 +80,8 @@ class CudaStandIn:
         calls: Every call by name, in order.
         counts: How often each was made.
         fail: Name of a call -> (number of the call, error code) at which it fails.
-        bindings: Called by the library's stand-in while a graph is captured, to refuse.
+        broken: The sticky error that has happened, or 0. What is freed after it counts as freed: the library
+            says no, and the end of the process will do it.
     """
 
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyDefault=4)
@@ -66,9 +91,11 @@ class CudaStandIn:
         self.calls: list[str] = []
         self.counts: Counter[str] = Counter()
         self.fail: dict[str, tuple[int, int]] = {}
+        self.broken = _OK
         self._random = None if seed is None else random.Random(seed)
         self._devices, self._memory = devices, memory
-        self._current = 0
+        self._local = threading.local()
+        self._lock = threading.RLock()
         self._blocks: dict[int, tuple[np.ndarray, int | None]] = {}  # address -> memory, device (None: pinned)
         self._streams: dict[int, _Stream] = {}
         self._events: dict[int, _Event] = {}
@@ -77,6 +104,11 @@ class CudaStandIn:
         self._ids = count(1001)
 
     # What the tests ask.
+
+    @property
+    def current(self) -> int:
+        """The calling thread's device; the first, unless it has chosen another."""
+        return getattr(self._local, "device", 0)
 
     @property
     def leaked(self) -> dict[str, int]:
@@ -110,13 +142,26 @@ class CudaStandIn:
 
     def enqueue(self, stream: int, op: Op) -> None:
         """Puts work on a stream, or into the graph it is captured into."""
-        s = self._streams[stream]
-        assert s.device == self._current, f"device {self._current} is current, the stream is of device {s.device}"
-        if s.capture is not None:
-            s.capture.append(op)
-        else:
-            s.ops.append(op)
-            self._drift()
+        with self._lock:
+            if self.broken:
+                raise CudaRefusedError(self.broken)
+            s = self._streams[stream]
+            assert s.device == self.current, f"device {self.current} is current, the stream is of device {s.device}"
+            if s.capture is None:
+                s.ops.append(op)
+                self._drift()
+                return
+            if s.capture.broken:
+                raise CudaRefusedError(_INVALIDATED)
+            s.capture.ops.append(op)
+
+    def unsafe(self) -> int:
+        """The error of an allocation or a wait by a library, in the calling thread; it breaks a capture."""
+        try:
+            self._forbid_in_capture()
+        except CudaRefusedError as e:
+            return e.code
+        return _OK
 
     # The functions of the library: each returns a tuple that starts with an error code.
 
@@ -133,35 +178,43 @@ class CudaStandIn:
         return _OK, b"a planted failure"
 
     def cudaGetLastError(self) -> tuple[int]:
-        return (_OK,)
+        return (self.broken,)
 
     def cudaSetDevice(self, device: int) -> tuple[int]:
         assert 0 <= device < self._devices
-        self._current = device
-        return (_OK,)
+        return self._answer("cudaSetDevice", lambda: setattr(self._local, "device", device))[:1]
 
     def cudaMemGetInfo(self) -> tuple[int, int, int]:
-        return _OK, self._free(self._current), self._memory
+        code, free = self._answer("cudaMemGetInfo", lambda: self._free(self.current))
+        return code, free or 0, self._memory
 
     def cudaDeviceEnablePeerAccess(self, other: int, flags: int) -> tuple[int]:
-        assert other != self._current
-        return (_OK,)
+        assert other != self.current
+        return self._answer("cudaDeviceEnablePeerAccess", lambda: None)[:1]
 
     def cudaMalloc(self, size: int) -> tuple[int, int]:
-        self._forbid_in_capture()
-        if size > self._free(self._current):
-            return _OUT_OF_MEMORY, 0
-        return self._answer("cudaMalloc", lambda: self._block(size, self._current))
+        def allocated() -> int:
+            self._forbid_in_capture()
+            if size > self._free(self.current):
+                raise CudaRefusedError(_OUT_OF_MEMORY)
+            return self._block(size, self.current)
+
+        return self._answer("cudaMalloc", allocated)
 
     def cudaFree(self, address: int) -> tuple[int, None]:
-        return self._answer("cudaFree", lambda: self._freed(address))
+        assert address in self._blocks, "freed twice, or never allocated"
+        return self._answer("cudaFree", lambda: self._freed(address), lets_go=(self._blocks, address))
 
     def cudaHostAlloc(self, size: int, flags: int) -> tuple[int, int]:
-        self._forbid_in_capture()
-        return self._answer("cudaHostAlloc", lambda: self._block(size, None))
+        def allocated() -> int:
+            self._forbid_in_capture()
+            return self._block(size, None)
+
+        return self._answer("cudaHostAlloc", allocated)
 
     def cudaFreeHost(self, address: int) -> tuple[int, None]:
-        return self._answer("cudaFreeHost", lambda: self._freed(address))
+        assert address in self._blocks, "freed twice, or never allocated"
+        return self._answer("cudaFreeHost", lambda: self._freed(address), lets_go=(self._blocks, address))
 
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> tuple[int, None]:
         self.device_of(target, size), self.device_of(source, size)
@@ -193,61 +246,96 @@ class CudaStandIn:
         return self._answer("cudaMemset2DAsync", lambda: self.enqueue(stream, op))
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
-        return self._answer("cudaStreamCreateWithFlags", lambda: self._new(self._streams, _Stream(self._current)))
+        return self._answer("cudaStreamCreateWithFlags", lambda: self._new(self._streams, _Stream(self.current)))
 
     def cudaStreamDestroy(self, stream: int) -> tuple[int, None]:
-        self._run(stream, len(self._streams[stream].ops))
-        return self._answer("cudaStreamDestroy", lambda: self._streams.pop(stream) and None)
+        def destroyed() -> None:
+            self._run(stream, len(self._streams[stream].ops))
+            del self._streams[stream]
+
+        assert stream in self._streams, "destroyed twice, or never made"
+        return self._answer("cudaStreamDestroy", destroyed, lets_go=(self._streams, stream))
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int, None]:
-        self._forbid_in_capture()
-        return self._answer("cudaStreamSynchronize", lambda: self._run(stream, len(self._streams[stream].ops)))
+        def waited() -> None:
+            capture = self._streams[stream].capture
+            if capture is not None:  # whoever captures: a capture is of the stream
+                capture.broken = True
+                raise CudaRefusedError(_UNSUPPORTED)
+            self._forbid_in_capture()
+            self._run(stream, len(self._streams[stream].ops))
+
+        return self._answer("cudaStreamSynchronize", waited)
 
     def cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[int, None]:
-        at = self._events[event].at
-        assert self._streams[stream].capture is None, "a captured pass waits for nothing outside it"
-        if at is not None:
-            self._streams[stream].ops.append(at)
-        return self._answer("cudaStreamWaitEvent", lambda: None)
+        def enqueued() -> None:
+            s, at = self._streams[stream], self._events[event].at
+            if s.capture is not None:  # a captured pass waits for nothing outside it
+                s.capture.broken = True
+                raise CudaRefusedError(_ISOLATION)
+            if at is not None:
+                s.ops.append(at)
+
+        return self._answer("cudaStreamWaitEvent", enqueued)
 
     def cudaEventCreateWithFlags(self, flags: int) -> tuple[int, int]:
-        return self._answer("cudaEventCreateWithFlags", lambda: self._new(self._events, _Event(self._current)))
+        return self._answer("cudaEventCreateWithFlags", lambda: self._new(self._events, _Event(self.current, flags)))
 
     def cudaEventDestroy(self, event: int) -> tuple[int, None]:
-        return self._answer("cudaEventDestroy", lambda: self._events.pop(event) and None)
+        assert event in self._events, "destroyed twice, or never made"
+        return self._answer("cudaEventDestroy", lambda: self._events.pop(event) and None, lets_go=(self._events, event))
 
     def cudaEventRecord(self, event: int, stream: int) -> tuple[int, None]:
         s = self._streams[stream]
         assert self._events[event].device == s.device, "an event is recorded on a stream of its own device"
         assert s.capture is None
-        self._events[event].at = (stream, len(s.ops))
-        return self._answer("cudaEventRecord", lambda: None)
+
+        def recorded() -> None:
+            self._events[event].at = (stream, len(s.ops))
+
+        return self._answer("cudaEventRecord", recorded)
 
     def cudaEventSynchronize(self, event: int) -> tuple[int, None]:
-        self._forbid_in_capture()
-        at = self._events[event].at
-        return self._answer("cudaEventSynchronize", lambda: None if at is None else self._run(*at))
+        def waited() -> None:
+            self._forbid_in_capture()
+            at = self._events[event].at
+            if at is not None:
+                self._run(*at)
+
+        return self._answer("cudaEventSynchronize", waited)
 
     def cudaStreamBeginCapture(self, stream: int, mode: _Mode) -> tuple[int, None]:
         assert mode is _Mode.THREAD_LOCAL
-        answer = self._answer("cudaStreamBeginCapture", lambda: None)
-        if answer[0] == _OK:
-            self._streams[stream].capture = []
-        return answer
+
+        def begun() -> None:
+            self._streams[stream].capture = _Capture(threading.get_ident())
+
+        return self._answer("cudaStreamBeginCapture", begun)
 
     def cudaStreamEndCapture(self, stream: int) -> tuple[int, int]:
-        ops, self._streams[stream].capture = self._streams[stream].capture, None
-        assert ops is not None, "no capture was begun"
-        return self._answer("cudaStreamEndCapture", lambda: self._new(self._graphs, ops))
+        capture, self._streams[stream].capture = self._streams[stream].capture, None
+        assert capture is not None, "no capture was begun"
+
+        def ended() -> int:
+            if capture.thread != threading.get_ident():
+                raise CudaRefusedError(_WRONG_THREAD)
+            if capture.broken:
+                raise CudaRefusedError(_INVALIDATED)
+            return self._new(self._graphs, capture.ops)
+
+        return self._answer("cudaStreamEndCapture", ended)
 
     def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[int, int]:
-        return self._answer("cudaGraphInstantiate", lambda: self._new(self._execs, (self._current, list(self._graphs[graph]))))
+        def made() -> int:
+            return self._new(self._execs, (self.current, list(self._graphs[graph])))
+
+        return self._answer("cudaGraphInstantiate", made)
 
     def cudaGraphDestroy(self, graph: int) -> tuple[int, None]:
-        return self._answer("cudaGraphDestroy", lambda: self._graphs.pop(graph) and None)
+        return self._answer("cudaGraphDestroy", lambda: self._graphs.pop(graph) and None, lets_go=(self._graphs, graph))
 
     def cudaGraphExecDestroy(self, graph: int) -> tuple[int, None]:
-        return self._answer("cudaGraphExecDestroy", lambda: self._execs.pop(graph) and None)
+        return self._answer("cudaGraphExecDestroy", lambda: self._execs.pop(graph) and None, lets_go=(self._execs, graph))
 
     def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[int, None]:
         device, ops = self._execs[graph]
@@ -261,16 +349,32 @@ class CudaStandIn:
 
     # How it works.
 
-    def _answer(self, name: str, act: Callable[[], Any]) -> Any:
-        self.calls.append(name)
-        self.counts[name] += 1
-        number, code = self.fail.get(name, (0, 0))
-        if number == self.counts[name]:
+    def _answer(self, name: str, act: Callable[[], Any], lets_go: tuple[dict[int, Any], int] | None = None) -> Any:
+        """Does what a call does, unless it fails; `lets_go` is what it frees, and where that is noted."""
+        with self._lock:
+            self.calls.append(name)
+            self.counts[name] += 1
+            number, code = self.fail.get(name, (0, _OK))
+            if number == self.counts[name] and not self.broken:
+                self.broken = code if code in STICKY else _OK
+            else:
+                code = self.broken
+            if code == _OK:
+                try:
+                    return _OK, act()
+                except CudaRefusedError as e:
+                    return e.code, None
+            if self.broken and lets_go is not None:
+                lets_go[0].pop(lets_go[1], None)
             return code, None
-        return _OK, act()
 
     def _forbid_in_capture(self) -> None:
-        assert all(s.capture is None for s in self._streams.values()), "a capture forbids allocating and waiting"
+        """What a capture forbids to the thread that captures breaks it; other threads may go on."""
+        mine = [s.capture for s in self._streams.values() if s.capture and s.capture.thread == threading.get_ident()]
+        for capture in mine:
+            capture.broken = True
+        if mine:
+            raise CudaRefusedError(_UNSUPPORTED)
 
     def _new(self, where: dict[int, Any], what: Any) -> int:
         number = next(self._ids)
@@ -285,7 +389,7 @@ class CudaStandIn:
         return address
 
     def _freed(self, address: int) -> None:
-        assert address in self._blocks, "freed twice, or never allocated"
+        self._forbid_in_capture()
         for number, stream in self._streams.items():
             self._run(number, len(stream.ops))  # as the library does: freeing waits for the device
         block, _ = self._blocks.pop(address)

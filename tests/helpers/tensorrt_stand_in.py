@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.cuda_stand_in import CudaRefusedError, CudaStandIn
 from tests.helpers.stand_in_graph import StandInGraph, view
 from twotower.builders.tensorrt_builder import TensorRTBuilder
 from twotower.flavour import flavour_from_module
@@ -44,6 +44,7 @@ class TensorRTStandIn(SimpleNamespace):
     Attributes:
         refuse_at: Number of the execution that is refused, counted from 1; 0 for none. Likewise
         refuse_capture: while a stream is captured.
+        allocates: Every execution asks CUDA for memory, which a capture forbids and which breaks it.
         log: What was done, in order.
         kernels: Grows by one whenever kernels are compiled.
         contexts: Every execution context made.
@@ -63,6 +64,7 @@ class TensorRTStandIn(SimpleNamespace):
         super().__init__()
         self.cuda = cuda
         self.refuse_at, self.refuse_capture, self.capturable = 0, False, True
+        self.allocates = False
         self.executions = 0
         self.log: list[str] = []
         self.kernels: list[bytes] = []
@@ -75,7 +77,7 @@ class TensorRTStandIn(SimpleNamespace):
         if not data.startswith(_HEADER):
             logger.log(_Severity.ERROR, "the magic tag does not match")
             return None
-        return _Engine(self, data.removeprefix(_HEADER))
+        return _Engine(self, data.removeprefix(_HEADER), logger)
 
 
 class StandInBuilder(TensorRTBuilder):
@@ -107,14 +109,14 @@ class _Cache:
 
 
 class _Engine:
-    def __init__(self, trt: TensorRTStandIn, data: bytes) -> None:
+    def __init__(self, trt: TensorRTStandIn, data: bytes, logger: Any) -> None:
         header, _, graph = data.partition(b"\n")
-        self.trt = trt
+        self.trt, self.logger = trt, logger
         self.graph = StandInGraph(graph, Path(json.loads(header)["beside"]).parent)
         self._names = [*self.graph.inputs, *self.graph.outputs]
         self.num_io_tensors = len(self._names)
         self.device_memory_size_v2 = SCRATCH
-        self.device = trt.cuda._current
+        self.device = trt.cuda.current
 
     def get_tensor_name(self, index: int) -> str:
         return self._names[index]
@@ -200,11 +202,20 @@ class _Context:
         trt.executions += 1
         if trt.executions == trt.refuse_at or (trt.refuse_capture and trt.cuda.capturing(stream)):
             return False
+        if trt.allocates and (code := trt.cuda.unsafe()):
+            said = f"cudaMalloc during capture: {code}"
+            self._engine.logger.log(_Severity.ERROR, said)
+            return False
         trt.log.append(f"execute {','.join(sorted(self._engine.graph.outputs))[:40]}")
         self._engine.graph.check(self.addresses, self._shapes, trt.cuda.device_of)
         work = _Execution(self._engine.graph, dict(self.addresses), dict(self._shapes), self._scratch)
-        trt.cuda.enqueue(stream, work.begin)
-        trt.cuda.enqueue(stream, work.end)
+        try:
+            trt.cuda.enqueue(stream, work.begin)
+            trt.cuda.enqueue(stream, work.end)
+        except CudaRefusedError as e:
+            said = f"CUDA error {e.code} while it was enqueued"
+            self._engine.logger.log(_Severity.ERROR, said)
+            return False
         return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.helpers.towers import golden_config
 from tests.runtime.engines.test_tensorrt_engine import golden_cases
+from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.workspace import Workspace
 
 
@@ -38,3 +40,35 @@ def test_a_captured_launch_keeps_the_addresses_it_was_captured_with(
     with opened(built(), graphs=graphs) as it:
         out = it.model.generate(case["prompt"], golden_config(case))
     assert (list(out.tokens) == case["diffusion_tokens"]) is not graphs
+
+
+def test_the_current_device_belongs_to_a_thread(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted: a device that is current is not made current again, whichever thread asks."""
+    use, known = Cuda.use, []
+
+    def remembered(cuda: Cuda, device: int) -> None:
+        if known[-1:] != [device]:
+            known.append(device)
+            use(cuda, device)
+
+    monkeypatch.setattr(Cuda, "use", remembered)
+    failed: list[BaseException] = []
+
+    def generate() -> None:
+        try:
+            it.model.generate([5, 6, 7])
+        except AssertionError as e:
+            failed.append(e)
+
+    with opened(built(), devices=(1,)) as it:
+        generate()
+        assert not failed, "in one thread it is no fault"
+        thread = threading.Thread(target=generate)
+        thread.start()
+        thread.join()
+        assert "device 0 is current" in str(failed[0])
+        known.clear()

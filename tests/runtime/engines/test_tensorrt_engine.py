@@ -152,7 +152,15 @@ def test_an_error_of_ours_leaves_no_stream_in_a_capture(
 
 
 @pytest.mark.parametrize(
-    "how", ["the library says no", "refused while captured", "cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"]
+    "how",
+    [
+        "the library says no",
+        "refused while captured",
+        "the library allocates",
+        "cudaStreamBeginCapture",
+        "cudaStreamEndCapture",
+        "cudaGraphInstantiate",
+    ],
 )
 def test_what_cannot_be_captured_is_launched_instead(
     built: Callable[..., Any], opened: Callable[..., Any], how: str, caplog: pytest.LogCaptureFixture
@@ -163,6 +171,8 @@ def test_what_cannot_be_captured_is_launched_instead(
             it.trt.capturable = False
         elif how == "refused while captured":
             it.trt.refuse_capture = True
+        elif how == "the library allocates":
+            it.trt.allocates = True
         else:
             it.cuda.fail[how] = (1, 901)
         assert list(it.model.generate(case["prompt"], golden_config(case)).tokens) == case["diffusion_tokens"]

@@ -1,0 +1,145 @@
+"""A GPU that fails for good: the first failure is what is seen, and everything is freed or tried to be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.stand_ins import GPUS
+from tests.helpers.tensorrt_stand_in import TensorRTStandIn
+from twotower import GenerationConfig
+from twotower.errors import DeviceError
+from twotower.flavour import flavour_from_module
+from twotower.runtime import cleanup
+from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+
+DIFFUSION = GenerationConfig(max_new_tokens=40, confidence_threshold=0.5, ignore_eos=True)
+CALLS = (
+    "cudaSetDevice",
+    "cudaMemcpyAsync",
+    "cudaEventSynchronize",
+    "cudaEventRecord",
+    "cudaStreamWaitEvent",
+    "cudaMemsetAsync",
+    "cudaMemset2DAsync",
+    "cudaMalloc",
+    "cudaFree",
+)
+CAPTURE = ("cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphLaunch")
+ONE = [((0,), 1, call) for call in (*CALLS, *CAPTURE)]
+TWO = [((0, 1), 4, call) for call in CALLS]
+
+
+@pytest.mark.parametrize(("devices", "pieces", "call"), [*ONE, *TWO])
+def test_the_first_failure_is_seen_and_everything_is_let_go(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+    devices: tuple[int, ...],
+    pieces: int,
+    call: str,
+) -> None:
+    """`opened` holds that nothing is left."""
+    with opened(built("hybrid-a", pieces), devices=devices) as it:
+        stream = it.model.stream([8, 9], DIFFUSION)
+        next(stream)
+        it.model.generate([5, 6, 7], DIFFUSION)
+        it.cuda.fail[call] = (it.cuda.counts[call] + 1, 700)
+        for again in (False, True):
+            with pytest.raises(DeviceError, match=f"error in {call}") as error:
+                it.model.generate([5, 6, 7], DIFFUSION)  # in the memory of the last call
+                it.model.generate([[5, 6, 7], [8]], DIFFUSION)  # in new memory
+            assert ("every call since then fails" in error.value.found) is again
+            assert "CUDA error 700" in error.value.found
+            assert "new process" in error.value.do
+        with pytest.raises(DeviceError, match=f"error in {call}"):
+            next(stream)
+
+
+def test_an_error_inside_a_with_statement_comes_out_of_it(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+) -> None:
+    with (
+        pytest.raises(DeviceError, match="error in cudaEventSynchronize"),
+        opened(built()) as it,
+    ):
+        it.cuda.fail["cudaEventSynchronize"] = (3, 719)
+        it.model.generate([5, 6, 7], DIFFUSION)
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["cudaMalloc", "cudaStreamCreateWithFlags", "cudaSetDevice", "cudaHostAlloc"],
+)
+@pytest.mark.parametrize("code", [700, 1])
+def test_an_opening_that_fails_leaves_nothing(
+    built: Callable[..., Any],
+    call: str,
+    code: int,
+) -> None:
+    """Whichever of its calls it is."""
+    bundle, made = built("hybrid-a", 4), 0
+    for number in range(1, 200):
+        api = CudaStandIn(devices=2)
+        api.fail[call] = (number, code)
+        options = TensorRTOptions(devices=(0, 1), gpus=GPUS)
+        try:
+            towers = open_tensorrt(
+                bundle,
+                flavour_from_module(TensorRTStandIn(api)),
+                Cuda(api),
+                options,
+            )
+        except DeviceError as e:
+            assert call in e.what
+            assert not api.leaked
+            made += 1
+        else:
+            towers.close()
+            break
+    assert made or call == "cudaHostAlloc"
+
+
+def test_a_clean_up_that_ends_at_the_first_failure_is_found(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted: frees in a plain loop. The stand-in notices what was never tried."""
+
+    def plain(actions: Iterable[Callable[[], object]]) -> None:
+        for action in actions:
+            action()
+
+    for module in (
+        "cuda.memory",
+        "cuda.passes",
+        "cuda.streams",
+        "session",
+        "workspace",
+        "workspaces",
+        "engines.towers",
+    ):
+        monkeypatch.setattr(f"twotower.runtime.{module}.close_all", plain)
+    monkeypatch.setattr(cleanup, "close_all", plain)
+    with pytest.raises(AssertionError, match="memory"), opened(built()) as it:
+        it.cuda.fail["cudaEventSynchronize"] = (3, 700)
+        with pytest.raises(DeviceError):
+            it.model.generate([5, 6, 7], DIFFUSION)
+
+
+def test_what_a_clean_up_hides_is_in_the_log(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO), opened(built()) as it:
+        it.cuda.fail["cudaEventSynchronize"] = (3, 700)
+        with pytest.raises(DeviceError):
+            it.model.generate([5, 6, 7], DIFFUSION)
+    assert "every call since then fails" in caplog.text
