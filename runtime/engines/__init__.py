@@ -9,10 +9,11 @@ from twotower.bundle import Bundle, Progress
 from twotower.errors import ConfigError, EngineMismatchError
 from twotower.extras import TARGET_EXTRA, install_command
 from twotower.hardware import probe_machine
+from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions
 from twotower.runtime.engines.towers import Towers
 
-__all__ = ["OPENERS", "OpenOptions", "open_towers", "require_opener"]
+__all__ = ["OPENERS", "OpenOptions", "open_cuda", "open_towers", "require_opener"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,3 +106,20 @@ def open_towers(bundle: Bundle, target: str, options: OpenOptions | None = None)
             do=install_command(TARGET_EXTRA[target]),
         ) from e
     return opener(bundle, options or OpenOptions())
+
+
+def open_cuda() -> Cuda:
+    """The CUDA calls without an engine; importing them needs no driver, the first call does.
+
+    Raises:
+        EngineMismatchError: NVIDIA's bindings are not installed.
+    """
+    try:
+        from twotower.runtime.cuda.door import load_cuda
+    except (ImportError, OSError) as e:
+        raise EngineMismatchError(
+            "CUDA cannot be used here",
+            found=f"a library is missing: {e}",
+            do="`pip install cuda-bindings`, which the extras `gpu` and `rtx` bring",
+        ) from e
+    return load_cuda()

@@ -37,7 +37,7 @@ def test_only_a_failed_check_fails_the_doctor(
     def checks(progress: Any, target: str) -> Iterator[CheckResult]:
         yield CheckResult("the sky", outcome, "blue")
 
-    monkeypatch.setattr("twotower.evaluate.check_chain", checks)
+    monkeypatch.setattr("twotower.doctor.target_checks.check_chain", checks)
     assert main(["doctor"]) == code
     assert f"{mark:<6}  the sky: blue" in capsys.readouterr().out
 
@@ -78,21 +78,21 @@ def test_nothing_to_measure_is_a_user_error(built_bundle: Path, capsys: pytest.C
     assert "\n  do: " in captured.err
 
 
-def test_a_report_is_a_page_named_after_the_device(
+def test_a_report_is_an_archive_and_a_page_named_after_the_device(
     built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from twotower.doctor import read_results
     from twotower.hardware import Machine
 
     machine = Machine("Linux", 3, 8 << 30, (), {"onnxruntime": "1.32"}, processor="Some | CPU (R) 9000")
     monkeypatch.setattr("twotower.cli.doctor.probe_machine", lambda: machine)
     assert main(["doctor", str(built_bundle), "--target", "ort-cpu", "--report", str(tmp_path), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    (file,) = tmp_path.iterdir()
-    assert file.name == "some-cpu-r-9000.md"
-    page = file.read_text(encoding="utf-8")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["logs.tar.gz", "results.json", "some-cpu-r-9000.md"]
+    page = (tmp_path / "some-cpu-r-9000.md").read_text(encoding="utf-8")
     assert page.startswith("# Some | CPU (R) 9000\n")
-    assert "| ort-cpu | known answer | ok |" in page
-    assert "| trt | tensorrt is not installed |" in page or "| trt | not built |" in page
+    assert "| known answer | ok |" in page
+    assert "| trt | tensorrt is not installed |" in page
     assert all(c["target"] == "ort-cpu" for c in facts["checks"])
     (times,) = facts["passes"]
     assert times["denoise_ms"] > 0 and times["extend_ms"] > 0
@@ -100,6 +100,10 @@ def test_a_report_is_a_page_named_after_the_device(
     assert f"{times['denoise_ms']:.3f} ms" in page
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert all(line.replace("\\|", "").endswith(" |") for line in rows)
+    results = read_results(tmp_path / "results.json")
+    assert list(results["sections"]) == ["machine", "target-ort-cpu"], "no GPU: its sections are not asked"
+    assert results["sections"]["target-ort-cpu"]["answers"]["checks"] == facts["checks"]
+    assert str(built_bundle) not in json.dumps(results)
 
 
 def test_a_report_checks_every_target_that_runs_here_and_shows_the_one_that_does_not_open(
@@ -107,16 +111,18 @@ def test_a_report_checks_every_target_that_runs_here_and_shows_the_one_that_does
 ) -> None:
     from twotower.hardware import Gpu, Machine
 
+    # The sections' processes see the real machine: there `trt` cannot be opened, and CUDA has no GPU.
     libraries = {"onnxruntime-gpu": "1.32", "tensorrt": "11.4"}
     machine = Machine("Linux", 3, 8 << 30, (Gpu("NVIDIA Thing", 90, 1 << 30),), libraries)
     monkeypatch.setattr("twotower.cli.doctor.probe_machine", lambda: machine)
-    assert main(["doctor", str(built_bundle), "--report", str(tmp_path)]) == 0
-    assert (tmp_path / "nvidia-thing.md").is_file()
-    monkeypatch.setattr("twotower.cli.doctor._chosen", lambda args, machine: ["trt", "ort-cpu"])
+    monkeypatch.setattr("twotower.doctor.report._targets", lambda machine, options: ["trt", "ort-cpu"])
     assert main(["doctor", str(built_bundle), "--report", str(tmp_path)]) == 1
     page = (tmp_path / "nvidia-thing.md").read_text(encoding="utf-8")
-    assert "| trt | runs | **FAILED** |" in page
-    assert "| ort-cpu | known answer | ok |" in page
+    assert "| runs | **FAILED** | no engine fits this machine" in page
+    assert "| known answer | ok |" in page
+    out = capsys.readouterr().out
+    assert "FAILED  cuda: exit code 1; " in out
+    assert "ok      known answer: " in out
 
 
 def test_a_report_into_no_folder_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from twotower.errors import ConfigError, EngineMismatchError, TwoTowerError
-from twotower.hardware import TARGETS, Machine, probe_machine, select_target
+from twotower.errors import ConfigError
+from twotower.hardware import Machine, probe_machine
 
 __all__ = ["add_arguments", "run"]
 
 EXIT_FAILED = 1
+COMMAND = (sys.executable, "-m", "twotower.cli", "doctor")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,157 +26,84 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", metavar="T", help="the engines to check (default: the best that fits; with --report every one that does)"
     )
     parser.add_argument(
-        "--report", metavar="FOLDER", help="check every target that runs here, time its passes, and write FOLDER/<device>.md"
+        "--report",
+        metavar="FOLDER",
+        help="check every target that runs here, each in a process of its own, time its passes, and write results.json, "
+        "logs.tar.gz and <device>.md into FOLDER",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    for name in ("--section", "--answers", "--seconds"):  # how a report starts the process of a section
+        parser.add_argument(name, help=argparse.SUPPRESS)
     parser.epilog = (
         "Exit code 1 if a check fails. Without BUNDLE a small model goes through the whole chain. The answers of a bundle's ort-cpu\n"
         "engine are kept in the bundle, for its other engines to match; a wrong one is compared with what is publicly known to go wrong.\n"
-        "example: twotower doctor bundle --report docs/gpu"
+        "A report holds no text of yours and no names of people, machines or folders (docs/gpu/README.md lists what is in it).\n"
+        "example: twotower doctor bundle --report report"
     )
 
 
 def run(args: argparse.Namespace) -> int:
+    from twotower.doctor.machine import machine_facts
+
     machine = probe_machine()
+    if args.section:
+        return _section(args, machine)
     if args.report and not Path(args.report).is_dir():
         raise ConfigError("the report cannot be written", found=f"no folder {args.report}", do="name a folder that exists with --report")
-    facts = _facts(machine)
-    targets = _chosen(args, machine)
+    facts = machine_facts(machine)
     if not args.json:
         print("\n".join(_described(facts)))
     failed = machine.conflict is not None
-    for target in targets:
-        for result in _all_checks(args, machine, target, facts):
-            facts["checks"].append({"name": result.name, "ok": result.ok, "detail": result.detail, "target": facts["checked"]})
-            failed = failed or result.ok is False
-            if not args.json:
-                mark = {True: "ok    ", False: "FAILED", None: "note  "}[result.ok]
-                print(f"{mark}  {result.name}: {result.detail}", flush=True)
-    if args.report:
-        _write_page(args, machine, facts)
+    for check in _reported(args, machine, facts) if args.report else _checked(args, machine):
+        facts["checks"].append(check)
+        failed = failed or check["ok"] is False
+        if not args.json:
+            mark = {True: "ok    ", False: "FAILED", None: "note  "}[check["ok"]]
+            print(f"{mark}  {check['name']}: {check['detail']}", flush=True)
     if args.json:
         print(json.dumps(facts))
     return EXIT_FAILED if failed else 0
 
 
-def _facts(machine: Machine) -> dict[str, Any]:
-    from twotower import __version__
-
-    return {
-        "twotower": __version__,
-        "python": platform.python_version(),
-        "system": machine.system,
-        "processor": machine.processor,
-        "cpus": machine.cpus,
-        "memory_bytes": machine.memory,
-        "driver": machine.driver,
-        "gpus": [{"name": g.name, "sm": g.sm, "memory_bytes": g.memory} for g in machine.gpus],
-        "libraries": dict(machine.libraries),
-        "conflict": machine.conflict,
-        "targets": _targets(machine, TARGETS),
-        "checks": [],
-        "passes": [],
-    }
-
-
-def _chosen(args: argparse.Namespace, machine: Machine) -> list[str | None]:
-    """The targets to check; None lets the bundle choose its best."""
-    if args.target or not args.report:
-        return [args.target or (None if args.bundle else "ort-cpu")]
-    built: tuple[str, ...] = TARGETS
-    if args.bundle:
-        built = tuple(t for t in TARGETS if (Path(args.bundle) / "engines" / t / "build.json").is_file())
-    return [t for t, why in _targets(machine, built).items() if why == RUNS] or [None]
-
-
-def _all_checks(args: argparse.Namespace, machine: Machine, target: str | None, facts: dict[str, Any]) -> Iterator[Any]:
-    """A report shows every target, also one that cannot be opened."""
-    facts["checked"] = target
-    if not args.report:
-        yield from _checks(args, machine, target, facts)
-        return
-    from twotower.evaluate import CheckResult
-
-    try:
-        yield from _checks(args, machine, target, facts)
-    except TwoTowerError as e:
-        yield CheckResult("runs", False, str(e))
-
-
-def _checks(args: argparse.Namespace, machine: Machine, target: str | None, facts: dict[str, Any]) -> Iterator[Any]:
+def _checked(args: argparse.Namespace, machine: Machine) -> Iterator[dict[str, Any]]:
+    """The checks of one target, in this process."""
     from twotower.cli.progress import ProgressLine
-
-    if args.bundle is None:
-        from twotower.evaluate import check_chain
-
-        yield from check_chain(lambda what: print(f"... {what}", file=sys.stderr) if sys.stderr.isatty() else None, target or "ort-cpu")
-        return
-    from twotower.evaluate import KEPT_BY, check_bundle, check_execution
-    from twotower.runtime import TwoTower
+    from twotower.doctor.target_checks import TargetChecks
 
     line = ProgressLine()
-    with TwoTower.open(args.bundle, target=target, progress=lambda done, total: line("checking the bundle", done, total)) as model:
-        line.end()
-        facts["checked"], facts["bundle"] = model.target, Path(args.bundle).resolve().name
-        yield from check_bundle(model)
-        yield from _answer(args, machine, model)
-        if args.report:
-            facts["passes"].append(_passes(args, model))
-    if args.report and facts["checked"] != KEPT_BY:
-        chosen = facts["checked"]
-        yield from check_execution(lambda **options: TwoTower.open(args.bundle, target=chosen, **options), devices=len(machine.gpus))
-
-
-def _answer(args: argparse.Namespace, machine: Machine, model: Any) -> Iterator[Any]:
-    """The known answer of the bundle, by this engine."""
-    from twotower.bundle import Bundle
-    from twotower.evaluate import KEPT_BY, CheckResult, check_answer, known_answer_of, setting_of
-    from twotower.runtime import TwoTower
-
-    bundle = Bundle.open(args.bundle, contents=False)
-    known, source = known_answer_of(
-        bundle, lambda: nullcontext(model) if model.target == KEPT_BY else TwoTower.open(args.bundle, target=KEPT_BY)
+    checks = TargetChecks(
+        machine=machine,
+        bundle=Path(args.bundle) if args.bundle else None,
+        target=args.target,
+        progress=lambda done, total: line("checking the bundle", done, total),
+        opened=line.end,
+        say=lambda what: print(f"... {what}", file=sys.stderr) if sys.stderr.isatty() else None,
     )
-    yield CheckResult("where the known answer comes from", None, source)
-    if known is None:
-        return
-    on_gpu = model.target != KEPT_BY
-    setting = setting_of(bundle, model.target, machine.gpus[0].sm if on_gpu and machine.gpus else None)
-    without_graphs: dict[str, Any] = {"target": model.target, "graphs": False}
-    plain = (lambda: TwoTower.open(args.bundle, **without_graphs)) if on_gpu else None
-    yield from check_answer(known, model, setting, open_plain=plain)
+    for result in checks.run():
+        yield {"name": result.name, "ok": result.ok, "detail": result.detail, "target": checks.target}
 
 
-def _passes(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    from twotower.bench import measure_passes
-    from twotower.bundle import Bundle
-    from twotower.evaluate import setting_of
+def _reported(args: argparse.Namespace, machine: Machine, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The checks of all sections of a report, whose archive is written as they come."""
+    from twotower.doctor.report import make_report
 
-    bundle = Bundle.open(args.bundle, contents=False)
-    return {"target": model.target, "dtype": setting_of(bundle, model.target).dtype, **measure_passes(bundle, model).to_json()}
-
-
-def _write_page(args: argparse.Namespace, machine: Machine, facts: dict[str, Any]) -> None:
-    from twotower.evaluate.device_page import write_device_page
-
-    on_gpu = machine.gpus and args.target != "ort-cpu"
-    file = write_device_page(Path(args.report), facts, machine.gpus[0].name if on_gpu else machine.processor)
-    print(f"wrote {file}", file=sys.stderr)
+    for answers in make_report(Path(args.report), machine, _options(args)):
+        facts["passes"] += answers.get("passes", [])
+        yield from answers.get("checks", [])
+    print(f"wrote results.json, logs.tar.gz and the page of the device into {args.report}", file=sys.stderr)
 
 
-RUNS = "can run here"
+def _section(args: argparse.Namespace, machine: Machine) -> int:
+    """One section of a report, in the process that was started for it."""
+    from twotower.doctor.report import answer_report_section
+
+    return answer_report_section(args.section, _options(args), machine=machine, file=Path(args.answers), seconds=float(args.seconds))
 
 
-def _targets(machine: Machine, built: tuple[str, ...]) -> dict[str, str]:
-    """For every target, whether this machine can run it, or could once it is built."""
-    out = {}
-    for target in TARGETS:
-        try:
-            select_target(machine, built, wanted=target)
-            out[target] = RUNS
-        except EngineMismatchError as e:
-            out[target] = e.found.removeprefix(f"{target}: ")
-    return out
+def _options(args: argparse.Namespace) -> Any:
+    from twotower.doctor.report import ReportOptions
+
+    return ReportOptions(command=COMMAND, bundle=Path(args.bundle) if args.bundle else None, target=args.target)
 
 
 def _described(facts: dict[str, Any]) -> list[str]:

@@ -1,0 +1,89 @@
+"""The page of a device in Markdown, made from the results of a report and from nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from twotower.doctor.sections import OK
+
+__all__ = ["device_page", "page_name"]
+
+MACHINE = "machine"
+"""The section whose facts stand at the head of the page."""
+
+
+def page_name(device: str) -> str:
+    """The file of a device: its name in lower case, words joined by hyphens."""
+    return "-".join(re.findall(r"[a-z0-9]+", device.lower())) + ".md"
+
+
+def device_page(results: Mapping[str, Any]) -> str:
+    """The page.
+
+    Args:
+        results: What `results.json` holds. A section shows its `summary` (sentences) and its
+            `tables`; one that is not "ok" also shows why. Other answers stay in `results.json`.
+    """
+    sections: Mapping[str, Any] = results["sections"]
+    lines = [
+        f"# {results['device']}",
+        "",
+        f"Written by `{results['made_by']}` of twotower {results['twotower']} on "
+        f"{results['date']}, from its results alone; nothing here is typed by hand.",
+        "",
+    ]
+    facts = sections.get(MACHINE, {}).get("answers", {}).get("facts", {})
+    if facts:
+        lines += [*_table(("", ""), list(facts.items())), ""]
+    lines += [
+        "## Sections",
+        "",
+        *_table(("section", "question", "state", "seconds"), _overview(sections)),
+        "",
+    ]
+    for name, result in sections.items():
+        lines += _section(name, result)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _overview(sections: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    return [
+        (name, result["question"], _state(result["state"]), f"{result['seconds']:g}")
+        for name, result in sections.items()
+    ]
+
+
+def _state(state: str) -> str:
+    return state if state == OK else f"**{state}**"
+
+
+def _section(name: str, result: Mapping[str, Any]) -> list[str]:
+    """A section's heading and body; nothing for one that has nothing to show."""
+    answers: Mapping[str, Any] = result["answers"]
+    body = [f"- {' '.join(line.split())}" for line in answers.get("summary", [])]
+    why = answers.get("reason") or answers.get("error")
+    if result["state"] != OK and why:
+        body.append(f"- {result['state']}: {' '.join(str(why).split())}")
+    body += [""] if body else []
+    for table in answers.get("tables", []):
+        body += [f"### {table['title']}", "", *_table(table["head"], table["rows"]), ""]
+        body += [table["note"], ""] if table.get("note") else []
+    if result.get("last_words"):
+        body += ["```text", *result["last_words"], "```", ""]
+    return [f"## {name}", "", *body] if body else []
+
+
+def _table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
+    cells = [[_cell(cell) for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in ([*head], ["---"] * len(head), *cells)]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "**no**"
+    if value is None:
+        return ""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")

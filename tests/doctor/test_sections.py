@@ -1,0 +1,101 @@
+"""Sections survive whatever they do: each ends within its limit, and what it had found is kept."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.processes import is_gone
+from twotower.doctor.sections import FAILED, OK, SKIPPED, STOPPED, Section, ask_section
+
+CHILD = """
+import ctypes, os, subprocess, sys, time
+from pathlib import Path
+from twotower.doctor.sections import SkipSectionError, answer_section
+
+def ask(answers):
+    answers.put(first=1)
+    {body}
+
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+sys.exit(answer_section(ask, Path(words["--answers"]), float(words["--seconds"])))
+"""
+
+
+def asked(
+    work: Path, body: str, *, seconds: float = 30, at_most: float | None = None
+) -> dict[str, Any]:
+    script = work / "child.py"
+    script.write_text(CHILD.format(body=body))
+    section = Section(
+        name="it", question="Does it?", seconds=seconds, command=(sys.executable, str(script))
+    )
+    return ask_section(section, work, seconds=at_most)
+
+
+def test_answers_come_back(tmp_path: Path) -> None:
+    body = "answers.say('one'); answers.say('two'); answers.table('T', ('a',), [(1,)])"
+    result = asked(tmp_path, body)
+    assert result["state"] == OK
+    assert result["question"] == "Does it?"
+    assert result["answers"]["summary"] == ["one", "two"]
+    assert result["answers"]["tables"] == [{"title": "T", "head": ["a"], "rows": [[1]], "note": ""}]
+    assert "last_words" not in result
+
+
+def test_a_table_of_the_same_title_is_replaced(tmp_path: Path) -> None:
+    body = "[answers.table('T', ('a',), [(n,)]) for n in range(3)]"
+    (table,) = asked(tmp_path, body)["answers"]["tables"]
+    assert table["rows"] == [[2]]
+
+
+def test_a_section_that_cannot_be_asked_says_why(tmp_path: Path) -> None:
+    result = asked(tmp_path, "raise SkipSectionError('no torch')")
+    assert result["state"] == SKIPPED
+    assert result["answers"] == {"first": 1, "reason": "no torch"}
+
+
+def test_an_error_is_an_answer_and_its_stack_is_in_the_log(tmp_path: Path) -> None:
+    result = asked(tmp_path, "raise ValueError('three')")
+    assert result["state"] == FAILED
+    assert result["answers"] == {"first": 1, "error": "ValueError: three"}
+    assert result["last_words"][0] == "exit code 1"
+    assert "Traceback" in (tmp_path / "it.log").read_text()
+
+
+def test_a_crash_keeps_what_was_found(tmp_path: Path) -> None:
+    result = asked(tmp_path, "ctypes.string_at(0)")
+    assert result["state"] == FAILED
+    assert result["answers"] == {"first": 1}
+    assert result["last_words"][0] == "ended by SIGSEGV"
+    assert "in ask" in (tmp_path / "it.log").read_text(), "the log says where"
+
+
+def test_a_section_ends_at_its_limit_with_all_it_started(tmp_path: Path) -> None:
+    body = "answers.put(first=subprocess.Popen(['sleep', '987']).pid); time.sleep(987)"
+    began = time.monotonic()
+    result = asked(tmp_path, body, seconds=1)
+    assert time.monotonic() - began < 5
+    assert result["state"] == STOPPED
+    assert "in ask" in (tmp_path / "it.log").read_text(), "the log says where it hung"
+    assert is_gone(result["answers"]["first"])
+
+
+def test_a_process_that_cannot_end_itself_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twotower.doctor.sections._GRACE", 0.5)
+    body = "import faulthandler; faulthandler.cancel_dump_traceback_later(); time.sleep(987)"
+    result = asked(tmp_path, body, seconds=1)
+    assert result["state"] == STOPPED
+    assert "killed" in result["last_words"][-1]
+
+
+@pytest.mark.parametrize(("given", "taken"), [(None, "30.0"), (7.0, "7.0"), (99.0, "30.0")])
+def test_a_shorter_limit_counts(tmp_path: Path, given: float | None, taken: str) -> None:
+    result = asked(tmp_path, "answers.put(words=sys.argv)", at_most=given)
+    assert result["answers"]["words"][-1] == taken
