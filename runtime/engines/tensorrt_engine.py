@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +18,14 @@ from twotower.runtime.cuda.memory import DeviceBuffer, DeviceMemory
 from twotower.runtime.cuda.passes import DevicePass, PassWork, Turns, downloads, uploads
 from twotower.runtime.cuda.streams import CudaEvent, CudaStream
 from twotower.runtime.engines.copies import StateCopies
-from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
+from twotower.runtime.engines.tensorrt_binding import Bound, bind_execution
+from twotower.runtime.engines.tensorrt_plan import Execution, Plan, PlanLoader
 from twotower.runtime.memory import numpy_dtype
 from twotower.spec import CONDITIONING, RESIDUAL_IN, RESIDUAL_OUT, TensorSpec, TowerSignature
 
 __all__ = ["EngineRoom", "TensorRTEngine", "handover_bytes"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -36,6 +40,7 @@ class EngineRoom:
         scratch: Activation memory of each device, address and bytes: one for all engines, as no two of them run at the same time.
         handover: On each device, where segments hand the residual stream over: two halves that take turns; and the conditioning.
         turns: Keeps executions on a device apart.
+        uncapturable: Engines the library has refused to capture; each is said once.
     """
 
     cuda: Cuda
@@ -45,6 +50,7 @@ class EngineRoom:
     scratch: dict[int, tuple[int, int]] = field(default_factory=dict)
     handover: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     turns: dict[int, Turns] = field(default_factory=lambda: defaultdict(Turns))
+    uncapturable: set[str] = field(default_factory=set)
 
 
 class TensorRTEngine:
@@ -97,31 +103,29 @@ class TensorRTEngine:
         """Frees the engines; idempotent."""
         self._plans = ()
 
-    def _bound(self, plan: Plan, index: int, arrays: Mapping[str, DeviceBuffer], how: tuple[int, dict[str, int], bool]) -> _Bound:
+    def _bound(
+        self,
+        plan: Plan,
+        index: int,
+        arrays: Mapping[str, DeviceBuffer],
+        how: tuple[int, dict[str, int], bool],
+    ) -> _Segment:
         """An execution context of one segment with its profile, shapes and addresses set."""
         number, sizes, fixed = how
         room, device = self._room, plan.device
         room.cuda.use(device)
-        context = room.loader.context(plan, fixed=fixed)
-        stream = room.memory.stream(device)
-        refused = [] if context.set_optimization_profile_async(number, stream) else [f"profile {number}"]
-        room.cuda.synchronize(stream)
+        execution = room.loader.context(plan, fixed=fixed)
         inputs = {spec.name: spec for spec in plan.part.inputs}
-        for name, spec in inputs.items():
-            if not context.set_input_shape(name, spec.shape(sizes)):
-                refused.append(f"shape {spec.shape(sizes)} of {name}")
         names = [spec.name for spec in (*plan.part.inputs, *plan.part.outputs)]
-        refused += [f"address of {n}" for n in names if not context.set_tensor_address(n, self._address(n, arrays, index))]
-        refused += [f"{name} has no shape" for name in context.infer_shapes()]
-        if refused:
-            raise DeviceError(
-                f"{plan.part.file} cannot be bound",
-                found="; ".join(refused[:5]) + _because(room.loader),
-                do="report this with `twotower doctor`",
-            )
-        address, size = room.scratch[device]
-        context.set_device_memory(address, size)
-        return _Bound(plan, context, index, _nbytes(inputs.get(RESIDUAL_IN), sizes), _nbytes(inputs.get(CONDITIONING), sizes))
+        to = Bound(
+            profile=number,
+            shapes={name: spec.shape(sizes) for name, spec in inputs.items()},
+            addresses={name: self._address(name, arrays, index) for name in names},
+            scratch=room.scratch[device],
+        )
+        bind_execution(execution, to, loader=room.loader, memory=room.memory)
+        residual, conditioning = inputs.get(RESIDUAL_IN), inputs.get(CONDITIONING)
+        return _Segment(execution, index, _nbytes(residual, sizes), _nbytes(conditioning, sizes))
 
     def _address(self, name: str, arrays: Mapping[str, DeviceBuffer], index: int) -> int:
         """Where a segment finds a tensor: in a buffer, or where its neighbours hand over."""
@@ -135,20 +139,27 @@ class TensorRTEngine:
 
 
 @dataclass(frozen=True, slots=True)
-class _Bound:
+class _Segment:
     """A segment ready to run: its context, its number, and the bytes it takes over from the segments before it."""
 
-    plan: Plan
-    context: Any
+    execution: Execution
     index: int
     residual: int
     conditioning: int
+
+    @property
+    def plan(self) -> Plan:
+        return self.execution.plan
+
+    @property
+    def context(self) -> Any:
+        return self.execution.context
 
 
 class _Segments:
     """Enqueues the segments of one pass."""
 
-    def __init__(self, room: EngineRoom, bound: Sequence[_Bound], copies: Any) -> None:
+    def __init__(self, room: EngineRoom, bound: Sequence[_Segment], copies: Any) -> None:
         self._room, self._bound, self._copies = room, list(bound), copies
         self._events: dict[int, CudaEvent] = {}
         self._first = bound[0].plan.device
@@ -164,10 +175,19 @@ class _Segments:
         return self._copies is None and not self._events
 
     def may_be_captured(self, queue: CudaStream) -> bool:
-        """What the library says of it, where it says anything."""
-        if not self._room.loader.flavour.capturable:
+        """What the library says of it, if it does; a refusal is logged once an engine, in its words."""
+        loader = self._room.loader
+        if not loader.flavour.capturable:
             return True
-        return all(b.context.is_stream_capturable(queue.handles[b.plan.device]) for b in self._bound)
+        for bound in self._bound:
+            loader.drain()
+            if not bound.context.is_stream_capturable(queue.handles[bound.plan.device]):
+                file, words = bound.plan.part.file, loader.drain() or "it gives no reason"
+                if file not in self._room.uncapturable:
+                    logger.warning("%s cannot be captured and is launched piece by piece: %s", file, words)
+                self._room.uncapturable.add(file)
+                return False
+        return True
 
     def enqueue(self, queue: CudaStream) -> None:
         """Puts every segment on the stream of its device.
@@ -196,13 +216,15 @@ class _Segments:
         plans, events = [bound.plan for bound in self._bound], list(self._events.values())
         keep = [partial(self._keep_kernels, plan) for plan in plans]
         self._events.clear()
-        close_all((*keep, self._bound.clear, *(event.close for event in events)))
+        contexts = [bound.execution.close for bound in self._bound]
+        self._bound.clear()
+        close_all((*keep, *contexts, *(event.close for event in events)))
 
     def _keep_kernels(self, plan: Plan) -> None:
         self._room.cuda.use(plan.device)
         self._room.loader.keep_kernels(plan)
 
-    def _hand_over(self, queue: CudaStream, bound: _Bound, source: int) -> None:
+    def _hand_over(self, queue: CudaStream, bound: _Segment, source: int) -> None:
         """Brings what a segment reads from the device before it; the later device's stream waits for the earlier one's."""
         cuda, handover, device = self._room.cuda, self._room.handover, bound.plan.device
         cuda.use(source)

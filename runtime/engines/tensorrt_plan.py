@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from twotower.bundle import EngineFile
 from twotower.errors import DeviceError, EngineMismatchError
 from twotower.flavour import Flavour
 
-__all__ = ["Plan", "PlanLoader"]
+__all__ = ["Execution", "Plan", "PlanLoader"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Plan:
         scratch: Bytes of activation memory an execution needs.
         cache: Kernels the library compiled for it so far; None for a library that compiles nothing at run time.
         cache_file: Where they are kept.
+        config: What made the cache; the library does not keep it.
     """
 
     part: EngineFile
@@ -41,6 +43,22 @@ class Plan:
     scratch: int
     cache: Any = None
     cache_file: Path | None = None
+    config: Any = None
+
+
+class Execution:
+    """An execution context with what must outlive it and the library does not keep.
+
+    Attributes are let go of in the order they are set, with or without `close`: the context first.
+    """
+
+    def __init__(self, context: Any, config: Any, plan: Plan) -> None:
+        self.context, self._config, self.plan = context, config, plan
+
+    def close(self) -> None:
+        """Frees the context; idempotent."""
+        self.context = None
+        self._config = None
 
 
 class PlanLoader:
@@ -54,7 +72,7 @@ class PlanLoader:
     def __init__(self, flavour: Flavour, in_place: Mapping[str, str]) -> None:
         self.flavour = flavour
         self._in_place = in_place
-        self._said: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._said: deque[tuple[bool, str]] = deque(maxlen=_KEPT_LINES)
         self._logger = _make_logger(flavour.module, self._said)
         self._runtime = flavour.module.Runtime(self._logger)
 
@@ -73,15 +91,16 @@ class PlanLoader:
                 do="build it again on or for this machine with `twotower build BUNDLE --target ... --force`",
             )
         self._check(engine, part, file)
-        cache, cache_file = None, None
+        cache, cache_file, config = None, None, None
         if self.flavour.runtime_cache:
             cache_file = file.with_name(f".{file.name}.kernels")
-            cache = engine.create_runtime_config().create_runtime_cache()
+            config = engine.create_runtime_config()
+            cache = config.create_runtime_cache()
             if cache_file.is_file() and not cache.deserialize(cache_file.read_bytes()):
                 logger.info("%s is of another GPU, driver or library; kernels are compiled again", cache_file)
-        return Plan(part, device, engine, int(engine.device_memory_size_v2), cache, cache_file)
+        return Plan(part, device, engine, int(engine.device_memory_size_v2), cache, cache_file, config)
 
-    def context(self, plan: Plan, *, fixed: bool) -> Any:
+    def context(self, plan: Plan, *, fixed: bool) -> Execution:
         """An execution context without activation memory of its own.
 
         Args:
@@ -104,7 +123,9 @@ class PlanLoader:
                 found=self.drain() or "the library gives no reason",
                 do="free GPU memory, or build with a smaller --max-batch or --max-context",
             )
-        return context
+        if hasattr(context, "nvtx_verbosity"):  # as detailed as the engine, unless told: every enqueue pays for it
+            context.nvtx_verbosity = trt.ProfilingVerbosity.NONE
+        return Execution(context, config, plan)
 
     def keep_kernels(self, plan: Plan) -> None:
         """Saves kernels compiled while the engine ran, for the next opening; a bundle that cannot be written to goes without."""
@@ -113,17 +134,20 @@ class PlanLoader:
         try:
             data = bytes(plan.cache.serialize())
             if not plan.cache_file.is_file() or plan.cache_file.stat().st_size != len(data):
-                partial = plan.cache_file.with_suffix(".partial")
+                partial = plan.cache_file.with_suffix(f".partial-{os.getpid()}")  # others may open it too
                 partial.write_bytes(data)
                 partial.replace(plan.cache_file)
         except OSError as e:
             logger.info("compiled kernels are not kept: %s", e)
 
-    def drain(self) -> str:
-        """What the library said last, which is then forgotten."""
-        said = "; ".join(self._said)
-        self._said.clear()
-        return said
+    def drain(self, *, errors: bool = False) -> str:
+        """What the library said last, which is then forgotten: warnings and worse, or errors alone."""
+        said: list[str] = []
+        while self._said:  # one by one: the library's own threads may be adding lines
+            error, line = self._said.popleft()
+            if error or not errors:
+                said.append(line)
+        return "; ".join(said)
 
     def _check(self, engine: Any, part: EngineFile, file: Path) -> None:
         """Names, types and shared addresses of an engine's tensors are the contract the buffers were made for."""
@@ -150,17 +174,18 @@ class PlanLoader:
             )
 
 
-def _make_logger(trt: Any, said: deque[str]) -> Any:
+def _make_logger(trt: Any, said: deque[tuple[bool, str]]) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """The library's lines in Python's log; warnings and worse are remembered for an error's text."""
+        """The library's lines in Python's log; warnings and worse are kept for an error's text."""
 
         def __init__(self) -> None:
             super().__init__()
 
         def log(self, severity: Any, message: str) -> None:
             serious = severity.value <= trt.ILogger.Severity.WARNING.value
+            error = severity.value <= trt.ILogger.Severity.ERROR.value
             logger.log(logging.INFO if serious else logging.DEBUG, "%s: %s", severity.name, message)
             if serious:
-                said.append(" ".join(message.split()))
+                said.append((error, " ".join(message.split())))
 
     return Logger()

@@ -59,5 +59,6 @@ def opened() -> Callable[..., Any]:
         with TwoTower.from_towers(towers, tokenizer=tokenizer, trained_block_size=bundle.trained_block_size) as model:
             yield StandIn(model, towers, api, trt)
         assert not api.leaked
+        assert not trt.faults
 
     return open_

@@ -10,7 +10,10 @@ import pytest
 
 from tests.helpers.towers import golden_config
 from tests.runtime.engines.test_tensorrt_engine import golden_cases
+from twotower.errors import DeviceError
 from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.cuda.passes import DevicePass
+from twotower.runtime.state import ContextState
 from twotower.runtime.workspace import Workspace
 
 
@@ -72,3 +75,58 @@ def test_the_current_device_belongs_to_a_thread(
         thread.join()
         assert "device 0 is current" in str(failed[0])
         known.clear()
+
+
+def test_a_library_allocates_when_it_runs_a_shape_first(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Planted: the very first run of a pass is captured. Later shapes of a context would be no better."""
+    make = DevicePass.__init__
+
+    def hasty(self: DevicePass, *args: Any) -> None:
+        make(self, *args)
+        self._runs = 1
+
+    monkeypatch.setattr(DevicePass, "__init__", hasty)
+    with opened(built()) as it:
+        it.model.generate([5, 6, 7])
+    assert "cudaMalloc during capture" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("two addresses of a cache", "should alias but memory addresses differ"),
+        ("a profile that is not waited for", "outside of profile None"),
+        ("more rows than the profile has", "outside of profile"),
+    ],
+)
+def test_what_the_library_refuses(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    says: str,
+) -> None:
+    rows = [[5, 6, 7]]
+    if fault == "two addresses of a cache":
+        writes = ContextState.writes
+
+        def elsewhere(state: ContextState, which: int) -> dict[str, Any]:
+            made = {n: b for n, b in writes(state, which).items() if "conv" not in n and "ssm" not in n}
+            first, second = list(made)[:2]
+            return {**writes(state, which), first: made[second]}
+
+        monkeypatch.setattr(ContextState, "writes", elsewhere)
+    elif fault == "a profile that is not waited for":
+        monkeypatch.setattr(Cuda, "synchronize", lambda cuda, stream: None)
+    else:
+        rows = [[5, 6, 7]] * 5
+        monkeypatch.setattr("twotower.runtime.engines.tensorrt_engine._profile", lambda plan, sizes: 0)
+    with opened(built()) as it:
+        it.model._max_batch = 8
+        with pytest.raises(DeviceError, match=says):
+            it.model.generate(rows)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.graphs import FIXTURES
-from tests.helpers.tensorrt_stand_in import _Context
+from tests.helpers.stand_in_engine import Context
 from tests.helpers.towers import golden_config
 from twotower import GenerationConfig
 from twotower.errors import DeviceError
@@ -68,10 +68,10 @@ def test_rows_are_independent_and_long_prompts_are_padded_to_few_widths(built: C
     with opened(built(), seed=7) as it:
         alone = [it.model.generate(p, DIFFUSION).tokens for p in prompts]
         assert [out.tokens for out in it.model.generate(prompts, DIFFUSION)] == alone
-        made = len(it.trt.contexts)
+        made = it.trt.made
         for length in range(65, 75):
             it.model.generate(np.random.default_rng(length).integers(4, 250, length).tolist(), GenerationConfig(max_new_tokens=1))
-        assert len(it.trt.contexts) - made <= 8, "one width, whatever the length"
+        assert it.trt.made - made <= 8, "one width, whatever the length"
 
 
 def test_a_step_is_one_launch_and_sets_nothing(built: Callable[..., Any], opened: Callable[..., Any]) -> None:
@@ -81,7 +81,7 @@ def test_a_step_is_one_launch_and_sets_nothing(built: Callable[..., Any], opened
     with opened(built()) as it:
 
         def on_step(record: Any) -> None:
-            changes = sum(context.changes for context in it.trt.contexts)
+            changes = it.trt.changes
             counts = it.cuda.counts
             marks.append(
                 (
@@ -138,14 +138,15 @@ def test_an_error_of_ours_leaves_no_stream_in_a_capture(
 ) -> None:
     """Not only what a library refuses: any exception between the two ends of a capture."""
     with opened(built()) as it:
-        execute = _Context.execute_async_v3
+        execute = Context.execute_async_v3
 
         def fail(context: Any, stream: int) -> bool:
             if it.cuda.capturing(stream):
+                del context  # or the error's frames would keep it beyond its configuration
                 raise RuntimeError("a defect")
             return execute(context, stream)
 
-        monkeypatch.setattr(_Context, "execute_async_v3", fail)
+        monkeypatch.setattr(Context, "execute_async_v3", fail)
         with pytest.raises(RuntimeError, match="a defect"):
             it.model.generate([5, 6, 7], DIFFUSION)
         assert not any(it.cuda.capturing(s) for s in it.cuda._streams)
@@ -175,8 +176,12 @@ def test_what_cannot_be_captured_is_launched_instead(
             it.trt.allocates = True
         else:
             it.cuda.fail[how] = (1, 901)
-        assert list(it.model.generate(case["prompt"], golden_config(case)).tokens) == case["diffusion_tokens"]
-        assert ("cannot be captured" in caplog.text) == (how != "the library says no"), "silence is for what was asked beforehand"
+        for _ in range(3):
+            out = it.model.generate(case["prompt"], golden_config(case))
+            assert list(out.tokens) == case["diffusion_tokens"]
+        assert "cannot be captured" in caplog.text
+        if how == "the library says no":  # asked again for every pass, and said once an engine
+            assert caplog.text.count("this engine is not stream capturable") == 2
         assert not any(it.cuda.capturing(s) for s in it.cuda._streams), "no stream stays in a capture"
 
 

@@ -178,13 +178,16 @@ def test_capacity_beyond_memory_is_said_with_what_is_free(copied: Bundle) -> Non
 
 
 def test_compiled_kernels_are_kept_for_the_next_opening(copied: Bundle) -> None:
-    compiled: list[bytes] = []
+    compiled: list[str] = []
+    counts = []
     for _ in range(2):
         with TwoTower.from_towers(open_(copied, change=lambda trt: setattr(trt, "kernels", compiled))) as model:
             model.generate([5], GenerationConfig(max_new_tokens=1))
+        counts.append(len(compiled))
     kept = sorted(p.name for p in engine_folder(copied, "rtx").glob(".*.kernels"))
     assert kept == [".context.engine.kernels", ".denoiser.engine.kernels"]
-    assert len(compiled) == 2, "once for each engine that ran, not again by the second session"
+    assert counts[0] > 0
+    assert counts[1] == counts[0], "nothing is compiled again by the second session"
     Bundle.open(copied.path)  # they are no part of what is checked
 
 

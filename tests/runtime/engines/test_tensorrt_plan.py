@@ -8,7 +8,8 @@ import pytest
 
 from tests.helpers.bundles import export_fixture
 from tests.helpers.cuda_stand_in import CudaStandIn
-from tests.helpers.tensorrt_stand_in import TensorRTStandIn, _Context, _Engine
+from tests.helpers.stand_in_engine import Context, Engine
+from tests.helpers.tensorrt_stand_in import TensorRTStandIn
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.bundle import engine_folder
 from twotower.errors import EngineMismatchError
@@ -22,6 +23,8 @@ CONTEXT = (
     "set_tensor_address",
     "infer_shapes",
     "set_device_memory",
+    "update_device_memory_size_for_shapes",
+    "nvtx_verbosity",
     "execute_async_v3",
     "is_stream_capturable",
 )
@@ -50,13 +53,14 @@ def test_every_name_is_in_the_real_library() -> None:
         (trt.CudaGraphStrategy, ("DISABLED",)),
         (trt.DynamicShapesKernelSpecializationStrategy, ("EAGER", "NONE")),
         (trt.DataType, tuple(_DTYPES)),
+        (trt.ProfilingVerbosity, ("NONE",)),
     ):
         assert [name for name in names if not hasattr(owner, name)] == [], owner
 
 
 def test_every_name_is_in_the_stand_in() -> None:
-    assert [name for name in CONTEXT if not hasattr(_Context, name)] == []
-    assert [name for name in ENGINE if not hasattr(_Engine, name)] == []
+    assert [name for name in CONTEXT if not hasattr(Context, name)] == []
+    assert [name for name in ENGINE if not hasattr(Engine, name)] == []
     assert hasattr(TensorRTStandIn(CudaStandIn()), "Runtime")
 
 

@@ -1,0 +1,270 @@
+"""Engines and execution contexts of the TensorRT stand-in: what they refuse, and what they keep.
+
+What is refused is said in the log and with False, as by the library: shapes outside a profile, a profile that
+is not there yet, scratch memory that is too small or not aligned (the log alone tells), aliases at two
+addresses, an execution without one of these. An execution in a shape that has not run yet asks CUDA for memory,
+and compiles kernels where it was told to specialise them.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from tests.helpers.cuda_stand_in import CudaRefusedError
+from tests.helpers.stand_in_graph import StandInGraph, view
+
+__all__ = ["SCRATCH", "Context", "Engine"]
+
+_collecting = threading.Event()
+gc.callbacks.append(lambda phase, info: _collecting.set() if phase == "start" else _collecting.clear())
+
+SCRATCH = 4096
+_ALIGNED = 256
+
+
+class _Cache:
+    """Compiled kernels, by name."""
+
+    def __init__(self) -> None:
+        self.known: list[str] = []
+
+    def deserialize(self, data: bytes) -> bool:
+        try:
+            self.known = json.loads(data)
+        except ValueError:
+            return False
+        return True
+
+    def serialize(self) -> memoryview:
+        return memoryview(json.dumps(self.known).encode())
+
+
+class _Config:
+    """How a context is to be made. It does not keep the cache alive, nor does a context keep either."""
+
+    def __init__(self) -> None:
+        self.strategy = "static"
+        self.cuda_graph_strategy = self.dynamic_shapes_kernel_specialization_strategy = ""
+        self.cache: Callable[[], _Cache | None] = lambda: None
+
+    def create_runtime_cache(self) -> _Cache:
+        return _Cache()
+
+    def set_runtime_cache(self, cache: _Cache) -> bool:
+        self.cache = weakref.ref(cache)
+        return True
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+
+class Engine:
+    """One engine.
+
+    Args:
+        trt: The module it was loaded by.
+        graph: What it computes.
+        build: Its inputs with their axes, and its profiles, as the build was told.
+        log: Called with the library's words.
+
+    Attributes:
+        device_memory_size_v2: Bytes of scratch memory it says it needs.
+    """
+
+    def __init__(
+        self,
+        trt: Any,
+        graph: StandInGraph,
+        build: dict[str, Any],
+        log: Callable[[str], None],
+    ) -> None:
+        self.trt, self.graph, self.say = trt, graph, log
+        self.axes = {name: axes for name, _, axes in build["inputs"]}
+        self.profiles = [profile["axes"] for profile in build["profiles"]]
+        self._names = [*graph.inputs, *graph.outputs]
+        self.num_io_tensors = len(self._names)
+        self.device_memory_size_v2 = SCRATCH
+        self.device = trt.cuda.current
+
+    @property
+    def name(self) -> str:
+        """What tells it from other engines."""
+        return ",".join(sorted(self.graph.outputs))[:40]
+
+    def get_tensor_name(self, index: int) -> str:
+        return self._names[index]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        kind = (self.graph.inputs | self.graph.outputs)[name]
+        return SimpleNamespace(name={"FLOAT16": "HALF", "BFLOAT16": "BF16"}.get(kind, kind))
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        past = name.replace("present.", "past_key_values.")
+        return past if past != name and past in self.graph.inputs else None
+
+    def create_runtime_config(self) -> _Config:
+        return _Config()
+
+    def create_execution_context(self, config: _Config) -> Context:
+        assert config.strategy == "user", "contexts share one scratch memory"
+        return Context(self, config)
+
+
+class Context:
+    """One execution context."""
+
+    nvtx_verbosity = "detailed"
+
+    def __init__(self, engine: Engine, config: _Config) -> None:
+        self._engine, self._trt = engine, engine.trt
+        self._config, self._cache = weakref.ref(config), config.cache
+        self._specialised = config.dynamic_shapes_kernel_specialization_strategy == "eager"
+        self._profile: int | None = None
+        self._addresses: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._scratch = 0
+        self._prepared: dict[str, tuple[int, ...]] = {}
+        self._trt.made += 1
+        self._compiled("any shape")
+
+    def __del__(self) -> None:
+        if _collecting.is_set():  # in an order of its own, which the library's objects do not follow
+            return
+        if self._config() is None or self._cache() is None:
+            self._trt.faults.append("a context outlived its configuration or its cache")
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self._trt.changes += 1
+        if not 0 <= index < len(self._engine.profiles):
+            return False
+        self._profile = None
+        context = weakref.ref(self)  # a stream's past is no reason to live on
+
+        def chosen() -> None:
+            if (it := context()) is not None:
+                it._profile = index
+
+        self._trt.cuda.enqueue(stream, chosen)
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._trt.changes += 1
+        axes = self._engine.axes[name]
+        fits = self._profile is not None and len(axes) == len(shape)
+        if fits:
+            ranges = self._engine.profiles[self._profile]
+            allowed = [ranges.get(a, (1, 1, 1 << 40)) if isinstance(a, str) else (a, a, a) for a in axes]
+            fits = all(least <= n <= most for n, (least, _, most) in zip(shape, allowed, strict=True))
+        if not fits:
+            self._engine.say(f"shape {shape} of {name} is outside of profile {self._profile}")
+            return False
+        self._shapes[name] = tuple(shape)
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._trt.changes += 1
+        where = self._trt.cuda.device_of(address)
+        assert where == self._engine.device, f"{name} is on another device than the engine"
+        self._addresses[name] = address
+        return name in self._engine.graph.inputs or name in self._engine.graph.outputs
+
+    def infer_shapes(self) -> list[str]:
+        if self._trt.inference_fails:
+            raise RuntimeError("shape inference failed")
+        return [name for name in self._engine.graph.inputs if name not in self._shapes]
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        assert not self.infer_shapes(), "shapes come first"
+        return self._trt.scratch_for_shapes or self._engine.device_memory_size_v2
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        self._trt.changes += 1
+        if size < self._engine.device_memory_size_v2 or address % _ALIGNED:
+            self._engine.say(f"device memory of {size} bytes at {address:#x} cannot be used")
+            return
+        self._scratch = address
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        if not self._trt.capturable:
+            self._engine.say("this engine is not stream capturable")
+        return self._trt.capturable
+
+    def execute_async_v3(self, stream: int) -> bool:
+        trt = self._trt
+        trt.executions += 1
+        if trt.executions == trt.refuse_at or (trt.refuse_capture and trt.cuda.capturing(stream)):
+            return False
+        wrong = self._refusal()
+        if wrong:
+            self._engine.say(wrong)
+            return False
+        trt.log.append(f"execute {self._engine.name}")
+        work = _Execution(
+            self._engine.graph,
+            dict(self._addresses),
+            dict(self._shapes),
+            self._scratch,
+        )
+        try:
+            trt.cuda.enqueue(stream, work.begin)
+            trt.cuda.enqueue(stream, work.end)
+        except CudaRefusedError as e:
+            self._engine.say(f"CUDA error {e.code} while it was enqueued")
+            return False
+        return True
+
+    def _refusal(self) -> str:
+        """Why it cannot be enqueued; empty if it can, and then it is ready for its shape."""
+        engine, trt = self._engine, self._trt
+        assert self._config() is not None and self._cache() is not None, "configuration or cache are gone"
+        bound = {*engine.graph.inputs, *engine.graph.outputs}
+        if set(self._addresses) != bound or self._profile is None or not self._scratch:
+            return "an address, the profile or the device memory is not set"
+        for name in engine.graph.outputs:
+            past = engine.get_aliased_input_tensor(name)
+            if past and self._addresses[name] != self._addresses[past]:
+                return f"{name} and {past} should alias but memory addresses differ"
+        engine.graph.check(self._addresses, self._shapes, trt.cuda.device_of)
+        if self._shapes == self._prepared and not trt.allocates:
+            return ""
+        if code := trt.cuda.unsafe():
+            return f"cudaMalloc during capture: {code}"
+        self._prepared = dict(self._shapes)
+        if self._specialised:
+            self._compiled(str(sorted(self._shapes.items())))
+        return ""
+
+    def _compiled(self, what: str) -> None:
+        """Kernels are in the cache, or are compiled now."""
+        cache, name = self._cache(), f"{self._engine.name}: {what}"
+        assert cache is not None, "the cache is gone"
+        if name not in cache.known:
+            cache.known.append(name)
+            self._trt.kernels.append(name)
+
+
+@dataclass(frozen=True, eq=False)
+class _Execution:
+    """What was enqueued: kernels, and graphs that captured them, keep the addresses of that moment."""
+
+    graph: StandInGraph
+    addresses: dict[str, int]
+    shapes: dict[str, tuple[int, ...]]
+    scratch: int
+
+    def begin(self) -> None:
+        view(self.scratch, (1,), np.int64)[0] = id(self)
+
+    def end(self) -> None:
+        own = view(self.scratch, (1,), np.int64)[0] == id(self)
+        assert own, "two executions used the scratch memory at a time"
+        self.graph.run(self.addresses, self.shapes)

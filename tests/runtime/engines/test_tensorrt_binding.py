@@ -1,0 +1,90 @@
+"""What a library refuses while a context is bound is an error with its words, and nothing is bound half."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.helpers.stand_in_engine import SCRATCH, Context
+from twotower import GenerationConfig
+from twotower.errors import DeviceError
+
+SHORT = GenerationConfig(max_new_tokens=16, ignore_eos=True)
+
+
+def error_of(it: Any) -> DeviceError:
+    with pytest.raises(DeviceError, match="cannot be bound") as error:
+        it.model.generate([5, 6, 7], SHORT)
+    return error.value
+
+
+def test_shapes_that_cannot_be_inferred(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+) -> None:
+    """The library raises for what it does not list."""
+    with opened(built()) as it:
+        it.trt.inference_fails = True
+        assert "shapes cannot be inferred: shape inference failed" in error_of(it).found
+        it.trt.inference_fails = False
+        assert it.model.generate([5, 6, 7], SHORT).tokens
+
+
+def test_activation_memory_that_is_too_small_for_the_shapes(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+) -> None:
+    with opened(built()) as it:
+        it.trt.scratch_for_shapes = SCRATCH + 1
+        assert f"needs {SCRATCH + 1:,} bytes" in error_of(it).found
+
+
+def test_activation_memory_that_the_library_does_not_take(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It returns nothing: without a look at the log the refused execution would be all there is."""
+    with opened(built()) as it:
+        room = it.towers.context._room
+        address, size = room.scratch[0]
+        room.scratch[0] = (address + 8, size)
+        assert "cannot be used" in error_of(it).found
+
+
+def test_ranges_for_a_profiler_are_off(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Engines are built with detailed names, and every enqueue would pay for them."""
+    seen: set[str] = set()
+    execute = Context.execute_async_v3
+
+    def noted(context: Context, stream: int) -> bool:
+        seen.add(context.nvtx_verbosity)
+        return execute(context, stream)
+
+    monkeypatch.setattr(Context, "execute_async_v3", noted)
+    with opened(built()) as it:
+        it.model.generate([5, 6, 7], SHORT)
+    assert seen == {"none"}
+
+
+def test_a_context_goes_before_what_made_it(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+) -> None:
+    """With and without an error while it is bound; the stand-in notes contexts that outlive their cache."""
+    with opened(built("hybrid-a", 4)) as it:
+        it.trt.scratch_for_shapes = SCRATCH + 1
+        error_of(it)
+        it.trt.scratch_for_shapes = 0
+        it.model.generate([5, 6, 7], SHORT)
+        stream = it.model.stream([8, 9], SHORT)
+        next(stream)
+    gc.collect()
+    assert not it.trt.faults
