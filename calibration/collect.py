@@ -48,7 +48,8 @@ class CollectConfig:
     """Options of one calibration.
 
     Attributes:
-        generation: Options of every prompt that has none of its own; with a temperature the seed fixes what is drawn.
+        generation: Options of every prompt that has none of its own. A prompt without a seed takes
+            seed 0: a run that goes on where another ended must draw the same.
     """
 
     generation: GenerationConfig
@@ -156,7 +157,9 @@ class _Run:
 
     def gather(self, model: TwoTower, requests: Sequence[Request], config: CollectConfig, tell: Report) -> None:
         """Generates from every prompt that is not done yet; all are checked before the first."""
-        wanted = [Request(r.prompt, replace(r.config or config.generation, mode="diffusion")) for r in requests]
+        given = [(r.config or config.generation).seeded() for r in requests]
+        options = [replace(g, mode="diffusion") for g in given]
+        wanted = [Request(r.prompt, o) for r, o in zip(requests, options, strict=True)]
         model.stream(wanted).close()  # checks, and does no work
         kept_at = time.monotonic()
         try:
@@ -190,7 +193,7 @@ class _Run:
             "passes": self._passes,
             "blocks": self._blocks,
             "tokens": self._tokens,
-            "generation": config.generation.to_json(),
+            "generation": config.generation.seeded().to_json(),
         }
 
     def _watched(self, name: str) -> list[str]:

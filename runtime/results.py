@@ -68,6 +68,10 @@ class Generation:
             their text may be longer than `text`.
         text: The text before any stop string; None without a tokenizer.
         finish_reason: `eos`, `stop` or `length`.
+        usage: What it read, wrote and cost.
+        timings: Wall-clock milliseconds.
+        seed: The seed its noise was drawn with, given or not: the request gives this text again
+            with it. None at temperature 0.
     """
 
     tokens: tuple[int, ...]
@@ -75,6 +79,7 @@ class Generation:
     finish_reason: str
     usage: Usage
     timings: Timings
+    seed: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object `--json` prints; `text` only where there is a tokenizer."""
@@ -82,6 +87,7 @@ class Generation:
         if self.text is not None:
             out["text"] = self.text
         out["finish_reason"] = self.finish_reason
+        out["seed"] = self.seed
         out["usage"] = self.usage.to_json()
         out["timings_ms"] = asdict(self.timings)
         return out

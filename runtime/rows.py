@@ -39,6 +39,7 @@ class Row:
     Attributes:
         index: Number of the request in its call.
         prompt: [N] int64, N > 0.
+        seed: Names its noise; None where it is greedy.
         length: Tokens the context tower has read, or is about to have read.
         nfe: Passes so far (see `Usage.nfe`).
         prefill: Seconds in the batch's prefill, and likewise
@@ -60,6 +61,7 @@ class Row:
         "prefill",
         "prompt",
         "sampling",
+        "seed",
     )
 
     def __init__(
@@ -68,7 +70,9 @@ class Row:
         self.index = index
         self.prompt: npt.NDArray[np.int64] = np.asarray(prompt, np.int64)
         self.config = config
-        self.sampling: Choice = Sampling.from_config(config)
+        sampling = Sampling.from_config(config)
+        self.seed = None if sampling.greedy else sampling.seed
+        self.sampling: Choice = sampling
         eos = frozenset() if config.ignore_eos else frozenset(model.eos_token_ids)
         rule = StopRule(config.max_new_tokens, eos, config.stop)
         self._continuation = Continuation(rule, IncrementalText(tokenizer) if tokenizer else None)
@@ -104,4 +108,4 @@ class Row:
         assert c.finish_reason is not None
         usage = Usage(len(self.prompt), len(c.tokens), self.nfe, self.blocks)
         timings = Timings(*(1000 * s for s in (self.prefill, self.denoise, self.extend, self._total)))
-        return Generation(tuple(c.tokens), c.text, c.finish_reason, usage, timings)
+        return Generation(tuple(c.tokens), c.text, c.finish_reason, usage, timings, self.seed)

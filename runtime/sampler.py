@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from twotower.config import GenerationConfig
 __all__ = ["Choice", "Sampling", "gumbel_noise", "keyed_uniforms"]
 
 _DIFFUSION, _AR = 0, 1  # the two modes must not share noise
+_SEED_BITS = 53  # of a drawn one: JSON readers that keep numbers as doubles keep it exactly
 _SMALLEST_TEMPERATURE = 1e-30  # float32 logits divided by it stay finite, so that noise of -inf cannot make a NaN of them
 
 
@@ -64,9 +66,12 @@ class Sampling:
 
     @classmethod
     def from_config(cls, config: GenerationConfig) -> Sampling:
-        """The sampling part of a request's options."""
+        """The sampling part of a request's options; a seed that is needed and missing is drawn."""
         temperature = max(config.temperature, _SMALLEST_TEMPERATURE) if config.temperature > 0 else 0.0
-        return cls(config.seed, temperature, config.top_k, config.top_p)
+        seed = config.seed
+        if seed is None:
+            seed = secrets.randbits(_SEED_BITS) if temperature else 0
+        return cls(seed, temperature, config.top_k, config.top_p)
 
     @property
     def greedy(self) -> bool:

@@ -69,6 +69,14 @@ def test_ranges_are_those_torch_sees(tiny_bundle: Path, whole: Statistics) -> No
     assert len([n for n in watched.names if n in seen]) >= 10
 
 
+def test_sampled_calibrations_are_the_same_again(tiny_bundle: Path, tmp_path: Path) -> None:
+    config = GenerationConfig(max_new_tokens=32, ignore_eos=True, temperature=2.0)
+    options, some = CollectConfig(generation=config), PROMPTS[:2]
+    runs = [gathered(tiny_bundle, tmp_path / name, some, options) for name in ("a", "b")]
+    assert_same(*runs)
+    assert runs[0].facts["generation"]["seed"] == 0
+
+
 def test_every_pass_is_counted_once_in_its_bucket(whole: Statistics) -> None:
     d = whole.towers["denoiser"]
     width = {"in_proj": 128, "out_proj": 256, "q_proj": 128}

@@ -23,12 +23,38 @@ def generated(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str,
 
 def test_json_has_the_documented_keys(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (one,) = generated(capsys, str(built_bundle), "--tokens", PROMPT, "--max-new-tokens", "20", "--threshold", "0.8")
-    assert set(one) == {"tokens", "finish_reason", "usage", "timings_ms"}  # no text: the fixture has no tokenizer
+    # No text: the fixture has no tokenizer.
+    assert set(one) == {"tokens", "finish_reason", "seed", "usage", "timings_ms"}
+    assert one["seed"] is None, "greedy"
     assert set(one["usage"]) == {"prompt_tokens", "completion_tokens", "nfe", "blocks", "steps_per_block", "tokens_per_nfe"}
     assert set(one["timings_ms"]) == {"prefill", "denoise", "extend", "total"}
     assert one["usage"]["prompt_tokens"] == 3
     assert one["usage"]["completion_tokens"] == len(one["tokens"]) <= 20
     assert one["finish_reason"] in ("eos", "length")
+
+
+def test_a_drawn_seed_is_told_and_gives_the_text_again(
+    built_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [str(built_bundle), "--max-new-tokens", "20", "--ignore-eos", "--temperature", "2"]
+    file = tmp_path / "p.jsonl"
+    ids = [int(word) for word in PROMPT.split()]
+    file.write_text("\n".join(json.dumps({"tokens": ids, **own}) for own in ({}, {}, {"seed": 5})))
+    first, second, given = generated(capsys, *words, "--prompt-file", str(file))
+    assert given["seed"] == 5
+    assert first["seed"] != second["seed"]
+    assert first["tokens"] != second["tokens"]
+    for one in (first, second, given):
+        assert one["seed"] < 2**53, "what JSON readers keep exactly"
+        again = generated(capsys, *words, "--tokens", PROMPT, "--seed", str(one["seed"]))
+        assert [a["tokens"] for a in again] == [one["tokens"]]
+    for way in ([], ["--stream"]):
+        assert main(["generate", *words, "--tokens", PROMPT, "--seed", "5", *way]) == 0
+        captured = capsys.readouterr()
+        assert captured.out.split() == [str(t) for t in given["tokens"]]
+        assert captured.err.rstrip().endswith(", seed 5")
 
 
 def test_golden_tokens_from_the_command_line(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,6 +105,15 @@ def test_a_trace_brings_its_own_request(built_bundle: Path, tmp_path: Path, caps
         check_error(capsys.readouterr().err, "options of its own")
 
 
+def test_what_is_drawn_for_one_side_of_a_comparison_is_used_for_the_other(
+    built_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    both = [str(built_bundle)] * 2
+    assert main(["trace", "--diff", *both, *PROMPT, *FEW, "--temperature", "3"]) == 0
+    assert "final tokens: equal" in capsys.readouterr().out
+
+
 def test_the_first_difference_is_told(built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     write_trace(a, small_trace())

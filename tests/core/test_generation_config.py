@@ -29,6 +29,9 @@ from twotower.errors import ConfigError
         ("top_k", -1),
         ("seed", -1),
         ("seed", 2**64),
+        ("seed", 1.0),
+        ("seed", True),
+        ("seed", "7"),
         ("mode", "beam"),
         ("stop", ("",)),
         ("top_p", 0.5),
@@ -61,4 +64,13 @@ def test_plain_form_reads_back() -> None:
     config = GenerationConfig(mode="ar", top_p=0.9, stop=["a", "b"], temperature=1.0)  # type: ignore[arg-type]
     assert config.stop == ("a", "b")
     assert GenerationConfig.from_mapping(config.to_json()) == config
+    assert GenerationConfig.from_mapping({**config.to_json(), "seed": 2**64 - 1}).seed == 2**64 - 1
     assert GenerationConfig(stop="end").stop == ("end",)  # type: ignore[arg-type]
+
+
+def test_a_seed_is_none_until_it_is_given() -> None:
+    assert GenerationConfig().seed is None
+    assert GenerationConfig.from_mapping({"seed": None}, base=GenerationConfig(seed=7)).seed is None
+    assert GenerationConfig().seeded() == GenerationConfig(seed=0)
+    assert GenerationConfig().seeded(5) == GenerationConfig(seed=5)
+    assert GenerationConfig(seed=7).seeded(5) == GenerationConfig(seed=7)

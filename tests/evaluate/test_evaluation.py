@@ -25,8 +25,9 @@ CONFIG = EvaluationConfig(thresholds=(0.5, 0.9), steps=(2, 16), budget=98.7)
 
 
 def evaluated(**changes: Any) -> tuple[FakeModel, dict[str, Any]]:
+    other = changes.pop("other", None)
     model = FakeModel(PROBLEMS, **changes)
-    return model, evaluate(model, SUITE, CONFIG).report  # type: ignore[arg-type]
+    return model, evaluate(model, SUITE, CONFIG, other=other).report  # type: ignore[arg-type]
 
 
 def test_every_figure_is_the_one_the_model_produced() -> None:
@@ -58,6 +59,14 @@ def test_all_settings_answer_every_problem_in_turn() -> None:
         assert {c[0] for c in turn} == {asked.prompt}
         assert len({c[1:] for c in turn}) == 5  # the default preset is one of the sweep here
     assert len({tuple(c[1:] for c in counted[6 * i : 6 * i + 6]) for i in range(6)}) > 1, "the order changes"
+
+
+def test_what_is_sampled_is_sampled_alike_in_every_run_and_the_report_says_how() -> None:
+    for seed, used in ((None, 0), (7, 7)):
+        hot = GenerationConfig(temperature=1.0, seed=seed)
+        model, report = evaluated(defaults=hot, other=FakeModel(PROBLEMS, defaults=hot))
+        assert {s["config"]["seed"] for s in report["settings"].values()} == {used}
+        assert set(model.seeds) == {used}
 
 
 def test_where_diffusion_loses_is_said() -> None:
@@ -128,6 +137,15 @@ def test_tuning_finds_the_fastest_inside_the_budget_and_checks_it_elsewhere() ->
     most = max(kept(first.problems, t) for t in thresholds)
     assert kept(first.problems, tuned.presets["quality"].confidence_threshold) == most
     assert {p.max_new_tokens for p in tuned.presets.values()} == {GenerationConfig().max_new_tokens}
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_presets_keep_no_seed_that_was_not_given(seed: int | None) -> None:
+    model = FakeModel(PROBLEMS, defaults=GenerationConfig(temperature=1.0, seed=seed))
+    grid = TuneConfig(budget=1, thresholds=(0.9,), steps=(16,))
+    tuned = tune(model, SUITE, grid)  # type: ignore[arg-type]
+    assert {p.seed for p in tuned.presets.values()} == {seed}
+    assert set(model.seeds) == {seed or 0}
 
 
 def test_a_lucky_setting_between_two_that_fail_is_not_chosen() -> None:

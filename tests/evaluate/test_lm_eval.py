@@ -111,16 +111,26 @@ def test_diffusion_is_the_default_and_its_options_are_used(tiny_bundle: Path) ->
     )
     with model.model as session:
         want = GenerationConfig(confidence_threshold=0.5, steps_per_block=4, max_new_tokens=40)
+        want = want.seeded()
         assert model._config({}) == want
         assert model.generate_until(instances((PROMPTS[0], {"until": []}))) == [session.generate(PROMPTS[0], want).text]
         assert model._config({"do_sample": True, "temperature": 1.0, "top_p": 0.9}).top_p == 1, "not defined for diffusion"
 
 
-def test_a_repeated_request_is_another_sample_and_a_repeated_call_the_same(adapter: Any) -> None:
+def test_a_repeated_request_is_another_sample_and_a_repeated_call_the_same(
+    adapter: Any,
+    tiny_bundle: Path,
+) -> None:
+    from twotower.evaluate.lm_eval_model import TwoTowerLM
+
     hot = (PROMPTS[1], {"do_sample": True, "temperature": 9.0, "max_gen_toks": 12})
     texts = adapter.generate_until(instances(hot, hot, hot))
     assert len(set(texts)) == 3
     assert adapter.generate_until(instances(hot, hot, hot)) == texts
+    options = f"bundle={tiny_bundle},mode=ar,seed=1"
+    with TwoTowerLM.create_from_arg_string(options).model as other:
+        config = GenerationConfig(mode="ar", temperature=9.0, max_new_tokens=12, seed=1)
+        assert other.generate(PROMPTS[1], config).text == texts[1]
     cold = (PROMPTS[1], {"do_sample": False, "temperature": 9.0, "max_gen_toks": 12})
     assert len(set(adapter.generate_until(instances(cold, cold)))) == 1
 
@@ -138,7 +148,8 @@ def test_a_repeated_request_is_another_sample_and_a_repeated_call_the_same(adapt
     ],
 )
 def test_a_tasks_options_are_honoured(adapter: Any, options: dict[str, Any], changed: dict[str, Any]) -> None:
-    assert adapter._config(options) == GenerationConfig(**{"mode": "ar", "max_new_tokens": 64, **changed})
+    common = {"mode": "ar", "max_new_tokens": 64, "seed": 0}
+    assert adapter._config(options) == GenerationConfig(**{**common, **changed})
 
 
 @pytest.mark.parametrize(
@@ -150,6 +161,7 @@ def test_a_tasks_options_are_honoured(adapter: Any, options: dict[str, Any], cha
         ({"bundle": "B", "max_batch": "many"}, "max_batch"),
         ({"bundle": "B", "max_gen_toks": "many"}, "max_new_tokens"),
         ({"bundle": "B", "threshold": 2}, "confidence_threshold"),
+        ({"bundle": "B", "seed": "new"}, "seed"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused(tiny_bundle: Path, arguments: dict[str, Any], what: str) -> None:

@@ -56,6 +56,17 @@ def test_every_pass_is_there_as_the_runtime_reported_it(model: TwoTower, trace: 
     assert [t for b in trace.blocks for t in b.tokens][: len(result.tokens)] == list(result.tokens)
 
 
+def test_a_sampled_trace_tells_the_seed_that_makes_it_again(model: TwoTower) -> None:
+    hot = replace(CONFIG, temperature=2.0)
+    first = record_trace(model, [5, 6, 7], hot)
+    seed = first.header.config["seed"]
+    assert isinstance(seed, int)
+    again = record_trace(model, [5, 6, 7], GenerationConfig.from_mapping(first.header.config))
+    assert again.end.tokens == first.end.tokens
+    assert record_trace(model, [5, 6, 7], hot).header.config["seed"] != seed
+    assert record_trace(model, [5, 6, 7], replace(hot, seed=4)).header.config["seed"] == 4
+
+
 def test_the_times_of_the_parts_are_those_of_the_whole(tiny_bundle: Path) -> None:
     with TwoTower.open(tiny_bundle) as model:
         trace = record_trace(model, "Q: write from Ann to Omar: green kite, Kyoto, Friday, owl\nA:")

@@ -27,6 +27,7 @@ class FakeModel:
         problems: What it knows.
         wrong_below: A diffusion answer is wrong where the problem's own difficulty (0 to 1) is above the threshold plus this.
         calls: (prompt, mode, threshold, steps) of every request.
+        seeds: Their seeds.
     """
 
     problems: tuple[Problem, ...]
@@ -37,8 +38,11 @@ class FakeModel:
     tokenizer: Any = "yes"
     calls: list[tuple[str, str, float, int]] = field(default_factory=list)
 
+    seeds: list[int | None] = field(default_factory=list)
+
     def generate(self, prompt: str, config: GenerationConfig) -> Generation:
         self.calls.append((prompt, config.mode, config.confidence_threshold, config.steps_per_block))
+        self.seeds.append(config.seed)
         asked = next(p for p in self.problems if p.prompt == prompt)
         tokens = tuple(range(20))
         blocks = 2

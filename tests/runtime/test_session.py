@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -67,11 +68,44 @@ def test_requests_bring_their_own_options_in_any_mix(model: TwoTower) -> None:
         GenerationConfig(max_new_tokens=33, ignore_eos=True),
         GenerationConfig(max_new_tokens=9, block_size=4, confidence_threshold=0.3),
         GenerationConfig(max_new_tokens=20, temperature=1.0, seed=8, steps_per_block=3),
-        GenerationConfig(max_new_tokens=5, mode="ar", block_size=8, temperature=1.0, top_p=0.9),
+        GenerationConfig(
+            mode="ar",
+            max_new_tokens=5,
+            block_size=8,
+            temperature=1.0,
+            top_p=0.9,
+            seed=1,
+        ),
     ]
     batch = [Request([5 + i], wish) for i, wish in enumerate(wishes)]
     together = model.generate(batch)
     assert [(r.tokens, r.usage) for r in together] == [(r.tokens, r.usage) for r in map(model.generate, batch)]
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "ar"])
+def test_a_missing_seed_is_drawn_for_each_request_and_told(model: TwoTower, mode: str) -> None:
+    hot = replace(SHORT, mode=mode, temperature=3.0)
+    results = model.generate([[5, 6, 7]] * 4, hot)
+    streamed = [e.result for e in model.stream([[5, 6, 7]] * 2, hot) if e.result is not None]
+    drawn = [r.seed for r in (*results, *streamed)]
+    assert len({r.tokens for r in results}) == 4
+    assert len(set(drawn)) == 6
+    for result in results:
+        assert result.seed is not None
+        again = replace(hot, seed=result.seed)
+        batch = [Request([9], SHORT), Request([5, 6, 7], again), Request([5], again)]
+        assert model.generate([5, 6, 7], again).tokens == result.tokens
+        assert model.generate(batch)[1].tokens == result.tokens
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "ar"])
+def test_a_given_seed_is_every_prompts_and_greedy_has_none(model: TwoTower, mode: str) -> None:
+    hot = replace(SHORT, mode=mode, temperature=3.0, seed=11)
+    results = model.generate([[5, 6, 7], [5, 6, 7], [8]], hot)
+    assert [r.seed for r in results] == [11] * 3
+    assert results[0].tokens == results[1].tokens
+    for seed in (None, 11):
+        assert model.generate([5, 6, 7], replace(SHORT, mode=mode, seed=seed)).seed is None
 
 
 def test_the_sessions_defaults_are_used() -> None:
@@ -146,7 +180,7 @@ def test_text_comes_with_a_tokenizer(speaking: TwoTower, model: TwoTower, tokeni
     assert result.text == tokenizer.decode(result.tokens)
     assert result.usage.prompt_tokens == 6
     data = result.to_json()
-    assert list(data) == ["tokens", "text", "finish_reason", "usage", "timings_ms"]
+    assert list(data) == ["tokens", "text", "finish_reason", "seed", "usage", "timings_ms"]
     assert list(data["usage"]) == ["prompt_tokens", "completion_tokens", "nfe", "blocks", "steps_per_block", "tokens_per_nfe"]
     assert list(data["timings_ms"]) == ["prefill", "denoise", "extend", "total"]
     assert "text" not in model.generate([5], SHORT).to_json()

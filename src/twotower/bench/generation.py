@@ -55,6 +55,7 @@ def measure_generation(model: TwoTower, config: GenerationConfig, *, prompt_toke
     for name, value in (("--prompt-tokens", prompt_tokens), ("--rows", rows), ("--runs", runs)):
         if value < 1:
             raise ConfigError("nothing to measure", found=f"{name} {value}; allowed: 1 and more", do=f"name a larger {name}")
+    config = config.seeded()
     rng = np.random.default_rng(config.seed)
     c = model.config
     words = np.setdiff1d(np.arange(c.vocab_size), [c.mask_token_id, c.pad_token_id, *c.eos_token_ids])

@@ -42,7 +42,13 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (0)")
     how.add_argument("--top-k", type=int, metavar="N", help="sample among the N best tokens, 0 for all 64 kept candidates (0)")
     how.add_argument("--top-p", type=float, metavar="X", help="nucleus sampling, ar mode only (1)")
-    how.add_argument("--seed", type=int, metavar="N", help="same seed, same text, at any batch size (0)")
+    how.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="seed of the noise at a temperature above 0: with it the same prompt gives the same "
+        "text, in any batch (default: drawn for each prompt, and told with its text)",
+    )
     how.add_argument("--stop", action="append", metavar="STR", help="end the text before this string; may be repeated")
     how.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end-of-sequence token")
     how.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from twotower.errors import ConfigError
 
@@ -27,7 +27,9 @@ class GenerationConfig:
         temperature: 0 is greedy. Confidence is always the un-tempered probability.
         top_k: Sample among the k best tokens, 0 for all kept candidates (at most 64).
         top_p: Nucleus sampling, `ar` mode only.
-        seed: Names the noise; the same seed gives the same text on any batch size or backend.
+        seed: Names the noise of sampling: with it a prompt gives the same text in any batch, on any
+            backend, and equal prompts of one call give equal texts. None draws one for each
+            request, which its result tells. Greedy generation uses none.
         stop: Strings that end the text (cut before the string).
         ignore_eos: Go on past the end-of-sequence token.
         allow_untrained_block_size: Permit a block_size above the trained one.
@@ -41,7 +43,7 @@ class GenerationConfig:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     allow_untrained_block_size: bool = False
@@ -58,7 +60,8 @@ class GenerationConfig:
                 )
 
     def _checks(self) -> list[tuple[str, bool, str]]:
-        whole = {n: _is_whole(getattr(self, n)) for n in ("max_new_tokens", "block_size", "steps_per_block", "top_k", "seed")}
+        names = ("max_new_tokens", "block_size", "steps_per_block", "top_k")
+        whole = {n: _is_whole(getattr(self, n)) for n in names}
         real = {n: _is_real(getattr(self, n)) for n in ("confidence_threshold", "temperature", "top_p")}
         diffusion = self.mode == "diffusion"
         return [
@@ -71,7 +74,7 @@ class GenerationConfig:
             ("top_k", whole["top_k"] and 0 <= self.top_k <= CANDIDATES, f"0 (all candidates) to {CANDIDATES}"),
             ("top_p", real["top_p"] and 0 < self.top_p <= 1, "above 0, up to 1"),
             ("top_p", not diffusion or self.top_p == 1, "1 in diffusion mode: top-p is defined for `ar` only"),
-            ("seed", whole["seed"] and 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
+            ("seed", _is_seed(self.seed), "0 to 2**64 - 1, or none to have one drawn"),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"),
             ("allow_untrained_block_size", isinstance(self.allow_untrained_block_size, bool), "true or false"),
@@ -94,13 +97,21 @@ class GenerationConfig:
             )
         return replace(base or cls(), **data)
 
+    def seeded(self, seed: int = 0) -> GenerationConfig:
+        """These options, with `seed` if they have none: for texts that must come out the same."""
+        return self if self.seed is not None else replace(self, seed=seed)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data that `from_mapping` reads back."""
         return {**asdict(self), "stop": list(self.stop)}
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_seed(value: object) -> bool:
+    return value is None or (_is_whole(value) and 0 <= value < 2**64)
 
 
 def _is_real(value: object) -> bool:

@@ -54,7 +54,8 @@ def measure_agreement(
     """
     out = []
     for mode in ("diffusion", "ar"):
-        config = replace(reference.defaults, mode=mode, max_new_tokens=max_new_tokens, top_p=1.0)
+        options = reference.defaults.seeded()
+        config = replace(options, mode=mode, max_new_tokens=max_new_tokens, top_p=1.0)
         partings: list[Parting] = []
         for first in range(0, len(problems), _ROWS):
             some = problems[first : first + _ROWS]

@@ -115,7 +115,8 @@ class _Search:
         self._mixer = Mixer(self._bundle, made, graphs, threads=self._config.threads)
         self._float = self._stack.enter_context(TwoTower.open(self._bundle.path, _TARGET, threads=self._config.threads))
         price = self._config.price
-        self._generation = replace(self._float.defaults, mode="diffusion", top_p=1.0, max_new_tokens=price.max_new_tokens)
+        options, most = self._float.defaults.seeded(), price.max_new_tokens
+        self._generation = replace(options, mode="diffusion", top_p=1.0, max_new_tokens=most)
         self._ladders = {kind: self.formats.ladder(kind, inputs=statistics is not None) for kind in self.formats.kinds}
 
     def alone(self, tell: Callable[[str, int, int], None]) -> dict[tuple[str, Candidate], dict[str, Any]]:

@@ -99,7 +99,7 @@ def evaluate(
     configs = sweep_configs(model, config)
     contestants = [Contestant(name, model, c) for name, c in configs.items()]
     if other is not None:
-        configs[OTHER] = replace(other.defaults, mode="diffusion", top_p=1.0, max_new_tokens=config.max_new_tokens)
+        configs[OTHER] = _in_diffusion(other, config)
         contestants.append(Contestant(OTHER, other, configs[OTHER]))
     measured = measure(suite.problems, contestants, lambda done, total: tell("answering", done, total))
     report: dict[str, Any] = {
@@ -127,12 +127,18 @@ def evaluate(
 
 def sweep_configs(model: TwoTower, config: EvaluationConfig) -> dict[str, GenerationConfig]:
     """Autoregression, the bundle's default preset, and every pair of the sweep, by name."""
-    base = replace(model.defaults, mode="diffusion", top_p=1.0, max_new_tokens=config.max_new_tokens)
+    base = _in_diffusion(model, config)
     out = {AR: replace(base, mode="ar"), DEFAULT: base}
     for steps in config.steps:
         for threshold in config.thresholds:
             out[setting_name(threshold, steps)] = replace(base, confidence_threshold=threshold, steps_per_block=steps)
     return out
+
+
+def _in_diffusion(model: TwoTower, config: EvaluationConfig) -> GenerationConfig:
+    """The bundle's default preset as it is measured."""
+    options, most = model.defaults.seeded(), config.max_new_tokens
+    return replace(options, mode="diffusion", top_p=1.0, max_new_tokens=most)
 
 
 def summaries(problems: Sequence[Problem], measured: Measured, baseline: Measured) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class _Arguments:
     steps: int | None = None
     max_batch: int = 8
     max_gen_toks: int = 256
+    seed: int | None = None
 
 
 @register_model("twotower")
@@ -52,7 +53,8 @@ class TwoTowerLM(LM):  # type: ignore[misc]
         bundle: The bundle's folder.
         arguments: `target`, the engines to run; `mode`, `diffusion` or `ar`, for generation (likelihoods are the context tower's in
             both); `preset` of the bundle to start from; `threshold` and `steps` instead of the preset's; `max_batch`, requests run
-            together; `max_gen_toks`, longest generation where the task names none.
+            together; `max_gen_toks`, longest generation where the task names none; `seed` of what
+            is sampled, by default the preset's or 0: a run gives the same texts again.
 
     Raises:
         ConfigError: an argument is unknown or out of range, or the bundle has no tokenizer.
@@ -74,9 +76,10 @@ class TwoTowerLM(LM):  # type: ignore[misc]
         changes = {"mode": given.mode, "max_new_tokens": given.max_gen_toks}
         changes |= {"confidence_threshold": given.threshold} if given.threshold is not None else {}
         changes |= {"steps_per_block": given.steps} if given.steps is not None else {}
+        changes |= {"seed": given.seed} if given.seed is not None else {}
         try:
             _require_tokenizer(self._model, bundle)
-            self._base = GenerationConfig.from_mapping(changes, base=self._model.defaults)
+            self._base = GenerationConfig.from_mapping(changes, base=self._model.defaults).seeded()
         except ConfigError:
             self._model.close()
             raise
@@ -98,7 +101,9 @@ class TwoTowerLM(LM):  # type: ignore[misc]
         for context, options in (r.args for r in requests):
             config = self._config(dict(options))
             key = repr((context, config))
-            asked.append(Request(context, replace(config, seed=config.seed + seen[key])))  # a repeated request is another sample
+            # A repeated request is another sample.
+            seed = ((self._base.seed or 0) + seen[key]) % 2**64
+            asked.append(Request(context, replace(config, seed=seed)))
             seen[key] += 1
         texts = [""] * len(asked)
         for event in self._model.stream(asked):

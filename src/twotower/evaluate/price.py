@@ -65,7 +65,8 @@ def measure_price(
     Raises:
         RequestError: a bundle has no tokenizer, or a problem does not fit.
     """
-    base = replace(reference.defaults, mode="diffusion", top_p=1.0, max_new_tokens=config.max_new_tokens)
+    options = reference.defaults.seeded()
+    base = replace(options, mode="diffusion", top_p=1.0, max_new_tokens=config.max_new_tokens)
     contestants = [
         Contestant(FLOAT, reference, base),
         Contestant(QUANTIZED, quantized, base),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -31,7 +31,7 @@ class TraceHeader:
         target: its engines; both empty where the engines were handed over open.
         prompt: The prompt as text; None where token ids were given.
         prompt_tokens: The prompt as the context tower read it.
-        config: `GenerationConfig.to_json()` of the request.
+        config: `GenerationConfig.to_json()` of the request, with the seed that was used.
         block_size: Tokens denoised together (S).
         mask_token_id: The token of a position that is not written yet.
         pieces: Text of every token id that occurs; the number itself where there is no tokenizer.
@@ -152,6 +152,8 @@ def record_trace(
         )
     recorder = _Recorder(model.config.mask_token_id, watch)
     result = model.generate(prompt if isinstance(prompt, str) else list(prompt) or [model.config.bos_token_id], config, on_step=recorder)
+    if result.seed is not None:
+        config = replace(config, seed=result.seed)  # as drawn: the trace can be made again
     blocks = recorder.blocks()
     tokens = _prompt_tokens(model, prompt)
     header = TraceHeader(

@@ -94,8 +94,10 @@ def tune(model: TwoTower, suite: Suite, config: TuneConfig | None = None, progre
         },
         "grid": {name: summary(chosen_on[name], chosen_on[AR]) for name in configs},
     }
-    # The longest answer is the request's business, not the preset's.
-    presets = {preset: replace(configs[name], max_new_tokens=model.defaults.max_new_tokens) for preset, name in found.items()}
+    # The longest answer and the seed are the request's business, not the preset's.
+    most, seed = model.defaults.max_new_tokens, model.defaults.seed
+    chosen = {preset: configs[name] for preset, name in found.items()}
+    presets = {p: replace(c, max_new_tokens=most, seed=seed) for p, c in chosen.items()}
     return Tuned(presets, report)
 
 
