@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from pathlib import Path
-from threading import RLock
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
@@ -24,6 +23,7 @@ from twotower.runtime.results import BlockEvent, Generation
 from twotower.runtime.rows import Row, text_end
 from twotower.runtime.schedule import capacity_limit, prefill_plan
 from twotower.runtime.scoring import Score, scoring_rows
+from twotower.runtime.session_lock import SessionLock
 from twotower.runtime.settings import LoopSettings
 from twotower.runtime.streams import Streams
 from twotower.runtime.tokenizer import Tokenizer
@@ -43,6 +43,7 @@ class TwoTower:
 
     Calls from several threads are safe. `generate` calls wait for one another; open streams take turns block by block, each with buffers
     of its own, so a slow reader of one never holds up the others. A call that fails or is cancelled leaves the session usable.
+    An iterator can be let go of anywhere, also in another thread: its memory is freed when no pass is at work.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class TwoTower:
         self._max_batch, self._max_chunk = max_batch, max_chunk
         self._streams = streams
         self._workspaces = Workspaces(towers)
-        self._lock = RLock()
+        self._lock = SessionLock()
+        self._iterators: set[Generator[BlockEvent, None, None]] = set()
         self._closed = False
         self._failed = False  # a call has ended with an error of the GPU, which closing will repeat
         self._target = ""
@@ -366,6 +368,9 @@ class TwoTower:
 
     def _in_turns(self, events: Generator[BlockEvent, None, None]) -> Generator[BlockEvent, None, None]:
         """The same events; the session is held only while one is computed."""
+        # Held by the session too, so that to Python's collector this generator alone is garbage: it
+        # would close the inner ones itself, in any thread and in the middle of a pass.
+        self._iterators.add(events)
         try:
             while True:
                 with self._lock:
@@ -375,7 +380,11 @@ class TwoTower:
                     return
                 yield event
         finally:
-            events.close()
+            self._lock.at_the_end(partial(self._let_go, events))
+
+    def _let_go(self, events: Generator[BlockEvent, None, None]) -> None:
+        self._iterators.discard(events)
+        events.close()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,0 +1,93 @@
+"""Iterators that are let go of anywhere: in another thread, in a callback, by Python's collector inside a capture."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.helpers.stand_in_engine import Context
+from tests.helpers.towers import golden_config
+from tests.runtime.engines.test_tensorrt_engine import golden_cases
+from twotower import GenerationConfig
+
+DIFFUSION = GenerationConfig(max_new_tokens=48, confidence_threshold=0.5, ignore_eos=True)
+FREES = ("cudaFree", "cudaFreeHost", "cudaEventDestroy", "cudaGraphExecDestroy")
+
+
+def freed(it: Any) -> int:
+    return sum(it.cuda.counts[name] for name in FREES)
+
+
+@pytest.mark.parametrize("how", ["closed in another thread", "dropped in another thread", "closed in a callback"])
+def test_an_iterator_goes_when_the_pass_at_work_is_done(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+    how: str,
+) -> None:
+    case = golden_cases("hybrid-a")[0]
+    seen: list[int] = []
+    with opened(built()) as it:
+        streams = [it.model.stream([8, 9], DIFFUSION)]
+        next(streams[0])
+
+        def let_go() -> None:
+            if how.startswith("dropped"):
+                streams.clear()
+            else:
+                streams[0].close()
+
+        def on_step(record: Any) -> None:
+            if not seen:
+                before = freed(it)
+                if how.endswith("thread"):
+                    thread = threading.Thread(target=let_go)
+                    thread.start()
+                    thread.join(30)
+                    assert not thread.is_alive()
+                else:
+                    let_go()
+                seen.append(freed(it) - before)
+
+        out = it.model.generate(case["prompt"], golden_config(case), on_step=on_step)
+        assert list(out.tokens) == case["diffusion_tokens"]
+        assert seen == [0], "nothing is freed in the middle of another call"
+        assert len(it.model._workspaces._working) == 0, "and nothing is kept after it"
+
+
+def test_the_collector_may_run_inside_a_capture(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Freeing memory there would break the capture: `gc` is run where a pass is recorded, with an iterator to collect."""
+    execute = Context.execute_async_v3
+    collected: list[bool] = []
+    kept: list[weakref.ref[Any]] = []
+
+    def collecting(context: Context, stream: int) -> bool:
+        if it.cuda.capturing(stream) and kept and kept[0]() is not None:
+            gc.collect()
+            collected.append(kept[0]() is None)
+        return execute(context, stream)
+
+    monkeypatch.setattr(Context, "execute_async_v3", collecting)
+    with opened(built()) as it:
+        gc.disable()
+        try:
+            stream = it.model.stream([8, 9], DIFFUSION)
+            next(stream)
+            kept.append(weakref.ref(stream))
+            cycle: list[Any] = [stream]
+            cycle.append(cycle)
+            del stream, cycle
+            it.model.generate([5, 6, 7], DIFFUSION)
+        finally:
+            gc.enable()
+        assert collected == [True]
+    assert "cannot be captured" not in caplog.text

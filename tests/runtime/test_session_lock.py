@@ -1,0 +1,77 @@
+"""Turns in a session: nothing is let go of in the middle of one, nobody waits to let go, and nothing is forgotten."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from twotower.runtime.session_lock import SessionLock
+
+
+def test_what_is_let_go_of_outside_a_turn_goes_at_once() -> None:
+    lock, done = SessionLock(), []
+    lock.at_the_end(lambda: done.append(1))
+    assert done == [1]
+
+
+def test_inside_a_turn_it_waits_for_the_end_of_the_outermost() -> None:
+    lock, done = SessionLock(), []
+    with lock:
+        with lock:
+            lock.at_the_end(lambda: done.append(1))
+        assert not done
+    assert done == [1]
+
+
+def test_another_thread_does_not_wait_and_the_owner_does_it() -> None:
+    lock, done = SessionLock(), []
+    with lock:
+        thread = threading.Thread(target=lambda: lock.at_the_end(lambda: done.append(threading.get_ident())))
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive(), "it may hold a lock that this thread is about to ask for"
+        assert not done
+    assert done == [threading.get_ident()]
+
+
+def test_a_failure_is_logged_and_the_rest_is_done(caplog: pytest.LogCaptureFixture) -> None:
+    lock, done = SessionLock(), []
+
+    def fail() -> None:
+        raise ValueError("a defect")
+
+    with lock:
+        lock.at_the_end(fail)
+        lock.at_the_end(lambda: done.append(1))
+    assert done == [1]
+    assert "a defect" in caplog.text
+
+
+def test_nothing_is_forgotten_between_threads() -> None:
+    """Two threads take turns, two let go of things: each thing goes once, and only while nobody is at work."""
+    lock, done, inside, at_work = SessionLock(), [], [], []
+
+    def work() -> None:
+        for _ in range(2000):
+            with lock:
+                at_work.append(1)
+                at_work.pop()
+
+    def let_go(first: int) -> None:
+        for number in range(first, first + 2000):
+
+            def gone(number: int = number) -> None:
+                inside.extend(at_work)
+                done.append(number)
+
+            lock.at_the_end(gone)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    threads += [threading.Thread(target=let_go, args=(first,)) for first in (0, 2000)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == list(range(4000))
+    assert not inside
