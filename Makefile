@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 FIXTURE := tests/fixtures/hybrid-a
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-gpu gpu-first-run fp16-check quantization-tables quantize-real wheel demo bench bench-real engines-real engines-boundary tiny browser docs clean ci
+.PHONY: help install lint format types test test-gpu gpu-first-run fp16-check quantization-tables quantize-real wheel demo bench bench-real bench-weights engines-real engines-boundary tiny browser docs clean ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +71,9 @@ out/bench: $(STAMP)
 	rm -rf $@
 	$(BIN)/twotower export $(FIXTURE) -o $@
 	$(BIN)/twotower build $@ --target ort-cpu
+
+bench-weights: $(STAMP) ## a file of 4.3 GB to a device made of host memory, beside cp: five minutes, 18 GB of memory
+	$(BIN)/python tools/bench_weights.py $(ARGS)
 
 engines-real: $(STAMP) ## TensorRT engines at published widths, built without a GPU: ten minutes, 13 GB of memory, 30 GB of disk
 	$(BIN)/python tools/engines_real.py $(ARGS)

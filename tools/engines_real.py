@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from document import write_between, write_whole
 from engines_slices import SLICES, Slice, measure, read_rows, wait_for_memory
 
 from twotower.builders import builder_for
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None, slices: tuple[Slice, ...] = SLICES) -> i
                 wait_for_memory(14_000_000_000, say=_say)
             made = measure(piece, args.output, say=_say)
             rows = [*(row for row in rows if row["slice"] != piece.name), *made]
-            _write(file, "".join(json.dumps(row) + "\n" for row in rows))
+            write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
     order = [piece.name for piece in slices]
     rows = sorted((row for row in rows if row["slice"] in order), key=lambda row: order.index(row["slice"]))
     print(table(rows))
@@ -120,17 +121,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def write_table(document: Path, text: str) -> None:
     """Puts a table between the document's two marks."""
-    before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{document} has no place for the table: it needs the lines\n{BEGIN}\n{END}")
-    _write(document, f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    write_between(document, (BEGIN, END), text)
 
 
 def _say(what: str) -> None:

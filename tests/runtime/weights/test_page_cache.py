@@ -1,0 +1,34 @@
+"""The kernel says what of a file it holds in memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from twotower.config.weights import PAGE
+from twotower.runtime.weights.page_cache import PageCache
+
+
+def test_what_was_written_is_there_and_a_hole_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(3 * PAGE))
+    os.truncate(path, 9 * PAGE + 100)
+    handle = os.open(path, os.O_RDONLY)
+    cache = PageCache(handle, 9 * PAGE + 100)
+    os.close(handle)
+    assert cache.share(0, 3 * PAGE) == 1.0
+    assert cache.share(4 * PAGE, 9 * PAGE + 100) == 0.0
+    assert cache.share(2 * PAGE, 4 * PAGE) == pytest.approx(0.5)
+    cache.close()
+    cache.close()
+
+
+def test_an_empty_file_has_nothing_to_read(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    handle = os.open(tmp_path / "file", os.O_RDONLY)
+    cache = PageCache(handle, 0)
+    os.close(handle)
+    assert cache.share(0, 0) == 1.0
+    cache.close()
