@@ -10,7 +10,18 @@ from typing import Protocol
 from twotower.bundle import Bundle, EngineRecord
 from twotower.errors import ConfigError
 
-__all__ = ["DEFAULT_CACHE_BYTES", "DEFAULT_MAX_BATCH", "DEFAULT_MAX_CONTEXT", "BuildConfig", "EngineBuilder", "Report", "silent"]
+__all__ = [
+    "DEFAULT_CACHE_BYTES",
+    "DEFAULT_MAX_BATCH",
+    "DEFAULT_MAX_CONTEXT",
+    "INPUTS",
+    "INSIDE",
+    "PLACES",
+    "BuildConfig",
+    "EngineBuilder",
+    "Report",
+    "silent",
+]
 
 Report = Callable[[str, int, int], None]
 """Called with (what is being done, done, in all); the numbers are bytes or steps."""
@@ -18,6 +29,10 @@ Report = Callable[[str, int, int], None]
 DEFAULT_MAX_BATCH = 8
 DEFAULT_MAX_CONTEXT = 4096
 DEFAULT_CACHE_BYTES = 20 * 10**9
+
+INPUTS, INSIDE = "inputs", "inside"
+PLACES = (INPUTS, INSIDE)
+"""Where weights go: into the engine's inputs, but for those that must be constants; or all inside."""
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -33,7 +48,11 @@ class BuildConfig:
         sms: Compute capabilities to build for ahead of time, e.g. (86, 89); empty for the builder's own choice.
         max_batch: Most rows the engines take.
         max_context: Longest text, prompt and answer; None for 4096 or the model's own limit, whichever is less.
-        max_build_memory: Bytes the build of one engine may need at its peak, None for no bound; a larger tower is cut into segments.
+        max_build_memory: Bytes the build of one engine may need at its peak, None for no bound; a tower that holds more weights inside
+            is cut into segments.
+        weights: `inputs` for engines that are programs and read their weights from the bundle's data files, but for those that the
+            library takes as constants only; `inside` for engines that hold them all.
+        segments: Engines a tower is cut into, so that it can be spread over so many devices.
         use_cache: Take engines that were built before from the cache, and keep new ones there.
         cache: The cache's folder; None for the bundle's own, where an engine and its entry are one file.
         cache_bytes: Bytes that cached engines no target uses may take.
@@ -44,16 +63,20 @@ class BuildConfig:
     max_batch: int = DEFAULT_MAX_BATCH
     max_context: int | None = None
     max_build_memory: int | None = None
+    weights: str = INPUTS
+    segments: int = 1
     use_cache: bool = True
     cache: Path | None = None
     cache_bytes: int = DEFAULT_CACHE_BYTES
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_context", "max_build_memory"):
+        for name in ("max_batch", "max_context", "max_build_memory", "segments"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} cannot be {value}", found=f"{value}; allowed: 1 and more", do=f"pass a positive {flag}")
+        if self.weights not in PLACES:
+            raise ConfigError(f"--weights cannot be {self.weights!r}", found=f"allowed: {', '.join(PLACES)}", do="choose one of them")
         if self.cache_bytes < 0:
             raise ConfigError(f"--cache-size cannot be {self.cache_bytes}", found="it is negative", do="pass e.g. --cache-size 20G, or 0")
 

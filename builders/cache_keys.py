@@ -10,7 +10,7 @@ from typing import Any
 
 __all__ = ["SETTINGS", "EngineIdentity", "GpuIdentity", "engine_key"]
 
-_SCHEMA = 1
+_SCHEMA = 2
 
 SETTINGS: dict[str, Any] = {
     "cleared_flags": ["TF32"],  # float32 means float32
@@ -37,7 +37,7 @@ class EngineIdentity:
 
     Attributes:
         graph: SHA-256 of the graph the library is given, its axes already fixed and its layers already cut.
-        weights: SHA-256 of the file its weights lie in.
+        holds: SHA-256 of the file its weights lie in if it holds some of them; empty for a program that serves any checkpoint.
         library: Name and version.
         dtype: The graph's own element type.
         inputs: Name, type and axes of each, as `TensorSpec.to_json` writes them.
@@ -47,7 +47,7 @@ class EngineIdentity:
     """
 
     graph: str
-    weights: str
+    holds: str
     library: Mapping[str, str]
     dtype: str
     inputs: list[Any]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from twotower.errors import BuildError
 
-__all__ = ["BUILD_MEMORY_BASE", "BUILD_MEMORY_FACTOR", "build_memory", "cut_layers", "most_weights"]
+__all__ = ["BUILD_MEMORY_BASE", "BUILD_MEMORY_FACTOR", "PROGRAM_BYTES", "build_memory", "cut_layers", "even_layers", "most_weights"]
 
 BUILD_MEMORY_FACTOR = 3.05
 """Peak memory of a build over the weights of its engine: the mapped weights, the builder's copy and the plan.
@@ -17,6 +17,10 @@ line through them is 0.25 GB and 3.02 times the weights.
 
 BUILD_MEMORY_BASE = 400_000_000
 """Bytes a build needs besides: the library, its compiler and the graph."""
+
+
+PROGRAM_BYTES = 70_000_000
+"""Disk for the program of one engine and compute capability: that of the published context tower, the largest."""
 
 
 def build_memory(weights: int) -> int:
@@ -65,3 +69,18 @@ def cut_layers(layer_bytes: Sequence[int], *, first_extra: int, last_extra: int,
             start, filled = i, 0
         filled += size
     return (*groups, (start, len(sizes)))
+
+
+def even_layers(layer_bytes: Sequence[int], count: int) -> tuple[tuple[int, int], ...]:
+    """At most `count` groups of consecutive layers with about as many bytes each: a cut for as many devices.
+
+    A layer goes to the group in which its middle lies when all bytes are divided evenly.
+    """
+    sizes = list(layer_bytes) or [0]
+    total, before = max(sum(sizes), 1), 0
+    groups: dict[int, list[int]] = {}
+    for i, size in enumerate(sizes):
+        middle = (before + size / 2) / total
+        groups.setdefault(min(int(middle * count), count - 1), []).append(i)
+        before += size
+    return tuple((members[0], members[-1] + 1) for members in groups.values())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.builders.cache_keys import EngineIdentity, GpuIdentity, engine_key
+from twotower.builders.weight_inputs import WeightPlaces
 from twotower.bundle import EngineFile
 
 __all__ = ["EnginePlan", "plan_key"]
@@ -22,7 +23,7 @@ class EnginePlan:
         engine: Its file, layers, inputs, outputs and profiles.
         model: The serialized graph the library is given.
         beside: A file in the folder the graph's weights lie in.
-        weights: Bytes of its weights.
+        places: Which of its weights are inputs and which it holds.
         key: Its name in the cache.
         job: What `child.main` is told, but for the places of its files.
         notes: What the graph rules note of the graph.
@@ -33,18 +34,18 @@ class EnginePlan:
     engine: EngineFile
     model: bytes
     beside: Path
-    weights: int
+    places: WeightPlaces
     key: str
     job: dict[str, Any]
     notes: tuple[dict[str, str], ...] = ()
     operators: dict[str, int] = field(default_factory=dict)
 
 
-def plan_key(job: dict[str, Any], model: bytes, *, weights: str, library: dict[str, str], gpu: GpuIdentity | None) -> str:
-    """The key of the engine a job makes; see `cache_keys`."""
+def plan_key(job: dict[str, Any], model: bytes, *, holds: str, library: dict[str, str], gpu: GpuIdentity | None) -> str:
+    """The key of the engine a job makes; see `cache_keys`. `holds` is SHA-256 of the weights it holds some of, or empty."""
     identity = EngineIdentity(
         graph=hashlib.sha256(model).hexdigest(),
-        weights=weights,
+        holds=holds,
         library=library,
         dtype=job["dtype"],
         inputs=job["inputs"],

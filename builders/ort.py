@@ -57,6 +57,7 @@ class OrtCpuBuilder(_OrtBuilder):
         return written + sum(bundle.files[graph].size for graph in GRAPH_FILES.values())
 
     def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
+        bundle.require_weights("an engine of ONNX Runtime")
         started = time.perf_counter()
         weights: dict[str, str] = {}
         operators: dict[str, dict[str, int]] = {}
@@ -138,6 +139,7 @@ class OrtCudaBuilder(_OrtBuilder):
         return sum(bundle.files[graph].size for graph in GRAPH_FILES.values())
 
     def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
+        bundle.require_weights("an engine of ONNX Runtime")
         started = time.perf_counter()
         operators: dict[str, dict[str, int]] = {}
         for step, (name, file) in enumerate(GRAPH_FILES.items()):

@@ -14,12 +14,13 @@ import onnx
 from twotower.builders.base import DEFAULT_MAX_CONTEXT, BuildConfig, Report
 from twotower.builders.cache_keys import GpuIdentity
 from twotower.builders.cache_store import open_cache
-from twotower.builders.cut import build_memory, cut_layers, most_weights
+from twotower.builders.cut import PROGRAM_BYTES, build_memory, cut_layers, even_layers, most_weights
 from twotower.builders.engine_plan import EnginePlan, plan_key
 from twotower.builders.make_engine import EngineMaker
 from twotower.builders.memory import require_build_memory
 from twotower.builders.profiles import cache_capacity, profiles
-from twotower.builders.segment import GraphLayers, Segment, fix_axes, layer_bytes, segment
+from twotower.builders.segment import Segment, fix_axes, layer_bytes, segment
+from twotower.builders.weight_inputs import WeightPlaces, place_weights
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineFile, EngineLimits, EngineRecord, FileRecord
 from twotower.errors import BuildError
 from twotower.flavour import Flavour
@@ -61,11 +62,9 @@ class TensorRTBuilder:
     def fits(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
         if record.limits != self._limits(bundle, config):
             return False
-        cut = {name: [e.layers for e in parts] for name, parts in record.engines.items()}
-        wanted: dict[str, list[tuple[int, int]]] = {}
-        for piece in self._pieces(bundle, config):
-            wanted.setdefault(piece.graph, []).append(piece.layers)
-        return cut == wanted and (not self.flavour.sms or self._same_keys(record, bundle, config))
+        made = {e.file: (e.layers, set(e.constants)) for parts in record.engines.values() for e in parts}
+        wanted = {plan.engine.file: (plan.engine.layers, set(plan.engine.constants)) for plan in self._plans(bundle, config)}
+        return made == wanted and (not self.flavour.sms or self._same_keys(record, bundle, config))
 
     def _same_keys(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
         """Whether a build would make just these engines: another version of twotower may cut or configure differently.
@@ -89,8 +88,8 @@ class TensorRTBuilder:
             lines.append(
                 f"{plan.engine.file:<22}"
                 + (f"layers {first} to {end - 1}; " if end > first else "")
-                + f"{_gigabytes(plan.weights)} of weights, "
-                + ("in the cache" if cached else f"about {_gigabytes(build_memory(plan.weights))} of memory to build")
+                + _described(plan.places)
+                + ("in the cache" if cached else f"about {_gigabytes(build_memory(plan.places.inside_bytes))} of memory to build")
                 + f"; profiles {shapes}"
             )
         return lines
@@ -98,11 +97,10 @@ class TensorRTBuilder:
     def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
         self._limits(bundle, config)  # what cannot be built is said before space is asked for
         cache = open_cache(bundle, config)
-        if cache is None or config.force or config.cache is not None or not cache.folder.is_dir():
-            weights = sum(w.total for w in self._weights(bundle).values())
-        else:  # an engine of the bundle's own cache is a second name and no bytes
-            weights = sum(plan.weights for plan in self._plans(bundle, config) if cache.find(plan.key) is None)
-        return weights * 101 // 100 + (64 << 20)
+        shared = cache is not None and not config.force and config.cache is None and cache.folder.is_dir()
+        sms = max(len(self._sms(bundle, config)), 1)
+        new = [p for p in self._plans(bundle, config) if not (shared and cache is not None and cache.find(p.key))]
+        return sum(p.places.inside_bytes * 101 // 100 + sms * PROGRAM_BYTES for p in new)
 
     def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
         started, limits = time.perf_counter(), self._limits(bundle, config)
@@ -115,18 +113,20 @@ class TensorRTBuilder:
         facts: dict[str, Any] = {}
         plans = list(self._plans(bundle, config))  # all graphs are checked before hours are spent on the first
         if any(cache is None or config.force or cache.find(plan.key) is None for plan in plans):
-            require_build_memory(self._weights(bundle), available=probe_machine().available, bound=config.max_build_memory)
+            inside = {name: layer_bytes(_structure(bundle, name, config.weights)) for name in GRAPH_FILES}
+            require_build_memory(inside, available=probe_machine().available, bound=config.max_build_memory)
         for plan in plans:
             files[plan.engine.file], made = maker.make(plan)
-            facts[plan.engine.file] = {**made, "notes": list(plan.notes), "operators": plan.operators}
+            weights = {"inputs": len(plan.places.inputs), "input_bytes": plan.places.input_bytes, "inside": dict(plan.places.inside)}
+            facts[plan.engine.file] = {**made, "weights": weights, "notes": list(plan.notes), "operators": plan.operators}
             engines[plan.graph] = (*engines.get(plan.graph, ()), plan.engine)
         return EngineRecord(
             target=self.flavour.target,
             library=self.library(),
             dtype=bundle.dtype,
             graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
-            weights={},
-            holds={name: bundle.data_identity(name) for name in GRAPH_FILES},
+            weights={name: GRAPH_FILES[name] + DATA_SUFFIX for name in GRAPH_FILES},
+            holds={name: bundle.data_identity(name) for name, parts in engines.items() if any(e.constants for e in parts)},
             files=files,
             report={"seconds": round(time.perf_counter() - started, 2), "engines": facts},
             limits=limits,
@@ -135,24 +135,28 @@ class TensorRTBuilder:
 
     def _plans(self, bundle: Bundle, config: BuildConfig) -> Iterator[EnginePlan]:
         """Every engine of the build, in order, one at a time: the graph of a tower is some megabytes."""
-        limits, weights = self._limits(bundle, config), self._weights(bundle)
+        limits = self._limits(bundle, config)
         gpu = None if self.flavour.sms else self._gpu()
         for piece in self._pieces(bundle, config):
             made = self._segment(bundle, piece, limits)
+            notes, operators = _notes(made.model, piece), Counter(node.op_type for node in made.model.graph.node)
+            places = place_weights(made.model, config.weights)
+            if places.inside:
+                bundle.require_weights(f"an engine that holds weights ({piece.file})")
             shapes = profiles(piece.graph, max_batch=limits.max_batch, block_size=bundle.trained_block_size)
-            engine = EngineFile(piece.file, made.layers, made.inputs, made.outputs, shapes)
+            engine = EngineFile(piece.file, made.layers, made.inputs, made.outputs, shapes, places.inputs, tuple(places.inside))
             job, model = self._job(bundle, engine, limits), made.model.SerializeToString()
-            data = bundle.files[GRAPH_FILES[piece.graph] + DATA_SUFFIX].sha256
+            holds = bundle.data_identity(piece.graph) if places.inside else ""
             yield EnginePlan(
                 graph=piece.graph,
                 engine=engine,
                 model=model,
                 beside=bundle.graph_file(piece.graph),
-                weights=_between(weights[piece.graph], piece.layers),
-                key=plan_key(job, model, weights=data, library=self.library(), gpu=gpu),
+                places=places,
+                key=plan_key(job, model, holds=holds, library=self.library(), gpu=gpu),
                 job=job,
-                notes=_notes(made.model, piece),
-                operators=dict(Counter(node.op_type for node in made.model.graph.node).most_common()),
+                notes=notes,
+                operators=dict(operators.most_common()),
             )
 
     def _job(self, bundle: Bundle, engine: EngineFile, limits: EngineLimits) -> dict[str, Any]:
@@ -182,17 +186,14 @@ class TensorRTBuilder:
         return segment(model, signature, piece.layers, dtype=bundle.dtype)
 
     def _pieces(self, bundle: Bundle, config: BuildConfig) -> list[_Piece]:
-        """Every engine of the build, in order: a graph is one unless the memory bound makes it several."""
+        """Every engine of the build, in order: a graph is one unless it is cut for several devices or by the memory bound."""
         out = []
-        for name, weights in self._weights(bundle).items():
-            cuts = _cuts(weights, config.max_build_memory)
+        for name in GRAPH_FILES:
+            cuts = _cuts(bundle, name, config)
             for number, layers in enumerate(cuts):
                 file = f"{name}.engine" if len(cuts) == 1 else f"{name}.{number}.engine"
                 out.append(_Piece(name, layers, file))
         return out
-
-    def _weights(self, bundle: Bundle) -> dict[str, GraphLayers]:
-        return {name: layer_bytes(_structure(bundle, name)) for name in GRAPH_FILES}
 
     def _limits(self, bundle: Bundle, config: BuildConfig) -> EngineLimits:
         longest = bundle.config.max_position_embeddings
@@ -237,21 +238,31 @@ def _notes(model: onnx.ModelProto, piece: _Piece) -> tuple[dict[str, str], ...]:
     return tuple(n.to_json() for n in require_clean(model, f"the graph of {piece.file}", error=BuildError, do=do, fixed=True))
 
 
-def _structure(bundle: Bundle, name: str) -> onnx.ModelProto:
-    return load_graph(bundle.graph_file(name))
+def _structure(bundle: Bundle, name: str, weights: str) -> onnx.ModelProto:
+    """A graph with those weights as initializers that its engine will hold."""
+    model = load_graph(bundle.graph_file(name))
+    place_weights(model, weights)
+    return model
 
 
-def _cuts(weights: GraphLayers, memory: int | None) -> tuple[tuple[int, int], ...]:
-    if memory is None or not weights.layers:
-        return ((0, len(weights.layers)),)
-    return cut_layers(weights.layers, first_extra=weights.before, last_extra=weights.after, most=most_weights(memory))
+def _cuts(bundle: Bundle, name: str, config: BuildConfig) -> tuple[tuple[int, int], ...]:
+    """Groups of layers, each an engine."""
+    whole = layer_bytes(load_graph(bundle.graph_file(name)))
+    if not whole.layers:
+        return ((0, 0),)
+    if config.segments > 1:
+        return even_layers(whole.layers, config.segments)
+    if config.max_build_memory is None:
+        return ((0, len(whole.layers)),)
+    inside = layer_bytes(_structure(bundle, name, config.weights))
+    most = most_weights(config.max_build_memory)
+    return cut_layers(inside.layers, first_extra=inside.before, last_extra=inside.after, most=most)
 
 
-def _between(weights: GraphLayers, layers: tuple[int, int]) -> int:
-    """Weight bytes of the layers [first, end), with what comes before and after them."""
-    first, end = layers
-    ends = (weights.before if first == 0 else 0) + (weights.after if end == len(weights.layers) else 0)
-    return sum(weights.layers[first:end]) + ends
+def _described(places: WeightPlaces) -> str:
+    parts = [f"{_gigabytes(places.input_bytes)} of weights as inputs"] if places.inputs else []
+    parts += [f"{_gigabytes(places.inside_bytes)} inside"] if places.inside else []
+    return "".join(f"{part}, " for part in parts)
 
 
 def _gigabytes(count: int) -> str:

@@ -13,8 +13,17 @@ from twotower.export.summary import ModelSummary, summarize
 
 if TYPE_CHECKING:
     from twotower.export.exporter import ExportConfig, export_bundle
+    from twotower.export.programs import export_programs
 
-__all__ = ["Checkpoint", "ExportConfig", "ModelSummary", "export_bundle", "locate_checkpoint", "summarize"]
+__all__ = [
+    "Checkpoint",
+    "ExportConfig",
+    "ModelSummary",
+    "export_bundle",
+    "export_programs",
+    "locate_checkpoint",
+    "summarize",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +31,8 @@ def __getattr__(name: str) -> Any:
         from twotower.export import exporter
 
         return getattr(exporter, name)
+    if name == "export_programs":
+        from twotower.export import programs
+
+        return programs.export_programs
     raise AttributeError(f"module 'twotower.export' has no attribute {name!r}")

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import logging
-import platform
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import onnx_ir as ir
 
-from twotower import __version__
 from twotower.bundle import (
     DATA_SUFFIX,
     GRAPH_FILES,
-    MANIFEST_FILE,
     REPORT_FILE,
-    SCHEMA,
     TOKENIZER_FILE,
     Bundle,
     FileRecord,
-    hash_file,
     require_room,
     unpublished,
     write_json,
@@ -35,12 +29,12 @@ from twotower.config import GenerationConfig
 from twotower.errors import ConfigError, ExportError
 from twotower.export.checkpoint import Checkpoint
 from twotower.export.generation_config import read_defaults
-from twotower.export.graphs import OPSET, TowerGraph, build_graph
+from twotower.export.graphs import TowerGraph, build_graph
+from twotower.export.manifest import base_manifest, write_manifest
 from twotower.export.weights import lay_out, save_program, stream_weights
 from twotower.graph_lint import require_clean
-from twotower.spec import signatures
 
-__all__ = ["ExportConfig", "Verifier", "export_bundle"]
+__all__ = ["ExportConfig", "Verifier", "export_bundle", "graph_notes"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 TRAINED_BLOCK_SIZE = 16
@@ -99,12 +93,14 @@ def export_bundle(
     options = config or ExportConfig()
     dtype = options.dtype or checkpoint.config.dtype
     graphs = {name: build_graph(name, checkpoint.config, dtype) for name in GRAPH_FILES}
-    notes = _notes(graphs)
+    notes = graph_notes(graphs)
     smaller = "choose another disk with -o, or a smaller --dtype"
     require_room(output, sum(w.nbytes for g in graphs.values() for w in g.weights), error=ExportError, smaller=smaller)
     try:
         with unpublished(output) as folder:
-            manifest = _manifest_base(checkpoint, dtype, options)
+            defaults = options.defaults or read_defaults(checkpoint.path)
+            manifest = base_manifest(checkpoint.config, dtype, defaults=defaults, trained_block_size=options.trained_block_size)
+            manifest["source"] = {"name": checkpoint.path.name, "dtype": checkpoint.config.dtype}
             _write(folder, checkpoint, graphs, manifest, notes=notes, verify=verify, report=report or _silent)
     except OSError as e:
         raise ExportError(
@@ -145,15 +141,10 @@ def _write(
     outcome = verify(folder, checkpoint, manifest["dtype"], report) if verify else {"verified": False, "why": "not asked for"}
     (folder / REPORT_FILE).parent.mkdir()
     write_json(folder / REPORT_FILE, {**outcome, "notes": notes})
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        relative = path.relative_to(folder).as_posix()
-        if relative not in files:
-            files[relative] = FileRecord(path.stat().st_size, hash_file(path))
-    manifest["files"] = {name: {"size": r.size, "sha256": r.sha256} for name, r in sorted(files.items())}
-    write_json(folder / MANIFEST_FILE, manifest)
+    write_manifest(folder, manifest, files)
 
 
-def _notes(graphs: dict[str, TowerGraph]) -> list[dict[str, str]]:
+def graph_notes(graphs: dict[str, TowerGraph]) -> list[dict[str, str]]:
     """What the graphs cost on TensorRT, before a byte of weights is written."""
     notes = []
     for name, graph in graphs.items():
@@ -182,43 +173,6 @@ def _identity_in_background(checkpoint: Checkpoint) -> Iterator[Future[dict[str,
         except BaseException:
             stopped.set()
             raise
-
-
-def _manifest_base(checkpoint: Checkpoint, dtype: str, options: ExportConfig) -> dict[str, Any]:
-    config = checkpoint.config
-    high = ("norm", "router", "ssm_state", "ssm_scan", "softmax", "logits")
-    return {
-        "schema": SCHEMA,
-        "requires": [],
-        "twotower": __version__,
-        "model": config.to_json(),
-        "dtype": dtype,
-        "precision": {
-            **dict.fromkeys(("embedding", "mamba", "attention", "routed_expert", "shared_expert", "mlp", "conditioning", "head"), dtype),
-            **dict.fromkeys(high, "float32"),
-        },
-        "generation": {
-            "trained_block_size": options.trained_block_size,
-            "defaults": (options.defaults or read_defaults(checkpoint.path)).to_json(),
-        },
-        "signatures": {name: s.to_json() for name, s in signatures(config, dtype).items()},
-        "source": {"name": checkpoint.path.name, "dtype": config.dtype},
-        "tools": {
-            "opset": str(OPSET),
-            "python": platform.python_version(),
-            **_versions("onnx-ir", "onnx", "onnxruntime", "torch", "numpy"),
-        },
-    }
-
-
-def _versions(*distributions: str) -> dict[str, str]:
-    out = {}
-    for name in distributions:
-        try:
-            out[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return out
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

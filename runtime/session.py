@@ -14,7 +14,7 @@ from twotower.config import GenerationConfig, ModelConfig
 from twotower.errors import ConfigError, DeviceError, RequestError
 from twotower.hardware import TARGETS, probe_machine, select_target
 from twotower.runtime.cleanup import Cleanup, close_all
-from twotower.runtime.engines import OpenOptions, open_towers, require_opener
+from twotower.runtime.engines import STREAMED, OpenOptions, open_towers, require_opener
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.hooks import Hooks, StepRecord
 from twotower.runtime.loop import run_rows
@@ -94,7 +94,8 @@ class TwoTower:
             EngineMismatchError: no engine of it fits this machine.
             ConfigError: an option is out of range.
         """
-        bundle = Bundle.open(path, progress=progress)
+        bundle = Bundle.open(path, contents=False)
+        bundle.require_weights("generating")
         if preset is not None and preset not in bundle.presets:
             found = f"presets: {', '.join(bundle.presets) or 'none'}"
             raise ConfigError(
@@ -104,6 +105,8 @@ class TwoTower:
         if target is not None and target in TARGETS:
             require_opener(target)
         chosen = select_target(probe_machine(), built_targets(bundle.path), wanted=target).target
+        # Weights that go to a device are hashed on their way there: they are read once.
+        bundle.check(weights=chosen not in STREAMED, progress=progress)
         _check_options(bundle.config.max_position_embeddings, max_batch=max_batch, max_context=max_context, max_chunk=MAX_CHUNK)
         towers = open_towers(bundle, chosen, OpenOptions(threads=threads, progress=progress, devices=tuple(devices), graphs=graphs))
         with Cleanup(towers.close) as undo:

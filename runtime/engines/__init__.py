@@ -13,7 +13,7 @@ from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions
 from twotower.runtime.engines.towers import Towers
 
-__all__ = ["OPENERS", "OpenOptions", "open_cuda", "open_towers", "require_opener"]
+__all__ = ["OPENERS", "STREAMED", "OpenOptions", "open_cuda", "open_towers", "require_opener"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +74,10 @@ def _tensorrt_options(options: OpenOptions) -> TensorRTOptions:
 
 OPENERS: dict[str, Callable[[], Opener]] = {"ort-cpu": _ort_cpu, "ort-cuda": _ort_cuda, "rtx": _rtx, "trt": _trt}
 """Target name -> importer of what opens its engines."""
+
+
+STREAMED = frozenset({"rtx", "trt"})
+"""Targets that read a bundle's weights to a device when they are opened, and compare them with their SHA-256 on the way."""
 
 
 def require_opener(target: str) -> None:

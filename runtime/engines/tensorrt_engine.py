@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from twotower.bundle import Profile
@@ -21,6 +22,7 @@ from twotower.runtime.engines.copies import StateCopies
 from twotower.runtime.engines.tensorrt_binding import Bound, bind_execution
 from twotower.runtime.engines.tensorrt_plan import Execution, Plan, PlanLoader
 from twotower.runtime.memory import numpy_dtype
+from twotower.runtime.weights import WeightStore
 from twotower.spec import CONDITIONING, RESIDUAL_IN, RESIDUAL_OUT, TensorSpec, TowerSignature
 
 __all__ = ["EngineRoom", "TensorRTEngine", "handover_bytes"]
@@ -36,6 +38,7 @@ class EngineRoom:
         cuda: The calls.
         loader: The library.
         memory: Buffers.
+        weights: Weights that engines read as inputs, one copy a device for all that read them.
         graphs: Whether passes may be captured.
         scratch: Activation memory of each device, address and bytes: one for all engines, as no two of them run at the same time.
         handover: On each device, where segments hand the residual stream over: two halves that take turns; and the conditioning.
@@ -46,6 +49,7 @@ class EngineRoom:
     cuda: Cuda
     loader: PlanLoader
     memory: DeviceMemory
+    weights: WeightStore
     graphs: bool
     scratch: dict[int, tuple[int, int]] = field(default_factory=dict)
     handover: dict[int, tuple[int, int, int]] = field(default_factory=dict)
@@ -60,13 +64,23 @@ class TensorRTEngine:
         signature: Its inputs and outputs.
         plans: Its segments in the order they run.
         room: Shared with the bundle's other engines.
+        data: The file its weights lie in, by which the room's store knows them.
         copies: Brings what this graph writes of the state to other devices that read it; None where there are none.
     """
 
-    def __init__(self, signature: TowerSignature, plans: Sequence[Plan], room: EngineRoom, copies: StateCopies | None = None) -> None:
+    def __init__(
+        self,
+        signature: TowerSignature,
+        plans: Sequence[Plan],
+        room: EngineRoom,
+        *,
+        data: Path,
+        copies: StateCopies | None = None,
+    ) -> None:
         self.signature = signature
         self._plans: tuple[Plan, ...] = tuple(plans)
         self._room = room
+        self._data = data
         self._copies = copies
 
     def bind(self, arrays: Mapping[str, DeviceBuffer]) -> DevicePass:
@@ -117,10 +131,11 @@ class TensorRTEngine:
         execution = room.loader.context(plan, fixed=fixed)
         inputs = {spec.name: spec for spec in plan.part.inputs}
         names = [spec.name for spec in (*plan.part.inputs, *plan.part.outputs)]
+        weights = {w.name: room.weights.address(self._data, w.name, device) for w in plan.part.weights}
         to = Bound(
             profile=number,
             shapes={name: spec.shape(sizes) for name, spec in inputs.items()},
-            addresses={name: self._address(name, arrays, index) for name in names},
+            addresses={name: self._address(name, arrays, index) for name in names} | weights,
             scratch=room.scratch[device],
         )
         bind_execution(execution, to, loader=room.loader, memory=room.memory)

@@ -14,6 +14,7 @@ from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.memory import DeviceMemory
 from twotower.runtime.cuda.streams import CudaStream
+from twotower.runtime.engines.bundle_weights import check_weights, load_weights, requests_of
 from twotower.runtime.engines.copies import StateCopies
 from twotower.runtime.engines.devices import chosen_devices, require_room
 from twotower.runtime.engines.tensorrt_engine import EngineRoom, TensorRTEngine, handover_bytes
@@ -23,6 +24,7 @@ from twotower.runtime.memory import numpy_dtype
 from twotower.runtime.placement import place_engines, places_of_tensors
 from twotower.runtime.schedule import CHUNK_WIDTHS
 from twotower.runtime.streams import Streams
+from twotower.runtime.weights import WeightStore
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, MAX_CHUNK, signatures, state_tensors
 
 __all__ = ["TensorRTOptions", "open_tensorrt"]
@@ -36,7 +38,8 @@ class TensorRTOptions:
         devices: GPUs by number; empty for the first.
         graphs: Whether passes are captured as CUDA graphs.
         gpus: What the GPUs are, by number.
-        progress: Called with (bytes hashed, bytes to hash) while engine files are checked.
+        progress: Called with (bytes hashed, bytes to hash) while engine files are checked, then with (bytes loaded, bytes to load) of
+            the weights.
     """
 
     devices: tuple[int, ...] = ()
@@ -55,11 +58,19 @@ def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: TensorR
     record = read_engine_record(bundle, flavour.target, library=flavour.library, progress=options.progress)
     devices = chosen_devices(cuda, options.devices)
     _check_sms(record, [options.gpus[d] for d in devices if d < len(options.gpus)], bundle)
-    sizes = {name: [record.files[part.file].size for part in parts] for name, parts in record.engines.items()}
+    tables = {name: bundle.weights(name) for name in record.engines}
+    check_weights(record, tables, bundle)
+    sizes = {
+        name: [record.files[part.file].size + sum(tables[name][w.name].nbytes for w in part.weights) for part in parts]
+        for name, parts in record.engines.items()
+    }
     placed = place_engines(sizes, devices)
     require_room(cuda, _needed(bundle, record, sizes, placed), target=flavour.target)
     with Cleanup() as undo:
-        towers = _opened(bundle, record, placed, _Opening(flavour, cuda, devices, options.graphs, undo))
+        weights = WeightStore(cuda)
+        undo.callback(weights.close)
+        load_weights(weights, bundle, requests_of(bundle, record, placed), progress=options.progress)
+        towers = _opened(bundle, record, placed, _Opening(flavour, cuda, devices, weights, options.graphs, undo))
         undo.pop_all()
     return towers
 
@@ -71,6 +82,7 @@ class _Opening:
     flavour: Flavour
     cuda: Cuda
     devices: tuple[int, ...]
+    weights: WeightStore
     graphs: bool
     undo: Cleanup
 
@@ -86,7 +98,7 @@ def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[
         queues[name] = CudaStream(cuda, placed[name])
         with_.undo.callback(queues[name].close)
     loader = PlanLoader(with_.flavour, {t.present.name: t.past.name for t in state if t.in_place})
-    room = EngineRoom(cuda, loader, memory, with_.graphs)
+    room = EngineRoom(cuda, loader, memory, with_.weights, with_.graphs)
     folder = engine_folder(bundle, record.target)
     plans: dict[str, list[Plan]] = {}
     for name, parts in record.engines.items():
@@ -98,7 +110,14 @@ def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[
     fixed = {"T": limits.capacity, "S": bundle.trained_block_size}
     contract = {name: graph.with_sizes(fixed) for name, graph in signatures(bundle.config, record.dtype).items()}
     engines = {
-        name: TensorRTEngine(contract[name], plans[name], room, StateCopies(cuda, state) if name == CONTEXT else None) for name in contract
+        name: TensorRTEngine(
+            contract[name],
+            plans[name],
+            room,
+            data=bundle.data_file(name),
+            copies=StateCopies(cuda, state) if name == CONTEXT else None,
+        )
+        for name in contract
     }
     return Towers(
         bundle.config,
@@ -111,6 +130,7 @@ def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[
         limits=limits,
         chunk_widths=CHUNK_WIDTHS,
         fixed_block=bundle.trained_block_size,
+        owned=(with_.weights.close,),
     )
 
 

@@ -19,7 +19,7 @@ __all__ = ["Execution", "Plan", "PlanLoader"]
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT8": "int8", "FP8": "float8e4m3fn"}
 _KEPT_LINES = 8
 
 
@@ -152,7 +152,7 @@ class PlanLoader:
     def _check(self, engine: Any, part: EngineFile, file: Path) -> None:
         """Names, types and shared addresses of an engine's tensors are the contract the buffers were made for."""
         has = {name: engine.get_tensor_dtype(name).name for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors))}
-        wants = {spec.name: spec for spec in (*part.inputs, *part.outputs)}
+        wants = {spec.name: spec for spec in (*part.inputs, *part.outputs, *part.weights)}
         problems = [f"{name} is missing" for name in sorted(set(wants) - set(has))]
         problems += [f"{name} is not expected" for name in sorted(set(has) - set(wants))]
         problems += [
@@ -162,6 +162,11 @@ class PlanLoader:
         ]
         if not problems:
             problems = [
+                f"{w.name} has shape {list(shape)}, expected {list(w.axes)}"
+                for w in part.weights
+                if (shape := tuple(engine.get_tensor_shape(w.name))) != w.axes
+            ]
+            problems += [
                 f"{out.name} does not share the memory of {past}"
                 for out in part.outputs
                 if (past := self._in_place.get(out.name)) and engine.get_aliased_input_tensor(out.name) != past

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from twotower.bundle import EngineLimits
@@ -26,6 +27,7 @@ class Towers:
         limits: What was fixed when they were built; None for engines of any number of rows and any length.
         chunk_widths: Widths of a prompt's chunks they are bound for, ascending; empty for any width. Every width costs a binding.
         fixed_block: The only block size the denoiser computes; None for any.
+        owned: What else is closed with them, after everything that uses it: the weights on a device.
     """
 
     config: ModelConfig
@@ -38,8 +40,9 @@ class Towers:
     limits: EngineLimits | None = None
     chunk_widths: tuple[int, ...] = ()
     fixed_block: int | None = None
+    owned: tuple[Callable[[], None], ...] = ()
 
     def close(self) -> None:
         """Closes every engine, then streams and memory, also when one of them fails to."""
         engines = (self.context, self.context_head, self.denoiser)
-        close_all((*(engine.close for engine in engines), self.streams.close, self.memory.close))
+        close_all((*(engine.close for engine in engines), self.streams.close, self.memory.close, *self.owned))

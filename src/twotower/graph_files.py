@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,14 @@ def read_weight(data: np.ndarray[Any, np.dtype[np.uint8]], ref: WeightRef) -> np
     return out
 
 
-def detach_weights(model: onnx.ModelProto) -> None:
-    """Turns external initializers into graph inputs: tools that transform the graph then cannot touch, copy or fold them."""
-    refs = weight_refs(model)
+def detach_weights(model: onnx.ModelProto, refs: Mapping[str, WeightRef] | None = None) -> None:
+    """Turns external initializers into graph inputs: whoever reads the graph then can neither copy nor fold them.
+
+    Args:
+        model: A model loaded without its weights' data, changed in place.
+        refs: The ones to turn; None for all.
+    """
+    refs = weight_refs(model) if refs is None else refs
     kept = [t for t in model.graph.initializer if t.name not in refs]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)

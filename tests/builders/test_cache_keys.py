@@ -13,7 +13,7 @@ from twotower.builders.cache_keys import EngineIdentity, GpuIdentity, engine_key
 L4 = GpuIdentity(name="NVIDIA L4", sm=89, driver="580.1")
 BASE = EngineIdentity(
     graph="g",
-    weights="w",
+    holds="w",
     library={"name": "tensorrt_rtx", "version": "1.7.1"},
     dtype="float16",
     inputs=[["tokens", "int64", ["B", "L"]]],
@@ -22,7 +22,7 @@ BASE = EngineIdentity(
 )
 OTHER: dict[str, Any] = {
     "graph": "other",
-    "weights": "other",
+    "holds": "other",
     "library": {"name": "tensorrt_rtx", "version": "1.7.2"},
     "dtype": "bfloat16",
     "inputs": [["tokens", "int64", ["B", 1]]],

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower.builders.cut import build_memory, cut_layers, most_weights
+from twotower.builders.cut import build_memory, cut_layers, even_layers, most_weights
 from twotower.errors import BuildError
 
 
@@ -38,3 +38,12 @@ def test_a_layer_that_is_too_large_is_named_with_the_bound_it_needs() -> None:
 def test_the_bound_and_its_inverse_agree() -> None:
     assert most_weights(build_memory(10**9)) == pytest.approx(10**9, rel=1e-6)
     assert most_weights(1) == 0
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=12), st.integers(1, 6))
+def test_even_groups_cover_the_tower_and_none_is_larger_than_a_share_and_a_layer(sizes: list[int], count: int) -> None:
+    groups = even_layers(sizes, count)
+    assert len(groups) <= count
+    assert (groups[0][0], groups[-1][1]) == (0, len(sizes))
+    assert all(a[1] == b[0] for a, b in pairwise(groups))
+    assert all(sum(sizes[a:b]) <= sum(sizes) / count + max(sizes) for a, b in groups)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from twotower.builders import BuildConfig, build_engines, builder_for
-from twotower.bundle import BUILD_FILE, Bundle, engine_folder, read_engine_record
+from twotower.bundle import BUILD_FILE, Bundle, engine_folder, load_engine_record, read_engine_record
 from twotower.errors import BuildError, ConfigError, EngineMismatchError
 
 pytestmark = [pytest.mark.trt_rtx, pytest.mark.slow]
@@ -95,14 +95,17 @@ def test_a_second_build_is_instant_and_other_options_build_again(folder: Path) -
         read_engine_record(bundle, "rtx", library=builder.library())
 
 
-def test_a_memory_bound_cuts_the_towers_and_every_piece_builds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["a memory bound on what is inside", "a number of devices"])
+def test_towers_are_cut_and_every_piece_builds(folder: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     from twotower.builders import cut
 
     bundle = exported(folder, "a", "bfloat16")
     monkeypatch.setattr(cut, "BUILD_MEMORY_BASE", 0)  # tiny weights: the library itself would hide them
     weights = bundle.files["denoiser/model.onnx.data"].size
-    config = BuildConfig(sms=(89,), max_context=256, max_build_memory=2 * weights)
-    record = build_engines(bundle, "rtx", builder_for("rtx"), config=config)
+    asked: dict[str, Any] = {"segments": 3}
+    if how.startswith("a memory"):
+        asked = {"weights": "inside", "max_build_memory": 2 * weights}
+    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256, **asked))
     assert len(record.engines["denoiser"]) > 1
     assert [e.layers[0] for e in record.engines["denoiser"][1:]] == [e.layers[1] for e in record.engines["denoiser"][:-1]]
     assert not unexplained(record)
@@ -136,3 +139,19 @@ def test_the_command_describes_without_building(folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "SM 86" in done.stdout
     assert "denoiser.engine" in done.stdout
+
+
+def test_a_config_alone_is_built_for_and_its_engines_serve_the_checkpoint(folder: Path) -> None:
+    words = ["--target", "rtx", "--sm", "89", "--max-context", "256", "--cache", str(folder / "shared")]
+    config = str(ROOT / CHECKPOINTS["b"] / "config.json")
+    command = [sys.executable, "-m", "twotower.cli", "build"]
+    bundle = exported(folder, "b", "bfloat16")
+    start = ["--from-config", config, "--dtype", "bfloat16"]
+    for path, more in ((folder / "programs", start), (folder / "programs", start), (bundle.path, [])):
+        subprocess.run([*command, str(path), *more, *words], check=True, capture_output=True, text=True)
+    record = load_engine_record(bundle, "rtx")
+    assert all(engine["cached"] for engine in record.report["engines"].values())
+    assert record.holds == {}
+    done = subprocess.run([*command, str(bundle.path), *start, *words], check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "it holds weights" in done.stderr

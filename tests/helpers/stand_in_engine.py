@@ -107,6 +107,9 @@ class Engine:
         kind = (self.graph.inputs | self.graph.outputs)[name]
         return SimpleNamespace(name={"FLOAT16": "HALF", "BFLOAT16": "BF16"}.get(kind, kind))
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(-1 if isinstance(axis, str) else axis for axis in self.graph.shapes[name])
+
     def get_aliased_input_tensor(self, name: str) -> str | None:
         past = name.replace("present.", "past_key_values.")
         return past if past != name and past in self.graph.inputs else None
@@ -130,7 +133,8 @@ class Context:
         self._specialised = config.dynamic_shapes_kernel_specialization_strategy == "eager"
         self._profile: int | None = None
         self._addresses: dict[str, int] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        known = engine.graph.shapes.items()  # a weight's shape is not set: it is the engine's own
+        self._shapes = {name: tuple(a) for name, a in known if not any(isinstance(n, str) for n in a)}
         self._scratch = 0
         self._prepared: dict[str, tuple[int, ...]] = {}
         self._trt.made += 1

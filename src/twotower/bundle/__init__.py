@@ -14,7 +14,7 @@ from twotower.bundle.engines import (
     record_problems,
     weight_bytes,
 )
-from twotower.bundle.integrity import FileRecord, Progress, check_files, hash_file, inside
+from twotower.bundle.integrity import FileRecord, Progress, check_files, hash_file, inside, remember_files, unverified_files
 from twotower.bundle.manifest import (
     DATA_SUFFIX,
     FEATURES,
@@ -62,8 +62,10 @@ __all__ = [
     "read_engine_record",
     "read_weight_table",
     "record_problems",
+    "remember_files",
     "require_room",
     "unpublished",
+    "unverified_files",
     "weight_bytes",
     "write_json",
     "write_weight_table",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-__all__ = ["FileRecord", "Progress", "check_files", "hash_file", "inside"]
+__all__ = ["FileRecord", "Progress", "check_files", "hash_file", "inside", "remember_files", "unverified_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,20 @@ def check_files(root: Path, records: Mapping[str, FileRecord], progress: Progres
             problems.append(f"{name}: its content has changed (SHA-256 differs)")
     remembered.save()
     return problems
+
+
+def unverified_files(root: Path, records: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """Those of the files whose content this user has not compared with its SHA-256 since they last changed."""
+    remembered = _Remembered()
+    return {name: record for name, record in records.items() if not remembered.knows(root / name, record)}
+
+
+def remember_files(root: Path, records: Mapping[str, FileRecord]) -> None:
+    """Notes that the content of these files was compared with its SHA-256: by who read them for another purpose."""
+    remembered = _Remembered()
+    for name, record in records.items():
+        remembered.add(root / name, record)
+    remembered.save()
 
 
 class _Remembered:

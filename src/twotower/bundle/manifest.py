@@ -90,13 +90,12 @@ class Bundle:
     requires: frozenset[str] = frozenset()
 
     @classmethod
-    def open(cls, path: str | Path, *, contents: bool = True, weights: bool = True, progress: Progress | None = None) -> Bundle:
+    def open(cls, path: str | Path, *, contents: bool = True, progress: Progress | None = None) -> Bundle:
         """Opens a bundle and checks its files.
 
         Args:
             path: The folder.
             contents: Also compare SHA-256 (once; see `check_files`); without it sizes alone are checked.
-            weights: Of data files too; False for a reader that is about to read every byte of them itself.
             progress: Called with (bytes hashed, bytes to hash).
 
         Raises:
@@ -104,21 +103,42 @@ class Bundle:
         """
         root = Path(path)
         bundle = _parsed(root, _manifest(root))
-        problems = [f"{name}: not listed" for name in bundle.required_files() if name not in bundle.files]
-        hashed = {name: r for name, r in bundle.files.items() if contents and (weights or not name.endswith(DATA_SUFFIX))}
-        problems += check_files(root, hashed, progress)
-        problems += [
+        missing = [f"{name}: not listed" for name in bundle.required_files() if name not in bundle.files]
+        if contents and not missing:
+            bundle.check(progress=progress)
+        else:
+            bundle._refuse(missing + bundle._misplaced(bundle.files))
+        return bundle
+
+    def check(self, *, weights: bool = True, progress: Progress | None = None) -> None:
+        """Compares the content of files with their SHA-256, once; see `check_files`.
+
+        Args:
+            weights: Of data files too; False for a reader that is about to read every byte of them itself.
+            progress: Called with (bytes hashed, bytes to hash).
+
+        Raises:
+            BundleError: a file is missing, changed, or leads out of the folder.
+        """
+        hashed = {name: record for name, record in self.files.items() if weights or not name.endswith(DATA_SUFFIX)}
+        rest = {name: record for name, record in self.files.items() if name not in hashed}
+        self._refuse(check_files(self.path, hashed, progress) + self._misplaced(rest))
+
+    def _misplaced(self, files: Mapping[str, FileRecord]) -> list[str]:
+        """Files that are not there, or of another size."""
+        return [
             f"{name}: missing or of another size"
-            for name, record in bundle.files.items()
-            if name not in hashed and ((file := inside(root, name)) is None or not file.is_file() or file.stat().st_size != record.size)
+            for name, record in files.items()
+            if (file := inside(self.path, name)) is None or not file.is_file() or file.stat().st_size != record.size
         ]
+
+    def _refuse(self, problems: list[str]) -> None:
         if problems:
             raise BundleError(
-                f"bundle '{path}' is damaged: {len(problems)} file(s) are not what bundle.json says",
+                f"bundle '{self.path}' is damaged: {len(problems)} file(s) are not what bundle.json says",
                 found="; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else ""),
                 do="copy the bundle again from where it was made, or export the checkpoint again",
             )
-        return bundle
 
     @property
     def tokenizer_file(self) -> Path | None:

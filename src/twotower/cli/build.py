@@ -7,11 +7,22 @@ import json
 import sys
 from pathlib import Path
 
+from twotower.bundle import Bundle, is_bundle
+
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by `twotower export`")
+    parser.add_argument(
+        "--from-config",
+        type=Path,
+        metavar="FILE",
+        help="make BUNDLE first, of graphs alone, from a config.json: engines hold no weights, so none are needed to build them",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="with --from-config: element type of the graphs (default: the config's)"
+    )
     parser.add_argument("--target", default="ort-cpu", metavar="T", help="what to build for (default: ort-cpu, which runs on any machine)")
     parser.add_argument(
         "--sm", metavar="LIST", help="of rtx: compute capabilities to build for, e.g. 86,89,120 (default: the GPU here, or these)"
@@ -20,7 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-context", type=int, metavar="N", help="of rtx, trt: longest text, prompt and answer (default: 4096 or the model's)"
     )
-    parser.add_argument("--max-build-memory", metavar="SIZE", help="of rtx, trt: cut towers so that a build stays below this, e.g. 16G")
+    parser.add_argument(
+        "--segments", type=int, default=1, metavar="N", help="of rtx, trt: cut towers into N engines, to spread them over GPUs (default: 1)"
+    )
+    parser.add_argument(
+        "--weights",
+        default="inputs",
+        choices=("inputs", "inside"),
+        help="of rtx, trt: `inputs` makes programs that read the bundle's weights and holds only what the "
+        "library takes as constants; `inside` puts all weights into the engines (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-build-memory", metavar="SIZE", help="of rtx, trt: cut towers so that a build stays below this, e.g. 16G; rarely needed"
+    )
     parser.add_argument(
         "--cache",
         type=Path,
@@ -42,26 +65,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "The result lies in BUNDLE/engines/<target>. A fitting engine is kept; a killed build leaves the old one, and the same command\n"
         "goes on with the engines it had finished. `twotower inspect BUNDLE` shows what was built.\n"
         "example: twotower build bundle --target ort-cpu\n"
-        "example: twotower build bundle --target rtx --sm 86,89 --dry-run"
+        "example: twotower build bundle --target rtx --sm 86,89 --dry-run\n"
+        "example: twotower build programs --from-config config.json --target rtx --sm 89,120 --cache engines"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     from twotower.builders import BuildConfig, build_engines, builder_for
-    from twotower.bundle import BUILD_FILE, Bundle, engine_folder
+    from twotower.bundle import BUILD_FILE, engine_folder
     from twotower.cli.options import byte_size, whole_numbers
     from twotower.cli.progress import ProgressLine, human_bytes
 
     builder = builder_for(args.target)
     line = ProgressLine()
     try:
-        bundle = Bundle.open(args.bundle, progress=lambda done, total: line("checking the bundle", done, total))
+        bundle = (
+            _of_graphs_alone(args)
+            if args.from_config
+            else Bundle.open(args.bundle, progress=lambda done, total: line("checking the bundle", done, total))
+        )
         config = BuildConfig(
             force=args.force,
             sms=whole_numbers(args.sm),
             max_batch=args.max_batch,
             max_context=args.max_context,
             max_build_memory=byte_size(args.max_build_memory),
+            weights=args.weights,
+            segments=args.segments,
             use_cache=not args.no_cache,
             cache=args.cache,
             cache_bytes=byte_size(args.cache_size, "--cache-size") or 0,
@@ -91,6 +121,28 @@ def run(args: argparse.Namespace) -> int:
         made += f", {cached} of {len(observed)} engines from the cache"
     print(f"{args.bundle}/engines/{args.target}: {human_bytes(size)}, {made}", file=sys.stderr)
     return 0
+
+
+def _of_graphs_alone(args: argparse.Namespace) -> Bundle:
+    """The bundle of a config.json: made now, or by an earlier run of the same command."""
+    from twotower.config import read_model_config
+    from twotower.errors import ConfigError
+    from twotower.extras import require_libraries
+
+    require_libraries("export", "onnx", "onnx_ir", what="building from a config.json")
+    from twotower.export import ExportConfig, export_programs
+
+    config = read_model_config(args.from_config)
+    dtype = args.dtype or config.dtype
+    if not is_bundle(Path(args.bundle)):
+        name = args.from_config.resolve().parent.name
+        return export_programs(config, Path(args.bundle), ExportConfig(dtype=dtype), name=name)
+    bundle = Bundle.open(args.bundle)
+    if bundle.has_weights or (bundle.config, bundle.dtype) != (config, dtype):
+        found = "it holds weights" if bundle.has_weights else f"it is of another model, or {bundle.dtype}"
+        do = "name a new folder, or leave --from-config out to build for that bundle"
+        raise ConfigError(f"bundle '{args.bundle}' is not of {args.from_config}", found=found, do=do)
+    return bundle
 
 
 def _stamp(file: Path) -> int | None:

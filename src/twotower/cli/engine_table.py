@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from twotower.bundle import EngineFile, EngineRecord, Profile
@@ -68,11 +69,27 @@ def _details(record: EngineRecord, observed: dict[str, Any]) -> list[str]:
         lines.append(f"  {graph}: {'; '.join(map(_profile, parts[0].profiles))}")
         for engine in parts:
             facts = observed.get(engine.file, {})
+            lines += _weights(engine, facts.get("weights"))
             if "by_type" in facts:
                 top = ", ".join(f"{count} {kind}" for kind, count in list(facts["by_type"].items())[:_TYPES_SHOWN])
                 kinds = ", ".join(f"{count} {kind}" for kind, count in facts["by_precision"].items())
                 lines.append(f"    {engine.file}: {facts['layers']} layers before fusion ({top}, ...); results {kinds}")
     return lines
+
+
+def _weights(engine: EngineFile, told: dict[str, Any] | None) -> list[str]:
+    """How many weights an engine reads, and which kinds it holds and why."""
+    if told is None:
+        return []
+    read = f"{told['inputs']} weights read as inputs ({human_bytes(told['input_bytes'])})"
+    why = Counter(_kind(reason) for reason in told["inside"].values())
+    held = "; ".join(f"{count}: {reason}" for reason, count in why.most_common())
+    return [f"    {engine.file}: {read}; " + (f"{len(told['inside'])} inside ({held})" if held else "none inside")]
+
+
+def _kind(reason: str) -> str:
+    """A reason without the name of the one weight it is about."""
+    return "scales of constants" if reason.startswith("a scale of") else reason
 
 
 def _profile(profile: Profile) -> str:

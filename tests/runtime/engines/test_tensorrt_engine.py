@@ -104,6 +104,7 @@ def test_a_step_is_one_launch_and_sets_nothing(built: Callable[..., Any], opened
 def test_the_order_of_waits(built: Callable[..., Any], opened: Callable[..., Any]) -> None:
     """A block: its first step waits for the context tower, the context tower for its last; the host waits for steps only."""
     with opened(built(), graphs=False) as it:
+        it.cuda.calls.clear()  # of loading the weights
         it.model.generate([5, 6, 7], GenerationConfig(max_new_tokens=32, confidence_threshold=1.0, steps_per_block=2, ignore_eos=True))
         names = {"cudaStreamWaitEvent": "wait", "cudaEventSynchronize": "host waits", "cudaEventRecord": "record"}
         seen = [names[c] for c in it.cuda.calls if c in names]

@@ -1,0 +1,87 @@
+"""Weights as inputs of the graph TensorRT is given: an engine is then a program, and weights live once, in the bundle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx
+
+from twotower.builders.base import INSIDE
+from twotower.config.formats import stored_bytes
+from twotower.graph_files import detach_weights, weight_refs
+from twotower.spec import TensorSpec
+
+__all__ = ["WeightPlaces", "place_weights", "why_inside"]
+
+_FOUR_BITS = ("int4", "float4e2m1")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlaces:
+    """Where the weights of one graph went.
+
+    Attributes:
+        inputs: Those that are inputs, in the order of the graph.
+        inside: Those that stay in the engine, each with the reason.
+        inside_bytes: Bytes of the latter.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    inside: Mapping[str, str]
+    inside_bytes: int
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of the weights that are inputs."""
+        return sum(stored_bytes(s.dtype, math.prod(map(int, s.axes))) for s in self.inputs)
+
+
+def place_weights(model: onnx.ModelProto, places: str) -> WeightPlaces:
+    """Makes external initializers inputs of the graph, in place.
+
+    Args:
+        model: A graph, or a segment of one, loaded without its weights' data.
+        places: `inputs` or `inside`.
+    """
+    refs = weight_refs(model)
+    asked = dict.fromkeys(refs, "asked for with --weights inside")
+    inside = asked if places == INSIDE else why_inside(model)
+    free = {name: ref for name, ref in refs.items() if name not in inside}
+    detach_weights(model, free)
+    return WeightPlaces(
+        tuple(TensorSpec(name, ref.dtype, ref.shape) for name, ref in free.items()),
+        inside,
+        sum(ref.nbytes for name, ref in refs.items() if name in inside),
+    )
+
+
+def why_inside(model: onnx.ModelProto) -> dict[str, str]:
+    """The weights that TensorRT takes as constants only, each with the reason: those in few bits.
+
+    4-bit types have no network input. An 8-bit input is taken, but the compiler transposes it in
+    device memory in every pass, which a constant it transposes once, while it builds. A scale goes
+    with its weight: the product of packed weights is chosen for constant scales.
+    """
+    refs = weight_refs(model)
+    out: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in refs:
+            values = node.input[0]
+            four = refs[values].dtype in _FOUR_BITS
+            out.setdefault(values, _NO_INPUT.format(refs[values].dtype) if four else _TRANSPOSED)
+            scales = [scale for scale in _scales(model, node) if scale in refs]
+            out.update((scale, f"a scale of {values}, which is a constant") for scale in scales)
+    return out
+
+
+_NO_INPUT = "TensorRT takes no network input of type {}"
+_TRANSPOSED = "as an input it would be transposed in device memory in every pass"
+
+
+def _scales(model: onnx.ModelProto, node: onnx.NodeProto) -> list[str]:
+    """The scales of a dequantization, and the scale of those where they are quantized themselves."""
+    scale = node.input[1]
+    maker = next((n for n in model.graph.node if scale in n.output), None)
+    return [scale] if maker is None else list(maker.input)

@@ -1,0 +1,155 @@
+"""Which weights become inputs, which must stay inside, and that nothing else of a graph changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from tests.helpers.bundles import export_fixture
+from tests.helpers.graphs import FIXTURES
+from tests.helpers.quantized import TINY
+from tests.helpers.stand_ins import stand_in_bundle
+from twotower.builders.weight_inputs import place_weights
+from twotower.bundle import GRAPH_FILES, Bundle, EngineRecord, load_engine_record
+from twotower.calibration import load_recipe
+from twotower.calibration.recipes import parts_of
+from twotower.config import read_model_config
+from twotower.config.formats import FORMATS
+from twotower.export import Checkpoint, export_bundle
+from twotower.export.graphs import Precision, build_graph
+from twotower.export.synthetic import published_slice, write_checkpoint
+from twotower.export.weights import lay_out, save_program
+from twotower.graph_files import load_graph, read_weight, weight_refs
+from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TensorSpec
+
+SIZES = {"B": 2, "L": 16, "S": 16, "T": 64}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export_fixture("hybrid-a", tmp_path_factory.mktemp("inputs") / "a", "float32")
+
+
+def test_every_weight_of_a_float_graph_is_an_input(bundle: Bundle) -> None:
+    for name in GRAPH_FILES:
+        model = load_graph(bundle.graph_file(name))
+        before = weight_refs(model)
+        places = place_weights(model, "inputs")
+        assert places.inside == {}
+        assert places.inside_bytes == 0
+        assert {s.name: (s.dtype, s.axes) for s in places.inputs} == {n: (r.dtype, r.shape) for n, r in before.items()}
+        assert places.input_bytes == sum(r.nbytes for r in before.values())
+        assert not weight_refs(model)
+        onnx.checker.check_model(model)
+
+
+def test_all_stay_inside_where_that_is_asked_for(bundle: Bundle) -> None:
+    model = load_graph(bundle.graph_file(DENOISER))
+    before = weight_refs(model)
+    places = place_weights(model, "inside")
+    assert places.inputs == ()
+    assert set(places.inside) == set(before)
+    assert weight_refs(model) == before
+
+
+@pytest.mark.parametrize("recipe", ["int4-experts", "int8-weights", "nvfp4-experts"])
+def test_weights_in_few_bits_stay_inside_with_their_scales(tmp_path: Path, recipe: str) -> None:
+    config = read_model_config(TINY / "config.json")
+    named = load_recipe(recipe)
+    parts = parts_of(config, build_graph(DENOISER, config, "float32").weights)
+    precision = Precision({p.name: how for p in parts if (how := named.format_of(p))})
+    graph = build_graph(DENOISER, config, "float32", precision)
+    save_program(tmp_path / "model.onnx", graph, lay_out(graph.weights))
+    model = load_graph(tmp_path / "model.onnx")
+    refs = weight_refs(model)
+    places = place_weights(model, "inputs")
+    types = {how.dtype for how in FORMATS.values()}
+    packed = {name for name, ref in refs.items() if ref.dtype in types}
+    assert packed
+    assert packed < set(places.inside)
+    scales = set(places.inside) - packed
+    assert all(name.endswith((".scale", ".global_scale")) for name in scales)
+    assert {name for name in refs if name.endswith((".scale", ".global_scale"))} <= set(places.inside)
+    assert all(places.inside.values()), "each has its reason"
+    assert {s.dtype for s in places.inputs} == {"float32"}
+
+
+def feed(specs: tuple[TensorSpec, ...], vocabulary: int) -> dict[str, Any]:
+    """Random inputs whose lengths make sense."""
+    rng = np.random.default_rng(5)
+    out: dict[str, Any] = {}
+    for spec in specs:
+        shape = spec.shape(SIZES)
+        if spec.dtype == "int64":
+            most = {"chunk_length": 17, "past_length": 30, "context_length": 40, "commit_floor": 3}.get(spec.name, vocabulary)
+            out[spec.name] = rng.integers(1, most, shape)
+        else:
+            out[spec.name] = rng.normal(size=shape).astype(np.float32) * 0.3
+    return out
+
+
+def run(model: onnx.ModelProto, folder: Path, given: dict[str, Any], *, level: Any, packed: bool) -> list[Any]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = level
+    options.add_session_config_entry("session.disable_prepacking", str(int(not packed)))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {i.name: given[i.name] for i in session.get_inputs()})
+
+
+LEVELS = {"plain": ort.GraphOptimizationLevel.ORT_DISABLE_ALL, "optimised": ort.GraphOptimizationLevel.ORT_ENABLE_ALL}
+
+
+def compare_fed_with_inside(bundle: Bundle, name: str, level: str, *, packed: bool) -> None:
+    """To the bit: the product's kernels must not know where a weight comes from."""
+    file = bundle.graph_file(name)
+    given = feed(bundle.signatures[name].inputs, bundle.config.vocab_size)
+    inside = run(load_graph(file), file.parent, given, level=LEVELS[level], packed=packed)
+    model, data = load_graph(file), np.memmap(bundle.data_file(name), dtype=np.uint8, mode="r")
+    place_weights(model, "inputs")
+    given |= {weight: np.ascontiguousarray(read_weight(data, ref)) for weight, ref in bundle.weights(name).items()}
+    fed = run(model, file.parent, given, level=LEVELS[level], packed=packed)
+    for a, b in zip(inside, fed, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", [CONTEXT, CONTEXT_HEAD, DENOISER])
+def test_weights_fed_compute_what_weights_inside_compute(bundle: Bundle, name: str, level: str) -> None:
+    compare_fed_with_inside(bundle, name, level, packed=True)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", [CONTEXT, CONTEXT_HEAD, DENOISER])
+def test_a_layer_of_every_kind_at_768_wide_computes_the_same(wide: Bundle, name: str, level: str) -> None:
+    """At this width ONNX Runtime packs constant weights for its product, which then sums in another order: packing is off."""
+    compare_fed_with_inside(wide, name, level, packed=False)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("wide")
+    slim = {"hidden_size": 768, "vocab_size": 512, "n_routed_experts": 4, "num_experts_per_tok": 2, "torch_dtype": "float32"}
+    checkpoint = write_checkpoint(folder / "checkpoint", {**published_slice("M*E"), **slim})
+    return export_bundle(Checkpoint.open(checkpoint), folder / "bundle")
+
+
+def test_build_json_says_what_is_read_and_what_is_held(tmp_path: Path) -> None:
+    def engines(record: EngineRecord) -> dict[str, Any]:
+        return {part.file: part for parts in record.engines.values() for part in parts}
+
+    bundle = stand_in_bundle(FIXTURES / "hybrid-b", tmp_path / "b")
+    record = load_engine_record(bundle, "rtx")
+    for name, graph in (("context", "context.engine"), ("denoiser", "denoiser.engine")):
+        assert {w.name for w in engines(record)[graph].weights} == set(bundle.weights(name))
+        assert record.report["engines"][graph]["weights"]["inside"] == {}
+    held = load_engine_record(stand_in_bundle(FIXTURES / "hybrid-b", tmp_path / "c", weights="inside"), "rtx")
+    assert set(engines(held)["denoiser.engine"].constants) == set(bundle.weights("denoiser"))
+    assert set(held.holds) == set(GRAPH_FILES)

@@ -1,0 +1,178 @@
+"""Engines that read their weights from the bundle: any checkpoint of the shape, nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.bundles import copy_of, flip_byte
+from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.stand_ins import GPUS, stand_in_bundle
+from tests.helpers.tensorrt_stand_in import TensorRTStandIn
+from twotower import GenerationConfig
+from twotower.builders import build_engines, builder_for
+from twotower.bundle import (
+    BUILD_FILE,
+    GRAPH_FILES,
+    MANIFEST_FILE,
+    Bundle,
+    engine_folder,
+    hash_file,
+    unverified_files,
+)
+from twotower.errors import BundleError, EngineMismatchError, TwoTowerError
+from twotower.flavour import flavour_from_module
+from twotower.runtime import TwoTower
+from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+
+OPTIONS = GenerationConfig(max_new_tokens=32, confidence_threshold=0.5, ignore_eos=True)
+PROMPT = [5, 6, 7, 8]
+
+
+@pytest.fixture
+def copied(built: Callable[..., Any], tmp_path: Path) -> Bundle:
+    """A bundle with engines that a test may damage."""
+    return Bundle.open(copy_of(built(), tmp_path / "bundle"))
+
+
+def fine_tuned(bundle: Bundle) -> Bundle:
+    """The same bundle with other weights in the same places, as training on would leave it."""
+    manifest = json.loads((bundle.path / MANIFEST_FILE).read_text())
+    rng = np.random.default_rng(3)
+    for name, graph in GRAPH_FILES.items():
+        data = np.memmap(bundle.data_file(name), dtype=np.float32, mode="r+")
+        for weight, ref in bundle.weights(name).items():
+            if "proj" in weight or "head" in weight:
+                part = data[ref.offset // 4 : ref.end // 4]
+                part += rng.normal(size=part.size).astype(np.float32) * 0.2 * part.std()
+        data.flush()
+        manifest["files"][f"{graph}.data"]["sha256"] = hash_file(bundle.data_file(name))
+    (bundle.path / MANIFEST_FILE).write_text(json.dumps(manifest))
+    return Bundle.open(bundle.path)
+
+
+def open_(bundle: Bundle, api: CudaStandIn | None = None) -> Any:
+    api = api or CudaStandIn()
+    trt = TensorRTStandIn(api)
+    try:
+        options = TensorRTOptions(gpus=GPUS)
+        return open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), options)
+    except TwoTowerError:
+        assert not api.leaked, "a failed opening leaves nothing"
+        raise
+
+
+def test_one_engine_serves_every_checkpoint_of_its_shapes(copied: Bundle, opened: Callable[..., Any]) -> None:
+    with opened(copied) as it:
+        before = it.model.generate(PROMPT, OPTIONS).tokens
+    other = fine_tuned(copied)
+    record = json.loads((engine_folder(other, "rtx") / BUILD_FILE).read_text())
+    assert record["holds"] == {}
+    with opened(other) as it:
+        after = it.model.generate(PROMPT, OPTIONS).tokens
+    build_engines(other, "ort-cpu", builder_for("ort-cpu"))
+    with TwoTower.open(other.path, target="ort-cpu") as model:
+        expected = model.generate(PROMPT, OPTIONS).tokens
+    assert after == expected
+    assert after != before, "the weights differ enough to tell"
+
+
+def test_engines_that_hold_weights_are_tied_to_their_checkpoint(tmp_path: Path) -> None:
+    bundle = stand_in_bundle("hybrid-b", tmp_path / "b", weights="inside")
+    record = json.loads((engine_folder(bundle, "rtx") / BUILD_FILE).read_text())
+    assert all(part["weights"] == [] for parts in record["engines"].values() for part in parts)
+    open_(bundle).close()
+    with pytest.raises(EngineMismatchError, match="does not fit") as caught:
+        open_(fine_tuned(bundle))
+    assert "weights of another checkpoint" in caught.value.found
+
+
+def changed(bundle: Bundle, change: Callable[[dict[str, Any]], None]) -> None:
+    """Edits the denoiser's entry of build.json."""
+    file = engine_folder(bundle, "rtx") / BUILD_FILE
+    data = json.loads(file.read_text())
+    change(data["engines"]["denoiser"][0])
+    file.write_text(json.dumps(data))
+
+
+def other_shape(engine: dict[str, Any]) -> None:
+    engine["weights"][0][2] = [1, 2, 3]
+
+
+def other_type(engine: dict[str, Any]) -> None:
+    engine["weights"][0][1] = "float16"
+
+
+def not_there(engine: dict[str, Any]) -> None:
+    engine["weights"][0][0] = "no.such.weight"
+
+
+def forgotten(engine: dict[str, Any]) -> None:
+    del engine["weights"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (other_shape, "expected float32 [1, 2, 3]"),
+        (other_type, "expected float16"),
+        (not_there, "no.such.weight is not in the bundle"),
+        (forgotten, "neither an input nor inside"),
+    ],
+)
+def test_weights_the_program_was_not_made_for_are_named(copied: Bundle, change: Callable[[dict[str, Any]], None], says: str) -> None:
+    changed(copied, change)
+    with pytest.raises(EngineMismatchError, match="do not fit the weights") as caught:
+        open_(copied)
+    assert says in caught.value.found
+    assert "twotower build" in caught.value.do
+
+
+def test_an_engine_whose_inputs_are_not_the_recorded_weights_is_refused(copied: Bundle) -> None:
+    """The file was exchanged: it reads weights of another shape than build.json says."""
+    api = CudaStandIn()
+    trt = TensorRTStandIn(api)
+    make = trt._engine
+
+    def other(data: bytes, logger: Any) -> Any:
+        engine = make(data, logger)
+        shape = engine.get_tensor_shape
+        engine.get_tensor_shape = lambda name: (*shape(name), 1)
+        return engine
+
+    trt._engine = other
+    with pytest.raises(EngineMismatchError, match="is not the engine") as caught:
+        open_tensorrt(copied, flavour_from_module(trt), Cuda(api), TensorRTOptions(gpus=GPUS))
+    assert "has shape" in caught.value.found
+    assert not api.leaked
+
+
+def test_data_files_are_read_once_and_compared_on_their_way(copied: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files = {name: r for name, r in copied.files.items() if name.endswith(".data")}
+    assert set(unverified_files(copied.path, files)) == set(files)
+    open_(copied).close()
+    flip_byte(copied.data_file("denoiser"))
+    with pytest.raises(BundleError, match="has changed"):
+        open_(copied)
+
+
+def test_a_bundle_without_weights_is_refused_by_whoever_runs_it(copied: Bundle) -> None:
+    manifest = json.loads((copied.path / MANIFEST_FILE).read_text())
+    for graph in GRAPH_FILES.values():
+        (copied.path / f"{graph}.data").unlink()
+        del manifest["files"][f"{graph}.data"]
+    manifest["requires"] = ["no-weights"]
+    (copied.path / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="holds none"):
+        open_(Bundle.open(copied.path))
+    shutil.rmtree(engine_folder(copied, "rtx"))
+    with pytest.raises(TwoTowerError):
+        TwoTower.open(copied.path)
