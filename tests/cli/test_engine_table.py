@@ -26,7 +26,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     bundle = export_fixture("hybrid-a", folder / "bundle", "float16")
     with pytest.MonkeyPatch.context() as monkeypatch:
         pretend(folder, monkeypatch)
-        assert main(["build", str(bundle.path), *options(bundle)]) == 0
+        assert main(["build", str(bundle.path), *options()]) == 0
     return bundle
 
 
@@ -37,14 +37,13 @@ def bundle(built: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bu
 
 
 def pretend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT and a GPU are here, and the library itself needs no memory: tiny weights would not show beside it."""
+    """TensorRT and a GPU are here."""
     install_fake(folder, monkeypatch)
     see_gpu(monkeypatch, L4)
-    monkeypatch.setattr("twotower.builders.cut.BUILD_MEMORY_BASE", 0)
 
 
-def options(bundle: Bundle) -> list[str]:
-    return ["--target", "trt", "--max-context", "256", "--max-build-memory", str(2 * bundle.files["denoiser/model.onnx.data"].size)]
+def options() -> list[str]:
+    return ["--target", "trt", "--max-context", "256", "--segments", "3"]
 
 
 def edit(bundle: Bundle, **changes: Any) -> None:
@@ -66,7 +65,15 @@ def test_inspect_shows_what_was_built_and_json_has_all_of_it(bundle: Bundle, cap
     edit(bundle, report=record["report"])
     text, facts = shown(bundle, capsys)
     assert len(record["engines"]["denoiser"]) > 1
-    for word in ("trt: tensorrt 11.4.0.106", "SM 89", "float16", "prefill (B 1 to 8, L 1 to 256)", "MATRIX_MULTIPLY", "1 unexplained"):
+    for word in (
+        "trt: tensorrt 11.4.0.106",
+        "SM 89",
+        "float16",
+        "prefill (B 1 to 8, L 1 to 256)",
+        "MATRIX_MULTIPLY",
+        "1 unexplained",
+        "weights read as inputs",
+    ):
         assert word in text
     rows = {line.split()[0]: line for line in text.splitlines() if line.strip() and line.split()[0].endswith(".engine")}
     for part in record["engines"]["denoiser"]:
@@ -109,7 +116,7 @@ def test_a_dry_run_tells_what_is_cached(bundle: Bundle, capsys: pytest.CaptureFi
     capsys.readouterr()
     lines = []
     for more in ([], ["--no-cache"], ["--force"], ["--max-batch", "2"]):
-        assert main(["build", str(bundle.path), *options(bundle), "--dry-run", *more]) == 0
+        assert main(["build", str(bundle.path), *options(), "--dry-run", *more]) == 0
         lines.append([line for line in capsys.readouterr().out.splitlines() if ".engine" in line])
     assert all("in the cache" in line for line in lines[0])
     assert not any("in the cache" in line for more in lines[1:] for line in more)
