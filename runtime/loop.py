@@ -12,6 +12,7 @@ from twotower.runtime.checks import check_block, check_candidates, check_step
 from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.hooks import step_record
 from twotower.runtime.memory import Array
+from twotower.runtime.noise import StepNoise
 from twotower.runtime.prefill import prefill
 from twotower.runtime.rows import Commit, Row
 from twotower.runtime.schedule import PrefillPlan, capacity_bucket, commit_floor
@@ -59,7 +60,9 @@ class _Run:
         self._next: Array = np.zeros((len(rows), 1), np.int64)
         if rows[0].config.mode == "diffusion":
             self._io = work.denoiser(rows[0].config.block_size)
-            self._io.noise.fill(0)
+            seeds, top_k = [row.seed for row in rows], [row.config.top_k for row in rows]
+            _, size, candidates = self._io.noise.shape
+            self._noise = StepNoise(seeds, top_k, size=(size, candidates))
             self._io.threshold[:] = [row.config.confidence_threshold for row in rows]
             self._io.temperature[:] = [row.sampling.temperature for row in rows]
 
@@ -76,14 +79,16 @@ class _Run:
             io.block[i] = self._model.mask_token_id if row.live else unmasked
             io.context_length[i] = row.length if row.live else 0
         self._streams.denoiser.wait(self.context_event)
-        for step in range(max(row.config.steps_per_block for row in rows if row.live)):
+        steps = max(row.config.steps_per_block for row in rows if row.live)
+        for step in range(steps):
             self._hooks.raise_if_cancelled()
             for i, row in enumerate(rows):
                 io.commit_floor[i] = commit_floor(masked[i], step, row.config.steps_per_block)
-                if masked[i] and not row.sampling.greedy:
-                    row.sampling.write_noise(io.noise[i], block=index, step=step)
+            self._noise.write(io.noise, masked, block=index, step=step)
             began = perf_counter()
             self._denoiser_event = self._work.denoise(self._streams.denoiser)
+            if step + 1 < steps and self._denoiser_event is not HostStream.done:
+                self._noise.draw(masked, block=index, step=step + 1)  # while the engine works
             self._denoiser_event.wait_done()
             ms = 1000 * (perf_counter() - began)
             check_step(rows, io, block=index, step=step)

@@ -68,10 +68,6 @@ class GivenTokens:
             self._best, self._bounded = False, self._bounded + 1
         return token
 
-    def write_noise(self, out: npt.NDArray[np.float32], *, block: int, step: int) -> None:
-        """Never asked for: scoring is autoregressive."""
-        raise NotImplementedError
-
     def score(self) -> Score:
         """What was noted."""
         return Score(tuple(self._tokens), tuple(self._logprobs), self._best, self._bounded)

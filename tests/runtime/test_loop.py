@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import fake_engines
 from tests.helpers.fake_engines import FakeTowers, fake_config, fake_towers
 from twotower.config import GenerationConfig
 from twotower.runtime import Generation, Request, StepRecord, TwoTower
+from twotower.runtime.noise import DIFFUSION, StepNoise, gumbel_noise
 from twotower.runtime.sampler import Sampling
 from twotower.runtime.schedule import commit_floor
 from twotower.runtime.streams import HostStream, Streams
@@ -74,7 +76,11 @@ class Naive:
         }
         for step in range(config.steps_per_block):
             a["commit_floor"][0] = commit_floor(int(a["masked_left"][0]), step, config.steps_per_block)
-            Sampling.from_config(config).write_noise(a["noise"][0], block=index, step=step)
+            if config.temperature:
+                assert config.seed is not None
+                noise = gumbel_noise(config.seed, (step, index, DIFFUSION), size * k)
+                a["noise"][0] = noise.reshape(size, k)
+                a["noise"][0, :, config.top_k or k :] = -np.inf
             self.fake.denoiser.compute(a)
             a["block"] = a["next_block"].copy()
             if not a["masked_left"][0]:
@@ -219,6 +225,34 @@ def test_the_streams_wait_for_one_another() -> None:
         "host waits for denoiser 4",
         "host waits for context 2",
     ]
+
+
+@pytest.mark.parametrize("queued", [True, False])
+def test_the_next_step_s_noise_is_drawn_while_the_engine_works(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    queued: bool,
+) -> None:
+    """Not where it is done when it returns: that would only draw what may not be needed."""
+    fake, draw = fake_towers(), StepNoise.draw
+
+    def noted(self: StepNoise, live: Sequence[int], *, block: int, step: int) -> None:
+        fake.log.append(f"draws {block}.{step}")
+        draw(self, live, block=block, step=step)
+
+    monkeypatch.setattr(StepNoise, "draw", noted)
+    if not queued:
+        monkeypatch.setattr(fake_engines, "FakeEvent", lambda *_: HostStream.done)
+    hot = {"temperature": 1.0, "seed": 1, "ignore_eos": True, "confidence_threshold": 1.0}
+    run([Request(prompt(0, 5), options(max_new_tokens=16, steps_per_block=2, **hot))], fake)
+    told = [line for line in fake.log if "draw" in line or "denoiser" in line]
+    told = [line for line in told if "stream waits" not in line]
+    waits = ["host waits for denoiser 1"] if queued else []
+    ahead = ["draws 0.0", "denoiser stream runs denoiser 1", "draws 0.1", *waits]
+    at_once = ["draws 0.0", "denoiser stream runs denoiser 1", *waits, "draws 0.1"]
+    assert told[: len(ahead)] == (ahead if queued else at_once)
+    every = [f"draws {block}.{step}" for block in (0, 1) for step in (0, 1)]
+    assert [line for line in told if "draws" in line] == every
 
 
 def test_a_block_nobody_goes_on_from_is_not_read_back() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.stand_in_engine import Context
 from tests.helpers.towers import golden_config
-from twotower import GenerationConfig
+from twotower import GenerationConfig, TwoTower
+from twotower.builders import build_engines, builder_for
 from twotower.errors import DeviceError
 from twotower.runtime import Request
 
@@ -72,6 +74,23 @@ def test_rows_are_independent_and_long_prompts_are_padded_to_few_widths(built: C
         for length in range(65, 75):
             it.model.generate(np.random.default_rng(length).integers(4, 250, length).tolist(), GenerationConfig(max_new_tokens=1))
         assert it.trt.made - made <= 8, "one width, whatever the length"
+
+
+@pytest.mark.parametrize("order", [None, 8])
+def test_noise_drawn_beside_a_pass_is_not_the_pass_s(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+    order: int | None,
+) -> None:
+    """Its own noise is copied to the device as late as may be, when the next step's is there."""
+    bundle = built()
+    build_engines(bundle, "ort-cpu", builder_for("ort-cpu"))
+    hot = replace(DIFFUSION, temperature=1.0, top_k=20, confidence_threshold=1.0)
+    requests = [Request([5 + i, 6], replace(hot, seed=i)) for i in range(3)]
+    with TwoTower.open(bundle.path, "ort-cpu") as model:
+        expected = [out.tokens for out in model.generate(requests)]
+    with opened(bundle, seed=order) as it:
+        assert [out.tokens for out in it.model.generate(requests)] == expected
 
 
 def test_a_step_is_one_launch_and_sets_nothing(built: Callable[..., Any], opened: Callable[..., Any]) -> None:
