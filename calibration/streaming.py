@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from twotower.errors import BundleError
 from twotower.export.graphs import Weight
 from twotower.export.weights import lay_out
 from twotower.graph_files import read_weight
+from twotower.processors import usable_cores
 
 __all__ = ["Source", "rounding_error", "stream_quantized"]
 
@@ -53,7 +53,7 @@ def stream_quantized(
     data = np.memmap(source[0], dtype=np.uint8, mode="r")
     digest = hashlib.sha256()
     kept: dict[str, Array] = {}
-    with path.open("wb") as file, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with path.open("wb") as file, ThreadPoolExecutor(usable_cores()) as pool:
         for weight in weights:
             padding = bytes(refs[weight.name].offset - file.tell())
             for piece in _with(padding, _pieces(weight, (data, source[1]), dtype, rounding=rounding, pool=pool, kept=kept)):
@@ -128,7 +128,7 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[int], Any], items: Itera
     waiting: deque[Future[Any]] = deque()
     for item in items:
         waiting.append(pool.submit(work, item))
-        if len(waiting) > 2 * (os.cpu_count() or 1):
+        if len(waiting) > 2 * (usable_cores()):
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()

@@ -1,0 +1,82 @@
+"""How many processor cores this process may use: its affinity, and the CPU quota of its control group."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+__all__ = ["usable_cores"]
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores to compute on, at least 1.
+
+    Of the logical processors in the process's affinity mask those that share a core count once, because two threads on one core's
+    arithmetic units win nothing. A CPU quota of the control group, or of one above it, is an upper limit, rounded up: a container with
+    1.5 CPUs gets two threads.
+
+    Args:
+        root: Where `proc` and `sys` lie; another folder in tests.
+    """
+    cores = _cores(_affinity(), root)
+    quota = min(_quotas(root), default=math.inf)
+    return max(1, min(cores, math.ceil(quota) if math.isfinite(quota) else cores))
+
+
+def _affinity() -> frozenset[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def _cores(processors: Iterable[int], root: Path) -> int:
+    """Different cores among logical processors; one that does not tell its siblings is a core of its own."""
+    folder = root / "sys/devices/system/cpu"
+    return len({_text(folder / f"cpu{n}/topology/thread_siblings_list") or str(n) for n in processors})
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """CPUs that each control group from this process's own up to the visible top allows it, where there is a limit."""
+    for group, mount in _groups(root):
+        for folder in (group, *group.parents):
+            yield from _quota(folder)
+            if folder == mount:
+                break
+
+
+def _quota(folder: Path) -> Iterator[float]:
+    second = _text(folder / "cpu.max").split()  # version 2: "150000 100000" or "max 100000"
+    if len(second) == 2 and second[0].isdigit():
+        yield int(second[0]) / int(second[1])
+    quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")  # version 1: -1 is no limit
+    if quota.isdigit() and period.isdigit():
+        yield int(quota) / int(period)
+
+
+def _groups(root: Path) -> Iterator[tuple[Path, Path]]:
+    """Folder of this process's group and of its mount, in every hierarchy that can limit CPU time."""
+    own: dict[str, str] = {}
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        own |= dict.fromkeys(controllers.split(","), path)  # version 2 has no controllers: ""
+    for line in _text(root / "proc/self/mountinfo").splitlines():
+        mounted, _, kind = line.partition(" - ")
+        filesystem, _, options = kind.split(" ", 2)
+        name = {"cgroup2": "", "cgroup": "cpu"}.get(filesystem)
+        if name not in own or (name and name not in options.split(",")):
+            continue
+        top, point = mounted.split()[3:5]
+        mount = root / point.lstrip("/")
+        group = Path(os.path.normpath(mount / os.path.relpath(own[name], top)))
+        # In a container the path can be the host's, outside what is mounted: then the mount itself is the group.
+        yield (group if group.is_dir() and mount in group.parents else mount), mount
+
+
+def _text(file: Path) -> str:
+    """A file of the kernel's, stripped; empty where there is none."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,130 @@
+"""How many cores a process may use, for machines and containers this one is not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.source import ROOT
+from twotower.processors import usable_cores
+
+V2 = "30 20 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup rw,nsdelegate"
+V1 = "33 31 0:30 {top} /sys/fs/cgroup/cpu,cpuacct rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct"
+MEMORY = "34 31 0:31 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"
+
+
+def machine(root: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{content}\n", encoding="utf-8")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def eight_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+
+
+@pytest.mark.parametrize(
+    ("files", "want"),
+    [
+        ({}, 8),
+        ({"proc/self/cgroup": "0::/a", "proc/self/mountinfo": V2, "sys/fs/cgroup/a/cpu.max": "max 100000"}, 8),
+        ({"proc/self/cgroup": "0::/a", "proc/self/mountinfo": V2, "sys/fs/cgroup/a/cpu.max": "300000 100000"}, 3),
+        ({"proc/self/cgroup": "0::/a", "proc/self/mountinfo": V2, "sys/fs/cgroup/a/cpu.max": "150000 100000"}, 2),
+        ({"proc/self/cgroup": "0::/a", "proc/self/mountinfo": V2, "sys/fs/cgroup/a/cpu.max": "10000 100000"}, 1),
+        ({"proc/self/cgroup": "0::/a", "proc/self/mountinfo": V2, "sys/fs/cgroup/a/cpu.max": "6400000 100000"}, 8),
+        # The tightest of a group and the groups above it counts.
+        (
+            {
+                "proc/self/cgroup": "0::/pod/box/task",
+                "proc/self/mountinfo": V2,
+                "sys/fs/cgroup/pod/cpu.max": "200000 100000",
+                "sys/fs/cgroup/pod/box/cpu.max": "500000 100000",
+                "sys/fs/cgroup/pod/box/task/cpu.max": "max 100000",
+            },
+            2,
+        ),
+        # In a container: a namespace of its own, or the host's path, of which the container sees nothing.
+        ({"proc/self/cgroup": "0::/", "proc/self/mountinfo": V2, "sys/fs/cgroup/cpu.max": "400000 100000"}, 4),
+        ({"proc/self/cgroup": "0::/system/box", "proc/self/mountinfo": V2, "sys/fs/cgroup/cpu.max": "400000 100000"}, 4),
+        ({"proc/self/cgroup": "0::/../../box", "proc/self/mountinfo": V2, "sys/fs/cgroup/cpu.max": "400000 100000"}, 4),
+        # Version 1: the hierarchy with the controller `cpu`, whatever its folder is called.
+        (
+            {
+                "proc/self/cgroup": "3:memory:/a\n2:cpu,cpuacct:/a\n0::/",
+                "proc/self/mountinfo": f"{MEMORY}\n{V1.format(top='/')}",
+                "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "250000",
+                "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "100000",
+                "sys/fs/cgroup/memory/a/cpu.cfs_quota_us": "100000",
+                "sys/fs/cgroup/memory/a/cpu.cfs_period_us": "100000",
+            },
+            3,
+        ),
+        (
+            {
+                "proc/self/cgroup": "2:cpu,cpuacct:/docker/box",
+                "proc/self/mountinfo": V1.format(top="/docker/box"),
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "50000",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "25000",
+            },
+            2,
+        ),
+        (
+            {
+                "proc/self/cgroup": "2:cpu,cpuacct:/",
+                "proc/self/mountinfo": V1.format(top="/"),
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
+            },
+            8,
+        ),
+        # Two logical processors a core.
+        ({f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n % 4},{n % 4 + 4}" for n in range(8)}, 4),
+        (
+            {
+                **{f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n // 2 * 2}-{n // 2 * 2 + 1}" for n in range(8)},
+                "proc/self/cgroup": "0::/",
+                "proc/self/mountinfo": V2,
+                "sys/fs/cgroup/cpu.max": "200000 100000",
+            },
+            2,
+        ),
+    ],
+)
+def test_affinity_and_quota_say_how_many(tmp_path: Path, files: dict[str, str], want: int) -> None:
+    assert usable_cores(machine(tmp_path, files)) == want
+
+
+def test_a_narrower_affinity_counts_its_own_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
+    files = {f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": str(n) for n in range(8)}
+    assert usable_cores(machine(tmp_path, files)) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_a_session_on_one_processor_starts_no_second_thread() -> None:
+    """As `taskset -c 0` starts it: ONNX Runtime by itself would start one thread for every core of the machine."""
+    code = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from onnx import TensorProto, helper
+from twotower.onnx_runtime import ort, session_options
+a, b = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [2]) for n in "ab")
+graph = helper.make_graph([helper.make_node("Neg", ["a"], ["b"])], "g", [a], [b])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+def started(**options):
+    before = set(os.listdir("/proc/self/task"))
+    session = ort.InferenceSession(model, session_options(**options), providers=["CPUExecutionProvider"])
+    return len(set(os.listdir("/proc/self/task")) - before)
+print(started(), started(threads=3))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["0", "2"]
