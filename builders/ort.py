@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
-import onnxruntime as ort
 
 from twotower.builders.base import BuildConfig, Report
 from twotower.builders.ort_weights import expand_data, expand_float4, hide_dequantization, places_of, show_dequantization
@@ -27,6 +26,7 @@ from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, File
 from twotower.config.weights import WeightRef
 from twotower.errors import BuildError
 from twotower.graph_files import attach_weights, detach_weights, load_graph, located_weights, weight_refs, widen_to_float32
+from twotower.onnx_runtime import ort, session_options
 
 __all__ = ["OrtCpuBuilder", "OrtCudaBuilder", "engine_places", "write_engine"]
 
@@ -164,12 +164,11 @@ def _written(folder: Path) -> dict[str, FileRecord]:
 
 
 def _optimised(model: onnx.ModelProto, scratch: Path, name: str) -> onnx.ModelProto:
-    options = ort.SessionOptions()
+    options = session_options()
     # "Extended" and not "all": the last level lays data out for the CPU at hand, and the engine may run on another.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(scratch)
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # inputs are rounded where the graph says, and products stay float32
-    options.log_severity_level = 3
     try:
         ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as e:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime as ort
 
 from twotower.builders.ort import engine_places, write_engine
 from twotower.config.weights import WeightRef
+from twotower.onnx_runtime import ort
 from twotower.runtime.engines.base import Binding
 from twotower.runtime.engines.ort import OrtEngine, engine_threads, packs
 from twotower.runtime.streams import Event, HostStream, Stream

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import torch
 
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES
@@ -34,6 +33,7 @@ from twotower.graph_files import attach_weights, load_graph, weight_refs, widen_
 from twotower.model import ContextTower, DenoiserTower, load_context_tower, load_denoiser_tower
 from twotower.model.context_tower import last_valid
 from twotower.model.denoiser_tower import commit_step
+from twotower.onnx_runtime import ort, session_options
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, state_tensors
 
 __all__ = ["TOLERANCE", "layers_that_fit", "verify_bundle"]
@@ -216,12 +216,10 @@ def _fewer_layers(subject: _Subject, name: str, refs: Mapping[str, WeightRef]) -
 
 
 def _session(model: onnx.ModelProto, folder: Path) -> ort.InferenceSession:
-    options = ort.SessionOptions()
+    options = session_options(folder)
     # Nothing may be folded or packed: each would copy the weights into memory.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-    options.log_severity_level = 3
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

@@ -82,7 +82,7 @@ class TwoTower:
             target: The engines to run, e.g. `ort-cpu`; None for the best that are built and fit this machine.
             max_batch: Most requests generated together; longer lists are run in turns. Engines built for fewer rows take fewer.
             max_context: Longest text, prompt and answer; None for the limit of the model and its engines.
-            threads: Threads of a CPU engine, 0 for all cores, or one for a small model.
+            threads: Threads of a CPU engine, 0 for one a core that this process may use, or one for a small model.
             devices: GPUs by number: one for both towers, or two, the first for the context tower; segments are spread over all. Empty
                 for the first GPU.
             graphs: Whether passes are captured as CUDA graphs and replayed, where a target can; False launches each by itself.

@@ -26,6 +26,7 @@ LIBRARY = {"trt": ("tensorrt",), "trt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx"
 
 if "gpu" not in REQUIRED:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests import ONNX Runtime themselves, and start processes that do
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch's threads: small tensors gain nothing from more, and machines are shared
 
 settings.register_profile("twotower", deadline=None, max_examples=25, derandomize="CI" in os.environ)

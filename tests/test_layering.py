@@ -17,7 +17,8 @@ from tests.helpers.source import LINKED, ROOT, imported, package_files, tree
 DOORS = {
     "tensorrt": ("builders/trt.py", "runtime/engines/trt.py"),
     "tensorrt_rtx": ("builders/trt_rtx.py", "runtime/engines/trt_rtx.py"),
-    "onnxruntime": ("builders/ort.py", "runtime/engines/ort.py", "calibration/ort.py", "export/verify.py"),
+    "onnxruntime": ("src/twotower/onnx_runtime.py",),
+    "twotower.onnx_runtime": ("builders/ort.py", "runtime/engines/ort.py", "calibration/ort.py", "export/verify.py"),
     "cuda": ("runtime/cuda/door.py",),
     "modelopt": (),  # an oracle of tests too
     "lm_eval": ("src/twotower/evaluate/lm_eval_model.py",),
@@ -32,7 +33,7 @@ def real_path(file: Path) -> str:
 
 @pytest.mark.parametrize("vendor", DOORS)
 def test_a_vendor_is_imported_behind_its_doors_only(vendor: str) -> None:
-    users = {real_path(f) for f in package_files().values() if any(name.split(".")[0] == vendor for name in imported(tree(f)))}
+    users = {real_path(f) for f in package_files().values() if any(f"{name}.".startswith(f"{vendor}.") for name in imported(tree(f)))}
     assert users <= set(DOORS[vendor]), f"{vendor} is imported outside its doors {DOORS[vendor]}"
 
 

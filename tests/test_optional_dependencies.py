@@ -46,7 +46,9 @@ def hardware_free(package: str) -> list[str]:
     optional = {*TRAINING, *VENDORS, "tokenizers"}
     apart = {"twotower.builders.child", "twotower.builders.make_engine"}  # reached only from a builder that has its libraries
     inside = {m: f for m, f in package_files().items() if f"{m}.".startswith(f"{package}.") and m not in apart}
-    return [m for m, f in inside.items() if not imported_at_import(f) & optional]
+    names = {m: set(imported_at_import(f)) for m, f in inside.items()}
+    doors = {"twotower.onnx_runtime"}  # a library by another name
+    return [m for m in inside if not names[m] & doors and not {name.split(".")[0] for name in names[m]} & optional]
 
 
 def test_the_runtime_is_hardware_free_but_for_its_engines() -> None:

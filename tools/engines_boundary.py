@@ -15,13 +15,13 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from twotower.builders.segment import Segment, fix_axes, layer_bytes, segment
 from twotower.bundle import Bundle
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.export.synthetic import published_slice, write_checkpoint
 from twotower.graph_files import load_graph
+from twotower.onnx_runtime import ort, session_options
 from twotower.spec import CONDITIONING, DENOISER, RESIDUAL_IN, RESIDUAL_OUT, TensorSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,10 +79,7 @@ def _compare(bundle: Bundle, runs: int) -> int:
 
 
 def _sessions(parts: list[Segment], folder: Path) -> list[tuple[Segment, ort.InferenceSession]]:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1  # the threads of one session would spin while the next one works
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    options = session_options(folder, threads=1)
     return [(p, ort.InferenceSession(p.model.SerializeToString(), options, providers=["CPUExecutionProvider"])) for p in parts]
 
 

@@ -21,7 +21,7 @@ class OpenOptions:
     """Options of opening engines.
 
     Attributes:
-        threads: Threads a CPU engine computes with; 0 leaves the choice to the library.
+        threads: Threads a CPU engine computes with; 0 for one a core that this process may use, or one for a small model.
         devices: GPUs by number; empty for the first.
         graphs: Whether passes are captured as CUDA graphs.
         progress: Called with (bytes hashed, bytes to hash) while engine files are checked.

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
-
 from twotower.bundle import Bundle, EngineRecord, Progress, engine_folder, read_engine_record, weight_bytes
 from twotower.errors import EngineMismatchError
+from twotower.onnx_runtime import ort, session_options
+from twotower.processors import usable_cores
 from twotower.runtime.engines.base import Binding
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.memory import Array
@@ -49,8 +49,8 @@ def packs(weight_bytes: int) -> bool:
 
 
 def engine_threads(weight_bytes: int) -> int:
-    """Threads of an engine with so many bytes of weights, 0 for ONNX Runtime's choice."""
-    return 1 if weight_bytes < _ONE_THREAD_BELOW_BYTES else 0
+    """Threads of an engine with so many bytes of weights: one, or one a core that this process may use."""
+    return 1 if weight_bytes < _ONE_THREAD_BELOW_BYTES else usable_cores()
 
 
 class OrtEngine:
@@ -62,14 +62,13 @@ class OrtEngine:
             the system can drop them again.
         signature: Its inputs and outputs.
         pack: Pack weights for the matrix product, which is faster but copies them into anonymous memory.
-        threads: Threads to compute with, 0 for ONNX Runtime's choice.
+        threads: Threads to compute with, 0 for one a core that this process may use.
     """
 
     def __init__(self, graph: Path, folder: Path, signature: TowerSignature, *, pack: bool, threads: int = 0) -> None:
         self.signature = signature
-        options = _options(folder)
+        options = session_options(folder, threads=threads)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # done at build time
-        options.intra_op_num_threads = threads
         if not pack:
             options.add_session_config_entry("session.disable_prepacking", "1")
         self._session: ort.InferenceSession | None = _load(graph, options, ["CPUExecutionProvider"], CPU)
@@ -136,7 +135,7 @@ class CudaLibrary:
         Raises:
             EngineMismatchError: the graph cannot be loaded, or the provider cannot.
         """
-        options = _options(folder)
+        options = session_options(folder)
         provider = {
             "device_id": str(device),
             "user_compute_stream": str(stream),
@@ -157,11 +156,3 @@ class CudaLibrary:
         options = ort.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return options
-
-
-def _options(folder: Path) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # Weights may lie outside the graph's own folder only for a graph that is passed as bytes.
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-    return options

@@ -43,7 +43,7 @@ def imported(node: ast.AST) -> Iterator[str]:
 
 
 def imported_at_import(file: Path) -> set[str]:
-    """First names of what importing the file imports: neither in a function nor for type checkers only."""
+    """Full names of what importing the file imports: neither in a function nor for type checkers only."""
     names: set[str] = set()
     pending: list[ast.AST] = list(tree(file).body)
     while pending:
@@ -54,6 +54,6 @@ def imported_at_import(file: Path) -> set[str]:
             pending.extend(node.orelse)
             continue
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names.update(name.split(".")[0] for name in imported(node))
+            names.update(imported(node))
         pending.extend(ast.iter_child_nodes(node))
     return names

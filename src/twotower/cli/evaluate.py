@@ -70,7 +70,9 @@ def add_suite_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit", type=int, metavar="N", help="only N problems of each kind")
     group.add_argument("--max-new-tokens", type=int, default=160, metavar="N", help="longest answer (%(default)s)")
     group.add_argument("--target", metavar="T", help="engine to run (default: the best that is built and fits)")
-    group.add_argument("--threads", type=int, default=0, metavar="N", help="threads of a CPU engine (0: all, one for a small model)")
+    group.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="threads of a CPU engine (0: one a usable core, one for a small model)"
+    )
     add_device_options(parser)
 
 

@@ -66,7 +66,9 @@ def add_session_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--target", metavar="T", help="engine to run (default: the best that is built and fits this machine)")
     parser.add_argument("--max-context", type=int, metavar="N", help="longest text, prompt and answer (default: the model's)")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads of a CPU engine (0: all, one for a small model)")
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="threads of a CPU engine (0: one a usable core, one for a small model)"
+    )
     add_device_options(parser)
 
 
