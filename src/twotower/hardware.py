@@ -8,9 +8,9 @@ import platform
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from twotower.distributions import installed_libraries
 from twotower.errors import EngineMismatchError
 from twotower.extras import TARGET_EXTRA, install_command
 
@@ -46,7 +46,7 @@ class Machine:
     """Facts about this machine.
 
     Attributes:
-        libraries: Installed inference distributions and their versions.
+        libraries: Installed inference distributions and their versions; one that another in front of it hides is left out.
         processor: The processor's name; likewise
         driver: NVIDIA's driver, empty where there is none.
         available: Bytes of memory the kernel could give to a new program, 0 where it does not say.
@@ -66,7 +66,7 @@ class Machine:
         """What is wrong with the set of installed libraries, if anything."""
         if {"onnxruntime", "onnxruntime-gpu"} <= set(self.libraries):
             return (
-                "onnxruntime and onnxruntime-gpu are both installed; they hold the same files and overwrite one another: "
+                "onnxruntime and onnxruntime-gpu are installed in the same folder; they hold the same files and overwrite one another: "
                 "`pip uninstall onnxruntime onnxruntime-gpu`, then install exactly one of the extras `cpu` and `gpu`"
             )
         return None
@@ -82,12 +82,7 @@ class Selection:
 
 def probe_machine() -> Machine:
     """Looks at the machine: processors, memory, GPUs by the CUDA driver, installed libraries (none is imported)."""
-    libraries = {}
-    for name in _LIBRARIES:
-        try:
-            libraries[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    libraries = installed_libraries(_LIBRARIES)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return Machine(platform.platform(terse=True), os.cpu_count() or 1, memory, _gpus(), libraries, _processor(), _driver(), _available())
 
