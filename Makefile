@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 FIXTURE := tests/fixtures/hybrid-a
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-gpu gpu-first-run fp16-check quantization-tables quantize-real wheel demo bench bench-real bench-weights engines-real engines-boundary tiny browser docs clean ci
+.PHONY: help install lint format types test test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo bench bench-real bench-weights engines-real engines-boundary tiny browser docs clean ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,8 +42,14 @@ test: $(STAMP) ## all tests that need no GPU
 test-gpu: $(STAMP) ## the tests that need a GPU; fails without one, skips a library that is missing unless REQUIRE names it (REQUIRE=gpu,trt)
 	TWOTOWER_REQUIRE=$(or $(REQUIRE),gpu) $(BIN)/python -m pytest -m gpu $(ARGS)
 
-gpu-first-run: $(STAMP) ## on a machine with a GPU: answers the open questions one by one, ten minutes, into out/gpu-first-run
-	$(BIN)/python tools/gpu_first_run.py --output out/gpu-first-run $(ARGS)
+gpu-pack: $(STAMP) ## on any machine: what a bare GPU machine without a network needs, in parts below 47 MB, into out/gpu-pack
+	PYTHONPATH=src $(BIN)/python -m tools.gpu.pack $(ARGS)
+
+gpu-first-hour: ## on a machine with a GPU: independent questions, an archive of answers, and docs/gpu/<device>.md; with a pack it needs no .venv
+	PYTHONPATH=src $(or $(wildcard $(BIN)/python),$(PYTHON)) -m tools.gpu.first_hour $(ARGS)
+
+gpu-page: $(STAMP) ## docs/gpu/<device>.md from results that came home: make gpu-page ARGS="A/results.json B/results.json"
+	PYTHONPATH=src $(BIN)/python -m tools.gpu.page $(ARGS)
 
 fp16-check: $(STAMP) ## tokens of the small model with every result rounded to float16, against float32; under a minute, no GPU
 	$(BIN)/python tools/fp16_check.py $(ARGS)
@@ -72,7 +78,7 @@ out/bench: $(STAMP)
 	$(BIN)/twotower export $(FIXTURE) -o $@
 	$(BIN)/twotower build $@ --target ort-cpu
 
-bench-weights: $(STAMP) ## a file of 4.3 GB to a device made of host memory, beside cp: five minutes and more, 14 GB of memory
+bench-weights: $(STAMP) ## a file of 4.3 GB to a device made of host memory, beside cp: five minutes, 18 GB of memory
 	$(BIN)/python tools/bench_weights.py $(ARGS)
 
 engines-real: $(STAMP) ## TensorRT engines at published widths, built without a GPU: ten minutes, 13 GB of memory, 30 GB of disk

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from twotower.errors import ConfigError
 from twotower.planning.fit import Alternative, GpuFit
-from twotower.planning.loading import ASSUMED_DISK_RATE
 from twotower.planning.memory import LIBRARY_OVERHEAD
 from twotower.planning.options import all_formats
 from twotower.planning.plan import EXPORT_MEMORY, Plan
@@ -53,7 +52,7 @@ def describe_plan(plan: Plan) -> list[str]:
 
 def describe_fits(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
     """The table of GPUs, what would fit those it does not fit, and what the numbers rest on."""
-    head = ("GPU", "fits", "weights", "state", "scratch", "total", "of", "used", "pass", "AR step", "load")
+    head = ("GPU", "fits", "weights", "state", "scratch", "total", "of", "used", "pass", "AR step")
     rows = [head, *(_row(f) for f in fits)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["", f"GB of 1e9 bytes, on the fullest device; times are lower bounds for {plan.options.max_batch} rows at full length:"]
@@ -65,21 +64,11 @@ def describe_fits(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
     for f in fits:
         lines += _instead(f)
     lines += ["", *_NOTES]
-    if any(f.load for f in fits):
-        lines += _load_notes(plan.options.disk_rate)
     if plan.build_peak:
         lines += _BUILD_NOTES
     if any(f.gpu.count > 1 or len(f.devices) > 1 or any("--devices" in a.flags for a in f.alternatives) for f in fits):
         lines.append("            several devices: one tower each on two, runs of layers on more (`--devices 0,1` at run time); never run")
     return lines
-
-
-def _load_notes(given: int | None) -> list[str]:
-    rate = f"{(given or ASSUMED_DISK_RATE) / 1e9:.3g} GB/s, {'as given' if given else 'an assumption (--disk-rate)'}"
-    return [
-        f"            load: the slower of the disk at {rate}, and PCIe as published;",
-        "            planned, never measured on a GPU",
-    ]
 
 
 def refusal(plan: Plan, fits: Sequence[GpuFit]) -> ConfigError:
@@ -108,9 +97,8 @@ def _found(f: GpuFit) -> str:
 def _row(f: GpuFit) -> tuple[str, ...]:
     n = f.fullest
     sizes = (f"{x / 1e9:.1f}" for x in (n.weights, n.state, n.scratch, n.total, f.gpu.memory))
-    load = "-" if f.load is None else _time(f.load.seconds)
     verdict = "no (SM)" if f.refused else "yes" if f.fits else "no"
-    return (f.gpu.title, verdict, *sizes, f"{100 * n.total / f.gpu.memory:.0f} %", _ms(f.pass_seconds), _ms(f.step_seconds), load)
+    return (f.gpu.title, verdict, *sizes, f"{100 * n.total / f.gpu.memory:.0f} %", _ms(f.pass_seconds), _ms(f.step_seconds))
 
 
 def _instead(f: GpuFit) -> list[str]:

@@ -1,0 +1,89 @@
+"""The pack is made piece by piece, once, and each folder of it fits into a transfer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.errors import check_error
+from tools.gpu import pack
+from tools.gpu.pack import Step, make_step
+
+
+class Maker:
+    """A piece that counts how often it is made."""
+
+    def __init__(self, size: int = 10) -> None:
+        self.times, self.size = 0, size
+
+    def __call__(self, folder: Path) -> None:
+        self.times += 1
+        (folder / "call1" / "it").mkdir(parents=True)
+        (folder / "call1" / "it" / "file").write_bytes(bytes(self.size))
+
+
+def step(make: Maker, key: str = "1", *, sources: bool = False) -> Step:
+    return Step("it", ("call1/it",), make, key, sources=sources)
+
+
+def test_a_piece_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make = Maker()
+    assert make_step(step(make), tmp_path)
+    assert make_step(step(make), tmp_path)
+    assert make.times == 1
+    assert "it: is there" in capsys.readouterr().out
+
+
+def test_a_piece_is_made_again_when_what_it_is_made_from_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Maker()
+    make_step(step(make), tmp_path)
+    make_step(step(make, "2"), tmp_path)
+    assert make.times == 2
+    monkeypatch.setattr(pack, "_sources", lambda: "one")
+    make_step(step(make, "2", sources=True), tmp_path)
+    make_step(step(make, "2", sources=True), tmp_path)
+    assert make.times == 3
+    monkeypatch.setattr(pack, "_sources", lambda: "two")
+    make_step(step(make, "2", sources=True), tmp_path)
+    assert make.times == 4
+
+
+def test_a_piece_that_is_gone_is_made_again(tmp_path: Path) -> None:
+    make = Maker()
+    make_step(step(make), tmp_path)
+    (tmp_path / "call1" / "it" / "file").unlink()
+    (tmp_path / "call1" / "it").rmdir()
+    make_step(step(make), tmp_path)
+    assert make.times == 2
+
+
+def test_a_piece_without_its_library_is_left_out_and_the_others_are_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(folder: Path) -> None:
+        raise ImportError("no a_library")
+
+    steps = (Step("lacks", ("call1/no",), lacking, ""), step(Maker()))
+    monkeypatch.setattr(pack, "prepare_steps", lambda python: steps)
+    assert pack.main(["--out", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "lacks: NOT made, a library is missing: no a_library" in out
+    assert "it: made" in out
+    assert "make gpu-first-hour ARGS='--sections machine," in out
+
+
+def test_a_folder_that_is_too_large_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack, "LIMIT", 1000)
+    monkeypatch.setattr(pack, "prepare_steps", lambda python: (step(Maker(size=1001)),))
+    assert pack.main(["--out", str(tmp_path)]) == 2
+    check_error(capsys.readouterr().err, "too large for one transfer")
+
+
+def test_sources_have_one_hash() -> None:
+    assert pack._sources() == pack._sources()
+    assert len(pack._sources()) == 64

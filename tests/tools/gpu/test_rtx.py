@@ -1,0 +1,151 @@
+"""A trial says every step, here with the torch engine; the section reads it however it ends."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.cuda_stand_in import CudaStandIn
+from tools.gpu import rtx
+from tools.gpu.library import split_file
+from tools.gpu.questions import Given
+from tools.gpu.recorded import product_pass, write_pass
+from tools.gpu.rtx_trial import Trial, build_plan, make_logger, plan_file, try_plan
+from tools.gpu.torch_engine import HEADER, TorchTensorRT
+from twotower.doctor import Answers, SkipSectionError
+from twotower.runtime.cuda.calls import Cuda
+
+Tried = Callable[..., tuple[bool, dict[str, Any]]]
+
+
+@pytest.fixture
+def tried(tmp_path: Path) -> Tried:
+    """Tries the product on the stand-in; `spoil` changes the folder or the library before."""
+    write_pass(tmp_path, "product", product_pass())
+    trial = Trial(tmp_path, "product", "default")
+    plan_file(trial).write_bytes(lzma.compress(HEADER + product_pass().graph))
+
+    def run(spoil: Callable[[Path, Any], None] = lambda folder, trt: None) -> Any:
+        api, said = CudaStandIn(), {}
+        trt = TorchTensorRT("cpu", api)
+        spoil(tmp_path, trt)
+        done = try_plan(trt, Cuda(api), trial, lambda name, value: said.update({name: value}))
+        json.dumps(said)
+        return done, said
+
+    return run
+
+
+def test_a_sound_plan_comes_to_the_end(tried: Tried) -> None:
+    done, said = tried()
+    assert done
+    assert said["step"] == "done"
+    assert [said[k] for k in ("bound", "enqueued", "right", "captured", "replay_right")] == [
+        True
+    ] * 5
+    assert said["ms_a_run"] >= 0
+
+
+def test_wrong_numbers_are_seen(tried: Tried) -> None:
+    def spoil(folder: Path, trt: Any) -> None:
+        data = dict(np.load(folder / "product.npz"))
+        data["out.y"][2, 3] += 1
+        np.savez(folder / "product.npz", **data)
+
+    done, said = tried(spoil)
+    assert done
+    assert said["right"] is False
+    assert said["replay_right"] is False
+
+
+def test_a_plan_that_does_not_load_ends_there(tried: Tried) -> None:
+    def spoil(folder: Path, trt: Any) -> None:
+        file = folder / "product.default.plan.xz"
+        file.write_bytes(lzma.compress(b"another library's"))
+
+    done, said = tried(spoil)
+    assert not done
+    assert said["step"] == "deserialize"
+    assert said["deserialized"] is False
+
+
+@pytest.mark.trt_rtx
+def test_plans_are_built_without_a_gpu() -> None:
+    import tensorrt_rtx as trt
+
+    lines: list[str] = []
+    one = product_pass()
+    logger = make_logger(trt, lines.append)
+    for capability in ("default", "SM80"):
+        plan = build_plan(trt, logger, one.graph, {"x": (4, 64)}, capability=capability)
+        assert plan, lines
+    with pytest.raises(RuntimeError):
+        build_plan(trt, logger, b"no graph", {"x": (4, 64)}, capability="default")
+
+
+SCRIPT = """
+import json, sys, time
+folder, case, capability = sys.argv[1:]
+print(json.dumps({"step": "import"}), flush=True)
+print("a line of the library's", flush=True)
+print(json.dumps({"log": "ERROR: no such GPU"}), flush=True)
+if capability == "CURRENT":
+    sys.exit("no builder")
+if capability == "SM80":
+    time.sleep(60)
+print(json.dumps({"step": "done", "right": True, "replay_right": True, "ms_a_run": 0.5}))
+"""
+
+
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Answers:
+    (tmp_path / "rtx").mkdir()
+    (tmp_path / "trial.py").write_text(SCRIPT)
+    monkeypatch.setattr(rtx, "COMMAND", (sys.executable, str(tmp_path / "trial.py")))
+    monkeypatch.setattr(rtx, "_TRIAL_SECONDS", 1.0)
+    monkeypatch.setattr(rtx, "library_environment", lambda given: {})
+    answers = Answers(tmp_path / "answers.json", 60)
+    rtx.ask(answers, Given(name="rtx", pack=(tmp_path,), work=tmp_path))
+    return answers
+
+
+def test_the_section_survives_every_end_of_a_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = asked(tmp_path, monkeypatch)
+    assert answers["runs"] == {"default": True, "CURRENT": False, "SM80": False}
+    assert answers["product CURRENT"]["error"] == "no builder"
+    assert answers["product SM80"]["error"] == "no answer in time"
+    assert answers["product SM80"]["log"] == ["a line of the library's", "ERROR: no such GPU"]
+    rows = answers["tables"][0]["rows"]
+    assert [row[:2] for row in rows] == [
+        *[[case, "default"] for case in rtx.CASES],
+        ["product", "CURRENT"],
+        ["product", "SM80"],
+    ], "nothing larger is tried where the product does not run"
+    assert "ERROR: no such GPU" in rows[-1][-1]
+    assert answers["summary"] == ["runs here with plans for: default"]
+
+
+def test_the_library_is_put_together_from_the_packs(tmp_path: Path) -> None:
+    packs = tuple(tmp_path / name for name in ("call1", "call2"))
+    (tmp_path / rtx.LIBRARY).write_bytes(b"library" * 1000)
+    split_file(tmp_path / rtx.LIBRARY, packs, preset=0)
+    (tmp_path / "tensorrt_rtx").mkdir()
+    (tmp_path / "tensorrt_rtx" / "__init__.py").write_text("")
+    with tarfile.open(packs[1] / rtx.REST, "w:xz") as rest:
+        rest.add(tmp_path / "tensorrt_rtx", "tensorrt_rtx")
+    work = tmp_path / "work"
+    environment = rtx.library_environment(Given(name="rtx", pack=packs, work=work))
+    site = Path(environment["PYTHONPATH"].split(":")[0])
+    assert (site / "tensorrt_rtx" / "__init__.py").is_file()
+    assert (site / "tensorrt_rtx_libs" / rtx.LIBRARY).read_bytes() == b"library" * 1000
+    with pytest.raises(SkipSectionError, match=r"libtensorrt_rtx.so.1.0.xz"):
+        rtx.library_environment(Given(name="rtx", pack=packs[1:], work=tmp_path / "other"))

@@ -1,0 +1,70 @@
+"""The questions to a target, put to `ort-cpu` here; on a GPU they are put to the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools.gpu import targets
+from tools.gpu.questions import GPU_TARGETS, Given
+from twotower.doctor import Answers, SkipSectionError
+
+
+def asked(name: str, work: Path) -> Answers:
+    answers = Answers(work / "answers.json", 600)
+    targets.ask(answers, Given(name=name, pack=(), work=work))
+    return answers
+
+
+@pytest.mark.parametrize("target", GPU_TARGETS)
+def test_without_a_gpu_the_reason_is_given(tmp_path: Path, target: str) -> None:
+    with pytest.raises(SkipSectionError, match=r"is not installed|no NVIDIA GPU"):
+        asked(f"goldens-{target}", tmp_path)
+
+
+@pytest.mark.slow
+def test_recorded_tokens_are_counted(tmp_path: Path) -> None:
+    (table,) = asked("goldens-ort-cpu", tmp_path)["tables"]
+    assert [row[0] for row in table["rows"]] == ["hybrid-a", "hybrid-b"]
+    for _, diffusion, ar in table["rows"]:
+        right, of, all_ = diffusion.split()
+        assert (right, of) == (all_, "of")
+        assert ar == diffusion
+
+
+@pytest.mark.slow
+def test_half_precision_is_checked_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "_PROBLEMS", 1)
+    monkeypatch.setattr(targets, "HALF", ("float16",))
+    (table,) = asked("half-ort-cpu", tmp_path)["tables"]
+    rows = {row[1]: row for row in table["rows"]}
+    assert rows["known answer"][2] is True
+    assert rows["the text of float32, diffusion"][3].endswith(" % of prompts")
+
+
+@pytest.mark.slow
+def test_a_pass_at_the_widths_of_a_slice_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {
+        "hidden_size": 64,
+        "vocab_size": 512,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 32,
+    }
+    monkeypatch.setattr(targets, "CHANGES", small)
+    answers = asked("real-ort-cpu", tmp_path)
+    assert answers["dtype"] == "bfloat16"
+    assert answers["passes"]["denoise_ms"] > 0
+    assert "ms a denoiser pass" in answers["summary"][0]

@@ -1,0 +1,235 @@
+"""Section `cuda-layer`: the runtime's CUDA layer on a real GPU, with torch as the engine.
+
+Both fixtures' recorded tokens are written with captured graphs and without, by towers in one piece
+and in segments, one prompt at a time and in a batch. Over the tests' stand-in for CUDA the same
+runs on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from cuda.bindings import runtime as cudart
+
+from tools.gpu.questions import Given
+from tools.gpu.timing import need_torch
+from tools.gpu.torch_engine import TorchTensorRT, torch_job
+from twotower import GenerationConfig, TwoTower
+from twotower.bundle import Bundle
+from twotower.doctor import Answers
+from twotower.doctor.cuda_layer import check_cuda
+from twotower.doctor.sections import short
+from twotower.errors import TwoTowerError
+from twotower.flavour import flavour_from_module
+from twotower.hardware import Gpu
+from twotower.runtime import Request
+from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+
+__all__ = [
+    "ARCHIVE",
+    "CASES",
+    "Case",
+    "CountedCuda",
+    "ask",
+    "recorded_options",
+    "tokens_of_case",
+    "torch_bundle",
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
+ARCHIVE = "bundles.tar.xz"
+"""Where the pack keeps the bundles of all cases."""
+
+_AR = GenerationConfig(mode="ar", max_new_tokens=24, ignore_eos=True)
+_IN_A_BATCH = 4
+_LEAST_SECONDS = 20.0
+_HEAD = ("towers", "passes", "as recorded", "graphs made", "seconds", "what went wrong")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A fixture whose towers are cut into about so many segments each."""
+
+    fixture: str
+    pieces: int = 1
+
+    @property
+    def name(self) -> str:
+        """Of its bundle's folder."""
+        return f"{self.fixture}-{self.pieces}"
+
+
+CASES = (Case("hybrid-a"), Case("hybrid-a", 3), Case("hybrid-b"))
+
+
+class CountedCuda(Cuda):
+    """The CUDA calls, and how many captures were begun and graphs made of them."""
+
+    def __init__(self, api: Any) -> None:
+        super().__init__(api)
+        self.begun = self.made = 0
+
+    def begin_capture(self, stream: int) -> None:
+        self.begun += 1
+        super().begin_capture(stream)
+
+    def instantiate(self, graph: int) -> int:
+        made = super().instantiate(graph)
+        self.made += 1
+        return made
+
+
+def ask(answers: Answers, given: Given) -> None:
+    need_torch()
+    checks = [(check.name, check.ok, check.detail) for check in check_cuda(Cuda(cudart))]
+    answers.put(calls=[{"name": name, "ok": ok, "detail": detail} for name, ok, detail in checks])
+    answers.table("Calls without an engine", ("check", "right", "what was seen"), checks)
+    _unpack(given)
+    rows: list[tuple[Any, ...]] = []
+    for case in CASES:
+        bundle = _bundle(case, given.work)
+        for graphs in (True, False):
+            trt = TorchTensorRT()
+            facts = tokens_of_case(bundle, case, trt, cuda=CountedCuda(cudart), graphs=graphs)
+            answers.put(**{f"{case.name} {'graphs' if graphs else 'launched'}": facts})
+            rows.append(_row(case, facts))
+            answers.table("Recorded tokens", _HEAD, rows)
+            if "CUDA error" in facts.get("failed", ""):
+                answers.say("stopped: an error of the GPU stays with the process")
+                return
+            if answers.left < _LEAST_SECONDS:
+                answers.say("stopped: no time left")
+                return
+    right = sum(row[2] is True for row in rows)
+    answers.say(f"{right} of {len(rows)} ways of running write every recorded token")
+
+
+def tokens_of_case(
+    bundle: Bundle,
+    case: Case,
+    trt: TorchTensorRT,
+    *,
+    cuda: CountedCuda,
+    graphs: bool,
+    most: int | None = None,
+) -> dict[str, Any]:
+    """Writes every recorded text of a fixture and counts those that are as recorded.
+
+    Args:
+        bundle: Of the case, by `torch_bundle`.
+        case: The case.
+        trt: The library.
+        cuda: The calls.
+        graphs: Whether passes are captured.
+        most: Write so many of the texts only; None for all.
+
+    Returns:
+        Plain data; `right` is whether everything is, `failed` an error that ended it.
+    """
+    golden = json.loads((FIXTURES / case.fixture / "golden.json").read_text(encoding="utf-8"))
+    texts = [t for t in golden if t["params"]["block_size"] == bundle.trained_block_size]
+    texts = texts[:most]
+    options = TensorRTOptions(devices=(0,), graphs=graphs, gpus=(Gpu("torch", 89, 1 << 34),))
+    began, counts = time.monotonic(), dict.fromkeys(("diffusion", "ar", "in a batch", "again"), 0)
+    facts: dict[str, Any] = {"graphs": graphs, "texts": len(texts)}
+    try:
+        towers = open_tensorrt(bundle, flavour_from_module(trt), cuda, options)
+        block_size = bundle.trained_block_size
+        with TwoTower.from_towers(towers, trained_block_size=block_size) as model:
+            for name, right in _compared(model, texts):
+                counts[name] += right
+    except TwoTowerError as e:
+        facts["failed"] = f"{e.what}: {e.found}"
+    except Exception as e:  # noqa: BLE001 - of the library or the GPU: the answer to this case
+        facts["failed"] = f"{type(e).__name__}: {e}"
+    wanted = (len(texts), len(texts), min(_IN_A_BATCH, len(texts)), 1)
+    return {
+        **facts,
+        **counts,
+        "right": tuple(counts.values()) == wanted and "failed" not in facts,
+        "captures": [cuda.made, cuda.begun],
+        "executions": trt.executions,
+        "captured executions": trt.captures,
+        "refused": trt.failures[:3],
+        "seconds": short(time.monotonic() - began),
+    }
+
+
+def torch_bundle(case: Case, output: Path) -> Bundle:
+    """A bundle with torch engines for 4 rows and texts of 256 tokens, by the project's builder."""
+    # Exporting needs more than running: a machine with a pack may lack it.
+    from twotower.builders import BuildConfig, build_engines, make_engine
+    from twotower.builders.tensorrt_builder import TensorRTBuilder
+    from twotower.export import Checkpoint, ExportConfig, export_bundle
+
+    checkpoint = Checkpoint.open(FIXTURES / case.fixture)
+    bundle = export_bundle(checkpoint, output, ExportConfig(dtype="float32"))
+    builder = TensorRTBuilder(flavour_from_module(TorchTensorRT("cpu")))
+    cut = {"segments": case.pieces} if case.pieces > 1 else {}
+    config = BuildConfig(sms=(89,), max_context=256, max_batch=_IN_A_BATCH, **cut)
+    with patch.object(make_engine, "run_job", torch_job):
+        build_engines(bundle, "rtx", builder, config=config)
+    return bundle
+
+
+def _compared(model: TwoTower, texts: list[dict[str, Any]]) -> Iterator[tuple[str, bool]]:
+    """What was written, and whether it is what was recorded."""
+    for text in texts:
+        out = model.generate(text["prompt"], recorded_options(text))
+        same = list(out.tokens) == text["diffusion_tokens"] and out.usage.nfe == text["nfe"]
+        yield "diffusion", same
+        yield "ar", list(model.generate(text["prompt"], _AR).tokens) == text["ar_greedy_tokens"]
+    some = texts[:_IN_A_BATCH]
+    together = model.generate([Request(text["prompt"], recorded_options(text)) for text in some])
+    for text, out in zip(some, together, strict=True):
+        yield "in a batch", list(out.tokens) == text["diffusion_tokens"]
+    again = model.generate(texts[0]["prompt"], recorded_options(texts[0]))
+    yield "again", list(again.tokens) == texts[0]["diffusion_tokens"]
+
+
+def recorded_options(text: dict[str, Any]) -> GenerationConfig:
+    """How a recorded text was written; the reference knows no end of sequence."""
+    names = (
+        "max_new_tokens",
+        "block_size",
+        "steps_per_block",
+        "confidence_threshold",
+        "temperature",
+    )
+    return GenerationConfig(**{name: text["params"][name] for name in names}, ignore_eos=True)
+
+
+def _unpack(given: Given) -> None:
+    archive = given.find(ARCHIVE)
+    if archive is not None:
+        with tarfile.open(archive) as packed:
+            packed.extractall(given.work / "bundles", filter="data")
+
+
+def _bundle(case: Case, work: Path) -> Bundle:
+    folder = work / "bundles" / case.name
+    return Bundle.open(folder) if folder.is_dir() else torch_bundle(case, folder)
+
+
+def _row(case: Case, facts: dict[str, Any]) -> tuple[Any, ...]:
+    pieces = "one piece" if case.pieces == 1 else f"about {case.pieces} segments"
+    made, begun = facts["captures"]
+    wrong = "; ".join(filter(None, (facts.get("failed"), *facts["refused"])))
+    passes = "replayed" if facts["graphs"] else "launched"
+    return (
+        f"{case.fixture}, {pieces}",
+        passes,
+        facts["right"],
+        f"{made} of {begun}",
+        facts["seconds"],
+        wrong[:300],
+    )

@@ -1,0 +1,151 @@
+"""The pieces of a pack: each function makes one of them in the pack's folder.
+
+A function raises `ImportError` where a library that it needs is not installed.
+"""
+
+from __future__ import annotations
+
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from tools.gpu.library import split_file
+from tools.gpu.rtx import FOLDER as RTX_FOLDER
+from tools.gpu.rtx import LIBRARY, REST
+
+__all__ = ["LIBRARY_FILES", "TRITON", "bundles", "cubins", "library", "rtx", "rtx_version"]
+
+TRITON = "triton==3.9.0"
+SMS = (80, 89, 90, 120)
+"""Compute capabilities that the small kernel is compiled for."""
+
+CALLS = ("call1", "call2")
+LIBRARY_FILES = (
+    *(f"{call}/{LIBRARY}.{i}.xz" for i, call in enumerate(CALLS)),
+    *(f"{call}/{LIBRARY}.json" for call in CALLS),
+    f"call2/{REST}",
+)
+
+_RTX = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu13-libs")
+_BINDINGS = "tensorrt-rtx-cu13-bindings"
+_PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64")
+
+
+def rtx_version() -> str:
+    """Of the TensorRT for RTX that is installed, and so packed; empty for none."""
+    try:
+        return distribution(_RTX[0]).version
+    except PackageNotFoundError:
+        return ""
+
+
+def cubins(pack: Path) -> None:
+    """The small kernel, compiled by Triton as installed here, or fetched for this alone."""
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = dict(os.environ)
+        if subprocess.run(
+            [sys.executable, "-c", "import triton"], check=False, capture_output=True
+        ).returncode:
+            _pip("install", "--no-deps", "--target", f"{scratch}/site", TRITON)
+            environment["PYTHONPATH"] = _joined(f"{scratch}/site", environment.get("PYTHONPATH"))
+        environment["TRITON_CACHE_DIR"] = f"{scratch}/cache"
+        command = [sys.executable, "-m", "tools.gpu.kernels", str(pack / "call1" / "cubins")]
+        subprocess.run(
+            [*command, *map(str, SMS)], env=environment, check=True, stdout=subprocess.DEVNULL
+        )
+
+
+def bundles(pack: Path) -> None:
+    """Bundles with torch engines; one archive, because the same weights lie in several of them."""
+    from tools.gpu.cuda_layer import ARCHIVE, CASES, torch_bundle
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for case in CASES:
+            torch_bundle(case, Path(scratch) / case.name)
+        _pack_folder(Path(scratch), pack / "call1" / ARCHIVE)
+
+
+def rtx(pack: Path) -> None:
+    """Passes of the small models with their plans for the default set and for SM 80."""
+    import tensorrt_rtx as trt
+
+    from tools.gpu.recorded import recorded_passes, write_pass
+    from tools.gpu.rtx_trial import Trial, build_plan, make_logger, plan_file
+
+    folder = pack / "call2" / RTX_FOLDER
+    folder.mkdir(parents=True)
+    said: list[str] = []
+    logger = make_logger(trt, said.append)
+    for name, one in recorded_passes().items():
+        write_pass(folder, name, one)
+        shapes = {key: array.shape for key, array in one.given.items()}
+        for capability in ("default", "SM80"):
+            plan = build_plan(trt, logger, one.graph, shapes, capability=capability)
+            if plan is None:
+                raise RuntimeError(f"no plan of {name} for {capability}: {said[-3:]}")
+            file = plan_file(Trial(folder, name, capability))
+            file.write_bytes(lzma.compress(plan, preset=9))
+
+
+def library(pack: Path, python: str) -> None:
+    """TensorRT for RTX as installed here, with another Python's bindings; its library in parts."""
+    if not rtx_version():
+        raise ImportError("TensorRT for RTX is not installed (the extra `rtx`)")
+    with tempfile.TemporaryDirectory() as scratch:
+        site = Path(scratch) / "site"
+        for name in _RTX:
+            _copy_distribution(name, site)
+        wheels = Path(scratch) / "wheels"
+        platforms = [word for platform in _PLATFORMS for word in ("--platform", platform)]
+        _pip(
+            *("download", "--no-deps", "--only-binary=:all:", "--implementation", "cp", *platforms),
+            *("--python-version", python, "-d", str(wheels), f"{_BINDINGS}=={rtx_version()}"),
+        )
+        for wheel in wheels.glob("*.whl"):
+            with zipfile.ZipFile(wheel) as packed:
+                packed.extractall(site)
+        large = next(site.rglob(LIBRARY))
+        split_file(large, [pack / call for call in CALLS])
+        large.unlink()
+        _pack_folder(site, pack / "call2" / REST)
+
+
+def _copy_distribution(name: str, site: Path) -> None:
+    """An installed distribution's files, without caches."""
+    found = distribution(name)
+    for file in found.files or ():
+        if "__pycache__" not in file.parts and ".." not in file.parts:
+            target = site / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(found.locate_file(file), target)
+
+
+def _pack_folder(folder: Path, archive: Path) -> None:
+    """A folder as a compressed tar, without owners and times, in the order of the names."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, "w:xz", preset=9) as packed:
+        for file in sorted(folder.rglob("*")):
+            packed.add(file, file.relative_to(folder).as_posix(), recursive=False, filter=_plain)
+
+
+def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    entry.uid = entry.gid = entry.mtime = 0
+    entry.uname = entry.gname = ""
+    return entry
+
+
+def _pip(*words: str) -> None:
+    command: Sequence[str] = (sys.executable, "-m", "pip", "--disable-pip-version-check", "-q")
+    subprocess.run([*command, *words], check=True)
+
+
+def _joined(first: str, rest: str | None) -> str:
+    return os.pathsep.join(filter(None, (first, rest)))

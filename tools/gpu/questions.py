@@ -1,0 +1,124 @@
+"""The questions of the first hour on a GPU, and what their sections are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from twotower.doctor import SkipSectionError
+
+__all__ = ["QUESTIONS", "Given", "Question"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One section of the first hour.
+
+    Attributes:
+        text: The question.
+        seconds: Its time limit.
+        module: The module whose `ask(answers, given)` answers it.
+        call: With which part of a pack it is asked; None where it needs the project's environment.
+    """
+
+    text: str
+    seconds: float
+    module: str
+    call: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What a section works with.
+
+    Attributes:
+        name: The section's name.
+        pack: Folders that `make gpu-pack` has filled; empty in a checkout with an environment.
+        work: A folder for scratch files that all sections of a run share.
+    """
+
+    name: str
+    pack: tuple[Path, ...]
+    work: Path
+
+    def find(self, name: str) -> Path | None:
+        """A file or folder of the pack; None where it was not brought."""
+        return next((found for folder in self.pack if (found := folder / name).exists()), None)
+
+    def need(self, name: str) -> Path:
+        """The same.
+
+        Raises:
+            SkipSectionError: it was not brought.
+        """
+        found = self.find(name)
+        if found is None:
+            raise SkipSectionError(f"{name} was not brought: `make gpu-pack` prepares it")
+        return found
+
+
+GPU_TARGETS = ("rtx", "trt", "ort-cuda")
+
+QUESTIONS = {
+    "machine": Question(
+        text="What is this machine?",
+        seconds=40,
+        module="tools.gpu.machine",
+        call=1,
+    ),
+    "ceilings": Question(
+        text="How fast are copies, reads and bfloat16 products at best?",
+        seconds=45,
+        module="tools.gpu.ceilings",
+        call=1,
+    ),
+    "cuda-layer": Question(
+        text="Does the runtime's CUDA layer write the recorded tokens, with torch as the engine?",
+        seconds=150,
+        module="tools.gpu.cuda_layer",
+        call=1,
+    ),
+    "launches": Question(
+        text="What does a kernel cost in a CUDA graph, on one stream and on eight?",
+        seconds=45,
+        module="tools.gpu.launches",
+        call=1,
+    ),
+    "cubins": Question(
+        text="Does a kernel compiled elsewhere run through the driver's API, in a graph too?",
+        seconds=60,
+        module="tools.gpu.cubins",
+        call=1,
+    ),
+    "rtx": Question(
+        text="Does TensorRT for RTX run on this GPU, and with which capability of a plan?",
+        seconds=150,
+        module="tools.gpu.rtx",
+        call=2,
+    ),
+    **{
+        f"goldens-{target}": Question(
+            text=f"Does {target} write the recorded tokens in float32?",
+            seconds=150,
+            module="tools.gpu.targets",
+        )
+        for target in GPU_TARGETS
+    },
+    **{
+        f"half-{target}": Question(
+            text=f"Is {target} right in half precision, and what does it look like if not?",
+            seconds=300,
+            module="tools.gpu.targets",
+        )
+        for target in GPU_TARGETS
+    },
+    **{
+        f"real-{target}": Question(
+            text=f"How long is a pass of {target} at published widths?",
+            seconds=300,
+            module="tools.gpu.targets",
+        )
+        for target in GPU_TARGETS
+    },
+}
+"""Sections by name, in the order they are asked: what the others depend on first."""
