@@ -53,6 +53,7 @@ class BuildConfig:
         weights: `inputs` for engines that are programs and read their weights from the bundle's data files, but for those that the
             library takes as constants only; `inside` for engines that hold them all.
         segments: Engines a tower is cut into, so that it can be spread over so many devices.
+        allow_expanded: Keep engines of `rtx` whose passes expand stacked experts in device memory.
         use_cache: Take engines that were built before from the cache, and keep new ones there.
         cache: The cache's folder; None for the bundle's own, where an engine and its entry are one file.
         cache_bytes: Bytes that cached engines no target uses may take.
@@ -65,6 +66,7 @@ class BuildConfig:
     max_build_memory: int | None = None
     weights: str = INPUTS
     segments: int = 1
+    allow_expanded: bool = False
     use_cache: bool = True
     cache: Path | None = None
     cache_bytes: int = DEFAULT_CACHE_BYTES

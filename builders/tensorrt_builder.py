@@ -16,6 +16,7 @@ from twotower.builders.cache_keys import GpuIdentity
 from twotower.builders.cache_store import open_cache
 from twotower.builders.cut import PROGRAM_BYTES, build_memory, cut_layers, even_layers, most_weights
 from twotower.builders.engine_plan import EnginePlan, plan_key
+from twotower.builders.expanded import expands_experts, require_fused
 from twotower.builders.make_engine import EngineMaker
 from twotower.builders.memory import require_build_memory
 from twotower.builders.profiles import cache_capacity, profiles
@@ -61,6 +62,8 @@ class TensorRTBuilder:
 
     def fits(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
         if record.limits != self._limits(bundle, config):
+            return False
+        if expands_experts(record) and not config.allow_expanded:
             return False
         made = {e.file: (e.layers, set(e.constants)) for parts in record.engines.values() for e in parts}
         wanted = {plan.engine.file: (plan.engine.layers, set(plan.engine.constants)) for plan in self._plans(bundle, config)}
@@ -117,6 +120,8 @@ class TensorRTBuilder:
             require_build_memory(inside, available=probe_machine().available, bound=config.max_build_memory)
         for plan in plans:
             files[plan.engine.file], made = maker.make(plan)
+            if not config.allow_expanded:
+                require_fused(plan.engine, made)
             weights = {"inputs": len(plan.places.inputs), "input_bytes": plan.places.input_bytes, "inside": dict(plan.places.inside)}
             facts[plan.engine.file] = {**made, "weights": weights, "notes": list(plan.notes), "operators": plan.operators}
             engines[plan.graph] = (*engines.get(plan.graph, ()), plan.engine)

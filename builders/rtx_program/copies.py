@@ -30,7 +30,7 @@ def expanded_weights(program: Program, weights: Collection[str]) -> tuple[Expand
         program: The program.
         weights: Names of the inputs that are weights.
     """
-    constant = {r.name for r in program.regions if r.constant or "-consts" in r.name}
+    constant = {r.name for r in program.regions if r.constant}
     scratch = {r.name for r in program.regions if r.place == "accelerator" and not r.constant}
     operands = {name for k in program.kernels if k.is_product for name in k.reads}
     derived: set[str] = set()  # what holds values made of weights alone, at this point of the pass

@@ -231,7 +231,7 @@ def _region(body: str) -> Region:
     name, place = statement.word("name"), statement.word("place")
     if name is None or place not in ("accelerator", "host"):
         raise unreadable(f"a region has no name or an unknown place: {body[:60]!r}")
-    constant = statement.word("constant") == "true"
+    constant = statement.word("constant") == "true" or "-consts" in name
     return Region(name, statement.number("size"), place, constant)
 
 

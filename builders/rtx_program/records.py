@@ -31,7 +31,8 @@ class Region:
 
     Attributes:
         name: The compiler's name.
-        nbytes: Its size; of activations at the greatest shapes of the profile.
+        nbytes: Its size, at the greatest shapes of the profile; of constants the text does not
+            state it in bytes.
         place: `accelerator` or `host`.
         constant: Whether it holds constants, which are part of the engine and no scratch.
     """
@@ -103,7 +104,7 @@ class Kernel:
     @property
     def is_product(self) -> bool:
         """Whether it multiplies matrices, and may read a weight in any form."""
-        return self.operation in ("fully_connected", "runtime_fusion")
+        return self.operation == "fully_connected" or self.backbone == "gemm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,14 +191,9 @@ class Program:
         return sum(r.nbytes for r in self.regions if r.place == "accelerator" and not r.constant)
 
     @property
-    def constants(self) -> int:
-        """Bytes of constants in device memory: weights that are part of the engine."""
-        return sum(r.nbytes for r in self.regions if r.place == "accelerator" and r.constant)
-
-    @property
     def host(self) -> int:
-        """Bytes of host memory a context takes."""
-        return sum(r.nbytes for r in self.regions if r.place == "host")
+        """Bytes of host memory for sizes and control, constants left out."""
+        return sum(r.nbytes for r in self.regions if r.place == "host" and not r.constant)
 
     def by_scope(self) -> dict[str, int]:
         """Kernels of every layer and part, in order of first use."""

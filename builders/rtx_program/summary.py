@@ -33,7 +33,6 @@ def _summary(program: Program) -> dict[str, Any]:
         "waits": program.waits,
         "capturable": program.capturable,
         "scratch": program.scratch,
-        "constants": program.constants,
         "host": program.host,
         "expanded": [{**asdict(w), "stacked": w.stacked} for w in program.expanded],
         "replicated": [asdict(c) for c in program.replicated],

@@ -14,6 +14,7 @@ from twotower.builders import tensorrt_builder as builder_module
 from twotower.bundle import GRAPH_FILES, Bundle
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
 from twotower.calibration.statistics_file import read_statistics
+from twotower.config.formats import stack_is_expanded
 from twotower.errors import BuildError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 
@@ -38,14 +39,22 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, tiny_statistics: Path) -
     return of
 
 
-def build(bundle: Bundle, sms: tuple[int, ...]) -> Any:
-    return build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=sms, max_context=256))
+def build(bundle: Bundle, sms: tuple[int, ...], *, allow_expanded: bool = False) -> Any:
+    config = BuildConfig(sms=sms, max_context=256, allow_expanded=allow_expanded)
+    return build_engines(bundle, "rtx", builder_for("rtx"), config=config)
+
+
+def expanded(record: Any, *, stacked: bool) -> list[str]:
+    """Scopes of the weights that passes expand in device memory, as the plans' own programs say."""
+    engines = record.report["engines"].values()
+    programs = [program for engine in engines for program in engine["inspector"]["programs"]]
+    return [w["scope"] for program in programs for w in program["expanded"] if w["stacked"] == stacked]
 
 
 @pytest.mark.parametrize("recipe", FIRST)
 def test_it_builds_for_the_hardware_that_has_its_formats(quantized: Any, recipe: str) -> None:
     bundle, sms = quantized(recipe), tuple(sm for sm in SMS if sm >= FIRST[recipe])
-    record = build(bundle, sms)
+    record = build(bundle, sms, allow_expanded=True)
     assert record.limits is not None and record.limits.sms == sms
     lines = [line for engine in record.report["engines"].values() for line in engine["log"]]
     assert not [line["message"] for line in lines if not line["explained"]]
@@ -55,6 +64,30 @@ def test_it_builds_for_the_hardware_that_has_its_formats(quantized: Any, recipe:
     weights = sum((bundle.path / f"{graph}.data").stat().st_size for graph in GRAPH_FILES.values())
     engines = sum(engine["bytes"] for engine in record.report["engines"].values())
     assert engines > weights, "nothing of the weights is left out"
+
+
+@pytest.mark.parametrize("recipe", FIRST)
+def test_experts_stay_in_their_product_or_the_build_is_refused(quantized: Any, recipe: str) -> None:
+    """`stack_is_expanded` is what `plan` recommends by; the compiled programs are the truth."""
+    bundle, sms = quantized(recipe), tuple(sm for sm in SMS if sm >= FIRST[recipe])
+    made = builtin_recipes()[recipe]
+    told = stack_is_expanded("rtx", made.weights["routed_expert"], rounded_input="routed_expert" in made.activations)
+    assert told == (recipe in ("int8-weights", "nvfp4-experts")), "or plans recommend what is slower"
+    record = build(bundle, sms, allow_expanded=True)
+    moe = [f"layers.{i}.moe" for i, kind in enumerate(bundle.config.layers) if kind.name == "MOE"]
+    profiles = sum(len(engine.profiles) for graph in ("context", "denoiser") for engine in record.engines[graph])
+    assert sorted(expanded(record, stacked=True)) == sorted(moe * 2 * profiles if told else [])
+    if not told:
+        assert build(bundle, sms) == record
+        # At this width, and not at published ones, decode joins the rows of dt to the other rows of Mamba's first projection.
+        assert {scope.rpartition(".")[2] for scope in expanded(record, stacked=False)} <= {"mamba"}
+        return
+    with pytest.raises(BuildError, match=r"context\.engine expands the experts of 3 layer\(s\)") as caught:
+        build(bundle, sms)
+    assert "MB a pass: layers.2.moe, " in caught.value.found
+    assert "recipes mixed" in caught.value.do
+    assert "--allow-expanded" in caught.value.do
+    assert build(bundle, sms, allow_expanded=True) == record, "the refusal left the engines that somebody insisted on"
 
 
 @pytest.mark.parametrize("recipe", [name for name, first in FIRST.items() if first > 86])

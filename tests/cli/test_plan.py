@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.errors import check_error
 from tests.helpers.source import ROOT
+from twotower.calibration.recipes import builtin_recipes
 from twotower.cli.main import main
 from twotower.config.model import parse_model_config
 from twotower.export.synthetic import PUBLISHED_CONFIG, SyntheticOptions, write_checkpoint
@@ -85,7 +87,42 @@ def test_what_does_not_fit_a_named_gpu_exits_with_2_and_says_what_does(
     check_error(err, "does not fit")
     assert not out
     assert "--experts int4" in err
-    assert "made by `twotower quantize`" in err
+    assert "made by `twotower quantize --recipe int4-experts`" in err
+
+
+def test_experts_that_a_pass_expands_are_told_and_not_recommended(published: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", published, "--target", "rtx", "--gpu", "all", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["left_out"] == ["nvfp4"]
+    assert main(["plan", published, "--target", "rtx", "--gpu", "all"]) == 0
+    out = capsys.readouterr().out
+    assert "left out    --experts nvfp4: rtx expands" in out
+    assert "--experts nvfp4 " not in out.replace("left out    --experts nvfp4:", "")
+    assert "`twotower quantize --recipe int8`" in out
+    assert main(["plan", published, "--target", "rtx", "--experts", "nvfp4", "--gpu", "RTX PRO 6000"]) == 0
+    out = capsys.readouterr().out
+    assert "58.7 GB written and 58.7 GB read besides, slower than bfloat16 experts" in out
+    assert main(["plan", published, "--target", "ort-cuda", "--gpu", "H100"]) == 2
+    err = capsys.readouterr().err
+    check_error(err, "does not fit")
+    assert "--experts" not in err.split("do:")[1].split("left out")[0]
+    assert "left out: --experts int8, int4, nvfp4" in err
+
+
+@pytest.mark.parametrize(("recipe", "expanded"), [("int8", False), ("int8-weights", True), ("mixed", False)])
+def test_a_quantized_bundle_is_planned_with_what_its_products_read(
+    built_bundle: Path, tmp_path: Path, recipe: str, expanded: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(built_bundle, bundle)
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    made = builtin_recipes()[recipe]
+    manifest["quantization"] = {"recipe": {"name": recipe, **made.to_json()}, "measured": None, "formats": []}
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    assert main(["plan", str(bundle), "--target", "rtx", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["left_out"] == []
+    assert (facts["traffic"]["expanded"] > 0) == expanded
 
 
 def test_a_gpu_at_hand_is_meant(machine: pytest.MonkeyPatch, published: str, capsys: pytest.CaptureFixture[str]) -> None:

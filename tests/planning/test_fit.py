@@ -8,13 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from twotower.calibration.recipes import builtin_recipes
+from twotower.config.formats import stack_is_expanded
 from twotower.config.model import parse_model_config
 from twotower.errors import ConfigError
 from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.hardware import Gpu
 from twotower.planning import GPUS, GpuModel, PlanOptions, fit, gpu_at_hand, gpus_named
 from twotower.planning.fit import largest_batch, largest_context
-from twotower.planning.memory import device_needs
+from twotower.planning.memory import device_needs, traffic
+from twotower.planning.options import left_out
+from twotower.planning.weights import EXPERT_FORMATS, EXPERT_RECIPES
 
 PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
 TRT = PlanOptions(target="trt")
@@ -51,7 +55,29 @@ def test_alternatives_are_what_the_plan_with_their_flags_says(memory: int, rows:
         changed = applied(options, alternative.flags)
         assert max(d.total for d in device_needs(PUBLISHED, changed)) == alternative.needs
         assert alternative.fits == (alternative.needs <= memory)
-        assert alternative.quantized == ("--experts" in alternative.flags)
+        assert bool(alternative.recipe) == ("--experts" in alternative.flags)
+
+
+@pytest.mark.parametrize(("target", "formats"), [("rtx", {"int8", "int4"}), ("trt", {"int8", "int4"}), ("ort-cuda", set())])
+@pytest.mark.parametrize("gpu", ["RTX 4090", "RTX 5090", "RTX PRO 6000"])
+def test_no_alternative_is_slower_than_what_it_replaces(target: str, formats: set[str], gpu: str) -> None:
+    """A pass that expands its experts moves more bytes than one of float experts; int8 is planned as the recipe that rounds inputs."""
+    options = PlanOptions(target=target)
+    (found,) = fit(PUBLISHED, options, gpus_named(gpu))
+    chosen = {words[i + 1] for a in found.alternatives for words in [a.flags.split()] for i, w in enumerate(words) if w == "--experts"}
+    assert chosen == formats
+    assert set(left_out(PUBLISHED, options)) == set(EXPERT_FORMATS) - formats
+    recipes = builtin_recipes()
+    floats = traffic(PUBLISHED, options).denoiser_pass
+    for name in EXPERT_FORMATS:
+        moved = traffic(PUBLISHED, replace(options, experts=name))
+        assert (moved.expanded > 0) == (name not in formats)
+        assert (moved.denoiser_pass < floats) == (name in formats)
+        recipe = recipes[EXPERT_RECIPES[name]]
+        assert recipe.weights["routed_expert"] == name
+        if name in formats:
+            assert not stack_is_expanded(target, name, rounded_input="routed_expert" in recipe.activations)
+    assert not left_out(PUBLISHED, replace(options, formats=(("routed_expert", "int4"),))), "a quantized bundle has no other experts"
 
 
 @given(memory=st.integers(126 * 10**9, 150 * 10**9))

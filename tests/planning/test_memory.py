@@ -80,6 +80,24 @@ def test_a_pass_reads_all_weights_but_the_embedding() -> None:
     assert traffic(PUBLISHED, replace(single, mode="ar")).denoiser_pass == 0
 
 
+def test_expanded_experts_are_read_written_and_read_again() -> None:
+    """As a bundle of the recipe `int8-weights` holds them, and of `int8`, whose products read 8 bits on both sides."""
+    single = replace(OPTIONS, target="rtx", max_batch=1, max_context=1)
+    experts = 128 * 2 * 1856 * 2688 * 23
+    floats = traffic(PUBLISHED, single)
+    stored = experts + 2 * experts // 64  # a bfloat16 scale for 64
+    weights = replace(single, formats=(("routed_expert", "int8"),))
+    moved = traffic(PUBLISHED, weights)
+    assert moved.expanded == 4 * experts
+    assert moved.denoiser_pass == floats.denoiser_pass - 2 * experts + stored + 4 * experts
+    assert moved.ar_step == floats.ar_step - 2 * experts + stored + 4 * experts
+    assert traffic(PUBLISHED, replace(weights, mode="ar")).expanded == 4 * experts
+    fused = traffic(PUBLISHED, replace(weights, rounded=("routed_expert",)))
+    rows = 2 * 128 * (1856 + 2688) * 23  # a bfloat16 scale a row
+    assert fused.expanded == 0
+    assert fused.denoiser_pass == floats.denoiser_pass - 2 * experts + experts + rows
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

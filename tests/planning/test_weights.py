@@ -67,12 +67,12 @@ def test_few_bits_narrow_routed_experts_only(name: str) -> None:
     assert after.by_dtype[name] == after.by_kind["routed_expert"]
 
 
-@pytest.mark.parametrize("recipe", [r for r in builtin_recipes().values() if not r.activations], ids=lambda r: r.name)
+@pytest.mark.parametrize("recipe", builtin_recipes().values(), ids=lambda r: r.name)
 @pytest.mark.parametrize("name", ["a", "tiny", "published"])
 def test_the_arithmetic_of_a_recipe_is_what_its_graphs_declare(name: str, recipe: Recipe) -> None:
     config = config_of(name)
     formats = tuple(sorted(recipe.weights.items()))
-    for graph, planned in graph_weights(config, "bfloat16", formats).items():
+    for graph, planned in graph_weights(config, "bfloat16", formats, tuple(recipe.activations)).items():
         float_weights = build_graph(graph, config, "bfloat16").weights
         few = {part.name: how for part in parts_of(config, float_weights) if (how := recipe.format_of(part))}
         declared = build_graph(graph, config, "bfloat16", Precision(few)).weights

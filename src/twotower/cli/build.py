@@ -58,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of rtx, trt: room for cached engines that no target uses; the least recently used go first (default: %(default)s)",
     )
     parser.add_argument("--no-cache", action="store_true", help="of rtx, trt: neither take engines from the cache nor keep them there")
+    parser.add_argument(
+        "--allow-expanded",
+        action="store_true",
+        help="of rtx: keep engines that expand quantized experts in device memory in every pass, which is slower than float experts",
+    )
     parser.add_argument("--force", action="store_true", help="build everything again, whatever is there or cached")
     parser.add_argument("--dry-run", action="store_true", help="say what would be built and what it takes, then stop")
     parser.add_argument("--json", action="store_true", help="print the build record as one JSON object on stdout")
@@ -92,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
             max_build_memory=byte_size(args.max_build_memory),
             weights=args.weights,
             segments=args.segments,
+            allow_expanded=args.allow_expanded,
             use_cache=not args.no_cache,
             cache=args.cache,
             cache_bytes=byte_size(args.cache_size, "--cache-size") or 0,

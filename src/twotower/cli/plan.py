@@ -89,8 +89,14 @@ def _source(name: str, options: PlanOptions) -> tuple[ModelConfig, PlanOptions]:
     if is_bundle(path):
         bundle = Bundle.open(path, contents=False)
         # Layers that a recipe treats otherwise than their kind are counted as their kind.
-        formats = tuple(sorted((bundle.quantization or {"recipe": {"weights": {}}})["recipe"]["weights"].items()))
-        return bundle.config, replace(options, dtype=options.dtype or bundle.dtype, block_size=bundle.trained_block_size, formats=formats)
+        recipe = (bundle.quantization or {"recipe": {"weights": {}}})["recipe"]
+        return bundle.config, replace(
+            options,
+            dtype=options.dtype or bundle.dtype,
+            block_size=bundle.trained_block_size,
+            formats=tuple(sorted(recipe["weights"].items())),
+            rounded=tuple(sorted(recipe.get("activations", ()))),
+        )
     if path.is_file() or path.suffix == ".json":
         return read_model_config(path), options
     if path.is_dir() and not any(path.glob("*.safetensors")) and (path / "config.json").is_file():

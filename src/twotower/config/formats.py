@@ -9,7 +9,18 @@ from types import MappingProxyType
 
 from twotower.config.tensors import Role
 
-__all__ = ["ACTIVATIONS", "BITS", "FORMATS", "GROUPS", "QUANTIZABLE", "WeightFormat", "stored_bytes", "stored_format"]
+__all__ = [
+    "ACTIVATIONS",
+    "BITS",
+    "FORMATS",
+    "FUSED_STACKS",
+    "GROUPS",
+    "QUANTIZABLE",
+    "WeightFormat",
+    "stack_is_expanded",
+    "stored_bytes",
+    "stored_format",
+]
 
 BITS: Mapping[str, int] = MappingProxyType(
     {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "float8e4m3fn": 8, "int4": 4, "float4e2m1": 4}
@@ -101,6 +112,26 @@ def stored_format(name: str, columns: int, *, stacked: bool, rounded_input: bool
     if name == "int8" and stacked and not rounded_input and columns > _LONG_ROW:
         return replace(FORMATS[name], group=next((g for g in _INT8_GROUPS if columns % g == 0), 0))
     return FORMATS[name]
+
+
+FUSED_STACKS = "int4 (recipes mixed, int4-experts), or 8 bits with 8-bit inputs (recipes int8, fp8)"
+"""Stacked experts that TensorRT for RTX multiplies as they are stored, as it is said to a user."""
+
+
+def stack_is_expanded(target: str, name: str, *, rounded_input: bool) -> bool:
+    """Whether a pass writes stacked experts of a format to device memory at full width before it multiplies them.
+
+    TensorRT for RTX 1.7 dequantizes inside the product only where it has a kernel for that: 4-bit integers, and 8 bits on both
+    sides. Tests hold this against the programs it compiles. TensorRT shares its compiler and is taken to do the same. ONNX
+    Runtime has no product of stacked few-bit weights: it dequantizes all of them with a kernel of its own.
+
+    Args:
+        target: `rtx`, `trt`, `ort-cuda` or `ort-cpu`.
+        name: One of `FORMATS`.
+        rounded_input: Whether the product reads few bits on both sides.
+    """
+    fused = name == "int4" or (rounded_input and FORMATS[name].dtype in ACTIVATIONS)
+    return not (fused and target in ("rtx", "trt"))
 
 
 def stored_bytes(dtype: str, count: int) -> int:

@@ -10,8 +10,8 @@ from twotower.config.model import LayerKind, ModelConfig
 from twotower.hardware import RTX_SMS
 from twotower.planning.gpus import GpuModel
 from twotower.planning.memory import DeviceNeed, device_needs, traffic
-from twotower.planning.options import HALF_ONLY_SM, PlanOptions, all_formats, capacity_of, engine_dtype
-from twotower.planning.weights import EXPERT_FORMATS
+from twotower.planning.options import HALF_ONLY_SM, PlanOptions, all_formats, capacity_of, engine_dtype, left_out
+from twotower.planning.weights import EXPERT_FORMATS, EXPERT_RECIPES
 
 __all__ = ["Alternative", "GpuFit", "fit", "largest_batch", "largest_context"]
 
@@ -27,13 +27,13 @@ class Alternative:
         flags: What to type; the rest of the command stays.
         needs: Bytes on the fullest device.
         fits: Whether that is within the device's memory.
-        quantized: Whether it needs experts in few bits, which `twotower quantize` makes.
+        recipe: The recipe of `twotower quantize` that makes its experts; empty where they are as they were.
     """
 
     flags: str
     needs: int
     fits: bool
-    quantized: bool
+    recipe: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ def _alternatives(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> I
         needs = _fullest(config, shrunk)
         if shrunk == changed and needs <= gpu.memory:
             enough.append(set(changes.items()))
-        yield Alternative(_flags(options, shrunk), needs, needs <= gpu.memory, shrunk.experts is not None)
+        yield Alternative(_flags(options, shrunk), needs, needs <= gpu.memory, EXPERT_RECIPES.get(shrunk.experts or "", ""))
 
 
 def _changes(config: ModelConfig, options: PlanOptions) -> Iterator[dict[str, Any]]:
@@ -148,7 +148,7 @@ def _changes(config: ModelConfig, options: PlanOptions) -> Iterator[dict[str, An
         narrow.append({"dtype": "bfloat16"})
     if LayerKind.MOE in config.layers and not all_formats(options) and options.target != "ort-cpu":
         half = {"dtype": "bfloat16"} if engine_dtype(config, options) == "float32" else {}
-        narrow += [{**half, "experts": name} for name in EXPERT_FORMATS]
+        narrow += [{**half, "experts": name} for name in EXPERT_FORMATS if name not in left_out(config, options)]
     yield from narrow
     if options.devices == 1 and options.target != "ort-cpu":
         yield from ({**change, "devices": 2} for change in narrow)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from twotower.config.model import ModelConfig
-from twotower.planning.options import PlanOptions, capacity_of, engine_dtype, formats_of
+from twotower.planning.options import PlanOptions, capacity_of, engine_dtype, experts_are_expanded, formats_of, rounded_of
 from twotower.planning.scratch import Scratch, Shapes, scratch
-from twotower.planning.weights import GraphWeights, graph_weights, item_bytes
+from twotower.planning.weights import GraphWeights, expert_bytes, graph_weights, item_bytes
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, state_tensors
 
 __all__ = [
@@ -72,10 +72,17 @@ class DeviceNeed:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes read and written at least: all of the weights, the experts that no token chose included."""
+    """Bytes read and written at least: all of the weights, the experts that no token chose included.
+
+    Attributes:
+        denoiser_pass: Of a denoiser pass.
+        ar_step: Of a step of autoregression.
+        expanded: How much of a denoiser pass, or without a denoiser of a step, is experts written at full width and read again.
+    """
 
     denoiser_pass: int
     ar_step: int
+    expanded: int = 0
 
 
 def state_bytes(config: ModelConfig, options: PlanOptions) -> State:
@@ -92,7 +99,7 @@ def state_bytes(config: ModelConfig, options: PlanOptions) -> State:
 
 def needed_weights(config: ModelConfig, options: PlanOptions) -> Mapping[str, GraphWeights]:
     """Weights of the graphs the mode uses."""
-    every = graph_weights(config, engine_dtype(config, options), formats_of(options))
+    every = graph_weights(config, engine_dtype(config, options), formats_of(options), rounded_of(options))
     return every if options.mode == "diffusion" else {name: every[name] for name in (CONTEXT, CONTEXT_HEAD)}
 
 
@@ -126,7 +133,10 @@ def traffic(config: ModelConfig, options: PlanOptions) -> Traffic:
     """Bytes of one denoiser pass and of one step of autoregression, all rows together, at full length."""
     weights, state = needed_weights(config, options), state_bytes(config, options)
     written = state.rows * (state.per_row + state.per_token)
+    experts = expert_bytes(config, engine_dtype(config, options))
+    again = {name: 2 * size if experts_are_expanded(options) else 0 for name, size in experts.items()}
     return Traffic(
-        denoiser_pass=weights[DENOISER].read + state.read if DENOISER in weights else 0,
-        ar_step=weights[CONTEXT].read + weights[CONTEXT_HEAD].total + state.read + written,
+        denoiser_pass=weights[DENOISER].read + state.read + again[DENOISER] if DENOISER in weights else 0,
+        ar_step=weights[CONTEXT].read + weights[CONTEXT_HEAD].total + state.read + written + again[CONTEXT],
+        expanded=again[DENOISER if DENOISER in weights else CONTEXT],
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from twotower.builders.base import DEFAULT_MAX_BATCH, DEFAULT_MAX_CONTEXT, BuildConfig
 from twotower.builders.profiles import cache_capacity
+from twotower.config.formats import stack_is_expanded
 from twotower.config.generation import GenerationConfig
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.errors import ConfigError
@@ -21,8 +22,11 @@ __all__ = [
     "all_formats",
     "capacity_of",
     "engine_dtype",
+    "experts_are_expanded",
     "formats_of",
+    "left_out",
     "require_sound",
+    "rounded_of",
 ]
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -46,6 +50,7 @@ class PlanOptions:
         devices: GPUs to spread over: with two one tower each, with more segments of both.
         experts: Few-bit format of the routed experts, None for `dtype`.
         formats: Of a quantized bundle: its layer kinds in few bits, each with its format.
+        rounded: Of a quantized bundle: its layer kinds whose products read few bits on both sides.
         mode: `diffusion` for both towers, `ar` for the context tower alone.
         block_size: Trained block size.
         checkpoint_bytes: Size of the checkpoint's tensors where it is known from their headers.
@@ -60,6 +65,7 @@ class PlanOptions:
     devices: int = 1
     experts: str | None = None
     formats: Formats = ()
+    rounded: tuple[str, ...] = ()
     mode: str = "diffusion"
     block_size: int = GenerationConfig().block_size
     checkpoint_bytes: int | None = None
@@ -83,6 +89,26 @@ class PlanOptions:
 def all_formats(options: PlanOptions) -> Formats:
     """Layer kinds in few bits as the bundle holds them."""
     return tuple(sorted({**dict(options.formats), **({"routed_expert": options.experts} if options.experts else {})}.items()))
+
+
+def rounded_of(options: PlanOptions) -> tuple[str, ...]:
+    """Layer kinds whose products read few bits on both sides: 8-bit experts are planned so where only that is fast."""
+    if options.experts in ("int8", "fp8") and options.target in TENSORRT:
+        return ("routed_expert",)
+    return options.rounded
+
+
+def experts_are_expanded(options: PlanOptions) -> bool:
+    """Whether a pass writes quantized experts to device memory at full width and reads them again."""
+    name = dict(formats_of(options)).get("routed_expert")
+    return name is not None and stack_is_expanded(options.target, name, rounded_input="routed_expert" in rounded_of(options))
+
+
+def left_out(config: ModelConfig, options: PlanOptions) -> tuple[str, ...]:
+    """Formats of experts that would save memory and are no alternative, because a pass would expand them in device memory."""
+    if LayerKind.MOE not in config.layers or all_formats(options) or options.target == "ort-cpu":
+        return ()
+    return tuple(name for name in EXPERT_FORMATS if experts_are_expanded(replace(options, experts=name)))
 
 
 def formats_of(options: PlanOptions) -> Formats:

@@ -10,7 +10,7 @@ from twotower.builders.cut import build_memory, cut_layers, most_weights
 from twotower.config.model import ModelConfig
 from twotower.hardware import TARGETS
 from twotower.planning.memory import DeviceNeed, State, Traffic, device_needs, needed_weights, state_bytes, tower_scratch, traffic
-from twotower.planning.options import TENSORRT, PlanOptions, all_formats, engine_dtype, require_sound
+from twotower.planning.options import TENSORRT, PlanOptions, all_formats, engine_dtype, left_out, require_sound, rounded_of
 from twotower.planning.scratch import Scratch
 from twotower.planning.weights import GraphWeights, checkpoint_bytes, cpu_bytes, graph_weights, item_bytes
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
@@ -90,6 +90,7 @@ class Plan:
         devices: What each device holds.
         traffic: What a pass reads.
         disk: Files.
+        left_out: Formats of experts that are no alternative here, because a pass would expand them in device memory.
     """
 
     options: PlanOptions
@@ -102,6 +103,7 @@ class Plan:
     devices: tuple[DeviceNeed, ...]
     traffic: Traffic
     disk: Disk
+    left_out: tuple[str, ...] = ()
 
     @property
     def build_peak(self) -> int:
@@ -129,6 +131,7 @@ class Plan:
             "scratch": {name: asdict(s) for name, s in self.scratch.items()},
             "devices": [{**asdict(d), "total": d.total} for d in self.devices],
             "traffic": asdict(self.traffic),
+            "left_out": list(self.left_out),
             "disk": {"checkpoint": self.disk.checkpoint, "bundle": self.disk.bundle, "engines": dict(self.disk.engines)},
             "host": {"export": EXPORT_MEMORY, "build_peak": self.build_peak, "build_seconds": self.build_seconds},
         }
@@ -155,6 +158,7 @@ def plan_bundle(config: ModelConfig, options: PlanOptions | None = None) -> Plan
         devices=device_needs(config, wanted),
         traffic=traffic(config, wanted),
         disk=_disk(config, wanted),
+        left_out=left_out(config, wanted),
     )
 
 
@@ -182,7 +186,7 @@ def _disk(config: ModelConfig, options: PlanOptions) -> Disk:
     """Graphs and tokenizer, a few megabytes, are left out."""
     dtype = options.dtype or config.dtype
     formats = all_formats(options)
-    kept = graph_weights(config, dtype, formats)
+    kept = graph_weights(config, dtype, formats, rounded_of(options))
     wide = sum(cpu_bytes(config, dtype, formats).values())
     engine = sum(w.total for w in kept.values()) + sum(CODE_BYTES.values())
     # The chosen target's own count of segments is in `Plan.engines`.

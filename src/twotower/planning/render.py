@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from twotower.config.formats import FUSED_STACKS
 from twotower.errors import ConfigError
 from twotower.planning.fit import Alternative, GpuFit
 from twotower.planning.memory import LIBRARY_OVERHEAD
@@ -19,6 +20,11 @@ _NOTES = (
     "            pass and AR step: bytes over the published memory bandwidth, a lower bound, not measured; every pass reads",
     "            all experts, because the exported graph computes all of them",
 )
+_EXPANDS = {
+    "rtx": "rtx expands such experts in device memory in every pass",
+    "trt": "rtx expands such experts in device memory in every pass, and trt, not tried, shares its compiler",
+    "ort-cuda": "ONNX Runtime dequantizes experts with a kernel of their own in every pass",
+}
 _BUILD_NOTES = (
     "            build memory and time: from slices at published widths on two cores (docs/engines.md), 4 s a GB cached, 32 s from disk,",
     "            and half a second a layer; the measuring of kernels on a GPU, which trt does, comes on top",
@@ -39,6 +45,7 @@ def describe_plan(plan: Plan) -> list[str]:
             "state",
             f"{_small(state.per_token)} a token and {_small(state.per_row)} a row; {_gb(state.total)} for all rows (the latter twice)",
         ),
+        *_expanded(plan),
         ("scratch", _gb(max(s.nbytes for s in plan.scratch.values()))),
         *(("", f"{name:<14}{_gb(s.nbytes):>10}   {s.because}") for name, s in plan.scratch.items()),
         ("disk", f"checkpoint {_gb(plan.disk.checkpoint)}, bundle {_gb(plan.disk.bundle)}"),
@@ -48,6 +55,17 @@ def describe_plan(plan: Plan) -> list[str]:
     if seconds := plan.build_seconds:
         rows.append(("build time", f"{_time(seconds[0])} with weights in the page cache, {_time(seconds[1])} from disk; two cores"))
     return [f"{name:<12}{value}" for name, value in rows]
+
+
+def _expanded(plan: Plan) -> list[tuple[str, str]]:
+    """What a pass moves besides because its experts are not multiplied as they are stored."""
+    if not plan.traffic.expanded:
+        return []
+    half = _gb(plan.traffic.expanded / 2)
+    return [
+        ("experts", f"expanded in device memory in every pass: {half} written and {half} read besides, slower than {plan.dtype} experts"),
+        ("", f"multiplied as they are stored: {FUSED_STACKS}"),
+    ]
 
 
 def describe_fits(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
@@ -63,12 +81,22 @@ def describe_fits(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
         lines += ["", f"{', '.join(f.gpu.title for f in fits if f.refused == why)}: {why}"]
     for f in fits:
         lines += _instead(f)
-    lines += ["", *_NOTES]
+    lines += ["", *_left_out(plan, fits), *_NOTES]
     if plan.build_peak:
         lines += _BUILD_NOTES
     if any(f.gpu.count > 1 or len(f.devices) > 1 or any("--devices" in a.flags for a in f.alternatives) for f in fits):
         lines.append("            several devices: one tower each on two, runs of layers on more (`--devices 0,1` at run time); never run")
     return lines
+
+
+def _left_out(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
+    if all(f.fits or f.refused for f in fits) or not plan.left_out:
+        return []
+    return [f"left out    {_why_left_out(plan)}"]
+
+
+def _why_left_out(plan: Plan) -> str:
+    return f"--experts {', '.join(plan.left_out)}: {_EXPANDS[plan.options.target]}, which is slower"
 
 
 def refusal(plan: Plan, fits: Sequence[GpuFit]) -> ConfigError:
@@ -85,6 +113,8 @@ def refusal(plan: Plan, fits: Sequence[GpuFit]) -> ConfigError:
         do = f"plan for another GPU{other}: --gpu all lists them"
         if least:
             do += f"; the least that was tried on {least[1].gpu.title} is {_alternative(least[2])}"
+    if plan.left_out:
+        do += f"; left out: {_why_left_out(plan)}"
     return ConfigError(f"the plan for target {plan.options.target} does not fit {names}", found=found, do=do)
 
 
@@ -113,7 +143,7 @@ def _instead(f: GpuFit) -> list[str]:
 
 
 def _alternative(a: Alternative, width: int = 0) -> str:
-    remarks = ["made by `twotower quantize`"] if a.quantized else []
+    remarks = [f"made by `twotower quantize --recipe {a.recipe}`"] if a.recipe else []
     remarks += ["the runtime loads both towers so far"] if "--mode ar" in a.flags else []
     later = f" ({'; '.join(remarks)})" if remarks else ""
     return f"{a.flags:<{width}}  {_gb(a.needs)}{later}" if width else f"`{a.flags}` {_gb(a.needs)}{later}"

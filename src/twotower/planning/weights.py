@@ -17,10 +17,12 @@ from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 
 __all__ = [
     "EXPERT_FORMATS",
+    "EXPERT_RECIPES",
     "Formats",
     "GraphWeights",
     "checkpoint_bytes",
     "cpu_bytes",
+    "expert_bytes",
     "graph_weights",
     "item_bytes",
 ]
@@ -31,6 +33,9 @@ _FLOAT32 = ("norm.weight", "norm_f.weight", ".D", ".dt_bias", ".A_log", ".gate.w
 
 EXPERT_FORMATS = ("int8", "int4", "nvfp4")
 """What `--experts` can plan: formats of `twotower quantize` for the routed experts."""
+
+EXPERT_RECIPES: Mapping[str, str] = MappingProxyType({"int8": "int8", "int4": "int4-experts", "nvfp4": "nvfp4-experts"})
+"""The recipe that stores the experts so; `int8` rounds the inputs of products too, which TensorRT needs to fuse it."""
 
 Formats = tuple[tuple[str, str], ...]
 """Layer kinds in few bits, each with the name of its format."""
@@ -81,20 +86,22 @@ def checkpoint_bytes(config: ModelConfig) -> int:
 
 
 @lru_cache(maxsize=64)
-def graph_weights(config: ModelConfig, dtype: str, formats: Formats = ()) -> Mapping[str, GraphWeights]:
+def graph_weights(config: ModelConfig, dtype: str, formats: Formats = (), rounded: tuple[str, ...] = ()) -> Mapping[str, GraphWeights]:
     """Weight bytes of every graph.
 
     Args:
         config: The model.
         dtype: Element type of the graphs.
         formats: Layer kinds in few bits, as `twotower quantize` stores them.
+        rounded: Kinds whose products read few bits on both sides.
     """
     few = dict(formats)
     sums = {name: _Sums(len(config.layers)) for name in (CONTEXT, CONTEXT_HEAD, DENOISER)}
     stacks: Counter[tuple[str, str]] = Counter()
     for tensor in expected_tensors(config).values():
         graph = _graph_of(tensor)
-        for size, kept in _stored(tensor, config, dtype, few.get(tensor.role.value)):
+        kind = tensor.role.value
+        for size, kept in _stored(tensor, config, dtype, few.get(kind), rounded_input=kind in rounded):
             sums[graph].add(tensor, size, kept)
             stacks[graph, f"{_stack_of(tensor)} {kept}"] += size
     for (graph, _), size in stacks.items():
@@ -120,6 +127,16 @@ def cpu_bytes(config: ModelConfig, dtype: str, formats: Formats = ()) -> Mapping
             elif kept == how and dtype != "float32":
                 values = stored_bytes(FORMATS[kept].dtype, _count(tensor, config))
                 out[_graph_of(tensor)] += 2 * (size - values)
+    return MappingProxyType(dict(out))
+
+
+@lru_cache(maxsize=64)
+def expert_bytes(config: ModelConfig, dtype: str) -> Mapping[str, int]:
+    """Bytes of each tower's routed experts in the graphs' own type, by graph."""
+    out: Counter[str] = Counter({CONTEXT: 0, DENOISER: 0})
+    for tensor in expected_tensors(config).values():
+        if tensor.role is Role.ROUTED_EXPERT:
+            out[_graph_of(tensor)] += math.prod(tensor.shape) * item_bytes(dtype)
     return MappingProxyType(dict(out))
 
 
@@ -178,7 +195,9 @@ def _stack_of(tensor: CheckpointTensor) -> str:
     return ".".join((*parts[:-3], parts[-2]))
 
 
-def _stored(tensor: CheckpointTensor, config: ModelConfig, dtype: str, few: str | None) -> Iterator[tuple[int, str]]:
+def _stored(
+    tensor: CheckpointTensor, config: ModelConfig, dtype: str, few: str | None, *, rounded_input: bool = False
+) -> Iterator[tuple[int, str]]:
     """Bytes and type of a tensor, or of its parts: of Mamba's first product the rows that make dt are not quantized."""
     kept = "float32" if tensor.name.endswith(_FLOAT32) else dtype
     if few is None or (tensor.role is Role.MAMBA and not tensor.name.endswith(("in_proj.weight", "out_proj.weight"))):
@@ -187,5 +206,5 @@ def _stored(tensor: CheckpointTensor, config: ModelConfig, dtype: str, few: str 
     columns = tensor.shape[-1]
     if tensor.name.endswith("in_proj.weight"):
         yield config.mamba_num_heads * columns * item_bytes(kept), kept
-    how = stored_format(few, columns, stacked=tensor.role is Role.ROUTED_EXPERT)
+    how = stored_format(few, columns, stacked=tensor.role is Role.ROUTED_EXPERT, rounded_input=rounded_input)
     yield how.nbytes((_count(tensor, config) // columns, columns), dtype), few
