@@ -2,23 +2,23 @@
 
 from twotower.builders.rtx_program.read import read_program_text, read_programs
 from twotower.builders.rtx_program.records import (
+    CopiedCache,
     ExpandedWeight,
     Kernel,
     Program,
     Region,
-    ReplicatedCache,
     Tensor,
 )
 from twotower.builders.rtx_program.summary import summarize_programs
 from twotower.builders.rtx_program.text import ProgramTextError
 
 __all__ = [
+    "CopiedCache",
     "ExpandedWeight",
     "Kernel",
     "Program",
     "ProgramTextError",
     "Region",
-    "ReplicatedCache",
     "Tensor",
     "read_program_text",
     "read_programs",

@@ -1,4 +1,4 @@
-"""Copies that a pass makes before it computes: expanded weights, and keys and values replicated."""
+"""Copies that a pass makes before it computes: of weights, and of keys and values."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 from collections.abc import Collection, Sequence
 
 from twotower.builders.rtx_program.records import (
+    CopiedCache,
     ExpandedWeight,
     Kernel,
     Program,
-    ReplicatedCache,
     Tensor,
 )
 
-__all__ = ["expanded_weights", "replicated_caches"]
+__all__ = ["copied_caches", "expanded_weights"]
 
 _CACHE = re.compile(r"(past_key_values|present)\.\d+\.(key|value)")
 
@@ -78,22 +78,22 @@ def _label(weight: Tensor) -> str:
     return shape if weight.name.startswith("__") else f"{weight.name} {shape}"
 
 
-def replicated_caches(program: Program) -> tuple[ReplicatedCache, ...]:
-    """Kernels that read keys or values and write a larger copy of them to memory for activations."""
+def copied_caches(program: Program) -> tuple[CopiedCache, ...]:
+    """Kernels that read keys or values and write all of them again, into memory for activations."""
     out = []
     for kernel in program.kernels:
-        if kernel.is_product or any(_CACHE.fullmatch(program.tensors[n].name) for n in kernel.writes):
+        writes = [program.tensors[name] for name in kernel.writes]
+        if kernel.is_product or any(_CACHE.fullmatch(tensor.name) for tensor in writes):
             continue
-        for cache in (program.tensors[n] for n in kernel.reads):
-            if not _CACHE.fullmatch(cache.name):
+        for cache in (program.tensors[name] for name in kernel.reads):
+            size = cache.nbytes
+            if not size or not _CACHE.fullmatch(cache.name):
                 continue
-            copies = [t for n in kernel.writes if _larger(t := program.tensors[n], cache)]
-            out += [ReplicatedCache(kernel.name, kernel.scope, cache.name, t.nbytes) for t in copies]
+            copies = [t.nbytes for t in writes if t.nbytes and t.nbytes % size == 0 and _holds(t, cache)]
+            out += [CopiedCache(kernel.name, kernel.scope, cache.name, n, n // size) for n in copies]
     return tuple(out)
 
 
-def _larger(copy: Tensor, cache: Tensor) -> bool:
-    """More bytes than the cache at the greatest shapes; where that is unknown, as many positions."""
-    if copy.nbytes is not None and cache.nbytes is not None:
-        return copy.nbytes > cache.nbytes
-    return {d for d in cache.matrix_dims if d > 2} <= set(copy.matrix_dims)
+def _holds(copy: Tensor, cache: Tensor) -> bool:
+    """Whether a tensor has the positions and the width of the heads of a cache [B, heads, T, width]."""
+    return set(cache.dims[-2:]) <= set(copy.dims)

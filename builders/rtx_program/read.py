@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from twotower.builders.rtx_program.copies import expanded_weights, replicated_caches
+from twotower.builders.rtx_program.copies import copied_caches, expanded_weights
 from twotower.builders.rtx_program.records import Kernel, Program, Region, Tensor
 from twotower.builders.rtx_program.scopes import with_scopes
 from twotower.builders.rtx_program.sizes import greatest_sizes
@@ -103,7 +103,7 @@ def read_program_text(text: str, *, data_inputs: Collection[str] | None = None) 
         regions=tensors.regions,
         tensors={name: tensors[name] for k in kernels for name in (*k.reads, *k.writes)},
         expanded=(),
-        replicated=(),
+        copied=(),
     )
     if any(not 0 <= s.number("stream") < program.streams for s in main):
         raise unreadable(f"it uses more streams than the {program.streams} it states")
@@ -111,7 +111,7 @@ def read_program_text(text: str, *, data_inputs: Collection[str] | None = None) 
     return replace(
         program,
         expanded=expanded_weights(program, weights),
-        replicated=replicated_caches(program),
+        copied=copied_caches(program),
     )
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["ExpandedWeight", "Kernel", "Program", "Region", "ReplicatedCache", "Tensor"]
+__all__ = ["CopiedCache", "ExpandedWeight", "Kernel", "Program", "Region", "Tensor"]
 
 _BITS = {
     "float": 32,
@@ -137,20 +137,23 @@ class ExpandedWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicatedCache:
-    """Keys or values copied once for every query head of their group before attention reads them.
+class CopiedCache:
+    """Keys or values of all positions, copied in every pass before attention reads them.
 
     Attributes:
         kernel: Name of the kernel that copies.
         scope: The attention layer.
         cache: The keys or values it reads.
-        nbytes: Bytes written at the greatest shapes; None where the text does not tell.
+        nbytes: Bytes written at the greatest shapes.
+        times: How often it writes each of them: 1 where it transposes them, and more where every
+            query head of a group gets its own.
     """
 
     kernel: str
     scope: str
     cache: str
-    nbytes: int | None
+    nbytes: int
+    times: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +172,7 @@ class Program:
         regions: Memory.
         tensors: Tensors that kernels read or write, by name.
         expanded: Weights copied in device memory.
-        replicated: Keys and values copied for every query head.
+        copied: Keys and values copied before attention reads them.
     """
 
     profile: int
@@ -183,7 +186,7 @@ class Program:
     regions: tuple[Region, ...]
     tensors: Mapping[str, Tensor]
     expanded: tuple[ExpandedWeight, ...]
-    replicated: tuple[ReplicatedCache, ...]
+    copied: tuple[CopiedCache, ...]
 
     @property
     def scratch(self) -> int:

@@ -35,7 +35,7 @@ def _summary(program: Program) -> dict[str, Any]:
         "scratch": program.scratch,
         "host": program.host,
         "expanded": [{**asdict(w), "stacked": w.stacked} for w in program.expanded],
-        "replicated": [asdict(c) for c in program.replicated],
+        "copied": [asdict(c) for c in program.copied],
         "fused": _fused(program),
     }
 

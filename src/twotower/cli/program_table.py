@@ -57,10 +57,10 @@ def _details(program: Mapping[str, Any]) -> list[str]:
     lines = ["kernels " + ", ".join(_kind(k, v) for k, v in program["by_kind"].items())]
     if program["expanded"]:
         lines.append("expanded in memory " + _listed([_copy(w) for w in program["expanded"]]))
-    if program["replicated"]:
-        sizes = [c["nbytes"] for c in program["replicated"]]
-        total = human_bytes(sum(sizes)) if None not in sizes else "unknown size"
-        lines.append(f"keys and values replicated by {len(sizes)} kernels, {total} a pass")
+    for times in sorted({c["times"] for c in program["copied"]}):
+        sizes = [c["nbytes"] for c in program["copied"] if c["times"] == times]
+        how = "transposed" if times == 1 else f"copied {times} times"
+        lines.append(f"keys and values {how} by {len(sizes)} kernels, {human_bytes(sum(sizes))} a pass")
     return lines
 
 

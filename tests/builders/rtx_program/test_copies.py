@@ -89,17 +89,25 @@ def test_what_is_no_copy_of_a_weight(tensors: list[Described], launch: Launch) -
 KEYS = Described("present.5.key.1", ["rows.1", 2, 512, 16])
 
 
-def test_keys_copied_for_every_query_head() -> None:
-    wide = Described("k", ["rows.1", 8, 512, 16], "bf16", "scratch_0")
-    made = read([KEYS, wide], [Launch("__myl_ReshReplReshMove", [KEYS.name], ["k"], ["layers.5.attention/Attention"])])
-    (copy,) = made.replicated
-    assert (copy.cache, copy.scope, copy.nbytes) == ("present.5.key", "layers.5.attention", 8 * 8 * 512 * 16 * 2)
+@pytest.mark.parametrize(
+    ("name", "dims", "times"),
+    [("__myl_ReshReplReshMove", ["rows.1", 8, 512, 16], 4), ("__myl_Tran", ["rows.1", 2, 16, 512], 1), ("__myl_Move", [16, 512, 16], 1)],
+)
+def test_keys_written_again_before_attention_reads_them(name: str, dims: list[int | str], times: int) -> None:
+    copy = Described("k", dims, "bf16", "scratch_0")
+    made = read([KEYS, copy], [Launch(name, [KEYS.name], ["k"], ["layers.5.attention/Attention"])])
+    (found,) = made.copied
+    assert (found.cache, found.scope, found.times) == ("present.5.key", "layers.5.attention", times)
+    assert found.nbytes == times * 8 * 2 * 512 * 16 * 2
 
 
 def test_keys_that_are_updated_or_read_where_they_are() -> None:
     scores = Described("h", ["rows.1", 8, 16], "bf16", "scratch_0")
+    same_size = Described("m", ["rows.1", 2, 32, 256], "bf16", "scratch_0")
     launches = [
         Launch("__myl_Scat", ["tokens.1", KEYS.name], [KEYS.name], ["layers.5.attention/TensorScatter"]),
         Launch("_gemv_mha_v1", [KEYS.name], ["h"], ["layers.5.attention/Attention"]),
+        Launch("MatMul", ["tokens.1", KEYS.name], ["m"], operation="fully_connected"),
+        Launch("__myl_Add", [KEYS.name], ["m"], ["layers.5.attention/Add"]),
     ]
-    assert not read([X, KEYS, scores], launches).replicated
+    assert not read([X, KEYS, scores, same_size], launches).copied

@@ -33,7 +33,7 @@ def test_kernels_are_told_with_their_nodes_and_tensors() -> None:
     assert (made.scratch, made.host) == (5120, 640)
     assert made.by_scope() == {"layers.0.moe": 2}
     assert not made.expanded
-    assert not made.replicated
+    assert not made.copied
 
 
 def test_sizes_are_those_of_the_greatest_shapes() -> None:
