@@ -74,6 +74,7 @@ class TwoTower:
         graphs: bool = True,
         preset: str | None = None,
         progress: Progress | None = None,
+        loading: Progress | None = None,
     ) -> Self:
         """Opens a bundle.
 
@@ -88,6 +89,7 @@ class TwoTower:
             graphs: Whether passes are captured as CUDA graphs and replayed, where a target can; False launches each by itself.
             preset: Name of the bundle's preset to use as default, e.g. `fast`; None for the bundle's own default.
             progress: Called with (bytes checked, bytes to check).
+            loading: Called with (bytes loaded, bytes to load) while weights go to a device; `progress` where it is None.
 
         Raises:
             BundleError: the folder is not a sound bundle.
@@ -108,7 +110,14 @@ class TwoTower:
         # Weights that go to a device are hashed on their way there: they are read once.
         bundle.check(weights=chosen not in STREAMED, progress=progress)
         _check_options(bundle.config.max_position_embeddings, max_batch=max_batch, max_context=max_context, max_chunk=MAX_CHUNK)
-        towers = open_towers(bundle, chosen, OpenOptions(threads=threads, progress=progress, devices=tuple(devices), graphs=graphs))
+        options = OpenOptions(
+            threads=threads,
+            devices=tuple(devices),
+            graphs=graphs,
+            progress=progress,
+            loading=loading or progress,
+        )
+        towers = open_towers(bundle, chosen, options)
         with Cleanup(towers.close) as undo:
             session = cls.from_towers(
                 towers,

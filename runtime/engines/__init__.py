@@ -25,12 +25,14 @@ class OpenOptions:
         devices: GPUs by number; empty for the first.
         graphs: Whether passes are captured as CUDA graphs.
         progress: Called with (bytes hashed, bytes to hash) while engine files are checked.
+        loading: Called with (bytes loaded, bytes to load) while weights go to a device.
     """
 
     threads: int = 0
     devices: tuple[int, ...] = ()
     graphs: bool = True
     progress: Progress | None = None
+    loading: Progress | None = None
 
 
 Opener = Callable[[Bundle, OpenOptions], Towers]
@@ -69,7 +71,13 @@ def _rtx() -> Opener:
 
 
 def _tensorrt_options(options: OpenOptions) -> TensorRTOptions:
-    return TensorRTOptions(devices=options.devices, graphs=options.graphs, gpus=probe_machine().gpus, progress=options.progress)
+    return TensorRTOptions(
+        devices=options.devices,
+        graphs=options.graphs,
+        gpus=probe_machine().gpus,
+        progress=options.progress,
+        loading=options.loading,
+    )
 
 
 OPENERS: dict[str, Callable[[], Opener]] = {"ort-cpu": _ort_cpu, "ort-cuda": _ort_cuda, "rtx": _rtx, "trt": _trt}

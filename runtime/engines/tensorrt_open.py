@@ -38,14 +38,15 @@ class TensorRTOptions:
         devices: GPUs by number; empty for the first.
         graphs: Whether passes are captured as CUDA graphs.
         gpus: What the GPUs are, by number.
-        progress: Called with (bytes hashed, bytes to hash) while engine files are checked, then with (bytes loaded, bytes to load) of
-            the weights.
+        progress: Called with (bytes hashed, bytes to hash) while engine files are checked.
+        loading: Called with (bytes loaded, bytes to load) while weights go to a device.
     """
 
     devices: tuple[int, ...] = ()
     graphs: bool = True
     gpus: tuple[Gpu, ...] = ()
     progress: Progress | None = None
+    loading: Progress | None = None
 
 
 def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: TensorRTOptions) -> Towers:
@@ -69,7 +70,7 @@ def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: TensorR
     with Cleanup() as undo:
         weights = WeightStore(cuda)
         undo.callback(weights.close)
-        load_weights(weights, bundle, requests_of(bundle, record, placed), progress=options.progress)
+        load_weights(weights, bundle, requests_of(bundle, record, placed), progress=options.loading)
         towers = _opened(bundle, record, placed, _Opening(flavour, cuda, devices, weights, options.graphs, undo))
         undo.pop_all()
     return towers

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from twotower.cli.progress import Interrupts, ProgressLine
+from twotower.cli.progress import Interrupts, ProgressLine, opening
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,22 @@ def test_nothing_is_drawn_into_a_file(capsys: pytest.CaptureFixture[str]) -> Non
     line("x", 1, 2)
     line.end()
     assert capsys.readouterr().err == ""
+
+
+def test_weights_that_are_loaded_have_a_rate_of_their_own(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seconds that went into checking files are not counted as time of loading."""
+    now = 100.0
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("twotower.cli.progress.time.monotonic", lambda: now)
+    told = opening(ProgressLine())
+    told["progress"](1_000_000, 2_000_000)
+    now = 150.0
+    told["loading"](0, 60_000_000_000)
+    capsys.readouterr()
+    now = 160.0
+    told["loading"](30_000_000_000, 60_000_000_000)
+    shown = capsys.readouterr().err
+    assert "loading weights   50 %  30 GB of 60 GB  3 GB/s  0:10 left" in shown

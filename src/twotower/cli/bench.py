@@ -50,10 +50,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _generation(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from twotower.bench import measure_generation
+    from twotower.cli.progress import ProgressLine, opening
     from twotower.runtime import TwoTower
 
     config = GenerationConfig(max_new_tokens=args.max_new_tokens, confidence_threshold=args.threshold)
-    with TwoTower.open(args.bundle, target=args.target, max_batch=max(args.rows, 1), **device_options(args)) as model:
+    line = ProgressLine()
+    options = {"max_batch": max(args.rows, 1), **device_options(args), **opening(line)}
+    with TwoTower.open(args.bundle, target=args.target, **options) as model:
+        line.end()
         diffusion, ar = measure_generation(model, config, prompt_tokens=args.prompt_tokens, rows=args.rows, runs=args.runs)
     ratio = diffusion.tokens_per_second / ar.tokens_per_second
     # A pass is worth so many tokens of AR; fewer tokens a pass than that, and diffusion loses.

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _checked(args: argparse.Namespace, machine: Machine) -> Iterator[dict[str, Any]]:
     """The checks of one target, in this process."""
-    from twotower.cli.progress import ProgressLine
+    from twotower.cli.progress import ProgressLine, opening
     from twotower.doctor.target_checks import TargetChecks
 
     line = ProgressLine()
@@ -75,7 +75,7 @@ def _checked(args: argparse.Namespace, machine: Machine) -> Iterator[dict[str, A
         machine=machine,
         bundle=Path(args.bundle) if args.bundle else None,
         target=args.target,
-        progress=lambda done, total: line("checking the bundle", done, total),
+        **opening(line),
         opened=line.end,
         say=lambda what: print(f"... {what}", file=sys.stderr) if sys.stderr.isatty() else None,
     )

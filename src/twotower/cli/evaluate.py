@@ -77,7 +77,7 @@ def add_suite_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from twotower.cli.progress import ProgressLine
+    from twotower.cli.progress import ProgressLine, opening
     from twotower.evaluate.charts import require_charts
     from twotower.evaluate.evaluation import EvaluationConfig, evaluate
     from twotower.runtime import TwoTower
@@ -93,13 +93,11 @@ def run(args: argparse.Namespace) -> int:
     files = _outputs(args)
     if args.html:
         require_charts()
-    line, pair = ProgressLine("problems"), _pair(args)
+    line, checking, pair = ProgressLine("problems"), ProgressLine(), _pair(args)
+    options = {"target": args.target, "threads": args.threads, **device_options(args), **opening(checking)}
     with ExitStack() as stack:
-        opened = [
-            stack.enter_context(TwoTower.open(b, target=args.target, threads=args.threads, **device_options(args)))
-            for b in (args.bundle, args.against)
-            if b
-        ]
+        opened = [stack.enter_context(TwoTower.open(b, **options)) for b in (args.bundle, args.against) if b]
+        checking.end()
         if pair is not None:
             return _price(args, pair, opened, suite=suite, files=files)
         result = evaluate(opened[0], suite, config, other=opened[1] if args.against else None, progress=line)

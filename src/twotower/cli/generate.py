@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from twotower.cli.progress import ProgressLine
+    from twotower.cli.progress import ProgressLine, opening
     from twotower.runtime import TwoTower
 
     line = ProgressLine()
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
         preset=args.preset,
         **device_options(args),
-        progress=lambda done, total: checking("checking the bundle", done, total),
+        **opening(checking),
     ) as model:
         checking.end()
         _warn(args.bundle)

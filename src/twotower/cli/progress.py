@@ -6,8 +6,9 @@ import signal
 import sys
 import time
 from types import FrameType
+from typing import Any
 
-__all__ = ["Interrupts", "ProgressLine", "human_bytes"]
+__all__ = ["Interrupts", "ProgressLine", "human_bytes", "opening"]
 
 _FEWEST_BYTES = 10_000
 
@@ -91,6 +92,14 @@ class ProgressLine:
         rate = done / seconds if seconds > 0.2 else 0.0
         left = f"  {human_bytes(rate)}/s  {_clock((total - done) / rate)} left" if rate else ""
         return f"{share}  {human_bytes(done)} of {human_bytes(total)}{left}"
+
+
+def opening(line: ProgressLine) -> dict[str, Any]:
+    """What `TwoTower.open` reports, on a line: files being checked, then weights being loaded."""
+    return {
+        "progress": lambda done, total: line("checking the bundle", done, total),
+        "loading": lambda done, total: line("loading weights", done, total),
+    }
 
 
 def _clock(seconds: float) -> str:

@@ -104,7 +104,7 @@ def _recorded(
     live: bool = False,
 ) -> Trace:
     """A new trace of a bundle, `BUNDLE@TARGET` in a comparison; without a config the command line's on top of the bundle's."""
-    from twotower.cli.progress import ProgressLine
+    from twotower.cli.progress import ProgressLine, opening
     from twotower.evaluate import record_trace
     from twotower.runtime import TwoTower
 
@@ -118,7 +118,7 @@ def _recorded(
         threads=args.threads,
         preset=args.preset,
         **device_options(args),
-        progress=lambda done, total: line("checking the bundle", done, total),
+        **opening(line),
     ) as model:
         line.end()
         config = config or GenerationConfig.from_mapping(generation_overrides(args), base=model.defaults)

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from twotower.bundle import Bundle, derive_bundle
     from twotower.cli.evaluate import chosen_suite, numbers
     from twotower.cli.options import device_options
-    from twotower.cli.progress import ProgressLine
+    from twotower.cli.progress import ProgressLine, opening
     from twotower.errors import BudgetError, BundleError
     from twotower.evaluate.tune import TuneConfig, tune
     from twotower.runtime import TwoTower
@@ -59,9 +59,11 @@ def run(args: argparse.Namespace) -> int:
         raise BundleError(
             f"the output folder '{output}' exists already", found="a bundle is never overwritten", do="name a new folder with -o"
         )
-    line = ProgressLine("problems")
+    line, checking = ProgressLine("problems"), ProgressLine()
+    options = {"target": args.target, "threads": args.threads, **device_options(args), **opening(checking)}
     try:
-        with TwoTower.open(args.bundle, target=args.target, threads=args.threads, **device_options(args)) as model:
+        with TwoTower.open(args.bundle, **options) as model:
+            checking.end()
             tuned = tune(model, suite, config, line)
     except BudgetError as e:
         print(f"BudgetError: {e}", file=sys.stderr)

@@ -37,6 +37,7 @@ class TargetChecks:
             it is open.
         report: Also hold the engine against itself, and time its passes.
         progress: Called with (bytes checked, bytes to check) while a bundle is opened.
+        loading: Called with (bytes loaded, bytes to load) while weights go to a device.
         opened: Called once it is open.
         say: Called with what is being done to the small model.
         passes: The times of a pass, once they are measured.
@@ -47,6 +48,7 @@ class TargetChecks:
     target: str | None = None
     report: bool = False
     progress: Progress | None = None
+    loading: Progress | None = None
     opened: Callable[[], None] = lambda: None
     say: Callable[[str], None] = lambda what: None
     passes: list[dict[str, Any]] = field(default_factory=list)
@@ -61,7 +63,7 @@ class TargetChecks:
             self.target = self.target or KEPT_BY
             yield from check_chain(self.say, self.target)
             return
-        with self._opened(progress=self.progress) as model:
+        with self._opened(progress=self.progress, loading=self.loading) as model:
             self.opened()
             self.target = model.target
             yield from check_bundle(model)

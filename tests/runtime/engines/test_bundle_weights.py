@@ -164,6 +164,22 @@ def test_data_files_are_read_once_and_compared_on_their_way(copied: Bundle, tmp_
         open_(copied)
 
 
+def test_loading_is_told_apart_from_checking(copied: Bundle) -> None:
+    checked: list[tuple[int, int]] = []
+    loaded: list[tuple[int, int]] = []
+    options = TensorRTOptions(
+        gpus=GPUS,
+        progress=lambda *step: checked.append(step),
+        loading=lambda *step: loaded.append(step),
+    )
+    api = CudaStandIn()
+    trt = TensorRTStandIn(api)
+    open_tensorrt(copied, flavour_from_module(trt), Cuda(api), options).close()
+    weights = sum(ref.nbytes for name in GRAPH_FILES for ref in copied.weights(name).values())
+    assert loaded[-1][0] == loaded[-1][1] >= weights
+    assert all(total < weights for _, total in checked), "engines are programs without weights"
+
+
 def test_a_bundle_without_weights_is_refused_by_whoever_runs_it(copied: Bundle) -> None:
     manifest = json.loads((copied.path / MANIFEST_FILE).read_text())
     for graph in GRAPH_FILES.values():
