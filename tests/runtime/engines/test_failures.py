@@ -35,6 +35,12 @@ ONE = [((0,), 1, call) for call in (*CALLS, *CAPTURE)]
 TWO = [((0, 1), 4, call) for call in CALLS]
 
 
+def fail_third_wait(cuda: CudaStandIn, code: int) -> None:
+    """Lets the third wait for an event from now on fail; loading the weights has waited too."""
+    done = cuda.counts["cudaEventSynchronize"]
+    cuda.fail["cudaEventSynchronize"] = (done + 3, code)
+
+
 @pytest.mark.parametrize(("devices", "pieces", "call"), [*ONE, *TWO])
 def test_the_first_failure_is_seen_and_everything_is_let_go(
     built: Callable[..., Any],
@@ -68,7 +74,7 @@ def test_an_error_inside_a_with_statement_comes_out_of_it(
         pytest.raises(DeviceError, match="error in cudaEventSynchronize"),
         opened(built()) as it,
     ):
-        it.cuda.fail["cudaEventSynchronize"] = (3, 719)
+        fail_third_wait(it.cuda, 719)
         it.model.generate([5, 6, 7], DIFFUSION)
 
 
@@ -128,7 +134,7 @@ def test_a_clean_up_that_ends_at_the_first_failure_is_found(
         monkeypatch.setattr(f"twotower.runtime.{module}.close_all", plain)
     monkeypatch.setattr(cleanup, "close_all", plain)
     with pytest.raises(AssertionError, match="memory"), opened(built()) as it:
-        it.cuda.fail["cudaEventSynchronize"] = (3, 700)
+        fail_third_wait(it.cuda, 700)
         with pytest.raises(DeviceError):
             it.model.generate([5, 6, 7], DIFFUSION)
 
@@ -139,7 +145,7 @@ def test_what_a_clean_up_hides_is_in_the_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.INFO), opened(built()) as it:
-        it.cuda.fail["cudaEventSynchronize"] = (3, 700)
+        fail_third_wait(it.cuda, 700)
         with pytest.raises(DeviceError):
             it.model.generate([5, 6, 7], DIFFUSION)
     assert "every call since then fails" in caplog.text
