@@ -57,6 +57,7 @@ def options_from_job(job: dict[str, Any]) -> NetworkOptions:
         inputs=tuple(TensorSpec(name, dtype, tuple(axes)) for name, dtype, axes in job["inputs"]),
         profiles=tuple(Profile(p["name"], {k: (v[0], v[1], v[2]) for k, v in p["axes"].items()}) for p in job["profiles"]),
         sms=tuple(job["sms"]),
+        current=bool(job.get("current")),
         dtype=job["dtype"],
         timing_cache=Path(job["timing_cache"]) if job["timing_cache"] else None,
     )

@@ -58,7 +58,8 @@ class NetworkOptions:
     Attributes:
         inputs: The graph's inputs.
         profiles: In order.
-        sms: Compute capabilities; empty for the GPU at hand.
+        sms: Compute capabilities; empty for the GPU at hand, or for what a library that builds ahead of time makes of none.
+        current: Tells a library that builds ahead of time to build for the GPU at hand.
         dtype: The graph's own: float32 keeps full precision in products, and lets attention be taken apart.
         timing_cache: File of measured kernels, for a library that measures; None for none.
     """
@@ -68,6 +69,7 @@ class NetworkOptions:
     sms: tuple[int, ...]
     dtype: str
     timing_cache: Path | None = None
+    current: bool = False
 
 
 def explain(message: str) -> str | None:
@@ -207,19 +209,26 @@ def _configured(flavour: Flavour, builder: Any, options: NetworkOptions, *, tick
     config.profiling_verbosity = getattr(trt.ProfilingVerbosity, SETTINGS["profiling_verbosity"])
     for profile in options.profiles:
         _add_profile(builder, config, options.inputs, profile=profile)
-    if options.sms:
-        config.num_compute_capabilities = len(options.sms)  # the count first: a slot does not exist before
-        for slot, sm in enumerate(options.sms):
-            if not config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), slot):
-                raise BuildError(
-                    f"{trt.__name__} does not take SM {sm}",
-                    found=f"it lists {', '.join(map(str, flavour.sms))}",
-                    do="choose others with --sm",
-                )
-    elif options.timing_cache is not None:
+    _set_capabilities(flavour, config, options)
+    if options.timing_cache is not None:
         _recall_timings(config, options.timing_cache)
     config.progress_monitor = _monitor(trt, tick)
     return config
+
+
+def _set_capabilities(flavour: Flavour, config: Any, options: NetworkOptions) -> None:
+    """Tells the library which GPUs to build for; told nothing, it takes the one at hand or a set of its own."""
+    trt = flavour.module
+    names = ["CURRENT"] if options.current else [f"SM{sm}" for sm in options.sms]
+    if names:
+        config.num_compute_capabilities = len(names)  # the count first: a slot does not exist before
+    for slot, name in enumerate(names):
+        if not config.set_compute_capability(getattr(trt.ComputeCapability, name), slot):
+            raise BuildError(
+                f"{trt.__name__} does not build for {'the GPU at hand' if options.current else name}",
+                found=f"it lists {', '.join(map(str, flavour.sms))}",
+                do="choose others with --sm" + (", or TWOTOWER_RTX_ANY_SM=default" if options.current else ""),
+            )
 
 
 def _add_profile(builder: Any, config: Any, inputs: Sequence[TensorSpec], *, profile: Profile) -> None:

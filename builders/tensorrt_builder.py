@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import onnx
 from twotower.builders.base import DEFAULT_MAX_CONTEXT, BuildConfig, Report
 from twotower.builders.cache_keys import GpuIdentity
 from twotower.builders.cache_store import open_cache
+from twotower.builders.capabilities import Capabilities, chosen_capabilities
 from twotower.builders.cut import PROGRAM_BYTES, build_memory, cut_layers, even_layers, most_weights
 from twotower.builders.engine_plan import EnginePlan, plan_key
 from twotower.builders.expanded import expands_experts, require_fused
@@ -27,15 +29,12 @@ from twotower.errors import BuildError
 from twotower.flavour import Flavour
 from twotower.graph_files import load_graph
 from twotower.graph_lint import require_clean
-from twotower.hardware import probe_machine
+from twotower.hardware import probe_machine, untried
 from twotower.spec import CONTEXT_HEAD
 
-__all__ = ["DEFAULT_SMS", "TensorRTBuilder"]
+__all__ = ["TensorRTBuilder"]
 
-DEFAULT_SMS = (86, 89, 120)
-"""Ahead of time and without a GPU to ask: GeForce RTX 30, 40 and 50 and the professional cards of those generations."""
-
-_HALF_ONLY = (75,)  # compute capabilities for which products in float32 and bfloat16 are refused
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,7 @@ class TensorRTBuilder:
 
     def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
         limits = self._limits(bundle, config)
-        for_what = ", ".join(f"SM {sm}" for sm in limits.sms) or "the GPU at hand"
+        for_what = ", ".join(f"SM {sm}" for sm in limits.sms) or "the library's own set of GPUs"
         lines = [
             f"for         {for_what}; {bundle.dtype}; up to {limits.max_batch} rows, {limits.capacity} positions of keys and values",
         ]
@@ -110,6 +109,9 @@ class TensorRTBuilder:
         cache = open_cache(bundle, config)
         if cache is not None:
             cache.prepare()
+        machine = probe_machine()
+        if machine.rtx_any_sm and self.flavour.sms:
+            logger.warning("%s", untried(machine.rtx_any_sm, [gpu.sm for gpu in machine.gpus]))
         maker = EngineMaker(bundle, folder, cache, force=config.force, report=report)
         engines: dict[str, tuple[EngineFile, ...]] = {}
         files: dict[str, FileRecord] = {}
@@ -140,8 +142,8 @@ class TensorRTBuilder:
 
     def _plans(self, bundle: Bundle, config: BuildConfig) -> Iterator[EnginePlan]:
         """Every engine of the build, in order, one at a time: the graph of a tower is some megabytes."""
-        limits = self._limits(bundle, config)
-        gpu = None if self.flavour.sms else self._gpu()
+        limits, chosen = self._limits(bundle, config), self._capabilities(bundle, config)
+        gpu = self._gpu() if chosen.current or not self.flavour.sms else None
         for piece in self._pieces(bundle, config):
             made = self._segment(bundle, piece, limits)
             notes, operators = _notes(made.model, piece), Counter(node.op_type for node in made.model.graph.node)
@@ -150,7 +152,7 @@ class TensorRTBuilder:
                 bundle.require_weights(f"an engine that holds weights ({piece.file})")
             shapes = profiles(piece.graph, max_batch=limits.max_batch, block_size=bundle.trained_block_size)
             engine = EngineFile(piece.file, made.layers, made.inputs, made.outputs, shapes, places.inputs, tuple(places.inside))
-            job, model = self._job(bundle, engine, limits), made.model.SerializeToString()
+            job, model = self._job(bundle, engine, chosen), made.model.SerializeToString()
             holds = bundle.data_identity(piece.graph) if places.inside else ""
             yield EnginePlan(
                 graph=piece.graph,
@@ -164,14 +166,15 @@ class TensorRTBuilder:
                 operators=dict(operators.most_common()),
             )
 
-    def _job(self, bundle: Bundle, engine: EngineFile, limits: EngineLimits) -> dict[str, Any]:
+    def _job(self, bundle: Bundle, engine: EngineFile, chosen: Capabilities) -> dict[str, Any]:
         timings = None if self.flavour.sms else str(bundle.path / "engines" / f".{self.flavour.target}.timing")
         described = engine.to_json()
         return {
             "target": self.flavour.target,
             "inputs": described["inputs"],
             "profiles": described["profiles"],
-            "sms": list(limits.sms) if self.flavour.sms else [],
+            "sms": list(chosen.named),
+            "current": chosen.current,
             "dtype": bundle.dtype,
             "timing_cache": timings,
         }
@@ -206,35 +209,10 @@ class TensorRTBuilder:
         return EngineLimits(capacity, config.max_batch, self._sms(bundle, config))
 
     def _sms(self, bundle: Bundle, config: BuildConfig) -> tuple[int, ...]:
-        name, version, listed = self.flavour.module.__name__, self.flavour.version, self.flavour.sms
-        present = tuple(dict.fromkeys(gpu.sm for gpu in probe_machine().gpus))
-        if not listed:
-            if config.sms or not present:
-                found = "--sm was given" if config.sms else "there is no NVIDIA GPU here"
-                do = "build on the machine that will run it, or use `--target rtx`, which builds ahead of time for RTX GPUs"
-                raise BuildError(f"{name} {version} builds for the GPU at hand only", found=found, do=do)
-            return present[:1]
-        first = max((f.first_sm for f in bundle.formats), default=0)
-        chosen = tuple(sorted(set(config.sms))) or tuple(sm for sm in sorted(present) if sm in listed)
-        chosen = chosen or tuple(sm for sm in DEFAULT_SMS if sm >= first)
-        unknown = [sm for sm in chosen if sm not in listed]
-        narrow = [sm for sm in chosen if sm in _HALF_ONLY] if bundle.dtype != "float16" else []
-        if unknown:
-            found = f"supported: {', '.join(map(str, listed))}"
-            raise BuildError(f"{name} {version} does not build for SM {', '.join(map(str, unknown))}", found=found, do=_OTHER)
-        old = [sm for sm in chosen if sm < first]
-        if old:
-            formats = ", ".join(f"{f.name} from SM {f.first_sm}" for f in bundle.formats)
-            do = "leave it out of --sm, or quantize with a recipe of formats it has (docs/quantization.md)"
-            raise BuildError(f"SM {old[0]} has no hardware for the formats of '{bundle.path}'", found=formats, do=do)
-        if narrow:
-            found = f"supported in {bundle.dtype}: {', '.join(str(sm) for sm in listed if sm not in _HALF_ONLY)}"
-            do = "export with --dtype float16, or leave it out of --sm"
-            raise BuildError(f"SM {narrow[0]} has no products in {bundle.dtype}", found=found, do=do)
-        return chosen
+        return self._capabilities(bundle, config).sms
 
-
-_OTHER = "choose others with --sm; for Hopper and data-centre Blackwell use `--target trt` or `--target ort-cuda`"
+    def _capabilities(self, bundle: Bundle, config: BuildConfig) -> Capabilities:
+        return chosen_capabilities(self.flavour, bundle, config, probe_machine())
 
 
 def _notes(model: onnx.ModelProto, piece: _Piece) -> tuple[dict[str, str], ...]:

@@ -162,7 +162,7 @@ class Program:
 
     Attributes:
         profile: Number of the optimization profile.
-        sms: Compute capabilities it was compiled for; empty for the portable default set.
+        sms: Compute capabilities it was compiled for; of the portable default set it names 80.
         kernels: In the order of the text.
         streams: Streams it uses.
         events: Events between them.

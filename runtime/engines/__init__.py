@@ -71,10 +71,12 @@ def _rtx() -> Opener:
 
 
 def _tensorrt_options(options: OpenOptions) -> TensorRTOptions:
+    machine = probe_machine()
     return TensorRTOptions(
         devices=options.devices,
         graphs=options.graphs,
-        gpus=probe_machine().gpus,
+        gpus=machine.gpus,
+        any_sm=machine.rtx_any_sm,
         progress=options.progress,
         loading=options.loading,
     )

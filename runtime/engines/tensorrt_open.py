@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -9,7 +10,7 @@ from math import prod
 from twotower.bundle import Bundle, EngineRecord, Progress, engine_folder, read_engine_record
 from twotower.errors import EngineMismatchError
 from twotower.flavour import Flavour
-from twotower.hardware import Gpu
+from twotower.hardware import Gpu, untried
 from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.memory import DeviceMemory
@@ -29,6 +30,8 @@ from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, MAX_CHUNK, signatures
 
 __all__ = ["TensorRTOptions", "open_tensorrt"]
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRTOptions:
@@ -38,6 +41,7 @@ class TensorRTOptions:
         devices: GPUs by number; empty for the first.
         graphs: Whether passes are captured as CUDA graphs.
         gpus: What the GPUs are, by number.
+        any_sm: `TWOTOWER_RTX_ANY_SM`: engines are opened on GPUs they hold no code for.
         progress: Called with (bytes hashed, bytes to hash) while engine files are checked.
         loading: Called with (bytes loaded, bytes to load) while weights go to a device.
     """
@@ -45,6 +49,7 @@ class TensorRTOptions:
     devices: tuple[int, ...] = ()
     graphs: bool = True
     gpus: tuple[Gpu, ...] = ()
+    any_sm: str = ""
     progress: Progress | None = None
     loading: Progress | None = None
 
@@ -58,7 +63,7 @@ def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: TensorR
     """
     record = read_engine_record(bundle, flavour.target, library=flavour.library, progress=options.progress)
     devices = chosen_devices(cuda, options.devices)
-    _check_sms(record, [options.gpus[d] for d in devices if d < len(options.gpus)], bundle)
+    _check_sms(record, [options.gpus[d] for d in devices if d < len(options.gpus)], bundle, any_sm=options.any_sm)
     tables = {name: bundle.weights(name) for name in record.engines}
     check_weights(record, tables, bundle)
     sizes = {
@@ -175,10 +180,14 @@ def _needed(
     return needed
 
 
-def _check_sms(record: EngineRecord, gpus: Sequence[Gpu], bundle: Bundle) -> None:
+def _check_sms(record: EngineRecord, gpus: Sequence[Gpu], bundle: Bundle, *, any_sm: str) -> None:
     assert record.limits is not None
-    foreign = [gpu for gpu in gpus if gpu.sm not in record.limits.sms]
-    if foreign:
+    sms = record.limits.sms
+    foreign = [gpu for gpu in gpus if sms and gpu.sm not in sms]
+    if any_sm and record.target == "rtx":
+        built = f"built for SM {', '.join(map(str, sms))}" if sms else "built for the library's own set"
+        logger.warning("%s; the engines are %s", untried(any_sm, [gpu.sm for gpu in gpus]), built)
+    elif foreign:
         built = ", ".join(map(str, record.limits.sms))
         wanted = ",".join(map(str, sorted({*record.limits.sms, foreign[0].sm})))
         rebuild = f"`twotower build {bundle.path} --target {record.target}"

@@ -11,10 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twotower.distributions import installed_libraries
-from twotower.errors import EngineMismatchError
+from twotower.errors import ConfigError, EngineMismatchError
 from twotower.extras import TARGET_EXTRA, install_command
 
-__all__ = ["RTX_SMS", "TARGETS", "Gpu", "Machine", "Selection", "installed_version", "probe_machine", "select_target"]
+__all__ = [
+    "ANY_SM",
+    "RTX_SMS",
+    "TARGETS",
+    "Gpu",
+    "Machine",
+    "Selection",
+    "installed_version",
+    "probe_machine",
+    "select_target",
+    "untried",
+]
 
 TARGETS = ("trt", "rtx", "ort-cuda", "ort-cpu")
 """Every target the design knows, the one to prefer first."""
@@ -28,6 +39,12 @@ _NEEDS = {
 _LIBRARIES = tuple(dict.fromkeys(name for names in _NEEDS.values() for name in names))
 RTX_SMS = (75, 80, 86, 89, 120, 121)
 """Compute capabilities that TensorRT for RTX lists."""
+
+ANY_SM = "TWOTOWER_RTX_ANY_SM"
+"""Environment variable that lets a person try TensorRT for RTX on a GPU it does not list: `default` builds for the
+library's own set of GPUs, `current` for the GPU at hand; either opens and runs what was built. Unset, neither is tried."""
+
+_ANY_SM_VALUES = ("default", "current")
 
 _CC_MAJOR, _CC_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
@@ -50,6 +67,7 @@ class Machine:
         processor: The processor's name; likewise
         driver: NVIDIA's driver, empty where there is none.
         available: Bytes of memory the kernel could give to a new program, 0 where it does not say.
+        rtx_any_sm: What `TWOTOWER_RTX_ANY_SM` says: `default`, `current`, or empty.
     """
 
     system: str
@@ -60,6 +78,7 @@ class Machine:
     processor: str = ""
     driver: str = ""
     available: int = 0
+    rtx_any_sm: str = ""
 
     @property
     def conflict(self) -> str | None:
@@ -84,7 +103,29 @@ def probe_machine() -> Machine:
     """Looks at the machine: processors, memory, GPUs by the CUDA driver, installed libraries (none is imported)."""
     libraries = installed_libraries(_LIBRARIES)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return Machine(platform.platform(terse=True), os.cpu_count() or 1, memory, _gpus(), libraries, _processor(), _driver(), _available())
+    return Machine(
+        platform.platform(terse=True),
+        os.cpu_count() or 1,
+        memory,
+        _gpus(),
+        libraries,
+        processor=_processor(),
+        driver=_driver(),
+        available=_available(),
+        rtx_any_sm=_rtx_any_sm(),
+    )
+
+
+def untried(how: str, sms: Sequence[int]) -> str:
+    """What a person should know who goes on with GPUs that TensorRT for RTX does not list.
+
+    Args:
+        how: `default` or `current`.
+        sms: Compute capabilities of the GPUs.
+    """
+    unlisted = [str(sm) for sm in sms if sm not in RTX_SMS]
+    where = f"SM {', '.join(unlisted)}" if unlisted else "a GPU beyond its list"
+    return f"{ANY_SM}={how} lets TensorRT for RTX be tried on {where}: NVIDIA does not support it there, and it was never tried by us"
 
 
 def select_target(machine: Machine, built: Collection[str], *, wanted: str | None = None) -> Selection:
@@ -129,8 +170,11 @@ def _reason_against(target: str, machine: Machine, built: Collection[str]) -> st
         return None
     if not machine.gpus:
         return "no NVIDIA GPU"
+    if target == "rtx" and machine.rtx_any_sm:
+        return None
     if target == "rtx" and all(gpu.sm not in RTX_SMS for gpu in machine.gpus):
-        return f"TensorRT-RTX does not list SM {machine.gpus[0].sm} (it lists {', '.join(map(str, RTX_SMS))})"
+        listed = ", ".join(map(str, RTX_SMS))
+        return f"TensorRT-RTX does not list SM {machine.gpus[0].sm} (it lists {listed}; {ANY_SM}=current tries it all the same)"
     sms = built.get(target, ()) if isinstance(built, Mapping) else ()
     if sms and all(gpu.sm not in sms for gpu in machine.gpus):
         return f"built for SM {', '.join(map(str, sms))}, the GPU is SM {machine.gpus[0].sm}"
@@ -163,6 +207,17 @@ def _driver() -> str:
 def _available() -> int:
     found = re.search(r"^MemAvailable:\s+(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE)
     return 1024 * int(found[1]) if found else 0
+
+
+def _rtx_any_sm() -> str:
+    value = os.environ.get(ANY_SM, "")
+    if value and value not in _ANY_SM_VALUES:
+        raise ConfigError(
+            f"{ANY_SM}={value} cannot be used",
+            found=f"allowed: {', '.join(_ANY_SM_VALUES)}, or nothing",
+            do=f"`unset {ANY_SM}`, or set it to one of them",
+        )
+    return value
 
 
 def _text(file: str) -> str:

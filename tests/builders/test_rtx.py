@@ -79,6 +79,27 @@ def check_programs(bundle: Bundle, record: Any) -> None:
                 assert max(program["by_kind"][kind]["max"] for kind in kinds) <= MOST_KERNELS_A_LAYER
 
 
+def test_the_library_chooses_its_own_set_of_gpus_when_it_is_asked_to(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Ahead of time and without a GPU. RTX 1.7 writes SM 80 into such programs, whatever else they run on."""
+    bundle, builder = exported(folder, "b", "float16"), builder_for("rtx")
+    monkeypatch.setenv("TWOTOWER_RTX_ANY_SM", "default")
+    record = build_engines(bundle, "rtx", builder, config=BuildConfig(max_context=256))
+    assert record.limits is not None
+    assert record.limits.sms == ()
+    programs = [p for e in record.report["engines"].values() for p in e["inspector"]["programs"]]
+    assert {tuple(p["sms"]) for p in programs} == {(80,)}
+    assert "never tried by us" in caplog.text
+    read_engine_record(bundle, "rtx", library=builder.library(), sm=90)
+    monkeypatch.setenv("TWOTOWER_RTX_ANY_SM", "current")
+    with pytest.raises(BuildError, match="builds for the GPU at hand only") as error:
+        build_engines(bundle, "rtx", builder, config=BuildConfig(max_context=256))
+    assert "no NVIDIA GPU" in error.value.found
+
+
 def test_a_second_build_is_instant_and_other_options_build_again(folder: Path) -> None:
     bundle, builder = exported(folder, "b", "float16"), builder_for("rtx")
     file = engine_folder(bundle, "rtx") / BUILD_FILE

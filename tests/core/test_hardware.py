@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from twotower.errors import EngineMismatchError
-from twotower.hardware import TARGETS, Gpu, Machine, probe_machine, select_target
+from twotower.errors import ConfigError, EngineMismatchError
+from twotower.hardware import TARGETS, Gpu, Machine, probe_machine, select_target, untried
 
 ALL = {"tensorrt": "11.4", "tensorrt-rtx-cu13": "1.7", "onnxruntime-gpu": "1.31"}
 RTX4090, H100 = Gpu("RTX 4090", 89, 24 << 30), Gpu("H100", 90, 80 << 30)
@@ -34,10 +36,41 @@ def test_best_target_that_fits(here: Machine, built: tuple[str, ...] | dict[str,
     assert set(chosen.rejected) == set(TARGETS) - {want}
 
 
+@pytest.mark.parametrize("how", ["default", "current"])
+def test_a_person_may_try_rtx_on_a_gpu_it_does_not_list(how: str) -> None:
+    """Whatever the engines were built for; full TensorRT is as it was."""
+    here = replace(machine(H100, tensorrt_rtx_cu13="1.7", tensorrt="11.4"), rtx_any_sm=how)
+    for sms in ((), (89,), (90,)):
+        assert select_target(here, {"rtx": sms}).target == "rtx"
+    with pytest.raises(EngineMismatchError, match="no engine fits"):
+        select_target(here, {"trt": (89,)}, wanted="trt")
+    with pytest.raises(EngineMismatchError, match="no engine fits"):
+        select_target(replace(here, gpus=()), {"rtx": ()}, wanted="rtx")
+
+
+def test_what_is_untried_is_said_in_words() -> None:
+    said = untried("current", [90])
+    assert "TWOTOWER_RTX_ANY_SM=current" in said
+    assert "SM 90: NVIDIA does not support it there" in said
+    assert "a GPU beyond its list: NVIDIA" in untried("default", [89])
+    assert "never tried by us" in said
+
+
+def test_the_environment_says_so_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("", "default", "current"):
+        monkeypatch.setenv("TWOTOWER_RTX_ANY_SM", value)
+        assert probe_machine().rtx_any_sm == value
+    monkeypatch.setenv("TWOTOWER_RTX_ANY_SM", "yes")
+    with pytest.raises(ConfigError, match="TWOTOWER_RTX_ANY_SM=yes cannot be used") as caught:
+        probe_machine()
+    assert "default, current" in caught.value.found
+
+
 def test_every_rejection_has_its_reason() -> None:
     with pytest.raises(EngineMismatchError) as caught:
         select_target(machine(H100, tensorrt_rtx_cu13="1.7"), ("rtx",))
     assert "does not list SM 90" in caught.value.found
+    assert "TWOTOWER_RTX_ANY_SM=current" in caught.value.found
     assert "ort-cpu: not built" in caught.value.found
     with pytest.raises(EngineMismatchError) as caught:
         select_target(machine(RTX4090, tensorrt_rtx_cu13="1.7"), {"rtx": (86, 120)}, wanted="rtx")

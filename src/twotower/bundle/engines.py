@@ -91,7 +91,7 @@ class EngineLimits:
     Attributes:
         capacity: T, positions of the key and value caches.
         max_batch: Most rows.
-        sms: Compute capabilities the engines hold code for, e.g. 86.
+        sms: Compute capabilities the engines hold code for, e.g. 86; empty for a set the library chose.
     """
 
     capacity: int
@@ -218,8 +218,9 @@ def record_problems(
     ]
     if library is not None and record.library != dict(library):
         problems.append(f"built with {_label(record.library)}, this environment has {_label(library)}")
-    if sm is not None and record.limits is not None and sm not in record.limits.sms:
-        problems.append(f"built for SM {', '.join(map(str, record.limits.sms))}, this GPU is SM {sm}")
+    sms = record.limits.sms if record.limits is not None else ()
+    if sm is not None and sms and sm not in sms:
+        problems.append(f"built for SM {', '.join(map(str, sms))}, this GPU is SM {sm}")
     return problems
 
 

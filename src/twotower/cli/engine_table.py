@@ -25,7 +25,8 @@ def engine_lines(record: EngineRecord, state: str) -> list[str]:
     size = human_bytes(sum(file.size for file in record.files.values()))
     for_what = "any number of rows, any length"
     if limits is not None:
-        for_what = f"SM {', '.join(map(str, limits.sms))}; up to {limits.max_batch} rows, {limits.capacity} positions"
+        sms = f"SM {', '.join(map(str, limits.sms))}" if limits.sms else "the library's own set of GPUs"
+        for_what = f"{sms}; up to {limits.max_batch} rows, {limits.capacity} positions"
     head = f"{record.target}: {record.library.get('name')} {record.library.get('version')}, {record.dtype}, {size}; {for_what}"
     observed = record.report.get("engines", {})
     rows: list[tuple[str, ...]] = [("engine", "layers", "size", "build", "memory", "source", "warnings")]

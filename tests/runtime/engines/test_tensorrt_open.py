@@ -87,6 +87,15 @@ def test_the_command_that_mends_a_foreign_engine_keeps_what_was_built_for(copied
     assert "--sm 89,120" in error.value.do
 
 
+@pytest.mark.parametrize("how", ["default", "current"])
+def test_a_gpu_that_is_not_listed_is_tried_when_it_is_asked_for(copied: Bundle, how: str, caplog: pytest.LogCaptureFixture) -> None:
+    h100 = replace(GPU, sm=90, name="H100")
+    with TwoTower.from_towers(open_(copied, gpus=(h100,), any_sm=how)) as model:
+        assert model.generate([5], GenerationConfig(max_new_tokens=1)).tokens
+    assert "SM 90: NVIDIA does not support it there, and it was never tried by us" in caplog.text
+    assert "built for SM 89" in caplog.text
+
+
 def test_a_file_the_library_refuses_is_named_with_its_words(copied: Bundle) -> None:
     """Hashes fit, so the build itself was of something else."""
 

@@ -1,0 +1,107 @@
+"""Which compute capabilities engines are built for: asked for, the GPUs' own, or the library's choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from twotower.builders.base import BuildConfig
+from twotower.bundle import Bundle
+from twotower.errors import BuildError
+from twotower.flavour import Flavour
+from twotower.hardware import Machine
+
+__all__ = ["DEFAULT_SMS", "Capabilities", "chosen_capabilities"]
+
+DEFAULT_SMS = (86, 89, 120)
+"""Without a GPU to ask: GeForce RTX 30, 40 and 50 and the professional cards of those generations."""
+
+_HALF_ONLY = (75,)  # compute capabilities for which products in float32 and bfloat16 are refused
+_OTHER = "choose others with --sm; for Hopper and data-centre Blackwell use `--target trt` or `--target ort-cuda`"
+_AT_HAND = "build on the machine that will run it, or use `--target rtx`, which builds ahead of time for RTX GPUs"
+_FORMATS = "leave it out of --sm, or quantize with a recipe of formats it has (docs/quantization.md)"
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a build is for.
+
+    Attributes:
+        sms: Compute capabilities its engines run on, e.g. 89; empty for a set the library chooses.
+        named: Those the library is told; empty where it builds for the GPU at hand or chooses.
+        current: The library is told to build for the GPU at hand.
+    """
+
+    sms: tuple[int, ...]
+    named: tuple[int, ...] = ()
+    current: bool = False
+
+
+def chosen_capabilities(
+    flavour: Flavour,
+    bundle: Bundle,
+    config: BuildConfig,
+    machine: Machine,
+) -> Capabilities:
+    """What a library builds for.
+
+    Raises:
+        BuildError: it does not build for what is asked for, or there is no GPU to build for.
+    """
+    present = tuple(dict.fromkeys(gpu.sm for gpu in machine.gpus))
+    if not flavour.sms:
+        return Capabilities(_at_hand(flavour, config, present))
+    first = max((f.first_sm for f in bundle.formats), default=0)
+    if machine.rtx_any_sm and not config.sms:
+        current = machine.rtx_any_sm == "current"
+        sms = _at_hand(flavour, config, present) if current else ()
+        _require_formats(bundle, sms, first)
+        return Capabilities(sms, current=current)
+    listed = tuple(sm for sm in sorted(present) if sm in flavour.sms)
+    usual = tuple(sm for sm in DEFAULT_SMS if sm >= first)
+    chosen = tuple(sorted(set(config.sms))) or listed or usual
+    unknown = [sm for sm in chosen if sm not in flavour.sms]
+    if unknown:
+        raise BuildError(
+            f"{_name(flavour)} does not build for SM {', '.join(map(str, unknown))}",
+            found=f"supported: {', '.join(map(str, flavour.sms))}",
+            do=_OTHER,
+        )
+    _require_formats(bundle, chosen, first)
+    _require_products(bundle, chosen, flavour)
+    return Capabilities(chosen, named=chosen)
+
+
+def _at_hand(flavour: Flavour, config: BuildConfig, present: tuple[int, ...]) -> tuple[int, ...]:
+    """The first GPU's capability, for a library that builds for it."""
+    if config.sms or not present:
+        raise BuildError(
+            f"{_name(flavour)} builds for the GPU at hand only",
+            found="--sm was given" if config.sms else "there is no NVIDIA GPU here",
+            do=_AT_HAND,
+        )
+    return present[:1]
+
+
+def _require_formats(bundle: Bundle, sms: tuple[int, ...], first: int) -> None:
+    old = [sm for sm in sms if sm < first]
+    if old:
+        raise BuildError(
+            f"SM {old[0]} has no hardware for the formats of '{bundle.path}'",
+            found=", ".join(f"{f.name} from SM {f.first_sm}" for f in bundle.formats),
+            do=_FORMATS,
+        )
+
+
+def _require_products(bundle: Bundle, sms: tuple[int, ...], flavour: Flavour) -> None:
+    narrow = [sm for sm in sms if sm in _HALF_ONLY] if bundle.dtype != "float16" else []
+    if narrow:
+        others = ", ".join(str(sm) for sm in flavour.sms if sm not in _HALF_ONLY)
+        raise BuildError(
+            f"SM {narrow[0]} has no products in {bundle.dtype}",
+            found=f"supported in {bundle.dtype}: {others}",
+            do="export with --dtype float16, or leave it out of --sm",
+        )
+
+
+def _name(flavour: Flavour) -> str:
+    return f"{flavour.module.__name__} {flavour.version}"
