@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twotower.builders.cache_keys import EngineIdentity, GpuIdentity, engine_key
-from twotower.builders.weight_inputs import WeightPlaces
 from twotower.bundle import EngineFile
+
+if TYPE_CHECKING:
+    from twotower.builders.weight_inputs import WeightPlaces
 
 __all__ = ["EnginePlan", "plan_key"]
 
