@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sm", metavar="LIST", help="of rtx: compute capabilities to build for, e.g. 86,89,120")
     parser.add_argument("--gpu", metavar="NAME", help="a GPU, e.g. 'RTX 4090' or '2x H100', or all (default: those here, or all)")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="spread over N GPUs, as `twotower generate --devices` does")
+    parser.add_argument(
+        "--disk-rate",
+        metavar="RATE",
+        help="bytes a second the disk with the bundle is read at, e.g. 7G (default: 3G, assumed)",
+    )
     parser.add_argument("--fit", action="store_true", help="exit with 2 unless one of the GPUs that are looked at fits")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.epilog = (
@@ -57,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         devices=args.devices,
         experts=args.experts,
         mode=args.mode,
+        disk_rate=byte_size(args.disk_rate, "--disk-rate"),
     )
     config, options = _source(args.path, asked)
     machine = probe_machine()

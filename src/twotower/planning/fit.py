@@ -9,7 +9,8 @@ from typing import Any
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.hardware import RTX_SMS
 from twotower.planning.gpus import GpuModel
-from twotower.planning.memory import DeviceNeed, device_needs, traffic
+from twotower.planning.loading import ASSUMED_DISK_RATE, LoadTime, load_time
+from twotower.planning.memory import DeviceNeed, device_needs, needed_weights, traffic
 from twotower.planning.options import HALF_ONLY_SM, PlanOptions, all_formats, capacity_of, engine_dtype, left_out
 from twotower.planning.weights import EXPERT_FORMATS, EXPERT_RECIPES
 
@@ -47,6 +48,7 @@ class GpuFit:
         fits: Whether it runs and every device's memory suffices.
         pass_seconds: Least time of a denoiser pass by memory bandwidth; None where it is not known or there is no denoiser.
         step_seconds: The same of a step of autoregression.
+        load: Least time until the weights are there; None where they are not copied anywhere.
         alternatives: What else could be asked for, where it does not fit.
     """
 
@@ -56,6 +58,7 @@ class GpuFit:
     fits: bool
     pass_seconds: float | None
     step_seconds: float | None
+    load: LoadTime | None
     alternatives: tuple[Alternative, ...]
 
     @property
@@ -64,7 +67,8 @@ class GpuFit:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {**asdict(self), "title": self.gpu.title, "needs": self.fullest.total}
+        load = self.load and {**asdict(self.load), "seconds": self.load.seconds, "bound": self.load.bound}
+        return {**asdict(self), "title": self.gpu.title, "needs": self.fullest.total, "load": load}
 
 
 def fit(config: ModelConfig, options: PlanOptions, gpus: Sequence[GpuModel]) -> tuple[GpuFit, ...]:
@@ -83,8 +87,20 @@ def _fit(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> GpuFit:
         fits=fits,
         pass_seconds=moved.denoiser_pass / gpu.bandwidth if gpu.bandwidth and moved.denoiser_pass else None,
         step_seconds=moved.ar_step / gpu.bandwidth if gpu.bandwidth else None,
+        load=_load(config, options, gpu),
         alternatives=() if fits or refused else tuple(_alternatives(config, options, gpu)),
     )
+
+
+def _load(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> LoadTime | None:
+    """`ort-cpu` maps its weights and loads nothing."""
+    if options.target == "ort-cpu":
+        return None
+    needs = device_needs(config, options)
+    nbytes = sum(w.total for w in needed_weights(config, options).values())
+    most = max(d.weights for d in needs)
+    rate = options.disk_rate or ASSUMED_DISK_RATE
+    return load_time(nbytes, most, disk_rate=rate, link_rate=gpu.link)
 
 
 def _refused(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> str:

@@ -1,4 +1,4 @@
-"""GPUs as data: memory, compute capability and memory bandwidth as the vendor publishes them."""
+"""GPUs as data: memory, compute capability and bandwidths as the vendor publishes them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class GpuModel:
         sm: Compute capability as e.g. 89.
         bandwidth: Bytes a second its memory delivers at best; 0 where it is not known.
         count: How many of them.
+        link: Bytes a second PCIe brings to one at best; 0 where it is not known.
     """
 
     name: str
@@ -29,6 +30,7 @@ class GpuModel:
     sm: int
     bandwidth: int = 0
     count: int = 1
+    link: int = 0
 
     @property
     def title(self) -> str:
@@ -36,16 +38,18 @@ class GpuModel:
         return self.name if self.count == 1 else f"{self.count}x {self.name}"
 
 
+PCIE_4, PCIE_5 = 32 * 10**9, 64 * 10**9  # 16 lanes, one direction, before the protocol's own share
+
 # Memory and bandwidth as public specifications of these cards give them, entered by hand. The published memory is counted as 1e9 bytes
 # a GB; a device reports a few percent more, so the table errs on the side of "does not fit".
 GPUS = (
-    GpuModel("RTX 4090", 24 * 10**9, 89, 1008 * 10**9),
-    GpuModel("RTX 5090", 32 * 10**9, 120, 1792 * 10**9),
-    GpuModel("RTX PRO 6000 Blackwell", 96 * 10**9, 120, 1792 * 10**9),
-    GpuModel("H100 80GB", 80 * 10**9, 90, 3350 * 10**9),
-    GpuModel("H100 80GB", 80 * 10**9, 90, 3350 * 10**9, count=2),
-    GpuModel("H200", 141 * 10**9, 90, 4800 * 10**9),
-    GpuModel("B200", 180 * 10**9, 100, 8000 * 10**9),
+    GpuModel("RTX 4090", 24 * 10**9, 89, 1008 * 10**9, link=PCIE_4),
+    GpuModel("RTX 5090", 32 * 10**9, 120, 1792 * 10**9, link=PCIE_5),
+    GpuModel("RTX PRO 6000 Blackwell", 96 * 10**9, 120, 1792 * 10**9, link=PCIE_5),
+    GpuModel("H100 80GB", 80 * 10**9, 90, 3350 * 10**9, link=PCIE_5),
+    GpuModel("H100 80GB", 80 * 10**9, 90, 3350 * 10**9, count=2, link=PCIE_5),
+    GpuModel("H200", 141 * 10**9, 90, 4800 * 10**9, link=PCIE_5),
+    GpuModel("B200", 180 * 10**9, 100, 8000 * 10**9, link=PCIE_5),
 )
 """The GPUs a plan is made for when none is named; H100 and H200 are the SXM modules."""
 
@@ -79,15 +83,20 @@ def gpu_at_hand(gpus: Sequence[Gpu]) -> tuple[GpuModel, ...]:
     for gpu in gpus:
         key = (gpu.name, gpu.memory, gpu.sm)
         kinds[key] = kinds.get(key, 0) + 1
-    return tuple(GpuModel(name, memory, sm, _bandwidth(name)) for name, memory, sm in kinds)
+    return tuple(_known(GpuModel(name, memory, sm)) for name, memory, sm in kinds)
 
 
-def _bandwidth(name: str) -> int:
-    """Only where every word of a table's name is a word of the driver's: an RTX 4090 Laptop or an H100 PCIe is another card."""
-    words = set(name.lower().replace("-", " ").split())
+def _known(gpu: GpuModel) -> GpuModel:
+    """The same with the bandwidths of the table's card of that name.
+
+    Only where every word of a table's name is a word of the driver's: an RTX 4090 Laptop or an H100 PCIe is another card.
+    """
+    words = set(gpu.name.lower().replace("-", " ").split())
     other = {"laptop", "pcie", "nvl", "max", "d", "mig", "server"}
-    fits = [gpu for gpu in GPUS if gpu.count == 1 and set(gpu.name.lower().replace("80gb", "").split()) <= words]
-    return fits[0].bandwidth if fits and not words & other else 0
+    fits = [g for g in GPUS if g.count == 1 and set(g.name.lower().replace("80gb", "").split()) <= words]
+    if not fits or words & other:
+        return gpu
+    return replace(gpu, bandwidth=fits[0].bandwidth, link=fits[0].link)
 
 
 def _plain(name: str) -> str:

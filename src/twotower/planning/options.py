@@ -54,6 +54,7 @@ class PlanOptions:
         mode: `diffusion` for both towers, `ar` for the context tower alone.
         block_size: Trained block size.
         checkpoint_bytes: Size of the checkpoint's tensors where it is known from their headers.
+        disk_rate: Bytes a second the disk with the bundle is read at, None for an assumption.
     """
 
     target: str = "rtx"
@@ -69,6 +70,7 @@ class PlanOptions:
     mode: str = "diffusion"
     block_size: int = GenerationConfig().block_size
     checkpoint_bytes: int | None = None
+    disk_rate: int | None = None
 
     def __post_init__(self) -> None:
         BuildConfig(sms=self.sms, max_batch=self.max_batch, max_context=self.max_context, max_build_memory=self.max_build_memory)
@@ -82,6 +84,10 @@ class PlanOptions:
                 raise ConfigError(
                     f"{flag} cannot be {value!r}", found=f"allowed: {', '.join(str(a) for a in allowed if a)}", do=f"choose another {flag}"
                 )
+        if self.disk_rate is not None and self.disk_rate < 1:
+            found = "allowed: 1 byte a second and more"
+            do = "pass e.g. --disk-rate 7G"
+            raise ConfigError(f"--disk-rate cannot be {self.disk_rate}", found=found, do=do)
         if self.devices < 1:
             raise ConfigError(f"--devices cannot be {self.devices}", found="allowed: 1 and more", do="pass a positive --devices")
 

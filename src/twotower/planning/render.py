@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from twotower.config.formats import FUSED_STACKS
 from twotower.errors import ConfigError
 from twotower.planning.fit import Alternative, GpuFit
+from twotower.planning.loading import ASSUMED_DISK_RATE
 from twotower.planning.memory import LIBRARY_OVERHEAD
 from twotower.planning.options import all_formats
 from twotower.planning.plan import EXPORT_MEMORY, Plan
@@ -70,7 +71,7 @@ def _expanded(plan: Plan) -> list[tuple[str, str]]:
 
 def describe_fits(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
     """The table of GPUs, what would fit those it does not fit, and what the numbers rest on."""
-    head = ("GPU", "fits", "weights", "state", "scratch", "total", "of", "used", "pass", "AR step")
+    head = ("GPU", "fits", "weights", "state", "scratch", "total", "of", "used", "pass", "AR step", "load")
     rows = [head, *(_row(f) for f in fits)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["", f"GB of 1e9 bytes, on the fullest device; times are lower bounds for {plan.options.max_batch} rows at full length:"]
@@ -82,6 +83,8 @@ def describe_fits(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
     for f in fits:
         lines += _instead(f)
     lines += ["", *_left_out(plan, fits), *_NOTES]
+    if any(f.load for f in fits):
+        lines += _load_notes(plan.options.disk_rate)
     if plan.build_peak:
         lines += _BUILD_NOTES
     if any(f.gpu.count > 1 or len(f.devices) > 1 or any("--devices" in a.flags for a in f.alternatives) for f in fits):
@@ -97,6 +100,14 @@ def _left_out(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
 
 def _why_left_out(plan: Plan) -> str:
     return f"--experts {', '.join(plan.left_out)}: {_EXPANDS[plan.options.target]}, which is slower"
+
+
+def _load_notes(given: int | None) -> list[str]:
+    rate = f"{(given or ASSUMED_DISK_RATE) / 1e9:.3g} GB/s, {'as given' if given else 'an assumption (--disk-rate)'}"
+    return [
+        f"            load: the slower of the disk at {rate}, and PCIe as published;",
+        "            planned, never measured on a GPU",
+    ]
 
 
 def refusal(plan: Plan, fits: Sequence[GpuFit]) -> ConfigError:
@@ -127,8 +138,9 @@ def _found(f: GpuFit) -> str:
 def _row(f: GpuFit) -> tuple[str, ...]:
     n = f.fullest
     sizes = (f"{x / 1e9:.1f}" for x in (n.weights, n.state, n.scratch, n.total, f.gpu.memory))
+    load = "-" if f.load is None else _time(f.load.seconds)
     verdict = "no (SM)" if f.refused else "yes" if f.fits else "no"
-    return (f.gpu.title, verdict, *sizes, f"{100 * n.total / f.gpu.memory:.0f} %", _ms(f.pass_seconds), _ms(f.step_seconds))
+    return (f.gpu.title, verdict, *sizes, f"{100 * n.total / f.gpu.memory:.0f} %", _ms(f.pass_seconds), _ms(f.step_seconds), load)
 
 
 def _instead(f: GpuFit) -> list[str]:
