@@ -78,7 +78,7 @@ out/bench: $(STAMP)
 	$(BIN)/twotower export $(FIXTURE) -o $@
 	$(BIN)/twotower build $@ --target ort-cpu
 
-bench-weights: $(STAMP) ## a file of 4.3 GB to a device made of host memory, beside cp: five minutes, 18 GB of memory
+bench-weights: $(STAMP) ## a file of 4.3 GB to a device made of host memory, beside cp: five minutes and more, 14 GB of memory
 	$(BIN)/python tools/bench_weights.py $(ARGS)
 
 engines-real: $(STAMP) ## TensorRT engines at published widths, built without a GPU: ten minutes, 13 GB of memory, 30 GB of disk
