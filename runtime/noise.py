@@ -46,6 +46,9 @@ class StepNoise:
     beside it. They depend on nothing that a pass computes, so those of the next step can be drawn
     while an engine works on this one.
 
+    One generator is set to each row's key in turn. Philox in array arithmetic over all keys, its
+    64-bit products made of halves, was measured at seven times the time of that.
+
     Args:
         seeds: Of each row; None for a greedy row, whose noise is 0.
         top_k: Of each row: candidates from this rank on get -inf, which excludes them; 0 for all.
