@@ -27,8 +27,7 @@ _README = """# A graph that could not be built
 
     {found}
 
-- `graph.onnx`: the graph the library was given, with the shapes of all values written down. Its weights are in `{data}`, a link
-  to the bundle's own file: `cp -rL` copies both. (A second hard name would keep `onnx.load` from reading the bundle's weights.)
+- `graph.onnx`: the graph the library was given, with the shapes of all values written down. {weights}
 - `job.json`: inputs, profiles and compute capabilities.
 - `log.json`: what the library said, in order.
 
@@ -41,9 +40,15 @@ builds it again and says why not. To see its nodes, and to cut it down to the on
     {inspect}
     {reduce}
 
-`debug reduce` itself reads no weights; it needs the package onnx-graphsurgeon. If the graph is that of a whole tower, build with a low
---max-build-memory first: each segment is a graph of its own then, and the one that fails is far smaller.
+`debug reduce` itself reads no weights; it needs the package onnx-graphsurgeon. If the graph is that of a whole tower, build with
+--segments first: each segment is a graph of its own then, and the one that fails is far smaller.
 """
+
+_WEIGHTS_ARE_INPUTS = "Its weights are inputs."
+_WEIGHTS_BESIDE = (
+    "Weights that are not inputs are in `{data}`, a link\n  to the bundle's own file: `cp -rL` copies both. "
+    "(A second hard name would keep `onnx.load` from reading the bundle's weights.)"
+)
 
 
 def keep_failed(bundle: Bundle, plan: EnginePlan, error: RefusedError) -> BuildError:
@@ -60,12 +65,14 @@ def keep_failed(bundle: Bundle, plan: EnginePlan, error: RefusedError) -> BuildE
     reduce = (
         f"polygraphy debug reduce graph.onnx -o reduced.onnx --ignore-external-data --no-shape-inference --fail-code 1 --check {on_part}"
     )
-    words = {"check": check, "inspect": inspect, "reduce": reduce, "what": error.what, "found": error.found, "data": data.name}
+    weights = _WEIGHTS_BESIDE.format(data=data.name) if plan.places.inside else _WEIGHTS_ARE_INPUTS
+    words = {"check": check, "inspect": inspect, "reduce": reduce, "what": error.what, "found": error.found, "weights": weights}
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder / "graph.onnx").write_bytes(_with_shapes(plan.model))
-        (folder / data.name).symlink_to(os.path.relpath(data.resolve(), folder.resolve()))
+        if plan.places.inside:
+            (folder / data.name).symlink_to(os.path.relpath(data.resolve(), folder.resolve()))
         write_json(folder / "job.json", {key: value for key, value in plan.job.items() if key != "timing_cache"})
         (folder / "log.json").write_text(json.dumps(error.log, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_README.format(**words), encoding="utf-8")

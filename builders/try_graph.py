@@ -74,7 +74,7 @@ def job_of_graph(
     inputs = [_input(value) for value in graph.graph.input]
     whole = {"target": target, "dtype": _narrowest(graph), "timing_cache": None, "sms": [89] if target == "rtx" else [], **given}
     whole["target"] = target
-    if not axes and inputs == given.get("inputs"):
+    if not axes and _is_whole(inputs, given.get("inputs")):
         return whole
     letters = {axis for _, _, shape in inputs for axis in shape if isinstance(axis, str)}
     known = {**(whole["profiles"][0]["axes"] if whole.get("profiles") else {}), **axes}
@@ -82,6 +82,13 @@ def job_of_graph(
         known = {letter: axes.get(letter, (1, 1, 1)) for letter in letters}
     profile = {"name": "whole", "axes": {letter: list(known[letter]) for letter in letters}}
     return {**whole, "inputs": inputs, "profiles": [profile] if letters else []}
+
+
+def _is_whole(inputs: list[list[Any]], built: list[list[Any]] | None) -> bool:
+    """Whether these are the inputs of the graph that was built: its own, and weights of constant shape."""
+    weights = [i for i in inputs if built is not None and i not in built]
+    fixed = all(not isinstance(axis, str) for _, _, axes in weights for axis in axes)
+    return built is not None and fixed and len(inputs) - len(weights) == len(built)
 
 
 def _tried(graph: Path, job: dict[str, Any]) -> int:
