@@ -76,11 +76,17 @@ def load_weights(
 ) -> None:
     """Brings weights to the devices; a file that was not hashed before is hashed on the way.
 
+    A file of which no engine reads anything is neither read nor taken for sound.
+
     Raises:
         BundleError: a file is not what the bundle says.
         EngineMismatchError: a device has not so much memory.
     """
-    files: dict[str, FileRecord] = {name: file for name, file in bundle.files.items() if name.endswith(DATA_SUFFIX)}
+    read = {request.file for request in requests if request.weights}
+    files: dict[str, FileRecord] = {name: file for name, file in bundle.files.items() if bundle.path / name in read}
     new = unverified_files(bundle.path, files)
-    store.load(requests, hashed=bool(new), progress=progress)
+    hashed = {bundle.path / name for name in new}
+    for whether in (True, False):
+        some = [request for request in requests if (request.file in hashed) == whether]
+        store.load(some, hashed=whether, progress=progress)
     remember_files(bundle.path, new)

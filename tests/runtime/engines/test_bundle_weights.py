@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from twotower.flavour import flavour_from_module
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.runtime.weights import WeightStore
 
 OPTIONS = GenerationConfig(max_new_tokens=32, confidence_threshold=0.5, ignore_eos=True)
 PROMPT = [5, 6, 7, 8]
@@ -178,6 +180,37 @@ def test_loading_is_told_apart_from_checking(copied: Bundle) -> None:
     weights = sum(ref.nbytes for name in GRAPH_FILES for ref in copied.weights(name).values())
     assert loaded[-1][0] == loaded[-1][1] >= weights
     assert all(total < weights for _, total in checked), "engines are programs without weights"
+
+
+def test_a_file_nobody_reads_is_not_taken_for_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that hold all weights read no data file, and so cannot vouch for one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = stand_in_bundle("hybrid-b", tmp_path / "b", weights="inside")
+    files = {name: r for name, r in bundle.files.items() if name.endswith(".data")}
+    for name in files:  # settled: what changed a moment ago is not remembered anyway
+        os.utime(bundle.path / name, (1_700_000_000, 1_700_000_000))
+    open_(bundle).close()
+    assert set(unverified_files(bundle.path, files)) == set(files)
+
+
+def test_only_what_is_new_is_hashed_again(copied: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files = {name: r for name, r in copied.files.items() if name.endswith(".data")}
+    for name in files:
+        os.utime(copied.path / name, (1_700_000_000, 1_700_000_000))
+    open_(copied).close()
+    assert unverified_files(copied.path, files) == {}
+    os.utime(copied.path / "denoiser/model.onnx.data", (1_700_000_001, 1_700_000_001))
+    hashed: list[set[str]] = []
+    load = WeightStore.load
+
+    def watched(store: WeightStore, requests: Any, **options: Any) -> Any:
+        hashed.append({r.file.parent.name for r in requests if options.get("hashed")})
+        return load(store, requests, **options)
+
+    monkeypatch.setattr(WeightStore, "load", watched)
+    open_(copied).close()
+    assert set.union(*hashed) == {"denoiser"}
 
 
 def test_a_bundle_without_weights_is_refused_by_whoever_runs_it(copied: Bundle) -> None:
