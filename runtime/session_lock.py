@@ -30,9 +30,11 @@ class SessionLock:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._depth == 1:
-            self._do_later()
-        self._leave()
+        try:
+            if self._depth == 1:
+                self._do_later()
+        finally:  # an interrupt may come at any point, and the session is not to stay taken
+            self._leave()
         self._catch_up()
 
     def at_the_end(self, action: Callable[[], object]) -> None:
@@ -50,8 +52,10 @@ class SessionLock:
         while self._later and self._owner != get_ident() and self._lock.acquire(blocking=False):
             self._owner = get_ident()
             self._depth += 1
-            self._do_later()
-            self._leave()
+            try:
+                self._do_later()
+            finally:
+                self._leave()
 
     def _leave(self) -> None:
         self._depth -= 1

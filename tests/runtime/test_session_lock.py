@@ -75,3 +75,25 @@ def test_nothing_is_forgotten_between_threads() -> None:
         thread.join()
     assert sorted(done) == list(range(4000))
     assert not inside
+
+
+def test_an_interrupt_while_something_is_let_go_of_leaves_the_session_free() -> None:
+    lock = SessionLock()
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), lock:
+        lock.at_the_end(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lock.at_the_end(interrupted)
+    taken: list[bool] = []
+
+    def take() -> None:
+        with lock:
+            taken.append(True)
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert taken == [True], "another thread can take it"
