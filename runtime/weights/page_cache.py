@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import os
 from typing import Any
@@ -11,9 +12,14 @@ import numpy as np
 
 __all__ = ["PageCache"]
 
+logger = logging.getLogger(__name__)
+
 
 class PageCache:
     """The page cache's part of one open file, which is mapped for that and never touched.
+
+    Where the system cannot tell (a file system without mappings, pages of another size), everything
+    counts as cached: it is then read in the usual way.
 
     Args:
         handle: The file, which may be closed meanwhile.
@@ -21,7 +27,12 @@ class PageCache:
     """
 
     def __init__(self, handle: int, size: int) -> None:
-        self._map: mmap.mmap | None = mmap.mmap(handle, size, prot=mmap.PROT_READ) if size else None
+        self._map: mmap.mmap | None = None
+        if size:
+            try:
+                self._map = mmap.mmap(handle, size, prot=mmap.PROT_READ)
+            except OSError as e:
+                logger.debug("what is in the page cache cannot be told: %s", e)
         view: Any = None if self._map is None else np.frombuffer(self._map, np.uint8)
         self._start = 0 if view is None else int(view.ctypes.data)
 
@@ -31,16 +42,18 @@ class PageCache:
         The kernel tells only who owns the file or may write to it, and says 1 to others.
 
         Args:
-            start: A multiple of the page size.
+            start: First byte.
             stop: Up to the end of the file.
         """
         if self._map is None or stop <= start:
             return 1.0
+        start = start // mmap.PAGESIZE * mmap.PAGESIZE
         pages = np.empty(-(-(stop - start) // mmap.PAGESIZE), np.uint8)
         mincore = ctypes.CDLL(None, use_errno=True).mincore
         mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
         if mincore(self._start + start, stop - start, pages.ctypes.data):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            logger.debug("mincore: %s", os.strerror(ctypes.get_errno()))
+            return 1.0
         return float((pages & 1).mean())
 
     def close(self) -> None:
