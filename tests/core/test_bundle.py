@@ -106,7 +106,7 @@ def test_a_link_may_not_lead_out(copy: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "do"), [(None, "export"), (0, "export"), (1, "twotower export hybrid-b"), ("2", "export"), (3, "upgrade")]
+    ("schema", "do"), [(None, "export"), (0, "export"), (1, "exported from 'hybrid-b'"), ("2", "export"), (3, "upgrade")]
 )
 def test_other_schemas_are_refused_with_the_command_that_mends_it(copy: Path, schema: Any, do: str) -> None:
     edit(copy, schema=schema)
@@ -114,6 +114,21 @@ def test_other_schemas_are_refused_with_the_command_that_mends_it(copy: Path, sc
         Bundle.open(copy)
     assert "schema 2" in caught.value.found
     assert do in caught.value.do
+
+
+def test_an_old_quantized_bundle_is_told_its_recipe(copy: Path) -> None:
+    edit(copy, schema=1, quantization={"recipe": {"name": "mixed"}})
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(copy)
+    assert "twotower quantize NEW --recipe mixed" in caught.value.do
+
+
+@pytest.mark.parametrize("requires", [None, 5, "no-weights", [1]])
+def test_requirements_that_are_no_list_of_names_are_refused(copy: Path, requires: Any) -> None:
+    edit(copy, requires=requires)
+    with pytest.raises(BundleError, match="not complete") as caught:
+        Bundle.open(copy)
+    assert "a list of names" in caught.value.found
 
 
 def test_fields_of_later_versions_are_left_alone_unless_they_are_required(copy: Path) -> None:

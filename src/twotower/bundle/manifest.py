@@ -230,7 +230,11 @@ def _manifest(root: Path) -> dict[str, Any]:
             found=f"schema {schema!r}; this version reads schema {SCHEMA}",
             do=_newer_or_older(data, root, schema),
         )
-    unknown = sorted(set(map(str, data.get("requires", ()))) - FEATURES)
+    requires = data.get("requires", [])
+    if not isinstance(requires, list) or not all(isinstance(feature, str) for feature in requires):
+        found = f"`requires` is {requires!r}; allowed: a list of names"
+        raise BundleError(f"{file} is not complete", found=found, do="copy or export the bundle again")
+    unknown = sorted(set(requires) - FEATURES)
     if unknown:
         raise BundleError(
             f"bundle '{root}' needs a newer version of twotower",
@@ -244,9 +248,12 @@ def _newer_or_older(data: Any, root: Path, schema: Any) -> str:
     """The command that mends a bundle of another schema."""
     if isinstance(schema, int) and schema > SCHEMA:
         return "`pip install --upgrade twotower`, or export the checkpoint with this version"
-    source = data.get("source") if isinstance(data, dict) else None
-    checkpoint = source.get("name", "CHECKPOINT") if isinstance(source, dict) else "CHECKPOINT"
-    return f"`twotower export {checkpoint} -o NEW` with this version, then `twotower build NEW`; or use the old version"
+    facts = data if isinstance(data, dict) else {}
+    source, few = facts.get("source"), facts.get("quantization")
+    name = f" (it was exported from {source['name']!r})" if isinstance(source, dict) and "name" in source else ""
+    recipe = few.get("recipe", {}).get("name", "RECIPE") if isinstance(few, dict) else ""
+    again = f", `twotower quantize NEW --recipe {recipe} -o QUANTIZED`" if recipe else ""
+    return f"`twotower export CHECKPOINT -o NEW` with this version{name}{again}, then `twotower build`; or use the old version"
 
 
 def _quantization(data: dict[str, Any] | None) -> dict[str, Any] | None:
