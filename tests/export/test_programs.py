@@ -12,6 +12,7 @@ from tests.helpers.graphs import FIXTURES
 from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_job
 from twotower.builders import BuildConfig, build_engines, builder_for, make_engine
 from twotower.bundle import GRAPH_FILES, Bundle, EngineRecord
+from twotower.cli.main import main as cli
 from twotower.config import read_model_config
 from twotower.config.model import parse_model_config
 from twotower.errors import BuildError, BundleError, ExportError
@@ -65,6 +66,24 @@ def test_what_needs_weights_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not list(bundle.path.glob("engines/ort-cpu"))
     with pytest.raises(BundleError, match="holds none"):
         TwoTower.open(bundle.path)
+
+
+def test_a_dry_run_from_a_config_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    words = ["build", str(tmp_path / "p"), "--from-config", str(CONFIG), "--target", "rtx", "--sm", "89", "--max-context", "256"]
+    assert cli([*words, "--dtype", "float16", "--dry-run"]) == 0
+    assert "as inputs" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    assert cli(["build", str(tmp_path / "p"), "--dtype", "float16"]) == 2
+    assert "--from-config" in capsys.readouterr().err
+
+
+def test_inspect_says_that_such_a_bundle_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(programs(tmp_path / "p"), monkeypatch)
+    assert cli(["inspect", str(tmp_path / "p")]) == 0
+    assert "the bundle holds no weights" in capsys.readouterr().out
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from twotower.bundle import Bundle, is_bundle
+from twotower.errors import ConfigError
 
 __all__ = ["add_arguments", "run"]
 
@@ -81,11 +84,14 @@ def run(args: argparse.Namespace) -> int:
     from twotower.cli.options import byte_size, whole_numbers
     from twotower.cli.progress import ProgressLine, human_bytes
 
+    if args.dtype and not args.from_config:
+        raise ConfigError("--dtype is for --from-config", found="the bundle's own graphs are built", do="export with another --dtype")
     builder = builder_for(args.target)
     line = ProgressLine()
+    scratch = ExitStack()  # a dry run writes nothing: graphs it needs go to a folder that is gone at the end
     try:
         bundle = (
-            _of_graphs_alone(args)
+            _of_graphs_alone(args, scratch)
             if args.from_config
             else Bundle.open(args.bundle, progress=lambda done, total: line("checking the bundle", done, total))
         )
@@ -116,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
         raise
     finally:
         line.end()
+        scratch.close()
     if args.json:
         print(json.dumps(record.to_json()))
     size = sum(file.size for file in record.files.values())
@@ -129,10 +136,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _of_graphs_alone(args: argparse.Namespace) -> Bundle:
+def _of_graphs_alone(args: argparse.Namespace, scratch: ExitStack) -> Bundle:
     """The bundle of a config.json: made now, or by an earlier run of the same command."""
     from twotower.config import read_model_config
-    from twotower.errors import ConfigError
     from twotower.extras import require_libraries
 
     require_libraries("export", "onnx", "onnx_ir", what="building from a config.json")
@@ -142,7 +148,8 @@ def _of_graphs_alone(args: argparse.Namespace) -> Bundle:
     dtype = args.dtype or config.dtype
     if not is_bundle(Path(args.bundle)):
         name = args.from_config.resolve().parent.name
-        return export_programs(config, Path(args.bundle), ExportConfig(dtype=dtype), name=name)
+        folder = Path(scratch.enter_context(TemporaryDirectory())) / "bundle" if args.dry_run else Path(args.bundle)
+        return export_programs(config, folder, ExportConfig(dtype=dtype), name=name)
     bundle = Bundle.open(args.bundle)
     if bundle.has_weights or (bundle.config, bundle.dtype) != (config, dtype):
         found = "it holds weights" if bundle.has_weights else f"it is of another model, or {bundle.dtype}"

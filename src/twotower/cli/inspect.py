@@ -203,6 +203,7 @@ def _with_record(bundle: Bundle, target: str, machine: Machine, *, state: str) -
     version = installed_version(machine, target)
     library = {**record.library, "version": version} if version else None
     problems = record_problems(record, bundle, target, library=library, sm=machine.gpus[0].sm if machine.gpus else None)
+    problems += [] if bundle.has_weights else ["the bundle holds no weights: its engines are for an export of the checkpoint"]
     if not problems:
         return state if state.startswith("built") else f"built; cannot run here: {state}"
     against = [] if state.startswith("built") else [state]
