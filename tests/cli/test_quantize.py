@@ -63,6 +63,12 @@ def test_auto_writes_what_it_chose(tiny_bundle: Path, tiny_statistics: Path, tmp
     assert [p.name for p in tmp_path.iterdir()] == ["auto"], "what was tried is gone"
 
 
+def test_what_rtx_makes_slower_is_told(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for recipe, slower in (("int8-weights", True), ("nvfp4-experts", True), ("mixed", False), ("int4-experts", False)):
+        assert main(["quantize", str(tiny_bundle), "--recipe", recipe, "--dry-run"]) == 0
+        assert ("expanded in memory in every pass" in capsys.readouterr().out) == slower, recipe
+
+
 def test_a_dry_run_writes_nothing(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize", str(tiny_bundle), "--recipe", "mixed", "--dry-run", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

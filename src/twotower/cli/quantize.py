@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
 def _tell(args: argparse.Namespace, bundle: Bundle, nbytes: int, facts: dict[str, Any]) -> None:
     from twotower.bundle import DATA_SUFFIX, GRAPH_FILES
     from twotower.cli.progress import human_bytes
+    from twotower.config.formats import FUSED_STACKS, stack_is_expanded
 
     before = sum(bundle.files[graph + DATA_SUFFIX].size for graph in GRAPH_FILES.values())
     if args.json:
@@ -117,6 +118,9 @@ def _tell(args: argparse.Namespace, bundle: Bundle, nbytes: int, facts: dict[str
         if how not in (bundle.dtype, "float32"):
             print(f"  {kind:<15}{how}")
     print(f"  {'the rest':<15}as it was, {bundle.dtype}")
+    experts = facts["recipe"]["weights"].get("routed_expert")
+    if experts and stack_is_expanded("rtx", experts, rounded_input="routed_expert" in facts["recipe"]["activations"]):
+        print(f"  {'on rtx':<15}these experts are expanded in memory in every pass, slower than {bundle.dtype}: take {FUSED_STACKS}")
 
 
 def _auto(args: argparse.Namespace, bundle: Bundle, config: Any, statistics: Statistics | None) -> int:
