@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower.config.model import parse_model_config
+from twotower.config.model import ModelConfig, parse_model_config
 from twotower.errors import ConfigError
 from twotower.export.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.planning import PlanOptions
-from twotower.planning.memory import device_needs, state_bytes, traffic
+from twotower.planning.memory import device_needs, state_bytes, tower_scratch, traffic
 from twotower.planning.options import capacity_of
 from twotower.planning.scratch import Shapes, scratch
 from twotower.spec import CONTEXT, DENOISER
@@ -59,15 +59,49 @@ def test_two_devices_hold_a_tower_each() -> None:
     assert (reader.holds, writer.holds) == ("context tower", "denoiser tower")
 
 
+SHAPES = Shapes("bfloat16", 8, 4352, 16)
+
+
+def of_layers(letters: str) -> ModelConfig:
+    """The published model with these layers alone."""
+    return parse_model_config(published_slice(letters), letters)
+
+
 def test_the_largest_tensors_are_those_the_graph_writes_out() -> None:
-    shapes = Shapes("bfloat16", 8, 4352, 16)
-    experts = scratch(CONTEXT, PUBLISHED, shapes)
-    assert experts.because.startswith("experts")
-    assert experts.nbytes >= 2 * 4 * 128 * 8 * 256 * 2688, "the products of all experts, in float32, before and after the routing"
-    only = {letter: parse_model_config(published_slice(letter), letter) for letter in "M*"}
-    assert scratch(CONTEXT, only["M"], shapes).because.startswith("decay")
-    assert scratch(DENOISER, only["*"], replace(shapes, max_batch=1)).because.startswith("scores")
-    assert scratch(CONTEXT, only["*"], replace(shapes, dtype="float32")).nbytes > 2 * 4 * 8 * 32 * 256 * 4352
+    experts = scratch(CONTEXT, PUBLISHED, SHAPES)
+    assert experts.because == "experts [E,B*L,D] and experts [E,B*L,F]"
+    assert experts.profiles.keys() == {"prefill", "block", "decode"}
+    assert experts.nbytes == experts.profiles["prefill"] == max(experts.profiles.values())
+    products = 2 * 128 * 8 * 256 * (2688 + 1856)
+    assert products < experts.nbytes < 1.1 * products, "beside them all is small"
+    assert scratch(CONTEXT, of_layers("M"), SHAPES).because.startswith("decay")
+    long = replace(SHAPES, max_batch=4, capacity=65536)
+    assert scratch(DENOISER, PUBLISHED, long).because == "scores [B,H,L,T] in float32 and scores [B,H,L,T]"
+    assert scratch(DENOISER, PUBLISHED, long).nbytes > (4 + 2) * 4 * 32 * 16 * 65536
+    assert scratch(CONTEXT, of_layers("*"), replace(SHAPES, dtype="float32")).nbytes > 2 * 4 * 8 * 32 * 256 * 4352
+
+
+@pytest.mark.parametrize("graph", [CONTEXT, DENOISER])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_layers_share_the_memory_of_their_tensors(graph: str, dtype: str) -> None:
+    def needs(letters: str) -> int:
+        return scratch(graph, of_layers(letters), replace(SHAPES, dtype=dtype)).nbytes
+
+    alone = [needs("*"), needs("M*"), needs("E*")]
+    assert max(alone) <= needs("ME*") < sum(alone)
+    modulation = 3 * 8 * 3 * 2688 * (4 if dtype == "float32" else 2) if graph == DENOISER else 0
+    assert needs("ME*ME*") == needs("ME*") + modulation, "more layers of a kind take no more"
+
+
+def test_expanded_experts_take_room_for_one_projection_at_a_time() -> None:
+    for graph in (CONTEXT, DENOISER):
+        plain, copied = scratch(graph, PUBLISHED, SHAPES), scratch(graph, PUBLISHED, replace(SHAPES, expanded=True))
+        copy = 128 * 1856 * 2688 * 2
+        for name, size in plain.profiles.items():
+            assert 0.5 * copy < copied.profiles[name] - size <= copy, "it lies where something else lay before"
+    options = replace(OPTIONS, target="rtx", formats=(("routed_expert", "int8"),))
+    more = tower_scratch(PUBLISHED, options)[DENOISER].nbytes - tower_scratch(PUBLISHED, replace(options, formats=()))[DENOISER].nbytes
+    assert more > 0.9 * copy
 
 
 def test_a_pass_reads_all_weights_but_the_embedding() -> None:

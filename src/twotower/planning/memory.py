@@ -105,7 +105,13 @@ def needed_weights(config: ModelConfig, options: PlanOptions) -> Mapping[str, Gr
 
 def tower_scratch(config: ModelConfig, options: PlanOptions) -> dict[str, Scratch]:
     """The estimate for every graph the mode uses."""
-    shapes = Shapes(engine_dtype(config, options), options.max_batch, capacity_of(config, options), options.block_size)
+    shapes = Shapes(
+        dtype=engine_dtype(config, options),
+        max_batch=options.max_batch,
+        capacity=capacity_of(config, options),
+        block_size=options.block_size,
+        expanded=experts_are_expanded(options),
+    )
     return {name: scratch(name, config, shapes) for name in needed_weights(config, options)}
 
 

