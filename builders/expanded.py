@@ -17,19 +17,28 @@ def expands_experts(record: EngineRecord) -> bool:
     return any(_stacks(program) for facts in record.report.get("engines", {}).values() for program in _programs(facts))
 
 
-def require_fused(engine: EngineFile, facts: Mapping[str, Any]) -> None:
+def require_fused(engine: EngineFile, facts: Mapping[str, Any], *, readable: bool = False) -> None:
     """Refuses an engine that writes a dequantized copy of stacked experts to device memory in every pass.
 
     Such a pass reads the experts in few bits, writes them at full width and reads them again: more bytes than
-    the float experts have. An engine whose program was not read is let through.
+    the float experts have.
 
     Args:
         engine: The engine.
         facts: What its build observed.
+        readable: Whether its program can be read without a GPU. One that holds experts and was not read is then
+            refused too: nobody would know. Otherwise it is let through.
 
     Raises:
         BuildError: it does.
     """
+    why_not = facts.get("inspector", {}).get("why_not")
+    if readable and why_not and any("experts" in name for name in engine.constants):
+        raise BuildError(
+            f"nobody can tell whether {engine.file} expands its experts in device memory in every pass",
+            found=f"its compiled program was not read: {why_not}",
+            do="build with the version of TensorRT for RTX that twotower asks for, or add --allow-expanded",
+        )
     programs = [(p, _stacks(p)) for p in _programs(facts)]
     program, stacks = max(programs, key=lambda found: sum(w["nbytes"] for w in found[1]), default=({}, []))
     if not stacks:

@@ -123,7 +123,7 @@ class TensorRTBuilder:
         for plan in plans:
             files[plan.engine.file], made = maker.make(plan)
             if not config.allow_expanded:
-                require_fused(plan.engine, made)
+                require_fused(plan.engine, made, readable=bool(self.flavour.sms))
             weights = {"inputs": len(plan.places.inputs), "input_bytes": plan.places.input_bytes, "inside": dict(plan.places.inside)}
             facts[plan.engine.file] = {**made, "weights": weights, "notes": list(plan.notes), "operators": plan.operators}
             engines[plan.graph] = (*engines.get(plan.graph, ()), plan.engine)

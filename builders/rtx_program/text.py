@@ -29,6 +29,7 @@ LAYOUT = 5
 """The version of the text this module knows, as the text itself states it."""
 
 _MARK = b"NLYM"
+_BEGIN = b"header {\n"
 _PREFIX = 16  # the mark, four bytes of a version, eight of the text's length
 _HEADER = 64 << 10  # the memory budget is among the header's first lines
 _CHUNK = 64 << 20
@@ -133,11 +134,14 @@ def program_texts(plan: PlanBytes) -> Iterator[str]:
     at = _find_mark(view, 0)
     while at >= 0:
         start = at + _PREFIX
+        if at < 8 or bytes(view[start : start + len(_BEGIN)]) != _BEGIN:
+            at = _find_mark(view, at + 1)  # four bytes of a weight: gigabytes of them hold such a word
+            continue
         size, length = (int.from_bytes(view[i : i + 8], "little") for i in (at - 8, start - 8))
-        if at < 8 or at + size > len(view) or start + length > at + size:
+        if at + size > len(view) or start + length > at + size:
             raise unreadable(f"the program at byte {at} is cut off or damaged")
         text = bytes(view[start : start + length])
-        if not text.startswith(b"header {\n") or b"\n  memory_budget = " not in text[:_HEADER]:
+        if b"\n  memory_budget = " not in text[:_HEADER]:
             raise unreadable(f"the program at byte {at} does not begin with the text of a pass")
         if _NOT_TEXT.search(text):
             raise unreadable(f"the program at byte {at} has bytes that are no text")

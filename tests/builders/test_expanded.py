@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,3 +48,13 @@ def test_stacked_experts_are_named_with_what_they_cost_and_what_to_do() -> None:
 def test_whatever_else_is_let_through(observed: dict[str, Any]) -> None:
     require_fused(ENGINE, observed)
     assert not expands_experts(record(observed))
+
+
+def test_experts_in_few_bits_whose_program_was_not_read_are_refused_where_it_can_be() -> None:
+    unread = {"inspector": {"why_not": "layout 9"}}
+    holds = replace(ENGINE, constants=("denoiser_tower.layers.1.mixer.experts.up_proj.weight",))
+    with pytest.raises(BuildError, match="nobody can tell") as caught:
+        require_fused(holds, unread, readable=True)
+    assert "layout 9" in caught.value.found
+    require_fused(holds, unread)
+    require_fused(ENGINE, unread, readable=True)

@@ -33,6 +33,18 @@ def test_a_plan_without_a_program_is_not_read() -> None:
         assert "none" in caught.value.found
 
 
+@pytest.mark.parametrize("chunk", [5, 1 << 20])
+def test_the_mark_among_the_bytes_of_weights_is_no_program(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some gigabytes of packed weights hold such a word by chance."""
+    monkeypatch.setattr(text, "_CHUNK", chunk)
+    weights = b"NLYM" + bytes(range(256)) + b"NLYMNLYM" + bytes(64)
+    plan = weights + plan_of(TEXT, SECOND) + weights
+    assert list(text.program_texts(plan)) == [TEXT, SECOND]
+    assert len(read_programs(plan, profiles=2)) == 2
+    with pytest.raises(ProgramTextError, match="not read"):
+        read_programs(weights)
+
+
 def test_fewer_programs_than_profiles_are_no_figures() -> None:
     assert len(read_programs(plan_of(TEXT, SECOND), profiles=2)) == 2
     for plan, profiles in ((plan_of(TEXT), 2), (plan_of(SECOND), 1), (plan_of(TEXT, TEXT), 2), (plan_of(TEXT, SECOND), 1)):
