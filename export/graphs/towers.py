@@ -11,8 +11,9 @@ from twotower.config.tensors import Tower
 from twotower.export.graphs.attention import context_attention, denoiser_attention
 from twotower.export.graphs.builder import GraphBuilder, Weight
 from twotower.export.graphs.conditioning import conditioning, modulation, normed_input
-from twotower.export.graphs.layers import LayerWeights, mlp, moe, rms_norm
+from twotower.export.graphs.layers import LayerWeights, mlp, rms_norm
 from twotower.export.graphs.mamba import ChunkInfo, mamba
+from twotower.export.graphs.moe import moe
 from twotower.export.graphs.precision import Precision, Tap
 from twotower.export.graphs.sampler import mask_info, sample_and_commit
 from twotower.spec import (

@@ -280,7 +280,7 @@ def test_group_limited_routing_keeps_to_the_best_groups() -> None:
     import onnxruntime as ort
 
     from twotower.export.graphs.builder import GraphBuilder
-    from twotower.export.graphs.layers import _within_best_groups
+    from twotower.export.graphs.moe import _within_best_groups
     from twotower.spec import TensorSpec, TowerSignature
 
     base = read_model_config(FIXTURES / "hybrid-a" / "config.json")

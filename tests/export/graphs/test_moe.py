@@ -1,4 +1,4 @@
-"""Layers recorded alone: the mixture of experts against the torch model's."""
+"""The mixture of experts recorded alone, against the torch model's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.helpers.graphs import FIXTURES
 from twotower.config import ModelConfig, read_model_config
 from twotower.evaluate.rounding import round_results
 from twotower.export.graphs.builder import GraphBuilder
-from twotower.export.graphs.layers import LayerWeights, moe
+from twotower.export.graphs.layers import LayerWeights
+from twotower.export.graphs.moe import moe
 from twotower.graph_files import detach_weights
 from twotower.model.layers import MoE
 from twotower.spec import TensorSpec, TowerSignature
