@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -110,8 +111,7 @@ def _denoiser(graph: GraphBuilder, config: ModelConfig) -> None:
         shared = conditioning(graph, fraction, config)
     with graph.scope("block"):
         positions = _range_of(graph, graph.input(BLOCK), axis=1)
-        causal, running_sum = _triangles(graph, positions)
-        chunk = ChunkInfo(causal, running_sum, valid=None, lengths=None)
+        chunk = ChunkInfo(*_triangles(graph, positions), valid=None, lengths=None)
         cached = _cached_mask(graph, config)
     tower = LayerWeights(graph, f"{Tower.DENOISER.value}.")
     for i, kind in enumerate(config.layers):
@@ -171,19 +171,19 @@ def _range_of(graph: GraphBuilder, x: ir.Value, *, axis: int) -> ir.Value:
 
 
 def _triangles(graph: GraphBuilder, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The causal mask [L,L] bool and its transpose as float32 ones."""
+    """Of [L,L] positions: -inf where the second is after the first, else 0; 1 where the first is not after the second, else 0."""
     row, column = graph.op("Unsqueeze", positions, graph.constant([1])), graph.op("Unsqueeze", positions, graph.constant([0]))
-    causal = graph.op("GreaterOrEqual", row, column)
-    return causal, graph.op("Cast", graph.op("LessOrEqual", row, column), to=ir.DataType.FLOAT)
+    zero, never = graph.constant(0.0, "float32"), graph.constant(-math.inf, "float32")
+    future = graph.op("Where", graph.op("GreaterOrEqual", row, column), zero, never)
+    return future, graph.op("Cast", graph.op("LessOrEqual", row, column), to=ir.DataType.FLOAT)
 
 
 def _padded_chunk(graph: GraphBuilder) -> ChunkInfo:
     positions = _range_of(graph, graph.input(TOKENS), axis=1)
-    causal, running_sum = _triangles(graph, positions)
     lengths = graph.input(CHUNK_LENGTH)
     valid = graph.op("Less", graph.op("Unsqueeze", positions, graph.constant([0])), graph.op("Unsqueeze", lengths, graph.constant([1])))
     valid = graph.op("Unsqueeze", graph.op("Cast", valid, to=ir.DataType.FLOAT), graph.constant([1]))  # [B,1,L]
-    return ChunkInfo(causal, running_sum, valid=valid, lengths=lengths)
+    return ChunkInfo(*_triangles(graph, positions), valid=valid, lengths=lengths)
 
 
 def _causal_mask(graph: GraphBuilder, config: ModelConfig) -> ir.Value | None:
