@@ -273,22 +273,3 @@ def test_narrow_graphs_compute_the_same_when_widened(kind: str) -> None:
     np.testing.assert_allclose(denoise(narrow, block, 9, state)["confidence"], denoise(wide, block, 9, state)["confidence"], atol=1e-5)
     model, _ = graph_with_weight_inputs(config, "context", tensors, kind)
     assert not {t.type.tensor_type.elem_type for t in model.graph.input} & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
-
-
-def test_group_limited_routing_keeps_to_the_best_groups() -> None:
-    """Four groups of two experts: the one chosen group is the one whose scores sum highest, not the one of the best expert."""
-    import onnxruntime as ort
-
-    from twotower.export.graphs.builder import GraphBuilder
-    from twotower.export.graphs.moe import _within_best_groups
-    from twotower.spec import TensorSpec, TowerSignature
-
-    base = read_model_config(FIXTURES / "hybrid-a" / "config.json")
-    config = replace(base, n_group=4, topk_group=1)
-    graph = GraphBuilder(TowerSignature("t", (TensorSpec("x", "float32", ("B", 8)),), (TensorSpec("y", "float32", ("B", 8)),)), "float32")
-    graph.output("y", _within_best_groups(graph, graph.input("x"), config))
-    session = ort.InferenceSession(ir.to_proto(graph.finish()).SerializeToString(), providers=["CPUExecutionProvider"])
-    x = np.float32([[0.9, 0.0, 0.6, 0.5, 0.1, 0.1, 0.2, 0.3]])
-    y = session.run(None, {"x": x})[0]
-    assert np.isfinite(y[0]).nonzero()[0].tolist() == [2, 3]
-    np.testing.assert_array_equal(y[0, 2:4], x[0, 2:4])
