@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from twotower.bundle import DATA_SUFFIX, TABLE_SUFFIX, FileRecord, write_weight_table
+from twotower.config.formats import stored_bytes
 from twotower.config.weights import WeightRef, aligned
 from twotower.export.checkpoint import Checkpoint
 from twotower.export.conversion import convert_chunks
@@ -103,5 +104,10 @@ def _pieces(weight: Weight, checkpoint: Checkpoint) -> Iterator[Any]:
         tensor = checkpoint.tensors[name]
         if weight.negated_exp:
             yield np.negative(np.exp(tensor.numpy().astype(np.float64))).astype(np.float32).tobytes()
+        elif weight.transposed:
+            pieces = convert_chunks(tensor, weight.dtype, chunk_bytes=_CHUNK)
+            item = f"V{stored_bytes(weight.dtype, 1)}"
+            elements = np.frombuffer(b"".join(map(bytes, pieces)), item)
+            yield elements.reshape(-1, weight.shape[0]).T.tobytes()
         else:
             yield from convert_chunks(tensor, weight.dtype, chunk_bytes=_CHUNK)

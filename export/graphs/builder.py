@@ -53,6 +53,7 @@ class Weight:
         dtype: `float32`, `float16` or `bfloat16`; of a quantized weight's parts any type of `twotower.config.formats`.
         sources: Checkpoint tensors in order.
         negated_exp: Store -exp(x) of a (small) source: the Mamba decay rate A of A_log.
+        transposed: Store a (small) source with its last axis first: taps of a convolution.
         rows: Only these rows of the (single) source: the first and the one after the last; None for all.
         origin: Name of the whole weight this is a part of, as a float graph declares it; empty for a weight that is none.
         part: Of a quantized weight `values`, `scale` or `global_scale`; empty for plain numbers.
@@ -64,6 +65,7 @@ class Weight:
     dtype: str
     sources: tuple[str, ...]
     negated_exp: bool = False
+    transposed: bool = False
     rows: tuple[int, int] | None = None
     origin: str = ""
     part: str = ""

@@ -41,6 +41,12 @@ class LayerWeights:
         full = self._prefix + name
         return self._graph.weight(Weight(f"{full}.negated_exp", shape, "float32", (full,), negated_exp=True))
 
+    def transposed(self, name: str, *shape: int) -> ir.Value:
+        """A small tensor with its last axis first, reordered at export; `shape` is the result's."""
+        full = self._prefix + name
+        weight = Weight(f"{full}.transposed", shape, self._graph.dtype, (full,), transposed=True)
+        return self._graph.weight(weight)
+
     def stacked(self, pattern: str, count: int, *shape: int) -> ir.Value:
         """The tensors `pattern.format(0..count-1)` along a new first axis."""
         sources = tuple(self._prefix + pattern.format(j) for j in range(count))

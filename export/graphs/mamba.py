@@ -41,19 +41,27 @@ class MambaOutput:
 
 
 def mamba(
-    graph: GraphBuilder, u: ir.Value, weights: LayerWeights, config: ModelConfig, *, past: tuple[ir.Value, ir.Value], chunk: ChunkInfo
+    graph: GraphBuilder,
+    u: ir.Value,
+    weights: LayerWeights,
+    config: ModelConfig,
+    *,
+    past: tuple[ir.Value, ir.Value],
+    chunk: ChunkInfo,
 ) -> MambaOutput:
-    """Mamba-2 on u [B,L,D] from past = (conv [B,C,K-1], ssm [B,H,P,N] float32)."""
-    z, columns, dt = _projected(graph, u, weights, config)
-    columns = graph.op("Concat", past[0], graph.op("Transpose", columns, perm=[0, 2, 1]), axis=2)  # [B,C,K-1+L]
-    conv = _conv_state(graph, columns, chunk.lengths, config) if chunk.lengths is not None else None
-    y, ssm = _scan(graph, (_convolved(graph, columns, weights, config), dt), weights, config, past_ssm=past[1], chunk=chunk)
+    """Mamba-2 on u [B,L,D] from past = (conv [B,K-1,C], ssm [B,H,P,N] float32)."""
+    z, rows, dt = _projected(graph, u, weights, config)
+    rows = graph.op("Concat", past[0], rows, axis=1)  # [B,K-1+L,C]
+    conv = None if chunk.lengths is None else _conv_state(graph, rows, chunk.lengths, config)
+    mixed = _convolved(graph, rows, weights, config)
+    y, ssm = _scan(graph, (mixed, dt), weights, config, past_ssm=past[1], chunk=chunk)
     y = _gated_norm(graph, y, z, weights, config)
-    return MambaOutput(graph.linear(y, weights("out_proj.weight", config.hidden_size, config.mamba_inner)), conv, ssm)
+    out = weights("out_proj.weight", config.hidden_size, config.mamba_inner)
+    return MambaOutput(graph.linear(y, out), conv, ssm)
 
 
 def _projected(graph: GraphBuilder, u: ir.Value, weights: LayerWeights, config: ModelConfig) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """The gate z, the columns of the convolution, and the raw dt of u [B,L,D].
+    """The gate z, the rows [B,L,C] of the convolution, and the raw dt of u [B,L,D].
 
     One product, unless it is quantized: the few rows that make dt then stay as they are, because dt goes through two exponentials.
     """
@@ -61,34 +69,52 @@ def _projected(graph: GraphBuilder, u: ir.Value, weights: LayerWeights, config: 
     total, width = inner + channels + heads, config.hidden_size
     if not weights.is_quantized("in_proj.weight"):
         projected = graph.linear(u, weights("in_proj.weight", total, width))
-        z, columns, dt = graph.ops("Split", 3, projected, graph.constant([inner, channels, heads]), axis=-1)
-        return z, columns, dt
+        parts = graph.constant([inner, channels, heads])
+        z, rows, dt = graph.ops("Split", 3, projected, parts, axis=-1)
+        return z, rows, dt
     dt = graph.linear_exact(u, weights.rows("in_proj.weight", inner + channels, total, width, suffix=".dt"))
     projected = graph.linear(u, weights.rows("in_proj.weight", 0, inner + channels, width))
-    z, columns = graph.ops("Split", 2, projected, graph.constant([inner, channels]), axis=-1)
-    return z, columns, dt
+    z, rows = graph.ops("Split", 2, projected, graph.constant([inner, channels]), axis=-1)
+    return z, rows, dt
 
 
-def _convolved(graph: GraphBuilder, columns: ir.Value, weights: LayerWeights, config: ModelConfig) -> ir.Value:
-    """Depthwise causal convolution and SiLU of [B,C,K-1+L]: float32 [B,L,C]."""
+def _convolved(
+    graph: GraphBuilder,
+    rows: ir.Value,
+    weights: LayerWeights,
+    config: ModelConfig,
+) -> ir.Value:
+    """Depthwise causal convolution and SiLU of [B,K-1+L,C]: float32 [B,L,C].
+
+    A product for each tap: they fuse with the transposes and the SiLU around them into one kernel,
+    where Conv is one of its own between two others.
+    """
     channels, width = config.conv_channels, config.conv_kernel
-    kernel = weights("conv1d.weight", channels, 1, width)
-    bias = weights("conv1d.bias", channels) if config.use_conv_bias else None
-    inputs = (columns, kernel) if bias is None else (columns, kernel, bias)
-    out = graph.silu(graph.op("Conv", *inputs, group=channels, kernel_shape=[width]))
-    return graph.to_float32(graph.op("Transpose", out, perm=[0, 2, 1]))
+    kernel = weights.transposed("conv1d.weight", width, channels)
+    taps = graph.ops("Split", width, kernel, axis=0, num_outputs=width)
+    terms = []
+    for j, tap in enumerate(taps):
+        start, end = graph.constant([j]), graph.constant([j + 1 - width or 2**62])
+        part = graph.op("Slice", rows, start, end, graph.constant([1]))  # [B,L,C]
+        terms.append(graph.op("Mul", part, tap))
+    if config.use_conv_bias:
+        terms.append(weights("conv1d.bias", channels))
+    return graph.to_float32(graph.silu(graph.op("Sum", *terms)))
 
 
-def _conv_state(graph: GraphBuilder, columns: ir.Value, lengths: ir.Value, config: ModelConfig) -> ir.Value:
-    """The last K-1 raw columns before each row's own end: columns [n, n+K-1) of [B,C,K-1+L] for n valid tokens."""
+def _conv_state(
+    graph: GraphBuilder,
+    rows: ir.Value,
+    lengths: ir.Value,
+    config: ModelConfig,
+) -> ir.Value:
+    """The last K-1 raw rows before each text's end: [n, n+K-1) of [B,K-1+L,C], n valid tokens."""
 
-    def indices() -> ir.Value:
-        offsets = graph.constant([[list(range(config.conv_kernel - 1))]])
-        start = graph.op("Unsqueeze", lengths, graph.constant([1, 2]))
-        span = graph.op("Add", start, offsets)  # [B,1,K-1]
-        return graph.op("Expand", span, graph.constant([1, config.conv_channels, 1]))
+    def places() -> ir.Value:
+        offsets = graph.constant([[[i] for i in range(config.conv_kernel - 1)]])
+        return graph.op("Add", graph.op("Unsqueeze", lengths, graph.constant([1, 2])), offsets)
 
-    return graph.op("GatherElements", columns, graph.shared("conv state indices", indices), axis=2)
+    return graph.op("GatherND", rows, graph.shared("conv state", places), batch_dims=1)
 
 
 def _scan(

@@ -187,7 +187,7 @@ def state_tensors(config: ModelConfig, dtype: str) -> tuple[StateTensor, ...]:
     """The context state in layer order: keys, values and conv in `dtype`, SSM always float32."""
     out: list[StateTensor] = []
     kv: tuple[Axis, ...] = ("B", config.num_key_value_heads, "T", config.head_dim)
-    conv: tuple[Axis, ...] = ("B", config.conv_channels, config.conv_kernel - 1)
+    conv: tuple[Axis, ...] = ("B", config.conv_kernel - 1, config.conv_channels)
     ssm: tuple[Axis, ...] = ("B", config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
     for i, kind in enumerate(config.layers):
         if kind is LayerKind.ATTENTION:

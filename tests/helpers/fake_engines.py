@@ -191,12 +191,12 @@ class _Toy:
                 key[b, 0, past + i] = _mix(int(token), past + i)
                 value[b, 0, past + i] = int(token)
             state = float(ssm[b].reshape(-1)[0])
-            window = [float(x) for x in conv[b, 0]]
+            window = [float(x) for x in conv[b, :, 0]]
             for token in tokens[:length]:
                 state = state if np.isnan(state) else float(_mix(int(state), int(token)))
                 window = [*window[1:], float(token)]
             a[present_ssm(_SSM)][b] = state
-            a[present_conv(_SSM)][b] = window
+            a[present_conv(_SSM)][b] = np.asarray(window)[:, None]
             a["hidden"][b] = self._digest(a[present_conv(_SSM)], a[present_ssm(_SSM)], key, value, row=b, length=past + length)
 
     def _digest(self, conv: Array, ssm: Array, key: Array, value: Array, *, row: int, length: int) -> float:

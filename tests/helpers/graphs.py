@@ -69,8 +69,10 @@ def graph_with_weight_inputs(
     detach_weights(model)
     weights = {}
     for weight in graph.weights:
-        joined = np.concatenate([tensors[s].astype(np.float32).reshape(-1) for s in weight.sources]).reshape(weight.shape)
-        weights[weight.name] = -np.exp(joined) if weight.negated_exp else joined
+        flat = np.concatenate([tensors[s].astype(np.float32).reshape(-1) for s in weight.sources])
+        flat = -np.exp(flat) if weight.negated_exp else flat
+        flat = flat.reshape(-1, weight.shape[0]).T if weight.transposed else flat
+        weights[weight.name] = np.ascontiguousarray(flat.reshape(weight.shape))
     return model, weights
 
 

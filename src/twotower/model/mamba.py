@@ -42,7 +42,7 @@ class Mamba2(nn.Module):
 
         Args:
             u: [B,L,D].
-            conv: [B,C,K-1], the last raw inputs of the convolution.
+            conv: [B,K-1,C], the last raw inputs of the convolution.
             ssm: [B,H,P,N] float32.
             lengths: [B] valid tokens of each row, None for all; what comes after leaves no trace in the states.
 
@@ -51,8 +51,8 @@ class Mamba2(nn.Module):
         """
         c = self.config
         z, raw, dt = self.in_proj(u).split([c.mamba_inner, c.conv_channels, c.mamba_num_heads], -1)
-        columns = torch.cat([conv.to(raw.dtype), raw.transpose(1, 2)], 2)
-        mixed = F.silu(self.conv1d(columns)).transpose(1, 2).float()
+        rows = torch.cat([conv.to(raw.dtype), raw], 1)
+        mixed = F.silu(self.conv1d(rows.transpose(1, 2))).transpose(1, 2).float()
         dt = F.softplus(dt.float() + self.dt_bias.float())
         low, high = c.time_step_limit
         if low > 0 or high < math.inf:
@@ -60,8 +60,9 @@ class Mamba2(nn.Module):
         count = torch.full((u.shape[0],), u.shape[1]) if lengths is None else lengths
         dt = dt * (torch.arange(u.shape[1]) < count[:, None])[..., None]
         y, after = self._scan(mixed, dt, ssm)
-        kept = count[:, None, None] + torch.arange(c.conv_kernel - 1)
-        return self.out_proj(self._gated_norm(y, z).to(u.dtype)), columns.gather(2, kept.expand(-1, c.conv_channels, -1)), after
+        kept = (count[:, None] + torch.arange(c.conv_kernel - 1))[..., None]
+        out = self.out_proj(self._gated_norm(y, z).to(u.dtype))
+        return out, rows.gather(1, kept.expand(-1, -1, c.conv_channels)), after
 
     def _scan(self, mixed: torch.Tensor, dt: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Y [B,L,HP] and the new state, from x, B and C side by side [B,L,C] and dt [B,L,H]."""

@@ -12,7 +12,10 @@ __all__ = ["TORCH_DTYPES", "ContextState", "empty_state"]
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
 
 ContextState = dict[str, torch.Tensor]
-"""Input name -> tensor: `past_key_values.i.key/value` [B,KV,T,hd], `past_conv.i` [B,C,K-1], `past_ssm.i` [B,H,P,N] float32."""
+"""Input name -> tensor.
+
+`past_key_values.i.key/value` [B,KV,T,hd], `past_conv.i` [B,K-1,C], `past_ssm.i` [B,H,P,N] float32.
+"""
 
 
 def empty_state(config: ModelConfig, rows: int, capacity: int, dtype: str = "float32") -> ContextState:
