@@ -180,9 +180,18 @@ class GraphBuilder:
     def to_model_dtype(self, x: ir.Value) -> ir.Value:
         return x if self.dtype == "float32" else self.op("Cast", x, to=ir_dtype(self.dtype))
 
-    def reshape(self, x: ir.Value, *shape: int) -> ir.Value:
-        """Reshape where 0 keeps an input dimension and -1 takes what is left."""
-        return self.op("Reshape", x, self.constant(list(shape)))
+    def reshape(self, x: ir.Value, *shape: int | ir.Value) -> ir.Value:
+        """Reshape where 0 keeps an input dimension and -1 takes what is left.
+
+        A size that is a value, [1] int64, is known when the graph runs.
+        """
+        fixed = [size for size in shape if isinstance(size, int)]
+        if len(fixed) == len(shape):
+            return self.op("Reshape", x, self.constant(fixed))
+        parts = [self.constant([size]) if isinstance(size, int) else size for size in shape]
+        key = ",".join(str(size) if isinstance(size, int) else str(size.name) for size in shape)
+        target = self.shared(f"shape {key}", lambda: self.op("Concat", *parts, axis=0))
+        return self.op("Reshape", x, target)
 
     def linear(self, x: ir.Value, weight: ir.Value, *, visited: ir.Value | None = None) -> ir.Value:
         """X W^T with W as the checkpoint stores it, [out, in], or stacked [E, out, in]; readers fold the transpose into the product.

@@ -19,14 +19,16 @@ class ChunkInfo:
     """What the mixers need to know of a chunk.
 
     Attributes:
+        length: L, [1] int64.
         future: [L,L] float32, -inf where the second position is after the first and 0 elsewhere.
-        running_sum: [L,L] float32, the triangle of ones by which a product is a running sum: TensorRT miscompiles CumSum.
+        until: [L,L] float32, 1 where the second position is not after the first and 0 elsewhere.
         valid: [B,1,L] float32, 1 for a token and 0 for padding; None where nothing is padded (the denoiser's block).
         lengths: [B] int64 valid tokens; None where the state after the chunk is not wanted.
     """
 
+    length: ir.Value
     future: ir.Value
-    running_sum: ir.Value
+    until: ir.Value
     valid: ir.Value | None
     lengths: ir.Value | None
 
@@ -134,45 +136,62 @@ def _scan(
         y [B,L,HP] float32 and, if the chunk wants it, the new state [B,H,P,N].
     """
     g, n, p = config.n_groups, config.ssm_state_size, config.mamba_head_dim
-    per_group = config.mamba_num_heads // g
-    inner = config.mamba_inner
-    x, b, c = graph.ops("Split", 3, inputs[0], graph.constant([inner, g * n, g * n]), axis=-1)
-    x = graph.op("Transpose", graph.reshape(x, 0, 0, g, per_group, p), perm=[0, 2, 3, 1, 4])  # [B,G,H/G,L,P]
-    b = _by_group(graph, b, g, n)  # [B,G,1,L,N]
-    c = _by_group(graph, c, g, n)
+    h, last = config.mamba_num_heads // g, graph.constant([-1])
+    x, bc = graph.ops("Split", 2, inputs[0], graph.constant([g * h * p, 2 * g * n]), axis=-1)
+    x = graph.op("Transpose", graph.reshape(x, 0, 0, g, h, p), perm=[0, 2, 3, 1, 4])
+    # The heads of a group share B and C. Rows and groups are one axis, [B*G,L,N]: TensorRT reads a
+    # transposed operand where it lies in a product with one such axis, and copies it in one with
+    # two. One of those operands is the state.
+    bc = graph.op("Transpose", graph.reshape(bc, 0, 0, 2 * g, n), perm=[0, 2, 1, 3])
+    both = graph.ops("Split", 2, bc, axis=1, num_outputs=2)
+    b, c = (graph.reshape(part, -1, chunk.length, n) for part in both)
     dt, decay = _time_steps(graph, inputs[1], weights, config, chunk=chunk)  # [B,G,H/G,L] each
-    state = graph.reshape(past_ssm, 0, g, per_group, p, n)
-    x_dt = graph.op("Mul", x, graph.op("Unsqueeze", dt, graph.constant([-1])))
+    x_dt = graph.op("Mul", x, graph.op("Unsqueeze", dt, last))
 
-    # Inside the chunk: position t sees s <= t through exp(decay_t - decay_s). Masked before exp: above the diagonal the
-    # exponent is positive and would overflow. It is finite, so adding -inf masks as well as selecting does, and ONNX Runtime
-    # adds nearly 20 times as fast.
-    last_axis, row_axis = graph.constant([-1]), graph.constant([-2])
-    decay_t, decay_s = graph.op("Unsqueeze", decay, last_axis), graph.op("Unsqueeze", decay, row_axis)
-    exponent = graph.op("Add", graph.op("Sub", decay_t, decay_s), chunk.future)
-    similarity = graph.op("MatMul", c, graph.op("Transpose", b, perm=[0, 1, 2, 4, 3]))  # [B,G,1,L,L]
-    y = graph.op("MatMul", graph.op("Mul", similarity, graph.op("Exp", exponent)), x_dt)
+    # Inside the chunk: position t sees s <= t through exp(decay_t - decay_s). Masked before exp:
+    # above the diagonal the exponent is positive and would overflow. It is finite, so adding -inf
+    # masks as well as selecting does, and ONNX Runtime adds nearly 20 times as fast.
+    decay_t = graph.op("Unsqueeze", decay, last)
+    exponent = graph.op("Sub", decay_t, graph.op("Unsqueeze", decay, graph.constant([-2])))
+    within = graph.op("Exp", graph.op("Add", exponent, chunk.future))
+    similarity = graph.op("MatMul", c, graph.op("Transpose", b, perm=[0, 2, 1]))  # [B*G,L,L]
+    similarity = graph.reshape(similarity, -1, g, 1, chunk.length, chunk.length)
+    y = graph.op("MatMul", graph.op("Mul", similarity, within), x_dt)
     # From before the chunk: the old state, decayed to t.
-    carried = graph.op("MatMul", c, graph.op("Transpose", state, perm=[0, 1, 2, 4, 3]))
+    state = graph.op("Transpose", graph.reshape(past_ssm, -1, h * p, n), perm=[0, 2, 1])
+    carried = graph.reshape(graph.op("MatMul", c, state), -1, g, chunk.length, h, p)
+    carried = graph.op("Transpose", carried, perm=[0, 1, 3, 2, 4])
     y = graph.op("Add", y, graph.op("Mul", carried, graph.op("Exp", decay_t)))
-    skip = graph.reshape(weights("D", config.mamba_num_heads, dtype="float32"), g, per_group, 1, 1)
-    y = graph.op("Add", y, graph.op("Mul", x, skip))
-    y = graph.reshape(graph.op("Transpose", y, perm=[0, 3, 1, 2, 4]), 0, 0, inner)
+    y = graph.op("Add", y, graph.op("Mul", x, weights("D", g, h, 1, 1, dtype="float32")))
+    y = graph.reshape(graph.op("Transpose", y, perm=[0, 3, 1, 2, 4]), 0, 0, config.mamba_inner)
     if chunk.lengths is None:
         return y, None
-
-    total = graph.op("Slice", decay, graph.constant([-1]), graph.constant([2**62]), graph.constant([3]))  # [B,G,H/G,1]
-    to_end = graph.op("Unsqueeze", graph.op("Exp", graph.op("Sub", total, decay)), last_axis)
-    gained = graph.op("MatMul", graph.op("Transpose", graph.op("Mul", x_dt, to_end), perm=[0, 1, 2, 4, 3]), b)
-    kept = graph.op("Mul", state, graph.op("Unsqueeze", graph.op("Exp", total), last_axis))
-    new_state = graph.op("Add", kept, gained)
-    return y, graph.reshape(new_state, 0, config.mamba_num_heads, p, n)
+    return y, _new_state(graph, (x, dt, decay, b), config, past_ssm=past_ssm, chunk=chunk)
 
 
-def _by_group(graph: GraphBuilder, x: ir.Value, groups: int, size: int) -> ir.Value:
-    """[B,L,GN] as [B,G,1,L,N]: the heads of a group share B and C."""
-    x = graph.op("Transpose", graph.reshape(x, 0, 0, groups, size), perm=[0, 2, 1, 3])
-    return graph.op("Unsqueeze", x, graph.constant([2]))
+def _new_state(
+    graph: GraphBuilder,
+    inputs: tuple[ir.Value, ir.Value, ir.Value, ir.Value],
+    config: ModelConfig,
+    *,
+    past_ssm: ir.Value,
+    chunk: ChunkInfo,
+) -> ir.Value:
+    """The state [B,H,P,N] after the chunk: the old one decayed over all of it, and what it adds.
+
+    `inputs` is x [B,G,H/G,L,P], dt and decay [B,G,H/G,L], and B [B*G,L,N].
+    """
+    x, dt, decay, b = inputs
+    g, n, p = config.n_groups, config.ssm_state_size, config.mamba_head_dim
+    h, last = config.mamba_num_heads // g, graph.constant([-1])
+    total = graph.op("Slice", decay, last, graph.constant([2**62]), graph.constant([3]))
+    to_end = graph.op("Mul", dt, graph.op("Exp", graph.op("Sub", total, decay)))
+    gained = graph.op("Mul", x, graph.op("Unsqueeze", to_end, last))
+    gained = graph.op("Transpose", gained, perm=[0, 1, 3, 2, 4])
+    gained = graph.reshape(gained, -1, chunk.length, h * p)
+    gained = graph.op("MatMul", graph.op("Transpose", gained, perm=[0, 2, 1]), b)  # [B*G,HP/G,N]
+    kept = graph.op("Mul", past_ssm, graph.reshape(graph.op("Exp", total), 0, -1, 1, 1))
+    return graph.op("Add", kept, graph.reshape(gained, -1, g * h, p, n))
 
 
 def _time_steps(
@@ -181,7 +200,7 @@ def _time_steps(
     """Step sizes dt and the running sum of dt*A, both [B,G,H/G,L] float32; padding has dt 0 and so moves nothing."""
     heads, groups = config.mamba_num_heads, config.n_groups
     dt = graph.to_float32(graph.op("Transpose", raw, perm=[0, 2, 1]))  # [B,H,L]
-    bias = graph.reshape(weights("dt_bias", heads, dtype="float32"), heads, 1)
+    bias = weights("dt_bias", heads, 1, dtype="float32")
     dt = graph.op("Softplus", graph.op("Add", dt, bias))
     low, high = config.time_step_limit
     if low > 0 or high < math.inf:
@@ -189,10 +208,22 @@ def _time_steps(
         dt = graph.op("Clip", dt, *bounds)
     if chunk.valid is not None:
         dt = graph.op("Mul", dt, chunk.valid)
-    rate = graph.reshape(weights.negated_exp("A_log", heads), heads, 1)
-    running = graph.op("MatMul", graph.op("Mul", dt, rate), chunk.running_sum)
+    step = graph.op("Mul", dt, weights.negated_exp("A_log", heads, 1))
+    running = _running_sum(graph, step, chunk)
     split = (0, groups, heads // groups, -1)
     return graph.reshape(dt, *split), graph.reshape(running, *split)
+
+
+def _running_sum(graph: GraphBuilder, x: ir.Value, chunk: ChunkInfo) -> ir.Value:
+    """Running sums along the last axis of [B,H,L]; TensorRT miscompiles the operator for them.
+
+    Over a block they are sums of what is masked, which fuse with what is around them. Over a chunk
+    of any length that would be L x L numbers a head, and a product is faster.
+    """
+    if chunk.lengths is not None:
+        return graph.op("MatMul", x, graph.op("Transpose", chunk.until, perm=[1, 0]))
+    masked = graph.op("Mul", graph.op("Unsqueeze", x, graph.constant([-2])), chunk.until)
+    return graph.op("ReduceSum", masked, graph.constant([-1]), keepdims=0)
 
 
 def _gated_norm(graph: GraphBuilder, y: ir.Value, z: ir.Value, weights: LayerWeights, config: ModelConfig) -> ir.Value:

@@ -71,7 +71,7 @@ def _context(graph: GraphBuilder, config: ModelConfig) -> None:
     with graph.scope("embed"):
         h = _embed(graph, Tower.CONTEXT, graph.input(TOKENS), config)
     with graph.scope("chunk"):
-        chunk = _padded_chunk(graph)
+        chunk = _chunk(graph, graph.input(TOKENS), lengths=graph.input(CHUNK_LENGTH))
         mask = _causal_mask(graph, config)
     for i, kind in enumerate(config.layers):
         with graph.scope(f"layers.{i}.{kind.name.lower()}"):
@@ -110,8 +110,7 @@ def _denoiser(graph: GraphBuilder, config: ModelConfig) -> None:
         masks, fraction = mask_info(graph, config)
         shared = conditioning(graph, fraction, config)
     with graph.scope("block"):
-        positions = _range_of(graph, graph.input(BLOCK), axis=1)
-        chunk = ChunkInfo(*_triangles(graph, positions), valid=None, lengths=None)
+        chunk = _chunk(graph, graph.input(BLOCK), lengths=None)
         cached = _cached_mask(graph, config)
     tower = LayerWeights(graph, f"{Tower.DENOISER.value}.")
     for i, kind in enumerate(config.layers):
@@ -170,20 +169,21 @@ def _range_of(graph: GraphBuilder, x: ir.Value, *, axis: int) -> ir.Value:
     return graph.op("Range", graph.constant(0), graph.op("Squeeze", length), graph.constant(1))
 
 
-def _triangles(graph: GraphBuilder, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Of [L,L] positions: -inf where the second is after the first, else 0; 1 where the first is not after the second, else 0."""
-    row, column = graph.op("Unsqueeze", positions, graph.constant([1])), graph.op("Unsqueeze", positions, graph.constant([0]))
-    zero, never = graph.constant(0.0, "float32"), graph.constant(-math.inf, "float32")
-    future = graph.op("Where", graph.op("GreaterOrEqual", row, column), zero, never)
-    return future, graph.op("Cast", graph.op("LessOrEqual", row, column), to=ir.DataType.FLOAT)
-
-
-def _padded_chunk(graph: GraphBuilder) -> ChunkInfo:
-    positions = _range_of(graph, graph.input(TOKENS), axis=1)
-    lengths = graph.input(CHUNK_LENGTH)
-    valid = graph.op("Less", graph.op("Unsqueeze", positions, graph.constant([0])), graph.op("Unsqueeze", lengths, graph.constant([1])))
-    valid = graph.op("Unsqueeze", graph.op("Cast", valid, to=ir.DataType.FLOAT), graph.constant([1]))  # [B,1,L]
-    return ChunkInfo(*_triangles(graph, positions), valid=valid, lengths=lengths)
+def _chunk(graph: GraphBuilder, tokens: ir.Value, *, lengths: ir.Value | None) -> ChunkInfo:
+    """What there is to know of a chunk [B,L]; with `lengths` [B] what comes after is padding."""
+    length = graph.op("Shape", tokens, start=1, end=2)
+    positions = _range_of(graph, tokens, axis=1)
+    first, second = (graph.op("Unsqueeze", positions, graph.constant([axis])) for axis in (1, 0))
+    seen = graph.op("GreaterOrEqual", first, second)
+    never = graph.constant(-math.inf, "float32")
+    future = graph.op("Where", seen, graph.constant(0.0, "float32"), never)
+    until = graph.op("Cast", seen, to=ir.DataType.FLOAT)
+    if lengths is None:
+        return ChunkInfo(length, future, until, valid=None, lengths=None)
+    valid = graph.op("Less", second, graph.op("Unsqueeze", lengths, graph.constant([1])))
+    valid = graph.op("Cast", valid, to=ir.DataType.FLOAT)
+    valid = graph.op("Unsqueeze", valid, graph.constant([1]))  # [B,1,L]
+    return ChunkInfo(length, future, until, valid=valid, lengths=lengths)
 
 
 def _causal_mask(graph: GraphBuilder, config: ModelConfig) -> ir.Value | None:
