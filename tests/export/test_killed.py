@@ -22,6 +22,7 @@ from twotower.bundle import DATA_SUFFIX, MANIFEST_FILE, Bundle
 from twotower.errors import BundleError, CheckpointError, ExportError
 from twotower.export import Checkpoint, export_bundle
 from twotower.export import exporter as exporter_module
+from twotower.export import manifest as manifest_module
 
 # Says where it is and stays there until it is killed.
 CHILD = """
@@ -96,10 +97,10 @@ def test_a_write_that_the_system_refuses_leaves_nothing(tmp_path: Path, size: in
 
 
 STEPS: dict[str, tuple[Any, str]] = {
-    "saving a graph": (exporter_module, "save_graph"),
+    "saving a graph": (exporter_module, "save_program"),
     "copying the tokenizer": (exporter_module.shutil, "copyfile"),
     "writing the report": (exporter_module, "write_json"),
-    "hashing the small files": (exporter_module, "hash_file"),
+    "hashing the small files": (manifest_module, "hash_file"),
     "publishing": (Path, "rename"),
 }
 
