@@ -90,18 +90,22 @@ def test_graphs_are_clean_and_of_standard_operators(few: Any, recipe: str) -> No
 
 
 def test_bytes_of_a_half_width_bundle(tmp_path: Path) -> None:
-    """The sizes that are promised: of the whole bundle in 8 bits, of the experts in 4."""
+    """The sizes that are promised: of all weights in 8 bits, of the experts in 4.
+
+    Graphs and tables take 100 KB in either bundle, which only shows in one of 5 MB.
+    """
     from twotower.export import Checkpoint, ExportConfig, export_bundle
 
     half = export_bundle(Checkpoint.open(TINY), tmp_path / "half", ExportConfig(dtype="bfloat16"))
     sizes = {}
     for recipe in ("int8-weights", "int4-experts"):
         made = quantize_bundle(half, plan_quantization(half, load_recipe(recipe)), tmp_path / recipe)
-        sizes[recipe] = sum(f.size for f in made.files.values()) / sum(f.size for f in half.files.values())
+        data = [sum(b.data_file(name).stat().st_size for name in GRAPH_FILES) for b in (made, half)]
+        sizes[recipe] = data[0] / data[1]
         experts = bytes_by_kind(made)["routed_expert"] / bytes_by_kind(half)["routed_expert"]
         assert experts <= {"int8-weights": 0.55, "int4-experts": 0.32}[recipe]
         assert bytes_by_kind(made)["conditioning"] == bytes_by_kind(half)["conditioning"]
-    assert sizes["int8-weights"] <= 0.55
+    assert sizes["int8-weights"] <= 0.545
 
 
 def test_the_manifest_says_what_was_done(few: Any, tiny_bundle: Path) -> None:
