@@ -17,6 +17,7 @@ __all__ = [
     "capacity_limit",
     "commit_floor",
     "prefill_plan",
+    "row_counts",
 ]
 
 SMALLEST_BUCKET = 256
@@ -24,6 +25,11 @@ SMALLEST_BUCKET = 256
 
 CHUNK_WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, MAX_CHUNK)
 """Widths the chunks of prompts are padded to on a device: a binding, and kernels, for each of them and not for every width there is."""
+
+
+def row_counts(most: int) -> tuple[int, ...]:
+    """Numbers of rows a batch is padded to on a device: 1, 2, 4, 8, ... and `most`, so that few shapes exist."""
+    return (*(1 << n for n in range(most.bit_length()) if 1 << n < most), most)
 
 
 def commit_floor(masked: int, step: int, steps: int) -> int:

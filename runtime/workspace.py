@@ -21,7 +21,7 @@ _MOST_CONTEXT_BINDINGS = 32  # prompts end in chunks of any width; a session sho
 
 
 class Workspace:
-    """Buffers and bindings for one number of rows, reused from request to request.
+    """Buffers and bindings for one number of rows, reused from request to request; a run may use fewer.
 
     Bindings are made when they are first needed and kept: of the context engine for each chunk width and state set, of the denoiser for
     each state set. A step in the loop then writes small arrays in place and runs a binding, and does nothing else.
@@ -32,15 +32,21 @@ class Workspace:
         capacity: T to begin with.
 
     Attributes:
-        chunk_length: [B] int64, valid tokens in each row's chunk.
-        past_length: [B] int64, tokens each row has read.
-        candidate_ids: [B,K] int64 and
-        candidate_logprobs: [B,K] float32, what the head wrote last.
+        chunk_length: [N] int64, valid tokens in each used row's chunk.
+        past_length: [N] int64, tokens each of them has read.
+        candidate_ids: [N,K] int64 and
+        candidate_logprobs: [N,K] float32, what the head wrote last.
     """
+
+    chunk_length: Array
+    past_length: Array
+    candidate_ids: Array
+    candidate_logprobs: Array
 
     def __init__(self, towers: Towers, *, rows: int, capacity: int) -> None:
         self.rows = rows
         self._towers = towers
+        self._unmasked = int(towers.config.mask_token_id == 0)  # any token that is no mask
         self._memory = memory = towers.memory
         context, head = towers.context.signature, towers.context_head.signature
         # Tokens last: what a narrow chunk leaves of them unused is then not copied to a device.
@@ -56,18 +62,34 @@ class Workspace:
             state = state_tensors(towers.config, towers.dtype)
             self._state = ContextState(memory, state, rows=rows, capacity=capacity)
             undo.pop_all()
-        self.chunk_length, self.past_length = memory.host(self._small[CHUNK_LENGTH]), memory.host(self._small[PAST_LENGTH])
-        self.candidate_ids = memory.host(self._head[CANDIDATE_IDS])
-        self.candidate_logprobs = memory.host(self._head[CANDIDATE_LOGPROBS])
         self._denoiser_arrays: DenoiserArrays | None = None
         self._context: dict[tuple[int, int], Binding] = {}
         self._denoiser: dict[int, Binding] = {}
         self._head_binding: Binding | None = None
+        self.use(rows)
 
     @property
     def capacity(self) -> int:
         """Positions the keys and values have room for."""
         return self._state.capacity
+
+    def use(self, rows: int) -> None:
+        """Takes the first N rows for the next run.
+
+        The arrays show these alone. The others are padding, which computes nothing anybody sees:
+        their chunks hold no valid token, so that their state stays as it is, and their blocks no mask.
+        """
+        assert 0 < rows <= self.rows, "a workspace is chosen for its rows"
+        self._used = rows
+        small = {**self._small, **self._head}
+        for name in (CHUNK_LENGTH, PAST_LENGTH):
+            self._memory.host(small[name])[rows:] = 0
+        self.chunk_length = self._memory.host(small[CHUNK_LENGTH])[:rows]
+        self.past_length = self._memory.host(small[PAST_LENGTH])[:rows]
+        self.candidate_ids = self._memory.host(small[CANDIDATE_IDS])[:rows]
+        self.candidate_logprobs = self._memory.host(small[CANDIDATE_LOGPROBS])[:rows]
+        if self._denoiser_arrays is not None:
+            self._denoiser_arrays.use(rows, unmasked=self._unmasked)
 
     def clear(self) -> None:
         """Back to the start of a text."""
@@ -79,8 +101,11 @@ class Workspace:
         self._state.grow(capacity)
 
     def tokens(self, width: int) -> Array:
-        """The context engine's chunk of this width, [B,L] int64, to be written in place; all widths share their memory."""
-        return self._memory.host(self._chunk(width))
+        """The context engine's chunk of this width, [N,L] int64, to be written in place.
+
+        All widths share their memory.
+        """
+        return self._memory.host(self._chunk(width))[: self._used]
 
     def denoiser(self, block_size: int) -> DenoiserArrays:
         """The denoiser's small arrays for this block size."""
@@ -90,7 +115,9 @@ class Workspace:
             if arrays is not None:
                 self._memory.release(tuple(arrays.by_name.values()))
             signature = self._towers.denoiser.signature
-            arrays = self._denoiser_arrays = DenoiserArrays(self._memory, signature, rows=self.rows, block_size=block_size)
+            arrays = DenoiserArrays(self._memory, signature, rows=self.rows, block_size=block_size)
+            arrays.use(self._used, unmasked=self._unmasked)
+            self._denoiser_arrays = arrays
         return arrays
 
     def extend(self, width: int, stream: Stream) -> Event:

@@ -27,22 +27,24 @@ class Workspaces:
         """Cleared buffers for `needed` positions, those of the last run if they have the very size: a larger cache would be slower.
 
         Args:
-            rows: B.
+            rows: N; it has as many, or the next number of rows engines are bound for.
             needed: Positions the run begins with.
             largest: Most positions a session may have.
         """
         limits = self._towers.limits
         capacity = limits.capacity if limits is not None else capacity_bucket(needed, largest)
         work, self._idle = self._idle, None
-        if work is not None and (work.rows, work.capacity) != (rows, capacity):
+        bound = next((count for count in self._towers.row_counts if count >= rows), rows)
+        if work is not None and (work.rows, work.capacity) != (bound, capacity):
             work.close()  # before the new buffers are allocated
             work = None
         if work is None:
-            work = Workspace(self._towers, rows=rows, capacity=capacity)
+            work = Workspace(self._towers, rows=bound, capacity=capacity)
         else:
             with Cleanup(work.close) as undo:
                 work.clear()
                 undo.pop_all()
+        work.use(rows)
         self._working.append(work)
         return work
 

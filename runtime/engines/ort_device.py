@@ -22,7 +22,7 @@ from twotower.runtime.engines.devices import chosen_devices, require_room
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.memory import numpy_dtype
 from twotower.runtime.placement import place_engines, places_of_tensors
-from twotower.runtime.schedule import CHUNK_WIDTHS
+from twotower.runtime.schedule import CHUNK_WIDTHS, row_counts
 from twotower.runtime.streams import Streams
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TOKENS, TowerSignature, signatures, state_tensors
 
@@ -30,6 +30,7 @@ __all__ = ["OrtDeviceEngine", "OrtLibrary", "open_ort_cuda"]
 
 TARGET = "ort-cuda"
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
+_MOST_ROWS = 1 << 12  # sessions take any number; beyond this a batch is not padded
 
 
 class OrtLibrary(Protocol):
@@ -107,6 +108,7 @@ def open_ort_cuda(
         memory=memory,
         streams=streams,
         chunk_widths=CHUNK_WIDTHS,
+        row_counts=row_counts(_MOST_ROWS),
     )
 
 

@@ -23,7 +23,7 @@ from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.memory import numpy_dtype
 from twotower.runtime.placement import place_engines, places_of_tensors
-from twotower.runtime.schedule import CHUNK_WIDTHS
+from twotower.runtime.schedule import CHUNK_WIDTHS, row_counts
 from twotower.runtime.streams import Streams
 from twotower.runtime.weights import WeightStore
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, MAX_CHUNK, signatures, state_tensors
@@ -135,6 +135,7 @@ def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[
         streams=Streams(queues[CONTEXT], queues[DENOISER]),
         limits=limits,
         chunk_widths=CHUNK_WIDTHS,
+        row_counts=row_counts(limits.max_batch),
         fixed_block=bundle.trained_block_size,
         owned=(with_.weights.close,),
     )

@@ -26,6 +26,7 @@ class Towers:
         streams: The two towers' queues.
         limits: What was fixed when they were built; None for engines of any number of rows and any length.
         chunk_widths: Widths of a prompt's chunks they are bound for, ascending; empty for any width. Every width costs a binding.
+        row_counts: Numbers of rows they are bound for, ascending; empty for any number. A batch is padded to the next of them.
         fixed_block: The only block size the denoiser computes; None for any.
         owned: What else is closed with them, after everything that uses it: the weights on a device.
     """
@@ -39,6 +40,7 @@ class Towers:
     streams: Streams = field(default_factory=Streams)
     limits: EngineLimits | None = None
     chunk_widths: tuple[int, ...] = ()
+    row_counts: tuple[int, ...] = ()
     fixed_block: int | None = None
     owned: tuple[Callable[[], None], ...] = ()
 

@@ -177,7 +177,7 @@ def test_capacity_beyond_memory_is_said_with_what_is_free(copied: Bundle) -> Non
     with TwoTower.from_towers(open_(copied, cuda=api)) as model:
         api._memory = (1 << 34) - api._free(0) + 5000
         before = dict(api.leaked)
-        with pytest.raises(RequestError, match="not enough memory for 3 row") as error:
+        with pytest.raises(RequestError, match="not enough memory for 4 row") as error:
             model.generate([[5], [6], [7]], GenerationConfig(max_new_tokens=1))
         assert "are free on device 0" in error.value.found
         assert api.leaked["memory"] == before["memory"], "what was allocated before the failure is given back at once"

@@ -1,0 +1,112 @@
+"""Rows on a device: a batch is padded, and neither padding nor company changes a bit of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from twotower import GenerationConfig
+from twotower.runtime import Request
+from twotower.runtime.engines import tensorrt_open
+
+Steps = dict[tuple[int, int], tuple[bytes, ...]]
+
+
+@st.composite
+def requests(draw: Any) -> Request:
+    """A prompt with options of its own."""
+    config = GenerationConfig(
+        max_new_tokens=draw(st.sampled_from([1, 16, 30, 48])),
+        confidence_threshold=draw(st.sampled_from([0.02, 0.5, 1.0])),
+        steps_per_block=draw(st.sampled_from([1, 4, 16])),
+        temperature=draw(st.sampled_from([0.0, 0.9])),
+        seed=draw(st.integers(0, 9)),
+        ignore_eos=True,
+    )
+    return Request(draw(st.lists(st.integers(4, 250), min_size=2, max_size=40)), config)
+
+
+def generated(model: Any, batch: list[Request]) -> list[tuple[tuple[int, ...], Steps]]:
+    """Each row's tokens, and what the denoiser made of it in every step, to the bit."""
+    steps: list[Steps] = [{} for _ in batch]
+
+    def on_step(record: Any) -> None:
+        assert record.block_in.shape[0] == len(record.rows) == len(batch), "padding is nobody's"
+        for place, row in enumerate(record.rows):
+            if row >= 0:
+                arrays = (record.block_in, record.predicted, record.confidence, record.next_block)
+                bits = tuple(a[place].tobytes() for a in arrays)
+                steps[row][record.block_index, record.step] = bits
+
+    results = model.generate(batch, on_step=on_step)
+    return [(result.tokens, own) for result, own in zip(results, steps, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_neither_company_nor_padding_changes_a_bit_of_a_row(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+) -> None:
+    """A row alone is padded to four here, and prompts have two tokens or more.
+
+    ONNX Runtime, which computes, sums a product of a single row in another order than one of
+    several. That is its arithmetic and not the runtime's, and would be all that is seen.
+    """
+    monkeypatch.setattr(tensorrt_open, "row_counts", lambda most: (most,))
+    with opened(built("hybrid-b", dtype=dtype)) as it:
+
+        @settings(max_examples=12, suppress_health_check=list(HealthCheck))
+        @given(st.lists(requests(), min_size=2, max_size=4))
+        def holds(batch: list[Request]) -> None:
+            together = generated(it.model, batch)
+            alone = [generated(it.model, [request])[0] for request in batch]
+            assert together == alone
+
+        holds()
+
+
+@pytest.mark.parametrize(("rows", "bound"), [(1, 1), (2, 2), (3, 4), (4, 4)])
+def test_a_batch_is_padded_to_few_numbers_of_rows(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+    rows: int,
+    bound: int,
+) -> None:
+    with opened(built()) as it:
+        out = it.model.generate(
+            [[5, 6, 7]] * rows,
+            GenerationConfig(max_new_tokens=20, ignore_eos=True),
+        )
+        assert len(out) == rows
+        assert it.model._workspaces._idle.rows == bound
+
+
+def test_a_workspace_serves_fewer_rows_after_more(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+) -> None:
+    """What the fourth row left in the small arrays is gone: as padding it has no masks and no text."""
+    options = GenerationConfig(
+        max_new_tokens=40,
+        confidence_threshold=0.5,
+        temperature=0.8,
+        seed=3,
+        ignore_eos=True,
+    )
+    prompts = [np.random.default_rng(n).integers(4, 250, 9 + n).tolist() for n in range(4)]
+    with opened(built()) as it:
+        alone = [it.model.generate(p, options).tokens for p in prompts]
+        assert [out.tokens for out in it.model.generate(prompts, options)] == alone
+        assert [out.tokens for out in it.model.generate(prompts[:3], options)] == alone[:3]
+        work = it.model._workspaces._idle
+        for name, whole in work._denoiser_arrays._whole.items():
+            if name not in ("next_block", "predicted", "confidence", "masked_left"):
+                assert (whole[3:] == (name == "block") * work._unmasked).all(), name
+        assert (it.towers.memory.host(work._small["chunk_length"])[3:] == 0).all()
