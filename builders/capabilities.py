@@ -10,12 +10,14 @@ from twotower.errors import BuildError
 from twotower.flavour import Flavour
 from twotower.hardware import Machine
 
-__all__ = ["DEFAULT_SMS", "Capabilities", "chosen_capabilities"]
+__all__ = ["DEFAULT_SMS", "HALF_ONLY_SM", "Capabilities", "chosen_capabilities"]
 
 DEFAULT_SMS = (86, 89, 120)
 """Without a GPU to ask: GeForce RTX 30, 40 and 50 and the professional cards of those generations."""
 
-_HALF_ONLY = (75,)  # compute capabilities for which products in float32 and bfloat16 are refused
+HALF_ONLY_SM = 75
+"""TensorRT for RTX has matrix products in float16 only for this compute capability."""
+
 _OTHER = "choose others with --sm; for Hopper and data-centre Blackwell use `--target trt` or `--target ort-cuda`"
 _AT_HAND = "build on the machine that will run it, or use `--target rtx`, which builds ahead of time for RTX GPUs"
 _FORMATS = "leave it out of --sm, or quantize with a recipe of formats it has (docs/quantization.md)"
@@ -34,6 +36,11 @@ class Capabilities:
     sms: tuple[int, ...]
     named: tuple[int, ...] = ()
     current: bool = False
+
+    @property
+    def half_only(self) -> bool:
+        """Whether one of them has no matrix products but in float16."""
+        return HALF_ONLY_SM in self.named
 
 
 def chosen_capabilities(
@@ -93,11 +100,10 @@ def _require_formats(bundle: Bundle, sms: tuple[int, ...], first: int) -> None:
 
 
 def _require_products(bundle: Bundle, sms: tuple[int, ...], flavour: Flavour) -> None:
-    narrow = [sm for sm in sms if sm in _HALF_ONLY] if bundle.dtype != "float16" else []
-    if narrow:
-        others = ", ".join(str(sm) for sm in flavour.sms if sm not in _HALF_ONLY)
+    if HALF_ONLY_SM in sms and bundle.dtype != "float16":
+        others = ", ".join(str(sm) for sm in flavour.sms if sm != HALF_ONLY_SM)
         raise BuildError(
-            f"SM {narrow[0]} has no products in {bundle.dtype}",
+            f"SM {HALF_ONLY_SM} has no products in {bundle.dtype}",
             found=f"supported in {bundle.dtype}: {others}",
             do="export with --dtype float16, or leave it out of --sm",
         )

@@ -19,6 +19,7 @@ from twotower.builders.capabilities import Capabilities, chosen_capabilities
 from twotower.builders.cut import PROGRAM_BYTES, build_memory, cut_layers, even_layers, most_weights
 from twotower.builders.engine_plan import EnginePlan, plan_key
 from twotower.builders.expanded import expands_experts, require_fused
+from twotower.builders.float32_sums import sum_float32_products
 from twotower.builders.make_engine import EngineMaker
 from twotower.builders.memory import require_build_memory
 from twotower.builders.profiles import cache_capacity, profiles
@@ -146,6 +147,8 @@ class TensorRTBuilder:
         gpu = self._gpu() if chosen.current or not self.flavour.sms else None
         for piece in self._pieces(bundle, config):
             made = self._segment(bundle, piece, limits)
+            if chosen.half_only:
+                sum_float32_products(made.model)
             notes, operators = _notes(made.model, piece), Counter(node.op_type for node in made.model.graph.node)
             places = place_weights(made.model, config.weights)
             if places.inside:

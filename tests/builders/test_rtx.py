@@ -14,6 +14,7 @@ import pytest
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder, load_engine_record, read_engine_record
 from twotower.errors import BuildError, ConfigError, EngineMismatchError
+from twotower.hardware import RTX_SMS
 
 pytestmark = [pytest.mark.trt_rtx, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
@@ -63,14 +64,14 @@ def test_the_graphs_build_without_an_unexplained_word(folder: Path, name: str, d
         assert set(re.findall(rb"stream_capturable=(\d)", program)) == {b"1"}
 
 
-def check_programs(bundle: Bundle, record: Any) -> None:
+def check_programs(bundle: Bundle, record: Any, sms: tuple[int, ...] = SMS) -> None:
     """What the plans themselves say of their passes."""
     kinds = Counter(kind.name.lower() for kind in bundle.config.layers)
     for graph, (engine,) in record.engines.items():
         told = record.report["engines"][engine.file]["inspector"]["programs"]
         assert [p["profile"] for p in told] == list(range(len(engine.profiles)))
         for program in told:
-            assert (program["sms"], program["streams"], program["events"], program["waits"]) == (list(SMS), 1, 1, 0)
+            assert (program["sms"], program["streams"], program["events"], program["waits"]) == (list(sms), 1, 1, 0)
             assert program["capturable"]
             assert program["expanded"] == []
             assert sum(kind["kernels"] for kind in program["by_kind"].values()) == program["kernels"]
@@ -98,6 +99,18 @@ def test_the_library_chooses_its_own_set_of_gpus_when_it_is_asked_to(
     with pytest.raises(BuildError, match="builds for the GPU at hand only") as error:
         build_engines(bundle, "rtx", builder, config=BuildConfig(max_context=256))
     assert "no NVIDIA GPU" in error.value.found
+
+
+def test_float16_builds_for_every_compute_capability(folder: Path) -> None:
+    """SM 75 has no products in float32: they are sums, and no product of single elements lies in memory."""
+    bundle = exported(folder, "tiny", "float16")
+    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=RTX_SMS, max_context=256))
+    assert not unexplained(record)
+    check_programs(bundle, record, RTX_SMS)
+    config, chunk = bundle.config, 256
+    apart = 4 * 8 * config.mamba_num_heads * chunk * chunk * config.mamba_head_dim  # of one product of the scan, 8 rows
+    prefill = record.report["engines"]["context.engine"]["inspector"]["programs"][0]
+    assert prefill["scratch"] < apart / 4
 
 
 def test_a_second_build_is_instant_and_other_options_build_again(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from twotower.builders.base import DEFAULT_MAX_BATCH, DEFAULT_MAX_CONTEXT, BuildConfig
+from twotower.builders.capabilities import HALF_ONLY_SM
 from twotower.builders.profiles import cache_capacity
 from twotower.config.formats import stack_is_expanded
 from twotower.config.generation import GenerationConfig
@@ -15,7 +16,6 @@ from twotower.planning.weights import EXPERT_FORMATS, Formats
 
 __all__ = [
     "DTYPES",
-    "HALF_ONLY_SM",
     "MODES",
     "TENSORRT",
     "PlanOptions",
@@ -32,8 +32,6 @@ __all__ = [
 DTYPES = ("float32", "float16", "bfloat16")
 MODES = ("diffusion", "ar")
 TENSORRT = ("rtx", "trt")
-HALF_ONLY_SM = 75
-"""TensorRT for RTX has products in float16 only for this compute capability."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
