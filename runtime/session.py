@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
@@ -27,6 +28,7 @@ from twotower.runtime.session_lock import SessionLock
 from twotower.runtime.settings import LoopSettings
 from twotower.runtime.streams import Streams
 from twotower.runtime.tokenizer import Tokenizer
+from twotower.runtime.warm_up import run_every_pass
 from twotower.runtime.workspaces import Workspaces
 from twotower.spec import MAX_CHUNK
 
@@ -75,6 +77,7 @@ class TwoTower:
         preset: str | None = None,
         progress: Progress | None = None,
         loading: Progress | None = None,
+        warm_up: Sequence[int] | None = None,
     ) -> Self:
         """Opens a bundle.
 
@@ -90,6 +93,8 @@ class TwoTower:
             preset: Name of the bundle's preset to use as default, e.g. `fast`; None for the bundle's own default.
             progress: Called with (bytes checked, bytes to check).
             loading: Called with (bytes loaded, bytes to load) while weights go to a device; `progress` where it is None.
+            warm_up: Numbers of rows that are made ready to serve; see `warm_up`. None for 1 and
+                `max_batch` where a library compiles kernels when they first run, for nothing elsewhere.
 
         Raises:
             BundleError: the folder is not a sound bundle.
@@ -127,6 +132,8 @@ class TwoTower:
                 max_batch=max_batch,
                 max_context=max_context,
             )
+            usual = (session._max_batch, 1) if towers.compiles else ()
+            session.warm_up(usual if warm_up is None else warm_up, optional=warm_up is None)
             undo.pop_all()
         session._target = chosen
         return session
@@ -319,6 +326,40 @@ class TwoTower:
         scores = [g.score() for g in given]
         return scores[0] if single else scores
 
+    def warm_up(self, rows: Sequence[int], *, optional: bool = False) -> None:
+        """Runs every pass for numbers of rows, so that nothing is compiled while requests wait.
+
+        Batches are padded to the next number of rows that is ready; before any is, to the next of 1,
+        2, 4, 8, ... . What was compiled is saved beside the engines and read at the next opening.
+
+        Args:
+            rows: Each is ready afterwards, or the next number of rows the engines are bound for.
+            optional: Goes on, and says so in the log, where there is not enough memory for so many.
+
+        Raises:
+            ConfigError: a number is not from 1 to `max_batch`.
+            RequestError: there is not enough memory.
+        """
+        self._check_open()
+        _check_warm_up(rows, self._max_batch)
+        largest = capacity_limit(self._limits.max_context, self._max_chunk)
+        block = self._towers.fixed_block or self._limits.trained_block_size
+        widths = (self._max_chunk, min(block, self._max_chunk), 1)
+        run = partial(run_every_pass, widths=widths, block_size=block, streams=self._streams)
+        with self._lock:
+            # The smallest last: its buffers are kept for the first request.
+            for count in sorted(set(rows), reverse=True):
+                started = perf_counter()
+                try:
+                    self._workspaces.warm_up(count, largest, run)
+                except RequestError as e:
+                    if not optional:
+                        raise
+                    logger.warning("%d rows are not warmed up: %s", count, e.found)
+                else:
+                    logger.info("%d row(s) warmed up in %.2f s", count, perf_counter() - started)
+            self._towers.keep()
+
     def relocate(self) -> None:
         """Moves the keys and values of running calls to other memory, as a growing text does: for checks, from a callback between passes.
 
@@ -377,6 +418,7 @@ class TwoTower:
                     yield BlockEvent(row.index, taken.tokens, taken.text, done, result)
             end.pop_all()
         self._workspaces.give_back(work, sound=True)
+        self._towers.keep()
 
     def _in_turns(self, events: Generator[BlockEvent, None, None]) -> Generator[BlockEvent, None, None]:
         """The same events; the session is held only while one is computed."""
@@ -403,6 +445,16 @@ class TwoTower:
             raise RequestError(
                 "this session is closed", found="a call after close() or after the end of its `with` statement", do="open the bundle again"
             )
+
+
+def _check_warm_up(rows: Sequence[int], max_batch: int) -> None:
+    wrong = [n for n in rows if not 1 <= n <= max_batch]
+    if wrong:
+        raise ConfigError(
+            f"{wrong[0]} rows cannot be warmed up",
+            found=f"this session takes 1 to {max_batch} together",
+            do="name others, or open it with a larger max_batch",
+        )
 
 
 def _check_options(longest: int, *, max_batch: int, max_context: int | None, max_chunk: int) -> None:

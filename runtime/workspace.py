@@ -36,6 +36,7 @@ class Workspace:
         past_length: [N] int64, tokens each of them has read.
         candidate_ids: [N,K] int64 and
         candidate_logprobs: [N,K] float32, what the head wrote last.
+        unmasked: A token that is no mask, for the blocks of rows that have nothing to do.
     """
 
     chunk_length: Array
@@ -46,7 +47,7 @@ class Workspace:
     def __init__(self, towers: Towers, *, rows: int, capacity: int) -> None:
         self.rows = rows
         self._towers = towers
-        self._unmasked = int(towers.config.mask_token_id == 0)  # any token that is no mask
+        self.unmasked = int(towers.config.mask_token_id == 0)  # any token that is no mask
         self._memory = memory = towers.memory
         context, head = towers.context.signature, towers.context_head.signature
         # Tokens last: what a narrow chunk leaves of them unused is then not copied to a device.
@@ -89,7 +90,7 @@ class Workspace:
         self.candidate_ids = self._memory.host(small[CANDIDATE_IDS])[:rows]
         self.candidate_logprobs = self._memory.host(small[CANDIDATE_LOGPROBS])[:rows]
         if self._denoiser_arrays is not None:
-            self._denoiser_arrays.use(rows, unmasked=self._unmasked)
+            self._denoiser_arrays.use(rows, unmasked=self.unmasked)
 
     def clear(self) -> None:
         """Back to the start of a text."""
@@ -116,7 +117,7 @@ class Workspace:
                 self._memory.release(tuple(arrays.by_name.values()))
             signature = self._towers.denoiser.signature
             arrays = DenoiserArrays(self._memory, signature, rows=self.rows, block_size=block_size)
-            arrays.use(self._used, unmasked=self._unmasked)
+            arrays.use(self._used, unmasked=self.unmasked)
             self._denoiser_arrays = arrays
         return arrays
 

@@ -6,7 +6,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ class EngineRoom:
         scratch: Activation memory of each device, address and bytes: one for all engines, as no two of them run at the same time.
         handover: On each device, where segments hand the residual stream over: two halves that take turns; and the conditioning.
         turns: Keeps executions on a device apart.
+        rows: Numbers of rows kernels are specialised for.
         uncapturable: Engines the library has refused to capture; each is said once.
     """
 
@@ -54,7 +54,14 @@ class EngineRoom:
     scratch: dict[int, tuple[int, int]] = field(default_factory=dict)
     handover: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     turns: dict[int, Turns] = field(default_factory=lambda: defaultdict(Turns))
+    rows: tuple[int, ...] = ()
     uncapturable: set[str] = field(default_factory=set)
+
+    def keep_kernels(self) -> None:
+        """Saves what was compiled since it was last saved."""
+        for plan in self.loader.unsaved:
+            self.cuda.use(plan.device)
+            self.loader.keep_kernels(plan)
 
 
 class TensorRTEngine:
@@ -95,8 +102,9 @@ class TensorRTEngine:
         sizes = _sizes(self.signature, arrays)
         profiles = [_profile(plan, sizes) for plan in self._plans]
         fixed = all(least == most for number, plan in zip(profiles, self._plans, strict=True) for least, most in _ends(plan, number))
+        specialised = fixed and sizes.get("B") in self._room.rows
         bound = [
-            self._bound(plan, index, arrays, (number, sizes, fixed))
+            self._bound(plan, index, arrays, (number, sizes, specialised))
             for index, (plan, number) in enumerate(zip(self._plans, profiles, strict=True))
         ]
         run = _Segments(self._room, bound, None if self._copies is None else self._copies.of(arrays, sizes))
@@ -125,10 +133,10 @@ class TensorRTEngine:
         how: tuple[int, dict[str, int], bool],
     ) -> _Segment:
         """An execution context of one segment with its profile, shapes and addresses set."""
-        number, sizes, fixed = how
+        number, sizes, specialised = how
         room, device = self._room, plan.device
         room.cuda.use(device)
-        execution = room.loader.context(plan, fixed=fixed)
+        execution = room.loader.context(plan, specialised=specialised)
         inputs = {spec.name: spec for spec in plan.part.inputs}
         names = [spec.name for spec in (*plan.part.inputs, *plan.part.outputs)]
         weights = {w.name: room.weights.address(self._data, w.name, device) for w in plan.part.weights}
@@ -228,16 +236,11 @@ class _Segments:
 
     def close(self) -> None:
         """Frees the contexts, then the events; idempotent. Kernels compiled for a context are kept first: they may go with it."""
-        plans, events = [bound.plan for bound in self._bound], list(self._events.values())
-        keep = [partial(self._keep_kernels, plan) for plan in plans]
+        events = list(self._events.values())
         self._events.clear()
         contexts = [bound.execution.close for bound in self._bound]
         self._bound.clear()
-        close_all((*keep, *contexts, *(event.close for event in events)))
-
-    def _keep_kernels(self, plan: Plan) -> None:
-        self._room.cuda.use(plan.device)
-        self._room.loader.keep_kernels(plan)
+        close_all((self._room.keep_kernels, *contexts, *(event.close for event in events)))
 
     def _hand_over(self, queue: CudaStream, bound: _Segment, source: int) -> None:
         """Brings what a segment reads from the device before it; the later device's stream waits for the earlier one's."""

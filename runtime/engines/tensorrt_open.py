@@ -104,7 +104,8 @@ def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[
         queues[name] = CudaStream(cuda, placed[name])
         with_.undo.callback(queues[name].close)
     loader = PlanLoader(with_.flavour, {t.present.name: t.past.name for t in state if t.in_place})
-    room = EngineRoom(cuda, loader, memory, with_.weights, with_.graphs)
+    rows = row_counts(limits.max_batch)
+    room = EngineRoom(cuda, loader, memory, with_.weights, with_.graphs, rows=rows)
     folder = engine_folder(bundle, record.target)
     plans: dict[str, list[Plan]] = {}
     for name, parts in record.engines.items():
@@ -135,7 +136,9 @@ def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[
         streams=Streams(queues[CONTEXT], queues[DENOISER]),
         limits=limits,
         chunk_widths=CHUNK_WIDTHS,
-        row_counts=row_counts(limits.max_batch),
+        row_counts=rows,
+        compiles=with_.flavour.runtime_cache,
+        keep=room.keep_kernels,
         fixed_block=bundle.trained_block_size,
         owned=(with_.weights.close,),
     )

@@ -75,6 +75,7 @@ class PlanLoader:
         self._said: deque[tuple[bool, str]] = deque(maxlen=_KEPT_LINES)
         self._logger = _make_logger(flavour.module, self._said)
         self._runtime = flavour.module.Runtime(self._logger)
+        self._unsaved: dict[int, Plan] = {}  # by its engine's identity: contexts were made since it was saved
 
     def load(self, file: Path, part: EngineFile, device: int) -> Plan:
         """Brings an engine to the current device, which must be `device`; the file is mapped and not read into memory first.
@@ -100,13 +101,14 @@ class PlanLoader:
                 logger.info("%s is of another GPU, driver or library; kernels are compiled again", cache_file)
         return Plan(part, device, engine, int(engine.device_memory_size_v2), cache, cache_file, config)
 
-    def context(self, plan: Plan, *, fixed: bool) -> Execution:
+    def context(self, plan: Plan, *, specialised: bool) -> Execution:
         """An execution context without activation memory of its own.
 
         Args:
             plan: The engine.
-            fixed: It will run in one shape again and again, so kernels may be compiled for that very shape. That is done at once and
-                not behind the first runs, which a captured graph would freeze.
+            specialised: It will run in one of few shapes, so kernels are compiled for that very shape. That
+                is done at once, inside the first run, and not behind the first runs, which a captured
+                graph would freeze.
         """
         trt = self.flavour.module
         config = plan.engine.create_runtime_config()
@@ -115,7 +117,9 @@ class PlanLoader:
             config.set_runtime_cache(plan.cache)
             config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # a whole pass is captured here, copies included
             kinds = trt.DynamicShapesKernelSpecializationStrategy
-            config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if fixed else kinds.NONE
+            kind = kinds.EAGER if specialised else kinds.NONE
+            config.dynamic_shapes_kernel_specialization_strategy = kind
+            self._unsaved[id(plan.engine)] = plan
         context = plan.engine.create_execution_context(config)
         if context is None:
             raise DeviceError(
@@ -127,9 +131,15 @@ class PlanLoader:
             context.nvtx_verbosity = trt.ProfilingVerbosity.NONE
         return Execution(context, config, plan)
 
+    @property
+    def unsaved(self) -> tuple[Plan, ...]:
+        """Engines that may have compiled kernels since these were saved."""
+        return tuple(self._unsaved.values())
+
     def keep_kernels(self, plan: Plan) -> None:
         """Saves kernels compiled while the engine ran, for the next opening; a bundle that cannot be written to goes without."""
-        if plan.cache is None or plan.cache_file is None:
+        new = self._unsaved.pop(id(plan.engine), None) is not None
+        if not new or plan.cache is None or plan.cache_file is None:
             return
         try:
             data = bytes(plan.cache.serialize())

@@ -28,6 +28,8 @@ class Towers:
         chunk_widths: Widths of a prompt's chunks they are bound for, ascending; empty for any width. Every width costs a binding.
         row_counts: Numbers of rows they are bound for, ascending; empty for any number. A batch is padded to the next of them.
         fixed_block: The only block size the denoiser computes; None for any.
+        compiles: Kernels are compiled when a shape first runs, so that engines are warmed up.
+        keep: Saves what was compiled for the next opening.
         owned: What else is closed with them, after everything that uses it: the weights on a device.
     """
 
@@ -42,6 +44,8 @@ class Towers:
     chunk_widths: tuple[int, ...] = ()
     row_counts: tuple[int, ...] = ()
     fixed_block: int | None = None
+    compiles: bool = False
+    keep: Callable[[], None] = lambda: None
     owned: tuple[Callable[[], None], ...] = ()
 
     def close(self) -> None:

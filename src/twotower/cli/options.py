@@ -82,6 +82,12 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-cuda-graphs", action="store_true", help="launch every pass piece by piece instead of replaying a captured CUDA graph"
     )
+    parser.add_argument(
+        "--warm-up",
+        metavar="LIST",
+        help="numbers of rows whose kernels are compiled while the engines are opened, e.g. 1,8 "
+        "(default: none; they are compiled when they first run, and kept)",
+    )
 
 
 def device_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -94,7 +100,16 @@ def device_options(args: argparse.Namespace) -> dict[str, Any]:
         devices = tuple(int(word) for word in args.devices.split(",")) if args.devices else ()
     except ValueError as e:
         raise ConfigError(f"--devices {args.devices!r} is not a list of GPUs", found=str(e), do="write numbers, e.g. --devices 0,1") from e
-    return {"devices": devices, "graphs": not args.no_cuda_graphs}
+    warm_up = _row_counts(args.warm_up)
+    return {"devices": devices, "graphs": not args.no_cuda_graphs, "warm_up": warm_up}
+
+
+def _row_counts(text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError as e:
+        what, do = f"--warm-up {text!r} is not a list of numbers", "write e.g. --warm-up 1,8"
+        raise ConfigError(what, found=str(e), do=do) from e
 
 
 def generation_overrides(args: argparse.Namespace) -> dict[str, Any]:

@@ -75,7 +75,8 @@ class TargetChecks:
 
     def _opened(self, **options: Any) -> TwoTower:
         assert self.bundle is not None
-        return TwoTower.open(self.bundle, target=self.target, **options)
+        # Nothing is served: what is checked is compiled when it runs, and no more.
+        return TwoTower.open(self.bundle, target=self.target, warm_up=(), **options)
 
     def _answer(self, model: TwoTower) -> Iterator[CheckResult]:
         """The known answer of the bundle, by this engine."""

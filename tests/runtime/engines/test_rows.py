@@ -108,5 +108,5 @@ def test_a_workspace_serves_fewer_rows_after_more(
         work = it.model._workspaces._idle
         for name, whole in work._denoiser_arrays._whole.items():
             if name not in ("next_block", "predicted", "confidence", "masked_left"):
-                assert (whole[3:] == (name == "block") * work._unmasked).all(), name
+                assert (whole[3:] == (name == "block") * work.unmasked).all(), name
         assert (it.towers.memory.host(work._small["chunk_length"])[3:] == 0).all()

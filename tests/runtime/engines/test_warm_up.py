@@ -1,0 +1,223 @@
+"""Nothing is compiled while requests wait: engines are warmed up, batches go where kernels are, and kernels are kept."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.stand_ins import GPUS
+from tests.helpers.tensorrt_stand_in import TensorRTStandIn
+from twotower import GenerationConfig
+from twotower.bundle import Bundle, engine_folder
+from twotower.errors import ConfigError, RequestError
+from twotower.flavour import flavour_from_module
+from twotower.runtime import TwoTower
+from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.engines import OPENERS
+from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+
+DIFFUSION = GenerationConfig(max_new_tokens=40, confidence_threshold=0.5, ignore_eos=True)
+AR = GenerationConfig(mode="ar", max_new_tokens=5, ignore_eos=True)
+
+
+@pytest.fixture
+def copied(built: Callable[..., Any], tmp_path: Path) -> Bundle:
+    """A bundle without compiled kernels."""
+    shutil.copytree(built().path, tmp_path / "bundle", ignore=shutil.ignore_patterns(".*.kernels"))
+    return Bundle.open(tmp_path / "bundle")
+
+
+@pytest.fixture
+def open_(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`TwoTower.open` on the stand-ins, and what is beneath it."""
+
+    @contextmanager
+    def opened(
+        bundle: Bundle,
+        *,
+        memory: int = 1 << 34,
+        **options: Any,
+    ) -> Iterator[tuple[TwoTower, TensorRTStandIn]]:
+        api = CudaStandIn(memory=memory)
+        trt = TensorRTStandIn(api)
+
+        def opener() -> Callable[..., Any]:
+            given = TensorRTOptions(gpus=GPUS[:1])
+            return lambda bundle, _: open_tensorrt(
+                bundle,
+                flavour_from_module(trt),
+                Cuda(api),
+                given,
+            )
+
+        monkeypatch.setitem(OPENERS, "rtx", opener)
+        monkeypatch.setattr(
+            "twotower.runtime.session.select_target",
+            lambda *_, **__: type("S", (), {"target": "rtx"}),
+        )
+        with TwoTower.open(bundle.path, **options) as model:
+            yield model, trt
+        assert not api.leaked
+        assert not trt.faults
+
+    return opened
+
+
+def serve(model: TwoTower, most: int = 4) -> None:
+    """Batches of every number of rows, short prompts and long ones, both modes."""
+    for rows in range(1, most + 1):
+        for config in (DIFFUSION, AR):
+            for length in (1, 3, 16, 40):
+                model.generate([[5] * (length + row) for row in range(rows)], config)
+
+
+def kept(bundle: Bundle) -> list[str]:
+    return sorted(p.name for p in engine_folder(bundle, "rtx").glob(".*.kernels"))
+
+
+def test_nothing_is_compiled_while_requests_wait(copied: Bundle, open_: Callable[..., Any]) -> None:
+    with open_(copied) as (model, trt):
+        before = list(trt.kernels)
+        assert before
+        serve(model)
+        assert trt.kernels == before
+        one = model._workspaces._bound(1)
+        assert (one, model._workspaces._bound(2), model._workspaces._bound(3)) == (1, 4, 4), "2 is not ready"
+        model.warm_up([2])
+        before = list(trt.kernels)
+        assert model._workspaces._bound(2) == 2
+        serve(model)
+        assert trt.kernels == before
+
+
+def test_without_warm_up_they_are_compiled_when_they_first_run(
+    copied: Bundle,
+    open_: Callable[..., Any],
+) -> None:
+    with open_(copied, warm_up=()) as (model, trt):
+        assert not trt.kernels
+        model.generate([[5], [6], [7]], DIFFUSION)
+        first = len(trt.kernels)
+        assert first
+        model.generate([[5], [6]], DIFFUSION)
+        assert len(trt.kernels) > first, "two rows are a shape of their own"
+
+
+@pytest.mark.parametrize("options", [{"warm_up": (4,)}, {"warm_up": ()}])
+def test_kernels_are_kept_before_the_session_ends(
+    copied: Bundle,
+    open_: Callable[..., Any],
+    options: dict[str, Any],
+) -> None:
+    """After the warm-up, or the first request: a process that is killed has not compiled for nothing."""
+    with open_(copied, **options) as (model, _):
+        if not options["warm_up"]:
+            assert not kept(copied)
+            model.generate([[5], [6], [7]], DIFFUSION)
+            model.generate([[5], [6], [7]], AR)
+        assert kept(copied) == [
+            ".context.engine.kernels",
+            ".context_head.engine.kernels",
+            ".denoiser.engine.kernels",
+        ]
+        shutil.copytree(copied.path, other := copied.path.with_name("other"))
+    with open_(Bundle.open(other), warm_up=()) as (model, trt):
+        model.generate([[5], [6], [7]], DIFFUSION)
+        model.generate([[5], [6], [7]], AR)
+        assert not trt.kernels
+    assert not list(engine_folder(copied, "rtx").glob(".*partial*"))
+
+
+def test_kernels_are_saved_when_there_are_new_ones_only(
+    copied: Bundle,
+    open_: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tests.helpers import stand_in_engine
+
+    count = 0
+    serialize = stand_in_engine._Cache.serialize
+
+    def counted(cache: Any) -> memoryview:
+        nonlocal count
+        count += 1
+        return serialize(cache)
+
+    monkeypatch.setattr(stand_in_engine._Cache, "serialize", counted)
+    with open_(copied) as (model, _):
+        model.generate([5], DIFFUSION)
+        before = count
+        for _ in range(5):
+            model.generate([5], DIFFUSION)
+        assert count == before
+
+
+def test_kernels_are_specialised_for_few_numbers_of_rows(
+    built: Callable[..., Any],
+    opened: Callable[..., Any],
+) -> None:
+    with opened(built()) as it:
+        head, memory = it.towers.context_head, it.towers.memory
+        specs = (*head.signature.inputs, *head.signature.outputs)
+        compiled = []
+        for rows in (3, 4):
+            buffers = memory.small(specs, {"B": rows})
+            binding = head.bind(buffers)
+            it.trt.kernels.clear()
+            binding.run(it.towers.streams.context).wait_done()
+            compiled.append(len(it.trt.kernels))
+            binding.close()
+            memory.release(tuple(buffers.values()))
+        assert compiled == [0, 1]
+
+
+def test_text_is_the_same_with_and_without(copied: Bundle, open_: Callable[..., Any]) -> None:
+    texts = []
+    for options in ({"warm_up": ()}, {}, {"warm_up": (1, 2, 4)}):
+        with open_(copied, **options) as (model, _):
+            texts.append([r.tokens for r in model.generate([[5, 6, 7], [8, 9], [7] * 30], DIFFUSION)])
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_too_many_rows_for_the_memory_are_said_and_passed_over(
+    copied: Bundle,
+    open_: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of the usual numbers; one that was asked for is an error."""
+    with open_(copied) as (model, trt):
+        used = trt.cuda._memory - trt.cuda._free(0)
+    with open_(copied, warm_up=(4,)) as (model, trt):
+        four = trt.cuda._memory - trt.cuda._free(0)
+    assert used < four
+    memory = (used + four) // 2
+    with open_(copied, memory=memory) as (model, trt):
+        assert "4 rows are not warmed up" in caplog.text
+        before = list(trt.kernels)
+        model.generate([5, 6, 7], DIFFUSION)
+        assert trt.kernels == before
+    with (
+        pytest.raises(RequestError, match="not enough memory for 4 row"),
+        open_(copied, memory=memory, warm_up=(4,)),
+    ):
+        raise AssertionError("it was opened")
+
+
+@pytest.mark.parametrize("rows", [0, 5, -1])
+def test_numbers_of_rows_that_are_none(
+    copied: Bundle,
+    open_: Callable[..., Any],
+    rows: int,
+) -> None:
+    with (
+        pytest.raises(ConfigError, match="cannot be warmed up") as error,
+        open_(copied, warm_up=(rows,)),
+    ):
+        raise AssertionError("it was opened")
+    assert "1 to 4" in error.value.found
