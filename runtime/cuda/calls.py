@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from twotower.errors import DeviceError, EngineMismatchError
+from twotower.processors import usable_cores
 from twotower.runtime.cleanup import Cleanup
 
 __all__ = ["Cuda", "CudaError"]
@@ -16,10 +17,12 @@ logger = logging.getLogger(__name__)
 
 _SUCCESS, _OUT_OF_MEMORY, _DRIVER_TOO_OLD, _NO_DEVICE = 0, 2, 35, 100
 _PORTABLE = 1  # cudaHostAllocPortable: pinned for every device
+_BLOCKING = 1  # cudaEventBlockingSync: who waits for an event sleeps, and does not spin
 _NO_TIMING = 2  # cudaEventDisableTiming
 _NON_BLOCKING = 1  # cudaStreamNonBlocking: no implicit order with the default stream
 _THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: other threads may go on using CUDA
 _PEER_ALREADY_ENABLED = 704
+_FEW_CORES = 2
 
 _STICKY = frozenset({214, 700, 702, 710, 714, 715, 716, 717, 718, 719})
 """Errors of a kernel or of the memory: every later call of the process fails with the same."""
@@ -45,10 +48,15 @@ class Cuda:
 
     Args:
         api: `cuda.bindings.runtime`, or something with the same functions: each returns a tuple that starts with an error code.
+        cores: Processor cores there are to use. With few of them whoever waits for an event sleeps:
+            spinning takes a core away from the rest of the program for all of a pass. With more it
+            spins, which notices the event sooner.
     """
 
-    def __init__(self, api: Any) -> None:
+    def __init__(self, api: Any, *, cores: int | None = None) -> None:
         self._api = api
+        few = (usable_cores() if cores is None else cores) <= _FEW_CORES
+        self._event_flags = _NO_TIMING | (_BLOCKING if few else 0)
         self._first: CudaError | None = None  # the sticky error, as it was seen first
 
     def _call(self, name: str, *args: Any) -> Any:
@@ -173,7 +181,7 @@ class Cuda:
         self._call("cudaStreamSynchronize", stream)
 
     def create_event(self) -> int:
-        return int(self._call("cudaEventCreateWithFlags", _NO_TIMING))
+        return int(self._call("cudaEventCreateWithFlags", self._event_flags))
 
     def destroy_event(self, event: int) -> None:
         self._call("cudaEventDestroy", event)
@@ -214,7 +222,10 @@ class Cuda:
         self._call("cudaGraphExecDestroy", graph)
 
     def forget_error(self) -> None:
-        """Clears the error CUDA keeps for whoever asks for the last one, after a call whose failure was expected."""
+        """Clears the error CUDA keeps for whoever asks for the last one, after a call whose failure was expected.
+
+        NVIDIA's bindings hold a CUDA runtime of their own: TensorRT's and ONNX Runtime's have other last errors.
+        """
         self._api.cudaGetLastError()
 
 

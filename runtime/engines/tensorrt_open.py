@@ -112,7 +112,10 @@ def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[
         plans[name] = []
         for part, device in zip(parts, placed[name], strict=True):
             cuda.use(device)
+            before = cuda.free_memory()[0]
             plans[name].append(loader.load(folder / part.file, part, device))
+            taken, size = before - cuda.free_memory()[0], record.files[part.file].size
+            logger.info("%s, %d bytes, took %d bytes of GPU %d", part.file, size, taken, device)
     _furnish(room, plans, {"B": limits.max_batch, "L": MAX_CHUNK})
     fixed = {"T": limits.capacity, "S": bundle.trained_block_size}
     contract = {name: graph.with_sizes(fixed) for name, graph in signatures(bundle.config, record.dtype).items()}

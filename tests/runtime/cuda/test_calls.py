@@ -59,6 +59,14 @@ def test_an_error_survives_the_way_to_another_process() -> None:
     assert pickle.loads(pickle.dumps(error.value)).found == error.value.found
 
 
+@pytest.mark.parametrize(("cores", "sleeps"), [(1, True), (2, True), (3, False), (64, False)])
+def test_whoever_waits_sleeps_where_cores_are_few(cores: int, sleeps: bool) -> None:
+    api = CudaStandIn()
+    event = Cuda(api, cores=cores).create_event()
+    assert bool(api._events[event].flags & 1) is sleeps
+    assert api._events[event].flags & 2, "without timing"
+
+
 def test_no_memory_is_a_memory_error_and_others_are_not() -> None:
     api = CudaStandIn(memory=100)
     with pytest.raises(MemoryError):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.helpers.bundles import export_fixture, flip_byte
@@ -157,6 +158,24 @@ def test_no_driver_and_no_gpu_are_told_apart(copied: Bundle, code: int, says: st
         open_(copied, cuda=api)
     assert "ort-cpu" in error.value.do
     assert (code == 35) == ("supports CUDA 12.4, this environment needs 13.5" in error.value.found)
+
+
+def test_what_an_engine_takes_of_a_gpu_is_logged(copied: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    """A library may hold more than the file has; only a GPU shows what."""
+    api = CudaStandIn()
+
+    def change(trt: TensorRTStandIn) -> None:
+        make = trt._engine
+
+        def larger(data: bytes, logger: Any) -> Any:
+            api._blocks[-len(api.calls)] = (np.zeros(5000, np.uint8), 0)  # of the library's own
+            return make(data, logger)
+
+        trt._engine = larger
+
+    with caplog.at_level("INFO"):
+        open_(copied, cuda=api, change=change).close()
+    assert caplog.text.count("took 5000 bytes of GPU 0") == 3
 
 
 def test_limits_of_the_engines_are_limits_of_the_session(copied: Bundle) -> None:
