@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 from cuda.bindings import runtime as cudart
 
+from tools.gpu.counted import CountedCuda
 from tools.gpu.questions import Given
 from tools.gpu.timing import need_torch
 from tools.gpu.torch_engine import TorchTensorRT, torch_job
@@ -49,7 +50,9 @@ FIXTURES = ROOT / "tests" / "fixtures"
 ARCHIVE = "bundles.tar.xz"
 """Where the pack keeps the bundles of all cases."""
 
-_AR = GenerationConfig(mode="ar", max_new_tokens=24, ignore_eos=True)
+AUTOREGRESSIVE = GenerationConfig(mode="ar", max_new_tokens=24, ignore_eos=True)
+"""How the recorded text of the context tower alone was written."""
+
 _IN_A_BATCH = 4
 _LEAST_SECONDS = 20.0
 _HEAD = ("towers", "passes", "as recorded", "graphs made", "seconds", "what went wrong")
@@ -69,23 +72,6 @@ class Case:
 
 
 CASES = (Case("hybrid-a"), Case("hybrid-a", 3), Case("hybrid-b"))
-
-
-class CountedCuda(Cuda):
-    """The CUDA calls, and how many captures were begun and graphs made of them."""
-
-    def __init__(self, api: Any) -> None:
-        super().__init__(api)
-        self.begun = self.made = 0
-
-    def begin_capture(self, stream: int) -> None:
-        self.begun += 1
-        super().begin_capture(stream)
-
-    def instantiate(self, graph: int) -> int:
-        made = super().instantiate(graph)
-        self.made += 1
-        return made
 
 
 def ask(answers: Answers, given: Given) -> None:
@@ -187,7 +173,10 @@ def _compared(model: TwoTower, texts: list[dict[str, Any]]) -> Iterator[tuple[st
         out = model.generate(text["prompt"], recorded_options(text))
         same = list(out.tokens) == text["diffusion_tokens"] and out.usage.nfe == text["nfe"]
         yield "diffusion", same
-        yield "ar", list(model.generate(text["prompt"], _AR).tokens) == text["ar_greedy_tokens"]
+        yield (
+            "ar",
+            list(model.generate(text["prompt"], AUTOREGRESSIVE).tokens) == text["ar_greedy_tokens"],
+        )
     some = texts[:_IN_A_BATCH]
     together = model.generate([Request(text["prompt"], recorded_options(text)) for text in some])
     for text, out in zip(some, together, strict=True):

@@ -88,6 +88,8 @@ def prepare_steps(python: str) -> tuple[Step, ...]:
         Step("cubins", ("call1/cubins",), prepare.cubins, prepare.TRITON),
         Step("bundles", ("call1/bundles.tar.xz",), prepare.bundles, ""),
         Step("rtx", ("call2/rtx",), prepare.rtx, rtx),
+        Step("targets", ("call2/targets.tar.xz",), prepare.targets, rtx),
+        Step("full-size", ("call2/full-size.tar.xz",), prepare.full_size, rtx),
         Step(
             "library",
             prepare.LIBRARY_FILES,
@@ -124,19 +126,24 @@ def make_step(step: Step, pack: Path) -> bool:
 
 def commands(pack: Path) -> str:
     """What to bring to the GPU machine and what to type there, call by call."""
-    lines = ["", "On the GPU machine, in a checkout of this project, one call after the other:"]
-    for call in ("call1", "call2"):
-        if not (pack / call).is_dir():
-            continue
+    lines = [
+        "",
+        "On the GPU machine, in a checkout of this project, one call after the other. What the",
+        "first brought stays: the second needs it. Results come home in OUT, three files each.",
+    ]
+    calls = [folder.name for folder in sorted(pack.glob("call*"))]
+    for call in calls:
         names = [n for n, q in QUESTIONS.items() if call == f"call{q.call}"]
         limit = sum(QUESTIONS[n].seconds for n in names)
-        shown = pack / call
+        words = f"--sections {','.join(names)} --budget {limit:.0f} --out OUT/{call}"
+        size = f"{_size(pack / call) / 1e6:.1f} MB"
         lines += [
             "",
-            f"{call}: bring {shown} ({_size(shown) / 1e6:.1f} MB); {limit:.0f} s at most",
-            f"    make gpu-first-hour ARGS='--sections {','.join(names)} --budget {limit:.0f}'",
+            f"{call}: bring {pack / call} ({size}); {limit:.0f} s at most",
+            f'    make gpu-first-hour ARGS="{words}"',
         ]
-    return "\n".join(lines)
+    results = " ".join(f"OUT/{call}/results.json" for call in calls)
+    return "\n".join([*lines, "", "At home:", f'    make gpu-page ARGS="{results}"'])
 
 
 def _check_sizes(pack: Path) -> None:

@@ -19,20 +19,35 @@ from pathlib import Path
 
 from tools.gpu.library import split_file
 from tools.gpu.rtx import FOLDER as RTX_FOLDER
-from tools.gpu.rtx import LIBRARY, REST
+from tools.gpu.rtx_setup import LIBRARY, REST, built_for
 
-__all__ = ["LIBRARY_FILES", "TRITON", "bundles", "cubins", "library", "rtx", "rtx_version"]
+__all__ = [
+    "LIBRARY_FILES",
+    "TRITON",
+    "bundles",
+    "cubins",
+    "full_size",
+    "library",
+    "rtx",
+    "rtx_version",
+]
 
 TRITON = "triton==3.9.0"
 SMS = (80, 89, 90, 120)
 """Compute capabilities that the small kernel is compiled for."""
 
+PREBUILT = ("default", "SM80")
+"""Capabilities that plans are built for beforehand."""
+
 CALLS = ("call1", "call2")
 LIBRARY_FILES = (
     *(f"{call}/{LIBRARY}.{i}.xz" for i, call in enumerate(CALLS)),
     *(f"{call}/{LIBRARY}.json" for call in CALLS),
-    f"call2/{REST}",
+    f"call1/{REST}",
 )
+_SHARES = (11, 9)
+"""Of the library in each call: the second has more besides."""
+
 
 _RTX = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu13-libs")
 _BINDINGS = "tensorrt-rtx-cu13-bindings"
@@ -77,8 +92,9 @@ def rtx(pack: Path) -> None:
     """Passes of the small models with their plans for the default set and for SM 80."""
     import tensorrt_rtx as trt
 
+    from tools.gpu.plans import PlanOptions, build_plan, make_logger
     from tools.gpu.recorded import recorded_passes, write_pass
-    from tools.gpu.rtx_trial import Trial, build_plan, make_logger, plan_file
+    from tools.gpu.rtx_trial import Trial, fixed_shapes, plan_file
 
     folder = pack / "call2" / RTX_FOLDER
     folder.mkdir(parents=True)
@@ -86,17 +102,44 @@ def rtx(pack: Path) -> None:
     logger = make_logger(trt, said.append)
     for name, one in recorded_passes().items():
         write_pass(folder, name, one)
-        shapes = {key: array.shape for key, array in one.given.items()}
-        for capability in ("default", "SM80"):
-            plan = build_plan(trt, logger, one.graph, shapes, capability=capability)
+        shapes = fixed_shapes({key: array.shape for key, array in one.given.items()})
+        for capability in PREBUILT:
+            options = PlanOptions(capability=capability, profiles=(shapes,))
+            plan = build_plan(trt, logger, one.graph, options)
             if plan is None:
                 raise RuntimeError(f"no plan of {name} for {capability}: {said[-3:]}")
             file = plan_file(Trial(folder, name, capability))
-            file.write_bytes(lzma.compress(plan, preset=9))
+            file.write_bytes(lzma.compress(bytes(plan), preset=9))
+
+
+def full_size(pack: Path) -> None:
+    """The published model's graphs and engines in bfloat16 for the default set, no weights."""
+    from tools.gpu.full_size import ARCHIVE, FOLDER, build_full_size
+
+    with tempfile.TemporaryDirectory() as scratch, built_for(PREBUILT[0]) as words:
+        build_full_size(Path(scratch) / FOLDER, words)
+        _pack_folder(Path(scratch), pack / "call2" / ARCHIVE)
+
+
+def targets(pack: Path) -> None:
+    """The small models with RTX engines for the default set, and twotower-tiny's known answer."""
+    from tools.gpu.cuda_layer import FIXTURES
+    from tools.gpu.targets import ARCHIVE, HALF, TINY, Asked, built, keep_known_answer
+
+    with tempfile.TemporaryDirectory() as scratch, built_for(PREBUILT[0]) as words:
+        asked = Asked("rtx", Path(scratch), words)
+        for fixture in ("hybrid-a", "hybrid-b"):
+            built(FIXTURES / fixture, asked, "float32")
+        for dtype in HALF:
+            keep_known_answer(built(TINY, asked, dtype), asked, dtype)
+        _pack_folder(Path(scratch), pack / "call2" / ARCHIVE)
 
 
 def library(pack: Path, python: str) -> None:
-    """TensorRT for RTX as installed here, with another Python's bindings; its library in parts."""
+    """TensorRT for RTX as installed here, its library in parts, and what another Python needs.
+
+    That is the bindings, and tokenizers, which the runtime needs for text.
+    """
     if not rtx_version():
         raise ImportError("TensorRT for RTX is not installed (the extra `rtx`)")
     with tempfile.TemporaryDirectory() as scratch:
@@ -107,15 +150,16 @@ def library(pack: Path, python: str) -> None:
         platforms = [word for platform in _PLATFORMS for word in ("--platform", platform)]
         _pip(
             *("download", "--no-deps", "--only-binary=:all:", "--implementation", "cp", *platforms),
-            *("--python-version", python, "-d", str(wheels), f"{_BINDINGS}=={rtx_version()}"),
+            *("--python-version", python, "-d", str(wheels)),
+            *(f"{_BINDINGS}=={rtx_version()}", f"tokenizers=={distribution('tokenizers').version}"),
         )
         for wheel in wheels.glob("*.whl"):
             with zipfile.ZipFile(wheel) as packed:
                 packed.extractall(site)
         large = next(site.rglob(LIBRARY))
-        split_file(large, [pack / call for call in CALLS])
+        split_file(large, [pack / call for call in CALLS], shares=_SHARES)
         large.unlink()
-        _pack_folder(site, pack / "call2" / REST)
+        _pack_folder(site, pack / "call1" / REST)
 
 
 def _copy_distribution(name: str, site: Path) -> None:

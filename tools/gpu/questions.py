@@ -59,66 +59,66 @@ class Given:
 
 GPU_TARGETS = ("rtx", "trt", "ort-cuda")
 
+_OF_TARGETS = {
+    "goldens": "Does {} write the recorded tokens in float32?",
+    "half": "Is {} right in half precision, and what does it look like if not?",
+    "real": "How long is a pass of {} with one layer of each kind at published widths?",
+}
+
+
+def _target(what: str, target: str, *, seconds: float, call: int | None = None) -> Question:
+    text = _OF_TARGETS[what].format(target)
+    return Question(text=text, seconds=seconds, module="tools.gpu.targets", call=call)
+
+
+def _full(graph: str) -> Question:
+    text = f"How long is a {graph} pass of the published model with TensorRT for RTX?"
+    return Question(text=text, seconds=120, module="tools.gpu.full_size", call=2)
+
+
 QUESTIONS = {
     "machine": Question(
         text="What is this machine?",
-        seconds=40,
+        seconds=20,
         module="tools.gpu.machine",
         call=1,
     ),
     "ceilings": Question(
         text="How fast are copies, reads and bfloat16 products at best?",
-        seconds=45,
+        seconds=30,
         module="tools.gpu.ceilings",
         call=1,
     ),
     "cuda-layer": Question(
         text="Does the runtime's CUDA layer write the recorded tokens, with torch as the engine?",
-        seconds=150,
+        seconds=100,
         module="tools.gpu.cuda_layer",
         call=1,
     ),
     "launches": Question(
         text="What does a kernel cost in a CUDA graph, on one stream and on eight?",
-        seconds=45,
+        seconds=30,
         module="tools.gpu.launches",
         call=1,
     ),
     "cubins": Question(
         text="Does a kernel compiled elsewhere run through the driver's API, in a graph too?",
-        seconds=60,
+        seconds=40,
         module="tools.gpu.cubins",
         call=1,
     ),
     "rtx": Question(
         text="Does TensorRT for RTX run on this GPU, and with which capability of a plan?",
-        seconds=150,
+        seconds=120,
         module="tools.gpu.rtx",
         call=2,
     ),
-    **{
-        f"goldens-{target}": Question(
-            text=f"Does {target} write the recorded tokens in float32?",
-            seconds=150,
-            module="tools.gpu.targets",
-        )
-        for target in GPU_TARGETS
-    },
-    **{
-        f"half-{target}": Question(
-            text=f"Is {target} right in half precision, and what does it look like if not?",
-            seconds=300,
-            module="tools.gpu.targets",
-        )
-        for target in GPU_TARGETS
-    },
-    **{
-        f"real-{target}": Question(
-            text=f"How long is a pass of {target} at published widths?",
-            seconds=300,
-            module="tools.gpu.targets",
-        )
-        for target in GPU_TARGETS
-    },
+    "goldens-rtx": _target("goldens", "rtx", seconds=100, call=2),
+    "full-denoiser": _full("denoiser"),
+    "full-context": _full("context"),
+    "half-rtx": _target("half", "rtx", seconds=100, call=2),
+    **{f"goldens-{t}": _target("goldens", t, seconds=150) for t in ("trt", "ort-cuda")},
+    **{f"half-{t}": _target("half", t, seconds=300) for t in ("trt", "ort-cuda")},
+    **{f"real-{t}": _target("real", t, seconds=300) for t in GPU_TARGETS},
 }
 """Sections by name, in the order they are asked: what the others depend on first."""

@@ -16,7 +16,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.helpers.cuda_stand_in import CudaStandIn
-from tools.gpu.cuda_layer import Case, CountedCuda, tokens_of_case, torch_bundle
+from tools.gpu.counted import CountedCuda
+from tools.gpu.cuda_layer import Case, tokens_of_case, torch_bundle
 from tools.gpu.torch_engine import Arrays, TorchTensorRT
 
 __all__ = ["Pass", "product_pass", "recorded_passes", "write_pass"]

@@ -7,29 +7,23 @@ library logs is kept.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tools.gpu.library import join_file
 from tools.gpu.questions import Given
-from twotower.doctor import Answers, SkipSectionError
+from tools.gpu.rtx_setup import CAPABILITIES, library_site
+from twotower.doctor import Answers
 from twotower.doctor.sections import short
-from twotower.errors import ConfigError
 
-__all__ = ["CAPABILITIES", "CASES", "FOLDER", "LIBRARY", "REST", "ask", "library_environment"]
-
-CAPABILITIES = ("default", "CURRENT", "SM80")
-"""A plan for the portable default set, for the GPU at hand (built on it), for SM 80 alone."""
+__all__ = ["CASES", "FOLDER", "Trial", "ask", "run_trial"]
 
 CASES = ("product", "denoiser", "context")
-FOLDER, LIBRARY, REST = "rtx", "libtensorrt_rtx.so.1", "tensorrt-rtx.tar.xz"
-"""In a pack: the cases, the large library in parts, and the rest of the wheels."""
+FOLDER = "rtx"
+"""Of the cases, in a pack."""
 
 COMMAND = (sys.executable, "-m", "tools.gpu.rtx_trial")
 """What starts the process of a trial."""
@@ -75,7 +69,7 @@ class Trial:
 def ask(answers: Answers, given: Given) -> None:
     cases = given.need(FOLDER)
     began = time.monotonic()
-    environment = library_environment(given)
+    library_site(given)
     answers.put(library_ready_seconds=short(time.monotonic() - began))
     rows: list[tuple[Any, ...]] = []
     for capability in CAPABILITIES:
@@ -84,7 +78,7 @@ def ask(answers: Answers, given: Given) -> None:
                 answers.say("stopped: no time left")
                 return
             seconds = min(_TRIAL_SECONDS, answers.left - 5)
-            trial = run_trial((str(cases), case, capability), environment, seconds)
+            trial = run_trial((str(cases), case, capability), seconds)
             answers.put(**{f"{case} {capability}": {**trial.facts, "log": trial.log[-100:]}})
             rows.append(trial.row(case, capability))
             answers.table("Plans", _HEAD, rows)
@@ -96,13 +90,12 @@ def ask(answers: Answers, given: Given) -> None:
     answers.say(f"runs here with plans for: {', '.join(works) or 'none of ' + str(CAPABILITIES)}")
 
 
-def run_trial(words: Sequence[str], environment: dict[str, str], seconds: float) -> Trial:
+def run_trial(words: Sequence[str], seconds: float) -> Trial:
     """Runs `tools.gpu.rtx_trial` with these arguments and reads what it says, line by line."""
     command = [*COMMAND, *words]
     try:
         done = subprocess.run(
             command,
-            env=environment,
             capture_output=True,
             text=True,
             timeout=seconds,
@@ -122,29 +115,6 @@ def run_trial(words: Sequence[str], environment: dict[str, str], seconds: float)
         last = err.strip().splitlines()[-1:]
         trial.facts["error"] = "no answer in time" if code is None else "".join(last) or f"{code}"
     return trial
-
-
-def library_environment(given: Given) -> dict[str, str]:
-    """An environment in which `import tensorrt_rtx` works: as installed, or out of the pack.
-
-    Raises:
-        SkipSectionError: it is neither installed nor in the pack.
-    """
-    rest = given.find(REST)
-    if rest is None:
-        done = subprocess.run([sys.executable, "-c", "import tensorrt_rtx"], check=False)
-        if done.returncode:
-            raise SkipSectionError("TensorRT for RTX is neither installed nor in the pack")
-        return dict(os.environ)
-    site = given.work / "site"
-    try:
-        join_file(LIBRARY, given.pack, site / "tensorrt_rtx_libs" / LIBRARY)
-    except ConfigError as e:
-        raise SkipSectionError(f"{e.what}: {e.found}") from e
-    with tarfile.open(rest) as packed:
-        packed.extractall(site, filter="data")
-    paths = filter(None, (str(site), os.environ.get("PYTHONPATH")))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _said(line: str) -> dict[str, Any]:

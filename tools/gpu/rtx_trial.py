@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from tools.gpu.plans import PlanOptions, Ranges, build_plan, make_logger
 from twotower.doctor.sections import short
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.graphs import capture
 
-__all__ = ["Shapes", "Trial", "build_plan", "make_logger", "plan_file", "try_plan"]
+__all__ = ["Shapes", "Trial", "fixed_shapes", "plan_file", "try_plan"]
 
 TOLERANCE = 1e-3
 """Relative to the largest value, float32: sums in another order, approximate exp and rsqrt."""
@@ -93,69 +94,14 @@ def try_plan(trt: Any, cuda: Cuda, trial: Trial, say: Say) -> bool:
     return True
 
 
+def fixed_shapes(shapes: Shapes) -> Ranges:
+    """A profile that admits these shapes alone."""
+    return {name: (shape, shape, shape) for name, shape in shapes.items()}
+
+
 def plan_file(trial: Trial) -> Path:
     """Where a prebuilt plan lies, compressed."""
     return trial.folder / f"{trial.case}.{trial.capability}.plan.xz"
-
-
-def build_plan(
-    trt: Any, logger: Any, graph: bytes, shapes: Shapes, *, capability: str
-) -> bytes | None:
-    """A plan of a graph for fixed shapes, configured as the project's builder does.
-
-    Args:
-        trt: The library.
-        logger: Its logger.
-        graph: The graph with its weights.
-        shapes: Of its inputs.
-        capability: A name of `ComputeCapability`, or `default` for the portable default set.
-
-    Returns:
-        The plan; None where the library builds none, for the reason it logged.
-
-    Raises:
-        RuntimeError: the parser refuses the graph.
-    """
-    builder = trt.Builder(logger)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(graph):
-        errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise RuntimeError("; ".join(errors))
-    for i in range(network.num_layers):
-        layer = network.get_layer(i)
-        if layer.type == trt.LayerType.ATTENTION_INPUT:  # none is computed in float32 by one kernel
-            layer.__class__ = trt.IAttentionBoundaryLayer
-            layer.attention.decomposable = True
-    config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)
-    config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    config.max_aux_streams = 0
-    if capability != "default":
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, capability), 0)
-    profile = builder.create_optimization_profile()
-    for name, shape in shapes.items():
-        profile.set_shape(name, shape, shape, shape)
-    config.add_optimization_profile(profile)
-    plan = builder.build_serialized_network(network, config)
-    return None if plan is None else bytes(plan)
-
-
-def make_logger(trt: Any, tell: Callable[[str], None]) -> Any:
-    """A logger that tells every line from INFO up, its severity first."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """Of the library."""
-
-        def __init__(self) -> None:
-            super().__init__()
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity.value <= trt.ILogger.Severity.INFO.value:
-                tell(f"{severity.name}: {' '.join(message.split())[:400]}")
-
-    return Logger()
 
 
 def _plan(trt: Any, logger: Any, trial: Trial, shapes: Shapes, say: Say) -> bytes | None:
@@ -166,10 +112,11 @@ def _plan(trt: Any, logger: Any, trial: Trial, shapes: Shapes, say: Say) -> byte
     say("step", "build here")
     began = time.monotonic()
     graph = (trial.folder / f"{trial.case}.onnx").read_bytes()
-    plan = build_plan(trt, logger, graph, shapes, capability=trial.capability)
+    options = PlanOptions(capability=trial.capability, profiles=(fixed_shapes(shapes),))
+    plan = build_plan(trt, logger, graph, options)
     say("build_s", short(time.monotonic() - began))
     say("built", plan is not None)
-    return plan
+    return None if plan is None else bytes(plan)
 
 
 class _Bound:

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tools.gpu.cuda_layer import FIXTURES, ROOT, recorded_options
+from tools.gpu.cuda_layer import AUTOREGRESSIVE, FIXTURES, ROOT, recorded_options
 from tools.gpu.questions import Given
-from twotower import GenerationConfig, TwoTower
+from tools.gpu.rtx_setup import set_up_rtx
+from twotower import TwoTower
 from twotower.bench.passes import measure_passes
 from twotower.bundle import Bundle
 from twotower.cli.main import main as twotower
@@ -26,25 +31,33 @@ from twotower.evaluate.agreement import measure_agreement
 from twotower.evaluate.suite import load_suite
 from twotower.hardware import TARGETS, probe_machine, select_target
 
-__all__ = ["ask", "built", "refused"]
+__all__ = ["ARCHIVE", "Asked", "ask", "built", "keep_known_answer", "refused"]
 
 TINY = ROOT / "assets" / "twotower-tiny"
+ARCHIVE = "targets.tar.xz"
+"""Of bundles with engines, in a pack."""
+
 SLICE = "ME*"
 """Layers of the slice at published widths: one of each kind."""
 
 CHANGES: dict[str, Any] = {}
 """What of the published widths is changed; nothing, but in tests."""
 
-HALF = ("float16", "bfloat16")
+HALF = ("bfloat16", "float16")
+"""The published type first."""
+
+_HALF_HEAD = ("type", "check", "right", "what was seen")
 _PROBLEMS = 9
 """Of each kind of the suite, for how many prompts keep the text of float32."""
 
 
 def ask(answers: Answers, given: Given) -> None:
     what, _, target = given.name.partition("-")
+    words = set_up_rtx(given) if target == "rtx" else ()
     if why := refused(target):
         raise SkipSectionError(why)
-    {"goldens": _goldens, "half": _half, "real": _real}[what](answers, target, given.work)
+    questions = {"goldens": _goldens, "half": _half, "real": _real}
+    questions[what](answers, Asked(target, _unpacked(given), tuple(words)))
 
 
 def refused(target: str) -> str | None:
@@ -56,19 +69,52 @@ def refused(target: str) -> str | None:
     return None
 
 
-def built(checkpoint: Path, folder: Path, dtype: str, *, target: str) -> Path:
-    """A bundle of a checkpoint with a target's engines, by the commands a user types.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A target, the folder of its bundles, and more words for `twotower build`."""
+
+    target: str
+    work: Path
+    words: tuple[str, ...] = ()
+
+
+def built(checkpoint: Path, asked: Asked, dtype: str, *, target: str | None = None) -> Path:
+    """A bundle of a checkpoint with engines, by the commands a user types; those that fit are kept.
+
+    Args:
+        checkpoint: What is exported, unless its bundle is there.
+        asked: The target, and where bundles lie.
+        dtype: Of the bundle.
+        target: Another target to build for.
 
     Raises:
         RuntimeError: a command failed; its words are in the log.
     """
-    path = folder / f"{checkpoint.name}-{dtype}"
+    path = asked.work / f"{checkpoint.name}-{dtype}"
     words = ["export", str(checkpoint), "-o", str(path), "--dtype", dtype, "--no-verify"]
     if not path.exists() and twotower(words):
         raise RuntimeError(f"{checkpoint.name} could not be exported")
-    if twotower(["build", str(path), "--target", target]):
-        raise RuntimeError(f"{path.name} could not be built for {target}")
+    more = asked.words if target is None else ()
+    if twotower(["build", str(path), "--target", target or asked.target, *more]):
+        raise RuntimeError(f"{path.name} could not be built for {target or asked.target}")
     return path
+
+
+def keep_known_answer(bundle: Path, asked: Asked, dtype: str) -> None:
+    """Computes twotower-tiny's known answer here, for a machine that cannot, into the bundle."""
+    built(TINY, asked, dtype, target=KEPT_BY)
+    known_answer_of(Bundle.open(bundle), partial(TwoTower.open, bundle, target=KEPT_BY))
+    shutil.rmtree(bundle / "engines" / KEPT_BY)
+
+
+def _unpacked(given: Given) -> Path:
+    """The folder of bundles, with those of the pack, if one was brought."""
+    archive, folder = given.find(ARCHIVE), given.work / "targets"
+    if archive is not None and not folder.is_dir():
+        with tarfile.open(archive) as packed:
+            packed.extractall(folder, filter="data")
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _sm() -> int | None:
@@ -76,64 +122,69 @@ def _sm() -> int | None:
     return gpus[0].sm if gpus else None
 
 
-def _goldens(answers: Answers, target: str, work: Path) -> None:
+def _goldens(answers: Answers, asked: Asked) -> None:
     """Recorded tokens of both fixtures in float32, TF32 as the library has it."""
     rows: list[tuple[Any, ...]] = []
     for fixture in ("hybrid-a", "hybrid-b"):
         texts = json.loads((FIXTURES / fixture / "golden.json").read_text(encoding="utf-8"))
         diffusion = ar = 0
-        with TwoTower.open(
-            built(FIXTURES / fixture, work, "float32", target=target), target=target
-        ) as model:
+        path = built(FIXTURES / fixture, asked, "float32")
+        with TwoTower.open(path, target=asked.target) as model:
             for text in texts:
                 out = model.generate(text["prompt"], recorded_options(text))
                 diffusion += list(out.tokens) == text["diffusion_tokens"]
-                config = GenerationConfig(mode="ar", max_new_tokens=24, ignore_eos=True)
-                ar += (
-                    list(model.generate(text["prompt"], config).tokens) == text["ar_greedy_tokens"]
-                )
+                out = model.generate(text["prompt"], AUTOREGRESSIVE)
+                ar += list(out.tokens) == text["ar_greedy_tokens"]
         rows.append((fixture, f"{diffusion} of {len(texts)}", f"{ar} of {len(texts)}"))
         answers.table("Recorded tokens, float32", ("model", "diffusion", "autoregressive"), rows)
 
 
-def _half(answers: Answers, target: str, work: Path) -> None:
+def _half(answers: Answers, asked: Asked) -> None:
     """The trained model in half precision: its known answer, and prompts that keep their text."""
     rows: list[tuple[Any, ...]] = []
-    wide = built(TINY, work, "float32", target=KEPT_BY)
+    no_reference = refused(KEPT_BY)
     for dtype in HALF:
-        path = built(TINY, work, dtype, target=target)
-        built(TINY, work, dtype, target=KEPT_BY)
-        bundle = Bundle.open(path)
-        known, _ = known_answer_of(bundle, lambda path=path: TwoTower.open(path, target=KEPT_BY))  # type: ignore[misc]
-        assert known is not None, "this very bundle has an ort-cpu engine"
-        setting = setting_of(bundle, target, _sm())
-        with (
-            TwoTower.open(path, target=target) as model,
-            TwoTower.open(wide, target=KEPT_BY) as reference,
-        ):
-            rows += [(dtype, r.name, r.ok, r.detail) for r in check_answer(known, model, setting)]
-            problems = load_suite().only(limit=_PROBLEMS).problems
-            for a in measure_agreement(reference, model, problems):
-                share = f"{a.percent:.1f} % of prompts"
-                rows.append((dtype, f"the text of float32, {a.mode}", None, share))
-        answers.table("twotower-tiny", ("type", "check", "right", "what was seen"), rows)
+        bundle = Bundle.open(built(TINY, asked, dtype))
+        if no_reference is None:
+            built(TINY, asked, dtype, target=KEPT_BY)
+        known, source = known_answer_of(bundle, partial(TwoTower.open, bundle.path, target=KEPT_BY))
+        setting = setting_of(bundle, asked.target, _sm())
+        with TwoTower.open(bundle.path, target=asked.target) as model:
+            if known is None:
+                rows.append((dtype, "known answer", None, source))
+            else:
+                results = check_answer(known, model, setting)
+                rows += [(dtype, r.name, r.ok, r.detail) for r in results]
+            answers.table("twotower-tiny", _HALF_HEAD, rows)
+            if no_reference is None:
+                rows += [(dtype, *row) for row in _kept_texts(model, asked)]
+                answers.table("twotower-tiny", _HALF_HEAD, rows)
 
 
-def _real(answers: Answers, target: str, work: Path) -> None:
+def _kept_texts(model: TwoTower, asked: Asked) -> Iterator[tuple[Any, ...]]:
+    """For how many prompts of the suite the text is that of float32 on a CPU."""
+    wide = built(TINY, asked, "float32", target=KEPT_BY)
+    with TwoTower.open(wide, target=KEPT_BY) as reference:
+        problems = load_suite().only(limit=_PROBLEMS).problems
+        for a in measure_agreement(reference, model, problems):
+            yield f"the text of float32, {a.mode}", None, f"{a.percent:.1f} % of prompts"
+
+
+def _real(answers: Answers, asked: Asked) -> None:
     """One layer of each kind at published widths with random weights: time of a pass."""
     from twotower.export.synthetic import SyntheticOptions, published_slice, write_checkpoint
 
-    checkpoint = work / "real"
+    checkpoint = asked.work / "real"
     if not (checkpoint / "config.json").is_file():
         shutil.rmtree(checkpoint, ignore_errors=True)
         write_checkpoint(checkpoint, {**published_slice(SLICE), **CHANGES}, SyntheticOptions())
     # ONNX Runtime's CUDA provider has no bfloat16 kernels for several operators of the graphs.
-    dtype = "float16" if target == "ort-cuda" else "bfloat16"
+    dtype = "float16" if asked.target == "ort-cuda" else "bfloat16"
     began = time.monotonic()
-    path = built(checkpoint, work, dtype, target=target)
+    path = built(checkpoint, asked, dtype)
     answers.put(dtype=dtype, export_and_build_seconds=short(time.monotonic() - began))
     began = time.monotonic()
-    with TwoTower.open(path, target=target) as model:
+    with TwoTower.open(path, target=asked.target) as model:
         answers.put(open_seconds=short(time.monotonic() - began))
         times = measure_passes(Bundle.open(path, contents=False), model).to_json()
     answers.put(passes=times)

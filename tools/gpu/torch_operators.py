@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import onnx
@@ -104,16 +105,6 @@ def _top_k(a: Attributes, x: Tensor, k: Sequence[int]) -> tuple[Tensor, Tensor]:
     return values.narrow(axis, 0, k[0]), indices.narrow(axis, 0, k[0])
 
 
-def _conv(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    if a["group"] != x.shape[1] or x.shape[1] != w.shape[0] or any(a.get("pads", [])):
-        raise NotImplementedError("a convolution that is not one filter a channel without padding")
-    length = x.shape[2] - w.shape[2] + 1
-    out = x[:, :, :length] * w[:, 0, 0, None]
-    for i in range(1, w.shape[2]):
-        out = out + x[:, :, i : i + length] * w[:, 0, i, None]
-    return out if b is None else out + b[:, None]
-
-
 def _tensor_scatter(
     a: Attributes, past: Tensor, update: Tensor, at: Tensor | None = None
 ) -> Tensor:
@@ -163,9 +154,13 @@ def _gather(a: Attributes, x: Tensor, index: Tensor) -> Tensor:
 
 
 def _gather_nd(a: Attributes, x: Tensor, index: Tensor) -> Tensor:
-    if a.get("batch_dims", 0) != 1 or index.dim() != 2 or index.shape[-1] != 1:
-        raise NotImplementedError("GatherND of anything but one position a row")
-    return x[torch.arange(len(x), device=x.device), index[:, 0]]
+    leading, depth = a.get("batch_dims", 0), index.shape[-1]
+    batch = math.prod(x.shape[:leading])
+    values = x.reshape(batch, *x.shape[leading:])
+    places = index.reshape(batch, -1, depth)
+    rows = torch.arange(batch, device=x.device)[:, None]
+    out = values[(rows, *places.unbind(-1))]
+    return out.reshape(*index.shape[:-1], *x.shape[leading + depth :])
 
 
 def _shape(a: Attributes, x: Tensor) -> Tensor:
@@ -173,18 +168,9 @@ def _shape(a: Attributes, x: Tensor) -> Tensor:
     return torch.tensor(sizes, dtype=torch.int64)
 
 
-def _maximum(a: Attributes, *some: Tensor) -> Tensor:
-    out = some[0]
-    for other in some[1:]:
-        out = torch.maximum(out, other)
-    return out
-
-
-def _minimum(a: Attributes, *some: Tensor) -> Tensor:
-    out = some[0]
-    for other in some[1:]:
-        out = torch.minimum(out, other)
-    return out
+def _folded(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """An operator of any number of inputs."""
+    return lambda a, *some: reduce(function, some)
 
 
 def _divide(a: Attributes, x: Tensor, y: Tensor) -> Tensor:
@@ -223,7 +209,6 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Attention": _attention,
     "Cast": lambda a, x: x.to(element_type(a["to"])),
     "Concat": lambda a, *some: torch.cat(some, a["axis"]),
-    "Conv": _conv,
     "Div": _divide,
     "Expand": lambda a, x, shape: x.expand(torch.broadcast_shapes(x.shape, tuple(shape))),
     "Gather": _gather,
@@ -231,20 +216,20 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "GatherND": _gather_nd,
     "Gemm": _gemm,
     "MatMul": lambda a, x, y: torch.matmul(x, y),
-    "Max": _maximum,
-    "Min": _minimum,
+    "Max": _folded(torch.maximum),
+    "Min": _folded(torch.minimum),
     "RMSNormalization": _rms_norm,
     "Range": lambda a, start, end, step: torch.arange(start[0], end[0], step[0]),
     "ReduceLogSumExp": _reduce(lambda x, axes, keep: x.logsumexp(axes, keepdim=keep)),
     "ReduceSum": _reduce(lambda x, axes, keep: x.sum(axes, keepdim=keep)),
     "Reshape": _reshape,
-    "ScatterElements": lambda a, x, index, new: x.scatter(a.get("axis", 0), index, new),
     "Shape": _shape,
     "Slice": _slice,
     "Softmax": lambda a, x: torch.softmax(x, a.get("axis", -1)),
     "Softplus": lambda a, x: functional.softplus(x, threshold=50),
     "Split": _split,
     "Squeeze": _squeeze,
+    "Sum": _folded(torch.add),
     "TensorScatter": _tensor_scatter,
     "TopK": _top_k,
     "Transpose": lambda a, x: x.permute(a.get("perm", list(range(x.dim()))[::-1])),

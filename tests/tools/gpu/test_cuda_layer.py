@@ -7,8 +7,26 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.cuda_stand_in import CudaStandIn
-from tools.gpu.cuda_layer import Case, CountedCuda, tokens_of_case, torch_bundle
+from tools.gpu.counted import CountedCuda
+from tools.gpu.cuda_layer import Case, tokens_of_case, torch_bundle
 from tools.gpu.torch_engine import TorchTensorRT
+from tools.gpu.torch_operators import OPERATORS
+from twotower.bundle import GRAPH_FILES
+from twotower.config.model import parse_model_config
+from twotower.export.graphs.towers import build_graph
+from twotower.export.synthetic import PUBLISHED_CONFIG
+
+
+def test_torch_computes_every_operator_of_the_graphs() -> None:
+    config = parse_model_config(PUBLISHED_CONFIG, "the published config")
+    graphs = [
+        build_graph(graph, config, dtype)
+        for graph in GRAPH_FILES
+        for dtype in ("float32", "bfloat16")
+    ]
+    used = {node.op_type for made in graphs for node in made.model.graph}
+    assert used <= set(OPERATORS)
+    assert len(used) > 30
 
 
 @pytest.mark.slow

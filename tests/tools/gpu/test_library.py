@@ -18,7 +18,7 @@ def split(tmp_path: Path) -> tuple[bytes, list[Path]]:
     data = np.random.default_rng(0).integers(0, 9, 100_001, np.uint8).tobytes()
     (tmp_path / "lib.so.1").write_bytes(data)
     folders = [tmp_path / f"call{i}" for i in range(3)]
-    parts = split_file(tmp_path / "lib.so.1", folders, preset=1)
+    parts = split_file(tmp_path / "lib.so.1", folders, shares=(5, 2, 3), preset=1)
     assert [part.name for part in parts] == ["lib.so.1.0.xz", "lib.so.1.1.xz", "lib.so.1.2.xz"]
     return data, folders
 

@@ -72,7 +72,8 @@ def test_a_piece_without_its_library_is_left_out_and_the_others_are_made(
     out = capsys.readouterr().out
     assert "lacks: NOT made, a library is missing: no a_library" in out
     assert "it: made" in out
-    assert "make gpu-first-hour ARGS='--sections machine," in out
+    assert 'make gpu-first-hour ARGS="--sections machine,' in out
+    assert 'make gpu-page ARGS="OUT/call1/results.json"' in out
 
 
 def test_a_folder_that_is_too_large_is_an_error(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import sys
 import tarfile
 from collections.abc import Callable
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 
 from tests.helpers.cuda_stand_in import CudaStandIn
-from tools.gpu import rtx
+from tools.gpu import rtx, rtx_setup
 from tools.gpu.library import split_file
+from tools.gpu.plans import PlanOptions, build_plan, make_logger
 from tools.gpu.questions import Given
 from tools.gpu.recorded import product_pass, write_pass
-from tools.gpu.rtx_trial import Trial, build_plan, make_logger, plan_file, try_plan
+from tools.gpu.rtx_trial import Trial, fixed_shapes, plan_file, try_plan
 from tools.gpu.torch_engine import HEADER, TorchTensorRT
 from twotower.doctor import Answers, SkipSectionError
 from twotower.runtime.cuda.calls import Cuda
@@ -84,11 +86,12 @@ def test_plans_are_built_without_a_gpu() -> None:
     lines: list[str] = []
     one = product_pass()
     logger = make_logger(trt, lines.append)
+    shapes = fixed_shapes({"x": (4, 64)})
     for capability in ("default", "SM80"):
-        plan = build_plan(trt, logger, one.graph, {"x": (4, 64)}, capability=capability)
-        assert plan, lines
+        options = PlanOptions(capability=capability, profiles=(shapes,))
+        assert build_plan(trt, logger, one.graph, options), lines
     with pytest.raises(RuntimeError):
-        build_plan(trt, logger, b"no graph", {"x": (4, 64)}, capability="default")
+        build_plan(trt, logger, b"no graph", options)
 
 
 SCRIPT = """
@@ -110,7 +113,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Answers:
     (tmp_path / "trial.py").write_text(SCRIPT)
     monkeypatch.setattr(rtx, "COMMAND", (sys.executable, str(tmp_path / "trial.py")))
     monkeypatch.setattr(rtx, "_TRIAL_SECONDS", 1.0)
-    monkeypatch.setattr(rtx, "library_environment", lambda given: {})
+    monkeypatch.setattr(rtx, "library_site", lambda given: None)
     answers = Answers(tmp_path / "answers.json", 60)
     rtx.ask(answers, Given(name="rtx", pack=(tmp_path,), work=tmp_path))
     return answers
@@ -134,18 +137,24 @@ def test_the_section_survives_every_end_of_a_trial(
     assert answers["summary"] == ["runs here with plans for: default"]
 
 
-def test_the_library_is_put_together_from_the_packs(tmp_path: Path) -> None:
+def test_the_library_is_put_together_from_the_packs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packs = tuple(tmp_path / name for name in ("call1", "call2"))
-    (tmp_path / rtx.LIBRARY).write_bytes(b"library" * 1000)
-    split_file(tmp_path / rtx.LIBRARY, packs, preset=0)
+    (tmp_path / rtx_setup.LIBRARY).write_bytes(b"library" * 1000)
+    split_file(tmp_path / rtx_setup.LIBRARY, packs, preset=0)
     (tmp_path / "tensorrt_rtx").mkdir()
     (tmp_path / "tensorrt_rtx" / "__init__.py").write_text("")
-    with tarfile.open(packs[1] / rtx.REST, "w:xz") as rest:
+    with tarfile.open(packs[1] / rtx_setup.REST, "w:xz") as rest:
         rest.add(tmp_path / "tensorrt_rtx", "tensorrt_rtx")
     work = tmp_path / "work"
-    environment = rtx.library_environment(Given(name="rtx", pack=packs, work=work))
-    site = Path(environment["PYTHONPATH"].split(":")[0])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "before")
+    site = rtx_setup.library_site(Given(name="rtx", pack=packs, work=work))
+    assert site is not None
+    assert sys.path[0] == str(site)
+    assert os.environ["PYTHONPATH"] == f"{site}{os.pathsep}before"
     assert (site / "tensorrt_rtx" / "__init__.py").is_file()
-    assert (site / "tensorrt_rtx_libs" / rtx.LIBRARY).read_bytes() == b"library" * 1000
+    assert (site / "tensorrt_rtx_libs" / rtx_setup.LIBRARY).read_bytes() == b"library" * 1000
     with pytest.raises(SkipSectionError, match=r"libtensorrt_rtx.so.1.0.xz"):
-        rtx.library_environment(Given(name="rtx", pack=packs[1:], work=tmp_path / "other"))
+        rtx_setup.library_site(Given(name="rtx", pack=packs[1:], work=tmp_path / "other"))

@@ -1,0 +1,192 @@
+"""Sections `full-denoiser` and `full-context`: passes of the published model with random weights.
+
+The engines are programs without weights, built before; weights are drawn in device memory. Passes
+are the runtime's own, at 1 and 8 rows, replayed as a graph and launched piece by piece.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from cuda.bindings import runtime as cudart
+
+from tools.gpu.counted import CountedCuda
+from tools.gpu.kernel_profile import profiled
+from tools.gpu.one_tower import OneTower
+from tools.gpu.questions import Given
+from tools.gpu.rtx_setup import set_up_rtx
+from twotower.bundle import Bundle
+from twotower.cli.main import main as twotower
+from twotower.doctor import Answers
+from twotower.doctor.sections import short
+from twotower.export.synthetic import PUBLISHED_CONFIG
+from twotower.flavour import flavour_from_module
+from twotower.hardware import ANY_SM
+from twotower.runtime.engines.towers import Towers
+from twotower.runtime.streams import Event
+from twotower.runtime.workspace import Workspace
+from twotower.spec import DENOISER
+
+__all__ = ["ARCHIVE", "FOLDER", "ask", "build_full_size", "measure_tower"]
+
+ARCHIVE, FOLDER = "full-size.tar.xz", "full-size"
+ROWS = (1, 8)
+WIDTHS = {"prefill": 256, "block": 16, "decode": 1}
+"""Tokens of a chunk for each use of the context tower."""
+
+TOKENS = 1024
+"""Of the text before the block, of every row."""
+
+_WARM, _LEAST, _MOST, _SECONDS = 5, 3, 50, 2.0
+"""Runs that are not counted (each of two sets of state is captured on its second), and counted."""
+
+_HEAD = ("pass", "rows", "how", "ms", "ms one after another", "GB/s of weights", "graphs made")
+
+
+def ask(answers: Answers, given: Given) -> None:
+    graph = given.name.removeprefix("full-")
+    words = set_up_rtx(given)
+    import tensorrt_rtx as trt
+
+    began = time.monotonic()
+    bundle = _bundle(given, words)
+    answers.put(
+        library=trt.__version__,
+        built_for=os.environ.get(ANY_SM) or "this GPU",
+        build_seconds=short(time.monotonic() - began),
+    )
+    cuda = CountedCuda(cudart)
+    cuda.device_count()
+    began = time.monotonic()
+    tower = OneTower(bundle, graph, flavour_from_module(trt), cuda)
+    answers.put(
+        ready_seconds=short(time.monotonic() - began),
+        weight_gb=short(tower.weights.nbytes / 1e9),
+        free_gb=short(cuda.free_memory()[0] / 1e9),
+    )
+    measure_tower(answers, tower, graph, cuda)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A pass to be run again and again: what enqueues it, and whether its numbers are finite."""
+
+    name: str
+    run: Callable[[], Event]
+    finite: Callable[[], bool | None]
+
+
+def measure_tower(answers: Answers, tower: OneTower, graph: str, cuda: CountedCuda) -> None:
+    """Times a tower's passes, replayed and launched, and says which kernels they are made of.
+
+    Args:
+        answers: Gets the numbers, and a table of passes.
+        tower: The tower.
+        graph: Which it is.
+        cuda: The calls it was made with.
+    """
+    rows_of_table: list[tuple[Any, ...]] = []
+    for graphs in (True, False):
+        towers = tower.towers(graphs=graphs)
+        for rows in ROWS:
+            work = Workspace(towers, rows=rows, capacity=_capacity(towers))
+            for one in _passes(work, towers, graph):
+                made = cuda.made
+                ms, in_row = _times(one.run)
+                rate = tower.weights.nbytes / ms / 1e6
+                how = "replayed" if graphs else "launched"
+                row = (one.name, rows, how, short(ms), short(in_row), short(rate), cuda.made - made)
+                rows_of_table.append(row)
+                answers.table("Passes", _HEAD, rows_of_table)
+                answers.put(
+                    finite={**answers.get("finite", {}), f"{one.name} {rows}": one.finite()}
+                )
+                if not graphs:
+                    profiled(answers, one.run, name=f"{one.name}, {rows} rows")
+            work.close()
+        towers.close()
+    name, rows, how, ms, _, rate, _ = rows_of_table[0]
+    weights = f"{tower.weights.nbytes / 1e9:.1f} GB of weights"
+    answers.say(f"{name}, {rows} row, {how}: {ms:g} ms, {rate:g} GB/s of {weights}")
+
+
+def build_full_size(output: Path, words: Sequence[str]) -> Bundle:
+    """The published model's graphs in bfloat16 and their engines, without weights.
+
+    Args:
+        output: The bundle to make; its config.json is written beside it.
+        words: More words for `twotower build`.
+
+    Raises:
+        RuntimeError: they could not be built; the reason is in the log.
+    """
+    config = output.with_suffix(".config.json")
+    config.write_text(json.dumps(PUBLISHED_CONFIG), encoding="utf-8")
+    made = ["build", str(output), "--from-config", str(config), "--dtype", "bfloat16"]
+    if twotower([*made, "--target", "rtx", "--max-batch", str(max(ROWS)), "--no-cache", *words]):
+        raise RuntimeError("the published model could not be built for rtx")
+    return Bundle.open(output)
+
+
+def _bundle(given: Given, words: Sequence[str]) -> Bundle:
+    """Of the pack if its engines fit, else built here; one for both sections."""
+    folder = given.work / FOLDER
+    archive = given.find(ARCHIVE)
+    if archive is not None and not folder.is_dir():
+        with tarfile.open(archive) as packed:
+            packed.extractall(given.work, filter="data")
+    return build_full_size(folder, words)
+
+
+def _capacity(towers: Towers) -> int:
+    assert towers.limits is not None, "TensorRT engines have limits"
+    return towers.limits.capacity
+
+
+def _passes(work: Workspace, towers: Towers, graph: str) -> Iterator[_Pass]:
+    """The passes of a tower over the same small arrays and whatever the state holds."""
+    if graph == DENOISER:
+        assert towers.fixed_block is not None
+        io = work.denoiser(towers.fixed_block)
+        io.block.fill(towers.config.mask_token_id)
+        io.context_length.fill(min(TOKENS, work.capacity))
+        io.threshold.fill(1.0)
+        io.commit_floor.fill(1)
+        yield _Pass(
+            "denoise",
+            lambda: work.denoise(towers.streams.denoiser),
+            lambda: bool(np.isfinite(io.confidence).all()),
+        )
+        return
+    for name, width in WIDTHS.items():
+        work.tokens(width).fill(towers.config.mask_token_id)
+        work.chunk_length.fill(width)
+        work.past_length.fill(min(TOKENS, work.capacity - width))
+        yield _Pass(name, partial(work.extend, width, towers.streams.context), lambda: None)
+
+
+def _times(run: Callable[[], Event]) -> tuple[float, float]:
+    """Milliseconds of a pass: the median of those that are waited for, and of several in a row."""
+    for _ in range(_WARM):
+        run().wait_done()
+    times: list[float] = []
+    end = time.monotonic() + _SECONDS
+    while len(times) < _MOST and (len(times) < _LEAST or time.monotonic() < end):
+        began = time.perf_counter()
+        run().wait_done()
+        times.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    for _ in times:
+        event = run()
+    event.wait_done()
+    return 1000 * median(times), 1000 * (time.perf_counter() - began) / len(times)
