@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import Any
 from twotower.bundle import EngineFile
 from twotower.errors import DeviceError, EngineMismatchError
 from twotower.flavour import Flavour
+from twotower.runtime.engines.tensorrt_log import library_log
 
 __all__ = ["Execution", "Plan", "PlanLoader"]
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT8": "int8", "FP8": "float8e4m3fn"}
-_KEPT_LINES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class Execution:
 
 
 class PlanLoader:
-    """Loads engines with one library. Of one process-wide logger the library takes the first and ignores others.
+    """Loads engines with one library.
 
     Args:
         flavour: The library.
@@ -72,9 +71,8 @@ class PlanLoader:
     def __init__(self, flavour: Flavour, in_place: Mapping[str, str]) -> None:
         self.flavour = flavour
         self._in_place = in_place
-        self._said: deque[tuple[bool, str]] = deque(maxlen=_KEPT_LINES)
-        self._logger = _make_logger(flavour.module, self._said)
-        self._runtime = flavour.module.Runtime(self._logger)
+        self._log = library_log(flavour.module)
+        self._runtime = flavour.module.Runtime(self._log.logger)
         self._unsaved: dict[int, Plan] = {}  # by its engine's identity: contexts were made since it was saved
 
     def load(self, file: Path, part: EngineFile, device: int) -> Plan:
@@ -152,12 +150,7 @@ class PlanLoader:
 
     def drain(self, *, errors: bool = False) -> str:
         """What the library said last, which is then forgotten: warnings and worse, or errors alone."""
-        said: list[str] = []
-        while self._said:  # one by one: the library's own threads may be adding lines
-            error, line = self._said.popleft()
-            if error or not errors:
-                said.append(line)
-        return "; ".join(said)
+        return self._log.drain(errors=errors)
 
     def _check(self, engine: Any, part: EngineFile, file: Path) -> None:
         """Names, types and shared addresses of an engine's tensors are the contract the buffers were made for."""
@@ -187,20 +180,3 @@ class PlanLoader:
                 found="; ".join(problems[:5]),
                 do="build it again with `twotower build BUNDLE --target ... --force`",
             )
-
-
-def _make_logger(trt: Any, said: deque[tuple[bool, str]]) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """The library's lines in Python's log; warnings and worse are kept for an error's text."""
-
-        def __init__(self) -> None:
-            super().__init__()
-
-        def log(self, severity: Any, message: str) -> None:
-            serious = severity.value <= trt.ILogger.Severity.WARNING.value
-            error = severity.value <= trt.ILogger.Severity.ERROR.value
-            logger.log(logging.INFO if serious else logging.DEBUG, "%s: %s", severity.name, message)
-            if serious:
-                said.append((error, " ".join(message.split())))
-
-    return Logger()

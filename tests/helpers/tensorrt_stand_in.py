@@ -32,6 +32,10 @@ class _Logger:
     Severity = _Severity
 
 
+_FIRST_LOGGER: dict[str, Any] = {}
+"""A process has one: the library keeps the first it is given and says nothing to any other."""
+
+
 class TensorRTStandIn(SimpleNamespace):
     """The module.
 
@@ -75,7 +79,8 @@ class TensorRTStandIn(SimpleNamespace):
         self.faults: list[str] = []
 
     def Runtime(self, logger: Any) -> Any:
-        return SimpleNamespace(deserialize_cuda_engine=lambda data: self._engine(bytes(data), logger))
+        first = _FIRST_LOGGER.setdefault(self.__name__, logger)
+        return SimpleNamespace(deserialize_cuda_engine=lambda data: self._engine(bytes(data), first))
 
     def _engine(self, data: bytes, logger: Any) -> Engine | None:
         if not data.startswith(_HEADER):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower.runtime.schedule import block_count, capacity_bucket, capacity_limit, commit_floor, prefill_plan
+from twotower.runtime.schedule import block_count, capacity_bucket, capacity_limit, commit_floor, prefill_plan, row_counts
 
 lengths = st.lists(st.integers(1, 700), min_size=1, max_size=8)
 
@@ -21,6 +21,14 @@ def test_the_floor_alone_empties_a_block_in_its_steps(masked: int, steps: int) -
         assert (floor == 0) == (left == 0)
         left -= floor
     assert left == 0
+
+
+@pytest.mark.parametrize(
+    ("most", "counts"),
+    [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8)), (32, (1, 2, 4, 8, 16, 32))],
+)
+def test_numbers_of_rows(most: int, counts: tuple[int, ...]) -> None:
+    assert row_counts(most) == counts
 
 
 @pytest.mark.parametrize(("masked", "step", "steps", "floor"), [(16, 0, 16, 1), (16, 0, 5, 4), (7, 3, 4, 7), (7, 9, 4, 7), (5, 0, 2, 3)])

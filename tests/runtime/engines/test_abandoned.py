@@ -91,3 +91,36 @@ def test_the_collector_may_run_inside_a_capture(
             gc.enable()
         assert collected == [True]
     assert "cannot be captured" not in caplog.text
+
+
+@pytest.mark.parametrize("devices", [(1,), (1, 0)])
+def test_threads_take_turns(built: Callable[..., Any], opened: Callable[..., Any], devices: tuple[int, ...]) -> None:
+    """Calls and iterators of several threads, some let go of half way: each text is what it is alone."""
+    prompts = [[5, 6, 7], [8, 9], [7] * 20]
+    with opened(built()) as it:
+        alone = [it.model.generate(p, DIFFUSION).tokens for p in prompts]
+    texts: dict[tuple[int, int], tuple[int, ...]] = {}
+    failed: list[BaseException] = []
+    with opened(built(), devices=devices, seed=5) as it:
+
+        def work(number: int) -> None:
+            try:
+                for turn in range(3):
+                    prompt = prompts[(number + turn) % 3]
+                    abandoned = it.model.stream(prompt, DIFFUSION)
+                    next(abandoned)
+                    if number == 0:
+                        texts[number, turn] = it.model.generate(prompt, DIFFUSION).tokens
+                    else:
+                        events = it.model.stream(prompt, DIFFUSION)
+                        texts[number, turn] = tuple(t for event in events for t in event.tokens)
+            except BaseException as e:  # noqa: BLE001 - a thread's error is this test's
+                failed.append(e)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failed
+    assert texts == {(n, turn): alone[(n + turn) % 3] for n in range(3) for turn in range(3)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.stand_ins import GPUS, stand_in_bundle
+from tests.helpers.tensorrt_stand_in import TensorRTStandIn
 from twotower import GenerationConfig
-from twotower.runtime import Request
+from twotower.flavour import flavour_from_module
+from twotower.runtime import Request, TwoTower
+from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines import tensorrt_open
+from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
 
 Steps = dict[tuple[int, int], tuple[bytes, ...]]
 
@@ -110,3 +117,19 @@ def test_a_workspace_serves_fewer_rows_after_more(
             if name not in ("next_block", "predicted", "confidence", "masked_left"):
                 assert (whole[3:] == (name == "block") * work.unmasked).all(), name
         assert (it.towers.memory.host(work._small["chunk_length"])[3:] == 0).all()
+
+
+def test_engines_for_many_rows(tmp_path: Path) -> None:
+    """Of 32: nine rows run as sixteen, and are what each is alone."""
+    bundle = stand_in_bundle("hybrid-b", tmp_path / "bundle", max_batch=32)
+    api = CudaStandIn()
+    trt = TensorRTStandIn(api)
+    towers = open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), TensorRTOptions(gpus=GPUS))
+    options = GenerationConfig(max_new_tokens=20, confidence_threshold=0.5, ignore_eos=True)
+    prompts = [np.random.default_rng(n).integers(4, 250, 3 + 2 * n).tolist() for n in range(9)]
+    with TwoTower.from_towers(towers, max_batch=32) as model:
+        together = [out.tokens for out in model.generate(prompts, options)]
+        assert model._workspaces._idle is not None
+        assert model._workspaces._idle.rows == 16
+        assert together == [model.generate(p, options).tokens for p in prompts]
+    assert not api.leaked

@@ -88,3 +88,13 @@ def test_a_context_goes_before_what_made_it(
         next(stream)
     gc.collect()
     assert not it.trt.faults
+
+
+def test_a_second_session_hears_the_library_too(built: Callable[..., Any], opened: Callable[..., Any]) -> None:
+    """It has one logger a process, the first: what it says of another session's engines must not be lost."""
+    with opened(built()) as first, opened(built()) as second:
+        for it in (second, first):
+            room = it.towers.context._room
+            address, size = room.scratch[0]
+            room.scratch[0] = (address + 8, size)
+            assert "cannot be used" in error_of(it).found
