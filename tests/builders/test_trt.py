@@ -121,14 +121,23 @@ def test_a_graph_the_library_refuses_is_an_error_and_the_graph_is_kept(
     folder = bundle.path / "engines" / ".failed" / "trt-denoiser"
     assert str(folder) in caught.value.do
     assert "polygraphy debug reduce" in caught.value.do
-    assert {p.name for p in folder.iterdir()} == {"graph.onnx", "model.onnx.data", "job.json", "log.json", "README.md"}
-    data = bundle.path / "denoiser" / "model.onnx.data"
-    assert (folder / data.name).samefile(data), "weights are not copied"
-    assert data.stat().st_nlink == 1, "nor given a second hard name, with which onnx would refuse to load them"
+    assert {p.name for p in folder.iterdir()} == {"graph.onnx", "job.json", "log.json", "README.md"}
+    assert "Its weights are inputs." in (folder / "README.md").read_text()
     assert "denoiser.engine" in {p.name for p in engine_folder(bundle, "trt").iterdir()}, "the old engines are still there"
     plant(bundle, "denoiser", "Identity")
     build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, max_batch=2, force=True))
     assert not folder.exists(), "it builds now"
+
+
+def test_weights_a_refused_graph_holds_are_beside_it(bundle: Bundle, builder: EngineBuilder) -> None:
+    plant(bundle, "denoiser", "Refuse")
+    with pytest.raises(BuildError, match="refuses the graph"):
+        build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, weights="inside"))
+    folder = bundle.path / "engines" / ".failed" / "trt-denoiser"
+    assert {p.name for p in folder.iterdir()} == {"graph.onnx", "model.onnx.data", "job.json", "log.json", "README.md"}
+    data = bundle.path / "denoiser" / "model.onnx.data"
+    assert (folder / data.name).samefile(data), "weights are not copied"
+    assert data.stat().st_nlink == 1, "nor given a second hard name, with which onnx would refuse to load them"
 
 
 def test_a_defect_of_ours_is_not_blamed_on_the_graph(bundle: Bundle, builder: EngineBuilder) -> None:
