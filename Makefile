@@ -2,17 +2,21 @@
 #   make PYTHON=python3.12 ...           another interpreter
 #   make EXTRAS=export,cpu,evaluate,dev ...       other extras (default: gpu in place of cpu where nvidia-smi is found)
 #   make test ARGS='-m "not slow" -x'    arguments for pytest
+#   make test WORKERS=8                  processes that share the tests (default: 2)
 
 PYTHON ?= python3
 EXTRAS ?=
 ARGS ?=
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FIXTURE := tests/fixtures/hybrid-a
+# A file of tests stays in one process: what its tests share is made once.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo bench bench-real bench-weights engines-real engines-boundary tiny browser docs clean ci
+.PHONY: help install lint format types test test-engines test-browser test-wheel test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo bench bench-real bench-weights engines-real engines-boundary tiny browser docs clean ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,8 +40,17 @@ format: $(STAMP) ## mends what ruff can mend
 types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
-test: $(STAMP) ## all tests that need no GPU
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## the tests of everything that needs neither a GPU nor what the next three targets are for: below five minutes
+	$(PYTEST) -m "not (wheel or browser or (trt_rtx and slow))" $(ARGS)
+
+test-engines: $(STAMP) ## the tests that build engines with TensorRT for RTX; no GPU
+	$(PYTEST) -m "trt_rtx and slow" $(ARGS)
+
+test-browser: $(STAMP) ## the tests that open the pages; skipped without Chromium, which `make browser` installs
+	$(PYTEST) -m browser $(ARGS)
+
+test-wheel: $(STAMP) ## the wheel with each of its extras in an environment of its own: every verb works, or names the extra it needs
+	$(BIN)/python -m pytest -m wheel $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need a GPU; fails without one, skips a library that is missing unless REQUIRE names it (REQUIRE=gpu,trt)
 	TWOTOWER_REQUIRE=$(or $(REQUIRE),gpu) $(BIN)/python -m pytest -m gpu $(ARGS)
@@ -103,4 +116,4 @@ clean: ## removes the environment, outputs and caches
 	rm -rf $(VENV) out build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
-ci: lint types test wheel ## what the continuous integration runs
+ci: lint types test wheel ## what the continuous integration runs first, and a change should pass before it is sent; `.ci/run` is all of it

@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.helpers.once import made_once
+
 ROOT = Path(__file__).parents[1]
-CHECKPOINT = ROOT / "tests" / "fixtures" / "hybrid-a"
+CHECKPOINT, TINY = ROOT / "tests" / "fixtures" / "hybrid-a", ROOT / "assets" / "twotower-tiny"
 REQUIRED = frozenset(filter(None, os.environ.get("TWOTOWER_REQUIRE", "").split(",")))
 BROWSER = (("chromium", "google-chrome"), ("chromedriver",))
 LIBRARY = {"trt": ("tensorrt",), "trt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx"), "ort_cuda": ("onnxruntime-gpu",)}
@@ -27,7 +29,8 @@ LIBRARY = {"trt": ("tensorrt",), "trt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx"
 if "gpu" not in REQUIRED:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests import ONNX Runtime themselves, and start processes that do
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch's threads: small tensors gain nothing from more, and machines are shared
+# torch's threads: small tensors gain nothing from more than two, and machines are shared, by processes of one run too
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 settings.register_profile("twotower", deadline=None, max_examples=25, derandomize="CI" in os.environ)
 settings.load_profile("twotower")
@@ -67,28 +70,44 @@ def _installed(distribution: str) -> bool:
 @pytest.fixture(scope="session")
 def built_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fixture checkpoint exported and built for ort-cpu by the commands a user types. Read only."""
-    path = tmp_path_factory.mktemp("built") / "bundle"
-    _run("-m", "twotower.cli", "export", str(CHECKPOINT), "-o", str(path))
-    _run("-m", "twotower.cli", "build", str(path), "--target", "ort-cpu")
-    return path
+
+    def make(folder: Path) -> None:
+        _run("-m", "twotower.cli", "export", str(CHECKPOINT), "-o", str(folder / "bundle"))
+        _run("-m", "twotower.cli", "build", str(folder / "bundle"), "--target", "ort-cpu")
+
+    return made_once(tmp_path_factory, "built", make) / "bundle"
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained model that comes along, exported and built for ort-cpu. Read only."""
-    path = tmp_path_factory.mktemp("tiny") / "bundle"
-    _run("-m", "twotower.cli", "export", str(ROOT / "assets" / "twotower-tiny"), "-o", str(path), "--no-verify")
-    _run("-m", "twotower.cli", "build", str(path), "--target", "ort-cpu")
-    return path
+
+    def make(folder: Path) -> None:
+        _run("-m", "twotower.cli", "export", str(TINY), "-o", str(folder / "bundle"), "--no-verify")
+        _run("-m", "twotower.cli", "build", str(folder / "bundle"), "--target", "ort-cpu")
+
+    return made_once(tmp_path_factory, "tiny", make) / "bundle"
 
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel as it is released: built from the sdist, so that a file missing there is missed here."""
-    folder = tmp_path_factory.mktemp("dist")
-    _run("-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT))
+    folder = made_once(tmp_path_factory, "dist", lambda folder: _run("-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)))
     (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_statistics(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statistics of the trained model, made by the command a user types. Read only."""
+
+    def make(folder: Path) -> None:
+        prompts = folder / "prompts.jsonl"
+        lines = (ROOT / "src" / "twotower" / "evaluate" / "data" / "suite.jsonl").read_text(encoding="utf-8").splitlines()[::13]
+        prompts.write_text("".join(json.dumps({"text": json.loads(line)["prompt"]}) + "\n" for line in lines))
+        _run("-m", "twotower.cli", "calibrate", str(tiny_bundle), "--prompts", str(prompts), "-o", str(folder / "stats"))
+
+    return made_once(tmp_path_factory, "statistics", make) / "stats"
 
 
 def _run(*arguments: str) -> None:
@@ -101,14 +120,3 @@ def _run(*arguments: str) -> None:
         check=False,
     )
     assert done.returncode == 0, f"python {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}"
-
-
-@pytest.fixture(scope="session")
-def tiny_statistics(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Statistics of the trained model, made by the command a user types. Read only."""
-    folder = tmp_path_factory.mktemp("statistics")
-    prompts = folder / "prompts.jsonl"
-    lines = (ROOT / "src" / "twotower" / "evaluate" / "data" / "suite.jsonl").read_text(encoding="utf-8").splitlines()[::13]
-    prompts.write_text("".join(json.dumps({"text": json.loads(line)["prompt"]}) + "\n" for line in lines))
-    _run("-m", "twotower.cli", "calibrate", str(tiny_bundle), "--prompts", str(prompts), "-o", str(folder / "stats"))
-    return folder / "stats"

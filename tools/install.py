@@ -1,7 +1,8 @@
-"""Makes a virtual environment with this project in it; `make install` runs this with the interpreter named by PYTHON.
+"""Makes a virtual environment with this project in it: for `make install`, or, with a wheel, for `make test-wheel`.
 
 Torch is the one dependency that needs care: from a plain package index it brings gigabytes of CUDA libraries. Where the `gpu`
 extra is not asked for, its CPU build is taken: from the configured package indexes if they have it, otherwise from PyTorch's own.
+A wheel is installed by this interpreter's own pip, so that nothing but the wheel and what it asks for comes into the environment.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
 TORCH = "torch==2.13.0"
+INSTALL = ("install", "--no-compile")  # of 20 000 files a run imports few, and those are compiled then
+WITH_TORCH = {"export", "calibration", "evaluate"}
 RTX = (sys.platform, platform.machine()) == ("linux", "x86_64")  # where it needs no GPU
 CPU_TORCH = TORCH if sys.platform == "darwin" else f"{TORCH}+cpu"  # macOS has CPU builds only, under the plain name
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -35,12 +38,13 @@ def main() -> int:
     parser.add_argument(
         "--extras",
         default="",
-        help="extras to install (default: export,gpu,evaluate,dev with an NVIDIA GPU, else export,cpu,rtx,evaluate,dev)",
+        help="extras to install, or none (default: export,gpu,evaluate,dev with an NVIDIA GPU, else export,cpu,rtx,evaluate,dev)",
     )
+    parser.add_argument("--wheel", type=Path, help="install this wheel, without pip beside it (default: this checkout, editable)")
     args = parser.parse_args()
     extras = args.extras or (_default_extras())
     try:
-        _install(args.venv, extras.split(","))
+        _install(args.venv, [] if extras == "none" else extras.split(","), args.wheel)
     except subprocess.CalledProcessError as e:
         hint = "read pip's message above"
         if "gpu" in extras.split(","):
@@ -55,27 +59,30 @@ def _default_extras() -> str:
     return "export,cpu,rtx,evaluate,dev" if RTX else "export,cpu,evaluate,dev"
 
 
-def _install(venv: Path, extras: list[str]) -> None:
+def _install(venv: Path, extras: list[str], wheel: Path | None) -> None:
     print(f"installing twotower[{','.join(extras)}] into {venv}: a few minutes the first time", file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", *(["--without-pip"] if wheel else []), str(venv)], check=True)
     python = venv / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    pip = [str(python), "-m", "pip"] if wheel is None else [sys.executable, "-m", "pip", "--python", str(python)]
+    pip += ["--disable-pip-version-check", "--quiet"]
     _remove_other_onnxruntime(pip, extras)
     constraints: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
-        if "gpu" not in extras and "export" in extras:
+        if "gpu" not in extras and WITH_TORCH & set(extras):
             _install_cpu_torch(pip)
             file = Path(scratch) / "constraints.txt"
             file.write_text(f"{TORCH}\n", encoding="utf-8")  # or the next command might replace it
             constraints = ["--constraint", str(file)]
-        subprocess.run([*pip, "install", *constraints, "--editable", f"{ROOT}[{','.join(extras)}]"], check=True)
+        project = [str(wheel)] if wheel else ["--editable", str(ROOT)]
+        project[-1] += f"[{','.join(extras)}]" if extras else ""
+        subprocess.run([*pip, *INSTALL, *constraints, *project], check=True)
 
 
 def _install_cpu_torch(pip: list[str]) -> None:
     """Takes torch from the first source that has it: a mirror or a wheel on this disk spares a download."""
     for where, arguments in TORCH_SOURCES:
         print(f"  torch for CPUs: trying {where}", file=sys.stderr)
-        done = subprocess.run([*pip, "install", *arguments], stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run([*pip, *INSTALL, *arguments], stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode == 0:
             return
     print(done.stderr, file=sys.stderr)

@@ -1,0 +1,103 @@
+"""Environments that hold the wheel with some of its extras, and nothing else; made when they are first asked for."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import Distribution, distributions
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from tests.helpers.source import ROOT
+
+__all__ = ["PARENTS", "Environments", "required"]
+
+PARENTS = {
+    "calibration": "export",
+    "evaluate": "calibration",
+    "export,cpu": "export",
+    "calibration,cpu": "calibration",
+    "evaluate,cpu": "evaluate",
+}
+"""Extras whose packages are among those of others: an environment starts from its parent's files, which spares unpacking torch again."""
+
+
+class Environments:
+    """Environments by their extras, separated by commas; `none` for the wheel alone.
+
+    Args:
+        folder: Where they are made.
+        wheel: The wheel.
+    """
+
+    def __init__(self, folder: Path, wheel: Path) -> None:
+        self._folder = folder
+        self._wheel = wheel
+
+    def made(self, extras: str) -> Path:
+        """The folder of an environment."""
+        folder = self._folder / extras.replace(",", "-")
+        if not folder.exists():
+            if parent := PARENTS.get(extras):
+                _start_from(self.made(parent), folder)
+            words = [str(ROOT / "tools" / "install.py"), "--venv", str(folder), "--extras", extras, "--wheel", str(self._wheel)]
+            done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+        return folder
+
+    def run(self, extras: str, *words: str) -> subprocess.CompletedProcess[str]:
+        """Runs `twotower` there, outside the repository and without its paths."""
+        folder = self.made(extras)
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        return subprocess.run(
+            [str(_commands(folder) / "twotower"), *words], cwd=folder, env=clean, capture_output=True, text=True, check=False
+        )
+
+    def installed(self, extras: str) -> dict[str, Distribution]:
+        """Its distributions by their normalized names."""
+        (site,) = self.made(extras).rglob("site-packages")
+        return {_normalized(d.name): d for d in distributions(path=[str(site)])}
+
+
+def required(installed: dict[str, Distribution], name: str, extras: frozenset[str]) -> set[str]:
+    """Names of all distributions that one asks for with some of its extras, those it asks for indirectly included."""
+    seen: set[tuple[str, frozenset[str]]] = set()
+    pending = [(name, extras)]
+    while pending:
+        current = pending.pop()
+        if current in seen or current[0] not in installed:
+            continue
+        seen.add(current)
+        pending += [(_normalized(r.name), frozenset(r.extras)) for r in _asked(installed[current[0]], current[1])]
+    return {found for found, _ in seen}
+
+
+def _asked(distribution: Distribution, extras: frozenset[str]) -> Iterator[Requirement]:
+    for text in distribution.requires or ():
+        requirement = Requirement(text)
+        # Windows counts too: pip has been seen to install what only a version it had weighed and dropped asks for on this system.
+        systems = ({}, {"sys_platform": "win32"})
+        chosen = ({"extra": extra, **system} for extra in ("", *extras) for system in systems)
+        if requirement.marker is None or any(requirement.marker.evaluate(environment) for environment in chosen):
+            yield requirement
+
+
+def _commands(folder: Path) -> Path:
+    return folder / ("Scripts" if sys.platform == "win32" else "bin")
+
+
+def _normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _start_from(parent: Path, folder: Path) -> None:
+    """The parent's packages under a new folder, as links to the same files; the wheel itself is left to be installed."""
+    (site,) = parent.rglob("site-packages")
+    subprocess.run([str(_commands(parent) / "python"), "-c", "import torch, onnx_ir"], check=True)  # compiled here, once
+    ours = shutil.ignore_patterns("twotower", "twotower-*")
+    shutil.copytree(site, folder / site.relative_to(parent), copy_function=os.link, ignore=ours)

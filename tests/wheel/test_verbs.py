@@ -1,0 +1,211 @@
+"""Every verb on real work, with every extra that can be installed without a GPU: it works, or names the extra it needs.
+
+The table below says which; a new verb fails until it has its rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.environments import PARENTS, Environments, required
+from tests.helpers.source import ROOT
+from twotower.cli.main import VERBS
+
+pytestmark = [pytest.mark.wheel, pytest.mark.slow]
+
+FIXTURE, TINY = ROOT / "tests" / "fixtures" / "hybrid-a", ROOT / "assets" / "twotower-tiny"
+PROMPT = "Q: flip: a cat b dog c owl d fish\nA:"
+FEW = ("--kinds", "sums,flip", "--limit", "2", "--thresholds", "0.8", "--steps", "16")
+SMALL = ("--max-batch", "1", "--max-context", "64")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A command and what its output shows when it has done its work.
+
+    Attributes:
+        words: The command; {checkpoint} and {text} stand for checkpoints without and with a tokenizer, {bundle}, {tiny} and {few} for
+            bundles of them, the last one quantized, {prompts} for a file of prompts, {out} for an empty folder.
+        shows: A part of what it prints.
+    """
+
+    words: tuple[str, ...]
+    shows: str
+
+
+WORK = {
+    "inspect a checkpoint": Work(("inspect", "{checkpoint}"), "pattern"),
+    "inspect a bundle": Work(("inspect", "{bundle}"), "ort-cpu: built"),
+    "inspect a graph": Work(("inspect", "{bundle}/denoiser/model.onnx"), "nothing to complain of"),
+    "plan a config": Work(("plan", "{checkpoint}/config.json"), "host memory"),
+    "plan a checkpoint": Work(("plan", "{checkpoint}", "--target", "ort-cpu"), "host memory"),
+    "plan a bundle": Work(("plan", "{bundle}", "--gpu", "RTX 4090"), "RTX 4090"),
+    "export": Work(("export", "{checkpoint}", "-o", "{out}/new"), "largest relative error"),
+    "export unverified": Work(("export", "{text}", "-o", "{out}/new", "--no-verify"), "not verified: not asked for"),
+    "calibrate": Work(("calibrate", "{tiny}", "--prompts", "{prompts}", "-o", "{out}/new", "--max-new-tokens", "16"), "1 prompts"),
+    "calibrate undrawn": Work(
+        ("calibrate", "{tiny}", "--prompts", "{prompts}", "-o", "{out}/new", "--max-new-tokens", "16", "--no-plot"), "1 prompts"
+    ),
+    "quantize": Work(("quantize", "{tiny}", "--recipe", "int4-experts", "-o", "{out}/new"), "int4 in groups of 32"),
+    "quantize by measuring": Work(
+        ("quantize", "{tiny}", "--recipe", "auto", "--formats", "int8", *FEW[:4], "-o", "{out}/new"), "checked on the other half"
+    ),
+    "build for a CPU": Work(("build", "{bundle}", "--target", "ort-cpu", "--force"), "engines/ort-cpu"),
+    "build for RTX": Work(("build", "{bundle}", "--target", "rtx", "--sm", "89", *SMALL, "--no-cache"), "engines/rtx"),
+    "generate": Work(("generate", "{tiny}", PROMPT, "--max-new-tokens", "32", "--seed", "0"), "tokens a pass"),
+    "trace": Work(("trace", "{tiny}", PROMPT, "--max-new-tokens", "32", "--html", "{out}/new.html"), "tokens a pass"),
+    "evaluate": Work(("evaluate", "{tiny}", *FEW), "diffusion keeps"),
+    "evaluate with a page": Work(("evaluate", "{tiny}", *FEW, "--html", "{out}/new.html"), "new.png"),
+    "evaluate few bits": Work(("evaluate", "{few}", "--against", "{tiny}", *FEW[:4], "--no-note"), "routed_expert"),
+    "tune": Work(("tune", "{tiny}", *FEW, "-o", "{out}/new"), "balanced"),
+    "doctor": Work(("doctor",), "known answer"),
+    "doctor of a bundle": Work(("doctor", "{bundle}"), "a text does not depend on its neighbours"),
+    "bench": Work(("bench", "{bundle}", "--prompt-tokens", "8", "--max-new-tokens", "16", "--runs", "1"), "breaks even"),
+    "bench an export": Work(("bench", "--export", "--scratch", "{out}"), "x the copy"),
+}
+
+WORKS = "works"
+SINGLE = ("none", "cpu", "rtx", "export", "calibration", "evaluate")
+# Each work: what happens with each of SINGLE installed alone: it works, or names this extra.
+TABLE: dict[str, tuple[str, ...]] = {
+    #                         none           cpu            rtx            export             calibration        evaluate
+    "inspect a checkpoint": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
+    "inspect a bundle": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
+    "inspect a graph": ("cpu", WORKS, WORKS, WORKS, WORKS, WORKS),
+    "plan a config": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
+    "plan a checkpoint": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
+    "plan a bundle": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
+    "export": ("export", "export", "export", "export,cpu", "export,cpu", "export,cpu"),
+    "export unverified": ("export", "export", "export", WORKS, WORKS, WORKS),
+    "calibrate": ("calibration", "calibration", "calibration", "calibration,cpu", "calibration,cpu", "calibration,cpu"),
+    "calibrate undrawn": ("calibration", "calibration", "calibration", "calibration,cpu", "calibration,cpu", "calibration,cpu"),
+    "quantize": ("calibration", "calibration", "calibration", WORKS, WORKS, WORKS),
+    "quantize by measuring": ("calibration", "calibration", "calibration", "calibration,cpu", "calibration,cpu", "calibration,cpu"),
+    "build for a CPU": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
+    "build for RTX": ("rtx", "rtx", WORKS, "rtx", "rtx", "rtx"),
+    "generate": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
+    "trace": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
+    "evaluate": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
+    "evaluate with a page": ("evaluate", "evaluate", "evaluate", "evaluate", "cpu", "cpu"),
+    "evaluate few bits": ("calibration", "calibration", "calibration", "cpu", "cpu", "cpu"),
+    "tune": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
+    "doctor": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
+    "doctor of a bundle": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
+    "bench": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
+    "bench an export": ("export", "export", "export", "export,cpu", "export,cpu", "export,cpu"),
+}
+# What takes two extras to do, with exactly those that it names.
+TOGETHER = {
+    "export,cpu": ("export", "bench an export", "calibrate undrawn", "evaluate few bits"),
+    "calibration,cpu": ("calibrate", "quantize by measuring"),
+    "evaluate,cpu": ("evaluate with a page",),
+}
+
+
+@pytest.fixture(scope="module")
+def environments(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environments:
+    return Environments(tmp_path_factory.mktemp("environments"), wheel)
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory: pytest.TempPathFactory, built_bundle: Path, tiny_bundle: Path) -> dict[str, str]:
+    """What the words stand for. The bundles are copies that `build for a CPU` may build again."""
+    folder = tmp_path_factory.mktemp("things")
+    for name, source in (("bundle", built_bundle), ("tiny", tiny_bundle)):
+        shutil.copytree(source, folder / name)
+    words = ["quantize", str(folder / "tiny"), "--recipe", "int4-experts", "-o", str(folder / "few")]
+    for command in (words, ["build", str(folder / "few"), "--target", "ort-cpu"]):
+        here(command)
+    (folder / "prompts").write_text(json.dumps({"text": PROMPT}) + "\n", encoding="utf-8")
+    return {"checkpoint": str(FIXTURE), "text": str(TINY), **{n: str(folder / n) for n in ("bundle", "tiny", "few", "prompts")}}
+
+
+def here(words: list[str]) -> str:
+    """Runs a command of this checkout, in this environment."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run(
+        [sys.executable, "-m", "twotower.cli", *words], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_every_verb_has_its_rows() -> None:
+    assert {work.words[0] for work in WORK.values()} == set(VERBS)
+    assert set(TABLE) == set(WORK)
+    assert {len(row) for row in TABLE.values()} == {len(SINGLE)}
+
+
+@pytest.mark.parametrize("work", TABLE)
+def test_following_the_advice_ends_at_an_environment_where_it_works(work: str) -> None:
+    """The next extra that is named is installed beside the one that was there, or in its place, until the work is one shown to work."""
+    outcome = dict(zip(SINGLE, TABLE[work], strict=True))
+    shown = [{extra} for extra in SINGLE if outcome[extra] == WORKS] + [set(e.split(",")) for e, works in TOGETHER.items() if work in works]
+    for start in SINGLE:
+        extra = start
+        for _ in SINGLE:
+            if outcome[extra] == WORKS or any(e <= included(extra, *outcome[extra].split(",")) for e in shown):
+                break
+            extra = outcome[extra]
+            assert extra in outcome, f"{work} with {start} ends at the advice to install {extra}, which is not shown to be enough"
+
+
+def included(*extras: str) -> set[str]:
+    """Extras whose packages are there with some others, or with none."""
+    out = {"none", *extras}
+    for extra in extras:
+        parent = PARENTS.get(extra)
+        while parent:
+            out.add(parent)
+            parent = PARENTS.get(parent)
+    return out
+
+
+@pytest.mark.parametrize("extras", [*SINGLE, *TOGETHER])
+def test_an_environment_holds_what_the_wheel_asks_for_and_nothing_else(environments: Environments, extras: str) -> None:
+    installed = environments.installed(extras)
+    assert set(installed) == required(installed, "twotower", frozenset(extras.split(",")))
+
+
+@pytest.mark.parametrize(
+    ("extras", "work", "outcome"),
+    [
+        *((extra, work, row[i]) for i, extra in enumerate(SINGLE) for work, row in TABLE.items()),
+        *((extras, work, WORKS) for extras, works in TOGETHER.items() for work in works),
+    ],
+)
+def test_a_verb_works_or_names_the_extra_it_needs(
+    environments: Environments, things: dict[str, str], tmp_path: Path, extras: str, work: str, outcome: str
+) -> None:
+    words = [word.format(**things, out=tmp_path) for word in WORK[work].words]
+    done = environments.run(extras, *words)
+    if outcome == WORKS:
+        assert done.returncode == 0, done.stderr
+        assert WORK[work].shows in done.stdout + done.stderr
+        return
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stdout == "" or WORK[work].words[0] == "doctor"  # which first tells what it knows of the machine
+    what, found, do = done.stderr.strip().splitlines()
+    assert what.split(":")[0].endswith("Error")
+    assert found.startswith("  found: ")
+    assert do.startswith("  do: ")
+    assert f"`pip install 'twotower[{outcome}]'`" in do
+    assert not list(tmp_path.iterdir()), "something half-written was left behind"
+
+
+def test_the_text_is_the_same_wherever_it_is_generated(environments: Environments, things: dict[str, str]) -> None:
+    words = [word.format(**things) for word in WORK["generate"].words]
+    there = json.loads(environments.run("cpu", *words, "--json").stdout)
+    assert there["tokens"] == json.loads(here([*words, "--json"]))["tokens"]
+    assert len(there["tokens"]) > 16
+
+
+def test_doctor_checks_the_whole_chain_where_it_can(environments: Environments) -> None:
+    assert "not checked, it needs the extras `export` and `cpu`" in environments.run("cpu", "doctor").stdout
+    assert "ok      known answer" in environments.run("export,cpu", "doctor").stdout
