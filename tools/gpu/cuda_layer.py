@@ -7,7 +7,6 @@ runs on a CPU.
 
 from __future__ import annotations
 
-import json
 import tarfile
 import time
 from collections.abc import Iterator
@@ -20,9 +19,10 @@ from cuda.bindings import runtime as cudart
 
 from tools.gpu.counted import CountedCuda
 from tools.gpu.questions import Given
+from tools.gpu.recorded_texts import AUTOREGRESSIVE, FIXTURES, recorded_options, recorded_texts
 from tools.gpu.timing import need_torch
 from tools.gpu.torch_engine import TorchTensorRT, torch_job
-from twotower import GenerationConfig, TwoTower
+from twotower import TwoTower
 from twotower.bundle import Bundle
 from twotower.doctor import Answers
 from twotower.doctor.cuda_layer import check_cuda
@@ -34,24 +34,10 @@ from twotower.runtime import Request
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
 
-__all__ = [
-    "ARCHIVE",
-    "CASES",
-    "Case",
-    "CountedCuda",
-    "ask",
-    "recorded_options",
-    "tokens_of_case",
-    "torch_bundle",
-]
+__all__ = ["ARCHIVE", "CASES", "Case", "ask", "tokens_of_case", "torch_bundle"]
 
-ROOT = Path(__file__).resolve().parents[2]
-FIXTURES = ROOT / "tests" / "fixtures"
 ARCHIVE = "bundles.tar.xz"
 """Where the pack keeps the bundles of all cases."""
-
-AUTOREGRESSIVE = GenerationConfig(mode="ar", max_new_tokens=24, ignore_eos=True)
-"""How the recorded text of the context tower alone was written."""
 
 _IN_A_BATCH = 4
 _LEAST_SECONDS = 20.0
@@ -121,16 +107,15 @@ def tokens_of_case(
     Returns:
         Plain data; `right` is whether everything is, `failed` an error that ended it.
     """
-    golden = json.loads((FIXTURES / case.fixture / "golden.json").read_text(encoding="utf-8"))
-    texts = [t for t in golden if t["params"]["block_size"] == bundle.trained_block_size]
-    texts = texts[:most]
+    size = bundle.trained_block_size  # engines have one block size
+    recorded = recorded_texts(case.fixture)
+    texts = [t for t in recorded if t["params"]["block_size"] == size][:most]
     options = TensorRTOptions(devices=(0,), graphs=graphs, gpus=(Gpu("torch", 89, 1 << 34),))
     began, counts = time.monotonic(), dict.fromkeys(("diffusion", "ar", "in a batch", "again"), 0)
     facts: dict[str, Any] = {"graphs": graphs, "texts": len(texts)}
     try:
         towers = open_tensorrt(bundle, flavour_from_module(trt), cuda, options)
-        block_size = bundle.trained_block_size
-        with TwoTower.from_towers(towers, trained_block_size=block_size) as model:
+        with TwoTower.from_towers(towers, trained_block_size=size) as model:
             for name, right in _compared(model, texts):
                 counts[name] += right
     except TwoTowerError as e:
@@ -183,18 +168,6 @@ def _compared(model: TwoTower, texts: list[dict[str, Any]]) -> Iterator[tuple[st
         yield "in a batch", list(out.tokens) == text["diffusion_tokens"]
     again = model.generate(texts[0]["prompt"], recorded_options(texts[0]))
     yield "again", list(again.tokens) == texts[0]["diffusion_tokens"]
-
-
-def recorded_options(text: dict[str, Any]) -> GenerationConfig:
-    """How a recorded text was written; the reference knows no end of sequence."""
-    names = (
-        "max_new_tokens",
-        "block_size",
-        "steps_per_block",
-        "confidence_threshold",
-        "temperature",
-    )
-    return GenerationConfig(**{name: text["params"][name] for name in names}, ignore_eos=True)
 
 
 def _unpack(given: Given) -> None:

@@ -124,24 +124,27 @@ def build_full_size(output: Path, words: Sequence[str]) -> Bundle:
     """The published model's graphs in bfloat16 and their engines, without weights.
 
     Args:
-        output: The bundle to make; its config.json is written beside it.
+        output: The bundle. One that is there is taken, with its engines if they fit; the config
+            of a new one is written beside it.
         words: More words for `twotower build`.
 
     Raises:
         RuntimeError: they could not be built; the reason is in the log.
     """
-    config = output.with_suffix(".config.json")
-    config.write_text(json.dumps(PUBLISHED_CONFIG), encoding="utf-8")
-    made = ["build", str(output), "--from-config", str(config), "--dtype", "bfloat16"]
-    if twotower([*made, "--target", "rtx", "--max-batch", str(max(ROWS)), "--no-cache", *words]):
+    made: list[str] = []
+    if not output.is_dir():
+        config = output.with_suffix(".config.json")
+        config.write_text(json.dumps(PUBLISHED_CONFIG), encoding="utf-8")
+        made = ["--from-config", str(config), "--dtype", "bfloat16"]
+    options = ["--target", "rtx", "--max-batch", str(max(ROWS)), "--no-cache"]
+    if twotower(["build", str(output), *made, *options, *words]):
         raise RuntimeError("the published model could not be built for rtx")
     return Bundle.open(output)
 
 
 def _bundle(given: Given, words: Sequence[str]) -> Bundle:
     """Of the pack if its engines fit, else built here; one for both sections."""
-    folder = given.work / FOLDER
-    archive = given.find(ARCHIVE)
+    archive, folder = given.find(ARCHIVE), given.work / FOLDER
     if archive is not None and not folder.is_dir():
         with tarfile.open(archive) as packed:
             packed.extractall(given.work, filter="data")

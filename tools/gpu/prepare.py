@@ -123,7 +123,7 @@ def full_size(pack: Path) -> None:
 
 def targets(pack: Path) -> None:
     """The small models with RTX engines for the default set, and twotower-tiny's known answer."""
-    from tools.gpu.cuda_layer import FIXTURES
+    from tools.gpu.recorded_texts import FIXTURES
     from tools.gpu.targets import ARCHIVE, HALF, TINY, Asked, built, keep_known_answer
 
     with tempfile.TemporaryDirectory() as scratch, built_for(PREBUILT[0]) as words:

@@ -6,7 +6,6 @@ own, with the target's library in it.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tarfile
 import time
@@ -16,8 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tools.gpu.cuda_layer import AUTOREGRESSIVE, FIXTURES, ROOT, recorded_options
 from tools.gpu.questions import Given
+from tools.gpu.recorded_texts import (
+    AUTOREGRESSIVE,
+    FIXTURES,
+    ROOT,
+    recorded_options,
+    recorded_texts,
+)
 from tools.gpu.rtx_setup import set_up_rtx
 from twotower import TwoTower
 from twotower.bench.passes import measure_passes
@@ -126,7 +131,7 @@ def _goldens(answers: Answers, asked: Asked) -> None:
     """Recorded tokens of both fixtures in float32, TF32 as the library has it."""
     rows: list[tuple[Any, ...]] = []
     for fixture in ("hybrid-a", "hybrid-b"):
-        texts = json.loads((FIXTURES / fixture / "golden.json").read_text(encoding="utf-8"))
+        texts = recorded_texts(fixture)
         diffusion = ar = 0
         path = built(FIXTURES / fixture, asked, "float32")
         with TwoTower.open(path, target=asked.target) as model:
