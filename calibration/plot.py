@@ -15,7 +15,7 @@ __all__ = ["draw_ranges"]
 _PANELS = (
     ("in_proj.weight", "Mamba, in"),
     ("out_proj.weight", "Mamba, out"),
-    ("q_proj.weight", "attention, in"),
+    ("qkv_proj.weight", "attention, in"),
     ("o_proj.weight", "attention, out"),
     ("experts.up_proj.weight", "routed experts, in"),
     ("experts.down_proj.weight", "routed experts, hidden"),

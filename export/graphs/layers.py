@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from twotower.export.graphs.builder import GraphBuilder, Weight
@@ -46,6 +48,11 @@ class LayerWeights:
         full = self._prefix + name
         weight = Weight(f"{full}.transposed", shape, self._graph.dtype, (full,), transposed=True)
         return self._graph.weight(weight)
+
+    def joined(self, name: str, parts: Sequence[str], *shape: int) -> ir.Value:
+        """Matrices with equally long rows, one below the other as one weight."""
+        sources = tuple(self._prefix + part for part in parts)
+        return self._graph.weight(Weight(self._prefix + name, shape, self._graph.dtype, sources))
 
     def stacked(self, pattern: str, count: int, *shape: int) -> ir.Value:
         """The tensors `pattern.format(0..count-1)` along a new first axis."""

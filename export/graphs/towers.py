@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from twotower.config import LayerKind, ModelConfig
 from twotower.config.tensors import Tower
-from twotower.export.graphs.attention import context_attention, denoiser_attention
+from twotower.export.graphs.attention import MASKED, context_attention, denoiser_attention
 from twotower.export.graphs.builder import GraphBuilder, Weight
 from twotower.export.graphs.conditioning import conditioning, modulation, normed_input
 from twotower.export.graphs.layers import LayerWeights, mlp, rms_norm
@@ -111,14 +111,14 @@ def _denoiser(graph: GraphBuilder, config: ModelConfig) -> None:
         shared = conditioning(graph, fraction, config)
     with graph.scope("block"):
         chunk = _chunk(graph, graph.input(BLOCK), lengths=None)
-        cached = _cached_mask(graph, config)
+        limit = _score_limit(graph, config)
     tower = LayerWeights(graph, f"{Tower.DENOISER.value}.")
     for i, kind in enumerate(config.layers):
         with graph.scope(f"layers.{i}.{kind.name.lower()}"):
             by = modulation(graph, shared, config, i)
             norm = tower(f"layers.{i}.norm.weight", config.hidden_size, dtype="float32")
             u = normed_input(graph, h, norm, kind, by=by, epsilon=config.layer_norm_epsilon)
-            y = _denoiser_mixer(graph, u, config, i, chunk=chunk, mask=cached)
+            y = _denoiser_mixer(graph, u, config, i, chunk=chunk, limit=limit)
             h = graph.op("Add", h, graph.op("Mul", by.gate, y))
     with graph.scope("lm_head"):
         normed = rms_norm(graph, h, tower("norm_f.weight", config.hidden_size, dtype="float32"), config.layer_norm_epsilon)
@@ -127,15 +127,23 @@ def _denoiser(graph: GraphBuilder, config: ModelConfig) -> None:
         sample_and_commit(graph, logits, masks, config)
 
 
-def _denoiser_mixer(graph: GraphBuilder, u: ir.Value, config: ModelConfig, i: int, *, chunk: ChunkInfo, mask: ir.Value | None) -> ir.Value:
+def _denoiser_mixer(
+    graph: GraphBuilder,
+    u: ir.Value,
+    config: ModelConfig,
+    i: int,
+    *,
+    chunk: ChunkInfo,
+    limit: ir.Value | None,
+) -> ir.Value:
     kind = config.layers[i]
     weights = LayerWeights(graph, f"{Tower.DENOISER.value}.layers.{i}.mixer.")
     if kind is LayerKind.MAMBA:
         return mamba(graph, u, weights, config, past=(graph.input(past_conv(i)), graph.input(past_ssm(i))), chunk=chunk).y
     if kind is LayerKind.ATTENTION:
-        assert mask is not None
+        assert limit is not None
         past = (graph.input(past_key(i)), graph.input(past_value(i)))
-        return denoiser_attention(graph, u, weights, config, past=past, mask=mask)
+        return denoiser_attention(graph, u, weights, config, past=past, limit=limit)
     return _feed_forward(graph, u, weights, config, kind)
 
 
@@ -197,13 +205,17 @@ def _causal_mask(graph: GraphBuilder, config: ModelConfig) -> ir.Value | None:
     return graph.op("LessOrEqual", slots, graph.op("Unsqueeze", own, graph.constant([1, 3])))
 
 
-def _cached_mask(graph: GraphBuilder, config: ModelConfig) -> ir.Value | None:
-    """[B,1,1,T] bool: the cache slots that hold a token."""
+def _score_limit(graph: GraphBuilder, config: ModelConfig) -> ir.Value | None:
+    """[B*KV,1,T] float32: what no score of a cache slot exceeds, nothing where it holds a token."""
     layers = config.indices(LayerKind.ATTENTION)
     if not layers:
         return None
     slots = _range_of(graph, graph.input(past_key(layers[0])), axis=2)
-    return graph.op("Less", slots, graph.op("Unsqueeze", graph.input(CONTEXT_LENGTH), graph.constant([1, 2, 3])))
+    lengths = graph.op("Unsqueeze", graph.input(CONTEXT_LENGTH), graph.constant([1]))
+    lengths = graph.op("Expand", lengths, graph.constant([1, config.num_key_value_heads]))
+    held = graph.op("Less", slots, graph.reshape(lengths, -1, 1, 1))
+    never, always = graph.constant(MASKED, "float32"), graph.constant(-MASKED, "float32")
+    return graph.op("Where", held, always, never)
 
 
 def _last_valid(graph: GraphBuilder, h: ir.Value) -> ir.Value:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.few_bits import weights_of
+from tests.helpers.few_bits import stack_of, weights_of
 from tests.helpers.quantized import TINY, suite_prompts
 from twotower.bundle import Bundle
 from twotower.calibration import collect as collect_module
@@ -57,7 +57,7 @@ def test_ranges_are_those_torch_sees(tiny_bundle: Path, whole: Statistics) -> No
     for prefix, tower in zip(("context_tower", "denoiser_tower"), towers, strict=True):
         for name, module in tower.named_modules():
             if isinstance(module, nn.Linear) and "experts." not in name and not name.startswith(("t_", "lm_head")):
-                module.register_forward_pre_hook(hook(f"{prefix}.{name}.weight"))
+                module.register_forward_pre_hook(hook(stack_of(f"{prefix}.{name}.weight")))
     with TwoTower.open(tiny_bundle) as model:
         assert model.tokenizer is not None
         for prompt in PROMPTS:
@@ -79,7 +79,7 @@ def test_sampled_calibrations_are_the_same_again(tiny_bundle: Path, tmp_path: Pa
 
 def test_every_pass_is_counted_once_in_its_bucket(whole: Statistics) -> None:
     d = whole.towers["denoiser"]
-    width = {"in_proj": 128, "out_proj": 256, "q_proj": 128}
+    width = {"in_proj": 128, "out_proj": 256, "qkv_proj": 128}
     for i, name in enumerate(d.names):
         columns = next((w for key, w in width.items() if key in name), None)
         if columns:

@@ -48,7 +48,7 @@ def test_data_files_hold_the_checkpoint(tmp_path: Path, dtype: str) -> None:
             tolerance = 1e-2 if dtype == "bfloat16" else 1e-3
             tolerance = 1e-6 if name.endswith(".negated_exp") else tolerance
             np.testing.assert_allclose(got.reshape(want.shape), want, rtol=tolerance, atol=1e-6)
-    changed = ("A_log", "conv1d.weight")
+    changed = ("A_log", "conv1d.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight")
     plain = {n for n in tensors if ".experts." not in n and not n.endswith(changed)}
     assert plain <= seen
 
@@ -59,6 +59,8 @@ def exported(name: str, tensors: dict[str, np.ndarray], experts: int) -> np.ndar
         return -np.exp(tensors[name.removesuffix(".negated_exp")])
     if name.endswith(".transposed"):
         return np.moveaxis(tensors[name.removesuffix(".transposed")], -1, 0)
+    if name.endswith(".qkv_proj.weight"):
+        return np.concatenate([tensors[name.replace("qkv", part)] for part in "qkv"])
     if ".experts." in name:
         stem, _, kind = name.rpartition("experts.")
         return np.stack([tensors[f"{stem}experts.{j}.{kind}"] for j in range(experts)])

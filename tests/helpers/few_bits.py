@@ -83,11 +83,11 @@ def quantized_towers(
 
     def read(name: str) -> torch.Tensor:
         exact = torch.from_numpy(tensors[name])
-        stack = _stack(name)
+        stack = stack_of(name)
         if stack not in formats or name.endswith("in_proj.weight"):
             return exact
         how, group = formats[stack]
-        greatest = max(float(np.abs(tensors[n]).max()) for n in tensors if _stack(n) == stack)
+        greatest = max(float(np.abs(tensors[n]).max()) for n in tensors if stack_of(n) == stack)
         return fake_quantize(exact, how, group=group, greatest=greatest)
 
     towers = load_context_tower(config, read), load_denoiser_tower(config, read)
@@ -109,13 +109,16 @@ def _split_in_projection(module: Any, name: str, formats: Any, activations: Any,
 def _rounds_input(module: nn.Module, name: str, activations: Mapping[str, tuple[str, float]]) -> None:
     if not isinstance(module, nn.Linear) or name.endswith("in_proj"):
         return
-    first = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj")
-    how = activations.get(_stack(f"{first}.weight"))
+    how = activations.get(stack_of(f"{name}.weight"))
     if how is not None:
         module.register_forward_pre_hook(lambda _, inputs: (fake_input(inputs[0], *how),))
 
 
-def _stack(name: str) -> str:
-    """`...experts.3.up_proj.weight` lies in the stack `...experts.up_proj.weight`."""
+def stack_of(name: str) -> str:
+    """The graph's weight a tensor goes into.
+
+    `...experts.3.up_proj.weight` lies in `...experts.up_proj.weight`, q, k and v in `qkv_proj`.
+    """
     words = name.split(".")
+    words = ["qkv_proj" if w in ("q_proj", "k_proj", "v_proj") else w for w in words]
     return ".".join(w for i, w in enumerate(words) if not (w.isdigit() and words[i - 1] == "experts"))

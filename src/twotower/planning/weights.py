@@ -188,11 +188,13 @@ def _layer_of(name: str) -> int | None:
 
 
 def _stack_of(tensor: CheckpointTensor) -> str:
-    """The graph's weight a tensor goes into: routed experts are stacked, one weight a projection."""
+    """The graph's weight a tensor goes into: experts are stacked, and q, k and v are one matrix."""
+    stem, _, name = tensor.name.removesuffix(".weight").rpartition(".")
+    if name in ("q_proj", "k_proj", "v_proj"):
+        return f"{stem}.qkv_proj"
     if tensor.role is not Role.ROUTED_EXPERT:
         return tensor.name
-    parts = tensor.name.split(".")
-    return ".".join((*parts[:-3], parts[-2]))
+    return f"{stem.rpartition('.')[0]}.{name}"
 
 
 def _stored(
