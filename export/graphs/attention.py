@@ -10,7 +10,7 @@ import onnx_ir as ir
 from twotower.config import ModelConfig
 from twotower.export.graphs.builder import GraphBuilder
 from twotower.export.graphs.layers import LayerWeights
-from twotower.spec import BLOCK, PAST_LENGTH
+from twotower.spec import BLOCK, PAST_LENGTH, TOKENS
 
 __all__ = ["MASKED", "context_attention", "denoiser_attention"]
 
@@ -19,22 +19,37 @@ MASKED = -1e30
 
 
 def context_attention(
-    graph: GraphBuilder, u: ir.Value, weights: LayerWeights, config: ModelConfig, *, past: tuple[ir.Value, ir.Value], mask: ir.Value
+    graph: GraphBuilder,
+    u: ir.Value,
+    weights: LayerWeights,
+    config: ModelConfig,
+    *,
+    past: tuple[ir.Value, ir.Value],
+    mask: ir.Value,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Attention of a chunk u [B,L,D] over everything before and the chunk itself.
 
-    The chunk's keys and values are written into the cache [B,KV,T,hd] at `past_length`, in place where the caller binds
-    both names to one buffer; `mask` [B,1,L,T] is explicit because readers of `Attention` disagree about its causal
-    alignment and drop its length input.
+    The chunk's keys and values are written into the cache [B,KV,T,hd] at `past_length`, in place
+    where the caller binds both names to one buffer; `mask` [B,1,L,T] is explicit because readers of
+    `Attention` disagree about its causal alignment and drop its length input.
+
+    The query heads of a group are more positions of one head: TensorRT's kernel takes as many heads
+    of keys as of queries, and would write all keys and values once for each of them.
 
     Returns:
         The output [B,L,D] and the updated key and value caches.
     """
+    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q, k, v = _projected(graph, u, weights, config)
     where = graph.input(PAST_LENGTH)
     keys = graph.op("TensorScatter", past[0], k, where, axis=-2)
     values = graph.op("TensorScatter", past[1], v, where, axis=-2)
-    out = graph.op("Attention", q, keys, values, mask, scale=1.0 / math.sqrt(config.head_dim))
+    q = graph.reshape(q, 0, groups, -1, size)  # [B,KV,H/KV*L,hd]
+    times = graph.constant([1, 1, heads // groups, 1])
+    mask = graph.shared("mask of all heads", lambda: graph.op("Tile", mask, times))
+    out = graph.op("Attention", q, keys, values, mask, scale=1.0 / math.sqrt(size))
+    length = graph.shared("chunk", lambda: graph.op("Shape", graph.input(TOKENS), start=1, end=2))
+    out = graph.reshape(out, 0, heads, length, size)
     return _merged(graph, out, weights, config), keys, values
 
 
