@@ -62,4 +62,5 @@ def _modulated(graph: GraphBuilder, x: ir.Value, by: Modulation) -> ir.Value:
 
 def _affine(graph: GraphBuilder, x: ir.Value, weights: LayerWeights, layer: tuple[str, int, int]) -> ir.Value:
     name, out, into = layer
-    return graph.op("Gemm", x, weights(f"{name}.weight", out, into), weights(f"{name}.bias", out), transB=1)
+    weight, bias = weights(f"{name}.weight", out, into), weights(f"{name}.bias", 1, out)
+    return graph.op("Gemm", x, weight, bias, transB=1)
