@@ -19,7 +19,7 @@ from twotower.spec import (
     candidate_count,
 )
 
-__all__ = ["MaskInfo", "mask_info", "sample_and_commit"]
+__all__ = ["MaskInfo", "mask_info", "relative_to_best", "sample_and_commit"]
 
 _NEVER = -1e30  # the mask token's logit: its probability underflows to exactly 0 in float32
 
@@ -55,27 +55,65 @@ def sample_and_commit(graph: GraphBuilder, logits: ir.Value, masks: MaskInfo, co
     graph.output(MASKED_LEFT, graph.op("Squeeze", left, graph.constant([1])))
 
 
-def _choose(graph: GraphBuilder, logits: ir.Value, config: ModelConfig) -> tuple[ir.Value, ir.Value]:
+def _choose(
+    graph: GraphBuilder,
+    logits: ir.Value,
+    config: ModelConfig,
+) -> tuple[ir.Value, ir.Value]:
     """The chosen token and its un-tempered probability, [B,S] each.
 
-    The choice is among the K best candidates: the highest of logit / temperature + noise, the best itself at temperature 0. Noise of -inf
-    excludes a candidate (that is top-k).
+    The choice is among the K best candidates: the highest of logit / temperature + noise, the best
+    itself at temperature 0. Noise of -inf excludes a candidate (that is top-k).
     """
-    penalty = [0.0] * config.vocab_size
-    penalty[config.mask_token_id] = _NEVER
-    logits = graph.op("Add", logits, graph.constant(penalty, "float32"))
-    best, ids = graph.ops("TopK", 2, logits, graph.constant([candidate_count(config)]), axis=-1)
+    best, ids, probabilities = _candidates(graph, logits, config)
     temperature = graph.op("Unsqueeze", graph.input(TEMPERATURE), graph.constant([1, 2]))
     greedy = graph.op("LessOrEqual", temperature, graph.constant(0.0, "float32"))
     divisor = graph.op("Where", greedy, graph.constant(1.0, "float32"), temperature)
     noisy = graph.op("Add", graph.op("Div", best, divisor), graph.input(NOISE))
     sampled = graph.op("ArgMax", noisy, axis=-1, keepdims=1)
     place = graph.op("Where", greedy, graph.constant(0), sampled)
-    axis = graph.constant([-1])
-    token = graph.op("Squeeze", graph.op("GatherElements", ids, place, axis=-1), axis)
-    log_total = graph.op("ReduceLogSumExp", logits, axis, keepdims=0)
-    chosen = graph.op("Squeeze", graph.op("GatherElements", best, place, axis=-1), axis)
-    return token, graph.op("Exp", graph.op("Sub", chosen, log_total))
+    token, confidence = (graph.op("GatherElements", x, place, axis=-1) for x in (ids, probabilities))
+    last = graph.constant([-1])
+    return graph.op("Squeeze", token, last), graph.op("Squeeze", confidence, last)
+
+
+def _candidates(
+    graph: GraphBuilder,
+    logits: ir.Value,
+    config: ModelConfig,
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """The K best tokens: their logits, ids and un-tempered probabilities, [B,S,K] each.
+
+    Positions of all rows are one axis, as the product before them writes them: TensorRT's TopK
+    would have them copied into two.
+    """
+    count, penalty = candidate_count(config), [0.0] * config.vocab_size
+    penalty[config.mask_token_id] = _NEVER
+    rows = graph.reshape(logits, -1, config.vocab_size)
+    rows = graph.op("Add", rows, graph.constant(penalty, "float32"))
+    best, ids = graph.ops("TopK", 2, rows, graph.constant([count]), axis=-1)
+    relative, total = relative_to_best(graph, rows, best)
+    probabilities = graph.op("Div", graph.op("Exp", relative), total)
+    length = graph.op("Shape", graph.input(BLOCK), start=1, end=2)
+    best, ids, probabilities = (graph.reshape(x, -1, length, count) for x in (best, ids, probabilities))
+    return best, ids, probabilities
+
+
+def relative_to_best(
+    graph: GraphBuilder,
+    logits: ir.Value,
+    best: ir.Value,
+) -> tuple[ir.Value, ir.Value]:
+    """Logits `best` [...,K] less the greatest of all, and the sum of exp of all so, [...,1].
+
+    `best` is what TopK found of `logits` [...,V], in order. Its first is the maximum that
+    ReduceLogSumExp would look for once more, and would write all logits out once more for.
+    """
+    ends = graph.constant([0]), graph.constant([1]), graph.constant([-1])
+    greatest = graph.op("Slice", best, *ends)
+    shares = graph.op("Exp", graph.op("Sub", logits, greatest))
+    total = graph.op("ReduceSum", shares, graph.constant([-1]), keepdims=1)
+    return graph.op("Sub", best, greatest), total
 
 
 def _committed(graph: GraphBuilder, confidence: ir.Value, masks: MaskInfo) -> ir.Value:

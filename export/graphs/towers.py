@@ -16,7 +16,7 @@ from twotower.export.graphs.layers import LayerWeights, mlp, rms_norm
 from twotower.export.graphs.mamba import ChunkInfo, mamba
 from twotower.export.graphs.moe import moe
 from twotower.export.graphs.precision import Precision, Tap
-from twotower.export.graphs.sampler import mask_info, sample_and_commit
+from twotower.export.graphs.sampler import mask_info, relative_to_best, sample_and_commit
 from twotower.spec import (
     BLOCK,
     CANDIDATE_IDS,
@@ -150,9 +150,9 @@ def _denoiser_mixer(
 def _context_head(graph: GraphBuilder, config: ModelConfig) -> None:
     logits = graph.to_float32(graph.linear(graph.input(HIDDEN), _head_weight(graph, Tower.CONTEXT, config)))
     best, ids = graph.ops("TopK", 2, logits, graph.constant([candidate_count(config)]), axis=-1)
-    log_total = graph.op("ReduceLogSumExp", logits, graph.constant([-1]), keepdims=1)
+    relative, total = relative_to_best(graph, logits, best)
     graph.output(CANDIDATE_IDS, ids)
-    graph.output(CANDIDATE_LOGPROBS, graph.op("Sub", best, log_total))
+    graph.output(CANDIDATE_LOGPROBS, graph.op("Sub", relative, graph.op("Log", total)))
 
 
 def _feed_forward(graph: GraphBuilder, u: ir.Value, weights: LayerWeights, config: ModelConfig, kind: LayerKind) -> ir.Value:
