@@ -101,7 +101,7 @@ def _moments(graph: str, config: ModelConfig, shapes: Shapes, length: int) -> It
     if LayerKind.MAMBA in config.layers:
         yield [*_scan(config, shapes, length), *always]
     if LayerKind.ATTENTION in config.layers:
-        yield [*_attention(graph, config, shapes, length), *always]
+        yield from ([*tensors, *always] for tensors in _attention(graph, config, shapes, length))
     if graph == DENOISER:
         logits = ("logits [B,S,V] in float32", rows * length * config.vocab_size * _FLOAT32)
         yield [logits, logits, *always]
@@ -114,8 +114,9 @@ def _always(graph: str, config: ModelConfig, shapes: Shapes, length: int) -> _Te
     if graph == DENOISER:
         modulation = ("modulation [B,3,D] of every layer", rows * 3 * config.hidden_size * item * len(config.layers))
         return stream, stream, modulation
-    if length > 1 and LayerKind.ATTENTION in config.layers:
-        return stream, ("mask [B,L,T]", rows * length * shapes.capacity * item)
+    if LayerKind.ATTENTION in config.layers and shapes.dtype != "float32":
+        queries = config.num_attention_heads // config.num_key_value_heads * length
+        return stream, ("mask [B,H/KV*L,T]", rows * queries * shapes.capacity * item)
     return (stream,)
 
 
@@ -145,15 +146,21 @@ def _scan(config: ModelConfig, shapes: Shapes, length: int) -> _Tensors:
     return [decay, decay, projection, values, values, values, states, *_PRODUCT]
 
 
-def _attention(graph: str, config: ModelConfig, shapes: Shapes, length: int) -> _Tensors:
-    """The denoiser writes its scores out, and so does the context tower in float32, where there is no fused kernel."""
-    rows, heads, item = shapes.max_batch, config.num_attention_heads, item_bytes(shapes.dtype)
-    queries = ("queries [B,H,L,d]", rows * heads * length * config.head_dim * item)
-    if length == 1 and graph == CONTEXT:
-        return [queries, queries, *_PRODUCT]
-    if graph == CONTEXT and shapes.dtype != "float32":
-        every = ("keys of every head [B,H,T,d]", rows * heads * shapes.capacity * config.head_dim * item)
-        return [every, every, queries, queries, *_PRODUCT]
+def _attention(graph: str, config: ModelConfig, shapes: Shapes, length: int) -> Iterator[_Tensors]:
+    """The denoiser writes its scores out, and so does the context tower in float32, where there is no fused kernel.
+
+    The fused kernel reads keys and values from a copy.
+    """
+    rows, item = shapes.max_batch, item_bytes(shapes.dtype)
+    queries = ("queries [B,H,L,d]", rows * config.num_attention_heads * length * config.head_dim * item)
+    yield [queries, *_PRODUCT]
+    keys = ("keys [B,KV,T,d]", rows * config.num_key_value_heads * shapes.capacity * config.head_dim * item)
     seen = shapes.capacity + (length if graph == DENOISER else 0)
-    scores = rows * heads * length * seen
-    return [("scores [B,H,L,T] in float32", scores * _FLOAT32), ("scores [B,H,L,T]", scores * item), *_PRODUCT]
+    scores = ("scores [B,H,L,T] in float32", rows * config.num_attention_heads * length * seen * _FLOAT32)
+    if graph == DENOISER:
+        yield [scores, scores]
+    elif shapes.dtype == "float32":
+        yield [scores, scores, *_PRODUCT]
+        yield [keys, *_PRODUCT]
+    else:
+        yield [keys, keys, queries, queries]
