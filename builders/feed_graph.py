@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from twotower.builders.base import DEFAULT_MAX_CONTEXT, INPUTS
 from twotower.builders.profiles import cache_capacity
@@ -106,7 +107,7 @@ def feed_graph(bundle: Bundle, name: str, folder: Path, options: FeedOptions | N
     longest = bundle.config.max_position_embeddings
     capacity = cache_capacity(chosen.max_context or min(DEFAULT_MAX_CONTEXT, longest), longest)
     fixed = {"T": capacity, "S": bundle.trained_block_size}
-    model = load_graph(bundle.graph_file(name))
+    model: onnx.ModelProto = load_graph(bundle.graph_file(name))
     fix_axes(model, fixed)
     signature = bundle.signatures[name].with_sizes(fixed)
     inputs: Sequence[TensorSpec] = signature.inputs

@@ -84,11 +84,7 @@ class TargetChecks:
         folder, bundle = self.bundle, Bundle.open(self.bundle, contents=False)
         known, source = known_answer_of(
             bundle,
-            lambda: (
-                nullcontext(model)
-                if model.target == KEPT_BY
-                else TwoTower.open(folder, target=KEPT_BY)
-            ),
+            lambda: nullcontext(model) if model.target == KEPT_BY else TwoTower.open(folder, target=KEPT_BY),
         )
         yield CheckResult("where the known answer comes from", None, source)
         if known is None:
@@ -96,9 +92,7 @@ class TargetChecks:
         on_gpu = model.target != KEPT_BY
         sm = self.machine.gpus[0].sm if on_gpu and self.machine.gpus else None
         plain = (lambda: self._opened(graphs=False)) if on_gpu else None
-        yield from check_answer(
-            known, model, setting_of(bundle, model.target, sm), open_plain=plain
-        )
+        yield from check_answer(known, model, setting_of(bundle, model.target, sm), open_plain=plain)
 
     def _passes(self, model: TwoTower) -> dict[str, Any]:
         assert self.bundle is not None

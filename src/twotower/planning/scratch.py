@@ -9,7 +9,7 @@ from itertools import zip_longest
 from twotower.builders.profiles import profiles
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.planning.weights import item_bytes
-from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
+from twotower.spec import CONTEXT_HEAD, DENOISER
 
 __all__ = ["Scratch", "Shapes", "scratch"]
 
