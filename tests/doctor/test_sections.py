@@ -78,8 +78,8 @@ def test_a_crash_keeps_what_was_found(tmp_path: Path) -> None:
 def test_a_section_ends_at_its_limit_with_all_it_started(tmp_path: Path) -> None:
     body = "answers.put(first=subprocess.Popen(['sleep', '987']).pid); time.sleep(987)"
     began = time.monotonic()
-    result = asked(tmp_path, body, seconds=1)
-    assert time.monotonic() - began < 5
+    result = asked(tmp_path, body, seconds=2)
+    assert time.monotonic() - began < 60
     assert result["state"] == STOPPED
     assert "in ask" in (tmp_path / "it.log").read_text(), "the log says where it hung"
     assert is_gone(result["answers"]["first"])
