@@ -99,7 +99,7 @@ steps = st.tuples(PLACES, PLACES, st.integers(0, 2**32 - 1), st.booleans())
 @given(
     st.lists(rows, min_size=1, max_size=33),
     st.tuples(st.integers(1, 20), st.sampled_from([1, 7, 64])),
-    st.lists(steps, min_size=1, max_size=5),
+    st.lists(steps, min_size=1, max_size=5, unique_by=lambda step: step[:2]),
 )
 @settings(max_examples=100)
 def test_a_batch_draws_what_its_rows_draw_alone(
