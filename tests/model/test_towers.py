@@ -32,6 +32,8 @@ def test_any_split_gives_the_same_state(widths: list[int], short: int) -> None:
         )
         _, state = context.extend(chunk, state, past=past, lengths=count)
         past = past + count
+        if not count.any():  # and reading nothing has changed nothing
+            break
     for name, want in whole.items():
         for row in range(2):
             a, b = want[row], state[name][row]
