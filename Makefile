@@ -16,7 +16,7 @@ FIXTURE := tests/fixtures/hybrid-a
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-engines test-browser test-wheel test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo bench bench-real bench-weights engines-real engines-boundary tiny browser docs clean ci
+.PHONY: help install lint format types test test-trained test-engines test-browser test-wheel test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo bench bench-real bench-weights engines-real engines-boundary tiny browser docs clean ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,8 +40,11 @@ format: $(STAMP) ## mends what ruff can mend
 types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
-test: $(STAMP) ## the tests of everything that needs neither a GPU nor what the next three targets are for: below five minutes
-	$(PYTEST) -m "not (wheel or browser or (trt_rtx and slow))" $(ARGS)
+test: $(STAMP) ## the tests of everything that needs neither a GPU nor what the next four targets are for: below five minutes
+	$(PYTEST) -m "not (trained or wheel or browser or (trt_rtx and slow))" $(ARGS)
+
+test-trained: $(STAMP) ## the tests that measure the trained model: quantized, tuned, by lm-evaluation-harness
+	$(PYTEST) -m trained $(ARGS)
 
 test-engines: $(STAMP) ## the tests that build engines with TensorRT for RTX; no GPU
 	$(PYTEST) -m "trt_rtx and slow" $(ARGS)

@@ -38,6 +38,8 @@ def few(folder: Path, tiny_bundle: Path, tiny_statistics: Path) -> Any:
     return lambda recipe: quantized(tiny_bundle, folder, recipe, stats=tiny_statistics)
 
 
+@pytest.mark.trained
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_it_computes_what_torch_computes_with_rounded_numbers(few: Any, recipe: str) -> None:
     """The twin: the published mathematics in torch on weights, and inputs, rounded by other code. Text, passes and confidences."""

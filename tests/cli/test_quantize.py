@@ -20,6 +20,8 @@ def prompt_file(folder: Path, count: int = 3) -> Path:
     return file
 
 
+@pytest.mark.trained
+@pytest.mark.slow
 def test_from_prompts_to_a_report(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stats, few, page = tmp_path / "stats", tmp_path / "q4", tmp_path / "q4.html"
     calibrate = ["calibrate", str(tiny_bundle), "--prompts", str(prompt_file(tmp_path)), "-o", str(stats), "--max-new-tokens", "32"]
@@ -51,6 +53,8 @@ def test_from_prompts_to_a_report(tiny_bundle: Path, tmp_path: Path, capsys: pyt
     assert "int4-experts" in capsys.readouterr().out
 
 
+@pytest.mark.trained
+@pytest.mark.slow
 def test_auto_writes_what_it_chose(tiny_bundle: Path, tiny_statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "auto"
     command = ["quantize", str(tiny_bundle), "--recipe", "auto", "--budget", "90", "--stats", str(tiny_statistics), "-o", str(output)]

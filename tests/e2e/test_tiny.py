@@ -91,6 +91,7 @@ def test_generate_speaks(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.strip() == ANSWER.split(" c lamp")[0]
 
 
+@pytest.mark.trained
 @pytest.mark.slow
 def test_evaluate_and_tune_work_on_it(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--limit", "6", "--thresholds", "0.6,0.9,0.98", "--steps", "16"]

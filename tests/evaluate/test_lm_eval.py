@@ -19,7 +19,7 @@ from twotower.config import GenerationConfig
 from twotower.errors import ConfigError, RequestError
 from twotower.runtime import TwoTower
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.trained, pytest.mark.slow]
 QUESTIONS = (
     "sums: a 12+35 b 48+21 c 17+17 d 30+49 e 26+16 f 41+12 g 33+44 h 15+28",
     "write from Ann to Omar: green kite, Kyoto, Friday, owl",

@@ -110,6 +110,8 @@ def report(tiny_bundle: Path, mixed: Bundle) -> dict[str, Any]:
         return price_of(pair, (few, exact), load_suite().only(limit=4), PriceConfig())
 
 
+@pytest.mark.trained
+@pytest.mark.slow
 def test_the_report_has_everything(report: dict[str, Any], mixed: Bundle, tiny_bundle: Path) -> None:
     assert report["suite"]["problems"] == 28
     assert set(report["settings"]) == {"float", "quantized", "float ar", "quantized ar"}
@@ -125,6 +127,8 @@ def test_the_report_has_everything(report: dict[str, Any], mixed: Bundle, tiny_b
     assert json.loads(json.dumps(report)) == report
 
 
+@pytest.mark.trained
+@pytest.mark.slow
 def test_lines_and_page_show_it(report: dict[str, Any]) -> None:
     lines = "\n".join(price_lines(report))
     for word in ("quantized ar", "passes/block", "denoiser tower", "of bfloat16", "inside the budget"):
@@ -139,6 +143,8 @@ def test_lines_and_page_show_it(report: dict[str, Any]) -> None:
     assert "<b>Flagged:</b> keeps &lt;nothing&gt;" in flagged
 
 
+@pytest.mark.trained
+@pytest.mark.slow
 def test_the_note_reaches_the_manifest_and_the_next_replaces_it(report: dict[str, Any], mixed: Bundle, tiny_bundle: Path) -> None:
     note_measurement(mixed, {**note_of(report), "flags": ["is wrong"]})
     assert flags_of_bundle(Bundle.open(mixed.path)) == ["is wrong"]
@@ -159,6 +165,8 @@ def test_pairs(tiny_bundle: Path, built_bundle: Path, mixed: Bundle) -> None:
         require_pair(mixed, Bundle.open(built_bundle))
 
 
+@pytest.mark.trained
+@pytest.mark.slow
 def test_the_choice_is_inside_its_budget_and_says_how_it_came_about(tiny_bundle: Path, tmp_path: Path) -> None:
     """Attention in 4 bits costs this model a fifth of its answers and its passes: the search must find that out and keep it in 8."""
     config = ChooseConfig(price=PriceConfig(max_new_tokens=96))
