@@ -55,6 +55,8 @@ class _Stream:
     ops: list[Op | tuple[int, int]] = field(default_factory=list)  # work, or (stream, position) to wait for
     done: int = 0
     capture: _Capture | None = None
+    aside: int = 0  # a library's own stream beside it
+    hidden: bool = False
 
 
 @dataclass
@@ -115,7 +117,7 @@ class CudaStandIn:
         """What was made and not freed."""
         kinds = {
             "memory": len(self._blocks),
-            "streams": len(self._streams),
+            "streams": sum(not s.hidden for s in self._streams.values()),
             "events": len(self._events),
             "graphs": len(self._graphs) + len(self._execs),
         }
@@ -154,6 +156,20 @@ class CudaStandIn:
             if s.capture.broken:
                 raise CudaRefusedError(_INVALIDATED)
             s.capture.ops.append(op)
+
+    def enqueue_aside(self, stream: int, op: Op) -> None:
+        """Puts work on a hidden stream beside a stream: after what is on that, and before what comes on it later."""
+        with self._lock:
+            s = self._streams[stream]
+            if s.capture is not None or self.broken:
+                self.enqueue(stream, op)  # a captured graph has the fork and the join in it
+                return
+            if not s.aside:
+                s.aside = self._new(self._streams, _Stream(s.device, hidden=True))
+            hidden = self._streams[s.aside]
+            hidden.ops += [(stream, len(s.ops)), op]
+            s.ops.append((s.aside, len(hidden.ops)))
+            self._drift()
 
     def unsafe(self) -> int:
         """The error of an allocation or a wait by a library, in the calling thread; it breaks a capture."""
@@ -251,7 +267,7 @@ class CudaStandIn:
     def cudaStreamDestroy(self, stream: int) -> tuple[int, None]:
         def destroyed() -> None:
             self._run(stream, len(self._streams[stream].ops))
-            del self._streams[stream]
+            self._streams.pop(self._streams.pop(stream).aside, None)
 
         assert stream in self._streams, "destroyed twice, or never made"
         return self._answer("cudaStreamDestroy", destroyed, lets_go=(self._streams, stream))

@@ -220,7 +220,7 @@ class Context:
         )
         try:
             trt.cuda.enqueue(stream, work.begin)
-            trt.cuda.enqueue(stream, work.end)
+            (trt.cuda.enqueue_aside if trt.hidden_streams else trt.cuda.enqueue)(stream, work.end)
         except CudaRefusedError as e:
             self._engine.say(f"CUDA error {e.code} while it was enqueued")
             return False

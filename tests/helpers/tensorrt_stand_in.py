@@ -47,6 +47,7 @@ class TensorRTStandIn(SimpleNamespace):
         refuse_capture: while a stream is captured.
         capturable: What it says when it is asked whether a stream can be captured.
         allocates: Every execution asks CUDA for memory, and not only the first in a shape.
+        hidden_streams: Executions end on a stream of the library's own, joined by events.
         inference_fails: Shapes cannot be inferred.
         scratch_for_shapes: Bytes of scratch memory for the shapes of a context; 0 for what the engine says.
         log: What was executed, in order.
@@ -71,7 +72,7 @@ class TensorRTStandIn(SimpleNamespace):
         super().__init__()
         self.cuda = cuda
         self.refuse_at, self.refuse_capture, self.capturable = 0, False, True
-        self.allocates = self.inference_fails = False
+        self.allocates = self.hidden_streams = self.inference_fails = False
         self.scratch_for_shapes = 0
         self.executions = self.made = self.changes = 0
         self.log: list[str] = []

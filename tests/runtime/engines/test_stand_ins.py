@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
+from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.towers import golden_config
 from tests.runtime.engines.test_tensorrt_engine import golden_cases
 from twotower.errors import DeviceError
@@ -43,6 +45,21 @@ def test_a_captured_launch_keeps_the_addresses_it_was_captured_with(
     with opened(built(), graphs=graphs) as it:
         out = it.model.generate(case["prompt"], golden_config(case))
     assert (list(out.tokens) == case["diffusion_tokens"]) is not graphs
+
+
+def test_work_beside_a_stream_is_joined() -> None:
+    """In any order the stand-in may choose: after what was before it, before what comes after."""
+    for seed in (None, 1, 2, 3):
+        api, done = CudaStandIn(seed=seed), []
+        _, stream = api.cudaStreamCreateWithFlags(1)
+        for n in range(6):
+            enqueue = api.enqueue_aside if n % 2 else api.enqueue
+            enqueue(stream, partial(done.append, n))
+        assert seed is not None or not done
+        api.cudaStreamSynchronize(stream)
+        assert done == list(range(6))
+        api.cudaStreamDestroy(stream)
+        assert not api.leaked
 
 
 def test_the_current_device_belongs_to_a_thread(

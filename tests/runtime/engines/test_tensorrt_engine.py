@@ -65,6 +65,18 @@ def test_segments_write_the_same_text_on_any_number_of_devices(
             assert list(it.model.generate(case["prompt"], AR).tokens) == case["ar_greedy_tokens"]
 
 
+@pytest.mark.parametrize("graphs", [True, False])
+def test_passes_may_use_streams_of_the_library_s_own(built: Callable[..., Any], opened: Callable[..., Any], graphs: bool) -> None:
+    """Engines are built without; one of an older build, or of full TensorRT, may have some, joined before it returns."""
+    cases = golden_cases("hybrid-a")
+    with opened(built("hybrid-a", 4), graphs=graphs, seed=9) as it:
+        it.trt.hidden_streams = True
+        for case in cases:
+            assert list(it.model.generate(case["prompt"], golden_config(case)).tokens) == case["diffusion_tokens"]
+        together = it.model.generate([Request(c["prompt"], golden_config(c)) for c in cases])
+        assert [list(out.tokens) for out in together] == [c["diffusion_tokens"] for c in cases]
+
+
 def test_rows_are_independent_and_long_prompts_are_padded_to_few_widths(built: Callable[..., Any], opened: Callable[..., Any]) -> None:
     prompts = [np.random.default_rng(n).integers(4, 250, n).tolist() for n in (1, 3, 17, 90, 200)]
     with opened(built(), seed=7) as it:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -132,6 +133,26 @@ def test_kernels_are_kept_before_the_session_ends(
         model.generate([[5], [6], [7]], AR)
         assert not trt.kernels
     assert not list(engine_folder(copied, "rtx").glob(".*partial*"))
+
+
+def test_a_file_that_is_being_written_is_of_one_process(
+    copied: Bundle,
+    open_: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two processes that save at a time must not write into one file."""
+    names: list[str] = []
+    write = Path.write_bytes
+
+    def noted(path: Path, data: bytes) -> int:
+        names.append(path.name)
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", noted)
+    with open_(copied):
+        pass
+    assert names
+    assert all(name.endswith(str(os.getpid())) for name in names)
 
 
 def test_kernels_are_saved_when_there_are_new_ones_only(
