@@ -44,13 +44,28 @@ def context_attention(
     where = graph.input(PAST_LENGTH)
     keys = graph.op("TensorScatter", past[0], k, where, axis=-2)
     values = graph.op("TensorScatter", past[1], v, where, axis=-2)
+    if groups in (1, heads):  # nothing to fold, or one head in all, for which the kernel is missing
+        out = graph.op("Attention", q, keys, values, mask, scale=1.0 / math.sqrt(size))
+    else:
+        out = _folded(graph, (q, keys, values), config, mask)
+    return _merged(graph, out, weights, config), keys, values
+
+
+def _folded(
+    graph: GraphBuilder,
+    inputs: tuple[ir.Value, ir.Value, ir.Value],
+    config: ModelConfig,
+    mask: ir.Value,
+) -> ir.Value:
+    """Attention of q [B,H,L,hd] over keys and values [B,KV,T,hd], heads of a group as positions."""
+    q, keys, values = inputs
+    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q = graph.reshape(q, 0, groups, -1, size)  # [B,KV,H/KV*L,hd]
     times = graph.constant([1, 1, heads // groups, 1])
     mask = graph.shared("mask of all heads", lambda: graph.op("Tile", mask, times))
     out = graph.op("Attention", q, keys, values, mask, scale=1.0 / math.sqrt(size))
     length = graph.shared("chunk", lambda: graph.op("Shape", graph.input(TOKENS), start=1, end=2))
-    out = graph.reshape(out, 0, heads, length, size)
-    return _merged(graph, out, weights, config), keys, values
+    return graph.reshape(out, 0, heads, length, size)
 
 
 def denoiser_attention(
