@@ -22,8 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from document import write_between
-from engines_slices import wait_for_memory
 from host_device import HostDevice
+from watched_command import wait_for_memory
 
 from twotower.bundle import FileRecord, hash_file
 from twotower.config.weights import WeightRef, aligned

@@ -1,0 +1,157 @@
+"""`make engines-published` and `make engines-boundary` on small models: the figures are written, what is off is found."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.source import ROOT
+
+SMALL = ROOT / "tests" / "fixtures" / "hybrid-a" / "config.json"
+
+
+@pytest.fixture(scope="module")
+def tools() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tools"))
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def case(tools: Any) -> Any:
+    # Planned scratch is held at published widths only.
+    limits = {"seconds": 100, "memory": 10**9, "nbytes": 10**8, "kernels": {"denoise": 200, "block": 200}}
+    return tools("engines_published").Case(name="a model", config=SMALL, sms=(86, 120), planned=False, **limits)
+
+
+@pytest.fixture(scope="module")
+def built(tools: Any, case: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    scratch = tmp_path_factory.mktemp("published")
+    made = tools("engines_published").build(case, scratch)
+    assert not list(scratch.iterdir()), "what was built is removed"
+    return made
+
+
+@pytest.mark.trt_rtx
+@pytest.mark.slow
+def test_a_small_model_through_the_whole_command(tools: Any, case: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool = tools("engines_published")
+    document = tmp_path / "page.md"
+    document.write_text("before\n{}\nold\n{}\nafter\n".format(*tool.MARKS))
+    words = ["--output", str(tmp_path / "out"), "--write-docs", str(document)]
+    assert tool.main(words, [case]) == 0
+    text = document.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "for SM 86, 120" in text
+    assert text.count("| denoiser, denoise |") == 1
+    assert not (tmp_path / "out").exists()
+    capsys.readouterr()
+    assert tool.main(words, [replace(case, kernels={"denoise": 10, "block": 200})]) == 1
+    assert "a model: denoiser, denoise: " in capsys.readouterr().err
+
+
+@pytest.mark.trt_rtx
+@pytest.mark.slow
+def test_a_build_within_its_figures_has_no_problems(tools: Any, built: Any) -> None:
+    assert tools("engines_published").problems_of(built) == []
+    assert built.weights > 10**5
+    assert 0 < built.ran.cpu_seconds < 100
+    assert 10**8 < built.ran.peak_memory < built.memory < 10**9
+    names = {(p.graph, p.profile) for p in built.passes}
+    assert {profile for graph, profile in names if graph == "context"} == {"prefill", "block", "decode"}
+    assert len(names) == 5
+
+
+@pytest.mark.trt_rtx
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"seconds": 0.01}, "seconds of one processor, allowed 0.01"),
+        ({"memory": 10**7}, "bytes of memory"),
+        ({"nbytes": 10**5}, "bytes of engines"),
+        ({"kernels": {"block": 9}}, "context, block: "),
+        ({"sms": (86,)}, "built for SM [86, 120]"),
+        ({"planned": True}, "scratch of"),
+    ],
+)
+def test_what_is_off_is_found(tools: Any, built: Any, change: dict[str, Any], says: str) -> None:
+    off = replace(built, case=replace(built.case, **change))
+    found = tools("engines_published").problems_of(off)
+    assert found
+    assert all(says in problem or "seconds, allowed" in problem for problem in found)
+
+
+@pytest.mark.trt_rtx
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"streams": 8}, "8 streams"),
+        ({"capturable": None}, "not capturable"),
+        ({"capturable": False}, "not capturable"),
+        ({"expanded": [{}, {}]}, "2 weights expanded in memory"),
+    ],
+)
+def test_what_a_program_must_not_be_is_found(tools: Any, built: Any, change: dict[str, Any], says: str) -> None:
+    first = built.passes[0]
+    off = replace(built, passes=(replace(first, program={**first.program, **change}), *built.passes[1:]))
+    (problem,) = tools("engines_published").problems_of(off)
+    assert says in problem
+
+
+@pytest.mark.trt_rtx
+@pytest.mark.slow
+def test_weights_on_disk_warnings_and_programs_nobody_read_are_found(tools: Any, built: Any) -> None:
+    problems_of = tools("engines_published").problems_of
+    assert problems_of(replace(built, data=("context/model.onnx.data",))) == ["weights on disk: context/model.onnx.data"]
+    facts = json.loads(json.dumps(built.record.report))
+    facts["engines"]["denoiser.engine"]["log"].append({"message": "a word", "explained": None})
+    facts["engines"]["context.engine"]["inspector"] = {"why_not": "another layout"}
+    found = problems_of(replace(built, record=replace(built.record, report=facts)))
+    assert [says in problem for says, problem in zip(("another layout", "a word"), found, strict=True)] == [True, True]
+
+
+@pytest.mark.trt_rtx
+@pytest.mark.slow
+def test_seconds_of_the_clock_count_where_nothing_else_runs(tools: Any, built: Any) -> None:
+    problems_of, ran = tools("engines_published").problems_of, built.ran
+    slow = replace(built, ran=replace(ran, seconds=500.0, cpu_seconds=1.0, others=0.5))
+    assert problems_of(slow) == []
+    assert problems_of(replace(slow, ran=replace(slow.ran, others=0.01))) == ["500 seconds, allowed 100"]
+
+
+def test_a_command_is_watched(tools: Any) -> None:
+    words = "import time; x = bytearray(120_000_000); n = sum(range(10_000_000)); time.sleep(0.3); raise SystemExit(3)"
+    ran = tools("watched_command").run_watched([sys.executable, "-c", words])
+    assert ran.code == 3
+    assert 0.05 < ran.cpu_seconds < ran.seconds + 0.1
+    assert ran.peak_memory > 120_000_000
+    assert 0 <= ran.others <= 1.1
+
+
+def test_the_figures_in_the_documents_are_of_these_cases(tools: Any, tmp_path: Path) -> None:
+    tool = tools("engines_published")
+    text = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    figures = text.partition(tool.MARKS[0])[2].partition(tool.MARKS[1])[0]
+    for case in (tool.published(tmp_path), tool.SMALL_CASE):
+        assert f"Of {case.name} in {case.dtype} " in figures
+        assert f"for SM {', '.join(map(str, case.sms))}: " in figures
+    assert figures.count("| denoiser, denoise |") == 2
+
+
+def test_a_cut_slice_computes_the_same(tools: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--pattern", "M*E", "--experts", "6", "--width", "128", "--runs", "1", "--scratch", str(tmp_path / "scratch")]
+    assert tools("engines_boundary").main(words) == 0
+    out = capsys.readouterr().out
+    assert "3 pieces" in out
+    assert "the same to the bit" in out
+    assert not (tmp_path / "scratch").exists()
