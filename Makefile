@@ -16,7 +16,7 @@ FIXTURE := tests/fixtures/hybrid-a
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-trained test-engines test-browser test-wheel test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo bench bench-real bench-weights engines-published engines-boundary tiny browser docs clean ci
+.PHONY: help install lint format types test test-trained test-engines test-browser test-wheel test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo bench bench-real bench-weights engines-published engines-inside engines-boundary tiny browser docs clean ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -99,6 +99,9 @@ bench-weights: $(STAMP) ## a file of 4.3 GB to a device made of host memory, bes
 
 engines-published: $(STAMP) ## the published model compiled for TensorRT for RTX without its weights, held to figures: two minutes, no GPU
 	$(BIN)/python tools/engines_published.py $(ARGS)
+
+engines-inside: $(STAMP) ## memory, time and size of engines that hold experts in few bits, beside what is planned: two minutes, no GPU
+	$(BIN)/python tools/engines_inside.py $(ARGS)
 
 engines-boundary: $(STAMP) ## a slice at published widths in one piece and in segments, side by side on the CPU
 	$(BIN)/python tools/engines_boundary.py $(ARGS)

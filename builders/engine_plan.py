@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twotower.builders.build_cost import build_memory, program_bytes
 from twotower.builders.cache_keys import EngineIdentity, GpuIdentity, engine_key
 from twotower.bundle import EngineFile
 
@@ -41,6 +42,18 @@ class EnginePlan:
     job: dict[str, Any]
     notes: tuple[dict[str, str], ...] = ()
     operators: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def build_memory(self) -> int:
+        """Bytes of memory its build needs at its peak."""
+        first, end = self.engine.layers
+        return build_memory(self.places.inside_bytes, end - first, largest_packed=self.places.largest_packed)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes on disk."""
+        first, end = self.engine.layers
+        return self.places.inside_bytes * 101 // 100 + program_bytes(self.graph, end - first)
 
 
 def plan_key(job: dict[str, Any], model: bytes, *, holds: str, library: dict[str, str], gpu: GpuIdentity | None) -> str:

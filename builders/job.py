@@ -88,7 +88,8 @@ def _died(code: int, said: list[str]) -> BuildError:
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     what, found = "the process that built the engine died", "; ".join([name, *said[-2:]])
     if code == -signal.SIGKILL:
-        return BuildError(what, found=f"{found}: most likely for want of memory", do="free memory, or lower --max-build-memory")
+        do = "free memory; a lower --max-build-memory cuts towers whose engines hold weights"
+        return BuildError(what, found=f"{found}: most likely for want of memory", do=do)
     if code >= 0:  # not the library: an exception of ours
         return BuildError(what, found=found, do="this is a defect of twotower: report it with what --debug shows")
     return _with_log(RefusedError(what, found=found, do="build again; if it fails again, try another dtype"), said)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import onnx
 
-from twotower.config.formats import stored_bytes
+from twotower.builders.build_cost import LayerBytes
+from twotower.config.formats import BITS, stored_bytes
 from twotower.graph_files import TYPE_NAMES
 from twotower.spec import CONDITIONING, CONTEXT, DENOISER, RESIDUAL_IN, RESIDUAL_OUT, TensorSpec, TowerSignature
 
-__all__ = ["GraphLayers", "Segment", "fix_axes", "layer_bytes", "segment"]
+__all__ = ["Segment", "fix_axes", "layer_bytes", "segment"]
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
@@ -27,25 +28,6 @@ class Segment:
     outputs: tuple[TensorSpec, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class GraphLayers:
-    """Weight bytes of a tower's graph by layer.
-
-    Attributes:
-        layers: Of each layer.
-        before: Of the embedding and, in the denoiser, the conditioning.
-        after: Of the final norm and the head.
-    """
-
-    layers: tuple[int, ...]
-    before: int
-    after: int
-
-    @property
-    def total(self) -> int:
-        return sum(self.layers) + self.before + self.after
-
-
 def fix_axes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
     """Makes named axes constants, in place: TensorRT wants the capacity of a cache static, and tunes a static block better."""
     for value in (*model.graph.input, *model.graph.output):
@@ -54,9 +36,10 @@ def fix_axes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
                 dim.dim_value = sizes[dim.dim_param]
 
 
-def layer_bytes(model: onnx.ModelProto) -> GraphLayers:
+def layer_bytes(model: onnx.ModelProto) -> LayerBytes:
     """Weight bytes by layer: a weight belongs to the layer whose node reads it."""
     sizes = {t.name: _nbytes(t) for t in model.graph.initializer}
+    packed = [sizes[t.name] for t in model.graph.initializer if BITS.get(TYPE_NAMES.get(t.data_type, "")) == 4]
     layers: dict[int, int] = {}
     ends = [0, 0]
     for node in model.graph.node:
@@ -66,7 +49,7 @@ def layer_bytes(model: onnx.ModelProto) -> GraphLayers:
             layers[index] = layers.get(index, 0) + nbytes
         else:
             ends[_is_after(node)] += nbytes
-    return GraphLayers(tuple(layers[i] for i in sorted(layers)), ends[0], ends[1])
+    return LayerBytes(tuple(layers[i] for i in sorted(layers)), ends[0], ends[1], max(packed, default=0))
 
 
 def segment(model: onnx.ModelProto, signature: TowerSignature, layers: tuple[int, int], *, dtype: str) -> Segment:

@@ -13,10 +13,11 @@ from typing import Any
 import onnx
 
 from twotower.builders.base import DEFAULT_MAX_CONTEXT, BuildConfig, Report
+from twotower.builders.build_cost import LayerBytes
 from twotower.builders.cache_keys import GpuIdentity
 from twotower.builders.cache_store import open_cache
 from twotower.builders.capabilities import Capabilities, chosen_capabilities
-from twotower.builders.cut import PROGRAM_BYTES, build_memory, cut_layers, even_layers, most_weights
+from twotower.builders.cut import least_bound, tower_cuts
 from twotower.builders.engine_plan import EnginePlan, plan_key
 from twotower.builders.expanded import expands_experts, require_fused
 from twotower.builders.float32_sums import sum_float32_products
@@ -92,7 +93,7 @@ class TensorRTBuilder:
                 f"{plan.engine.file:<22}"
                 + (f"layers {first} to {end - 1}; " if end > first else "")
                 + _described(plan.places)
-                + ("in the cache" if cached else f"about {_gigabytes(build_memory(plan.places.inside_bytes))} of memory to build")
+                + ("in the cache" if cached else f"about {_gigabytes(plan.build_memory)} of memory to build")
                 + f"; profiles {shapes}"
             )
         return lines
@@ -101,9 +102,8 @@ class TensorRTBuilder:
         self._limits(bundle, config)  # what cannot be built is said before space is asked for
         cache = open_cache(bundle, config)
         shared = cache is not None and not config.force and config.cache is None and cache.folder.is_dir()
-        sms = max(len(self._sms(bundle, config)), 1)
         new = [p for p in self._plans(bundle, config) if not (shared and cache is not None and cache.find(p.key))]
-        return sum(p.places.inside_bytes * 101 // 100 + sms * PROGRAM_BYTES for p in new)
+        return sum(p.nbytes for p in new)
 
     def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
         started, limits = time.perf_counter(), self._limits(bundle, config)
@@ -117,16 +117,18 @@ class TensorRTBuilder:
         engines: dict[str, tuple[EngineFile, ...]] = {}
         files: dict[str, FileRecord] = {}
         facts: dict[str, Any] = {}
-        plans = list(self._plans(bundle, config))  # all graphs are checked before hours are spent on the first
-        if any(cache is None or config.force or cache.find(plan.key) is None for plan in plans):
-            inside = {name: layer_bytes(_structure(bundle, name, config.weights)) for name in GRAPH_FILES}
-            require_build_memory(inside, available=probe_machine().available, bound=config.max_build_memory)
+        plans = list(self._plans(bundle, config))  # all graphs are checked before the first is built
+        require_build_memory(
+            {p.engine.file: p.build_memory for p in plans if cache is None or config.force or cache.find(p.key) is None},
+            least=max(least_bound(_held(bundle, name, config.weights)) for name in GRAPH_FILES),
+            available=machine.available,
+            bound=config.max_build_memory,
+        )
         for plan in plans:
             files[plan.engine.file], made = maker.make(plan)
             if not config.allow_expanded:
                 require_fused(plan.engine, made, readable=bool(self.flavour.sms))
-            weights = {"inputs": len(plan.places.inputs), "input_bytes": plan.places.input_bytes, "inside": dict(plan.places.inside)}
-            facts[plan.engine.file] = {**made, "weights": weights, "notes": list(plan.notes), "operators": plan.operators}
+            facts[plan.engine.file] = {**made, "weights": plan.places.to_json(), "notes": list(plan.notes), "operators": plan.operators}
             engines[plan.graph] = (*engines.get(plan.graph, ()), plan.engine)
         return EngineRecord(
             target=self.flavour.target,
@@ -224,25 +226,18 @@ def _notes(model: onnx.ModelProto, piece: _Piece) -> tuple[dict[str, str], ...]:
     return tuple(n.to_json() for n in require_clean(model, f"the graph of {piece.file}", error=BuildError, do=do, fixed=True))
 
 
-def _structure(bundle: Bundle, name: str, weights: str) -> onnx.ModelProto:
-    """A graph with those weights as initializers that its engine will hold."""
+def _held(bundle: Bundle, name: str, weights: str) -> LayerBytes:
+    """Of a graph's weights those that its engines will hold."""
     model = load_graph(bundle.graph_file(name))
     place_weights(model, weights)
-    return model
+    return layer_bytes(model)
 
 
 def _cuts(bundle: Bundle, name: str, config: BuildConfig) -> tuple[tuple[int, int], ...]:
     """Groups of layers, each an engine."""
     whole = layer_bytes(load_graph(bundle.graph_file(name)))
-    if not whole.layers:
-        return ((0, 0),)
-    if config.segments > 1:
-        return even_layers(whole.layers, config.segments)
-    if config.max_build_memory is None:
-        return ((0, len(whole.layers)),)
-    inside = layer_bytes(_structure(bundle, name, config.weights))
-    most = most_weights(config.max_build_memory)
-    return cut_layers(inside.layers, first_extra=inside.before, last_extra=inside.after, most=most)
+    held = _held(bundle, name, config.weights)
+    return tower_cuts(whole.layers, held, segments=config.segments, bound=config.max_build_memory)
 
 
 def _described(places: WeightPlaces) -> str:

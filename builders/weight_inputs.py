@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 
 from twotower.builders.base import INSIDE
-from twotower.config.formats import stored_bytes
+from twotower.config.formats import BITS, stored_bytes
 from twotower.graph_files import detach_weights, weight_refs
 from twotower.spec import TensorSpec
 
 __all__ = ["WeightPlaces", "place_weights", "why_inside"]
-
-_FOUR_BITS = ("int4", "float4e2m1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +25,27 @@ class WeightPlaces:
         inputs: Those that are inputs, in the order of the graph.
         inside: Those that stay in the engine, each with the reason.
         inside_bytes: Bytes of the latter.
+        largest_packed: Bytes of the largest weight of 4 bits that stays inside.
     """
 
     inputs: tuple[TensorSpec, ...]
     inside: Mapping[str, str]
     inside_bytes: int
+    largest_packed: int = 0
 
     @property
     def input_bytes(self) -> int:
         """Bytes of the weights that are inputs."""
         return sum(stored_bytes(s.dtype, math.prod(map(int, s.axes))) for s in self.inputs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for build.json."""
+        return {
+            "inputs": len(self.inputs),
+            "input_bytes": self.input_bytes,
+            "inside": dict(self.inside),
+            "inside_bytes": self.inside_bytes,
+        }
 
 
 def place_weights(model: onnx.ModelProto, places: str) -> WeightPlaces:
@@ -50,10 +60,12 @@ def place_weights(model: onnx.ModelProto, places: str) -> WeightPlaces:
     inside = asked if places == INSIDE else why_inside(model)
     free = {name: ref for name, ref in refs.items() if name not in inside}
     detach_weights(model, free)
+    held = [ref for name, ref in refs.items() if name in inside]
     return WeightPlaces(
         tuple(TensorSpec(name, ref.dtype, ref.shape) for name, ref in free.items()),
         inside,
-        sum(ref.nbytes for name, ref in refs.items() if name in inside),
+        sum(ref.nbytes for ref in held),
+        max((ref.nbytes for ref in held if BITS[ref.dtype] == 4), default=0),
     )
 
 
@@ -69,7 +81,7 @@ def why_inside(model: onnx.ModelProto) -> dict[str, str]:
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in refs:
             values = node.input[0]
-            four = refs[values].dtype in _FOUR_BITS
+            four = BITS[refs[values].dtype] == 4
             out.setdefault(values, _NO_INPUT.format(refs[values].dtype) if four else _TRANSPOSED)
             scales = [scale for scale in _scales(model, node) if scale in refs]
             out.update((scale, f"a scale of {values}, which is a constant") for scale in scales)

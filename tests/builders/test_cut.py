@@ -1,43 +1,53 @@
-"""The cut of a tower under a memory bound: as few pieces as can be, none too large."""
+"""The cut of a tower: even for several devices, or under a memory bound with as few pieces as can be, none too large."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from twotower.builders.cut import build_memory, cut_layers, even_layers, most_weights
+from twotower.builders.build_cost import LayerBytes, build_memory
+from twotower.builders.cut import cut_layers, even_layers, least_bound, tower_cuts
 from twotower.errors import BuildError
 
+GB = 10**9
+SIZES = st.lists(st.integers(0, 5 * GB), min_size=1, max_size=12)
+END = st.integers(0, 3 * GB)
 
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=12), st.integers(0, 30), st.integers(0, 30), st.integers(80, 300))
-def test_pieces_cover_the_tower_and_no_two_neighbours_would_fit_together(sizes: list[int], before: int, after: int, most: int) -> None:
-    if len(sizes) == 1 and sizes[0] + before + after > most:
-        return
-    groups = cut_layers(sizes, first_extra=before, last_extra=after, most=most)
+
+def needed(held: LayerBytes, first: int, end: int) -> int:
+    return build_memory(held.between(first, end), end - first, largest_packed=held.largest_packed)
+
+
+@given(SIZES, END, END, st.integers(0, GB), st.integers(GB, 40 * GB))
+def test_pieces_cover_the_tower_and_no_two_neighbours_would_fit_together(
+    sizes: list[int], before: int, after: int, packed: int, bound: int
+) -> None:
+    held = LayerBytes(tuple(sizes), before, after, packed)
+    assume(least_bound(held) <= bound)
+    groups = cut_layers(held, bound)
     assert groups[0][0] == 0
     assert groups[-1][1] == len(sizes)
     assert all(a[1] == b[0] for a, b in pairwise(groups))
-    whole = list(sizes)
-    whole[0] += before
-    whole[-1] += after
-    loads = [sum(whole[a:b]) for a, b in groups]
-    assert max(loads) <= most
-    assert all(sum(whole[a[0] : b[0] + 1]) > most for a, b in pairwise(groups)), "greedy: the next layer did not fit"
+    assert max(needed(held, *group) for group in groups) <= bound
+    assert all(needed(held, a[0], b[0] + 1) > bound for a, b in pairwise(groups)), "greedy: the next layer did not fit"
+
+
+@given(SIZES, END, END, st.integers(0, GB))
+def test_the_least_bound_is_the_least(sizes: list[int], before: int, after: int, packed: int) -> None:
+    held = LayerBytes(tuple(sizes), before, after, packed)
+    assert cut_layers(held, least_bound(held))
+    with pytest.raises(BuildError):
+        cut_layers(held, least_bound(held) - 1)
 
 
 def test_a_layer_that_is_too_large_is_named_with_the_bound_it_needs() -> None:
     with pytest.raises(BuildError) as error:
-        cut_layers([10**9, 3 * 10**9, 10**9], first_extra=0, last_extra=0, most=2 * 10**9)
+        cut_layers(LayerBytes((GB, 3 * GB, GB), 0, 0), 6 * GB)
     assert "layer 1" in error.value.what
     assert "10G" in error.value.do
-
-
-def test_the_bound_and_its_inverse_agree() -> None:
-    assert most_weights(build_memory(10**9)) == pytest.approx(10**9, rel=1e-6)
-    assert most_weights(1) == 0
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=12), st.integers(1, 6))
@@ -47,3 +57,17 @@ def test_even_groups_cover_the_tower_and_none_is_larger_than_a_share_and_a_layer
     assert (groups[0][0], groups[-1][1]) == (0, len(sizes))
     assert all(a[1] == b[0] for a, b in pairwise(groups))
     assert all(sum(sizes[a:b]) <= sum(sizes) / count + max(sizes) for a, b in groups)
+
+
+def test_a_tower_is_one_engine_unless_it_is_cut() -> None:
+    none, some = LayerBytes((0,) * 4, 0, 0), LayerBytes((GB,) * 4, 0, 0)
+    weights = (GB,) * 4
+    assert tower_cuts((), LayerBytes((), 0, GB)) == ((0, 0),)
+    assert tower_cuts(weights, some) == ((0, 4),)
+    assert tower_cuts(weights, none, bound=2 * GB) == ((0, 4),), "weights that are inputs cost no memory"
+    assert len(tower_cuts(weights, some, bound=4 * GB)) == 4
+    assert tower_cuts(weights, some, segments=2) == ((0, 2), (2, 4))
+    assert tower_cuts(weights, none, segments=2, bound=2 * GB) == ((0, 2), (2, 4))
+    with pytest.raises(BuildError, match="layers 0 to 1 cannot be built") as error:
+        tower_cuts(weights, some, segments=2, bound=4 * GB)
+    assert "--segments" in error.value.do

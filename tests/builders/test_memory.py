@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,55 +11,61 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.bundles import export_fixture
-from twotower.builders import BuildConfig, build_engines, builder_for
-from twotower.builders.cut import build_memory, cut_layers, most_weights
-from twotower.builders.memory import least_bound, require_build_memory
-from twotower.builders.segment import GraphLayers
-from twotower.bundle import engine_folder
+from tests.helpers.tensorrt import L4, machine_with
+from twotower.builders import BuildConfig, EngineBuilder, build_engines, builder_for, tensorrt_builder
+from twotower.builders.build_cost import LayerBytes, build_memory
+from twotower.builders.cut import cut_layers, least_bound
+from twotower.builders.memory import require_build_memory
+from twotower.bundle import Bundle, engine_folder
 from twotower.cli.options import byte_size
 from twotower.errors import BuildError
-from twotower.hardware import Machine
 
 GB = 10**9
-GRAPHS = {
-    "context": GraphLayers((2 * GB, GB, 2 * GB), GB // 2, 0),
-    "context_head": GraphLayers((), 0, GB),
-    "denoiser": GraphLayers((), 0, GB),
-}
+HELD = LayerBytes((2 * GB, GB, 2 * GB), GB // 2, 0)
+NEEDED = {"context.engine": build_memory(HELD.total, 3), "denoiser.engine": build_memory(GB, 3)}
+LEAST = least_bound(HELD)
 
 
 def test_a_build_that_fits_or_is_bounded_or_unknown_goes_on() -> None:
-    needed = build_memory(GRAPHS["context"].total)
-    require_build_memory(GRAPHS, available=needed, bound=None)
-    require_build_memory(GRAPHS, available=needed - 1, bound=10 * GB)
-    require_build_memory(GRAPHS, available=0, bound=None)
+    most = max(NEEDED.values())
+    require_build_memory(NEEDED, least=LEAST, available=most, bound=None)
+    require_build_memory(NEEDED, least=LEAST, available=most - 1, bound=10 * GB)
+    require_build_memory(NEEDED, least=LEAST, available=0, bound=None)
+    require_build_memory({}, least=LEAST, available=1, bound=None)
 
 
 @given(available=st.integers(GB, 40 * GB))
 def test_what_it_says_to_type_can_be_built(available: int) -> None:
-    needed = build_memory(GRAPHS["context"].total)
-    if available >= needed:
-        return require_build_memory(GRAPHS, available=available, bound=None)
+    if available >= NEEDED["context.engine"]:
+        return require_build_memory(NEEDED, least=LEAST, available=available, bound=None)
     with pytest.raises(BuildError) as caught:
-        require_build_memory(GRAPHS, available=available, bound=None)
-    assert f"{needed / 1e9:.1f} GB needed" in caught.value.found
+        require_build_memory(NEEDED, least=LEAST, available=available, bound=None)
+    assert "context.engine" in caught.value.what
+    assert f"{NEEDED['context.engine'] / 1e9:.1f} GB needed" in caught.value.found
     bound = byte_size(caught.value.do.split("--max-build-memory ")[1].split("G")[0] + "G")
     assert bound is not None
-    assert bound >= least_bound(GRAPHS)
-    if least_bound(GRAPHS) <= available - GB // 10:
+    assert cut_layers(HELD, bound)
+    if available - GB // 10 >= LEAST:
         assert bound <= available
-    for graph in GRAPHS.values():
-        if graph.layers:
-            assert cut_layers(graph.layers, first_extra=graph.before, last_extra=graph.after, most=most_weights(bound))
     return None
 
 
 @pytest.mark.trt_rtx
 def test_a_build_asks_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
-    monkeypatch.setattr("twotower.builders.tensorrt_builder.probe_machine", lambda: Machine("test", 2, GB, (), {}, available=10**7))
+    monkeypatch.setattr("twotower.builders.tensorrt_builder.probe_machine", lambda: replace(machine_with(), available=10**7))
     monkeypatch.setattr("twotower.builders.make_engine.run_job", lambda *_, **__: pytest.fail("a build was started"))
     with pytest.raises(BuildError) as caught:
         build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256))
     assert "available" in caught.value.found
     assert not engine_folder(bundle, "rtx").exists()
+
+
+def test_engines_of_the_cache_need_no_memory(damageable: Bundle, stand_in_builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_engines(damageable, "trt", stand_in_builder, config=BuildConfig(max_context=256))
+    shutil.rmtree(engine_folder(damageable, "trt"))
+    monkeypatch.setattr(tensorrt_builder, "probe_machine", lambda: replace(machine_with(L4), available=10**7))
+    record = build_engines(damageable, "trt", stand_in_builder, config=BuildConfig(max_context=256))
+    assert all(facts["cached"] for facts in record.report["engines"].values())
+    with pytest.raises(BuildError, match="does not fit this machine"):
+        build_engines(damageable, "trt", stand_in_builder, config=BuildConfig(max_context=256, force=True))

@@ -139,10 +139,11 @@ def test_a_second_build_is_instant_and_other_options_build_again(folder: Path) -
 
 @pytest.mark.parametrize("how", ["a memory bound on what is inside", "a number of devices"])
 def test_towers_are_cut_and_every_piece_builds(folder: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    from twotower.builders import cut
+    from twotower.builders import build_cost
 
     bundle = exported(folder, "a", "bfloat16")
-    monkeypatch.setattr(cut, "BUILD_MEMORY_BASE", 0)  # tiny weights: the library itself would hide them
+    monkeypatch.setattr(build_cost, "_MEMORY_BASE", 0)  # tiny weights: the library itself would hide them
+    monkeypatch.setattr(build_cost, "_MEMORY_LAYER", 0)
     weights = bundle.files["denoiser/model.onnx.data"].size
     asked: dict[str, Any] = {"segments": 3}
     if how.startswith("a memory"):

@@ -14,7 +14,7 @@ from tests.helpers.errors import check_error
 from tests.helpers.program_text import Described, Launch, plan_of, program
 from tests.helpers.tensorrt import L4, install_fake, machine_with, see_gpu
 from twotower.builders.rtx_program import read_programs, summarize_programs
-from twotower.bundle import BUILD_FILE, Bundle, engine_folder
+from twotower.bundle import BUILD_FILE, GRAPH_FILES, Bundle, engine_folder
 from twotower.cli import inspect
 from twotower.cli.main import main
 
@@ -79,7 +79,7 @@ def test_inspect_shows_what_was_built_and_json_has_all_of_it(bundle: Bundle, cap
     for part in record["engines"]["denoiser"]:
         first, end = part["layers"]
         assert f" {first}-{end - 1} " in rows[part["file"]]
-    assert {k: v for k, v in facts["builds"]["trt"].items() if k != "state"} == record
+    assert {k: v for k, v in facts["builds"]["trt"].items() if k not in ("state", "copied_bytes")} == record
     assert facts["builds"]["trt"]["state"] == facts["engines"]["trt"]
 
 
@@ -185,3 +185,22 @@ def test_an_engine_that_cannot_be_read_says_why(tmp_path: Path, capsys: pytest.C
     check_error(err, "Error")
     assert not out
     assert main(["inspect", str(tmp_path / "none.engine")]) == 2
+
+
+@pytest.mark.parametrize("places", ["inputs", "inside"])
+def test_weights_that_lie_twice_are_counted(bundle: Bundle, places: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", str(bundle.path), *options(), "--weights", places, "--force"]) == 0
+    text, facts = shown(bundle, capsys)
+    weights = sum(ref.nbytes for graph in GRAPH_FILES for ref in bundle.weights(graph).values())
+    assert facts["builds"]["trt"]["copied_bytes"] == (weights if places == "inside" else 0)
+    assert ("weights that the bundle holds too" in text) == (places == "inside")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_weights_widened_for_a_cpu_are_counted(tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = export_fixture("hybrid-b", tmp_path / "bundle", dtype)
+    assert main(["build", str(bundle.path), "--target", "ort-cpu"]) == 0
+    text, facts = shown(bundle, capsys)
+    widened = sum(file.stat().st_size for file in engine_folder(bundle, "ort-cpu").glob("*.data"))
+    assert facts["builds"]["ort-cpu"]["copied_bytes"] == widened
+    assert (widened > 0) == (dtype == "float16") == ("weights that the bundle holds too" in text)

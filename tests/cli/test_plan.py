@@ -52,7 +52,23 @@ def test_the_published_config_alone_gives_the_table(published: str, capsys: pyte
         assert f"\n{gpu.title}  " in out
     assert "63.2 billion" in out
     assert "--experts int4" in out
+    assert "programs that hold no weights" in out
+    assert "8.0 GB of memory available: enough" in out
+
+
+def test_a_build_that_this_host_has_no_memory_for_is_told(published: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", published, "--target", "rtx", "--experts", "int4"]) == 0
+    out = capsys.readouterr().out
+    assert "33.0 GB of weights inside" in out
+    assert "weights the bundle holds too: trt 33.0 GB, rtx 33.0 GB" in out
     assert "not enough for the build; see --max-build-memory" in out
+
+
+def test_several_devices_are_told_with_the_cut_they_take(published: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", published, "--target", "trt", "--devices", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "3:  32.8 GB  denoiser layers 27 to 51" in out
+    assert "built with --segments 2" in out
 
 
 def test_json_holds_the_same(published: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +165,7 @@ def test_a_cpu_is_held_against_its_memory(published: str, capsys: pytest.Capture
         (["--target", "ort-cpu", "--gpu", "H200"], "uses no GPU"),
         (["--sm", "90"], "not Hopper (90)"),
         (["--gpu", "H200", "--target", "rtx"], "rtx does not list SM 90"),
-        (["--max-build-memory", "1G"], "a layer is the smallest piece"),
+        (["--experts", "int4", "--max-build-memory", "1G"], "a layer is the smallest piece"),
     ],
 )
 def test_what_cannot_be_planned_names_what_can(published: str, words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,9 @@ from twotower.errors import ConfigError
 from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.hardware import Gpu
 from twotower.planning import GPUS, GpuModel, PlanOptions, fit, gpu_at_hand, gpus_named
+from twotower.planning.devices import device_needs
 from twotower.planning.fit import largest_batch, largest_context
-from twotower.planning.memory import device_needs, traffic
+from twotower.planning.memory import traffic
 from twotower.planning.options import left_out
 from twotower.planning.weights import EXPERT_FORMATS, EXPERT_RECIPES
 

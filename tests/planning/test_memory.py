@@ -12,8 +12,9 @@ from twotower.config.model import ModelConfig, parse_model_config
 from twotower.errors import ConfigError
 from twotower.export.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.planning import PlanOptions
-from twotower.planning.memory import device_needs, state_bytes, tower_scratch, traffic
-from twotower.planning.options import capacity_of
+from twotower.planning.devices import device_needs
+from twotower.planning.memory import state_bytes, tower_scratch, traffic
+from twotower.planning.options import capacity_of, segments_of
 from twotower.planning.scratch import Shapes, scratch
 from twotower.spec import CONTEXT, DENOISER
 
@@ -44,12 +45,38 @@ def test_memory_only_grows_with_rows_and_length(
     assert traffic(PUBLISHED, large).ar_step >= traffic(PUBLISHED, small).ar_step
 
 
+@pytest.mark.parametrize("mode", ["diffusion", "ar"])
 @pytest.mark.parametrize("devices", [2, 3, 4, 8])
-def test_devices_hold_all_weights_between_them(devices: int) -> None:
-    (alone,) = device_needs(PUBLISHED, OPTIONS)
-    spread = device_needs(PUBLISHED, replace(OPTIONS, devices=devices))
-    assert sum(d.weights for d in spread) >= alone.weights
-    assert max(d.weights for d in spread) < alone.weights
+def test_devices_hold_all_weights_between_them(devices: int, mode: str) -> None:
+    (alone,) = device_needs(PUBLISHED, replace(OPTIONS, mode=mode))
+    spread = device_needs(PUBLISHED, replace(OPTIONS, devices=devices, mode=mode))
+    assert sum(d.weights for d in spread) == alone.weights
+    # Of an odd number the context tower gets the smaller half; a layer of experts and the head or the embedding are 3.3 GB.
+    most = alone.weights / (2 * (devices // 2) if mode == "diffusion" else devices)
+    assert max(d.weights for d in spread) < most + 3.3e9
+    towers = 2 if mode == "diffusion" else 1
+    assert sum(d.state for d in spread) == pytest.approx(towers * alone.state, abs=devices)
+
+
+def test_more_devices_than_towers_take_segments() -> None:
+    four = device_needs(PUBLISHED, replace(OPTIONS, devices=4))
+    assert [d.holds for d in four] == [
+        "context layers 0 to 26",
+        "context layers 27 to 51",
+        "denoiser layers 0 to 26",
+        "denoiser layers 27 to 51",
+    ]
+    three = device_needs(PUBLISHED, replace(OPTIONS, devices=3))
+    assert three[0].holds == "context layers 0 to 26, context layers 27 to 51"
+    assert three[0].weights > 63e9 > three[1].weights
+    assert [segments_of(replace(OPTIONS, devices=n)) for n in (1, 2, 3, 4, 5)] == [1, 1, 2, 2, 3]
+    assert segments_of(replace(OPTIONS, devices=4, mode="ar")) == 4
+
+
+def test_onnx_runtime_runs_towers_whole() -> None:
+    spread = device_needs(PUBLISHED, replace(OPTIONS, target="ort-cuda", devices=4))
+    assert [d.holds for d in spread] == ["", "context tower", "", "denoiser tower"]
+    assert segments_of(replace(OPTIONS, target="ort-cuda", devices=4)) == 1
 
 
 def test_two_devices_hold_a_tower_each() -> None:

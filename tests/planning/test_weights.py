@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from twotower.builders.segment import layer_bytes
+from twotower.builders.weight_inputs import place_weights
 from twotower.calibration.recipes import Recipe, builtin_recipes, parts_of
 from twotower.config.formats import FORMATS, stored_format
 from twotower.config.model import ModelConfig, parse_model_config, read_model_config
 from twotower.export.graphs import Precision, build_graph
 from twotower.export.synthetic import PUBLISHED_CONFIG
+from twotower.export.weights import lay_out, save_program
+from twotower.graph_files import load_graph
 from twotower.planning.weights import EXPERT_FORMATS, checkpoint_bytes, graph_weights
-from twotower.spec import CONTEXT, DENOISER
+from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"a": ROOT / "tests/fixtures/hybrid-a", "b": ROOT / "tests/fixtures/hybrid-b", "tiny": ROOT / "assets/twotower-tiny"}
@@ -79,6 +83,29 @@ def test_the_arithmetic_of_a_recipe_is_what_its_graphs_declare(name: str, recipe
         global_scales = sum(w.nbytes for w in declared if w.part == "global_scale")
         assert planned.total == sum(w.nbytes for w in declared) - global_scales
         assert global_scales <= 2 * len(declared)
+
+
+@pytest.mark.parametrize("recipe", ["float", *builtin_recipes()])
+@pytest.mark.parametrize("name", ["a", "tiny"])
+def test_what_engines_hold_is_what_the_builder_leaves_inside(tmp_path: Path, name: str, recipe: str) -> None:
+    config, chosen = config_of(name), builtin_recipes().get(recipe) or Recipe(name="float")
+    formats = tuple(sorted(chosen.weights.items()))
+    for graph, planned in graph_weights(config, "bfloat16", formats, tuple(chosen.activations)).items():
+        float_weights = build_graph(graph, config, "bfloat16").weights
+        few = {part.name: how for part in parts_of(config, float_weights) if (how := chosen.format_of(part))}
+        made = build_graph(graph, config, "bfloat16", Precision(few))
+        save_program(tmp_path / "model.onnx", made, lay_out(made.weights))
+        model = load_graph(tmp_path / "model.onnx")
+        places = place_weights(model, "inputs")
+        held = layer_bytes(model)
+        constants = held.total - places.inside_bytes  # of the graph itself: small, and no weights
+        scales = sum(w.nbytes for w in made.weights if w.part == "global_scale")
+        assert planned.held.total + scales == places.inside_bytes
+        assert planned.held.largest_packed == held.largest_packed == places.largest_packed
+        assert (planned.held.largest_packed > 0) == ("4" in recipe or recipe == "mixed") or graph == CONTEXT_HEAD
+        assert 0 <= constants < 40_000
+        assert all(0 <= b - a < constants + scales + 1 for a, b in zip(planned.held.layers, held.layers, strict=True))
+        assert planned.packed == sum(planned.by_dtype.get(few_bits, 0) for few_bits in ("int4", "nvfp4"))
 
 
 def test_stacked_experts_in_8_bits_have_groups_that_divide_their_rows() -> None:

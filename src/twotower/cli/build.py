@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "library takes as constants; `inside` puts all weights into the engines (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-build-memory", metavar="SIZE", help="of rtx, trt: cut towers so that a build stays below this, e.g. 16G; rarely needed"
+        "--max-build-memory",
+        metavar="SIZE",
+        help="of rtx, trt: cut towers whose engines hold weights, so that the build of each stays below this, e.g. 16G; rarely needed",
     )
     parser.add_argument(
         "--cache",

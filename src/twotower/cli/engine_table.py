@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from twotower.bundle import EngineFile, EngineRecord, Profile
+from twotower.bundle import DATA_SUFFIX, EngineFile, EngineRecord, Profile
 from twotower.cli.program_table import program_lines
 from twotower.cli.progress import human_bytes
 
-__all__ = ["engine_facts", "engine_lines"]
+__all__ = ["copied_bytes", "engine_facts", "engine_lines"]
 
 _TYPES_SHOWN = 4
 
 
 def engine_facts(record: EngineRecord, state: str) -> dict[str, Any]:
     """All of a record as plain data, with whether it fits here."""
-    return {"state": state, **record.to_json()}
+    return {"state": state, "copied_bytes": copied_bytes(record), **record.to_json()}
+
+
+def copied_bytes(record: EngineRecord) -> int:
+    """Bytes of a target's engines that are weights, which the bundle's data files hold too: constants, or widened for a CPU."""
+    engines = record.report.get("engines", {}).values()
+    constants = sum(facts.get("weights", {}).get("inside_bytes", 0) for facts in engines)
+    return constants + sum(file.size for name, file in record.files.items() if name.endswith(DATA_SUFFIX))
 
 
 def engine_lines(record: EngineRecord, state: str) -> list[str]:
@@ -27,6 +34,8 @@ def engine_lines(record: EngineRecord, state: str) -> list[str]:
     if limits is not None:
         sms = f"SM {', '.join(map(str, limits.sms))}" if limits.sms else "the library's own set of GPUs"
         for_what = f"{sms}; up to {limits.max_batch} rows, {limits.capacity} positions"
+    copies = copied_bytes(record)
+    size += f" of which {human_bytes(copies)} weights that the bundle holds too" if copies else ""
     head = f"{record.target}: {record.library.get('name')} {record.library.get('version')}, {record.dtype}, {size}; {for_what}"
     observed = record.report.get("engines", {})
     rows: list[tuple[str, ...]] = [("engine", "layers", "size", "build", "memory", "source", "warnings")]
@@ -84,8 +93,10 @@ def _weights(engine: EngineFile, told: dict[str, Any] | None) -> list[str]:
         return []
     read = f"{told['inputs']} weights read as inputs ({human_bytes(told['input_bytes'])})"
     why = Counter(_kind(reason) for reason in told["inside"].values())
+    if not told["inside"]:
+        return [f"    {engine.file}: {read}; none inside"]
     held = "; ".join(f"{count}: {reason}" for reason, count in why.most_common())
-    return [f"    {engine.file}: {read}; " + (f"{len(told['inside'])} inside ({held})" if held else "none inside")]
+    return [f"    {engine.file}: {read}; {len(told['inside'])} inside, {human_bytes(told['inside_bytes'])} ({held})"]
 
 
 def _kind(reason: str) -> str:

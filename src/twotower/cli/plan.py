@@ -28,10 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", default="diffusion", metavar="M", help="diffusion: both towers; ar: the context tower alone")
     parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="most rows (default: %(default)s)")
     parser.add_argument("--max-context", type=int, metavar="N", help="longest text, prompt and answer (default: 4096 or the model's)")
-    parser.add_argument("--max-build-memory", metavar="SIZE", help="of rtx, trt: cut towers so that a build stays below this, e.g. 16G")
+    parser.add_argument(
+        "--max-build-memory",
+        metavar="SIZE",
+        help="of rtx, trt: cut towers whose engines hold weights, so that the build of each stays below this, e.g. 16G",
+    )
     parser.add_argument("--sm", metavar="LIST", help="of rtx: compute capabilities to build for, e.g. 86,89,120")
     parser.add_argument("--gpu", metavar="NAME", help="a GPU, e.g. 'RTX 4090' or '2x H100', or all (default: those here, or all)")
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="spread over N GPUs, as `twotower generate --devices` does")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="spread over N GPUs: a tower each, or segments of them")
     parser.add_argument(
         "--disk-rate",
         metavar="RATE",

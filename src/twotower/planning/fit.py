@@ -9,9 +9,10 @@ from typing import Any
 from twotower.builders.capabilities import HALF_ONLY_SM
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.hardware import RTX_SMS
+from twotower.planning.devices import DeviceNeed, device_needs
 from twotower.planning.gpus import GpuModel
 from twotower.planning.loading import ASSUMED_DISK_RATE, LoadTime, load_time
-from twotower.planning.memory import DeviceNeed, device_needs, needed_weights, traffic
+from twotower.planning.memory import needed_weights, traffic
 from twotower.planning.options import PlanOptions, all_formats, capacity_of, engine_dtype, left_out
 from twotower.planning.weights import EXPERT_FORMATS, EXPERT_RECIPES
 

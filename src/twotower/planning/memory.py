@@ -1,4 +1,4 @@
-"""What has to be in a device's memory while texts are generated, and what a pass reads of it."""
+"""What generating texts keeps in memory, weights, state and scratch, and what a pass reads of it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,13 @@ from twotower.planning.weights import GraphWeights, expert_bytes, graph_weights,
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, state_tensors
 
 __all__ = [
-    "LIBRARY_OVERHEAD",
-    "DeviceNeed",
     "State",
     "Traffic",
-    "device_needs",
     "needed_weights",
     "state_bytes",
     "tower_scratch",
     "traffic",
 ]
-
-LIBRARY_OVERHEAD = 1_000_000_000
-"""Assumed bytes for the driver's context, the library and its kernels; not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +47,6 @@ class State:
     def total(self) -> int:
         """As it lies in memory: the states of fixed size alternate between two buffers, keys and values are updated in place."""
         return self.rows * (self.per_token * self.capacity + 2 * self.per_row)
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceNeed:
-    """Bytes in one device's memory, and what lies there."""
-
-    holds: str
-    weights: int
-    state: int
-    scratch: int
-    overhead: int = LIBRARY_OVERHEAD
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.state + self.scratch + self.overhead
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,26 +92,6 @@ def tower_scratch(config: ModelConfig, options: PlanOptions) -> dict[str, Scratc
         expanded=experts_are_expanded(options),
     )
     return {name: scratch(name, config, shapes) for name in needed_weights(config, options)}
-
-
-def device_needs(config: ModelConfig, options: PlanOptions) -> tuple[DeviceNeed, ...]:
-    """What each device holds. Scratch is shared: one graph runs at a time on a device."""
-    weights, state = needed_weights(config, options), state_bytes(config, options)
-    need = {name: s.nbytes for name, s in tower_scratch(config, options).items()}
-    total = sum(w.total for w in weights.values())
-    if options.devices == 1:
-        what = "both towers" if DENOISER in weights else "context tower"
-        return (DeviceNeed(what, total, state.total, max(need.values())),)
-    if options.devices == 2 and DENOISER in weights:
-        reader = weights[CONTEXT].total + weights[CONTEXT_HEAD].total
-        return (
-            DeviceNeed("context tower", reader, state.total, max(need[CONTEXT], need[CONTEXT_HEAD])),
-            DeviceNeed("denoiser tower", weights[DENOISER].total, state.total, need[DENOISER]),
-        )
-    # Runs of whole layers: no better balance is promised than a share and the largest piece that cannot be divided.
-    whole = max(max(*w.layers, w.before, w.after) if w.layers else w.total for w in weights.values())
-    share = min(total, -(-total // options.devices) + whole)
-    return (DeviceNeed("segments", share, state.total, max(need.values())),) * options.devices
 
 
 def traffic(config: ModelConfig, options: PlanOptions) -> Traffic:

@@ -27,6 +27,7 @@ __all__ = [
     "left_out",
     "require_sound",
     "rounded_of",
+    "segments_of",
 ]
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -118,6 +119,13 @@ def left_out(config: ModelConfig, options: PlanOptions) -> tuple[str, ...]:
 def formats_of(options: PlanOptions) -> Formats:
     """The same as the engines hold them: `ort-cpu` has no 4-bit floats and expands them."""
     return tuple((kind, name) for kind, name in all_formats(options) if options.target != "ort-cpu" or name != "nvfp4")
+
+
+def segments_of(options: PlanOptions) -> int:
+    """Engines a tower is cut into for its share of the devices; ONNX Runtime runs graphs whole."""
+    if options.target not in TENSORRT:
+        return 1
+    return options.devices if options.mode == "ar" else -(-options.devices // 2)
 
 
 def capacity_of(config: ModelConfig, options: PlanOptions) -> int:

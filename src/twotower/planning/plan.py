@@ -6,36 +6,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from twotower.builders.cut import build_memory, cut_layers, most_weights
+from twotower.builders.build_cost import build_memory, build_seconds, program_bytes
+from twotower.builders.cut import tower_cuts
 from twotower.config.model import ModelConfig
 from twotower.hardware import TARGETS
-from twotower.planning.memory import DeviceNeed, State, Traffic, device_needs, needed_weights, state_bytes, tower_scratch, traffic
-from twotower.planning.options import TENSORRT, PlanOptions, all_formats, engine_dtype, left_out, require_sound, rounded_of
+from twotower.planning.devices import DeviceNeed, device_needs
+from twotower.planning.memory import State, Traffic, needed_weights, state_bytes, tower_scratch, traffic
+from twotower.planning.options import TENSORRT, PlanOptions, all_formats, engine_dtype, left_out, require_sound, rounded_of, segments_of
 from twotower.planning.scratch import Scratch
 from twotower.planning.weights import GraphWeights, checkpoint_bytes, cpu_bytes, graph_weights, item_bytes
-from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 
 __all__ = [
-    "BUILD_SECONDS_COLD",
-    "BUILD_SECONDS_LAYER",
-    "BUILD_SECONDS_WARM",
-    "CODE_BYTES",
     "EXPORT_MEMORY",
     "Disk",
     "EnginePlan",
     "Plan",
     "plan_bundle",
 ]
-
-BUILD_SECONDS_WARM, BUILD_SECONDS_COLD = 4e-9, 84 / 2.6e9
-"""Seconds a byte of weights on two cores: from the page cache as `make engines-real` measures them (docs/engines.md); from disk, one
-published expert layer of 2.6 GB took 84 s."""
-
-BUILD_SECONDS_LAYER = 0.5
-"""Seconds a layer costs besides: 0.2 to 1 s were seen on models of 5 to 9 layers whose weights are negligible."""
-
-CODE_BYTES = {CONTEXT: 16_000_000, CONTEXT_HEAD: 500_000, DENOISER: 7_000_000}
-"""Bytes of an engine of TensorRT for RTX besides its weights: the same within 10 % for 5 to 9 layers, one to three compute capabilities."""
 
 EXPORT_MEMORY = 200_000_000
 """Anonymous bytes an export needs at most, whatever the model: it streams (103 MB were measured on a slice of published widths)."""
@@ -49,10 +36,10 @@ class EnginePlan:
         name: Its file.
         graph: The graph it is of.
         layers: First layer and the one after the last.
-        weight_bytes: Of its weights.
+        weight_bytes: Of the weights it works with.
+        held_bytes: Of those it holds itself: a second copy, beside the bundle's.
         build_peak_bytes: Host memory its build needs at the peak; None where nothing is compiled.
-        build_seconds: With the weights in the page cache; None where nothing is compiled.
-        build_seconds_cold: With the weights on disk.
+        build_seconds: Of one processor, with what it holds in the page cache; None where nothing is compiled.
         engine_bytes: Its size on disk; of ONNX Runtime without the graph itself, which is under a megabyte.
     """
 
@@ -60,19 +47,27 @@ class EnginePlan:
     graph: str
     layers: tuple[int, int]
     weight_bytes: int
+    held_bytes: int
     build_peak_bytes: int | None
     build_seconds: float | None
-    build_seconds_cold: float | None
     engine_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """Bytes on disk: the checkpoint, the bundle's graphs, and the engines of every target, any of which may be left out."""
+    """Bytes on disk, any of which may be left out.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        bundle: The bundle's weights.
+        engines: Of every target, whole towers.
+        copies: Of these, weights that lie there a second time: as constants, or widened for a CPU.
+    """
 
     checkpoint: int
     bundle: int
     engines: Mapping[str, int]
+    copies: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +106,14 @@ class Plan:
         return max((e.build_peak_bytes or 0 for e in self.engines), default=0)
 
     @property
-    def build_seconds(self) -> tuple[float, float] | None:
-        """Of all engines, from the page cache and from disk; None where nothing is compiled."""
-        if not any(e.build_seconds for e in self.engines):
-            return None
-        return sum(e.build_seconds or 0.0 for e in self.engines), sum(e.build_seconds_cold or 0.0 for e in self.engines)
+    def build_seconds(self) -> float | None:
+        """Of all engines; None where nothing is compiled."""
+        return sum(e.build_seconds or 0.0 for e in self.engines) or None
+
+    @property
+    def held(self) -> int:
+        """Bytes of weights that the engines hold themselves."""
+        return sum(e.held_bytes for e in self.engines)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -132,7 +130,12 @@ class Plan:
             "devices": [{**asdict(d), "total": d.total} for d in self.devices],
             "traffic": asdict(self.traffic),
             "left_out": list(self.left_out),
-            "disk": {"checkpoint": self.disk.checkpoint, "bundle": self.disk.bundle, "engines": dict(self.disk.engines)},
+            "disk": {
+                "checkpoint": self.disk.checkpoint,
+                "bundle": self.disk.bundle,
+                "engines": dict(self.disk.engines),
+                "copies": dict(self.disk.copies),
+            },
             "host": {"export": EXPORT_MEMORY, "build_peak": self.build_peak, "build_seconds": self.build_seconds},
         }
 
@@ -167,19 +170,28 @@ def _engines(graph: str, weights: GraphWeights, config: ModelConfig, options: Pl
         layers, size = (0, len(weights.layers)), weights.total
         kept = options.dtype or config.dtype
         stored = cpu_bytes(config, kept, all_formats(options))[graph] if options.target == "ort-cpu" else 0
-        return [EnginePlan(f"{graph}.onnx", graph, layers, size, None, None, None, stored)]
-    cuts: tuple[tuple[int, int], ...] = ((0, len(weights.layers)),)
-    if options.max_build_memory is not None and weights.layers:
-        most = most_weights(options.max_build_memory)
-        cuts = cut_layers(weights.layers, first_extra=weights.before, last_extra=weights.after, most=most)
-    out = []
-    for number, (first, end) in enumerate(cuts):
-        name = f"{graph}.engine" if len(cuts) == 1 else f"{graph}.{number}.engine"
-        size = weights.between(first, end)
-        compiling = BUILD_SECONDS_LAYER * (end - first)
-        warm, cold = size * BUILD_SECONDS_WARM + compiling, size * BUILD_SECONDS_COLD + compiling
-        out.append(EnginePlan(name, graph, (first, end), size, build_memory(size), warm, cold, size + CODE_BYTES[graph]))
-    return out
+        return [EnginePlan(f"{graph}.onnx", graph, layers, size, stored, None, None, stored)]
+    cuts = tower_cuts(weights.layers, weights.held, segments=segments_of(options), bound=options.max_build_memory)
+    return [
+        _engine(f"{graph}.engine" if len(cuts) == 1 else f"{graph}.{number}.engine", graph, layers, weights)
+        for number, layers in enumerate(cuts)
+    ]
+
+
+def _engine(file: str, graph: str, layers: tuple[int, int], weights: GraphWeights) -> EnginePlan:
+    first, end = layers
+    held = weights.held.between(first, end)
+    packed = round(weights.packed * held / weights.held.total) if held else 0
+    return EnginePlan(
+        name=file,
+        graph=graph,
+        layers=layers,
+        weight_bytes=weights.between(first, end),
+        held_bytes=held,
+        build_peak_bytes=build_memory(held, end - first, largest_packed=weights.held.largest_packed),
+        build_seconds=build_seconds(graph, end - first, held=held, packed=packed),
+        engine_bytes=held + program_bytes(graph, end - first),
+    )
 
 
 def _disk(config: ModelConfig, options: PlanOptions) -> Disk:
@@ -188,8 +200,13 @@ def _disk(config: ModelConfig, options: PlanOptions) -> Disk:
     formats = all_formats(options)
     kept = graph_weights(config, dtype, formats, rounded_of(options))
     wide = sum(cpu_bytes(config, dtype, formats).values())
-    engine = sum(w.total for w in kept.values()) + sum(CODE_BYTES.values())
-    # The chosen target's own count of segments is in `Plan.engines`.
-    sizes = {"rtx": engine, "trt": engine, "ort-cuda": 0, "ort-cpu": wide}
-    bundle = sum(w.stored for w in kept.values())
-    return Disk(options.checkpoint_bytes or checkpoint_bytes(config), bundle, {target: sizes[target] for target in TARGETS})
+    held = sum(w.held.total for w in kept.values())
+    programs = sum(program_bytes(name, len(w.layers)) for name, w in kept.items())
+    copies = {"rtx": held, "trt": held, "ort-cuda": 0, "ort-cpu": wide}
+    sizes = {target: size + (programs if target in TENSORRT else 0) for target, size in copies.items()}
+    return Disk(
+        options.checkpoint_bytes or checkpoint_bytes(config),
+        sum(w.stored for w in kept.values()),
+        {target: sizes[target] for target in TARGETS},
+        {target: copies[target] for target in TARGETS},
+    )

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from twotower.config.formats import FUSED_STACKS
 from twotower.errors import ConfigError
+from twotower.planning.devices import LIBRARY_OVERHEAD
 from twotower.planning.fit import Alternative, GpuFit
 from twotower.planning.loading import ASSUMED_DISK_RATE
-from twotower.planning.memory import LIBRARY_OVERHEAD
-from twotower.planning.options import all_formats
+from twotower.planning.options import all_formats, segments_of
 from twotower.planning.plan import EXPORT_MEMORY, Plan
 
 __all__ = ["describe_fits", "describe_plan", "refusal"]
@@ -27,9 +27,12 @@ _EXPANDS = {
     "ort-cuda": "ONNX Runtime dequantizes experts with a kernel of their own in every pass",
 }
 _BUILD_NOTES = (
-    "            build memory and time: from slices at published widths on two cores (docs/engines.md), 4 s a GB cached, 32 s from disk,",
-    "            and half a second a layer; the measuring of kernels on a GPU, which trt does, comes on top",
+    "            build: measured with rtx at published widths (docs/engines.md); trt, never built, also measures kernels on its GPU",
 )
+_WHERE = {
+    "rtx": "on any x86-64 Linux, a laptop will do; run where it fits",
+    "trt": "on the GPU that runs it",
+}
 
 
 def describe_plan(plan: Plan) -> list[str]:
@@ -51,11 +54,28 @@ def describe_plan(plan: Plan) -> list[str]:
         *(("", f"{name:<14}{_gb(s.nbytes):>10}   {s.because}") for name, s in plan.scratch.items()),
         ("disk", f"checkpoint {_gb(plan.disk.checkpoint)}, bundle {_gb(plan.disk.bundle)}"),
         ("", "engines " + ", ".join(f"{target} {_gb(size)}" for target, size in plan.disk.engines.items())),
-        ("host memory", f"export {_gb(EXPORT_MEMORY)} (streams); {_build(plan)}"),
+        *_copies(plan),
+        *_devices(plan),
+        ("export", f"{_gb(EXPORT_MEMORY)} of memory: weights stream"),
+        *_build(plan),
     ]
-    if seconds := plan.build_seconds:
-        rows.append(("build time", f"{_time(seconds[0])} with weights in the page cache, {_time(seconds[1])} from disk; two cores"))
     return [f"{name:<12}{value}" for name, value in rows]
+
+
+def _copies(plan: Plan) -> list[tuple[str, str]]:
+    """Weights that lie on the disk twice, where there are any."""
+    copies = [f"{target} {_gb(size)}" for target, size in plan.disk.copies.items() if size]
+    return [("", f"of these, weights the bundle holds too: {', '.join(copies)}")] if copies else []
+
+
+def _devices(plan: Plan) -> list[tuple[str, str]]:
+    """What lies where, and the cut it takes."""
+    if len(plan.devices) == 1:
+        return []
+    rows = [f"{number}: {_gb(d.weights):>8}  {d.holds or 'nothing'}" for number, d in enumerate(plan.devices)]
+    count = segments_of(plan.options)
+    cut = [f"built with --segments {count}"] if count > 1 else []
+    return [("devices" if i == 0 else "", row) for i, row in enumerate([*rows, *cut])]
 
 
 def _expanded(plan: Plan) -> list[tuple[str, str]]:
@@ -88,7 +108,7 @@ def describe_fits(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
     if plan.build_peak:
         lines += _BUILD_NOTES
     if any(f.gpu.count > 1 or len(f.devices) > 1 or any("--devices" in a.flags for a in f.alternatives) for f in fits):
-        lines.append("            several devices: one tower each on two, runs of layers on more (`--devices 0,1` at run time); never run")
+        lines.append("            several devices: one tower each on two, of more runs of layers (--segments); never run on GPUs")
     return lines
 
 
@@ -165,12 +185,18 @@ def _parameters(count: int) -> str:
     return f"{count / 1e9:.3g} billion" if count >= 10**9 else f"{count / 1e6:.3g} million"
 
 
-def _build(plan: Plan) -> str:
+def _build(plan: Plan) -> list[tuple[str, str]]:
+    """What building takes, and where it can be done."""
     if not plan.build_peak:
-        return "nothing is compiled at build time"
-    count = len(plan.engines)
-    bound = "" if plan.options.max_build_memory else "; --max-build-memory cuts towers"
-    return f"build {_gb(plan.build_peak)} at the peak of {count} engines, one after the other{bound}"
+        return [("build", "nothing is compiled")]
+    held = plan.held
+    inside = f"{_gb(held)} of weights inside, which TensorRT takes as constants only" if held else "programs that hold no weights"
+    bound = "; --max-build-memory cuts towers" if held and not plan.options.max_build_memory else ""
+    return [
+        ("build", f"{len(plan.engines)} engines, one after the other: {inside}"),
+        ("", f"{_gb(plan.build_peak)} of memory at the peak, {_time(plan.build_seconds or 0.0)} of one processor{bound}"),
+        ("", _WHERE[plan.options.target] if not held else _WHERE[plan.options.target].replace(", a laptop will do", "")),
+    ]
 
 
 def _kinds(plan: Plan, graph: str) -> str:

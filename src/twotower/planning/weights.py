@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 
+from twotower.builders.build_cost import LayerBytes
 from twotower.config.formats import FORMATS, stored_bytes, stored_format
 from twotower.config.model import ModelConfig
 from twotower.config.tensors import CheckpointTensor, Role, Tower, expected_tensors
@@ -52,6 +53,8 @@ class GraphWeights:
         by_kind: The same bytes by what the weights are for.
         by_dtype: The same bytes by element type; few-bit weights go by the format's name, scales included.
         stored: Bytes of the data file: every weight starts on a page, a small one on a cache line.
+        held: Those that an engine of TensorRT holds, because it takes few bits as constants only.
+        packed: Of these the ones in 4 bits, scales included.
     """
 
     layers: tuple[int, ...]
@@ -60,6 +63,8 @@ class GraphWeights:
     by_kind: Mapping[str, int]
     by_dtype: Mapping[str, int]
     stored: int
+    held: LayerBytes
+    packed: int
 
     @property
     def total(self) -> int:
@@ -97,15 +102,20 @@ def graph_weights(config: ModelConfig, dtype: str, formats: Formats = (), rounde
     """
     few = dict(formats)
     sums = {name: _Sums(len(config.layers)) for name in (CONTEXT, CONTEXT_HEAD, DENOISER)}
-    stacks: Counter[tuple[str, str]] = Counter()
+    stacks: Counter[tuple[str, str, str]] = Counter()
+    packed: Counter[tuple[str, str]] = Counter()
     for tensor in expected_tensors(config).values():
-        graph = _graph_of(tensor)
+        graph, stack = _graph_of(tensor), _stack_of(tensor)
         kind = tensor.role.value
         for size, kept in _stored(tensor, config, dtype, few.get(kind), rounded_input=kind in rounded):
             sums[graph].add(tensor, size, kept)
-            stacks[graph, f"{_stack_of(tensor)} {kept}"] += size
-    for (graph, _), size in stacks.items():
+            stacks[graph, stack, kept] += size
+            if _is_packed(kept):
+                packed[graph, stack] += stored_bytes(FORMATS[kept].dtype, _count(tensor, config))
+    for (graph, _, _), size in stacks.items():
         sums[graph].stored += aligned(size, size)
+    for (graph, _), size in packed.items():
+        sums[graph].largest_packed = max(sums[graph].largest_packed, size)
     return MappingProxyType({name: s.frozen(with_layers=name != CONTEXT_HEAD) for name, s in sums.items()})
 
 
@@ -146,16 +156,19 @@ def _count(tensor: CheckpointTensor, config: ModelConfig) -> int:
     return rows * tensor.shape[-1]
 
 
-class _Sums:
-    """Bytes of one graph while they are added up."""
+def _is_packed(name: str) -> bool:
+    """Whether a type is a format of 4 bits."""
+    return name in FORMATS and FORMATS[name].bits == 4
+
+
+class _Places:
+    """Bytes by layer while they are added up."""
 
     def __init__(self, layers: int) -> None:
         self.layers = [0] * layers
-        self.before = self.after = self.stored = 0
-        self.by_kind: Counter[str] = Counter()
-        self.by_dtype: Counter[str] = Counter()
+        self.before = self.after = 0
 
-    def add(self, tensor: CheckpointTensor, size: int, dtype: str) -> None:
+    def add(self, tensor: CheckpointTensor, size: int) -> None:
         layer = _layer_of(tensor.name)
         if layer is not None:
             self.layers[layer] += size
@@ -163,13 +176,35 @@ class _Sums:
             self.after += size
         else:
             self.before += size
+
+
+class _Sums:
+    """Bytes of one graph while they are added up."""
+
+    def __init__(self, layers: int) -> None:
+        self.all, self.held = _Places(layers), _Places(layers)
+        self.stored = self.largest_packed = 0
+        self.by_kind: Counter[str] = Counter()
+        self.by_dtype: Counter[str] = Counter()
+
+    def add(self, tensor: CheckpointTensor, size: int, dtype: str) -> None:
+        self.all.add(tensor, size)
+        if dtype in FORMATS:
+            self.held.add(tensor, size)
         self.by_kind[tensor.role.value] += size
         self.by_dtype[dtype] += size
 
     def frozen(self, *, with_layers: bool) -> GraphWeights:
-        layers = tuple(self.layers) if with_layers else ()
+        layers, held = (tuple(places.layers) if with_layers else () for places in (self.all, self.held))
         return GraphWeights(
-            layers, self.before, self.after, MappingProxyType(dict(self.by_kind)), MappingProxyType(dict(self.by_dtype)), self.stored
+            layers=layers,
+            before=self.all.before,
+            after=self.all.after,
+            by_kind=MappingProxyType(dict(self.by_kind)),
+            by_dtype=MappingProxyType(dict(self.by_dtype)),
+            stored=self.stored,
+            held=LayerBytes(held, self.held.before, self.held.after, self.largest_packed),
+            packed=sum(size for name, size in self.by_dtype.items() if _is_packed(name)),
         )
 
 

@@ -1,0 +1,100 @@
+"""What lies in each device's memory: whole towers, or runs of layers as the runtime places them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from twotower.builders.cut import even_layers
+from twotower.config.model import LayerKind, ModelConfig
+from twotower.planning.memory import State, needed_weights, state_bytes, tower_scratch
+from twotower.planning.options import PlanOptions, segments_of
+from twotower.planning.weights import GraphWeights
+from twotower.runtime.placement import place_engines
+from twotower.spec import CONTEXT_HEAD, DENOISER
+
+__all__ = ["LIBRARY_OVERHEAD", "DeviceNeed", "device_needs"]
+
+LIBRARY_OVERHEAD = 1_000_000_000
+"""Assumed bytes for the driver's context, the library and its kernels; not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceNeed:
+    """Bytes in one device's memory, and what lies there."""
+
+    holds: str
+    weights: int
+    state: int
+    scratch: int
+    overhead: int = LIBRARY_OVERHEAD
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.state + self.scratch + self.overhead
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """An engine on a device: a graph, or some of its layers."""
+
+    graph: str
+    layers: tuple[int, int]
+    weights: int
+
+
+def device_needs(config: ModelConfig, options: PlanOptions) -> tuple[DeviceNeed, ...]:
+    """What each device holds. Scratch is shared: one graph runs at a time on a device."""
+    weights, state = needed_weights(config, options), state_bytes(config, options)
+    scratch = {name: s.nbytes for name, s in tower_scratch(config, options).items()}
+    placed = _placed(weights, options)
+    out = []
+    for device in range(options.devices):
+        pieces = placed.get(device, [])
+        layers = {i for piece in pieces for i in range(*piece.layers)}
+        out.append(
+            DeviceNeed(
+                _described(pieces, weights),
+                sum(piece.weights for piece in pieces),
+                _state_of(config, state, layers),
+                max((scratch[piece.graph] for piece in pieces), default=0),
+            )
+        )
+    return tuple(out)
+
+
+def _placed(weights: Mapping[str, GraphWeights], options: PlanOptions) -> dict[int, list[_Piece]]:
+    """The engines on each device, cut by `twotower build --segments` where there are more devices than towers."""
+    count = segments_of(options)
+    pieces = {
+        name: [_Piece(name, cut, w.between(*cut)) for cut in (even_layers(w.layers, count) if w.layers else ((0, 0),))]
+        for name, w in weights.items()
+    }
+    sizes = {name: [piece.weights for piece in parts] for name, parts in pieces.items()}
+    if DENOISER in weights:
+        places = place_engines(sizes, range(options.devices))
+    else:  # as if the devices were the first half of twice as many
+        places = place_engines({**sizes, DENOISER: []}, range(2 * options.devices))
+    out: dict[int, list[_Piece]] = {}
+    for name, parts in pieces.items():
+        for piece, device in zip(parts, places[name], strict=True):
+            out.setdefault(device, []).append(piece)
+    return out
+
+
+def _described(pieces: list[_Piece], weights: Mapping[str, GraphWeights]) -> str:
+    """`both towers`, `context tower`, or which layers of which."""
+    parts = [p for p in pieces if p.graph != CONTEXT_HEAD]
+    if {p.graph: p.layers for p in parts} == {name: (0, len(w.layers)) for name, w in weights.items() if w.layers and len(weights) > 2}:
+        return "both towers"
+    return ", ".join(
+        f"{p.graph} tower" if p.layers == (0, len(weights[p.graph].layers)) else f"{p.graph} layers {p.layers[0]} to {p.layers[1] - 1}"
+        for p in parts
+    )
+
+
+def _state_of(config: ModelConfig, state: State, layers: set[int]) -> int:
+    """Bytes of the state of some layers; both towers work on the same."""
+    kinds = [config.layers[i] for i in layers]
+    cached, recurrent = (kinds.count(kind) / max(config.layers.count(kind), 1) for kind in (LayerKind.ATTENTION, LayerKind.MAMBA))
+    return round(state.rows * (state.per_token * state.capacity * cached + 2 * state.per_row * recurrent))
