@@ -22,7 +22,7 @@ def engine_facts(record: EngineRecord, state: str) -> dict[str, Any]:
 def copied_bytes(record: EngineRecord) -> int:
     """Bytes of a target's engines that are weights, which the bundle's data files hold too: constants, or widened for a CPU."""
     engines = record.report.get("engines", {}).values()
-    constants = sum(facts.get("weights", {}).get("inside_bytes", 0) for facts in engines)
+    constants = sum(int(facts.get("weights", {}).get("inside_bytes", 0)) for facts in engines)
     return constants + sum(file.size for name, file in record.files.items() if name.endswith(DATA_SUFFIX))
 
 
