@@ -29,6 +29,7 @@ HOST: dict[str, tuple[int, ...]] = {
     "Slice": (1, 2, 3, 4),
     "Split": (1,),
     "Squeeze": (1,),
+    "Tile": (1,),
     "TopK": (1,),
     "Unsqueeze": (1,),
 }
@@ -231,6 +232,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Squeeze": _squeeze,
     "Sum": _folded(torch.add),
     "TensorScatter": _tensor_scatter,
+    "Tile": lambda a, x, times: x.repeat(*times),
     "TopK": _top_k,
     "Transpose": lambda a, x: x.permute(a.get("perm", list(range(x.dim()))[::-1])),
     "Unsqueeze": _unsqueeze,
