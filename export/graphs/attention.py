@@ -10,7 +10,7 @@ import onnx_ir as ir
 from twotower.config import ModelConfig
 from twotower.export.graphs.builder import GraphBuilder
 from twotower.export.graphs.layers import LayerWeights
-from twotower.spec import BLOCK, PAST_LENGTH, TOKENS
+from twotower.spec import BLOCK, PAST_LENGTH, TOKENS, splits_groups
 
 __all__ = ["MASKED", "context_attention", "denoiser_attention"]
 
@@ -33,39 +33,46 @@ def context_attention(
     where the caller binds both names to one buffer; `mask` [B,1,L,T] is explicit because readers of
     `Attention` disagree about its causal alignment and drop its length input.
 
-    The query heads of a group are more positions of one head: TensorRT's kernel takes as many heads
-    of keys as of queries, and would write all keys and values once for each of them.
+    Where groups of query heads are large enough, every head of keys is a row of its own: the kernel
+    of TensorRT for RTX takes one head of keys for all queries, but of several one for each, and
+    would write all keys and values as often as there are query heads.
 
     Returns:
         The output [B,L,D] and the updated key and value caches.
     """
-    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q, k, v = _projected(graph, u, weights, config)
     where = graph.input(PAST_LENGTH)
     keys = graph.op("TensorScatter", past[0], k, where, axis=-2)
     values = graph.op("TensorScatter", past[1], v, where, axis=-2)
-    if groups in (1, heads):  # nothing to fold, or one head in all, for which the kernel is missing
-        out = graph.op("Attention", q, keys, values, mask, scale=1.0 / math.sqrt(size))
+    if splits_groups(config):
+        out = _group_by_group(graph, (q, keys, values), config, mask)
     else:
-        out = _folded(graph, (q, keys, values), config, mask)
+        scale = 1.0 / math.sqrt(config.head_dim)
+        out = graph.op("Attention", q, keys, values, mask, scale=scale)
     return _merged(graph, out, weights, config), keys, values
 
 
-def _folded(
+def _group_by_group(
     graph: GraphBuilder,
     inputs: tuple[ir.Value, ir.Value, ir.Value],
     config: ModelConfig,
     mask: ir.Value,
 ) -> ir.Value:
-    """Attention of q [B,H,L,hd] over keys and values [B,KV,T,hd], heads of a group as positions."""
+    """Attention of q [B,H,L,hd] over keys and values [B,KV,T,hd], each head of keys as a row."""
     q, keys, values = inputs
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    q = graph.reshape(q, 0, groups, -1, size)  # [B,KV,H/KV*L,hd]
-    times = graph.constant([1, 1, heads // groups, 1])
-    mask = graph.shared("mask of all heads", lambda: graph.op("Tile", mask, times))
-    out = graph.op("Attention", q, keys, values, mask, scale=1.0 / math.sqrt(size))
     length = graph.shared("chunk", lambda: graph.op("Shape", graph.input(TOKENS), start=1, end=2))
-    return graph.reshape(out, 0, heads, length, size)
+    capacity = _capacity(graph, keys)
+    q = graph.reshape(q, -1, heads // groups, length, size)
+    keys, values = (graph.reshape(x, -1, 1, capacity, size) for x in (keys, values))
+
+    def of_heads() -> ir.Value:
+        every = graph.op("Expand", mask, graph.constant([1, groups, 1, 1]))
+        return graph.reshape(every, -1, 1, length, capacity)
+
+    mask = graph.shared("mask of heads", of_heads)
+    out = graph.op("Attention", q, keys, values, mask, scale=1.0 / math.sqrt(size))
+    return graph.reshape(out, -1, heads, length, size)
 
 
 def denoiser_attention(
@@ -95,7 +102,7 @@ def denoiser_attention(
     rows = graph.shared("query rows", lambda: graph.op("Mul", length, each))
     q = graph.reshape(graph.op("Mul", q, graph.scalar(1.0 / math.sqrt(size))), -1, rows, size)
     k, v = (graph.reshape(x, -1, length, size) for x in (k, v))
-    capacity = graph.shared("capacity", lambda: graph.op("Shape", past[0], start=2, end=3))
+    capacity = _capacity(graph, past[0])
     keys, values = (graph.reshape(x, -1, capacity, size) for x in past)
 
     def scores(keys: ir.Value) -> ir.Value:
@@ -128,6 +135,11 @@ def _projected(
     split = graph.reshape(graph.linear(u, weight), 0, 0, every, size)
     split = graph.op("Transpose", split, perm=[0, 2, 1, 3])
     return graph.ops("Split", 3, split, graph.constant([heads, groups, groups]), axis=1)
+
+
+def _capacity(graph: GraphBuilder, cache: ir.Value) -> ir.Value:
+    """T, [1] int64."""
+    return graph.shared("capacity", lambda: graph.op("Shape", cache, start=2, end=3))
 
 
 def _merged(

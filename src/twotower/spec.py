@@ -52,6 +52,7 @@ __all__ = [
     "present_ssm",
     "present_value",
     "signatures",
+    "splits_groups",
     "state_tensors",
 ]
 
@@ -181,6 +182,16 @@ class TowerSignature:
 def candidate_count(config: ModelConfig) -> int:
     """K: candidates a position keeps; fewer than 64 only for a vocabulary smaller than that."""
     return min(CANDIDATES, config.vocab_size - 1)
+
+
+def splits_groups(config: ModelConfig) -> bool:
+    """Whether the context's attention takes every head of keys as a row of its own.
+
+    TensorRT for RTX copies keys and values once then, and as often as there are query heads if not.
+    It has no kernel for one position of fewer than 4 query heads.
+    """
+    groups = config.num_key_value_heads
+    return groups > 1 and config.num_attention_heads // groups >= 4
 
 
 def state_tensors(config: ModelConfig, dtype: str) -> tuple[StateTensor, ...]:

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from twotower.builders.profiles import profiles
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.planning.weights import item_bytes
-from twotower.spec import CONTEXT_HEAD, DENOISER
+from twotower.spec import CONTEXT_HEAD, DENOISER, splits_groups
 
 __all__ = ["Scratch", "Shapes", "scratch"]
 
@@ -114,9 +114,9 @@ def _always(graph: str, config: ModelConfig, shapes: Shapes, length: int) -> _Te
     if graph == DENOISER:
         modulation = ("modulation [B,3,D] of every layer", rows * 3 * config.hidden_size * item * len(config.layers))
         return stream, stream, modulation
-    if LayerKind.ATTENTION in config.layers and shapes.dtype != "float32":
-        queries = config.num_attention_heads // config.num_key_value_heads * length
-        return stream, ("mask [B,H/KV*L,T]", rows * queries * shapes.capacity * item)
+    if LayerKind.ATTENTION in config.layers and shapes.dtype != "float32" and length > 1:
+        heads = config.num_key_value_heads if splits_groups(config) else 1
+        return stream, ("mask [B,KV,L,T]", rows * heads * length * shapes.capacity * item)
     return (stream,)
 
 
@@ -149,7 +149,8 @@ def _scan(config: ModelConfig, shapes: Shapes, length: int) -> _Tensors:
 def _attention(graph: str, config: ModelConfig, shapes: Shapes, length: int) -> Iterator[_Tensors]:
     """The denoiser writes its scores out, and so does the context tower in float32, where there is no fused kernel.
 
-    The fused kernel reads keys and values from a copy.
+    The fused kernel reads keys and values from a copy, one of each where every head of keys is a
+    row of its own, and otherwise, but for a single position, one for every query head.
     """
     rows, item = shapes.max_batch, item_bytes(shapes.dtype)
     queries = ("queries [B,H,L,d]", rows * config.num_attention_heads * length * config.head_dim * item)
@@ -162,5 +163,9 @@ def _attention(graph: str, config: ModelConfig, shapes: Shapes, length: int) -> 
     elif shapes.dtype == "float32":
         yield [scores, scores, *_PRODUCT]
         yield [keys, *_PRODUCT]
-    else:
+    elif splits_groups(config):
         yield [keys, keys, queries, queries]
+    elif length > 1:
+        times = config.num_attention_heads // config.num_key_value_heads
+        every = ("keys of every head [B,H,T,d]", keys[1] * times)
+        yield [every, every, queries, queries]
