@@ -38,12 +38,14 @@ def run_rows(work: Workspace, rows: Sequence[Row], plan: PrefillPlan, settings: 
     propose = run.next_tokens if rows[0].config.mode == "ar" else run.denoised_block
     with Cleanup(run.wait):  # buffers are let go of only when nothing writes them any more
         run.context_event = prefill(work, rows, plan, settings)
+        run.prepare(0)
         for index in count():
             tokens = propose(index)
             commits = [row.accept(tokens[i].tolist()) for i, row in enumerate(rows) if row.live]
             more = any(row.live for row in rows)
             if more:
                 run.extend(tokens)  # before the caller sees the block: a device reads it while the caller is busy
+                run.prepare(index + 1)
             yield commits
             if not more:
                 return
@@ -58,6 +60,7 @@ class _Run:
         self._work, self._rows, self._settings = work, rows, settings
         self._streams, self._hooks, self._model = settings.streams, settings.hooks, settings.model
         self._next: Array = np.zeros((len(rows), 1), np.int64)
+        self._noise: StepNoise | None = None
         if rows[0].config.mode == "diffusion":
             self._io = work.denoiser(rows[0].config.block_size)
             seeds, top_k = [row.seed for row in rows], [row.config.top_k for row in rows]
@@ -70,9 +73,16 @@ class _Run:
         """Waits for the last pass of the context tower."""
         self.context_event.wait_done()
 
+    def prepare(self, index: int) -> None:
+        """Draws the noise of a block's first step while the context tower reads what is before it."""
+        if self._noise is not None:
+            live = [row.live for row in self._rows]
+            self._draw_ahead(self.context_event, live, (index, 0))
+
     def denoised_block(self, index: int) -> Array:
         """Denoises one block of every live row, [B,S] int64."""
-        io, rows, started = self._io, self._rows, perf_counter()
+        io, noise, rows, started = self._io, self._noise, self._rows, perf_counter()
+        assert noise is not None
         unmasked = int(self._model.mask_token_id == 0)  # any token that is no mask: an ended row has nothing to do
         masked = [io.block.shape[1] if row.live else 0 for row in rows]
         for i, row in enumerate(rows):
@@ -84,11 +94,11 @@ class _Run:
             self._hooks.raise_if_cancelled()
             for i, row in enumerate(rows):
                 io.commit_floor[i] = commit_floor(masked[i], step, row.config.steps_per_block)
-            self._noise.write(io.noise, masked, block=index, step=step)
+            noise.write(io.noise, masked, block=index, step=step)
             began = perf_counter()
             self._denoiser_event = self._work.denoise(self._streams.denoiser)
-            if step + 1 < steps and self._denoiser_event is not HostStream.done:
-                self._noise.draw(masked, block=index, step=step + 1)  # while the engine works
+            if step + 1 < steps:
+                self._draw_ahead(self._denoiser_event, masked, (index, step + 1))
             self._denoiser_event.wait_done()
             ms = 1000 * (perf_counter() - began)
             check_step(rows, io, block=index, step=step)
@@ -132,6 +142,12 @@ class _Run:
         self._streams.context.wait(self._denoiser_event)
         self.context_event = work.extend(width, self._streams.context)
         self._spend("extend", started)
+
+    def _draw_ahead(self, event: Event, live: Sequence[int], place: tuple[int, int]) -> None:
+        """Draws the noise of a block and step, where an engine works meanwhile."""
+        assert self._noise is not None
+        if event is not HostStream.done:
+            self._noise.draw(live, block=place[0], step=place[1])
 
     def _record(self, place: tuple[int, int], masked: Sequence[int], ms: float) -> None:
         if self._hooks.on_step is not None:

@@ -228,7 +228,7 @@ def test_the_streams_wait_for_one_another() -> None:
 
 
 @pytest.mark.parametrize("queued", [True, False])
-def test_the_next_step_s_noise_is_drawn_while_the_engine_works(
+def test_the_next_step_s_noise_is_drawn_while_an_engine_works(
     monkeypatch: pytest.MonkeyPatch,
     *,
     queued: bool,
@@ -253,6 +253,8 @@ def test_the_next_step_s_noise_is_drawn_while_the_engine_works(
     assert told[: len(ahead)] == (ahead if queued else at_once)
     every = [f"draws {block}.{step}" for block in (0, 1) for step in (0, 1)]
     assert [line for line in told if "draws" in line] == every
+    between = ["context stream runs context 2", "draws 1.0", "denoiser stream runs denoiser 3"]
+    assert [line for line in fake.log if line in between] == between
 
 
 def test_a_block_nobody_goes_on_from_is_not_read_back() -> None:
