@@ -99,6 +99,23 @@ def test_commands_of_the_training_side_name_their_extra(words: list[str], extra:
     assert "Traceback" not in done.stderr
 
 
+AS_A_PROGRAM = "import runpy; runpy.run_module('twotower.evaluate.lm_eval_model', run_name='__main__')"
+
+
+def test_the_model_of_lm_evaluation_harness_names_its_extra() -> None:
+    done = python_without(("lm_eval",), AS_A_PROGRAM)
+    assert done.returncode == 2, done.stderr
+    what, found, do = done.stderr.splitlines()
+    assert what.startswith("ConfigError: ")
+    assert found == "  found: not installed: lm_eval"
+    assert do == "  do: `pip install 'twotower[evaluate]'`"
+
+
+def test_importing_the_model_of_lm_evaluation_harness_is_an_error_to_catch() -> None:
+    code = "from twotower.errors import ConfigError\ntry: import twotower.evaluate.lm_eval_model\nexcept ConfigError as e: print(e.do)"
+    assert "twotower[evaluate]" in python_without(("lm_eval",), code).stdout
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -52,11 +52,17 @@ class Environments:
 
     def run(self, extras: str, *words: str) -> subprocess.CompletedProcess[str]:
         """Runs `twotower` there, outside the repository and without its paths."""
+        return self._run(extras, "twotower", *words)
+
+    def run_module(self, extras: str, *words: str) -> subprocess.CompletedProcess[str]:
+        """Runs `python -m` there, likewise."""
+        return self._run(extras, "python", "-m", *words)
+
+    def _run(self, extras: str, command: str, *words: str) -> subprocess.CompletedProcess[str]:
         folder = self.made(extras)
         clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-        return subprocess.run(
-            [str(_commands(folder) / "twotower"), *words], cwd=folder, env=clean, capture_output=True, text=True, check=False
-        )
+        full = [str(_commands(folder) / command), *words]
+        return subprocess.run(full, cwd=folder, env=clean, capture_output=True, text=True, check=False)
 
     def installed(self, extras: str) -> dict[str, Distribution]:
         """Its distributions by their normalized names."""

@@ -199,6 +199,18 @@ def test_a_verb_works_or_names_the_extra_it_needs(
     assert not list(tmp_path.iterdir()), "something half-written was left behind"
 
 
+@pytest.mark.parametrize("extras", SINGLE)
+def test_the_model_of_lm_evaluation_harness_is_there_or_names_its_extra(environments: Environments, extras: str) -> None:
+    done = environments.run_module(extras, "twotower.evaluate.lm_eval_model", "--help")
+    if extras == "evaluate":
+        assert done.returncode == 0, done.stderr
+        assert "usage: " in done.stdout
+        return
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 3
+    assert "`pip install 'twotower[evaluate]'`" in done.stderr
+
+
 def test_the_text_is_the_same_wherever_it_is_generated(environments: Environments, things: dict[str, str]) -> None:
     words = [word.format(**things) for word in WORK["generate"].words]
     there = json.loads(environments.run("cpu", *words, "--json").stdout)

@@ -13,14 +13,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows
-
 from twotower.config import GenerationConfig
 from twotower.errors import ConfigError, RequestError, TwoTowerError
+from twotower.extras import missing_library
 from twotower.runtime import Request, TwoTower
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows
+except ModuleNotFoundError as e:
+    missing = missing_library(e, "a bundle as a model of lm-evaluation-harness")
+    if missing is None:
+        raise
+    if __name__ != "__main__":
+        raise missing from e
+    sys.stderr.write(f"{type(missing).__name__}: {missing}\n")
+    sys.exit(2)
 
 __all__ = ["TwoTowerLM", "main"]
 
