@@ -12,7 +12,7 @@ from twotower.builders.base import BuildConfig, EngineBuilder, Report, silent
 from twotower.builders.cache_store import EngineCache, open_cache
 from twotower.builders.lock import locked
 from twotower.bundle import BUILD_FILE, Bundle, EngineRecord, engine_folder, read_engine_record, write_json
-from twotower.errors import BuildError, EngineMismatchError
+from twotower.errors import BuildAbortedError, EngineMismatchError
 
 __all__ = ["build_engines"]
 
@@ -28,7 +28,8 @@ def build_engines(
     rename, so that a killed build leaves the old engine usable. Of two builds of one target at a time the second waits for the first.
 
     Raises:
-        BuildError: no space, or the library refuses the graph.
+        BuildAbortedError: no space, or the process that built an engine died.
+        BuildError: the library refuses the graph.
     """
     config, report = config or BuildConfig(), report or silent
     folder = engine_folder(bundle, target)
@@ -44,7 +45,7 @@ def build_engines(
                 _trim(bundle, config)
             return record
     except OSError as e:
-        raise BuildError(
+        raise BuildAbortedError(
             f"the {target} engine of '{bundle.path}' could not be written",
             found=str(e),
             do="free disk space or check permissions, then build again",
@@ -113,7 +114,7 @@ def _trim(bundle: Bundle, config: BuildConfig) -> None:
 def _require_space(bundle: Bundle, needed: int) -> None:
     free = shutil.disk_usage(bundle.path).free
     if needed > free:
-        raise BuildError(
+        raise BuildAbortedError(
             f"not enough disk space under '{bundle.path}'",
             found=f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
             do="free space, or move the bundle to a larger disk",

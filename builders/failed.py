@@ -13,7 +13,7 @@ import onnx
 from twotower.builders.engine_plan import EnginePlan
 from twotower.builders.job import RefusedError
 from twotower.bundle import Bundle, write_json
-from twotower.errors import BuildError
+from twotower.errors import BuildAbortedError, BuildError
 
 __all__ = ["FAILED_FOLDER", "failed_folder", "forget_failed", "keep_failed"]
 
@@ -55,8 +55,9 @@ def keep_failed(bundle: Bundle, plan: EnginePlan, error: RefusedError) -> BuildE
     """Keeps the graph of a failed build.
 
     Returns:
-        The error with the folder and the next commands.
+        The error with the folder and the next commands, a `BuildAbortedError` still if it was one.
     """
+    kind = BuildAbortedError if isinstance(error, BuildAbortedError) else BuildError
     folder = failed_folder(bundle, plan)
     data = plan.beside.with_name(f"{plan.beside.name}.data")
     check = f"python -m twotower.builders.try_graph graph.onnx --target {plan.job['target']} --job job.json"
@@ -77,9 +78,9 @@ def keep_failed(bundle: Bundle, plan: EnginePlan, error: RefusedError) -> BuildE
         (folder / "log.json").write_text(json.dumps(error.log, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_README.format(**words), encoding="utf-8")
     except OSError as e:
-        return BuildError(error.what, found=f"{plan.engine.file}: {error.found}", do=f"{error.do}; the graph could not be kept: {e}")
+        return kind(error.what, found=f"{plan.engine.file}: {error.found}", do=f"{error.do}; the graph could not be kept: {e}")
     do = f"`cd {folder}`, then `{inspect}` shows the graph and `{reduce}` cuts it down (README.md there)"
-    return BuildError(error.what, found=f"{plan.engine.file}: {error.found}", do=do)
+    return kind(error.what, found=f"{plan.engine.file}: {error.found}", do=do)
 
 
 def forget_failed(bundle: Bundle, plan: EnginePlan) -> None:

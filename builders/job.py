@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from twotower.errors import BuildError
+from twotower.errors import BuildAbortedError, BuildError
 
-__all__ = ["RefusedError", "run_job"]
+__all__ = ["CrashedError", "RefusedError", "run_job"]
 
 
 class RefusedError(BuildError):
@@ -24,6 +24,10 @@ class RefusedError(BuildError):
     """
 
     log: tuple[Any, ...] = ()
+
+
+class CrashedError(RefusedError, BuildAbortedError):
+    """The library crashed over a graph: it is kept like one that was refused, but may yet build."""
 
 
 def run_job(job: dict[str, Any], scratch: Path, *, tick: Callable[[str, int, int], None]) -> dict[str, Any]:
@@ -38,8 +42,8 @@ def run_job(job: dict[str, Any], scratch: Path, *, tick: Callable[[str, int, int
         What the build observed.
 
     Raises:
-        RefusedError: the library refused the graph, or crashed over it.
-        BuildError: there was no memory or no space for it.
+        RefusedError: the library refused the graph, or crashed over it (`CrashedError`).
+        BuildAbortedError: there was no memory or no space for it.
     """
     job = {**job, "parent": os.getpid()}
     file = scratch / "job.json"
@@ -58,7 +62,7 @@ def run_job(job: dict[str, Any], scratch: Path, *, tick: Callable[[str, int, int
         said = errors.read().decode(errors="replace").strip().splitlines()
     if "error" in result:
         parts = result["error"]
-        error = RefusedError if result["refused"] else BuildError
+        error = RefusedError if result["refused"] else BuildAbortedError
         raise _with_log(error(parts["what"], found=parts["found"], do=parts["do"]), result["log"])
     if "done" not in result:
         raise _died(child.returncode, said)
@@ -89,10 +93,10 @@ def _died(code: int, said: list[str]) -> BuildError:
     what, found = "the process that built the engine died", "; ".join([name, *said[-2:]])
     if code == -signal.SIGKILL:
         do = "free memory; a lower --max-build-memory cuts towers whose engines hold weights"
-        return BuildError(what, found=f"{found}: most likely for want of memory", do=do)
+        return BuildAbortedError(what, found=f"{found}: most likely for want of memory", do=do)
     if code >= 0:  # not the library: an exception of ours
-        return BuildError(what, found=found, do="this is a defect of twotower: report it with what --debug shows")
-    return _with_log(RefusedError(what, found=found, do="build again; if it fails again, try another dtype"), said)
+        return BuildAbortedError(what, found=found, do="this is a defect of twotower: report it with what --debug shows")
+    return _with_log(CrashedError(what, found=found, do="build again; if it fails again, try another dtype"), said)
 
 
 def _with_log(error: BuildError, log: list[Any]) -> BuildError:

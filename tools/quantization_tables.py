@@ -25,7 +25,7 @@ from twotower.calibration.collect import CollectConfig, collect
 from twotower.calibration.plot import draw_ranges
 from twotower.calibration.statistics_file import Statistics
 from twotower.cli.prompts import read_prompts
-from twotower.errors import BuildError
+from twotower.errors import BuildAbortedError, BuildError
 from twotower.evaluate.bundle_bytes import bytes_by_kind
 from twotower.evaluate.evaluation import interval_text
 from twotower.evaluate.measure import Contestant, measure
@@ -160,7 +160,11 @@ def sensitivity(bench: Bench) -> list[str]:
 
 
 def builds(bench: Bench) -> list[str]:
-    """Every recipe for every compute capability, in bfloat16, by TensorRT for RTX."""
+    """Every recipe for every compute capability, in bfloat16, by TensorRT for RTX.
+
+    Raises:
+        BuildAbortedError: a build ended before the library's verdict; there is no table then.
+    """
     rows = ["| recipe | " + " | ".join(f"SM {sm}" for sm in SMS) + " |", "|---|" + "---|" * len(SMS)]
     for name in builtin_recipes():
         bundle, cells = bench.quantized(name, bench.half, engine=False), []
@@ -172,6 +176,8 @@ def builds(bench: Bench) -> list[str]:
                 unexplained = sum(not line["explained"] for line in lines)
                 how = "built" if not expands_experts(record) else "with `--allow-expanded`"
                 cells.append(how + (f", {unexplained} unexplained warnings" if unexplained else ""))
+            except BuildAbortedError:
+                raise  # a process that was killed, or a full disk: that says nothing of the format
             except BuildError as e:
                 cells.append(f"refused: {e.what.split(' of ')[0]} ({e.found})")
             print(f"  {name} SM {sm}: {cells[-1]}", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "BudgetError",
+    "BuildAbortedError",
     "BuildError",
     "BundleError",
     "CalibrationError",
@@ -67,6 +68,13 @@ class BundleError(TwoTowerError):
 
 class BuildError(TwoTowerError):
     """An engine that could not be built."""
+
+
+class BuildAbortedError(BuildError):
+    """A build that ended before the library's verdict: its process died, or memory or disk space ran out.
+
+    It does not tell whether the library can build the graph.
+    """
 
 
 class EngineMismatchError(TwoTowerError):

@@ -16,7 +16,7 @@ import pytest
 from tests.helpers.processes import child_of, is_gone
 from tests.helpers.tensorrt import install_fake
 from twotower.builders.job import RefusedError, run_job
-from twotower.errors import BuildError
+from twotower.errors import BuildAbortedError
 
 
 @pytest.fixture(autouse=True)
@@ -58,11 +58,12 @@ def test_a_refusal_is_told_from_a_want(tmp_path: Path, operator: str, found: str
     with pytest.raises(RefusedError) as caught:
         run_job(job(tmp_path, operator), tmp_path, tick=lambda *words: None)
     assert found in caught.value.found
+    assert isinstance(caught.value, BuildAbortedError) == (operator == "Crash")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
 def test_a_full_disk_is_no_fault_of_the_graph(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="could not be written") as caught:
+    with pytest.raises(BuildAbortedError, match="could not be written") as caught:
         run_job(job(tmp_path, output="/dev/full"), tmp_path, tick=lambda *words: None)
     assert not isinstance(caught.value, RefusedError)
     assert "No space left" in caught.value.found
@@ -78,7 +79,7 @@ def test_a_want_of_memory_says_how_to_need_less(tmp_path: Path, monkeypatch: pyt
             if "twotower.builders.child" in Path(f"/proc/{pid}/cmdline").read_text():
                 os.kill(int(pid), 9)
 
-    with pytest.raises(BuildError, match="died") as caught:
+    with pytest.raises(BuildAbortedError, match="died") as caught:
         run_job(job(tmp_path), tmp_path, tick=kill)
     assert "SIGKILL" in caught.value.found
     assert "--max-build-memory" in caught.value.do
