@@ -10,19 +10,17 @@ import json
 import os
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 from cuda.bindings import runtime as cudart
 
 from tools.gpu.counted import CountedCuda
 from tools.gpu.kernel_profile import profiled
 from tools.gpu.one_tower import OneTower
+from tools.gpu.passes import ROWS, WARM, capacity_of, passes
 from tools.gpu.questions import Given
 from tools.gpu.rtx_setup import set_up_rtx
 from twotower.bundle import Bundle
@@ -32,23 +30,14 @@ from twotower.doctor.sections import short
 from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.flavour import flavour_from_module
 from twotower.hardware import ANY_SM
-from twotower.runtime.engines.towers import Towers
 from twotower.runtime.streams import Event
 from twotower.runtime.workspace import Workspace
-from twotower.spec import DENOISER
 
 __all__ = ["ARCHIVE", "FOLDER", "ask", "build_full_size", "measure_tower"]
 
 ARCHIVE, FOLDER = "full-size.tar.xz", "full-size"
-ROWS = (1, 8)
-WIDTHS = {"prefill": 256, "block": 16, "decode": 1}
-"""Tokens of a chunk for each use of the context tower."""
-
-TOKENS = 1024
-"""Of the text before the block, of every row."""
-
-_WARM, _LEAST, _MOST, _SECONDS = 5, 3, 50, 2.0
-"""Runs that are not counted (each of two sets of state is captured on its second), and counted."""
+_LEAST, _MOST, _SECONDS = 3, 50, 2.0
+"""Runs that are counted, of each pass."""
 
 _HEAD = ("pass", "rows", "how", "ms", "ms one after another", "GB/s of weights", "graphs made")
 
@@ -77,15 +66,6 @@ def ask(answers: Answers, given: Given) -> None:
     measure_tower(answers, tower, graph, cuda)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """A pass to be run again and again: what enqueues it, and whether its numbers are finite."""
-
-    name: str
-    run: Callable[[], Event]
-    finite: Callable[[], bool | None]
-
-
 def measure_tower(answers: Answers, tower: OneTower, graph: str, cuda: CountedCuda) -> None:
     """Times a tower's passes, replayed and launched, and says which kernels they are made of.
 
@@ -99,8 +79,8 @@ def measure_tower(answers: Answers, tower: OneTower, graph: str, cuda: CountedCu
     for graphs in (True, False):
         towers = tower.towers(graphs=graphs)
         for rows in ROWS:
-            work = Workspace(towers, rows=rows, capacity=_capacity(towers))
-            for one in _passes(work, towers, graph):
+            work = Workspace(towers, rows=rows, capacity=capacity_of(towers))
+            for one in passes(work, towers, graph):
                 made = cuda.made
                 ms, in_row = _times(one.run)
                 rate = tower.weights.nbytes / ms / 1e6
@@ -108,9 +88,7 @@ def measure_tower(answers: Answers, tower: OneTower, graph: str, cuda: CountedCu
                 row = (one.name, rows, how, short(ms), short(in_row), short(rate), cuda.made - made)
                 rows_of_table.append(row)
                 answers.table("Passes", _HEAD, rows_of_table)
-                answers.put(
-                    finite={**answers.get("finite", {}), f"{one.name} {rows}": one.finite()}
-                )
+                answers.put(finite={**answers.get("finite", {}), f"{one.name} {rows}": one.finite})
                 if not graphs:
                     profiled(answers, one.run, name=f"{one.name}, {rows} rows")
             work.close()
@@ -151,36 +129,9 @@ def _bundle(given: Given, words: Sequence[str]) -> Bundle:
     return build_full_size(folder, words)
 
 
-def _capacity(towers: Towers) -> int:
-    assert towers.limits is not None, "TensorRT engines have limits"
-    return towers.limits.capacity
-
-
-def _passes(work: Workspace, towers: Towers, graph: str) -> Iterator[_Pass]:
-    """The passes of a tower over the same small arrays and whatever the state holds."""
-    if graph == DENOISER:
-        assert towers.fixed_block is not None
-        io = work.denoiser(towers.fixed_block)
-        io.block.fill(towers.config.mask_token_id)
-        io.context_length.fill(min(TOKENS, work.capacity))
-        io.threshold.fill(1.0)
-        io.commit_floor.fill(1)
-        yield _Pass(
-            "denoise",
-            lambda: work.denoise(towers.streams.denoiser),
-            lambda: bool(np.isfinite(io.confidence).all()),
-        )
-        return
-    for name, width in WIDTHS.items():
-        work.tokens(width).fill(towers.config.mask_token_id)
-        work.chunk_length.fill(width)
-        work.past_length.fill(min(TOKENS, work.capacity - width))
-        yield _Pass(name, partial(work.extend, width, towers.streams.context), lambda: None)
-
-
 def _times(run: Callable[[], Event]) -> tuple[float, float]:
     """Milliseconds of a pass: the median of those that are waited for, and of several in a row."""
-    for _ in range(_WARM):
+    for _ in range(WARM):
         run().wait_done()
     times: list[float] = []
     end = time.monotonic() + _SECONDS

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.cuda_stand_in import CudaStandIn
-from tools.gpu import full_size
+from tools.gpu import full_size, passes
 from tools.gpu.counted import CountedCuda
 from tools.gpu.cuda_layer import Case, torch_bundle
 from tools.gpu.kernel_profile import kernel_times, profiled
@@ -34,9 +34,9 @@ def test_a_tower_is_timed_replayed_and_launched(
 ) -> None:
     monkeypatch.setattr(full_size, "_SECONDS", 0.0)
     monkeypatch.setattr(full_size, "ROWS", (1, 3))
-    monkeypatch.setattr(full_size, "TOKENS", 100)
+    monkeypatch.setattr(passes, "TOKENS", 100)
     block = {"prefill": 256, "block": bundle.trained_block_size, "decode": 1}
-    monkeypatch.setattr(full_size, "WIDTHS", block)
+    monkeypatch.setattr(passes, "WIDTHS", block)
     api = CudaStandIn()
     cuda = CountedCuda(api)
     trt = TorchTensorRT("cpu", api)
