@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tools.gpu import targets
 from tools.gpu.questions import GPU_TARGETS, Given
+from twotower import TwoTower
 from twotower.doctor import Answers, SkipSectionError
 
 
@@ -17,6 +20,19 @@ def asked(name: str, work: Path) -> Answers:
     return answers
 
 
+@pytest.fixture
+def warmed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Numbers of rows that models are warmed up for, of each that is opened from now on."""
+    rows: list[Any] = []
+
+    def opened(path: Path, **options: Any) -> TwoTower:
+        rows.append(options.get("warm_up"))
+        return TwoTower.open(path, **options)
+
+    monkeypatch.setattr(targets, "TwoTower", SimpleNamespace(open=opened))
+    return rows
+
+
 @pytest.mark.parametrize("target", GPU_TARGETS)
 def test_without_a_gpu_the_reason_is_given(tmp_path: Path, target: str) -> None:
     with pytest.raises(SkipSectionError, match=r"is not installed|no NVIDIA GPU"):
@@ -24,18 +40,19 @@ def test_without_a_gpu_the_reason_is_given(tmp_path: Path, target: str) -> None:
 
 
 @pytest.mark.slow
-def test_recorded_tokens_are_counted(tmp_path: Path) -> None:
+def test_recorded_tokens_are_counted(tmp_path: Path, warmed: list[Any]) -> None:
     (table,) = asked("goldens-ort-cpu", tmp_path)["tables"]
     assert [row[0] for row in table["rows"]] == ["hybrid-a", "hybrid-b"]
     for _, diffusion, ar in table["rows"]:
         right, of, all_ = diffusion.split()
         assert (right, of) == (all_, "of")
         assert ar == diffusion
+    assert warmed == [(), ()], "no kernels are compiled that nothing runs"
 
 
 @pytest.mark.slow
 def test_half_precision_is_checked_and_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warmed: list[Any]
 ) -> None:
     monkeypatch.setattr(targets, "_PROBLEMS", 1)
     monkeypatch.setattr(targets, "HALF", ("float16",))
@@ -43,11 +60,12 @@ def test_half_precision_is_checked_and_compared(
     rows = {row[1]: row for row in table["rows"]}
     assert rows["known answer"][2] is True
     assert rows["the text of float32, diffusion"][3].endswith(" % of prompts")
+    assert () in warmed
 
 
 @pytest.mark.slow
 def test_a_pass_at_the_widths_of_a_slice_is_timed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warmed: list[Any]
 ) -> None:
     small = {
         "hidden_size": 64,
@@ -68,3 +86,4 @@ def test_a_pass_at_the_widths_of_a_slice_is_timed(
     assert answers["dtype"] == "bfloat16"
     assert answers["passes"]["denoise_ms"] > 0
     assert "ms a denoiser pass" in answers["summary"][0]
+    assert warmed == [()], "seconds of opening are without those of passes"
