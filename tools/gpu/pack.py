@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.gpu import prepare
-from tools.gpu.questions import QUESTIONS
+from tools.gpu.questions import CALL_SECONDS, QUESTIONS
 from twotower.errors import ConfigError, TwoTowerError
 
 __all__ = ["Step", "main", "make_step"]
@@ -94,7 +94,7 @@ def prepare_steps(python: str) -> tuple[Step, ...]:
             "library",
             prepare.LIBRARY_FILES,
             lambda pack: prepare.library(pack, python),
-            rtx,
+            f"{rtx}, {prepare.carried()}",
             sources=False,
         ),
     )
@@ -134,12 +134,12 @@ def commands(pack: Path) -> str:
     calls = [folder.name for folder in sorted(pack.glob("call*"))]
     for call in calls:
         names = [n for n, q in QUESTIONS.items() if call == f"call{q.call}"]
-        limit = sum(QUESTIONS[n].seconds for n in names)
-        words = f"--sections {','.join(names)} --budget {limit:.0f} --out OUT/{call}"
+        limit = CALL_SECONDS[int(call.removeprefix("call"))]
+        words = f"--sections {','.join(names)} --budget {limit} --out OUT/{call}"
         size = f"{_size(pack / call) / 1e6:.1f} MB"
         lines += [
             "",
-            f"{call}: bring {pack / call} ({size}); {limit:.0f} s at most",
+            f"{call}: bring {pack / call} ({size}); {limit} s at most",
             f'    make gpu-first-hour ARGS="{words}"',
         ]
     results = " ".join(f"OUT/{call}/results.json" for call in calls)

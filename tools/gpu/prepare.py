@@ -25,6 +25,7 @@ __all__ = [
     "LIBRARY_FILES",
     "TRITON",
     "bundles",
+    "carried",
     "cubins",
     "full_size",
     "library",
@@ -48,6 +49,8 @@ LIBRARY_FILES = (
 _SHARES = (11, 9)
 """Of the library in each call: the second has more besides."""
 
+EXPORTING = ("onnx-ir", "packaging")
+"""Of Python alone, and what exporting needs beside onnx and what comes with torch."""
 
 _RTX = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu13-libs")
 _BINDINGS = "tensorrt-rtx-cu13-bindings"
@@ -58,6 +61,14 @@ def rtx_version() -> str:
     """Of the TensorRT for RTX that is installed, and so packed; empty for none."""
     try:
         return distribution(_RTX[0]).version
+    except PackageNotFoundError:
+        return ""
+
+
+def carried() -> str:
+    """What of `EXPORTING` is installed, and so packed; empty where something is missing."""
+    try:
+        return ", ".join(f"{name} {distribution(name).version}" for name in EXPORTING)
     except PackageNotFoundError:
         return ""
 
@@ -138,13 +149,13 @@ def targets(pack: Path) -> None:
 def library(pack: Path, python: str) -> None:
     """TensorRT for RTX as installed here, its library in parts, and what another Python needs.
 
-    That is the bindings, and tokenizers, which the runtime needs for text.
+    That is the bindings, tokenizers, which the runtime needs for text, and what exports a model.
     """
     if not rtx_version():
         raise ImportError("TensorRT for RTX is not installed (the extra `rtx`)")
     with tempfile.TemporaryDirectory() as scratch:
         site = Path(scratch) / "site"
-        for name in _RTX:
+        for name in (*_RTX, *EXPORTING):
             _copy_distribution(name, site)
         wheels = Path(scratch) / "wheels"
         platforms = [word for platform in _PLATFORMS for word in ("--platform", platform)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from twotower.doctor import SkipSectionError
 
-__all__ = ["QUESTIONS", "Given", "Question"]
+__all__ = ["CALL_SECONDS", "QUESTIONS", "Given", "Question"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +56,10 @@ class Given:
             raise SkipSectionError(f"{name} was not brought: `make gpu-pack` prepares it")
         return found
 
+
+CALL_SECONDS = {1: 220, 2: 560}
+"""For all sections of a part of a pack. Their limits may be more together: sections are rarely
+stopped by them, and the last is given what those before it have left."""
 
 GPU_TARGETS = ("rtx", "trt", "ort-cuda")
 
@@ -117,6 +121,12 @@ QUESTIONS = {
     "full-denoiser": _full("denoiser"),
     "full-context": _full("context"),
     "half-rtx": _target("half", "rtx", seconds=100, call=2),
+    "forms": Question(
+        text="Do engines that read weights as inputs lose anything to engines that hold them?",
+        seconds=180,
+        module="tools.gpu.forms",
+        call=2,
+    ),
     **{f"goldens-{t}": _target("goldens", t, seconds=150) for t in ("trt", "ort-cuda")},
     **{f"half-{t}": _target("half", t, seconds=300) for t in ("trt", "ort-cuda")},
     **{f"real-{t}": _target("real", t, seconds=300) for t in GPU_TARGETS},

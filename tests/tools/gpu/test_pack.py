@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.errors import check_error
-from tools.gpu import pack
+from tools.gpu import pack, prepare
 from tools.gpu.pack import Step, make_step
+from tools.gpu.questions import CALL_SECONDS
 
 
 class Maker:
@@ -73,6 +76,7 @@ def test_a_piece_without_its_library_is_left_out_and_the_others_are_made(
     assert "lacks: NOT made, a library is missing: no a_library" in out
     assert "it: made" in out
     assert 'make gpu-first-hour ARGS="--sections machine,' in out
+    assert f"--budget {CALL_SECONDS[1]} --out OUT/call1" in out
     assert 'make gpu-page ARGS="OUT/call1/results.json"' in out
 
 
@@ -83,6 +87,18 @@ def test_a_folder_that_is_too_large_is_an_error(
     monkeypatch.setattr(pack, "prepare_steps", lambda python: (step(Maker(size=1001)),))
     assert pack.main(["--out", str(tmp_path)]) == 2
     check_error(capsys.readouterr().err, "too large for one transfer")
+
+
+def test_what_exports_runs_from_a_folder_it_was_copied_to(tmp_path: Path) -> None:
+    """Neither torch nor onnx brings these to a bare machine."""
+    for name in prepare.EXPORTING:
+        prepare._copy_distribution(name, tmp_path)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import onnx_ir, packaging as p"
+    print_files = "print(onnx_ir.__file__, p.__file__, sep='\\n')"
+    command = [sys.executable, "-c", f"{code}; {print_files}"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert [Path(line).parent.parent for line in out.split()] == [tmp_path, tmp_path]
+    assert "onnx-ir " in prepare.carried()
 
 
 def test_sources_have_one_hash() -> None:
