@@ -66,7 +66,8 @@ def run_job(job: dict[str, Any], scratch: Path, *, tick: Callable[[str, int, int
         raise _with_log(error(parts["what"], found=parts["found"], do=parts["do"]), result["log"])
     if "done" not in result:
         raise _died(child.returncode, said)
-    return {**result["done"], "inspector": result.get("inspected", {"why_not": "the process died while it looked"})}
+    died = {"why_not": "; ".join(["the process died while it looked", *said[-1:]])}
+    return {**result["done"], "inspector": result.get("inspected", died)}
 
 
 def _followed(child: subprocess.Popen[str], tick: Callable[[str, int, int], None]) -> dict[str, Any]:

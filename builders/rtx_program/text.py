@@ -6,6 +6,7 @@ import mmap
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from types import MappingProxyType
 
 from twotower.errors import BuildError
@@ -104,8 +105,8 @@ class ProgramText:
     def host_statements(self) -> Iterator[Statement]:
         """The arithmetic on shapes that runs on the host; messages in it may take several lines."""
         starts = list(_STATEMENT.finditer(self.shape_main))
-        ends = [m.start() for m in starts[1:]] + [len(self.shape_main)]
-        for start, end in zip(starts, ends, strict=True):
+        for start, after in zip_longest(starts, starts[1:]):
+            end = len(self.shape_main) if after is None else after.start()
             yield Statement(start[1], self.shape_main[start.end() : end])
 
 

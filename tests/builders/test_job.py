@@ -61,6 +61,16 @@ def test_a_refusal_is_told_from_a_want(tmp_path: Path, operator: str, found: str
     assert isinstance(caught.value, BuildAbortedError) == (operator == "Crash")
 
 
+def test_an_inspector_that_dies_costs_no_engine_and_says_why(tmp_path: Path) -> None:
+    broken = "from twotower.builders import engine_inspector\n"
+    broken += "def inspect(*_, **__): raise ValueError('an odd program')\n"
+    broken += "engine_inspector.inspect_plan = inspect\n"
+    (tmp_path / "site" / "sitecustomize.py").write_text(broken)
+    facts = run_job(job(tmp_path), tmp_path, tick=lambda *words: None)
+    assert facts["bytes"] == (tmp_path / "out.engine").stat().st_size
+    assert facts["inspector"] == {"why_not": "the process died while it looked; ValueError: an odd program"}
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
 def test_a_full_disk_is_no_fault_of_the_graph(tmp_path: Path) -> None:
     with pytest.raises(BuildAbortedError, match="could not be written") as caught:

@@ -36,6 +36,16 @@ def test_kernels_are_told_with_their_nodes_and_tensors() -> None:
     assert not made.copied
 
 
+def test_a_program_whose_shapes_are_all_fixed_works_out_none_on_the_host() -> None:
+    """Engines for one row have no section of arithmetic on shapes."""
+    text = program(inputs=["tokens.1", "tower.layers.0.mixer.up.weight.1"]).text()
+    fixed = text[: text.index("shape_main {")].replace('"rows.1" 64', "1 64").replace('"rows.1" 32', "1 32")
+    made = read_program_text(fixed.replace('"rows_shapeInput.1"', ""))
+    assert len(made.kernels) == 2
+    assert made.tensors["h"].dims == (1, 32)
+    assert all(tensor.fixed for tensor in made.tensors.values())
+
+
 def test_sizes_are_those_of_the_greatest_shapes() -> None:
     assert read(rows=8).tensors["h"].dims == (8, 32)
     assert read(rows=3).tensors["h"].nbytes == 3 * 32 * 2
