@@ -92,6 +92,13 @@ def check_programs(bundle: Bundle, record: Any, sms: tuple[int, ...] = SMS) -> N
             assert {kind: told[kind]["max"] for kind in told.keys() & most.keys() if told[kind]["max"] > most[kind]} == {}
 
 
+def test_programs_for_one_row_are_read(folder: Path) -> None:
+    """No size depends on a call then, and they have no arithmetic on shapes."""
+    bundle = exported(folder, "a", "float16")
+    config = BuildConfig(sms=SMS, max_context=256, max_batch=1, use_cache=False, force=True)
+    check_programs(bundle, build_engines(bundle, "rtx", builder_for("rtx"), config=config))
+
+
 def test_the_library_chooses_its_own_set_of_gpus_when_it_is_asked_to(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,

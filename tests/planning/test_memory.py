@@ -133,6 +133,15 @@ def test_expanded_experts_take_room_for_one_projection_at_a_time() -> None:
     assert more > 0.9 * copy
 
 
+def test_engines_for_one_row_are_compiled_for_two() -> None:
+    def planned(target: str, rows: int) -> int:
+        return tower_scratch(PUBLISHED, replace(OPTIONS, target=target, max_batch=rows))[DENOISER].nbytes
+
+    for target in ("rtx", "trt"):
+        assert planned(target, 1) == planned(target, 2) < planned(target, 3)
+    assert planned("ort-cpu", 1) < planned("ort-cpu", 2)
+
+
 def test_a_pass_reads_all_weights_but_the_embedding() -> None:
     single = replace(OPTIONS, max_batch=1, max_context=1)
     moved = traffic(PUBLISHED, single)

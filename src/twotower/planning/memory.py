@@ -6,8 +6,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from twotower.builders.profiles import greatest_rows
 from twotower.config.model import ModelConfig
-from twotower.planning.options import PlanOptions, capacity_of, engine_dtype, experts_are_expanded, formats_of, rounded_of
+from twotower.planning.options import (
+    TENSORRT,
+    PlanOptions,
+    capacity_of,
+    engine_dtype,
+    experts_are_expanded,
+    formats_of,
+    rounded_of,
+)
 from twotower.planning.scratch import Scratch, Shapes, scratch
 from twotower.planning.weights import GraphWeights, expert_bytes, graph_weights, item_bytes
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, state_tensors
@@ -84,9 +93,10 @@ def needed_weights(config: ModelConfig, options: PlanOptions) -> Mapping[str, Gr
 
 def tower_scratch(config: ModelConfig, options: PlanOptions) -> dict[str, Scratch]:
     """The estimate for every graph the mode uses."""
+    rows = options.max_batch
     shapes = Shapes(
         dtype=engine_dtype(config, options),
-        max_batch=options.max_batch,
+        max_batch=greatest_rows(rows) if options.target in TENSORRT else rows,
         capacity=capacity_of(config, options),
         block_size=options.block_size,
         expanded=experts_are_expanded(options),
