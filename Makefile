@@ -53,7 +53,7 @@ test-browser: $(STAMP) ## the tests that open the pages; skipped without Chromiu
 	$(PYTEST) -m browser $(ARGS)
 
 test-wheel: $(STAMP) ## the wheel with each of its extras in an environment of its own: every verb works, or names the extra it needs
-	$(BIN)/python -m pytest -m wheel $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m wheel $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need a GPU; fails without one, skips a library that is missing unless REQUIRE names it (REQUIRE=gpu,trt)
 	TWOTOWER_REQUIRE=$(or $(REQUIRE),gpu) $(BIN)/python -m pytest -m gpu $(ARGS)

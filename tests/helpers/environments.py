@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -31,7 +32,7 @@ class Environments:
     """Environments by their extras, separated by commas; `none` for the wheel alone.
 
     Args:
-        folder: Where they are made.
+        folder: Where they are made, each by the first process that wants it.
         wheel: The wheel.
     """
 
@@ -41,14 +42,22 @@ class Environments:
 
     def made(self, extras: str) -> Path:
         """The folder of an environment."""
-        folder = self._folder / extras.replace(",", "-")
-        if not folder.exists():
-            if parent := PARENTS.get(extras):
-                _start_from(self.made(parent), folder)
-            words = [str(ROOT / "tools" / "install.py"), "--venv", str(folder), "--extras", extras, "--wheel", str(self._wheel)]
-            done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
+        name = extras.replace(",", "-")
+        folder, whole = self._folder / name, self._folder / f"{name}.whole"
+        with (self._folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process in which it failed
+                self._make(extras, folder)
+                whole.touch()
         return folder
+
+    def _make(self, extras: str, folder: Path) -> None:
+        if parent := PARENTS.get(extras):
+            _start_from(self.made(parent), folder)
+        words = [str(ROOT / "tools" / "install.py"), "--venv", str(folder), "--extras", extras, "--wheel", str(self._wheel)]
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
     def run(self, extras: str, *words: str) -> subprocess.CompletedProcess[str]:
         """Runs `twotower` there, outside the repository and without its paths."""

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["made_once"]
+__all__ = ["made_once", "shared_folder"]
+
+
+def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder that all processes of a run see."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
@@ -19,8 +27,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
         folder = factory.mktemp(name)
         make(folder)
         return folder
-    shared = factory.getbasetemp().parent / "once"
-    shared.mkdir(exist_ok=True)
+    shared = shared_folder(factory, "once")
     whole, part = shared / name, shared / f"{name}.part"
     with (shared / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.environments import PARENTS, Environments, required
+from tests.helpers.once import made_once, shared_folder
 from tests.helpers.source import ROOT
 from twotower.cli.main import VERBS
 
@@ -45,8 +46,8 @@ WORK = {
     "inspect a checkpoint": Work(("inspect", "{checkpoint}"), "pattern"),
     "inspect a bundle": Work(("inspect", "{bundle}"), "ort-cpu: built"),
     "inspect a graph": Work(("inspect", "{bundle}/denoiser/model.onnx"), "nothing to complain of"),
-    "plan a config": Work(("plan", "{checkpoint}/config.json"), "host memory"),
-    "plan a checkpoint": Work(("plan", "{checkpoint}", "--target", "ort-cpu"), "host memory"),
+    "plan a config": Work(("plan", "{checkpoint}/config.json"), "this host"),
+    "plan a checkpoint": Work(("plan", "{checkpoint}", "--target", "ort-cpu"), "this machine"),
     "plan a bundle": Work(("plan", "{bundle}", "--gpu", "RTX 4090"), "RTX 4090"),
     "export": Work(("export", "{checkpoint}", "-o", "{out}/new"), "largest relative error"),
     "export unverified": Work(("export", "{text}", "-o", "{out}/new", "--no-verify"), "not verified: not asked for"),
@@ -112,19 +113,22 @@ TOGETHER = {
 
 @pytest.fixture(scope="module")
 def environments(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environments:
-    return Environments(tmp_path_factory.mktemp("environments"), wheel)
+    return Environments(shared_folder(tmp_path_factory, "environments"), wheel)
 
 
 @pytest.fixture(scope="module")
 def things(tmp_path_factory: pytest.TempPathFactory, built_bundle: Path, tiny_bundle: Path) -> dict[str, str]:
     """What the words stand for. The bundles are copies that `build for a CPU` may build again."""
-    folder = tmp_path_factory.mktemp("things")
-    for name, source in (("bundle", built_bundle), ("tiny", tiny_bundle)):
-        shutil.copytree(source, folder / name)
-    words = ["quantize", str(folder / "tiny"), "--recipe", "int4-experts", "-o", str(folder / "few")]
-    for command in (words, ["build", str(folder / "few"), "--target", "ort-cpu"]):
-        here(command)
-    (folder / "prompts").write_text(json.dumps({"text": PROMPT}) + "\n", encoding="utf-8")
+
+    def make(folder: Path) -> None:
+        for name, source in (("bundle", built_bundle), ("tiny", tiny_bundle)):
+            shutil.copytree(source, folder / name)
+        words = ["quantize", str(folder / "tiny"), "--recipe", "int4-experts", "-o", str(folder / "few")]
+        for command in (words, ["build", str(folder / "few"), "--target", "ort-cpu"]):
+            here(command)
+        (folder / "prompts").write_text(json.dumps({"text": PROMPT}) + "\n", encoding="utf-8")
+
+    folder = made_once(tmp_path_factory, "things", make)
     return {"checkpoint": str(FIXTURE), "text": str(TINY), **{n: str(folder / n) for n in ("bundle", "tiny", "few", "prompts")}}
 
 
@@ -167,7 +171,12 @@ def included(*extras: str) -> set[str]:
     return out
 
 
-@pytest.mark.parametrize("extras", [*SINGLE, *TOGETHER])
+def among(extras: str) -> pytest.MarkDecorator:
+    """Tests of one environment run in one process, beside those of another."""
+    return pytest.mark.xdist_group(extras)
+
+
+@pytest.mark.parametrize("extras", [pytest.param(extras, marks=among(extras)) for extras in (*SINGLE, *TOGETHER)])
 def test_an_environment_holds_what_the_wheel_asks_for_and_nothing_else(environments: Environments, extras: str) -> None:
     installed = environments.installed(extras)
     assert set(installed) == required(installed, "twotower", frozenset(extras.split(",")))
@@ -176,8 +185,11 @@ def test_an_environment_holds_what_the_wheel_asks_for_and_nothing_else(environme
 @pytest.mark.parametrize(
     ("extras", "work", "outcome"),
     [
-        *((extra, work, row[i]) for i, extra in enumerate(SINGLE) for work, row in TABLE.items()),
-        *((extras, work, WORKS) for extras, works in TOGETHER.items() for work in works),
+        pytest.param(extras, work, outcome, marks=among(extras))
+        for extras, work, outcome in (
+            *((extra, work, row[i]) for i, extra in enumerate(SINGLE) for work, row in TABLE.items()),
+            *((extras, work, WORKS) for extras, works in TOGETHER.items() for work in works),
+        )
     ],
 )
 def test_a_verb_works_or_names_the_extra_it_needs(
@@ -199,7 +211,7 @@ def test_a_verb_works_or_names_the_extra_it_needs(
     assert not list(tmp_path.iterdir()), "something half-written was left behind"
 
 
-@pytest.mark.parametrize("extras", SINGLE)
+@pytest.mark.parametrize("extras", [pytest.param(extras, marks=among(extras)) for extras in SINGLE])
 def test_the_model_of_lm_evaluation_harness_is_there_or_names_its_extra(environments: Environments, extras: str) -> None:
     done = environments.run_module(extras, "twotower.evaluate.lm_eval_model", "--help")
     if extras == "evaluate":
@@ -211,6 +223,7 @@ def test_the_model_of_lm_evaluation_harness_is_there_or_names_its_extra(environm
     assert "`pip install 'twotower[evaluate]'`" in done.stderr
 
 
+@among("cpu")
 def test_the_text_is_the_same_wherever_it_is_generated(environments: Environments, things: dict[str, str]) -> None:
     words = [word.format(**things) for word in WORK["generate"].words]
     there = json.loads(environments.run("cpu", *words, "--json").stdout)
@@ -218,6 +231,7 @@ def test_the_text_is_the_same_wherever_it_is_generated(environments: Environment
     assert len(there["tokens"]) > 16
 
 
+@among("export,cpu")
 def test_doctor_checks_the_whole_chain_where_it_can(environments: Environments) -> None:
     assert "not checked, it needs the extras `export` and `cpu`" in environments.run("cpu", "doctor").stdout
     assert "ok      known answer" in environments.run("export,cpu", "doctor").stdout
