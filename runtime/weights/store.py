@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from twotower.bundle import FileRecord, Progress
@@ -59,7 +60,8 @@ class WeightStore:
 
         Args:
             requests: What goes where.
-            hashed: Whether each file is read as a whole and its SHA-256 compared on the way.
+            hashed: Whether each file is read as a whole and its SHA-256 compared on the way;
+                several files are read in turns then, and hashed at the same time.
             progress: Called with (bytes arrived, bytes to read).
 
         Raises:
@@ -136,9 +138,9 @@ class WeightStore:
         data = {path: _opened(path, file, opened, direct=direct) for path, file in files.items()}
         self._allocate(files, blocks)
         ring = self._options.ring
-        steps: list[Step] = []
-        for path, file in files.items():
-            steps += _steps(data[path], file, most=ring.slot_bytes, whole=hashed)
+        by_file = [_steps(data[path], file, most=ring.slot_bytes, whole=hashed) for path, file in files.items()]
+        # In turns, so that each file's hashing thread has work; otherwise a file after another.
+        steps = list(_in_turns(by_file) if hashed else chain.from_iterable(by_file))
         total, done = sum(step.chunk.stop - step.chunk.start for step in steps), 0
 
         def tick(count: int) -> None:
@@ -148,8 +150,9 @@ class WeightStore:
                 progress(done, total)
 
         devices = dict.fromkeys(device for file in files.values() for device in file.wanted)
-        with open_transfer(self._cuda, tuple(devices), ring) as transfer:
-            transfer.run(iter(steps), hashed=hashed, tick=tick)
+        read = data.values() if hashed else ()
+        with open_transfer(self._cuda, tuple(devices), ring, hashed=read) as transfer:
+            transfer.run(iter(steps), tick=tick)
         for file_read in data.values():
             file_read.require_unchanged()
             if hashed:
@@ -199,6 +202,12 @@ def _opened(path: Path, file: _File, opened: Cleanup, *, direct: bool) -> DataFi
     for weights in file.wanted.values():
         data.require_within(weights)
     return data
+
+
+def _in_turns(by_file: Iterable[Iterator[Step]]) -> Iterator[Step]:
+    """A chunk of each file, then the next one of each that has more."""
+    for some in zip_longest(*by_file):
+        yield from (step for step in some if step is not None)
 
 
 def _steps(data: DataFile, file: _File, *, most: int, whole: bool) -> Iterator[Step]:

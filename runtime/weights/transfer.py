@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -82,22 +82,22 @@ class Transfer:
     """Brings chunks to devices; `open_transfer` makes one.
 
     The caller's thread makes all CUDA calls; others only read and hash. Chunks are taken in order,
-    so that a hash can follow.
+    so that a hash can follow: one thread for each file that is hashed, as SHA-256 of one file is a
+    chain.
     """
 
     cuda: Cuda
     streams: Mapping[int, int]
     free: list[_Slot]
     readers: ThreadPoolExecutor
-    hasher: ThreadPoolExecutor
+    hashers: Mapping[DataFile, ThreadPoolExecutor]
     ahead: int
 
-    def run(self, steps: Iterator[Step], *, hashed: bool, tick: Callable[[int], None]) -> None:
+    def run(self, steps: Iterator[Step], *, tick: Callable[[int], None]) -> None:
         """Reads and copies every chunk.
 
         Args:
-            steps: In the order they are taken.
-            hashed: Whether what is read is hashed too; the chunks are then all of their files.
+            steps: In the order they are taken; of a file that is hashed, all of it in its order.
             tick: Called with the bytes of each chunk that has arrived.
 
         Raises:
@@ -114,7 +114,7 @@ class Transfer:
             if reading:
                 step, slot, read = reading.popleft()
                 read.result()
-                self._send(step, slot, hashed=hashed)
+                self._send(step, slot)
                 leaving.append((step, slot))
             elif not leaving:
                 return
@@ -124,7 +124,7 @@ class Transfer:
                 self._left(slot)
                 tick(step.chunk.stop - step.chunk.start)
 
-    def _send(self, step: Step, slot: _Slot, *, hashed: bool) -> None:
+    def _send(self, step: Step, slot: _Slot) -> None:
         """Enqueues what goes to devices, and the hashing beside it."""
         for copy in step.copies:
             self.cuda.use(copy.device)
@@ -134,9 +134,10 @@ class Transfer:
             self.cuda.use(device)
             slot.events[device].record(self.streams[device])
             slot.waits.append(slot.events[device])
-        if hashed:
+        hasher = self.hashers.get(step.file)
+        if hasher is not None:
             size = step.chunk.stop - step.chunk.start
-            slot.hashing = self.hasher.submit(step.file.hash, slot.view[:size])
+            slot.hashing = hasher.submit(step.file.hash, slot.view[:size])
 
     def _left(self, slot: _Slot) -> None:
         """Waits until nothing needs a slot's content any more, and gives it back."""
@@ -149,8 +150,20 @@ class Transfer:
 
 
 @contextmanager
-def open_transfer(cuda: Cuda, devices: Sequence[int], ring: Ring) -> Iterator[Transfer]:
+def open_transfer(
+    cuda: Cuda,
+    devices: Sequence[int],
+    ring: Ring,
+    *,
+    hashed: Iterable[DataFile] = (),
+) -> Iterator[Transfer]:
     """A transfer to devices. Its end waits for the last read and copy and frees everything.
+
+    Args:
+        cuda: The calls.
+        devices: Where chunks go.
+        ring: Threads and pinned memory.
+        hashed: Files that are hashed while they are read.
 
     Raises:
         DeviceError: pinned memory, a stream or an event cannot be had.
@@ -170,10 +183,10 @@ def open_transfer(cuda: Cuda, devices: Sequence[int], ring: Ring) -> Iterator[Tr
         for stream in streams.values():
             undo.callback(partial(cuda.synchronize, stream))
         readers = ThreadPoolExecutor(ring.threads, "read-weights")
-        hasher = ThreadPoolExecutor(1, "hash-weights")
-        for pool in (hasher, readers):
+        hashers = {file: ThreadPoolExecutor(1, "hash-weights") for file in hashed}
+        for pool in (*hashers.values(), readers):
             undo.callback(partial(_end_threads, pool, interrupts))
-        yield Transfer(cuda, streams, slots, readers, hasher, ring.threads)
+        yield Transfer(cuda, streams, slots, readers, hashers, ring.threads)
     if interrupts:
         raise interrupts[0]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,18 @@ from typing import Any
 import pytest
 
 from tests.helpers.bundles import copy_of, export_fixture, flip_byte
-from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, MANIFEST_FILE, Bundle, FileRecord, check_files, hash_file, inside
+from twotower.bundle import (
+    DATA_SUFFIX,
+    GRAPH_FILES,
+    MANIFEST_FILE,
+    Bundle,
+    FileRecord,
+    check_files,
+    hash_file,
+    hash_files,
+    inside,
+    integrity,
+)
 from twotower.errors import BundleError, ConfigError
 
 
@@ -75,6 +88,35 @@ def test_a_file_is_hashed_once(copy: Path) -> None:
     ticks.clear()
     Bundle.open(copy, progress=lambda done, total: ticks.append(done))
     assert not ticks
+
+
+def test_files_are_hashed_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them meet, which one after the other never would."""
+    meeting = threading.Barrier(2)
+
+    def meet(path: Path, tick: Any) -> str:
+        meeting.wait(timeout=20)
+        return hash_file(path, tick)
+
+    contents = [b"one" * 10**6, b"", b"two", b"one"]
+    paths = [tmp_path / str(i) for i in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    monkeypatch.setattr(integrity, "hash_file", meet)
+    ticks: list[int] = []
+    found = hash_files(paths, ticks.append)
+    assert found == [hashlib.sha256(content).hexdigest() for content in contents]
+    assert sum(ticks) == sum(map(len, contents))
+
+
+def test_an_error_of_one_file_ends_the_hashing_of_others(tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(8 << 30)  # without content on the disk
+    ticks: list[int] = []
+    with pytest.raises(FileNotFoundError):
+        hash_files([large, tmp_path / "none"], ticks.append)
+    assert sum(ticks) < 1 << 30
 
 
 def test_missing_and_truncated_files_are_named_together(copy: Path) -> None:

@@ -14,7 +14,7 @@ from twotower.bundle.engines import (
     record_problems,
     weight_bytes,
 )
-from twotower.bundle.integrity import FileRecord, Progress, check_files, hash_file, inside, remember_files, unverified_files
+from twotower.bundle.integrity import FileRecord, Progress, check_files, hash_file, hash_files, inside, remember_files, unverified_files
 from twotower.bundle.manifest import (
     DATA_SUFFIX,
     FEATURES,
@@ -54,6 +54,7 @@ __all__ = [
     "engine_folder",
     "flags_of_bundle",
     "hash_file",
+    "hash_files",
     "inside",
     "is_bundle",
     "link_file",

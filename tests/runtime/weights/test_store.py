@@ -20,6 +20,7 @@ from twotower.config.weights import PAGE, WeightRef
 from twotower.errors import BundleError, DeviceError, EngineMismatchError
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.weights import LoadOptions, LoadRequest, Ring, WeightStore
+from twotower.runtime.weights.data_file import DataFile
 
 Patch = pytest.MonkeyPatch
 SIZES = (2 << 20, 100, 64, 40_000, (1 << 20) + 50, 7, 2_000_000, 1 << 20, 0, 5_000)
@@ -220,6 +221,40 @@ def test_changed_bytes_are_found_by_the_hash(file: File, weight: str, at: int) -
     assert not api.leaked
     weights.load([file.request()])
     weights.close()
+
+
+def test_files_are_hashed_at_the_same_time(tmp_path: Path, monkeypatch: Patch) -> None:
+    """The first pieces of both meet, which one after the other never would; each file in order."""
+    files = [File(tmp_path / "a" / "x.data", seed=1), File(tmp_path / "b" / "x.data", SIZES[:5])]
+    really, meeting = DataFile.hash, threading.Barrier(2)
+    began: set[Path] = set()
+
+    def hash_piece(self: DataFile, data: memoryview) -> None:
+        if self.path not in began:
+            began.add(self.path)
+            meeting.wait(timeout=20)
+        really(self, data)
+
+    monkeypatch.setattr(DataFile, "hash", hash_piece)
+    api = CudaStandIn(seed=1)
+    weights = WeightStore(Cuda(api), SMALL)
+    weights.load([file.request() for file in files], hashed=True)
+    for file in files:
+        file.check(weights, api)
+    weights.close()
+    assert not api.leaked
+
+
+def test_of_several_files_the_changed_one_is_named(tmp_path: Path) -> None:
+    files = files_in(tmp_path, "context", "denoiser")
+    content = bytearray(files[1].content)
+    content[-1] ^= 1
+    files[1].path.write_bytes(content)
+    api = CudaStandIn(seed=1)
+    weights = WeightStore(Cuda(api), SMALL)
+    with pytest.raises(BundleError, match=r"denoiser/model\.onnx\.data has changed"):
+        weights.load([file.request() for file in files], hashed=True)
+    assert not api.leaked
 
 
 def test_a_table_that_does_not_fit_its_file(file: File) -> None:
