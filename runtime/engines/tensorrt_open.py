@@ -76,7 +76,7 @@ def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: TensorR
         weights = WeightStore(cuda)
         undo.callback(weights.close)
         load_weights(weights, bundle, requests_of(bundle, record, placed), progress=options.loading)
-        towers = _opened(bundle, record, placed, _Opening(flavour, cuda, devices, weights, options.graphs, undo))
+        towers = _opened(bundle, record, placed, _Opening(flavour, cuda, devices, weights, options.graphs, undo, options.gpus))
         undo.pop_all()
     return towers
 
@@ -91,6 +91,7 @@ class _Opening:
     weights: WeightStore
     graphs: bool
     undo: Cleanup
+    gpus: tuple[Gpu, ...]
 
 
 def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[int]], with_: _Opening) -> Towers:
@@ -103,7 +104,9 @@ def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[
     for name in (CONTEXT, DENOISER):
         queues[name] = CudaStream(cuda, placed[name])
         with_.undo.callback(queues[name].close)
-    loader = PlanLoader(with_.flavour, {t.present.name: t.past.name for t in state if t.in_place})
+    in_place = {t.present.name: t.past.name for t in state if t.in_place}
+    sms = {number: gpu.sm for number, gpu in enumerate(with_.gpus)}
+    loader = PlanLoader(with_.flavour, in_place, sms)
     rows = row_counts(limits.max_batch)
     room = EngineRoom(cuda, loader, memory, with_.weights, with_.graphs, rows=rows)
     folder = engine_folder(bundle, record.target)

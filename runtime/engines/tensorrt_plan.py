@@ -6,6 +6,7 @@ import logging
 import mmap
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,18 @@ class PlanLoader:
     Args:
         flavour: The library.
         in_place: Outputs that must be the memory of an input, by name (keys and values), with that input.
+        sms: Compute capabilities of devices, by number: compiled kernels are kept apart by them.
     """
 
-    def __init__(self, flavour: Flavour, in_place: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        flavour: Flavour,
+        in_place: Mapping[str, str],
+        sms: Mapping[int, int] | None = None,
+    ) -> None:
         self.flavour = flavour
         self._in_place = in_place
+        self._sms = sms or {}
         self._log = library_log(flavour.module)
         self._runtime = flavour.module.Runtime(self._log.logger)
         self._unsaved: dict[int, Plan] = {}  # by its engine's identity: contexts were made since it was saved
@@ -92,12 +100,17 @@ class PlanLoader:
         self._check(engine, part, file)
         cache, cache_file, config = None, None, None
         if self.flavour.runtime_cache:
-            cache_file = file.with_name(f".{file.name}.kernels")
+            cache_file = self._cache_file(file, device)
             config = engine.create_runtime_config()
             cache = config.create_runtime_cache()
             if cache_file.is_file() and not cache.deserialize(cache_file.read_bytes()):
                 logger.info("%s is of another GPU, driver or library; kernels are compiled again", cache_file)
         return Plan(part, device, engine, int(engine.device_memory_size_v2), cache, cache_file, config)
+
+    def _cache_file(self, file: Path, device: int) -> Path:
+        """Where an engine's kernels are kept: those of another library or GPU lie beside them."""
+        sm = f"-sm{self._sms[device]}" if device in self._sms else ""
+        return file.with_name(f".{file.name}.{self.flavour.version}{sm}.kernels")
 
     def context(self, plan: Plan, *, specialised: bool) -> Execution:
         """An execution context without activation memory of its own.
@@ -139,14 +152,17 @@ class PlanLoader:
         new = self._unsaved.pop(id(plan.engine), None) is not None
         if not new or plan.cache is None or plan.cache_file is None:
             return
+        data = bytes(plan.cache.serialize())
+        partial = plan.cache_file.with_suffix(f".partial-{os.getpid()}")  # others may open it too
         try:
-            data = bytes(plan.cache.serialize())
-            if not plan.cache_file.is_file() or plan.cache_file.stat().st_size != len(data):
-                partial = plan.cache_file.with_suffix(f".partial-{os.getpid()}")  # others may open it too
-                partial.write_bytes(data)
-                partial.replace(plan.cache_file)
+            if plan.cache_file.is_file() and plan.cache_file.read_bytes() == data:
+                return
+            partial.write_bytes(data)
+            partial.replace(plan.cache_file)
         except OSError as e:
             logger.info("compiled kernels are not kept: %s", e)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
     def drain(self, *, errors: bool = False) -> str:
         """What the library said last, which is then forgotten: warnings and worse, or errors alone."""

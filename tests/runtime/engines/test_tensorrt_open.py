@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.tensorrt_stand_in import TensorRTStandIn
 from twotower import GenerationConfig
 from twotower.builders import BuildConfig, build_engines, builder_for
-from twotower.bundle import BUILD_FILE, Bundle, engine_folder
+from twotower.bundle import BUILD_FILE, Bundle, engine_folder, load_engine_record
 from twotower.errors import ConfigError, EngineMismatchError, RequestError, TwoTowerError
 from twotower.flavour import flavour_from_module
 from twotower.hardware import Gpu, probe_machine
@@ -25,6 +26,7 @@ from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines import open_towers
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.runtime.engines.tensorrt_plan import PlanLoader
 
 GPU = Gpu("a GPU", 89, 1 << 34)
 
@@ -212,11 +214,57 @@ def test_compiled_kernels_are_kept_for_the_next_opening(copied: Bundle) -> None:
         with TwoTower.from_towers(open_(copied, change=lambda trt: setattr(trt, "kernels", compiled))) as model:
             model.generate([5], GenerationConfig(max_new_tokens=1))
         counts.append(len(compiled))
+    made_by = f"{load_engine_record(copied, 'rtx').library['version']}-sm89"
     kept = sorted(p.name for p in engine_folder(copied, "rtx").glob(".*.kernels"))
-    assert kept == [".context.engine.kernels", ".denoiser.engine.kernels"]
+    assert kept == [f".context.engine.{made_by}.kernels", f".denoiser.engine.{made_by}.kernels"]
     assert counts[0] > 0
     assert counts[1] == counts[0], "nothing is compiled again by the second session"
     Bundle.open(copied.path)  # they are no part of what is checked
+
+
+def generate_once(bundle: Bundle) -> None:
+    with TwoTower.from_towers(open_(bundle)) as model:
+        model.generate([5], GenerationConfig(max_new_tokens=1))
+
+
+def test_damaged_kernels_of_the_right_length_are_written_anew(copied: Bundle) -> None:
+    generate_once(copied)
+    (file,) = engine_folder(copied, "rtx").glob(".context.*.kernels")
+    content = file.read_bytes()
+    file.write_bytes(b"?" * len(content))
+    generate_once(copied)
+    assert file.read_bytes() == content
+
+
+def test_kernels_that_are_the_same_are_not_written_again(copied: Bundle) -> None:
+    generate_once(copied)
+    before = {f: f.stat().st_ino for f in engine_folder(copied, "rtx").glob(".*.kernels")}
+    generate_once(copied)
+    assert {f: f.stat().st_ino for f in before} == before
+
+
+def test_a_full_disk_leaves_no_part_of_kernels(copied: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    generate_once(copied)
+    left = [file.name for file in engine_folder(copied, "rtx").glob(".*")]
+    assert not [name for name in left if "kernels" in name or "partial" in name]
+
+
+def test_kernels_of_another_gpu_or_library_lie_beside(copied: Bundle) -> None:
+    def kept_at(version: str, sm: int) -> Path | None:
+        known = flavour_from_module(TensorRTStandIn(CudaStandIn()))
+        flavour = replace(known, version=version)
+        (part,) = load_engine_record(copied, "rtx").engines["context"]
+        file = engine_folder(copied, "rtx") / part.file
+        return PlanLoader(flavour, {}, {0: sm}).load(file, part, 0).cache_file
+
+    files = [kept_at("1.7.1", 89), kept_at("1.7.1", 120), kept_at("1.8.0", 89)]
+    assert len(set(files)) == 3
+    assert kept_at("1.7.1", 89) == files[0]
 
 
 @pytest.mark.trt_rtx

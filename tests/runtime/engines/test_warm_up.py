@@ -122,11 +122,8 @@ def test_kernels_are_kept_before_the_session_ends(
             assert not kept(copied)
             model.generate([[5], [6], [7]], DIFFUSION)
             model.generate([[5], [6], [7]], AR)
-        assert kept(copied) == [
-            ".context.engine.kernels",
-            ".context_head.engine.kernels",
-            ".denoiser.engine.kernels",
-        ]
+        engines = [".context.engine.", ".context_head.engine.", ".denoiser.engine."]
+        assert [name[: len(e)] for name, e in zip(kept(copied), engines, strict=True)] == engines
         shutil.copytree(copied.path, other := copied.path.with_name("other"))
     with open_(Bundle.open(other), warm_up=()) as (model, trt):
         model.generate([[5], [6], [7]], DIFFUSION)
