@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from twotower.bundle import (
     DATA_SUFFIX,
     GRAPH_FILES,
     REPORT_FILE,
-    TOKENIZER_FILE,
     Bundle,
     FileRecord,
     require_room,
@@ -31,6 +29,7 @@ from twotower.export.checkpoint import Checkpoint
 from twotower.export.generation_config import read_defaults
 from twotower.export.graphs import TowerGraph, build_graph
 from twotower.export.manifest import base_manifest, write_manifest
+from twotower.export.tokenizer_files import check_tokenizer, copy_tokenizer
 from twotower.export.weights import lay_out, save_program, stream_weights
 from twotower.graph_lint import require_clean
 
@@ -89,7 +88,9 @@ def export_bundle(
     Raises:
         ExportError: the folder exists, the disk is too small or full, a graph breaks a rule (graph_lint), a value overflows, or
             verification fails.
+        CheckpointError: its tokenizer.json is not a tokenizer.
     """
+    check_tokenizer(checkpoint.path)
     options = config or ExportConfig()
     dtype = options.dtype or checkpoint.config.dtype
     graphs = {name: build_graph(name, checkpoint.config, dtype) for name in GRAPH_FILES}
@@ -137,7 +138,7 @@ def _write(
             files[data] = stream_weights(folder / data, graphs[name].weights, checkpoint, tick=tick)
             save_program(folder / relative, graphs[name], lay_out(graphs[name].weights))
         manifest["source"]["shards"] = shards.result()
-    _copy_tokenizer(checkpoint.path, folder)
+    copy_tokenizer(checkpoint.path, folder)
     outcome = verify(folder, checkpoint, manifest["dtype"], report) if verify else {"verified": False, "why": "not asked for"}
     (folder / REPORT_FILE).parent.mkdir()
     write_json(folder / REPORT_FILE, {**outcome, "notes": notes})
@@ -173,15 +174,6 @@ def _identity_in_background(checkpoint: Checkpoint) -> Iterator[Future[dict[str,
         except BaseException:
             stopped.set()
             raise
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    """Takes what a tokenizer needs along; a checkpoint without one makes a bundle for token ids only."""
-    target = (folder / TOKENIZER_FILE).parent
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (source / name).is_file():
-            target.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, target / name)
 
 
 def _silent(what: str, done: int, total: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,13 +23,16 @@ from safetensors.numpy import load_file, save_file
 
 from tests.helpers.bundles import export_fixture
 from tests.helpers.graphs import FIXTURES, fixture_weights
+from tests.helpers.source import ROOT
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, MANIFEST_FILE, REPORT_FILE, Bundle
-from twotower.errors import ConfigError, ExportError
+from twotower.errors import CheckpointError, ConfigError, ExportError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.export import exporter as exporter_module
 from twotower.export import verify as verify_module
 from twotower.export.verify import layers_that_fit, verify_bundle
 from twotower.graph_files import load_graph, read_weight, weight_refs
+
+TOKENIZER = ROOT / "assets" / "twotower-tiny" / "tokenizer.json"
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -151,7 +155,7 @@ def test_existing_output_is_never_touched(tmp_path: Path) -> None:
 
 
 def test_small_disk_is_noticed_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(ExportError, match="disk space"):
         export_fixture("hybrid-b", tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
@@ -220,14 +224,31 @@ def test_float16_overflow_names_the_tensor(tmp_path: Path) -> None:
 
 
 def test_tokenizer_comes_along(tmp_path: Path) -> None:
-    import shutil
-
     source = tmp_path / "checkpoint"
     shutil.copytree(FIXTURES / "hybrid-b", source)
-    (source / "tokenizer.json").write_text("{}")
+    shutil.copyfile(TOKENIZER, source / "tokenizer.json")
     bundle = export_bundle(Checkpoint.open(source), tmp_path / "b")
     assert bundle.tokenizer_file is not None
-    assert bundle.tokenizer_file.read_text() == "{}"
+    assert bundle.tokenizer_file.read_bytes() == TOKENIZER.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"{}", "is not a tokenizer"),
+        (TOKENIZER.read_bytes()[:-100], "is not a tokenizer"),
+        (b"<html>404</html>", "is not a tokenizer"),
+        (b"\xff\xfe", "cannot read"),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_before_anything_is_written(tmp_path: Path, content: bytes, what: str) -> None:
+    source = tmp_path / "checkpoint"
+    shutil.copytree(FIXTURES / "hybrid-b", source)
+    (source / "tokenizer.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=what) as caught:
+        export_bundle(Checkpoint.open(source), tmp_path / "out" / "b")
+    assert "tokenizer.json" in caught.value.what
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_dtype_is_refused() -> None:

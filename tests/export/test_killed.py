@@ -18,11 +18,13 @@ import pytest
 
 from tests.helpers.bundles import export_fixture
 from tests.helpers.graphs import FIXTURES
+from tests.helpers.source import ROOT
 from twotower.bundle import DATA_SUFFIX, MANIFEST_FILE, Bundle
 from twotower.errors import BundleError, CheckpointError, ExportError
 from twotower.export import Checkpoint, export_bundle
 from twotower.export import exporter as exporter_module
 from twotower.export import manifest as manifest_module
+from twotower.export import tokenizer_files as tokenizer_module
 
 # Says where it is and stays there until it is killed.
 CHILD = """
@@ -98,7 +100,7 @@ def test_a_write_that_the_system_refuses_leaves_nothing(tmp_path: Path, size: in
 
 STEPS: dict[str, tuple[Any, str]] = {
     "saving a graph": (exporter_module, "save_program"),
-    "copying the tokenizer": (exporter_module.shutil, "copyfile"),
+    "copying the tokenizer": (tokenizer_module.shutil, "copyfile"),
     "writing the report": (exporter_module, "write_json"),
     "hashing the small files": (manifest_module, "hash_file"),
     "publishing": (Path, "rename"),
@@ -107,7 +109,8 @@ STEPS: dict[str, tuple[Any, str]] = {
 
 def with_tokenizer(tmp_path: Path) -> Checkpoint:
     shutil.copytree(FIXTURES / "hybrid-b", tmp_path / "source")
-    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    tokenizer = ROOT / "assets" / "twotower-tiny" / "tokenizer.json"
+    (tmp_path / "source" / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     return Checkpoint.open(tmp_path / "source")
 
 
