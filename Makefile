@@ -16,7 +16,7 @@ FIXTURE := tests/fixtures/hybrid-a
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-trained test-engines test-browser test-wheel test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo bench bench-real bench-weights engines-published engines-inside engines-boundary tiny browser docs clean ci
+.PHONY: help install lint format types test test-trained test-engines test-browser test-wheel kernels test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo bench bench-real bench-weights engines-published engines-inside engines-boundary tiny browser docs clean ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,8 +40,8 @@ format: $(STAMP) ## mends what ruff can mend
 types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
-test: $(STAMP) ## the tests of everything that needs neither a GPU nor what the next four targets are for: below five minutes
-	$(PYTEST) -m "not (trained or wheel or browser or (trt_rtx and slow))" $(ARGS)
+test: $(STAMP) ## the tests of everything that needs neither a GPU nor what the next five targets are for: below five minutes
+	$(PYTEST) -m "not (trained or wheel or browser or kernels or (trt_rtx and slow))" $(ARGS)
 
 test-trained: $(STAMP) ## the tests that measure the trained model: quantized, tuned, by lm-evaluation-harness
 	$(PYTEST) -m trained $(ARGS)
@@ -54,6 +54,9 @@ test-browser: $(STAMP) ## the tests that open the pages; skipped without Chromiu
 
 test-wheel: $(STAMP) ## the wheel with each of its extras in an environment of its own: every verb works, or names the extra it needs
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m wheel $(ARGS)
+
+kernels: $(STAMP) ## expert kernels in Triton's interpreter, and compiled for every GPU and format; no GPU
+	TRITON_INTERPRET=1 $(PYTEST) -m kernels $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need a GPU; fails without one, skips a library that is missing unless REQUIRE names it (REQUIRE=gpu,trt)
 	TWOTOWER_REQUIRE=$(or $(REQUIRE),gpu) $(BIN)/python -m pytest -m gpu $(ARGS)

@@ -50,6 +50,7 @@ def test_no_function_takes_a_long_row_of_arguments() -> None:
         for node in ast.walk(tree(file)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 count = len([a for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")])
-                if count > MOST_ARGUMENTS:
+                kernel = any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list)
+                if count > MOST_ARGUMENTS and not kernel:  # a kernel's arguments are what a launch passes: it has no objects
                     wrong.append(f"{file.relative_to(ROOT)}:{node.name}: {count}")
     assert not wrong

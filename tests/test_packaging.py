@@ -1,4 +1,4 @@
-"""What the wheel holds: one top-level name, all four folders as real files, and nothing that is ours alone."""
+"""What the wheel holds: one top-level name, all linked folders as real files, and nothing that is ours alone."""
 
 from __future__ import annotations
 

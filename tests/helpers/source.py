@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LINKED = ("export", "builders", "runtime", "calibration")
-"""The four top-level folders that are subpackages of `twotower` by a relative link."""
+LINKED = ("export", "builders", "runtime", "calibration", "kernels")
+"""The five top-level folders that are subpackages of `twotower` by a relative link."""
 
 
 def package_files() -> dict[str, Path]:

@@ -1,0 +1,1 @@
+"""The kernels themselves, in Triton: the only modules of this package that import it."""

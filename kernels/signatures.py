@@ -1,0 +1,294 @@
+"""Which kernels a layer needs: arguments in order and constants, as data, without Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from twotower.config.formats import WeightFormat
+from twotower.errors import BuildError
+from twotower.kernels.shape import ExpertShape
+from twotower.kernels.tilings import BUILDABLE_SMS, TIERS, Tier, Tiling, tiling
+
+__all__ = [
+    "COMBINE_COLUMNS",
+    "ORDER_TOKENS",
+    "SLOT_TOKENS",
+    "KernelSpec",
+    "finds_pairs_at_once",
+    "kernel_specs",
+    "refuse_sm",
+]
+
+COMBINE_COLUMNS = 512
+"""Columns of a program of the last kernel."""
+
+SLOT_TOKENS = 16
+"""Tokens of a program of the first of the two pair kernels for many tokens."""
+
+ORDER_TOKENS = 256
+"""Tokens a step of the second reads."""
+
+_MOST_SHARES = 1 << 14
+"""Shares one program reads at once to find the pairs: 32 a thread of 16 warps."""
+
+_A_WARP = 1 << 9
+"""Shares a warp of it takes: 16 a thread, or its registers would not do."""
+
+_BELOW = (0, *(tier.tokens for tier in TIERS[:-1]))
+
+_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+_STORED = {"int8": "*i8", "float8e4m3fn": "*u8", "int4": "*u8", "float4e2m1": "*u8"}
+_FORMAT_CODES = {"int8": 1, "float8e4m3fn": 2, "int4": 3, "float4e2m1": 4}
+_SCALE_CODES = {None: 2, "float8e4m3fn": 3, "float8e8m0": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """One kernel as it is compiled.
+
+    Attributes:
+        name: Its name in the manifest and in launches.
+        function: Its name in `twotower.kernels.device`.
+        arguments: What a launch passes, in order: name and type as Triton spells it.
+        constants: What is compiled in.
+        warps: Warps of a program.
+        stages: Depth of its pipeline of loads.
+        first: The fewest tokens it is launched for.
+        tokens: The most.
+        grid: How many programs, for a reader.
+    """
+
+    name: str
+    function: str
+    arguments: tuple[tuple[str, str], ...]
+    constants: Mapping[str, int]
+    warps: int
+    stages: int
+    first: int
+    tokens: int
+    grid: str
+
+
+def refuse_sm(shape: ExpertShape, sm: int) -> None:
+    """Says whether there can be kernels of a layer for a compute capability.
+
+    Raises:
+        BuildError: there cannot; the error says why.
+    """
+    if sm not in BUILDABLE_SMS:
+        nearest = max((known for known in BUILDABLE_SMS if known <= sm), default=BUILDABLE_SMS[0])
+        raise BuildError(
+            f"the expert kernels are not made for SM {sm}",
+            found=f"SM {sm}; made for SM {', '.join(map(str, BUILDABLE_SMS))}",
+            do=f"the nearest is `--sm {nearest}`",
+        )
+    if sm == 75:
+        raise BuildError(
+            "the expert kernels are not made for SM 75",
+            found="SM 75: Triton does not use its matrix units, and none of them takes bfloat16",
+            do="use a GPU of SM 80 or newer, or `--target ort-cpu`",
+        )
+
+
+def kernel_specs(shape: ExpertShape, sm: int) -> tuple[KernelSpec, ...]:
+    """All kernels of a layer for a compute capability.
+
+    Raises:
+        BuildError: there cannot be any for it.
+    """
+    refuse_sm(shape, sm)
+    specs: list[KernelSpec] = []
+    for tier in TIERS:
+        cut = tiling(shape, tier, sm)
+        specs += [*_pairs(shape, tier), _up(shape, tier, cut), _down(shape, tier, cut)]
+    return (*specs, _combine(shape))
+
+
+def finds_pairs_at_once(shape: ExpertShape, tier: Tier) -> bool:
+    """Whether one launch finds the pairs of a tier; otherwise there are two."""
+    return _shares(shape, tier.tokens) <= _MOST_SHARES
+
+
+def _shares(shape: ExpertShape, tokens: int) -> int:
+    """Shares in a tile of all experts and so many tokens."""
+    return max(16, _power(shape.experts)) * max(16, _power(tokens))
+
+
+def _pairs(shape: ExpertShape, tier: Tier) -> list[KernelSpec]:
+    sizes = {"E": shape.experts, "TOP": shape.top, "EP": max(16, _power(shape.experts))}
+    lists = (("order", "*i32"), ("share_of", "*fp32"), ("blocks", "*i32"))
+    if finds_pairs_at_once(shape, tier):
+        arguments = (("shares", "*fp32"), *lists, ("N", "i32"), ("BLOCKS", "i32"))
+        constants = {**sizes, "BT": max(16, _power(tier.tokens)), "BM": tier.rows}
+        return [
+            _spec(
+                f"pairs-{tier.name}",
+                "pairs_few",
+                arguments,
+                constants,
+                tokens=tier.tokens,
+                grid="experts",
+            )
+        ]
+    first = (
+        ("shares", "*fp32"),
+        ("slots", "*i8"),
+        ("counts", "*i32"),
+        ("share_of", "*fp32"),
+        ("N", "i32"),
+    )
+    second = (
+        ("slots", "*i8"),
+        ("counts", "*i32"),
+        ("order", "*i32"),
+        ("blocks", "*i32"),
+        ("N", "i32"),
+        ("PROGRAMS", "i32"),
+        ("BLOCKS", "i32"),
+    )
+    return [
+        _spec(
+            f"slots-{tier.name}",
+            "pairs_slots",
+            first,
+            {**sizes, "BT": SLOT_TOKENS},
+            tokens=tier.tokens,
+            grid=f"tokens / {SLOT_TOKENS}",
+        ),
+        _spec(
+            f"order-{tier.name}",
+            "pairs_order",
+            second,
+            {**sizes, "BT": ORDER_TOKENS, "BM": tier.rows},
+            tokens=tier.tokens,
+            grid="experts",
+        ),
+    ]
+
+
+def _weights(shape: ExpertShape, which: str) -> tuple[tuple[str, str], ...]:
+    """Arguments of the routed and the shared matrix: values, scales, the scale of the scales."""
+    own = _TYPES[shape.dtype]
+    out: list[tuple[str, str]] = []
+    for matrix in (which, f"shared_{which}"):
+        how = shape.weights.of(matrix)
+        scales = own if how is None or how.scale_dtype is None else "*u8"
+        out += [
+            (matrix, own if how is None else _STORED[how.dtype]),
+            (f"{matrix}_scale", scales),
+            (f"{matrix}_global_scale", own),
+        ]
+    return tuple(out)
+
+
+def _codes(how: WeightFormat | None, prefix: str = "") -> dict[str, int]:
+    if how is None:
+        return {f"{prefix}FORMAT": 0, f"{prefix}SCALE": 0, f"{prefix}GROUP": 0}
+    scale = _SCALE_CODES[how.scale_dtype] if how.group else 1
+    return {
+        f"{prefix}FORMAT": _FORMAT_CODES[how.dtype],
+        f"{prefix}SCALE": scale,
+        f"{prefix}GROUP": how.group,
+    }
+
+
+def _product_constants(shape: ExpertShape, which: str, cut: Tiling) -> dict[str, int]:
+    sizes = {"D": shape.hidden, "F": shape.width, "SF": shape.shared_width, "TOP": shape.top}
+    formats = {
+        **_codes(shape.weights.of(which)),
+        **_codes(shape.weights.of(f"shared_{which}"), "S_"),
+    }
+    return {**sizes, **formats, "BM": cut.rows, "BN": cut.columns, "BK": cut.depth}
+
+
+def _up(shape: ExpertShape, tier: Tier, cut: Tiling) -> KernelSpec:
+    own = _TYPES[shape.dtype]
+    lists = (("order", "*i32"), ("blocks", "*i32"))
+    arguments = (
+        ("x", own),
+        *_weights(shape, "up"),
+        *lists,
+        ("h", own),
+        ("N", "i32"),
+        ("BLOCKS", "i32"),
+    )
+    constants = _product_constants(shape, "up", cut)
+    return _spec(
+        f"up-{tier.name}",
+        "up",
+        arguments,
+        constants,
+        tokens=tier.tokens,
+        grid=f"width / {cut.columns}, blocks",
+        cut=cut,
+    )
+
+
+def _down(shape: ExpertShape, tier: Tier, cut: Tiling) -> KernelSpec:
+    own = _TYPES[shape.dtype]
+    lists = (("order", "*i32"), ("share_of", "*fp32"), ("blocks", "*i32"))
+    arguments = (
+        ("h", own),
+        *_weights(shape, "down"),
+        *lists,
+        ("y", own),
+        ("N", "i32"),
+        ("BLOCKS", "i32"),
+    )
+    constants = {**_product_constants(shape, "down", cut), "SHARED": shape.shared}
+    return _spec(
+        f"down-{tier.name}",
+        "down",
+        arguments,
+        constants,
+        tokens=tier.tokens,
+        grid=f"hidden / {cut.columns}, blocks",
+        cut=cut,
+    )
+
+
+def _combine(shape: ExpertShape) -> KernelSpec:
+    own = _TYPES[shape.dtype]
+    arguments = (("y", own), ("share_of", "*fp32"), ("out", own), ("N", "i32"))
+    constants = {"D": shape.hidden, "TOP": shape.top, "SHARED": shape.shared, "BD": COMBINE_COLUMNS}
+    return _spec(
+        "combine",
+        "combine",
+        arguments,
+        constants,
+        tokens=TIERS[-1].tokens,
+        grid=f"tokens, hidden / {COMBINE_COLUMNS}",
+    )
+
+
+def _spec(
+    name: str,
+    function: str,
+    arguments: tuple[tuple[str, str], ...],
+    constants: dict[str, int],
+    *,
+    tokens: int,
+    grid: str,
+    cut: Tiling | None = None,
+) -> KernelSpec:
+    tile = (
+        constants.get("EP", 0) * constants.get("BT", 0)
+        if function != "pairs_order"
+        else 16 * constants["EP"]
+    )
+    warps, stages = (cut.warps, cut.stages) if cut else (min(16, max(4, tile // _A_WARP)), 1)
+    first = (
+        next(below for below, tier in zip(_BELOW, TIERS, strict=True) if tier.tokens == tokens) + 1
+    )
+    if name == "combine":
+        first = 1
+    return KernelSpec(
+        name, function, arguments, MappingProxyType(constants), warps, stages, first, tokens, grid
+    )
+
+
+def _power(n: int) -> int:
+    """The power of two at or above n."""
+    return 1 << (n - 1).bit_length()
