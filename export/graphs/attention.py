@@ -45,7 +45,7 @@ def context_attention(
     keys = graph.op("TensorScatter", past[0], k, where, axis=-2)
     values = graph.op("TensorScatter", past[1], v, where, axis=-2)
     if splits_groups(config):
-        out = _group_by_group(graph, (q, keys, values), config, mask)
+        out = _group_by_group(graph, (q, keys, values), config, (mask, past[0]))
     else:
         scale = 1.0 / math.sqrt(config.head_dim)
         out = graph.op("Attention", q, keys, values, mask, scale=scale)
@@ -56,13 +56,18 @@ def _group_by_group(
     graph: GraphBuilder,
     inputs: tuple[ir.Value, ir.Value, ir.Value],
     config: ModelConfig,
-    mask: ir.Value,
+    given: tuple[ir.Value, ir.Value],
 ) -> ir.Value:
-    """Attention of q [B,H,L,hd] over keys and values [B,KV,T,hd], each head of keys as a row."""
+    """Attention of q [B,H,L,hd] over keys and values [B,KV,T,hd], each head of keys as a row.
+
+    `given` is the mask and a cache as it comes in: its shape serves all layers, and a graph that is
+    cut between them must not compute the layer that it would otherwise be taken from.
+    """
     q, keys, values = inputs
+    mask, cache = given
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     length = graph.shared("chunk", lambda: graph.op("Shape", graph.input(TOKENS), start=1, end=2))
-    capacity = _capacity(graph, keys)
+    capacity = _capacity(graph, cache)
     q = graph.reshape(q, -1, heads // groups, length, size)
     keys, values = (graph.reshape(x, -1, 1, capacity, size) for x in (keys, values))
 

@@ -13,6 +13,9 @@ import pytest
 
 from twotower.builders.segment import fix_axes, layer_bytes, segment
 from twotower.bundle import Bundle
+from twotower.config.model import parse_model_config
+from twotower.export import ExportConfig, export_programs
+from twotower.export.synthetic import published_slice
 from twotower.graph_files import load_graph
 from twotower.spec import CONDITIONING, CONTEXT, DENOISER, RESIDUAL_IN, RESIDUAL_OUT, TensorSpec
 
@@ -87,8 +90,25 @@ def test_segments_one_after_another_are_the_tower(bundle: Bundle, graph: str, le
         np.testing.assert_allclose(results[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Layers of published widths, whose query heads are many for a head of keys; graphs alone."""
+    config = parse_model_config(published_slice("ME*ME*"), "a published slice")
+    folder = tmp_path_factory.mktemp("published")
+    return export_programs(config, folder / "bundle", ExportConfig(dtype="bfloat16"), name="slice")
+
+
+@pytest.mark.parametrize("graph", [CONTEXT, DENOISER])
+def test_no_segment_computes_layers_before_it(published: Bundle, graph: str) -> None:
+    each_in_one_segment(published, graph)
+
+
 @pytest.mark.parametrize("graph", [CONTEXT, DENOISER])
 def test_every_weight_is_in_exactly_one_segment(bundle: Bundle, graph: str) -> None:
+    each_in_one_segment(bundle, graph)
+
+
+def each_in_one_segment(bundle: Bundle, graph: str) -> None:
     model = load_graph(bundle.graph_file(graph))
     sizes, count = layer_bytes(model), len(bundle.config.layers)
     assert len(sizes.layers) == count
