@@ -26,6 +26,7 @@ from twotower.spec import (
     COMMIT_FLOOR,
     CONDITIONING,
     CONTEXT_LENGTH,
+    EXPERTS_OUT,
     HIDDEN,
     NOISE,
     PAST_LENGTH,
@@ -44,10 +45,11 @@ _PROFILE = re.compile(r" \[profile (\d+)\]")
 _VERSION = re.compile(r"\.\d+$")
 _DIM = re.compile(r'"([^"]*)"|(-?\d+)')
 _REGION = re.compile(r"^  region = \{(.*)\}$", re.MULTILINE)
+_COMPILERS_OWN = "__mye"
 _STATE = re.compile(r"(past|present)(_\w+)?\.\d+(\.(key|value))?")
 _DATA = frozenset(
     {TOKENS, CHUNK_LENGTH, PAST_LENGTH, HIDDEN, BLOCK, CONTEXT_LENGTH, THRESHOLD, COMMIT_FLOOR}
-    | {TEMPERATURE, NOISE, RESIDUAL_IN, CONDITIONING}
+    | {TEMPERATURE, NOISE, RESIDUAL_IN, CONDITIONING, EXPERTS_OUT}
 )
 """Inputs of our graphs that are data, states left out; any other input of a program is a weight."""
 
@@ -138,8 +140,9 @@ def _names_of(parts: ProgramText, key: str) -> tuple[str, ...]:
 
 
 def _profile(parts: ProgramText) -> int:
-    """Names of all but the first profile carry its number."""
-    names = [*_names_of(parts, "inputs"), *_names_of(parts, "outputs")]
+    """Names of all but the first profile carry its number; those the compiler gave do not."""
+    given = [*_names_of(parts, "inputs"), *_names_of(parts, "outputs")]
+    names = [name for name in given if not name.startswith(_COMPILERS_OWN)]
     found = {int(m[1]) if (m := _PROFILE.search(name)) else 0 for name in names}
     if len(found) != 1:
         raise unreadable(f"its inputs belong to profiles {', '.join(map(str, sorted(found)))}")

@@ -121,6 +121,15 @@ class GraphBuilder:
             value.name = self._next_value()
         return values
 
+    def mark(self, name: str, value: ir.Value) -> ir.Value:
+        """Names a value within the current scope, so that builders find it; to be called before anything notes its name.
+
+        An input of the graph keeps the name it has by contract.
+        """
+        if value.producer() is not None:
+            value.name = f"{self._scope}{name}"
+        return value
+
     def constant(self, data: Any, dtype: str = "int64") -> ir.Value:
         """A small constant; equal constants are stored once."""
         array = np.asarray(data, dtype=np.dtype(dtype))

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from twotower.config import ModelConfig
 from twotower.export.graphs.builder import GraphBuilder
 from twotower.export.graphs.layers import LayerWeights, mlp, squared_relu
+from twotower.spec import EXPERTS_IN, EXPERTS_OUT, SHARES
 
 __all__ = ["moe"]
 
@@ -20,7 +21,11 @@ def moe(graph: GraphBuilder, x: ir.Value, weights: LayerWeights, config: ModelCo
     Every expert computes every token and a dense routing matrix [N,E] weighs the results: exact, of static shape and
     without scatter-add or data-dependent dispatch, which TensorRT cannot take. A block of 16 tokens touches more than half
     of 128 experts anyway.
+
+    Three values have names, by which a builder can take the experts out: the mixer's input, the
+    shares, and the result.
     """
+    graph.mark(EXPERTS_IN, x)
     e, f, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
     tokens = graph.reshape(x, 1, -1, d)
     chosen, share = _routing(graph, tokens, weights, config)
@@ -34,11 +39,11 @@ def moe(graph: GraphBuilder, x: ir.Value, weights: LayerWeights, config: ModelCo
     routed = graph.to_model_dtype(graph.op("ReduceSum", weighed, graph.constant([0]), keepdims=0))
     routed = graph.op("Reshape", routed, graph.op("Shape", x))
     if not config.shared_intermediate:
-        return routed
+        return graph.mark(EXPERTS_OUT, routed)
     width = config.shared_intermediate
     up = weights("shared_experts.up_proj.weight", width, d)
     down = weights("shared_experts.down_proj.weight", d, width)
-    return graph.op("Add", routed, mlp(graph, x, (up, down)))
+    return graph.mark(EXPERTS_OUT, graph.op("Add", routed, mlp(graph, x, (up, down))))
 
 
 def _routing(
@@ -66,6 +71,7 @@ def _routing(
         total = graph.op("ReduceSum", share, graph.constant([0]), keepdims=1)
         share = graph.op("Div", share, graph.op("Add", total, graph.constant(1e-20, "float32")))
     share = graph.op("Mul", share, graph.constant(config.routed_scaling_factor, "float32"))
+    graph.mark(SHARES, share)
     last = graph.constant([-1])
     return graph.op("Unsqueeze", chosen, last), graph.op("Unsqueeze", share, last)
 

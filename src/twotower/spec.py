@@ -24,6 +24,8 @@ __all__ = [
     "CONTEXT_HEAD",
     "CONTEXT_LENGTH",
     "DENOISER",
+    "EXPERTS_IN",
+    "EXPERTS_OUT",
     "HIDDEN",
     "MASKED_LEFT",
     "MAX_CHUNK",
@@ -33,6 +35,7 @@ __all__ = [
     "PREDICTED",
     "RESIDUAL_IN",
     "RESIDUAL_OUT",
+    "SHARES",
     "TEMPERATURE",
     "THRESHOLD",
     "TOKENS",
@@ -65,6 +68,10 @@ NEXT_BLOCK, PREDICTED, CONFIDENCE, MASKED_LEFT = "next_block", "predicted", "con
 
 # Between the segments of a tower that was cut into several engines: the residual stream, and the denoiser's conditioning.
 RESIDUAL_IN, RESIDUAL_OUT, CONDITIONING = "residual_in", "residual_out", "conditioning"
+
+# Between a program and the kernels of the experts after it: the mixer's input [B,L,D], every expert's share of every
+# token [experts,N], and the sum that the kernels write [B,L,D], the shared expert included.
+EXPERTS_IN, SHARES, EXPERTS_OUT = "experts_in", "shares", "experts_out"
 
 MAX_CHUNK = 256
 """Longest chunk the context graph is asked to read: the masked decay matrix of a chunk is L x L a head."""

@@ -12,7 +12,7 @@ from twotower.builders.rtx_program.read import _weight_inputs
 from twotower.builders.rtx_program.text import ProgramText
 from twotower.config.model import read_model_config
 from twotower.export.graphs import build_graph
-from twotower.spec import RESIDUAL_IN, signatures
+from twotower.spec import EXPERTS_OUT, RESIDUAL_IN, signatures
 
 ROOT = Path(__file__).parents[3]
 
@@ -93,6 +93,15 @@ def test_a_statement_of_an_unknown_kind_that_computes_is_a_kernel() -> None:
     assert [k.operation for k in made.kernels] == ["bitonic_sort"]
 
 
+def test_an_output_that_the_compiler_named_tells_no_profile() -> None:
+    """A residual stream that a program both hands over and reads on itself is called by a name of the compiler's."""
+    mark = " [profile 1]"
+    tensors = [Described(f"tokens{mark}.1", [8]), Described("__mye30868", [8]), Described(f"y{mark}.1", [8])]
+    launches = [Launch(f"__myl_Add{mark}", [f"tokens{mark}.1"], ["__mye30868", f"y{mark}.1"], [f"layers.0.moe/Add{mark}"])]
+    made = read(inputs=[f"tokens{mark}.1"], tensors=tensors, launches=launches, outputs=["__mye30868", f"y{mark}.1"])
+    assert made.profile == 1
+
+
 def test_programs_come_in_the_order_of_their_profiles() -> None:
     def of(profile: int) -> str:
         mark = f" [profile {profile}]" if profile else ""
@@ -110,7 +119,7 @@ def test_programs_come_in_the_order_of_their_profiles() -> None:
 @pytest.mark.parametrize("graph", ["context", "context_head", "denoiser"])
 def test_inputs_of_our_graphs_are_data_and_everything_else_is_a_weight(graph: str) -> None:
     config = read_model_config(ROOT / "assets/twotower-tiny/config.json")
-    data = [spec.name for spec in signatures(config, "bfloat16")[graph].inputs] + [RESIDUAL_IN]
+    data = [spec.name for spec in signatures(config, "bfloat16")[graph].inputs] + [RESIDUAL_IN, EXPERTS_OUT]
     weights = [weight.name for weight in build_graph(graph, config, "bfloat16").weights]
     # The compiler names an input by its output where both share memory.
     names = [name.replace("past_key_values", "present") for name in data] + data + weights
