@@ -14,8 +14,11 @@ __all__ = [
     "DEFAULT_CACHE_BYTES",
     "DEFAULT_MAX_BATCH",
     "DEFAULT_MAX_CONTEXT",
+    "DENSE",
+    "EXPERTS",
     "INPUTS",
     "INSIDE",
+    "KERNELS",
     "PLACES",
     "BuildConfig",
     "EngineBuilder",
@@ -33,6 +36,10 @@ DEFAULT_CACHE_BYTES = 20 * 10**9
 INPUTS, INSIDE = "inputs", "inside"
 PLACES = (INPUTS, INSIDE)
 """Where weights go: into the engine's inputs, but for those that must be constants; or all inside."""
+
+DENSE, KERNELS = "dense", "kernels"
+EXPERTS = (DENSE, KERNELS)
+"""What computes experts: the engine, all of them for every token; or kernels between engines, the chosen ones."""
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -53,6 +60,8 @@ class BuildConfig:
         weights: `inputs` for engines that are programs and read their weights from the bundle's data files, but for those that the
             library takes as constants only; `inside` for engines that hold them all.
         segments: Engines a tower is cut into, so that it can be spread over so many devices.
+        experts: `dense` for engines that compute every expert for every token; `kernels` for programs that end where experts begin, with
+            kernels for the chosen ones between them: a list of steps that is spread over devices as it is.
         allow_expanded: Keep engines of `rtx` whose passes expand stacked experts in device memory.
         use_cache: Take engines that were built before from the cache, and keep new ones there.
         cache: The cache's folder; None for the bundle's own, where an engine and its entry are one file.
@@ -66,6 +75,7 @@ class BuildConfig:
     max_build_memory: int | None = None
     weights: str = INPUTS
     segments: int = 1
+    experts: str = DENSE
     allow_expanded: bool = False
     use_cache: bool = True
     cache: Path | None = None
@@ -79,6 +89,14 @@ class BuildConfig:
                 raise ConfigError(f"{flag} cannot be {value}", found=f"{value}; allowed: 1 and more", do=f"pass a positive {flag}")
         if self.weights not in PLACES:
             raise ConfigError(f"--weights cannot be {self.weights!r}", found=f"allowed: {', '.join(PLACES)}", do="choose one of them")
+        if self.experts not in EXPERTS:
+            raise ConfigError(f"--experts cannot be {self.experts!r}", found=f"allowed: {', '.join(EXPERTS)}", do="choose one of them")
+        if self.experts == KERNELS and self.segments > 1:
+            raise ConfigError(
+                "--segments is for engines that compute their experts",
+                found=f"--experts {KERNELS} with --segments {self.segments}; towers are cut at every layer of experts already",
+                do="leave --segments out: the programs are spread over any number of devices",
+            )
         if self.cache_bytes < 0:
             raise ConfigError(f"--cache-size cannot be {self.cache_bytes}", found="it is negative", do="pass e.g. --cache-size 20G, or 0")
 

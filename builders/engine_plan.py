@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from twotower.builders.build_cost import build_memory, program_bytes
 from twotower.builders.cache_keys import EngineIdentity, GpuIdentity, engine_key
-from twotower.bundle import EngineFile
+from twotower.bundle import EngineFile, ExpertsStep
 
 if TYPE_CHECKING:
     from twotower.builders.weight_inputs import WeightPlaces
@@ -31,6 +31,7 @@ class EnginePlan:
         job: What `child.main` is told, but for the places of its files.
         notes: What the graph rules note of the graph.
         operators: How often each operator is in it, the most frequent first.
+        experts: The experts that run after it.
     """
 
     graph: str
@@ -42,6 +43,7 @@ class EnginePlan:
     job: dict[str, Any]
     notes: tuple[dict[str, str], ...] = ()
     operators: dict[str, int] = field(default_factory=dict)
+    experts: ExpertsStep | None = None
 
     @property
     def build_memory(self) -> int:

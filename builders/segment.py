@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import onnx
 
@@ -13,7 +14,17 @@ from twotower.config.formats import BITS, stored_bytes
 from twotower.graph_files import TYPE_NAMES
 from twotower.spec import CONDITIONING, CONTEXT, DENOISER, RESIDUAL_IN, RESIDUAL_OUT, TensorSpec, TowerSignature
 
-__all__ = ["Segment", "fix_axes", "layer_bytes", "segment"]
+__all__ = [
+    "Segment",
+    "conditioning_of",
+    "extracted",
+    "fix_axes",
+    "layer_bytes",
+    "outputs_of",
+    "segment",
+    "stream_axes",
+    "stream_before",
+]
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
@@ -69,26 +80,50 @@ def segment(model: onnx.ModelProto, signature: TowerSignature, layers: tuple[int
     if first == 0 and end > last_layer:
         return Segment(model, layers, signature.inputs, signature.outputs)
     nodes = list(model.graph.node)
-    length: str | int = "L" if signature.name == CONTEXT else _block_length(model) or "S"
-    stream_axes = ("B", length, _width(model))
+    residual = partial(TensorSpec, dtype=dtype, axes=stream_axes(model, signature))
     given: dict[str, TensorSpec] = {}
     wanted: dict[str, TensorSpec] = {}
     if first > 0:
-        given[_last_output(nodes, f"layers.{first - 1}.")] = TensorSpec(RESIDUAL_IN, dtype, stream_axes)
+        given[stream_before(nodes, first)] = residual(RESIDUAL_IN)
     if end <= last_layer:
-        wanted[_last_output(nodes, f"layers.{end - 1}.")] = TensorSpec(RESIDUAL_OUT, dtype, stream_axes)
+        wanted[stream_before(nodes, end)] = residual(RESIDUAL_OUT)
     if signature.name == DENOISER:
-        handed = TensorSpec(CONDITIONING, dtype, ("B", 3, stream_axes[2]))
-        (wanted if first == 0 else given)[_last_output(nodes, "conditioning/")] = handed
+        (wanted if first == 0 else given).update(conditioning_of(model, dtype))
+    wanted |= outputs_of(model, signature, layers)
+    return extracted(model, signature, layers, given=given, wanted=wanted)
+
+
+def stream_axes(model: onnx.ModelProto, signature: TowerSignature) -> tuple[str | int, ...]:
+    """[B,L,D] of a tower's residual stream: L as a letter, or the constant length of a block."""
+    length: str | int = "L" if signature.name == CONTEXT else _block_length(model) or "S"
+    return ("B", length, _width(model))
+
+
+def stream_before(nodes: Sequence[onnx.NodeProto], layer: int) -> str:
+    """Name of the residual stream as a layer reads it."""
+    return _last_output(nodes, f"layers.{layer - 1}." if layer else "embed/")
+
+
+def conditioning_of(model: onnx.ModelProto, dtype: str) -> dict[str, TensorSpec]:
+    """The denoiser's conditioning by its name in the whole graph, as segments hand it over."""
+    name = _last_output(model.graph.node, "conditioning/")
+    return {name: TensorSpec(CONDITIONING, dtype, ("B", 3, _width(model)))}
+
+
+def outputs_of(model: onnx.ModelProto, signature: TowerSignature, layers: tuple[int, int]) -> dict[str, TensorSpec]:
+    """Outputs of a tower that layers [first, end) make; what comes after all layers belongs to the last."""
+    first, end = layers
+    makers = {name: _layer_of(node) for node in model.graph.node for name in node.output}
+    last_layer = max((i for i in map(_layer_of, model.graph.node) if i is not None), default=-1)
+    out = {}
     for spec in signature.outputs:
-        maker = next(n for n in nodes if spec.name in n.output)
-        index = _layer_of(maker)
+        index = makers[spec.name]
         if (end > last_layer) if index is None else first <= index < end:
-            wanted[spec.name] = spec
-    return _extracted(model, signature, layers, given=given, wanted=wanted)
+            out[spec.name] = spec
+    return out
 
 
-def _extracted(
+def extracted(
     model: onnx.ModelProto,
     signature: TowerSignature,
     layers: tuple[int, int],

@@ -8,17 +8,20 @@ from twotower.bundle import (
     DATA_SUFFIX,
     GRAPH_FILES,
     Bundle,
+    EngineFile,
     EngineRecord,
     FileRecord,
     Progress,
+    Step,
     remember_files,
     unverified_files,
 )
 from twotower.config.weights import WeightRef
 from twotower.errors import EngineMismatchError
 from twotower.runtime.weights import LoadRequest, WeightStore
+from twotower.spec import TensorSpec
 
-__all__ = ["check_weights", "load_weights", "requests_of"]
+__all__ = ["check_weights", "load_weights", "reads_of", "requests_of"]
 
 
 def check_weights(record: EngineRecord, tables: Mapping[str, Mapping[str, WeightRef]], bundle: Bundle) -> None:
@@ -38,7 +41,8 @@ def check_weights(record: EngineRecord, tables: Mapping[str, Mapping[str, Weight
     problems: list[str] = []
     for name, parts in record.engines.items():
         table, inside = tables[name], {n for part in parts for n in part.constants}
-        for spec in (w for part in parts for w in part.weights):
+        experts = [w for step in record.experts[name] for w in step.weights.values()]
+        for spec in (*(w for part in parts for w in part.weights), *experts):
             has = table.get(spec.name)
             if has is None:
                 problems.append(f"{spec.name} is not in the bundle")
@@ -57,13 +61,23 @@ def check_weights(record: EngineRecord, tables: Mapping[str, Mapping[str, Weight
 
 
 def requests_of(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[int]]) -> list[LoadRequest]:
-    """What every device needs: the weights of the engines that are placed on it."""
+    """What every device needs: the weights of the engines that are placed on it, and of the experts that follow them."""
     out = []
-    for name, parts in record.engines.items():
+    for name, steps in record.steps.items():
         table, file = bundle.weights(name), bundle.files[GRAPH_FILES[name] + DATA_SUFFIX]
-        for part, device in zip(parts, placed[name], strict=True):
-            weights = {w.name: table[w.name] for w in part.weights}
-            out.append(LoadRequest(bundle.data_file(name), file, weights, device))
+        for device, reads in zip(placed[name], reads_of(steps), strict=True):
+            out.append(LoadRequest(bundle.data_file(name), file, {w.name: table[w.name] for w in reads}, device))
+    return out
+
+
+def reads_of(steps: Sequence[Step]) -> list[list[TensorSpec]]:
+    """The weights that every engine of a graph and the experts after it read."""
+    out: list[list[TensorSpec]] = []
+    for step in steps:
+        if isinstance(step, EngineFile):
+            out.append(list(step.weights))
+        else:
+            out[-1] += step.weights.values()
     return out
 
 

@@ -1,32 +1,29 @@
-"""A graph on TensorRT: one engine, or segments that run back to back, bound to fixed addresses and enqueued on a tower's stream."""
+"""A graph on TensorRT: one engine, segments that run back to back, or programs with experts between, bound to fixed addresses."""
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
 
-from twotower.bundle import Profile
-from twotower.errors import DeviceError, RequestError
+from twotower.bundle import ExpertsStep, Profile
+from twotower.errors import RequestError
 from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.memory import DeviceBuffer, DeviceMemory
 from twotower.runtime.cuda.passes import DevicePass, PassWork, Turns, downloads, uploads
-from twotower.runtime.cuda.streams import CudaEvent, CudaStream
 from twotower.runtime.engines.copies import StateCopies
+from twotower.runtime.engines.experts import ExpertPlaces, ExpertRuntime
+from twotower.runtime.engines.handover import HANDED, Handover, handed_bytes
 from twotower.runtime.engines.tensorrt_binding import Bound, bind_execution
-from twotower.runtime.engines.tensorrt_plan import Execution, Plan, PlanLoader
-from twotower.runtime.memory import numpy_dtype
+from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
+from twotower.runtime.engines.tensorrt_steps import ExpertsRun, ProgramRun, StepsRun
 from twotower.runtime.weights import WeightStore
-from twotower.spec import CONDITIONING, RESIDUAL_IN, RESIDUAL_OUT, TensorSpec, TowerSignature
+from twotower.spec import EXPERTS_IN, EXPERTS_OUT, SHARES, TowerSignature
 
-__all__ = ["EngineRoom", "TensorRTEngine", "handover_bytes"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["EngineRoom", "TensorRTEngine"]
 
 
 @dataclass(slots=True)
@@ -40,10 +37,11 @@ class EngineRoom:
         weights: Weights that engines read as inputs, one copy a device for all that read them.
         graphs: Whether passes may be captured.
         scratch: Activation memory of each device, address and bytes: one for all engines, as no two of them run at the same time.
-        handover: On each device, where segments hand the residual stream over: two halves that take turns; and the conditioning.
+        handover: On each device, where steps hand over.
         turns: Keeps executions on a device apart.
         rows: Numbers of rows kernels are specialised for.
         uncapturable: Engines the library has refused to capture; each is said once.
+        experts: What computes experts between programs; None where engines compute them.
     """
 
     cuda: Cuda
@@ -52,10 +50,11 @@ class EngineRoom:
     weights: WeightStore
     graphs: bool
     scratch: dict[int, tuple[int, int]] = field(default_factory=dict)
-    handover: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    handover: dict[int, Handover] = field(default_factory=dict)
     turns: dict[int, Turns] = field(default_factory=lambda: defaultdict(Turns))
     rows: tuple[int, ...] = ()
     uncapturable: set[str] = field(default_factory=set)
+    experts: ExpertRuntime | None = None
 
     def keep_kernels(self) -> None:
         """Saves what was compiled since it was last saved."""
@@ -69,7 +68,7 @@ class TensorRTEngine:
 
     Args:
         signature: Its inputs and outputs.
-        plans: Its segments in the order they run.
+        steps: Its engine, its segments, or programs and the experts after them, in the order they run.
         room: Shared with the bundle's other engines.
         data: The file its weights lie in, by which the room's store knows them.
         copies: Brings what this graph writes of the state to other devices that read it; None where there are none.
@@ -78,20 +77,21 @@ class TensorRTEngine:
     def __init__(
         self,
         signature: TowerSignature,
-        plans: Sequence[Plan],
+        steps: Sequence[Plan | ExpertsStep],
         room: EngineRoom,
         *,
         data: Path,
         copies: StateCopies | None = None,
     ) -> None:
         self.signature = signature
-        self._plans: tuple[Plan, ...] = tuple(plans)
+        self._steps: tuple[Plan | ExpertsStep, ...] = tuple(steps)
+        self._plans = tuple(step for step in steps if isinstance(step, Plan))
         self._room = room
         self._data = data
         self._copies = copies
 
     def bind(self, arrays: Mapping[str, DeviceBuffer]) -> DevicePass:
-        """Fixes addresses and shapes in an execution context for each segment; see `TowerEngine.bind`.
+        """Fixes addresses and shapes in an execution context for each program; see `TowerEngine.bind`.
 
         Raises:
             RequestError: the engine was built for other shapes.
@@ -103,11 +103,7 @@ class TensorRTEngine:
         profiles = [_profile(plan, sizes) for plan in self._plans]
         fixed = all(least == most for number, plan in zip(profiles, self._plans, strict=True) for least, most in _ends(plan, number))
         specialised = fixed and sizes.get("B") in self._room.rows
-        bound = [
-            self._bound(plan, index, arrays, (number, sizes, specialised))
-            for index, (plan, number) in enumerate(zip(self._plans, profiles, strict=True))
-        ]
-        run = _Segments(self._room, bound, None if self._copies is None else self._copies.of(arrays, sizes))
+        run = self._bound_steps(arrays, _How(profiles, sizes, specialised))
         devices = tuple(plan.device for plan in self._plans)
         capturable = fixed and self._room.graphs and run.same_every_time
         work = PassWork(
@@ -123,146 +119,69 @@ class TensorRTEngine:
 
     def close(self) -> None:
         """Frees the engines; idempotent."""
-        self._plans = ()
+        self._steps = self._plans = ()
 
-    def _bound(
-        self,
-        plan: Plan,
-        index: int,
-        arrays: Mapping[str, DeviceBuffer],
-        how: tuple[int, dict[str, int], bool],
-    ) -> _Segment:
-        """An execution context of one segment with its profile, shapes and addresses set."""
-        number, sizes, specialised = how
-        room, device = self._room, plan.device
+    def _bound_steps(self, arrays: Mapping[str, DeviceBuffer], how: _How) -> StepsRun:
+        """Every step at its addresses."""
+        bound: list[ProgramRun | ExpertsRun] = []
+        with Cleanup(lambda: close_all(step.close for step in bound)) as undo:
+            index = -1
+            for step in self._steps:
+                index += isinstance(step, Plan)
+                bound.append(self._program(step, index, arrays, how) if isinstance(step, Plan) else self._experts(step, index, how))
+            undo.pop_all()
+        return StepsRun(self._room, bound, None if self._copies is None else self._copies.of(arrays, how.sizes))
+
+    def _program(self, plan: Plan, index: int, arrays: Mapping[str, DeviceBuffer], how: _How) -> ProgramRun:
+        """An execution context of one program with its profile, shapes and addresses set."""
+        room, device, part = self._room, plan.device, plan.part
         room.cuda.use(device)
-        execution = room.loader.context(plan, specialised=specialised)
-        inputs = {spec.name: spec for spec in plan.part.inputs}
-        names = [spec.name for spec in (*plan.part.inputs, *plan.part.outputs)]
-        weights = {w.name: room.weights.address(self._data, w.name, device) for w in plan.part.weights}
+        execution = room.loader.context(plan, specialised=how.specialised)
+        places = {spec.name: self._address(spec.name, arrays, index) for spec in (*part.inputs, *part.outputs)}
+        places |= {w.name: room.weights.address(self._data, w.name, device) for w in part.weights}
         to = Bound(
-            profile=number,
-            shapes={name: spec.shape(sizes) for name, spec in inputs.items()},
-            addresses={name: self._address(name, arrays, index) for name in names} | weights,
+            profile=how.profiles[index],
+            shapes={part.own(spec.name): spec.shape(how.sizes) for spec in part.inputs},
+            addresses={part.own(name): address for name, address in places.items()},
             scratch=room.scratch[device],
         )
         bind_execution(execution, to, loader=room.loader, memory=room.memory)
-        residual, conditioning = inputs.get(RESIDUAL_IN), inputs.get(CONDITIONING)
-        return _Segment(execution, index, _nbytes(residual, sizes), _nbytes(conditioning, sizes))
+        return ProgramRun(execution, index, handed_bytes(part, how.sizes), room.loader)
+
+    def _experts(self, step: ExpertsStep, index: int, how: _How) -> ExpertsRun:
+        """The experts after a program, where it leaves their inputs and the next one looks for what they write."""
+        room, plan = self._room, self._plans[index]
+        assert room.experts is not None, "opening makes sure of it"
+        handover, device = room.handover[plan.device], plan.device
+        x = next(spec for spec in plan.part.outputs if spec.name == EXPERTS_IN)
+        places = ExpertPlaces(
+            device=device,
+            tokens=prod(x.shape(how.sizes)[:-1]),
+            x=handover.address(EXPERTS_IN, index),
+            shares=handover.address(SHARES, index),
+            out=handover.address(EXPERTS_OUT, index),
+            weights={role: room.weights.address(self._data, w.name, device) for role, w in step.weights.items()},
+            scratch=room.scratch[device],
+        )
+        room.cuda.use(device)
+        return ExpertsRun(room.experts.bind(step, places), device)
 
     def _address(self, name: str, arrays: Mapping[str, DeviceBuffer], index: int) -> int:
-        """Where a segment finds a tensor: in a buffer, or where its neighbours hand over."""
+        """Where a program finds a tensor: in a buffer, or where its neighbours hand over."""
         device = self._plans[index].device
         if name in arrays:
             return arrays[name].addresses[device]
-        if name == CONDITIONING:
-            return self._room.handover[device][2]
-        assert name in (RESIDUAL_IN, RESIDUAL_OUT), name
-        return self._room.handover[device][(index + (name == RESIDUAL_OUT)) % 2]
+        assert name in HANDED, name
+        return self._room.handover[device].address(name, index)
 
 
 @dataclass(frozen=True, slots=True)
-class _Segment:
-    """A segment ready to run: its context, its number, and the bytes it takes over from the segments before it."""
+class _How:
+    """What a pass is bound for: the profile of each program, the letters' sizes, and whether kernels are specialised for them."""
 
-    execution: Execution
-    index: int
-    residual: int
-    conditioning: int
-
-    @property
-    def plan(self) -> Plan:
-        return self.execution.plan
-
-    @property
-    def context(self) -> Any:
-        return self.execution.context
-
-
-class _Segments:
-    """Enqueues the segments of one pass."""
-
-    def __init__(self, room: EngineRoom, bound: Sequence[_Segment], copies: Any) -> None:
-        self._room, self._bound, self._copies = room, list(bound), copies
-        self._events: dict[int, CudaEvent] = {}
-        self._first = bound[0].plan.device
-        devices = dict.fromkeys(b.plan.device for b in bound)
-        with Cleanup(self.close) as undo:
-            for device in devices if len(devices) > 1 else ():
-                self._events[device] = CudaEvent(room.cuda, device)
-            undo.pop_all()
-
-    @property
-    def same_every_time(self) -> bool:
-        """Whether all runs enqueue the very same work: copies of the state follow the text."""
-        return self._copies is None and not self._events
-
-    def may_be_captured(self, queue: CudaStream) -> bool:
-        """What the library says of it, if it does; a refusal is logged once an engine, in its words."""
-        loader = self._room.loader
-        if not loader.flavour.capturable:
-            return True
-        for bound in self._bound:
-            loader.drain()
-            if not bound.context.is_stream_capturable(queue.handles[bound.plan.device]):
-                file, words = bound.plan.part.file, loader.drain() or "it gives no reason"
-                if file not in self._room.uncapturable:
-                    logger.warning("%s cannot be captured and is launched piece by piece: %s", file, words)
-                self._room.uncapturable.add(file)
-                return False
-        return True
-
-    def enqueue(self, queue: CudaStream) -> None:
-        """Puts every segment on the stream of its device.
-
-        Raises:
-            DeviceError: the library refuses one.
-        """
-        at = self._first
-        for bound in self._bound:
-            device = bound.plan.device
-            if device != at:
-                self._hand_over(queue, bound, at)
-                at = device
-            self._room.cuda.use(device)
-            if not bound.context.execute_async_v3(queue.handles[device]):
-                raise DeviceError(
-                    f"{bound.plan.part.file} was not run",
-                    found=f"the library refused to enqueue it{_because(self._room.loader)}",
-                    do="run `twotower doctor BUNDLE`; an engine that was built for another GPU fails like this",
-                )
-            if self._copies is not None:
-                self._copies.enqueue(bound.plan.part.outputs, queue)
-
-    def close(self) -> None:
-        """Frees the contexts, then the events; idempotent. Kernels compiled for a context are kept first: they may go with it."""
-        events = list(self._events.values())
-        self._events.clear()
-        contexts = [bound.execution.close for bound in self._bound]
-        self._bound.clear()
-        close_all((self._room.keep_kernels, *contexts, *(event.close for event in events)))
-
-    def _hand_over(self, queue: CudaStream, bound: _Segment, source: int) -> None:
-        """Brings what a segment reads from the device before it; the later device's stream waits for the earlier one's."""
-        cuda, handover, device = self._room.cuda, self._room.handover, bound.plan.device
-        cuda.use(source)
-        self._events[source].record(queue.handles[source])
-        cuda.use(device)
-        self._events[source].hold(queue.handles[device])
-        half = bound.index % 2
-        cuda.copy(handover[device][half], handover[source][half], bound.residual, stream=queue.handles[device])
-        if bound.conditioning:
-            cuda.copy(handover[device][2], handover[source][2], bound.conditioning, stream=queue.handles[device])
-
-
-def handover_bytes(plans: Sequence[Plan], sizes: Mapping[str, int]) -> tuple[int, int]:
-    """Bytes of the residual stream and of the conditioning where segments hand over, at most; zeros for a graph in one piece."""
-    specs = {spec.name: spec for plan in plans for spec in plan.part.inputs}
-    return _nbytes(specs.get(RESIDUAL_IN), sizes), _nbytes(specs.get(CONDITIONING), sizes)
-
-
-def _nbytes(spec: TensorSpec | None, sizes: Mapping[str, int]) -> int:
-    return 0 if spec is None else prod(spec.shape(sizes)) * numpy_dtype(spec.dtype).itemsize
+    profiles: Sequence[int]
+    sizes: Mapping[str, int]
+    specialised: bool
 
 
 def _sizes(signature: TowerSignature, arrays: Mapping[str, DeviceBuffer]) -> dict[str, int]:
@@ -292,8 +211,3 @@ def _ends(plan: Plan, number: int) -> list[tuple[int, int]]:
 
 def _described(profile: Profile) -> str:
     return f"{profile.name}: " + ", ".join(f"{axis} {least} to {most}" for axis, (least, _, most) in profile.axes.items())
-
-
-def _because(loader: PlanLoader) -> str:
-    said = loader.drain()
-    return f": {said}" if said else ""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
-from twotower.bundle import Bundle, EngineRecord, Progress, engine_folder, read_engine_record
+from twotower.bundle import Bundle, EngineFile, EngineRecord, ExpertsStep, Progress, engine_folder, read_engine_record
+from twotower.config.weights import WeightRef
 from twotower.errors import EngineMismatchError
 from twotower.flavour import Flavour
 from twotower.hardware import Gpu, untried
@@ -15,10 +17,12 @@ from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.memory import DeviceMemory
 from twotower.runtime.cuda.streams import CudaStream
-from twotower.runtime.engines.bundle_weights import check_weights, load_weights, requests_of
+from twotower.runtime.engines.bundle_weights import check_weights, load_weights, reads_of, requests_of
 from twotower.runtime.engines.copies import StateCopies
 from twotower.runtime.engines.devices import chosen_devices, require_room
-from twotower.runtime.engines.tensorrt_engine import EngineRoom, TensorRTEngine, handover_bytes
+from twotower.runtime.engines.experts import ExpertRuntime
+from twotower.runtime.engines.handover import Handover, buffer_sizes
+from twotower.runtime.engines.tensorrt_engine import EngineRoom, TensorRTEngine
 from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.memory import numpy_dtype
@@ -33,6 +37,9 @@ __all__ = ["TensorRTOptions", "open_tensorrt"]
 logger = logging.getLogger(__name__)
 
 
+OpenExperts = Callable[[Path, Cuda, Sequence[int]], ExpertRuntime]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRTOptions:
     """Options of opening.
@@ -44,6 +51,7 @@ class TensorRTOptions:
         any_sm: `TWOTOWER_RTX_ANY_SM`: engines are opened on GPUs they hold no code for.
         progress: Called with (bytes hashed, bytes to hash) while engine files are checked.
         loading: Called with (bytes loaded, bytes to load) while weights go to a device.
+        experts: Opens what computes experts, for engines that leave them to kernels: the target's folder, the calls, the devices.
     """
 
     devices: tuple[int, ...] = ()
@@ -52,6 +60,7 @@ class TensorRTOptions:
     any_sm: str = ""
     progress: Progress | None = None
     loading: Progress | None = None
+    experts: OpenExperts | None = None
 
 
 def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: TensorRTOptions) -> Towers:
@@ -66,17 +75,15 @@ def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: TensorR
     _check_sms(record, [options.gpus[d] for d in devices if d < len(options.gpus)], bundle, any_sm=options.any_sm)
     tables = {name: bundle.weights(name) for name in record.engines}
     check_weights(record, tables, bundle)
-    sizes = {
-        name: [record.files[part.file].size + sum(tables[name][w.name].nbytes for w in part.weights) for part in parts]
-        for name, parts in record.engines.items()
-    }
+    _require_experts(record, bundle, options)
+    sizes = {name: _sizes(record, name, tables[name]) for name in record.engines}
     placed = place_engines(sizes, devices)
     require_room(cuda, _needed(bundle, record, sizes, placed), target=flavour.target)
     with Cleanup() as undo:
         weights = WeightStore(cuda)
         undo.callback(weights.close)
         load_weights(weights, bundle, requests_of(bundle, record, placed), progress=options.loading)
-        towers = _opened(bundle, record, placed, _Opening(flavour, cuda, devices, weights, options.graphs, undo, options.gpus))
+        towers = _opened(bundle, record, placed, _Opening(flavour, cuda, devices, weights, undo, options))
         undo.pop_all()
     return towers
 
@@ -89,9 +96,8 @@ class _Opening:
     cuda: Cuda
     devices: tuple[int, ...]
     weights: WeightStore
-    graphs: bool
     undo: Cleanup
-    gpus: tuple[Gpu, ...]
+    options: TensorRTOptions
 
 
 def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[int]], with_: _Opening) -> Towers:
@@ -105,27 +111,23 @@ def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[
         queues[name] = CudaStream(cuda, placed[name])
         with_.undo.callback(queues[name].close)
     in_place = {t.present.name: t.past.name for t in state if t.in_place}
-    sms = {number: gpu.sm for number, gpu in enumerate(with_.gpus)}
+    sms = {number: gpu.sm for number, gpu in enumerate(with_.options.gpus)}
     loader = PlanLoader(with_.flavour, in_place, sms)
     rows = row_counts(limits.max_batch)
-    room = EngineRoom(cuda, loader, memory, with_.weights, with_.graphs, rows=rows)
+    room = EngineRoom(cuda, loader, memory, with_.weights, with_.options.graphs, rows=rows)
     folder = engine_folder(bundle, record.target)
-    plans: dict[str, list[Plan]] = {}
-    for name, parts in record.engines.items():
-        plans[name] = []
-        for part, device in zip(parts, placed[name], strict=True):
-            cuda.use(device)
-            before = cuda.free_memory()[0]
-            plans[name].append(loader.load(folder / part.file, part, device))
-            taken, size = before - cuda.free_memory()[0], record.files[part.file].size
-            logger.info("%s, %d bytes, took %d bytes of GPU %d", part.file, size, taken, device)
-    _furnish(room, plans, {"B": limits.max_batch, "L": MAX_CHUNK})
+    if with_.options.experts is not None and any(record.experts.values()):
+        room.experts = with_.options.experts(folder, cuda, with_.devices)
+        with_.undo.callback(room.experts.close)
+    owned = (*(() if room.experts is None else (room.experts.close,)), with_.weights.close)
+    steps = {name: _loaded(record, name, placed[name], loader=loader, folder=folder, cuda=cuda) for name in record.steps}
+    _furnish(room, steps, {"B": limits.max_batch, "L": MAX_CHUNK})
     fixed = {"T": limits.capacity, "S": bundle.trained_block_size}
     contract = {name: graph.with_sizes(fixed) for name, graph in signatures(bundle.config, record.dtype).items()}
     engines = {
         name: TensorRTEngine(
             contract[name],
-            plans[name],
+            steps[name],
             room,
             data=bundle.data_file(name),
             copies=StateCopies(cuda, state) if name == CONTEXT else None,
@@ -146,28 +148,82 @@ def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[
         compiles=with_.flavour.runtime_cache,
         keep=room.keep_kernels,
         fixed_block=bundle.trained_block_size,
-        owned=(with_.weights.close,),
+        owned=owned,
     )
 
 
-def _furnish(room: EngineRoom, plans: Mapping[str, Sequence[Plan]], sizes: Mapping[str, int]) -> None:
-    """Allocates what engines share on each device: the scratch of the neediest, and where segments hand over."""
-    every = [plan for some in plans.values() for plan in some]
-    pairs = [handover_bytes(some, sizes) for some in plans.values()]
-    residual, conditioning = max(p[0] for p in pairs), max(p[1] for p in pairs)
-    for device in dict.fromkeys(plan.device for plan in every):
-        size = max(plan.scratch for plan in every if plan.device == device)
+def _require_experts(record: EngineRecord, bundle: Bundle, options: TensorRTOptions) -> None:
+    """Refuses programs that leave their experts to kernels where nothing launches these."""
+    if options.experts is None and any(record.experts.values()):
+        raise EngineMismatchError(
+            f"nothing here computes the experts of the {record.target} engines of '{bundle.path}'",
+            found="they were built with --experts kernels",
+            do=f"run `twotower build {bundle.path} --target {record.target}`",
+        )
+
+
+def _sizes(record: EngineRecord, name: str, table: Mapping[str, WeightRef]) -> list[int]:
+    """Bytes of each engine of a graph with what it and the experts after it read; a file of equal programs counts once."""
+    out, known = [], set()
+    for part, reads in zip(record.engines[name], reads_of(record.steps[name]), strict=True):
+        file = 0 if part.file in known else record.files[part.file].size
+        known.add(part.file)
+        out.append(file + sum(table[w.name].nbytes for w in reads))
+    return out
+
+
+def _loaded(
+    record: EngineRecord, name: str, devices: Sequence[int], *, loader: PlanLoader, folder: Path, cuda: Cuda
+) -> list[Plan | ExpertsStep]:
+    """The steps of a graph with every engine on its device, each file once a device."""
+    out: list[Plan | ExpertsStep] = []
+    known: dict[tuple[str, int], Plan] = {}
+    places = iter(devices)
+    for step in record.steps[name]:
+        if not isinstance(step, EngineFile):
+            out.append(step)
+            continue
+        device, file = next(places), folder / step.file
+        cuda.use(device)
+        if (step.file, device) in known:
+            out.append(loader.another(known[step.file, device], step, file))
+            continue
+        before = cuda.free_memory()[0]
+        plan = loader.load(file, step, device)
+        taken, size = before - cuda.free_memory()[0], record.files[step.file].size
+        logger.info("%s, %d bytes, took %d bytes of GPU %d", step.file, size, taken, device)
+        known[step.file, device] = plan
+        out.append(plan)
+    return out
+
+
+def _furnish(room: EngineRoom, steps: Mapping[str, Sequence[Plan | ExpertsStep]], sizes: Mapping[str, int]) -> None:
+    """Allocates what engines share on each device: the scratch of the neediest step, and where steps hand over."""
+    plans = [step for some in steps.values() for step in some if isinstance(step, Plan)]
+    buffers: dict[str, tuple[int, int]] = {}
+    for some in steps.values():
+        for name, (count, nbytes) in buffer_sizes((s.part for s in some if isinstance(s, Plan)), sizes).items():
+            buffers[name] = (count, max(nbytes, buffers.get(name, (0, 0))[1]))
+    experts = [step for some in steps.values() for step in some if isinstance(step, ExpertsStep)]
+    least = max((_experts_scratch(room, step, sizes) for step in experts), default=0)
+    for device in dict.fromkeys(plan.device for plan in plans):
+        size = max(least, *(plan.scratch for plan in plans if plan.device == device))
         try:
             room.scratch[device] = (room.memory.scratch(size, device), size)
-            if residual:
-                halves = [room.memory.scratch(residual, device) for _ in range(2)]
-                room.handover[device] = (halves[0], halves[1], room.memory.scratch(conditioning, device))
+            made = {name: tuple(room.memory.scratch(n, device) for _ in range(count)) for name, (count, n) in buffers.items()}
         except MemoryError as e:
+            handed = sum(count * nbytes for count, nbytes in buffers.values())
             raise EngineMismatchError(
                 f"GPU {device} has no room for the engines' activations",
-                found=f"{(size + 2 * residual + conditioning) / 1e9:.2f} GB needed besides the weights: {e}",
+                found=f"{(size + handed) / 1e9:.2f} GB needed besides the weights: {e}",
                 do="build with a smaller --max-batch or --max-context, or spread the towers with --devices 0,1",
             ) from e
+        room.handover[device] = Handover(made)
+
+
+def _experts_scratch(room: EngineRoom, step: ExpertsStep, sizes: Mapping[str, int]) -> int:
+    assert room.experts is not None, "opening makes sure of it"
+    return room.experts.scratch_bytes(step, sizes["B"] * sizes["L"])
 
 
 def _needed(

@@ -7,7 +7,7 @@ import mmap
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,15 @@ class PlanLoader:
                 logger.info("%s is of another GPU, driver or library; kernels are compiled again", cache_file)
         return Plan(part, device, engine, int(engine.device_memory_size_v2), cache, cache_file, config)
 
+    def another(self, plan: Plan, part: EngineFile, file: Path) -> Plan:
+        """The same engine as another program of its tower that is equal to the first.
+
+        Raises:
+            EngineMismatchError: it is not the engine the build describes.
+        """
+        self._check(plan.engine, part, file)
+        return replace(plan, part=part)
+
     def _cache_file(self, file: Path, device: int) -> Path:
         """Where an engine's kernels are kept: those of another library or GPU lie beside them."""
         sm = f"-sm{self._sms[device]}" if device in self._sms else ""
@@ -171,7 +180,7 @@ class PlanLoader:
     def _check(self, engine: Any, part: EngineFile, file: Path) -> None:
         """Names, types and shared addresses of an engine's tensors are the contract the buffers were made for."""
         has = {name: engine.get_tensor_dtype(name).name for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors))}
-        wants = {spec.name: spec for spec in (*part.inputs, *part.outputs, *part.weights)}
+        wants = {part.own(spec.name): spec for spec in (*part.inputs, *part.outputs, *part.weights)}
         problems = [f"{name} is missing" for name in sorted(set(wants) - set(has))]
         problems += [f"{name} is not expected" for name in sorted(set(has) - set(wants))]
         problems += [
@@ -183,12 +192,12 @@ class PlanLoader:
             problems = [
                 f"{w.name} has shape {list(shape)}, expected {list(w.axes)}"
                 for w in part.weights
-                if (shape := tuple(engine.get_tensor_shape(w.name))) != w.axes
+                if (shape := tuple(engine.get_tensor_shape(part.own(w.name)))) != w.axes
             ]
             problems += [
                 f"{out.name} does not share the memory of {past}"
                 for out in part.outputs
-                if (past := self._in_place.get(out.name)) and engine.get_aliased_input_tensor(out.name) != past
+                if (past := self._in_place.get(out.name)) and engine.get_aliased_input_tensor(part.own(out.name)) != part.own(past)
             ]
         if problems:
             raise EngineMismatchError(

@@ -3,10 +3,8 @@
 from twotower.bundle.derive import derive_bundle
 from twotower.bundle.engines import (
     BUILD_FILE,
-    EngineFile,
     EngineLimits,
     EngineRecord,
-    Profile,
     built_targets,
     engine_folder,
     load_engine_record,
@@ -29,6 +27,7 @@ from twotower.bundle.manifest import (
 )
 from twotower.bundle.measurement import flags_of_bundle, note_measurement
 from twotower.bundle.publish import link_file, require_room, unpublished
+from twotower.bundle.steps import EngineFile, ExpertsStep, Profile, Step
 from twotower.bundle.weight_table import TABLE_SUFFIX, read_weight_table, write_weight_table
 
 __all__ = [
@@ -45,9 +44,11 @@ __all__ = [
     "EngineFile",
     "EngineLimits",
     "EngineRecord",
+    "ExpertsStep",
     "FileRecord",
     "Profile",
     "Progress",
+    "Step",
     "built_targets",
     "check_files",
     "derive_bundle",

@@ -10,15 +10,13 @@ from typing import Any
 
 from twotower.bundle.integrity import FileRecord, Progress, check_files, inside
 from twotower.bundle.manifest import Bundle
+from twotower.bundle.steps import EngineFile, ExpertsStep, Step, step_from_json
 from twotower.errors import EngineMismatchError
-from twotower.spec import TensorSpec
 
 __all__ = [
     "BUILD_FILE",
-    "EngineFile",
     "EngineLimits",
     "EngineRecord",
-    "Profile",
     "built_targets",
     "engine_folder",
     "load_engine_record",
@@ -29,59 +27,6 @@ __all__ = [
 
 BUILD_FILE = "build.json"
 SCHEMA = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """Shapes an engine is tuned for.
-
-    Attributes:
-        name: `prefill`, `block`, `decode`, `denoise` or `head`.
-        axes: For each dynamic axis letter the least, the best and the most.
-    """
-
-    name: str
-    axes: dict[str, tuple[int, int, int]]
-
-    def admits(self, sizes: Mapping[str, int]) -> bool:
-        """Whether every axis of this profile may take its size."""
-        return all(least <= sizes[letter] <= most for letter, (least, _, most) in self.axes.items())
-
-
-@dataclass(frozen=True, slots=True)
-class EngineFile:
-    """One engine: a graph, or some consecutive layers of it that run as one of several segments on the same stream.
-
-    Attributes:
-        file: Its name in the target's folder.
-        layers: The first layer and the one after the last.
-        inputs: What it reads: names of the graph, and from the segment before `residual_in` and (denoiser) `conditioning`.
-        outputs: What it writes: names of the graph, and for the segment after `residual_out`; the first denoiser segment
-            writes `conditioning` for all others.
-        profiles: In the order they were added to the engine.
-        weights: Weights it reads as inputs, by their names in the bundle's weight table.
-        constants: Names of the weights it holds inside.
-    """
-
-    file: str
-    layers: tuple[int, int]
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    profiles: tuple[Profile, ...]
-    weights: tuple[TensorSpec, ...] = ()
-    constants: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {
-            "file": self.file,
-            "layers": list(self.layers),
-            "inputs": [s.to_json() for s in self.inputs],
-            "outputs": [s.to_json() for s in self.outputs],
-            "profiles": [{"name": p.name, "axes": {k: list(v) for k, v in p.axes.items()}} for p in self.profiles],
-            "weights": [s.to_json() for s in self.weights],
-            "constants": list(self.constants),
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +63,8 @@ class EngineRecord:
         files: Every file in the folder besides `build.json`.
         report: What the build observed: seconds, bytes, operators.
         limits: What the build fixed; None where shapes are free (ONNX Runtime).
-        engines: For each graph its engine, or its segments in the order they run; empty where every file is a graph.
+        steps: For each graph what runs, in order: its engine, its segments, or programs with experts between them. Empty where every
+            file is a graph.
     """
 
     target: str
@@ -129,8 +75,18 @@ class EngineRecord:
     files: dict[str, FileRecord]
     report: dict[str, Any] = field(default_factory=dict)
     limits: EngineLimits | None = None
-    engines: dict[str, tuple[EngineFile, ...]] = field(default_factory=dict)
+    steps: dict[str, tuple[Step, ...]] = field(default_factory=dict)
     holds: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def engines(self) -> dict[str, tuple[EngineFile, ...]]:
+        """For each graph its engines in the order they run."""
+        return {name: tuple(s for s in steps if isinstance(s, EngineFile)) for name, steps in self.steps.items()}
+
+    @property
+    def experts(self) -> dict[str, tuple[ExpertsStep, ...]]:
+        """For each graph the experts that run between its engines, in order."""
+        return {name: tuple(s for s in steps if isinstance(s, ExpertsStep)) for name, steps in self.steps.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that `read_engine_record` reads back."""
@@ -145,7 +101,7 @@ class EngineRecord:
             "files": {name: {"size": r.size, "sha256": r.sha256} for name, r in sorted(self.files.items())},
             "report": self.report,
             "limits": self.limits.to_json() if self.limits else None,
-            "engines": {name: [e.to_json() for e in parts] for name, parts in self.engines.items()},
+            "engines": {name: [step.to_json() for step in steps] for name, steps in self.steps.items()},
         }
 
 
@@ -279,7 +235,7 @@ def _parsed(data: dict[str, Any]) -> EngineRecord:
         files={str(k): FileRecord(int(v["size"]), str(v["sha256"])) for k, v in data["files"].items()},
         report=dict(data["report"]),
         limits=_limits(data["limits"]),
-        engines={str(name): tuple(_engine_file(e) for e in parts) for name, parts in data["engines"].items()},
+        steps={str(name): tuple(map(step_from_json, steps)) for name, steps in data["engines"].items()},
         holds=dict(data["holds"]),
     )
 
@@ -288,29 +244,6 @@ def _limits(data: dict[str, Any] | None) -> EngineLimits | None:
     if data is None:
         return None
     return EngineLimits(int(data["capacity"]), int(data["max_batch"]), tuple(int(sm) for sm in data["sms"]))
-
-
-def _engine_file(data: dict[str, Any]) -> EngineFile:
-    first, end = data["layers"]
-    return EngineFile(
-        file=str(data["file"]),
-        layers=(int(first), int(end)),
-        inputs=tuple(_spec(s) for s in data["inputs"]),
-        outputs=tuple(_spec(s) for s in data["outputs"]),
-        profiles=tuple(Profile(str(p["name"]), {str(k): _three(v) for k, v in p["axes"].items()}) for p in data["profiles"]),
-        weights=tuple(_spec(s) for s in data["weights"]),
-        constants=tuple(map(str, data["constants"])),
-    )
-
-
-def _spec(data: list[Any]) -> TensorSpec:
-    name, dtype, axes = data
-    return TensorSpec(str(name), str(dtype), tuple(axes))
-
-
-def _three(data: list[int]) -> tuple[int, int, int]:
-    least, best, most = data
-    return int(least), int(best), int(most)
 
 
 def _label(library: Mapping[str, str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.expert_stand_in import ExpertStandIn
 from tests.helpers.stand_ins import GPUS, stand_in_bundle
 from tests.helpers.tensorrt_stand_in import TensorRTStandIn
 from twotower.bundle import Bundle
@@ -30,17 +31,22 @@ class StandIn:
     towers: Towers
     cuda: CudaStandIn
     trt: TensorRTStandIn
+    experts: ExpertStandIn
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
-    """A bundle of a fixture or checkpoint with stand-in engines; `pieces` > 1 cuts each tower into about so many."""
-    made: dict[tuple[str, int, str], Bundle] = {}
+    """A bundle of a fixture or checkpoint with stand-in engines; `pieces` > 1 cuts each tower into about so many.
 
-    def build(folder: str | Path = "hybrid-a", pieces: int = 1, *, dtype: str = "float32") -> Bundle:
-        key = (str(folder), pieces, dtype)
+    With `experts="kernels"` it is cut at every layer of experts.
+    """
+    made: dict[tuple[str, int, str, str], Bundle] = {}
+
+    def build(folder: str | Path = "hybrid-a", pieces: int = 1, *, dtype: str = "float32", experts: str = "dense") -> Bundle:
+        key = (str(folder), pieces, dtype, experts)
         if key not in made:
-            made[key] = stand_in_bundle(folder, tmp_path_factory.mktemp("stand-in") / "bundle", pieces, dtype=dtype)
+            target = tmp_path_factory.mktemp("stand-in") / "bundle"
+            made[key] = stand_in_bundle(folder, target, pieces, dtype=dtype, experts=experts)
         return made[key]
 
     return build
@@ -54,11 +60,14 @@ def opened() -> Callable[..., Any]:
     def open_(bundle: Bundle, *, devices: tuple[int, ...] = (0,), graphs: bool = True, seed: int | None = None) -> Iterator[StandIn]:
         api = CudaStandIn(devices=4, seed=seed)
         trt = TensorRTStandIn(api)
-        towers = open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), TensorRTOptions(devices=devices, graphs=graphs, gpus=GPUS))
+        experts = ExpertStandIn(api)
+        options = TensorRTOptions(devices=devices, graphs=graphs, gpus=GPUS, experts=experts.open)
+        towers = open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), options)
         tokenizer = Tokenizer.from_file(bundle.tokenizer_file) if bundle.tokenizer_file else None
         with TwoTower.from_towers(towers, tokenizer=tokenizer, trained_block_size=bundle.trained_block_size) as model:
-            yield StandIn(model, towers, api, trt)
+            yield StandIn(model, towers, api, trt, experts)
         assert not api.leaked
+        assert not experts.bound
         assert not trt.faults
 
     return open_

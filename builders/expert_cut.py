@@ -1,0 +1,207 @@
+"""A tower's graph cut where its experts are: programs that end with the routing, and the experts between them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import onnx
+
+from twotower.builders.segment import (
+    Segment,
+    conditioning_of,
+    extracted,
+    outputs_of,
+    stream_axes,
+    stream_before,
+)
+from twotower.bundle import ExpertsStep
+from twotower.config import LayerKind, ModelConfig
+from twotower.config.formats import FORMATS
+from twotower.errors import BuildError
+from twotower.graph_files import weight_refs
+from twotower.spec import (
+    DENOISER,
+    EXPERTS_IN,
+    EXPERTS_OUT,
+    RESIDUAL_IN,
+    RESIDUAL_OUT,
+    SHARES,
+    TensorSpec,
+    TowerSignature,
+)
+
+__all__ = ["ExpertCut", "common_form"]
+
+_NUMBERED = re.compile(r"\b(layers|scale_shift_tables|past_key_values|past_conv|past_ssm|present|present_conv|present_ssm)\.(\d+)")
+_ROLES = {
+    "experts.up_proj.weight": "up",
+    "experts.down_proj.weight": "down",
+    "shared_experts.up_proj.weight": "shared_up",
+    "shared_experts.down_proj.weight": "shared_down",
+}
+_PARTS = {"": "", ".scale": "_scale", ".global_scale": "_global_scale"}
+
+
+class ExpertCut:
+    """One tower, cut.
+
+    Program k ends with the routing of the k-th layer of experts, its experts follow, and program k + 1 begins with adding
+    what they give to the residual stream, the shared expert included. Handed over beside that are the residual stream and, in
+    the denoiser, its conditioning.
+
+    Args:
+        model: The whole graph with its constant axes fixed and its weights outside; it is not changed.
+        signature: Its inputs and outputs.
+        config: The model.
+        dtype: Element type of the residual stream.
+
+    Raises:
+        BuildError: the graph was exported without the names this cut goes by, or no kernel computes its experts.
+    """
+
+    def __init__(self, model: onnx.ModelProto, signature: TowerSignature, config: ModelConfig, *, dtype: str) -> None:
+        self._model, self._signature, self._config, self._dtype = model, signature, config, dtype
+        self._moe = config.indices(LayerKind.MOE)
+        self._axes = stream_axes(model, signature)
+        self._require_marks()
+        self._require_plain_inputs()
+
+    @property
+    def programs(self) -> int:
+        """How many programs there are: one more than layers of experts."""
+        return len(self._moe) + 1
+
+    def program(self, number: int) -> Segment:
+        """The k-th program, under its own tower's names; `common_form` gives those that equal programs share."""
+        nodes = list(self._model.graph.node)
+        before = self._moe[number - 1] if number else None
+        after = self._moe[number] if number < len(self._moe) else None
+        layers = (0 if before is None else before + 1, len(self._config.layers) if after is None else after)
+        given: dict[str, TensorSpec] = {}
+        wanted: dict[str, TensorSpec] = {}
+        if before is not None:
+            given[stream_before(nodes, before)] = self._stream(RESIDUAL_IN)
+            given[_mark(before, EXPERTS_OUT)] = self._stream(EXPERTS_OUT)
+        if after is not None:
+            wanted[stream_before(nodes, after)] = self._stream(RESIDUAL_OUT)
+            wanted[_mark(after, EXPERTS_IN)] = self._stream(EXPERTS_IN)
+            wanted[_mark(after, SHARES)] = TensorSpec(SHARES, "float32", (self._config.n_routed_experts, "N"))
+        if self._signature.name == DENOISER and self._moe:
+            (given if number else wanted).update(conditioning_of(self._model, self._dtype))
+        wanted |= outputs_of(self._model, self._signature, layers)
+        return extracted(self._model, self._signature, layers, given=given, wanted=wanted)
+
+    def experts(self, number: int) -> ExpertsStep:
+        """What runs after the k-th program."""
+        layer, config = self._moe[number], self._config
+        weights = self._weights(layer)
+        return ExpertsStep(
+            layer=layer,
+            hidden=config.hidden_size,
+            width=config.moe_intermediate_size,
+            experts=config.n_routed_experts,
+            top=config.num_experts_per_tok,
+            shared_intermediate=config.shared_intermediate,
+            dtype=self._dtype,
+            formats={matrix: found for matrix in _ROLES.values() if (found := _format(weights, matrix))},
+            weights=weights,
+        )
+
+    def _stream(self, name: str) -> TensorSpec:
+        return TensorSpec(name, self._dtype, self._axes)
+
+    def _weights(self, layer: int) -> Mapping[str, TensorSpec]:
+        """The weights the kernels read, by role."""
+        out: dict[str, TensorSpec] = {}
+        for name, ref in weight_refs(self._model).items():
+            _, found, rest = name.partition(f".layers.{layer}.mixer.")
+            role = next((f"{_ROLES[stem]}{_PARTS[part]}" for stem in _ROLES for part in _PARTS if rest == stem + part), None)
+            if found and role:
+                out[role] = TensorSpec(name, ref.dtype, ref.shape)
+        return out
+
+    def _require_marks(self) -> None:
+        values = {name for node in self._model.graph.node for name in node.output}
+        names = (EXPERTS_IN, SHARES, EXPERTS_OUT)
+        missing = [name for i in self._moe for name in (_mark(i, n) for n in names) if name not in values]
+        if missing:
+            raise BuildError(
+                f"the graph {self._signature.name} cannot be cut at its experts",
+                found=f"it was exported by an earlier version, which did not name {missing[0]}",
+                do="export the checkpoint again, or build with --experts dense",
+            )
+
+    def _require_plain_inputs(self) -> None:
+        scopes = tuple(f"layers.{i}.moe/" for i in self._moe)
+        if any(n.op_type == "QuantizeLinear" and n.name.startswith(scopes) for n in self._model.graph.node):
+            raise BuildError(
+                f"no kernel computes the experts of the graph {self._signature.name}",
+                found="their inputs are rounded to 8 bits too; kernels read weights in few bits and inputs as they are",
+                do="build with --experts dense, or quantize with a recipe that leaves the inputs of experts alone",
+            )
+
+
+def common_form(model: onnx.ModelProto, first: int) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """A program under names that do not tell where in the tower it is: equal programs are then equal to the byte.
+
+    Layers are counted from the program's first one, values and constants in the order of use, and what layers share comes first.
+
+    Args:
+        model: A program whose weights are where they will be.
+        first: The layer to count from.
+
+    Returns:
+        The program, and its own name of every input and output that has another in the tower.
+    """
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    graph = out.graph
+    outside = [value.name for value in (*graph.input, *graph.output)]
+    named = {t.name for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
+    names = {name: _NUMBERED.sub(lambda m: f"{m[1]}.{int(m[2]) - first}", name) for name in (*outside, *named)}
+    nodes = _shared_first(graph.node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for node in graph.node:
+        node.name = _NUMBERED.sub(lambda m: f"{m[1]}.{int(m[2]) - first}", node.name)
+        for name in (*node.input, *node.output):
+            if name:
+                names.setdefault(name, f"t{len(names)}")
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        value.name = names[value.name]
+    constants = sorted(graph.initializer, key=lambda t: t.name)
+    del graph.initializer[:]
+    graph.initializer.extend(constants)
+    graph.name = "program"
+    return out, {name: names[name] for name in outside if names[name] != name}
+
+
+def _shared_first(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The nodes with those that serve several layers before all layers: they lie at the first layer of the tower that needs them."""
+    first: list[onnx.NodeProto] = []
+    rest: list[onnx.NodeProto] = []
+    late: set[str] = set()
+    for node in nodes:
+        if node.name.startswith("layers.") or not late.isdisjoint(node.input):
+            rest.append(node)
+            late.update(node.output)
+        else:
+            first.append(node)
+    return [*first, *rest]
+
+
+def _mark(layer: int, name: str) -> str:
+    return f"layers.{layer}.moe/{name}"
+
+
+def _format(weights: Mapping[str, TensorSpec], matrix: str) -> tuple[str, int] | None:
+    """Name of the format a matrix is stored in, and weights of a row that share a scale, 0 for all; None of a float one."""
+    values, scale = weights.get(matrix), weights.get(f"{matrix}_scale")
+    if values is None or scale is None:
+        return None
+    stacks_or_groups = len(scale.axes) == len(values.axes) and scale.axes[-1] != 1
+    group = int(values.axes[-1]) // int(scale.axes[-1]) if stacks_or_groups else 0
+    return next(name for name, how in FORMATS.items() if how.dtype == values.dtype), group

@@ -1,0 +1,81 @@
+"""Where the steps of a tower hand over: one set of buffers a device, each written by one step and read by a later one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from twotower.bundle import EngineFile
+from twotower.runtime.memory import numpy_dtype
+from twotower.spec import (
+    CONDITIONING,
+    EXPERTS_IN,
+    EXPERTS_OUT,
+    RESIDUAL_IN,
+    RESIDUAL_OUT,
+    SHARES,
+)
+
+__all__ = ["HANDED", "Handover", "buffer_sizes", "handed_bytes"]
+
+_HALVES: Mapping[str, int] = {RESIDUAL_IN: 0, RESIDUAL_OUT: 1}
+"""The residual stream has two buffers that take turns, because a program reads it while it writes the next: whether a program
+finds it in its own half or in that of the program after it."""
+
+_SINGLE = (CONDITIONING, EXPERTS_IN, SHARES, EXPERTS_OUT)
+HANDED = (*_HALVES, *_SINGLE)
+"""Everything that is handed over, by its names."""
+
+_TAKEN = (RESIDUAL_IN, CONDITIONING, EXPERTS_OUT)
+"""What a program takes over from those before it, when it is on another device than they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """The buffers on one device.
+
+    Attributes:
+        addresses: Of each buffer, or of both its halves.
+    """
+
+    addresses: Mapping[str, tuple[int, ...]]
+
+    def address(self, name: str, program: int) -> int:
+        """Where a program finds a tensor; `program` is its number in its tower.
+
+        The experts after a program find theirs where the program does, and what they write where the next one reads it.
+        """
+        if name in _HALVES:
+            return self.addresses[RESIDUAL_IN][(program + _HALVES[name]) % 2]
+        return self.addresses[name][0]
+
+
+def buffer_sizes(programs: Iterable[EngineFile], sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """The buffers that the programs of a tower need: of each how many and of how many bytes; none for a graph in one piece.
+
+    Args:
+        programs: In the order they run.
+        sizes: The greatest of every dynamic axis.
+    """
+    out: dict[str, tuple[int, int]] = {}
+    for part in programs:
+        known = _with_tokens(part, sizes)
+        for spec in (*part.inputs, *part.outputs):
+            if spec.name in HANDED:
+                buffer, count = (RESIDUAL_IN, 2) if spec.name in _HALVES else (spec.name, 1)
+                nbytes = prod(spec.shape(known)) * numpy_dtype(spec.dtype).itemsize
+                out[buffer] = (count, max(nbytes, out.get(buffer, (0, 0))[1]))
+    return out
+
+
+def handed_bytes(part: EngineFile, sizes: Mapping[str, int]) -> dict[str, int]:
+    """What a program takes over from those before it, in bytes by name."""
+    specs = [spec for spec in part.inputs if spec.name in _TAKEN]
+    return {spec.name: prod(spec.shape(sizes)) * numpy_dtype(spec.dtype).itemsize for spec in specs}
+
+
+def _with_tokens(part: EngineFile, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes with N, the number of tokens, of a program that ends where experts begin."""
+    experts = next((spec for spec in part.outputs if spec.name == EXPERTS_IN), None)
+    return dict(sizes) if experts is None else {**sizes, "N": prod(experts.shape(sizes)[:-1])}
