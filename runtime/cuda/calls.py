@@ -10,6 +10,7 @@ from typing import Any
 from twotower.errors import DeviceError, EngineMismatchError
 from twotower.processors import usable_cores
 from twotower.runtime.cleanup import Cleanup
+from twotower.runtime.cuda.driver import KernelDriver
 
 __all__ = ["Cuda", "CudaError"]
 
@@ -48,13 +49,15 @@ class Cuda:
 
     Args:
         api: `cuda.bindings.runtime`, or something with the same functions: each returns a tuple that starts with an error code.
+        driver: `cuda.bindings.driver` likewise, for kernels of our own; None where `api` has its functions too.
         cores: Processor cores there are to use. With few of them whoever waits for an event sleeps:
             spinning takes a core away from the rest of the program for all of a pass. With more it
             spins, which notices the event sooner.
     """
 
-    def __init__(self, api: Any, *, cores: int | None = None) -> None:
+    def __init__(self, api: Any, *, driver: Any = None, cores: int | None = None) -> None:
         self._api = api
+        self.kernels = KernelDriver(api if driver is None else driver)
         few = (usable_cores() if cores is None else cores) <= _FEW_CORES
         self._event_flags = _NO_TIMING | (_BLOCKING if few else 0)
         self._first: CudaError | None = None  # the sticky error, as it was seen first
@@ -103,6 +106,13 @@ class Cuda:
     def use(self, device: int) -> None:
         """Makes a device current for the calling thread."""
         self._call("cudaSetDevice", device)
+
+    def compute_capability(self, device: int) -> int:
+        """Of a device, for example 90."""
+        names = self._api.cudaDeviceAttr
+        major = self._call("cudaDeviceGetAttribute", names.cudaDevAttrComputeCapabilityMajor, device)
+        minor = self._call("cudaDeviceGetAttribute", names.cudaDevAttrComputeCapabilityMinor, device)
+        return 10 * int(major) + int(minor)
 
     def free_memory(self) -> tuple[int, int]:
         """Free and all bytes of the current device."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cuda.bindings import runtime as cudart
+from cuda.bindings import driver, runtime
 
 from twotower.runtime.cuda.calls import Cuda
 
@@ -11,4 +11,4 @@ __all__ = ["load_cuda"]
 
 def load_cuda() -> Cuda:
     """The CUDA calls; importing them needs no driver, the first call does."""
-    return Cuda(cudart)
+    return Cuda(runtime, driver=driver)

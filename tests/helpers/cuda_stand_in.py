@@ -1,7 +1,7 @@
-"""A CUDA without a GPU: the functions of `cuda.bindings.runtime` over host memory. Streams work as late as they may.
+"""A CUDA without a GPU: the functions of `cuda.bindings.runtime`, and of its `driver` for kernels, over host memory.
 
-Whoever forgets to wait sees old numbers: nothing enqueued has run until something waits for it, and then only
-what it had to wait for has. With a seed, work also runs in between, in a random order. Memory freed twice, work
+Streams work as late as they may. Whoever forgets to wait sees old numbers: nothing enqueued has run until something
+waits for it, and then only what it had to wait for has. With a seed, work also runs in between, in a random order. Memory freed twice, work
 beyond the end of an allocation or on a stream of another device and an event recorded on another device are
 errors at once.
 
@@ -23,6 +23,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
+from tests.helpers.kernel_stand_in import KernelStandIn
 
 __all__ = ["STICKY", "CudaRefusedError", "CudaStandIn"]
 
@@ -70,13 +72,14 @@ class _Mode(IntEnum):
     GLOBAL, THREAD_LOCAL, RELAXED = range(3)
 
 
-class CudaStandIn:
+class CudaStandIn(KernelStandIn):
     """The stand-in.
 
     Args:
         devices: GPUs.
         memory: Bytes of each.
         seed: None runs work as late as it may; a number also runs some of it in between, in an order drawn from it.
+        sm: Compute capability of each.
 
     Attributes:
         calls: Every call by name, in order.
@@ -89,7 +92,8 @@ class CudaStandIn:
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyDefault=4)
     cudaStreamCaptureMode = _Mode
 
-    def __init__(self, *, devices: int = 1, memory: int = 1 << 34, seed: int | None = None) -> None:
+    def __init__(self, *, devices: int = 1, memory: int = 1 << 34, seed: int | None = None, sm: int = 90) -> None:
+        super().__init__(sm=sm)
         self.calls: list[str] = []
         self.counts: Counter[str] = Counter()
         self.fail: dict[str, tuple[int, int]] = {}
