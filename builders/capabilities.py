@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from twotower.builders.base import BuildConfig
+from twotower.builders.base import KERNELS, BuildConfig
 from twotower.bundle import Bundle
+from twotower.config.formats import WeightFormat
+from twotower.config.tensors import Role
 from twotower.errors import BuildError
 from twotower.flavour import Flavour
 from twotower.hardware import Machine
@@ -57,11 +59,12 @@ def chosen_capabilities(
     present = tuple(dict.fromkeys(gpu.sm for gpu in machine.gpus))
     if not flavour.sms:
         return Capabilities(_at_hand(flavour, config, present))
-    first = max((f.first_sm for f in bundle.formats), default=0)
+    formats = _formats_of_programs(bundle, config)
+    first = max((f.first_sm for f in formats), default=0)
     if machine.rtx_any_sm and not config.sms:
         current = machine.rtx_any_sm == "current"
         sms = _at_hand(flavour, config, present) if current else ()
-        _require_formats(bundle, sms, first)
+        _require_formats(bundle, sms, formats)
         return Capabilities(sms, current=current)
     listed = tuple(sm for sm in sorted(present) if sm in flavour.sms)
     usual = tuple(sm for sm in DEFAULT_SMS if sm >= first)
@@ -73,7 +76,7 @@ def chosen_capabilities(
             found=f"supported: {', '.join(map(str, flavour.sms))}",
             do=_OTHER,
         )
-    _require_formats(bundle, chosen, first)
+    _require_formats(bundle, chosen, formats)
     _require_products(bundle, chosen, flavour)
     return Capabilities(chosen, named=chosen)
 
@@ -89,12 +92,21 @@ def _at_hand(flavour: Flavour, config: BuildConfig, present: tuple[int, ...]) ->
     return present[:1]
 
 
-def _require_formats(bundle: Bundle, sms: tuple[int, ...], first: int) -> None:
-    old = [sm for sm in sms if sm < first]
+def _formats_of_programs(bundle: Bundle, config: BuildConfig) -> tuple[WeightFormat, ...]:
+    """The few-bit formats the library has to multiply: kernels read those of experts on any hardware."""
+    if config.experts != KERNELS:
+        return bundle.formats
+    kinds = (bundle.quantization or {}).get("recipe", {}).get("weights", {})
+    names = {name for kind, name in kinds.items() if kind not in (Role.ROUTED_EXPERT.value, Role.SHARED_EXPERT.value)}
+    return tuple(f for f in bundle.formats if f.name in names)
+
+
+def _require_formats(bundle: Bundle, sms: tuple[int, ...], formats: tuple[WeightFormat, ...]) -> None:
+    old = [sm for sm in sms if sm < max((f.first_sm for f in formats), default=0)]
     if old:
         raise BuildError(
             f"SM {old[0]} has no hardware for the formats of '{bundle.path}'",
-            found=", ".join(f"{f.name} from SM {f.first_sm}" for f in bundle.formats),
+            found=", ".join(f"{f.name} from SM {f.first_sm}" for f in formats),
             do=_FORMATS,
         )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import onnx
 
@@ -20,6 +23,8 @@ from twotower.config import LayerKind, ModelConfig
 from twotower.config.formats import FORMATS
 from twotower.errors import BuildError
 from twotower.graph_files import weight_refs
+from twotower.kernels import ExpertShape
+from twotower.kernels.steps import shape_of
 from twotower.spec import (
     DENOISER,
     EXPERTS_IN,
@@ -48,7 +53,7 @@ class ExpertCut:
 
     Program k ends with the routing of the k-th layer of experts, its experts follow, and program k + 1 begins with adding
     what they give to the residual stream, the shared expert included. Handed over beside that are the residual stream and, in
-    the denoiser, its conditioning.
+    the denoiser, its conditioning. Where a recipe rounds the experts' inputs too, kernels read them as they are.
 
     Args:
         model: The whole graph with its constant axes fixed and its weights outside; it is not changed.
@@ -57,7 +62,7 @@ class ExpertCut:
         dtype: Element type of the residual stream.
 
     Raises:
-        BuildError: the graph was exported without the names this cut goes by, or no kernel computes its experts.
+        BuildError: the graph was exported without the names this cut goes by.
     """
 
     def __init__(self, model: onnx.ModelProto, signature: TowerSignature, config: ModelConfig, *, dtype: str) -> None:
@@ -65,7 +70,6 @@ class ExpertCut:
         self._moe = config.indices(LayerKind.MOE)
         self._axes = stream_axes(model, signature)
         self._require_marks()
-        self._require_plain_inputs()
 
     @property
     def programs(self) -> int:
@@ -96,7 +100,7 @@ class ExpertCut:
         """What runs after the k-th program."""
         layer, config = self._moe[number], self._config
         weights = self._weights(layer)
-        return ExpertsStep(
+        step = ExpertsStep(
             layer=layer,
             hidden=config.hidden_size,
             width=config.moe_intermediate_size,
@@ -105,8 +109,10 @@ class ExpertCut:
             shared_intermediate=config.shared_intermediate,
             dtype=self._dtype,
             formats={matrix: found for matrix in _ROLES.values() if (found := _format(weights, matrix))},
+            code="",
             weights=weights,
         )
+        return replace(step, code=_code_name(shape_of(step)))
 
     def _stream(self, name: str) -> TensorSpec:
         return TensorSpec(name, self._dtype, self._axes)
@@ -130,15 +136,6 @@ class ExpertCut:
                 f"the graph {self._signature.name} cannot be cut at its experts",
                 found=f"it was exported by an earlier version, which did not name {missing[0]}",
                 do="export the checkpoint again, or build with --experts dense",
-            )
-
-    def _require_plain_inputs(self) -> None:
-        scopes = tuple(f"layers.{i}.moe/" for i in self._moe)
-        if any(n.op_type == "QuantizeLinear" and n.name.startswith(scopes) for n in self._model.graph.node):
-            raise BuildError(
-                f"no kernel computes the experts of the graph {self._signature.name}",
-                found="their inputs are rounded to 8 bits too; kernels read weights in few bits and inputs as they are",
-                do="build with --experts dense, or quantize with a recipe that leaves the inputs of experts alone",
             )
 
 
@@ -195,6 +192,11 @@ def _shared_first(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
 
 def _mark(layer: int, name: str) -> str:
     return f"layers.{layer}.moe/{name}"
+
+
+def _code_name(shape: ExpertShape) -> str:
+    """The folder of a shape's kernels: layers and towers of one shape have the same."""
+    return f"experts-{hashlib.sha256(json.dumps(shape.to_json(), sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 def _format(weights: Mapping[str, TensorSpec], matrix: str) -> tuple[str, int] | None:

@@ -18,6 +18,7 @@ from twotower.builders.cache_store import open_cache
 from twotower.builders.capabilities import Capabilities, chosen_capabilities
 from twotower.builders.engine_plan import EnginePlan, plan_key
 from twotower.builders.expanded import expands_experts, require_fused
+from twotower.builders.expert_code import Compile, compile_code, kernel_source, require_kernels
 from twotower.builders.expert_cut import common_form
 from twotower.builders.float32_sums import sum_float32_products
 from twotower.builders.make_engine import EngineMaker
@@ -30,6 +31,8 @@ from twotower.errors import BuildError
 from twotower.flavour import Flavour
 from twotower.graph_lint import require_clean
 from twotower.hardware import probe_machine, untried
+from twotower.kernels.compile import compile_kernels
+from twotower.spec import MAX_CHUNK
 
 __all__ = ["TensorRTBuilder"]
 
@@ -41,10 +44,11 @@ class TensorRTBuilder:
 
     Args:
         flavour: The library.
+        compiler: What compiles the kernels of experts.
     """
 
-    def __init__(self, flavour: Flavour) -> None:
-        self.flavour = flavour
+    def __init__(self, flavour: Flavour, compiler: Compile = compile_kernels) -> None:
+        self.flavour, self._compiler = flavour, compiler
 
     def library(self) -> dict[str, str]:
         return self.flavour.library
@@ -59,6 +63,8 @@ class TensorRTBuilder:
         wanted = [(plan.engine.file, plan.engine.layers, set(plan.engine.constants)) for plan in plans]
         experts = [step for steps in record.experts.values() for step in steps]
         if made != wanted or experts != [plan.experts for plan in plans if plan.experts is not None]:
+            return False
+        if any(about.get("source") != kernel_source() for about in record.report.get("experts", {}).values()):
             return False
         return not self.flavour.sms or _same_keys(record, plans)
 
@@ -83,6 +89,9 @@ class TensorRTBuilder:
                 + ("in the cache" if cached else f"about {_gigabytes(plan.build_memory)} of memory to build")
                 + f"; profiles {shapes}"
             )
+        if experts := sum(plan.experts is not None for plan in plans):
+            sms = ", ".join(map(str, self._kernel_sms(bundle, config)))
+            lines.append(f"{'experts':<22}{experts} layers of experts between programs; kernels for SM {sms}")
         return lines
 
     def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
@@ -111,6 +120,15 @@ class TensorRTBuilder:
             available=machine.available,
             bound=config.max_build_memory,
         )
+        experts = [plan.experts for plan in plans if plan.experts is not None]
+        code, about_code = compile_code(
+            experts,
+            self._kernel_sms(bundle, config),
+            folder,
+            max_tokens=limits.max_batch * MAX_CHUNK,
+            compiler=self._compiler,
+            report=report,
+        )
         for plan in _distinct(plans):
             files[plan.engine.file], made = maker.make(plan)
             if not config.allow_expanded:
@@ -126,8 +144,8 @@ class TensorRTBuilder:
             graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
             weights={name: GRAPH_FILES[name] + DATA_SUFFIX for name in GRAPH_FILES},
             holds={name: bundle.data_identity(name) for name in GRAPH_FILES if any(p.engine.constants for p in plans if p.graph == name)},
-            files=files,
-            report={"seconds": round(time.perf_counter() - started, 2), "engines": facts},
+            files=files | code,
+            report={"seconds": round(time.perf_counter() - started, 2), "engines": facts, "experts": about_code},
             limits=limits,
             steps=steps,
         )
@@ -137,7 +155,10 @@ class TensorRTBuilder:
         limits, chosen = self._limits(bundle, config), self._capabilities(bundle, config)
         gpu = self._gpu() if chosen.current or not self.flavour.sms else None
         files: dict[str, dict[str, str]] = {name: {} for name in GRAPH_FILES}
+        sms = self._kernel_sms(bundle, config)
         for piece in pieces_of(bundle, config, {"T": limits.capacity, "S": bundle.trained_block_size}):
+            if piece.experts is not None:
+                require_kernels(piece.experts, sms, max_tokens=limits.max_batch * MAX_CHUNK)
             made = piece.segment
             if chosen.half_only:
                 sum_float32_products(made.model)
@@ -185,6 +206,22 @@ class TensorRTBuilder:
         """The GPU a library that builds for the one at hand builds for: the driver's first."""
         machine = probe_machine()
         return next((GpuIdentity(name=gpu.name, sm=gpu.sm, driver=machine.driver) for gpu in machine.gpus), None)
+
+    def _kernel_sms(self, bundle: Bundle, config: BuildConfig) -> tuple[int, ...]:
+        """The compute capabilities kernels of experts are compiled for: those of the engines, or that of the GPU at hand.
+
+        Raises:
+            BuildError: there is no telling which.
+        """
+        gpu = self._gpu()
+        sms = self._sms(bundle, config) or ((gpu.sm,) if gpu else ())
+        if config.experts == KERNELS and not sms:
+            raise BuildError(
+                "nobody knows which GPU to compile the kernels of experts for",
+                found="no --sm was given, and there is no NVIDIA GPU here",
+                do="name compute capabilities with --sm, or build with --experts dense",
+            )
+        return sms
 
     def _limits(self, bundle: Bundle, config: BuildConfig) -> EngineLimits:
         longest = bundle.config.max_position_embeddings

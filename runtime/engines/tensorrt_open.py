@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from twotower.bundle import Bundle, EngineFile, EngineRecord, ExpertsStep, Progress, engine_folder, read_engine_record
+from twotower.bundle import Bundle, EngineFile, EngineRecord, ExpertsStep, Progress, Step, engine_folder, read_engine_record
 from twotower.config.weights import WeightRef
 from twotower.errors import EngineMismatchError
 from twotower.flavour import Flavour
@@ -22,6 +22,7 @@ from twotower.runtime.engines.copies import StateCopies
 from twotower.runtime.engines.devices import chosen_devices, require_room
 from twotower.runtime.engines.experts import ExpertRuntime
 from twotower.runtime.engines.handover import Handover, buffer_sizes
+from twotower.runtime.engines.kernel_experts import KernelExperts
 from twotower.runtime.engines.tensorrt_engine import EngineRoom, TensorRTEngine
 from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
 from twotower.runtime.engines.towers import Towers
@@ -37,7 +38,8 @@ __all__ = ["TensorRTOptions", "open_tensorrt"]
 logger = logging.getLogger(__name__)
 
 
-OpenExperts = Callable[[Path, Cuda, Sequence[int]], ExpertRuntime]
+OpenExperts = Callable[[Path, Cuda, Sequence[tuple[str, int]]], ExpertRuntime]
+"""Given the target's folder, the calls, and which code of experts goes to which device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,7 @@ class TensorRTOptions:
         any_sm: `TWOTOWER_RTX_ANY_SM`: engines are opened on GPUs they hold no code for.
         progress: Called with (bytes hashed, bytes to hash) while engine files are checked.
         loading: Called with (bytes loaded, bytes to load) while weights go to a device.
-        experts: Opens what computes experts, for engines that leave them to kernels: the target's folder, the calls, the devices.
+        experts: Opens what computes experts between programs.
     """
 
     devices: tuple[int, ...] = ()
@@ -60,7 +62,7 @@ class TensorRTOptions:
     any_sm: str = ""
     progress: Progress | None = None
     loading: Progress | None = None
-    experts: OpenExperts | None = None
+    experts: OpenExperts = KernelExperts
 
 
 def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: TensorRTOptions) -> Towers:
@@ -75,7 +77,6 @@ def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: TensorR
     _check_sms(record, [options.gpus[d] for d in devices if d < len(options.gpus)], bundle, any_sm=options.any_sm)
     tables = {name: bundle.weights(name) for name in record.engines}
     check_weights(record, tables, bundle)
-    _require_experts(record, bundle, options)
     sizes = {name: _sizes(record, name, tables[name]) for name in record.engines}
     placed = place_engines(sizes, devices)
     require_room(cuda, _needed(bundle, record, sizes, placed), target=flavour.target)
@@ -116,10 +117,11 @@ def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[
     rows = row_counts(limits.max_batch)
     room = EngineRoom(cuda, loader, memory, with_.weights, with_.options.graphs, rows=rows)
     folder = engine_folder(bundle, record.target)
-    if with_.options.experts is not None and any(record.experts.values()):
-        room.experts = with_.options.experts(folder, cuda, with_.devices)
-        with_.undo.callback(room.experts.close)
-    owned = (*(() if room.experts is None else (room.experts.close,)), with_.weights.close)
+    code = [place for name in record.steps for place in _code_places(record.steps[name], placed[name])]
+    room.experts = with_.options.experts(folder, cuda, code) if code else None
+    experts = () if room.experts is None else (room.experts.close,)
+    for close in experts:
+        with_.undo.callback(close)
     steps = {name: _loaded(record, name, placed[name], loader=loader, folder=folder, cuda=cuda) for name in record.steps}
     _furnish(room, steps, {"B": limits.max_batch, "L": MAX_CHUNK})
     fixed = {"T": limits.capacity, "S": bundle.trained_block_size}
@@ -148,18 +150,19 @@ def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[
         compiles=with_.flavour.runtime_cache,
         keep=room.keep_kernels,
         fixed_block=bundle.trained_block_size,
-        owned=owned,
+        owned=(*experts, with_.weights.close),
     )
 
 
-def _require_experts(record: EngineRecord, bundle: Bundle, options: TensorRTOptions) -> None:
-    """Refuses programs that leave their experts to kernels where nothing launches these."""
-    if options.experts is None and any(record.experts.values()):
-        raise EngineMismatchError(
-            f"nothing here computes the experts of the {record.target} engines of '{bundle.path}'",
-            found="they were built with --experts kernels",
-            do=f"run `twotower build {bundle.path} --target {record.target}`",
-        )
+def _code_places(steps: Sequence[Step], devices: Sequence[int]) -> list[tuple[str, int]]:
+    """The code of experts that each device runs: experts are where the program before them is."""
+    out, places, device = [], iter(devices), -1
+    for step in steps:
+        if isinstance(step, ExpertsStep):
+            out.append((step.code, device))
+        else:
+            device = next(places)
+    return out
 
 
 def _sizes(record: EngineRecord, name: str, table: Mapping[str, WeightRef]) -> list[int]:

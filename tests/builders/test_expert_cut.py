@@ -12,7 +12,7 @@ import pytest
 from tests.builders.test_segment import SIZES, feed, run
 from tests.helpers.bundles import export_fixture
 from tests.helpers.errors import check_error
-from tests.helpers.expert_stand_in import experts_by_hand
+from tests.helpers.experts_by_hand import experts_by_hand
 from twotower.builders import BuildConfig
 from twotower.builders.expert_cut import ExpertCut, common_form
 from twotower.builders.segment import fix_axes
@@ -143,15 +143,6 @@ def test_a_graph_of_an_earlier_export_is_refused(bundle: Bundle) -> None:
     with pytest.raises(BuildError) as error:
         ExpertCut(model, bundle.signatures[CONTEXT], bundle.config, dtype="float32")
     check_error(str(error.value), "cannot be cut at its experts")
-
-
-def test_rounded_inputs_of_experts_are_refused(bundle: Bundle) -> None:
-    model = load_graph(bundle.graph_file(CONTEXT))
-    node = next(n for n in model.graph.node if ".moe/" in n.name)
-    node.op_type = "QuantizeLinear"
-    with pytest.raises(BuildError) as error:
-        ExpertCut(model, bundle.signatures[CONTEXT], bundle.config, dtype="float32")
-    check_error(str(error.value), "no kernel computes the experts")
 
 
 @pytest.mark.parametrize("options", [{"experts": "sparse"}, {"experts": "kernels", "segments": 2}])

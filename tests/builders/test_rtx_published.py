@@ -7,13 +7,18 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.tensorrt_stand_in import stand_in_kernels
 from twotower.builders import BuildConfig, build_engines, builder_for
+from twotower.builders.tensorrt_builder import TensorRTBuilder
 from twotower.bundle import EngineRecord
+from twotower.cli.step_table import launch_facts
 from twotower.config.model import ModelConfig, parse_model_config
 from twotower.export import ExportConfig, export_programs
 from twotower.export.synthetic import PUBLISHED_CONFIG, published_slice
+from twotower.flavour import flavour_from_module
 from twotower.planning import PlanOptions, plan_bundle
 
+tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 pytestmark = [pytest.mark.trt_rtx, pytest.mark.slow]
 
 SLICE = parse_model_config(published_slice("ME*ME*"), "two published layers of every kind")
@@ -64,3 +69,31 @@ def test_activations_take_what_is_planned(record: EngineRecord) -> None:
             off[name] = (program["scratch"], said)
     assert off == {}
     assert all(planned[graph].nbytes == max(planned[graph].profiles.values()) for graph in planned)
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> EngineRecord:
+    """The whole published towers as programs with experts between them; kernels are compiled by `make kernels`."""
+    folder = tmp_path_factory.mktemp("cut")
+    bundle = export_programs(PUBLISHED, folder / "bundle", ExportConfig(dtype="bfloat16"), name="published")
+    builder = TensorRTBuilder(flavour_from_module(tensorrt_rtx), stand_in_kernels)
+    return build_engines(bundle, "rtx", builder, config=BuildConfig(sms=(89,), experts="kernels"))
+
+
+def test_programs_with_experts_between_launch_no_more_than_they_may(cut: EngineRecord) -> None:
+    told = launch_facts(cut)
+    most = {name: passes["kernels"] + passes["experts"][-1] for graph in told.values() for name, passes in graph.items()}
+    assert most["denoise"] <= 610
+    assert most["decode"] <= 610
+    assert most["block"] <= 640
+    assert {graph: len({part.file for part in cut.engines[graph]}) for graph in told} == {"context": 4, "denoiser": 4}
+    assert {graph: len(cut.engines[graph]) for graph in told} == {"context": 24, "denoiser": 24}
+    assert sum(file.size for file in cut.files.values()) < 50e6
+
+
+def test_a_boundary_costs_no_launch_of_its_own(cut: EngineRecord) -> None:
+    """What experts gave is added where the next layer is normed, and the stream is handed over by the kernel that adds to it."""
+    (program,) = cut.report["engines"][cut.engines["denoiser"][1].file]["inspector"]["programs"]
+    assert {kind: counts["kernels"] for kind, counts in program["by_kind"].items()} == {"mamba": 9, "moe": 5}
+    told = {key: program[key] for key in ("streams", "events", "signals", "waits", "capturable", "expanded")}
+    assert told == {"streams": 1, "events": 1, "signals": 0, "waits": 0, "capturable": True, "expanded": []}

@@ -15,7 +15,7 @@ from twotower.bundle import Bundle
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.hardware import Gpu
 
-__all__ = ["GPUS", "stand_in_bundle"]
+__all__ = ["GPUS", "build_stand_ins", "stand_in_bundle"]
 
 GPUS = tuple(Gpu(f"stand-in {n}", 89, 1 << 34) for n in range(4))
 
@@ -31,9 +31,14 @@ def stand_in_bundle(folder: str | Path, output: Path, pieces: int = 1, *, dtype:
         options: Of the build: 256 tokens of text if nothing else is said.
     """
     bundle = export_bundle(Checkpoint.open(FIXTURES / folder), output, ExportConfig(dtype=dtype))
+    build_stand_ins(bundle, segments=pieces, **options)
+    return bundle
+
+
+def build_stand_ins(bundle: Bundle, **options: Any) -> None:
+    """Engines for the stand-in in a bundle that is there; options as of `stand_in_bundle`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make_engine, "run_job", stand_in_job)
         builder = StandInBuilder(TensorRTStandIn(CudaStandIn()))
-        config = BuildConfig(**{"sms": (89,), "max_context": 256, "max_batch": 4, "segments": pieces, **options})
+        config = BuildConfig(**{"sms": (89,), "max_context": 256, "max_batch": 4, **options})
         build_engines(bundle, "rtx", builder, config=config)
-    return bundle

@@ -8,16 +8,19 @@ which finds its own mark or another's. It works with what its context was told w
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.kernel_stand_in import write_kernels
 from tests.helpers.stand_in_engine import Engine
 from tests.helpers.stand_in_graph import StandInGraph
 from twotower.builders.tensorrt_builder import TensorRTBuilder
 from twotower.flavour import flavour_from_module
+from twotower.kernels import ExpertShape, Manifest
 
 __all__ = ["StandInBuilder", "TensorRTStandIn"]
 
@@ -94,10 +97,15 @@ class TensorRTStandIn(SimpleNamespace):
 
 
 class StandInBuilder(TensorRTBuilder):
-    """The builder that ships, with a compiler that keeps the graph as it is."""
+    """The builder that ships, with compilers that keep the graph, and the kernels' names, as they are."""
 
     def __init__(self, module: TensorRTStandIn) -> None:
-        super().__init__(flavour_from_module(module))
+        super().__init__(flavour_from_module(module), stand_in_kernels)
+
+
+def stand_in_kernels(shape: ExpertShape, sms: Sequence[int], folder: Path, **_: Any) -> Manifest:
+    """In the place of `compile_kernels`."""
+    return write_kernels(folder, shape, sms)
 
 
 def stand_in_job(job: dict[str, Any], scratch: Path, *, tick: Any) -> dict[str, Any]:

@@ -90,6 +90,7 @@ class ExpertsStep:
         dtype: Of inputs and outputs, and of the weights that are not in few bits.
         formats: By matrix that is in few bits (`up`, `down`, `shared_up`, `shared_down`) a name of `FORMATS`, and weights of a row
             that share a scale, 0 for all of them.
+        code: Folder of the compiled kernels, in the target's folder; layers of one shape share it.
         weights: By role (`up`, `up_scale`, `down`, ..., `shared_up`, ...), with their names in the bundle's weight table.
     """
 
@@ -101,6 +102,7 @@ class ExpertsStep:
     shared_intermediate: int
     dtype: str
     formats: Mapping[str, tuple[str, int]]
+    code: str
     weights: Mapping[str, TensorSpec]
 
     def to_json(self) -> dict[str, Any]:
@@ -108,7 +110,7 @@ class ExpertsStep:
         numbers = {name: getattr(self, name) for name in _NUMBERS}
         weights = {role: spec.to_json() for role, spec in self.weights.items()}
         formats = {matrix: list(how) for matrix, how in self.formats.items()}
-        return {"experts": {**numbers, "dtype": self.dtype, "formats": formats, "weights": weights}}
+        return {"experts": {**numbers, "dtype": self.dtype, "formats": formats, "code": self.code, "weights": weights}}
 
 
 Step = EngineFile | ExpertsStep
@@ -129,7 +131,7 @@ def _experts(data: Mapping[str, Any]) -> ExpertsStep:
     numbers = {name: int(data[name]) for name in _NUMBERS}
     weights = {str(role): _spec(spec) for role, spec in data["weights"].items()}
     formats = {str(matrix): (str(name), int(group)) for matrix, (name, group) in data["formats"].items()}
-    return ExpertsStep(**numbers, dtype=str(data["dtype"]), formats=formats, weights=weights)
+    return ExpertsStep(**numbers, dtype=str(data["dtype"]), formats=formats, code=str(data["code"]), weights=weights)
 
 
 def _engine_file(data: Mapping[str, Any]) -> EngineFile:

@@ -38,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--segments", type=int, default=1, metavar="N", help="of rtx, trt: cut towers into N engines, to spread them over GPUs (default: 1)"
     )
     parser.add_argument(
+        "--experts",
+        default="dense",
+        choices=("dense", "kernels"),
+        help="of rtx, trt: `dense` computes every expert in the engine; `kernels` cuts towers at every layer of experts and computes the "
+        "chosen ones between the programs (default: %(default)s)",
+    )
+    parser.add_argument(
         "--weights",
         default="inputs",
         choices=("inputs", "inside"),
@@ -105,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
             max_build_memory=byte_size(args.max_build_memory),
             weights=args.weights,
             segments=args.segments,
+            experts=args.experts,
             allow_expanded=args.allow_expanded,
             use_cache=not args.no_cache,
             cache=args.cache,

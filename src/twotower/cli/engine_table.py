@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from twotower.bundle import DATA_SUFFIX, EngineFile, EngineRecord, Profile
 from twotower.cli.program_table import program_lines
 from twotower.cli.progress import human_bytes
+from twotower.cli.step_table import launch_facts, step_lines
 
 __all__ = ["copied_bytes", "engine_facts", "engine_lines"]
 
@@ -16,7 +18,7 @@ _TYPES_SHOWN = 4
 
 def engine_facts(record: EngineRecord, state: str) -> dict[str, Any]:
     """All of a record as plain data, with whether it fits here."""
-    return {"state": state, "copied_bytes": copied_bytes(record), **record.to_json()}
+    return {"state": state, "copied_bytes": copied_bytes(record), "launches": launch_facts(record), **record.to_json()}
 
 
 def copied_bytes(record: EngineRecord) -> int:
@@ -39,15 +41,25 @@ def engine_lines(record: EngineRecord, state: str) -> list[str]:
     head = f"{record.target}: {record.library.get('name')} {record.library.get('version')}, {record.dtype}, {size}; {for_what}"
     observed = record.report.get("engines", {})
     rows: list[tuple[str, ...]] = [("engine", "layers", "size", "build", "memory", "source", "warnings")]
-    rows += [_row(engine, record, observed.get(engine.file, {})) for parts in record.engines.values() for engine in parts]
+    uses = Counter(engine.file for parts in record.engines.values() for engine in parts)
+    every = [engine for parts in record.engines.values() for engine in _distinct(parts)]
+    rows += [_row(engine, record, observed.get(engine.file, {}), uses[engine.file]) for engine in every]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"  {state}", *(_aligned(row, widths) for row in rows)] if len(rows) > 1 else [f"  {state}"]
-    return [head, *lines, *_details(record, observed), *_programs(record, observed)]
+    return [head, *lines, *_details(record, observed), *step_lines(record), *_programs(record, observed)]
+
+
+def _distinct(parts: Sequence[EngineFile]) -> list[EngineFile]:
+    """One of each file: equal programs of a tower share one."""
+    out: dict[str, EngineFile] = {}
+    for engine in parts:
+        out.setdefault(engine.file, engine)
+    return list(out.values())
 
 
 def _programs(record: EngineRecord, observed: dict[str, Any]) -> list[str]:
     """What the engines run, where the build read it: of TensorRT for RTX."""
-    engines = [engine for parts in record.engines.values() for engine in parts]
+    engines = [engine for parts in record.engines.values() for engine in _distinct(parts)]
     inspected = {e.file: observed.get(e.file, {}).get("inspector", {}) for e in engines}
     profiles = {e.file: [p.name for p in e.profiles] for e in engines}
     unread = {
@@ -58,12 +70,13 @@ def _programs(record: EngineRecord, observed: dict[str, Any]) -> list[str]:
     return [*program_lines(inspected, profiles), *sorted(unread)]
 
 
-def _row(engine: EngineFile, record: EngineRecord, facts: dict[str, Any]) -> tuple[str, ...]:
+def _row(engine: EngineFile, record: EngineRecord, facts: dict[str, Any], uses: int) -> tuple[str, ...]:
     first, end = engine.layers
+    layers = f"{first}-{end - 1}" if end > first else "none"
     unexplained = sum(not line.get("explained") for line in facts.get("log", []))
     return (
         engine.file,
-        f"{first}-{end - 1}" if end > first else "none",
+        layers if uses == 1 else f"{uses} programs",
         human_bytes(record.files[engine.file].size) if engine.file in record.files else "missing",
         f"{facts['seconds']} s" if "seconds" in facts else "?",
         human_bytes(facts["peak_memory"]) if "peak_memory" in facts else "?",
@@ -77,7 +90,7 @@ def _details(record: EngineRecord, observed: dict[str, Any]) -> list[str]:
     lines = []
     for graph, parts in record.engines.items():
         lines.append(f"  {graph}: {'; '.join(map(_profile, parts[0].profiles))}")
-        for engine in parts:
+        for engine in _distinct(parts):
             facts = observed.get(engine.file, {})
             lines += _weights(engine, facts.get("weights"))
             if "by_type" in facts:

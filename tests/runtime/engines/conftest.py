@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from tests.helpers.cuda_stand_in import CudaStandIn
-from tests.helpers.expert_stand_in import ExpertStandIn
 from tests.helpers.stand_ins import GPUS, stand_in_bundle
 from tests.helpers.tensorrt_stand_in import TensorRTStandIn
 from twotower.bundle import Bundle
@@ -31,7 +30,6 @@ class StandIn:
     towers: Towers
     cuda: CudaStandIn
     trt: TensorRTStandIn
-    experts: ExpertStandIn
 
 
 @pytest.fixture(scope="session")
@@ -58,16 +56,15 @@ def opened() -> Callable[..., Any]:
 
     @contextmanager
     def open_(bundle: Bundle, *, devices: tuple[int, ...] = (0,), graphs: bool = True, seed: int | None = None) -> Iterator[StandIn]:
-        api = CudaStandIn(devices=4, seed=seed)
+        api = CudaStandIn(devices=4, seed=seed, sm=GPUS[0].sm)
         trt = TensorRTStandIn(api)
-        experts = ExpertStandIn(api)
-        options = TensorRTOptions(devices=devices, graphs=graphs, gpus=GPUS, experts=experts.open)
+        options = TensorRTOptions(devices=devices, graphs=graphs, gpus=GPUS)
         towers = open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), options)
         tokenizer = Tokenizer.from_file(bundle.tokenizer_file) if bundle.tokenizer_file else None
         with TwoTower.from_towers(towers, tokenizer=tokenizer, trained_block_size=bundle.trained_block_size) as model:
-            yield StandIn(model, towers, api, trt, experts)
+            yield StandIn(model, towers, api, trt)
         assert not api.leaked
-        assert not experts.bound
+        assert not api.loaded, "libraries of kernels"
         assert not trt.faults
 
     return open_

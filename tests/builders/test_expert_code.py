@@ -1,0 +1,88 @@
+"""Kernels of experts as a part of a build: for which GPUs, when they are refused, and when they are made again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.bundles import export_fixture
+from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.errors import check_error
+from tests.helpers.stand_ins import stand_in_bundle
+from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn
+from twotower.builders import BuildConfig, expert_code, tensorrt_builder
+from twotower.bundle import Bundle, engine_folder, load_engine_record
+from twotower.errors import BuildError
+from twotower.kernels import read_manifest
+from twotower.kernels.steps import shape_of
+
+CONFIG: dict[str, Any] = {"sms": (89,), "max_context": 256, "max_batch": 4, "experts": "kernels"}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return stand_in_bundle("hybrid-a", tmp_path_factory.mktemp("code") / "bundle", experts="kernels")
+
+
+@pytest.fixture
+def builder() -> StandInBuilder:
+    return StandInBuilder(TensorRTStandIn(CudaStandIn()))
+
+
+def test_layers_and_towers_of_one_shape_share_their_kernels(built: Bundle) -> None:
+    record = load_engine_record(built, "rtx")
+    steps = [step for steps in record.experts.values() for step in steps]
+    assert len(steps) == 6
+    (code,) = {step.code for step in steps}
+    manifest = read_manifest(engine_folder(built, "rtx") / code)
+    assert manifest.shape == shape_of(steps[0])
+    assert (manifest.sms, manifest.shape.hidden, manifest.shape.shared_intermediate) == ((89,), 64, 96)
+    assert record.report["experts"][code]["launches"][0] == [8, 4]
+
+
+def test_engines_fit_until_kernels_or_options_are_others(built: Bundle, builder: StandInBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = load_engine_record(built, "rtx")
+    assert builder.fits(record, built, BuildConfig(**CONFIG))
+    assert not builder.fits(record, built, BuildConfig(**{**CONFIG, "experts": "dense"}))
+    assert not builder.fits(record, built, BuildConfig(**{**CONFIG, "sms": (86, 89)}))
+    monkeypatch.setattr(tensorrt_builder, "kernel_source", lambda: "of another version")
+    assert not builder.fits(record, built, BuildConfig(**CONFIG))
+
+
+def test_a_dry_run_counts_equal_programs(built: Bundle, builder: StandInBuilder) -> None:
+    lines = builder.describe(built, BuildConfig(**CONFIG))
+    assert sum(line.startswith("denoiser.") for line in lines) == len(
+        {p.file for p in load_engine_record(built, "rtx").engines["denoiser"]}
+    )
+    assert any("6 layers of experts" in line and "SM 89" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"max_batch": 17}, "do not take so many rows"),
+        ({"sms": (75,)}, "not made for SM 75"),
+    ],
+)
+def test_what_no_kernel_computes_is_refused_before_anything_is_built(
+    tmp_path: Path, builder: StandInBuilder, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], what: str
+) -> None:
+    bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
+    monkeypatch.setattr(builder, "flavour", replace(builder.flavour, sms=(75, 89)))
+    with pytest.raises(BuildError) as error:
+        builder.needed_bytes(bundle, BuildConfig(**{**CONFIG, **options}))
+    check_error(str(error.value), what)
+    assert not (bundle.path / "engines" / "rtx").exists()
+
+
+def test_another_version_of_a_kernel_is_another_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "device").mkdir()
+    monkeypatch.setattr(expert_code.kernels, "__file__", str(tmp_path / "__init__.py"))
+    seen = []
+    for text in ("a", "b"):
+        (tmp_path / "device" / "product.py").write_text(text)
+        seen.append(expert_code.kernel_source())
+    assert seen[0] != seen[1]
