@@ -6,7 +6,27 @@ from collections.abc import Mapping
 
 from twotower.errors import BuildError
 
-__all__ = ["require_build_memory"]
+__all__ = ["require_bound", "require_build_memory"]
+
+
+def require_bound(needed: Mapping[str, int], bound: int | None) -> None:
+    """Refuses a bound that programs between experts do not keep: they are cut as small as they are.
+
+    Args:
+        needed: Bytes of memory each program's build takes, by file.
+        bound: `--max-build-memory`.
+
+    Raises:
+        BuildError: a program needs more.
+    """
+    file = max(needed, key=needed.__getitem__, default=None)
+    if file is not None and bound is not None and needed[file] > bound:
+        raise BuildError(
+            f"{file} cannot be built in so little memory",
+            found=f"about {needed[file] / 1e9:.1f} GB needed, {bound / 1e9:.1f} GB are allowed; "
+            "programs between experts are cut no further",
+            do=f"raise --max-build-memory to {-(-needed[file] // 10**8) / 10:g}G or more, or leave it out",
+        )
 
 
 def require_build_memory(needed: Mapping[str, int], *, least: int, available: int, bound: int | None) -> None:

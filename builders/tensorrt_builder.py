@@ -22,7 +22,7 @@ from twotower.builders.expert_code import Compile, compile_code, kernel_source, 
 from twotower.builders.expert_cut import common_form
 from twotower.builders.float32_sums import sum_float32_products
 from twotower.builders.make_engine import EngineMaker
-from twotower.builders.memory import require_build_memory
+from twotower.builders.memory import require_bound, require_build_memory
 from twotower.builders.pieces import Piece, least_build_memory, pieces_of
 from twotower.builders.profiles import cache_capacity, profiles
 from twotower.builders.weight_inputs import WeightPlaces, place_weights
@@ -114,8 +114,11 @@ class TensorRTBuilder:
         files: dict[str, FileRecord] = {}
         facts: dict[str, Any] = {}
         plans = list(self._plans(bundle, config))  # all graphs are checked before the first is built
+        needed = {p.engine.file: p.build_memory for p in plans if cache is None or config.force or cache.find(p.key) is None}
+        if config.experts == KERNELS:
+            require_bound(needed, config.max_build_memory)
         require_build_memory(
-            {p.engine.file: p.build_memory for p in plans if cache is None or config.force or cache.find(p.key) is None},
+            needed,
             least=max(p.build_memory for p in plans) if config.experts == KERNELS else least_build_memory(bundle, config.weights),
             available=machine.available,
             bound=config.max_build_memory,
@@ -213,15 +216,17 @@ class TensorRTBuilder:
         Raises:
             BuildError: there is no telling which.
         """
+        sms = self._sms(bundle, config)
+        if config.experts != KERNELS or sms:
+            return sms
         gpu = self._gpu()
-        sms = self._sms(bundle, config) or ((gpu.sm,) if gpu else ())
-        if config.experts == KERNELS and not sms:
+        if gpu is None:
             raise BuildError(
                 "nobody knows which GPU to compile the kernels of experts for",
                 found="no --sm was given, and there is no NVIDIA GPU here",
                 do="name compute capabilities with --sm, or build with --experts dense",
             )
-        return sms
+        return (gpu.sm,)
 
     def _limits(self, bundle: Bundle, config: BuildConfig) -> EngineLimits:
         longest = bundle.config.max_position_embeddings

@@ -14,6 +14,7 @@ from tests.helpers.errors import check_error
 from tests.helpers.stand_ins import stand_in_bundle
 from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn
 from twotower.builders import BuildConfig, expert_code, tensorrt_builder
+from twotower.builders.base import silent
 from twotower.bundle import Bundle, engine_folder, load_engine_record
 from twotower.errors import BuildError
 from twotower.kernels import read_manifest
@@ -76,6 +77,15 @@ def test_what_no_kernel_computes_is_refused_before_anything_is_built(
         builder.needed_bytes(bundle, BuildConfig(**{**CONFIG, **options}))
     check_error(str(error.value), what)
     assert not (bundle.path / "engines" / "rtx").exists()
+
+
+def test_a_bound_on_memory_is_kept_or_refused(tmp_path: Path, builder: StandInBuilder) -> None:
+    """Programs are cut no further: a bound is kept by what is there, or it is refused with one that is."""
+    bundle = export_fixture("hybrid-b", tmp_path / "bundle")
+    with pytest.raises(BuildError) as error:
+        builder.build(bundle, tmp_path, BuildConfig(**{**CONFIG, "max_build_memory": 10**8}), report=silent)
+    check_error(str(error.value), "cannot be built in so little memory")
+    assert "--max-build-memory to 0.4G" in error.value.do
 
 
 def test_another_version_of_a_kernel_is_another_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

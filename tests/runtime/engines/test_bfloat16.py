@@ -67,10 +67,11 @@ def test_the_text_is_that_of_a_cpu(
         assert [out.tokens for out in it.model.generate(requests(folder))] == on_a_cpu(folder)
 
 
-def test_the_trained_model_answers(built: Callable[..., Any], opened: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("experts", ["dense", "kernels"])
+def test_the_trained_model_answers(built: Callable[..., Any], opened: Callable[..., Any], experts: str) -> None:
     """Problems with exact answers measure the arithmetic from outside; one may be lost to rounding."""
     problems = load_suite().only(limit=1).problems
-    bundle = built(TINY, dtype="bfloat16")
+    bundle = built(TINY, dtype="bfloat16", experts=experts)
     with opened(bundle) as it:
         for mode in ("diffusion", "ar"):
             options = GenerationConfig(
