@@ -237,6 +237,8 @@ class Context:
             past = engine.get_aliased_input_tensor(name)
             if past and self._addresses[name] != self._addresses[past]:
                 return f"{name} and {past} should alias but memory addresses differ"
+            if not past and self._addresses[name] in {self._addresses[other] for other in engine.graph.inputs}:
+                return f"{name} is written where an input is read"
         engine.graph.check(self._addresses, self._shapes, trt.cuda.device_of)
         if self._shapes == self._prepared and not trt.allocates:
             return ""

@@ -15,8 +15,10 @@ from tests.runtime.engines.test_tensorrt_engine import golden_cases
 from twotower.errors import DeviceError
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.passes import DevicePass
+from twotower.runtime.engines.handover import Handover
 from twotower.runtime.state import ContextState
 from twotower.runtime.workspace import Workspace
+from twotower.spec import RESIDUAL_IN
 
 
 def rebound_after_capture(work: Workspace, stream: Any) -> Any:
@@ -119,6 +121,7 @@ def test_a_library_allocates_when_it_runs_a_shape_first(
         ("two addresses of a cache", "should alias but memory addresses differ"),
         ("a profile that is not waited for", "outside of profile None"),
         ("more rows than the profile has", "outside of profile"),
+        ("one buffer to hand over in", "residual_out is written where an input is read"),
     ],
 )
 def test_what_the_library_refuses(
@@ -140,10 +143,12 @@ def test_what_the_library_refuses(
         monkeypatch.setattr(ContextState, "writes", elsewhere)
     elif fault == "a profile that is not waited for":
         monkeypatch.setattr(Cuda, "synchronize", lambda cuda, stream: None)
+    elif fault == "one buffer to hand over in":
+        monkeypatch.setattr(Handover, "address", lambda it, name, _: it.addresses.get(name, it.addresses[RESIDUAL_IN])[0])
     else:
         rows = [[5, 6, 7]] * 5
         monkeypatch.setattr("twotower.runtime.engines.tensorrt_engine._profile", lambda plan, sizes: 0)
-    with opened(built()) as it:
+    with opened(built(pieces=4)) as it:
         it.model._max_batch = 8
         with pytest.raises(DeviceError, match=says):
             it.model.generate(rows)
