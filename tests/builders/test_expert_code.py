@@ -12,8 +12,9 @@ from tests.helpers.bundles import export_fixture
 from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.errors import check_error
 from tests.helpers.stand_ins import stand_in_bundle
-from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn
-from twotower.builders import BuildConfig, expert_code, tensorrt_builder
+from tests.helpers.tensorrt import L4, install_fake, see_gpu
+from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_kernels
+from twotower.builders import BuildConfig, build_engines, builder_for, expert_code, tensorrt_builder
 from twotower.builders.base import silent
 from twotower.bundle import Bundle, engine_folder, load_engine_record
 from twotower.errors import BuildError
@@ -86,6 +87,18 @@ def test_a_bound_on_memory_is_kept_or_refused(tmp_path: Path, builder: StandInBu
         builder.build(bundle, tmp_path, BuildConfig(**{**CONFIG, "max_build_memory": 10**8}), report=silent)
     check_error(str(error.value), "cannot be built in so little memory")
     assert "--max-build-memory to 0.4G" in error.value.do
+
+
+def test_kernels_for_full_tensorrt_are_those_of_the_gpu_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_fake(tmp_path, monkeypatch)
+    see_gpu(monkeypatch, L4)
+    builder = builder_for("trt")
+    monkeypatch.setattr(builder, "_compiler", stand_in_kernels)
+    bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
+    record = build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, experts="kernels"))
+    (code,) = record.report["experts"].values()
+    assert code["sms"] == [L4.sm]
+    assert [type(step).__name__ for step in record.steps["denoiser"]] == ["EngineFile", "ExpertsStep", "EngineFile"]
 
 
 def test_another_version_of_a_kernel_is_another_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
