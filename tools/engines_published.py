@@ -1,8 +1,8 @@
 """The published model's engines, built without its weights and without a GPU and held to figures; `make engines-published` runs this.
 
-Both towers at published widths in bfloat16, with all profiles, for SM 89 and 120, and the small model in float16 for every
-compute capability of TensorRT for RTX: each by `twotower build --from-config`, as a user types it, into a folder that is removed
-afterwards. Exit code 1 with what is off.
+Both towers at published widths in bfloat16, with all profiles, for SM 89 and 120, in one engine each and as programs with
+experts between; and the small model in float16 for every compute capability of TensorRT for RTX: each by `twotower build
+--from-config`, as a user types it, into a folder that is removed afterwards. Exit code 1 with what is off.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from document import write_between
 from watched_command import Ran, run_watched
 
 from twotower.bundle import DATA_SUFFIX, Bundle, EngineRecord, load_engine_record
+from twotower.cli.step_table import launch_facts
 from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.hardware import RTX_SMS
 from twotower.planning import PlanOptions, plan_bundle
@@ -49,8 +50,9 @@ class Case:
         seconds: Most of the clock, and of one processor whatever else the machine does.
         memory: Most bytes the command and its neediest child have in memory, added.
         nbytes: Most bytes of all engines.
-        kernels: Most kernels, by profile.
+        kernels: Most kernels, by profile; of programs with experts between, those of experts at the most rows included.
         planned: Whether scratch is held against `twotower plan`.
+        experts: What computes experts, `dense` or `kernels`.
     """
 
     name: str
@@ -62,11 +64,12 @@ class Case:
     nbytes: int | None = None
     kernels: Mapping[str, int] = field(default_factory=dict)
     planned: bool = True
+    experts: str = "dense"
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One profile of one engine, as its compiled program tells.
+    """One profile of one engine, as its compiled program tells; of equal programs of a tower it is told once.
 
     Attributes:
         graph: The graph.
@@ -90,6 +93,7 @@ class Built:
         ran: What the command took.
         record: Its build.json.
         passes: Every profile of every engine.
+        launches: Of passes with experts between programs, by graph and profile; see `launch_facts`.
         weights: Bytes of the model's weights.
         data: Files of weights that lie in the folder.
     """
@@ -98,6 +102,7 @@ class Built:
     ran: Ran
     record: EngineRecord
     passes: tuple[Pass, ...]
+    launches: Mapping[str, Mapping[str, Mapping[str, Any]]]
     weights: int
     data: tuple[str, ...]
 
@@ -119,6 +124,13 @@ def published(folder: Path) -> Case:
     return Case(name="the published model", config=config, seconds=240, memory=4 * 10**9, nbytes=200 * 10**6, kernels=kernels)
 
 
+def with_experts_between(folder: Path) -> Case:
+    """The same, cut at every layer of experts."""
+    whole, kernels = published(folder), {"denoise": 610, "block": 650}
+    name = "the published model as programs with experts between"
+    return replace(whole, name=name, seconds=90, nbytes=50 * 10**6, kernels=kernels, planned=False, experts="kernels")
+
+
 SMALL_CASE = Case(name="the small model", config=SMALL, dtype="float16", sms=RTX_SMS, planned=False)
 """For all compute capabilities, in the one dtype that all of them have."""
 
@@ -131,7 +143,7 @@ def main(argv: list[str] | None = None, cases: Sequence[Case] | None = None) -> 
     shutil.rmtree(args.output, ignore_errors=True)
     args.output.mkdir(parents=True)
     try:
-        built = [build(case, args.output) for case in cases or (published(args.output), SMALL_CASE)]
+        built = [build(case, args.output) for case in cases or (published(args.output), with_experts_between(args.output), SMALL_CASE)]
     finally:
         shutil.rmtree(args.output)
     text = "\n\n".join(map(told, built))
@@ -151,6 +163,7 @@ def build(case: Case, scratch: Path) -> Built:
     """
     folder = scratch / "programs"
     words = ["--from-config", str(case.config), "--dtype", case.dtype, "--target", "rtx", "--sm", ",".join(map(str, case.sms))]
+    words += ["--experts", case.experts] if case.experts != "dense" else []
     print(f"... twotower build {folder} {' '.join(words)}", file=sys.stderr, flush=True)
     ran = run_watched([sys.executable, "-m", "twotower.cli", "build", str(folder), *words])
     if ran.code:
@@ -162,12 +175,12 @@ def build(case: Case, scratch: Path) -> Built:
     weights = sum(w.total for w in plan.weights.values())
     data = tuple(str(file.relative_to(folder)) for file in folder.rglob(f"*{DATA_SUFFIX}"))
     shutil.rmtree(folder)
-    return Built(case, ran, record, passes, weights, data)
+    return Built(case, ran, record, passes, launch_facts(record), weights, data)
 
 
 def _passes(record: EngineRecord, planned: Mapping[str, Mapping[str, int]]) -> Iterator[Pass]:
     for graph, engines in record.engines.items():
-        for engine in engines:
+        for engine in {e.file: e for e in engines}.values():
             told = record.report["engines"][engine.file]["inspector"]
             for program in told.get("programs", ()):
                 profile = engine.profiles[program["profile"]].name
@@ -190,6 +203,11 @@ def problems_of(built: Built) -> list[str]:
         if why := facts["inspector"].get("why_not"):
             out.append(f"{engine}: the program was not read: {why}")
         out += [f"{engine}: unexplained warning: {line['message']}" for line in facts["log"] if not line["explained"]]
+    for graph, passes in built.launches.items():
+        for profile, launched in passes.items():
+            count, most = (launched["kernels"] or 0) + launched["experts"][-1], case.kernels.get(profile)
+            if most is not None and count > most:
+                out.append(f"{graph}, {profile}: {count} launches, allowed {most}")
     return out + [f"{p.graph}, {p.profile}: {problem}" for p in built.passes for problem in _problems_of_pass(case, p)]
 
 
@@ -205,8 +223,7 @@ def _problems_of_pass(case: Case, found: Pass) -> Iterator[str]:
         yield "not capturable"
     if program["expanded"]:
         yield f"{len(program['expanded'])} weights expanded in memory in every pass"
-    off = found.planned / program["scratch"] - 1
-    if case.planned and abs(off) > SCRATCH_WITHIN:
+    if case.planned and abs(found.planned / program["scratch"] - 1) > SCRATCH_WITHIN:
         yield f"scratch of {program['scratch']} bytes, planned {found.planned}"
 
 
@@ -219,9 +236,29 @@ def told(built: Built) -> str:
         f"Of {case.name} in {case.dtype} ({_size(built.weights)} of weights, none of them there) for SM {sms}: "
         f"{clock}, {ran.cpu_seconds:.0f} s of a processor, {built.memory / 1e9:.2f} GB of memory, {built.nbytes / 1e6:.1f} MB of engines."
     )
-    head = ["pass", "kernels", "of a layer: Mamba", "MoE", "attention", "streams", "capturable", "expanded", "scratch", "planned"]
-    rows = [head, ["---"] * len(head), *(_cells(p, planned=case.planned) for p in built.passes)]
+    rows = _launch_rows(built) if built.launches else _program_rows(built)
     return first + "\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _program_rows(built: Built) -> list[list[str]]:
+    """A table of the passes of engines that compute all there is."""
+    head = ["pass", "kernels", "of a layer: Mamba", "MoE", "attention", "streams", "capturable", "expanded", "scratch", "planned"]
+    return [head, ["---"] * len(head), *(_cells(p, planned=built.case.planned) for p in built.passes)]
+
+
+def _launch_rows(built: Built) -> list[list[str]]:
+    """A table of what passes launch where experts run between programs."""
+    rows_most = built.record.limits.max_batch if built.record.limits else 0
+    head = ["pass", "programs", "their files", "kernels", "with experts, 1 row", f"{rows_most} rows", "scratch"]
+    out = [head, ["---"] * len(head)]
+    for graph, passes in built.launches.items():
+        files = len({engine.file for engine in built.record.engines[graph]})
+        for profile, launched in passes.items():
+            kernels, (least, most) = launched["kernels"] or 0, launched["experts"]
+            scratch = max(p.program["scratch"] for p in built.passes if (p.graph, p.profile) == (graph, profile))
+            counts = (launched["programs"], files, kernels, kernels + least, kernels + most)
+            out.append([f"{graph}, {profile}", *map(str, counts), f"{scratch / 1e6:.1f} MB"])
+    return out
 
 
 def _cells(found: Pass, *, planned: bool) -> list[str]:

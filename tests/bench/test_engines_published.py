@@ -60,6 +60,21 @@ def test_a_small_model_through_the_whole_command(tools: Any, case: Any, tmp_path
 
 @pytest.mark.trt_rtx
 @pytest.mark.slow
+def test_programs_with_experts_between_are_told_by_launches(tools: Any, case: Any, tmp_path: Path) -> None:
+    pytest.importorskip("triton")  # make EXTRAS=...,kernels
+    tool = tools("engines_published")
+    made = tool.build(replace(case, experts="kernels"), tmp_path)
+    assert tool.problems_of(made) == []
+    (line,) = [line for line in tool.told(made).splitlines() if line.startswith("| denoiser, denoise |")]
+    programs, files, kernels, one_row, most = (int(cell) for cell in line.split(" | ")[1:6])
+    assert (programs, files) == (4, 4)
+    assert (one_row, most) == (kernels + 12, kernels + 12)
+    tight = replace(made, case=replace(made.case, kernels={"denoise": most - 1}))
+    assert tool.problems_of(tight) == [f"denoiser, denoise: {most} launches, allowed {most - 1}"]
+
+
+@pytest.mark.trt_rtx
+@pytest.mark.slow
 def test_a_build_within_its_figures_has_no_problems(tools: Any, built: Any) -> None:
     assert tools("engines_published").problems_of(built) == []
     assert built.weights > 10**5
