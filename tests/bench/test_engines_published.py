@@ -157,10 +157,10 @@ def test_the_figures_in_the_documents_are_of_these_cases(tools: Any, tmp_path: P
     tool = tools("engines_published")
     text = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
     figures = text.partition(tool.MARKS[0])[2].partition(tool.MARKS[1])[0]
-    for case in (tool.published(tmp_path), tool.SMALL_CASE):
+    for case in (tool.published(tmp_path), tool.with_experts_between(tmp_path), tool.SMALL_CASE):
         assert f"Of {case.name} in {case.dtype} " in figures
         assert f"for SM {', '.join(map(str, case.sms))}: " in figures
-    assert figures.count("| denoiser, denoise |") == 2
+    assert figures.count("| denoiser, denoise |") == 3
 
 
 def test_a_cut_slice_computes_the_same(tools: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
