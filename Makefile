@@ -16,7 +16,7 @@ FIXTURE := tests/fixtures/hybrid-a
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-trained test-engines test-browser test-wheel kernels test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo bench bench-real bench-weights engines-published engines-inside engines-boundary tiny browser docs clean ci
+.PHONY: help install lint format types test test-trained test-engines test-browser test-long test-wheel kernels test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo mid bench bench-real bench-weights engines-published engines-inside engines-boundary tiny browser docs clean ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,9 @@ test-engines: $(STAMP) ## the tests that build engines with TensorRT for RTX; no
 
 test-browser: $(STAMP) ## the tests that open the pages; skipped without Chromium, which `make browser` installs
 	$(PYTEST) -m browser $(ARGS)
+
+test-long: $(STAMP) ## the last three in one run, whose processes then have less to wait for: what `.ci/run` runs
+	$(PYTEST) -m "trained or browser or (trt_rtx and slow)" $(ARGS)
 
 test-wheel: $(STAMP) ## the wheel with each of its extras in an environment of its own: every verb works, or names the extra it needs
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m wheel $(ARGS)
@@ -91,6 +94,9 @@ bench: out/bench ## time and memory of export and generation on the toy model
 
 bench-real: $(STAMP) ## the same of an export at published widths: 8 GB of weights, verified, some minutes
 	$(BIN)/twotower bench --real-widths --scratch .
+
+mid: $(STAMP) ## out/mid-checkpoint and out/mid: a model of middle size with random weights and 64 experts, for speed on a CPU
+	$(BIN)/python tools/mid.py
 
 out/bench: $(STAMP)
 	rm -rf $@
