@@ -11,15 +11,18 @@ from twotower.bundle import Bundle, EngineRecord
 from twotower.errors import ConfigError
 
 __all__ = [
+    "CHOSEN",
     "DEFAULT_CACHE_BYTES",
     "DEFAULT_MAX_BATCH",
     "DEFAULT_MAX_CONTEXT",
     "DENSE",
+    "DIALECTS",
     "EXPERTS",
     "INPUTS",
     "INSIDE",
     "KERNELS",
     "PLACES",
+    "STANDARD",
     "BuildConfig",
     "EngineBuilder",
     "Report",
@@ -40,6 +43,10 @@ PLACES = (INPUTS, INSIDE)
 DENSE, KERNELS = "dense", "kernels"
 EXPERTS = (DENSE, KERNELS)
 """What computes experts: the engine, all of them for every token; or kernels between engines, the chosen ones."""
+
+CHOSEN, STANDARD = "chosen", "standard"
+DIALECTS = (CHOSEN, STANDARD)
+"""How `ort-cpu` writes experts: only those that are chosen compute; or the graph as it was exported."""
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -63,6 +70,7 @@ class BuildConfig:
         experts: `dense` for engines that compute every expert for every token; `kernels` for programs that end where experts begin, with
             kernels for the chosen ones between them: a list of steps that is spread over devices as it is.
         allow_expanded: Keep engines of `rtx` whose passes expand stacked experts in device memory.
+        dialect: Of `ort-cpu`: `chosen` for engines in which only the chosen experts compute, `standard` for the exported graph.
         use_cache: Take engines that were built before from the cache, and keep new ones there.
         cache: The cache's folder; None for the bundle's own, where an engine and its entry are one file.
         cache_bytes: Bytes that cached engines no target uses may take.
@@ -77,6 +85,7 @@ class BuildConfig:
     segments: int = 1
     experts: str = DENSE
     allow_expanded: bool = False
+    dialect: str = CHOSEN
     use_cache: bool = True
     cache: Path | None = None
     cache_bytes: int = DEFAULT_CACHE_BYTES
@@ -97,6 +106,8 @@ class BuildConfig:
                 found=f"--experts {KERNELS} with --segments {self.segments}; towers are cut at every layer of experts already",
                 do="leave --segments out: the programs are spread over any number of devices",
             )
+        if self.dialect not in DIALECTS:
+            raise ConfigError(f"--dialect cannot be {self.dialect!r}", found=f"allowed: {', '.join(DIALECTS)}", do="choose one of them")
         if self.cache_bytes < 0:
             raise ConfigError(f"--cache-size cannot be {self.cache_bytes}", found="it is negative", do="pass e.g. --cache-size 20G, or 0")
 

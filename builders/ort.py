@@ -4,7 +4,8 @@ On a CPU the graph is optimised once and saved. Saving ONNX Runtime's own optimi
 weights are taken out of the graph first, so that optimisation sees structure only (it fuses the transposes into the products,
 which is what matters), and the runtime maps the bundle's own data file. Half-width weights are the exception: a CPU has no
 arithmetic for them, so they are widened to float32 into a data file of the engine. Quantized weights stay in the bundle and are expanded
-by each pass, but for 4-bit floats, which ONNX Runtime has no kernel for: those are expanded into the engine's file.
+by each pass, but for 4-bit floats, which ONNX Runtime has no kernel for: those are expanded into the engine's file. Of the experts
+only those are computed, and read, that a token chose (`ort_experts`), unless the graph is wanted as it was exported.
 
 For a GPU the graph stays as it was exported. Which fusions a provider knows, and between which operators a copy or a cast must
 stand, is decided where the provider is: ONNX Runtime on this machine's CPU would insert casts around every half-width operator
@@ -15,14 +16,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx
 
-from twotower.builders.base import BuildConfig, Report
+from twotower.builders.base import STANDARD, BuildConfig, Report
+from twotower.builders.ort_experts import choose_experts, stacked_places
+from twotower.builders.ort_products import PACK_BELOW_BYTES, compute_rows_alike
 from twotower.builders.ort_weights import expand_data, expand_float4, hide_dequantization, places_of, show_dequantization
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, FileRecord, engine_folder, hash_file
+from twotower.config.formats import BITS
 from twotower.config.weights import WeightRef
 from twotower.errors import BuildError
 from twotower.graph_files import attach_weights, detach_weights, load_graph, located_weights, weight_refs, widen_to_float32
@@ -46,11 +50,15 @@ class _OrtBuilder:
 class OrtCpuBuilder(_OrtBuilder):
     """Builds the `ort-cpu` target."""
 
+    def fits(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
+        return bool(record.report.get("dialect") == config.dialect)
+
     def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
         how = "weights stay in the bundle" if bundle.dtype == "float32" else f"weights widened from {bundle.dtype} to float32"
         if bundle.quantization is not None:
             how = f"{how}; quantized ones stay as they are and every pass expands them, 4-bit floats are expanded once"
-        return [f"three optimised graphs, {how}; any number of rows, any length"]
+        experts = "every expert computes every token" if config.dialect == STANDARD else "of experts only the chosen ones compute"
+        return [f"three optimised graphs, {how}; {experts}; any number of rows, any length"]
 
     def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
         written = sum(place.written for name in GRAPH_FILES for place in places_of(load_graph(bundle.graph_file(name))).values())
@@ -63,7 +71,7 @@ class OrtCpuBuilder(_OrtBuilder):
         operators: dict[str, dict[str, int]] = {}
         for step, name in enumerate(GRAPH_FILES):
             report(f"optimising {name}", step, len(GRAPH_FILES))
-            weights[name], ops = self._build_graph(bundle, name, folder, report)
+            weights[name], ops = self._build_graph(bundle, name, folder, config, report)
             operators[name] = dict(ops.most_common())
         return EngineRecord(
             target=CPU,
@@ -73,10 +81,15 @@ class OrtCpuBuilder(_OrtBuilder):
             weights=weights,
             holds={name: bundle.data_identity(name) for name, file in weights.items() if file.startswith("engines/")},
             files=_written(folder),
-            report={"seconds": round(time.perf_counter() - started, 3), "operators": operators, "widened_from": _widened_from(bundle)},
+            report={
+                "seconds": round(time.perf_counter() - started, 3),
+                "operators": operators,
+                "widened_from": _widened_from(bundle),
+                "dialect": config.dialect,
+            },
         )
 
-    def _build_graph(self, bundle: Bundle, name: str, folder: Path, report: Report) -> tuple[str, Counter[str]]:
+    def _build_graph(self, bundle: Bundle, name: str, folder: Path, config: BuildConfig, report: Report) -> tuple[str, Counter[str]]:
         """One engine file; returns the file of the bundle its weights lie in, and its operators."""
         model = load_graph(bundle.graph_file(name))
         places = places_of(model)
@@ -92,11 +105,14 @@ class OrtCpuBuilder(_OrtBuilder):
 
             written = expand_data(bundle.path / data, folder / f"{name}{DATA_SUFFIX}", places, tick)
             located |= {weight: (own, ref) for weight, ref in written.items()}
-        operators = write_engine(model, located, folder / f"{name}.onnx", name)
+        top = None if config.dialect == STANDARD else bundle.config.num_experts_per_tok
+        operators = write_engine(model, located, folder / f"{name}.onnx", name, top=top)
         return own if (folder / f"{name}{DATA_SUFFIX}").is_file() else data, operators
 
 
-def write_engine(model: onnx.ModelProto, located: Mapping[str, tuple[str, WeightRef]], path: Path, name: str) -> Counter[str]:
+def write_engine(
+    model: onnx.ModelProto, located: Mapping[str, tuple[str, WeightRef]], path: Path, name: str, *, top: int | None = None
+) -> Counter[str]:
     """Optimises a graph for a CPU and writes it; its weights stay where they are.
 
     Args:
@@ -105,9 +121,10 @@ def write_engine(model: onnx.ModelProto, located: Mapping[str, tuple[str, Weight
             quantized types ONNX Runtime reads. 4-bit floats are expected expanded, under the weight's name.
         path: The file to write.
         name: Of the graph, for errors.
+        top: Experts a token chooses, to compute only those; None for the graph as it was recorded, in which all compute.
 
     Returns:
-        How many operators of each kind it has.
+        How many operators of each kind it has, branches included.
     """
     widen_to_float32(model)
     expand_float4(model)
@@ -115,15 +132,28 @@ def write_engine(model: onnx.ModelProto, located: Mapping[str, tuple[str, Weight
     detach_weights(model)
     optimised = _optimised(model, path, name)
     show_dequantization(optimised, hidden)
+    if top is not None:
+        small = sum(ref.nbytes for _, ref in located.values()) < PACK_BELOW_BYTES
+        located = choose_experts(optimised, located, top, matrices=small)
+    compute_rows_alike(optimised, [w for w, (_, ref) in located.items() if len(ref.shape) != 2 or ref.dtype in BITS])
     for location in {location for location, _ in located.values()}:
         attach_weights(optimised, {w: ref for w, (where, ref) in located.items() if where == location}, location)
     path.write_bytes(optimised.SerializeToString())
-    return Counter(node.op_type for node in optimised.graph.node)
+    return Counter(_operators(optimised.graph))
+
+
+def _operators(graph: onnx.GraphProto) -> Iterator[str]:
+    """Of a graph and its branches."""
+    for node in graph.node:
+        yield node.op_type
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _operators(attribute.g)
 
 
 def engine_places(bundle: Bundle, name: str) -> dict[str, tuple[str, WeightRef]]:
-    """Where the weights of a built engine lie: by name the file, relative to the bundle, and the place in it."""
-    return located_weights(load_graph(engine_folder(bundle, CPU) / f"{name}.onnx"))
+    """Where the weights of a built engine lie: by name in the exported graph the file, relative to the bundle, and the place in it."""
+    return stacked_places(located_weights(load_graph(engine_folder(bundle, CPU) / f"{name}.onnx")))
 
 
 class OrtCudaBuilder(_OrtBuilder):

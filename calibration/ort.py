@@ -14,7 +14,7 @@ from twotower.builders.ort import engine_places, write_engine
 from twotower.config.weights import WeightRef
 from twotower.onnx_runtime import ort
 from twotower.runtime.engines.base import Binding
-from twotower.runtime.engines.ort import OrtEngine, engine_threads, packs
+from twotower.runtime.engines.ort import OrtEngine, engine_threads
 from twotower.runtime.streams import Event, HostStream, Stream
 from twotower.spec import TowerSignature
 
@@ -33,6 +33,7 @@ def composed_engine(
     *,
     root: Path,
     signature: TowerSignature,
+    top: int | None = None,
     threads: int = 0,
 ) -> OrtEngine:
     """An engine of a recorded graph on weights that lie in other files.
@@ -43,11 +44,12 @@ def composed_engine(
         path: Where the optimised graph is written.
         root: The folder weights are named from.
         signature: Inputs and outputs.
+        top: Experts a token chooses, to compute only those; None to compute all.
         threads: 0 for as many as a bundle's own engine would take.
     """
-    write_engine(model, located, path, signature.name)
+    write_engine(model, located, path, signature.name, top=top)
     size = sum(ref.nbytes for _, ref in located.values())
-    return OrtEngine(path, root, signature, pack=packs(size), threads=threads or engine_threads(size))
+    return OrtEngine(path, root, signature, pack=True, threads=threads or engine_threads(size))
 
 
 def plain_engine(graph: Path, folder: Path, signature: TowerSignature) -> OrtEngine:

@@ -16,10 +16,9 @@ from twotower.runtime.memory import Array
 from twotower.runtime.streams import Event, HostStream, Stream
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TowerSignature, signatures
 
-__all__ = ["CudaLibrary", "OrtEngine", "engine_threads", "open_ort_cpu", "packs"]
+__all__ = ["CudaLibrary", "OrtEngine", "engine_threads", "open_ort_cpu"]
 
 CPU, CUDA = "ort-cpu", "ort-cuda"
-_PACK_BELOW_BYTES = 1 << 30  # packing copies: only where that is small change
 _ONE_THREAD_BELOW_BYTES = 32 << 20  # operators of so small a graph are done before a second thread has woken up
 
 
@@ -40,12 +39,7 @@ def _open(bundle: Bundle, record: EngineRecord, signature: TowerSignature, threa
     name = signature.name
     size = weight_bytes(bundle, record, name)
     graph = engine_folder(bundle, CPU) / f"{name}.onnx"
-    return OrtEngine(graph, bundle.path, signature, pack=packs(size), threads=threads or engine_threads(size))
-
-
-def packs(weight_bytes: int) -> bool:
-    """Whether weights of so many bytes are packed for the product."""
-    return weight_bytes < _PACK_BELOW_BYTES
+    return OrtEngine(graph, bundle.path, signature, pack=True, threads=threads or engine_threads(size))
 
 
 def engine_threads(weight_bytes: int) -> int:
@@ -61,7 +55,8 @@ class OrtEngine:
         folder: The folder its weight file is named from. ONNX Runtime maps that file: pages are read when they are first used, and
             the system can drop them again.
         signature: Its inputs and outputs.
-        pack: Pack weights for the matrix product, which is faster but copies them into anonymous memory.
+        pack: Pack matrices for the product, which is faster but copies them into anonymous memory; stacks of matrices, such as those
+            of large experts, never are.
         threads: Threads to compute with, 0 for one a core that this process may use.
     """
 

@@ -75,6 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of rtx: keep engines that expand quantized experts in device memory in every pass, which is slower than float experts",
     )
+    parser.add_argument(
+        "--dialect",
+        default="chosen",
+        choices=("chosen", "standard"),
+        help="of ort-cpu: in engines that are `chosen` only the experts that a token chose compute; `standard` keeps the exported graph, "
+        "in which all do (default: %(default)s)",
+    )
     parser.add_argument("--force", action="store_true", help="build everything again, whatever is there or cached")
     parser.add_argument("--dry-run", action="store_true", help="say what would be built and what it takes, then stop")
     parser.add_argument("--json", action="store_true", help="print the build record as one JSON object on stdout")
@@ -114,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
             segments=args.segments,
             experts=args.experts,
             allow_expanded=args.allow_expanded,
+            dialect=args.dialect,
             use_cache=not args.no_cache,
             cache=args.cache,
             cache_bytes=byte_size(args.cache_size, "--cache-size") or 0,

@@ -76,7 +76,10 @@ class Mixer:
                 location, ref = self._places[source][name][weight.name]
                 located[weight.name] = (f"{self._folders[source]}/{location}", ref)
         path, signature = self._scratch / f"{number}.{name}.onnx", signatures(self._reference.config, "float32")[name]
-        return composed_engine(ir.to_proto(graph.model), located, path, root=self._root, signature=signature, threads=self._threads)
+        top = self._reference.config.num_experts_per_tok or None
+        return composed_engine(
+            ir.to_proto(graph.model), located, path, root=self._root, signature=signature, top=top, threads=self._threads
+        )
 
     def _source(self, weight: Weight) -> int:
         """The bundle a weight is taken from."""

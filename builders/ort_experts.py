@@ -1,0 +1,352 @@
+"""Only the chosen experts, for ONNX Runtime on a CPU: each expert is a branch that runs on the tokens that chose it.
+
+The exported graph lets all experts compute every token, because TensorRT takes no work that depends
+on data. ONNX Runtime does. This writes a mixture of an optimised graph anew, in operators of the
+standard, so that an expert which nobody chose is neither computed nor read:
+
+    pairs    (token, expert) in the order of the experts, and the rows of their tokens one after another
+    branch   `If` somebody chose the expert: its rows, through the same operators on its own matrices
+    sum      each token's results, in the order of the experts
+
+A token's numbers do not depend on the others. Products compute rows alike whatever their number
+(`ort_products`), and nothing is added up in an order that others decide: rows are gathered, token
+by token. The numbers are those of the exported graph (tests/builders/test_ort_experts.py).
+
+`com.microsoft.MoE` would do the same in one operator. Its CPU kernel knows no squared ReLU, so
+that each row of the first matrix would be there twice, computed twice; it was measured slower
+(docs/cpu-runtime.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, numpy_helper
+from onnx.helper import make_graph, make_node, make_tensor_value_info
+
+from twotower.config.weights import WeightRef
+
+__all__ = ["choose_experts", "slice_name", "slices_of", "stacked_places"]
+
+Located = Mapping[str, tuple[str, WeightRef]]
+
+_UP, _DOWN = ".experts.up_proj.weight", ".experts.down_proj.weight"
+_PRODUCTS = ("MatMul", "FusedMatMul")
+_PASSED = ("Cast", "Mul", "Where")
+"""Operators between the last product of the experts and the sum over them."""
+
+
+def slice_name(stack: str, expert: int) -> str:
+    """The name of one expert's part of a stacked weight."""
+    return f"{stack}[{expert}]"
+
+
+def slices_of(
+    stack: str,
+    place: tuple[str, WeightRef],
+    *,
+    matrices: bool,
+) -> dict[str, tuple[str, WeightRef]]:
+    """Where each expert's part of a stacked weight lies: its bytes are consecutive."""
+    file, ref = place
+    count, each = ref.shape[0], ref.nbytes // ref.shape[0]
+    shape = ref.shape[1:] if matrices else (1, *ref.shape[1:])
+    return {slice_name(stack, e): (file, WeightRef(ref.dtype, shape, ref.offset + e * each)) for e in range(count)}
+
+
+def stacked_places(located: Located) -> dict[str, tuple[str, WeightRef]]:
+    """Places by the names of the exported graph, of an engine whose experts are apart."""
+    counts: dict[str, int] = {}
+    for name in located:
+        if name.endswith("]"):
+            stack = name[: name.rindex("[")]
+            counts[stack] = counts.get(stack, 0) + 1
+    out = {name: place for name, place in located.items() if not name.endswith("]")}
+    for stack, count in counts.items():
+        file, ref = located[slice_name(stack, 0)]
+        out[stack] = (file, replace(ref, shape=(count, *ref.shape[-2:])))
+    return out
+
+
+def choose_experts(
+    model: onnx.ModelProto,
+    located: Located,
+    top: int,
+    *,
+    matrices: bool,
+) -> dict[str, tuple[str, WeightRef]]:
+    """Writes every mixture of experts so that only those that are chosen compute, in place.
+
+    Args:
+        model: An optimised graph, its weights outside.
+        located: The place of each of its weights.
+        top: Experts a token chooses.
+        matrices: Give each expert matrices, which ONNX Runtime packs (copies) for the product when
+            an engine is opened that packs; else stacks of one, which it reads where they are.
+
+    Returns:
+        The places of the weights it has now: of what was a stack of experts, those of its parts.
+    """
+    mixtures = list(_mixtures(model, located))
+    places = dict(located)
+    at = {id(m.total): _written(m, located, top, matrices=matrices) for m in mixtures}
+    gone = {id(node) for m in mixtures for node in (*m.chain, *m.readers, *m.after, m.total)}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        nodes += at.get(id(node), [node] if id(node) not in gone else [])
+    for m in mixtures:
+        for stack in m.stacks:
+            places |= slices_of(stack, places.pop(stack), matrices=matrices)
+    inputs = [value for value in model.graph.input if value.name in places or value.name not in located]
+    inline = [t for t in model.graph.initializer if t.name in places or t.name not in located]
+    del model.graph.node[:], model.graph.input[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    model.graph.input.extend(inputs)
+    model.graph.initializer.extend(inline)
+    return places
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """A mixture of experts as the optimised graph has it.
+
+    Attributes:
+        scope: Its layer.
+        tokens: [1,N,D].
+        chosen: [E,N] bool, each token by the same number of experts.
+        share: [E,N] float32.
+        chain: The operators from the first product to the second, in their order.
+        readers: Those that expand a quantized stack, by their output.
+        stacks: Weights with an axis of experts: matrices, and the scales of quantized ones.
+        after: Operators behind the second product that weigh and select.
+        total: The sum over experts.
+    """
+
+    scope: str
+    tokens: str
+    chosen: str
+    share: str
+    chain: Sequence[onnx.NodeProto]
+    readers: Sequence[onnx.NodeProto]
+    stacks: Sequence[str]
+    after: Sequence[onnx.NodeProto]
+    total: onnx.NodeProto
+    experts: int
+    width: int
+
+
+def _mixtures(model: onnx.ModelProto, located: Located) -> Iterator[_Mixture]:
+    nodes = list(model.graph.node)
+    makers = {name: node for node in nodes for name in node.output}
+    users: dict[str, list[onnx.NodeProto]] = {}
+    for node in nodes:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    for up in nodes:
+        stack = _stack_of(up, makers, _UP)
+        if stack is None:
+            continue
+        chain = _chain(up, nodes)
+        readers = [makers[name] for node in (chain[0], chain[-1]) for name in node.input[1:2] if name in makers]
+        stacks = [name for node in (*readers, chain[0], chain[-1]) for name in node.input if name in located]
+        after, total = _behind(chain[-1], users)
+        weigh = next(node for node in after if node.op_type == "Mul")
+        select = next(node for node in after if node.op_type == "Where")
+        inside = {output for node in (*chain, *after) for output in node.output}
+        share = next(name for name in weigh.input if name not in inside)
+        experts, _, width = located[stack][1].shape
+        yield _Mixture(
+            scope=up.name.rpartition("/MatMul")[0],
+            tokens=up.input[0],
+            chosen=makers[select.input[0]].input[0],
+            share=makers[share].input[0],
+            chain=chain,
+            readers=readers,
+            stacks=list(dict.fromkeys(name for name in stacks if len(located[name][1].shape) == 3)),
+            after=after,
+            total=total,
+            experts=experts,
+            width=width,
+        )
+
+
+def _stack_of(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto], end: str) -> str | None:
+    """The stacked weight a product reads, expanded before or as it is."""
+    if node.op_type not in _PRODUCTS:
+        return None
+    name = node.input[1]
+    if name in makers and makers[name].op_type == "DequantizeLinear":
+        name = makers[name].input[0]
+    return name if name.endswith(end) else None
+
+
+def _chain(up: onnx.NodeProto, nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The operators that lead from an expert's first product to its second, both included."""
+    reached, chain = set(up.output), [up]
+    makers = {name: node for node in nodes for name in node.output}
+    for node in nodes:
+        if node is not up and reached & set(node.input):
+            chain.append(node)
+            reached |= set(node.output)
+            if _stack_of(node, makers, _DOWN) is not None:
+                return chain
+    raise AssertionError(f"{up.name}: no second product")
+
+
+def _behind(
+    down: onnx.NodeProto,
+    users: Mapping[str, Sequence[onnx.NodeProto]],
+) -> tuple[list[onnx.NodeProto], onnx.NodeProto]:
+    """What weighs and selects the results of all experts, and the sum over them."""
+    after: list[onnx.NodeProto] = []
+    node = down
+    while True:
+        (node,) = users[node.output[0]]
+        if node.op_type == "ReduceSum":
+            return after, node
+        assert node.op_type in _PASSED, node.name
+        after.append(node)
+
+
+def _written(m: _Mixture, located: Located, top: int, *, matrices: bool) -> list[onnx.NodeProto]:
+    """The nodes of a mixture in which experts are branches."""
+    w = _Writer(f"{m.scope}/chosen")
+    rows, counts, starts = _pairs(w, m)
+    used = w.split(w.op("Greater", counts, w.ints(0)), m.experts)
+    firsts = w.split(starts, m.experts)
+    ends = w.split(w.op("Add", starts, counts), m.experts)
+    results = [
+        w.op(
+            "If",
+            used[e],
+            then_branch=_expert(m, located, e, (rows, firsts[e], ends[e]), matrices=matrices),
+            else_branch=_nobody(m, e),
+        )
+        for e in range(m.experts)
+    ]
+    every = w.op("Concat", *results, axis=0)  # [P,D]
+    _added(w, m, (every, starts), top)
+    return w.nodes
+
+
+def _pairs(w: _Writer, m: _Mixture) -> tuple[str, str, str]:
+    """Rows [P,D] of the pairs' tokens, by expert; how many each expert has, and its first."""
+    tokens = w.op("Reshape", m.tokens, w.ints([-1, m.width]))
+    number = w.op("Cast", m.chosen, to=TensorProto.INT64)
+    counts = w.op("ReduceSum", number, w.ints([1]), keepdims=0)
+    starts = w.op("Sub", w.op("CumSum", counts, w.ints(0)), counts)
+    token = w.op("Gather", w.op("NonZero", m.chosen), w.ints(1), axis=0)
+    return w.op("Gather", tokens, token, axis=0), counts, starts
+
+
+def _expert(
+    m: _Mixture,
+    located: Located,
+    expert: int,
+    rows: tuple[str, str, str],
+    *,
+    matrices: bool,
+) -> onnx.GraphProto:
+    """The branch of an expert: its rows of all, from a first to an end, as the results [n,D]."""
+    w = _Writer(f"{m.scope}/chosen/{expert}")
+    every, first, end = rows
+    own = w.op("Slice", every, first, end, w.ints([0]))
+    names = {m.tokens: own if matrices else w.op("Unsqueeze", own, w.ints([0]))}
+    names |= {stack: slice_name(stack, expert) for stack in m.stacks}
+    for node in (*m.readers, *m.chain):
+        names[node.output[0]] = w.copied(_flat(node) if matrices else node, names)
+    if not matrices:
+        w.op("Squeeze", names[m.chain[-1].output[0]], w.ints([0]))
+    return w.graph()
+
+
+def _nobody(m: _Mixture, expert: int) -> onnx.GraphProto:
+    """The branch of an expert that nobody chose: no results, [0,D]."""
+    w = _Writer(f"{m.scope}/chosen/{expert}/nobody")
+    w.constant(np.zeros((0, m.width), np.float32))
+    return w.graph()
+
+
+def _flat(node: onnx.NodeProto) -> onnx.NodeProto:
+    """An operator without the axis of experts in front."""
+    out = onnx.NodeProto()
+    out.CopyFrom(node)
+    for attribute in out.attribute:
+        if attribute.name == "axis" and attribute.i > 0:
+            attribute.i -= 1
+        if attribute.name == "perm":
+            attribute.ints[:] = [i - 1 for i in attribute.ints if i > 0]
+    return out
+
+
+def _added(w: _Writer, m: _Mixture, pairs: tuple[str, str], top: int) -> None:
+    """The sum over each token's results [P,D], experts ascending, under the name it had."""
+    every, starts = pairs
+    number = w.op("Cast", m.chosen, to=TensorProto.INT64)
+    before = w.op("CumSum", number, w.ints(1), exclusive=1)
+    place = w.op("Add", before, w.op("Unsqueeze", starts, w.ints([1])))
+    descending = w.constant(np.arange(m.experts, 0, -1, dtype=np.int64)[:, None])
+    order = w.op("Transpose", w.op("Mul", number, descending), perm=[1, 0])
+    # Exactly `top` of each token, even of one that is not a number and compares with nothing.
+    _, mine = w.several("TopK", 2, order, w.ints([top]))
+    place = w.op("GatherElements", w.op("Transpose", place, perm=[1, 0]), mine, axis=1)
+    share = w.op("GatherElements", w.op("Transpose", m.share, perm=[1, 0]), mine, axis=1)
+    results = w.op("Gather", every, place, axis=0)  # [N,top,D]
+    results = w.op("Mul", results, w.op("Unsqueeze", share, w.ints([-1])))
+    # Not ReduceSum, whose order of additions follows the number of tokens.
+    total = w.op("Sum", *w.split(results, top, axis=1))
+    w.op("Squeeze", total, w.ints([1]), named=m.total.output[0])
+
+
+class _Writer:
+    """Nodes in their order, under names of one scope."""
+
+    def __init__(self, scope: str) -> None:
+        self.scope = scope
+        self.nodes: list[onnx.NodeProto] = []
+        self._count = 0
+
+    def op(self, kind: str, *inputs: str, named: str = "", **attributes: Any) -> str:
+        """A node of one output; its output's name."""
+        (output,) = self.several(kind, 1, *inputs, named=named, **attributes)
+        return output
+
+    def several(self, kind: str, count: int, *inputs: str, named: str = "", **attributes: Any) -> list[str]:
+        """A node of several outputs; their names."""
+        self._count += 1
+        name = f"{self.scope}/{kind}_{self._count}"
+        outputs = [named] if named else [f"{name}:{i}" for i in range(count)]
+        self.nodes.append(make_node(kind, inputs, outputs, name=name, **attributes))
+        return outputs
+
+    def split(self, value: str, count: int, *, axis: int = 0) -> list[str]:
+        """Each of `count` places of an axis."""
+        return self.several("Split", count, value, axis=axis, num_outputs=count)
+
+    def constant(self, value: np.ndarray[Any, Any]) -> str:
+        return self.op("Constant", value=numpy_helper.from_array(value))
+
+    def ints(self, value: int | list[int]) -> str:
+        """A constant, int64."""
+        return self.constant(np.array(value, np.int64))
+
+    def copied(self, original: onnx.NodeProto, names: Mapping[str, str]) -> str:
+        """A node on other inputs; its output's name."""
+        self._count += 1
+        node = onnx.NodeProto()
+        node.CopyFrom(original)
+        node.name = f"{self.scope}/{node.op_type}_{self._count}"
+        node.input[:] = [names.get(name, name) for name in node.input]
+        output = f"{node.name}:0"
+        node.output[:] = [output]
+        self.nodes.append(node)
+        return output
+
+    def graph(self) -> onnx.GraphProto:
+        """The nodes as a branch that gives what the last of them does."""
+        output = make_tensor_value_info(self.nodes[-1].output[0], TensorProto.FLOAT, None)
+        return make_graph(self.nodes, self.scope, [], [output])

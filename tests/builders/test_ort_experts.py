@@ -1,0 +1,192 @@
+"""Only the chosen experts: the exported graph's numbers, and a row's own whatever rows are beside it, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from tests.helpers.bundles import built_fixture, copy_of
+from tests.helpers.graphs import FIXTURES
+from tests.helpers.quantized import TINY
+from twotower.builders import BuildConfig, build_engines, builder_for
+from twotower.builders import ort as ort_builder
+from twotower.builders.ort import engine_places, write_engine
+from twotower.bundle import Bundle, engine_folder, load_engine_record
+from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
+from twotower.config import ModelConfig, read_model_config
+from twotower.errors import ConfigError
+from twotower.export import Checkpoint, ExportConfig, export_bundle
+from twotower.export.graphs.builder import GraphBuilder
+from twotower.export.graphs.layers import LayerWeights
+from twotower.export.graphs.moe import moe
+from twotower.export.weights import lay_out, point_to_data
+from twotower.graph_files import load_graph, read_weight
+from twotower.onnx_runtime import ort, session_options
+from twotower.runtime import GenerationConfig, TwoTower
+from twotower.spec import TensorSpec, TowerSignature
+
+Array = np.ndarray[Any, Any]
+Layer = Callable[[Array], Array]
+PREFIX, WIDTH, FEATURES = "layers.0.mixer.", 768, 256
+
+
+def config_of(experts: int = 16, top: int = 3) -> ModelConfig:
+    return replace(
+        read_model_config(FIXTURES / "hybrid-a" / "config.json"),
+        dtype="float32",
+        hidden_size=WIDTH,
+        moe_intermediate_size=FEATURES,
+        moe_shared_expert_intermediate_size=2 * FEATURES,
+        n_routed_experts=experts,
+        num_experts_per_tok=top,
+    )
+
+
+def layer(folder: Path, config: ModelConfig, dialect: str, **changed: Array) -> Layer:
+    """A mixture of experts alone as an engine has it, on random weights."""
+    axes = ("B", "L", config.hidden_size)
+    x, y = TensorSpec("x", "float32", axes), TensorSpec("y", "float32", axes)
+    graph = GraphBuilder(TowerSignature("moe", (x,), (y,)), "float32")
+    with graph.scope("layers.0.moe"):
+        graph.output("y", moe(graph, graph.input("x"), LayerWeights(graph, PREFIX), config))
+    recorded = graph.finish()
+    refs = lay_out(graph.weights)
+    random = np.random.default_rng(0)
+    data = np.zeros(max(ref.end for ref in refs.values()), np.uint8)
+    for name, ref in refs.items():
+        value = random.standard_normal(ref.shape, dtype=np.float32) / np.sqrt(ref.shape[-1], dtype=np.float32)
+        value = changed.get(name.removeprefix(PREFIX).split(".")[1], value)
+        data[ref.offset : ref.end] = np.ascontiguousarray(value, np.float32).view(np.uint8).reshape(-1)
+    (folder / "data").write_bytes(data.tobytes())
+    point_to_data(recorded, refs, "data")
+    top = None if dialect == "standard" else config.num_experts_per_tok
+    located = {name: ("data", ref) for name, ref in refs.items()}
+    write_engine(ir.to_proto(recorded), located, folder / "moe.onnx", "moe", top=top)
+    options = session_options(folder, threads=2)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession((folder / "moe.onnx").read_bytes(), options, providers=["CPUExecutionProvider"])
+
+    def run(values: Array) -> Array:
+        return np.asarray(session.run(None, {"x": values})[0])
+
+    return run
+
+
+def tokens(rows: int, length: int) -> Array:
+    return np.random.default_rng(7).standard_normal((rows, length, WIDTH), dtype=np.float32)
+
+
+@pytest.fixture(params=["experts packed", "experts where they are"])
+def packing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The two ways an engine treats its experts, by their size."""
+    if request.param == "experts where they are":
+        monkeypatch.setattr(ort_builder, "PACK_BELOW_BYTES", 0)
+    return str(request.param)
+
+
+@pytest.mark.parametrize(("experts", "top"), [(16, 3), (16, 1), (4, 4), (64, 6)])
+def test_it_is_the_exported_graph(tmp_path: Path, packing: str, experts: int, top: int) -> None:
+    """Products are cut into sums of their own by their sizes and by threads: some roundings of the largest number apart."""
+    config = config_of(experts, top)
+    chosen, standard = (layer(tmp_path, config, dialect) for dialect in ("chosen", "standard"))
+    for rows, length in ((1, 1), (1, 2), (1, 16), (3, 16), (2, 200)):
+        x = tokens(rows, length)
+        want = standard(x)
+        np.testing.assert_allclose(chosen(x), want, rtol=0, atol=4e-6 * float(abs(want).max()), err_msg=f"{rows} x {length}")
+
+
+@pytest.mark.parametrize("length", [1, 16])
+def test_a_row_s_numbers_are_its_own(tmp_path: Path, packing: str, length: int) -> None:
+    run = layer(tmp_path, config_of(), "chosen")
+    x = tokens(32, length)
+    alone = np.concatenate([run(row[None]) for row in x])
+    for rows in (2, 3, 8, 32):
+        assert np.array_equal(run(x[:rows]), alone[:rows]), rows
+    order = np.random.default_rng(1).permutation(32)
+    assert np.array_equal(run(x[order]), alone[order])
+
+
+@pytest.mark.parametrize("bias", [100.0, -100.0])
+def test_skewed_choices(tmp_path: Path, bias: float) -> None:
+    """All tokens choose one expert, or nobody does; nothing of an expert that nobody chose reaches a result."""
+    config = config_of()
+    lean = np.zeros((config.n_routed_experts, 1), np.float32)
+    lean[5] = bias
+    random = np.random.default_rng(3)
+    up = random.standard_normal((config.n_routed_experts, FEATURES, WIDTH), dtype=np.float32)
+    if bias < 0:
+        up[5] = np.inf
+    changed = {"e_score_correction_bias": lean, "up_proj": up}
+    run = layer(tmp_path, replace(config, n_shared_experts=0), "chosen", **changed)
+    x = tokens(4, 16)
+    assert np.isfinite(run(x)).all()
+    assert np.array_equal(run(x)[2:3], run(x[2:3]))
+
+
+def test_a_row_that_is_not_a_number_harms_no_other(tmp_path: Path) -> None:
+    run = layer(tmp_path, config_of(), "chosen")
+    x = tokens(3, 16)
+    want = run(x)
+    x[1] = np.nan
+    got = run(x)
+    assert np.isnan(got[1]).all()
+    assert np.array_equal(got[[0, 2]], want[[0, 2]])
+
+
+def test_weights_stay_where_they_are_and_keep_their_names(tmp_path: Path) -> None:
+    """An expert is a part of the bundle's own weight; who composes engines finds the whole."""
+    for dtype in ("float32", "bfloat16"):
+        bundle = built_fixture("hybrid-a", tmp_path / dtype, dtype)
+        for name in ("context", "denoiser"):
+            places = engine_places(bundle, name)
+            weights = bundle.weights(name)
+            assert set(places) == set(weights)
+            for weight, (file, ref) in places.items():
+                assert ref.shape == weights[weight].shape, weight
+                held = np.memmap(bundle.path / file, np.uint8, "r")
+                data = np.memmap(bundle.path / f"{name}/model.onnx.data", np.uint8, "r")
+                assert np.array_equal(read_weight(held, ref), read_weight(data, weights[weight])), weight
+    record = load_engine_record(Bundle.open(tmp_path / "float32"), "ort-cpu")
+    assert record.report["operators"]["denoiser"]["If"] == 3 * 8
+
+
+def texts(bundle: Bundle, mode: str) -> list[list[int]]:
+    config = GenerationConfig(mode=mode, max_new_tokens=24, ignore_eos=True)
+    with TwoTower.open(bundle.path, target="ort-cpu") as model:
+        return [result.tokens for result in model.generate([[5, 6, 7], [8, 9, 10, 11, 12]], config)]
+
+
+@pytest.mark.parametrize("recipe", [None, "int8-weights", "int4-experts", "nvfp4-experts"])
+def test_quantized_experts_too(tmp_path: Path, recipe: str | None) -> None:
+    """A branch expands its own expert only; the text is that of the exported graph."""
+    bundle = export_bundle(Checkpoint.open(TINY), tmp_path / "float", ExportConfig(dtype="bfloat16"))
+    if recipe is not None:
+        plan = plan_quantization(bundle, builtin_recipes()[recipe])
+        bundle = quantize_bundle(bundle, plan, tmp_path / recipe)
+    said = {}
+    for dialect in ("chosen", "standard"):
+        build_engines(bundle, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect=dialect))
+        record = load_engine_record(bundle, "ort-cpu")
+        assert record.report["dialect"] == dialect, "another dialect is another engine"
+        assert ("If" in record.report["operators"]["context"]) == (dialect == "chosen")
+        said[dialect] = [texts(bundle, mode) for mode in ("diffusion", "ar")]
+    assert said["chosen"] == said["standard"]
+
+
+def test_an_unknown_dialect() -> None:
+    with pytest.raises(ConfigError, match="--dialect cannot be 'fast'") as error:
+        BuildConfig(dialect="fast")
+    assert "chosen, standard" in error.value.found
+
+
+def test_the_graphs_of_a_bundle_are_not_changed(tmp_path: Path) -> None:
+    bundle = built_fixture("hybrid-a", tmp_path / "b")
+    before = Bundle.open(copy_of(bundle, tmp_path / "copy"))
+    assert (engine_folder(before, "ort-cpu") / "denoiser.onnx").is_file()
+    assert "If" not in {n.op_type for n in load_graph(bundle.graph_file("denoiser")).graph.node}
