@@ -25,7 +25,7 @@ DOORS = {
     "matplotlib": ("src/twotower/evaluate/charts.py", "src/twotower/evaluate/price_chart.py", "calibration/plot.py"),
     "triton": ("kernels/compile.py", "kernels/device/formats.py", "kernels/device/pairs.py", "kernels/device/product.py"),
     "twotower.kernels.device": ("kernels/compile.py", "kernels/device/functions.py", "kernels/device/product.py"),
-    "transformers": (),  # an oracle of tests; nothing that ships may need it
+    "transformers": ("src/twotower/bench/peers/hugging_face.py",),  # a peer to measure, and an oracle of tests
 }
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from twotower.config import GenerationConfig
+from twotower.config import GenerationConfig, ModelConfig
 from twotower.errors import ConfigError
 from twotower.runtime import Generation, TwoTower
 
-__all__ = ["GenerationSpeed", "measure_generation"]
+__all__ = ["GenerationSpeed", "measure_generation", "random_prompts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +56,7 @@ def measure_generation(model: TwoTower, config: GenerationConfig, *, prompt_toke
         if value < 1:
             raise ConfigError("nothing to measure", found=f"{name} {value}; allowed: 1 and more", do=f"name a larger {name}")
     config = config.seeded()
-    rng = np.random.default_rng(config.seed)
-    c = model.config
-    words = np.setdiff1d(np.arange(c.vocab_size), [c.mask_token_id, c.pad_token_id, *c.eos_token_ids])
-    prompts = [rng.choice(words, prompt_tokens).tolist() for _ in range(rows)]
+    prompts = random_prompts(model.config, prompt_tokens, rows, seed=config.seed)
     configs = [replace(config, mode=mode, ignore_eos=True, top_p=1.0) for mode in ("diffusion", "ar")]
     seen: dict[str, list[list[Generation]]] = {c.mode: [] for c in configs}
     for run in range(runs + 1):
@@ -68,6 +65,13 @@ def measure_generation(model: TwoTower, config: GenerationConfig, *, prompt_toke
             if run:
                 seen[options.mode].append(results)
     return [_speed(mode, batches) for mode, batches in seen.items()]
+
+
+def random_prompts(config: ModelConfig, length: int, rows: int, *, seed: int | None) -> list[list[int]]:
+    """Prompts of random tokens, special ones left out."""
+    rng = np.random.default_rng(seed)
+    words = np.setdiff1d(np.arange(config.vocab_size), [config.mask_token_id, config.pad_token_id, *config.eos_token_ids])
+    return [rng.choice(words, length).tolist() for _ in range(rows)]
 
 
 def _speed(mode: str, batches: list[list[Generation]]) -> GenerationSpeed:

@@ -31,9 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold", type=float, default=0.8, metavar="X", help="commit threshold (0.8)")
     parser.add_argument("--rows", type=int, default=1, metavar="N", help="prompts generated together (1)")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="measured runs of each mode (5)")
+    parser.add_argument(
+        "--peers",
+        metavar="LIST",
+        help="also time other programs on the context tower's weights, greedy, in turns with our autoregression: transformers",
+    )
     add_device_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    parser.epilog = "example: twotower bench bundle --rows 4"
+    parser.epilog = "example: twotower bench bundle --rows 4\nexample: twotower bench bundle --peers transformers --json"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,6 +64,7 @@ def _generation(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     with TwoTower.open(args.bundle, target=args.target, **options) as model:
         line.end()
         diffusion, ar = measure_generation(model, config, prompt_tokens=args.prompt_tokens, rows=args.rows, runs=args.runs)
+        peers = _peers(args, model) if args.peers else []
     ratio = diffusion.tokens_per_second / ar.tokens_per_second
     # A pass is worth so many tokens of AR; fewer tokens a pass than that, and diffusion loses.
     break_even = diffusion.tokens_per_nfe / ratio
@@ -72,7 +78,27 @@ def _generation(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         ),
         f"diffusion is {ratio:.2f}x autoregression here; it breaks even at {break_even:.2f} tokens a pass",
     ]
+    if args.peers:
+        facts["peers"] = [peer.to_json() for peer in peers]
+        lines += [
+            f"{p.name} {p.version} ({p.form}): {p.tokens_per_second:.1f} tokens/s, ours in turns {p.ours:.1f}: {p.ratio:.2f}x; "
+            f"{p.equal_tokens:.1%} of tokens before a difference; {p.threads} threads each"
+            for p in peers
+        ]
     return facts, lines
+
+
+def _peers(args: argparse.Namespace, model: Any) -> list[Any]:
+    from twotower.bench.generation import random_prompts
+    from twotower.bench.peers import measure_peer, open_peer
+    from twotower.bundle import Bundle
+    from twotower.processors import usable_cores
+
+    threads = usable_cores()  # as our engines have
+    prompts = random_prompts(model.config, args.prompt_tokens, args.rows, seed=0)
+    opened = [open_peer(name.strip(), Bundle.open(args.bundle), threads=threads) for name in args.peers.split(",")]
+    options = {"new_tokens": args.max_new_tokens, "runs": args.runs, "threads": threads}
+    return [measure_peer(model, peer, prompts, **options) for peer in opened]
 
 
 def _export(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:

@@ -1,0 +1,154 @@
+"""The context tower as `nemotron_h` of transformers: the peer most people would run it with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle
+from twotower.config.model import LayerKind, ModelConfig
+from twotower.errors import BundleError, ConfigError
+from twotower.graph_files import read_weight
+from twotower.spec import CONTEXT, CONTEXT_HEAD
+
+__all__ = ["TransformersPeer"]
+
+_FORMS = ("grouped_mm", "eager", "batched_mm")
+_KINDS = {LayerKind.MAMBA: "mamba", LayerKind.MOE: "moe", LayerKind.ATTENTION: "attention", LayerKind.MLP: "mlp"}
+
+
+class TransformersPeer:
+    """`NemotronHForCausalLM` on a bundle's weights, in float32; where they are float32 its tensors are the bundle's mapped file.
+
+    Of the forms in which the library computes experts, the one that is fastest here is taken.
+
+    Args:
+        bundle: A float bundle.
+        threads: Threads of torch.
+
+    Raises:
+        BundleError: the bundle is quantized.
+        ConfigError: this version of transformers has other weights than this code knows.
+    """
+
+    name = "transformers"
+
+    def __init__(self, bundle: Bundle, *, threads: int) -> None:
+        if bundle.quantization is not None:
+            raise BundleError(
+                f"transformers cannot run bundle '{bundle.path}'",
+                found=f"it is quantized, recipe {bundle.quantization['recipe']['name']}",
+                do="compare with the bundle it was made from: `twotower bench FLOAT_BUNDLE --peers transformers`",
+            )
+        self.version = str(transformers.__version__)
+        self._config = bundle.config
+        torch.set_num_threads(threads)
+        with torch.device("meta"):
+            model: Any = transformers.NemotronHForCausalLM(_config_of(bundle.config))
+        self._model = model.eval()
+        wanted = {name: value.shape for name, value in self._model.state_dict().items()}
+        state = {name: value.reshape(wanted[name]) for name, value in _state(bundle) if name in wanted}
+        if missing := sorted(wanted.keys() - state.keys()):
+            raise ConfigError(
+                f"transformers {self.version} has other weights of this model than twotower knows",
+                found=f"nothing for {', '.join(missing[:3])}",
+                do="install transformers 5, whose experts are stacked",
+            )
+        self._model.load_state_dict(state, assign=True)
+        self.form = self._fastest_form()
+
+    def _fastest_form(self) -> str:
+        """The form of the experts that generates fastest, set; all compute the same."""
+        if LayerKind.MOE not in self._config.layers:
+            return "no experts"
+        prompt, seconds = [list(range(1, 9))], {}
+        for form in _FORMS:
+            self._model.set_experts_implementation(form)
+            self.generate(prompt, 2)
+            began = time.perf_counter()
+            self.generate(prompt, 8)
+            seconds[form] = time.perf_counter() - began
+        form = min(seconds, key=seconds.__getitem__)
+        self._model.set_experts_implementation(form)
+        return f"experts {form}"
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        """Greedy continuations without an end of sequence; see `Peer.generate`."""
+        tokens = torch.tensor([list(prompt) for prompt in prompts])
+        options: dict[str, Any] = {
+            "max_new_tokens": new_tokens,
+            "do_sample": False,
+            "eos_token_id": None,
+            "pad_token_id": self._config.pad_token_id,
+            "suppress_tokens": [self._config.mask_token_id],  # which our sampler never chooses
+            "use_cache": True,
+        }
+        with torch.inference_mode():
+            out = self._model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+        return [list(map(int, row[tokens.shape[1] :])) for row in out]
+
+
+def _config_of(config: ModelConfig) -> Any:
+    c = config
+    sizes: dict[str, Any] = {"num_hidden_layers": len(c.layers)}  # which the library takes from the layers, and does not declare
+    return transformers.NemotronHConfig(
+        **sizes,
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        layers_block_type=[_KINDS[kind] for kind in c.layers],
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
+        mamba_num_heads=c.mamba_num_heads,
+        mamba_head_dim=c.mamba_head_dim,
+        ssm_state_size=c.ssm_state_size,
+        n_groups=c.n_groups,
+        conv_kernel=c.conv_kernel,
+        use_conv_bias=True,
+        n_routed_experts=c.n_routed_experts,
+        num_experts_per_tok=c.num_experts_per_tok,
+        n_shared_experts=c.n_shared_experts,
+        moe_intermediate_size=c.moe_intermediate_size,
+        moe_shared_expert_intermediate_size=c.moe_shared_expert_intermediate_size,
+        intermediate_size=c.intermediate_size,
+        routed_scaling_factor=c.routed_scaling_factor,
+        norm_topk_prob=c.norm_topk_prob,
+        n_group=c.n_group,
+        topk_group=c.topk_group,
+        mlp_hidden_act="relu2",
+        layer_norm_epsilon=c.layer_norm_epsilon,
+        time_step_min=1e-9,  # transformers clamps dt from below here, where the published code does not
+        time_step_limit=(0.0, float("inf")),
+        tie_word_embeddings=False,
+        pad_token_id=c.pad_token_id,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+
+
+def _state(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights under transformers' names, in the shapes of the bundle but for what the export had rearranged."""
+    for graph in (CONTEXT, CONTEXT_HEAD):
+        data = np.memmap(bundle.path / (GRAPH_FILES[graph] + DATA_SUFFIX), dtype=np.uint8, mode="c")
+        for name, ref in bundle.weights(graph).items():
+            value = torch.from_numpy(np.asarray(read_weight(data, ref), np.float32))
+            key = name.replace("context_tower.", "model.", 1).replace("context_lm_head.", "lm_head.", 1)
+            if key.endswith(".A_log.negated_exp"):
+                yield key.removesuffix(".negated_exp"), torch.log(-value)
+            elif key.endswith(".conv1d.weight.transposed"):
+                yield key.removesuffix(".transposed"), value.T.contiguous()
+            elif key.endswith(".qkv_proj.weight"):
+                heads, groups = bundle.config.num_attention_heads, bundle.config.num_key_value_heads
+                rows = [count * bundle.config.head_dim for count in (heads, groups, groups)]
+                for part, end in zip("qkv", accumulate(rows), strict=True):
+                    yield key.replace(".qkv_proj.", f".{part}_proj."), value[end - rows["qkv".index(part)] : end]
+            elif ".experts." in key:
+                yield key.removesuffix(".weight"), value
+            else:
+                yield key, value
