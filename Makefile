@@ -59,7 +59,7 @@ test-wheel: $(STAMP) ## the wheel with each of its extras in an environment of i
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m wheel $(ARGS)
 
 kernels: $(STAMP) ## expert kernels in Triton's interpreter, and compiled for every GPU and format; no GPU
-	TRITON_INTERPRET=1 $(PYTEST) -m kernels $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m kernels tests/kernels $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need a GPU; fails without one, skips a library that is missing unless REQUIRE names it (REQUIRE=gpu,trt)
 	TWOTOWER_REQUIRE=$(or $(REQUIRE),gpu) $(BIN)/python -m pytest -m gpu $(ARGS)

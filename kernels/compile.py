@@ -25,7 +25,7 @@ from twotower.kernels.shape import MOST_TOKENS, ExpertShape
 from twotower.kernels.signatures import KernelSpec, kernel_specs
 from twotower.kernels.tilings import tier_for
 
-__all__ = ["FP_FUSION", "compile_kernels"]
+__all__ = ["FP_FUSION", "compile_kernel", "compile_kernels"]
 
 FP_FUSION = True
 """Whether a product and a sum may become one instruction: Triton 3.9's default, not 3.10's."""
@@ -57,6 +57,7 @@ def compile_kernels(
         RequestError: more tokens than kernels are made for.
     """
     require_libraries("kernels", "triton", what="compiling the expert kernels")
+    _refuse_interpreter()
     last = tier_for(max_tokens)
     wanted = [
         (spec, sm) for sm in sms for spec in kernel_specs(shape, sm) if spec.first <= last.tokens
@@ -65,7 +66,7 @@ def compile_kernels(
         cubins = []
         with _compiler_settings():
             for spec, sm in wanted:
-                cubins.append(_compiled(spec, sm, new))
+                cubins.append(compile_kernel(spec, sm, new))
                 if report:
                     report(cubins[-1].file)
         manifest = Manifest(folder, shape, _triton_version(), FP_FUSION, last.tokens, tuple(cubins))
@@ -93,13 +94,28 @@ def _compiler_settings() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _refuse_interpreter() -> None:
+    """Triton decides when it is imported whether it interprets; then nothing can be compiled."""
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise BuildError(
+            "the expert kernels cannot be compiled while Triton interprets them",
+            found=f"TRITON_INTERPRET={os.environ['TRITON_INTERPRET']}; allowed: unset, or 0",
+            do="`unset TRITON_INTERPRET`, then the same command again",
+        )
+
+
 def _triton_version() -> str:
     import triton
 
     return str(triton.__version__)
 
 
-def _compiled(spec: KernelSpec, sm: int, folder: Path) -> Cubin:
+def compile_kernel(spec: KernelSpec, sm: int, folder: Path) -> Cubin:
+    """Writes the cubin of one kernel for one compute capability.
+
+    Raises:
+        BuildError: the compiler failed.
+    """
     made = _compile(spec, sm)
     code: bytes = made.asm["cubin"]
     file = f"{spec.name}.sm{sm}.cubin"

@@ -14,11 +14,11 @@ from twotower.kernels.manifest import Manifest
 from twotower.kernels.shape import MATRICES, ExpertShape
 from twotower.kernels.signatures import (
     COMBINE_COLUMNS,
-    SLOT_TOKENS,
     finds_pairs_at_once,
     kernel_specs,
+    slot_tokens,
 )
-from twotower.kernels.tilings import Tier, tier_for
+from twotower.kernels.tilings import Tier, tier_for, tiling
 
 __all__ = ["SCRATCH", "Launch", "launches", "most_blocks", "scratch_bytes", "weight_names"]
 
@@ -78,11 +78,11 @@ def launches(shape: ExpertShape, tokens: int, sm: int, table: Manifest) -> tuple
     numbers = {
         "N": tokens,
         "BLOCKS": most_blocks(shape, tokens, tier.rows),
-        "PROGRAMS": -(-tokens // SLOT_TOKENS),
+        "PROGRAMS": -(-tokens // slot_tokens(shape)),
     }
     specs = {spec.name: spec for spec in kernel_specs(shape, sm)}
     out = []
-    for name, grid in _grids(shape, tokens, tier).items():
+    for name, grid in _grids(shape, tokens, tier, sm).items():
         cubin = table.cubin(name, sm)
         params = tuple(
             _parameter(shape, argument, places, numbers) for argument, _ in specs[name].arguments
@@ -91,20 +91,21 @@ def launches(shape: ExpertShape, tokens: int, sm: int, table: Manifest) -> tuple
     return tuple(out)
 
 
-def _grids(shape: ExpertShape, tokens: int, tier: Tier) -> dict[str, tuple[int, int, int]]:
+def _grids(shape: ExpertShape, tokens: int, tier: Tier, sm: int) -> dict[str, tuple[int, int, int]]:
     """The grid of each kernel, in order of the launches."""
+    columns = tiling(shape, tier, sm).columns
     blocks = most_blocks(shape, tokens, tier.rows) + shape.shared * -(-tokens // tier.rows)
     if finds_pairs_at_once(shape, tier):
         pairs = {f"pairs-{tier.name}": (shape.experts, 1, 1)}
     else:
         pairs = {
-            f"slots-{tier.name}": (-(-tokens // SLOT_TOKENS), 1, 1),
+            f"slots-{tier.name}": (-(-tokens // slot_tokens(shape)), 1, 1),
             f"order-{tier.name}": (shape.experts, 1, 1),
         }
     return {
         **pairs,
-        f"up-{tier.name}": (-(-shape.width // tier.columns), blocks, 1),
-        f"down-{tier.name}": (-(-shape.hidden // tier.columns), blocks, 1),
+        f"up-{tier.name}": (-(-shape.width // columns), blocks, 1),
+        f"down-{tier.name}": (-(-shape.hidden // columns), blocks, 1),
         "combine": (tokens, -(-shape.hidden // COMBINE_COLUMNS), 1),
     }
 
@@ -124,7 +125,7 @@ def _places(shape: ExpertShape, tokens: int) -> dict[str, int]:
     }
     if not finds_pairs_at_once(shape, tier):
         sizes["slots"] = shape.experts * tokens
-        sizes["counts"] = 4 * shape.experts * -(-tokens // SLOT_TOKENS)
+        sizes["counts"] = 4 * shape.experts * -(-tokens // slot_tokens(shape))
     out, end = {}, 0
     for name, size in sizes.items():
         out[name] = end

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from twotower.config.formats import WeightFormat
 from twotower.errors import BuildError
@@ -13,30 +12,24 @@ from twotower.kernels.tilings import BUILDABLE_SMS, TIERS, Tier, Tiling, tiling
 
 __all__ = [
     "COMBINE_COLUMNS",
-    "ORDER_TOKENS",
-    "SLOT_TOKENS",
     "KernelSpec",
     "finds_pairs_at_once",
     "kernel_specs",
     "refuse_sm",
+    "slot_tokens",
 ]
 
 COMBINE_COLUMNS = 512
 """Columns of a program of the last kernel."""
 
-SLOT_TOKENS = 16
-"""Tokens of a program of the first of the two pair kernels for many tokens."""
-
-ORDER_TOKENS = 256
+_ORDER_TOKENS = 256
 """Tokens a step of the second reads."""
 
-_MOST_SHARES = 1 << 14
-"""Shares one program reads at once to find the pairs: 32 a thread of 16 warps."""
+_MOST_SHARES = 1 << 13
+"""Shares one program reads at once to find the pairs: 16 a thread of 16 warps."""
 
 _A_WARP = 1 << 9
 """Shares a warp of it takes: 16 a thread, or its registers would not do."""
-
-_BELOW = (0, *(tier.tokens for tier in TIERS[:-1]))
 
 _TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 _STORED = {"int8": "*i8", "float8e4m3fn": "*u8", "int4": "*u8", "float4e2m1": "*u8"}
@@ -44,7 +37,7 @@ _FORMAT_CODES = {"int8": 1, "float8e4m3fn": 2, "int4": 3, "float4e2m1": 4}
 _SCALE_CODES = {None: 2, "float8e4m3fn": 3, "float8e8m0": 4}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KernelSpec:
     """One kernel as it is compiled.
 
@@ -54,10 +47,9 @@ class KernelSpec:
         arguments: What a launch passes, in order: name and type as Triton spells it.
         constants: What is compiled in.
         warps: Warps of a program.
-        stages: Depth of its pipeline of loads.
-        first: The fewest tokens it is launched for.
-        tokens: The most.
+        tokens: The most tokens it is launched for.
         grid: How many programs, for a reader.
+        stages: Depth of its pipeline of loads.
     """
 
     name: str
@@ -65,10 +57,16 @@ class KernelSpec:
     arguments: tuple[tuple[str, str], ...]
     constants: Mapping[str, int]
     warps: int
-    stages: int
-    first: int
     tokens: int
     grid: str
+    stages: int = 1
+
+    @property
+    def first(self) -> int:
+        """The fewest tokens it is launched for."""
+        if self.function == "combine":
+            return 1
+        return 1 + max((tier.tokens for tier in TIERS if tier.tokens < self.tokens), default=0)
 
 
 def refuse_sm(shape: ExpertShape, sm: int) -> None:
@@ -111,61 +109,68 @@ def finds_pairs_at_once(shape: ExpertShape, tier: Tier) -> bool:
     return _shares(shape, tier.tokens) <= _MOST_SHARES
 
 
+def slot_tokens(shape: ExpertShape) -> int:
+    """Tokens of a program of the first of two launches that find the pairs of many tokens."""
+    return min(16, _MOST_SHARES // _experts_tile(shape))
+
+
+def _experts_tile(shape: ExpertShape) -> int:
+    return max(16, _power(shape.experts))
+
+
 def _shares(shape: ExpertShape, tokens: int) -> int:
     """Shares in a tile of all experts and so many tokens."""
-    return max(16, _power(shape.experts)) * max(16, _power(tokens))
+    return _experts_tile(shape) * max(16, _power(tokens))
 
 
 def _pairs(shape: ExpertShape, tier: Tier) -> list[KernelSpec]:
-    sizes = {"E": shape.experts, "TOP": shape.top, "EP": max(16, _power(shape.experts))}
+    tile, one = _experts_tile(shape), slot_tokens(shape)
+    sizes = {"E": shape.experts, "TOP": shape.top, "EP": tile}
     lists = (("order", "*i32"), ("share_of", "*fp32"), ("blocks", "*i32"))
+    count, blocks = ("N", "i32"), ("BLOCKS", "i32")
     if finds_pairs_at_once(shape, tier):
-        arguments = (("shares", "*fp32"), *lists, ("N", "i32"), ("BLOCKS", "i32"))
-        constants = {**sizes, "BT": max(16, _power(tier.tokens)), "BM": tier.rows}
-        return [
-            _spec(
-                f"pairs-{tier.name}",
-                "pairs_few",
-                arguments,
-                constants,
-                tokens=tier.tokens,
-                grid="experts",
-            )
-        ]
-    first = (
-        ("shares", "*fp32"),
-        ("slots", "*i8"),
-        ("counts", "*i32"),
-        ("share_of", "*fp32"),
-        ("N", "i32"),
-    )
-    second = (
-        ("slots", "*i8"),
-        ("counts", "*i32"),
-        ("order", "*i32"),
-        ("blocks", "*i32"),
-        ("N", "i32"),
-        ("PROGRAMS", "i32"),
-        ("BLOCKS", "i32"),
-    )
-    return [
-        _spec(
-            f"slots-{tier.name}",
-            "pairs_slots",
-            first,
-            {**sizes, "BT": SLOT_TOKENS},
-            tokens=tier.tokens,
-            grid=f"tokens / {SLOT_TOKENS}",
-        ),
-        _spec(
-            f"order-{tier.name}",
-            "pairs_order",
-            second,
-            {**sizes, "BT": ORDER_TOKENS, "BM": tier.rows},
+        at_once = KernelSpec(
+            name=f"pairs-{tier.name}",
+            function="pairs_few",
+            arguments=(("shares", "*fp32"), *lists, count, blocks),
+            constants={**sizes, "BT": max(16, _power(tier.tokens)), "BM": tier.rows},
+            warps=_warps(_shares(shape, tier.tokens)),
             tokens=tier.tokens,
             grid="experts",
+        )
+        return [at_once]
+    between = (("slots", "*i8"), ("counts", "*i32"))
+    first = KernelSpec(
+        name=f"slots-{tier.name}",
+        function="pairs_slots",
+        arguments=(("shares", "*fp32"), *between, ("share_of", "*fp32"), count),
+        constants={**sizes, "BT": one},
+        warps=_warps(tile * one),
+        tokens=tier.tokens,
+        grid=f"tokens / {one}",
+    )
+    step = max(1, (_MOST_SHARES // 2) // tile)
+    second = KernelSpec(
+        name=f"order-{tier.name}",
+        function="pairs_order",
+        arguments=(
+            *between,
+            ("order", "*i32"),
+            ("blocks", "*i32"),
+            count,
+            ("PROGRAMS", "i32"),
+            blocks,
         ),
-    ]
+        constants={**sizes, "BP": step, "BT": _ORDER_TOKENS, "BM": tier.rows},
+        warps=_warps(tile * step),
+        tokens=tier.tokens,
+        grid="experts",
+    )
+    return [first, second]
+
+
+def _warps(shares: int) -> int:
+    return min(16, max(4, shares // _A_WARP))
 
 
 def _weights(shape: ExpertShape, which: str) -> tuple[tuple[str, str], ...]:
@@ -206,86 +211,62 @@ def _product_constants(shape: ExpertShape, which: str, cut: Tiling) -> dict[str,
 def _up(shape: ExpertShape, tier: Tier, cut: Tiling) -> KernelSpec:
     own = _TYPES[shape.dtype]
     lists = (("order", "*i32"), ("blocks", "*i32"))
-    arguments = (
-        ("x", own),
-        *_weights(shape, "up"),
-        *lists,
-        ("h", own),
-        ("N", "i32"),
-        ("BLOCKS", "i32"),
-    )
-    constants = _product_constants(shape, "up", cut)
-    return _spec(
-        f"up-{tier.name}",
-        "up",
-        arguments,
-        constants,
+    return KernelSpec(
+        name=f"up-{tier.name}",
+        function="up",
+        arguments=(
+            ("x", own),
+            *_weights(shape, "up"),
+            *lists,
+            ("h", own),
+            ("N", "i32"),
+            ("BLOCKS", "i32"),
+        ),
+        constants=_product_constants(shape, "up", cut),
+        warps=cut.warps,
+        stages=cut.stages,
         tokens=tier.tokens,
         grid=f"width / {cut.columns}, blocks",
-        cut=cut,
     )
 
 
 def _down(shape: ExpertShape, tier: Tier, cut: Tiling) -> KernelSpec:
     own = _TYPES[shape.dtype]
     lists = (("order", "*i32"), ("share_of", "*fp32"), ("blocks", "*i32"))
-    arguments = (
-        ("h", own),
-        *_weights(shape, "down"),
-        *lists,
-        ("y", own),
-        ("N", "i32"),
-        ("BLOCKS", "i32"),
-    )
-    constants = {**_product_constants(shape, "down", cut), "SHARED": shape.shared}
-    return _spec(
-        f"down-{tier.name}",
-        "down",
-        arguments,
-        constants,
+    return KernelSpec(
+        name=f"down-{tier.name}",
+        function="down",
+        arguments=(
+            ("h", own),
+            *_weights(shape, "down"),
+            *lists,
+            ("y", own),
+            ("N", "i32"),
+            ("BLOCKS", "i32"),
+        ),
+        constants={**_product_constants(shape, "down", cut), "SHARED": shape.shared},
+        warps=cut.warps,
+        stages=cut.stages,
         tokens=tier.tokens,
         grid=f"hidden / {cut.columns}, blocks",
-        cut=cut,
     )
 
 
 def _combine(shape: ExpertShape) -> KernelSpec:
     own = _TYPES[shape.dtype]
-    arguments = (("y", own), ("share_of", "*fp32"), ("out", own), ("N", "i32"))
-    constants = {"D": shape.hidden, "TOP": shape.top, "SHARED": shape.shared, "BD": COMBINE_COLUMNS}
-    return _spec(
-        "combine",
-        "combine",
-        arguments,
-        constants,
+    return KernelSpec(
+        name="combine",
+        function="combine",
+        arguments=(("y", own), ("share_of", "*fp32"), ("out", own), ("N", "i32")),
+        constants={
+            "D": shape.hidden,
+            "TOP": shape.top,
+            "SHARED": shape.shared,
+            "BD": COMBINE_COLUMNS,
+        },
+        warps=4,
         tokens=TIERS[-1].tokens,
         grid=f"tokens, hidden / {COMBINE_COLUMNS}",
-    )
-
-
-def _spec(
-    name: str,
-    function: str,
-    arguments: tuple[tuple[str, str], ...],
-    constants: dict[str, int],
-    *,
-    tokens: int,
-    grid: str,
-    cut: Tiling | None = None,
-) -> KernelSpec:
-    tile = (
-        constants.get("EP", 0) * constants.get("BT", 0)
-        if function != "pairs_order"
-        else 16 * constants["EP"]
-    )
-    warps, stages = (cut.warps, cut.stages) if cut else (min(16, max(4, tile // _A_WARP)), 1)
-    first = (
-        next(below for below, tier in zip(_BELOW, TIERS, strict=True) if tier.tokens == tokens) + 1
-    )
-    if name == "combine":
-        first = 1
-    return KernelSpec(
-        name, function, arguments, MappingProxyType(constants), warps, stages, first, tokens, grid
     )
 
 

@@ -95,20 +95,18 @@ def shared_memory(sm: int) -> int:
 
 
 def depth(shape: ExpertShape) -> int:
-    """Products added up in a step, by the widest stored weight."""
-    used = [m for m in MATRICES if shape.shared_intermediate or not m.startswith("shared")]
-    formats = [shape.weights.of(m) for m in used]
-    few = [how for how in formats if how is not None]
-    if len(few) < len(formats):
-        return 32 if shape.dtype == "float32" else 64
-    return 128
+    """Products added up in a step."""
+    return 32 if shape.dtype == "float32" else 64
 
 
 def tiling(shape: ExpertShape, tier: Tier, sm: int) -> Tiling:
     """How a tier's products are cut on a compute capability.
 
     One token's experts are some two programs a multiprocessor: each has more steps under way then.
+    Decoded weights take registers, and so a block has fewer rows of them.
     """
     large = shared_memory(sm) >= 160 << 10
     stages = (6 if large else 4) if tier.name == "decode" else (4 if large else 3)
-    return Tiling(tier.rows, tier.columns, depth(shape), tier.warps, stages)
+    decoded = any(shape.weights.of(matrix) is not None for matrix in MATRICES)
+    columns = min(64, tier.columns) if decoded else tier.columns
+    return Tiling(tier.rows, columns, depth(shape), tier.warps, stages)

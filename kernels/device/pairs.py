@@ -126,6 +126,7 @@ def pairs_order(
     E: tl.constexpr,
     TOP: tl.constexpr,
     EP: tl.constexpr,
+    BP: tl.constexpr,
     BT: tl.constexpr,
     BM: tl.constexpr,
 ):
@@ -133,8 +134,8 @@ def pairs_order(
     e = tl.program_id(0)
     experts = tl.arange(0, EP)
     total = tl.zeros((EP,), tl.int32)
-    some = tl.arange(0, 16)
-    for p in range(0, PROGRAMS, 16):
+    some = tl.arange(0, BP)
+    for p in range(0, PROGRAMS, BP):
         mask = (p + some[:, None] < PROGRAMS) & (experts[None, :] < E)
         total += tl.sum(
             tl.load(counts + (p + some[:, None]) * E + experts[None, :], mask=mask, other=0), 0

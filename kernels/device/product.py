@@ -99,6 +99,40 @@ def _product(
 
 
 @triton.jit
+def _matrix(w, expert, SIZE: tl.constexpr, FORMAT: tl.constexpr):
+    """Where an expert's weights begin, of SIZE each."""
+    if FORMAT > _FLOAT8:
+        return w + expert * (SIZE // 2)
+    else:
+        return w + expert * SIZE
+
+
+@triton.jit
+def _scales(scales, expert, ROWS: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr):
+    """Where an expert's scales begin: one a row of its ROWS, or one a group of its weights."""
+    if GROUP == 0:
+        return scales + expert * ROWS
+    else:
+        return scales + expert * (SIZE // GROUP)
+
+
+@triton.jit
+def _pairs(order, blocks, block, BLOCKS, BM: tl.constexpr):
+    """The pairs of a block, and which of the BM there are."""
+    m = tl.load(blocks + BLOCKS + block) + tl.arange(0, BM)
+    live = m < tl.load(blocks + 2 * BLOCKS + block)
+    return tl.load(order + m, mask=live, other=0).to(tl.int64), live
+
+
+@triton.jit
+def _tokens(block, N, BM: tl.constexpr):
+    """Of a block beyond those of pairs: its shared expert, its tokens, and which there are."""
+    tiles = (N + BM - 1) // BM
+    token = (block % tiles * BM + tl.arange(0, BM)).to(tl.int64)
+    return (block // tiles).to(tl.int64), token, token < N
+
+
+@triton.jit
 def _store(out, row, live, n, values, OUT: tl.constexpr):
     """Values [BN, BM] into rows `row` and columns `n` of out [.., OUT], rounded to its type."""
     mask = live[None, :] & (n[:, None] < OUT)
@@ -148,66 +182,26 @@ def up(
     """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     block = tl.program_id(1)
-    BITS: tl.constexpr = 2 if FORMAT > _FLOAT8 else 1  # weights a stored element
-    S_BITS: tl.constexpr = 2 if S_FORMAT > _FLOAT8 else 1
     if block < BLOCKS:
         expert = tl.load(blocks + block).to(tl.int64)
         if expert >= 0:
-            m = tl.load(blocks + BLOCKS + block) + tl.arange(0, BM)
-            live = m < tl.load(blocks + 2 * BLOCKS + block)
-            pair = tl.load(order + m, mask=live, other=0).to(tl.int64)
-            own = w + expert * (F * D // BITS)
-            factors = w_scale if GROUP == 0 else w_scale + expert * (F * D // max(GROUP, 1))
-            if SCALE == _ROW_SCALE:
-                factors = w_scale + expert * F
+            pair, live = _pairs(order, blocks, block, BLOCKS, BM)
+            own = _matrix(w, expert, F * D, FORMAT)
+            factors = _scales(w_scale, expert, F, F * D, GROUP)
             acc = _product(
-                x,
-                pair // TOP,
-                live,
-                own,
-                factors,
-                w_whole,
-                n,
-                F,
-                D,
-                D,
-                FORMAT,
-                SCALE,
-                GROUP,
-                BM,
-                BN,
-                BK,
-            )
+                x, pair // TOP, live, own, factors, w_whole, n,
+                F, D, D, FORMAT, SCALE, GROUP, BM, BN, BK,
+            )  # fmt: skip
             _store(h, pair, live, n, _squared_relu(acc), F)
     elif tl.program_id(0) * BN < SF:
-        tiles = (N + BM - 1) // BM
-        s = ((block - BLOCKS) // tiles).to(tl.int64)
-        token = ((block - BLOCKS) % tiles * BM + tl.arange(0, BM)).to(tl.int64)
-        live = token < N
-        own = sw + s * (SF * D // S_BITS)
-        factors = sw_scale if S_GROUP == 0 else sw_scale + s * (SF * D // max(S_GROUP, 1))
-        if S_SCALE == _ROW_SCALE:
-            factors = sw_scale + s * SF
+        s, token, live = _tokens(block - BLOCKS, N, BM)
+        own = _matrix(sw, s, SF * D, S_FORMAT)
+        factors = _scales(sw_scale, s, SF, SF * D, S_GROUP)
         acc = _product(
-            x,
-            token,
-            live,
-            own,
-            factors,
-            sw_whole,
-            n,
-            SF,
-            D,
-            D,
-            S_FORMAT,
-            S_SCALE,
-            S_GROUP,
-            BM,
-            BN,
-            BK,
-        )
-        rows = h + (N * TOP).to(tl.int64) * F
-        _store(rows, s * N + token, live, n, _squared_relu(acc), SF)
+            x, token, live, own, factors, sw_whole, n,
+            SF, D, D, S_FORMAT, S_SCALE, S_GROUP, BM, BN, BK,
+        )  # fmt: skip
+        _store(h + (N * TOP).to(tl.int64) * F, s * N + token, live, n, _squared_relu(acc), SF)
 
 
 @triton.jit
@@ -246,50 +240,27 @@ def down(
     """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     block = tl.program_id(1)
-    BITS: tl.constexpr = 2 if FORMAT > _FLOAT8 else 1
-    S_BITS: tl.constexpr = 2 if S_FORMAT > _FLOAT8 else 1
     if block < BLOCKS:
         expert = tl.load(blocks + block).to(tl.int64)
         if expert >= 0:
-            m = tl.load(blocks + BLOCKS + block) + tl.arange(0, BM)
-            live = m < tl.load(blocks + 2 * BLOCKS + block)
-            pair = tl.load(order + m, mask=live, other=0).to(tl.int64)
-            own = w + expert * (D * F // BITS)
-            factors = w_scale if GROUP == 0 else w_scale + expert * (D * F // max(GROUP, 1))
-            if SCALE == _ROW_SCALE:
-                factors = w_scale + expert * D
+            pair, live = _pairs(order, blocks, block, BLOCKS, BM)
+            own = _matrix(w, expert, D * F, FORMAT)
+            factors = _scales(w_scale, expert, D, D * F, GROUP)
             acc = _product(
-                h, pair, live, own, factors, w_whole, n, D, F, F, FORMAT, SCALE, GROUP, BM, BN, BK
-            )
+                h, pair, live, own, factors, w_whole, n,
+                D, F, F, FORMAT, SCALE, GROUP, BM, BN, BK,
+            )  # fmt: skip
             share = tl.load(share_of + pair, mask=live, other=0.0)
             _store(y, pair, live, n, acc * share[None, :], D)
-    else:
-        tiles = (N + BM - 1) // BM
-        s = ((block - BLOCKS) // tiles).to(tl.int64)
-        token = ((block - BLOCKS) % tiles * BM + tl.arange(0, BM)).to(tl.int64)
-        live = token < N
+    else:  # a shared expert is some columns of the rows of one matrix
+        s, token, live = _tokens(block - BLOCKS, N, BM)
         row = s * N + token
-        rows = h + (N * TOP).to(tl.int64) * F
-        own = sw + s * (SF // S_BITS)
-        factors = sw_scale if S_GROUP == 0 else sw_scale + s * (SF // max(S_GROUP, 1))
+        own = _matrix(sw, s, SF, S_FORMAT)
+        factors = _scales(sw_scale, s, 0, SF, S_GROUP)
         acc = _product(
-            rows,
-            row,
-            live,
-            own,
-            factors,
-            sw_whole,
-            n,
-            D,
-            SF,
-            SHARED * SF,
-            S_FORMAT,
-            S_SCALE,
-            S_GROUP,
-            BM,
-            BN,
-            BK,
-        )
+            h + (N * TOP).to(tl.int64) * F, row, live, own, factors, sw_whole, n,
+            D, SF, SHARED * SF, S_FORMAT, S_SCALE, S_GROUP, BM, BN, BK,
+        )  # fmt: skip
         _store(y, N * TOP + row, live, n, acc, D)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from twotower.kernels.manifest import MANIFEST, Cubin, Manifest
 from twotower.kernels.shape import MOST_TOKENS, ExpertShape
-from twotower.kernels.signatures import ORDER_TOKENS, SLOT_TOKENS, KernelSpec, kernel_specs
+from twotower.kernels.signatures import KernelSpec, kernel_specs, slot_tokens
 from twotower.kernels.stored import raw_dtype
 from twotower.kernels.twin import combine_twin, down_twin, pairs_twin, up_twin
 
@@ -192,7 +192,8 @@ class _Run:
         self.write_lists(experts)
 
     def _pairs_slots(self) -> None:
-        assert self.grid == (-(-self.count // SLOT_TOKENS), 1)
+        own = slot_tokens(self.shape)
+        assert self.grid == (-(-self.count // own), 1)
         e = self.shape.experts
         experts, share_of = pairs_twin(self.shape, self.array("shares", e, self.count))
         slots = self.array("slots", e, self.count)
@@ -200,12 +201,11 @@ class _Run:
         for token, slot in np.argwhere(experts >= 0):
             slots[experts[token, slot], token] = slot
         for program, counts in enumerate(self.array("counts", self.grid[0], e)):
-            counts[:] = (slots[:, program * SLOT_TOKENS : (program + 1) * SLOT_TOKENS] >= 0).sum(1)
+            counts[:] = (slots[:, program * own : (program + 1) * own] >= 0).sum(1)
         self.array("share_of", *share_of.shape)[:] = share_of
 
     def _pairs_order(self) -> None:
         assert self.grid == (self.shape.experts, 1)
-        assert ORDER_TOKENS
         slots = self.array("slots", self.shape.experts, self.count)
         counts = self.array("counts", self.values["PROGRAMS"], self.shape.experts)
         assert (counts.sum(0) == (slots >= 0).sum(1)).all()
