@@ -111,6 +111,12 @@ QUESTIONS = {
         module="tools.gpu.cubins",
         call=1,
     ),
+    "experts": Question(
+        text="Are the runtime's own expert kernels right at published sizes, and how fast?",
+        seconds=100,
+        module="tools.gpu.experts",
+        call=1,
+    ),
     "rtx": Question(
         text="Does TensorRT for RTX run on this GPU, and with which capability of a plan?",
         seconds=120,
