@@ -69,7 +69,7 @@ def test_every_format(dtype: str, routed: str) -> None:
     check(layer, tokens(layer.shape, 7), routing(layer.shape, 7))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     dtype=st.sampled_from(list(TO_FLOAT64)),
     formats=st.tuples(*[st.sampled_from([*FORMAT_NAMES])] * 2),
