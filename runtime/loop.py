@@ -105,6 +105,7 @@ class _Run:
             self._record((index, step), masked, ms)
             for i, row in enumerate(rows):
                 row.nfe += masked[i] > 0
+                row.batch_passes += row.live
             np.copyto(io.block, io.next_block)
             masked = io.masked_left.tolist()
             if not any(masked):

@@ -101,17 +101,24 @@ def row_from_request(index: int, request: Request, limits: Limits) -> Row:
 
 
 def batches(rows: Sequence[Row], max_batch: int) -> Iterator[list[Row]]:
-    """Rows that can run together (one mode, one block size), at most `max_batch` at a time, in the order of their first."""
-    groups: dict[tuple[str, int], list[Row]] = {}
+    """Rows that can run together, at most `max_batch` at a time, in the order of their first.
+
+    They have one mode and one block size; in mode `auto` one threshold and number of steps as well,
+    since the passes they take together are what it decides from.
+    """
+    groups: dict[tuple[str | float, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.config.mode, row.width), []).append(row)
+        config = row.config
+        auto = config.mode == "auto"
+        setting = (config.confidence_threshold, config.steps_per_block) if auto else ()
+        groups.setdefault((config.mode, row.width, *setting), []).append(row)
     for group in groups.values():
         for start in range(0, len(group), max_batch):
             yield group[start : start + max_batch]
 
 
 def _check_block_size(config: GenerationConfig, limits: Limits) -> None:
-    if config.mode != "diffusion":
+    if config.mode == "ar":
         return
     if config.block_size > limits.trained_block_size and not config.allow_untrained_block_size:
         raise ConfigError(

@@ -72,6 +72,7 @@ class Generation:
         timings: Wall-clock milliseconds.
         seed: The seed its noise was drawn with, given or not: the request gives this text again
             with it. None at temperature 0.
+        mode: `diffusion` or `ar`: how it was generated, also where the request said `auto`.
     """
 
     tokens: tuple[int, ...]
@@ -80,6 +81,7 @@ class Generation:
     usage: Usage
     timings: Timings
     seed: int | None = None
+    mode: str = "diffusion"
 
     def to_json(self) -> dict[str, Any]:
         """The object `--json` prints; `text` only where there is a tokenizer."""
@@ -87,6 +89,7 @@ class Generation:
         if self.text is not None:
             out["text"] = self.text
         out["finish_reason"] = self.finish_reason
+        out["mode"] = self.mode
         out["seed"] = self.seed
         out["usage"] = self.usage.to_json()
         out["timings_ms"] = asdict(self.timings)

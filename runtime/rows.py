@@ -42,6 +42,7 @@ class Row:
         seed: Names its noise; None where it is greedy.
         length: Tokens the context tower has read, or is about to have read.
         nfe: Passes so far (see `Usage.nfe`).
+        batch_passes: Denoiser passes of its batch while it was alive, whichever rows had masks.
         prefill: Seconds in the batch's prefill, and likewise
         denoise: in denoiser passes and
         extend: in context passes, while the row was alive.
@@ -51,6 +52,7 @@ class Row:
         "_continuation",
         "_started",
         "_total",
+        "batch_passes",
         "blocks",
         "config",
         "denoise",
@@ -77,7 +79,7 @@ class Row:
         rule = StopRule(config.max_new_tokens, eos, config.stop)
         self._continuation = Continuation(rule, IncrementalText(tokenizer) if tokenizer else None)
         self.length = len(self.prompt)
-        self.nfe = self.blocks = 0
+        self.nfe = self.blocks = self.batch_passes = 0
         self.prefill = self.denoise = self.extend = self._started = self._total = 0.0
 
     @property
@@ -88,7 +90,7 @@ class Row:
     @property
     def width(self) -> int:
         """Tokens it gets at a time: its block size, or 1 in `ar` mode."""
-        return self.config.block_size if self.config.mode == "diffusion" else 1
+        return 1 if self.config.mode == "ar" else self.config.block_size
 
     def start(self) -> None:
         """Starts the row's clock."""
@@ -108,4 +110,6 @@ class Row:
         assert c.finish_reason is not None
         usage = Usage(len(self.prompt), len(c.tokens), self.nfe, self.blocks)
         timings = Timings(*(1000 * s for s in (self.prefill, self.denoise, self.extend, self._total)))
-        return Generation(tuple(c.tokens), c.text, c.finish_reason, usage, timings, self.seed)
+        mode = self.config.mode
+        tokens = tuple(c.tokens)
+        return Generation(tokens, c.text, c.finish_reason, usage, timings, self.seed, mode=mode)

@@ -14,15 +14,19 @@ from twotower.bundle import Bundle, Progress, built_targets
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.errors import ConfigError, DeviceError, RequestError
 from twotower.hardware import TARGETS, probe_machine, select_target
+from twotower.runtime.auto import PassTimes
+from twotower.runtime.auto_mode import AutoMode
 from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.engines import STREAMED, OpenOptions, open_towers, require_opener
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.hooks import Hooks, StepRecord
 from twotower.runtime.loop import run_rows
+from twotower.runtime.pass_record import PassRecord, measured_on, read_pass_record
+from twotower.runtime.pass_times import measure_pass_times
 from twotower.runtime.requests import Limits, Prompt, Request, as_requests, batches, row_from_request
 from twotower.runtime.results import BlockEvent, Generation
 from twotower.runtime.rows import Row, text_end
-from twotower.runtime.schedule import capacity_limit, prefill_plan
+from twotower.runtime.schedule import capacity_limit, prefill_plan, row_counts
 from twotower.runtime.scoring import Score, scoring_rows
 from twotower.runtime.session_lock import SessionLock
 from twotower.runtime.settings import LoopSettings
@@ -57,6 +61,7 @@ class TwoTower:
         self._max_batch, self._max_chunk = max_batch, max_chunk
         self._streams = streams
         self._workspaces = Workspaces(towers)
+        self._auto = AutoMode(limits, self._measured)
         self._lock = SessionLock()
         self._iterators: set[Generator[BlockEvent, None, None]] = set()
         self._closed = False
@@ -111,7 +116,8 @@ class TwoTower:
         tokenizer = Tokenizer.from_file(bundle.tokenizer_file) if bundle.tokenizer_file else None
         if target is not None and target in TARGETS:
             require_opener(target)
-        chosen = select_target(probe_machine(), built_targets(bundle.path), wanted=target).target
+        machine = probe_machine()
+        chosen = select_target(machine, built_targets(bundle.path), wanted=target).target
         # Weights that go to a device are hashed on their way there: they are read once.
         bundle.check(weights=chosen not in STREAMED, progress=progress)
         _check_options(bundle.config.max_position_embeddings, max_batch=max_batch, max_context=max_context, max_chunk=MAX_CHUNK)
@@ -136,6 +142,8 @@ class TwoTower:
             session.warm_up(usual if warm_up is None else warm_up, optional=warm_up is None)
             undo.pop_all()
         session._target = chosen
+        here = measured_on(bundle, chosen, machine, threads=threads, devices=devices, graphs=graphs)
+        session._auto.start_from(read_pass_record(bundle.path, here) or PassRecord(here))
         return session
 
     @classmethod
@@ -360,6 +368,16 @@ class TwoTower:
                     logger.info("%d row(s) warmed up in %.2f s", count, perf_counter() - started)
             self._towers.keep()
 
+    def pass_record(self) -> PassRecord:
+        """Pass times for 1, 2, 4, ... and `max_batch` rows, for mode `auto` to start from.
+
+        Blocks are of the default size. Numbers of rows that do not fit the memory are left out.
+        """
+        self._check_open()
+        size = self._towers.fixed_block or self._defaults.block_size
+        with self._lock:
+            return self._auto.record(row_counts(self._max_batch), size)
+
     def relocate(self) -> None:
         """Moves the keys and values of running calls to other memory, as a growing text does: for checks, from a callback between passes.
 
@@ -402,7 +420,12 @@ class TwoTower:
             raise
 
     def _batch_events(self, batch: Sequence[Row], hooks: Hooks) -> Generator[BlockEvent, None, None]:
-        """The events of rows that run together."""
+        """The events of rows that run together, in their mode or the one chosen for them."""
+        run = partial(self._mode_events, hooks=hooks)
+        return self._auto.events(batch, run) if batch[0].config.mode == "auto" else run(batch)
+
+    def _mode_events(self, batch: Sequence[Row], hooks: Hooks) -> Generator[BlockEvent, None, None]:
+        """The events of rows of one mode that run together."""
         largest = capacity_limit(self._limits.max_context, self._max_chunk)
         settings = LoopSettings(model=self._limits.model, largest_capacity=largest, streams=self._streams, hooks=hooks)
         lengths = [row.length for row in batch]
@@ -419,6 +442,13 @@ class TwoTower:
             end.pop_all()
         self._workspaces.give_back(work, sound=True)
         self._towers.keep()
+
+    def _measured(self, rows: int, block_size: int) -> PassTimes:
+        """Times passes of scratch rows."""
+        largest = capacity_limit(self._limits.max_context, self._max_chunk)
+        model, streams = self._limits.model, self._streams
+        run = partial(measure_pass_times, config=model, block_size=block_size, streams=streams)
+        return self._workspaces.lend(rows, block_size + 1, run, largest=largest)
 
     def _in_turns(self, events: Generator[BlockEvent, None, None]) -> Generator[BlockEvent, None, None]:
         """The same events; the session is held only while one is computed."""

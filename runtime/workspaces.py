@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.engines.towers import Towers
@@ -12,6 +13,9 @@ from twotower.runtime.workspace import Workspace
 from twotower.spec import MAX_CHUNK
 
 __all__ = ["Workspaces"]
+
+
+_Result = TypeVar("_Result")
 
 
 class Workspaces:
@@ -62,6 +66,23 @@ class Workspaces:
         else:
             work.close()
 
+    def lend(
+        self,
+        rows: int,
+        needed: int,
+        use: Callable[[Workspace], _Result],
+        *,
+        largest: int,
+        bound: int | None = None,
+    ) -> _Result:
+        """What `use` makes of a workspace, which is kept afterwards; the arguments are `take`'s."""
+        work = self.take(rows, needed, largest, bound=bound)
+        with Cleanup(partial(self.give_back, work, sound=False)) as end:
+            result = use(work)
+            end.pop_all()
+        self.give_back(work, sound=True)
+        return result
+
     def warm_up(self, rows: int, largest: int, run: Callable[[Workspace], None]) -> None:
         """Lets `run` have a workspace; its number of rows is ready then, and batches are padded to such.
 
@@ -71,11 +92,7 @@ class Workspaces:
             run: Runs every pass.
         """
         count = self._next(rows)
-        work = self.take(count, MAX_CHUNK, largest, bound=count)
-        with Cleanup(partial(self.give_back, work, sound=False)) as end:
-            run(work)
-            end.pop_all()
-        self.give_back(work, sound=True)
+        self.lend(count, MAX_CHUNK, run, largest=largest, bound=count)
         if self._towers.row_counts:
             self._ready.add(count)
 

@@ -113,6 +113,10 @@ def test_tune_writes_presets_into_a_copy(
     assert tuned.defaults.confidence_threshold == 0.5
     report = json.loads((tmp_path / "tuned" / "reports" / "tune.json").read_text())
     assert report["budget"] == 98.7
+    assert report["auto"]["measured_on"] == {"target": "fake"}
+    assert [(t["block_size"], t["rows"], t["step_ms"]) for t in report["auto"]["times"]] == [(16, 1, 1.0)]
+    passes = {(p["threshold"], p["steps"]): p["passes_per_block"] for p in report["auto"]["passes"]}
+    assert passes == {(0.5, 2): 2, (0.9, 2): 2, (0.5, 16): 6, (0.9, 16): 10}
     assert main(["generate", str(tmp_path / "tuned"), "--tokens", "5", "--preset", "fast", "--max-new-tokens", "4"]) == 0
     assert main(["generate", str(tmp_path / "tuned"), "--tokens", "5", "--preset", "slow"]) == 2
     check_error(capsys.readouterr().err, "slow")

@@ -24,7 +24,7 @@ def generated(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str,
 def test_json_has_the_documented_keys(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (one,) = generated(capsys, str(built_bundle), "--tokens", PROMPT, "--max-new-tokens", "20", "--threshold", "0.8")
     # No text: the fixture has no tokenizer.
-    assert set(one) == {"tokens", "finish_reason", "seed", "usage", "timings_ms"}
+    assert set(one) == {"tokens", "finish_reason", "mode", "seed", "usage", "timings_ms"}
     assert one["seed"] is None, "greedy"
     assert set(one["usage"]) == {"prompt_tokens", "completion_tokens", "nfe", "blocks", "steps_per_block", "tokens_per_nfe"}
     assert set(one["timings_ms"]) == {"prefill", "denoise", "extend", "total"}
@@ -73,6 +73,17 @@ def test_autoregression_has_no_blocks(built_bundle: Path, capsys: pytest.Capture
     assert len(one["tokens"]) == 5
     assert one["usage"]["blocks"] == 0
     assert one["timings_ms"]["denoise"] == 0
+
+
+def test_auto_names_the_mode_whose_text_it_is(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(built_bundle), "--tokens", PROMPT, "--max-new-tokens", "20", "--ignore-eos"]
+    (auto,) = generated(capsys, *words, "--mode", "auto")
+    (own,) = generated(capsys, *words, "--mode", auto["mode"])
+    assert (auto["tokens"], auto["usage"], own["mode"]) == (own["tokens"], own["usage"], auto["mode"])
+    assert main(["generate", *words, "--mode", "ar"]) == 0
+    assert "-- 20 tokens (length), mode ar, 20 passes" in capsys.readouterr().err
+    assert main(["generate", *words, "--mode", "auto", "--top-p", "0.5"]) == 2
+    check_error(capsys.readouterr().err, "top_p")
 
 
 def test_plain_output_is_the_tokens_and_the_summary_goes_to_stderr(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,14 @@ def test_the_published_defaults() -> None:
     assert (c.block_size, c.steps_per_block, c.confidence_threshold, c.temperature, c.max_new_tokens) == (16, 16, 0.9, 0.0, 128)
 
 
+@pytest.mark.parametrize("mode", ["diffusion", "auto"])
+def test_top_p_needs_a_mode_that_is_certainly_autoregressive(mode: str) -> None:
+    assert GenerationConfig(mode=mode).mode == mode
+    with pytest.raises(ConfigError, match="top_p") as caught:
+        GenerationConfig(mode=mode, top_p=0.9)
+    assert f"1 in {mode} mode" in caught.value.found
+
+
 def test_unknown_options_are_an_error_and_known_ones_override() -> None:
     base = GenerationConfig(seed=7)
     assert GenerationConfig.from_mapping({"max_new_tokens": 3}, base=base) == GenerationConfig(seed=7, max_new_tokens=3)

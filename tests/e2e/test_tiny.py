@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,7 @@ def test_evaluate_and_tune_work_on_it(tiny_bundle: Path, tmp_path: Path, capsys:
     assert "balanced" in out
     with TwoTower.open(tmp_path / "tuned", preset="fast") as model:
         assert (model.generate(PROMPT).text or "").strip().startswith("j boat")
+        assert list(model._auto._record.times) == [16], "the record of this machine is taken"
+        options = replace(model.defaults, mode="auto")
+        result = model.generate(PROMPT, options)
+        assert result.text == model.generate(PROMPT, replace(options, mode=result.mode)).text

@@ -83,8 +83,9 @@ def test_a_watcher_sees_every_pass_as_it_comes(model: TwoTower, trace: Trace) ->
 
 
 def test_autoregression_has_no_passes_to_trace(model: TwoTower) -> None:
-    with pytest.raises(TraceError, match="mode 'ar'"):
-        record_trace(model, [5], GenerationConfig(mode="ar"))
+    for mode in ("ar", "auto"):
+        with pytest.raises(TraceError, match=f"mode '{mode}'"):
+            record_trace(model, [5], GenerationConfig(mode=mode))
 
 
 def test_what_is_written_reads_back(trace: Trace, file: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any, Self
 from twotower.config import GenerationConfig
 from twotower.evaluate.suite import Problem
 from twotower.runtime import Generation, Timings, Usage
+from twotower.runtime.auto import PassTimes
+from twotower.runtime.pass_record import PassRecord
 
 AR_MS, PASS_MS, EXTEND_MS = 1.0, 2.0, 1.0
 
@@ -54,7 +56,12 @@ class FakeModel:
             passes = blocks * min(config.steps_per_block, 1 + round(10 * config.confidence_threshold))
             ms = passes * PASS_MS + blocks * EXTEND_MS
         text = f" {asked.answer}" if right else " something else"
-        return Generation(tokens, text, "eos", Usage(5, len(tokens), passes, blocks), Timings(0.5, ms, 0.0, ms))
+        usage, timings = Usage(5, len(tokens), passes, blocks), Timings(0.5, ms, 0.0, ms)
+        return Generation(tokens, text, "eos", usage, timings, mode=config.mode)
+
+    def pass_record(self) -> PassRecord:
+        times = PassTimes(denoise_ms=PASS_MS, extend_ms=EXTEND_MS, step_ms=AR_MS)
+        return PassRecord({"target": self.target}, {16: {1: times}})
 
     def score(self, pair: tuple[str, str]) -> Any:
         return SimpleNamespace(logprobs=(-0.5, -0.25), total=-0.75, greedy=True, bounded=0)

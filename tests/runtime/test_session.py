@@ -180,7 +180,7 @@ def test_text_comes_with_a_tokenizer(speaking: TwoTower, model: TwoTower, tokeni
     assert result.text == tokenizer.decode(result.tokens)
     assert result.usage.prompt_tokens == 6
     data = result.to_json()
-    assert list(data) == ["tokens", "text", "finish_reason", "seed", "usage", "timings_ms"]
+    assert list(data) == ["tokens", "text", "finish_reason", "mode", "seed", "usage", "timings_ms"]
     assert list(data["usage"]) == ["prompt_tokens", "completion_tokens", "nfe", "blocks", "steps_per_block", "tokens_per_nfe"]
     assert list(data["timings_ms"]) == ["prefill", "denoise", "extend", "total"]
     assert "text" not in model.generate([5], SHORT).to_json()

@@ -104,6 +104,6 @@ def _summary(result: Generation) -> str:
     rate = 1000 * usage.completion_tokens / ms if ms else 0.0
     passes = f"{usage.nfe} passes, {usage.tokens_per_nfe:.2f} tokens a pass"
     tokens = f"{usage.completion_tokens} tokens ({result.finish_reason})"
-    facts = [tokens, passes, f"{rate:.1f} tokens/s"]
+    facts = [tokens, f"mode {result.mode}", passes, f"{rate:.1f} tokens/s"]
     facts += [f"seed {result.seed}"] if result.seed is not None else []
     return f"-- {', '.join(facts)}"

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from twotower.config import GenerationConfig
+from twotower.config import MODES, GenerationConfig
 from twotower.errors import ConfigError, RequestError
 
 __all__ = [
@@ -26,7 +26,12 @@ _D = GenerationConfig()
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     """One option a field of `GenerationConfig`; those not given stay None."""
     how = parser.add_argument_group("how to generate (defaults: the bundle's, which start as the ones shown)")
-    how.add_argument("--mode", choices=("diffusion", "ar"), help=f"both towers, or the context tower alone ({_D.mode})")
+    how.add_argument(
+        "--mode",
+        choices=MODES,
+        help="both towers, the context tower alone, or the one that is expected to be faster for "
+        f"each batch, which the result names ({_D.mode})",
+    )
     how.add_argument("--max-new-tokens", type=int, metavar="N", help=f"tokens to generate at most ({_D.max_new_tokens})")
     how.add_argument("--block-size", type=int, metavar="S", help=f"tokens denoised together ({_D.block_size})")
     how.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 __all__ = ["add_arguments", "run"]
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         with TwoTower.open(args.bundle, **options) as model:
             checking.end()
             tuned = tune(model, suite, config, line)
+            tuned.report["auto"] = replace(model.pass_record(), passes=tuned.passes).to_json()
     except BudgetError as e:
         print(f"BudgetError: {e}", file=sys.stderr)
         return EXIT_NO_SETTING

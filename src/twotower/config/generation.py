@@ -8,7 +8,10 @@ from typing import Any, TypeGuard
 
 from twotower.errors import ConfigError
 
-__all__ = ["CANDIDATES", "GenerationConfig"]
+__all__ = ["CANDIDATES", "MODES", "GenerationConfig"]
+
+MODES = ("diffusion", "ar", "auto")
+"""How a request may ask to be generated."""
 
 CANDIDATES = 64
 """Best tokens a position keeps for sampling (K): the width of `noise` and of the context head's outputs."""
@@ -19,7 +22,8 @@ class GenerationConfig:
     """Options of one request; the defaults are the published reference's.
 
     Attributes:
-        mode: `diffusion` (both towers) or `ar` (context tower alone, token by token).
+        mode: `diffusion` (both towers), `ar` (context tower alone, token by token) or `auto`: the
+            one that is expected to be faster for the batch. The result says which it was.
         max_new_tokens: Tokens to generate at most; the last block is cut to fit.
         block_size: Tokens denoised together (S). Above the trained size quality collapses, so it needs the override.
         steps_per_block: Denoiser passes a block may take; 1 commits everything at once.
@@ -63,9 +67,8 @@ class GenerationConfig:
         names = ("max_new_tokens", "block_size", "steps_per_block", "top_k")
         whole = {n: _is_whole(getattr(self, n)) for n in names}
         real = {n: _is_real(getattr(self, n)) for n in ("confidence_threshold", "temperature", "top_p")}
-        diffusion = self.mode == "diffusion"
         return [
-            ("mode", self.mode in ("diffusion", "ar"), "'diffusion' or 'ar'"),
+            ("mode", self.mode in MODES, "'diffusion', 'ar' or 'auto'"),
             ("max_new_tokens", whole["max_new_tokens"] and self.max_new_tokens > 0, "a whole number above 0"),
             ("block_size", whole["block_size"] and self.block_size > 0, "a whole number above 0"),
             ("steps_per_block", whole["steps_per_block"] and self.steps_per_block > 0, "a whole number above 0"),
@@ -73,7 +76,11 @@ class GenerationConfig:
             ("temperature", real["temperature"] and 0 <= self.temperature <= 100, "0 (greedy) to 100"),
             ("top_k", whole["top_k"] and 0 <= self.top_k <= CANDIDATES, f"0 (all candidates) to {CANDIDATES}"),
             ("top_p", real["top_p"] and 0 < self.top_p <= 1, "above 0, up to 1"),
-            ("top_p", not diffusion or self.top_p == 1, "1 in diffusion mode: top-p is defined for `ar` only"),
+            (
+                "top_p",
+                self.mode == "ar" or self.top_p == 1,
+                f"1 in {self.mode} mode: top-p is defined for `ar` only",
+            ),
             ("seed", _is_seed(self.seed), "0 to 2**64 - 1, or none to have one drawn"),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"),

@@ -140,15 +140,15 @@ def record_trace(
         watch: Called with every pass as it comes.
 
     Raises:
-        TraceError: the mode is `ar`.
+        TraceError: the mode is not `diffusion`.
         RequestError: the request cannot be served.
     """
     config = config or model.defaults
     if config.mode != "diffusion":
         raise TraceError(
             f"there is nothing to trace in mode {config.mode!r}",
-            found="a trace is of denoiser passes, and the context tower alone makes none",
-            do="leave out `--mode ar`, or use `twotower generate`",
+            found="a trace is of denoiser passes, which the context tower alone does not make",
+            do="leave out `--mode`, or use `twotower generate`",
         )
     recorder = _Recorder(model.config.mask_token_id, watch)
     result = model.generate(prompt if isinstance(prompt, str) else list(prompt) or [model.config.bos_token_id], config, on_step=recorder)

@@ -14,6 +14,7 @@ from twotower.evaluate.evaluation import AR, EvaluationConfig, setting_name, sum
 from twotower.evaluate.measure import Contestant, Measured, measure
 from twotower.evaluate.suite import Suite
 from twotower.runtime import TwoTower
+from twotower.runtime.auto import Setting, setting_of
 
 __all__ = ["PRESETS", "TuneConfig", "Tuned", "tune"]
 
@@ -46,10 +47,17 @@ class TuneConfig:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """The chosen presets and what they were chosen from."""
+    """The chosen presets and what they were chosen from.
+
+    Attributes:
+        presets: By name.
+        report: Everything measured, as plain data.
+        passes: Passes a block of each setting, and the blocks they are the mean of.
+    """
 
     presets: dict[str, GenerationConfig]
     report: dict[str, Any]
+    passes: dict[Setting, tuple[float, int]]
 
     @property
     def holds(self) -> bool:
@@ -98,7 +106,21 @@ def tune(model: TwoTower, suite: Suite, config: TuneConfig | None = None, progre
     most, seed = model.defaults.max_new_tokens, model.defaults.seed
     chosen = {preset: configs[name] for preset, name in found.items()}
     presets = {p: replace(c, max_new_tokens=most, seed=seed) for p, c in chosen.items()}
-    return Tuned(presets, report)
+    return Tuned(presets, report, _passes(configs, measured))
+
+
+def _passes(
+    configs: dict[str, GenerationConfig],
+    measured: dict[str, Measured],
+) -> dict[Setting, tuple[float, int]]:
+    """What mode `auto` starts from: every request ran alone."""
+    out = {}
+    for name, config in configs.items():
+        blocks = int(measured[name].blocks.sum())
+        if blocks:
+            passes = float(measured[name].nfe.sum()) / blocks
+            out[setting_of(config)] = (passes, blocks)
+    return out
 
 
 def _choose(measured: dict[str, Measured], options: TuneConfig) -> dict[str, str]:
