@@ -22,6 +22,7 @@ EXTRA_OF: Mapping[str, str] = {
     "tensorrt": "gpu",
     "tensorrt_rtx": "rtx",
     "torch": "export",
+    "transformers": "peers",
     "triton": "kernels",
 }
 """First name of an import -> the extra to install for it where nothing else says which (several extras bring some of them)."""

@@ -74,7 +74,7 @@ def open_peer(name: str, bundle: Bundle, *, threads: int) -> Peer:
     """
     if name not in PEERS:
         raise ConfigError(f"there is no peer {name!r}", found=f"allowed: {', '.join(PEERS)}", do="choose one of them")
-    require_libraries("evaluate", "torch", "transformers", what=f"the peer {name}")
+    require_libraries("peers", "torch", "transformers", what=f"the peer {name}")
     from twotower.bench.peers.hugging_face import TransformersPeer
 
     return TransformersPeer(bundle, threads=threads)
