@@ -43,7 +43,7 @@ types: $(STAMP) ## mypy, strict
 test: $(STAMP) ## the tests of everything that needs neither a GPU nor what the next five targets are for: below five minutes
 	$(PYTEST) -m "not (trained or wheel or browser or kernels or (trt_rtx and slow))" $(ARGS)
 
-test-trained: $(STAMP) ## the tests that measure the trained model: quantized, tuned, by lm-evaluation-harness
+test-trained: $(STAMP) ## the tests that take tens of seconds: the trained model quantized, tuned, by lm-evaluation-harness; other tools
 	$(PYTEST) -m trained $(ARGS)
 
 test-engines: $(STAMP) ## the tests that build engines with TensorRT for RTX; no GPU

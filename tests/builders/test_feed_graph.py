@@ -76,6 +76,7 @@ def documented() -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.trained
 def test_the_documented_comparison_holds_word_for_word(tmp_path: Path) -> None:
     if not importlib.util.find_spec("polygraphy"):
         pytest.skip("polygraphy is not installed")

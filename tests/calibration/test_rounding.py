@@ -42,6 +42,7 @@ def test_plain_rounding_is_torch_s(name: str) -> None:
     np.testing.assert_array_equal(expand_rows(values, scales, shared), expected)
 
 
+@pytest.mark.trained
 def test_nvfp4_is_modelopt_s() -> None:
     """NVIDIA's own library for the format: block scales and values are the same but where the two divide in another order."""
     from modelopt.torch.quantization.qtensor import NVFP4QTensor

@@ -59,6 +59,7 @@ def test_bench_compares_the_modes(built_bundle: Path, capsys: pytest.CaptureFixt
     assert "breaks even" in capsys.readouterr().out
 
 
+@pytest.mark.trained
 def test_bench_of_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--export", "--scratch", str(tmp_path), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
