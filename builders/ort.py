@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
 
 from twotower.builders.base import STANDARD, BuildConfig, Report
 from twotower.builders.ort_experts import choose_experts, stacked_places
-from twotower.builders.ort_products import PACK_BELOW_BYTES, compute_rows_alike
+from twotower.builders.ort_products import PACK_BELOW_BYTES, compute_rows_alike, with_branches
 from twotower.builders.ort_weights import expand_data, expand_float4, hide_dequantization, places_of, show_dequantization
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, FileRecord, engine_folder, hash_file
 from twotower.config.formats import BITS
@@ -139,16 +139,7 @@ def write_engine(
     for location in {location for location, _ in located.values()}:
         attach_weights(optimised, {w: ref for w, (where, ref) in located.items() if where == location}, location)
     path.write_bytes(optimised.SerializeToString())
-    return Counter(_operators(optimised.graph))
-
-
-def _operators(graph: onnx.GraphProto) -> Iterator[str]:
-    """Of a graph and its branches."""
-    for node in graph.node:
-        yield node.op_type
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _operators(attribute.g)
+    return Counter(node.op_type for graph in with_branches(optimised.graph) for node in graph.node)
 
 
 def engine_places(bundle: Bundle, name: str) -> dict[str, tuple[str, WeightRef]]:

@@ -93,7 +93,7 @@ def choose_experts(
     """
     mixtures = list(_mixtures(model, located))
     places = dict(located)
-    at = {id(m.total): _written(m, located, top, matrices=matrices) for m in mixtures}
+    at = {id(m.total): _written(m, top, matrices=matrices) for m in mixtures}
     gone = {id(node) for m in mixtures for node in (*m.chain, *m.readers, *m.after, m.total)}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
@@ -124,6 +124,8 @@ class _Mixture:
         stacks: Weights with an axis of experts: matrices, and the scales of quantized ones.
         after: Operators behind the second product that weigh and select.
         total: The sum over experts.
+        experts: E.
+        width: D.
     """
 
     scope: str
@@ -150,7 +152,7 @@ def _mixtures(model: onnx.ModelProto, located: Located) -> Iterator[_Mixture]:
         stack = _stack_of(up, makers, _UP)
         if stack is None:
             continue
-        chain = _chain(up, nodes)
+        chain = _chain(up, nodes, makers)
         readers = [makers[name] for node in (chain[0], chain[-1]) for name in node.input[1:2] if name in makers]
         stacks = [name for node in (*readers, chain[0], chain[-1]) for name in node.input if name in located]
         after, total = _behind(chain[-1], users)
@@ -184,10 +186,9 @@ def _stack_of(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto], end: s
     return name if name.endswith(end) else None
 
 
-def _chain(up: onnx.NodeProto, nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+def _chain(up: onnx.NodeProto, nodes: Sequence[onnx.NodeProto], makers: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
     """The operators that lead from an expert's first product to its second, both included."""
     reached, chain = set(up.output), [up]
-    makers = {name: node for node in nodes for name in node.output}
     for node in nodes:
         if node is not up and reached & set(node.input):
             chain.append(node)
@@ -212,10 +213,11 @@ def _behind(
         after.append(node)
 
 
-def _written(m: _Mixture, located: Located, top: int, *, matrices: bool) -> list[onnx.NodeProto]:
+def _written(m: _Mixture, top: int, *, matrices: bool) -> list[onnx.NodeProto]:
     """The nodes of a mixture in which experts are branches."""
     w = _Writer(f"{m.scope}/chosen")
-    rows, counts, starts = _pairs(w, m)
+    number = w.op("Cast", m.chosen, to=TensorProto.INT64)
+    rows, counts, starts = _pairs(w, m, number)
     used = w.split(w.op("Greater", counts, w.ints(0)), m.experts)
     firsts = w.split(starts, m.experts)
     ends = w.split(w.op("Add", starts, counts), m.experts)
@@ -223,20 +225,19 @@ def _written(m: _Mixture, located: Located, top: int, *, matrices: bool) -> list
         w.op(
             "If",
             used[e],
-            then_branch=_expert(m, located, e, (rows, firsts[e], ends[e]), matrices=matrices),
+            then_branch=_expert(m, e, (rows, firsts[e], ends[e]), matrices=matrices),
             else_branch=_nobody(m, e),
         )
         for e in range(m.experts)
     ]
     every = w.op("Concat", *results, axis=0)  # [P,D]
-    _added(w, m, (every, starts), top)
+    _added(w, m, (every, starts, number), top)
     return w.nodes
 
 
-def _pairs(w: _Writer, m: _Mixture) -> tuple[str, str, str]:
+def _pairs(w: _Writer, m: _Mixture, number: str) -> tuple[str, str, str]:
     """Rows [P,D] of the pairs' tokens, by expert; how many each expert has, and its first."""
     tokens = w.op("Reshape", m.tokens, w.ints([-1, m.width]))
-    number = w.op("Cast", m.chosen, to=TensorProto.INT64)
     counts = w.op("ReduceSum", number, w.ints([1]), keepdims=0)
     starts = w.op("Sub", w.op("CumSum", counts, w.ints(0)), counts)
     token = w.op("Gather", w.op("NonZero", m.chosen), w.ints(1), axis=0)
@@ -245,7 +246,6 @@ def _pairs(w: _Writer, m: _Mixture) -> tuple[str, str, str]:
 
 def _expert(
     m: _Mixture,
-    located: Located,
     expert: int,
     rows: tuple[str, str, str],
     *,
@@ -283,10 +283,9 @@ def _flat(node: onnx.NodeProto) -> onnx.NodeProto:
     return out
 
 
-def _added(w: _Writer, m: _Mixture, pairs: tuple[str, str], top: int) -> None:
+def _added(w: _Writer, m: _Mixture, pairs: tuple[str, str, str], top: int) -> None:
     """The sum over each token's results [P,D], experts ascending, under the name it had."""
-    every, starts = pairs
-    number = w.op("Cast", m.chosen, to=TensorProto.INT64)
+    every, starts, number = pairs
     before = w.op("CumSum", number, w.ints(1), exclusive=1)
     place = w.op("Add", before, w.op("Unsqueeze", starts, w.ints([1])))
     descending = w.constant(np.arange(m.experts, 0, -1, dtype=np.int64)[:, None])

@@ -9,7 +9,7 @@ import onnx
 from onnx import numpy_helper
 from onnx.helper import make_attribute, make_node
 
-__all__ = ["PACK_BELOW_BYTES", "compute_rows_alike"]
+__all__ = ["PACK_BELOW_BYTES", "compute_rows_alike", "with_branches"]
 
 PACK_BELOW_BYTES = 1 << 30
 """Experts are packed for the product, which copies them, in engines with fewer bytes of weights.
@@ -36,7 +36,7 @@ def compute_rows_alike(model: onnx.ModelProto, weights: Sequence[str]) -> None:
     """
     names = set(weights)
     two = numpy_helper.from_array(np.array(2, np.float32), "rows_alike.two")
-    changed = [_doubled(graph, names, two.name) for graph in _graphs(model.graph)]
+    changed = [_doubled(graph, names, two.name) for graph in with_branches(model.graph)]
     if any(changed):
         model.graph.initializer.append(two)
 
@@ -61,10 +61,10 @@ def _doubled(graph: onnx.GraphProto, weights: set[str], two: str) -> bool:
     return changed
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph and its branches."""
+def with_branches(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The branches of a graph and theirs, then the graph."""
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _graphs(attribute.g)
+                yield from with_branches(attribute.g)
     yield graph

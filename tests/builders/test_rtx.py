@@ -50,10 +50,8 @@ def unexplained(record: Any) -> list[str]:
     return [line["message"] for line in lines if not line["explained"]]
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("tiny", "float16"), ("tiny", "bfloat16"), ("tiny", "float32"), ("a", "bfloat16"), ("b", "float32")],
-)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_the_graphs_build_without_an_unexplained_word(folder: Path, name: str, dtype: str) -> None:
     bundle = exported(folder, name, dtype)
     record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=SMS, max_context=256))

@@ -7,11 +7,15 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twotower.cli.options import add_device_options, device_options
 from twotower.config import GenerationConfig
 from twotower.errors import ConfigError
+
+if TYPE_CHECKING:
+    from twotower.bench.peers import Peer, PeerSpeed
+    from twotower.runtime import TwoTower
 
 __all__ = ["add_arguments", "run"]
 
@@ -59,12 +63,13 @@ def _generation(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from twotower.runtime import TwoTower
 
     config = GenerationConfig(max_new_tokens=args.max_new_tokens, confidence_threshold=args.threshold)
+    peers = _opened_peers(args)  # first, so that a peer that is not there is said before minutes of work
     line = ProgressLine()
     options = {"max_batch": max(args.rows, 1), **device_options(args), **opening(line)}
     with TwoTower.open(args.bundle, target=args.target, **options) as model:
         line.end()
         diffusion, ar = measure_generation(model, config, prompt_tokens=args.prompt_tokens, rows=args.rows, runs=args.runs)
-        peers = _peers(args, model) if args.peers else []
+        speeds = [_beside(args, model, peer) for peer in peers]
     ratio = diffusion.tokens_per_second / ar.tokens_per_second
     # A pass is worth so many tokens of AR; fewer tokens a pass than that, and diffusion loses.
     break_even = diffusion.tokens_per_nfe / ratio
@@ -78,27 +83,34 @@ def _generation(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         ),
         f"diffusion is {ratio:.2f}x autoregression here; it breaks even at {break_even:.2f} tokens a pass",
     ]
-    if args.peers:
-        facts["peers"] = [peer.to_json() for peer in peers]
+    if speeds:
+        facts["peers"] = [speed.to_json() for speed in speeds]
         lines += [
             f"{p.name} {p.version} ({p.form}): {p.tokens_per_second:.1f} tokens/s, ours in turns {p.ours:.1f}: {p.ratio:.2f}x; "
             f"{p.equal_tokens:.1%} of tokens before a difference; {p.threads} threads each"
-            for p in peers
+            for p in speeds
         ]
     return facts, lines
 
 
-def _peers(args: argparse.Namespace, model: Any) -> list[Any]:
-    from twotower.bench.generation import random_prompts
-    from twotower.bench.peers import measure_peer, open_peer
+def _opened_peers(args: argparse.Namespace) -> list[Peer]:
+    if not args.peers:
+        return []
+    from twotower.bench.peers import open_peer
     from twotower.bundle import Bundle
     from twotower.processors import usable_cores
 
-    threads = usable_cores()  # as our engines have
+    bundle = Bundle.open(args.bundle, contents=False)  # the session looks at its contents
+    return [open_peer(name.strip(), bundle, threads=usable_cores()) for name in args.peers.split(",")]
+
+
+def _beside(args: argparse.Namespace, model: TwoTower, peer: Peer) -> PeerSpeed:
+    from twotower.bench.generation import random_prompts
+    from twotower.bench.peers import measure_peer
+    from twotower.processors import usable_cores
+
     prompts = random_prompts(model.config, args.prompt_tokens, args.rows, seed=0)
-    opened = [open_peer(name.strip(), Bundle.open(args.bundle), threads=threads) for name in args.peers.split(",")]
-    options = {"new_tokens": args.max_new_tokens, "runs": args.runs, "threads": threads}
-    return [measure_peer(model, peer, prompts, **options) for peer in opened]
+    return measure_peer(model, peer, prompts, new_tokens=args.max_new_tokens, runs=args.runs, threads=usable_cores())
 
 
 def _export(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -146,8 +146,8 @@ def _state(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
             elif key.endswith(".qkv_proj.weight"):
                 heads, groups = bundle.config.num_attention_heads, bundle.config.num_key_value_heads
                 rows = [count * bundle.config.head_dim for count in (heads, groups, groups)]
-                for part, end in zip("qkv", accumulate(rows), strict=True):
-                    yield key.replace(".qkv_proj.", f".{part}_proj."), value[end - rows["qkv".index(part)] : end]
+                for part, (first, end) in zip("qkv", pairwise(accumulate(rows, initial=0)), strict=True):
+                    yield key.replace(".qkv_proj.", f".{part}_proj."), value[first:end]
             elif ".experts." in key:
                 yield key.removesuffix(".weight"), value
             else:
