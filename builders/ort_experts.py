@@ -13,8 +13,8 @@ A token's numbers do not depend on the others. Products compute rows alike whate
 by token. The numbers are those of the exported graph (tests/builders/test_ort_experts.py).
 
 `com.microsoft.MoE` would do the same in one operator. Its CPU kernel knows no squared ReLU, so
-that each row of the first matrix would be there twice, computed twice; it was measured slower
-(docs/cpu-runtime.md).
+that each row of the first matrix would be there twice, computed twice, and a row alone gets other
+numbers from it than in a batch; it was measured no faster (docs/cpu-runtime.md).
 """
 
 from __future__ import annotations
