@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.small_slice import SMALL_SLICE
 from tools.gpu import form_pair, forms, passes
 from tools.gpu.form_pair import Difference
 from tools.gpu.forms import FORMS
@@ -20,21 +21,7 @@ from twotower.builders import make_engine
 from twotower.bundle import Bundle
 from twotower.doctor import Answers, SkipSectionError
 
-SMALL = {
-    "hidden_size": 64,
-    "vocab_size": 512,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-    "mamba_num_heads": 4,
-    "mamba_head_dim": 16,
-    "ssm_state_size": 16,
-    "n_groups": 2,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "moe_shared_expert_intermediate_size": 32,
-    "max_position_embeddings": 512,
-}
+SMALL = {**SMALL_SLICE, "max_position_embeddings": 512}
 PASSES = ("prefill", "block", "decode", "head", "denoise")
 ROWS = (1, 2)
 ORDER = [(name, rows, how) for how in ("replayed", "launched") for rows in ROWS for name in PASSES]

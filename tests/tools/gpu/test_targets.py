@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.small_slice import SMALL_SLICE
 from tools.gpu import targets
 from tools.gpu.questions import GPU_TARGETS, Given
 from twotower import TwoTower
@@ -67,21 +68,7 @@ def test_half_precision_is_checked_and_compared(
 def test_a_pass_at_the_widths_of_a_slice_is_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warmed: list[Any]
 ) -> None:
-    small = {
-        "hidden_size": 64,
-        "vocab_size": 512,
-        "num_attention_heads": 4,
-        "head_dim": 16,
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 16,
-        "ssm_state_size": 16,
-        "n_groups": 2,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "moe_shared_expert_intermediate_size": 32,
-    }
-    monkeypatch.setattr(targets, "CHANGES", small)
+    monkeypatch.setattr(targets, "CHANGES", SMALL_SLICE)
     answers = asked("real-ort-cpu", tmp_path)
     assert answers["dtype"] == "bfloat16"
     assert answers["passes"]["denoise_ms"] > 0
