@@ -19,9 +19,9 @@ def _ort_cpu() -> EngineBuilder:
 
 
 def _ort_cuda() -> EngineBuilder:
-    from twotower.builders.ort import OrtCudaBuilder
+    from twotower.builders.ort import make_cuda_builder
 
-    return OrtCudaBuilder()
+    return make_cuda_builder()
 
 
 def _rtx() -> EngineBuilder:

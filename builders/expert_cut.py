@@ -97,10 +97,19 @@ class ExpertCut:
         return extracted(self._model, self._signature, layers, given=given, wanted=wanted)
 
     def experts(self, number: int) -> ExpertsStep:
-        """What runs after the k-th program."""
+        """What runs after the k-th program: experts as the kernels compute them.
+
+        Raises:
+            BuildError: the kernels do not tile them.
+        """
+        step = self.found(number)
+        return replace(step, code=_code_name(shape_of(step)))
+
+    def found(self, number: int) -> ExpertsStep:
+        """The k-th layer of experts as the graph has it, whoever computes it: without the name of kernels."""
         layer, config = self._moe[number], self._config
         weights = self._weights(layer)
-        step = ExpertsStep(
+        return ExpertsStep(
             layer=layer,
             hidden=config.hidden_size,
             width=config.moe_intermediate_size,
@@ -112,7 +121,6 @@ class ExpertCut:
             code="",
             weights=weights,
         )
-        return replace(step, code=_code_name(shape_of(step)))
 
     def _stream(self, name: str) -> TensorSpec:
         return TensorSpec(name, self._dtype, self._axes)

@@ -1,15 +1,11 @@
-"""ONNX Runtime on a CPU or a GPU: the weights stay where they are.
+"""ONNX Runtime on a CPU: the weights stay where they are.
 
-On a CPU the graph is optimised once and saved. Saving ONNX Runtime's own optimised model would copy every weight. Here the
+The graph is optimised once and saved. Saving ONNX Runtime's own optimised model would copy every weight. Here the
 weights are taken out of the graph first, so that optimisation sees structure only (it fuses the transposes into the products,
 which is what matters), and the runtime maps the bundle's own data file. Half-width weights are the exception: a CPU has no
 arithmetic for them, so they are widened to float32 into a data file of the engine. Quantized weights stay in the bundle and are expanded
 by each pass, but for 4-bit floats, which ONNX Runtime has no kernel for: those are expanded into the engine's file. Of the experts
 only those are computed, and read, that a token chose (`ort_experts`), unless the graph is wanted as it was exported.
-
-For a GPU the graph stays as it was exported. Which fusions a provider knows, and between which operators a copy or a cast must
-stand, is decided where the provider is: ONNX Runtime on this machine's CPU would insert casts around every half-width operator
-that a CPU lacks, and a GPU would then compute in float32. The session optimises when it is opened.
 """
 
 from __future__ import annotations
@@ -22,33 +18,32 @@ from pathlib import Path
 import onnx
 
 from twotower.builders.base import STANDARD, BuildConfig, Report
+from twotower.builders.ort_cuda import OrtCudaBuilder
 from twotower.builders.ort_experts import choose_experts, stacked_places
 from twotower.builders.ort_products import PACK_BELOW_BYTES, compute_rows_alike, with_branches
 from twotower.builders.ort_weights import expand_data, expand_float4, hide_dequantization, places_of, show_dequantization
-from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, FileRecord, engine_folder, hash_file
+from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, engine_folder, file_records
 from twotower.config.formats import BITS
 from twotower.config.weights import WeightRef
 from twotower.errors import BuildError
-from twotower.graph_files import attach_weights, detach_weights, load_graph, located_weights, weight_refs, widen_to_float32
+from twotower.graph_files import attach_weights, detach_weights, load_graph, located_weights, widen_to_float32
 from twotower.onnx_runtime import ort, session_options
 
-__all__ = ["OrtCpuBuilder", "OrtCudaBuilder", "engine_places", "write_engine"]
+__all__ = ["OrtCpuBuilder", "engine_places", "make_cuda_builder", "write_engine"]
 
-CPU, CUDA = "ort-cpu", "ort-cuda"
+CPU = "ort-cpu"
 
 
-class _OrtBuilder:
-    """What both targets share: shapes stay free, so any sound engine fits any config."""
+def make_cuda_builder() -> OrtCudaBuilder:
+    """The builder of `ort-cuda` engines for the installed ONNX Runtime."""
+    return OrtCudaBuilder(_library())
+
+
+class OrtCpuBuilder:
+    """Builds the `ort-cpu` target: shapes stay free, so any sound engine of the dialect fits any config."""
 
     def library(self) -> dict[str, str]:
-        return {"name": "onnxruntime", "version": ort.__version__}
-
-    def fits(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
-        return True
-
-
-class OrtCpuBuilder(_OrtBuilder):
-    """Builds the `ort-cpu` target."""
+        return _library()
 
     def fits(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
         return bool(record.report.get("dialect") == config.dialect)
@@ -80,7 +75,7 @@ class OrtCpuBuilder(_OrtBuilder):
             graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
             weights=weights,
             holds={name: bundle.data_identity(name) for name, file in weights.items() if file.startswith("engines/")},
-            files=_written(folder),
+            files=file_records(folder),
             report={
                 "seconds": round(time.perf_counter() - started, 3),
                 "operators": operators,
@@ -147,43 +142,6 @@ def engine_places(bundle: Bundle, name: str) -> dict[str, tuple[str, WeightRef]]
     return stacked_places(located_weights(load_graph(engine_folder(bundle, CPU) / f"{name}.onnx")))
 
 
-class OrtCudaBuilder(_OrtBuilder):
-    """Builds the `ort-cuda` target: no GPU is needed, and nothing of the CUDA provider is asked or guessed.
-
-    The engine is tied to the version of ONNX Runtime all the same: a bundle is built and checked with the library it will run on.
-    """
-
-    def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
-        return [f"the three graphs as they are, in {bundle.dtype}; optimised when they are opened on the GPU"]
-
-    def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
-        return sum(bundle.files[graph].size for graph in GRAPH_FILES.values())
-
-    def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
-        bundle.require_weights("an engine of ONNX Runtime")
-        started = time.perf_counter()
-        operators: dict[str, dict[str, int]] = {}
-        for step, (name, file) in enumerate(GRAPH_FILES.items()):
-            report(f"writing {name}", step, len(GRAPH_FILES))
-            model = load_graph(bundle.graph_file(name))
-            attach_weights(model, weight_refs(model), file + DATA_SUFFIX)  # relative to the bundle: the runtime reads the file from there
-            (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
-            operators[name] = dict(Counter(node.op_type for node in model.graph.node).most_common())
-        return EngineRecord(
-            target=CUDA,
-            library=self.library(),
-            dtype=bundle.dtype,
-            graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
-            weights={name: file + DATA_SUFFIX for name, file in GRAPH_FILES.items()},
-            files=_written(folder),
-            report={"seconds": round(time.perf_counter() - started, 3), "operators": operators},
-        )
-
-
-def _written(folder: Path) -> dict[str, FileRecord]:
-    return {p.name: FileRecord(p.stat().st_size, hash_file(p)) for p in sorted(folder.iterdir())}
-
-
 def _optimised(model: onnx.ModelProto, scratch: Path, name: str) -> onnx.ModelProto:
     options = session_options()
     # "Extended" and not "all": the last level lays data out for the CPU at hand, and the engine may run on another.
@@ -199,6 +157,10 @@ def _optimised(model: onnx.ModelProto, scratch: Path, name: str) -> onnx.ModelPr
             do="use the ONNX Runtime this version of twotower asks for",
         ) from e
     return load_graph(scratch)
+
+
+def _library() -> dict[str, str]:
+    return {"name": "onnxruntime", "version": ort.__version__}
 
 
 def _widened_from(bundle: Bundle) -> str | None:

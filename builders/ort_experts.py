@@ -21,13 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
-from onnx.helper import make_graph, make_node, make_tensor_value_info
+from onnx import TensorProto
 
+from twotower.builders.node_writer import NodeWriter
 from twotower.config.weights import WeightRef
 
 __all__ = ["choose_experts", "slice_name", "slices_of", "stacked_places"]
@@ -215,7 +214,7 @@ def _behind(
 
 def _written(m: _Mixture, top: int, *, matrices: bool) -> list[onnx.NodeProto]:
     """The nodes of a mixture in which experts are branches."""
-    w = _Writer(f"{m.scope}/chosen")
+    w = NodeWriter(f"{m.scope}/chosen")
     number = w.op("Cast", m.chosen, to=TensorProto.INT64)
     rows, counts, starts = _pairs(w, m, number)
     used = w.split(w.op("Greater", counts, w.ints(0)), m.experts)
@@ -235,7 +234,7 @@ def _written(m: _Mixture, top: int, *, matrices: bool) -> list[onnx.NodeProto]:
     return w.nodes
 
 
-def _pairs(w: _Writer, m: _Mixture, number: str) -> tuple[str, str, str]:
+def _pairs(w: NodeWriter, m: _Mixture, number: str) -> tuple[str, str, str]:
     """Rows [P,D] of the pairs' tokens, by expert; how many each expert has, and its first."""
     tokens = w.op("Reshape", m.tokens, w.ints([-1, m.width]))
     counts = w.op("ReduceSum", number, w.ints([1]), keepdims=0)
@@ -252,7 +251,7 @@ def _expert(
     matrices: bool,
 ) -> onnx.GraphProto:
     """The branch of an expert: its rows of all, from a first to an end, as the results [n,D]."""
-    w = _Writer(f"{m.scope}/chosen/{expert}")
+    w = NodeWriter(f"{m.scope}/chosen/{expert}")
     every, first, end = rows
     own = w.op("Slice", every, first, end, w.ints([0]))
     names = {m.tokens: own if matrices else w.op("Unsqueeze", own, w.ints([0]))}
@@ -266,7 +265,7 @@ def _expert(
 
 def _nobody(m: _Mixture, expert: int) -> onnx.GraphProto:
     """The branch of an expert that nobody chose: no results, [0,D]."""
-    w = _Writer(f"{m.scope}/chosen/{expert}/nobody")
+    w = NodeWriter(f"{m.scope}/chosen/{expert}/nobody")
     w.constant(np.zeros((0, m.width), np.float32))
     return w.graph()
 
@@ -283,7 +282,7 @@ def _flat(node: onnx.NodeProto) -> onnx.NodeProto:
     return out
 
 
-def _added(w: _Writer, m: _Mixture, pairs: tuple[str, str, str], top: int) -> None:
+def _added(w: NodeWriter, m: _Mixture, pairs: tuple[str, str, str], top: int) -> None:
     """The sum over each token's results [P,D], experts ascending, under the name it had."""
     every, starts, number = pairs
     before = w.op("CumSum", number, w.ints(1), exclusive=1)
@@ -299,53 +298,3 @@ def _added(w: _Writer, m: _Mixture, pairs: tuple[str, str, str], top: int) -> No
     # Not ReduceSum, whose order of additions follows the number of tokens.
     total = w.op("Sum", *w.split(results, top, axis=1))
     w.op("Squeeze", total, w.ints([1]), named=m.total.output[0])
-
-
-class _Writer:
-    """Nodes in their order, under names of one scope."""
-
-    def __init__(self, scope: str) -> None:
-        self.scope = scope
-        self.nodes: list[onnx.NodeProto] = []
-        self._count = 0
-
-    def op(self, kind: str, *inputs: str, named: str = "", **attributes: Any) -> str:
-        """A node of one output; its output's name."""
-        (output,) = self.several(kind, 1, *inputs, named=named, **attributes)
-        return output
-
-    def several(self, kind: str, count: int, *inputs: str, named: str = "", **attributes: Any) -> list[str]:
-        """A node of several outputs; their names."""
-        self._count += 1
-        name = f"{self.scope}/{kind}_{self._count}"
-        outputs = [named] if named else [f"{name}:{i}" for i in range(count)]
-        self.nodes.append(make_node(kind, inputs, outputs, name=name, **attributes))
-        return outputs
-
-    def split(self, value: str, count: int, *, axis: int = 0) -> list[str]:
-        """Each of `count` places of an axis."""
-        return self.several("Split", count, value, axis=axis, num_outputs=count)
-
-    def constant(self, value: np.ndarray[Any, Any]) -> str:
-        return self.op("Constant", value=numpy_helper.from_array(value))
-
-    def ints(self, value: int | list[int]) -> str:
-        """A constant, int64."""
-        return self.constant(np.array(value, np.int64))
-
-    def copied(self, original: onnx.NodeProto, names: Mapping[str, str]) -> str:
-        """A node on other inputs; its output's name."""
-        self._count += 1
-        node = onnx.NodeProto()
-        node.CopyFrom(original)
-        node.name = f"{self.scope}/{node.op_type}_{self._count}"
-        node.input[:] = [names.get(name, name) for name in node.input]
-        output = f"{node.name}:0"
-        node.output[:] = [output]
-        self.nodes.append(node)
-        return output
-
-    def graph(self) -> onnx.GraphProto:
-        """The nodes as a branch that gives what the last of them does."""
-        output = make_tensor_value_info(self.nodes[-1].output[0], TensorProto.FLOAT, None)
-        return make_graph(self.nodes, self.scope, [], [output])

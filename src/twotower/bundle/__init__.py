@@ -12,7 +12,17 @@ from twotower.bundle.engines import (
     record_problems,
     weight_bytes,
 )
-from twotower.bundle.integrity import FileRecord, Progress, check_files, hash_file, hash_files, inside, remember_files, unverified_files
+from twotower.bundle.integrity import (
+    FileRecord,
+    Progress,
+    check_files,
+    file_records,
+    hash_file,
+    hash_files,
+    inside,
+    remember_files,
+    unverified_files,
+)
 from twotower.bundle.manifest import (
     DATA_SUFFIX,
     FEATURES,
@@ -53,6 +63,7 @@ __all__ = [
     "check_files",
     "derive_bundle",
     "engine_folder",
+    "file_records",
     "flags_of_bundle",
     "hash_file",
     "hash_files",

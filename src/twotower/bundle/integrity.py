@@ -13,7 +13,17 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-__all__ = ["FileRecord", "Progress", "check_files", "hash_file", "hash_files", "inside", "remember_files", "unverified_files"]
+__all__ = [
+    "FileRecord",
+    "Progress",
+    "check_files",
+    "file_records",
+    "hash_file",
+    "hash_files",
+    "inside",
+    "remember_files",
+    "unverified_files",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +53,11 @@ def hash_file(path: Path, tick: Callable[[int], None] | None = None) -> str:
             if tick:
                 tick(count)
     return digest.hexdigest()
+
+
+def file_records(folder: Path) -> dict[str, FileRecord]:
+    """Every file of a folder, hashed, by name."""
+    return {path.name: FileRecord(path.stat().st_size, hash_file(path)) for path in sorted(folder.iterdir())}
 
 
 def hash_files(paths: Sequence[Path], tick: Callable[[int], None] | None = None) -> list[str]:
