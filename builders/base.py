@@ -11,6 +11,7 @@ from twotower.bundle import Bundle, EngineRecord
 from twotower.errors import ConfigError
 
 __all__ = [
+    "AUTO",
     "CHOSEN",
     "DEFAULT_CACHE_BYTES",
     "DEFAULT_MAX_BATCH",
@@ -40,9 +41,9 @@ INPUTS, INSIDE = "inputs", "inside"
 PLACES = (INPUTS, INSIDE)
 """Where weights go: into the engine's inputs, but for those that must be constants; or all inside."""
 
-DENSE, KERNELS = "dense", "kernels"
-EXPERTS = (DENSE, KERNELS)
-"""What computes experts: the engine, all of them for every token; or kernels between engines, the chosen ones."""
+AUTO, DENSE, KERNELS = "auto", "dense", "kernels"
+EXPERTS = (AUTO, KERNELS, DENSE)
+"""What computes experts: kernels between engines, the chosen ones; or the engine, all of them."""
 
 CHOSEN, STANDARD = "chosen", "standard"
 DIALECTS = (CHOSEN, STANDARD)
@@ -67,8 +68,11 @@ class BuildConfig:
         weights: `inputs` for engines that are programs and read their weights from the bundle's data files, but for those that the
             library takes as constants only; `inside` for engines that hold them all.
         segments: Engines a tower is cut into, so that it can be spread over so many devices.
-        experts: `dense` for engines that compute every expert for every token; `kernels` for programs that end where experts begin, with
-            kernels for the chosen ones between them: a list of steps that is spread over devices as it is.
+        experts: `kernels` for programs that end where experts begin, with kernels for the chosen
+            ones between them: a list of steps that is spread over devices as it is; `dense` for
+            engines that compute every expert for every token; `auto` for kernels wherever there
+            are such for these experts and every compute capability, else dense with the reason in
+            the record.
         allow_expanded: Keep engines of `rtx` whose passes expand stacked experts in device memory.
         dialect: Of `ort-cpu`: `chosen` for engines in which only the chosen experts compute, `standard` for the exported graph.
         use_cache: Take engines that were built before from the cache, and keep new ones there.
@@ -83,7 +87,7 @@ class BuildConfig:
     max_build_memory: int | None = None
     weights: str = INPUTS
     segments: int = 1
-    experts: str = DENSE
+    experts: str = AUTO
     allow_expanded: bool = False
     dialect: str = CHOSEN
     use_cache: bool = True

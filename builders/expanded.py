@@ -51,8 +51,9 @@ def require_fused(engine: EngineFile, facts: Mapping[str, Any], *, readable: boo
         f"{engine.file} expands the experts of {layers} layer(s) in device memory in every pass",
         found=f"profile {profile} writes {size / 1e6:.4g} MB a pass: {first['scope']}, {', '.join(first['weights'])} "
         f"as {first['dtype']} {first['dims']}{more}; that is slower than float experts",
-        do=f"quantize with experts that stay inside their product: {FUSED_STACKS} (docs/quantization.md); "
-        "or build it as it is with --allow-expanded",
+        do="build with --experts kernels, which read them as they are stored; "
+        f"or quantize with experts that stay inside their product: {FUSED_STACKS} "
+        "(docs/quantization.md); or build it as it is with --allow-expanded",
     )
 
 

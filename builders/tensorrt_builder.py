@@ -12,12 +12,18 @@ from typing import Any
 
 import onnx
 
-from twotower.builders.base import DEFAULT_MAX_CONTEXT, KERNELS, BuildConfig, Report
+from twotower.builders.base import AUTO, DEFAULT_MAX_CONTEXT, KERNELS, BuildConfig, Report
 from twotower.builders.cache_keys import GpuIdentity
 from twotower.builders.cache_store import open_cache
 from twotower.builders.capabilities import Capabilities, chosen_capabilities
 from twotower.builders.engine_plan import EnginePlan, plan_key
 from twotower.builders.expanded import expands_experts, require_fused
+from twotower.builders.expert_choice import (
+    DENSE_COST,
+    ExpertChoice,
+    choose_experts,
+    require_compiler,
+)
 from twotower.builders.expert_code import Compile, compile_code, kernel_source, require_kernels
 from twotower.builders.expert_cut import common_form
 from twotower.builders.float32_sums import sum_float32_products
@@ -32,6 +38,7 @@ from twotower.flavour import Flavour
 from twotower.graph_lint import require_clean
 from twotower.hardware import probe_machine, untried
 from twotower.kernels.compile import compile_kernels
+from twotower.kernels.tilings import BUILDABLE_SMS
 from twotower.spec import MAX_CHUNK
 
 __all__ = ["TensorRTBuilder"]
@@ -44,16 +51,19 @@ class TensorRTBuilder:
 
     Args:
         flavour: The library.
-        compiler: What compiles the kernels of experts.
+        compiler: What compiles the kernels of experts; None for Triton, which may be missing.
     """
 
-    def __init__(self, flavour: Flavour, compiler: Compile = compile_kernels) -> None:
+    def __init__(self, flavour: Flavour, compiler: Compile | None = None) -> None:
         self.flavour, self._compiler = flavour, compiler
 
     def library(self) -> dict[str, str]:
         return self.flavour.library
 
     def fits(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
+        config, choice = self._chosen(bundle, config)
+        if record.report.get("choice_of_experts") != choice.to_json():
+            return False
         if record.limits != self._limits(bundle, config):
             return False
         if expands_experts(record) and not config.allow_expanded:
@@ -69,6 +79,7 @@ class TensorRTBuilder:
         return not self.flavour.sms or _same_keys(record, plans)
 
     def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
+        config, choice = self._chosen(bundle, config)
         limits = self._limits(bundle, config)
         for_what = ", ".join(f"SM {sm}" for sm in limits.sms) or "the library's own set of GPUs"
         lines = [
@@ -91,18 +102,27 @@ class TensorRTBuilder:
             )
         if experts := sum(plan.experts is not None for plan in plans):
             sms = ", ".join(map(str, self._kernel_sms(bundle, config)))
+            self._require_compiler()
             lines.append(f"{'experts':<22}{experts} layers of experts between programs; kernels for SM {sms}")
+        if choice.why:
+            lines.append(f"{'experts':<22}dense: {choice.why}; {DENSE_COST}")
         return lines
 
     def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
+        config, _ = self._chosen(bundle, config)
         self._limits(bundle, config)  # what cannot be built is said before space is asked for
         cache = open_cache(bundle, config)
         shared = cache is not None and not config.force and config.cache is None and cache.folder.is_dir()
-        new = [p for p in _distinct(self._plans(bundle, config)) if not (shared and cache is not None and cache.find(p.key))]
-        return sum(p.nbytes for p in new)
+        plans = list(self._plans(bundle, config))
+        if any(plan.experts is not None for plan in plans):
+            self._require_compiler()
+        found = cache.find if shared and cache is not None else lambda key: None
+        return sum(plan.nbytes for plan in _distinct(plans) if not found(plan.key))
 
     def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
-        started, limits = time.perf_counter(), self._limits(bundle, config)
+        started = time.perf_counter()
+        config, choice = self._chosen(bundle, config)
+        limits = self._limits(bundle, config)
         cache = open_cache(bundle, config)
         if cache is not None:
             cache.prepare()
@@ -129,7 +149,7 @@ class TensorRTBuilder:
             self._kernel_sms(bundle, config),
             folder,
             max_tokens=limits.max_batch * MAX_CHUNK,
-            compiler=self._compiler,
+            compiler=self._compiler or compile_kernels,
             report=report,
         )
         for plan in _distinct(plans):
@@ -148,10 +168,27 @@ class TensorRTBuilder:
             weights={name: GRAPH_FILES[name] + DATA_SUFFIX for name in GRAPH_FILES},
             holds={name: bundle.data_identity(name) for name in GRAPH_FILES if any(p.engine.constants for p in plans if p.graph == name)},
             files=files | code,
-            report={"seconds": round(time.perf_counter() - started, 2), "engines": facts, "experts": about_code},
+            report={
+                "seconds": round(time.perf_counter() - started, 2),
+                "engines": facts,
+                "experts": about_code,
+                "choice_of_experts": choice.to_json(),
+            },
             limits=limits,
             steps=steps,
         )
+
+    def _chosen(self, bundle: Bundle, config: BuildConfig) -> tuple[BuildConfig, ExpertChoice]:
+        """The options with what computes experts decided, and why."""
+        sms: tuple[int, ...] = ()
+        if config.experts == AUTO:
+            sms = self._kernel_sms(bundle, replace(config, experts=KERNELS, segments=1))
+        choice = choose_experts(bundle, config, sms)
+        return replace(config, experts=choice.experts), choice
+
+    def _require_compiler(self) -> None:
+        if self._compiler is None:
+            require_compiler()
 
     def _plans(self, bundle: Bundle, config: BuildConfig) -> Iterator[EnginePlan]:
         """Every engine of the build, in the order they run. Equal programs of a tower have one file."""
@@ -211,22 +248,8 @@ class TensorRTBuilder:
         return next((GpuIdentity(name=gpu.name, sm=gpu.sm, driver=machine.driver) for gpu in machine.gpus), None)
 
     def _kernel_sms(self, bundle: Bundle, config: BuildConfig) -> tuple[int, ...]:
-        """The compute capabilities kernels of experts are compiled for: those of the engines, or that of the GPU at hand.
-
-        Raises:
-            BuildError: there is no telling which.
-        """
-        sms = self._sms(bundle, config)
-        if config.experts != KERNELS or sms:
-            return sms
-        gpu = self._gpu()
-        if gpu is None:
-            raise BuildError(
-                "nobody knows which GPU to compile the kernels of experts for",
-                found="no --sm was given, and there is no NVIDIA GPU here",
-                do="name compute capabilities with --sm, or build with --experts dense",
-            )
-        return (gpu.sm,)
+        """Those that kernels are compiled for: the engines', or all where the library chooses."""
+        return self._sms(bundle, config) or BUILDABLE_SMS
 
     def _limits(self, bundle: Bundle, config: BuildConfig) -> EngineLimits:
         longest = bundle.config.max_position_embeddings

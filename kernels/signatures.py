@@ -75,18 +75,18 @@ def refuse_sm(shape: ExpertShape, sm: int) -> None:
     Raises:
         BuildError: there cannot; the error says why.
     """
+    if sm == 75:
+        raise BuildError(
+            "the expert kernels are not made for SM 75",
+            found="SM 75: Triton does not use its matrix units, and none of them takes bfloat16",
+            do="leave 75 out of --sm, or build with --experts dense",
+        )
     if sm not in BUILDABLE_SMS:
         nearest = max((known for known in BUILDABLE_SMS if known <= sm), default=BUILDABLE_SMS[0])
         raise BuildError(
             f"the expert kernels are not made for SM {sm}",
             found=f"SM {sm}; made for SM {', '.join(map(str, BUILDABLE_SMS))}",
-            do=f"the nearest is `--sm {nearest}`",
-        )
-    if sm == 75:
-        raise BuildError(
-            "the expert kernels are not made for SM 75",
-            found="SM 75: Triton does not use its matrix units, and none of them takes bfloat16",
-            do="use a GPU of SM 80 or newer, or `--target ort-cpu`",
+            do=f"the nearest is `--sm {nearest}`; or build with --experts dense",
         )
 
 

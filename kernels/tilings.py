@@ -18,7 +18,7 @@ __all__ = [
     "tiling",
 ]
 
-BUILDABLE_SMS = (75, 80, 86, 89, 90, 100, 120, 121)
+BUILDABLE_SMS = (80, 86, 89, 90, 100, 120, 121)
 """Compute capabilities cubins are made for."""
 
 _SHARED_MEMORY = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10, 100: 227 << 10}

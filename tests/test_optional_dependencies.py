@@ -45,7 +45,7 @@ def hardware_free(package: str) -> list[str]:
     """Modules of a package that import no optional library themselves."""
     optional = {*TRAINING, *VENDORS, "tokenizers"}
     # Reached only from a builder that has its libraries, or run as a program beside Polygraphy.
-    apart = {f"twotower.builders.{name}" for name in ("child", "make_engine", "feed_graph")}
+    apart = {f"twotower.builders.{name}" for name in ("child", "make_engine", "feed_graph", "expert_choice")}
     inside = {m: f for m, f in package_files().items() if f"{m}.".startswith(f"{package}.") and m not in apart}
     names = {m: set(imported_at_import(f)) for m, f in inside.items()}
     doors = {"twotower.onnx_runtime"}  # a library by another name

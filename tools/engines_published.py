@@ -125,10 +125,10 @@ def published(folder: Path) -> Case:
 
 
 def with_experts_between(folder: Path) -> Case:
-    """The same, cut at every layer of experts."""
+    """The same, cut at every layer of experts, as it is without a word on experts."""
     whole, kernels = published(folder), {"denoise": 610, "block": 650}
     name = "the published model as programs with experts between"
-    return replace(whole, name=name, seconds=90, nbytes=50 * 10**6, kernels=kernels, planned=False, experts="kernels")
+    return replace(whole, name=name, seconds=90, nbytes=50 * 10**6, kernels=kernels, planned=False, experts="auto")
 
 
 SMALL_CASE = Case(name="the small model", config=SMALL, dtype="float16", sms=RTX_SMS, planned=False)
@@ -163,7 +163,7 @@ def build(case: Case, scratch: Path) -> Built:
     """
     folder = scratch / "programs"
     words = ["--from-config", str(case.config), "--dtype", case.dtype, "--target", "rtx", "--sm", ",".join(map(str, case.sms))]
-    words += ["--experts", case.experts] if case.experts != "dense" else []
+    words += ["--experts", case.experts]
     print(f"... twotower build {folder} {' '.join(words)}", file=sys.stderr, flush=True)
     ran = run_watched([sys.executable, "-m", "twotower.cli", "build", str(folder), *words])
     if ran.code:

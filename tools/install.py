@@ -38,7 +38,8 @@ def main() -> int:
     parser.add_argument(
         "--extras",
         default="",
-        help="extras to install, or none (default: export,gpu,evaluate,dev with an NVIDIA GPU, else export,cpu,rtx,kernels,evaluate,dev)",
+        help="extras to install, or none (default: export,gpu,kernels,evaluate,dev with an NVIDIA "
+        "GPU, else export,cpu,rtx,kernels,evaluate,dev)",
     )
     parser.add_argument("--wheel", type=Path, help="install this wheel, without pip beside it (default: this checkout, editable)")
     args = parser.parse_args()
@@ -55,7 +56,7 @@ def main() -> int:
 
 def _default_extras() -> str:
     if shutil.which("nvidia-smi"):
-        return "export,gpu,evaluate,dev"
+        return "export,gpu,kernels,evaluate,dev"
     return "export,cpu,rtx,kernels,evaluate,dev" if RTX else "export,cpu,evaluate,dev"
 
 

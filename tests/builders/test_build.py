@@ -23,7 +23,7 @@ from twotower.bundle import BUILD_FILE, Bundle, engine_folder, read_engine_recor
 from twotower.cli.main import main
 from twotower.errors import BuildError, ConfigError
 
-CONFIG = BuildConfig(max_context=256)
+CONFIG = BuildConfig(max_context=256, experts="dense")
 
 
 @pytest.fixture
@@ -46,14 +46,14 @@ def origin(record: Any) -> dict[str, bool]:
 
 def test_an_earlier_list_of_options_comes_out_of_the_cache(bundle: Bundle, builder: EngineBuilder) -> None:
     first = build_engines(bundle, "trt", builder, config=CONFIG)
-    other = build_engines(bundle, "trt", builder, config=BuildConfig(max_context=512))
+    other = build_engines(bundle, "trt", builder, config=BuildConfig(max_context=512, experts="dense"))
     assert origin(other)["context.engine"] is False
     again = build_engines(bundle, "trt", builder, config=CONFIG)
     assert set(origin(again).values()) == {True}
     assert (again.files, again.limits, again.engines) == (first.files, first.limits, first.engines)
     told = [{k: v for k, v in r.report["engines"]["denoiser.engine"].items() if k != "cached"} for r in (first, again)]
     assert told[0] == told[1], "what was observed is kept with the engine"
-    forced = build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, force=True))
+    forced = build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense", force=True))
     assert set(origin(forced).values()) == {False}
 
 
@@ -86,20 +86,20 @@ def test_a_damaged_engine_and_its_entry_are_built_again(
 
 def test_two_bundles_share_a_named_cache(bundle: Bundle, builder: EngineBuilder, tmp_path: Path) -> None:
     other = Bundle.open(copy_of(bundle, tmp_path / "elsewhere"))
-    config = BuildConfig(max_context=256, cache=tmp_path / "shared")
+    config = BuildConfig(max_context=256, experts="dense", cache=tmp_path / "shared")
     build_engines(bundle, "trt", builder, config=config)
     assert ".cache" not in engines(bundle)
     assert set(origin(build_engines(other, "trt", builder, config=config)).values()) == {True}
 
 
 def test_without_a_cache_nothing_is_kept(bundle: Bundle, builder: EngineBuilder) -> None:
-    build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, use_cache=False))
+    build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense", use_cache=False))
     assert ".cache" not in engines(bundle)
 
 
 def test_the_cache_is_bounded_after_a_build(bundle: Bundle, builder: EngineBuilder) -> None:
     for length in (256, 512, 1024):
-        build_engines(bundle, "trt", builder, config=BuildConfig(max_context=length, cache_bytes=0))
+        build_engines(bundle, "trt", builder, config=BuildConfig(max_context=length, experts="dense", cache_bytes=0))
     kept = list((bundle.path / "engines" / ".cache").glob("*.engine"))
     assert len(kept) == 3, "those in use, which cost nothing"
     assert {p.stat().st_ino for p in kept} == {p.stat().st_ino for p in engine_folder(bundle, "trt").glob("*.engine")}
@@ -148,7 +148,22 @@ def export(folder: Path) -> Path:
 
 
 def command(bundle: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "twotower.cli", "build", str(bundle), "--target", "rtx", "--sm", "86", "--max-context", "256", *options]
+    return [
+        sys.executable,
+        "-m",
+        "twotower.cli",
+        "build",
+        str(bundle),
+        "--target",
+        "rtx",
+        "--sm",
+        "86",
+        "--max-context",
+        "256",
+        "--experts",
+        "dense",
+        *options,
+    ]
 
 
 def start(words: list[str]) -> subprocess.Popen[str]:
@@ -208,7 +223,7 @@ def test_two_builds_at_once_make_one_engine(tmp_path: Path) -> None:
         (["--sm", "90"], "SM 90"),
         (["--sm", "75", "--max-context", "99999999"], "--max-context 99999999"),
         (["--max-build-memory", "lots"], "--max-build-memory 'lots'"),
-        (["--max-build-memory", "1K"], "layer 0"),
+        (["--experts", "dense", "--max-build-memory", "1K"], "layer 0"),
         (["--cache-size", "many"], "--cache-size 'many'"),
         (["--max-batch", "0"], "--max-batch"),
         (["--cache", "/dev/null/x"], "/dev/null/x"),

@@ -99,7 +99,7 @@ def test_another_choice_builds_again_and_is_named(
             damageable,
             "rtx",
             builder,
-            config=BuildConfig(sms=asked, max_context=256),
+            config=BuildConfig(sms=asked, max_context=256, experts="dense"),
         )
         assert record.limits is not None
         seen.append((record.limits.sms, len(jobs), jobs[-1]["sms"], jobs[-1]["current"]))

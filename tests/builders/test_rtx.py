@@ -54,7 +54,7 @@ def unexplained(record: Any) -> list[str]:
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_the_graphs_build_without_an_unexplained_word(folder: Path, name: str, dtype: str) -> None:
     bundle = exported(folder, name, dtype)
-    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=SMS, max_context=256))
+    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=SMS, max_context=256, experts="dense"))
     assert not unexplained(record)
     assert record.limits is not None
     assert (record.limits.sms, record.limits.capacity) == (SMS, 512)
@@ -95,7 +95,7 @@ def check_programs(bundle: Bundle, record: Any, sms: tuple[int, ...] = SMS) -> N
 def test_programs_for_one_row_are_read(folder: Path) -> None:
     """No size depends on a call then, and they have no arithmetic on shapes."""
     bundle = exported(folder, "a", "float16")
-    config = BuildConfig(sms=SMS, max_context=256, max_batch=1, use_cache=False, force=True)
+    config = BuildConfig(sms=SMS, max_context=256, experts="dense", max_batch=1, use_cache=False, force=True)
     check_programs(bundle, build_engines(bundle, "rtx", builder_for("rtx"), config=config))
 
 
@@ -107,7 +107,7 @@ def test_the_library_chooses_its_own_set_of_gpus_when_it_is_asked_to(
     """Ahead of time and without a GPU. RTX 1.7 writes SM 80 into such programs, whatever else they run on."""
     bundle, builder = exported(folder, "b", "float16"), builder_for("rtx")
     monkeypatch.setenv("TWOTOWER_RTX_ANY_SM", "default")
-    record = build_engines(bundle, "rtx", builder, config=BuildConfig(max_context=256))
+    record = build_engines(bundle, "rtx", builder, config=BuildConfig(max_context=256, experts="dense"))
     assert record.limits is not None
     assert record.limits.sms == ()
     programs = [p for e in record.report["engines"].values() for p in e["inspector"]["programs"]]
@@ -116,14 +116,14 @@ def test_the_library_chooses_its_own_set_of_gpus_when_it_is_asked_to(
     read_engine_record(bundle, "rtx", library=builder.library(), sm=90)
     monkeypatch.setenv("TWOTOWER_RTX_ANY_SM", "current")
     with pytest.raises(BuildError, match="builds for the GPU at hand only") as error:
-        build_engines(bundle, "rtx", builder, config=BuildConfig(max_context=256))
+        build_engines(bundle, "rtx", builder, config=BuildConfig(max_context=256, experts="dense"))
     assert "no NVIDIA GPU" in error.value.found
 
 
 def test_float16_builds_for_every_compute_capability(folder: Path) -> None:
     """SM 75 has no products in float32: they are sums, and no product of single elements lies in memory."""
     bundle = exported(folder, "tiny", "float16")
-    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=RTX_SMS, max_context=256))
+    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=RTX_SMS, max_context=256, experts="dense"))
     assert not unexplained(record)
     check_programs(bundle, record, RTX_SMS)
     config, chunk = bundle.config, 256
@@ -135,12 +135,12 @@ def test_float16_builds_for_every_compute_capability(folder: Path) -> None:
 def test_a_second_build_is_instant_and_other_options_build_again(folder: Path) -> None:
     bundle, builder = exported(folder, "b", "float16"), builder_for("rtx")
     file = engine_folder(bundle, "rtx") / BUILD_FILE
-    config = BuildConfig(sms=(86,), max_context=256)
+    config = BuildConfig(sms=(86,), max_context=256, experts="dense")
     build_engines(bundle, "rtx", builder, config=config)
     before = file.stat().st_mtime_ns
     build_engines(bundle, "rtx", builder, config=config)
     assert file.stat().st_mtime_ns == before
-    build_engines(bundle, "rtx", builder, config=BuildConfig(sms=(86,), max_context=512))
+    build_engines(bundle, "rtx", builder, config=BuildConfig(sms=(86,), max_context=512, experts="dense"))
     assert file.stat().st_mtime_ns > before
     engine = engine_folder(bundle, "rtx") / "denoiser.engine"
     engine.write_bytes(engine.read_bytes()[:-100])
@@ -159,7 +159,7 @@ def test_towers_are_cut_and_every_piece_builds(folder: Path, monkeypatch: pytest
     asked: dict[str, Any] = {"segments": 3}
     if how.startswith("a memory"):
         asked = {"weights": "inside", "max_build_memory": 2 * weights}
-    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256, **asked))
+    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256, experts="dense", **asked))
     assert len(record.engines["denoiser"]) > 1
     assert [e.layers[0] for e in record.engines["denoiser"][1:]] == [e.layers[1] for e in record.engines["denoiser"][:-1]]
     assert not unexplained(record)
@@ -188,15 +188,35 @@ def test_the_full_library_is_named_with_where_its_wheels_live() -> None:
 
 def test_the_command_describes_without_building(folder: Path) -> None:
     bundle = exported(folder, "tiny", "float16")
-    options = ["--target", "rtx", "--sm", "86", "--max-batch", "2", "--dry-run"]
+    options = ["--target", "rtx", "--sm", "86", "--max-batch", "2", "--experts", "dense", "--dry-run"]
     command = [sys.executable, "-m", "twotower.cli", "build", str(bundle.path), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "SM 86" in done.stdout
     assert "denoiser.engine" in done.stdout
 
 
+def test_without_a_word_on_experts_kernels_compute_the_chosen_ones(folder: Path) -> None:
+    """Compiled by Triton, as a user's build is; `inspect` has programs, kernels and launches."""
+    pytest.importorskip("triton")  # make EXTRAS=...,kernels
+    bundle = exported(folder, "tiny", "bfloat16")
+    command = [sys.executable, "-m", "twotower.cli"]
+    words = ["build", str(bundle.path), "--target", "rtx", "--sm", "80,89,120", "--max-context", "256"]
+    for _ in range(2):
+        done = subprocess.run([*command, *words], capture_output=True, text=True, check=True)
+        assert "note:" not in done.stderr
+    assert "kept, because it fits" in done.stderr
+    record = read_engine_record(bundle, "rtx", library=builder_for("rtx").library())
+    assert not unexplained(record)
+    assert [len(record.experts[graph]) for graph in ("context", "denoiser")] == [3, 3]
+    programs = [p for engine in record.report["engines"].values() for p in engine["inspector"]["programs"]]
+    assert {(p["streams"], p["capturable"], len(p["expanded"])) for p in programs} == {(1, True, 0)}
+    done = subprocess.run([*command, "inspect", str(bundle.path)], capture_output=True, text=True, check=True)
+    assert re.search(r"denoiser denoise: 4 programs \(\d+ kernels\) and 3 layers of experts .*; \d+ launches a pass", done.stdout)
+    assert "kernels for SM 80, 89, 120, up to 4096 tokens, by Triton" in done.stdout
+
+
 def test_a_config_alone_is_built_for_and_its_engines_serve_the_checkpoint(folder: Path) -> None:
-    words = ["--target", "rtx", "--sm", "89", "--max-context", "256", "--cache", str(folder / "shared")]
+    words = ["--target", "rtx", "--sm", "89", "--max-context", "256", "--experts", "dense", "--cache", str(folder / "shared")]
     config = str(ROOT / CHECKPOINTS["b"] / "config.json")
     command = [sys.executable, "-m", "twotower.cli", "build"]
     bundle = exported(folder, "b", "bfloat16")

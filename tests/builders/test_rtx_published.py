@@ -31,7 +31,7 @@ MOST_KERNELS = {"denoise": 570, "block": 640}
 def record(tmp_path_factory: pytest.TempPathFactory) -> EngineRecord:
     folder = tmp_path_factory.mktemp("published")
     bundle = export_programs(SLICE, folder / "bundle", ExportConfig(dtype="bfloat16"), name="slice")
-    return build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,)))
+    return build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), experts="dense"))
 
 
 def programs(record: EngineRecord) -> Iterator[tuple[str, str, Mapping[str, Any]]]:

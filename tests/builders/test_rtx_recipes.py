@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from tests.helpers.quantized import TINY
+from tests.helpers.tensorrt_stand_in import stand_in_kernels
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders import tensorrt_builder as builder_module
+from twotower.builders.tensorrt_builder import TensorRTBuilder
 from twotower.bundle import GRAPH_FILES, Bundle
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
 from twotower.calibration.statistics_file import read_statistics
-from twotower.config.formats import stack_is_expanded
+from twotower.config.formats import FORMATS, stack_is_expanded
 from twotower.errors import BuildError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 
@@ -40,7 +42,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, tiny_statistics: Path) -
 
 
 def build(bundle: Bundle, sms: tuple[int, ...], *, allow_expanded: bool = False) -> Any:
-    config = BuildConfig(sms=sms, max_context=256, allow_expanded=allow_expanded)
+    config = BuildConfig(sms=sms, max_context=256, experts="dense", allow_expanded=allow_expanded)
     return build_engines(bundle, "rtx", builder_for("rtx"), config=config)
 
 
@@ -90,6 +92,19 @@ def test_experts_stay_in_their_product_or_the_build_is_refused(quantized: Any, r
     assert build(bundle, sms, allow_expanded=True) == record, "the refusal left the engines that somebody insisted on"
 
 
+@pytest.mark.parametrize("recipe", FIRST)
+def test_kernels_between_programs_read_experts_of_every_recipe(quantized: Any, recipe: str) -> None:
+    """Nothing of them is in an engine, and no format of theirs keeps a GPU out: the others' may."""
+    recipes = builtin_recipes()[recipe].weights
+    others = [FORMATS[name].first_sm for kind, name in recipes.items() if not kind.endswith("_expert")]
+    builder = TensorRTBuilder(builder_for("rtx").flavour, stand_in_kernels)  # type: ignore[attr-defined]
+    config = BuildConfig(sms=(max(86, *others, 0),), max_context=256, force=True)
+    record = build_engines(quantized(recipe), "rtx", builder, config=config)
+    assert record.report["choice_of_experts"] == {"computed_by": "kernels"}
+    assert not [name for parts in record.engines.values() for part in parts for name in part.constants if "experts" in name]
+    assert not expanded(record, stacked=True)
+
+
 @pytest.mark.parametrize("recipe", [name for name, first in FIRST.items() if first > 86])
 def test_other_hardware_is_refused_before_and_would_be_by_the_library(quantized: Any, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = quantized(recipe)
@@ -114,5 +129,5 @@ def test_without_a_choice_it_is_built_for_all_that_can(quantized: Any, monkeypat
         return replace(found)
 
     monkeypatch.setattr(builder_module.TensorRTBuilder, "_limits", limits)
-    builder_for("rtx").describe(quantized("fp8"), BuildConfig(max_context=256))
+    builder_for("rtx").describe(quantized("fp8"), BuildConfig(max_context=256, experts="dense"))
     assert set(seen) == {(89, 120)}

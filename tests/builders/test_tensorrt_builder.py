@@ -18,7 +18,7 @@ from twotower.bundle import Bundle
 from twotower.errors import BuildError
 from twotower.flavour import Flavour
 
-CONFIG = BuildConfig(max_context=256)
+CONFIG = BuildConfig(max_context=256, experts="dense")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from twotower.errors import BuildAbortedError, BuildError, EngineMismatchError
 from twotower.flavour import flavour_from_module
 from twotower.hardware import Gpu
 
-CONFIG = BuildConfig(max_context=256, max_batch=2)
+CONFIG = BuildConfig(max_context=256, experts="dense", max_batch=2)
 B200 = Gpu("NVIDIA B200", 100, 180 << 30)
 
 
@@ -62,10 +62,10 @@ def test_engines_are_built_for_the_gpu_at_hand(bundle: Bundle, builder: EngineBu
 def test_timings_are_kept_and_used_again(bundle: Bundle, builder: EngineBuilder) -> None:
     build_engines(bundle, "trt", builder, config=CONFIG)
     assert len(timings(bundle)) == 3
-    build_engines(bundle, "trt", builder, config=BuildConfig(max_context=512))
+    build_engines(bundle, "trt", builder, config=BuildConfig(max_context=512, experts="dense"))
     assert len(timings(bundle)) == 6, "the second build started from the first one's"
     (bundle.path / "engines" / ".trt.timing").write_text("garbage")
-    build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, force=True))
+    build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense", force=True))
     assert len(timings(bundle)) == 3, "what the library does not take is replaced"
     assert not list((bundle.path / "engines").glob(".trt.timing.*"))
 
@@ -114,7 +114,7 @@ def test_a_graph_the_library_refuses_is_an_error_and_the_graph_is_kept(
     build_engines(bundle, "trt", builder, config=CONFIG)
     plant(bundle, "denoiser", operator)
     with pytest.raises(BuildError, match=what) as caught:
-        build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, max_batch=2, force=True))
+        build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense", max_batch=2, force=True))
     assert type(caught.value) is (BuildAbortedError if operator == "Crash" else BuildError)
     assert found in caught.value.found
     assert "denoiser.engine" in caught.value.found
@@ -125,14 +125,14 @@ def test_a_graph_the_library_refuses_is_an_error_and_the_graph_is_kept(
     assert "Its weights are inputs." in (folder / "README.md").read_text()
     assert "denoiser.engine" in {p.name for p in engine_folder(bundle, "trt").iterdir()}, "the old engines are still there"
     plant(bundle, "denoiser", "Identity")
-    build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, max_batch=2, force=True))
+    build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense", max_batch=2, force=True))
     assert not folder.exists(), "it builds now"
 
 
 def test_weights_a_refused_graph_holds_are_beside_it(bundle: Bundle, builder: EngineBuilder) -> None:
     plant(bundle, "denoiser", "Refuse")
     with pytest.raises(BuildError, match="refuses the graph"):
-        build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, weights="inside"))
+        build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense", weights="inside"))
     folder = bundle.path / "engines" / ".failed" / "trt-denoiser"
     assert {p.name for p in folder.iterdir()} == {"graph.onnx", "model.onnx.data", "job.json", "log.json", "README.md"}
     data = bundle.path / "denoiser" / "model.onnx.data"

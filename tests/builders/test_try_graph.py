@@ -110,7 +110,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BuildError]:
     plant_top_k(bundle)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(BuildError) as caught:
         patch.setattr(tensorrt_builder, "require_clean", lambda *_, **__: ())
-        build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(86, 89), max_context=256))
+        build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(86, 89), max_context=256, experts="dense"))
     return bundle.path / "engines" / ".failed" / "rtx-context_head", caught.value
 
 

@@ -145,11 +145,11 @@ def test_build_json_says_what_is_read_and_what_is_held(tmp_path: Path) -> None:
     def engines(record: EngineRecord) -> dict[str, Any]:
         return {part.file: part for parts in record.engines.values() for part in parts}
 
-    bundle = stand_in_bundle(FIXTURES / "hybrid-b", tmp_path / "b")
+    bundle = stand_in_bundle(FIXTURES / "hybrid-b", tmp_path / "b", experts="dense")
     record = load_engine_record(bundle, "rtx")
     for name, graph in (("context", "context.engine"), ("denoiser", "denoiser.engine")):
         assert {w.name for w in engines(record)[graph].weights} == set(bundle.weights(name))
         assert record.report["engines"][graph]["weights"]["inside"] == {}
-    held = load_engine_record(stand_in_bundle(FIXTURES / "hybrid-b", tmp_path / "c", weights="inside"), "rtx")
+    held = load_engine_record(stand_in_bundle(FIXTURES / "hybrid-b", tmp_path / "c", experts="dense", weights="inside"), "rtx")
     assert set(engines(held)["denoiser.engine"].constants) == set(bundle.weights("denoiser"))
     assert set(held.holds) == set(GRAPH_FILES)

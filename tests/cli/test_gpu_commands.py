@@ -43,7 +43,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[engines.OpenOptions]:
     def opener() -> Callable[..., Any]:
         def open_(bundle: Any, options: engines.OpenOptions) -> Any:
             seen.append(options)
-            api = CudaStandIn(devices=2)
+            api = CudaStandIn(devices=2, sm=GPUS[0].sm)
             given = TensorRTOptions(devices=options.devices, graphs=options.graphs, gpus=GPUS[:2])
             return open_tensorrt(bundle, flavour_from_module(TensorRTStandIn(api)), Cuda(api), given)
 
@@ -98,7 +98,7 @@ def sections_here(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = SimpleNamespace(enable=lambda: None, dump_traceback_later=lambda *_, **__: None, cancel_dump_traceback_later=lambda: None)
     monkeypatch.setattr("twotower.doctor.sections.faulthandler", nothing)
     monkeypatch.setattr(report, "ask_section", ask)
-    monkeypatch.setattr(report, "open_cuda", lambda: Cuda(CudaStandIn(devices=2)))
+    monkeypatch.setattr(report, "open_cuda", lambda: Cuda(CudaStandIn(devices=2, sm=GPUS[0].sm)))
     monkeypatch.setattr(report, "copy_rates", lambda cuda: {})  # of a GiB, which takes the stand-in seconds
 
 

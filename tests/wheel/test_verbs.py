@@ -60,7 +60,10 @@ WORK = {
         ("quantize", "{tiny}", "--recipe", "auto", "--formats", "int8", *FEW[:4], "-o", "{out}/new"), "checked on the other half"
     ),
     "build for a CPU": Work(("build", "{bundle}", "--target", "ort-cpu", "--force"), "engines/ort-cpu"),
-    "build for RTX": Work(("build", "{bundle}", "--target", "rtx", "--sm", "89", *SMALL, "--no-cache"), "engines/rtx"),
+    "build for RTX": Work(("build", "{bundle}", "--target", "rtx", "--sm", "89", *SMALL, "--no-cache", "--force"), "engines/rtx"),
+    "build for RTX, dense": Work(
+        ("build", "{bundle}", "--target", "rtx", "--sm", "89", *SMALL, "--no-cache", "--experts", "dense"), "engines/rtx"
+    ),
     "generate": Work(("generate", "{tiny}", PROMPT, "--max-new-tokens", "32", "--seed", "0"), "tokens a pass"),
     "trace": Work(("trace", "{tiny}", PROMPT, "--max-new-tokens", "32", "--html", "{out}/new.html"), "tokens a pass"),
     "evaluate": Work(("evaluate", "{tiny}", *FEW), "diffusion keeps"),
@@ -91,7 +94,8 @@ TABLE: dict[str, tuple[str, ...]] = {
     "quantize": ("calibration", "calibration", "calibration", WORKS, WORKS, WORKS),
     "quantize by measuring": ("calibration", "calibration", "calibration", "calibration,cpu", "calibration,cpu", "calibration,cpu"),
     "build for a CPU": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
-    "build for RTX": ("rtx", "rtx", WORKS, "rtx", "rtx", "rtx"),
+    "build for RTX": ("rtx", "rtx", "kernels", "rtx", "rtx", "rtx"),
+    "build for RTX, dense": ("rtx", "rtx", WORKS, "rtx", "rtx", "rtx"),
     "generate": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
     "trace": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
     "evaluate": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
@@ -108,6 +112,7 @@ TOGETHER = {
     "export,cpu": ("export", "bench an export", "calibrate undrawn", "evaluate few bits"),
     "calibration,cpu": ("calibrate", "quantize by measuring"),
     "evaluate,cpu": ("evaluate with a page",),
+    "kernels,rtx": ("build for RTX",),
 }
 
 

@@ -146,7 +146,7 @@ def torch_bundle(case: Case, output: Path) -> Bundle:
     bundle = export_bundle(checkpoint, output, ExportConfig(dtype="float32"))
     builder = TensorRTBuilder(flavour_from_module(TorchTensorRT("cpu")))
     cut = {"segments": case.pieces} if case.pieces > 1 else {}
-    config = BuildConfig(sms=(89,), max_context=256, max_batch=_IN_A_BATCH, **cut)
+    config = BuildConfig(sms=(89,), max_context=256, max_batch=_IN_A_BATCH, experts="dense", **cut)
     with patch.object(make_engine, "run_job", torch_job):
         build_engines(bundle, "rtx", builder, config=config)
     return bundle

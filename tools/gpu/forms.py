@@ -111,7 +111,8 @@ def build_form(folder: Path, form: str, words: Sequence[str]) -> tuple[float, fl
     Raises:
         RuntimeError: they could not be built; the reason is in the log.
     """
-    options = ["--target", TARGET, "--weights", form, "--max-batch", str(max(ROWS)), "--no-cache"]
+    options = ["--target", TARGET, "--experts", "dense", "--weights", form]
+    options += ["--max-batch", str(max(ROWS)), "--no-cache"]
     if twotower(["build", str(folder), *options, *words]):
         raise RuntimeError(f"engines with weights as {form} could not be built")
     record = load_engine_record(Bundle.open(folder, contents=False), TARGET)

@@ -114,7 +114,7 @@ def build_full_size(output: Path, words: Sequence[str]) -> Bundle:
         config = output.with_suffix(".config.json")
         config.write_text(json.dumps(PUBLISHED_CONFIG), encoding="utf-8")
         made = ["--from-config", str(config), "--dtype", "bfloat16"]
-    options = ["--target", "rtx", "--max-batch", str(max(ROWS)), "--no-cache"]
+    options = ["--target", "rtx", "--experts", "dense", "--max-batch", str(max(ROWS)), "--no-cache"]
     if twotower(["build", str(output), *made, *options, *words]):
         raise RuntimeError("the published model could not be built for rtx")
     return Bundle.open(output)

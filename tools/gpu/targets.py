@@ -104,7 +104,8 @@ def built(checkpoint: Path, asked: Asked, dtype: str, *, target: str | None = No
     if not path.exists() and twotower(words):
         raise RuntimeError(f"{checkpoint.name} could not be exported")
     more = asked.words if target is None else ()
-    if twotower(["build", str(path), "--target", target or asked.target, *more]):
+    options = ["--target", target or asked.target, "--experts", "dense"]
+    if twotower(["build", str(path), *options, *more]):
         raise RuntimeError(f"{path.name} could not be built for {target or asked.target}")
     return path
 

@@ -35,14 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-context", type=int, metavar="N", help="of rtx, trt: longest text, prompt and answer (default: 4096 or the model's)"
     )
     parser.add_argument(
-        "--segments", type=int, default=1, metavar="N", help="of rtx, trt: cut towers into N engines, to spread them over GPUs (default: 1)"
+        "--segments",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of rtx, trt: cut towers into N engines with dense experts, to spread them over GPUs (default: 1)",
     )
     parser.add_argument(
         "--experts",
-        default="dense",
-        choices=("dense", "kernels"),
-        help="of rtx, trt: `dense` computes every expert in the engine; `kernels` cuts towers at every layer of experts and computes the "
-        "chosen ones between the programs (default: %(default)s)",
+        default="auto",
+        choices=("auto", "kernels", "dense"),
+        help="of rtx, trt: `kernels` cuts towers at every layer of experts and computes the chosen "
+        "ones between the programs (SM 80 and later; needs the extra `kernels`); `dense` computes "
+        "every expert for every token in the engine; `auto` takes kernels where there are such for "
+        "these experts and every --sm, and says why where there are none (default: %(default)s)",
     )
     parser.add_argument(
         "--weights",
@@ -151,6 +157,9 @@ def run(args: argparse.Namespace) -> int:
     elif cached := sum(bool(facts["cached"]) for facts in observed):
         made += f", {cached} of {len(observed)} engines from the cache"
     print(f"{args.bundle}/engines/{args.target}: {human_bytes(size)}, {made}", file=sys.stderr)
+    choice = record.report.get("choice_of_experts", {})
+    if args.experts == "auto" and choice.get("why"):
+        print(f"note: experts are dense: {choice['why']}; {choice['cost']}", file=sys.stderr)
     return 0
 
 

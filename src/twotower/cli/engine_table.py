@@ -46,7 +46,14 @@ def engine_lines(record: EngineRecord, state: str) -> list[str]:
     rows += [_row(engine, record, observed.get(engine.file, {}), uses[engine.file]) for engine in every]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"  {state}", *(_aligned(row, widths) for row in rows)] if len(rows) > 1 else [f"  {state}"]
-    return [head, *lines, *_details(record, observed), *step_lines(record), *_programs(record, observed)]
+    details = (*_details(record, observed), *step_lines(record), *_dense_experts(record))
+    return [head, *lines, *details, *_programs(record, observed)]
+
+
+def _dense_experts(record: EngineRecord) -> list[str]:
+    """Why the engines compute every expert, where they do, and what that costs."""
+    choice = record.report.get("choice_of_experts", {})
+    return [f"  experts are dense: {choice['why']}; {choice['cost']}"] if choice.get("why") else []
 
 
 def _distinct(parts: Sequence[EngineFile]) -> list[EngineFile]:

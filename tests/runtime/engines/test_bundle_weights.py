@@ -87,7 +87,7 @@ def test_one_engine_serves_every_checkpoint_of_its_shapes(copied: Bundle, opened
 
 
 def test_engines_that_hold_weights_are_tied_to_their_checkpoint(tmp_path: Path) -> None:
-    bundle = stand_in_bundle("hybrid-b", tmp_path / "b", weights="inside")
+    bundle = stand_in_bundle("hybrid-b", tmp_path / "b", experts="dense", weights="inside")
     record = json.loads((engine_folder(bundle, "rtx") / BUILD_FILE).read_text())
     assert all(part["weights"] == [] for parts in record["engines"].values() for part in parts)
     open_(bundle).close()
@@ -185,7 +185,7 @@ def test_loading_is_told_apart_from_checking(copied: Bundle) -> None:
 def test_a_file_nobody_reads_is_not_taken_for_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines that hold all weights read no data file, and so cannot vouch for one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    bundle = stand_in_bundle("hybrid-b", tmp_path / "b", weights="inside")
+    bundle = stand_in_bundle("hybrid-b", tmp_path / "b", experts="dense", weights="inside")
     files = {name: r for name, r in bundle.files.items() if name.endswith(".data")}
     for name in files:  # settled: what changed a moment ago is not remembered anyway
         os.utime(bundle.path / name, (1_700_000_000, 1_700_000_000))

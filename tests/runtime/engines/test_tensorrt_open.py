@@ -274,7 +274,7 @@ def test_the_real_library_gets_as_far_as_the_driver(tmp_path: Path) -> None:
     if probe_machine().gpus:
         pytest.skip("there is a GPU here")
     bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
-    build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256))
+    build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256, experts="dense"))
     with pytest.raises(EngineMismatchError, match="driver is missing") as error:
         open_towers(bundle, "rtx")
     assert error.value.found == "no driver"

@@ -73,7 +73,7 @@ def test_a_real_engine_is_mapped_and_refused_for_want_of_a_driver(tmp_path: Path
     import tensorrt_rtx as trt
 
     bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
-    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256))
+    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256, experts="dense"))
     (part,) = record.engines["context_head"]
     with pytest.raises(EngineMismatchError, match="cannot load") as error:
         PlanLoader(flavour_from_module(trt), {}).load(engine_folder(bundle, "rtx") / part.file, part, 0)
