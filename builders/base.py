@@ -19,6 +19,7 @@ __all__ = [
     "DENSE",
     "DIALECTS",
     "EXPERTS",
+    "FUSED",
     "INPUTS",
     "INSIDE",
     "KERNELS",
@@ -41,9 +42,10 @@ INPUTS, INSIDE = "inputs", "inside"
 PLACES = (INPUTS, INSIDE)
 """Where weights go: into the engine's inputs, but for those that must be constants; or all inside."""
 
-AUTO, DENSE, KERNELS = "auto", "dense", "kernels"
-EXPERTS = (AUTO, KERNELS, DENSE)
-"""What computes experts: kernels between engines, the chosen ones; or the engine, all of them."""
+AUTO, DENSE, FUSED, KERNELS = "auto", "dense", "fused", "kernels"
+EXPERTS = (AUTO, KERNELS, FUSED, DENSE)
+"""What computes experts: kernels between engines, or one operator a layer (`ort-cuda`), the chosen
+ones; or the engine, all of them."""
 
 CHOSEN, STANDARD = "chosen", "standard"
 DIALECTS = (CHOSEN, STANDARD)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from twotower.builders.base import AUTO, DENSE, KERNELS, BuildConfig
+from twotower.builders.base import AUTO, DENSE, FUSED, KERNELS, BuildConfig
 from twotower.builders.expert_code import require_kernels
 from twotower.builders.expert_cut import ExpertCut
 from twotower.bundle import Bundle, ExpertsStep
@@ -18,14 +18,15 @@ from twotower.extras import require_libraries
 from twotower.graph_files import load_graph
 from twotower.spec import CONTEXT, DENOISER, MAX_CHUNK
 
-__all__ = ["DENSE_COST", "ExpertChoice", "choose_experts", "require_compiler"]
+__all__ = ["ASKED", "DENSE_COST", "ExpertChoice", "choose_experts", "require_compiler"]
 
 _SLOWER = "one token at a time takes about 10 times as long at published size, by arithmetic"
 
 DENSE_COST = f"every expert computes for every token: {_SLOWER}"
 """Of engines that compute their experts."""
 
-_ASKED = "--experts dense asked for it"
+ASKED = "--experts dense asked for it"
+"""Why experts are dense where somebody said so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,8 @@ class ExpertChoice:
     """What computes the experts of a build.
 
     Attributes:
-        experts: `dense` or `kernels`.
-        why: Of `dense`, why not `kernels`; empty for `kernels`, and for a model without experts.
+        experts: `dense`, `kernels` or `fused`.
+        why: Of `dense`, why not the others; empty for them, and for a model without experts.
     """
 
     experts: str
@@ -53,11 +54,20 @@ def choose_experts(bundle: Bundle, config: BuildConfig, sms: Sequence[int]) -> E
         bundle: The graphs.
         config: What is asked for.
         sms: Compute capabilities that kernels would be compiled for.
+
+    Raises:
+        ConfigError: what was asked for is of another target.
     """
+    if config.experts == FUSED:
+        raise ConfigError(
+            "TensorRT has no operator for these experts",
+            found=f"--experts {FUSED}, which is of ort-cuda; allowed: {AUTO}, {KERNELS}, {DENSE}",
+            do=f"leave --experts out, or build with --experts {KERNELS}",
+        )
     if not bundle.config.indices(LayerKind.MOE):
         return ExpertChoice(DENSE if config.experts == AUTO else config.experts)
     if config.experts != AUTO:
-        return ExpertChoice(config.experts, _ASKED if config.experts == DENSE else "")
+        return ExpertChoice(config.experts, ASKED if config.experts == DENSE else "")
     if config.segments > 1:
         return ExpertChoice(
             DENSE,

@@ -1,19 +1,39 @@
-"""ONNX Runtime on a GPU: the exported graphs, their weights where they are.
+"""ONNX Runtime on a GPU: the exported graphs, with experts fused or as they are; weights stay where they are.
 
-Which fusions the CUDA provider knows, and between which operators a copy or a cast must stand, is decided where the provider is:
-ONNX Runtime on this machine's CPU would insert casts around every half-width operator that a CPU lacks, and a GPU would then compute
-in float32. The session optimises when it is opened.
+Which fusions the CUDA provider knows, and between which operators a copy or a cast must stand, is
+decided where the provider is: ONNX Runtime on this machine's CPU would insert casts around every
+half-width operator that a CPU lacks, and a GPU would then compute in float32. The session optimises
+when it is opened. What no optimiser does is done here: experts that nobody chose are left out
+(`ort_fused`).
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
-from twotower.builders.base import BuildConfig, Report
-from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, file_records
+import onnx
+
+from twotower.builders.base import AUTO, DENSE, FUSED, KERNELS, BuildConfig, Report
+from twotower.builders.expert_choice import ASKED, DENSE_COST, ExpertChoice
+from twotower.builders.expert_cut import ExpertCut
+from twotower.builders.ort_fused import fuse_experts, require_fusable
+from twotower.builders.ort_unsigned import unsigned_data
+from twotower.bundle import (
+    DATA_SUFFIX,
+    GRAPH_FILES,
+    Bundle,
+    EngineRecord,
+    ExpertsStep,
+    file_records,
+)
+from twotower.config import LayerKind
+from twotower.config.weights import WeightRef
+from twotower.errors import BuildError, ConfigError
 from twotower.graph_files import attach_weights, load_graph, weight_refs
+from twotower.spec import CONTEXT_HEAD
 
 __all__ = ["OrtCudaBuilder"]
 
@@ -23,7 +43,8 @@ CUDA = "ort-cuda"
 class OrtCudaBuilder:
     """Builds the `ort-cuda` target: no GPU is needed, and nothing of the CUDA provider is asked or guessed.
 
-    The engine is tied to the version of ONNX Runtime all the same: a bundle is built and checked with the library it will run on.
+    Shapes stay free. The engine is tied to the version of ONNX Runtime all the same: a bundle is
+    built and checked with the library it will run on.
 
     Args:
         library: Name and version of ONNX Runtime.
@@ -36,30 +57,118 @@ class OrtCudaBuilder:
         return dict(self._library)
 
     def fits(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
-        return True
+        return bool(record.report.get("choice_of_experts") == self._choice(bundle, config).to_json())
 
     def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
-        return [f"the three graphs as they are, in {bundle.dtype}; optimised when they are opened on the GPU"]
+        choice = self._choice(bundle, config)
+        graphs = f"the three graphs in {bundle.dtype}, optimised when they are opened on the GPU"
+        if choice.why:
+            return [graphs, f"{'experts':<22}dense: {choice.why}; {DENSE_COST}"]
+        if choice.experts != FUSED:
+            return [graphs]
+        copied = sum(ref.nbytes for ref in self._moved(bundle))
+        data = f"; {copied / 1e9:.2f} GB of integers are written anew" if copied else ""
+        return [graphs, f"{'experts':<22}one operator a layer, which computes the chosen ones{data}"]
 
     def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
-        return sum(bundle.files[graph].size for graph in GRAPH_FILES.values())
+        graphs = sum(bundle.files[graph].size for graph in GRAPH_FILES.values())
+        if self._choice(bundle, config).experts != FUSED:
+            return graphs
+        return graphs + sum(ref.nbytes for ref in self._moved(bundle))
 
     def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
         bundle.require_weights("an engine of ONNX Runtime")
-        started = time.perf_counter()
+        started, choice = time.perf_counter(), self._choice(bundle, config)
         operators: dict[str, dict[str, int]] = {}
-        for step, (name, file) in enumerate(GRAPH_FILES.items()):
+        holds: dict[str, str] = {}
+        for step, name in enumerate(GRAPH_FILES):
             report(f"writing {name}", step, len(GRAPH_FILES))
             model = load_graph(bundle.graph_file(name))
-            attach_weights(model, weight_refs(model), file + DATA_SUFFIX)  # relative to the bundle: the runtime reads the file from there
+            moved = fuse_experts(model, _experts_of(bundle, name)) if choice.experts == FUSED else {}
+            _place_weights(bundle, model, moved, name=name, folder=folder, report=report)
             (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
-            operators[name] = dict(Counter(node.op_type for node in model.graph.node).most_common())
+            operators[name] = dict(Counter(n.op_type for n in model.graph.node).most_common())
+            holds |= {name: bundle.data_identity(name)} if moved else {}
         return EngineRecord(
             target=CUDA,
             library=self.library(),
             dtype=bundle.dtype,
             graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
             weights={name: file + DATA_SUFFIX for name, file in GRAPH_FILES.items()},
+            holds=holds,
             files=file_records(folder),
-            report={"seconds": round(time.perf_counter() - started, 3), "operators": operators},
+            report={
+                "seconds": round(time.perf_counter() - started, 3),
+                "operators": operators,
+                "choice_of_experts": choice.to_json(),
+            },
         )
+
+    def _choice(self, bundle: Bundle, config: BuildConfig) -> ExpertChoice:
+        """What computes the experts.
+
+        Raises:
+            BuildError: what was asked for cannot be had.
+        """
+        if not bundle.config.indices(LayerKind.MOE):
+            return ExpertChoice(DENSE)
+        if config.experts == DENSE:
+            return ExpertChoice(DENSE, ASKED)
+        if config.experts == KERNELS:
+            raise ConfigError(
+                "engines of ort-cuda have no kernels between programs",
+                found=f"--experts {KERNELS}; allowed: {AUTO}, {FUSED}, {DENSE}",
+                do=f"build with --experts {FUSED}, or another target",
+            )
+        try:
+            for name in GRAPH_FILES:
+                for step in _experts_of(bundle, name):
+                    require_fusable(step, self._library["version"])
+        except BuildError as e:
+            if config.experts == FUSED:
+                raise
+            return ExpertChoice(DENSE, f"{e.what} ({e.found})")
+        return ExpertChoice(FUSED)
+
+    def _moved(self, bundle: Bundle) -> list[WeightRef]:
+        """Weights that fused engines hold themselves, as they lie in the bundle."""
+        out: list[WeightRef] = []
+        for name in GRAPH_FILES:
+            model = load_graph(bundle.graph_file(name))
+            out += fuse_experts(model, _experts_of(bundle, name)).values()
+        return out
+
+
+def _place_weights(
+    bundle: Bundle,
+    model: onnx.ModelProto,
+    moved: Mapping[str, WeightRef],
+    *,
+    name: str,
+    folder: Path,
+    report: Report,
+) -> None:
+    """Says where a graph's weights lie, relative to the bundle: in its data file, and in one of the engine that is written here."""
+    data = GRAPH_FILES[name] + DATA_SUFFIX
+    attach_weights(model, {w: ref for w, ref in weight_refs(model).items() if w not in moved}, data)
+    if not moved:
+        return
+    total, done = sum(ref.nbytes for ref in moved.values()), 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        report(f"writing experts of {name}", done, total)
+
+    own = f"{name}{DATA_SUFFIX}"
+    placed = unsigned_data(bundle.path / data, folder / own, moved, tick)
+    attach_weights(model, placed, f"engines/{CUDA}/{own}")
+
+
+def _experts_of(bundle: Bundle, name: str) -> list[ExpertsStep]:
+    """The layers of experts of a graph."""
+    if name == CONTEXT_HEAD:
+        return []
+    model, signature = load_graph(bundle.graph_file(name)), bundle.signatures[name]
+    cut = ExpertCut(model, signature, bundle.config, dtype=bundle.dtype)
+    return [cut.found(number) for number in range(cut.programs - 1)]

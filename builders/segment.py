@@ -20,6 +20,7 @@ __all__ = [
     "extracted",
     "fix_axes",
     "layer_bytes",
+    "needed_nodes",
     "outputs_of",
     "segment",
     "stream_axes",
@@ -132,7 +133,7 @@ def extracted(
     wanted: Mapping[str, TensorSpec],
 ) -> Segment:
     """The nodes `wanted` needs when `given` is there, under the names both have in the segment."""
-    keep = _needed(model.graph.node, wanted, stop=given)
+    keep = needed_nodes(model.graph.node, wanted, stop=given)
     renamed = {old: spec.name for old, spec in (*given.items(), *wanted.items())}
     nodes = []
     for i in keep:
@@ -180,8 +181,8 @@ def _settle_shapes(nodes: list[onnx.NodeProto], signature: TowerSignature, given
     return constants
 
 
-def _needed(nodes: Iterable[onnx.NodeProto], wanted: Iterable[str], *, stop: Iterable[str]) -> list[int]:
-    """Indices, in order, of the nodes from which `wanted` is computed."""
+def needed_nodes(nodes: Iterable[onnx.NodeProto], wanted: Iterable[str], *, stop: Iterable[str] = ()) -> list[int]:
+    """Indices, in order, of the nodes from which `wanted` is computed where `stop` is there."""
     listed = list(nodes)
     makers = {name: i for i, node in enumerate(listed) for name in node.output if name}
     seen: set[int] = set()

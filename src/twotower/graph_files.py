@@ -32,6 +32,7 @@ TYPE_NAMES: dict[int, str] = {
     TensorProto.FLOAT16: "float16",
     TensorProto.BFLOAT16: "bfloat16",
     TensorProto.INT8: "int8",
+    TensorProto.UINT8: "uint8",
     TensorProto.FLOAT8E4M3FN: "float8e4m3fn",
     TensorProto.INT4: "int4",
     TensorProto.FLOAT4E2M1: "float4e2m1",

@@ -172,7 +172,7 @@ def test_an_engine_that_cannot_be_loaded_says_how_to_get_one_that_can(
 def test_a_gpu_gets_the_graphs_as_they_were_exported(tmp_path: Path, dtype: str) -> None:
     """In the bundle's own precision: an optimisation on this CPU would insert casts to float32 that a GPU does not need."""
     bundle = export_fixture("hybrid-a", tmp_path / "b", dtype)
-    assert build_engines(bundle, "ort-cuda", builder_for("ort-cuda")).target == "ort-cuda"
+    assert build_engines(bundle, "ort-cuda", builder_for("ort-cuda"), config=BuildConfig(experts="dense")).target == "ort-cuda"
     record = read_engine_record(bundle, "ort-cuda", library=builder_for("ort-cuda").library())
     assert record.dtype == dtype
     assert record.weights == {name: f"{file}.data" for name, file in GRAPH_FILES.items()}
@@ -191,7 +191,7 @@ def test_a_gpu_gets_the_graphs_as_they_were_exported(tmp_path: Path, dtype: str)
 def test_a_gpu_engine_computes_what_the_cpu_engine_computes(tmp_path: Path, built: Bundle) -> None:
     """The very file, on the provider that is here: it loads, finds its weights from the bundle, and means the same."""
     bundle = Bundle.open(copy_of(built, tmp_path / "copy"))
-    build_engines(bundle, "ort-cuda", builder_for("ort-cuda"))
+    build_engines(bundle, "ort-cuda", builder_for("ort-cuda"), config=BuildConfig(experts="dense"))
     texts = []
     for target in ("ort-cpu", "ort-cuda"):
         engines = [

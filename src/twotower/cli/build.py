@@ -44,11 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experts",
         default="auto",
-        choices=("auto", "kernels", "dense"),
+        choices=("auto", "kernels", "fused", "dense"),
         help="of rtx, trt: `kernels` cuts towers at every layer of experts and computes the chosen "
-        "ones between the programs (SM 80 and later; needs the extra `kernels`); `dense` computes "
-        "every expert for every token in the engine; `auto` takes kernels where there are such for "
-        "these experts and every --sm, and says why where there are none (default: %(default)s)",
+        "ones between the programs (SM 80 and later; needs the extra `kernels`); of ort-cuda: `fused` "
+        "makes each layer one operator that computes the chosen ones; `dense` computes "
+        "every expert for every token in the engine; `auto` takes what computes the chosen ones where "
+        "there is such for these experts, and says why where there is none (default: %(default)s)",
     )
     parser.add_argument(
         "--weights",

@@ -46,13 +46,17 @@ def engine_lines(record: EngineRecord, state: str) -> list[str]:
     rows += [_row(engine, record, observed.get(engine.file, {}), uses[engine.file]) for engine in every]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"  {state}", *(_aligned(row, widths) for row in rows)] if len(rows) > 1 else [f"  {state}"]
-    details = (*_details(record, observed), *step_lines(record), *_dense_experts(record))
+    details = (*_details(record, observed), *step_lines(record), *_experts(record))
     return [head, *lines, *details, *_programs(record, observed)]
 
 
-def _dense_experts(record: EngineRecord) -> list[str]:
-    """Why the engines compute every expert, where they do, and what that costs."""
+def _experts(record: EngineRecord) -> list[str]:
+    """What computes experts inside the engines: one operator a layer, or all of them, why, and what that costs."""
     choice = record.report.get("choice_of_experts", {})
+    if choice.get("computed_by") == "fused":
+        counts = [Counter(operators) for operators in record.report["operators"].values()]
+        named = [f"{count} {kind}" for kind in ("MoE", "QMoE") if (count := sum(c[kind] for c in counts))]
+        return [f"  experts are fused: {' and '.join(named)} of ONNX Runtime compute the chosen ones"]
     return [f"  experts are dense: {choice['why']}; {choice['cost']}"] if choice.get("why") else []
 
 

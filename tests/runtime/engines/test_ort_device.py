@@ -11,11 +11,13 @@ import onnxruntime as ort
 import pytest
 
 from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.fused_experts import with_bodies
 from tests.helpers.towers import golden_config
 from tests.runtime.engines.test_tensorrt_engine import AR, golden_cases
 from twotower import GenerationConfig
-from twotower.builders import build_engines, builder_for
+from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.errors import ConfigError, EngineMismatchError
+from twotower.graph_files import load_graph
 from twotower.runtime import Request, TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines import OpenOptions, open_towers
@@ -37,7 +39,8 @@ class CpuLibrary:
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        return _Deferred(ort.InferenceSession(graph.read_bytes(), options, providers=["CPUExecutionProvider"]), self.cuda, stream)
+        model = with_bodies(load_graph(graph))  # a CPU's fused experts know no squared ReLU
+        return _Deferred(ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]), self.cuda, stream)
 
     def run_options(self) -> Any:
         return CudaLibrary().run_options()
@@ -56,14 +59,20 @@ class _Deferred:
 
 @pytest.fixture
 def opened_ort(built: Callable[..., Any]) -> Callable[..., Any]:
-    """`opened_ort(folder, devices=(0,), seed=None)`: a session and the stand-in beneath it."""
+    """`opened_ort(folder, devices=(0,), seed=None, experts="fused")`: a session and the stand-in beneath it."""
 
     @contextmanager
     def open_(
-        folder: str = "hybrid-a", *, devices: tuple[int, ...] = (0,), seed: int | None = None, memory: int = 1 << 34
+        folder: str = "hybrid-a",
+        *,
+        devices: tuple[int, ...] = (0,),
+        seed: int | None = None,
+        memory: int = 1 << 34,
+        experts: str = "fused",
     ) -> Iterator[Any]:
         bundle, api = built(folder), CudaStandIn(devices=2, seed=seed, memory=memory)
-        build_engines(bundle, "ort-cuda", builder_for("ort-cuda"))
+        record = build_engines(bundle, "ort-cuda", builder_for("ort-cuda"), config=BuildConfig(experts=experts))
+        assert record.report["choice_of_experts"]["computed_by"] == experts
         with TwoTower.from_towers(open_ort_cuda(bundle, CpuLibrary(api), Cuda(api), devices=devices)) as model:
             yield model, api
         assert not api.leaked
@@ -73,9 +82,10 @@ def opened_ort(built: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(("devices", "seed"), [((0,), None), ((0,), 1), ((0, 1), 2), ((1, 0), None)])
 @pytest.mark.parametrize("folder", ["hybrid-a", "hybrid-b"])
-def test_the_goldens(opened_ort: Callable[..., Any], folder: str, devices: tuple[int, ...], seed: int | None) -> None:
+@pytest.mark.parametrize("experts", ["fused", "dense"])
+def test_the_goldens(opened_ort: Callable[..., Any], experts: str, folder: str, devices: tuple[int, ...], seed: int | None) -> None:
     cases = golden_cases(folder)
-    with opened_ort(folder, devices=devices, seed=seed) as (model, _):
+    with opened_ort(folder, devices=devices, seed=seed, experts=experts) as (model, _):
         for case in cases:
             assert list(model.generate(case["prompt"], golden_config(case)).tokens) == case["diffusion_tokens"]
             assert list(model.generate(case["prompt"], AR).tokens) == case["ar_greedy_tokens"]

@@ -1,0 +1,261 @@
+"""Only the chosen experts, for ONNX Runtime on a GPU: a layer of experts is one `com.microsoft.MoE`, or `QMoE` in few bits.
+
+Both operators choose experts by themselves, by softmax over `router_probs`. This model chooses
+otherwise (sigmoid, a bias that counts for the choice alone, groups, a factor), so its routing stays
+in the graph. Left to the operator is to find experts and to multiply: each pair of a token and an
+expert it chose is a row of its own, which has this one expert and gives its result as it is.
+
+    experts  [k,N]    those a token chose, ascending
+    rows     [k*N,D]  all tokens, k times over
+    probs    [k*N,E]  a row's expert far above the others: their softmax is 1 and 0
+    results  [k*N,D]  of one operator with k = 1
+    sum      [N,D]    share x result in float32, experts ascending
+
+So choice and shares are those of the exported graph, in float32. What the operators offer for that
+would not do: MoE weighs by softmax alone, and QMoE's `router_weights` has the type of the tokens
+and is not read by CUDA kernels (docs/gpu-runtime.md).
+
+Stacks [E,out,in] are what both operators read, so float ones stay in the bundle. Integers have to
+be unsigned; they are written anew (`ort_unsigned`), and the operator lays them out for the GPU when
+a session is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto
+from onnx.helper import make_opsetid
+
+from twotower.builders.node_writer import NodeWriter
+from twotower.builders.segment import needed_nodes
+from twotower.bundle import ExpertsStep
+from twotower.config.formats import FORMATS
+from twotower.config.weights import WeightRef
+from twotower.errors import BuildError
+from twotower.graph_files import weight_refs
+from twotower.spec import EXPERTS_IN, SHARES
+
+__all__ = ["fuse_experts", "require_fusable"]
+
+_DOMAIN = "com.microsoft"
+_RELU2_SINCE = (1, 32)
+"""The first ONNX Runtime whose CUDA kernels take squared ReLU."""
+
+_CERTAIN = 10000.0
+"""By how much a row's expert is above the others: exp(-10000) is 0 in float32, and any type holds it."""
+
+_GROUPS = (32, 64, 128)
+_TILE = 64
+_DTYPES: Mapping[str, Any] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
+_INSTEAD = "build with --experts dense, which computes every expert"
+
+
+def require_fusable(step: ExpertsStep, version: str) -> None:
+    """Refuses experts that no CUDA kernel of the two operators computes.
+
+    Args:
+        step: A layer of experts.
+        version: Of ONNX Runtime.
+
+    Raises:
+        BuildError: an older library, or a format, group or size it has no kernel for.
+    """
+    if _release(version) < _RELU2_SINCE:
+        raise BuildError(
+            f"ONNX Runtime {version} has no fused experts with squared ReLU",
+            found=f"its CUDA kernels take that from {'.'.join(map(str, _RELU2_SINCE))} on",
+            do=f"install a newer ONNX Runtime here and on the GPU machine, or {_INSTEAD}",
+        )
+    used = {step.formats.get(matrix) for matrix in ("up", "down")}
+    if used == {None}:
+        _require_float(step)
+    else:
+        _require_integers(step, sorted(used, key=str))
+
+
+def fuse_experts(model: onnx.ModelProto, layers: Iterable[ExpertsStep]) -> dict[str, WeightRef]:
+    """Makes every layer of experts one operator, in place.
+
+    Args:
+        model: An exported graph, its weights outside.
+        layers: Its layers of experts, none of which `require_fusable` refuses.
+
+    Returns:
+        Weights that the operators read from other bytes than the bundle's, and where those lie: an
+        operator reads each as unsigned integers, two of 4 bits in a byte.
+    """
+    steps = list(layers)
+    found = [_Mixture.of(model, step) for step in steps]
+    at = {id(m.total): _written(m) for m in found}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        nodes += at.get(id(node), [node])
+    kept = [nodes[i] for i in needed_nodes(nodes, [v.name for v in model.graph.output])]
+    read = {name for node in kept for name in node.input}
+    constants = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(kept)
+    model.graph.initializer.extend(constants)
+    if found and all(entry.domain != _DOMAIN for entry in model.opset_import):
+        model.opset_import.append(make_opsetid(_DOMAIN, 1))
+    for m in found:
+        _drop_axis(model, m.row_scales)
+    places = weight_refs(model)
+    return {name: places[name] for m in found for name in m.integers}
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """A layer of experts in an exported graph.
+
+    Attributes:
+        step: What it is.
+        tokens: [B,L,D].
+        share: [E,N] float32.
+        chosen: [E,N] bool.
+        total: The sum over experts, [N,D] float32.
+    """
+
+    step: ExpertsStep
+    tokens: str
+    share: str
+    chosen: str
+    total: onnx.NodeProto
+
+    @classmethod
+    def of(cls, model: onnx.ModelProto, step: ExpertsStep) -> _Mixture:
+        """The one of a layer: from its shares on, results are weighed, selected and added up."""
+        scope = f"layers.{step.layer}.moe"
+        users = {name: node for node in model.graph.node for name in node.input if node.name.startswith(scope)}
+        makers = {name: node for node in model.graph.node for name in node.output}
+        node = users[f"{scope}/{SHARES}"]
+        for kind in ("Unsqueeze", "Mul", "Where"):
+            assert node.op_type == kind, f"{node.name}: {node.op_type}, expected {kind}"
+            select, node = node, users[node.output[0]]
+        assert node.op_type == "ReduceSum", node.name
+        chosen = makers[select.input[0]].input[0]
+        return cls(step, f"{scope}/{EXPERTS_IN}", f"{scope}/{SHARES}", chosen, node)
+
+    def weight(self, role: str) -> str:
+        """The name of a weight."""
+        return self.step.weights[role].name
+
+    @property
+    def integers(self) -> tuple[str, ...]:
+        """Matrices in few bits."""
+        return tuple(self.weight(matrix) for matrix in ("up", "down") if matrix in self.step.formats)
+
+    @property
+    def row_scales(self) -> tuple[str, ...]:
+        """Scales of whole rows: [E,out,1] in the bundle, and [E,out] to the operator."""
+        rows = [m for m in ("up", "down") if m in self.step.formats and self.step.formats[m][1] == 0]
+        return tuple(self.weight(f"{matrix}_scale") for matrix in rows)
+
+
+def _written(m: _Mixture) -> list[onnx.NodeProto]:
+    """The nodes up to the sum over experts, which keeps its name."""
+    step, w = m.step, NodeWriter(f"layers.{m.step.layer}.moe/fused")
+    descending = w.constant(np.arange(step.experts, 0, -1, dtype=np.float32)[:, None])
+    order = w.op("Where", m.chosen, descending, w.constant(np.zeros((), np.float32)))
+    # Exactly `top` of each token, even of one that is not a number and compares with nothing.
+    _, experts = w.several("TopK", 2, order, w.ints([step.top]), axis=0)
+    share = w.op("GatherElements", m.share, experts, axis=0)
+    tokens = w.op("Reshape", m.tokens, w.ints([-1, step.hidden]))
+    rows = w.op("Concat", *[tokens] * step.top, axis=0)
+    certain = w.constant((_CERTAIN * np.eye(step.experts)).astype(_DTYPES[step.dtype]))
+    probs = w.op("Gather", certain, experts, axis=0)
+    results = _operator(w, m, rows, w.op("Reshape", probs, w.ints([-1, step.experts])))
+    results = w.op("Reshape", results, w.ints([step.top, -1, step.hidden]))
+    if step.dtype != "float32":
+        results = w.op("Cast", results, to=TensorProto.FLOAT)
+    weighed = w.op("Mul", results, w.op("Unsqueeze", share, w.ints([-1])))
+    # Not ReduceSum, which may add in an order of its own.
+    total = w.op("Sum", *w.split(weighed, step.top))
+    w.op("Squeeze", total, w.ints([0]), named=m.total.output[0])
+    return w.nodes
+
+
+def _operator(w: NodeWriter, m: _Mixture, rows: str, probs: str) -> str:
+    """The one operator: results of rows [R,D] by the experts of `probs` [R,E]."""
+    common: dict[str, Any] = {
+        "domain": _DOMAIN,
+        "k": 1,
+        "activation_type": "relu2",
+        "normalize_routing_weights": 1,
+    }
+    if not m.integers:
+        return w.op("MoE", rows, probs, m.weight("up"), "", m.weight("down"), **common)
+    name, group = m.step.formats["up"]
+    few: dict[str, Any] = {
+        "quant_type": "int",
+        "expert_weight_bits": FORMATS[name].bits,
+        "weights_prepacked": 0,
+    }
+    if group:
+        few["block_size"] = group
+    up, up_scale, down, down_scale = (m.weight(r) for r in ("up", "up_scale", "down", "down_scale"))
+    return w.op("QMoE", rows, probs, up, up_scale, "", down, down_scale, **common, **few)
+
+
+def _drop_axis(model: onnx.ModelProto, names: Iterable[str]) -> None:
+    """Takes a last axis of 1 off external weights."""
+    wanted = set(names)
+    for tensor in model.graph.initializer:
+        if tensor.name in wanted:
+            del tensor.dims[-1]
+
+
+def _require_float(step: ExpertsStep) -> None:
+    multiple = 4 if step.dtype == "float32" else 8  # 16 bytes
+    for what, size in (("hidden_size", step.hidden), ("moe_intermediate_size", step.width)):
+        if size % multiple or size < 16:
+            raise BuildError(
+                "com.microsoft.MoE does not compute experts of this size",
+                found=f"{what} {size}; in {step.dtype} multiples of {multiple}, and 16 at least",
+                do=_INSTEAD,
+            )
+
+
+def _require_integers(step: ExpertsStep, used: list[tuple[str, int] | None]) -> None:
+    named = [replace(FORMATS[how[0]], group=how[1]).label if how else step.dtype for how in used]
+    if len(used) > 1 or used[0] is None or used[0][0] not in ("int4", "int8"):
+        raise BuildError(
+            "com.microsoft.QMoE does not compute experts in this format",
+            found=f"{' and '.join(named)}; it takes int4 and int8 with one group for both matrices",
+            do=f"quantize with another recipe, or {_INSTEAD}",
+        )
+    if step.dtype == "float32":
+        raise BuildError(
+            "com.microsoft.QMoE has no CUDA kernel for float32",
+            found=f"experts of {named[0]} in a float32 bundle; float16 and bfloat16 are taken",
+            do=f"export with --dtype bfloat16 and quantize that, or {_INSTEAD}",
+        )
+    group = used[0][1]
+    if group and group not in _GROUPS:
+        raise BuildError(
+            "com.microsoft.QMoE does not take this group",
+            found=f"{group} weights a scale; {', '.join(map(str, _GROUPS))}, or a whole row",
+            do=f"quantize with another group, or {_INSTEAD}",
+        )
+    for what, size in (("hidden_size", step.hidden), ("moe_intermediate_size", step.width)):
+        if size % max(_TILE, group):
+            raise BuildError(
+                "com.microsoft.QMoE does not compute experts of this size",
+                found=f"{what} {size}; multiples of {max(_TILE, group)}",
+                do=_INSTEAD,
+            )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Major and minor number."""
+    return tuple(int(part) for part in version.split(".")[:2])

@@ -1,0 +1,455 @@
+"""Experts as one operator a layer: the exported graph's numbers, and a graph the library's schema takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
+
+from tests.builders.test_segment import feed, run
+from tests.helpers.bundles import export_fixture
+from tests.helpers.errors import check_error
+from tests.helpers.fused_experts import fused_nodes, with_bodies, with_cpu_kernels
+from tests.helpers.graphs import FIXTURES
+from tests.helpers.small_slice import SMALL_SLICE
+from twotower.builders import BuildConfig, build_engines, builder_for, ort_unsigned
+from twotower.builders.ort_fused import fuse_experts, require_fusable
+from twotower.bundle import BUILD_FILE, DATA_SUFFIX, GRAPH_FILES, Bundle, ExpertsStep, engine_folder, load_engine_record
+from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
+from twotower.cli.main import main
+from twotower.config import ModelConfig, read_model_config
+from twotower.config.weights import WeightRef
+from twotower.errors import BuildError
+from twotower.export import Checkpoint, ExportConfig, export_bundle
+from twotower.export.graphs.builder import GraphBuilder
+from twotower.export.graphs.layers import LayerWeights
+from twotower.export.graphs.moe import moe
+from twotower.export.synthetic import published_slice, write_checkpoint
+from twotower.export.weights import lay_out, point_to_data
+from twotower.graph_files import (
+    attach_weights,
+    load_graph,
+    located_weights,
+    read_weight,
+    widen_data,
+    widen_to_float32,
+)
+from twotower.spec import CONTEXT, DENOISER, TensorSpec, TowerSignature, signatures
+
+FUSED = BuildConfig(experts="fused")
+SLICE = {**published_slice("MEM*E"), **SMALL_SLICE, "n_routed_experts": 8, "num_experts_per_tok": 3}
+TOWERS = (CONTEXT, DENOISER)
+
+
+def fused(bundle: Bundle) -> Bundle:
+    build_engines(bundle, "ort-cuda", builder_for("ort-cuda"), config=FUSED)
+    return bundle
+
+
+def engine(bundle: Bundle, graph: str) -> onnx.ModelProto:
+    return load_graph(engine_folder(bundle, "ort-cuda") / f"{graph}.onnx")
+
+
+@pytest.fixture(scope="module", params=["hybrid-a", "hybrid-b"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return fused(export_fixture(request.param, tmp_path_factory.mktemp("fused") / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def few_bits(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`few_bits(recipe, width, dtype)`: a bundle of so wide experts; made once. Rows of 8 bits above 128 have groups of 64."""
+    made: dict[tuple[str, int, str], Bundle] = {}
+
+    def make(recipe: str, width: int = 64, dtype: str = "bfloat16") -> Bundle:
+        key = (recipe, width, dtype)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(recipe)
+            sizes = {"hidden_size": width, "moe_intermediate_size": width, "torch_dtype": dtype}
+            checkpoint = Checkpoint.open(write_checkpoint(folder / "checkpoint", {**SLICE, **sizes}))
+            whole = export_bundle(checkpoint, folder / "float", ExportConfig(dtype=dtype))
+            plan = plan_quantization(whole, builtin_recipes()[recipe])
+            made[key] = quantize_bundle(whole, plan, folder / "few")
+        return made[key]
+
+    return make
+
+
+def compare(got: dict[str, Any], want: dict[str, Any], tolerance: float) -> None:
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("graph", TOWERS)
+def test_it_is_the_exported_graph(bundle: Bundle, graph: str) -> None:
+    """Written out, and by the library's own kernels: routing, rows and stacks are what they take them for."""
+    model, inputs = engine(bundle, graph), feed(bundle.signatures[graph].inputs, bundle.config.vocab_size)
+    nodes = fused_nodes(model)
+    assert [node.op_type for node in nodes] == ["MoE"] * bundle.config.pattern.count("E")
+    whole = run(load_graph(bundle.graph_file(graph)), bundle.graph_file(graph).parent, inputs)
+    compare(run(with_bodies(model), bundle.path, inputs), whole, 2e-6)
+    compare(run(with_cpu_kernels(model, bundle.path), bundle.path, inputs), whole, 2e-5)
+
+
+@pytest.mark.parametrize("graph", TOWERS)
+def test_a_row_alone(bundle: Bundle, graph: str) -> None:
+    """Against the same row in a batch; products of a CPU add up in an order of their own for one row."""
+    model = with_bodies(engine(bundle, graph))
+    inputs = feed(bundle.signatures[graph].inputs, bundle.config.vocab_size)
+    together = run(model, bundle.path, inputs)
+    alone = run(model, bundle.path, {name: value[:1] for name, value in inputs.items()})
+    compare(alone, {name: value[:1] for name, value in together.items()}, 5e-6)
+
+
+def widened(model: onnx.ModelProto, home: Path, folder: Path) -> onnx.ModelProto:
+    """A half-wide graph in float32, its weights in files of `folder`, named from there; integers stay as they are."""
+    located = located_weights(model)
+    widen_to_float32(model)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.t.data_type in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16):
+                wide = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
+                attribute.t.CopyFrom(onnx.numpy_helper.from_array(wide))
+    folder.mkdir(exist_ok=True)
+    for number, location in enumerate(sorted({location for location, _ in located.values()})):
+        refs = {name: ref for name, (where, ref) in located.items() if where == location}
+        attach_weights(model, widen_data(home / location, folder / f"{number}.data", refs), f"{number}.data")
+    return model
+
+
+@pytest.mark.parametrize("graph", TOWERS)
+@pytest.mark.parametrize(("recipe", "width", "group"), [("int4-experts", 64, 32), ("int8-weights", 64, 0), ("int8-weights", 192, 64)])
+def test_experts_in_few_bits(few_bits: Any, tmp_path: Path, recipe: str, width: int, group: int, graph: str) -> None:
+    """The graph that dequantizes, in float32: what the operator reads are the same weights."""
+    bundle = fused(few_bits(recipe, width))
+    inputs = feed(signatures(bundle.config, "float32")[graph].inputs, bundle.config.vocab_size)
+    file = bundle.graph_file(graph)
+    want = run(widened(load_graph(file), file.parent, tmp_path / "whole"), tmp_path / "whole", inputs)
+    model = widened(engine(bundle, graph), bundle.path, tmp_path / "fused")
+    nodes = fused_nodes(model)
+    assert [node.op_type for node in nodes] == ["QMoE"] * 2
+    assert [a.i for node in nodes for a in node.attribute if a.name == "block_size"] == ([group] * 2 if group else [])
+    compare(run(with_bodies(model), tmp_path / "fused", inputs), want, 1e-5)
+    if recipe == "int4-experts":  # of 8 bits the CPU's kernel rounds the tokens too
+        ours = run(with_cpu_kernels(model, tmp_path / "fused"), tmp_path / "fused", inputs)
+        compare(ours, want, 1e-4)
+
+
+def resolved(bundle: Bundle, model: onnx.ModelProto) -> str:
+    """What ONNX Runtime says when it opens a graph on a CPU: it checks operators by their schemas first, and then looks for kernels."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
+    with pytest.raises(Exception, match="ONNXRuntimeError") as error:
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return str(error.value)
+
+
+def test_the_library_takes_the_graph_and_its_cpu_refuses_the_activation(bundle: Bundle) -> None:
+    for graph in TOWERS:
+        assert "Unsupported MoE activation type: relu2" in resolved(bundle, engine(bundle, graph))
+    wrong = engine(bundle, DENOISER)
+    fused_nodes(wrong)[0].attribute[0].name = "no_such_attribute"
+    assert "INVALID_GRAPH" in resolved(bundle, wrong)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_library_takes_the_graph_in_few_bits(few_bits: Any, dtype: str) -> None:
+    """A CPU has no kernels for most of it, and looks for them after the types of all operators fitted."""
+    bundle = fused(few_bits("int4-experts", dtype=dtype))
+    for graph in TOWERS:
+        told = resolved(bundle, engine(bundle, graph))
+        assert "NOT_IMPLEMENTED" in told or "Unsupported MoE activation type: relu2" in told
+    wrong = engine(bundle, DENOISER)
+    node = fused_nodes(wrong)[0]
+    node.input[3] = node.input[2]  # scales that are uint8
+    assert "Type Error" in resolved(bundle, wrong)
+
+
+COMMON = {"k": 1, "activation_type": b"relu2", "normalize_routing_weights": 1}
+INTEGERS = {**COMMON, "quant_type": b"int", "weights_prepacked": 0}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "width", "options", "shapes"),
+    [
+        ("int4-experts", 64, {"expert_weight_bits": 4, "block_size": 32}, ((8, 64, 32), (8, 64, 2))),
+        ("int8-weights", 64, {"expert_weight_bits": 8}, ((8, 64, 64), (8, 64))),
+        ("int8-weights", 192, {"expert_weight_bits": 8, "block_size": 64}, ((8, 192, 192), (8, 192, 3))),
+    ],
+)
+def test_operands_are_those_of_the_documentation(few_bits: Any, recipe: str, width: int, options: Any, shapes: Any) -> None:
+    """Unsigned integers [E,out,in*bits/8], scales [E,out,in/block] or [E,out] in the graph's type, no bias, no zero points."""
+    model = engine(fused(few_bits(recipe, width)), DENOISER)
+    tensors = {t.name: t for t in model.graph.initializer}
+    for node in fused_nodes(model):
+        assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} == {**INTEGERS, **options}
+        _, _, up, up_scale, no_bias, down, down_scale = node.input
+        assert no_bias == ""
+        for values, scale in ((up, up_scale), (down, down_scale)):
+            assert (tensors[values].data_type, tuple(tensors[values].dims)) == (onnx.TensorProto.UINT8, shapes[0])
+            assert (tensors[scale].data_type, tuple(tensors[scale].dims)) == (onnx.TensorProto.BFLOAT16, shapes[1])
+
+
+def test_float_operands_are_the_bundle_s_own(bundle: Bundle) -> None:
+    config = bundle.config
+    e, f, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+    model = engine(bundle, CONTEXT)
+    places = located_weights(model)
+    for node in fused_nodes(model):
+        assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} == COMMON
+        _, _, up, no_bias, down = node.input
+        assert no_bias == ""
+        assert (places[up][1].shape, places[down][1].shape) == ((e, f, d), (e, d, f))
+        for name in (up, down):
+            assert places[name] == (f"{GRAPH_FILES[CONTEXT]}{DATA_SUFFIX}", bundle.weights(CONTEXT)[name])
+
+
+def test_this_library_s_cuda_kernels_take_the_activation() -> None:
+    """By its own words; an earlier one is refused by its version."""
+    for name in ("MoE", "QMoE"):
+        (schema,) = [s for s in get_all_operator_schema() if s.name == name]
+        taken = "CUDA also supports relu2" in schema.attributes["activation_type"].description
+        assert taken == (tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 32))
+
+
+def layer(config: ModelConfig, folder: Path, **changed: np.ndarray[Any, Any]) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """A layer of experts alone on random weights: as it is exported, and fused and written out."""
+    axes = ("B", "L", config.hidden_size)
+    x, y = TensorSpec("x", "float32", axes), TensorSpec("y", "float32", axes)
+    graph = GraphBuilder(TowerSignature("moe", (x,), (y,)), "float32")
+    with graph.scope("layers.0.moe"):
+        graph.output("y", moe(graph, graph.op("Identity", graph.input("x")), LayerWeights(graph, "layers.0.mixer."), config))
+    recorded, refs = graph.finish(), lay_out(graph.weights)
+    data = np.zeros(max(ref.end for ref in refs.values()), np.uint8)
+    for name, ref in refs.items():
+        value = np.random.default_rng(len(name)).standard_normal(ref.shape, dtype=np.float32) / 8
+        value = next((new for part, new in changed.items() if part in name), value)
+        data[ref.offset : ref.end] = np.broadcast_to(value, ref.shape).astype(np.float32).view(np.uint8).reshape(-1)
+    (folder / "data").write_bytes(data.tobytes())
+    point_to_data(recorded, refs, "data")
+    whole = ir.to_proto(recorded)
+    weights = {role: TensorSpec(f"layers.0.mixer.experts.{role}_proj.weight", "float32", ()) for role in ("up", "down")}
+    step = ExpertsStep(
+        layer=0,
+        hidden=config.hidden_size,
+        width=config.moe_intermediate_size,
+        experts=config.n_routed_experts,
+        top=config.num_experts_per_tok,
+        shared_intermediate=0,
+        dtype="float32",
+        formats={},
+        code="",
+        weights=weights,
+    )
+    model = ir.to_proto(recorded)
+    assert fuse_experts(model, [step]) == {}
+    return whole, with_bodies(model)
+
+
+def layer_config(**changed: Any) -> ModelConfig:
+    return replace(read_model_config(FIXTURES / "hybrid-a" / "config.json"), dtype="float32", n_shared_experts=0, **changed)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"num_experts_per_tok": 1},
+        {"num_experts_per_tok": 8},
+        {"n_group": 4, "topk_group": 2},
+        {"norm_topk_prob": False, "routed_scaling_factor": 0.5},
+    ],
+)
+def test_every_way_to_route(tmp_path: Path, changed: dict[str, Any]) -> None:
+    whole, made = layer(layer_config(**changed), tmp_path)
+    for rows, length in ((1, 1), (3, 16)):
+        x = np.random.default_rng(1).standard_normal((rows, length, 64), dtype=np.float32)
+        np.testing.assert_allclose(run(made, tmp_path, {"x": x})["y"], run(whole, tmp_path, {"x": x})["y"], rtol=0, atol=2e-6)
+
+
+def test_equal_scores_and_a_share_of_nothing(tmp_path: Path) -> None:
+    """Of equal scores the first experts are chosen; a bias moves the choice and no share; results nobody chose may overflow."""
+    bias = np.zeros((8, 1), np.float32)
+    bias[5] = 1
+    up = np.random.default_rng(3).standard_normal((8, 48, 64), dtype=np.float32)
+    up[7] = np.inf
+    whole, made = layer(layer_config(), tmp_path, **{"gate.weight": np.zeros(1, np.float32), "bias": bias, "up_proj": up})
+    x = np.random.default_rng(1).standard_normal((2, 16, 64), dtype=np.float32)
+    got = run(made, tmp_path, {"x": x})["y"]
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got, run(whole, tmp_path, {"x": x})["y"], rtol=1e-6, atol=2e-6)
+
+
+def test_a_token_that_is_not_a_number_harms_no_other(tmp_path: Path) -> None:
+    _, made = layer(layer_config(), tmp_path)
+    x = np.random.default_rng(1).standard_normal((3, 16, 64), dtype=np.float32)
+    want = run(made, tmp_path, {"x": x})["y"]
+    x[1, 4] = np.nan
+    got = run(made, tmp_path, {"x": x})["y"]
+    assert np.isnan(got[1, 4]).all()
+    got[1, 4] = want[1, 4]
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+
+
+def test_integers_are_unsigned_and_all_else_stays_in_the_bundle(few_bits: Any) -> None:
+    for recipe, middle in (("int4-experts", 8), ("int8-weights", 128)):
+        bundle = fused(few_bits(recipe))
+        record = load_engine_record(bundle, "ort-cuda")
+        assert set(record.files) == {f"{g}.onnx" for g in GRAPH_FILES} | {f"{g}.data" for g in TOWERS}
+        assert record.holds == {graph: bundle.data_identity(graph) for graph in TOWERS}
+        for graph in TOWERS:
+            own = f"engines/ort-cuda/{graph}.data"
+            moved = {name: ref for name, (where, ref) in located_weights(engine(bundle, graph)).items() if where == own}
+            assert len(moved) == 2 * 2
+            assert record.files[f"{graph}.data"].size == max(ref.end for ref in moved.values())
+            ours, theirs = (np.memmap(bundle.path / f, np.uint8, "r") for f in (own, f"{GRAPH_FILES[graph]}.data"))
+            for name, ref in moved.items():
+                signed = read_weight(theirs, bundle.weights(graph)[name]).astype(np.int64)
+                raw = ours[ref.offset : ref.end].reshape(ref.shape)
+                unpacked = np.stack((raw & 15, raw >> 4), -1).reshape(signed.shape) if middle == 8 else raw
+                np.testing.assert_array_equal(unpacked.astype(np.int64) - middle, signed)
+
+
+def test_a_large_matrix_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort_unsigned, "_PIECE", 7)
+    data = np.random.default_rng(0).integers(0, 256, 200, np.uint8)
+    (tmp_path / "in").write_bytes(data.tobytes())
+    told: list[int] = []
+    refs = {"b": WeightRef("int8", (4, 10), 150), "a": WeightRef("int4", (2, 5, 6), 64)}
+    places = ort_unsigned.unsigned_data(tmp_path / "in", tmp_path / "out", refs, told.append)
+    made = np.frombuffer((tmp_path / "out").read_bytes(), np.uint8)
+    assert places == {"a": WeightRef("uint8", (2, 5, 3), 0), "b": WeightRef("uint8", (4, 10), 64)}
+    np.testing.assert_array_equal(made[:30], data[64:94] ^ 0x88)
+    np.testing.assert_array_equal(made[64:104], data[150:190] ^ 0x80)
+    assert (sum(told), max(told)) == (70, 7)
+
+
+class TestBuilding:
+    def test_fused_is_what_auto_builds(self, bundle: Bundle, tmp_path: Path) -> None:
+        build_engines(bundle, "ort-cuda", builder_for("ort-cuda"))
+        record = load_engine_record(bundle, "ort-cuda")
+        assert record.report["choice_of_experts"] == {"computed_by": "fused"}
+        assert record.holds == {}
+        assert set(record.files) == {f"{graph}.onnx" for graph in GRAPH_FILES}, "no weight is copied"
+        experts = bundle.config.pattern.count("E")
+        for graph in TOWERS:
+            operators = record.report["operators"][graph]
+            assert operators["MoE"] == experts
+            assert operators["MatMul"] < Counter(n.op_type for n in load_graph(bundle.graph_file(graph)).graph.node)["MatMul"]
+
+    def test_another_choice_is_another_engine(self, tmp_path: Path) -> None:
+        bundle = export_fixture("hybrid-a", tmp_path / "b")
+        file = engine_folder(bundle, "ort-cuda") / BUILD_FILE
+        stamps = []
+        for experts in ("fused", "auto", "dense", "dense", "fused"):
+            build_engines(bundle, "ort-cuda", builder_for("ort-cuda"), config=BuildConfig(experts=experts))
+            stamps.append(file.stat().st_mtime_ns)
+        assert (stamps[0] == stamps[1], stamps[2] == stamps[3]) == (True, True)
+        assert stamps[1] < stamps[2] < stamps[4]
+
+    def test_the_room_on_the_disk_counts_what_is_written(self, few_bits: Any) -> None:
+        bundle, builder = few_bits("int4-experts"), builder_for("ort-cuda")
+        fused(bundle)
+        record = load_engine_record(bundle, "ort-cuda")
+        written = sum(file.size for name, file in record.files.items() if name.endswith(DATA_SUFFIX))
+        moved = 2 * 2 * 2 * 8 * 64 * 64 // 2
+        assert moved <= written <= moved + 4 * 4096
+        dense = builder.needed_bytes(bundle, BuildConfig(experts="dense"))
+        assert builder.needed_bytes(bundle, FUSED) == dense + moved
+        assert "written anew" in builder.describe(bundle, FUSED)[1]
+
+    def test_inspect_says_so(self, few_bits: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["inspect", str(fused(few_bits("int4-experts")).path)]) == 0
+        assert "experts are fused: 4 QMoE of ONNX Runtime compute the chosen ones" in capsys.readouterr().out
+
+
+NVFP4 = "nvfp4 in groups of 16; it takes int4 and int8"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype", "what", "found"),
+    [
+        ("nvfp4-experts", "bfloat16", "does not compute experts in this format", NVFP4),
+        ("int4-experts", "float32", "no CUDA kernel for float32", "experts of int4 in groups of 32 in a float32 bundle"),
+    ],
+)
+def test_a_format_it_does_not_hold(
+    few_bits: Any, recipe: str, dtype: str, what: str, found: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused where it was asked for, and dense with a note where it was not."""
+    bundle = few_bits(recipe, dtype=dtype)
+    assert main(["build", str(bundle.path), "--target", "ort-cuda", "--experts", "fused"]) == 2
+    err = capsys.readouterr().err
+    check_error(err, what)
+    assert found in err
+    assert "--experts dense" in err
+    assert not engine_folder(bundle, "ort-cuda").exists()
+    assert main(["build", str(bundle.path), "--target", "ort-cuda"]) == 0
+    assert "note: experts are dense: com.microsoft.QMoE" in capsys.readouterr().err
+    assert "QMoE" not in load_engine_record(bundle, "ort-cuda").report["operators"][CONTEXT]
+
+
+STEP = ExpertsStep(
+    layer=1,
+    hidden=2688,
+    width=1856,
+    experts=128,
+    top=6,
+    shared_intermediate=3712,
+    dtype="bfloat16",
+    formats={},
+    code="",
+    weights={},
+)
+
+
+def in_bits(name: str, group: int) -> dict[str, Any]:
+    return {"formats": {"up": (name, group), "down": (name, group)}}
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"dtype": "float32"}, in_bits("int4", 32), in_bits("int4", 64), in_bits("int8", 64), in_bits("int8", 0)]
+)
+def test_published_experts_are_held(changed: dict[str, Any]) -> None:
+    require_fusable(replace(STEP, **changed), "1.32.0")
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({"hidden": 2684}, "hidden_size 2684; in bfloat16 multiples of 8"),
+        ({"width": 8}, "moe_intermediate_size 8"),
+        ({"dtype": "float32", "width": 1854}, "in float32 multiples of 4"),
+        (in_bits("int4", 96), "96 weights a scale; 32, 64, 128, or a whole row"),
+        (in_bits("int4", 128), "moe_intermediate_size 1856; multiples of 128"),
+        ({**in_bits("int8", 0), "hidden": 2656}, "hidden_size 2656; multiples of 64"),
+        (in_bits("fp8", 0), "fp8; it takes int4 and int8"),
+        ({"formats": {"up": ("int8", 64)}}, "int8 in groups of 64 and bfloat16"),
+        ({"formats": {"up": ("int8", 0), "down": ("int8", 64)}}, "int8 and int8 in groups of 64; it takes int4 and int8 with one group"),
+    ],
+)
+def test_what_no_kernel_takes(changed: dict[str, Any], found: str) -> None:
+    with pytest.raises(BuildError) as error:
+        require_fusable(replace(STEP, **changed), "1.32.0")
+    assert found in error.value.found
+    assert "--experts dense" in error.value.do
+
+
+@pytest.mark.parametrize("version", ["1.27.0", "1.31.1"])
+def test_an_earlier_library(version: str) -> None:
+    with pytest.raises(BuildError, match=f"ONNX Runtime {version} has no fused experts") as error:
+        require_fusable(STEP, version)
+    assert "from 1.32 on" in error.value.found
+
+
+def test_tensorrt_has_no_such_operator(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", str(bundle.path), "--target", "rtx", "--sm", "89", "--experts", "fused"]) == 2
+    check_error(capsys.readouterr().err, "TensorRT has no operator for these experts")
