@@ -128,7 +128,7 @@ def with_experts_between(folder: Path) -> Case:
     """The same, cut at every layer of experts, as it is without a word on experts."""
     whole, kernels = published(folder), {"denoise": 610, "block": 650}
     name = "the published model as programs with experts between"
-    return replace(whole, name=name, seconds=90, nbytes=50 * 10**6, kernels=kernels, planned=False, experts="auto")
+    return replace(whole, name=name, seconds=90, nbytes=50 * 10**6, kernels=kernels, experts="auto")
 
 
 SMALL_CASE = Case(name="the small model", config=SMALL, dtype="float16", sms=RTX_SMS, planned=False)
@@ -170,7 +170,7 @@ def build(case: Case, scratch: Path) -> Built:
         raise SystemExit(ran.code)
     bundle = Bundle.open(folder, contents=False)
     record = load_engine_record(bundle, "rtx")
-    plan = plan_bundle(bundle.config, PlanOptions(target="rtx", dtype=case.dtype, sms=case.sms))
+    plan = plan_bundle(bundle.config, PlanOptions(target="rtx", dtype=case.dtype, sms=case.sms, expert_path=case.experts))
     passes = tuple(_passes(record, {name: s.profiles for name, s in plan.scratch.items()}))
     weights = sum(w.total for w in plan.weights.values())
     data = tuple(str(file.relative_to(folder)) for file in folder.rglob(f"*{DATA_SUFFIX}"))
@@ -208,6 +208,9 @@ def problems_of(built: Built) -> list[str]:
             count, most = (launched["kernels"] or 0) + launched["experts"][-1], case.kernels.get(profile)
             if most is not None and count > most:
                 out.append(f"{graph}, {profile}: {count} launches, allowed {most}")
+    for (graph, profile), (found, planned) in _scratch_of(built).items():
+        if case.planned and abs(planned / found - 1) > SCRATCH_WITHIN:
+            out.append(f"{graph}, {profile}: scratch of {found} bytes, planned {planned}")
     return out + [f"{p.graph}, {p.profile}: {problem}" for p in built.passes for problem in _problems_of_pass(case, p)]
 
 
@@ -223,8 +226,15 @@ def _problems_of_pass(case: Case, found: Pass) -> Iterator[str]:
         yield "not capturable"
     if program["expanded"]:
         yield f"{len(program['expanded'])} weights expanded in memory in every pass"
-    if case.planned and abs(found.planned / program["scratch"] - 1) > SCRATCH_WITHIN:
-        yield f"scratch of {program['scratch']} bytes, planned {found.planned}"
+
+
+def _scratch_of(built: Built) -> dict[tuple[str, str], tuple[int, int]]:
+    """Bytes of scratch, found and planned, by graph and profile: of programs that run in turn, the neediest."""
+    out: dict[tuple[str, str], tuple[int, int]] = {}
+    for p in built.passes:
+        found, _ = out.get((p.graph, p.profile), (0, 0))
+        out[p.graph, p.profile] = (max(found, p.program["scratch"]), p.planned)
+    return out
 
 
 def told(built: Built) -> str:
@@ -249,15 +259,15 @@ def _program_rows(built: Built) -> list[list[str]]:
 def _launch_rows(built: Built) -> list[list[str]]:
     """A table of what passes launch where experts run between programs."""
     rows_most = built.record.limits.max_batch if built.record.limits else 0
-    head = ["pass", "programs", "their files", "kernels", "with experts, 1 row", f"{rows_most} rows", "scratch"]
+    head = ["pass", "programs", "their files", "kernels", "with experts, 1 row", f"{rows_most} rows", "scratch", "planned"]
     out = [head, ["---"] * len(head)]
     for graph, passes in built.launches.items():
         files = len({engine.file for engine in built.record.engines[graph]})
         for profile, launched in passes.items():
             kernels, (least, most) = launched["kernels"] or 0, launched["experts"]
-            scratch = max(p.program["scratch"] for p in built.passes if (p.graph, p.profile) == (graph, profile))
+            scratch, planned = _scratch_of(built)[graph, profile]
             counts = (launched["programs"], files, kernels, kernels + least, kernels + most)
-            out.append([f"{graph}, {profile}", *map(str, counts), f"{scratch / 1e6:.1f} MB"])
+            out.append([f"{graph}, {profile}", *map(str, counts), f"{scratch / 1e6:.1f} MB", f"{planned / 1e6:.1f} MB"])
     return out
 
 

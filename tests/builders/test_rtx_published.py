@@ -61,7 +61,7 @@ def test_a_pass_uses_one_stream_that_can_be_captured_and_expands_no_weight(recor
 
 
 def test_activations_take_what_is_planned(record: EngineRecord) -> None:
-    planned = plan_bundle(SLICE, PlanOptions(target="rtx", dtype="bfloat16")).scratch
+    planned = plan_bundle(SLICE, PlanOptions(target="rtx", dtype="bfloat16", expert_path="dense")).scratch
     off = {}
     for graph, name, program in programs(record):
         said = planned[graph].profiles[name]
@@ -97,3 +97,21 @@ def test_a_boundary_costs_no_launch_of_its_own(cut: EngineRecord) -> None:
     assert {kind: counts["kernels"] for kind, counts in program["by_kind"].items()} == {"mamba": 9, "moe": 5}
     told = {key: program[key] for key in ("streams", "events", "signals", "waits", "capturable", "expanded")}
     assert told == {"streams": 1, "events": 1, "signals": 0, "waits": 0, "capturable": True, "expanded": []}
+
+
+def test_programs_with_experts_between_take_what_is_planned(cut: EngineRecord) -> None:
+    plan = plan_bundle(PUBLISHED, PlanOptions(target="rtx", sms=(89,)))
+    found: dict[tuple[str, str], int] = {}
+    for graph, parts in cut.engines.items():
+        for part in parts:
+            for program in cut.report["engines"][part.file]["inspector"]["programs"]:
+                key = graph, part.profiles[program["profile"]].name
+                found[key] = max(found.get(key, 0), program["scratch"])
+    assert found == {key: pytest.approx(plan.scratch[key[0]].profiles[key[1]], rel=0.1) for key in found}
+    assert len(found) == 5
+    counts = {engine.name: engine.programs for engine in plan.engines}
+    assert {file: sum(part.file == file for parts in cut.engines.values() for part in parts) for file in counts} == counts
+    for engine in plan.engines:
+        facts = cut.report["engines"][engine.name]
+        assert cut.files[engine.name].size <= engine.engine_bytes
+        assert facts["peak_memory"] <= (engine.build_peak_bytes or 0)

@@ -57,18 +57,51 @@ def test_the_published_config_alone_gives_the_table(published: str, capsys: pyte
 
 
 def test_a_build_that_this_host_has_no_memory_for_is_told(published: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", published, "--target", "rtx", "--experts", "int4"]) == 0
+    assert main(["plan", published, "--target", "rtx", "--experts", "int4", "--expert-path", "dense"]) == 0
     out = capsys.readouterr().out
     assert "33.0 GB of weights inside" in out
     assert "weights the bundle holds too: trt 33.0 GB, rtx 33.0 GB" in out
     assert "not enough for the build; see --max-build-memory" in out
+    assert main(["plan", published, "--target", "rtx", "--experts", "int4"]) == 0
+    out = capsys.readouterr().out
+    assert "9 engines for 49 programs" in out
+    assert "programs that hold no weights" in out
+    assert "8.0 GB of memory available: enough" in out
 
 
 def test_several_devices_are_told_with_the_cut_they_take(published: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", published, "--target", "trt", "--devices", "4"]) == 0
+    assert main(["plan", published, "--target", "trt", "--devices", "4", "--expert-path", "dense"]) == 0
     out = capsys.readouterr().out
     assert "3:  32.8 GB  denoiser layers 27 to 51" in out
     assert "built with --segments 2" in out
+    assert main(["plan", published, "--target", "trt", "--devices", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "denoiser layers 25 to 51" in out
+    assert "--segments" not in out
+
+
+def test_the_two_ways_to_compute_experts_are_told(published: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {}
+    for path in ("auto", "kernels", "dense"):
+        assert main(["plan", published, "--target", "trt", "--gpu", "H200", "--expert-path", path]) == 0
+        said[path] = capsys.readouterr().out
+    assert said["auto"] == said["kernels"]
+    assert "experts     kernels compute those that a token chose" in said["auto"]
+    assert "experts     dense: all of them compute every token, because --expert-path dense asks for it" in said["dense"]
+    assert "dense: memory" in said["auto"]
+    assert "dense: memory" not in said["dense"]
+    assert "E (1 - (1 - k/E)^N)" in said["auto"]
+    assert "every pass reads all experts" in said["dense"]
+    for text, pairs, passes in ((said["auto"], "68.6", "2.0 5.0 12.2"), (said["dense"], "128.0", "15.0 15.1 5.8")):
+        assert f"denoising pass       16  {pairs:>7}" in text
+        assert "diffusion breaks even with AR at N denoising passes a block of 16 tokens" in text
+        assert f"H200 {passes}" in [" ".join(line.split()) for line in text.splitlines()]
+    assert main(["plan", published, "--target", "trt", "--max-batch", "32"]) == 0
+    out = capsys.readouterr().out
+    assert "because the kernels of experts do not take so many rows (--max-batch 32" in out
+    assert "*" in next(line for line in out.splitlines() if line.startswith("H200 "))
+    assert main(["plan", published, "--target", "ort-cpu"]) == 0
+    assert "experts     those that a token chose compute, as branches of the graph" in capsys.readouterr().out
 
 
 def test_json_holds_the_same(published: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +110,16 @@ def test_json_holds_the_same(published: str, capsys: pytest.CaptureFixture[str])
     assert {g["title"] for g in facts["gpus"] if g["fits"]} == {"2x H100 80GB", "H200", "B200"}
     assert round(facts["parameters"] / 1e9, 1) == 63.2
     assert facts["state"]["per_token"] == 6144
+    assert facts["experts"] == {"name": "kernels", "why": ""}
+    assert facts["passes"].keys() == facts["dense"].keys() == {"1", "8", "32"}
+    step, dense = (facts[path]["8"]["ar_step"] for path in ("passes", "dense"))
+    assert (round(step["experts"], 1), dense["experts"]) == (40.8, 128)
+    assert step["nbytes"] < 0.4 * dense["nbytes"]
+    (h200,) = (g for g in facts["gpus"] if g["title"] == "H200")
+    assert {rows: round(n) for rows, n in h200["break_even"].items()} == {"1": 2, "8": 5, "32": 12}
+    assert main(["plan", published, "--target", "trt", "--json", "--expert-path", "dense"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["experts"]["name"], facts["dense"], facts["expert_room"]) == ("dense", {}, {"workspace": 0, "handed": 0})
 
 
 def test_a_checkpoint_is_read_by_its_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,22 +150,40 @@ def test_what_does_not_fit_a_named_gpu_exits_with_2_and_says_what_does(
 
 
 def test_experts_that_a_pass_expands_are_told_and_not_recommended(published: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", published, "--target", "rtx", "--gpu", "all", "--json"]) == 0
+    dense = ["plan", published, "--target", "rtx", "--expert-path", "dense"]
+    assert main([*dense, "--gpu", "all", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["left_out"] == ["nvfp4"]
-    assert main(["plan", published, "--target", "rtx", "--gpu", "all"]) == 0
+    assert main([*dense, "--gpu", "all"]) == 0
     out = capsys.readouterr().out
     assert "left out    --experts nvfp4: rtx expands" in out
     assert "--experts nvfp4 " not in out.replace("left out    --experts nvfp4:", "")
     assert "`twotower quantize --recipe int8`" in out
-    assert main(["plan", published, "--target", "rtx", "--experts", "nvfp4", "--gpu", "RTX PRO 6000"]) == 0
+    assert main([*dense, "--experts", "nvfp4", "--gpu", "RTX PRO 6000"]) == 0
     out = capsys.readouterr().out
     assert "58.7 GB written and 58.7 GB read besides, slower than bfloat16 experts" in out
     assert main(["plan", published, "--target", "ort-cuda", "--gpu", "H100"]) == 2
     err = capsys.readouterr().err
     check_error(err, "does not fit")
     assert "--experts" not in err.split("do:")[1].split("left out")[0]
-    assert "left out: --experts int8, int4, nvfp4" in err
+    assert "left out: --experts int8, fp8, int4, nvfp4" in err
+
+
+def test_kernels_expand_no_experts_and_every_format_is_recommended(published: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one card what would do is named, with its size: experts in few bits, or two of them."""
+    assert main(["plan", published, "--target", "rtx", "--gpu", "RTX PRO 6000"]) == 2
+    err = capsys.readouterr().err
+    for words in (
+        "`--experts int8` 70.2 GB",
+        "`--experts fp8` 70.2 GB",
+        "`--experts int4` 44.5 GB",
+        "`--experts nvfp4` 44.5 GB",
+        "`--devices 2` 65.7 GB",
+    ):
+        assert words in err
+    assert "left out" not in err
+    assert main(["plan", published, "--target", "rtx", "--experts", "nvfp4", "--gpu", "RTX PRO 6000"]) == 0
+    assert "expanded" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("recipe", "expanded"), [("int8", False), ("int8-weights", True), ("mixed", False)])
@@ -135,10 +196,11 @@ def test_a_quantized_bundle_is_planned_with_what_its_products_read(
     made = builtin_recipes()[recipe]
     manifest["quantization"] = {"recipe": {"name": recipe, **made.to_json()}, "measured": None, "formats": []}
     (bundle / "bundle.json").write_text(json.dumps(manifest))
-    assert main(["plan", str(bundle), "--target", "rtx", "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["left_out"] == []
-    assert (facts["traffic"]["expanded"] > 0) == expanded
+    for path, moved in (("dense", expanded), ("auto", False)):
+        assert main(["plan", str(bundle), "--target", "rtx", "--json", "--expert-path", path]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["left_out"] == []
+        assert (facts["passes"]["8"]["denoising"]["expanded"] > 0) == moved
 
 
 def test_a_gpu_at_hand_is_meant(machine: pytest.MonkeyPatch, published: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +227,9 @@ def test_a_cpu_is_held_against_its_memory(published: str, capsys: pytest.Capture
         (["--target", "ort-cpu", "--gpu", "H200"], "uses no GPU"),
         (["--sm", "90"], "not Hopper (90)"),
         (["--gpu", "H200", "--target", "rtx"], "rtx does not list SM 90"),
-        (["--experts", "int4", "--max-build-memory", "1G"], "a layer is the smallest piece"),
+        (["--experts", "int4", "--expert-path", "dense", "--max-build-memory", "1G"], "a layer is the smallest piece"),
+        (["--expert-path", "chosen"], "auto, kernels, dense"),
+        (["--expert-path", "kernels", "--target", "ort-cuda"], "between programs of rtx and trt"),
     ],
 )
 def test_what_cannot_be_planned_names_what_can(published: str, words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

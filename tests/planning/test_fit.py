@@ -16,9 +16,9 @@ from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.hardware import Gpu
 from twotower.planning import GPUS, GpuModel, PlanOptions, fit, gpu_at_hand, gpus_named
 from twotower.planning.devices import device_needs
+from twotower.planning.expert_path import left_out
 from twotower.planning.fit import largest_batch, largest_context
-from twotower.planning.memory import traffic
-from twotower.planning.options import left_out
+from twotower.planning.passes import pass_costs
 from twotower.planning.weights import EXPERT_FORMATS, EXPERT_RECIPES
 
 PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
@@ -59,26 +59,64 @@ def test_alternatives_are_what_the_plan_with_their_flags_says(memory: int, rows:
         assert bool(alternative.recipe) == ("--experts" in alternative.flags)
 
 
-@pytest.mark.parametrize(("target", "formats"), [("rtx", {"int8", "int4"}), ("trt", {"int8", "int4"}), ("ort-cuda", set())])
+EIGHT_BITS = {"int8", "fp8"}
+
+
+@pytest.mark.parametrize(
+    ("target", "path", "formats"),
+    [
+        ("rtx", "auto", set(EXPERT_FORMATS)),
+        ("trt", "auto", set(EXPERT_FORMATS)),
+        ("rtx", "dense", {*EIGHT_BITS, "int4"}),
+        ("trt", "dense", {*EIGHT_BITS, "int4"}),
+        ("ort-cuda", "auto", set()),
+    ],
+)
 @pytest.mark.parametrize("gpu", ["RTX 4090", "RTX 5090", "RTX PRO 6000"])
-def test_no_alternative_is_slower_than_what_it_replaces(target: str, formats: set[str], gpu: str) -> None:
-    """A pass that expands its experts moves more bytes than one of float experts; int8 is planned as the recipe that rounds inputs."""
-    options = PlanOptions(target=target)
+def test_no_alternative_is_slower_than_what_it_replaces(target: str, path: str, formats: set[str], gpu: str) -> None:
+    """A pass that expands its experts moves more bytes than one of float experts; 8 bits are planned as the recipes that round inputs."""
+    options = PlanOptions(target=target, expert_path=path)
     (found,) = fit(PUBLISHED, options, gpus_named(gpu))
     chosen = {words[i + 1] for a in found.alternatives for words in [a.flags.split()] for i, w in enumerate(words) if w == "--experts"}
     assert chosen == formats
     assert set(left_out(PUBLISHED, options)) == set(EXPERT_FORMATS) - formats
     recipes = builtin_recipes()
-    floats = traffic(PUBLISHED, options).denoiser_pass
+    floats = pass_costs(PUBLISHED, options).denoising
+    assert floats is not None
     for name in EXPERT_FORMATS:
-        moved = traffic(PUBLISHED, replace(options, experts=name))
+        moved = pass_costs(PUBLISHED, replace(options, experts=name)).denoising
+        assert moved is not None
         assert (moved.expanded > 0) == (name not in formats)
-        assert (moved.denoiser_pass < floats) == (name in formats)
+        assert (moved.nbytes < floats.nbytes) == (name in formats)
         recipe = recipes[EXPERT_RECIPES[name]]
         assert recipe.weights["routed_expert"] == name
-        if name in formats:
+        if name in formats and path == "dense":
             assert not stack_is_expanded(target, name, rounded_input="routed_expert" in recipe.activations)
     assert not left_out(PUBLISHED, replace(options, formats=(("routed_expert", "int4"),))), "a quantized bundle has no other experts"
+
+
+def test_formats_are_offered_where_the_hardware_has_them() -> None:
+    """Kernels read any format, but the 8-bit recipes narrow layers that the engines multiply; fp8 is in hardware from SM 89 on."""
+
+    def offered(sm: int, path: str) -> set[str]:
+        (found,) = fit(PUBLISHED, replace(TRT, expert_path=path), [GpuModel("some", 90 * 10**9, sm, 10**12)])
+        return {words[1] for a in found.alternatives for words in [a.flags.split()] if words[0] == "--experts"}
+
+    assert offered(86, "auto") == {"int8", "int4", "nvfp4"}
+    assert offered(89, "auto") == {"int8", "fp8", "int4", "nvfp4"}
+    assert offered(86, "dense") == {"int8", "int4"}
+
+
+def test_a_gpu_older_than_the_kernels_is_planned_with_all_experts_computing() -> None:
+    options = PlanOptions(target="rtx", dtype="float16", max_batch=1)
+    new, old = fit(PUBLISHED, options, [GpuModel("new", 10**12, 89, 10**12), GpuModel("old", 10**12, 75, 10**12)])
+    assert new.fits
+    assert old.fits
+    assert (old.step_seconds or 0) > 9 * (new.step_seconds or 0) > 0
+    assert old.fullest.scratch > 4 * new.fullest.scratch
+    _, refused = fit(PUBLISHED, replace(options, expert_path="kernels"), [new.gpu, old.gpu])
+    assert not refused.fits
+    assert "SM 75" in refused.refused
 
 
 @given(memory=st.integers(126 * 10**9, 150 * 10**9))
@@ -96,12 +134,20 @@ def test_largest_is_largest(memory: int) -> None:
     assert context in (0, 100_000) or needs(replace(long, max_context=context + 64)) > memory
 
 
-def test_time_is_bytes_over_bandwidth() -> None:
+def test_time_is_that_of_the_slower_of_memory_and_matrix_units() -> None:
     for f in fit(PUBLISHED, TRT, GPUS):
         assert f.pass_seconds is not None
         assert 62e9 / f.gpu.bandwidth < f.pass_seconds < 65e9 / f.gpu.bandwidth
+        assert f.by_arithmetic == ()
+    many = replace(TRT, max_batch=32, expert_path="dense")
+    for f in fit(PUBLISHED, many, GPUS):
+        assert f.by_arithmetic[0] == "pass", "32 rows let 128 experts compute 512 tokens"
+        assert (f.pass_seconds or 0) * f.gpu.flops == pytest.approx(2 * 512 * (29.37e9 + 1.84e9), rel=0.01)
+    (unknown,) = fit(PUBLISHED, TRT, [GpuModel("some", 10**12, 90)])
+    assert (unknown.pass_seconds, unknown.break_even) == (None, {})
     (ar,) = fit(PUBLISHED, replace(TRT, mode="ar"), [GPUS[0]])
     assert ar.pass_seconds is None
+    assert ar.break_even == {}
     assert ar.step_seconds is not None
 
 
@@ -120,5 +166,5 @@ def test_a_gpu_at_hand_has_its_own_memory_and_the_table_s_bandwidth() -> None:
     gpus = [Gpu("NVIDIA GeForce RTX 4090", 89, 25_386_352_640), Gpu("NVIDIA GeForce RTX 4090", 89, 25_386_352_640)]
     gpus.append(Gpu("NVIDIA H100 PCIe", 90, 85 * 10**9))
     known, other = gpu_at_hand(gpus)
-    assert (known.memory, known.bandwidth) == (25_386_352_640, 1008 * 10**9)
+    assert (known.memory, known.bandwidth, known.flops) == (25_386_352_640, 1008 * 10**9, 165.2e12)
     assert other.bandwidth == 0, "another card than the table's"

@@ -23,8 +23,11 @@ PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
 TINY = read_model_config(ROOT / "assets/twotower-tiny/config.json")
 
 
+DENSE = PlanOptions(target="rtx", expert_path="dense")
+
+
 def test_engines_are_programs_whatever_the_model() -> None:
-    plan = plan_bundle(PUBLISHED, PlanOptions(target="rtx"))
+    plan = plan_bundle(PUBLISHED, DENSE)
     assert [e.name for e in plan.engines] == ["context.engine", "context_head.engine", "denoiser.engine"]
     assert all(e.held_bytes == 0 and e.weight_bytes > 5e8 for e in plan.engines)
     assert plan.build_peak == build_memory(0, 52) < 1.5e9
@@ -34,7 +37,7 @@ def test_engines_are_programs_whatever_the_model() -> None:
 
 
 def test_weights_in_few_bits_are_counted_where_they_lie_twice() -> None:
-    plan = plan_bundle(PUBLISHED, PlanOptions(target="rtx", experts="int4"))
+    plan = plan_bundle(PUBLISHED, replace(DENSE, experts="int4"))
     experts = {name: w.by_kind.get("routed_expert", 0) for name, w in plan.weights.items()}
     assert {e.graph: e.held_bytes for e in plan.engines} == experts
     assert plan.held == plan.disk.copies["rtx"] == sum(experts.values()) > 30e9
@@ -46,7 +49,7 @@ def test_weights_in_few_bits_are_counted_where_they_lie_twice() -> None:
 @pytest.mark.parametrize("experts", ["int8", "int4"])
 def test_a_memory_bound_cuts_what_holds_weights(experts: str) -> None:
     bound = 16 * 10**9
-    options = PlanOptions(target="trt", experts=experts)
+    options = PlanOptions(target="trt", experts=experts, expert_path="dense")
     whole = plan_bundle(PUBLISHED, options)
     cut = plan_bundle(PUBLISHED, replace(options, max_build_memory=bound))
     assert len(cut.engines) > 8
@@ -58,11 +61,11 @@ def test_a_memory_bound_cuts_what_holds_weights(experts: str) -> None:
         assert layers[0][0] == 0
         assert layers[-1][1] == 52
         assert all(a[1] == b[0] for a, b in pairwise(layers))
-    assert len(plan_bundle(PUBLISHED, PlanOptions(target="trt", max_build_memory=bound)).engines) == 3, "programs are not cut"
+    assert len(plan_bundle(PUBLISHED, replace(DENSE, max_build_memory=bound)).engines) == 3, "programs are not cut"
 
 
 def test_several_devices_take_the_engines_that_build_makes_of_segments() -> None:
-    plan = plan_bundle(PUBLISHED, PlanOptions(target="rtx", devices=4))
+    plan = plan_bundle(PUBLISHED, replace(DENSE, devices=4))
     names = ["context.0.engine", "context.1.engine", "context_head.engine", "denoiser.0.engine", "denoiser.1.engine"]
     assert [e.name for e in plan.engines] == names
     assert [e.layers for e in plan.engines if e.graph == "denoiser"] == list(even_layers(plan.weights["denoiser"].layers, 2))
@@ -70,8 +73,11 @@ def test_several_devices_take_the_engines_that_build_makes_of_segments() -> None
 
 def test_a_bound_below_one_layer_is_refused() -> None:
     with pytest.raises(BuildError) as caught:
-        plan_bundle(PUBLISHED, PlanOptions(target="trt", experts="int4", max_build_memory=10**9))
+        plan_bundle(PUBLISHED, replace(DENSE, experts="int4", max_build_memory=10**9))
     assert "--max-build-memory" in caught.value.do
+    with pytest.raises(BuildError) as caught:
+        plan_bundle(PUBLISHED, PlanOptions(max_build_memory=10**8))
+    assert "programs between experts are cut no further" in caught.value.found
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
@@ -89,6 +95,10 @@ def test_onnx_runtime_compiles_nothing(target: str) -> None:
         (PlanOptions(target="trt", sms=(89,)), "GPU at hand"),
         (PlanOptions(experts="int4", formats=(("head", "int8"),)), "head int8"),
         (PlanOptions(max_context=10**6), "1 to 262144"),
+        (PlanOptions(target="ort-cuda", expert_path="kernels"), "ort-cuda"),
+        (PlanOptions(target="ort-cpu", expert_path="kernels"), "ort-cpu"),
+        (PlanOptions(expert_path="kernels", max_batch=17), "at most 4096"),
+        (PlanOptions(expert_path="kernels", dtype="float16", sms=(75, 86)), "SM 75"),
     ],
 )
 def test_what_no_build_could_do_is_refused(options: PlanOptions, says: str) -> None:
@@ -118,7 +128,7 @@ def test_disk_is_what_onnx_runtime_s_files_take(tmp_path: Path, dtype: str) -> N
 def test_disk_is_what_tensorrt_s_engines_take(tmp_path: Path, folder: str) -> None:
     bundle = export_fixture(folder, tmp_path / "bundle", "float16")
     record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256, experts="dense"))
-    plan = plan_bundle(bundle.config, PlanOptions(dtype="float16", sms=(89,), max_context=256))
+    plan = plan_bundle(bundle.config, PlanOptions(dtype="float16", sms=(89,), max_context=256, expert_path="dense"))
     assert {e.name for e in plan.engines} == set(record.files)
     for engine in plan.engines:  # the figures are of published widths; a head of this one's is smaller
         facts, size = record.report["engines"][engine.name], record.files[engine.name].size
@@ -130,5 +140,7 @@ def test_disk_is_what_tensorrt_s_engines_take(tmp_path: Path, folder: str) -> No
 def test_a_plan_is_plain_data() -> None:
     facts = plan_bundle(TINY, PlanOptions()).to_json()
     assert facts["parameters"] == sum(w["total"] for w in facts["weights"].values()) // 4
-    assert {e["name"] for e in facts["engines"]} == {"context.engine", "context_head.engine", "denoiser.engine"}
+    names = {e["name"] for e in plan_bundle(TINY, replace(DENSE, dtype="float32")).to_json()["engines"]}
+    assert names == {"context.engine", "context_head.engine", "denoiser.engine"}
+    assert (facts["experts"]["name"], facts["passes"][1]["ar_step"]["tokens"]) == ("kernels", 1)
     assert facts["devices"][0]["total"] > facts["state"]["total"]

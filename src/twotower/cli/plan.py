@@ -24,7 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--target", default="rtx", metavar="T", help=f"what would be built: {', '.join(TARGETS)} (default: %(default)s)")
     parser.add_argument("--dtype", metavar="D", help="float32, float16 or bfloat16 (default: the checkpoint's or bundle's)")
-    parser.add_argument("--experts", metavar="R", help="routed experts in int8, int4 or nvfp4, as `twotower quantize` makes them")
+    parser.add_argument("--experts", metavar="R", help="routed experts in int8, fp8, int4 or nvfp4, as `twotower quantize` makes them")
+    parser.add_argument(
+        "--expert-path",
+        default="auto",
+        metavar="P",
+        help="what computes experts: `kernels` of our own those that a token chose (rtx, trt; SM 80 and later), `dense` all of them, "
+        "`auto` what `twotower build` takes by itself: kernels where there are such, on ort-cpu the chosen ones (default: %(default)s)",
+    )
     parser.add_argument("--mode", default="diffusion", metavar="M", help="diffusion: both towers; ar: the context tower alone")
     parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="most rows (default: %(default)s)")
     parser.add_argument("--max-context", type=int, metavar="N", help="longest text, prompt and answer (default: 4096 or the model's)")
@@ -46,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Exits with 2, and with what would fit, if the plan fits no GPU of --gpu NAME, none of the GPUs at hand, or, with --fit, none\n"
         "of the table. Without a GPU at hand and without these options the table is information and the exit code is 0.\n"
+        "Passes and the number of denoising passes a block at which AR is as fast are arithmetic, for 1, 8, 32 and --max-batch rows: of E\n"
+        "experts N tokens that choose k each read E (1 - (1 - k/E)^N), if routing is even; times are lower bounds of a GPU.\n"
         "Target ort-cpu is held against this machine's memory, and refused with --fit only. Nothing is started, nothing is written.\n"
         "example: twotower plan CHECKPOINT --target trt --gpu H200"
     )
@@ -54,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from twotower.cli.options import byte_size, whole_numbers
     from twotower.hardware import probe_machine
-    from twotower.planning import PlanOptions, describe_fits, describe_plan, fit, plan_bundle, refusal
+    from twotower.planning import PlanOptions, describe_fits, describe_plan, fit, on_gpus, plan_bundle, refusal
 
     asked = PlanOptions(
         target=args.target,
@@ -65,13 +74,14 @@ def run(args: argparse.Namespace) -> int:
         sms=whole_numbers(args.sm),
         devices=args.devices,
         experts=args.experts,
+        expert_path=args.expert_path,
         mode=args.mode,
         disk_rate=byte_size(args.disk_rate, "--disk-rate"),
     )
     config, options = _source(args.path, asked)
     machine = probe_machine()
     gpus, concrete = _gpus(args.gpu, options, machine)
-    plan = plan_bundle(config, options)
+    plan = plan_bundle(config, on_gpus(options, [gpu.sm for gpu in gpus]) if concrete else options)
     fits = fit(config, options, gpus)
     if (concrete or args.fit) and not any(f.fits for f in fits):
         raise refusal(plan, fits)

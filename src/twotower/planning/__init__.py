@@ -1,9 +1,11 @@
 """What a bundle will take, before anything is started: memory, disk and time by arithmetic, no hardware touched."""
 
+from twotower.planning.engines import EnginePlan
+from twotower.planning.expert_path import on_gpus
 from twotower.planning.fit import Alternative, GpuFit, fit
 from twotower.planning.gpus import GPUS, GpuModel, gpu_at_hand, gpus_named
 from twotower.planning.options import PlanOptions
-from twotower.planning.plan import EnginePlan, Plan, plan_bundle
+from twotower.planning.plan import Plan, plan_bundle
 from twotower.planning.render import describe_fits, describe_plan, refusal
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "fit",
     "gpu_at_hand",
     "gpus_named",
+    "on_gpus",
     "plan_bundle",
     "refusal",
 ]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from twotower.builders.cut import even_layers
 from twotower.config.model import LayerKind, ModelConfig
+from twotower.planning.engines import placed_pieces
+from twotower.planning.expert_room import expert_room
 from twotower.planning.memory import State, needed_weights, state_bytes, tower_scratch
-from twotower.planning.options import PlanOptions, segments_of
+from twotower.planning.options import PlanOptions
 from twotower.planning.weights import GraphWeights
 from twotower.runtime.placement import place_engines
 from twotower.spec import CONTEXT_HEAD, DENOISER
@@ -44,10 +45,10 @@ class _Piece:
 
 
 def device_needs(config: ModelConfig, options: PlanOptions) -> tuple[DeviceNeed, ...]:
-    """What each device holds. Scratch is shared: one graph runs at a time on a device."""
+    """What each device holds. Scratch is shared: one graph runs at a time on a device, and kernels use its memory."""
     weights, state = needed_weights(config, options), state_bytes(config, options)
     scratch = {name: s.nbytes for name, s in tower_scratch(config, options).items()}
-    placed = _placed(weights, options)
+    placed, room = _placed(config, weights, options), expert_room(config, options)
     out = []
     for device in range(options.devices):
         pieces = placed.get(device, [])
@@ -57,19 +58,15 @@ def device_needs(config: ModelConfig, options: PlanOptions) -> tuple[DeviceNeed,
                 _described(pieces, weights),
                 sum(piece.weights for piece in pieces),
                 _state_of(config, state, layers),
-                max((scratch[piece.graph] for piece in pieces), default=0),
+                max(room.workspace, *(scratch[piece.graph] for piece in pieces)) + room.handed if pieces else 0,
             )
         )
     return tuple(out)
 
 
-def _placed(weights: Mapping[str, GraphWeights], options: PlanOptions) -> dict[int, list[_Piece]]:
-    """The engines on each device, cut by `twotower build --segments` where there are more devices than towers."""
-    count = segments_of(options)
-    pieces = {
-        name: [_Piece(name, cut, w.between(*cut)) for cut in (even_layers(w.layers, count) if w.layers else ((0, 0),))]
-        for name, w in weights.items()
-    }
+def _placed(config: ModelConfig, weights: Mapping[str, GraphWeights], options: PlanOptions) -> dict[int, list[_Piece]]:
+    """The engines on each device: towers are cut by `twotower build --segments`, or at their experts."""
+    pieces = {name: [_Piece(name, cut, nbytes) for cut, nbytes in placed_pieces(w, config, options)] for name, w in weights.items()}
     sizes = {name: [piece.weights for piece in parts] for name, parts in pieces.items()}
     if DENOISER in weights:
         places = place_engines(sizes, range(options.devices))
@@ -84,12 +81,16 @@ def _placed(weights: Mapping[str, GraphWeights], options: PlanOptions) -> dict[i
 
 def _described(pieces: list[_Piece], weights: Mapping[str, GraphWeights]) -> str:
     """`both towers`, `context tower`, or which layers of which."""
-    parts = [p for p in pieces if p.graph != CONTEXT_HEAD]
-    if {p.graph: p.layers for p in parts} == {name: (0, len(w.layers)) for name, w in weights.items() if w.layers and len(weights) > 2}:
+    parts: dict[str, tuple[int, int]] = {}
+    for piece in pieces:  # those of a graph on one device follow one another
+        if piece.graph != CONTEXT_HEAD:
+            first, end = parts.get(piece.graph, piece.layers)
+            parts[piece.graph] = (min(first, piece.layers[0]), max(end, piece.layers[1]))
+    whole = {name: (0, len(w.layers)) for name, w in weights.items() if w.layers}
+    if len(weights) > 2 and parts == whole:
         return "both towers"
     return ", ".join(
-        f"{p.graph} tower" if p.layers == (0, len(weights[p.graph].layers)) else f"{p.graph} layers {p.layers[0]} to {p.layers[1] - 1}"
-        for p in parts
+        f"{graph} tower" if layers == whole[graph] else f"{graph} layers {layers[0]} to {layers[1] - 1}" for graph, layers in parts.items()
     )
 
 

@@ -1,19 +1,25 @@
-"""Which GPUs a plan fits, how fast their memory lets a pass be at best, and what would fit instead."""
+"""Which GPUs a plan fits, how fast they let a pass be at best, and what would fit instead."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from twotower.builders.base import KERNELS
 from twotower.builders.capabilities import HALF_ONLY_SM
+from twotower.config.formats import FORMATS
 from twotower.config.model import LayerKind, ModelConfig
+from twotower.errors import ConfigError
 from twotower.hardware import RTX_SMS
+from twotower.planning.break_even import break_evens
 from twotower.planning.devices import DeviceNeed, device_needs
+from twotower.planning.expert_path import expert_path, left_out, on_gpus, require_path
 from twotower.planning.gpus import GpuModel
 from twotower.planning.loading import ASSUMED_DISK_RATE, LoadTime, load_time
-from twotower.planning.memory import needed_weights, traffic
-from twotower.planning.options import PlanOptions, all_formats, capacity_of, engine_dtype, left_out
+from twotower.planning.memory import needed_weights
+from twotower.planning.options import PlanOptions, all_formats, capacity_of, engine_dtype
+from twotower.planning.passes import pass_costs
 from twotower.planning.weights import EXPERT_FORMATS, EXPERT_RECIPES
 
 __all__ = ["Alternative", "GpuFit", "fit", "largest_batch", "largest_context"]
@@ -48,8 +54,11 @@ class GpuFit:
         refused: Why the target cannot be run on it at all, or empty.
         devices: What each device holds.
         fits: Whether it runs and every device's memory suffices.
-        pass_seconds: Least time of a denoiser pass by memory bandwidth; None where it is not known or there is no denoiser.
+        pass_seconds: Least time of a denoiser pass; None where the bandwidth is not known or there is no denoiser.
         step_seconds: The same of a step of autoregression.
+        extension_seconds: The same of the context tower over a block that is done.
+        by_arithmetic: Which of these the matrix units decide and not the memory: `pass`, `step`, `extension`.
+        break_even: Denoising passes a block at which both modes take equally long, by rows.
         load: Least time until the weights are there; None where they are not copied anywhere.
         alternatives: What else could be asked for, where it does not fit.
     """
@@ -60,6 +69,9 @@ class GpuFit:
     fits: bool
     pass_seconds: float | None
     step_seconds: float | None
+    extension_seconds: float | None
+    by_arithmetic: tuple[str, ...]
+    break_even: Mapping[int, float]
     load: LoadTime | None
     alternatives: tuple[Alternative, ...]
 
@@ -78,17 +90,23 @@ def fit(config: ModelConfig, options: PlanOptions, gpus: Sequence[GpuModel]) -> 
     return tuple(_fit(config, replace(options, devices=gpu.count if gpu.count > 1 else options.devices), gpu) for gpu in gpus)
 
 
-def _fit(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> GpuFit:
+def _fit(config: ModelConfig, asked: PlanOptions, gpu: GpuModel) -> GpuFit:
+    options = on_gpus(asked, [gpu.sm])
     needs, refused = device_needs(config, options), _refused(config, options, gpu)
     fits = not refused and max(d.total for d in needs) <= gpu.memory
-    moved = traffic(config, options)
+    costs = pass_costs(config, options)
+    passes = {"pass": costs.denoising, "step": costs.ar_step, "extension": costs.extension}
+    seconds = {name: cost.seconds(gpu) if cost else None for name, cost in passes.items()}
     return GpuFit(
         gpu=gpu,
         refused=refused,
         devices=needs,
         fits=fits,
-        pass_seconds=moved.denoiser_pass / gpu.bandwidth if gpu.bandwidth and moved.denoiser_pass else None,
-        step_seconds=moved.ar_step / gpu.bandwidth if gpu.bandwidth else None,
+        pass_seconds=seconds["pass"],
+        step_seconds=seconds["step"],
+        extension_seconds=seconds["extension"],
+        by_arithmetic=tuple(name for name, cost in passes.items() if cost and cost.bound_by_arithmetic(gpu)),
+        break_even=break_evens(config, options, gpu),
         load=_load(config, options, gpu),
         alternatives=() if fits or refused else tuple(_alternatives(config, options, gpu)),
     )
@@ -112,6 +130,10 @@ def _refused(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> str:
         return f"SM {HALF_ONLY_SM} has float16 only; plan --dtype float16"
     if options.target == "rtx" and options.sms and gpu.sm not in options.sms:
         return f"--sm does not list SM {gpu.sm}"
+    try:
+        require_path(config, options)
+    except ConfigError as e:
+        return e.found
     return ""
 
 
@@ -146,7 +168,7 @@ def _fullest(config: ModelConfig, options: PlanOptions) -> int:
 
 def _alternatives(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> Iterator[Alternative]:
     enough: list[set[tuple[str, Any]]] = []  # changes that suffice alone: more of them is no news
-    for changes in _changes(config, options):
+    for changes in _changes(config, options, gpu):
         if any(few <= set(changes.items()) for few in enough):
             continue
         changed = replace(options, **changes)
@@ -159,19 +181,32 @@ def _alternatives(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> I
         yield Alternative(_flags(options, shrunk), needs, needs <= gpu.memory, EXPERT_RECIPES.get(shrunk.experts or "", ""))
 
 
-def _changes(config: ModelConfig, options: PlanOptions) -> Iterator[dict[str, Any]]:
+def _changes(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> Iterator[dict[str, Any]]:
     """Sets of changed options, the mildest first: only shorter or fewer texts, narrower weights, more devices, one tower."""
     narrow: list[dict[str, Any]] = [{}]
     if engine_dtype(config, options) == "float32" and options.target != "ort-cpu":
         narrow.append({"dtype": "bfloat16"})
     if LayerKind.MOE in config.layers and not all_formats(options) and options.target != "ort-cpu":
         half = {"dtype": "bfloat16"} if engine_dtype(config, options) == "float32" else {}
-        narrow += [{**half, "experts": name} for name in EXPERT_FORMATS if name not in left_out(config, options)]
+        narrow += [{**half, "experts": name} for name in _formats_on(config, options, gpu)]
     yield from narrow
     if options.devices == 1 and options.target != "ort-cpu":
         yield from ({**change, "devices": 2} for change in narrow)
     if options.mode == "diffusion":
         yield from ({**change, "mode": "ar"} for change in narrow)
+
+
+def _formats_on(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> Iterator[str]:
+    """Formats of experts that save memory on a GPU and cost no time.
+
+    Kernels read any format on any GPU. Where the engine multiplies, the hardware must have it, and for the recipes that round
+    inputs it must in any case: they narrow other layers too.
+    """
+    kernels = expert_path(config, options).name == KERNELS
+    for name in EXPERT_FORMATS:
+        free = kernels and name not in ("int8", "fp8")
+        if name not in left_out(config, options) and (free or not gpu.sm or gpu.sm >= FORMATS[name].first_sm):
+            yield name
 
 
 def _shrunk(config: ModelConfig, options: PlanOptions, memory: int) -> PlanOptions:

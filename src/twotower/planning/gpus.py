@@ -23,6 +23,8 @@ class GpuModel:
         bandwidth: Bytes a second its memory delivers at best; 0 where it is not known.
         count: How many of them.
         link: Bytes a second PCIe brings to one at best; 0 where it is not known.
+        flops: Multiplications and additions a second of 16-bit matrix products, sums in float32, no
+            sparsity, at best; 0 where it is not known. Products of 8-bit numbers run twice as fast.
     """
 
     name: str
@@ -31,6 +33,7 @@ class GpuModel:
     bandwidth: int = 0
     count: int = 1
     link: int = 0
+    flops: float = 0.0
 
     @property
     def title(self) -> str:
@@ -40,16 +43,16 @@ class GpuModel:
 
 PCIE_4, PCIE_5 = 32 * 10**9, 64 * 10**9  # 16 lanes, one direction, before the protocol's own share
 
-# Memory and bandwidth as public specifications of these cards give them, entered by hand. The published memory is counted as 1e9 bytes
-# a GB; a device reports a few percent more, so the table errs on the side of "does not fit".
+# Memory, bandwidth and matrix products a second as public specifications of these cards give them, entered by hand. The published
+# memory is counted as 1e9 bytes a GB; a device reports a few percent more, so the table errs on the side of "does not fit".
 GPUS = (
-    GpuModel("RTX 4090", 24 * 10**9, 89, 1008 * 10**9, link=PCIE_4),
-    GpuModel("RTX 5090", 32 * 10**9, 120, 1792 * 10**9, link=PCIE_5),
-    GpuModel("RTX PRO 6000 Blackwell", 96 * 10**9, 120, 1792 * 10**9, link=PCIE_5),
-    GpuModel("H100 80GB", 80 * 10**9, 90, 3350 * 10**9, link=PCIE_5),
-    GpuModel("H100 80GB", 80 * 10**9, 90, 3350 * 10**9, count=2, link=PCIE_5),
-    GpuModel("H200", 141 * 10**9, 90, 4800 * 10**9, link=PCIE_5),
-    GpuModel("B200", 180 * 10**9, 100, 8000 * 10**9, link=PCIE_5),
+    GpuModel("RTX 4090", 24 * 10**9, 89, 1008 * 10**9, link=PCIE_4, flops=165.2e12),
+    GpuModel("RTX 5090", 32 * 10**9, 120, 1792 * 10**9, link=PCIE_5, flops=209.5e12),
+    GpuModel("RTX PRO 6000 Blackwell", 96 * 10**9, 120, 1792 * 10**9, link=PCIE_5, flops=503.8e12),
+    GpuModel("H100 80GB", 80 * 10**9, 90, 3350 * 10**9, link=PCIE_5, flops=989.4e12),
+    GpuModel("H100 80GB", 80 * 10**9, 90, 3350 * 10**9, count=2, link=PCIE_5, flops=989.4e12),
+    GpuModel("H200", 141 * 10**9, 90, 4800 * 10**9, link=PCIE_5, flops=989.4e12),
+    GpuModel("B200", 180 * 10**9, 100, 8000 * 10**9, link=PCIE_5, flops=2250e12),
 )
 """The GPUs a plan is made for when none is named; H100 and H200 are the SXM modules."""
 
@@ -78,7 +81,7 @@ def gpus_named(name: str) -> tuple[GpuModel, ...]:
 
 
 def gpu_at_hand(gpus: Sequence[Gpu]) -> tuple[GpuModel, ...]:
-    """The kinds of GPU that were probed, with the memory the driver says; bandwidth where the table knows the name."""
+    """The kinds of GPU that were probed, with the memory the driver says; rates where the table knows the name."""
     kinds: dict[tuple[str, int, int], int] = {}
     for gpu in gpus:
         key = (gpu.name, gpu.memory, gpu.sm)
@@ -87,7 +90,7 @@ def gpu_at_hand(gpus: Sequence[Gpu]) -> tuple[GpuModel, ...]:
 
 
 def _known(gpu: GpuModel) -> GpuModel:
-    """The same with the bandwidths of the table's card of that name.
+    """The same with the rates of the table's card of that name.
 
     Only where every word of a table's name is a word of the driver's: an RTX 4090 Laptop or an H100 PCIe is another card.
     """
@@ -96,7 +99,7 @@ def _known(gpu: GpuModel) -> GpuModel:
     fits = [g for g in GPUS if g.count == 1 and set(g.name.lower().replace("80gb", "").split()) <= words]
     if not fits or words & other:
         return gpu
-    return replace(gpu, bandwidth=fits[0].bandwidth, link=fits[0].link)
+    return replace(gpu, bandwidth=fits[0].bandwidth, link=fits[0].link, flops=fits[0].flops)
 
 
 def _plain(name: str) -> str:

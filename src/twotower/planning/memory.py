@@ -1,4 +1,4 @@
-"""What generating texts keeps in memory, weights, state and scratch, and what a pass reads of it."""
+"""What generating texts keeps in memory: weights, state and scratch."""
 
 from __future__ import annotations
 
@@ -8,26 +8,17 @@ from dataclasses import dataclass
 
 from twotower.builders.profiles import greatest_rows
 from twotower.config.model import ModelConfig
-from twotower.planning.options import (
-    TENSORRT,
-    PlanOptions,
-    capacity_of,
-    engine_dtype,
-    experts_are_expanded,
-    formats_of,
-    rounded_of,
-)
+from twotower.planning.expert_path import expert_path, experts_are_expanded, outside_engines
+from twotower.planning.options import TENSORRT, PlanOptions, capacity_of, engine_dtype, formats_of, rounded_of
 from twotower.planning.scratch import Scratch, Shapes, scratch
-from twotower.planning.weights import GraphWeights, expert_bytes, graph_weights, item_bytes
-from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, state_tensors
+from twotower.planning.weights import GraphWeights, graph_weights, item_bytes
+from twotower.spec import CONTEXT, CONTEXT_HEAD, state_tensors
 
 __all__ = [
     "State",
-    "Traffic",
     "needed_weights",
     "state_bytes",
     "tower_scratch",
-    "traffic",
 ]
 
 
@@ -58,21 +49,6 @@ class State:
         return self.rows * (self.per_token * self.capacity + 2 * self.per_row)
 
 
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """Bytes read and written at least: all of the weights, the experts that no token chose included.
-
-    Attributes:
-        denoiser_pass: Of a denoiser pass.
-        ar_step: Of a step of autoregression.
-        expanded: How much of a denoiser pass, or without a denoiser of a step, is experts written at full width and read again.
-    """
-
-    denoiser_pass: int
-    ar_step: int
-    expanded: int = 0
-
-
 def state_bytes(config: ModelConfig, options: PlanOptions) -> State:
     """The context state in the engines' dtype, SSM in float32."""
     tensors = state_tensors(config, engine_dtype(config, options))
@@ -87,7 +63,8 @@ def state_bytes(config: ModelConfig, options: PlanOptions) -> State:
 
 def needed_weights(config: ModelConfig, options: PlanOptions) -> Mapping[str, GraphWeights]:
     """Weights of the graphs the mode uses."""
-    every = graph_weights(config, engine_dtype(config, options), formats_of(options), rounded_of(options))
+    dtype, outside = engine_dtype(config, options), outside_engines(config, options)
+    every = graph_weights(config, dtype, formats_of(options), rounded_of(options), outside=outside)
     return every if options.mode == "diffusion" else {name: every[name] for name in (CONTEXT, CONTEXT_HEAD)}
 
 
@@ -99,19 +76,7 @@ def tower_scratch(config: ModelConfig, options: PlanOptions) -> dict[str, Scratc
         max_batch=greatest_rows(rows) if options.target in TENSORRT else rows,
         capacity=capacity_of(config, options),
         block_size=options.block_size,
-        expanded=experts_are_expanded(options),
+        expanded=experts_are_expanded(config, options),
+        path=expert_path(config, options).name,
     )
     return {name: scratch(name, config, shapes) for name in needed_weights(config, options)}
-
-
-def traffic(config: ModelConfig, options: PlanOptions) -> Traffic:
-    """Bytes of one denoiser pass and of one step of autoregression, all rows together, at full length."""
-    weights, state = needed_weights(config, options), state_bytes(config, options)
-    written = state.rows * (state.per_row + state.per_token)
-    experts = expert_bytes(config, engine_dtype(config, options))
-    again = {name: 2 * size if experts_are_expanded(options) else 0 for name, size in experts.items()}
-    return Traffic(
-        denoiser_pass=weights[DENOISER].read + state.read + again[DENOISER] if DENOISER in weights else 0,
-        ar_step=weights[CONTEXT].read + weights[CONTEXT_HEAD].total + state.read + written + again[CONTEXT],
-        expanded=again[DENOISER if DENOISER in weights else CONTEXT],
-    )

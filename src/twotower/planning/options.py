@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from twotower.builders.base import DEFAULT_MAX_BATCH, DEFAULT_MAX_CONTEXT, BuildConfig
-from twotower.builders.capabilities import HALF_ONLY_SM
+from twotower.builders.base import AUTO, DEFAULT_MAX_BATCH, DEFAULT_MAX_CONTEXT, EXPERTS, BuildConfig
 from twotower.builders.profiles import cache_capacity
-from twotower.config.formats import stack_is_expanded
 from twotower.config.generation import GenerationConfig
-from twotower.config.model import LayerKind, ModelConfig
+from twotower.config.model import ModelConfig
 from twotower.errors import ConfigError
-from twotower.hardware import RTX_SMS, TARGETS
+from twotower.hardware import TARGETS
 from twotower.planning.weights import EXPERT_FORMATS, Formats
 
 __all__ = [
@@ -22,12 +20,8 @@ __all__ = [
     "all_formats",
     "capacity_of",
     "engine_dtype",
-    "experts_are_expanded",
     "formats_of",
-    "left_out",
-    "require_sound",
     "rounded_of",
-    "segments_of",
 ]
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -46,8 +40,10 @@ class PlanOptions:
         max_context: Longest text, None for 4096 or the model's own limit, whichever is less.
         max_build_memory: Bytes the build of one engine may need, None for no bound.
         sms: Compute capabilities to build for ahead of time.
+        run_on: Compute capabilities of the GPUs it is for, where they are known.
         devices: GPUs to spread over: with two one tower each, with more segments of both.
         experts: Few-bit format of the routed experts, None for `dtype`.
+        expert_path: What computes the experts, as `--experts` of a build says it; see `expert_path.expert_path`.
         formats: Of a quantized bundle: its layer kinds in few bits, each with its format.
         rounded: Of a quantized bundle: its layer kinds whose products read few bits on both sides.
         mode: `diffusion` for both towers, `ar` for the context tower alone.
@@ -62,8 +58,10 @@ class PlanOptions:
     max_context: int | None = None
     max_build_memory: int | None = None
     sms: tuple[int, ...] = ()
+    run_on: tuple[int, ...] = ()
     devices: int = 1
     experts: str | None = None
+    expert_path: str = AUTO
     formats: Formats = ()
     rounded: tuple[str, ...] = ()
     mode: str = "diffusion"
@@ -77,6 +75,7 @@ class PlanOptions:
             ("--target", self.target, TARGETS),
             ("--dtype", self.dtype, (None, *DTYPES)),
             ("--experts", self.experts, (None, *EXPERT_FORMATS)),
+            ("--expert-path", self.expert_path, EXPERTS),
             ("--mode", self.mode, MODES),
         ):
             if value not in allowed:
@@ -103,29 +102,9 @@ def rounded_of(options: PlanOptions) -> tuple[str, ...]:
     return options.rounded
 
 
-def experts_are_expanded(options: PlanOptions) -> bool:
-    """Whether a pass writes quantized experts to device memory at full width and reads them again."""
-    name = dict(formats_of(options)).get("routed_expert")
-    return name is not None and stack_is_expanded(options.target, name, rounded_input="routed_expert" in rounded_of(options))
-
-
-def left_out(config: ModelConfig, options: PlanOptions) -> tuple[str, ...]:
-    """Formats of experts that would save memory and are no alternative, because a pass would expand them in device memory."""
-    if LayerKind.MOE not in config.layers or all_formats(options) or options.target == "ort-cpu":
-        return ()
-    return tuple(name for name in EXPERT_FORMATS if experts_are_expanded(replace(options, experts=name)))
-
-
 def formats_of(options: PlanOptions) -> Formats:
     """The same as the engines hold them: `ort-cpu` has no 4-bit floats and expands them."""
     return tuple((kind, name) for kind, name in all_formats(options) if options.target != "ort-cpu" or name != "nvfp4")
-
-
-def segments_of(options: PlanOptions) -> int:
-    """Engines a tower is cut into for its share of the devices; ONNX Runtime runs graphs whole."""
-    if options.target not in TENSORRT:
-        return 1
-    return options.devices if options.mode == "ar" else -(-options.devices // 2)
 
 
 def capacity_of(config: ModelConfig, options: PlanOptions) -> int:
@@ -137,32 +116,3 @@ def capacity_of(config: ModelConfig, options: PlanOptions) -> int:
 def engine_dtype(config: ModelConfig, options: PlanOptions) -> str:
     """Element type the engines compute in: `ort-cpu` widens everything to float32."""
     return "float32" if options.target == "ort-cpu" else options.dtype or config.dtype
-
-
-def require_sound(config: ModelConfig, options: PlanOptions) -> None:
-    """Refuses what no build could do.
-
-    Raises:
-        ConfigError: options that contradict the target or the model.
-    """
-    capacity_of(config, options)
-    dtype, target = engine_dtype(config, options), options.target
-    unknown = [sm for sm in options.sms if sm not in RTX_SMS]
-    if options.sms and target != "rtx":
-        found = "trt builds for the GPU at hand, ort-cuda and ort-cpu compile nothing ahead"
-        raise ConfigError(f"--sm is not for target {target}", found=found, do="leave --sm out, or plan --target rtx")
-    if unknown:
-        raise ConfigError(
-            f"target rtx does not build for SM {', '.join(map(str, unknown))}",
-            found=f"it lists {', '.join(map(str, RTX_SMS))}: not Hopper (90), not data-centre Blackwell (100)",
-            do="choose others with --sm, or plan --target trt or --target ort-cuda",
-        )
-    if HALF_ONLY_SM in options.sms and dtype != "float16":
-        raise ConfigError(
-            f"SM {HALF_ONLY_SM} has no products in {dtype}", found="float16 only", do="add --dtype float16, or leave 75 out of --sm"
-        )
-    if options.experts and LayerKind.MOE not in config.layers:
-        raise ConfigError("--experts does not apply", found="the model has no routed experts", do="leave --experts out")
-    if options.experts and options.formats:
-        found = f"in few bits: {', '.join(f'{k} {f}' for k, f in options.formats)}"
-        raise ConfigError("--experts does not apply: the bundle is quantized", found=found, do="leave --experts out")

@@ -3,54 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from twotower.builders.build_cost import build_memory, build_seconds, program_bytes
-from twotower.builders.cut import tower_cuts
+from twotower.builders.base import DENSE
 from twotower.config.model import ModelConfig
 from twotower.hardware import TARGETS
+from twotower.planning.break_even import ROWS
 from twotower.planning.devices import DeviceNeed, device_needs
-from twotower.planning.memory import State, Traffic, needed_weights, state_bytes, tower_scratch, traffic
-from twotower.planning.options import TENSORRT, PlanOptions, all_formats, engine_dtype, left_out, require_sound, rounded_of, segments_of
+from twotower.planning.engines import EnginePlan, engine_plans
+from twotower.planning.expert_path import ExpertPath, expert_path, left_out, outside_engines, segments_of
+from twotower.planning.expert_room import ExpertRoom, expert_room
+from twotower.planning.memory import State, needed_weights, state_bytes, tower_scratch
+from twotower.planning.options import TENSORRT, PlanOptions, all_formats, engine_dtype, rounded_of
+from twotower.planning.passes import PassCosts, pass_costs
 from twotower.planning.scratch import Scratch
+from twotower.planning.sound import require_sound
 from twotower.planning.weights import GraphWeights, checkpoint_bytes, cpu_bytes, graph_weights, item_bytes
 
 __all__ = [
     "EXPORT_MEMORY",
     "Disk",
-    "EnginePlan",
     "Plan",
     "plan_bundle",
 ]
 
 EXPORT_MEMORY = 200_000_000
 """Anonymous bytes an export needs at most, whatever the model: it streams (103 MB were measured on a slice of published widths)."""
-
-
-@dataclass(frozen=True, slots=True)
-class EnginePlan:
-    """One engine to be built.
-
-    Attributes:
-        name: Its file.
-        graph: The graph it is of.
-        layers: First layer and the one after the last.
-        weight_bytes: Of the weights it works with.
-        held_bytes: Of those it holds itself: a second copy, beside the bundle's.
-        build_peak_bytes: Host memory its build needs at the peak; None where nothing is compiled.
-        build_seconds: Of one processor, with what it holds in the page cache; None where nothing is compiled.
-        engine_bytes: Its size on disk; of ONNX Runtime without the graph itself, which is under a megabyte.
-    """
-
-    name: str
-    graph: str
-    layers: tuple[int, int]
-    weight_bytes: int
-    held_bytes: int
-    build_peak_bytes: int | None
-    build_seconds: float | None
-    engine_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +61,13 @@ class Plan:
         engines: In the order they are built.
         state: What rows keep.
         scratch: Activation memory by graph.
+        room: What kernels of experts need besides, on every device.
         devices: What each device holds.
-        traffic: What a pass reads.
+        experts: What computes the experts.
+        passes: What a pass reads and computes, by rows: those of `ROWS`, and `max_batch`.
+        dense: The same if every expert computed every token; empty where that is so.
         disk: Files.
+        segments: What `--segments` cuts a tower into.
         left_out: Formats of experts that are no alternative here, because a pass would expand them in device memory.
     """
 
@@ -95,9 +78,13 @@ class Plan:
     engines: tuple[EnginePlan, ...]
     state: State
     scratch: Mapping[str, Scratch]
+    room: ExpertRoom
     devices: tuple[DeviceNeed, ...]
-    traffic: Traffic
+    experts: ExpertPath
+    passes: Mapping[int, PassCosts]
+    dense: Mapping[int, PassCosts]
     disk: Disk
+    segments: int
     left_out: tuple[str, ...] = ()
 
     @property
@@ -127,8 +114,11 @@ class Plan:
             "engines": [asdict(e) for e in self.engines],
             "state": {**asdict(self.state), "total": self.state.total},
             "scratch": {name: asdict(s) for name, s in self.scratch.items()},
+            "expert_room": asdict(self.room),
             "devices": [{**asdict(d), "total": d.total} for d in self.devices],
-            "traffic": asdict(self.traffic),
+            "experts": asdict(self.experts),
+            "passes": {rows: asdict(costs) for rows, costs in self.passes.items()},
+            "dense": {rows: asdict(costs) for rows, costs in self.dense.items()},
             "left_out": list(self.left_out),
             "disk": {
                 "checkpoint": self.disk.checkpoint,
@@ -149,48 +139,24 @@ def plan_bundle(config: ModelConfig, options: PlanOptions | None = None) -> Plan
     """
     wanted = options or PlanOptions()
     require_sound(config, wanted)
-    weights = needed_weights(config, wanted)
+    weights, path = needed_weights(config, wanted), expert_path(config, wanted)
+    rows = sorted({*ROWS, wanted.max_batch})
     return Plan(
         options=wanted,
         dtype=engine_dtype(config, wanted),
         parameters=checkpoint_bytes(config) // item_bytes(config.dtype),
         weights=weights,
-        engines=tuple(engine for name, w in weights.items() for engine in _engines(name, w, config, wanted)),
+        engines=tuple(engine for name, w in weights.items() for engine in engine_plans(config, wanted, graph=name, weights=w)),
         state=state_bytes(config, wanted),
         scratch=tower_scratch(config, wanted),
+        room=expert_room(config, wanted),
         devices=device_needs(config, wanted),
-        traffic=traffic(config, wanted),
+        experts=path,
+        passes={n: pass_costs(config, wanted, n) for n in rows},
+        dense={n: pass_costs(config, replace(wanted, expert_path=DENSE), n) for n in rows if path.chosen_only},
         disk=_disk(config, wanted),
+        segments=segments_of(config, wanted),
         left_out=left_out(config, wanted),
-    )
-
-
-def _engines(graph: str, weights: GraphWeights, config: ModelConfig, options: PlanOptions) -> list[EnginePlan]:
-    if options.target not in TENSORRT:
-        layers, size = (0, len(weights.layers)), weights.total
-        kept = options.dtype or config.dtype
-        stored = cpu_bytes(config, kept, all_formats(options))[graph] if options.target == "ort-cpu" else 0
-        return [EnginePlan(f"{graph}.onnx", graph, layers, size, stored, None, None, stored)]
-    cuts = tower_cuts(weights.layers, weights.held, segments=segments_of(options), bound=options.max_build_memory)
-    return [
-        _engine(f"{graph}.engine" if len(cuts) == 1 else f"{graph}.{number}.engine", graph, layers, weights)
-        for number, layers in enumerate(cuts)
-    ]
-
-
-def _engine(file: str, graph: str, layers: tuple[int, int], weights: GraphWeights) -> EnginePlan:
-    first, end = layers
-    held = weights.held.between(first, end)
-    packed = round(weights.packed * held / weights.held.total) if held else 0
-    return EnginePlan(
-        name=file,
-        graph=graph,
-        layers=layers,
-        weight_bytes=weights.between(first, end),
-        held_bytes=held,
-        build_peak_bytes=build_memory(held, end - first, largest_packed=weights.held.largest_packed),
-        build_seconds=build_seconds(graph, end - first, held=held, packed=packed),
-        engine_bytes=held + program_bytes(graph, end - first),
     )
 
 
@@ -200,13 +166,22 @@ def _disk(config: ModelConfig, options: PlanOptions) -> Disk:
     formats = all_formats(options)
     kept = graph_weights(config, dtype, formats, rounded_of(options))
     wide = sum(cpu_bytes(config, dtype, formats).values())
-    held = sum(w.held.total for w in kept.values())
-    programs = sum(program_bytes(name, len(w.layers)) for name, w in kept.items())
-    copies = {"rtx": held, "trt": held, "ort-cuda": 0, "ort-cpu": wide}
-    sizes = {target: size + (programs if target in TENSORRT else 0) for target, size in copies.items()}
+    copies = {"ort-cuda": 0, "ort-cpu": wide}
+    sizes = dict(copies)
+    for target in TENSORRT:
+        made = _programs_of(target, config, options)
+        copies[target] = sum(engine.held_bytes for engine in made)
+        sizes[target] = sum(engine.engine_bytes for engine in made)
     return Disk(
         options.checkpoint_bytes or checkpoint_bytes(config),
         sum(w.stored for w in kept.values()),
         {target: sizes[target] for target in TARGETS},
         {target: copies[target] for target in TARGETS},
     )
+
+
+def _programs_of(target: str, config: ModelConfig, options: PlanOptions) -> list[EnginePlan]:
+    """Engines of both towers, whole or cut at their experts."""
+    o = replace(options, target=target, mode="diffusion", devices=1, max_build_memory=None)
+    held = graph_weights(config, engine_dtype(config, o), all_formats(o), rounded_of(o), outside=outside_engines(config, o))
+    return [engine for name, w in held.items() for engine in engine_plans(config, o, graph=name, weights=w)]

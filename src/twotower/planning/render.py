@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from twotower.builders.base import KERNELS
 from twotower.config.formats import FUSED_STACKS
 from twotower.errors import ConfigError
 from twotower.planning.devices import LIBRARY_OVERHEAD
 from twotower.planning.fit import Alternative, GpuFit
 from twotower.planning.loading import ASSUMED_DISK_RATE
-from twotower.planning.options import all_formats, segments_of
+from twotower.planning.options import all_formats
 from twotower.planning.plan import EXPORT_MEMORY, Plan
+from twotower.planning.render_passes import aligned, break_even_lines, expert_lines, pass_lines, pass_notes
 
 __all__ = ["describe_fits", "describe_plan", "refusal"]
 
@@ -18,8 +20,6 @@ _NOTES = (
     "exact       weights, state, checkpoint and bundle (but for graphs and tokenizer, a few MB)",
     "estimated   scratch: the tensors alive at once, within 10 % of what programs compiled for rtx reserve; not held against others",
     f"            {LIBRARY_OVERHEAD / 1e9:.1f} GB for driver and library in every total is an assumption",
-    "            pass and AR step: bytes over the published memory bandwidth, a lower bound, not measured; every pass reads",
-    "            all experts, because the exported graph computes all of them",
 )
 _EXPANDS = {
     "rtx": "rtx expands such experts in device memory in every pass",
@@ -49,9 +49,12 @@ def describe_plan(plan: Plan) -> list[str]:
             "state",
             f"{_small(state.per_token)} a token and {_small(state.per_row)} a row; {_gb(state.total)} for all rows (the latter twice)",
         ),
+        *_under("experts", expert_lines(plan)),
         *_expanded(plan),
-        ("scratch", _gb(max(s.nbytes for s in plan.scratch.values()))),
+        *_under("passes", pass_lines(plan)),
+        ("scratch", _gb(max(plan.room.workspace, *(s.nbytes for s in plan.scratch.values())) + plan.room.handed)),
         *(("", f"{name:<14}{_gb(s.nbytes):>10}   {s.because}") for name, s in plan.scratch.items()),
+        *_room(plan),
         ("disk", f"checkpoint {_gb(plan.disk.checkpoint)}, bundle {_gb(plan.disk.bundle)}"),
         ("", "engines " + ", ".join(f"{target} {_gb(size)}" for target, size in plan.disk.engines.items())),
         *_copies(plan),
@@ -60,6 +63,19 @@ def describe_plan(plan: Plan) -> list[str]:
         *_build(plan),
     ]
     return [f"{name:<12}{value}" for name, value in rows]
+
+
+def _under(name: str, lines: Sequence[str]) -> list[tuple[str, str]]:
+    """Lines under one name."""
+    return [(name if i == 0 else "", line) for i, line in enumerate(lines)]
+
+
+def _room(plan: Plan) -> list[tuple[str, str]]:
+    """What a target has besides whose towers are cut at their experts."""
+    if not plan.room.workspace:
+        return []
+    handed = f"in the same place; {_gb(plan.room.handed)} beside it, where programs and experts hand over"
+    return [("", f"{'kernels':<14}{_gb(plan.room.workspace):>10}   {handed}")]
 
 
 def _copies(plan: Plan) -> list[tuple[str, str]]:
@@ -73,19 +89,20 @@ def _devices(plan: Plan) -> list[tuple[str, str]]:
     if len(plan.devices) == 1:
         return []
     rows = [f"{number}: {_gb(d.weights):>8}  {d.holds or 'nothing'}" for number, d in enumerate(plan.devices)]
-    count = segments_of(plan.options)
-    cut = [f"built with --segments {count}"] if count > 1 else []
-    return [("devices" if i == 0 else "", row) for i, row in enumerate([*rows, *cut])]
+    cut = [f"built with --segments {plan.segments}"] if plan.segments > 1 else []
+    return _under("devices", [*rows, *cut])
 
 
 def _expanded(plan: Plan) -> list[tuple[str, str]]:
     """What a pass moves besides because its experts are not multiplied as they are stored."""
-    if not plan.traffic.expanded:
+    costs = plan.passes[plan.options.max_batch]
+    expanded = (costs.denoising or costs.ar_step).expanded
+    if not expanded:
         return []
-    half = _gb(plan.traffic.expanded / 2)
+    half = _gb(expanded / 2)
     return [
-        ("experts", f"expanded in device memory in every pass: {half} written and {half} read besides, slower than {plan.dtype} experts"),
-        ("", f"multiplied as they are stored: {FUSED_STACKS}"),
+        ("", f"expanded in memory in every pass: {half} written and {half} read besides, slower than {plan.dtype} experts"),
+        ("", f"multiplied as they are stored: {FUSED_STACKS}; by kernels, any"),
     ]
 
 
@@ -93,22 +110,20 @@ def describe_fits(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
     """The table of GPUs, what would fit those it does not fit, and what the numbers rest on."""
     head = ("GPU", "fits", "weights", "state", "scratch", "total", "of", "used", "pass", "AR step", "load")
     rows = [head, *(_row(f) for f in fits)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["", f"GB of 1e9 bytes, on the fullest device; times are lower bounds for {plan.options.max_batch} rows at full length:"]
-    for row in rows:
-        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
+    lines += aligned(rows, left=(0, 1))
+    lines += break_even_lines(plan, fits)
     for why in dict.fromkeys(f.refused for f in fits if f.refused):
         lines += ["", f"{', '.join(f.gpu.title for f in fits if f.refused == why)}: {why}"]
     for f in fits:
         lines += _instead(f)
-    lines += ["", *_left_out(plan, fits), *_NOTES]
+    lines += ["", *_left_out(plan, fits), *_NOTES, *(f"{'':<12}{line}" for line in pass_notes(plan))]
     if any(f.load for f in fits):
         lines += _load_notes(plan.options.disk_rate)
     if plan.build_peak:
         lines += _BUILD_NOTES
     if any(f.gpu.count > 1 or len(f.devices) > 1 or any("--devices" in a.flags for a in f.alternatives) for f in fits):
-        lines.append("            several devices: one tower each on two, of more runs of layers (--segments); never run on GPUs")
+        lines.append("            several devices: one tower each on two, of more runs of layers; never run on GPUs")
     return lines
 
 
@@ -160,7 +175,9 @@ def _row(f: GpuFit) -> tuple[str, ...]:
     sizes = (f"{x / 1e9:.1f}" for x in (n.weights, n.state, n.scratch, n.total, f.gpu.memory))
     load = "-" if f.load is None else _time(f.load.seconds)
     verdict = "no (SM)" if f.refused else "yes" if f.fits else "no"
-    return (f.gpu.title, verdict, *sizes, f"{100 * n.total / f.gpu.memory:.0f} %", _ms(f.pass_seconds), _ms(f.step_seconds), load)
+    stars = ["*" if name in f.by_arithmetic else "" for name in ("pass", "step")]
+    times = [_ms(seconds) + star for seconds, star in zip((f.pass_seconds, f.step_seconds), stars, strict=True)]
+    return (f.gpu.title, verdict, *sizes, f"{100 * n.total / f.gpu.memory:.0f} %", *times, load)
 
 
 def _instead(f: GpuFit) -> list[str]:
@@ -193,10 +210,17 @@ def _build(plan: Plan) -> list[tuple[str, str]]:
     inside = f"{_gb(held)} of weights inside, which TensorRT takes as constants only" if held else "programs that hold no weights"
     bound = "; --max-build-memory cuts towers" if held and not plan.options.max_build_memory else ""
     return [
-        ("build", f"{len(plan.engines)} engines, one after the other: {inside}"),
+        ("build", f"{_files(plan)}, one after the other: {inside}"),
         ("", f"{_gb(plan.build_peak)} of memory at the peak, {_time(plan.build_seconds or 0.0)} of one processor{bound}"),
         ("", _WHERE[plan.options.target] if not held else _WHERE[plan.options.target].replace(", a laptop will do", "")),
     ]
+
+
+def _files(plan: Plan) -> str:
+    """`3 engines`, or `9 engines for 49 programs`; kernels are compiled besides."""
+    programs = sum(e.programs for e in plan.engines)
+    said = f"{len(plan.engines)} engines" + (f" for {programs} programs" if programs > len(plan.engines) else "")
+    return f"{said} and kernels, which are not counted" if plan.experts.name == KERNELS else said
 
 
 def _kinds(plan: Plan, graph: str) -> str:

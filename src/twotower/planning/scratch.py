@@ -1,4 +1,4 @@
-"""Activation memory of an engine: what must be alive at once, held against what compiled programs of TensorRT for RTX reserve."""
+"""Activation memory of a tower: what must be alive at once, held against what compiled programs of TensorRT for RTX reserve."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
+from twotower.builders.base import DENSE, KERNELS
 from twotower.builders.profiles import profiles
 from twotower.config.model import LayerKind, ModelConfig
+from twotower.planning.expert_path import BRANCHES
 from twotower.planning.weights import item_bytes
-from twotower.spec import CONTEXT_HEAD, DENOISER, splits_groups
+from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, splits_groups
 
 __all__ = ["Scratch", "Shapes", "scratch"]
 
@@ -29,6 +31,7 @@ class Shapes:
         capacity: Positions T of the cache.
         block_size: Tokens S of a block.
         expanded: Whether a pass writes quantized experts to device memory at full width.
+        path: What computes the experts; see `expert_path.ExpertPath`.
     """
 
     dtype: str
@@ -36,6 +39,7 @@ class Shapes:
     capacity: int
     block_size: int
     expanded: bool = False
+    path: str = DENSE
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +72,48 @@ def scratch(graph: str, config: ModelConfig, shapes: Shapes) -> Scratch:
     found = {}
     for profile in profiles(graph, max_batch=shapes.max_batch, block_size=shapes.block_size):
         length = profile.axes["L"][2] if "L" in profile.axes else shapes.block_size
-        found[profile.name] = _laid_out([sorted(m, key=lambda t: -t[1]) for m in _moments(graph, config, shapes, length)])
+        made = [_laid_out(list(_moments(part, config, shapes, length))) for part in _parts(graph, config, shapes)]
+        found[profile.name] = max(made, key=lambda s: s.nbytes)
     most = max(found.values(), key=lambda s: s.nbytes)
     return Scratch(most.nbytes, most.because, {name: s.nbytes for name, s in found.items()})
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What is compiled in one piece: a graph, or one of its programs between experts.
+
+    Attributes:
+        graph: Of which graph.
+        layers: Its layers, but for experts that kernels compute.
+        last: Whether it ends with the head.
+        whole: Whether it is all of the graph.
+    """
+
+    graph: str
+    layers: tuple[LayerKind, ...]
+    last: bool = True
+    whole: bool = True
+
+
+def _parts(graph: str, config: ModelConfig, shapes: Shapes) -> Iterator[_Part]:
+    """A tower in one piece, or each of the programs that kernels run between; equal ones once."""
+    if shapes.path != KERNELS or graph == CONTEXT_HEAD:
+        yield _Part(graph, config.layers)
+        return
+    programs: list[list[LayerKind]] = [[]]
+    for kind in config.layers:
+        if kind is LayerKind.MOE:
+            programs.append([])
+        else:
+            programs[-1].append(kind)
+    for layers, last in dict.fromkeys((tuple(p), p is programs[-1]) for p in programs):
+        yield _Part(graph, layers, last=last, whole=False)
+
+
 def _laid_out(moments: Sequence[_Tensors]) -> Scratch:
     """Every place with the largest tensor of any moment that lies there."""
-    places = [max(tensors, key=lambda t: t[1]) for tensors in zip_longest(*moments, fillvalue=("", 0))]
+    ordered = [sorted(tensors, key=lambda t: -t[1]) for tensors in moments]
+    places = [max(tensors, key=lambda t: t[1]) for tensors in zip_longest(*ordered, fillvalue=("", 0))]
     names = [name for name, _ in places if name != _WORKSPACE][:2]
     return Scratch(sum(size for _, size in places), " and ".join(dict.fromkeys(names)))
 
@@ -84,37 +122,41 @@ _WORKSPACE = "workspace"
 _PRODUCT: _Tensors = tuple((_WORKSPACE, size) for size in _WORKSPACES)
 
 
-def _moments(graph: str, config: ModelConfig, shapes: Shapes, length: int) -> Iterator[_Tensors]:
+def _moments(part: _Part, config: ModelConfig, shapes: Shapes, length: int) -> Iterator[_Tensors]:
     """What is alive at the fullest moment of every kind of layer."""
-    rows, item = shapes.max_batch, item_bytes(shapes.dtype)
+    rows, item, graph = shapes.max_batch, item_bytes(shapes.dtype), part.graph
     if graph == CONTEXT_HEAD:
         last = rows * config.vocab_size
         yield [("logits [B,V]", last * item), *_PRODUCT]
         yield [("logits [B,V]", last * item), ("logits [B,V] in float32", last * _FLOAT32)]
         return
-    always = list(_always(graph, config, shapes, length))
-    if LayerKind.MOE in config.layers:
-        yield [*_experts(config, shapes, length), *always]
-    if LayerKind.MLP in config.layers:
+    always = list(_always(part, config, shapes, length))
+    yield always
+    if LayerKind.MOE in part.layers:
+        experts = _chosen_experts if shapes.path == BRANCHES else _experts
+        yield [*experts(config, shapes, length), *always]
+    if LayerKind.MLP in part.layers:
         hidden = ("MLP [B,L,F]", rows * length * config.intermediate_size * item)
         yield [hidden, hidden, *_PRODUCT, *always]
-    if LayerKind.MAMBA in config.layers:
-        yield [*_scan(config, shapes, length), *always]
-    if LayerKind.ATTENTION in config.layers:
+    if LayerKind.MAMBA in part.layers:
+        yield from ([*tensors, *always] for tensors in _scan(graph, config, shapes, length))
+    if LayerKind.ATTENTION in part.layers:
         yield from ([*tensors, *always] for tensors in _attention(graph, config, shapes, length))
-    if graph == DENOISER:
+    if graph == DENOISER and part.last:
         logits = ("logits [B,S,V] in float32", rows * length * config.vocab_size * _FLOAT32)
-        yield [logits, logits, *always]
+        # In a program of its own the second tensor is the product's own, not yet widened.
+        narrow = ("logits [B,S,V]", rows * length * config.vocab_size * item)
+        yield [logits, logits if part.whole else narrow, *always]
 
 
-def _always(graph: str, config: ModelConfig, shapes: Shapes, length: int) -> _Tensors:
+def _always(part: _Part, config: ModelConfig, shapes: Shapes, length: int) -> _Tensors:
     """From the first layer to the last: the residual stream, and the mask or the modulation of all layers."""
     rows, item = shapes.max_batch, item_bytes(shapes.dtype)
     stream = ("residual [B,L,D]", rows * length * config.hidden_size * item)
-    if graph == DENOISER:
-        modulation = ("modulation [B,3,D] of every layer", rows * 3 * config.hidden_size * item * len(config.layers))
+    if part.graph == DENOISER:
+        modulation = ("modulation [B,3,D] of every layer", rows * 3 * config.hidden_size * item * len(part.layers))
         return stream, stream, modulation
-    if LayerKind.ATTENTION in config.layers and shapes.dtype != "float32" and length > 1:
+    if LayerKind.ATTENTION in part.layers and shapes.dtype != "float32" and length > 1:
         heads = config.num_key_value_heads if splits_groups(config) else 1
         return stream, ("mask [B,KV,L,T]", rows * heads * length * shapes.capacity * item)
     return (stream,)
@@ -133,17 +175,35 @@ def _experts(config: ModelConfig, shapes: Shapes, length: int) -> _Tensors:
     ]
 
 
-def _scan(config: ModelConfig, shapes: Shapes, length: int) -> _Tensors:
+def _chosen_experts(config: ModelConfig, shapes: Shapes, length: int) -> _Tensors:
+    """Every token's row once for each expert it chose, the results, and an expert that all chose."""
+    item, tokens = item_bytes(shapes.dtype), shapes.max_batch * length
+    pairs = ("rows of pairs [B*L*K,D]", tokens * config.num_experts_per_tok * config.hidden_size * item)
+    copy = config.moe_intermediate_size * config.hidden_size * item
+    return [
+        pairs,
+        pairs,
+        ("one expert [B*L,F]", tokens * config.moe_intermediate_size * item),
+        *([("one expanded expert [F,D]", copy)] if shapes.expanded else []),
+    ]
+
+
+def _scan(graph: str, config: ModelConfig, shapes: Shapes, length: int) -> Iterator[_Tensors]:
     """A chunk at a time: the masked decay of every pair of positions, twice; a single step has none."""
     rows, heads = shapes.max_batch, config.mamba_num_heads
     joined = config.mamba_inner + config.conv_channels + heads
     projection = ("projection [B,L,I]", rows * length * joined * item_bytes(shapes.dtype))
     if length == 1:
-        return [projection, projection, *_PRODUCT]
+        yield [projection, projection, *_PRODUCT]
+        return
     decay = ("decay [B,H,L,L]", rows * heads * length * length * _FLOAT32)
     values = ("values [B,H,L,P]", rows * heads * length * config.mamba_head_dim * _FLOAT32)
     states = ("states [B,G,L,N]", rows * config.n_groups * length * config.ssm_state_size * _FLOAT32)
-    return [decay, decay, projection, values, values, values, states, *_PRODUCT]
+    scan = (projection, values, values, values, states, _PRODUCT[0])
+    yield [decay, decay, *scan]
+    if graph == CONTEXT:
+        size = rows * heads * config.mamba_head_dim * config.ssm_state_size * _FLOAT32
+        yield [decay, ("past state [B,H,P,N], transposed", size), *scan]
 
 
 def _attention(graph: str, config: ModelConfig, shapes: Shapes, length: int) -> Iterator[_Tensors]:

@@ -23,20 +23,20 @@ __all__ = [
     "GraphWeights",
     "checkpoint_bytes",
     "cpu_bytes",
-    "expert_bytes",
     "graph_weights",
     "item_bytes",
+    "weight_counts",
 ]
 
 _FLOAT32 = ("norm.weight", "norm_f.weight", ".D", ".dt_bias", ".A_log", ".gate.weight", ".e_score_correction_bias")
 """Ends of the names that a graph keeps in float32 whatever the model's dtype."""
 
 
-EXPERT_FORMATS = ("int8", "int4", "nvfp4")
+EXPERT_FORMATS = ("int8", "fp8", "int4", "nvfp4")
 """What `--experts` can plan: formats of `twotower quantize` for the routed experts."""
 
-EXPERT_RECIPES: Mapping[str, str] = MappingProxyType({"int8": "int8", "int4": "int4-experts", "nvfp4": "nvfp4-experts"})
-"""The recipe that stores the experts so; `int8` rounds the inputs of products too, which TensorRT needs to fuse it."""
+EXPERT_RECIPES: Mapping[str, str] = MappingProxyType({"int8": "int8", "fp8": "fp8", "int4": "int4-experts", "nvfp4": "nvfp4-experts"})
+"""The recipe that stores the experts so; `int8` and `fp8` round the inputs of products too, which TensorRT needs to fuse them."""
 
 Formats = tuple[tuple[str, str], ...]
 """Layer kinds in few bits, each with the name of its format."""
@@ -53,8 +53,8 @@ class GraphWeights:
         by_kind: The same bytes by what the weights are for.
         by_dtype: The same bytes by element type; few-bit weights go by the format's name, scales included.
         stored: Bytes of the data file: every weight starts on a page, a small one on a cache line.
-        held: Those that an engine of TensorRT holds, because it takes few bits as constants only.
-        packed: Of these the ones in 4 bits, scales included.
+        held: Those that an engine of TensorRT holds, because it takes few bits as constants only; kernels take them as they lie.
+        packed: Of these held the ones in 4 bits, scales included.
     """
 
     layers: tuple[int, ...]
@@ -91,7 +91,14 @@ def checkpoint_bytes(config: ModelConfig) -> int:
 
 
 @lru_cache(maxsize=64)
-def graph_weights(config: ModelConfig, dtype: str, formats: Formats = (), rounded: tuple[str, ...] = ()) -> Mapping[str, GraphWeights]:
+def graph_weights(
+    config: ModelConfig,
+    dtype: str,
+    formats: Formats = (),
+    rounded: tuple[str, ...] = (),
+    *,
+    outside: tuple[str, ...] = (),
+) -> Mapping[str, GraphWeights]:
     """Weight bytes of every graph.
 
     Args:
@@ -99,6 +106,7 @@ def graph_weights(config: ModelConfig, dtype: str, formats: Formats = (), rounde
         dtype: Element type of the graphs.
         formats: Layer kinds in few bits, as `twotower quantize` stores them.
         rounded: Kinds whose products read few bits on both sides.
+        outside: Kinds that no engine holds, whatever their format.
     """
     few = dict(formats)
     sums = {name: _Sums(len(config.layers)) for name in (CONTEXT, CONTEXT_HEAD, DENOISER)}
@@ -108,9 +116,9 @@ def graph_weights(config: ModelConfig, dtype: str, formats: Formats = (), rounde
         graph, stack = _graph_of(tensor), _stack_of(tensor)
         kind = tensor.role.value
         for size, kept in _stored(tensor, config, dtype, few.get(kind), rounded_input=kind in rounded):
-            sums[graph].add(tensor, size, kept)
+            sums[graph].add(tensor, size, kept, inside=kind not in outside)
             stacks[graph, stack, kept] += size
-            if _is_packed(kept):
+            if _is_packed(kept) and kind not in outside:
                 packed[graph, stack] += stored_bytes(FORMATS[kept].dtype, _count(tensor, config))
     for (graph, _, _), size in stacks.items():
         sums[graph].stored += aligned(size, size)
@@ -141,13 +149,12 @@ def cpu_bytes(config: ModelConfig, dtype: str, formats: Formats = ()) -> Mapping
 
 
 @lru_cache(maxsize=64)
-def expert_bytes(config: ModelConfig, dtype: str) -> Mapping[str, int]:
-    """Bytes of each tower's routed experts in the graphs' own type, by graph."""
-    out: Counter[str] = Counter({CONTEXT: 0, DENOISER: 0})
+def weight_counts(config: ModelConfig) -> Mapping[str, Mapping[str, int]]:
+    """Weights of each graph by what they are for: numbers, not bytes."""
+    out: dict[str, Counter[str]] = {name: Counter() for name in (CONTEXT, CONTEXT_HEAD, DENOISER)}
     for tensor in expected_tensors(config).values():
-        if tensor.role is Role.ROUTED_EXPERT:
-            out[_graph_of(tensor)] += math.prod(tensor.shape) * item_bytes(dtype)
-    return MappingProxyType(dict(out))
+        out[_graph_of(tensor)][tensor.role.value] += math.prod(tensor.shape)
+    return MappingProxyType({name: MappingProxyType(counts) for name, counts in out.items()})
 
 
 def _count(tensor: CheckpointTensor, config: ModelConfig) -> int:
@@ -183,14 +190,15 @@ class _Sums:
 
     def __init__(self, layers: int) -> None:
         self.all, self.held = _Places(layers), _Places(layers)
-        self.stored = self.largest_packed = 0
+        self.stored = self.packed = self.largest_packed = 0
         self.by_kind: Counter[str] = Counter()
         self.by_dtype: Counter[str] = Counter()
 
-    def add(self, tensor: CheckpointTensor, size: int, dtype: str) -> None:
+    def add(self, tensor: CheckpointTensor, size: int, dtype: str, *, inside: bool) -> None:
         self.all.add(tensor, size)
-        if dtype in FORMATS:
+        if dtype in FORMATS and inside:
             self.held.add(tensor, size)
+            self.packed += size if _is_packed(dtype) else 0
         self.by_kind[tensor.role.value] += size
         self.by_dtype[dtype] += size
 
@@ -204,7 +212,7 @@ class _Sums:
             by_dtype=MappingProxyType(dict(self.by_dtype)),
             stored=self.stored,
             held=LayerBytes(held, self.held.before, self.held.after, self.largest_packed),
-            packed=sum(size for name, size in self.by_dtype.items() if _is_packed(name)),
+            packed=self.packed,
         )
 
 

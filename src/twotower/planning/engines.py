@@ -1,0 +1,171 @@
+"""The engines a plan builds: whole graphs, segments of layers, or programs with experts between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from twotower.builders.base import KERNELS
+from twotower.builders.build_cost import LayerBytes, build_memory, build_seconds, program_bytes
+from twotower.builders.cut import even_layers, tower_cuts
+from twotower.builders.memory import require_bound
+from twotower.config.model import LayerKind, ModelConfig
+from twotower.planning.expert_path import expert_path, segments_of
+from twotower.planning.options import TENSORRT, PlanOptions, all_formats
+from twotower.planning.weights import GraphWeights, cpu_bytes
+
+__all__ = ["EnginePlan", "engine_plans", "placed_pieces", "program_layers"]
+
+Layers = tuple[int, int]
+"""The first layer and the one after the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """One engine to be built.
+
+    Attributes:
+        name: Its file.
+        graph: The graph it is of.
+        layers: First layer and the one after the last; of equal programs those of the first. The
+            experts that follow a program count as its last layer.
+        weight_bytes: Of the weights it works with, by all programs it is, with the experts after.
+        held_bytes: Of those it holds itself: a second copy, beside the bundle's.
+        build_peak_bytes: Host memory its build needs at the peak; None where nothing is compiled.
+        build_seconds: Of one processor, with what it holds in the page cache; None where nothing is
+            compiled. Kernels are not counted.
+        engine_bytes: Its size on disk; of ONNX Runtime without the graph itself, which is under a
+            megabyte.
+        programs: How many equal programs of a tower it is.
+    """
+
+    name: str
+    graph: str
+    layers: Layers
+    weight_bytes: int
+    held_bytes: int
+    build_peak_bytes: int | None
+    build_seconds: float | None
+    engine_bytes: int
+    programs: int = 1
+
+
+def engine_plans(
+    config: ModelConfig,
+    options: PlanOptions,
+    *,
+    graph: str,
+    weights: GraphWeights,
+) -> list[EnginePlan]:
+    """The engines of one graph, in the order they are built.
+
+    Raises:
+        BuildError: one needs more than `max_build_memory`.
+    """
+    if options.target not in TENSORRT:
+        layers, size = (0, len(weights.layers)), weights.total
+        kept = options.dtype or config.dtype
+        widened = cpu_bytes(config, kept, all_formats(options))[graph]
+        stored = widened if options.target == "ort-cpu" else 0
+        return [EnginePlan(f"{graph}.onnx", graph, layers, size, stored, None, None, stored)]
+    if weights.layers and expert_path(config, options).name == KERNELS:
+        return _programs(graph, weights, config, bound=options.max_build_memory)
+    segments, bound = segments_of(config, options), options.max_build_memory
+    cuts = tower_cuts(weights.layers, weights.held, segments=segments, bound=bound)
+    numbers = [f".{n}" for n in range(len(cuts))] if len(cuts) > 1 else [""]
+    return [
+        _engine(
+            _Piece(f"{graph}{number}.engine", graph, layers, layers[1] - layers[0]),
+            weights,
+            size=weights.between(*layers),
+            held=weights.held.between(*layers),
+        )
+        for number, layers in zip(numbers, cuts, strict=True)
+    ]
+
+
+def placed_pieces(
+    weights: GraphWeights,
+    config: ModelConfig,
+    options: PlanOptions,
+) -> tuple[tuple[Layers, int], ...]:
+    """The pieces of a graph that are put on devices, in order, each with its weights' bytes."""
+    if not weights.layers:
+        return (((0, 0), weights.total),)
+    if expert_path(config, options).name == KERNELS:
+        programs = program_layers(config)
+        return tuple((layers, _of_program(weights, layers, config)) for layers in programs)
+    cuts = even_layers(weights.layers, segments_of(config, options))
+    return tuple((layers, weights.between(*layers)) for layers in cuts)
+
+
+def program_layers(config: ModelConfig) -> tuple[Layers, ...]:
+    """The programs of a tower that is cut at its experts, each with the experts after it."""
+    ends = [index + 1 for index in config.indices(LayerKind.MOE)]
+    return tuple(pairwise((0, *ends, len(config.layers))))
+
+
+def _files(weights: GraphWeights, config: ModelConfig) -> list[list[Layers]]:
+    """Programs by their file: equal ones share it, unless they hold weights of their own."""
+    programs, files = program_layers(config), dict[tuple[object, ...], list[Layers]]()
+    for number, layers in enumerate(programs):
+        ends = (number == 0, number == len(programs) - 1)
+        own = number if _of_program(weights.held, layers, config) else -1
+        files.setdefault((ends, own, config.layers[slice(*layers)]), []).append(layers)
+    return list(files.values())
+
+
+def _programs(
+    graph: str,
+    weights: GraphWeights,
+    config: ModelConfig,
+    *,
+    bound: int | None,
+) -> list[EnginePlan]:
+    made = []
+    for number, programs in enumerate(_files(weights, config)):
+        first = programs[0]
+        mixers = sum(kind is not LayerKind.MOE for kind in config.layers[slice(*first)])
+        piece = _Piece(f"{graph}.{number}.engine", graph, first, mixers, len(programs))
+        size = sum(_of_program(weights, layers, config) for layers in programs)
+        held = _of_program(weights.held, first, config)
+        made.append(_engine(piece, weights, size=size, held=held))
+    require_bound({e.name: e.build_peak_bytes or 0 for e in made}, bound)
+    return made
+
+
+def _of_program(places: GraphWeights | LayerBytes, layers: Layers, config: ModelConfig) -> int:
+    """Bytes of a program and the experts after it.
+
+    What comes after all layers is the last program's, which has no layer where a tower ends with
+    experts.
+    """
+    before_last = layers[1] == len(config.layers) and layers != program_layers(config)[-1]
+    return places.between(*layers) - (places.after if before_last else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A file, its graph, its layers, how many mixers it computes, and how many programs it is."""
+
+    name: str
+    graph: str
+    layers: Layers
+    mixers: int
+    programs: int = 1
+
+
+def _engine(piece: _Piece, weights: GraphWeights, *, size: int, held: int) -> EnginePlan:
+    packed = round(weights.packed * held / weights.held.total) if held else 0
+    largest = weights.held.largest_packed
+    return EnginePlan(
+        name=piece.name,
+        graph=piece.graph,
+        layers=piece.layers,
+        weight_bytes=size,
+        held_bytes=held,
+        build_peak_bytes=build_memory(held, piece.mixers, largest_packed=largest),
+        build_seconds=build_seconds(piece.graph, piece.mixers, held=held, packed=packed),
+        engine_bytes=held + program_bytes(piece.graph, piece.mixers),
+        programs=piece.programs,
+    )

@@ -1,0 +1,190 @@
+"""What computes the experts of a plan, as the build would choose it, and what follows of that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from twotower.builders.base import DENSE, KERNELS
+from twotower.builders.expert_code import require_kernels
+from twotower.bundle import ExpertsStep
+from twotower.config.formats import stack_is_expanded, stored_format
+from twotower.config.model import LayerKind, ModelConfig
+from twotower.config.tensors import Role
+from twotower.errors import BuildError, ConfigError
+from twotower.planning.options import (
+    TENSORRT,
+    PlanOptions,
+    all_formats,
+    engine_dtype,
+    formats_of,
+    rounded_of,
+)
+from twotower.planning.weights import EXPERT_FORMATS
+from twotower.spec import MAX_CHUNK
+
+__all__ = [
+    "BRANCHES",
+    "ExpertPath",
+    "distinct_experts",
+    "expert_path",
+    "expert_step",
+    "experts_are_expanded",
+    "left_out",
+    "on_gpus",
+    "outside_engines",
+    "require_path",
+    "segments_of",
+]
+
+BRANCHES = "branches"
+"""Of `ort-cpu`: every expert is a branch of the graph that runs on the tokens that chose it."""
+
+_EXPERT_KINDS = (Role.ROUTED_EXPERT.value, Role.SHARED_EXPERT.value)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPath:
+    """What computes the experts.
+
+    Attributes:
+        name: `kernels` or `branches`, which compute the chosen experts; `dense`, the engine, all of
+            them; empty for a model without experts.
+        why: Of `dense`, why not the chosen ones only; else empty.
+    """
+
+    name: str
+    why: str = ""
+
+    @property
+    def chosen_only(self) -> bool:
+        """Whether experts that no token of a pass chose are neither read nor computed."""
+        return self.name in (KERNELS, BRANCHES)
+
+
+def expert_path(config: ModelConfig, options: PlanOptions) -> ExpertPath:
+    """What computes the experts: what was asked for, or what `twotower build` takes by itself."""
+    if LayerKind.MOE not in config.layers:
+        return ExpertPath("")
+    if options.expert_path == DENSE:
+        return ExpertPath(DENSE, "--expert-path dense asks for it")
+    if options.target == "ort-cpu":
+        return ExpertPath(BRANCHES)
+    if options.target not in TENSORRT:
+        return ExpertPath(DENSE, f"{options.target} runs the exported graph")
+    try:
+        _require_kernels(config, options)
+    except BuildError as e:
+        return ExpertPath(DENSE, f"{e.what} ({e.found})")
+    return ExpertPath(KERNELS)
+
+
+def require_path(config: ModelConfig, options: PlanOptions) -> None:
+    """Refuses kernels where there are none.
+
+    Raises:
+        ConfigError: `--expert-path kernels` for such a target, model, number of rows or GPU.
+    """
+    if options.expert_path != KERNELS:
+        return
+    found = "" if LayerKind.MOE in config.layers else "the model has no routed experts"
+    if options.target not in TENSORRT:
+        found = f"target {options.target}; the kernels run between programs of rtx and trt"
+    try:
+        if not found:
+            _require_kernels(config, options)
+    except BuildError as e:
+        found = f"{e.what}: {e.found}"
+    if found:
+        do = "leave --expert-path out, which takes kernels wherever there are such"
+        raise ConfigError("--expert-path kernels does not apply", found=found, do=do)
+
+
+def _require_kernels(config: ModelConfig, options: PlanOptions) -> None:
+    """What the build asks before it cuts a tower at its experts."""
+    step = expert_step(config, options)
+    sms = (*options.sms, *options.run_on)
+    require_kernels(step, sms, max_tokens=options.max_batch * MAX_CHUNK)
+
+
+def on_gpus(options: PlanOptions, sms: Sequence[int]) -> PlanOptions:
+    """The options for GPUs of these compute capabilities; 0 is one nobody knows."""
+    return replace(options, run_on=tuple(sorted({sm for sm in sms if sm})))
+
+
+def expert_step(config: ModelConfig, options: PlanOptions) -> ExpertsStep:
+    """A layer of experts as a build describes it to the kernels, weights and code left out."""
+    few = dict(formats_of(options))
+    routed, shared = (few.get(kind) for kind in _EXPERT_KINDS)
+    rounded = _EXPERT_KINDS[0] in rounded_of(options)
+    widths = {"up": config.hidden_size, "down": config.moe_intermediate_size}
+    formats = {}
+    if routed:
+        for matrix, columns in widths.items():
+            how = stored_format(routed, columns, stacked=True, rounded_input=rounded)
+            formats[matrix] = (routed, how.group)
+    if shared and config.shared_intermediate:
+        widths["down"] = config.shared_intermediate
+        for matrix, columns in widths.items():
+            how = stored_format(shared, columns, stacked=False)
+            formats[f"shared_{matrix}"] = (shared, how.group)
+    return ExpertsStep(
+        layer=config.indices(LayerKind.MOE)[0],
+        hidden=config.hidden_size,
+        width=config.moe_intermediate_size,
+        experts=config.n_routed_experts,
+        top=config.num_experts_per_tok,
+        shared_intermediate=config.shared_intermediate,
+        dtype=engine_dtype(config, options),
+        formats=formats,
+        code="",
+        weights={},
+    )
+
+
+def distinct_experts(config: ModelConfig, tokens: int) -> float:
+    """Experts of a layer that some token of a pass chose, E (1 - (1 - k/E)^N), as expected.
+
+    Each of N tokens chooses k of E, every expert equally often and independently of the other
+    tokens. Tokens of one text choose more alike, and so fewer.
+    """
+    count = config.n_routed_experts
+    if not count:
+        return 0.0
+    return float(count * (1 - (1 - config.num_experts_per_tok / count) ** tokens))
+
+
+def outside_engines(config: ModelConfig, options: PlanOptions) -> tuple[str, ...]:
+    """Layer kinds whose weights no engine holds or reads, because kernels do."""
+    return _EXPERT_KINDS if expert_path(config, options).name == KERNELS else ()
+
+
+def experts_are_expanded(config: ModelConfig, options: PlanOptions) -> bool:
+    """Whether a pass writes quantized experts to memory at full width and reads them again.
+
+    Kernels never do: they dequantize in registers.
+    """
+    name = dict(formats_of(options)).get(_EXPERT_KINDS[0])
+    if name is None or expert_path(config, options).name == KERNELS:
+        return False
+    rounded = _EXPERT_KINDS[0] in rounded_of(options)
+    return stack_is_expanded(options.target, name, rounded_input=rounded)
+
+
+def left_out(config: ModelConfig, options: PlanOptions) -> tuple[str, ...]:
+    """Formats of experts that save memory and are no alternative: a pass would expand them."""
+    quantized = all_formats(options) or options.target == "ort-cpu"
+    if LayerKind.MOE not in config.layers or quantized:
+        return ()
+    tried = ((name, replace(options, experts=name)) for name in EXPERT_FORMATS)
+    return tuple(name for name, other in tried if experts_are_expanded(config, other))
+
+
+def segments_of(config: ModelConfig, options: PlanOptions) -> int:
+    """What `--segments` cuts a tower into for its share of the devices.
+
+    ONNX Runtime runs graphs whole; programs between experts are spread as they are.
+    """
+    if options.target not in TENSORRT or expert_path(config, options).name == KERNELS:
+        return 1
+    return options.devices if options.mode == "ar" else -(-options.devices // 2)

@@ -1,0 +1,67 @@
+"""What kernels of experts need besides weights: a workspace, and buffers to hand over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from twotower.builders.base import KERNELS
+from twotower.bundle import EngineFile
+from twotower.config.model import ModelConfig
+from twotower.kernels import scratch_bytes
+from twotower.kernels.steps import shape_of
+from twotower.planning.expert_path import expert_path, expert_step
+from twotower.planning.options import PlanOptions, engine_dtype
+from twotower.runtime.engines.handover import buffer_sizes
+from twotower.spec import (
+    CONDITIONING,
+    EXPERTS_IN,
+    EXPERTS_OUT,
+    MAX_CHUNK,
+    RESIDUAL_IN,
+    RESIDUAL_OUT,
+    SHARES,
+    TensorSpec,
+)
+
+__all__ = ["ExpertRoom", "expert_room"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRoom:
+    """Bytes on every device that runs programs with experts between.
+
+    Attributes:
+        workspace: Of the kernels for the most tokens; it lies where engines have their scratch.
+        handed: Of the buffers in which programs and experts hand over.
+    """
+
+    workspace: int = 0
+    handed: int = 0
+
+
+def expert_room(config: ModelConfig, options: PlanOptions) -> ExpertRoom:
+    """As the runtime allocates it: for the longest chunk of a prompt, whatever a device runs."""
+    if expert_path(config, options).name != KERNELS:
+        return ExpertRoom()
+    shape = shape_of(expert_step(config, options))
+    sizes = {"B": options.max_batch, "L": MAX_CHUNK}
+    buffers = buffer_sizes([_program(config, engine_dtype(config, options))], sizes)
+    return ExpertRoom(
+        workspace=scratch_bytes(shape, options.max_batch * MAX_CHUNK),
+        handed=sum(count * nbytes for count, nbytes in buffers.values()),
+    )
+
+
+def _program(config: ModelConfig, dtype: str) -> EngineFile:
+    """A program of the middle of the denoiser: its buffers are the context tower's and one more."""
+    names = (RESIDUAL_IN, EXPERTS_OUT, RESIDUAL_OUT, EXPERTS_IN)
+    stream = [TensorSpec(name, dtype, ("B", "L", config.hidden_size)) for name in names]
+    conditioning = TensorSpec(CONDITIONING, dtype, ("B", 3, config.hidden_size))
+    shares = TensorSpec(SHARES, "float32", (config.n_routed_experts, "N"))
+    return EngineFile(
+        file="",
+        layers=(0, 0),
+        inputs=(*stream[:2], conditioning),
+        outputs=(*stream[2:], shares),
+        profiles=(),
+    )

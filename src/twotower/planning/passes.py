@@ -1,0 +1,153 @@
+"""What a pass of each kind reads and computes, and how long it takes a GPU at least: arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from twotower.config.model import LayerKind, ModelConfig
+from twotower.config.tensors import Role
+from twotower.planning.expert_path import (
+    distinct_experts,
+    expert_path,
+    experts_are_expanded,
+    outside_engines,
+)
+from twotower.planning.gpus import GpuModel
+from twotower.planning.memory import needed_weights, state_bytes
+from twotower.planning.options import TENSORRT, PlanOptions, engine_dtype, rounded_of
+from twotower.planning.weights import item_bytes, weight_counts
+from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
+
+__all__ = ["PassCost", "PassCosts", "pass_costs"]
+
+_ROUTED = Role.ROUTED_EXPERT.value
+_OF_TOKENS = (
+    Role.MAMBA.value,
+    Role.ATTENTION.value,
+    Role.ROUTER.value,
+    Role.SHARED_EXPERT.value,
+    Role.MLP.value,
+    Role.HEAD.value,
+)
+"""Weights that every token is multiplied with; the conditioning meets a row once and is nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassCost:
+    """One pass of all rows at full length, at least.
+
+    Attributes:
+        tokens: Of all rows together.
+        experts: Distinct experts a layer reads, as expected; all of them where experts are dense.
+        nbytes: Read and written: weights, state, and `expanded`. What layers hand on is left out,
+            as a cache may keep it.
+        expanded: Experts written at full width and read again.
+        flops: Multiplications and additions of products, attention included.
+        flops_8bit: Those of them whose factors both have 8 bits.
+    """
+
+    tokens: int
+    experts: float
+    nbytes: int
+    expanded: int
+    flops: float
+    flops_8bit: float
+
+    def seconds(self, gpu: GpuModel) -> float | None:
+        """The longer of what memory and matrix units need; None for an unknown GPU."""
+        if not gpu.bandwidth:
+            return None
+        return max(self.nbytes / gpu.bandwidth, self._arithmetic(gpu))
+
+    def bound_by_arithmetic(self, gpu: GpuModel) -> bool:
+        """Whether the matrix units need longer than the memory."""
+        return bool(gpu.bandwidth) and self._arithmetic(gpu) > self.nbytes / gpu.bandwidth
+
+    def _arithmetic(self, gpu: GpuModel) -> float:
+        return (self.flops - self.flops_8bit / 2) / gpu.flops if gpu.flops else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PassCosts:
+    """The passes that generation is made of.
+
+    Attributes:
+        ar_step: The context tower over one token a row, and its head.
+        extension: The context tower over a block that is done.
+        denoising: The denoiser over a block; None where only the context tower is there.
+    """
+
+    ar_step: PassCost
+    extension: PassCost
+    denoising: PassCost | None
+
+
+def pass_costs(config: ModelConfig, options: PlanOptions, rows: int | None = None) -> PassCosts:
+    """The passes of so many rows.
+
+    Args:
+        config: The model.
+        options: What it is planned for.
+        rows: Rows of a pass; None for `max_batch`. More than that is arithmetic all the same.
+    """
+    rows, block = rows or options.max_batch, options.block_size
+    towers = (_Pass((CONTEXT, CONTEXT_HEAD), rows, 1), _Pass((CONTEXT,), rows, block))
+    step, extension = (_cost(config, options, what) for what in towers)
+    denoiser = _Pass((DENOISER,), rows, block)
+    both = options.mode == "diffusion"
+    return PassCosts(step, extension, _cost(config, options, denoiser) if both else None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """The graphs that run, on so many rows of so many tokens."""
+
+    graphs: tuple[str, ...]
+    rows: int
+    length: int
+
+
+def _cost(config: ModelConfig, options: PlanOptions, what: _Pass) -> PassCost:
+    rows, tokens = what.rows, what.rows * what.length
+    every = config.n_routed_experts
+    chosen_only = expert_path(config, options).chosen_only
+    experts = distinct_experts(config, tokens) if chosen_only else every
+    share = experts / every if every else 0.0
+    weights, state = needed_weights(config, options), state_bytes(config, options)
+    read = moved = 0
+    for graph in what.graphs:
+        routed = weights[graph].by_kind.get(_ROUTED, 0)
+        read += weights[graph].read - routed + round(share * routed)
+        if experts_are_expanded(config, options):
+            full = weight_counts(config)[graph].get(_ROUTED, 0)
+            moved += round(share * 2 * full * item_bytes(engine_dtype(config, options)))
+    kept = rows * (state.per_token * state.capacity + state.per_row)
+    context = CONTEXT in what.graphs  # the denoiser reads the state only
+    written = rows * (state.per_row + state.per_token * what.length) if context else 0
+    flops, flops_8bit = _flops(config, options, what)
+    return PassCost(tokens, experts, read + moved + kept + written, moved, flops, flops_8bit)
+
+
+def _flops(config: ModelConfig, options: PlanOptions, what: _Pass) -> tuple[float, float]:
+    """Of all products, and of those of 8-bit numbers: kernels read their tokens as they are."""
+    few = rounded_of(options) if options.target in TENSORRT else ()
+    few = tuple(kind for kind in few if kind not in outside_engines(config, options))
+    chosen = config.num_experts_per_tok / config.n_routed_experts if config.n_routed_experts else 0
+    whole = chosen if expert_path(config, options).chosen_only else 1.0
+    total = rounded = 0.0
+    for graph in what.graphs:
+        counts = weight_counts(config)[graph]
+        tokens = what.rows * (1 if graph == CONTEXT_HEAD else what.length)
+        for kind in (*_OF_TOKENS, _ROUTED):
+            products = 2 * tokens * counts.get(kind, 0) * (whole if kind == _ROUTED else 1.0)
+            total += products
+            rounded += products if kind in few else 0.0
+    return total + _attention(config, options, what), rounded
+
+
+def _attention(config: ModelConfig, options: PlanOptions, what: _Pass) -> float:
+    """Scores of every position of the capacity, and the sums over values."""
+    width = config.num_attention_heads * config.head_dim
+    layers = config.layers.count(LayerKind.ATTENTION)
+    capacity = state_bytes(config, options).capacity
+    return 4.0 * what.rows * what.length * width * capacity * layers

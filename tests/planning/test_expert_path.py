@@ -1,0 +1,135 @@
+"""What a plan takes for granted of experts is what a build cuts, compiles and allocates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.source import ROOT
+from twotower.builders.expert_cut import ExpertCut
+from twotower.bundle import EngineFile
+from twotower.calibration.recipes import Recipe, builtin_recipes, parts_of
+from twotower.config.model import ModelConfig, parse_model_config, read_model_config
+from twotower.export.graphs import Precision, build_graph
+from twotower.export.synthetic import PUBLISHED_CONFIG, published_slice
+from twotower.export.weights import lay_out, save_program
+from twotower.graph_files import load_graph
+from twotower.kernels import scratch_bytes
+from twotower.kernels.steps import shape_of
+from twotower.planning import PlanOptions, plan_bundle
+from twotower.planning.engines import program_layers
+from twotower.planning.expert_path import expert_path, expert_step, on_gpus, outside_engines
+from twotower.planning.expert_room import expert_room
+from twotower.planning.memory import tower_scratch
+from twotower.runtime.engines.handover import buffer_sizes
+from twotower.spec import CONTEXT, DENOISER, signatures
+
+PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
+KERNELS = PlanOptions(target="rtx")
+SMALL = read_model_config(ROOT / "tests/fixtures/hybrid-a/config.json")
+TINY = read_model_config(ROOT / "assets/twotower-tiny/config.json")
+RECIPES = {"float": Recipe(name="float"), **builtin_recipes()}
+
+
+def options_of(recipe: str) -> PlanOptions:
+    made = RECIPES[recipe]
+    return replace(KERNELS, dtype="bfloat16", formats=tuple(sorted(made.weights.items())), rounded=tuple(sorted(made.activations)))
+
+
+def cut_towers(folder: Path, config: ModelConfig, recipe: str) -> Iterator[ExpertCut]:
+    """Both towers' graphs as an export writes them, cut as a build cuts them."""
+    for graph in (CONTEXT, DENOISER):
+        weights = build_graph(graph, config, "bfloat16").weights
+        few = {part.name: how for part in parts_of(config, weights) if (how := RECIPES[recipe].format_of(part))}
+        made = build_graph(graph, config, "bfloat16", Precision(few))
+        save_program(folder / f"{graph}.onnx", made, lay_out(made.weights))
+        yield ExpertCut(load_graph(folder / f"{graph}.onnx"), signatures(config, "bfloat16")[graph], config, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "why"),
+    [
+        (KERNELS, "kernels", ""),
+        (PlanOptions(target="trt", dtype="float32", experts="nvfp4"), "kernels", ""),
+        (PlanOptions(max_batch=16), "kernels", ""),
+        (PlanOptions(max_batch=17), "dense", "at most 4096"),
+        (PlanOptions(dtype="float16", sms=(75, 89)), "dense", "SM 75"),
+        (on_gpus(PlanOptions(target="trt", dtype="float16"), [75]), "dense", "SM 75"),
+        (on_gpus(PlanOptions(target="trt"), [0, 90]), "kernels", ""),
+        (PlanOptions(expert_path="dense"), "dense", "--expert-path dense"),
+        (PlanOptions(target="ort-cuda"), "dense", "ort-cuda"),
+        (PlanOptions(target="ort-cpu"), "branches", ""),
+        (PlanOptions(target="ort-cpu", expert_path="dense"), "dense", "--expert-path dense"),
+    ],
+)
+def test_what_computes_the_experts(options: PlanOptions, name: str, why: str) -> None:
+    found = expert_path(PUBLISHED, options)
+    assert found.name == name
+    assert why in found.why
+    assert bool(found.why) == (name == "dense")
+    assert (outside_engines(PUBLISHED, options) != ()) == (name == "kernels")
+
+
+def test_a_model_without_experts_has_none_to_compute() -> None:
+    plan = plan_bundle(parse_model_config(published_slice("M*M"), "none"), KERNELS)
+    assert (plan.experts.name, plan.dense, len(plan.engines)) == ("", {}, 3)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_kernels_are_those_a_build_compiles(tmp_path: Path, recipe: str) -> None:
+    for cut in cut_towers(tmp_path, TINY, recipe):
+        planned = shape_of(expert_step(TINY, options_of(recipe)))
+        assert {shape_of(cut.experts(number)) for number in range(cut.programs - 1)} == {planned}
+
+
+def test_room_is_what_the_runtime_allocates(tmp_path: Path) -> None:
+    sizes, rows = {"B": 3, "L": 256}, 3
+    wanted: dict[str, tuple[int, int]] = {}
+    for cut in cut_towers(tmp_path, SMALL, "float"):
+        made = [cut.program(number) for number in range(cut.programs)]
+        programs = [EngineFile("", m.layers, m.inputs, m.outputs, ()) for m in made]
+        for name, (count, nbytes) in buffer_sizes(programs, sizes | {"S": 16, "T": 320}).items():
+            wanted[name] = (count, max(nbytes, wanted.get(name, (0, 0))[1]))
+        layers = [m.layers for m in made]
+        assert [first for first, _ in layers] == [first for first, _ in program_layers(SMALL)]
+    room = expert_room(SMALL, replace(options_of("float"), max_batch=rows))
+    assert room.handed == sum(count * nbytes for count, nbytes in wanted.values())
+    assert room.workspace == scratch_bytes(shape_of(expert_step(SMALL, options_of("float"))), rows * 256)
+    assert expert_room(SMALL, replace(KERNELS, expert_path="dense")).handed == 0
+
+
+def test_programs_keep_no_expert_s_results() -> None:
+    """Nothing of E rows a token is written; a prompt's chunk takes a fifth of the memory."""
+    kernels, dense = (tower_scratch(PUBLISHED, replace(KERNELS, expert_path=path)) for path in ("auto", "dense"))
+    assert kernels[CONTEXT].nbytes < 0.2 * dense[CONTEXT].nbytes
+    assert "experts" not in kernels[CONTEXT].because
+    assert kernels[DENOISER].nbytes < dense[DENOISER].nbytes
+    few = replace(KERNELS, formats=(("routed_expert", "int8"),))
+    assert tower_scratch(PUBLISHED, few) == kernels, "no expert is expanded"
+    expanded = tower_scratch(PUBLISHED, replace(few, expert_path="dense"))
+    assert expanded[DENOISER].nbytes > dense[DENOISER].nbytes
+
+
+def test_equal_programs_are_one_file() -> None:
+    plan = plan_bundle(PUBLISHED, KERNELS)
+    assert {e.name: e.programs for e in plan.engines} == {
+        **{f"{graph}.{n}.engine": count for graph in (CONTEXT, DENOISER) for n, count in enumerate((1, 16, 6, 1))},
+        "context_head.engine": 1,
+    }
+    assert sum(e.weight_bytes for e in plan.engines) == sum(w.total for w in plan.weights.values())
+    assert plan.devices[0].weights == sum(w.total for w in plan.weights.values())
+    assert plan.build_peak < 0.5e9
+
+
+def test_experts_in_few_bits_are_in_no_engine() -> None:
+    plan = plan_bundle(PUBLISHED, replace(KERNELS, experts="int4"))
+    assert plan.held == plan.disk.copies["rtx"] == plan.disk.copies["trt"] == 0
+    assert plan.disk.engines["rtx"] < 1e8
+    assert plan.build_peak < 0.5e9
+    mixed = plan_bundle(PUBLISHED, replace(KERNELS, formats=tuple(sorted(RECIPES["mixed"].weights.items()))))
+    assert 0 < mixed.held < 4e9, "Mamba, attention and heads are"
+    assert len(mixed.engines) == 49, "programs that hold weights of their own share no file"
+    assert sum(e.weight_bytes for e in mixed.engines) == sum(w.total for w in mixed.weights.values())
