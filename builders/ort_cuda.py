@@ -19,7 +19,8 @@ import onnx
 from twotower.builders.base import AUTO, DENSE, FUSED, KERNELS, BuildConfig, Report
 from twotower.builders.expert_choice import ASKED, DENSE_COST, ExpertChoice
 from twotower.builders.expert_cut import ExpertCut
-from twotower.builders.ort_fused import fuse_experts, require_fusable
+from twotower.builders.ort_fusable import require_fusable
+from twotower.builders.ort_fused import fuse_experts
 from twotower.builders.ort_unsigned import unsigned_data
 from twotower.bundle import (
     DATA_SUFFIX,

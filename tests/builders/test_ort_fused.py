@@ -21,7 +21,8 @@ from tests.helpers.fused_experts import fused_nodes, with_bodies, with_cpu_kerne
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.small_slice import SMALL_SLICE
 from twotower.builders import BuildConfig, build_engines, builder_for, ort_unsigned
-from twotower.builders.ort_fused import fuse_experts, require_fusable
+from twotower.builders.ort_fusable import require_fusable
+from twotower.builders.ort_fused import fuse_experts
 from twotower.bundle import BUILD_FILE, DATA_SUFFIX, GRAPH_FILES, Bundle, ExpertsStep, engine_folder, load_engine_record
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
 from twotower.cli.main import main
