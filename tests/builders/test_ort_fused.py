@@ -27,7 +27,7 @@ from twotower.bundle import BUILD_FILE, DATA_SUFFIX, GRAPH_FILES, Bundle, Expert
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
 from twotower.cli.main import main
 from twotower.config import ModelConfig, read_model_config
-from twotower.config.weights import WeightRef
+from twotower.config.weights import PAGE, WeightRef
 from twotower.errors import BuildError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.export.graphs.builder import GraphBuilder
@@ -43,6 +43,7 @@ from twotower.graph_files import (
     widen_data,
     widen_to_float32,
 )
+from twotower.planning import PlanOptions, plan_bundle
 from twotower.spec import CONTEXT, DENOISER, TensorSpec, TowerSignature, signatures
 
 FUSED = BuildConfig(experts="fused")
@@ -454,3 +455,13 @@ def test_an_earlier_library(version: str) -> None:
 def test_tensorrt_has_no_such_operator(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", str(bundle.path), "--target", "rtx", "--sm", "89", "--experts", "fused"]) == 2
     check_error(capsys.readouterr().err, "TensorRT has no operator for these experts")
+
+
+@pytest.mark.parametrize(("recipe", "width"), [("int4-experts", 64), ("int8-weights", 192)])
+def test_the_second_copy_of_integers_is_what_a_plan_says(few_bits: Any, recipe: str, width: int) -> None:
+    bundle, made = fused(few_bits(recipe, width)), builtin_recipes()[recipe]
+    options = PlanOptions(target="ort-cuda", dtype="bfloat16", formats=tuple(sorted(made.weights.items())), rounded=made.activations)
+    planned = plan_bundle(bundle.config, options)
+    assert planned.experts.name == "fused"
+    written = sum(file.stat().st_size for file in engine_folder(bundle, "ort-cuda").glob("*.data"))
+    assert 0 < planned.disk.copies["ort-cuda"] <= written < planned.disk.copies["ort-cuda"] + 20 * PAGE

@@ -162,11 +162,20 @@ def test_experts_that_a_pass_expands_are_told_and_not_recommended(published: str
     assert main([*dense, "--experts", "nvfp4", "--gpu", "RTX PRO 6000"]) == 0
     out = capsys.readouterr().out
     assert "58.7 GB written and 58.7 GB read besides, slower than bfloat16 experts" in out
-    assert main(["plan", published, "--target", "ort-cuda", "--gpu", "H100"]) == 2
+    assert main(["plan", published, "--target", "ort-cuda", "--gpu", "H100", "--expert-path", "dense"]) == 2
     err = capsys.readouterr().err
     check_error(err, "does not fit")
     assert "--experts" not in err.split("do:")[1].split("left out")[0]
     assert "left out: --experts int8, fp8, int4, nvfp4" in err
+    assert main(["plan", published, "--target", "ort-cuda", "--gpu", "H100"]) == 2
+    err = capsys.readouterr().err
+    assert "`--experts int8`" in err
+    assert "`--experts int4`" in err
+    assert "left out: --experts fp8, nvfp4" in err
+    assert main(["plan", published, "--target", "ort-cuda", "--experts", "int4"]) == 0
+    out = capsys.readouterr().out
+    assert "one operator of ONNX Runtime a layer computes those that a token chose" in out
+    assert "weights the bundle holds too: ort-cuda 29.4 GB" in out
 
 
 def test_kernels_expand_no_experts_and_every_format_is_recommended(published: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,6 +121,14 @@ def test_kernels_dequantize_in_registers_and_branches_expand_what_they_compute()
     assert branches.expanded == pytest.approx(share * 8 * EXPERTS, rel=1e-6), "float32, written and read"
 
 
+def test_fused_experts_read_what_kernels_read() -> None:
+    for experts in (None, "int4"):
+        fused = replace(KERNELS, target="ort-cuda", experts=experts)
+        kernels = replace(KERNELS, experts=experts)
+        for rows in (1, 8):
+            assert pass_costs(PUBLISHED, fused, rows) == pass_costs(PUBLISHED, kernels, rows)
+
+
 def test_eight_bit_products_are_counted_where_engines_have_them() -> None:
     """Kernels read their tokens as they are, and so multiply 16 bits whatever the weights."""
     dense, kernels = (denoising(replace(o, experts="fp8")) for o in (DENSE, KERNELS))

@@ -29,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--expert-path",
         default="auto",
         metavar="P",
-        help="what computes experts: `kernels` of our own those that a token chose (rtx, trt; SM 80 and later), `dense` all of them, "
-        "`auto` what `twotower build` takes by itself: kernels where there are such, on ort-cpu the chosen ones (default: %(default)s)",
+        help="what computes experts: `kernels` of our own (rtx, trt; SM 80 and later) or a `fused` operator (ort-cuda) "
+        "those that a token chose, `dense` all of them; `auto` plans what `twotower build` takes by itself: the chosen "
+        "ones where it can (default: %(default)s)",
     )
     parser.add_argument("--mode", default="diffusion", metavar="M", help="diffusion: both towers; ar: the context tower alone")
     parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="most rows (default: %(default)s)")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from twotower.builders.base import KERNELS
+from twotower.builders.base import FUSED, KERNELS
 from twotower.builders.build_cost import LayerBytes, build_memory, build_seconds, program_bytes
 from twotower.builders.cut import even_layers, tower_cuts
 from twotower.builders.memory import require_bound
+from twotower.config.formats import FORMATS, stored_bytes
 from twotower.config.model import LayerKind, ModelConfig
+from twotower.config.tensors import Role
 from twotower.planning.expert_path import expert_path, segments_of
 from twotower.planning.options import TENSORRT, PlanOptions, all_formats
-from twotower.planning.weights import GraphWeights, cpu_bytes
+from twotower.planning.weights import GraphWeights, cpu_bytes, weight_counts
 
-__all__ = ["EnginePlan", "engine_plans", "placed_pieces", "program_layers"]
+__all__ = ["EnginePlan", "engine_plans", "own_bytes", "placed_pieces", "program_layers"]
 
 Layers = tuple[int, int]
 """The first layer and the one after the last."""
@@ -64,9 +67,7 @@ def engine_plans(
     """
     if options.target not in TENSORRT:
         layers, size = (0, len(weights.layers)), weights.total
-        kept = options.dtype or config.dtype
-        widened = cpu_bytes(config, kept, all_formats(options))[graph]
-        stored = widened if options.target == "ort-cpu" else 0
+        stored = own_bytes(config, options)[graph]
         return [EnginePlan(f"{graph}.onnx", graph, layers, size, stored, None, None, stored)]
     if weights.layers and expert_path(config, options).name == KERNELS:
         return _programs(graph, weights, config, bound=options.max_build_memory)
@@ -82,6 +83,22 @@ def engine_plans(
         )
         for number, layers in zip(numbers, cuts, strict=True)
     ]
+
+
+def own_bytes(config: ModelConfig, options: PlanOptions) -> Mapping[str, int]:
+    """Bytes of weights that an engine of ONNX Runtime has in a file of its own, by graph.
+
+    For a CPU what is widened; on a GPU integers of fused experts, which are unsigned there.
+    """
+    formats, dtype = all_formats(options), options.dtype or config.dtype
+    if options.target == "ort-cpu":
+        return cpu_bytes(config, dtype, formats)
+    few = dict(formats).get(Role.ROUTED_EXPERT.value)
+    fused = few is not None and expert_path(config, options).name == FUSED
+    return {
+        graph: stored_bytes(FORMATS[few].dtype, counts.get(Role.ROUTED_EXPERT.value, 0)) if few and fused else 0
+        for graph, counts in weight_counts(config).items()
+    }
 
 
 def placed_pieces(

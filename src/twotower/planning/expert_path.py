@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from twotower.builders.base import DENSE, KERNELS
+from twotower.builders.base import DENSE, FUSED, KERNELS
 from twotower.builders.expert_code import require_kernels
+from twotower.builders.ort_fusable import RELU2_SINCE, require_fusable
 from twotower.bundle import ExpertsStep
 from twotower.config.formats import stack_is_expanded, stored_format
 from twotower.config.model import LayerKind, ModelConfig
@@ -25,6 +26,7 @@ from twotower.spec import MAX_CHUNK
 
 __all__ = [
     "BRANCHES",
+    "FUSED_SINCE",
     "ExpertPath",
     "distinct_experts",
     "expert_path",
@@ -40,6 +42,12 @@ __all__ = [
 BRANCHES = "branches"
 """Of `ort-cpu`: every expert is a branch of the graph that runs on the tokens that chose it."""
 
+FUSED_SINCE = ".".join(map(str, RELU2_SINCE))
+"""The version of ONNX Runtime that fused experts are planned for; the GPU machine has its own."""
+
+_WITHOUT_COPIES = (KERNELS, FUSED)
+"""What reads experts in few bits as they are stored."""
+
 _EXPERT_KINDS = (Role.ROUTED_EXPERT.value, Role.SHARED_EXPERT.value)
 
 
@@ -48,8 +56,8 @@ class ExpertPath:
     """What computes the experts.
 
     Attributes:
-        name: `kernels` or `branches`, which compute the chosen experts; `dense`, the engine, all of
-            them; empty for a model without experts.
+        name: `kernels`, `fused` or `branches`, which compute the chosen experts; `dense`, the
+            engine, all of them; empty for a model without experts.
         why: Of `dense`, why not the chosen ones only; else empty.
     """
 
@@ -59,7 +67,7 @@ class ExpertPath:
     @property
     def chosen_only(self) -> bool:
         """Whether experts that no token of a pass chose are neither read nor computed."""
-        return self.name in (KERNELS, BRANCHES)
+        return self.name in (KERNELS, FUSED, BRANCHES)
 
 
 def expert_path(config: ModelConfig, options: PlanOptions) -> ExpertPath:
@@ -70,34 +78,41 @@ def expert_path(config: ModelConfig, options: PlanOptions) -> ExpertPath:
         return ExpertPath(DENSE, "--expert-path dense asks for it")
     if options.target == "ort-cpu":
         return ExpertPath(BRANCHES)
-    if options.target not in TENSORRT:
-        return ExpertPath(DENSE, f"{options.target} runs the exported graph")
+    kernels = options.target in TENSORRT
     try:
-        _require_kernels(config, options)
+        (_require_kernels if kernels else _require_fused)(config, options)
     except BuildError as e:
         return ExpertPath(DENSE, f"{e.what} ({e.found})")
-    return ExpertPath(KERNELS)
+    return ExpertPath(KERNELS if kernels else FUSED)
 
 
 def require_path(config: ModelConfig, options: PlanOptions) -> None:
-    """Refuses kernels where there are none.
+    """Refuses kernels and fused experts where there are none.
 
     Raises:
-        ConfigError: `--expert-path kernels` for such a target, model, number of rows or GPU.
+        ConfigError: `--expert-path` names them for such a target, model, number of rows or GPU.
     """
-    if options.expert_path != KERNELS:
+    path, target = options.expert_path, options.target
+    if path not in (KERNELS, FUSED):
         return
     found = "" if LayerKind.MOE in config.layers else "the model has no routed experts"
-    if options.target not in TENSORRT:
-        found = f"target {options.target}; the kernels run between programs of rtx and trt"
+    if path == KERNELS and target not in TENSORRT:
+        found = f"target {target}; the kernels run between programs of rtx and trt"
+    if path == FUSED and target != "ort-cuda":
+        found = f"target {target}; the operator is of ONNX Runtime on a GPU, ort-cuda"
     try:
         if not found:
-            _require_kernels(config, options)
+            (_require_kernels if path == KERNELS else _require_fused)(config, options)
     except BuildError as e:
         found = f"{e.what}: {e.found}"
     if found:
-        do = "leave --expert-path out, which takes kernels wherever there are such"
-        raise ConfigError("--expert-path kernels does not apply", found=found, do=do)
+        do = "leave --expert-path out, which takes what computes the chosen experts where it can"
+        raise ConfigError(f"--expert-path {path} does not apply", found=found, do=do)
+
+
+def _require_fused(config: ModelConfig, options: PlanOptions) -> None:
+    """What the build of `ort-cuda` asks, of a library that is new enough."""
+    require_fusable(expert_step(config, options), FUSED_SINCE)
 
 
 def _require_kernels(config: ModelConfig, options: PlanOptions) -> None:
@@ -162,10 +177,10 @@ def outside_engines(config: ModelConfig, options: PlanOptions) -> tuple[str, ...
 def experts_are_expanded(config: ModelConfig, options: PlanOptions) -> bool:
     """Whether a pass writes quantized experts to memory at full width and reads them again.
 
-    Kernels never do: they dequantize in registers.
+    Kernels and fused experts never do: they dequantize in registers.
     """
     name = dict(formats_of(options)).get(_EXPERT_KINDS[0])
-    if name is None or expert_path(config, options).name == KERNELS:
+    if name is None or expert_path(config, options).name in _WITHOUT_COPIES:
         return False
     rounded = _EXPERT_KINDS[0] in rounded_of(options)
     return stack_is_expanded(options.target, name, rounded_input=rounded)

@@ -11,7 +11,7 @@ from twotower.config.model import ModelConfig
 from twotower.hardware import TARGETS
 from twotower.planning.break_even import ROWS
 from twotower.planning.devices import DeviceNeed, device_needs
-from twotower.planning.engines import EnginePlan, engine_plans
+from twotower.planning.engines import EnginePlan, engine_plans, own_bytes
 from twotower.planning.expert_path import ExpertPath, expert_path, left_out, outside_engines, segments_of
 from twotower.planning.expert_room import ExpertRoom, expert_room
 from twotower.planning.memory import State, needed_weights, state_bytes, tower_scratch
@@ -19,7 +19,7 @@ from twotower.planning.options import TENSORRT, PlanOptions, all_formats, engine
 from twotower.planning.passes import PassCosts, pass_costs
 from twotower.planning.scratch import Scratch
 from twotower.planning.sound import require_sound
-from twotower.planning.weights import GraphWeights, checkpoint_bytes, cpu_bytes, graph_weights, item_bytes
+from twotower.planning.weights import GraphWeights, checkpoint_bytes, graph_weights, item_bytes
 
 __all__ = [
     "EXPORT_MEMORY",
@@ -165,8 +165,8 @@ def _disk(config: ModelConfig, options: PlanOptions) -> Disk:
     dtype = options.dtype or config.dtype
     formats = all_formats(options)
     kept = graph_weights(config, dtype, formats, rounded_of(options))
-    wide = sum(cpu_bytes(config, dtype, formats).values())
-    copies = {"ort-cuda": 0, "ort-cpu": wide}
+    others = {target: replace(options, target=target) for target in TARGETS if target not in TENSORRT}
+    copies = {target: sum(own_bytes(config, o).values()) for target, o in others.items()}
     sizes = dict(copies)
     for target in TENSORRT:
         made = _programs_of(target, config, options)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from twotower.builders.base import DENSE, KERNELS
+from twotower.builders.base import DENSE, FUSED, KERNELS
 from twotower.kernels import MOST_TOKENS
-from twotower.planning.expert_path import BRANCHES
+from twotower.planning.expert_path import BRANCHES, FUSED_SINCE
 from twotower.planning.fit import GpuFit
 from twotower.planning.passes import PassCost, PassCosts
 from twotower.planning.plan import Plan
@@ -16,11 +16,13 @@ __all__ = ["aligned", "break_even_lines", "expert_lines", "pass_lines", "pass_no
 
 _EXPERTS = {
     KERNELS: "kernels compute those that a token chose, and read them as they are stored",
+    FUSED: "one operator of ONNX Runtime a layer computes those that a token chose",
     BRANCHES: "those that a token chose compute, as branches of the graph",
     DENSE: "dense: all of them compute every token",
 }
 _OTHER_WAY = {
     KERNELS: "--expert-path dense plans engines that compute all of them",
+    FUSED: f"--expert-path dense plans the exported graph, all there is before version {FUSED_SINCE}",
     BRANCHES: "--expert-path dense plans the exported graph (--dialect standard)",
 }
 
@@ -71,6 +73,8 @@ def pass_notes(plan: Plan) -> list[str]:
     ]
     if plan.experts.name:
         said.append(few if plan.experts.chosen_only else every)
+    if plan.experts.name == FUSED:
+        said.append("fused experts have never run on a GPU")
     if plan.experts.name == KERNELS:
         said.append("the kernels have never run on a GPU")
         most = MOST_TOKENS // MAX_CHUNK

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
-from twotower.builders.base import DENSE, KERNELS
+from twotower.builders.base import DENSE, FUSED, KERNELS
 from twotower.builders.profiles import profiles
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.planning.expert_path import BRANCHES
@@ -133,7 +133,7 @@ def _moments(part: _Part, config: ModelConfig, shapes: Shapes, length: int) -> I
     always = list(_always(part, config, shapes, length))
     yield always
     if LayerKind.MOE in part.layers:
-        experts = _chosen_experts if shapes.path == BRANCHES else _experts
+        experts = _chosen_experts if shapes.path in (BRANCHES, FUSED) else _experts
         yield [*experts(config, shapes, length), *always]
     if LayerKind.MLP in part.layers:
         hidden = ("MLP [B,L,F]", rows * length * config.intermediate_size * item)
@@ -176,14 +176,18 @@ def _experts(config: ModelConfig, shapes: Shapes, length: int) -> _Tensors:
 
 
 def _chosen_experts(config: ModelConfig, shapes: Shapes, length: int) -> _Tensors:
-    """Every token's row once for each expert it chose, the results, and an expert that all chose."""
+    """Every token's row once for each expert it chose, the results, and what is between.
+
+    A branch has one expert at a time, which all tokens may have chosen; one operator has all.
+    """
     item, tokens = item_bytes(shapes.dtype), shapes.max_batch * length
     pairs = ("rows of pairs [B*L*K,D]", tokens * config.num_experts_per_tok * config.hidden_size * item)
     copy = config.moe_intermediate_size * config.hidden_size * item
+    rows = tokens * (config.num_experts_per_tok if shapes.path == FUSED else 1)
     return [
         pairs,
         pairs,
-        ("one expert [B*L,F]", tokens * config.moe_intermediate_size * item),
+        ("hidden rows of pairs [B*L*K,F]", rows * config.moe_intermediate_size * item),
         *([("one expanded expert [F,D]", copy)] if shapes.expanded else []),
     ]
 
