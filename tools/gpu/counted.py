@@ -13,15 +13,16 @@ class CountedCuda(Cuda):
     """The calls, and how many captures were begun and graphs made of them.
 
     Args:
-        api: See `Cuda`.
+        api: See `Cuda`; likewise
+        driver: the driver's functions.
 
     Attributes:
         begun: Captures that were begun.
         made: Graphs that were made.
     """
 
-    def __init__(self, api: Any) -> None:
-        super().__init__(api)
+    def __init__(self, api: Any, *, driver: Any = None) -> None:
+        super().__init__(api, driver=driver)
         self.begun = self.made = 0
 
     def begin_capture(self, stream: int) -> None:

@@ -1,8 +1,8 @@
 """Section `cuda-layer`: the runtime's CUDA layer on a real GPU, with torch as the engine.
 
-Both fixtures' recorded tokens are written with captured graphs and without, by towers in one piece
-and in segments, one prompt at a time and in a batch. Over the tests' stand-in for CUDA the same
-runs on a CPU.
+Both fixtures' recorded tokens are written with captured graphs and without, by towers in one piece,
+in segments, and as programs with the expert kernels between them, one prompt at a time and in a
+batch. Over the tests' stand-in for CUDA the same runs on a CPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from cuda.bindings import driver as cuda_driver
 from cuda.bindings import runtime as cudart
 
 from tools.gpu.counted import CountedCuda
@@ -23,6 +24,8 @@ from tools.gpu.recorded_texts import AUTOREGRESSIVE, FIXTURES, recorded_options,
 from tools.gpu.timing import need_torch
 from tools.gpu.torch_engine import TorchTensorRT, torch_job
 from twotower import TwoTower
+from twotower.builders.base import DENSE, KERNELS
+from twotower.builders.expert_code import Compile
 from twotower.bundle import Bundle
 from twotower.doctor import Answers
 from twotower.doctor.cuda_layer import check_cuda
@@ -46,18 +49,32 @@ _HEAD = ("towers", "passes", "as recorded", "graphs made", "seconds", "what went
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A fixture whose towers are cut into about so many segments each."""
+    """A fixture and how its towers are cut.
+
+    Attributes:
+        fixture: Its name.
+        pieces: About so many segments each.
+        experts: `kernels` for programs with the expert kernels between, as `twotower build` has it.
+    """
 
     fixture: str
     pieces: int = 1
+    experts: str = DENSE
 
     @property
     def name(self) -> str:
         """Of its bundle's folder."""
-        return f"{self.fixture}-{self.pieces}"
+        return f"{self.fixture}-{self.experts if self.experts == KERNELS else self.pieces}"
 
 
-CASES = (Case("hybrid-a"), Case("hybrid-a", 3), Case("hybrid-b"))
+CASES = (
+    Case("hybrid-a"),
+    Case("hybrid-a", experts=KERNELS),
+    Case("hybrid-b", experts=KERNELS),
+    Case("hybrid-a", 3),
+    Case("hybrid-b"),
+)
+"""What the others need first."""
 
 
 def ask(answers: Answers, given: Given) -> None:
@@ -71,7 +88,9 @@ def ask(answers: Answers, given: Given) -> None:
         bundle = _bundle(case, given.work)
         for graphs in (True, False):
             trt = TorchTensorRT()
-            facts = tokens_of_case(bundle, case, trt, cuda=CountedCuda(cudart), graphs=graphs)
+            facts = tokens_of_case(
+                bundle, case, trt, cuda=CountedCuda(cudart, driver=cuda_driver), graphs=graphs
+            )
             answers.put(**{f"{case.name} {'graphs' if graphs else 'launched'}": facts})
             rows.append(_row(case, facts))
             answers.table("Recorded tokens", _HEAD, rows)
@@ -135,8 +154,14 @@ def tokens_of_case(
     }
 
 
-def torch_bundle(case: Case, output: Path) -> Bundle:
-    """A bundle with torch engines for 4 rows and texts of 256 tokens, by the project's builder."""
+def torch_bundle(case: Case, output: Path, compiler: Compile | None = None) -> Bundle:
+    """A bundle with torch engines for 4 rows and texts of 256 tokens, by the project's builder.
+
+    Args:
+        case: Of what, and how it is cut.
+        output: The bundle.
+        compiler: What compiles expert kernels; None for Triton.
+    """
     # Exporting needs more than running: a machine with a pack may lack it.
     from twotower.builders import BuildConfig, build_engines, make_engine
     from twotower.builders.tensorrt_builder import TensorRTBuilder
@@ -144,9 +169,11 @@ def torch_bundle(case: Case, output: Path) -> Bundle:
 
     checkpoint = Checkpoint.open(FIXTURES / case.fixture)
     bundle = export_bundle(checkpoint, output, ExportConfig(dtype="float32"))
-    builder = TensorRTBuilder(flavour_from_module(TorchTensorRT("cpu")))
-    cut = {"segments": case.pieces} if case.pieces > 1 else {}
-    config = BuildConfig(sms=(89,), max_context=256, max_batch=_IN_A_BATCH, experts="dense", **cut)
+    flavour = flavour_from_module(TorchTensorRT("cpu"))
+    builder = TensorRTBuilder(flavour, compiler)
+    sms = flavour.sms if case.experts == KERNELS else (89,)  # an engine of torch's runs anywhere
+    options = {"sms": sms, "max_context": 256, "max_batch": _IN_A_BATCH}
+    config = BuildConfig(**options, segments=case.pieces, experts=case.experts)
     with patch.object(make_engine, "run_job", torch_job):
         build_engines(bundle, "rtx", builder, config=config)
     return bundle
@@ -184,6 +211,8 @@ def _bundle(case: Case, work: Path) -> Bundle:
 
 def _row(case: Case, facts: dict[str, Any]) -> tuple[Any, ...]:
     pieces = "one piece" if case.pieces == 1 else f"about {case.pieces} segments"
+    if case.experts == KERNELS:
+        pieces = "programs and expert kernels"
     made, begun = facts["captures"]
     wrong = "; ".join(filter(None, (facts.get("failed"), *facts["refused"])))
     passes = "replayed" if facts["graphs"] else "launched"

@@ -1,44 +1,44 @@
 """Section `experts`: the runtime's expert kernels at published sizes, beside dense products.
 
-The kernels are compiled here, by the Triton that is installed, for this GPU alone.
+The kernels are those of the pack, compiled elsewhere by the Triton that twotower asks for; without
+a pack they are compiled here. NVIDIA's driver loads and launches them, in a graph too.
 """
 
 from __future__ import annotations
 
+import tarfile
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
 from typing import Any
 
+from tools.gpu.expert_cubins import FORMS, GROUP, compile_layers, published
 from tools.gpu.questions import Given
 from tools.gpu.timing import captured, copy_gb_per_s, median_ms, need_torch
-from twotower.config.formats import FORMATS
 from twotower.doctor import Answers, SkipSectionError
 from twotower.doctor.sections import short
 from twotower.errors import TwoTowerError
-from twotower.kernels import ExpertFormats, ExpertShape, scratch_bytes
-from twotower.kernels.compile import compile_kernels
+from twotower.kernels import ExpertShape, read_manifest, scratch_bytes
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.experts import ExpertCode, ExpertStep
 
-__all__ = ["Layer", "ask", "published"]
+__all__ = ["ARCHIVE", "FOLDER", "Layer", "ask", "code_folder", "measured"]
+
+ARCHIVE, FOLDER = "experts.tar.xz", "experts"
+"""In a pack, and the folder in it."""
 
 TOKENS = (16, 1, 128, 512)
 """The most telling first."""
 
-GROUP = 32
-"""Of int4."""
-
-_TOLERANCE = 1e-2
+TOLERANCE = 1e-2
 """Relative to the norm, in bfloat16: hidden rows, an expert's row and the sum are rounded."""
 
-_HEAD = ("weights", "tokens", "error", "ms", "experts", "GB/s", "of copy", "dense ms", "alone")
-
-
-def published(form: str) -> ExpertShape:
-    """The published layer with routed experts in bfloat16 or int4, the shared one in bfloat16."""
-    how = replace(FORMATS["int4"], group=GROUP) if form == "int4" else None
-    sizes = {"hidden": 2688, "width": 1856, "experts": 128, "top": 6, "shared_intermediate": 3712}
-    return ExpertShape(**sizes, dtype="bfloat16", weights=ExpertFormats(up=how, down=how))
+_HEAD = (
+    *("weights", "tokens", "launched", "replayed", "rows alone", "experts", "ms", "GB/s"),
+    *("of copy", "dense ms", "dense / ms"),
+)
 
 
 def ask(answers: Answers, given: Given) -> None:
@@ -48,41 +48,93 @@ def ask(answers: Answers, given: Given) -> None:
     cuda = Cuda(runtime, driver=driver)
     sm = cuda.compute_capability(0)
     copy = copy_gb_per_s(torch)
+    folder, where = code_folder(given, sm)
+    answers.put(sm=sm, compiled=where, copy_gb_per_s=short(copy))
     rows: list[list[Any]] = []
-    for form in ("bfloat16", "int4"):
-        shape = published(form)
-        folder = given.work / f"experts-{form}"
-        try:
-            compile_kernels(shape, [sm], folder)
-        except TwoTowerError as e:
-            raise SkipSectionError(f"{e.what}: {e.found}") from e
-        layer = Layer(torch, shape, device="cuda")
-        code = ExpertCode.open(folder, cuda, 0)
-        answers.put(sm=sm, triton=code.manifest.triton, copy_gb_per_s=short(copy))
+    for form in FORMS:
+        layer = Layer(torch, published(form), device="cuda")
+        code = ExpertCode.open(folder / form, cuda, 0)
+        answers.put(triton=code.manifest.triton)
         for count in TOKENS:
             rows.append([form, count, *measured(layer, code, count, copy)])
             answers.put(rows=rows)
             answers.table("One published layer with its shared expert", _HEAD, rows)
+        if form == FORMS[0]:
+            answers.put(host_us_a_launch=_host_us(layer, code))
         code.close()
         del layer
+    right = sum(isinstance(row[2], float) and isinstance(row[3], float) and row[4] for row in rows)
+    answers.say(f"{right} of {len(rows)} right, replayed with another routing and row by row too")
+
+
+def code_folder(given: Given, sm: int) -> tuple[Path, str]:
+    """Where the kernels for this GPU are, a folder for each form, and where they were compiled.
+
+    Raises:
+        SkipSectionError: none were brought, and none can be compiled here.
+    """
+    archive, folder = given.find(ARCHIVE), given.work / FOLDER
+    if archive is not None:
+        with tarfile.open(archive) as packed:
+            packed.extractall(given.work, filter="data")
+        if all(sm in read_manifest(folder / form).sms for form in FORMS):
+            return folder, "elsewhere"
+    try:
+        compile_layers(folder, [sm])
+    except TwoTowerError as e:
+        raise SkipSectionError(f"{e.what}: {e.found}") from e
+    return folder, f"here: none were brought for SM {sm}"
 
 
 def measured(layer: Layer, code: ExpertCode, count: int, copy: float) -> list[Any]:
-    """The row of a number of tokens, without its first two columns."""
+    """The row of a number of tokens, without its first two columns.
+
+    Args:
+        layer: The weights.
+        code: The kernels.
+        count: Tokens.
+        copy: Bytes a copy in device memory reads and writes, GB/s.
+    """
     torch = layer.torch
     case = layer.case(count)
     run = layer.bound(code, case)
     run()
     torch.cuda.synchronize()
-    wanted = layer.expected(case)
-    error = float((case.out.float() - wanted).norm() / wanted.norm())
     alone = layer.rows_alone(code, case, range(0, count, max(1, count // 4)))
-    ms = median_ms(torch, captured(torch, run).replay)
+    launched = _error(layer, case)
+    graph = captured(torch, run)
+    layer.route(case)  # what is captured follows a list that changes
+    graph.replay()
+    replayed = _error(layer, case)
+    ms = median_ms(torch, graph.replay)
     dense_ms = median_ms(torch, lambda: layer.dense(case))
     rate = layer.bytes_read(case) / ms / 1e6
-    right = f"{error:.1e}" if error < _TOLERANCE else f"WRONG {error:.1e}"
     chosen = int((case.shares != 0).any(1).sum())
-    return [right, short(ms), chosen, short(rate), short(2 * rate / copy), short(dense_ms), alone]
+    speed = map(short, (ms, rate, rate / copy, dense_ms, dense_ms / ms))
+    return [launched, replayed, alone, chosen, *speed]
+
+
+def _error(layer: Layer, case: Case) -> float | str:
+    """Of the result, relative to the norm, once it is there; words where it is wrong."""
+    layer.torch.cuda.synchronize()
+    wanted = layer.expected(case)
+    error = float((case.out.float() - wanted).norm() / wanted.norm())
+    case.out.fill_(float("nan"))
+    return short(error) if error < TOLERANCE else f"WRONG {error:.1e}"  # so is NaN
+
+
+def _host_us(layer: Layer, code: ExpertCode, *, rounds: int = 200) -> float:
+    """Microseconds of the host a launch, the median of five rows of steps of 16 tokens."""
+    run, launches = layer.bound(code, layer.case(TOKENS[0])), len(code.launches(TOKENS[0]))
+    times = []
+    for _ in range(5):
+        layer.torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(rounds):
+            run()
+        times.append((time.perf_counter() - began) / rounds / launches * 1e6)
+    layer.torch.cuda.synchronize()
+    return short(median(times))
 
 
 @dataclass
@@ -117,14 +169,21 @@ class Layer:
                 self._quantized(name, size)
 
     def case(self, count: int) -> Case:
-        """Tokens that choose at random, a different set each."""
-        e, top = self.shape.experts, self.shape.top
+        """Tokens that choose at random."""
+        x = self._normal(count, self.shape.hidden, scale=1.0)
+        shares = self.torch.empty(self.shape.experts, count, device=self.device)
+        case = Case(x, shares, self.torch.full_like(x, float("nan")))
+        self.route(case)
+        return case
+
+    def route(self, case: Case) -> None:
+        """Another choice of experts for each token, in the same place."""
+        e, top, count = self.shape.experts, self.shape.top, len(case.x)
         options = {"device": self.device, "generator": self._random}
         chosen = self.torch.rand(count, e, **options).topk(top, 1).indices
         shares = self.torch.zeros(count, e, device=self.device)
         shares.scatter_(1, chosen, 0.1 + self.torch.rand(count, top, **options))
-        x = self._normal(count, self.shape.hidden, scale=1.0)
-        return Case(x, shares.T.contiguous(), self.torch.full_like(x, float("nan")))
+        case.shares.copy_(shares.T)
 
     def bound(self, code: ExpertCode, case: Case) -> Callable[[], None]:
         """The launches of a case on torch's current stream."""

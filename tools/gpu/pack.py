@@ -85,7 +85,7 @@ def prepare_steps(python: str) -> tuple[Step, ...]:
     """All pieces, the quickest first."""
     rtx = f"tensorrt-rtx {prepare.rtx_version()}, Python {python}"
     return (
-        Step("cubins", ("call1/cubins",), prepare.cubins, prepare.TRITON),
+        Step("experts", ("call1/experts.tar.xz",), prepare.experts, prepare.TRITON),
         Step("bundles", ("call1/bundles.tar.xz",), prepare.bundles, ""),
         Step("rtx", ("call2/rtx",), prepare.rtx, rtx),
         Step("targets", ("call2/targets.tar.xz",), prepare.targets, rtx),

@@ -5,6 +5,7 @@ A function raises `ImportError` where a library that it needs is not installed.
 
 from __future__ import annotations
 
+import importlib.util
 import lzma
 import os
 import shutil
@@ -13,7 +14,8 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -26,7 +28,7 @@ __all__ = [
     "TRITON",
     "bundles",
     "carried",
-    "cubins",
+    "experts",
     "full_size",
     "library",
     "rtx",
@@ -34,8 +36,8 @@ __all__ = [
 ]
 
 TRITON = "triton==3.9.0"
-SMS = (80, 89, 90, 120)
-"""Compute capabilities that the small kernel is compiled for."""
+SMS = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities that the expert kernels are compiled for."""
 
 PREBUILT = ("default", "SM80")
 """Capabilities that plans are built for beforehand."""
@@ -73,27 +75,40 @@ def carried() -> str:
         return ""
 
 
-def cubins(pack: Path) -> None:
-    """The small kernel, compiled by Triton as installed here, or fetched for this alone."""
-    with tempfile.TemporaryDirectory() as scratch:
-        environment = dict(os.environ)
-        if subprocess.run(
-            [sys.executable, "-c", "import triton"], check=False, capture_output=True
-        ).returncode:
-            _pip("install", "--no-deps", "--target", f"{scratch}/site", TRITON)
-            environment["PYTHONPATH"] = _joined(f"{scratch}/site", environment.get("PYTHONPATH"))
-        environment["TRITON_CACHE_DIR"] = f"{scratch}/cache"
-        command = [sys.executable, "-m", "tools.gpu.kernels", str(pack / "call1" / "cubins")]
-        subprocess.run(
-            [*command, *map(str, SMS)], env=environment, check=True, stdout=subprocess.DEVNULL
-        )
+def experts(pack: Path) -> None:
+    """The published layer's expert kernels, by the Triton that twotower asks for."""
+    from tools.gpu.experts import ARCHIVE, FOLDER
+
+    with tempfile.TemporaryDirectory() as scratch, _with_triton():
+        command = [sys.executable, "-m", "tools.gpu.expert_cubins", f"{scratch}/{FOLDER}"]
+        subprocess.run([*command, *map(str, SMS)], check=True, stdout=subprocess.DEVNULL)
+        _pack_folder(Path(scratch), pack / "call1" / ARCHIVE)
+
+
+@contextmanager
+def _with_triton() -> Iterator[None]:
+    """Triton for processes that are started here and for this one; fetched where it is missing."""
+    if importlib.util.find_spec("triton") is not None:
+        yield
+        return
+    before = os.environ.get("PYTHONPATH")
+    with tempfile.TemporaryDirectory() as site:
+        _pip("install", "--no-deps", "--target", site, TRITON)
+        os.environ["PYTHONPATH"] = _joined(site, before)
+        sys.path.insert(0, site)
+        try:
+            yield
+        finally:
+            sys.path.remove(site)
+            os.environ.pop("PYTHONPATH")
+            os.environ.update({} if before is None else {"PYTHONPATH": before})
 
 
 def bundles(pack: Path) -> None:
     """Bundles with torch engines; one archive, because the same weights lie in several of them."""
     from tools.gpu.cuda_layer import ARCHIVE, CASES, torch_bundle
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _with_triton():
         for case in CASES:
             torch_bundle(case, Path(scratch) / case.name)
         _pack_folder(Path(scratch), pack / "call1" / ARCHIVE)

@@ -105,14 +105,8 @@ QUESTIONS = {
         module="tools.gpu.launches",
         call=1,
     ),
-    "cubins": Question(
-        text="Does a kernel compiled elsewhere run through the driver's API, in a graph too?",
-        seconds=40,
-        module="tools.gpu.cubins",
-        call=1,
-    ),
     "experts": Question(
-        text="Are the runtime's own expert kernels right at published sizes, and how fast?",
+        text="Are the expert kernels, compiled elsewhere, right at published sizes, and how fast?",
         seconds=100,
         module="tools.gpu.experts",
         call=1,

@@ -72,7 +72,7 @@ class TorchTensorRT(SimpleNamespace):
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
     CudaGraphStrategy = SimpleNamespace(DISABLED="disabled")
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager", NONE="none")
-    ComputeCapability = SimpleNamespace(SM86=86, SM89=89, SM120=120)
+    ComputeCapability = SimpleNamespace(SM80=80, SM86=86, SM89=89, SM90=90, SM100=100, SM120=120)
     ProfilingVerbosity = SimpleNamespace(NONE="none", DETAILED="detailed")
     IRuntimeCache = object
     IExecutionContext = SimpleNamespace(is_stream_capturable=None)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.tensorrt_stand_in import stand_in_kernels
 from tools.gpu.counted import CountedCuda
 from tools.gpu.cuda_layer import Case, tokens_of_case, torch_bundle
 from tools.gpu.torch_engine import TorchTensorRT
@@ -30,17 +31,22 @@ def test_torch_computes_every_operator_of_the_graphs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [Case("hybrid-a", 3), Case("hybrid-b")], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case",
+    [Case("hybrid-a", 3), Case("hybrid-b"), Case("hybrid-b", experts="kernels")],
+    ids=lambda c: c.name,
+)
 def test_recorded_tokens_are_written(tmp_path: Path, case: Case) -> None:
-    bundle = torch_bundle(case, tmp_path / "bundle")
+    bundle = torch_bundle(case, tmp_path / "bundle", stand_in_kernels)
     for graphs in (True, False):
-        api = CudaStandIn()
+        api = CudaStandIn(sm=90)
         trt, cuda = TorchTensorRT("cpu", api), CountedCuda(api)
         facts = tokens_of_case(bundle, case, trt, cuda=cuda, graphs=graphs, most=1)
         assert facts["right"] is True, facts
         assert facts["refused"] == []
         assert cuda.made == cuda.begun
         assert (cuda.made > 0) == graphs
+        assert bool(api.launched) == (case.experts == "kernels")
         assert not api.leaked
 
 

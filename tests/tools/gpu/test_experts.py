@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,11 @@ import torch
 
 from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.kernel_stand_in import write_kernels
-from tools.gpu.experts import Layer, published
+from tools.gpu import experts
+from tools.gpu.expert_cubins import FORMS, compile_layers, published
+from tools.gpu.experts import ARCHIVE, FOLDER, Layer, code_folder, measured
+from tools.gpu.questions import Given
+from twotower.doctor import SkipSectionError
 from twotower.kernels import ExpertFormats
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.experts import ExpertCode
@@ -54,6 +59,63 @@ def test_a_layer_is_right_and_its_rows_alone_are_the_same(
     assert layer.rows_alone(code, case, range(7))
     case.out[3] *= 1.5
     assert not layer.rows_alone(code, case, range(7))
+
+
+@pytest.fixture
+def small(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[Layer, ExpertCode]:
+    """A small layer in bfloat16 over the stand-in; a pass takes 2 ms."""
+    monkeypatch.setattr(CudaStandIn, "device_of", lambda *_: None)
+    monkeypatch.setattr(experts, "captured", lambda _, run: SimpleNamespace(replay=run))
+    monkeypatch.setattr(experts, "median_ms", lambda _, run: (run(), 2.0)[1])
+    shape = replace(published("bfloat16"), **SMALL)
+    cuda = Cuda(CudaStandIn())
+    code = ExpertCode(write_kernels(tmp_path / "k", shape), cuda, 0)
+    return Layer(HostTorch(cuda), shape, device="cpu"), code
+
+
+def test_a_row_tells_errors_and_shares_of_a_copy(small: tuple[Layer, ExpertCode]) -> None:
+    layer, code = small
+    launched, replayed, alone, chosen, ms, rate, share, dense_ms, ratio = measured(
+        layer, code, 40, 1e-3
+    )
+    assert 0 < launched < 1e-2 and 0 < replayed < 1e-2 and alone is True
+    assert (chosen, ms, dense_ms, ratio) == (8, 2.0, 2.0, 1.0)
+    weights = 2 * (8 * 2 * 64 * 96 + 2 * 64 * 192)
+    assert rate == pytest.approx(weights / 2e6, rel=1e-3)
+    assert share == pytest.approx(rate / 1e-3, rel=1e-3), "a copy's bytes are read and written"
+
+
+def test_wrong_kernels_are_said_to_be_wrong(
+    small: tuple[Layer, ExpertCode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, code = small
+    expected = Layer.expected
+    monkeypatch.setattr(Layer, "expected", lambda self, case: 1.1 * expected(self, case))
+    launched, replayed, *_ = measured(layer, code, 3, 1.0)
+    assert str(launched).startswith("WRONG 9") and str(replayed).startswith("WRONG 9")
+
+
+def test_kernels_of_the_pack_are_taken_where_they_are_for_this_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for form in FORMS:
+        write_kernels(tmp_path / FOLDER / form, replace(published(form), **SMALL), (90,))
+    (tmp_path / "call1").mkdir()
+    with tarfile.open(tmp_path / "call1" / ARCHIVE, "w:xz") as packed:
+        packed.add(tmp_path / FOLDER, FOLDER)
+    given = Given(name="experts", pack=(tmp_path / "call1",), work=tmp_path / "work")
+    assert code_folder(given, 90) == (tmp_path / "work" / FOLDER, "elsewhere")
+    made: list[Any] = []
+    monkeypatch.setattr(experts, "compile_layers", lambda *words: made.append(words))
+    assert code_folder(given, 89)[1] == "here: none were brought for SM 89"
+    assert made == [(tmp_path / "work" / FOLDER, [89])]
+    monkeypatch.setattr(experts, "compile_layers", compile_layers)
+    monkeypatch.setattr("twotower.extras.find_spec", lambda name: None)
+    with pytest.raises(SkipSectionError, match="not installed: triton"):
+        code_folder(given, 89)
 
 
 def test_bytes_are_those_of_the_experts_that_were_chosen() -> None:
