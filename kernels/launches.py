@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from twotower.config.formats import BITS
-from twotower.kernels.manifest import Manifest
+from twotower.errors import RequestError
+from twotower.kernels.manifest import Manifest, build_command
 from twotower.kernels.shape import MATRICES, ExpertShape
 from twotower.kernels.signatures import (
     COMBINE_COLUMNS,
@@ -74,6 +75,12 @@ def launches(shape: ExpertShape, tokens: int, sm: int, table: Manifest) -> tuple
         EngineMismatchError: there are no kernels for this compute capability.
     """
     tier = tier_for(tokens)
+    if tokens > table.max_tokens:
+        raise RequestError(
+            f"{tokens} tokens are more than the expert kernels were compiled for",
+            found=f"{tokens} tokens; at most {table.max_tokens}",
+            do=f"{build_command(table.folder, table.sms)} with a larger --max-batch, or fewer rows",
+        )
     places = _places(shape, tokens)
     numbers = {
         "N": tokens,

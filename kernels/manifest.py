@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,12 @@ from typing import Any
 from twotower.errors import BundleError, EngineMismatchError
 from twotower.kernels.shape import ExpertShape
 
-__all__ = ["MANIFEST", "Cubin", "Manifest", "read_manifest"]
+__all__ = ["MANIFEST", "Cubin", "Manifest", "build_command", "read_manifest"]
 
 MANIFEST = "manifest.json"
 """Its name in the folder of the kernels."""
 
 _SCHEMA = 1
-_AGAIN = "`twotower build BUNDLE --target rtx --sm NN` compiles the kernels again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +116,7 @@ class Manifest:
         raise EngineMismatchError(
             f"the expert kernels of this bundle were not compiled for SM {sm}",
             found=f"kernel {kernel!r}; compiled for SM {', '.join(map(str, self.sms)) or 'none'}",
-            do=f"`twotower build BUNDLE --target rtx --sm {sm}`",
+            do=f"{build_command(self.folder, {*self.sms, sm})} compiles them",
         )
 
     def code(self, cubin: Cubin) -> bytes:
@@ -132,14 +131,14 @@ class Manifest:
             raise BundleError(
                 "a compiled expert kernel cannot be read",
                 found=f"{self.folder / cubin.file}: {e.strerror}",
-                do=_AGAIN,
+                do=f"{build_command(self.folder, self.sms)} compiles the kernels again",
             ) from e
         digest = hashlib.sha256(data).hexdigest()
         if digest != cubin.sha256:
             raise BundleError(
                 f"the compiled expert kernel {cubin.file} is damaged or of another build",
                 found=f"SHA-256 {digest[:12]}..., the manifest says {cubin.sha256[:12]}...",
-                do=_AGAIN,
+                do=f"{build_command(self.folder, self.sms)} compiles the kernels again",
             )
         return data
 
@@ -157,24 +156,40 @@ class Manifest:
         }
 
 
+def build_command(folder: Path, sms: Iterable[int] = ()) -> str:
+    """What to type to have kernels compiled into a folder, in backquotes.
+
+    Args:
+        folder: `BUNDLE/engines/TARGET/CODE`; any other stands for a bundle nobody can name.
+        sms: Compute capabilities; empty for the build's own choice. Full TensorRT builds for the
+            GPU at hand and takes none.
+    """
+    *above, engines, target, _ = ("", "", "", *folder.parts)
+    known = engines == "engines"
+    name, target = (str(Path(*above)), target) if known else ("BUNDLE", "rtx")
+    listed = ",".join(map(str, sorted(sms)))
+    chosen = f" --sm {listed}" if listed and target != "trt" else ""
+    return f"`twotower build {name} --target {target}{chosen} --experts kernels --force`"
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder; the files are checked when they are read.
 
     Raises:
         BundleError: it is missing, not readable or of another schema.
     """
-    path = folder / MANIFEST
+    path, again = folder / MANIFEST, f"{build_command(folder)} compiles the kernels again"
     try:
         return _from_json(folder, json.loads(path.read_text(encoding="utf-8")))
     except OSError as e:
         raise BundleError(
             "the list of the expert kernels cannot be read",
             found=f"{path}: {e.strerror}",
-            do=_AGAIN,
+            do=again,
         ) from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise BundleError(
-            "the list of the expert kernels is damaged", found=f"{path}: {e!r}", do=_AGAIN
+            "the list of the expert kernels is damaged", found=f"{path}: {e!r}", do=again
         ) from e
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from twotower.errors import EngineMismatchError
 from twotower.kernels.launches import SCRATCH, Launch, launches
-from twotower.kernels.manifest import Cubin, Manifest, read_manifest
+from twotower.kernels.manifest import Cubin, Manifest, build_command, read_manifest
+from twotower.kernels.tilings import BUILDABLE_SMS
 from twotower.runtime.cuda.calls import Cuda
 
 __all__ = ["ExpertCode", "ExpertStep"]
@@ -53,7 +54,7 @@ class ExpertCode:
             raise EngineMismatchError(
                 f"the expert kernels of this bundle were not compiled for this GPU, SM {self.sm}",
                 found=f"compiled for SM {', '.join(map(str, manifest.sms)) or 'none'}",
-                do=f"`twotower build BUNDLE --target rtx --sm {self.sm}`",
+                do=self._rebuild(),
             )
         self._libraries: list[Any] = []
         self._functions: dict[str, _Function] = {}
@@ -95,6 +96,12 @@ class ExpertCode:
         while self._libraries:
             self._driver.unload(self._libraries.pop())
         self._functions.clear()
+
+    def _rebuild(self) -> str:
+        if self.sm in BUILDABLE_SMS:
+            command = build_command(self.manifest.folder, {*self.manifest.sms, self.sm})
+            return f"{command} compiles them, on any machine for rtx and on this one for trt"
+        return f"there are none for SM {self.sm}: build with --experts dense"
 
     def _loaded(self, cubin: Cubin) -> _Function:
         library = self._driver.load(self.manifest.code(cubin), cubin.file)

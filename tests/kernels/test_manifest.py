@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ import pytest
 from tests.helpers.errors import check_error
 from tests.helpers.kernel_stand_in import write_kernels
 from tests.helpers.layers_of_experts import make_shape
+from twotower.cli.main import build_parser
 from twotower.errors import BundleError
 from twotower.kernels import Manifest, read_manifest
-from twotower.kernels.manifest import MANIFEST
+from twotower.kernels.manifest import MANIFEST, build_command
 
 
 @pytest.fixture
@@ -85,5 +88,49 @@ def test_a_file_outside_the_folder_is_not_read(written: Manifest) -> None:
 
 def test_no_list_at_all(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="cannot be read") as e:
-        read_manifest(tmp_path)
+        read_manifest(tmp_path / "b" / "engines" / "trt" / "experts-1")
     check_error(str(e.value), e.value.what)
+    assert f"`twotower build {tmp_path}/b --target trt --experts kernels --force`" in e.value.do
+
+
+def damage_list(folder: Path) -> None:
+    (folder / MANIFEST).write_text("{")
+
+
+def damage_file(folder: Path) -> None:
+    (folder / "combine.sm90.cubin").write_bytes(b"")
+
+
+def remove_file(folder: Path) -> None:
+    (folder / "combine.sm90.cubin").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "sms"),
+    [(damage_list, ""), (damage_file, " --sm 80,90"), (remove_file, " --sm 80,90")],
+)
+def test_the_command_that_mends_it_is_named(
+    tmp_path: Path, harm: Callable[[Path], None], sms: str
+) -> None:
+    folder = tmp_path / "b" / "engines" / "rtx" / "experts-1"
+    write_kernels(folder, make_shape(64, 48, 8, 2), (80, 90))
+    harm(folder)
+    with pytest.raises(BundleError) as e:
+        manifest = read_manifest(folder)
+        manifest.code(manifest.cubin("combine", 90))
+    command = f"`twotower build {tmp_path}/b --target rtx{sms} --experts kernels --force`"
+    assert command in e.value.do
+    build_parser().parse_args(shlex.split(command.strip("`"))[1:])
+
+
+@pytest.mark.parametrize(
+    ("folder", "sms", "words"),
+    [
+        ("bundle/engines/rtx/experts-1", (90, 80), "bundle --target rtx --sm 80,90"),
+        ("bundle/engines/trt/experts-1", (80,), "bundle --target trt"),
+        ("k", (), "BUNDLE --target rtx"),
+    ],
+)
+def test_a_folder_tells_the_bundle(folder: str, sms: tuple[int, ...], words: str) -> None:
+    command = f"`twotower build {words} --experts kernels --force`"
+    assert build_command(Path(folder), sms) == command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.errors import check_error
 from tests.helpers.kernel_stand_in import write_kernels
 from tests.helpers.layers_of_experts import Layer, make_shape, random_layer, routing, tokens
-from twotower.errors import BundleError, DeviceError, EngineMismatchError
+from twotower.errors import BundleError, DeviceError, EngineMismatchError, RequestError
 from twotower.kernels import Manifest, experts_twin, scratch_bytes
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.driver import KernelDriver
@@ -121,6 +122,24 @@ def test_a_gpu_without_kernels_is_refused(tmp_path: Path) -> None:
         ExpertCode.open(manifest.folder, Cuda(CudaStandIn(sm=120)), 0)
     check_error(str(e.value), "not compiled for this GPU")
     assert "80, 90" in e.value.found
+    assert "--sm 80,90,120 --experts kernels --force" in e.value.do
+    with pytest.raises(EngineMismatchError, match="SM 103") as e:
+        ExpertCode.open(manifest.folder, Cuda(CudaStandIn(sm=103)), 0)
+    assert "--experts dense" in e.value.do
+
+
+def test_more_tokens_than_kernels_were_compiled_for_are_refused(tmp_path: Path) -> None:
+    manifest = write_kernels(tmp_path / "k", make_shape(64, 64, 8, 2), (90,))
+    code = ExpertCode(replace(manifest, max_tokens=64), Cuda(CudaStandIn()), 0)
+    assert code.launches(64)
+    for count, most in ((65, 64), (5000, 4096)):
+        with pytest.raises(RequestError, match=f"{count} tokens") as e:
+            code.launches(count)
+        check_error(str(e.value), f"{count} tokens")
+        assert f"at most {most}" in e.value.found
+    with pytest.raises(RequestError, match="were compiled for") as e:
+        code.launches(65)
+    assert "--experts kernels --force` with a larger --max-batch" in e.value.do
 
 
 def test_a_damaged_file_is_refused_and_nothing_stays_loaded(tmp_path: Path) -> None:
