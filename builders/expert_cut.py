@@ -214,4 +214,12 @@ def _format(weights: Mapping[str, TensorSpec], matrix: str) -> tuple[str, int] |
         return None
     stacks_or_groups = len(scale.axes) == len(values.axes) and scale.axes[-1] != 1
     group = int(values.axes[-1]) // int(scale.axes[-1]) if stacks_or_groups else 0
-    return next(name for name, how in FORMATS.items() if how.dtype == values.dtype), group
+    found = next((name for name, how in FORMATS.items() if how.dtype == values.dtype), None)
+    if found is None:
+        stored = ", ".join(f"{how.dtype} ({name})" for name, how in FORMATS.items())
+        raise BuildError(
+            f"no kernel computes experts stored as {values.dtype}",
+            found=f"{values.name}; there are kernels for {stored}",
+            do="quantize with another recipe, or build with --experts dense",
+        )
+    return found, group

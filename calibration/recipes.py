@@ -104,7 +104,7 @@ class Recipe:
             chosen = self.weights.get(kind, KEEP)
             few = [name for name, f in FORMATS.items() if f.dtype in ACTIVATIONS]
             _require(chosen in few, f"recipe {self.name!r} cannot round the inputs of {kind}: its weights are in {chosen}", chosen, few)
-        _require(self.group in GROUPS, f"recipe {self.name!r} has a group TensorRT and this version do not take", self.group, GROUPS)
+        _require(self.group in GROUPS, f"recipe {self.name!r} has a group that the kernels of experts do not take", self.group, GROUPS)
 
     @classmethod
     def from_mapping(cls, name: str, data: Mapping[str, Any]) -> Recipe:

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from twotower.config.formats import WeightFormat
+from twotower.config.formats import GROUPS, WeightFormat
 from twotower.errors import BuildError
 
 __all__ = ["MATRICES", "MOST_TOKENS", "ExpertFormats", "ExpertShape"]
@@ -20,6 +20,7 @@ MATRICES = ("up", "down", "shared_up", "shared_down")
 _GROUPS = (16, 32, 64, 128)
 _MOST_EXPERTS, _MOST_TOP = 1024, 64
 _FLOATS = ("bfloat16", "float16", "float32")
+_OTHER_RECIPE = "quantize with another recipe"
 _VALUES = ("int8", "float8e4m3fn", "int4", "float4e2m1")
 
 
@@ -68,7 +69,8 @@ class ExpertShape:
 
     def __post_init__(self) -> None:
         if self.dtype not in _FLOATS:
-            raise _refused("the type of the tokens", self.dtype, ", ".join(_FLOATS))
+            floats = ", ".join(_FLOATS)
+            raise _refused("the type of the tokens", self.dtype, floats, do="export with --dtype")
         for name, value, most in (
             ("hidden size", self.hidden, 1 << 15),
             ("expert width", self.width, 1 << 15),
@@ -84,17 +86,23 @@ class ExpertShape:
 
     def _check_format(self, matrix: str, how: WeightFormat) -> None:
         if how.dtype not in _VALUES:
-            raise _refused(
-                f"the format of {matrix}", how.label, f"stored as one of {', '.join(_VALUES)}"
-            )
+            stored = f"stored as one of {', '.join(_VALUES)}"
+            raise _refused(f"the format of {matrix}", how.label, stored, do=_OTHER_RECIPE)
         if how.group and how.group not in _GROUPS:
             nearest = min(_GROUPS, key=lambda group: abs(group - how.group))
-            raise _refused(f"the group of {matrix}", how.label, f"the nearest is {nearest}")
+            again = min(GROUPS, key=lambda group: abs(group - nearest))
+            raise _refused(
+                f"the group of {matrix}",
+                how.label,
+                f"the nearest is {nearest}",
+                do=f"quantize with --group {again}",
+            )
         if how.scale_dtype not in (None, "float8e4m3fn", "float8e8m0"):
             raise _refused(
                 f"the scales of {matrix}",
                 how.scale_dtype,
                 "float8e4m3fn and float8e8m0 besides the model's type",
+                do=_OTHER_RECIPE,
             )
         columns = self.columns(matrix)
         if how.group and columns % how.group:
@@ -106,12 +114,14 @@ class ExpertShape:
                 f"the group of {matrix}",
                 f"{how.label} in rows of {columns}",
                 f"the nearest is {nearest_text}",
+                do=f"quantize with --group {fitting[-1]}" if fitting else _OTHER_RECIPE,
             )
         if how.bits == 4 and not how.group:
             raise _refused(
                 f"the format of {matrix}",
                 f"{how.name} without groups",
                 "groups of 16, 32, 64 or 128",
+                do="quantize with --group 32, 64 or 128",
             )
 
     @property
@@ -184,9 +194,10 @@ def _format_from_json(data: dict[str, Any] | None) -> WeightFormat | None:
     return None if data is None else WeightFormat(**data)
 
 
-def _refused(what: str, found: object, allowed: str) -> BuildError:
+def _refused(what: str, found: object, allowed: str, *, do: str = "") -> BuildError:
+    dense = "build with --experts dense, or use `--target ort-cpu`"
     return BuildError(
         f"the expert kernels do not tile {what}: {found}",
         found=f"{found}; {allowed}",
-        do="quantize with another recipe or group, or use `--target ort-cpu`",
+        do=f"{do}, or {dense}" if do else dense,
     )

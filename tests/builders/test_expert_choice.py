@@ -46,7 +46,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> StandInBuilder:
     return made
 
 
-def quantized(bundle: Bundle, group: int) -> Bundle:
+def quantized(bundle: Bundle, group: int, dtype: int = onnx.TensorProto.INT4) -> Bundle:
     """As if one layer's experts had groups of so many: the graph alone is read."""
     file = bundle.graph_file("denoiser")
     model = onnx.load(str(file), load_external_data=False)
@@ -56,7 +56,7 @@ def quantized(bundle: Bundle, group: int) -> Bundle:
     scale.CopyFrom(weight)
     scale.name = f"{weight.name}.scale"
     scale.dims[-1] = weight.dims[-1] // group
-    weight.data_type = onnx.TensorProto.INT4
+    weight.data_type = dtype
     file.write_bytes(model.SerializeToString())
     return bundle
 
@@ -94,6 +94,11 @@ def test_groups_not_tiled_and_old_graphs_are_named(bundle: Bundle, tmp_path: Pat
     assert choice.experts == "dense"
     assert "int4 in groups of 8" in choice.why
     assert "the nearest is 16" in choice.why
+    other = quantized(Bundle.open(copy_of(bundle, tmp_path / "u")), 32, onnx.TensorProto.UINT8)
+    choice = choose_experts(other, CONFIG, (89,))
+    assert choice.experts == "dense"
+    assert "no kernel computes experts stored as uint8" in choice.why
+    assert "float8e4m3fn (fp8)" in choice.why
     choice = choose_experts(without_marks(bundle), CONFIG, (89,))
     assert choice.experts == "dense"
     assert "exported by an earlier version" in choice.why

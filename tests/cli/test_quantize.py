@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.errors import check_error
-from twotower.bundle import Bundle
+from twotower.bundle import MANIFEST_FILE, Bundle
+from twotower.cli.expert_words import expert_words
 from twotower.cli.main import main
 
 
@@ -67,10 +68,52 @@ def test_auto_writes_what_it_chose(tiny_bundle: Path, tiny_statistics: Path, tmp
     assert [p.name for p in tmp_path.iterdir()] == ["auto"], "what was tried is gone"
 
 
-def test_what_rtx_makes_slower_is_told(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_tensorrt_makes_of_experts_is_told(
+    tiny_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Kernels read every format; dense engines expand some."""
+    expanded = "--experts dense expands them in memory in every pass"
     for recipe, slower in (("int8-weights", True), ("nvfp4-experts", True), ("mixed", False), ("int4-experts", False)):
         assert main(["quantize", str(tiny_bundle), "--recipe", recipe, "--dry-run"]) == 0
-        assert ("expanded in memory in every pass" in capsys.readouterr().out) == slower, recipe
+        out = capsys.readouterr().out
+        assert (expanded in out) == slower, recipe
+        how = "int8" if recipe == "int8-weights" else "nvfp4" if recipe.startswith("nv") else "int4"
+        assert f"on rtx, trt    kernels read experts in {how} as they are stored" in out
+        assert "rounds" not in out
+
+
+def test_inputs_that_kernels_do_not_round_are_told() -> None:
+    few = dict.fromkeys(("attention", "routed_expert", "shared_expert"), "int8")
+    told = list(expert_words({"weights": few, "activations": list(few)}, "bfloat16"))
+    assert [label for label, _ in told] == ["on rtx, trt", "", "dense there"]
+    assert "the inputs of experts stay bfloat16, which this recipe rounds elsewhere" in told[1][1]
+    assert told[2][1] == "--experts dense rounds the inputs of experts too"
+    assert not list(expert_words({"weights": {"attention": "int8"}, "activations": []}, "bfloat16"))
+
+
+def test_inspect_tells_it_too(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(few)]) == 0
+    out = capsys.readouterr().out
+    assert "on rtx, trt: kernels read experts in int8 as they are stored, from SM 80 on" in out
+    assert "rounds" not in out
+    manifest = few / MANIFEST_FILE
+    facts = json.loads(manifest.read_text())
+    facts["quantization"]["recipe"] |= {
+        "weights": {"routed_expert": "int8"},
+        "activations": ["routed_expert"],
+    }
+    manifest.write_text(json.dumps(facts))
+    assert main(["inspect", str(few)]) == 0
+    assert "the inputs of experts stay float32" in capsys.readouterr().out
+
+
+def test_a_group_that_no_kernel_tiles_is_not_offered(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["quantize", str(tiny_bundle), "--recipe", "int4-experts", "--group", "96", "--dry-run"]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    check_error(err, "has a group that the kernels of experts do not take")
+    assert "128, 64, 32" in err
 
 
 def test_a_dry_run_writes_nothing(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

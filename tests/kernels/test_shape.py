@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.errors import check_error
 from tests.helpers.layers_of_experts import FORMAT_NAMES, make_shape
-from twotower.config.formats import FORMATS
+from twotower.config.formats import FORMATS, GROUPS
 from twotower.errors import BuildError
 from twotower.kernels import ExpertFormats, ExpertShape
 from twotower.kernels.signatures import kernel_specs
@@ -77,6 +77,9 @@ def test_what_is_not_tiled_is_refused_by_name(changed: dict[str, Any], nearest: 
         ExpertShape(**{**SIZES, **changed})
     check_error(str(e.value), e.value.what)
     assert nearest in e.value.found
+    assert "build with --experts dense" in e.value.do
+    offered = e.value.do.partition("--group ")[2].partition(",")[0]
+    assert not offered or int(offered) in GROUPS
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 from twotower.bundle import Bundle, EngineRecord, built_targets, is_bundle, load_engine_record, record_problems
 from twotower.cli.engine_table import engine_facts, engine_lines
+from twotower.cli.expert_words import expert_words
 from twotower.cli.program_table import fusion_lines, program_lines
 from twotower.errors import EngineMismatchError
 from twotower.hardware import TARGETS, Machine, installed_version, probe_machine, select_target
@@ -105,16 +106,20 @@ def _quantization(bundle: Bundle) -> list[str]:
     size = sum(ref.nbytes for graph in GRAPH_FILES for ref in bundle.weights(graph).values())
     kinds = ", ".join(f"{kind} {how}" for kind, how in bundle.precision.items() if kind in facts["recipe"]["weights"])
     kinds = f"{kinds}; {human_bytes(size)} of weights in all"
+    words = expert_words(facts["recipe"], bundle.dtype)
+    computed = [f"            {label}{': ' if label else ''}{line}" for label, line in words]
     measured = facts["measured"]
     if measured is None:
         return [
             f"few bits    recipe {facts['recipe']['name']}: {kinds}",
+            *computed,
             "            not measured: `twotower evaluate` it --against the float bundle",
         ]
     kept, passes = measured["retention"]["value"], measured["passes_per_block"]
     figures = f"keeps {kept:.1f} % of the float bundle's right answers" if kept is not None else "keeps nothing"
     return [
         f"few bits    recipe {facts['recipe']['name']}: {kinds}",
+        *computed,
         f"            {figures}, passes a block {passes[0]} before and {passes[1]} after",
         *(f"            FLAGGED: {flag}" for flag in flags_of_bundle(bundle)),
     ]

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", required=True, metavar="R", help=f"{', '.join(recipes)}, auto, or a .toml file of your own")
     parser.add_argument("-o", "--output", metavar="BUNDLE2", help="the folder to make; needed but with --dry-run")
     parser.add_argument("--stats", metavar="STATS", help="statistics of `twotower calibrate`; int8 and fp8 need them, auto uses them")
-    parser.add_argument("--group", type=int, metavar="N", help="int4: weights that share a scale, 32, 64, 96 or 128 (the recipe's)")
+    parser.add_argument("--group", type=int, metavar="N", help="int4: weights that share a scale, 32, 64 or 128 (the recipe's)")
     parser.add_argument("--rounding", default="mse", metavar="W", help="of weights: plain, or mse: clip where it costs least (%(default)s)")
     parser.add_argument("--ranges", default="mse", metavar="W", help="of inputs: max, percentile or mse (%(default)s)")
     parser.add_argument(
@@ -104,8 +104,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _tell(args: argparse.Namespace, bundle: Bundle, nbytes: int, facts: dict[str, Any]) -> None:
     from twotower.bundle import DATA_SUFFIX, GRAPH_FILES
+    from twotower.cli.expert_words import expert_words
     from twotower.cli.progress import human_bytes
-    from twotower.config.formats import FUSED_STACKS, stack_is_expanded
 
     before = sum(bundle.files[graph + DATA_SUFFIX].size for graph in GRAPH_FILES.values())
     if args.json:
@@ -118,9 +118,8 @@ def _tell(args: argparse.Namespace, bundle: Bundle, nbytes: int, facts: dict[str
         if how not in (bundle.dtype, "float32"):
             print(f"  {kind:<15}{how}")
     print(f"  {'the rest':<15}as it was, {bundle.dtype}")
-    experts = facts["recipe"]["weights"].get("routed_expert")
-    if experts and stack_is_expanded("rtx", experts, rounded_input="routed_expert" in facts["recipe"]["activations"]):
-        print(f"  {'on rtx':<15}these experts are expanded in memory in every pass, slower than {bundle.dtype}: take {FUSED_STACKS}")
+    for label, line in expert_words(facts["recipe"], bundle.dtype):
+        print(f"  {label:<15}{line}")
 
 
 def _auto(args: argparse.Namespace, bundle: Bundle, config: Any, statistics: Statistics | None) -> int:

@@ -87,8 +87,8 @@ FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
 """Formats the graphs can hold: what ONNX opset 24 has a type for and TensorRT reads (docs/quantization.md)."""
 
 
-GROUPS = (128, 96, 64, 32)
-"""Weights that may share a scale within a row."""
+GROUPS = (128, 64, 32)
+"""Weights of int4 that may share a scale within a row: what the kernels of experts tile."""
 
 
 _LONG_ROW, _INT8_GROUPS = 128, (64, 32)
