@@ -74,7 +74,8 @@ class TensorRTBuilder:
         experts = [step for steps in record.experts.values() for step in steps]
         if made != wanted or experts != [plan.experts for plan in plans if plan.experts is not None]:
             return False
-        if any(about.get("source") != kernel_source() for about in record.report.get("experts", {}).values()):
+        code = {"source": kernel_source(), "sms": list(self._kernel_sms(bundle, config))}
+        if any(about | code != about for about in record.report.get("experts", {}).values()):
             return False
         return not self.flavour.sms or _same_keys(record, plans)
 
@@ -248,8 +249,14 @@ class TensorRTBuilder:
         return next((GpuIdentity(name=gpu.name, sm=gpu.sm, driver=machine.driver) for gpu in machine.gpus), None)
 
     def _kernel_sms(self, bundle: Bundle, config: BuildConfig) -> tuple[int, ...]:
-        """Those that kernels are compiled for: the engines', or all where the library chooses."""
-        return self._sms(bundle, config) or BUILDABLE_SMS
+        """Those that kernels are compiled for: the engines', or all where the library chooses.
+
+        Where engines are tried on GPUs they hold no code for, kernels have to have it all the same.
+        """
+        sms, machine = self._sms(bundle, config) or BUILDABLE_SMS, probe_machine()
+        if not (self.flavour.sms and machine.rtx_any_sm):
+            return sms
+        return tuple(sorted({*sms, *(gpu.sm for gpu in machine.gpus if gpu.sm in BUILDABLE_SMS)}))
 
     def _limits(self, bundle: Bundle, config: BuildConfig) -> EngineLimits:
         longest = bundle.config.max_position_embeddings

@@ -13,14 +13,16 @@ import pytest
 from tests.helpers.bundles import copy_of, export_fixture
 from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.errors import check_error
+from tests.helpers.tensorrt import machine_with
 from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_job
 from twotower import builders
-from twotower.builders import BuildConfig, build_engines, make_engine
+from twotower.builders import BuildConfig, build_engines, make_engine, tensorrt_builder
 from twotower.builders.expert_choice import choose_experts
 from twotower.builders.tensorrt_builder import TensorRTBuilder
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder
 from twotower.cli.main import main
 from twotower.errors import ConfigError
+from twotower.hardware import Gpu
 from twotower.kernels.tilings import BUILDABLE_SMS
 
 CONFIG = BuildConfig(sms=(89,), max_context=256, max_batch=4)
@@ -176,6 +178,23 @@ def test_a_library_that_chooses_its_gpus_gets_kernels_for_all(
     assert record.limits is not None and record.limits.sms == ()
     (code,) = record.report["experts"].values()
     assert tuple(code["sms"]) == BUILDABLE_SMS
+
+
+def test_kernels_are_for_a_gpu_that_engines_are_tried_on(
+    bundle: Bundle,
+    builder: StandInBuilder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Engines for SM 80 on Hopper, which they hold no code for: a kernel for SM 80 does not run."""
+    config = replace(CONFIG, sms=(80,))
+    made = []
+    for how in ("", "default"):
+        machine = replace(machine_with(Gpu("NVIDIA H100", 90, 80 << 30)), rtx_any_sm=how)
+        monkeypatch.setattr(tensorrt_builder, "probe_machine", lambda machine=machine: machine)
+        record = build_engines(bundle, "rtx", builder, config=config)
+        made += [code["sms"] for code in record.report["experts"].values()]
+        assert record.limits is not None and record.limits.sms == (80,)
+    assert made == [[80], [80, 90]]
 
 
 @pytest.mark.parametrize("experts", ["auto", "kernels"])

@@ -1,7 +1,8 @@
 """Sections `goldens-*`, `half-*` and `real-*`: a target through the commands that a user types.
 
 Bundles are exported and engines built where they run: these need an environment of the project's
-own, with the target's library in it.
+own, with the target's library in it. Of targets that compute experts in two ways both are asked,
+first that of a build without a word: only the chosen experts, by kernels between programs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from tools.gpu.recorded_texts import (
 from tools.gpu.rtx_setup import set_up_rtx
 from twotower import TwoTower
 from twotower.bench.passes import measure_passes
-from twotower.bundle import Bundle
+from twotower.builders.base import DENSE
+from twotower.bundle import Bundle, load_engine_record
 from twotower.cli.main import main as twotower
 from twotower.doctor import Answers, SkipSectionError
 from twotower.doctor.sections import short
@@ -48,6 +50,13 @@ SLICE = "ME*"
 CHANGES: dict[str, Any] = {}
 """What of the published widths is changed; nothing, but in tests."""
 
+WAYS = {"rtx": ("", DENSE), "trt": ("", DENSE)}
+"""What `--experts` is given, of targets that have two ways; empty for nothing."""
+
+_ONE_WAY = ("",)
+_LEAST_SECONDS = 20.0
+"""A second way is not begun with less time than this."""
+
 HALF = ("bfloat16", "float16")
 """The published type first."""
 
@@ -55,7 +64,9 @@ _NO_ROWS: tuple[int, ...] = ()
 """Are warmed up at opening. Most texts are single rows, for which kernels for 8 rows would be
 compiled in vain; what times passes leaves the first ones out itself; and opening is timed, too."""
 
-_HALF_HEAD = ("type", "check", "right", "what was seen")
+_GOLDENS_HEAD = ("model", "experts", "diffusion", "autoregressive")
+_HALF_HEAD = ("type", "experts", "check", "right", "what was seen")
+_REAL_HEAD = ("experts", "denoise ms", "extend ms", "GB/s", "seconds to build", "seconds to open")
 _PROBLEMS = 9
 """Of each kind of the suite, for how many prompts keep the text of float32."""
 
@@ -80,11 +91,29 @@ def refused(target: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A target, the folder of its bundles, and more words for `twotower build`."""
+    """What is asked, and where.
+
+    Attributes:
+        target: The target.
+        work: The folder of its bundles.
+        words: More words for `twotower build`.
+        experts: What `--experts` is given; empty for nothing.
+        apart: Whether bundles built in another way have a folder of their own.
+    """
 
     target: str
     work: Path
     words: tuple[str, ...] = ()
+    experts: str = ""
+    apart: bool = True
+
+    def ways(self, answers: Answers | None = None) -> Iterator[Asked]:
+        """This for each way of computing experts, the default first, while there is time."""
+        for experts in WAYS.get(self.target, _ONE_WAY):
+            if experts and answers is not None and answers.left < _LEAST_SECONDS:
+                answers.say(f"not asked with --experts {experts}: no time left")
+                return
+            yield replace(self, experts=experts)
 
 
 def built(checkpoint: Path, asked: Asked, dtype: str, *, target: str | None = None) -> Path:
@@ -99,12 +128,14 @@ def built(checkpoint: Path, asked: Asked, dtype: str, *, target: str | None = No
     Raises:
         RuntimeError: a command failed; its words are in the log.
     """
-    path = asked.work / f"{checkpoint.name}-{dtype}"
+    own = f"-{asked.experts}" if asked.experts and asked.apart else ""
+    path = asked.work / f"{checkpoint.name}-{dtype}{own}"
     words = ["export", str(checkpoint), "-o", str(path), "--dtype", dtype, "--no-verify"]
     if not path.exists() and twotower(words):
         raise RuntimeError(f"{checkpoint.name} could not be exported")
     more = asked.words if target is None else ()
-    options = ["--target", target or asked.target, "--experts", "dense"]
+    options = ["--target", target or asked.target]
+    options += ["--experts", asked.experts] if asked.experts and target is None else []
     if twotower(["build", str(path), *options, *more]):
         raise RuntimeError(f"{path.name} could not be built for {target or asked.target}")
     return path
@@ -127,6 +158,14 @@ def _unpacked(given: Given) -> Path:
     return folder
 
 
+def _computed(bundle: Path, target: str) -> str:
+    """What computes the experts of a bundle's engines, as its build says."""
+    record = load_engine_record(Bundle.open(bundle, contents=False), target)
+    return str(
+        record.report.get("choice_of_experts", {}).get("computed_by", "as the target has it")
+    )
+
+
 def _sm() -> int | None:
     gpus = probe_machine().gpus
     return gpus[0].sm if gpus else None
@@ -135,40 +174,44 @@ def _sm() -> int | None:
 def _goldens(answers: Answers, asked: Asked) -> None:
     """Recorded tokens of both fixtures in float32, TF32 as the library has it."""
     rows: list[tuple[Any, ...]] = []
-    for fixture in ("hybrid-a", "hybrid-b"):
-        texts = recorded_texts(fixture)
-        diffusion = ar = 0
-        path = built(FIXTURES / fixture, asked, "float32")
-        with TwoTower.open(path, target=asked.target, warm_up=_NO_ROWS) as model:
-            for text in texts:
-                out = model.generate(text["prompt"], recorded_options(text))
-                diffusion += list(out.tokens) == text["diffusion_tokens"]
-                out = model.generate(text["prompt"], AUTOREGRESSIVE)
-                ar += list(out.tokens) == text["ar_greedy_tokens"]
-        rows.append((fixture, f"{diffusion} of {len(texts)}", f"{ar} of {len(texts)}"))
-        answers.table("Recorded tokens, float32", ("model", "diffusion", "autoregressive"), rows)
+    for way in asked.ways(answers):
+        for fixture in ("hybrid-a", "hybrid-b"):
+            texts = recorded_texts(fixture)
+            diffusion = ar = 0
+            path = built(FIXTURES / fixture, way, "float32")
+            with TwoTower.open(path, target=asked.target, warm_up=_NO_ROWS) as model:
+                for text in texts:
+                    out = model.generate(text["prompt"], recorded_options(text))
+                    diffusion += list(out.tokens) == text["diffusion_tokens"]
+                    out = model.generate(text["prompt"], AUTOREGRESSIVE)
+                    ar += list(out.tokens) == text["ar_greedy_tokens"]
+            right = (f"{diffusion} of {len(texts)}", f"{ar} of {len(texts)}")
+            rows.append((fixture, _computed(path, asked.target), *right))
+            answers.table("Recorded tokens, float32", _GOLDENS_HEAD, rows)
 
 
 def _half(answers: Answers, asked: Asked) -> None:
     """The trained model in half precision: its known answer, and prompts that keep their text."""
     rows: list[tuple[Any, ...]] = []
     no_reference = refused(KEPT_BY)
-    for dtype in HALF:
-        bundle = Bundle.open(built(TINY, asked, dtype))
-        if no_reference is None:
-            built(TINY, asked, dtype, target=KEPT_BY)
-        known, source = known_answer_of(bundle, partial(TwoTower.open, bundle.path, target=KEPT_BY))
-        setting = setting_of(bundle, asked.target, _sm())
-        with TwoTower.open(bundle.path, target=asked.target, warm_up=_NO_ROWS) as model:
-            if known is None:
-                rows.append((dtype, "known answer", None, source))
-            else:
-                results = check_answer(known, model, setting)
-                rows += [(dtype, r.name, r.ok, r.detail) for r in results]
-            answers.table("twotower-tiny", _HALF_HEAD, rows)
+    for way in asked.ways(answers):
+        for dtype in HALF:
+            path = built(TINY, way, dtype)
+            bundle, label = Bundle.open(path), (dtype, _computed(path, asked.target))
             if no_reference is None:
-                rows += [(dtype, *row) for row in _kept_texts(model, asked)]
+                built(TINY, way, dtype, target=KEPT_BY)
+            known, source = known_answer_of(bundle, partial(TwoTower.open, path, target=KEPT_BY))
+            setting = setting_of(bundle, asked.target, _sm())
+            with TwoTower.open(path, target=asked.target, warm_up=_NO_ROWS) as model:
+                if known is None:
+                    rows.append((*label, "known answer", None, source))
+                else:
+                    results = check_answer(known, model, setting)
+                    rows += [(*label, r.name, r.ok, r.detail) for r in results]
                 answers.table("twotower-tiny", _HALF_HEAD, rows)
+                if no_reference is None:
+                    rows += [(*label, *row) for row in _kept_texts(model, asked)]
+                    answers.table("twotower-tiny", _HALF_HEAD, rows)
 
 
 def _kept_texts(model: TwoTower, asked: Asked) -> Iterator[tuple[Any, ...]]:
@@ -190,16 +233,19 @@ def _real(answers: Answers, asked: Asked) -> None:
         write_checkpoint(checkpoint, {**published_slice(SLICE), **CHANGES}, SyntheticOptions())
     # ONNX Runtime's CUDA provider has no bfloat16 kernels for several operators of the graphs.
     dtype = "float16" if asked.target == "ort-cuda" else "bfloat16"
-    began = time.monotonic()
-    path = built(checkpoint, asked, dtype)
-    answers.put(dtype=dtype, export_and_build_seconds=short(time.monotonic() - began))
-    began = time.monotonic()
-    with TwoTower.open(path, target=asked.target, warm_up=_NO_ROWS) as model:
-        answers.put(open_seconds=short(time.monotonic() - began))
-        times = measure_passes(Bundle.open(path, contents=False), model).to_json()
-    answers.put(passes=times)
-    answers.say(
-        f"layers {SLICE} in {dtype}: {times['denoise_ms']:.3f} ms a denoiser pass "
-        f"({times['denoise_gb_per_s']:.0f} GB/s of weights), "
-        f"{times['extend_ms']:.3f} ms an extension ({times['extend_gb_per_s']:.0f} GB/s)"
-    )
+    answers.put(dtype=dtype)
+    rows: list[tuple[Any, ...]] = []
+    for way in replace(asked, apart=False).ways(answers):
+        began = time.monotonic()
+        path = built(checkpoint, way, dtype)
+        build_seconds, computed = time.monotonic() - began, _computed(path, asked.target)
+        began = time.monotonic()
+        with TwoTower.open(path, target=asked.target, warm_up=_NO_ROWS) as model:
+            open_seconds = time.monotonic() - began
+            times = measure_passes(Bundle.open(path, contents=False), model).to_json()
+        answers.put(passes={**answers.get("passes", {}), computed: times})
+        numbers = (times["denoise_ms"], times["extend_ms"], times["denoise_gb_per_s"])
+        rows.append((computed, *map(short, (*numbers, build_seconds, open_seconds))))
+        answers.table(f"Layers {SLICE}, {dtype}", _REAL_HEAD, rows)
+    words = [f"{row[1]:g} ms a denoiser pass with experts {row[0]}" for row in rows]
+    answers.say(f"layers {SLICE} in {dtype}: {', '.join(words)}")

@@ -44,11 +44,28 @@ def test_without_a_gpu_the_reason_is_given(tmp_path: Path, target: str) -> None:
 def test_recorded_tokens_are_counted(tmp_path: Path, warmed: list[Any]) -> None:
     (table,) = asked("goldens-ort-cpu", tmp_path)["tables"]
     assert [row[0] for row in table["rows"]] == ["hybrid-a", "hybrid-b"]
-    for _, diffusion, ar in table["rows"]:
+    for _, _, diffusion, ar in table["rows"]:
         right, of, all_ = diffusion.split()
         assert (right, of) == (all_, "of")
         assert ar == diffusion
     assert warmed == [(), ()], "no kernels are compiled that nothing runs"
+
+
+@pytest.mark.slow
+def test_both_ways_are_asked_while_there_is_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of a build without a word first; on a CPU both are the same."""
+    monkeypatch.setitem(targets.WAYS, "ort-cpu", ("", "dense"))
+    (table,) = asked("goldens-ort-cpu", tmp_path)["tables"]
+    assert [row[0] for row in table["rows"]] == 2 * ["hybrid-a", "hybrid-b"]
+    folders = {path.name for path in (tmp_path / "targets").iterdir()}
+    names = ("hybrid-a-float32", "hybrid-b-float32")
+    assert folders == {*names, *(f"{name}-dense" for name in names)}
+    answers = Answers(tmp_path / "answers.json", 5)
+    ways = list(targets.Asked("ort-cpu", tmp_path).ways(answers))
+    assert [way.experts for way in ways] == [""]
+    assert "no time left" in answers["summary"][0]
 
 
 @pytest.mark.slow
@@ -58,9 +75,9 @@ def test_half_precision_is_checked_and_compared(
     monkeypatch.setattr(targets, "_PROBLEMS", 1)
     monkeypatch.setattr(targets, "HALF", ("float16",))
     (table,) = asked("half-ort-cpu", tmp_path)["tables"]
-    rows = {row[1]: row for row in table["rows"]}
-    assert rows["known answer"][2] is True
-    assert rows["the text of float32, diffusion"][3].endswith(" % of prompts")
+    rows = {row[2]: row for row in table["rows"]}
+    assert rows["known answer"][3] is True
+    assert rows["the text of float32, diffusion"][4].endswith(" % of prompts")
     assert () in warmed
 
 
@@ -71,6 +88,11 @@ def test_a_pass_at_the_widths_of_a_slice_is_timed(
     monkeypatch.setattr(targets, "CHANGES", SMALL_SLICE)
     answers = asked("real-ort-cpu", tmp_path)
     assert answers["dtype"] == "bfloat16"
-    assert answers["passes"]["denoise_ms"] > 0
+    ((computed, passes),) = answers["passes"].items()
+    assert passes["denoise_ms"] > 0
+    assert answers["tables"][0]["rows"][0][:2] == [
+        computed,
+        pytest.approx(passes["denoise_ms"], rel=1e-3),
+    ]
     assert "ms a denoiser pass" in answers["summary"][0]
     assert warmed == [()], "seconds of opening are without those of passes"
