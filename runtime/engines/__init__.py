@@ -53,9 +53,13 @@ def _ort_cpu() -> Opener:
 def _ort_cuda() -> Opener:
     from twotower.runtime.cuda.door import load_cuda
     from twotower.runtime.engines.ort import CudaLibrary
-    from twotower.runtime.engines.ort_device import open_ort_cuda
+    from twotower.runtime.engines.ort_device import OrtDeviceOptions, open_ort_cuda
 
-    return lambda bundle, options: open_ort_cuda(bundle, CudaLibrary(), load_cuda(), devices=options.devices, progress=options.progress)
+    def opened(bundle: Bundle, options: OpenOptions) -> Towers:
+        how = OrtDeviceOptions(devices=options.devices, progress=options.progress, loading=options.loading)
+        return open_ort_cuda(bundle, CudaLibrary(), load_cuda(), how)
+
+    return opened
 
 
 def _trt() -> Opener:

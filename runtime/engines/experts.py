@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from twotower.bundle import ExpertsStep
+from twotower.runtime.cuda.calls import Cuda
 
-__all__ = ["BoundExperts", "ExpertPlaces", "ExpertRuntime"]
+__all__ = ["BoundExperts", "ExpertPlaces", "ExpertRuntime", "OpenExperts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,3 +70,7 @@ class ExpertRuntime(Protocol):
     def close(self) -> None:
         """Frees what was loaded; idempotent."""
         ...
+
+
+OpenExperts = Callable[[Path, Cuda, Sequence[tuple[str, int]]], ExpertRuntime]
+"""Given the target's folder, the calls, and which code of experts goes to which device."""

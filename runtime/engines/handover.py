@@ -17,7 +17,7 @@ from twotower.spec import (
     SHARES,
 )
 
-__all__ = ["HANDED", "Handover", "buffer_sizes", "handed_bytes"]
+__all__ = ["HANDED", "Handover", "buffer_sizes", "handed_bytes", "with_tokens"]
 
 _HALVES: Mapping[str, int] = {RESIDUAL_IN: 0, RESIDUAL_OUT: 1}
 """The residual stream has two buffers that take turns, because a program reads it while it writes the next: whether a program
@@ -60,7 +60,7 @@ def buffer_sizes(programs: Iterable[EngineFile], sizes: Mapping[str, int]) -> di
     """
     out: dict[str, tuple[int, int]] = {}
     for part in programs:
-        known = _with_tokens(part, sizes)
+        known = with_tokens(part, sizes)
         for spec in (*part.inputs, *part.outputs):
             if spec.name in HANDED:
                 buffer, count = (RESIDUAL_IN, 2) if spec.name in _HALVES else (spec.name, 1)
@@ -75,7 +75,7 @@ def handed_bytes(part: EngineFile, sizes: Mapping[str, int]) -> dict[str, int]:
     return {spec.name: prod(spec.shape(sizes)) * numpy_dtype(spec.dtype).itemsize for spec in specs}
 
 
-def _with_tokens(part: EngineFile, sizes: Mapping[str, int]) -> dict[str, int]:
+def with_tokens(part: EngineFile, sizes: Mapping[str, int]) -> dict[str, int]:
     """The sizes with N, the number of tokens, of a program that ends where experts begin."""
     experts = next((spec for spec in part.outputs if spec.name == EXPERTS_IN), None)
     return dict(sizes) if experts is None else {**sizes, "N": prod(experts.shape(sizes)[:-1])}

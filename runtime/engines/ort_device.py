@@ -1,4 +1,4 @@
-"""ONNX Runtime on a GPU: sessions that work on the towers' streams, bound once to device memory; the library is a value.
+"""Opening a bundle's ONNX Runtime engines on GPUs: sessions on the towers' streams; the library is a value.
 
 The provider enqueues on the stream a session was made for and does not wait at the end of a pass, so that passes are ordered by events
 like those of the TensorRT targets. Its own CUDA graphs are not used. **It has never run on a GPU**; all but the provider is tested without.
@@ -6,161 +6,170 @@ like those of the TensorRT targets. Its own CUDA graphs are not used. **It has n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
 
-from twotower.bundle import Bundle, EngineFile, Progress, engine_folder, read_engine_record, weight_bytes
+from twotower.bundle import Bundle, EngineFile, EngineRecord, ExpertsStep, Progress, Step, engine_folder, read_engine_record, weight_bytes
 from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.cuda.memory import DeviceBuffer, DeviceMemory
-from twotower.runtime.cuda.passes import DevicePass, PassWork, Turns, downloads, uploads
+from twotower.runtime.cuda.memory import DeviceMemory
 from twotower.runtime.cuda.streams import CudaStream
+from twotower.runtime.engines.bundle_weights import check_weights, load_weights, requests_of
 from twotower.runtime.engines.copies import StateCopies
 from twotower.runtime.engines.devices import chosen_devices, require_room
+from twotower.runtime.engines.experts import OpenExperts
+from twotower.runtime.engines.kernel_experts import KernelExperts
+from twotower.runtime.engines.ort_engine import OrtDeviceEngine, OrtProgram, OrtRoom
+from twotower.runtime.engines.ort_library import OrtLibrary
+from twotower.runtime.engines.shared_buffers import furnish
+from twotower.runtime.engines.steps import code_places
 from twotower.runtime.engines.towers import Towers
-from twotower.runtime.memory import numpy_dtype
 from twotower.runtime.placement import place_engines, places_of_tensors
 from twotower.runtime.schedule import CHUNK_WIDTHS, row_counts
 from twotower.runtime.streams import Streams
-from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TOKENS, TowerSignature, signatures, state_tensors
+from twotower.runtime.weights import WeightStore
+from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, MAX_CHUNK, signatures, state_tensors
 
-__all__ = ["OrtDeviceEngine", "OrtLibrary", "open_ort_cuda"]
+__all__ = ["OrtDeviceOptions", "open_ort_cuda"]
 
 TARGET = "ort-cuda"
-_ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
 _MOST_ROWS = 1 << 12  # sessions take any number; beyond this a batch is not padded
 
 
-class OrtLibrary(Protocol):
-    """What is needed of ONNX Runtime.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrtDeviceOptions:
+    """Options of opening.
 
     Attributes:
-        version: Its version; engines are tied to it.
-        device_type: The kind of memory its bindings are told, `cuda`.
+        devices: GPUs by number; empty for the first.
+        progress: Called with (bytes hashed, bytes to hash) while engine files are checked.
+        loading: Called with (bytes loaded, bytes to load) while weights of experts between programs go to a device.
+        experts: Opens what computes experts between programs.
     """
 
-    version: str
-    device_type: str
-
-    def session(self, graph: Path, folder: Path, *, device: int, stream: int) -> Any:
-        """A session of a graph whose weights are named from `folder`, on a device and on a CUDA stream of it."""
-        ...
-
-    def run_options(self) -> Any:
-        """Options of a pass that does not wait for its own end."""
-        ...
+    devices: tuple[int, ...] = ()
+    progress: Progress | None = None
+    loading: Progress | None = None
+    experts: OpenExperts = KernelExperts
 
 
-@dataclass(frozen=True, slots=True)
-class _Setting:
-    """Where and with what an engine works."""
-
-    cuda: Cuda
-    library: OrtLibrary
-    device: int
-    turns: Turns
-    copies: StateCopies | None
-
-
-def open_ort_cuda(
-    bundle: Bundle, library: OrtLibrary, cuda: Cuda, *, devices: tuple[int, ...] = (), progress: Progress | None = None
-) -> Towers:
-    """Opens the three `ort-cuda` engines of a bundle, on one GPU or with a tower on each of two.
+def open_ort_cuda(bundle: Bundle, library: OrtLibrary, cuda: Cuda, options: OrtDeviceOptions | None = None) -> Towers:
+    """Opens the three `ort-cuda` graphs of a bundle, on one GPU or spread over several.
 
     Raises:
         EngineMismatchError: not built, damaged, of another ONNX Runtime or graph, too large, or CUDA cannot be used.
         ConfigError: a device that is not there was asked for.
     """
-    record = read_engine_record(bundle, TARGET, library={"name": "onnxruntime", "version": library.version}, progress=progress)
-    devices = chosen_devices(cuda, devices)
-    contract, state = signatures(bundle.config, record.dtype), state_tensors(bundle.config, record.dtype)
-    sizes = {name: [weight_bytes(bundle, record, name)] for name in contract}
+    how = options or OrtDeviceOptions()
+    record = read_engine_record(bundle, TARGET, library={"name": "onnxruntime", "version": library.version}, progress=how.progress)
+    devices = chosen_devices(cuda, how.devices)
+    steps = record.steps or _whole_graphs(bundle, record)
+    sizes = {name: _sizes(bundle, record, name) for name in steps}
     placed = place_engines(sizes, devices)
     needed: dict[int, dict[str, int]] = {}
-    for name, (device,) in placed.items():
-        needed.setdefault(device, {})[name.replace("_", " ")] = sizes[name][0]
+    for name, places in placed.items():
+        for size, device in zip(sizes[name], places, strict=True):
+            parts = needed.setdefault(device, {})
+            parts[name.replace("_", " ")] = parts.get(name.replace("_", " "), 0) + size
     require_room(cuda, needed, target=TARGET)
-    parts = {name: (EngineFile(f"{name}.onnx", (0, len(bundle.config.layers)), s.inputs, s.outputs, ()),) for name, s in contract.items()}
+    if record.steps:
+        check_weights(record, {name: bundle.weights(name) for name in record.steps}, bundle)
     with Cleanup() as undo:
-        memory = DeviceMemory(cuda, devices, places_of_tensors(parts, placed, state))
-        undo.callback(memory.close)
-        queues = {}
-        for name in (CONTEXT, DENOISER):
-            queues[name] = CudaStream(cuda, placed[name])
-            undo.callback(queues[name].close)
-        streams = Streams(queues[CONTEXT], queues[DENOISER])
-        turns, engines = {device: Turns() for device in devices}, {}
-        for name, signature in contract.items():
-            queue, (device,) = queues[DENOISER if name == DENOISER else CONTEXT], placed[name]
-            graph = engine_folder(bundle, TARGET) / parts[name][0].file
-            session = library.session(graph, bundle.path, device=device, stream=queue.handles[device])
-            copies = StateCopies(cuda, state) if name == CONTEXT else None
-            engines[name] = OrtDeviceEngine(signature, session, _Setting(cuda, library, device, turns[device], copies))
+        weights = WeightStore(cuda)
+        undo.callback(weights.close)
+        load_weights(weights, bundle, requests_of(bundle, record, placed), progress=how.loading)
+        towers = _opened(bundle, record, _Opening(cuda, library, devices, steps, placed, weights, how, undo))
         undo.pop_all()
+    return towers
+
+
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """What opening works with; `undo` closes what was made so far if the rest fails."""
+
+    cuda: Cuda
+    library: OrtLibrary
+    devices: tuple[int, ...]
+    steps: Mapping[str, Sequence[Step]]
+    placed: Mapping[str, Sequence[int]]
+    weights: WeightStore
+    options: OrtDeviceOptions
+    undo: Cleanup
+
+
+def _opened(bundle: Bundle, record: EngineRecord, with_: _Opening) -> Towers:
+    cuda, placed, limits = with_.cuda, with_.placed, record.limits
+    contract, state = signatures(bundle.config, record.dtype), state_tensors(bundle.config, record.dtype)
+    engines = {name: [step for step in steps if isinstance(step, EngineFile)] for name, steps in with_.steps.items()}
+    memory = DeviceMemory(cuda, with_.devices, places_of_tensors(engines, placed, state))
+    with_.undo.callback(memory.close)
+    queues: dict[str, CudaStream] = {}
+    for name in (CONTEXT, DENOISER):
+        queues[name] = CudaStream(cuda, placed[name])
+        with_.undo.callback(queues[name].close)
+    room = OrtRoom(cuda, with_.library, memory, with_.weights)
+    code = [place for name, steps in with_.steps.items() for place in code_places(steps, placed[name])]
+    owned = [with_.weights.close]
+    if code:
+        assert limits is not None, "engines with experts between have limits"
+        room.experts = with_.options.experts(engine_folder(bundle, TARGET), cuda, code)
+        owned.insert(0, room.experts.close)
+        with_.undo.callback(room.experts.close)
+        most = {"B": limits.max_batch, "L": MAX_CHUNK, "S": bundle.trained_block_size}
+        furnish(room, with_.steps, scratch=dict.fromkeys((device for _, device in code), 0), sizes=most)
+    made = {}
+    for name, signature in contract.items():
+        queue = queues[DENOISER if name == DENOISER else CONTEXT]
+        sessions = _sessions(bundle, with_.steps[name], placed[name], library=with_.library, queue=queue)
+        copies = StateCopies(cuda, state) if name == CONTEXT else None
+        made[name] = OrtDeviceEngine(signature, sessions, room, data=bundle.data_file(name), copies=copies)
     return Towers(
         bundle.config,
         record.dtype,
-        engines[CONTEXT],
-        engines[CONTEXT_HEAD],
-        engines[DENOISER],
+        made[CONTEXT],
+        made[CONTEXT_HEAD],
+        made[DENOISER],
         memory=memory,
-        streams=streams,
+        streams=Streams(queues[CONTEXT], queues[DENOISER]),
+        limits=limits,
         chunk_widths=CHUNK_WIDTHS,
-        row_counts=row_counts(_MOST_ROWS),
+        row_counts=row_counts(_MOST_ROWS if limits is None else limits.max_batch),
+        fixed_block=bundle.trained_block_size if limits is not None else None,
+        owned=tuple(owned),
     )
 
 
-class OrtDeviceEngine:
-    """One graph in a session that works on a stream of ours.
-
-    Args:
-        signature: Its inputs and outputs.
-        session: The session, made for the stream its passes will be run on.
-        setting: The rest.
-    """
-
-    def __init__(self, signature: TowerSignature, session: Any, setting: _Setting) -> None:
-        self.signature = signature
-        self._session = session
-        self._setting = setting
-
-    def bind(self, arrays: Mapping[str, DeviceBuffer]) -> DevicePass:
-        """Binds every input and output to its address; see `TowerEngine.bind`."""
-        if self._session is None:
-            raise RuntimeError("the engine is closed")
-        it, session = self._setting, self._session
-        binding, options = session.io_binding(), it.library.run_options()
-        number = it.device if it.library.device_type == "cuda" else 0
-        for specs, bind in ((self.signature.inputs, binding.bind_input), (self.signature.outputs, binding.bind_output)):
-            for spec in specs:
-                buffer = arrays[spec.name]
-                bind(spec.name, it.library.device_type, number, _element_type(spec.dtype), buffer.shape, buffer.addresses[it.device])
-        copies = it.copies.of(arrays, {"L": arrays[TOKENS].shape[1]}) if it.copies is not None else None
-
-        def enqueue(queue: CudaStream) -> None:
-            it.cuda.use(it.device)
-            session.run_with_iobinding(binding, options)
-            if copies is not None:
-                copies.enqueue(self.signature.outputs, queue)
-
-        work = PassWork(
-            name=f"the {self.signature.name} pass",
-            devices=(it.device,),
-            before=uploads(self.signature, arrays),
-            after=downloads(self.signature, arrays),
-            enqueue=enqueue,
-            capturable=lambda queue: False,
-            close=lambda: None,
-        )
-        return DevicePass(it.cuda, work, [it.turns])
-
-    def close(self) -> None:
-        """Frees the session; idempotent."""
-        self._session = None
+def _whole_graphs(bundle: Bundle, record: EngineRecord) -> dict[str, tuple[Step, ...]]:
+    """Each graph as its only step."""
+    layers = (0, len(bundle.config.layers))
+    contract = signatures(bundle.config, record.dtype)
+    return {name: (EngineFile(f"{name}.onnx", layers, graph.inputs, graph.outputs, ()),) for name, graph in contract.items()}
 
 
-def _element_type(dtype: str) -> Any:
-    """What a binding wants to know; NumPy has no bfloat16, so that is given by its ONNX number."""
-    return _ONNX_BFLOAT16 if dtype == "bfloat16" else numpy_dtype(dtype).type
+def _sizes(bundle: Bundle, record: EngineRecord, name: str) -> list[int]:
+    """Bytes of the weights of each session of a graph, and of the experts after it."""
+    if not record.steps:
+        return [weight_bytes(bundle, record, name)]
+    table, out = bundle.weights(name), list[int]()
+    for step in record.steps[name]:
+        if isinstance(step, EngineFile):
+            out.append(sum(table[weight].nbytes for weight in step.constants))
+        else:
+            out[-1] += sum(table[w.name].nbytes for w in step.weights.values())
+    return out
+
+
+def _sessions(
+    bundle: Bundle, steps: Sequence[Step], devices: Sequence[int], *, library: OrtLibrary, queue: CudaStream
+) -> list[OrtProgram | ExpertsStep]:
+    """The steps of a graph with a session for every program."""
+    out: list[OrtProgram | ExpertsStep] = []
+    places, folder = iter(devices), engine_folder(bundle, TARGET)
+    for step in steps:
+        if isinstance(step, EngineFile):
+            device = next(places)
+            session = library.session(folder / step.file, bundle.path, device=device, stream=queue.handles[device])
+            out.append(OrtProgram(step, device, session))
+        else:
+            out.append(step)
+    return out

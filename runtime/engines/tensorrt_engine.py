@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 
 from twotower.bundle import ExpertsStep, Profile
@@ -15,13 +14,14 @@ from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.memory import DeviceBuffer, DeviceMemory
 from twotower.runtime.cuda.passes import DevicePass, PassWork, Turns, downloads, uploads
 from twotower.runtime.engines.copies import StateCopies
-from twotower.runtime.engines.experts import ExpertPlaces, ExpertRuntime
+from twotower.runtime.engines.experts import ExpertRuntime
 from twotower.runtime.engines.handover import HANDED, Handover, handed_bytes
+from twotower.runtime.engines.steps import ExpertsAt, ExpertsRun, StepsRun, bind_experts, sizes_of
 from twotower.runtime.engines.tensorrt_binding import Bound, bind_execution
 from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
-from twotower.runtime.engines.tensorrt_steps import ExpertsRun, ProgramRun, StepsRun
+from twotower.runtime.engines.tensorrt_steps import ProgramRun, may_be_captured
 from twotower.runtime.weights import WeightStore
-from twotower.spec import EXPERTS_IN, EXPERTS_OUT, SHARES, TowerSignature
+from twotower.spec import TowerSignature
 
 __all__ = ["EngineRoom", "TensorRTEngine"]
 
@@ -99,21 +99,26 @@ class TensorRTEngine:
         """
         if not self._plans:
             raise RuntimeError("the engine is closed")
-        sizes = _sizes(self.signature, arrays)
+        sizes = sizes_of(self.signature, arrays)
         profiles = [_profile(plan, sizes) for plan in self._plans]
         fixed = all(least == most for number, plan in zip(profiles, self._plans, strict=True) for least, most in _ends(plan, number))
         specialised = fixed and sizes.get("B") in self._room.rows
-        run = self._bound_steps(arrays, _How(profiles, sizes, specialised))
+        bound = self._bound_steps(arrays, _How(profiles, sizes, specialised))
+        copies = None if self._copies is None else self._copies.of(arrays, sizes)
+        run = StepsRun(self._room.cuda, self._room.handover, bound, copies=copies)
+        programs = [step for step in bound if isinstance(step, ProgramRun)]
         devices = tuple(plan.device for plan in self._plans)
         capturable = fixed and self._room.graphs and run.same_every_time
+        room = self._room
         work = PassWork(
             name=f"the {self.signature.name} pass of {sizes.get('B', 1)} row(s)",
             devices=devices,
             before=uploads(self.signature, arrays),
             after=downloads(self.signature, arrays),
             enqueue=run.enqueue,
-            capturable=lambda queue: capturable and run.may_be_captured(queue),
-            close=run.close,
+            capturable=lambda queue: capturable and may_be_captured(programs, queue, room.loader, refused=room.uncapturable),
+            # Kernels compiled for a context are kept first: they may go with it.
+            close=lambda: close_all((room.keep_kernels, run.close)),
         )
         return DevicePass(self._room.cuda, work, [self._room.turns[device] for device in dict.fromkeys(devices)])
 
@@ -121,16 +126,21 @@ class TensorRTEngine:
         """Frees the engines; idempotent."""
         self._steps = self._plans = ()
 
-    def _bound_steps(self, arrays: Mapping[str, DeviceBuffer], how: _How) -> StepsRun:
+    def _bound_steps(self, arrays: Mapping[str, DeviceBuffer], how: _How) -> list[ProgramRun | ExpertsRun]:
         """Every step at its addresses."""
         bound: list[ProgramRun | ExpertsRun] = []
         with Cleanup(lambda: close_all(step.close for step in bound)) as undo:
             index = -1
             for step in self._steps:
-                index += isinstance(step, Plan)
-                bound.append(self._program(step, index, arrays, how) if isinstance(step, Plan) else self._experts(step, index, how))
+                if isinstance(step, Plan):
+                    index += 1
+                    bound.append(self._program(step, index, arrays, how))
+                else:
+                    after = self._plans[index]
+                    at = ExpertsAt(after.device, index, how.sizes, self._data)
+                    bound.append(bind_experts(self._room, step, after.part, at))
             undo.pop_all()
-        return StepsRun(self._room, bound, None if self._copies is None else self._copies.of(arrays, how.sizes))
+        return bound
 
     def _program(self, plan: Plan, index: int, arrays: Mapping[str, DeviceBuffer], how: _How) -> ProgramRun:
         """An execution context of one program with its profile, shapes and addresses set."""
@@ -148,24 +158,6 @@ class TensorRTEngine:
         bind_execution(execution, to, loader=room.loader, memory=room.memory)
         return ProgramRun(execution, index, handed_bytes(part, how.sizes), room.loader)
 
-    def _experts(self, step: ExpertsStep, index: int, how: _How) -> ExpertsRun:
-        """The experts after a program, where it leaves their inputs and the next one looks for what they write."""
-        room, plan = self._room, self._plans[index]
-        assert room.experts is not None, "opening makes sure of it"
-        handover, device = room.handover[plan.device], plan.device
-        x = next(spec for spec in plan.part.outputs if spec.name == EXPERTS_IN)
-        places = ExpertPlaces(
-            device=device,
-            tokens=prod(x.shape(how.sizes)[:-1]),
-            x=handover.address(EXPERTS_IN, index),
-            shares=handover.address(SHARES, index),
-            out=handover.address(EXPERTS_OUT, index),
-            weights={role: room.weights.address(self._data, w.name, device) for role, w in step.weights.items()},
-            scratch=room.scratch[device],
-        )
-        room.cuda.use(device)
-        return ExpertsRun(room.experts.bind(step, places), device)
-
     def _address(self, name: str, arrays: Mapping[str, DeviceBuffer], index: int) -> int:
         """Where a program finds a tensor: in a buffer, or where its neighbours hand over."""
         device = self._plans[index].device
@@ -182,14 +174,6 @@ class _How:
     profiles: Sequence[int]
     sizes: Mapping[str, int]
     specialised: bool
-
-
-def _sizes(signature: TowerSignature, arrays: Mapping[str, DeviceBuffer]) -> dict[str, int]:
-    """The letters' sizes, from the shapes of the buffers."""
-    out: dict[str, int] = {}
-    for spec in (*signature.inputs, *signature.outputs):
-        out.update({axis: size for axis, size in zip(spec.axes, arrays[spec.name].shape, strict=True) if isinstance(axis, str)})
-    return out
 
 
 def _profile(plan: Plan, sizes: Mapping[str, int]) -> int:

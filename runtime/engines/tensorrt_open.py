@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from twotower.bundle import Bundle, EngineFile, EngineRecord, ExpertsStep, Progress, Step, engine_folder, read_engine_record
+from twotower.bundle import Bundle, EngineFile, EngineRecord, ExpertsStep, Progress, engine_folder, read_engine_record
 from twotower.config.weights import WeightRef
 from twotower.errors import EngineMismatchError
 from twotower.flavour import Flavour
@@ -20,9 +20,10 @@ from twotower.runtime.cuda.streams import CudaStream
 from twotower.runtime.engines.bundle_weights import check_weights, load_weights, reads_of, requests_of
 from twotower.runtime.engines.copies import StateCopies
 from twotower.runtime.engines.devices import chosen_devices, require_room
-from twotower.runtime.engines.experts import ExpertRuntime
-from twotower.runtime.engines.handover import Handover, buffer_sizes
+from twotower.runtime.engines.experts import OpenExperts
 from twotower.runtime.engines.kernel_experts import KernelExperts
+from twotower.runtime.engines.shared_buffers import furnish
+from twotower.runtime.engines.steps import code_places
 from twotower.runtime.engines.tensorrt_engine import EngineRoom, TensorRTEngine
 from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
 from twotower.runtime.engines.towers import Towers
@@ -36,10 +37,6 @@ from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, MAX_CHUNK, signatures
 __all__ = ["TensorRTOptions", "open_tensorrt"]
 
 logger = logging.getLogger(__name__)
-
-
-OpenExperts = Callable[[Path, Cuda, Sequence[tuple[str, int]]], ExpertRuntime]
-"""Given the target's folder, the calls, and which code of experts goes to which device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,13 +114,15 @@ def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[
     rows = row_counts(limits.max_batch)
     room = EngineRoom(cuda, loader, memory, with_.weights, with_.options.graphs, rows=rows)
     folder = engine_folder(bundle, record.target)
-    code = [place for name in record.steps for place in _code_places(record.steps[name], placed[name])]
+    code = [place for name in record.steps for place in code_places(record.steps[name], placed[name])]
     room.experts = with_.options.experts(folder, cuda, code) if code else None
     experts = () if room.experts is None else (room.experts.close,)
     for close in experts:
         with_.undo.callback(close)
     steps = {name: _loaded(record, name, placed[name], loader=loader, folder=folder, cuda=cuda) for name in record.steps}
-    _furnish(room, steps, {"B": limits.max_batch, "L": MAX_CHUNK})
+    plans = [step for some in steps.values() for step in some if isinstance(step, Plan)]
+    scratch = {plan.device: max(other.scratch for other in plans if other.device == plan.device) for plan in plans}
+    furnish(room, record.steps, scratch=scratch, sizes={"B": limits.max_batch, "L": MAX_CHUNK})
     fixed = {"T": limits.capacity, "S": bundle.trained_block_size}
     contract = {name: graph.with_sizes(fixed) for name, graph in signatures(bundle.config, record.dtype).items()}
     engines = {
@@ -152,17 +151,6 @@ def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[
         fixed_block=bundle.trained_block_size,
         owned=(*experts, with_.weights.close),
     )
-
-
-def _code_places(steps: Sequence[Step], devices: Sequence[int]) -> list[tuple[str, int]]:
-    """The code of experts that each device runs: experts are where the program before them is."""
-    out, places, device = [], iter(devices), -1
-    for step in steps:
-        if isinstance(step, ExpertsStep):
-            out.append((step.code, device))
-        else:
-            device = next(places)
-    return out
 
 
 def _sizes(record: EngineRecord, name: str, table: Mapping[str, WeightRef]) -> list[int]:
@@ -198,35 +186,6 @@ def _loaded(
         known[step.file, device] = plan
         out.append(plan)
     return out
-
-
-def _furnish(room: EngineRoom, steps: Mapping[str, Sequence[Plan | ExpertsStep]], sizes: Mapping[str, int]) -> None:
-    """Allocates what engines share on each device: the scratch of the neediest step, and where steps hand over."""
-    plans = [step for some in steps.values() for step in some if isinstance(step, Plan)]
-    buffers: dict[str, tuple[int, int]] = {}
-    for some in steps.values():
-        for name, (count, nbytes) in buffer_sizes((s.part for s in some if isinstance(s, Plan)), sizes).items():
-            buffers[name] = (count, max(nbytes, buffers.get(name, (0, 0))[1]))
-    experts = [step for some in steps.values() for step in some if isinstance(step, ExpertsStep)]
-    least = max((_experts_scratch(room, step, sizes) for step in experts), default=0)
-    for device in dict.fromkeys(plan.device for plan in plans):
-        size = max(least, *(plan.scratch for plan in plans if plan.device == device))
-        try:
-            room.scratch[device] = (room.memory.scratch(size, device), size)
-            made = {name: tuple(room.memory.scratch(n, device) for _ in range(count)) for name, (count, n) in buffers.items()}
-        except MemoryError as e:
-            handed = sum(count * nbytes for count, nbytes in buffers.values())
-            raise EngineMismatchError(
-                f"GPU {device} has no room for the engines' activations",
-                found=f"{(size + handed) / 1e9:.2f} GB needed besides the weights: {e}",
-                do="build with a smaller --max-batch or --max-context, or spread the towers with --devices 0,1",
-            ) from e
-        room.handover[device] = Handover(made)
-
-
-def _experts_scratch(room: EngineRoom, step: ExpertsStep, sizes: Mapping[str, int]) -> int:
-    assert room.experts is not None, "opening makes sure of it"
-    return room.experts.scratch_bytes(step, sizes["B"] * sizes["L"])
 
 
 def _needed(

@@ -22,7 +22,7 @@ from twotower.runtime import Request, TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines import OpenOptions, open_towers
 from twotower.runtime.engines.ort import CudaLibrary
-from twotower.runtime.engines.ort_device import open_ort_cuda
+from twotower.runtime.engines.ort_device import OrtDeviceOptions, open_ort_cuda
 
 
 class CpuLibrary:
@@ -73,7 +73,7 @@ def opened_ort(built: Callable[..., Any]) -> Callable[..., Any]:
         bundle, api = built(folder), CudaStandIn(devices=2, seed=seed, memory=memory)
         record = build_engines(bundle, "ort-cuda", builder_for("ort-cuda"), config=BuildConfig(experts=experts))
         assert record.report["choice_of_experts"]["computed_by"] == experts
-        with TwoTower.from_towers(open_ort_cuda(bundle, CpuLibrary(api), Cuda(api), devices=devices)) as model:
+        with TwoTower.from_towers(open_ort_cuda(bundle, CpuLibrary(api), Cuda(api), OrtDeviceOptions(devices=devices))) as model:
             yield model, api
         assert not api.leaked
 
