@@ -1,10 +1,12 @@
-"""ONNX Runtime on a GPU: the exported graphs, with experts fused or as they are; weights stay where they are.
+"""ONNX Runtime on a GPU: the exported graphs, with experts fused, between programs, or as they are.
+
+Weights stay in the bundle's data files.
 
 Which fusions the CUDA provider knows, and between which operators a copy or a cast must stand, is
 decided where the provider is: ONNX Runtime on this machine's CPU would insert casts around every
 half-width operator that a CPU lacks, and a GPU would then compute in float32. The session optimises
 when it is opened. What no optimiser does is done here: experts that nobody chose are left out
-(`ort_fused`).
+(`ort_fused`, `ort_programs`).
 """
 
 from __future__ import annotations
@@ -12,15 +14,18 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 
-from twotower.builders.base import AUTO, DENSE, FUSED, KERNELS, BuildConfig, Report
-from twotower.builders.expert_choice import ASKED, DENSE_COST, ExpertChoice
+from twotower.builders.base import DENSE, FUSED, KERNELS, BuildConfig, Report
+from twotower.builders.expert_choice import ASKED, DENSE_COST, ExpertChoice, require_compiler
+from twotower.builders.expert_code import Compile, compile_code, kernel_source
 from twotower.builders.expert_cut import ExpertCut
 from twotower.builders.ort_fusable import require_fusable
 from twotower.builders.ort_fused import fuse_experts
+from twotower.builders.ort_programs import kernel_limits, require_programs, write_programs
 from twotower.builders.ort_unsigned import unsigned_data
 from twotower.bundle import (
     DATA_SUFFIX,
@@ -32,9 +37,10 @@ from twotower.bundle import (
 )
 from twotower.config import LayerKind
 from twotower.config.weights import WeightRef
-from twotower.errors import BuildError, ConfigError
+from twotower.errors import BuildError
 from twotower.graph_files import attach_weights, load_graph, weight_refs
-from twotower.spec import CONTEXT_HEAD
+from twotower.kernels.compile import compile_kernels
+from twotower.spec import CONTEXT_HEAD, MAX_CHUNK
 
 __all__ = ["OrtCudaBuilder"]
 
@@ -49,22 +55,34 @@ class OrtCudaBuilder:
 
     Args:
         library: Name and version of ONNX Runtime.
+        compiler: What compiles the kernels of experts; None for Triton, which may be missing.
     """
 
-    def __init__(self, library: dict[str, str]) -> None:
-        self._library = library
+    def __init__(self, library: dict[str, str], compiler: Compile | None = None) -> None:
+        self._library, self._compiler = library, compiler
 
     def library(self) -> dict[str, str]:
         return dict(self._library)
 
     def fits(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
-        return bool(record.report.get("choice_of_experts") == self._choice(bundle, config).to_json())
+        choice = self._choice(bundle, config)
+        if record.report.get("choice_of_experts") != choice.to_json():
+            return False
+        if choice.experts != KERNELS:
+            return True
+        sources = {about.get("source") for about in record.report["experts"].values()}
+        return record.limits == kernel_limits(bundle, config) and sources == {kernel_source()}
 
     def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
         choice = self._choice(bundle, config)
         graphs = f"the three graphs in {bundle.dtype}, optimised when they are opened on the GPU"
         if choice.why:
             return [graphs, f"{'experts':<22}dense: {choice.why}; {DENSE_COST}"]
+        if choice.experts == KERNELS:
+            self._require_compiler()
+            limits = kernel_limits(bundle, config)
+            sms = ", ".join(map(str, limits.sms))
+            return [graphs, f"{'experts':<22}kernels between programs for SM {sms}; up to {limits.max_batch} rows"]
         if choice.experts != FUSED:
             return [graphs]
         copied = sum(ref.nbytes for ref in self._moved(bundle))
@@ -73,37 +91,69 @@ class OrtCudaBuilder:
 
     def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
         graphs = sum(bundle.files[graph].size for graph in GRAPH_FILES.values())
-        if self._choice(bundle, config).experts != FUSED:
+        choice = self._choice(bundle, config)
+        if choice.experts == KERNELS:
+            self._require_compiler()
+        if choice.experts != FUSED:
             return graphs
         return graphs + sum(ref.nbytes for ref in self._moved(bundle))
 
     def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
         bundle.require_weights("an engine of ONNX Runtime")
         started, choice = time.perf_counter(), self._choice(bundle, config)
+        if choice.experts == KERNELS:
+            record = self._with_kernels(bundle, folder, config, report)
+        else:
+            record = self._graphs(bundle, folder, fused=choice.experts == FUSED, report=report)
+        seconds = round(time.perf_counter() - started, 3)
+        facts = {"seconds": seconds, **record.report, "choice_of_experts": choice.to_json()}
+        return replace(record, report=facts)
+
+    def _graphs(self, bundle: Bundle, folder: Path, *, fused: bool, report: Report) -> EngineRecord:
+        """Every graph in one piece."""
         operators: dict[str, dict[str, int]] = {}
         holds: dict[str, str] = {}
         for step, name in enumerate(GRAPH_FILES):
             report(f"writing {name}", step, len(GRAPH_FILES))
             model = load_graph(bundle.graph_file(name))
-            moved = fuse_experts(model, _experts_of(bundle, name)) if choice.experts == FUSED else {}
+            moved = fuse_experts(model, _experts_of(bundle, name)) if fused else {}
             _place_weights(bundle, model, moved, name=name, folder=folder, report=report)
             (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
             operators[name] = dict(Counter(n.op_type for n in model.graph.node).most_common())
             holds |= {name: bundle.data_identity(name)} if moved else {}
+        return replace(self._record(bundle), holds=holds, files=file_records(folder), report={"operators": operators})
+
+    def _with_kernels(self, bundle: Bundle, folder: Path, config: BuildConfig, report: Report) -> EngineRecord:
+        """Programs, and kernels for the experts between them."""
+        self._require_compiler()
+        limits = kernel_limits(bundle, config)
+        written = write_programs(bundle, folder, report)
+        files = file_records(folder)
+        code, about = compile_code(
+            written.experts,
+            limits.sms,
+            folder,
+            max_tokens=limits.max_batch * MAX_CHUNK,
+            compiler=self._compiler or compile_kernels,
+            report=report,
+        )
+        facts = {"operators": written.operators, "experts": about}
+        return replace(self._record(bundle), files=files | code, report=facts, limits=limits, steps=written.steps)
+
+    def _record(self, bundle: Bundle) -> EngineRecord:
+        """What is the same of all engines."""
         return EngineRecord(
             target=CUDA,
             library=self.library(),
             dtype=bundle.dtype,
             graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
             weights={name: file + DATA_SUFFIX for name, file in GRAPH_FILES.items()},
-            holds=holds,
-            files=file_records(folder),
-            report={
-                "seconds": round(time.perf_counter() - started, 3),
-                "operators": operators,
-                "choice_of_experts": choice.to_json(),
-            },
+            files={},
         )
+
+    def _require_compiler(self) -> None:
+        if self._compiler is None:
+            require_compiler()
 
     def _choice(self, bundle: Bundle, config: BuildConfig) -> ExpertChoice:
         """What computes the experts.
@@ -116,11 +166,8 @@ class OrtCudaBuilder:
         if config.experts == DENSE:
             return ExpertChoice(DENSE, ASKED)
         if config.experts == KERNELS:
-            raise ConfigError(
-                "engines of ort-cuda have no kernels between programs",
-                found=f"--experts {KERNELS}; allowed: {AUTO}, {FUSED}, {DENSE}",
-                do=f"build with --experts {FUSED}, or another target",
-            )
+            require_programs(bundle, kernel_limits(bundle, config))
+            return ExpertChoice(KERNELS)
         try:
             for name in GRAPH_FILES:
                 for step in _experts_of(bundle, name):
@@ -128,7 +175,7 @@ class OrtCudaBuilder:
         except BuildError as e:
             if config.experts == FUSED:
                 raise
-            return ExpertChoice(DENSE, f"{e.what} ({e.found})")
+            return ExpertChoice(DENSE, f"{e.what} ({e.found}); --experts kernels takes every format")
         return ExpertChoice(FUSED)
 
     def _moved(self, bundle: Bundle) -> list[WeightRef]:

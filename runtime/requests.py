@@ -130,7 +130,7 @@ def _check_block_size(config: GenerationConfig, limits: Limits) -> None:
         raise ConfigError(
             f"block_size={config.block_size} cannot be used with these engines",
             found=f"they were built for blocks of {limits.fixed_block}",
-            do=f"use block_size {limits.fixed_block}, or an ONNX Runtime target, which takes any",
+            do=f"use block_size {limits.fixed_block}, or ort-cpu, which takes any",
         )
     if config.block_size > MAX_CHUNK:
         raise ConfigError(

@@ -28,9 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--target", default="ort-cpu", metavar="T", help="what to build for (default: ort-cpu, which runs on any machine)")
     parser.add_argument(
-        "--sm", metavar="LIST", help="of rtx: compute capabilities to build for, e.g. 86,89,120 (default: the GPU here, or these)"
+        "--sm",
+        metavar="LIST",
+        help="of rtx, and of ort-cuda with --experts kernels: compute capabilities to build for, e.g. 86,89,120 (default: the GPU here, "
+        "or these; of ort-cuda all there are kernels for)",
     )
-    parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="of rtx, trt: most rows (default: %(default)s)")
+    parser.add_argument(
+        "--max-batch", type=int, default=8, metavar="N", help="of rtx, trt, and --experts kernels: most rows (default: %(default)s)"
+    )
     parser.add_argument(
         "--max-context", type=int, metavar="N", help="of rtx, trt: longest text, prompt and answer (default: 4096 or the model's)"
     )
@@ -45,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--experts",
         default="auto",
         choices=("auto", "kernels", "fused", "dense"),
-        help="of rtx, trt: `kernels` cuts towers at every layer of experts and computes the chosen "
-        "ones between the programs (SM 80 and later; needs the extra `kernels`); of ort-cuda: `fused` "
+        help="of rtx, trt, ort-cuda: `kernels` cuts towers at every layer of experts and computes the chosen "
+        "ones between the programs (SM 80 and later; needs the extra `kernels`); `fused`, of ort-cuda alone, "
         "makes each layer one operator that computes the chosen ones; `dense` computes "
         "every expert for every token in the engine; `auto` takes what computes the chosen ones where "
         "there is such for these experts, and says why where there is none (default: %(default)s)",

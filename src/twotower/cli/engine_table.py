@@ -42,7 +42,8 @@ def engine_lines(record: EngineRecord, state: str) -> list[str]:
     observed = record.report.get("engines", {})
     rows: list[tuple[str, ...]] = [("engine", "layers", "size", "build", "memory", "source", "warnings")]
     uses = Counter(engine.file for parts in record.engines.values() for engine in parts)
-    every = [engine for parts in record.engines.values() for engine in _distinct(parts)]
+    # A program of ONNX Runtime is a graph: there are no profiles, and nothing was compiled that could be told.
+    every = [engine for parts in record.engines.values() for engine in _distinct(parts) if engine.profiles]
     rows += [_row(engine, record, observed.get(engine.file, {}), uses[engine.file]) for engine in every]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"  {state}", *(_aligned(row, widths) for row in rows)] if len(rows) > 1 else [f"  {state}"]
@@ -100,6 +101,8 @@ def _details(record: EngineRecord, observed: dict[str, Any]) -> list[str]:
     """Profiles and layers by type. Segments of a graph have the same profiles: these are told once."""
     lines = []
     for graph, parts in record.engines.items():
+        if not parts[0].profiles:
+            continue
         lines.append(f"  {graph}: {'; '.join(map(_profile, parts[0].profiles))}")
         for engine in _distinct(parts):
             facts = observed.get(engine.file, {})

@@ -35,6 +35,10 @@ def step_lines(record: EngineRecord) -> list[str]:
                 f"  {graph} {profile}: {told['programs']} programs ({'not read' if kernels is None else f'{kernels} kernels'}) and "
                 f"{told['layers']} layers of experts between them ({experts} kernels){total}"
             )
+    for graph, steps in record.experts.items():
+        programs = record.engines[graph]
+        if steps and not programs[0].profiles:
+            lines.append(f"  {graph}: {len(programs)} programs and {len(steps)} layers of experts between them")
     lines += [f"  {code}: {_code(about)}" for code, about in record.report.get("experts", {}).items()]
     return lines
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,21 @@ import pytest
 
 from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.fused_experts import with_bodies
+from tests.helpers.quantized import TINY
+from tests.helpers.tensorrt_stand_in import stand_in_kernels
 from tests.helpers.towers import golden_config
 from tests.runtime.engines.test_tensorrt_engine import AR, golden_cases
 from twotower import GenerationConfig
 from twotower.builders import BuildConfig, build_engines, builder_for
+from twotower.builders.ort_cuda import OrtCudaBuilder
+from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
 from twotower.errors import ConfigError, EngineMismatchError
+from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.graph_files import load_graph
 from twotower.runtime import Request, TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines import OpenOptions, open_towers
-from twotower.runtime.engines.ort import CudaLibrary
+from twotower.runtime.engines.ort import CudaLibrary, open_ort_cpu
 from twotower.runtime.engines.ort_device import OrtDeviceOptions, open_ort_cuda
 
 
@@ -57,6 +63,11 @@ class _Deferred:
         self.cuda.enqueue(self.stream, lambda: self.session.run_with_iobinding(binding, options))
 
 
+def kernel_builder() -> OrtCudaBuilder:
+    """The builder that ships, with a stand-in for what compiles kernels."""
+    return OrtCudaBuilder(builder_for("ort-cuda").library(), stand_in_kernels)
+
+
 @pytest.fixture
 def opened_ort(built: Callable[..., Any]) -> Callable[..., Any]:
     """`opened_ort(folder, devices=(0,), seed=None, experts="fused")`: a session and the stand-in beneath it."""
@@ -70,12 +81,13 @@ def opened_ort(built: Callable[..., Any]) -> Callable[..., Any]:
         memory: int = 1 << 34,
         experts: str = "fused",
     ) -> Iterator[Any]:
-        bundle, api = built(folder), CudaStandIn(devices=2, seed=seed, memory=memory)
-        record = build_engines(bundle, "ort-cuda", builder_for("ort-cuda"), config=BuildConfig(experts=experts))
+        bundle, api = built(folder), CudaStandIn(devices=4, seed=seed, memory=memory)
+        record = build_engines(bundle, "ort-cuda", kernel_builder(), config=BuildConfig(experts=experts))
         assert record.report["choice_of_experts"]["computed_by"] == experts
         with TwoTower.from_towers(open_ort_cuda(bundle, CpuLibrary(api), Cuda(api), OrtDeviceOptions(devices=devices))) as model:
             yield model, api
         assert not api.leaked
+        assert not api.loaded, "libraries of kernels"
 
     return open_
 
@@ -91,6 +103,43 @@ def test_the_goldens(opened_ort: Callable[..., Any], experts: str, folder: str, 
             assert list(model.generate(case["prompt"], AR).tokens) == case["ar_greedy_tokens"]
         together = model.generate([Request(c["prompt"], golden_config(c)) for c in cases])
         assert [list(out.tokens) for out in together] == [c["diffusion_tokens"] for c in cases]
+
+
+@pytest.mark.parametrize(("folder", "devices", "seed"), [("hybrid-a", (0,), None), ("hybrid-b", (1, 0), 2), ("hybrid-a", (0, 1, 2, 3), 3)])
+def test_the_goldens_with_kernels_between(opened_ort: Callable[..., Any], folder: str, devices: tuple[int, ...], seed: int | None) -> None:
+    """Programs and experts on the towers' streams; on four devices each tower is spread over two."""
+    case = golden_cases(folder)[0]
+    with opened_ort(folder, devices=devices, seed=seed, experts="kernels") as (model, api):
+        assert list(model.generate(case["prompt"], golden_config(case)).tokens) == case["diffusion_tokens"]
+        assert list(model.generate(case["prompt"], AR).tokens) == case["ar_greedy_tokens"]
+        together = model.generate([Request(case["prompt"], golden_config(case)), Request([5, 6, 7], AR)])
+        assert list(together[0].tokens) == case["diffusion_tokens"]
+        assert api.launched, "kernels"
+
+
+def test_kernels_between_have_limits(opened_ort: Callable[..., Any]) -> None:
+    """Of the block: what steps hand over has its room."""
+    with (
+        opened_ort(experts="kernels") as (model, _),
+        pytest.raises(ConfigError, match="block_size=8 cannot be used with these engines") as error,
+    ):
+        model.generate([5, 6, 7], GenerationConfig(block_size=8, allow_untrained_block_size=True))
+    assert "built for blocks of 16" in error.value.found
+
+
+def test_experts_in_a_format_onnx_runtime_has_no_kernel_for(tmp_path: Path) -> None:
+    """NVFP4 between float32 programs: the text is that of the graph that expands them."""
+    whole = export_bundle(Checkpoint.open(TINY), tmp_path / "float", ExportConfig(dtype="float32"))
+    bundle = quantize_bundle(whole, plan_quantization(whole, builtin_recipes()["nvfp4-experts"]), tmp_path / "nvfp4")
+    build_engines(bundle, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect="standard"))
+    build_engines(bundle, "ort-cuda", kernel_builder(), config=BuildConfig(experts="kernels"))
+    config = GenerationConfig(max_new_tokens=16, ignore_eos=True)
+    api = CudaStandIn()
+    texts = []
+    for towers in (open_ort_cpu(bundle), open_ort_cuda(bundle, CpuLibrary(api), Cuda(api))):
+        with TwoTower.from_towers(towers, trained_block_size=bundle.trained_block_size) as model:
+            texts.append([list(model.generate([5, 6, 7], replace(config, mode=mode)).tokens) for mode in ("diffusion", "ar")])
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "ar"])

@@ -1,0 +1,106 @@
+"""Towers for ONNX Runtime on a GPU as programs with our kernels between: the list of steps that TensorRT targets have too.
+
+Each program is a graph of its own whose weights lie in the bundle's data file, so that a session
+finds them; experts are in none of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from twotower.builders.base import BuildConfig, Report
+from twotower.builders.expert_code import require_kernels
+from twotower.builders.expert_cut import ExpertCut
+from twotower.builders.profiles import cache_capacity
+from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineFile, EngineLimits, ExpertsStep, Step
+from twotower.graph_files import attach_weights, load_graph, weight_refs
+from twotower.kernels.tilings import BUILDABLE_SMS
+from twotower.spec import CONTEXT_HEAD, MAX_CHUNK
+
+__all__ = ["WrittenPrograms", "kernel_limits", "require_programs", "write_programs"]
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenPrograms:
+    """What was written.
+
+    Attributes:
+        steps: For each graph what runs, in order.
+        operators: By file, how many operators of each kind it has.
+    """
+
+    steps: dict[str, tuple[Step, ...]]
+    operators: dict[str, dict[str, int]]
+
+    @property
+    def experts(self) -> list[ExpertsStep]:
+        """The experts of all graphs."""
+        return [step for steps in self.steps.values() for step in steps if isinstance(step, ExpertsStep)]
+
+
+def kernel_limits(bundle: Bundle, config: BuildConfig) -> EngineLimits:
+    """What kernels fix: rows, because they take so many tokens, and GPUs. Sessions take texts of any length."""
+    longest = bundle.config.max_position_embeddings
+    capacity = cache_capacity(config.max_context or longest, longest)
+    return EngineLimits(capacity, config.max_batch, config.sms or BUILDABLE_SMS)
+
+
+def require_programs(bundle: Bundle, limits: EngineLimits) -> None:
+    """Refuses what cannot be cut or has no kernels, before anything is written.
+
+    Raises:
+        BuildError: a graph cannot be cut, or there are no kernels for its experts, so many rows or
+            a compute capability.
+    """
+    for name in GRAPH_FILES:
+        cut = _cut(bundle, name)
+        for number in range(0 if cut is None else cut.programs - 1):
+            assert cut is not None
+            step = cut.experts(number)
+            require_kernels(step, limits.sms, max_tokens=limits.max_batch * MAX_CHUNK)
+
+
+def write_programs(bundle: Bundle, folder: Path, report: Report) -> WrittenPrograms:
+    """Writes the graph of every program into the target's folder."""
+    steps: dict[str, tuple[Step, ...]] = {}
+    operators: dict[str, dict[str, int]] = {}
+    for name in GRAPH_FILES:
+        cut, some = _cut(bundle, name), list[Step]()
+        count = 1 if cut is None else cut.programs
+        for number in range(count):
+            file = f"{name}.onnx" if count == 1 else f"{name}.{number}.onnx"
+            report(f"writing {file}", number, count)
+            if cut is None:
+                graph = bundle.signatures[name]
+                model, inputs, outputs = load_graph(bundle.graph_file(name)), graph.inputs, graph.outputs
+                layers = (0, len(bundle.config.layers))
+            else:
+                made = cut.program(number)
+                model, inputs, outputs, layers = made.model, made.inputs, made.outputs, made.layers
+            weights = weight_refs(model)
+            attach_weights(model, weights, GRAPH_FILES[name] + DATA_SUFFIX)
+            (folder / file).write_bytes(model.SerializeToString())
+            operators[file] = _counted(model)
+            some.append(EngineFile(file, layers, inputs, outputs, (), constants=tuple(weights)))
+            if cut is not None and number < count - 1:
+                some.append(cut.experts(number))
+        steps[name] = tuple(some)
+    return WrittenPrograms(steps, operators)
+
+
+def _cut(bundle: Bundle, name: str) -> ExpertCut | None:
+    """A tower's cut; None for the head, which has no layers."""
+    if name == CONTEXT_HEAD:
+        return None
+    model, signature = load_graph(bundle.graph_file(name)), bundle.signatures[name]
+    return ExpertCut(model, signature, bundle.config, dtype=bundle.dtype)
+
+
+def _counted(model: onnx.ModelProto) -> dict[str, int]:
+    counts: Mapping[str, int] = Counter(node.op_type for node in model.graph.node)
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))

@@ -1,0 +1,124 @@
+"""Towers for ONNX Runtime on a GPU cut at their experts: what is written, kept and refused. What they compute: test_ort_device.py."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.bundles import export_fixture
+from tests.helpers.errors import check_error
+from tests.helpers.tensorrt_stand_in import stand_in_kernels
+from twotower.builders import BuildConfig, build_engines, builder_for, expert_choice
+from twotower.builders.ort_cuda import OrtCudaBuilder
+from twotower.bundle import BUILD_FILE, Bundle, EngineFile, EngineRecord, engine_folder, load_engine_record
+from twotower.cli.main import main
+from twotower.errors import ConfigError
+from twotower.graph_files import load_graph, located_weights
+from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, EXPERTS_IN, EXPERTS_OUT, RESIDUAL_IN, RESIDUAL_OUT, SHARES
+
+KERNELS = BuildConfig(experts="kernels", sms=(90,))
+
+
+def built(bundle: Bundle, config: BuildConfig = KERNELS) -> EngineRecord:
+    builder = OrtCudaBuilder(builder_for("ort-cuda").library(), stand_in_kernels)
+    return build_engines(bundle, "ort-cuda", builder, config=config)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    bundle = export_fixture("hybrid-a", tmp_path_factory.mktemp("programs") / "bundle", "bfloat16")
+    built(bundle)
+    return bundle
+
+
+def test_the_list_of_steps(bundle: Bundle) -> None:
+    """Programs and experts in turns, handing over what the cut says; as of TensorRT, and read back from build.json."""
+    record = load_engine_record(bundle, "ort-cuda")
+    for graph in (CONTEXT, DENOISER):
+        steps = record.steps[graph]
+        kinds = [isinstance(step, EngineFile) for step in steps]
+        assert kinds == [True, False] * bundle.config.pattern.count("E") + [True]
+        programs = record.engines[graph]
+        for before, after in pairwise(programs):
+            assert {EXPERTS_IN, SHARES, RESIDUAL_OUT} <= {spec.name for spec in before.outputs}
+            assert {EXPERTS_OUT, RESIDUAL_IN} <= {spec.name for spec in after.inputs}
+    assert len(record.steps[CONTEXT_HEAD]) == 1
+    assert record.report["choice_of_experts"] == {"computed_by": "kernels"}
+    assert (record.limits.max_batch, record.limits.sms) == (8, (90,)) if record.limits else False
+
+
+def test_a_program_is_a_graph_that_says_what_the_record_says(bundle: Bundle) -> None:
+    """Weights are read where they lie in the bundle; those of experts by no program, every other by one.
+
+    But for shifts and gates, which are read before a layer's experts and after them.
+    """
+    record = load_engine_record(bundle, "ort-cuda")
+    for graph in (CONTEXT, DENOISER):
+        table, read = bundle.weights(graph), []
+        for part in record.engines[graph]:
+            model = load_graph(engine_folder(bundle, "ort-cuda") / part.file)
+            places = located_weights(model)
+            assert tuple(places) == part.constants
+            assert [value.name for value in model.graph.input] == [spec.name for spec in part.inputs]
+            assert [value.name for value in model.graph.output] == [spec.name for spec in part.outputs]
+            for name, (location, ref) in places.items():
+                assert (location, ref) == (f"{graph}/model.onnx.data", table[name])
+            read += places
+        experts = {w.name for step in record.experts[graph] for w in step.weights.values()}
+        assert {*read, *experts} == set(table)
+        assert experts.isdisjoint(read)
+        twice = {name for name, count in Counter(read).items() if count > 1}
+        assert all(name.startswith("scale_shift_tables.") for name in twice), twice
+    assert record.holds == {}
+
+
+def test_what_fits_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = export_fixture("hybrid-b", tmp_path / "b", "float16")
+    stamp = engine_folder(bundle, "ort-cuda") / BUILD_FILE
+    built(bundle)
+    first = stamp.stat().st_mtime_ns
+    built(bundle)
+    assert stamp.stat().st_mtime_ns == first
+    for other in (BuildConfig(experts="kernels", sms=(80, 90)), BuildConfig(experts="kernels", sms=(80, 90), max_batch=4)):
+        before = stamp.stat().st_mtime_ns
+        built(bundle, other)
+        assert stamp.stat().st_mtime_ns > before
+    before = stamp.stat().st_mtime_ns
+    monkeypatch.setattr("twotower.builders.ort_cuda.kernel_source", lambda: "of another version")
+    built(bundle, BuildConfig(experts="kernels", sms=(80, 90), max_batch=4))
+    assert stamp.stat().st_mtime_ns > before, "kernels are made from this version's"
+
+
+def test_inspect_tells_programs_and_kernels(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(bundle.path)]) == 0
+    out = capsys.readouterr().out
+    assert "SM 90; up to 8 rows" in out
+    assert "  denoiser: 4 programs and 3 layers of experts between them" in out
+    assert "kernels for SM 90, up to 4096 tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [(["--sm", "75"], "not made for SM 75"), (["--sm", "90", "--max-batch", "17"], "do not take so many rows")],
+)
+def test_what_no_kernel_takes(bundle: Bundle, options: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stamp = (engine_folder(bundle, "ort-cuda") / BUILD_FILE).stat().st_mtime_ns
+    assert main(["build", str(bundle.path), "--target", "ort-cuda", "--experts", "kernels", *options]) == 2
+    check_error(capsys.readouterr().err, what)
+    assert (engine_folder(bundle, "ort-cuda") / BUILD_FILE).stat().st_mtime_ns == stamp
+
+
+def test_a_missing_compiler_is_named_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = export_fixture("hybrid-a", tmp_path / "b")
+
+    def missing(*names: Any, **about: Any) -> None:
+        raise ConfigError("compiling needs triton", found="it is not installed", do="install it")
+
+    monkeypatch.setattr(expert_choice, "require_libraries", missing)
+    with pytest.raises(ConfigError, match="triton"):
+        build_engines(bundle, "ort-cuda", builder_for("ort-cuda"), config=KERNELS)
+    assert not engine_folder(bundle, "ort-cuda").exists()
