@@ -119,7 +119,7 @@ def test_json_holds_the_same(published: str, capsys: pytest.CaptureFixture[str])
     assert {rows: round(n) for rows, n in h200["break_even"].items()} == {"1": 2, "8": 5, "32": 12}
     assert main(["plan", published, "--target", "trt", "--json", "--expert-path", "dense"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["experts"]["name"], facts["dense"], facts["expert_room"]) == ("dense", {}, {"workspace": 0, "handed": 0})
+    assert (facts["experts"]["name"], facts["dense"], facts["expert_room"]) == ("dense", {}, {"workspace": 0, "handed": 0, "shared": True})
 
 
 def test_a_checkpoint_is_read_by_its_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,7 +238,7 @@ def test_a_cpu_is_held_against_its_memory(published: str, capsys: pytest.Capture
         (["--gpu", "H200", "--target", "rtx"], "rtx does not list SM 90"),
         (["--experts", "int4", "--expert-path", "dense", "--max-build-memory", "1G"], "a layer is the smallest piece"),
         (["--expert-path", "chosen"], "allowed: auto, kernels"),
-        (["--expert-path", "kernels", "--target", "ort-cuda"], "between programs of rtx and trt"),
+        (["--expert-path", "kernels", "--target", "ort-cpu"], "of rtx, trt and ort-cuda"),
     ],
 )
 def test_what_cannot_be_planned_names_what_can(published: str, words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

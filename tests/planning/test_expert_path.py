@@ -13,6 +13,7 @@ from twotower.builders.expert_cut import ExpertCut
 from twotower.bundle import EngineFile
 from twotower.calibration.recipes import Recipe, builtin_recipes, parts_of
 from twotower.config.model import ModelConfig, parse_model_config, read_model_config
+from twotower.errors import ConfigError
 from twotower.export.graphs import Precision, build_graph
 from twotower.export.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.export.weights import lay_out, save_program
@@ -65,6 +66,7 @@ def cut_towers(folder: Path, config: ModelConfig, recipe: str) -> Iterator[Exper
         (PlanOptions(target="ort-cuda", experts="fp8"), "dense", "QMoE does not compute experts in this format"),
         (PlanOptions(target="ort-cuda", dtype="float32", experts="int8"), "dense", "no CUDA kernel for float32"),
         (PlanOptions(target="ort-cuda", expert_path="dense"), "dense", "--expert-path dense"),
+        (PlanOptions(target="ort-cuda", expert_path="kernels", experts="nvfp4", sms=(90,)), "kernels", ""),
         (PlanOptions(target="ort-cpu"), "branches", ""),
         (PlanOptions(target="ort-cpu", expert_path="dense"), "dense", "--expert-path dense"),
     ],
@@ -126,6 +128,21 @@ def test_equal_programs_are_one_file() -> None:
     assert sum(e.weight_bytes for e in plan.engines) == sum(w.total for w in plan.weights.values())
     assert plan.devices[0].weights == sum(w.total for w in plan.weights.values())
     assert plan.build_peak < 0.5e9
+
+
+def test_sessions_between_experts_have_memory_of_their_own() -> None:
+    """ONNX Runtime: 24 programs a tower keep what each of them needs, and the kernels have theirs besides."""
+    kernels = PlanOptions(target="ort-cuda", expert_path="kernels", sms=(90,))
+    plan, rtx = plan_bundle(PUBLISHED, kernels), plan_bundle(PUBLISHED, replace(KERNELS, target="trt"))
+    assert len(plan.engines) == 49
+    assert sum(e.weight_bytes for e in plan.engines) == sum(w.total for w in plan.weights.values())
+    assert 18 * rtx.scratch[CONTEXT].nbytes < plan.scratch[CONTEXT].nbytes < 24 * rtx.scratch[CONTEXT].nbytes
+    assert plan.devices[0].scratch == sum(s.nbytes for s in plan.scratch.values()) + plan.room.workspace + plan.room.handed
+    assert rtx.devices[0].scratch == rtx.scratch[CONTEXT].nbytes + rtx.room.handed
+    assert (plan.held, plan.build_seconds) == (0, None)
+    assert plan.passes == rtx.passes
+    with pytest.raises(ConfigError, match="ort-cuda"):
+        plan_bundle(PUBLISHED, replace(kernels, expert_path="auto"))
 
 
 def test_experts_in_few_bits_are_in_no_engine() -> None:

@@ -58,7 +58,7 @@ def device_needs(config: ModelConfig, options: PlanOptions) -> tuple[DeviceNeed,
                 _described(pieces, weights),
                 sum(piece.weights for piece in pieces),
                 _state_of(config, state, layers),
-                max(room.workspace, *(scratch[piece.graph] for piece in pieces)) + room.handed if pieces else 0,
+                room.with_scratch(scratch[graph] for graph in {p.graph for p in pieces}) if pieces else 0,
             )
         )
     return tuple(out)

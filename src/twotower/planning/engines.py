@@ -68,6 +68,9 @@ def engine_plans(
     if options.target not in TENSORRT:
         layers, size = (0, len(weights.layers)), weights.total
         stored = own_bytes(config, options)[graph]
+        pieces = placed_pieces(weights, config, options)
+        if len(pieces) > 1:
+            return [EnginePlan(f"{graph}.{n}.onnx", graph, layers, size, 0, None, None, 0) for n, (layers, size) in enumerate(pieces)]
         return [EnginePlan(f"{graph}.onnx", graph, layers, size, stored, None, None, stored)]
     if weights.layers and expert_path(config, options).name == KERNELS:
         return _programs(graph, weights, config, bound=options.max_build_memory)

@@ -78,7 +78,7 @@ def expert_path(config: ModelConfig, options: PlanOptions) -> ExpertPath:
         return ExpertPath(DENSE, "--expert-path dense asks for it")
     if options.target == "ort-cpu":
         return ExpertPath(BRANCHES)
-    kernels = options.target in TENSORRT
+    kernels = options.target in TENSORRT or options.expert_path == KERNELS
     try:
         (_require_kernels if kernels else _require_fused)(config, options)
     except BuildError as e:
@@ -96,8 +96,8 @@ def require_path(config: ModelConfig, options: PlanOptions) -> None:
     if path not in (KERNELS, FUSED):
         return
     found = "" if LayerKind.MOE in config.layers else "the model has no routed experts"
-    if path == KERNELS and target not in TENSORRT:
-        found = f"target {target}; the kernels run between programs of rtx and trt"
+    if path == KERNELS and target == "ort-cpu":
+        found = f"target {target}; the kernels run on GPUs, of rtx, trt and ort-cuda"
     if path == FUSED and target != "ort-cuda":
         found = f"target {target}; the operator is of ONNX Runtime on a GPU, ort-cuda"
     try:

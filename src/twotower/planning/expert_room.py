@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from twotower.builders.base import KERNELS
@@ -10,7 +11,7 @@ from twotower.config.model import ModelConfig
 from twotower.kernels import scratch_bytes
 from twotower.kernels.steps import shape_of
 from twotower.planning.expert_path import expert_path, expert_step
-from twotower.planning.options import PlanOptions, engine_dtype
+from twotower.planning.options import TENSORRT, PlanOptions, engine_dtype
 from twotower.runtime.engines.handover import buffer_sizes
 from twotower.spec import (
     CONDITIONING,
@@ -31,12 +32,20 @@ class ExpertRoom:
     """Bytes on every device that runs programs with experts between.
 
     Attributes:
-        workspace: Of the kernels for the most tokens; it lies where engines have their scratch.
+        workspace: Of the kernels for the most tokens.
         handed: Of the buffers in which programs and experts hand over.
+        shared: Whether the workspace lies where engines have their scratch; sessions of ONNX Runtime
+            have an arena each.
     """
 
     workspace: int = 0
     handed: int = 0
+    shared: bool = True
+
+    def with_scratch(self, engines: Iterable[int]) -> int:
+        """Bytes of all of it with the scratch of engines, which run in turn."""
+        kernels = (max if self.shared else sum)((self.workspace, *engines))
+        return kernels + self.handed
 
 
 def expert_room(config: ModelConfig, options: PlanOptions) -> ExpertRoom:
@@ -49,6 +58,7 @@ def expert_room(config: ModelConfig, options: PlanOptions) -> ExpertRoom:
     return ExpertRoom(
         workspace=scratch_bytes(shape, options.max_batch * MAX_CHUNK),
         handed=sum(count * nbytes for count, nbytes in buffers.values()),
+        shared=options.target in TENSORRT,
     )
 
 

@@ -128,7 +128,7 @@ def _refused(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> str:
         return f"rtx does not list SM {gpu.sm}; plan --target trt"
     if options.target == "rtx" and gpu.sm == HALF_ONLY_SM and engine_dtype(config, options) != "float16":
         return f"SM {HALF_ONLY_SM} has float16 only; plan --dtype float16"
-    if options.target == "rtx" and options.sms and gpu.sm not in options.sms:
+    if options.sms and gpu.sm not in options.sms:
         return f"--sm does not list SM {gpu.sm}"
     try:
         require_path(config, options)

@@ -78,5 +78,6 @@ def tower_scratch(config: ModelConfig, options: PlanOptions) -> dict[str, Scratc
         block_size=options.block_size,
         expanded=experts_are_expanded(config, options),
         path=expert_path(config, options).name,
+        arenas=options.target not in TENSORRT,
     )
     return {name: scratch(name, config, shapes) for name in needed_weights(config, options)}

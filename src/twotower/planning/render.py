@@ -52,7 +52,7 @@ def describe_plan(plan: Plan) -> list[str]:
         *_under("experts", expert_lines(plan)),
         *_expanded(plan),
         *_under("passes", pass_lines(plan)),
-        ("scratch", _gb(max(plan.room.workspace, *(s.nbytes for s in plan.scratch.values())) + plan.room.handed)),
+        ("scratch", _gb(plan.room.with_scratch(s.nbytes for s in plan.scratch.values()))),
         *(("", f"{name:<14}{_gb(s.nbytes):>10}   {s.because}") for name, s in plan.scratch.items()),
         *_room(plan),
         ("disk", f"checkpoint {_gb(plan.disk.checkpoint)}, bundle {_gb(plan.disk.bundle)}"),
@@ -74,7 +74,8 @@ def _room(plan: Plan) -> list[tuple[str, str]]:
     """What a target has besides whose towers are cut at their experts."""
     if not plan.room.workspace:
         return []
-    handed = f"in the same place; {_gb(plan.room.handed)} beside it, where programs and experts hand over"
+    place = "in the same place" if plan.room.shared else "beside them, each program having its own"
+    handed = f"{place}; {_gb(plan.room.handed)} where programs and experts hand over"
     return [("", f"{'kernels':<14}{_gb(plan.room.workspace):>10}   {handed}")]
 
 
@@ -205,7 +206,8 @@ def _parameters(count: int) -> str:
 def _build(plan: Plan) -> list[tuple[str, str]]:
     """What building takes, and where it can be done."""
     if not plan.build_peak:
-        return [("build", "nothing is compiled")]
+        kernels = plan.experts.name == KERNELS
+        return [("build", "kernels, which are not counted" if kernels else "nothing is compiled")]
     held = plan.held
     inside = f"{_gb(held)} of weights inside, which TensorRT takes as constants only" if held else "programs that hold no weights"
     bound = "; --max-build-memory cuts towers" if held and not plan.options.max_build_memory else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -32,6 +33,7 @@ class Shapes:
         block_size: Tokens S of a block.
         expanded: Whether a pass writes quantized experts to device memory at full width.
         path: What computes the experts; see `expert_path.ExpertPath`.
+        arenas: Whether every program keeps memory of its own: a session of ONNX Runtime does.
     """
 
     dtype: str
@@ -40,6 +42,7 @@ class Shapes:
     block_size: int
     expanded: bool = False
     path: str = DENSE
+    arenas: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +72,17 @@ def scratch(graph: str, config: ModelConfig, shapes: Shapes) -> Scratch:
     lays them out; at published widths the sum is within 10 % of what its programs reserve. Other libraries were not held
     against it.
     """
-    found = {}
+    found, parts = {}, Counter(_parts(graph, config, shapes))
     for profile in profiles(graph, max_batch=shapes.max_batch, block_size=shapes.block_size):
         length = profile.axes["L"][2] if "L" in profile.axes else shapes.block_size
-        made = [_laid_out(list(_moments(part, config, shapes, length))) for part in _parts(graph, config, shapes)]
-        found[profile.name] = max(made, key=lambda s: s.nbytes)
-    most = max(found.values(), key=lambda s: s.nbytes)
-    return Scratch(most.nbytes, most.because, {name: s.nbytes for name, s in found.items()})
+        found[profile.name] = {part: _laid_out(list(_moments(part, config, shapes, length))) for part in parts}
+    each = {part: max((made[part] for made in found.values()), key=lambda s: s.nbytes) for part in parts}
+    most = max(each.values(), key=lambda s: s.nbytes)
+    if not shapes.arenas:
+        largest = {name: max(s.nbytes for s in made.values()) for name, made in found.items()}
+        return Scratch(most.nbytes, most.because, largest)
+    sums = {name: sum(count * made[part].nbytes for part, count in parts.items()) for name, made in found.items()}
+    return Scratch(sum(count * each[part].nbytes for part, count in parts.items()), most.because, sums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +103,7 @@ class _Part:
 
 
 def _parts(graph: str, config: ModelConfig, shapes: Shapes) -> Iterator[_Part]:
-    """A tower in one piece, or each of the programs that kernels run between; equal ones once."""
+    """A tower in one piece, or each of the programs that kernels run between."""
     if shapes.path != KERNELS or graph == CONTEXT_HEAD:
         yield _Part(graph, config.layers)
         return
@@ -106,8 +113,8 @@ def _parts(graph: str, config: ModelConfig, shapes: Shapes) -> Iterator[_Part]:
             programs.append([])
         else:
             programs[-1].append(kind)
-    for layers, last in dict.fromkeys((tuple(p), p is programs[-1]) for p in programs):
-        yield _Part(graph, layers, last=last, whole=False)
+    for program in programs:
+        yield _Part(graph, tuple(program), last=program is programs[-1], whole=False)
 
 
 def _laid_out(moments: Sequence[_Tensors]) -> Scratch:

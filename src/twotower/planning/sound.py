@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from twotower.builders.base import KERNELS
 from twotower.builders.capabilities import HALF_ONLY_SM
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.errors import ConfigError
@@ -20,9 +21,9 @@ def require_sound(config: ModelConfig, options: PlanOptions) -> None:
     """
     capacity_of(config, options)
     dtype, target = engine_dtype(config, options), options.target
-    unknown = [sm for sm in options.sms if sm not in RTX_SMS]
-    if options.sms and target != "rtx":
-        found = "trt builds for the GPU at hand, ort-cuda and ort-cpu compile nothing ahead"
+    unknown = [sm for sm in options.sms if target == "rtx" and sm not in RTX_SMS]
+    if options.sms and target != "rtx" and options.expert_path != KERNELS:
+        found = "trt builds for the GPU at hand, ort-cuda (without --expert-path kernels) and ort-cpu compile nothing ahead"
         raise ConfigError(f"--sm is not for target {target}", found=found, do="leave --sm out, or plan --target rtx")
     if unknown:
         raise ConfigError(
