@@ -19,6 +19,7 @@ from twotower.builders.expert_cut import ExpertCut
 from twotower.builders.profiles import cache_capacity
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineFile, EngineLimits, ExpertsStep, Step
 from twotower.graph_files import attach_weights, load_graph, weight_refs
+from twotower.hardware import probe_machine
 from twotower.kernels.tilings import BUILDABLE_SMS
 from twotower.spec import CONTEXT_HEAD, MAX_CHUNK
 
@@ -44,10 +45,14 @@ class WrittenPrograms:
 
 
 def kernel_limits(bundle: Bundle, config: BuildConfig) -> EngineLimits:
-    """What kernels fix: rows, because they take so many tokens, and GPUs. Sessions take texts of any length."""
+    """What kernels fix: rows, because they take so many tokens, and GPUs: those at hand, or all there are kernels for.
+
+    Sessions take texts of any length.
+    """
     longest = bundle.config.max_position_embeddings
     capacity = cache_capacity(config.max_context or longest, longest)
-    return EngineLimits(capacity, config.max_batch, config.sms or BUILDABLE_SMS)
+    here = tuple(sorted({gpu.sm for gpu in probe_machine().gpus}.intersection(BUILDABLE_SMS)))
+    return EngineLimits(capacity, config.max_batch, config.sms or here or BUILDABLE_SMS)
 
 
 def require_programs(bundle: Bundle, limits: EngineLimits) -> None:

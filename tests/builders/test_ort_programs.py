@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ import pytest
 from tests.helpers.bundles import export_fixture
 from tests.helpers.errors import check_error
 from tests.helpers.tensorrt_stand_in import stand_in_kernels
-from twotower.builders import BuildConfig, build_engines, builder_for, expert_choice
+from twotower.builders import BuildConfig, build_engines, builder_for, expert_choice, ort_programs
 from twotower.builders.ort_cuda import OrtCudaBuilder
 from twotower.bundle import BUILD_FILE, Bundle, EngineFile, EngineRecord, engine_folder, load_engine_record
 from twotower.cli.main import main
 from twotower.errors import ConfigError
 from twotower.graph_files import load_graph, located_weights
+from twotower.hardware import Gpu
+from twotower.kernels.tilings import BUILDABLE_SMS
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, EXPERTS_IN, EXPERTS_OUT, RESIDUAL_IN, RESIDUAL_OUT, SHARES
 
 KERNELS = BuildConfig(experts="kernels", sms=(90,))
@@ -91,6 +94,16 @@ def test_what_fits_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("twotower.builders.ort_cuda.kernel_source", lambda: "of another version")
     built(bundle, BuildConfig(experts="kernels", sms=(80, 90), max_batch=4))
     assert stamp.stat().st_mtime_ns > before, "kernels are made from this version's"
+
+
+@pytest.mark.parametrize(("gpus", "sms"), [((90,), (90,)), ((89, 80, 89), (80, 89)), ((75,), BUILDABLE_SMS), ((), BUILDABLE_SMS)])
+def test_kernels_are_for_the_gpus_at_hand(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, gpus: tuple[int, ...], sms: tuple[int, ...]
+) -> None:
+    here = SimpleNamespace(gpus=tuple(Gpu(f"GPU {n}", sm, 1 << 34) for n, sm in enumerate(gpus)))
+    monkeypatch.setattr(ort_programs, "probe_machine", lambda: here)
+    assert ort_programs.kernel_limits(bundle, BuildConfig(experts="kernels")).sms == sms
+    assert ort_programs.kernel_limits(bundle, BuildConfig(experts="kernels", sms=(86,))).sms == (86,)
 
 
 def test_inspect_tells_programs_and_kernels(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,9 @@
 """Sections `goldens-*`, `half-*` and `real-*`: a target through the commands that a user types.
 
 Bundles are exported and engines built where they run: these need an environment of the project's
-own, with the target's library in it. Of targets that compute experts in two ways both are asked,
-first that of a build without a word: only the chosen experts, by kernels between programs.
+own, with the target's library in it. Of targets that compute experts in several ways all are asked,
+first that of a build without a word: only the chosen experts, by kernels between programs, or in
+one operator of ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tools.gpu.recorded_texts import (
 from tools.gpu.rtx_setup import set_up_rtx
 from twotower import TwoTower
 from twotower.bench.passes import measure_passes
-from twotower.builders.base import DENSE
+from twotower.builders.base import DENSE, KERNELS
 from twotower.bundle import Bundle, load_engine_record
 from twotower.cli.main import main as twotower
 from twotower.doctor import Answers, SkipSectionError
@@ -50,8 +51,9 @@ SLICE = "ME*"
 CHANGES: dict[str, Any] = {}
 """What of the published widths is changed; nothing, but in tests."""
 
-WAYS = {"rtx": ("", DENSE), "trt": ("", DENSE)}
-"""What `--experts` is given, of targets that have two ways; empty for nothing."""
+WAYS = {"rtx": ("", DENSE), "trt": ("", DENSE), "ort-cuda": ("", DENSE, KERNELS)}
+"""What `--experts` is given, of targets that have several ways; empty for nothing, which fuses
+experts in ort-cuda. What needs a compiler comes last."""
 
 _ONE_WAY = ("",)
 _LEAST_SECONDS = 20.0

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sm",
         metavar="LIST",
         help="of rtx, and of ort-cuda with --experts kernels: compute capabilities to build for, e.g. 86,89,120 (default: the GPU here, "
-        "or these; of ort-cuda all there are kernels for)",
+        "or these; of ort-cuda the GPUs here, or all there are kernels for)",
     )
     parser.add_argument(
         "--max-batch", type=int, default=8, metavar="N", help="of rtx, trt, and --experts kernels: most rows (default: %(default)s)"

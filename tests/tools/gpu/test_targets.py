@@ -68,6 +68,15 @@ def test_both_ways_are_asked_while_there_is_time(
     assert "no time left" in answers["summary"][0]
 
 
+@pytest.mark.parametrize(("experts", "computed"), [("", "fused"), ("dense", "dense")])
+def test_onnx_runtime_is_asked_for_each_way(tmp_path: Path, experts: str, computed: str) -> None:
+    """Kernels are the third way: what compiles them is tested elsewhere."""
+    ways = {way.experts: way for way in targets.Asked("ort-cuda", tmp_path).ways()}
+    assert list(ways) == ["", "dense", "kernels"]
+    path = targets.built(targets.FIXTURES / "hybrid-a", ways[experts], "float16")
+    assert targets._computed(path, "ort-cuda") == computed
+
+
 @pytest.mark.slow
 def test_half_precision_is_checked_and_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warmed: list[Any]
