@@ -6,9 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
-from twotower.bundle import Bundle, EngineFile, EngineRecord, ExpertsStep, Progress, engine_folder, read_engine_record
+from twotower.bundle import Bundle, EngineRecord, Progress, engine_folder, read_engine_record
 from twotower.config.weights import WeightRef
 from twotower.errors import EngineMismatchError
 from twotower.flavour import Flavour
@@ -25,6 +24,7 @@ from twotower.runtime.engines.kernel_experts import KernelExperts
 from twotower.runtime.engines.shared_buffers import furnish
 from twotower.runtime.engines.steps import code_places
 from twotower.runtime.engines.tensorrt_engine import EngineRoom, TensorRTEngine
+from twotower.runtime.engines.tensorrt_load import load_steps
 from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.memory import numpy_dtype
@@ -119,7 +119,7 @@ def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[
     experts = () if room.experts is None else (room.experts.close,)
     for close in experts:
         with_.undo.callback(close)
-    steps = {name: _loaded(record, name, placed[name], loader=loader, folder=folder, cuda=cuda) for name in record.steps}
+    steps = {name: load_steps(record, name, placed[name], loader=loader, folder=folder, cuda=cuda) for name in record.steps}
     plans = [step for some in steps.values() for step in some if isinstance(step, Plan)]
     scratch = {plan.device: max(other.scratch for other in plans if other.device == plan.device) for plan in plans}
     furnish(room, record.steps, scratch=scratch, sizes={"B": limits.max_batch, "L": MAX_CHUNK})
@@ -160,31 +160,6 @@ def _sizes(record: EngineRecord, name: str, table: Mapping[str, WeightRef]) -> l
         file = 0 if part.file in known else record.files[part.file].size
         known.add(part.file)
         out.append(file + sum(table[w.name].nbytes for w in reads))
-    return out
-
-
-def _loaded(
-    record: EngineRecord, name: str, devices: Sequence[int], *, loader: PlanLoader, folder: Path, cuda: Cuda
-) -> list[Plan | ExpertsStep]:
-    """The steps of a graph with every engine on its device, each file once a device."""
-    out: list[Plan | ExpertsStep] = []
-    known: dict[tuple[str, int], Plan] = {}
-    places = iter(devices)
-    for step in record.steps[name]:
-        if not isinstance(step, EngineFile):
-            out.append(step)
-            continue
-        device, file = next(places), folder / step.file
-        cuda.use(device)
-        if (step.file, device) in known:
-            out.append(loader.another(known[step.file, device], step, file))
-            continue
-        before = cuda.free_memory()[0]
-        plan = loader.load(file, step, device)
-        taken, size = before - cuda.free_memory()[0], record.files[step.file].size
-        logger.info("%s, %d bytes, took %d bytes of GPU %d", step.file, size, taken, device)
-        known[step.file, device] = plan
-        out.append(plan)
     return out
 
 
