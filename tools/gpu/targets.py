@@ -130,8 +130,11 @@ def built(checkpoint: Path, asked: Asked, dtype: str, *, target: str | None = No
     Raises:
         RuntimeError: a command failed; its words are in the log.
     """
+    plain = asked.work / f"{checkpoint.name}-{dtype}"
     own = f"-{asked.experts}" if asked.experts and asked.apart else ""
-    path = asked.work / f"{checkpoint.name}-{dtype}{own}"
+    path = plain.with_name(plain.name + own)
+    if not path.exists() and plain.exists():  # a pack's has the known answer, too
+        shutil.copytree(plain, path)
     words = ["export", str(checkpoint), "-o", str(path), "--dtype", dtype, "--no-verify"]
     if not path.exists() and twotower(words):
         raise RuntimeError(f"{checkpoint.name} could not be exported")
