@@ -1,7 +1,9 @@
 """Sections `full-denoiser` and `full-context`: passes of the published model with random weights.
 
-The engines are programs without weights, built before; weights are drawn in device memory. Passes
-are the runtime's own, at 1 and 8 rows, replayed as a graph and launched piece by piece.
+The engines are programs without weights, built before, with the expert kernels between them as a
+build without a word has it; without a pack dense engines are asked as well. Weights are drawn in
+device memory. Passes are the runtime's own, at 1 and 8 rows, replayed as a graph and launched piece
+by piece.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cuda.bindings import driver as cuda_driver
 from cuda.bindings import runtime as cudart
 
 from tools.gpu.counted import CountedCuda
@@ -23,6 +26,7 @@ from tools.gpu.one_tower import OneTower
 from tools.gpu.passes import ROWS, WARM, capacity_of, passes
 from tools.gpu.questions import Given
 from tools.gpu.rtx_setup import set_up_rtx
+from twotower.builders.base import DENSE
 from twotower.bundle import Bundle
 from twotower.cli.main import main as twotower
 from twotower.doctor import Answers
@@ -39,7 +43,12 @@ ARCHIVE, FOLDER = "full-size.tar.xz", "full-size"
 _LEAST, _MOST, _SECONDS = 3, 50, 2.0
 """Runs that are counted, of each pass."""
 
-_HEAD = ("pass", "rows", "how", "ms", "ms one after another", "GB/s of weights", "graphs made")
+_HEAD = (
+    *("experts", "pass", "rows", "how", "ms", "ms one after another"),
+    *("GB/s of all weights", "graphs made"),
+)
+_LEAST_TIME = 60.0
+"""Seconds that dense engines take at least, their build included."""
 
 
 def ask(answers: Answers, given: Given) -> None:
@@ -47,23 +56,26 @@ def ask(answers: Answers, given: Given) -> None:
     words = set_up_rtx(given)
     import tensorrt_rtx as trt
 
-    began = time.monotonic()
-    bundle = _bundle(given, words)
-    answers.put(
-        library=trt.__version__,
-        built_for=os.environ.get(ANY_SM) or "this GPU",
-        build_seconds=short(time.monotonic() - began),
-    )
-    cuda = CountedCuda(cudart)
+    answers.put(library=trt.__version__, built_for=os.environ.get(ANY_SM) or "this GPU")
+    cuda = CountedCuda(cudart, driver=cuda_driver)
     cuda.device_count()
-    began = time.monotonic()
-    tower = OneTower(bundle, graph, flavour_from_module(trt), cuda)
-    answers.put(
-        ready_seconds=short(time.monotonic() - began),
-        weight_gb=short(tower.weights.nbytes / 1e9),
-        free_gb=short(cuda.free_memory()[0] / 1e9),
-    )
-    measure_tower(answers, tower, graph, cuda)
+    flavour = flavour_from_module(trt)
+    for experts in ("", DENSE):
+        if experts and (given.find(ARCHIVE) is not None or answers.left < _LEAST_TIME):
+            break
+        began = time.monotonic()
+        bundle = _bundle(given, (*words, *(("--experts", experts) if experts else ())))
+        built = time.monotonic()
+        tower = OneTower(bundle, graph, flavour, cuda)
+        facts = {
+            "build_seconds": short(built - began),
+            "ready_seconds": short(time.monotonic() - built),
+            "weight_gb": short(tower.weights.nbytes / 1e9),
+            "free_gb": short(cuda.free_memory()[0] / 1e9),
+        }
+        answers.put(**{f"experts {tower.computed_by}": facts})
+        measure_tower(answers, tower, graph, cuda)
+        tower.close()
 
 
 def measure_tower(answers: Answers, tower: OneTower, graph: str, cuda: CountedCuda) -> None:
@@ -75,7 +87,8 @@ def measure_tower(answers: Answers, tower: OneTower, graph: str, cuda: CountedCu
         graph: Which it is.
         cuda: The calls it was made with.
     """
-    rows_of_table: list[tuple[Any, ...]] = []
+    rows_of_table: list[tuple[Any, ...]] = [*map(tuple, answers.get("rows", []))]
+    first = len(rows_of_table)
     for graphs in (True, False):
         towers = tower.towers(graphs=graphs)
         for rows in ROWS:
@@ -85,17 +98,19 @@ def measure_tower(answers: Answers, tower: OneTower, graph: str, cuda: CountedCu
                 ms, in_row = _times(one.run)
                 rate = tower.weights.nbytes / ms / 1e6
                 how = "replayed" if graphs else "launched"
-                row = (one.name, rows, how, short(ms), short(in_row), short(rate), cuda.made - made)
-                rows_of_table.append(row)
+                numbers = (*map(short, (ms, in_row, rate)), cuda.made - made)
+                rows_of_table.append((tower.computed_by, one.name, rows, how, *numbers))
+                answers.put(rows=rows_of_table)
                 answers.table("Passes", _HEAD, rows_of_table)
-                answers.put(finite={**answers.get("finite", {}), f"{one.name} {rows}": one.finite})
+                key = f"{tower.computed_by}, {one.name} {rows}"
+                answers.put(finite={**answers.get("finite", {}), key: one.finite})
                 if not graphs:
-                    profiled(answers, one.run, name=f"{one.name}, {rows} rows")
+                    profiled(answers, one.run, name=f"{tower.computed_by}, {one.name}, {rows} rows")
             work.close()
         towers.close()
-    name, rows, how, ms, _, rate, _ = rows_of_table[0]
-    weights = f"{tower.weights.nbytes / 1e9:.1f} GB of weights"
-    answers.say(f"{name}, {rows} row, {how}: {ms:g} ms, {rate:g} GB/s of {weights}")
+    experts, name, rows, how, ms, *_ = rows_of_table[first]
+    weights = f"{tower.weights.nbytes / 1e9:.1f} GB of weights in all"
+    answers.say(f"{name}, {rows} row, {how}, experts {experts}: {ms:g} ms; {weights}")
 
 
 def build_full_size(output: Path, words: Sequence[str]) -> Bundle:
@@ -114,7 +129,7 @@ def build_full_size(output: Path, words: Sequence[str]) -> Bundle:
         config = output.with_suffix(".config.json")
         config.write_text(json.dumps(PUBLISHED_CONFIG), encoding="utf-8")
         made = ["--from-config", str(config), "--dtype", "bfloat16"]
-    options = ["--target", "rtx", "--experts", "dense", "--max-batch", str(max(ROWS)), "--no-cache"]
+    options = ["--target", "rtx", "--max-batch", str(max(ROWS)), "--no-cache"]
     if twotower(["build", str(output), *made, *options, *words]):
         raise RuntimeError("the published model could not be built for rtx")
     return Bundle.open(output)

@@ -19,13 +19,25 @@ from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.memory import DeviceMemory
 from twotower.runtime.cuda.streams import CudaStream
+from twotower.runtime.engines.kernel_experts import KernelExperts
+from twotower.runtime.engines.shared_buffers import furnish
+from twotower.runtime.engines.steps import code_places
 from twotower.runtime.engines.tensorrt_engine import EngineRoom, TensorRTEngine
-from twotower.runtime.engines.tensorrt_plan import PlanLoader
+from twotower.runtime.engines.tensorrt_load import load_steps
+from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.memory import numpy_dtype
 from twotower.runtime.streams import Streams
 from twotower.runtime.weights import WeightStore
-from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TensorSpec, signatures, state_tensors
+from twotower.spec import (
+    CONTEXT,
+    CONTEXT_HEAD,
+    DENOISER,
+    MAX_CHUNK,
+    TensorSpec,
+    signatures,
+    state_tensors,
+)
 
 __all__ = ["OneTower", "RandomWeights"]
 
@@ -92,19 +104,20 @@ class RandomWeights:
 
 
 class OneTower:
-    """The engine of one graph, loaded, with random weights.
+    """The engine of one graph, or its programs and the experts between them, with random weights.
 
     Args:
         bundle: Of graphs alone, or any other, with engines for the library.
-        graph: Which graph; it must be in one piece.
+        graph: Which graph.
         flavour: The library.
         cuda: The calls.
 
     Attributes:
-        weights: Its weights.
+        weights: Its weights, those that kernels of experts read included.
+        computed_by: What computes its experts, as the build says.
 
     Raises:
-        EngineMismatchError: the library does not load the engine.
+        EngineMismatchError: the library or the driver does not load it.
         MemoryError: there is no room for the weights.
     """
 
@@ -116,9 +129,18 @@ class OneTower:
         self._loader = PlanLoader(
             flavour, {t.present.name: t.past.name for t in state if t.in_place}
         )
-        (part,) = self._record.engines[graph]
-        self._plan = self._loader.load(engine_folder(bundle, flavour.target) / part.file, part, 0)
-        self.weights = RandomWeights(cuda, part.weights)
+        choice = self._record.report.get("choice_of_experts", {})
+        self.computed_by = str(choice.get("computed_by", "dense"))
+        folder, parts = engine_folder(bundle, flavour.target), self._record.engines[graph]
+        devices = [0] * len(parts)
+        code = code_places(self._record.steps[graph], devices)
+        self._steps = load_steps(
+            self._record, graph, devices, loader=self._loader, folder=folder, cuda=cuda
+        )
+        self._experts = KernelExperts(folder, cuda, code) if code else None
+        specs = [spec for part in parts for spec in part.weights]
+        specs += [w for step in self._record.experts[graph] for w in step.weights.values()]
+        self.weights = RandomWeights(cuda, list({spec.name: spec for spec in specs}.values()))
 
     def towers(self, *, graphs: bool) -> Towers:
         """The bundle's towers, of which this one alone can be bound; closing them keeps the engine.
@@ -134,12 +156,15 @@ class OneTower:
             queues = [CudaStream(cuda, (0,)) for _ in range(2)]
             undo.callback(Streams(*queues).close)
             weights = cast(WeightStore, self.weights)
-            room = EngineRoom(cuda, self._loader, memory, weights, graphs)
-            room.scratch[0] = (memory.scratch(self._plan.scratch, 0), self._plan.scratch)
+            room = EngineRoom(cuda, self._loader, memory, weights, graphs, experts=self._experts)
+            sizes = {"B": limits.max_batch, "L": MAX_CHUNK}
+            scratch = {0: max(step.scratch for step in self._steps if isinstance(step, Plan))}
+            steps = {self._graph: self._record.steps[self._graph]}
+            furnish(room, steps, scratch=scratch, sizes=sizes)
             engines = {
                 name: TensorRTEngine(
                     signature.with_sizes({"T": limits.capacity, "S": bundle.trained_block_size}),
-                    [self._plan] if name == self._graph else [],
+                    self._steps if name == self._graph else [],
                     room,
                     data=bundle.data_file(name),
                 )
@@ -159,6 +184,8 @@ class OneTower:
         )
 
     def close(self) -> None:
-        """Frees the weights, then the engine."""
+        """Frees the weights, then kernels and engines."""
         self.weights.close()
-        del self._plan
+        if self._experts is not None:
+            self._experts.close()
+        del self._steps

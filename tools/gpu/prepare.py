@@ -139,10 +139,10 @@ def rtx(pack: Path) -> None:
 
 
 def full_size(pack: Path) -> None:
-    """The published model's graphs and engines in bfloat16 for the default set, no weights."""
+    """The published model's graphs, programs and expert kernels in bfloat16, without weights."""
     from tools.gpu.full_size import ARCHIVE, FOLDER, build_full_size
 
-    with tempfile.TemporaryDirectory() as scratch, built_for(PREBUILT[0]) as words:
+    with tempfile.TemporaryDirectory() as scratch, built_for(PREBUILT[0]) as words, _with_triton():
         build_full_size(Path(scratch) / FOLDER, words)
         _pack_folder(Path(scratch), pack / "call2" / ARCHIVE)
 

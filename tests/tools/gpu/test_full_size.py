@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.tensorrt_stand_in import stand_in_kernels
 from tools.gpu import full_size, passes
 from tools.gpu.counted import CountedCuda
 from tools.gpu.cuda_layer import Case, torch_bundle
@@ -22,9 +23,10 @@ from twotower.runtime.streams import HostStream
 from twotower.spec import TensorSpec
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return torch_bundle(Case("hybrid-b"), tmp_path_factory.mktemp("full") / "bundle")
+@pytest.fixture(scope="module", params=["kernels", "dense"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    case = Case("hybrid-b", experts=request.param)
+    return torch_bundle(case, tmp_path_factory.mktemp("full") / "bundle", stand_in_kernels)
 
 
 @pytest.mark.slow
@@ -37,21 +39,28 @@ def test_a_tower_is_timed_replayed_and_launched(
     monkeypatch.setattr(passes, "TOKENS", 100)
     block = {"prefill": 256, "block": bundle.trained_block_size, "decode": 1}
     monkeypatch.setattr(passes, "WIDTHS", block)
-    api = CudaStandIn()
+    api = CudaStandIn(sm=90)
     cuda = CountedCuda(api)
     trt = TorchTensorRT("cpu", api)
     tower = OneTower(bundle, graph, flavour_from_module(trt), cuda)
     answers = Answers(tmp_path / "answers.json", 60)
     full_size.measure_tower(answers, tower, graph, cuda)
     tower.close()
+    kernels = tower.computed_by == "kernels"
+    assert bool(api.launched) == kernels and not api.loaded
+    read = bundle.weights(graph)
+    assert tower.weights.nbytes == sum(ref.nbytes for ref in read.values())
     assert trt.failures == []
     assert not api.leaked
     table = next(t for t in answers["tables"] if t["title"] == "Passes")
     names = ["denoise"] if graph == "denoiser" else list(block)
-    assert [row[:3] for row in table["rows"]] == [
-        [name, rows, how] for how in ("replayed", "launched") for rows in (1, 3) for name in names
+    assert [row[:4] for row in table["rows"]] == [
+        [tower.computed_by, name, rows, how]
+        for how in ("replayed", "launched")
+        for rows in (1, 3)
+        for name in names
     ]
-    for name, _, how, ms, in_row, rate, made in table["rows"]:
+    for _, name, _, how, ms, in_row, rate, made in table["rows"]:
         assert ms > 0 and in_row > 0
         assert rate == pytest.approx(tower.weights.nbytes / ms / 1e6, rel=1e-3)
         fixed = name != "prefill"  # of any length up to 256: its kernels are not compiled for one
@@ -60,7 +69,7 @@ def test_a_tower_is_timed_replayed_and_launched(
     finite = [value for name, value in answers["finite"].items() if "denoise" in name]
     assert finite == [True] * len(finite)
     assert len(finite) == (2 if graph == "denoiser" else 0)
-    assert answers["summary"][0].startswith(f"{names[0]}, 1 row, replayed: ")
+    assert answers["summary"][0].startswith(f"{names[0]}, 1 row, replayed, experts ")
 
 
 def test_random_weights_are_small_in_either_type() -> None:
