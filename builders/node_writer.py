@@ -33,7 +33,14 @@ class NodeWriter:
         (output,) = self.several(kind, 1, *inputs, named=named, **attributes)
         return output
 
-    def several(self, kind: str, count: int, *inputs: str, named: str = "", **attributes: Any) -> list[str]:
+    def several(
+        self,
+        kind: str,
+        count: int,
+        *inputs: str,
+        named: str = "",
+        **attributes: Any,
+    ) -> list[str]:
         """A node of several outputs; their names."""
         self._count += 1
         name = f"{self.scope}/{kind}_{self._count}"

@@ -48,7 +48,7 @@ CUDA = "ort-cuda"
 
 
 class OrtCudaBuilder:
-    """Builds the `ort-cuda` target: no GPU is needed, and nothing of the CUDA provider is asked or guessed.
+    """Builds the `ort-cuda` target: no GPU is needed, and nothing of the provider is guessed.
 
     Shapes stay free. The engine is tied to the version of ONNX Runtime all the same: a bundle is
     built and checked with the library it will run on.
@@ -82,12 +82,18 @@ class OrtCudaBuilder:
             self._require_compiler()
             limits = kernel_limits(bundle, config)
             sms = ", ".join(map(str, limits.sms))
-            return [graphs, f"{'experts':<22}kernels between programs for SM {sms}; up to {limits.max_batch} rows"]
+            return [
+                graphs,
+                f"{'experts':<22}kernels between programs for SM {sms}, {limits.max_batch} rows",
+            ]
         if choice.experts != FUSED:
             return [graphs]
         copied = sum(ref.nbytes for ref in self._moved(bundle))
         data = f"; {copied / 1e9:.2f} GB of integers are written anew" if copied else ""
-        return [graphs, f"{'experts':<22}one operator a layer, which computes the chosen ones{data}"]
+        return [
+            graphs,
+            f"{'experts':<22}one operator a layer, which computes the chosen ones{data}",
+        ]
 
     def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
         graphs = sum(bundle.files[graph].size for graph in GRAPH_FILES.values())
@@ -98,11 +104,18 @@ class OrtCudaBuilder:
             return graphs
         return graphs + sum(ref.nbytes for ref in self._moved(bundle))
 
-    def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
+    def build(
+        self,
+        bundle: Bundle,
+        folder: Path,
+        config: BuildConfig,
+        *,
+        report: Report,
+    ) -> EngineRecord:
         bundle.require_weights("an engine of ONNX Runtime")
         started, choice = time.perf_counter(), self._choice(bundle, config)
         if choice.experts == KERNELS:
-            record = self._with_kernels(bundle, folder, config, report)
+            record = self._with_kernels(bundle, folder, config, report=report)
         else:
             record = self._graphs(bundle, folder, fused=choice.experts == FUSED, report=report)
         seconds = round(time.perf_counter() - started, 3)
@@ -121,9 +134,21 @@ class OrtCudaBuilder:
             (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
             operators[name] = dict(Counter(n.op_type for n in model.graph.node).most_common())
             holds |= {name: bundle.data_identity(name)} if moved else {}
-        return replace(self._record(bundle), holds=holds, files=file_records(folder), report={"operators": operators})
+        return replace(
+            self._record(bundle),
+            holds=holds,
+            files=file_records(folder),
+            report={"operators": operators},
+        )
 
-    def _with_kernels(self, bundle: Bundle, folder: Path, config: BuildConfig, report: Report) -> EngineRecord:
+    def _with_kernels(
+        self,
+        bundle: Bundle,
+        folder: Path,
+        config: BuildConfig,
+        *,
+        report: Report,
+    ) -> EngineRecord:
         """Programs, and kernels for the experts between them."""
         self._require_compiler()
         limits = kernel_limits(bundle, config)
@@ -138,7 +163,13 @@ class OrtCudaBuilder:
             report=report,
         )
         facts = {"operators": written.operators, "experts": about}
-        return replace(self._record(bundle), files=files | code, report=facts, limits=limits, steps=written.steps)
+        return replace(
+            self._record(bundle),
+            files=files | code,
+            report=facts,
+            limits=limits,
+            steps=written.steps,
+        )
 
     def _record(self, bundle: Bundle) -> EngineRecord:
         """What is the same of all engines."""
@@ -175,7 +206,8 @@ class OrtCudaBuilder:
         except BuildError as e:
             if config.experts == FUSED:
                 raise
-            return ExpertChoice(DENSE, f"{e.what} ({e.found}); --experts kernels takes every format")
+            why = f"{e.what} ({e.found}); --experts kernels takes every format"
+            return ExpertChoice(DENSE, why)
         return ExpertChoice(FUSED)
 
     def _moved(self, bundle: Bundle) -> list[WeightRef]:
@@ -196,7 +228,10 @@ def _place_weights(
     folder: Path,
     report: Report,
 ) -> None:
-    """Says where a graph's weights lie, relative to the bundle: in its data file, and in one of the engine that is written here."""
+    """Says where a graph's weights lie, relative to the bundle.
+
+    That is its data file, and one of the engine, which is written here.
+    """
     data = GRAPH_FILES[name] + DATA_SUFFIX
     attach_weights(model, {w: ref for w, ref in weight_refs(model).items() if w not in moved}, data)
     if not moved:

@@ -1,9 +1,10 @@
-"""Only the chosen experts, for ONNX Runtime on a GPU: a layer of experts is one `com.microsoft.MoE`, or `QMoE` in few bits.
+"""Only the chosen experts, for ONNX Runtime on a GPU: one `com.microsoft.MoE` or `QMoE` a layer.
 
-Both operators choose experts by themselves, by softmax over `router_probs`. This model chooses
-otherwise (sigmoid, a bias that counts for the choice alone, groups, a factor), so its routing stays
-in the graph. Left to the operator is to find experts and to multiply: each pair of a token and an
-expert it chose is a row of its own, which has this one expert and gives its result as it is.
+QMoE is for weights in few bits. Both operators choose experts by themselves, by softmax over
+`router_probs`. This model chooses otherwise (sigmoid, a bias that counts for the choice alone,
+groups, a factor), so its routing stays in the graph. Left to the operator is to find experts and to
+multiply: each pair of a token and an expert it chose is a row of its own, which has this one expert
+and gives its result as it is.
 
     experts  [k,N]    those a token chose, ascending
     rows     [k*N,D]  all tokens, k times over
@@ -44,7 +45,7 @@ __all__ = ["fuse_experts"]
 
 _DOMAIN = "com.microsoft"
 _CERTAIN = 10000.0
-"""By how much a row's expert is above the others: exp(-10000) is 0 in float32, and any type holds it."""
+"""By how much a row's expert is above the others: exp(-10000) is 0, and any type holds it."""
 
 _DTYPES: Mapping[str, Any] = {
     "float32": np.float32,
@@ -106,7 +107,8 @@ class _Mixture:
     def of(cls, model: onnx.ModelProto, step: ExpertsStep) -> _Mixture:
         """The one of a layer: from its shares on, results are weighed, selected and added up."""
         scope = f"layers.{step.layer}.moe"
-        users = {name: node for node in model.graph.node for name in node.input if node.name.startswith(scope)}
+        mine = [node for node in model.graph.node if node.name.startswith(scope)]
+        users = {name: node for node in mine for name in node.input}
         makers = {name: node for node in model.graph.node for name in node.output}
         node = users[f"{scope}/{SHARES}"]
         for kind in ("Unsqueeze", "Mul", "Where"):
@@ -123,12 +125,14 @@ class _Mixture:
     @property
     def integers(self) -> tuple[str, ...]:
         """Matrices in few bits."""
-        return tuple(self.weight(matrix) for matrix in ("up", "down") if matrix in self.step.formats)
+        few = self.step.formats
+        return tuple(self.weight(matrix) for matrix in ("up", "down") if matrix in few)
 
     @property
     def row_scales(self) -> tuple[str, ...]:
         """Scales of whole rows: [E,out,1] in the bundle, and [E,out] to the operator."""
-        rows = [m for m in ("up", "down") if m in self.step.formats and self.step.formats[m][1] == 0]
+        few = self.step.formats
+        rows = [matrix for matrix in ("up", "down") if matrix in few and few[matrix][1] == 0]
         return tuple(self.weight(f"{matrix}_scale") for matrix in rows)
 
 

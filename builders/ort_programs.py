@@ -1,7 +1,7 @@
-"""Towers for ONNX Runtime on a GPU as programs with our kernels between: the list of steps that TensorRT targets have too.
+"""Towers for ONNX Runtime on a GPU as programs with our kernels between.
 
-Each program is a graph of its own whose weights lie in the bundle's data file, so that a session
-finds them; experts are in none of them.
+The list of steps is that of the TensorRT targets. Each program is a graph of its own whose weights
+lie in the bundle's data file, so that a session finds them; experts are in none of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from twotower.builders.base import BuildConfig, Report
 from twotower.builders.expert_code import require_kernels
 from twotower.builders.expert_cut import ExpertCut
 from twotower.builders.profiles import cache_capacity
-from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineFile, EngineLimits, ExpertsStep, Step
+from twotower.bundle import (
+    DATA_SUFFIX,
+    GRAPH_FILES,
+    Bundle,
+    EngineFile,
+    EngineLimits,
+    ExpertsStep,
+    Step,
+)
 from twotower.graph_files import attach_weights, load_graph, weight_refs
 from twotower.hardware import probe_machine
 from twotower.kernels.tilings import BUILDABLE_SMS
@@ -41,13 +49,14 @@ class WrittenPrograms:
     @property
     def experts(self) -> list[ExpertsStep]:
         """The experts of all graphs."""
-        return [step for steps in self.steps.values() for step in steps if isinstance(step, ExpertsStep)]
+        every = [step for steps in self.steps.values() for step in steps]
+        return [step for step in every if isinstance(step, ExpertsStep)]
 
 
 def kernel_limits(bundle: Bundle, config: BuildConfig) -> EngineLimits:
-    """What kernels fix: rows, because they take so many tokens, and GPUs: those at hand, or all there are kernels for.
+    """What kernels fix: rows, because they take so many tokens, and GPUs.
 
-    Sessions take texts of any length.
+    GPUs are those at hand, or all there are kernels for. Sessions take texts of any length.
     """
     longest = bundle.config.max_position_embeddings
     capacity = cache_capacity(config.max_context or longest, longest)
@@ -82,7 +91,11 @@ def write_programs(bundle: Bundle, folder: Path, report: Report) -> WrittenProgr
             report(f"writing {file}", number, count)
             if cut is None:
                 graph = bundle.signatures[name]
-                model, inputs, outputs = load_graph(bundle.graph_file(name)), graph.inputs, graph.outputs
+                model, inputs, outputs = (
+                    load_graph(bundle.graph_file(name)),
+                    graph.inputs,
+                    graph.outputs,
+                )
                 layers = (0, len(bundle.config.layers))
             else:
                 made = cut.program(number)

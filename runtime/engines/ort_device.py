@@ -1,7 +1,9 @@
-"""Opening a bundle's ONNX Runtime engines on GPUs: sessions on the towers' streams; the library is a value.
+"""Opening a bundle's ONNX Runtime engines on GPUs: sessions on the towers' streams.
 
-The provider enqueues on the stream a session was made for and does not wait at the end of a pass, so that passes are ordered by events
-like those of the TensorRT targets. Its own CUDA graphs are not used. **It has never run on a GPU**; all but the provider is tested without.
+The library is a value. Its CUDA provider enqueues on the stream a session was made for and does not
+wait at the end of a pass, so that passes are ordered by events like those of the TensorRT targets.
+Its own CUDA graphs are not used. **It has never run on a GPU**; all but the provider is tested
+without one.
 """
 
 from __future__ import annotations
@@ -9,7 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from twotower.bundle import Bundle, EngineFile, EngineRecord, ExpertsStep, Progress, Step, engine_folder, read_engine_record, weight_bytes
+from twotower.bundle import (
+    Bundle,
+    EngineFile,
+    EngineRecord,
+    ExpertsStep,
+    Progress,
+    Step,
+    engine_folder,
+    read_engine_record,
+    weight_bytes,
+)
 from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.memory import DeviceMemory
@@ -43,7 +55,8 @@ class OrtDeviceOptions:
     Attributes:
         devices: GPUs by number; empty for the first.
         progress: Called with (bytes hashed, bytes to hash) while engine files are checked.
-        loading: Called with (bytes loaded, bytes to load) while weights of experts between programs go to a device.
+        loading: Called with (bytes loaded, bytes to load) while weights of experts between programs
+            go to a device.
         experts: Opens what computes experts between programs.
     """
 
@@ -53,15 +66,26 @@ class OrtDeviceOptions:
     experts: OpenExperts = KernelExperts
 
 
-def open_ort_cuda(bundle: Bundle, library: OrtLibrary, cuda: Cuda, options: OrtDeviceOptions | None = None) -> Towers:
+def open_ort_cuda(
+    bundle: Bundle,
+    library: OrtLibrary,
+    cuda: Cuda,
+    options: OrtDeviceOptions | None = None,
+) -> Towers:
     """Opens the three `ort-cuda` graphs of a bundle, on one GPU or spread over several.
 
     Raises:
-        EngineMismatchError: not built, damaged, of another ONNX Runtime or graph, too large, or CUDA cannot be used.
+        EngineMismatchError: not built, damaged, of another ONNX Runtime or graph, too large, or
+            CUDA cannot be used.
         ConfigError: a device that is not there was asked for.
     """
     how = options or OrtDeviceOptions()
-    record = read_engine_record(bundle, TARGET, library={"name": "onnxruntime", "version": library.version}, progress=how.progress)
+    record = read_engine_record(
+        bundle,
+        TARGET,
+        library={"name": "onnxruntime", "version": library.version},
+        progress=how.progress,
+    )
     devices = chosen_devices(cuda, how.devices)
     steps = record.steps or _whole_graphs(bundle, record)
     sizes = {name: _sizes(bundle, record, name) for name in steps}
@@ -78,7 +102,8 @@ def open_ort_cuda(bundle: Bundle, library: OrtLibrary, cuda: Cuda, options: OrtD
         weights = WeightStore(cuda)
         undo.callback(weights.close)
         load_weights(weights, bundle, requests_of(bundle, record, placed), progress=how.loading)
-        towers = _opened(bundle, record, _Opening(cuda, library, devices, steps, placed, weights, how, undo))
+        opening = _Opening(cuda, library, devices, steps, placed, weights, how, undo)
+        towers = _opened(bundle, record, opening)
         undo.pop_all()
     return towers
 
@@ -99,8 +124,13 @@ class _Opening:
 
 def _opened(bundle: Bundle, record: EngineRecord, with_: _Opening) -> Towers:
     cuda, placed, limits = with_.cuda, with_.placed, record.limits
-    contract, state = signatures(bundle.config, record.dtype), state_tensors(bundle.config, record.dtype)
-    engines = {name: [step for step in steps if isinstance(step, EngineFile)] for name, steps in with_.steps.items()}
+    contract, state = (
+        signatures(bundle.config, record.dtype),
+        state_tensors(bundle.config, record.dtype),
+    )
+    engines: dict[str, list[EngineFile]] = {}
+    for name, steps in with_.steps.items():
+        engines[name] = [step for step in steps if isinstance(step, EngineFile)]
     memory = DeviceMemory(cuda, with_.devices, places_of_tensors(engines, placed, state))
     with_.undo.callback(memory.close)
     queues: dict[str, CudaStream] = {}
@@ -108,7 +138,9 @@ def _opened(bundle: Bundle, record: EngineRecord, with_: _Opening) -> Towers:
         queues[name] = CudaStream(cuda, placed[name])
         with_.undo.callback(queues[name].close)
     room = OrtRoom(cuda, with_.library, memory, with_.weights)
-    code = [place for name, steps in with_.steps.items() for place in code_places(steps, placed[name])]
+    code: list[tuple[str, int]] = []
+    for name, steps in with_.steps.items():
+        code += code_places(steps, placed[name])
     owned = [with_.weights.close]
     if code:
         assert limits is not None, "engines with experts between have limits"
@@ -116,13 +148,16 @@ def _opened(bundle: Bundle, record: EngineRecord, with_: _Opening) -> Towers:
         owned.insert(0, room.experts.close)
         with_.undo.callback(room.experts.close)
         most = {"B": limits.max_batch, "L": MAX_CHUNK, "S": bundle.trained_block_size}
-        furnish(room, with_.steps, scratch=dict.fromkeys((device for _, device in code), 0), sizes=most)
+        none = dict.fromkeys((device for _, device in code), 0)  # sessions bring their own
+        furnish(room, with_.steps, scratch=none, sizes=most)
     made = {}
     for name, signature in contract.items():
         queue = queues[DENOISER if name == DENOISER else CONTEXT]
-        sessions = _sessions(bundle, with_.steps[name], placed[name], library=with_.library, queue=queue)
+        places = placed[name]
+        opened = _sessions(bundle, with_.steps[name], places, library=with_.library, queue=queue)
         copies = StateCopies(cuda, state) if name == CONTEXT else None
-        made[name] = OrtDeviceEngine(signature, sessions, room, data=bundle.data_file(name), copies=copies)
+        data = bundle.data_file(name)
+        made[name] = OrtDeviceEngine(signature, opened, room, data=data, copies=copies)
     return Towers(
         bundle.config,
         record.dtype,
@@ -143,7 +178,10 @@ def _whole_graphs(bundle: Bundle, record: EngineRecord) -> dict[str, tuple[Step,
     """Each graph as its only step."""
     layers = (0, len(bundle.config.layers))
     contract = signatures(bundle.config, record.dtype)
-    return {name: (EngineFile(f"{name}.onnx", layers, graph.inputs, graph.outputs, ()),) for name, graph in contract.items()}
+    out: dict[str, tuple[Step, ...]] = {}
+    for name, graph in contract.items():
+        out[name] = (EngineFile(f"{name}.onnx", layers, graph.inputs, graph.outputs, ()),)
+    return out
 
 
 def _sizes(bundle: Bundle, record: EngineRecord, name: str) -> list[int]:
@@ -160,7 +198,12 @@ def _sizes(bundle: Bundle, record: EngineRecord, name: str) -> list[int]:
 
 
 def _sessions(
-    bundle: Bundle, steps: Sequence[Step], devices: Sequence[int], *, library: OrtLibrary, queue: CudaStream
+    bundle: Bundle,
+    steps: Sequence[Step],
+    devices: Sequence[int],
+    *,
+    library: OrtLibrary,
+    queue: CudaStream,
 ) -> list[OrtProgram | ExpertsStep]:
     """The steps of a graph with a session for every program."""
     out: list[OrtProgram | ExpertsStep] = []
@@ -168,7 +211,8 @@ def _sessions(
     for step in steps:
         if isinstance(step, EngineFile):
             device = next(places)
-            session = library.session(folder / step.file, bundle.path, device=device, stream=queue.handles[device])
+            file, stream = folder / step.file, queue.handles[device]
+            session = library.session(file, bundle.path, device=device, stream=stream)
             out.append(OrtProgram(step, device, session))
         else:
             out.append(step)

@@ -1,4 +1,7 @@
-"""A graph in sessions of ONNX Runtime that work on a stream of ours: one, or programs with experts between, bound once."""
+"""A graph in sessions of ONNX Runtime that work on a stream of ours, bound once.
+
+That is one session, or programs with experts between.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ class OrtRoom:
 
 @dataclass(frozen=True, slots=True)
 class OrtProgram:
-    """A session on a device, made for the stream its passes will be run on, and what the build says of its graph."""
+    """A session on a device, made for the stream of its passes; the build describes its graph."""
 
     part: EngineFile
     device: int
@@ -66,7 +69,8 @@ class OrtDeviceEngine:
         steps: Its session, or programs and the experts after them, in the order they run.
         room: Shared with the bundle's other engines.
         data: The file its weights lie in, by which the room's store knows them.
-        copies: Brings what this graph writes of the state to other devices that read it; None where there are none.
+        copies: Brings what this graph writes of the state to other devices that read it; None where
+            there are none.
     """
 
     def __init__(
@@ -103,13 +107,18 @@ class OrtDeviceEngine:
             capturable=lambda queue: False,
             close=run.close,
         )
-        return DevicePass(room.cuda, work, [room.turns[device] for device in dict.fromkeys(devices)])
+        turns = [room.turns[device] for device in dict.fromkeys(devices)]
+        return DevicePass(room.cuda, work, turns)
 
     def close(self) -> None:
         """Frees the sessions; idempotent."""
         self._steps = ()
 
-    def _bound_steps(self, arrays: Mapping[str, DeviceBuffer], sizes: Mapping[str, int]) -> list[_Running | ExpertsRun]:
+    def _bound_steps(
+        self,
+        arrays: Mapping[str, DeviceBuffer],
+        sizes: Mapping[str, int],
+    ) -> list[_Running | ExpertsRun]:
         """Every step at its addresses."""
         bound: list[_Running | ExpertsRun] = []
         programs: list[OrtProgram] = []
@@ -124,7 +133,13 @@ class OrtDeviceEngine:
             undo.pop_all()
         return bound
 
-    def _program(self, program: OrtProgram, index: int, arrays: Mapping[str, DeviceBuffer], sizes: Mapping[str, int]) -> _Running:
+    def _program(
+        self,
+        program: OrtProgram,
+        index: int,
+        arrays: Mapping[str, DeviceBuffer],
+        sizes: Mapping[str, int],
+    ) -> _Running:
         """A binding of one session: tensors are in buffers, or where its neighbours hand over."""
         room, part, device = self._room, program.part, program.device
         binding = program.session.io_binding()
@@ -133,8 +148,11 @@ class OrtDeviceEngine:
         for specs, bind in ((part.inputs, binding.bind_input), (part.outputs, binding.bind_output)):
             for spec in specs:
                 buffer = arrays.get(spec.name)
-                shape = spec.shape(known) if buffer is None else buffer.shape
-                at = room.handover[device].address(spec.name, index) if buffer is None else buffer.addresses[device]
+                if buffer is None:
+                    shape = spec.shape(known)
+                    at = room.handover[device].address(spec.name, index)
+                else:
+                    shape, at = buffer.shape, buffer.addresses[device]
                 bind(spec.name, kind, number, element_type(spec.dtype), shape, at)
         takes = handed_bytes(part, sizes)
         return _Running(program, binding, room.library.run_options(), index, takes)

@@ -24,7 +24,7 @@ class OrtLibrary(Protocol):
     device_type: str
 
     def session(self, graph: Path, folder: Path, *, device: int, stream: int) -> Any:
-        """A session of a graph whose weights are named from `folder`, on a device and on a CUDA stream of it."""
+        """A session of a graph on a device and a CUDA stream; weights are named from `folder`."""
         ...
 
     def run_options(self) -> Any:

@@ -1,4 +1,4 @@
-"""What the steps of a bundle share on a device: scratch memory of the neediest, and where steps hand over."""
+"""What the steps of a bundle share on a device: scratch memory, and where they hand over."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def furnish(
         size = max(least, needed)
         try:
             room.scratch[device] = (room.memory.scratch(size, device), size)
-            made = {name: tuple(room.memory.scratch(n, device) for _ in range(count)) for name, (count, n) in buffers.items()}
+            made = {}
+            for name, (count, nbytes) in buffers.items():
+                made[name] = tuple(room.memory.scratch(nbytes, device) for _ in range(count))
         except MemoryError as e:
             handed = sum(count * nbytes for count, nbytes in buffers.values())
             raise EngineMismatchError(

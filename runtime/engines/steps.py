@@ -1,4 +1,4 @@
-"""The steps of one pass, programs and the experts between them, as they are enqueued one after another.
+"""The steps of one pass, programs and the experts between them, as they are enqueued.
 
 What a program is, its library knows; the order, the hand-over and the experts are the same for all.
 """
@@ -21,7 +21,16 @@ from twotower.runtime.engines.handover import Handover
 from twotower.runtime.weights import WeightStore
 from twotower.spec import EXPERTS_IN, EXPERTS_OUT, SHARES, TensorSpec, TowerSignature
 
-__all__ = ["ExpertsAt", "ExpertsRoom", "ExpertsRun", "RunningProgram", "StepsRun", "bind_experts", "code_places", "sizes_of"]
+__all__ = [
+    "ExpertsAt",
+    "ExpertsRoom",
+    "ExpertsRun",
+    "RunningProgram",
+    "StepsRun",
+    "bind_experts",
+    "code_places",
+    "sizes_of",
+]
 
 
 class RunningProgram(Protocol):
@@ -73,7 +82,15 @@ class ExpertsRun:
 
 
 class ExpertsRoom(Protocol):
-    """What experts need of what engines share: calls, weights, and on each device scratch memory and where steps hand over."""
+    """What experts need of what engines share.
+
+    Attributes:
+        cuda: The calls.
+        weights: By which they find theirs.
+        scratch: On each device memory for them, address and bytes.
+        handover: On each device, where steps hand over.
+        experts: What computes them.
+    """
 
     cuda: Cuda
     weights: WeightStore
@@ -99,8 +116,13 @@ class ExpertsAt:
     data: Path
 
 
-def bind_experts(room: ExpertsRoom, step: ExpertsStep, after: EngineFile, at: ExpertsAt) -> ExpertsRun:
-    """The experts after a program, where it leaves their inputs and the next one looks for what they write.
+def bind_experts(
+    room: ExpertsRoom,
+    step: ExpertsStep,
+    after: EngineFile,
+    at: ExpertsAt,
+) -> ExpertsRun:
+    """The experts after a program: it leaves their inputs, and the next reads what they write.
 
     Raises:
         RequestError: there are no kernels for so many tokens.
@@ -108,13 +130,14 @@ def bind_experts(room: ExpertsRoom, step: ExpertsStep, after: EngineFile, at: Ex
     assert room.experts is not None, "opening makes sure of it"
     handover, index = room.handover[at.device], at.index
     x = next(spec for spec in after.outputs if spec.name == EXPERTS_IN)
+    named = {role: weight.name for role, weight in step.weights.items()}
     places = ExpertPlaces(
         device=at.device,
         tokens=prod(x.shape(at.sizes)[:-1]),
         x=handover.address(EXPERTS_IN, index),
         shares=handover.address(SHARES, index),
         out=handover.address(EXPERTS_OUT, index),
-        weights={role: room.weights.address(at.data, w.name, at.device) for role, w in step.weights.items()},
+        weights={r: room.weights.address(at.data, name, at.device) for r, name in named.items()},
         scratch=room.scratch[at.device],
     )
     room.cuda.use(at.device)
@@ -141,7 +164,8 @@ def sizes_of(signature: TowerSignature, arrays: Mapping[str, DeviceBuffer]) -> d
     """The letters' sizes, from the shapes of the buffers a graph is bound to."""
     out: dict[str, int] = {}
     for spec in (*signature.inputs, *signature.outputs):
-        out.update({axis: size for axis, size in zip(spec.axes, arrays[spec.name].shape, strict=True) if isinstance(axis, str)})
+        known = zip(spec.axes, arrays[spec.name].shape, strict=True)
+        out.update({axis: size for axis, size in known if isinstance(axis, str)})
     return out
 
 
@@ -188,7 +212,7 @@ class StepsRun:
         for bound in self._bound:
             device = bound.device
             if device != at:
-                assert not isinstance(bound, ExpertsRun), "experts are where the program before them is"
+                assert not isinstance(bound, ExpertsRun), "they are where the program before is"
                 self._hand_over(queue, bound, at)
                 at = device
             self._cuda.use(device)
@@ -205,12 +229,13 @@ class StepsRun:
         close_all((*steps, *(event.close for event in events)))
 
     def _hand_over(self, queue: CudaStream, bound: RunningProgram, source: int) -> None:
-        """Brings what a program reads from the device before it; the later device's stream waits for the earlier one's."""
+        """Brings what a program reads from the device before it, whose stream is waited for."""
         cuda, device = self._cuda, bound.device
         cuda.use(source)
         self._events[source].record(queue.handles[source])
         cuda.use(device)
         self._events[source].hold(queue.handles[device])
         for name, nbytes in bound.takes.items():
-            target, origin = (self._handover[d].address(name, bound.index) for d in (device, source))
+            target = self._handover[device].address(name, bound.index)
+            origin = self._handover[source].address(name, bound.index)
             cuda.copy(target, origin, nbytes, stream=queue.handles[device])

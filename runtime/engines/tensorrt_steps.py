@@ -68,8 +68,14 @@ class ProgramRun:
         self.execution.close()
 
 
-def may_be_captured(programs: Iterable[ProgramRun], queue: CudaStream, loader: PlanLoader, *, refused: set[str]) -> bool:
-    """What the library says of a pass, if it does; a refusal is logged once an engine, in its words.
+def may_be_captured(
+    programs: Iterable[ProgramRun],
+    queue: CudaStream,
+    loader: PlanLoader,
+    *,
+    refused: set[str],
+) -> bool:
+    """What the library says of a pass, if it does; a refusal is logged once an engine.
 
     Args:
         programs: Of the pass.
@@ -84,7 +90,8 @@ def may_be_captured(programs: Iterable[ProgramRun], queue: CudaStream, loader: P
         if not bound.context.is_stream_capturable(queue.handles[bound.device]):
             file, words = bound.plan.part.file, loader.drain() or "it gives no reason"
             if file not in refused:
-                logger.warning("%s cannot be captured and is launched piece by piece: %s", file, words)
+                what = "%s cannot be captured and is launched piece by piece: %s"
+                logger.warning(what, file, words)
             refused.add(file)
             return False
     return True

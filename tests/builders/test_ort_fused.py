@@ -23,7 +23,15 @@ from tests.helpers.small_slice import SMALL_SLICE
 from twotower.builders import BuildConfig, build_engines, builder_for, ort_unsigned
 from twotower.builders.ort_fusable import require_fusable
 from twotower.builders.ort_fused import fuse_experts
-from twotower.bundle import BUILD_FILE, DATA_SUFFIX, GRAPH_FILES, Bundle, ExpertsStep, engine_folder, load_engine_record
+from twotower.bundle import (
+    BUILD_FILE,
+    DATA_SUFFIX,
+    GRAPH_FILES,
+    Bundle,
+    ExpertsStep,
+    engine_folder,
+    load_engine_record,
+)
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
 from twotower.cli.main import main
 from twotower.config import ModelConfig, read_model_config
@@ -93,7 +101,10 @@ def compare(got: dict[str, Any], want: dict[str, Any], tolerance: float) -> None
 @pytest.mark.parametrize("graph", TOWERS)
 def test_it_is_the_exported_graph(bundle: Bundle, graph: str) -> None:
     """Written out, and by the library's own kernels: routing, rows and stacks are what they take them for."""
-    model, inputs = engine(bundle, graph), feed(bundle.signatures[graph].inputs, bundle.config.vocab_size)
+    model, inputs = (
+        engine(bundle, graph),
+        feed(bundle.signatures[graph].inputs, bundle.config.vocab_size),
+    )
     nodes = fused_nodes(model)
     assert [node.op_type for node in nodes] == ["MoE"] * bundle.config.pattern.count("E")
     whole = run(load_graph(bundle.graph_file(graph)), bundle.graph_file(graph).parent, inputs)
@@ -128,7 +139,10 @@ def widened(model: onnx.ModelProto, home: Path, folder: Path) -> onnx.ModelProto
 
 
 @pytest.mark.parametrize("graph", TOWERS)
-@pytest.mark.parametrize(("recipe", "width", "group"), [("int4-experts", 64, 32), ("int8-weights", 64, 0), ("int8-weights", 192, 64)])
+@pytest.mark.parametrize(
+    ("recipe", "width", "group"),
+    [("int4-experts", 64, 32), ("int8-weights", 64, 0), ("int8-weights", 192, 64)],
+)
 def test_experts_in_few_bits(few_bits: Any, tmp_path: Path, recipe: str, width: int, group: int, graph: str) -> None:
     """The graph that dequantizes, in float32: what the operator reads are the same weights."""
     bundle = fused(few_bits(recipe, width))
@@ -183,9 +197,19 @@ INTEGERS = {**COMMON, "quant_type": b"int", "weights_prepacked": 0}
 @pytest.mark.parametrize(
     ("recipe", "width", "options", "shapes"),
     [
-        ("int4-experts", 64, {"expert_weight_bits": 4, "block_size": 32}, ((8, 64, 32), (8, 64, 2))),
+        (
+            "int4-experts",
+            64,
+            {"expert_weight_bits": 4, "block_size": 32},
+            ((8, 64, 32), (8, 64, 2)),
+        ),
         ("int8-weights", 64, {"expert_weight_bits": 8}, ((8, 64, 64), (8, 64))),
-        ("int8-weights", 192, {"expert_weight_bits": 8, "block_size": 64}, ((8, 192, 192), (8, 192, 3))),
+        (
+            "int8-weights",
+            192,
+            {"expert_weight_bits": 8, "block_size": 64},
+            ((8, 192, 192), (8, 192, 3)),
+        ),
     ],
 )
 def test_operands_are_those_of_the_documentation(few_bits: Any, recipe: str, width: int, options: Any, shapes: Any) -> None:
@@ -193,12 +217,21 @@ def test_operands_are_those_of_the_documentation(few_bits: Any, recipe: str, wid
     model = engine(fused(few_bits(recipe, width)), DENOISER)
     tensors = {t.name: t for t in model.graph.initializer}
     for node in fused_nodes(model):
-        assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} == {**INTEGERS, **options}
+        assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} == {
+            **INTEGERS,
+            **options,
+        }
         _, _, up, up_scale, no_bias, down, down_scale = node.input
         assert no_bias == ""
         for values, scale in ((up, up_scale), (down, down_scale)):
-            assert (tensors[values].data_type, tuple(tensors[values].dims)) == (onnx.TensorProto.UINT8, shapes[0])
-            assert (tensors[scale].data_type, tuple(tensors[scale].dims)) == (onnx.TensorProto.BFLOAT16, shapes[1])
+            assert (tensors[values].data_type, tuple(tensors[values].dims)) == (
+                onnx.TensorProto.UINT8,
+                shapes[0],
+            )
+            assert (tensors[scale].data_type, tuple(tensors[scale].dims)) == (
+                onnx.TensorProto.BFLOAT16,
+                shapes[1],
+            )
 
 
 def test_float_operands_are_the_bundle_s_own(bundle: Bundle) -> None:
@@ -212,7 +245,10 @@ def test_float_operands_are_the_bundle_s_own(bundle: Bundle) -> None:
         assert no_bias == ""
         assert (places[up][1].shape, places[down][1].shape) == ((e, f, d), (e, d, f))
         for name in (up, down):
-            assert places[name] == (f"{GRAPH_FILES[CONTEXT]}{DATA_SUFFIX}", bundle.weights(CONTEXT)[name])
+            assert places[name] == (
+                f"{GRAPH_FILES[CONTEXT]}{DATA_SUFFIX}",
+                bundle.weights(CONTEXT)[name],
+            )
 
 
 def test_this_library_s_cuda_kernels_take_the_activation() -> None:
@@ -229,7 +265,15 @@ def layer(config: ModelConfig, folder: Path, **changed: np.ndarray[Any, Any]) ->
     x, y = TensorSpec("x", "float32", axes), TensorSpec("y", "float32", axes)
     graph = GraphBuilder(TowerSignature("moe", (x,), (y,)), "float32")
     with graph.scope("layers.0.moe"):
-        graph.output("y", moe(graph, graph.op("Identity", graph.input("x")), LayerWeights(graph, "layers.0.mixer."), config))
+        graph.output(
+            "y",
+            moe(
+                graph,
+                graph.op("Identity", graph.input("x")),
+                LayerWeights(graph, "layers.0.mixer."),
+                config,
+            ),
+        )
     recorded, refs = graph.finish(), lay_out(graph.weights)
     data = np.zeros(max(ref.end for ref in refs.values()), np.uint8)
     for name, ref in refs.items():
@@ -258,7 +302,12 @@ def layer(config: ModelConfig, folder: Path, **changed: np.ndarray[Any, Any]) ->
 
 
 def layer_config(**changed: Any) -> ModelConfig:
-    return replace(read_model_config(FIXTURES / "hybrid-a" / "config.json"), dtype="float32", n_shared_experts=0, **changed)
+    return replace(
+        read_model_config(FIXTURES / "hybrid-a" / "config.json"),
+        dtype="float32",
+        n_shared_experts=0,
+        **changed,
+    )
 
 
 @pytest.mark.parametrize(
@@ -274,7 +323,12 @@ def test_every_way_to_route(tmp_path: Path, changed: dict[str, Any]) -> None:
     whole, made = layer(layer_config(**changed), tmp_path)
     for rows, length in ((1, 1), (3, 16)):
         x = np.random.default_rng(1).standard_normal((rows, length, 64), dtype=np.float32)
-        np.testing.assert_allclose(run(made, tmp_path, {"x": x})["y"], run(whole, tmp_path, {"x": x})["y"], rtol=0, atol=2e-6)
+        np.testing.assert_allclose(
+            run(made, tmp_path, {"x": x})["y"],
+            run(whole, tmp_path, {"x": x})["y"],
+            rtol=0,
+            atol=2e-6,
+        )
 
 
 def test_equal_scores_and_a_share_of_nothing(tmp_path: Path) -> None:
@@ -283,7 +337,11 @@ def test_equal_scores_and_a_share_of_nothing(tmp_path: Path) -> None:
     bias[5] = 1
     up = np.random.default_rng(3).standard_normal((8, 48, 64), dtype=np.float32)
     up[7] = np.inf
-    whole, made = layer(layer_config(), tmp_path, **{"gate.weight": np.zeros(1, np.float32), "bias": bias, "up_proj": up})
+    whole, made = layer(
+        layer_config(),
+        tmp_path,
+        **{"gate.weight": np.zeros(1, np.float32), "bias": bias, "up_proj": up},
+    )
     x = np.random.default_rng(1).standard_normal((2, 16, 64), dtype=np.float32)
     got = run(made, tmp_path, {"x": x})["y"]
     assert np.isfinite(got).all()
@@ -380,11 +438,21 @@ NVFP4 = "nvfp4 in groups of 16; it takes int4 and int8"
     ("recipe", "dtype", "what", "found"),
     [
         ("nvfp4-experts", "bfloat16", "does not compute experts in this format", NVFP4),
-        ("int4-experts", "float32", "no CUDA kernel for float32", "experts of int4 in groups of 32 in a float32 bundle"),
+        (
+            "int4-experts",
+            "float32",
+            "no CUDA kernel for float32",
+            "experts of int4 in groups of 32 in a float32 bundle",
+        ),
     ],
 )
 def test_a_format_it_does_not_hold(
-    few_bits: Any, recipe: str, dtype: str, what: str, found: str, capsys: pytest.CaptureFixture[str]
+    few_bits: Any,
+    recipe: str,
+    dtype: str,
+    what: str,
+    found: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Refused where it was asked for, and dense with a note where it was not."""
     bundle = few_bits(recipe, dtype=dtype)
@@ -418,7 +486,15 @@ def in_bits(name: str, group: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "changed", [{}, {"dtype": "float32"}, in_bits("int4", 32), in_bits("int4", 64), in_bits("int8", 64), in_bits("int8", 0)]
+    "changed",
+    [
+        {},
+        {"dtype": "float32"},
+        in_bits("int4", 32),
+        in_bits("int4", 64),
+        in_bits("int8", 64),
+        in_bits("int8", 0),
+    ],
 )
 def test_published_experts_are_held(changed: dict[str, Any]) -> None:
     require_fusable(replace(STEP, **changed), "1.32.0")
@@ -435,7 +511,10 @@ def test_published_experts_are_held(changed: dict[str, Any]) -> None:
         ({**in_bits("int8", 0), "hidden": 2656}, "hidden_size 2656; multiples of 64"),
         (in_bits("fp8", 0), "fp8; it takes int4 and int8"),
         ({"formats": {"up": ("int8", 64)}}, "int8 in groups of 64 and bfloat16"),
-        ({"formats": {"up": ("int8", 0), "down": ("int8", 64)}}, "int8 and int8 in groups of 64; it takes int4 and int8 with one group"),
+        (
+            {"formats": {"up": ("int8", 0), "down": ("int8", 64)}},
+            "int8 and int8 in groups of 64; it takes int4 and int8 with one group",
+        ),
     ],
 )
 def test_what_no_kernel_takes(changed: dict[str, Any], found: str) -> None:
@@ -460,7 +539,12 @@ def test_tensorrt_has_no_such_operator(bundle: Bundle, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(("recipe", "width"), [("int4-experts", 64), ("int8-weights", 192)])
 def test_the_second_copy_of_integers_is_what_a_plan_says(few_bits: Any, recipe: str, width: int) -> None:
     bundle, made = fused(few_bits(recipe, width)), builtin_recipes()[recipe]
-    options = PlanOptions(target="ort-cuda", dtype="bfloat16", formats=tuple(sorted(made.weights.items())), rounded=made.activations)
+    options = PlanOptions(
+        target="ort-cuda",
+        dtype="bfloat16",
+        formats=tuple(sorted(made.weights.items())),
+        rounded=made.activations,
+    )
     planned = plan_bundle(bundle.config, options)
     assert planned.experts.name == "fused"
     written = sum(file.stat().st_size for file in engine_folder(bundle, "ort-cuda").glob("*.data"))

@@ -15,13 +15,29 @@ from tests.helpers.errors import check_error
 from tests.helpers.tensorrt_stand_in import stand_in_kernels
 from twotower.builders import BuildConfig, build_engines, builder_for, expert_choice, ort_programs
 from twotower.builders.ort_cuda import OrtCudaBuilder
-from twotower.bundle import BUILD_FILE, Bundle, EngineFile, EngineRecord, engine_folder, load_engine_record
+from twotower.bundle import (
+    BUILD_FILE,
+    Bundle,
+    EngineFile,
+    EngineRecord,
+    engine_folder,
+    load_engine_record,
+)
 from twotower.cli.main import main
 from twotower.errors import ConfigError
 from twotower.graph_files import load_graph, located_weights
 from twotower.hardware import Gpu
 from twotower.kernels.tilings import BUILDABLE_SMS
-from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, EXPERTS_IN, EXPERTS_OUT, RESIDUAL_IN, RESIDUAL_OUT, SHARES
+from twotower.spec import (
+    CONTEXT,
+    CONTEXT_HEAD,
+    DENOISER,
+    EXPERTS_IN,
+    EXPERTS_OUT,
+    RESIDUAL_IN,
+    RESIDUAL_OUT,
+    SHARES,
+)
 
 KERNELS = BuildConfig(experts="kernels", sms=(90,))
 
@@ -86,7 +102,10 @@ def test_what_fits_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     first = stamp.stat().st_mtime_ns
     built(bundle)
     assert stamp.stat().st_mtime_ns == first
-    for other in (BuildConfig(experts="kernels", sms=(80, 90)), BuildConfig(experts="kernels", sms=(80, 90), max_batch=4)):
+    for other in (
+        BuildConfig(experts="kernels", sms=(80, 90)),
+        BuildConfig(experts="kernels", sms=(80, 90), max_batch=4),
+    ):
         before = stamp.stat().st_mtime_ns
         built(bundle, other)
         assert stamp.stat().st_mtime_ns > before
@@ -96,7 +115,10 @@ def test_what_fits_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert stamp.stat().st_mtime_ns > before, "kernels are made from this version's"
 
 
-@pytest.mark.parametrize(("gpus", "sms"), [((90,), (90,)), ((89, 80, 89), (80, 89)), ((75,), BUILDABLE_SMS), ((), BUILDABLE_SMS)])
+@pytest.mark.parametrize(
+    ("gpus", "sms"),
+    [((90,), (90,)), ((89, 80, 89), (80, 89)), ((75,), BUILDABLE_SMS), ((), BUILDABLE_SMS)],
+)
 def test_kernels_are_for_the_gpus_at_hand(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, gpus: tuple[int, ...], sms: tuple[int, ...]
 ) -> None:
@@ -116,7 +138,10 @@ def test_inspect_tells_programs_and_kernels(bundle: Bundle, capsys: pytest.Captu
 
 @pytest.mark.parametrize(
     ("options", "what"),
-    [(["--sm", "75"], "not made for SM 75"), (["--sm", "90", "--max-batch", "17"], "do not take so many rows")],
+    [
+        (["--sm", "75"], "not made for SM 75"),
+        (["--sm", "90", "--max-batch", "17"], "do not take so many rows"),
+    ],
 )
 def test_what_no_kernel_takes(bundle: Bundle, options: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
     stamp = (engine_folder(bundle, "ort-cuda") / BUILD_FILE).stat().st_mtime_ns
