@@ -64,7 +64,7 @@ kernels: $(STAMP) ## expert kernels in Triton's interpreter, and compiled for ev
 test-gpu: $(STAMP) ## the tests that need a GPU; fails without one, skips a library that is missing unless REQUIRE names it (REQUIRE=gpu,trt)
 	TWOTOWER_REQUIRE=$(or $(REQUIRE),gpu) $(BIN)/python -m pytest -m gpu $(ARGS)
 
-gpu-pack: $(STAMP) ## on any machine: what a bare GPU machine without a network needs, in parts below 47 MB, into out/gpu-pack
+gpu-pack: $(STAMP) ## on any machine: what a bare GPU machine without a network needs, in parts below 60 MB, into out/gpu-pack
 	PYTHONPATH=src $(BIN)/python -m tools.gpu.pack $(ARGS)
 
 gpu-first-hour: ## on a machine with a GPU: independent questions, an archive of answers, and docs/gpu/<device>.md; with a pack it needs no .venv

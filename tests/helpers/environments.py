@@ -24,7 +24,6 @@ PARENTS = {
     "export,cpu": "export",
     "calibration,cpu": "calibration",
     "evaluate,cpu": "evaluate",
-    "kernels,rtx": "rtx",
 }
 """Extras whose packages are among those of others: an environment starts from its parent's files, which spares unpacking torch again."""
 

@@ -24,7 +24,7 @@ from twotower.errors import ConfigError, TwoTowerError
 __all__ = ["Step", "main", "make_step"]
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 47_000_000
+LIMIT = 60_000_000
 """Bytes of a folder at most."""
 
 EXIT_FAILED, EXIT_USER_ERROR = 1, 2
