@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from twotower import TwoTower
-from twotower.builders import build_engines, builder_for
+from twotower.builders import BuildConfig, build_engines, builder_for
+from twotower.builders.base import DENSE
 from twotower.bundle import Bundle, engine_folder
 from twotower.evaluate.agreement import Agreement, measure_agreement
 from twotower.evaluate.rounding import RoundingBuilder
@@ -66,8 +67,9 @@ def _reported(what: str, results: Iterable[Agreement]) -> list[Agreement]:
 
 
 def _as_exported(bundle: Bundle, reference: TwoTower) -> TwoTower:
-    """The very graphs a GPU target gets, in ONNX Runtime on the CPU."""
-    record = build_engines(bundle, "ort-cuda", builder_for("ort-cuda"))
+    """The very graphs a GPU target gets, in ONNX Runtime on the CPU, which has no fused experts."""
+    config = BuildConfig(experts=DENSE)
+    record = build_engines(bundle, "ort-cuda", builder_for("ort-cuda"), config=config)
     folder, contract = engine_folder(bundle, "ort-cuda"), signatures(bundle.config, record.dtype)
     engines = [OrtEngine(folder / f"{n}.onnx", bundle.path, contract[n], pack=True, threads=1) for n in (CONTEXT, CONTEXT_HEAD, DENOISER)]
     return TwoTower.from_towers(

@@ -1,0 +1,16 @@
+"""`make fp16-check` on one prompt of each kind: what is rounded, and the graph as it was exported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tests.helpers.source import ROOT
+
+
+def test_a_few_prompts_keep_their_text() -> None:
+    command = [sys.executable, str(ROOT / "tools" / "fp16_check.py"), "--limit", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for how in ("every result rounded", "the graph as exported"):
+        assert sum(line.startswith(how) for line in done.stdout.splitlines()) == 2
