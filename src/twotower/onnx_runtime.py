@@ -22,6 +22,8 @@ from twotower.processors import usable_cores  # noqa: E402
 
 __all__ = ["SWITCH", "ort", "session_options"]
 
+_SPIN_MICROSECONDS = 100
+
 if _LOADED_BEFORE and os.environ[SWITCH] == "1":  # by the application, too late for the variable: what can still be stopped is
     ort.disable_telemetry_events()
 
@@ -29,8 +31,9 @@ if _LOADED_BEFORE and os.environ[SWITCH] == "1":  # by the application, too late
 def session_options(folder: Path | None = None, *, threads: int = 0) -> ort.SessionOptions:
     """Options of a session.
 
-    Threads that wait for work sleep instead of spinning: a model has three sessions, one after the other at work, and the threads of the
-    other two would take the cores from it.
+    Threads that wait for work spin for at most `_SPIN_MICROSECONDS`, then sleep: long enough for the next of a pass's many short operators,
+    and short enough to leave the cores to others. They stop when a pass ends: a model has three sessions, one after the other at work, and
+    the threads of the other two would take the cores from it.
 
     Args:
         folder: Where the files of weights are named from. They may lie outside the graph's own folder only for a graph passed as bytes.
@@ -39,7 +42,8 @@ def session_options(folder: Path | None = None, *, threads: int = 0) -> ort.Sess
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or usable_cores()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_MICROSECONDS))
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     return options

@@ -129,6 +129,7 @@ print(len(calls))
 def test_options_are_those_every_session_starts_from(tmp_path: Path) -> None:
     options = session_options(tmp_path, threads=3)
     assert options.intra_op_num_threads == 3
-    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert 0 < int(options.get_session_config_entry("session.intra_op.spin_duration_us")) <= 200, "then a thread sleeps"
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1", "no thread spins between passes"
     assert options.get_session_config_entry("session.model_external_initializers_file_folder_path") == str(tmp_path.resolve())
     assert session_options().intra_op_num_threads == usable_cores()
