@@ -9,6 +9,8 @@ import pytest
 
 from tests.helpers.bundles import built_tiny
 from twotower.bench.peers import measure_peer, open_peer
+from twotower.builders import build_engines, builder_for
+from twotower.bundle import Bundle
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
 from twotower.cli.main import main
 from twotower.errors import BundleError, ConfigError
@@ -18,8 +20,6 @@ from twotower.runtime import TwoTower
 @pytest.fixture(scope="module")
 def peer(built_bundle: Path) -> object:
     pytest.importorskip("transformers")
-    from twotower.bundle import Bundle
-
     return open_peer("transformers", Bundle.open(built_bundle), threads=1)
 
 
@@ -55,3 +55,31 @@ def test_a_quantized_bundle_has_no_peer(tmp_path: Path) -> None:
         open_peer("transformers", few, threads=1)
     with pytest.raises(ConfigError, match="no peer 'x'"):
         open_peer("x", few, threads=1)
+
+
+def test_a_quantized_bundle_is_measured_beside_the_one_it_was_made_from(
+    built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both in one run; the peer, which has no few bits, runs the float one."""
+    pytest.importorskip("transformers")
+    bundle = Bundle.open(built_bundle)
+    few = quantize_bundle(bundle, plan_quantization(bundle, builtin_recipes()["int8-weights"]), tmp_path / "few")
+    build_engines(few, "ort-cpu", builder_for("ort-cpu"))
+    words = ["bench", str(few.path), "--beside", str(built_bundle), "--prompt-tokens", "4", "--max-new-tokens", "32", "--runs", "1"]
+    assert main([*words, "--peers", "transformers", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    beside = told["beside"]
+    assert beside["bundle"] == str(built_bundle)
+    assert beside["ar_to_ar"] == pytest.approx(told["ar"]["tokens_per_second"] / beside["ar"]["tokens_per_second"])
+    assert beside["pass_to_pass"] == pytest.approx(beside["diffusion"]["pass_ms"] / told["diffusion"]["pass_ms"])
+    assert beside["extend_to_extend"] == pytest.approx(beside["diffusion"]["extend_ms"] / told["diffusion"]["extend_ms"])
+    assert told["peers"][0]["name"] == "transformers"
+    assert main(words) == 0
+    assert "this bundle is faster by: autoregression" in capsys.readouterr().out
+
+
+def test_bundles_of_two_models(built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = built_tiny(tmp_path / "tiny")
+    words = ["bench", str(built_bundle), "--beside", str(other.path), "--prompt-tokens", "4", "--max-new-tokens", "16", "--runs", "1"]
+    assert main(words) == 2
+    assert "tokens in its vocabulary" in capsys.readouterr().err

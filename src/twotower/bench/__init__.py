@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from twotower.bench.generation import GenerationSpeed, measure_generation
+from twotower.bench.generation import GenerationSpeed, measure_generation, measure_in_turns
 from twotower.bench.passes import PassTimes, measure_passes
 
 if TYPE_CHECKING:
     from twotower.bench.export_cost import ExportCost, measure_export
 
-__all__ = ["ExportCost", "GenerationSpeed", "PassTimes", "measure_export", "measure_generation", "measure_passes"]
+__all__ = ["ExportCost", "GenerationSpeed", "PassTimes", "measure_export", "measure_generation", "measure_in_turns", "measure_passes"]
 
 
 def __getattr__(name: str) -> Any:

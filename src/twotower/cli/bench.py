@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from twotower.config import GenerationConfig
 from twotower.errors import ConfigError
 
 if TYPE_CHECKING:
+    from twotower.bench import GenerationSpeed
     from twotower.bench.peers import Peer, PeerSpeed
     from twotower.runtime import TwoTower
 
@@ -36,13 +39,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=1, metavar="N", help="prompts generated together (1)")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="measured runs of each mode (5)")
     parser.add_argument(
+        "--beside",
+        metavar="BUNDLE2",
+        help="another bundle to measure in turns with this one: the float bundle a quantized one was made from, or a copy "
+        "that was built in another way; ratios are of one run",
+    )
+    parser.add_argument(
         "--peers",
         metavar="LIST",
-        help="also time other programs on the context tower's weights, greedy, in turns with our autoregression: transformers",
+        help="also time other programs on the context tower's weights, greedy, in turns with our autoregression: "
+        "transformers. Of a quantized bundle they run the float bundle it is beside",
     )
     add_device_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    parser.epilog = "example: twotower bench bundle --rows 4\nexample: twotower bench bundle --peers transformers --json"
+    parser.epilog = (
+        "example: twotower bench bundle --rows 4\n"
+        "example: twotower bench bundle --peers transformers --json\n"
+        "example: twotower bench q4 --beside bundle --peers transformers"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _generation(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    from twotower.bench import measure_generation
+    from twotower.bench import measure_in_turns
     from twotower.cli.progress import ProgressLine, opening
     from twotower.runtime import TwoTower
 
@@ -66,31 +80,79 @@ def _generation(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     peers = _opened_peers(args)  # first, so that a peer that is not there is said before minutes of work
     line = ProgressLine()
     options = {"max_batch": max(args.rows, 1), **device_options(args), **opening(line)}
-    with TwoTower.open(args.bundle, target=args.target, **options) as model:
+    with ExitStack() as opened:
+        paths = [args.bundle, *([args.beside] if args.beside else [])]
+        models = [opened.enter_context(TwoTower.open(path, target=args.target, **options)) for path in paths]
         line.end()
-        diffusion, ar = measure_generation(model, config, prompt_tokens=args.prompt_tokens, rows=args.rows, runs=args.runs)
-        speeds = [_beside(args, model, peer) for peer in peers]
+        _require_one_vocabulary(paths, models)
+        speeds = measure_in_turns(models, config, prompt_tokens=args.prompt_tokens, rows=args.rows, runs=args.runs)
+        beside = [_beside(args, models[0], peer) for peer in peers]
+    diffusion, ar = speeds[0]
     ratio = diffusion.tokens_per_second / ar.tokens_per_second
     # A pass is worth so many tokens of AR; fewer tokens a pass than that, and diffusion loses.
     break_even = diffusion.tokens_per_nfe / ratio
     facts = {"rows": args.rows, "diffusion": diffusion.to_json(), "ar": ar.to_json()}
     facts |= {"diffusion_to_ar": ratio, "break_even_tokens_per_nfe": break_even}
     lines = [
-        f"{'':<11}{'tokens/s':>10}{'prefill ms':>12}{'pass ms':>10}{'tokens/pass':>13}{'passes/block':>14}",
-        *(
-            f"{s.mode:<11}{s.tokens_per_second:>10.1f}{s.prefill_ms:>12.2f}{s.pass_ms:>10.3f}{s.tokens_per_nfe:>13.2f}{s.steps_per_block:>14.2f}"
-            for s in (diffusion, ar)
-        ),
+        *_table(speeds[0]),
         f"diffusion is {ratio:.2f}x autoregression here; it breaks even at {break_even:.2f} tokens a pass",
     ]
-    if speeds:
-        facts["peers"] = [speed.to_json() for speed in speeds]
+    if args.beside:
+        facts["beside"] = _beside_facts(args.beside, *speeds)
+        lines += ["", f"beside {args.beside}, in turns:", *_table(speeds[1]), _ratio_line(facts["beside"])]
+    if beside:
+        facts["peers"] = [speed.to_json() for speed in beside]
         lines += [
             f"{p.name} {p.version} ({p.form}): {p.tokens_per_second:.1f} tokens/s, ours in turns {p.ours:.1f}: {p.ratio:.2f}x; "
             f"{p.equal_tokens:.1%} of tokens before a difference; {p.threads} threads each"
-            for p in speeds
+            for p in beside
         ]
     return facts, lines
+
+
+def _table(speeds: Sequence[GenerationSpeed]) -> list[str]:
+    """A row a mode."""
+    return [
+        f"{'':<11}{'tokens/s':>10}{'prefill ms':>12}{'pass ms':>10}{'extend ms':>11}{'tokens/pass':>13}{'passes/block':>14}",
+        *(
+            f"{s.mode:<11}{s.tokens_per_second:>10.1f}{s.prefill_ms:>12.2f}{s.pass_ms:>10.3f}{s.extend_ms:>11.3f}"
+            f"{s.tokens_per_nfe:>13.2f}{s.steps_per_block:>14.2f}"
+            for s in speeds
+        ),
+    ]
+
+
+def _beside_facts(path: str, ours: Sequence[GenerationSpeed], theirs: Sequence[GenerationSpeed]) -> dict[str, Any]:
+    """The other bundle's figures, and how much faster this one is."""
+    (diffusion, ar), (other, other_ar) = ours, theirs
+    return {
+        "bundle": path,
+        "diffusion": other.to_json(),
+        "ar": other_ar.to_json(),
+        "ar_to_ar": ar.tokens_per_second / other_ar.tokens_per_second,
+        "pass_to_pass": other.pass_ms / diffusion.pass_ms,
+        "extend_to_extend": other.extend_ms / diffusion.extend_ms if diffusion.extend_ms else None,
+        "prefill_to_prefill": other.prefill_ms / diffusion.prefill_ms,
+    }
+
+
+def _ratio_line(facts: Mapping[str, Any]) -> str:
+    extend = facts["extend_to_extend"]
+    extension = f", an extension {extend:.2f}x" if extend else ""
+    return (
+        f"this bundle is faster by: autoregression {facts['ar_to_ar']:.2f}x, a denoising pass {facts['pass_to_pass']:.2f}x{extension}, "
+        f"reading the prompts {facts['prefill_to_prefill']:.2f}x"
+    )
+
+
+def _require_one_vocabulary(paths: Sequence[str], models: Sequence[TwoTower]) -> None:
+    sizes = [model.config.vocab_size for model in models]
+    if len(set(sizes)) > 1:
+        raise ConfigError(
+            "bundles of two models cannot be measured on the same prompts",
+            found=f"{paths[0]} has {sizes[0]} tokens in its vocabulary, {paths[1]} has {sizes[1]}",
+            do="name bundles of one model, quantized or built in another way",
+        )
 
 
 def _opened_peers(args: argparse.Namespace) -> list[Peer]:
@@ -101,6 +163,8 @@ def _opened_peers(args: argparse.Namespace) -> list[Peer]:
     from twotower.processors import usable_cores
 
     bundle = Bundle.open(args.bundle, contents=False)  # the session looks at its contents
+    if bundle.quantization is not None and args.beside:
+        bundle = Bundle.open(args.beside, contents=False)
     return [open_peer(name.strip(), bundle, threads=usable_cores()) for name in args.peers.split(",")]
 
 

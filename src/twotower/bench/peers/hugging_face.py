@@ -44,7 +44,7 @@ class TransformersPeer:
             raise BundleError(
                 f"transformers cannot run bundle '{bundle.path}'",
                 found=f"it is quantized, recipe {bundle.quantization['recipe']['name']}",
-                do="compare with the bundle it was made from: `twotower bench FLOAT_BUNDLE --peers transformers`",
+                do="name the bundle it was made from: `twotower bench BUNDLE --beside FLOAT_BUNDLE --peers transformers`",
             )
         self.version = str(transformers.__version__)
         self._config = bundle.config
