@@ -2,17 +2,20 @@
 
 The graph is optimised once and saved. Saving ONNX Runtime's own optimised model would copy every weight. Here the
 weights are taken out of the graph first, so that optimisation sees structure only (it fuses the transposes into the products,
-which is what matters), and the runtime maps the bundle's own data file. Half-width weights are the exception: a CPU has no
-arithmetic for them, so they are widened to float32 into a data file of the engine. Quantized weights stay in the bundle and are expanded
-by each pass, but for 4-bit floats, which ONNX Runtime has no kernel for: those are expanded into the engine's file. Of the experts
-only those are computed, and read, that a token chose (`ort_experts`), unless the graph is wanted as it was exported.
+which is what matters), and the runtime maps the bundle's own data file. Exceptions go into a data file of the engine: half-width
+weights, because a CPU has no arithmetic for them; 4-bit floats, which ONNX Runtime has no kernel for; and integers in few bits,
+which its products read in another form (`ort_few_bits`). Of the experts only those are computed, and read, that a token chose
+(`ort_experts`), unless the graph is wanted as it was exported: then quantized weights stay in the bundle and every pass expands them.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import onnx
@@ -20,18 +23,26 @@ import onnx
 from twotower.builders.base import STANDARD, BuildConfig, Report
 from twotower.builders.ort_cuda import OrtCudaBuilder
 from twotower.builders.ort_experts import choose_experts, stacked_places
-from twotower.builders.ort_products import PACK_BELOW_BYTES, compute_rows_alike, with_branches
+from twotower.builders.ort_few_bits import UNSIGNED, from_blocks, read_as_stored
+from twotower.builders.ort_probe import probe_graph
+from twotower.builders.ort_products import compute_rows_alike, experts_are_packed, with_branches
+from twotower.builders.ort_routing import choose_by_topk
 from twotower.builders.ort_weights import expand_data, expand_float4, hide_dequantization, places_of, show_dequantization
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, engine_folder, file_records
-from twotower.config.formats import BITS
 from twotower.config.weights import WeightRef
 from twotower.errors import BuildError
 from twotower.graph_files import attach_weights, detach_weights, load_graph, located_weights, widen_to_float32
 from twotower.onnx_runtime import ort, session_options
+from twotower.processors import usable_memory
+from twotower.product_probe import PROBE_FILE, rows_are_alike
 
 __all__ = ["OrtCpuBuilder", "engine_places", "make_cuda_builder", "write_engine"]
 
 CPU = "ort-cpu"
+PACKED, MAPPED = "packed", "mapped"
+AS_STORED, EXPANDED = "as stored", "expanded"
+
+Located = Mapping[str, tuple[str, WeightRef]]
 
 
 def make_cuda_builder() -> OrtCudaBuilder:
@@ -46,28 +57,36 @@ class OrtCpuBuilder:
         return _library()
 
     def fits(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
-        return bool(record.report.get("dialect") == config.dialect)
+        form = _form_of(bundle, config)
+        return bool(record.report.get("dialect") == config.dialect and record.report.get("form") == form.to_json())
 
     def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
         how = "weights stay in the bundle" if bundle.dtype == "float32" else f"weights widened from {bundle.dtype} to float32"
         if bundle.quantization is not None:
-            how = f"{how}; quantized ones stay as they are and every pass expands them, 4-bit floats are expanded once"
+            as_stored = _form_of(bundle, config).products == AS_STORED
+            few = "integers in few bits are multiplied as they are stored" if as_stored else "quantized ones are expanded by every pass"
+            how = f"{how}; {few}, 4-bit floats are expanded once"
         experts = "every expert computes every token" if config.dialect == STANDARD else "of experts only the chosen ones compute"
         return [f"three optimised graphs, {how}; {experts}; any number of rows, any length"]
 
     def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
-        written = sum(place.written for name in GRAPH_FILES for place in places_of(load_graph(bundle.graph_file(name))).values())
+        as_stored = _form_of(bundle, config).products == AS_STORED
+        graphs = (load_graph(bundle.graph_file(name)) for name in GRAPH_FILES)
+        written = sum(place.written for graph in graphs for place in places_of(graph, as_stored=as_stored).values())
         return written + sum(bundle.files[graph].size for graph in GRAPH_FILES.values())
 
     def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
         bundle.require_weights("an engine of ONNX Runtime")
         started = time.perf_counter()
+        form = _form_of(bundle, config)
         weights: dict[str, str] = {}
         operators: dict[str, dict[str, int]] = {}
         for step, name in enumerate(GRAPH_FILES):
             report(f"optimising {name}", step, len(GRAPH_FILES))
-            weights[name], ops = self._build_graph(bundle, name, folder, config, report)
+            weights[name], ops = self._build_graph(_Work(bundle, name, folder, form), config, report)
             operators[name] = dict(ops.most_common())
+        if any("MatMulNBits" in counts for counts in operators.values()):
+            (folder / PROBE_FILE).write_bytes(probe_graph())
         return EngineRecord(
             target=CPU,
             library=self.library(),
@@ -81,42 +100,94 @@ class OrtCpuBuilder:
                 "operators": operators,
                 "widened_from": _widened_from(bundle),
                 "dialect": config.dialect,
+                "form": form.to_json(),
             },
         )
 
-    def _build_graph(self, bundle: Bundle, name: str, folder: Path, config: BuildConfig, report: Report) -> tuple[str, Counter[str]]:
+    def _build_graph(self, work: _Work, config: BuildConfig, report: Report) -> tuple[str, Counter[str]]:
         """One engine file; returns the file of the bundle its weights lie in, and its operators."""
+        bundle, name = work.bundle, work.name
         model = load_graph(bundle.graph_file(name))
-        places = places_of(model)
+        places = places_of(model, as_stored=work.form.products == AS_STORED)
         own, data = f"engines/{CPU}/{name}{DATA_SUFFIX}", GRAPH_FILES[name] + DATA_SUFFIX
-        located = {weight: (data, place.ref) for weight, place in places.items() if not place.written and not place.dropped}
-        if any(place.written for place in places.values()):
+        located = {weight: (data, place.ref) for weight, place in places.items() if not place.stored and not place.dropped}
+        if any(place.stored for place in places.values()):
             total, done = sum(place.written for place in places.values()), 0
 
             def tick(count: int) -> None:
                 nonlocal done
                 done += count
-                report(f"widening {name}", done, total)
+                report(f"writing weights of {name}", done, total)
 
-            written = expand_data(bundle.path / data, folder / f"{name}{DATA_SUFFIX}", places, tick)
+            written = expand_data(bundle.path / data, work.folder / f"{name}{DATA_SUFFIX}", places, tick)
             located |= {weight: (own, ref) for weight, ref in written.items()}
         top = None if config.dialect == STANDARD else bundle.config.num_experts_per_tok
-        operators = write_engine(model, located, folder / f"{name}.onnx", name, top=top)
-        return own if (folder / f"{name}{DATA_SUFFIX}").is_file() else data, operators
+        packed = work.form.experts == PACKED
+        operators = write_engine(model, located, work.folder / f"{name}.onnx", name=name, top=top, packed=packed)
+        return own if (work.folder / f"{name}{DATA_SUFFIX}").is_file() else data, operators
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How an engine for a CPU computes.
+
+    Attributes:
+        products: Of weights in few bits: `as stored`, or `expanded` by every pass; empty where there are none.
+        experts: `packed` or `mapped`, see `experts_are_packed`; empty where every expert computes every token.
+    """
+
+    products: str
+    experts: str
+
+    def to_json(self) -> dict[str, str]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    bundle: Bundle
+    name: str
+    folder: Path
+    form: _Form
+
+
+def _form_of(bundle: Bundle, config: BuildConfig) -> _Form:
+    """What suits a bundle on this machine."""
+    if config.dialect == STANDARD:
+        return _Form("" if bundle.quantization is None else EXPANDED, "")
+    refs = [ref for name in GRAPH_FILES for ref in bundle.weights(name).values()]
+    wide = sum(4 * math.prod(ref.shape) if ref.narrow else ref.nbytes for ref in refs)
+    products = ""
+    if any(ref.dtype in UNSIGNED for ref in refs):
+        products = AS_STORED if _products_compute_rows_alike() else EXPANDED
+    return _Form(products, PACKED if experts_are_packed(wide, usable_memory()) else MAPPED)
+
+
+@cache
+def _products_compute_rows_alike() -> bool:
+    return rows_are_alike(probe_graph())
 
 
 def write_engine(
-    model: onnx.ModelProto, located: Mapping[str, tuple[str, WeightRef]], path: Path, name: str, *, top: int | None = None
+    model: onnx.ModelProto,
+    located: Located,
+    path: Path,
+    *,
+    name: str,
+    top: int | None = None,
+    packed: bool = True,
 ) -> Counter[str]:
     """Optimises a graph for a CPU and writes it; its weights stay where they are.
 
     Args:
         model: The graph as it was recorded; changed.
-        located: For each of its weights the file, relative to the folder the engine will be opened with, and the place in it: float32, and
-            quantized types ONNX Runtime reads. 4-bit floats are expected expanded, under the weight's name.
+        located: For each of its weights the file, relative to the folder the engine will be opened with, and the place in it: float32,
+            and quantized types ONNX Runtime reads. 4-bit floats are expected expanded, and integers that products read as they are
+            stored unsigned, under the weight's name.
         path: The file to write.
         name: Of the graph, for errors.
         top: Experts a token chooses, to compute only those; None for the graph as it was recorded, in which all compute.
+        packed: Whether experts are packed for the product when the engine is opened.
 
     Returns:
         How many operators of each kind it has, branches included.
@@ -128,9 +199,9 @@ def write_engine(
     optimised = _optimised(model, path, name)
     show_dequantization(optimised, hidden)
     if top is not None:
-        small = sum(ref.nbytes for _, ref in located.values()) < PACK_BELOW_BYTES
-        located = choose_experts(optimised, located, top, matrices=small)
-    compute_rows_alike(optimised, [w for w, (_, ref) in located.items() if len(ref.shape) != 2 or ref.dtype in BITS])
+        choose_by_topk(optimised)
+        located = read_as_stored(optimised, choose_experts(optimised, located, top, matrices=packed))
+    compute_rows_alike(optimised, [w for w, (_, ref) in located.items() if len(ref.shape) != 2 or ref.dtype != "float32"])
     for location in {location for location, _ in located.values()}:
         attach_weights(optimised, {w: ref for w, (where, ref) in located.items() if where == location}, location)
     path.write_bytes(optimised.SerializeToString())
@@ -139,7 +210,8 @@ def write_engine(
 
 def engine_places(bundle: Bundle, name: str) -> dict[str, tuple[str, WeightRef]]:
     """Where the weights of a built engine lie: by name in the exported graph the file, relative to the bundle, and the place in it."""
-    return stacked_places(located_weights(load_graph(engine_folder(bundle, CPU) / f"{name}.onnx")))
+    located = located_weights(load_graph(engine_folder(bundle, CPU) / f"{name}.onnx"))
+    return stacked_places({weight: (file, from_blocks(ref)) for weight, (file, ref) in located.items()})
 
 
 def _optimised(model: onnx.ModelProto, scratch: Path, name: str) -> onnx.ModelProto:

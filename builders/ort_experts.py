@@ -1,16 +1,21 @@
-"""Only the chosen experts, for ONNX Runtime on a CPU: each expert is a branch that runs on the tokens that chose it.
+"""Only the chosen experts, for ONNX Runtime on a CPU: each computes the tokens that chose it, and none if there are none.
 
 The exported graph lets all experts compute every token, because TensorRT takes no work that depends
 on data. ONNX Runtime does. This writes a mixture of an optimised graph anew, in operators of the
 standard, so that an expert which nobody chose is neither computed nor read:
 
     pairs    (token, expert) in the order of the experts, and the rows of their tokens one after another
-    branch   `If` somebody chose the expert: its rows, through the same operators on its own matrices
+    up       each expert's product of its own rows; a product of no rows ends at once
+    relu^2   of all rows together
+    down     as up
     sum      each token's results, in the order of the experts
 
+An expert whose weights must be expanded first is a branch, `If` somebody chose it: expanding does not
+end at once.
+
 A token's numbers do not depend on the others. Products compute rows alike whatever their number
-(`ort_products`), and nothing is added up in an order that others decide: rows are gathered, token
-by token. The numbers are those of the exported graph (tests/builders/test_ort_experts.py).
+(`ort_products`, `ort_few_bits`), and nothing is added up in an order that others decide: rows are
+gathered, token by token. The numbers are those of the exported graph (tests/builders/test_ort_experts.py).
 
 `com.microsoft.MoE` would do the same in one operator. Its CPU kernel knows no squared ReLU, so
 that each row of the first matrix would be there twice, computed twice, and a row alone gets other
@@ -35,6 +40,7 @@ Located = Mapping[str, tuple[str, WeightRef]]
 
 _UP, _DOWN = ".experts.up_proj.weight", ".experts.down_proj.weight"
 _PRODUCTS = ("MatMul", "FusedMatMul")
+_UNSIGNED = {"uint4", "uint8"}
 _PASSED = ("Cast", "Mul", "Where")
 """Operators between the last product of the experts and the sum over them."""
 
@@ -86,20 +92,23 @@ def choose_experts(
         top: Experts a token chooses.
         matrices: Give each expert matrices, which ONNX Runtime packs (copies) for the product when
             an engine is opened that packs; else stacks of one, which it reads where they are.
+            Experts that products read in few bits are matrices in any case.
 
     Returns:
         The places of the weights it has now: of what was a stack of experts, those of its parts.
     """
     mixtures = list(_mixtures(model, located))
     places = dict(located)
-    at = {id(m.total): _written(m, top, matrices=matrices) for m in mixtures}
+    types = {m.scope: {located[reader.input[0]][1].dtype for reader in m.readers} for m in mixtures}
+    flat = {m.scope: matrices or bool(types[m.scope] & _UNSIGNED) for m in mixtures}
+    at = {id(m.total): _written(m, top, matrices=flat[m.scope], expanded=bool(types[m.scope] - _UNSIGNED)) for m in mixtures}
     gone = {id(node) for m in mixtures for node in (*m.chain, *m.readers, *m.after, m.total)}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         nodes += at.get(id(node), [node] if id(node) not in gone else [])
     for m in mixtures:
         for stack in m.stacks:
-            places |= slices_of(stack, places.pop(stack), matrices=matrices)
+            places |= slices_of(stack, places.pop(stack), matrices=flat[m.scope])
     inputs = [value for value in model.graph.input if value.name in places or value.name not in located]
     inline = [t for t in model.graph.initializer if t.name in places or t.name not in located]
     del model.graph.node[:], model.graph.input[:], model.graph.initializer[:]
@@ -212,11 +221,41 @@ def _behind(
         after.append(node)
 
 
-def _written(m: _Mixture, top: int, *, matrices: bool) -> list[onnx.NodeProto]:
-    """The nodes of a mixture in which experts are branches."""
+def _written(m: _Mixture, top: int, *, matrices: bool, expanded: bool) -> list[onnx.NodeProto]:
+    """The nodes of a mixture in which experts compute the tokens that chose them."""
     w = NodeWriter(f"{m.scope}/chosen")
     number = w.op("Cast", m.chosen, to=TensorProto.INT64)
     rows, counts, starts = _pairs(w, m, number)
+    every = (_branches if expanded else _products)(w, m, (rows, counts, starts), matrices=matrices)
+    _added(w, m, (every, starts, number), top)
+    return w.nodes
+
+
+def _products(w: NodeWriter, m: _Mixture, pairs: tuple[str, str, str], *, matrices: bool) -> str:
+    """The results [P,D] of each expert's products of its own rows."""
+    rows, counts, _ = pairs
+    names = {m.tokens: rows if matrices else w.op("Unsqueeze", rows, w.ints([0]))}
+    axis = 0 if matrices else 1
+    for node in m.chain:
+        if node not in (m.chain[0], m.chain[-1]):
+            names[node.output[0]] = w.copied(node, names)
+            continue
+        parts = w.several("Split", m.experts, names.get(node.input[0], node.input[0]), counts, axis=axis)
+        results = []
+        for e, part in enumerate(parts):
+            own = {node.input[0]: part} | {stack: slice_name(stack, e) for stack in m.stacks}
+            for reader in m.readers:
+                if reader.output[0] == node.input[1]:
+                    own[reader.output[0]] = w.copied(_flat(reader) if matrices else reader, own)
+            results.append(w.copied(_flat(node) if matrices else node, own))
+        names[node.output[0]] = w.op("Concat", *results, axis=axis)
+    every = names[m.chain[-1].output[0]]
+    return every if matrices else w.op("Squeeze", every, w.ints([0]))
+
+
+def _branches(w: NodeWriter, m: _Mixture, pairs: tuple[str, str, str], *, matrices: bool) -> str:
+    """The results [P,D] of a branch for each expert."""
+    rows, counts, starts = pairs
     used = w.split(w.op("Greater", counts, w.ints(0)), m.experts)
     firsts = w.split(starts, m.experts)
     ends = w.split(w.op("Add", starts, counts), m.experts)
@@ -229,9 +268,7 @@ def _written(m: _Mixture, top: int, *, matrices: bool) -> list[onnx.NodeProto]:
         )
         for e in range(m.experts)
     ]
-    every = w.op("Concat", *results, axis=0)  # [P,D]
-    _added(w, m, (every, starts, number), top)
-    return w.nodes
+    return w.op("Concat", *results, axis=0)
 
 
 def _pairs(w: NodeWriter, m: _Mixture, number: str) -> tuple[str, str, str]:
@@ -294,7 +331,6 @@ def _added(w: NodeWriter, m: _Mixture, pairs: tuple[str, str, str], top: int) ->
     place = w.op("GatherElements", w.op("Transpose", place, perm=[1, 0]), mine, axis=1)
     share = w.op("GatherElements", w.op("Transpose", m.share, perm=[1, 0]), mine, axis=1)
     results = w.op("Gather", every, place, axis=0)  # [N,top,D]
-    results = w.op("Mul", results, w.op("Unsqueeze", share, w.ints([-1])))
-    # Not ReduceSum, whose order of additions follows the number of tokens.
-    total = w.op("Sum", *w.split(results, top, axis=1))
+    # A product for each token, added up in one order; that of ReduceSum follows the number of tokens.
+    total = w.op("MatMul", w.op("Unsqueeze", share, w.ints([1])), results)  # [N,1,D]
     w.op("Squeeze", total, w.ints([1]), named=m.total.output[0])

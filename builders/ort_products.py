@@ -9,17 +9,25 @@ import onnx
 from onnx import numpy_helper
 from onnx.helper import make_attribute, make_node
 
-__all__ = ["PACK_BELOW_BYTES", "compute_rows_alike", "with_branches"]
+__all__ = ["compute_rows_alike", "experts_are_packed", "with_branches"]
 
-PACK_BELOW_BYTES = 1 << 30
-"""Experts are packed for the product, which copies them, in engines with fewer bytes of weights.
-
-All other matrices always are. A packed product is cut into sums of its own in one way only; one
-that is not packed in a way that depends on the columns each thread computes, where these are fewer
-than 128: a router has so few, an expert has not.
-"""
+_SHARE_OF_MEMORY = 2
 
 _PRODUCTS = ("MatMul", "FusedMatMul")
+
+
+def experts_are_packed(weight_bytes: int, memory: int) -> bool:
+    """Whether experts are packed for the product when an engine is opened: twice as fast, and a copy in anonymous memory.
+
+    They are where all weights take half of the memory or less; else they are read where they lie, in the mapped file. All other
+    matrices always are packed. A packed product is cut into sums of its own in one way only; one that is not packed in a way that
+    depends on the columns each thread computes, where these are fewer than 128: a router has so few, an expert has not.
+
+    Args:
+        weight_bytes: Of the three engines of a bundle, float32.
+        memory: Bytes this process may use, 0 where nobody knows.
+    """
+    return _SHARE_OF_MEMORY * weight_bytes <= memory
 
 
 def compute_rows_alike(model: onnx.ModelProto, weights: Sequence[str]) -> None:

@@ -1,4 +1,8 @@
-"""Weights for ONNX Runtime on a CPU: which it reads as they are, and the others widened or expanded into a file of the engine."""
+"""Weights for ONNX Runtime on a CPU: which it reads as they are, and the others written anew into a file of the engine.
+
+Those of half width are widened to float32, 4-bit floats expanded; integers that products read as they are stored
+(`ort_few_bits`) become unsigned, with a scale for each block.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from twotower.builders.ort_few_bits import BLOCK, UNSIGNED, stored_products
+from twotower.config.formats import stored_bytes
 from twotower.config.weights import WeightRef, aligned
 from twotower.graph_files import read_weight, weight_refs
 
@@ -26,31 +32,54 @@ class Place:
 
     Attributes:
         ref: Where it lies in the bundle's data file.
-        written: Bytes the engine's own file takes for it; 0 where it stays in the bundle or is not needed any more.
+        stored: The type the engine's own file has it in; empty where it stays in the bundle or is not needed any more.
         scales: Of 4-bit floats: places of the block scales and the global scale.
         dropped: Whether it is a scale of such a weight, and goes with it.
+        repeated: Of scales with a place for each block: how many one of them is for, and their shape then.
     """
 
     ref: WeightRef
-    written: int = 0
+    stored: str = ""
     scales: tuple[WeightRef, WeightRef] | None = None
     dropped: bool = False
+    repeated: tuple[int, tuple[int, ...]] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in the engine."""
+        return self.repeated[1] if self.repeated else self.ref.shape
+
+    @property
+    def written(self) -> int:
+        """Bytes the engine's own file takes for it."""
+        return stored_bytes(self.stored, math.prod(self.shape)) if self.stored else 0
 
 
-def places_of(model: onnx.ModelProto) -> dict[str, Place]:
-    """What becomes of every weight of a graph as it lies in a bundle."""
+def places_of(model: onnx.ModelProto, *, as_stored: bool = False) -> dict[str, Place]:
+    """What becomes of every weight of a graph as it lies in a bundle.
+
+    Args:
+        model: The graph as it was recorded.
+        as_stored: Whether products read integers in few bits as they are stored.
+    """
     refs = weight_refs(model)
     scales = {values: names for values, _, *names in _float4_weights(model)}
     dropped = {name for names in scales.values() for name in names}
+    products = stored_products(model, refs) if as_stored else {}
     out = {}
     for name, ref in refs.items():
         if name in dropped:
             out[name] = Place(ref, dropped=True)
         elif name in scales:
             block, whole = scales[name]
-            out[name] = Place(ref, 4 * math.prod(ref.shape), (refs[block], refs[whole]))
+            out[name] = Place(ref, "float32", (refs[block], refs[whole]))
+        elif name in products:
+            out[name] = Place(ref, UNSIGNED[ref.dtype])
         else:
-            out[name] = Place(ref, 4 * math.prod(ref.shape) if ref.narrow else 0)
+            out[name] = Place(ref, "float32" if ref.narrow else "")
+    for weight, product in products.items():
+        *rows, columns = refs[weight].shape
+        out[product.scales] = Place(refs[product.scales], "float32", repeated=(product.repeats, (*rows, columns // BLOCK)))
     return out
 
 
@@ -110,7 +139,7 @@ def show_dequantization(model: onnx.ModelProto, hidden: Sequence[onnx.NodeProto]
 
 
 def expand_data(source: Path, target: Path, places: Mapping[str, Place], tick: Callable[[int], None]) -> dict[str, WeightRef]:
-    """Writes what an engine keeps itself, float32, in pieces; `tick` gets the bytes of each.
+    """Writes what an engine keeps itself, in pieces; `tick` gets the bytes of each.
 
     Returns:
         Where the weights lie in the new file.
@@ -122,7 +151,7 @@ def expand_data(source: Path, target: Path, places: Mapping[str, Place], tick: C
         for name, place in sorted(places.items(), key=lambda item: item[1].ref.offset):
             if not place.written:
                 continue
-            out[name] = WeightRef("float32", place.ref.shape, aligned(end, place.written))
+            out[name] = WeightRef(place.stored, place.shape, aligned(end, place.written))
             file.seek(out[name].offset)
             for piece in _pieces(data, place):
                 piece.tofile(file)
@@ -131,24 +160,58 @@ def expand_data(source: Path, target: Path, places: Mapping[str, Place], tick: C
     return out
 
 
-def _pieces(data: npt.NDArray[np.uint8], place: Place) -> Iterator[npt.NDArray[np.float32]]:
-    ref = place.ref
-    if place.scales is None:
-        count = math.prod(ref.shape)
-        for first in range(0, count, _PIECE):
-            part = WeightRef(ref.dtype, (min(_PIECE, count - first),), ref.offset + 2 * first)
-            yield np.asarray(read_weight(data, part), np.float32)
-        return
-    block, whole = place.scales
+def _pieces(data: npt.NDArray[np.uint8], place: Place) -> Iterator[npt.NDArray[Any]]:
+    if place.scales is not None:
+        yield from _expanded_float4(data, place.ref, place.scales)
+    elif place.repeated is not None:
+        yield from _repeated(data, place.ref, *place.repeated)
+    elif place.stored in UNSIGNED.values():
+        middle = np.uint8(0x88 if place.stored == "uint4" else 0x80)  # what was zero, in each half of a byte or in all of it
+        for first in range(place.ref.offset, place.ref.end, _PIECE):
+            yield data[first : min(first + _PIECE, place.ref.end)] ^ middle
+    else:
+        yield from _widened(data, place.ref)
+
+
+def _widened(data: npt.NDArray[np.uint8], ref: WeightRef) -> Iterator[npt.NDArray[np.float32]]:
+    count = math.prod(ref.shape)
+    for first in range(0, count, _PIECE):
+        part = WeightRef(ref.dtype, (min(_PIECE, count - first),), ref.offset + stored_bytes(ref.dtype, first))
+        yield np.asarray(read_weight(data, part), np.float32)
+
+
+def _repeated(
+    data: npt.NDArray[np.uint8],
+    ref: WeightRef,
+    repeats: int,
+    shape: tuple[int, ...],
+) -> Iterator[npt.NDArray[np.float32]]:
+    """A scale for every block of a row; the last of a row's scales may be for fewer than the others."""
+    blocks = shape[-1]
+    rows, groups = math.prod(shape[:-1]), -(-blocks // repeats)
+    step = max(_PIECE // blocks, 1)
+    for first in range(0, rows, step):
+        here = min(step, rows - first)
+        part = WeightRef(ref.dtype, (here, groups), ref.offset + stored_bytes(ref.dtype, first * groups))
+        scales = np.asarray(read_weight(data, part), np.float32)
+        yield np.ascontiguousarray(np.repeat(scales, repeats, axis=-1)[:, :blocks])
+
+
+def _expanded_float4(
+    data: npt.NDArray[np.uint8],
+    ref: WeightRef,
+    scales: tuple[WeightRef, WeightRef],
+) -> Iterator[npt.NDArray[np.float32]]:
+    block, whole = scales
     shared = np.float32(read_weight(data, whole))
     rows, columns, groups = math.prod(ref.shape[:-1]), ref.shape[-1], block.shape[-1]
     step = max(_PIECE // columns, 1)
     for first in range(0, rows, step):
         count = min(step, rows - first)
         values = read_weight(data, WeightRef(ref.dtype, (count, groups, columns // groups), ref.offset + first * columns // 2))
-        scales = read_weight(data, WeightRef(block.dtype, (count, groups, 1), block.offset + first * groups))
+        steps = read_weight(data, WeightRef(block.dtype, (count, groups, 1), block.offset + first * groups))
         # What two DequantizeLinear do: the scale is a product of its own, rounded, before it meets the values.
-        yield values.astype(np.float32) * (scales.astype(np.float32) * shared)
+        yield values.astype(np.float32) * (steps.astype(np.float32) * shared)
 
 
 def _float4_weights(model: onnx.ModelProto) -> Iterator[tuple[str, str, str, str]]:

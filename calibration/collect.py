@@ -209,7 +209,7 @@ class _Run:
             graph.model.graph.outputs.append(value)
         point_to_data(graph.model, lay_out(graph.weights), "unused")
         path = self._scratch / f"{name}.onnx"
-        write_engine(ir.to_proto(graph.model), engine_places(self._bundle, name), path, name)
+        write_engine(ir.to_proto(graph.model), engine_places(self._bundle, name), path, name=name)
         return path
 
     def _saw_chunk(self, arrays: Mapping[str, Array], seen: Mapping[str, Array]) -> bool:

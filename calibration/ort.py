@@ -11,8 +11,11 @@ import numpy.typing as npt
 import onnx
 
 from twotower.builders.ort import engine_places, write_engine
+from twotower.builders.ort_products import experts_are_packed
+from twotower.bundle import GRAPH_FILES
 from twotower.config.weights import WeightRef
 from twotower.onnx_runtime import ort
+from twotower.processors import usable_memory
 from twotower.runtime.engines.base import Binding
 from twotower.runtime.engines.ort import OrtEngine, engine_threads
 from twotower.runtime.streams import Event, HostStream, Stream
@@ -47,8 +50,9 @@ def composed_engine(
         top: Experts a token chooses, to compute only those; None to compute all.
         threads: 0 for as many as a bundle's own engine would take.
     """
-    write_engine(model, located, path, signature.name, top=top)
     size = sum(ref.nbytes for _, ref in located.values())
+    packed = experts_are_packed(len(GRAPH_FILES) * size, usable_memory())
+    write_engine(model, located, path, name=signature.name, top=top, packed=packed)
     return OrtEngine(path, root, signature, pack=True, threads=threads or engine_threads(size))
 
 

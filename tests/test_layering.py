@@ -18,7 +18,13 @@ DOORS = {
     "tensorrt": ("builders/trt.py", "runtime/engines/trt.py"),
     "tensorrt_rtx": ("builders/trt_rtx.py", "runtime/engines/trt_rtx.py"),
     "onnxruntime": ("src/twotower/onnx_runtime.py",),
-    "twotower.onnx_runtime": ("builders/ort.py", "runtime/engines/ort.py", "calibration/ort.py", "export/verify.py"),
+    "twotower.onnx_runtime": (
+        "builders/ort.py",
+        "runtime/engines/ort.py",
+        "calibration/ort.py",
+        "export/verify.py",
+        "src/twotower/product_probe.py",
+    ),
     "cuda": ("runtime/cuda/door.py",),
     "modelopt": (),  # an oracle of tests too
     "lm_eval": ("src/twotower/evaluate/lm_eval_model.py",),

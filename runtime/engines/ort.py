@@ -9,7 +9,8 @@ from typing import Any
 from twotower.bundle import Bundle, EngineRecord, Progress, engine_folder, read_engine_record, weight_bytes
 from twotower.errors import EngineMismatchError
 from twotower.onnx_runtime import ort, session_options
-from twotower.processors import usable_cores
+from twotower.processors import usable_cores, usable_memory
+from twotower.product_probe import PROBE_FILE, rows_are_alike
 from twotower.runtime.engines.base import Binding
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.memory import Array
@@ -30,9 +31,34 @@ def open_ort_cpu(bundle: Bundle, *, threads: int = 0, progress: Progress | None 
     """
     library = {"name": "onnxruntime", "version": ort.__version__}
     record = read_engine_record(bundle, CPU, library=library, progress=progress)
+    _require_memory(bundle, record)
+    _require_rows_alike(bundle, record)
     contract = signatures(bundle.config, record.dtype)
     context, head, denoiser = (_open(bundle, record, contract[name], threads) for name in (CONTEXT, CONTEXT_HEAD, DENOISER))
     return Towers(bundle.config, record.dtype, context, head, denoiser)
+
+
+def _require_memory(bundle: Bundle, record: EngineRecord) -> None:
+    """Experts are packed into memory of their own where the engine was built: this machine may have less of it."""
+    memory = usable_memory()
+    needed = sum(weight_bytes(bundle, record, name) for name in (CONTEXT, CONTEXT_HEAD, DENOISER))
+    if record.report.get("form", {}).get("experts") == "packed" and memory and needed > memory:
+        raise EngineMismatchError(
+            f"the {CPU} engine of '{bundle.path}' copies its experts into memory, and there is too little here",
+            found=f"{needed / 1e9:.1f} GB of weights, {memory / 1e9:.1f} GB of memory this process may use",
+            do=f"build it here, where it reads them from the file: `twotower build BUNDLE --target {CPU}`",
+        )
+
+
+def _require_rows_alike(bundle: Bundle, record: EngineRecord) -> None:
+    """Products of few bits were found to compute rows alike where the engine was built: ask this processor too."""
+    probe = engine_folder(bundle, CPU) / PROBE_FILE
+    if PROBE_FILE in record.files and not rows_are_alike(probe.read_bytes()):
+        raise EngineMismatchError(
+            f"the {CPU} engine of '{bundle.path}' was built on another kind of processor",
+            found="here a row's text would depend on the rows beside it: products of few bits compute one row otherwise than several",
+            do=f"build it here: `twotower build BUNDLE --target {CPU} --force`",
+        )
 
 
 def _open(bundle: Bundle, record: EngineRecord, signature: TowerSignature, threads: int) -> OrtEngine:

@@ -1,4 +1,4 @@
-"""How many processor cores this process may use: its affinity, and the CPU quota of its control group."""
+"""How many processor cores and how much memory this process may use: the machine's, within the limits of its control group."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-__all__ = ["usable_cores"]
+__all__ = ["usable_cores", "usable_memory"]
 
 
 def usable_cores(root: Path = Path("/")) -> int:
@@ -25,6 +25,20 @@ def usable_cores(root: Path = Path("/")) -> int:
     return max(1, min(cores, math.ceil(quota) if math.isfinite(quota) else cores))
 
 
+def usable_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory this process may use, whether they are free or not: the machine's, or the limit of a control group it is in.
+
+    Args:
+        root: Where `proc` and `sys` lie; another folder in tests.
+
+    Returns:
+        0 where the system does not say.
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    limits = (_text(folder / file) for folder in _folders(root, "memory") for file in ("memory.max", "memory.limit_in_bytes"))
+    return min([machine, *(int(limit) for limit in limits if limit.isdigit())])
+
+
 def _affinity() -> frozenset[int]:
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))
@@ -39,11 +53,8 @@ def _cores(processors: Iterable[int], root: Path) -> int:
 
 def _quotas(root: Path) -> Iterator[float]:
     """CPUs that each control group from this process's own up to the visible top allows it, where there is a limit."""
-    for group, mount in _groups(root):
-        for folder in (group, *group.parents):
-            yield from _quota(folder)
-            if folder == mount:
-                break
+    for folder in _folders(root, "cpu"):
+        yield from _quota(folder)
 
 
 def _quota(folder: Path) -> Iterator[float]:
@@ -55,8 +66,17 @@ def _quota(folder: Path) -> Iterator[float]:
         yield int(quota) / int(period)
 
 
-def _groups(root: Path) -> Iterator[tuple[Path, Path]]:
-    """Folder of this process's group and of its mount, in every hierarchy that can limit CPU time."""
+def _folders(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of this process's groups, from its own up to the visible top, in every hierarchy with a controller."""
+    for group, mount in _groups(root, controller):
+        for folder in (group, *group.parents):
+            yield folder
+            if folder == mount:
+                break
+
+
+def _groups(root: Path, controller: str) -> Iterator[tuple[Path, Path]]:
+    """Folder of this process's own group and of its mount, in every hierarchy with a controller."""
     own: dict[str, str] = {}
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -64,7 +84,7 @@ def _groups(root: Path) -> Iterator[tuple[Path, Path]]:
     for line in _text(root / "proc/self/mountinfo").splitlines():
         mounted, _, kind = line.partition(" - ")
         filesystem, _, options = kind.split(" ", 2)
-        name = {"cgroup2": "", "cgroup": "cpu"}.get(filesystem)
+        name = {"cgroup2": "", "cgroup": controller}.get(filesystem)
         if name not in own or (name and name not in options.split(",")):
             continue
         top, point = mounted.split()[3:5]

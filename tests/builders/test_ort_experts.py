@@ -15,7 +15,6 @@ from tests.helpers.bundles import built_fixture, copy_of
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.quantized import TINY
 from twotower.builders import BuildConfig, build_engines, builder_for
-from twotower.builders import ort as ort_builder
 from twotower.builders.ort import engine_places, write_engine
 from twotower.bundle import Bundle, engine_folder, load_engine_record
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
@@ -48,7 +47,7 @@ def config_of(experts: int = 16, top: int = 3) -> ModelConfig:
     )
 
 
-def layer(folder: Path, config: ModelConfig, dialect: str, **changed: Array) -> Layer:
+def layer(folder: Path, config: ModelConfig, dialect: str, *, packed: bool = True, **changed: Array) -> Layer:
     """A mixture of experts alone as an engine has it, on random weights."""
     axes = ("B", "L", config.hidden_size)
     x, y = TensorSpec("x", "float32", axes), TensorSpec("y", "float32", axes)
@@ -61,13 +60,14 @@ def layer(folder: Path, config: ModelConfig, dialect: str, **changed: Array) -> 
     data = np.zeros(max(ref.end for ref in refs.values()), np.uint8)
     for name, ref in refs.items():
         value = random.standard_normal(ref.shape, dtype=np.float32) / np.sqrt(ref.shape[-1], dtype=np.float32)
-        value = changed.get(name.removeprefix(PREFIX).split(".")[1], value)
+        parts = name.removeprefix(PREFIX).split(".")
+        value = changed.get(parts[1] if parts[1] != "weight" else parts[0], value)
         data[ref.offset : ref.end] = np.ascontiguousarray(value, np.float32).view(np.uint8).reshape(-1)
     (folder / "data").write_bytes(data.tobytes())
     point_to_data(recorded, refs, "data")
     top = None if dialect == "standard" else config.num_experts_per_tok
     located = {name: ("data", ref) for name, ref in refs.items()}
-    write_engine(ir.to_proto(recorded), located, folder / "moe.onnx", "moe", top=top)
+    write_engine(ir.to_proto(recorded), located, folder / "moe.onnx", name="moe", top=top, packed=packed)
     options = session_options(folder, threads=2)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession((folder / "moe.onnx").read_bytes(), options, providers=["CPUExecutionProvider"])
@@ -82,28 +82,38 @@ def tokens(rows: int, length: int) -> Array:
     return np.random.default_rng(7).standard_normal((rows, length, WIDTH), dtype=np.float32)
 
 
-@pytest.fixture(params=["experts packed", "experts where they are"])
-def packing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The two ways an engine treats its experts, by their size."""
-    if request.param == "experts where they are":
-        monkeypatch.setattr(ort_builder, "PACK_BELOW_BYTES", 0)
-    return str(request.param)
+both_ways = pytest.mark.parametrize("packed", [True, False], ids=["experts packed", "experts where they are"])
 
 
+@both_ways
 @pytest.mark.parametrize(("experts", "top"), [(16, 3), (16, 1), (4, 4), (64, 6)])
-def test_it_is_the_exported_graph(tmp_path: Path, packing: str, experts: int, top: int) -> None:
+def test_it_is_the_exported_graph(tmp_path: Path, packed: bool, experts: int, top: int) -> None:
     """Products are cut into sums of their own by their sizes and by threads: some roundings of the largest number apart."""
     config = config_of(experts, top)
-    chosen, standard = (layer(tmp_path, config, dialect) for dialect in ("chosen", "standard"))
+    chosen, standard = (layer(tmp_path, config, dialect, packed=packed) for dialect in ("chosen", "standard"))
     for rows, length in ((1, 1), (1, 2), (1, 16), (3, 16), (2, 200)):
         x = tokens(rows, length)
         want = standard(x)
         np.testing.assert_allclose(chosen(x), want, rtol=0, atol=4e-6 * float(abs(want).max()), err_msg=f"{rows} x {length}")
 
 
+@pytest.mark.parametrize(("groups", "best"), [(1, 1), (4, 2)])
+def test_of_equal_scores_the_first_are_chosen(tmp_path: Path, groups: int, best: int) -> None:
+    """TopK and comparing pairs agree where a router cannot decide, and on which groups of experts are open at all."""
+    config = replace(config_of(), n_group=groups, topk_group=best)
+    gate = np.random.default_rng(9).standard_normal((config.n_routed_experts, WIDTH), dtype=np.float32)
+    gate[1::2] = gate[::2]  # pairs of experts that score alike for every token
+    for changed in ({"gate": gate}, {"gate": np.zeros_like(gate)}):
+        chosen, standard = (layer(tmp_path, config, dialect, **changed) for dialect in ("chosen", "standard"))
+        x = tokens(3, 16)
+        want = standard(x)
+        np.testing.assert_allclose(chosen(x), want, rtol=0, atol=4e-6 * float(abs(want).max()))
+
+
+@both_ways
 @pytest.mark.parametrize("length", [1, 16])
-def test_a_row_s_numbers_are_its_own(tmp_path: Path, packing: str, length: int) -> None:
-    run = layer(tmp_path, config_of(), "chosen")
+def test_a_row_s_numbers_are_its_own(tmp_path: Path, packed: bool, length: int) -> None:
+    run = layer(tmp_path, config_of(), "chosen", packed=packed)
     x = tokens(32, length)
     alone = np.concatenate([run(row[None]) for row in x])
     for rows in (2, 3, 8, 32):
@@ -153,7 +163,8 @@ def test_weights_stay_where_they_are_and_keep_their_names(tmp_path: Path) -> Non
                 data = np.memmap(bundle.path / f"{name}/model.onnx.data", np.uint8, "r")
                 assert np.array_equal(read_weight(held, ref), read_weight(data, weights[weight])), weight
     record = load_engine_record(Bundle.open(tmp_path / "float32"), "ort-cpu")
-    assert record.report["operators"]["denoiser"]["If"] == 3 * 8
+    operators = record.report["operators"]["denoiser"]
+    assert operators["Split"] > 0 and "If" not in operators
 
 
 def texts(bundle: Bundle, mode: str) -> list[list[int]]:
@@ -174,7 +185,7 @@ def test_quantized_experts_too(tmp_path: Path, recipe: str | None) -> None:
         build_engines(bundle, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect=dialect))
         record = load_engine_record(bundle, "ort-cpu")
         assert record.report["dialect"] == dialect, "another dialect is another engine"
-        assert ("If" in record.report["operators"]["context"]) == (dialect == "chosen")
+        assert ("ScatterElements" in record.report["operators"]["context"]) == (dialect == "chosen")
         said[dialect] = [texts(bundle, mode) for mode in ("diffusion", "ar")]
     assert said["chosen"] == said["standard"]
 

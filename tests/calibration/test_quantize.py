@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers.bundles import copy_of
 from tests.helpers.few_bits import quantized_towers
 from tests.helpers.quantized import TINY, quantized, suite_prompts
+from twotower.builders import BuildConfig, build_engines, builder_for
+from twotower.builders.base import CHOSEN, DIALECTS
 from twotower.bundle import GRAPH_FILES, Bundle
 from twotower.calibration import QuantizeConfig, load_recipe, plan_quantization, quantize_bundle
 from twotower.calibration.quantize import precision_of
@@ -41,17 +45,22 @@ def few(folder: Path, tiny_bundle: Path, tiny_statistics: Path) -> Any:
 @pytest.mark.trained
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_it_computes_what_torch_computes_with_rounded_numbers(few: Any, recipe: str) -> None:
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_it_computes_what_torch_computes_with_rounded_numbers(few: Any, tmp_path: Path, recipe: str, dialect: str) -> None:
     """The twin: the published mathematics in torch on weights, and inputs, rounded by other code. Text, passes and confidences."""
-    bundle = few(recipe)
+    bundle = Bundle.open(copy_of(few(recipe), tmp_path / "copy"))
+    build_engines(bundle, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect=dialect))
     precision = precision_of(bundle)
+    blocks = dialect == CHOSEN and any(how.name in ("int4", "int8") for how in precision.weights.values())
     towers = quantized_towers(
         TINY,
         {name: (how.name, how.group) for name, how in precision.weights.items()},
         {name: (how.dtype, how.scale) for name, how in precision.activations.items()},
+        blocks=blocks,
     )
     embedding = {"context_tower.embeddings.weight", "denoiser_tower.embeddings.weight"} & set(precision.weights)
     assert bool(embedding) == (recipe not in ("int4-experts", "nvfp4-experts"))
+    differences: list[float] = []
     with TwoTower.open(bundle.path) as model:
         assert model.tokenizer is not None
         for prompt in suite_prompts(6):
@@ -59,12 +68,21 @@ def test_it_computes_what_torch_computes_with_rounded_numbers(few: Any, recipe: 
             steps: list[Any] = []
             got = model.generate(prompt, config, on_step=steps.append)
             expected = reference_generate(towers, list(model.tokenizer.encode(prompt)), config)
-            assert len(steps) == len(expected.steps)
-            assert list(got.tokens) == expected.tokens
-            for step, reference in zip(steps, expected.steps, strict=True):
-                # Sums in another order move a rounded input by a step where it lies between two; a float product has nothing of the kind.
-                bound = 2e-2 if precision.activations else 2e-4
-                np.testing.assert_allclose(step.confidence[0], reference.confidence, atol=bound)
+            if not blocks:
+                assert len(steps) == len(expected.steps)
+                assert list(got.tokens) == expected.tokens
+            # Only while both have committed the same tokens is it the same question.
+            pairs = zip(steps, expected.steps, strict=False)
+            agreed = itertools.takewhile(lambda pair: pair[0].predicted[0].tolist() == list(pair[1].predicted), pairs)
+            differences += [float(np.abs(step.confidence[0] - reference.confidence).max()) for step, reference in agreed]
+    # Sums in another order move a rounded input by a step where it lies between two; a float product has nothing of the kind.
+    # Where every input is rounded in blocks, a step in one layer moves more in the next, and a text may part from its twin:
+    # there most steps are near, and tests/builders/test_ort_few_bits.py holds single products to 1e-6.
+    assert len(differences) >= 6
+    if blocks:
+        assert np.median(differences) <= 1e-2
+    else:
+        assert max(differences) <= (2e-2 if precision.activations else 2e-4)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.source import ROOT
-from twotower.processors import usable_cores
+from twotower.processors import usable_cores, usable_memory
 
 V2 = "30 20 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup rw,nsdelegate"
 V1 = "33 31 0:30 {top} /sys/fs/cgroup/cpu,cpuacct rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct"
@@ -128,3 +128,25 @@ print(started(), started(threads=3))
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["0", "2"]
+
+
+MEMORY_V2 = {"proc/self/cgroup": "0::/pod/box", "proc/self/mountinfo": V2}
+MEMORY_V1 = {"proc/self/cgroup": "3:memory:/a\n2:cpu,cpuacct:/a", "proc/self/mountinfo": f"{MEMORY}\n{V1.format(top='/')}"}
+
+
+@pytest.mark.parametrize(
+    ("files", "want"),
+    [
+        ({}, None),
+        ({**MEMORY_V2, "sys/fs/cgroup/pod/box/memory.max": "max"}, None),
+        ({**MEMORY_V2, "sys/fs/cgroup/pod/box/memory.max": "4096000"}, 4096000),
+        ({**MEMORY_V2, "sys/fs/cgroup/pod/memory.max": "8192", "sys/fs/cgroup/pod/box/memory.max": "4096000"}, 8192),
+        # Version 1 writes a number near 2**63 where there is no limit.
+        ({**MEMORY_V1, "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "9223372036854771712"}, None),
+        ({**MEMORY_V1, "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "1048576"}, 1048576),
+        ({**MEMORY_V1, "sys/fs/cgroup/cpu,cpuacct/a/memory.limit_in_bytes": "1"}, None),
+    ],
+)
+def test_memory_is_the_machine_s_within_the_control_group_s_limit(tmp_path: Path, files: dict[str, str], want: int | None) -> None:
+    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert usable_memory(machine(tmp_path, files)) == (machine_bytes if want is None else want)

@@ -6,6 +6,7 @@ Nothing here is taken from `twotower.calibration`: types are torch's own where i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,14 @@ def fake_input(x: torch.Tensor, dtype: str, scale: float) -> torch.Tensor:
     return units * torch.tensor(scale, dtype=torch.float32)
 
 
+def in_blocks(x: torch.Tensor, block: int = 32) -> torch.Tensor:
+    """The input of a product as it comes, each `block` values in 8 bits with a scale of their own."""
+    grouped = x.reshape(*x.shape[:-1], -1, block)
+    scale = grouped.abs().amax(-1, keepdim=True) / 127
+    units = (grouped * torch.where(scale > 0, 1 / scale, 0)).round().clamp(-128, 127)
+    return (units * scale).reshape(x.shape)
+
+
 class _InProjection(nn.Module):
     """Mamba's first product with its rows for dt exact and the others quantized, weights and input."""
 
@@ -70,7 +79,11 @@ def weights_of(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def quantized_towers(
-    folder: Path, formats: Mapping[str, tuple[str, int]], activations: Mapping[str, tuple[str, float]]
+    folder: Path,
+    formats: Mapping[str, tuple[str, int]],
+    activations: Mapping[str, tuple[str, float]],
+    *,
+    blocks: bool = False,
 ) -> tuple[ContextTower, DenoiserTower]:
     """The towers of a checkpoint.
 
@@ -78,6 +91,7 @@ def quantized_towers(
         folder: The checkpoint.
         formats: By stacked weight name the format and its group.
         activations: By the name of the first weight an input is multiplied with its type and scale.
+        blocks: Whether products of integers round their inputs in blocks, as ONNX Runtime on a CPU does.
     """
     config, tensors = read_model_config(folder / "config.json"), weights_of(folder)
 
@@ -93,25 +107,40 @@ def quantized_towers(
     towers = load_context_tower(config, read), load_denoiser_tower(config, read)
     for tower, prefix in zip(towers, ("context_tower", "denoiser_tower"), strict=True):
         for name, module in list(tower.named_modules()):
-            _rounds_input(module, f"{prefix}.{name}", activations)
-            if name.endswith("mixer") and f"{prefix}.{name}.in_proj.weight" in formats:
-                _split_in_projection(module, f"{prefix}.{name}.in_proj.weight", formats, activations, config)
+            weight = stack_of(_HEADS.get(f"{prefix}.{name}", f"{prefix}.{name}") + ".weight")
+            in_few = blocks and formats.get(weight, ("", 0))[0] in ("int4", "int8")
+            _rounds_input(module, weight, _Rounding(activations.get(weight), in_few))
+            split = f"{prefix}.{name}.in_proj.weight"
+            if name.endswith("mixer") and split in formats:
+                in_few = blocks and formats[split][0] in ("int4", "int8")
+                _split_in_projection(module, formats[split], _Rounding(activations.get(split), in_few), config)
     return towers
 
 
-def _split_in_projection(module: Any, name: str, formats: Any, activations: Any, config: ModelConfig) -> None:
+_HEADS = {"context_tower.lm_head": "context_lm_head", "denoiser_tower.lm_head": "lm_head"}
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """What becomes of a product's input: rounded with one scale, then in blocks, or either, or neither."""
+
+    whole: tuple[str, float] | None
+    blocks: bool
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = fake_input(x, *self.whole) if self.whole else x
+        return in_blocks(x) if self.blocks else x
+
+
+def _split_in_projection(module: Any, how: tuple[str, int], rounding: _Rounding, config: ModelConfig) -> None:
     exact = module.in_proj.weight.detach()
-    few = fake_quantize(exact, formats[name][0], group=formats[name][1])
-    rounded = (lambda u: fake_input(u, *activations[name])) if name in activations else (lambda u: u)
-    module.in_proj = _InProjection(exact, few, config.mamba_num_heads, rounded)
+    few = fake_quantize(exact, how[0], group=how[1])
+    module.in_proj = _InProjection(exact, few, config.mamba_num_heads, rounding)
 
 
-def _rounds_input(module: nn.Module, name: str, activations: Mapping[str, tuple[str, float]]) -> None:
-    if not isinstance(module, nn.Linear) or name.endswith("in_proj"):
-        return
-    how = activations.get(stack_of(f"{name}.weight"))
-    if how is not None:
-        module.register_forward_pre_hook(lambda _, inputs: (fake_input(inputs[0], *how),))
+def _rounds_input(module: nn.Module, weight: str, rounding: _Rounding) -> None:
+    if isinstance(module, nn.Linear) and not weight.endswith("in_proj.weight"):
+        module.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]),))
 
 
 def stack_of(name: str) -> str:

@@ -67,7 +67,7 @@ def cut_towers(folder: Path, config: ModelConfig, recipe: str) -> Iterator[Exper
         (PlanOptions(target="ort-cuda", dtype="float32", experts="int8"), "dense", "no CUDA kernel for float32"),
         (PlanOptions(target="ort-cuda", expert_path="dense"), "dense", "--expert-path dense"),
         (PlanOptions(target="ort-cuda", expert_path="kernels", experts="nvfp4", sms=(90,)), "kernels", ""),
-        (PlanOptions(target="ort-cpu"), "branches", ""),
+        (PlanOptions(target="ort-cpu"), "chosen", ""),
         (PlanOptions(target="ort-cpu", expert_path="dense"), "dense", "--expert-path dense"),
     ],
 )

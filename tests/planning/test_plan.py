@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.bundles import export_fixture
+from tests.helpers.quantized import TINY as TINY_CHECKPOINT
 from twotower.builders import BuildConfig, build_engines, builder_for
+from twotower.builders.base import DIALECTS, STANDARD
 from twotower.builders.build_cost import build_memory
 from twotower.builders.cut import even_layers
+from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
 from twotower.config.model import parse_model_config, read_model_config
 from twotower.config.weights import PAGE
 from twotower.errors import BuildError, ConfigError
+from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.planning import PlanOptions, plan_bundle
 
@@ -122,6 +126,24 @@ def test_disk_is_what_onnx_runtime_s_files_take(tmp_path: Path, dtype: str) -> N
     assert (written == 0) == (dtype == "float32"), "only narrow weights are widened into files of their own"
     assert 0 <= plan.disk.engines["ort-cpu"] - written < pages
     assert sum(p.stat().st_size for p in engine.glob("*.onnx")) < 1e6
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(("recipe", "dtype"), [("mixed", "bfloat16"), ("int8-weights", "float32"), ("nvfp4-experts", "float32")])
+def test_disk_is_what_quantized_weights_take_on_a_cpu(tmp_path: Path, recipe: str, dtype: str, dialect: str) -> None:
+    """Integers are written in the order products read; in the standard dialect they stay in the bundle."""
+    floats = export_bundle(Checkpoint.open(TINY_CHECKPOINT), tmp_path / "float", ExportConfig(dtype=dtype))
+    made = builtin_recipes()[recipe]
+    bundle = quantize_bundle(floats, plan_quantization(floats, made), tmp_path / "few")
+    build_engines(bundle, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect=dialect))
+    options = PlanOptions(
+        target="ort-cpu",
+        dtype=dtype,
+        formats=tuple(sorted(made.weights.items())),
+        expert_path="dense" if dialect == STANDARD else "auto",
+    )
+    written = sum(p.stat().st_size for p in (bundle.path / "engines" / "ort-cpu").glob("*.data"))
+    assert 0 <= plan_bundle(bundle.config, options).disk.engines["ort-cpu"] - written < 3 * PAGE
 
 
 @pytest.mark.slow

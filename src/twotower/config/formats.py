@@ -23,7 +23,12 @@ __all__ = [
 ]
 
 BITS: Mapping[str, int] = MappingProxyType(
-    {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "float8e4m3fn": 8, "int4": 4, "float4e2m1": 4}
+    {
+        **dict.fromkeys(("float32",), 32),
+        **dict.fromkeys(("float16", "bfloat16"), 16),
+        **dict.fromkeys(("int8", "uint8", "float8e4m3fn"), 8),
+        **dict.fromkeys(("int4", "uint4", "float4e2m1"), 4),
+    }
 )
 """Bits of one element of every type a weight can be stored as; types of 4 bits lie two to a byte, the first in the low half."""
 

@@ -20,7 +20,7 @@ class WeightRef:
 
     Attributes:
         dtype: `float32`, `float16` or `bfloat16`; of a quantized weight `int8`, `float8e4m3fn`,
-            `int4` or `float4e2m1`; in an engine's own file also `uint8`.
+            `int4` or `float4e2m1`; in an engine's own file also `uint8` or `uint4`.
         shape: Its shape.
         offset: First byte.
     """

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from twotower.builders.base import FUSED, KERNELS
+from twotower.builders.base import DENSE, FUSED, KERNELS
 from twotower.builders.build_cost import LayerBytes, build_memory, build_seconds, program_bytes
 from twotower.builders.cut import even_layers, tower_cuts
 from twotower.builders.memory import require_bound
@@ -95,7 +95,8 @@ def own_bytes(config: ModelConfig, options: PlanOptions) -> Mapping[str, int]:
     """
     formats, dtype = all_formats(options), options.dtype or config.dtype
     if options.target == "ort-cpu":
-        return cpu_bytes(config, dtype, formats)
+        as_stored = expert_path(config, options).name != DENSE
+        return cpu_bytes(config, dtype, formats, as_stored=as_stored)
     few = dict(formats).get(Role.ROUTED_EXPERT.value)
     fused = few is not None and expert_path(config, options).name == FUSED
     return {

@@ -21,11 +21,11 @@ from twotower.planning.options import (
     formats_of,
     rounded_of,
 )
-from twotower.planning.weights import EXPERT_FORMATS
+from twotower.planning.weights import AS_STORED, EXPERT_FORMATS
 from twotower.spec import MAX_CHUNK
 
 __all__ = [
-    "BRANCHES",
+    "CHOSEN",
     "FUSED_SINCE",
     "ExpertPath",
     "distinct_experts",
@@ -39,8 +39,8 @@ __all__ = [
     "segments_of",
 ]
 
-BRANCHES = "branches"
-"""Of `ort-cpu`: every expert is a branch of the graph that runs on the tokens that chose it."""
+CHOSEN = "chosen"
+"""Of `ort-cpu`: products of the tokens that chose an expert, in the graph."""
 
 FUSED_SINCE = ".".join(map(str, RELU2_SINCE))
 """The version of ONNX Runtime that fused experts are planned for; the GPU machine has its own."""
@@ -56,7 +56,7 @@ class ExpertPath:
     """What computes the experts.
 
     Attributes:
-        name: `kernels`, `fused` or `branches`, which compute the chosen experts; `dense`, the
+        name: `kernels`, `fused` or `chosen`, which compute the chosen experts; `dense`, the
             engine, all of them; empty for a model without experts.
         why: Of `dense`, why not the chosen ones only; else empty.
     """
@@ -67,7 +67,7 @@ class ExpertPath:
     @property
     def chosen_only(self) -> bool:
         """Whether experts that no token of a pass chose are neither read nor computed."""
-        return self.name in (KERNELS, FUSED, BRANCHES)
+        return self.name in (KERNELS, FUSED, CHOSEN)
 
 
 def expert_path(config: ModelConfig, options: PlanOptions) -> ExpertPath:
@@ -77,7 +77,7 @@ def expert_path(config: ModelConfig, options: PlanOptions) -> ExpertPath:
     if options.expert_path == DENSE:
         return ExpertPath(DENSE, "--expert-path dense asks for it")
     if options.target == "ort-cpu":
-        return ExpertPath(BRANCHES)
+        return ExpertPath(CHOSEN)
     kernels = options.target in TENSORRT or options.expert_path == KERNELS
     try:
         (_require_kernels if kernels else _require_fused)(config, options)
@@ -177,10 +177,11 @@ def outside_engines(config: ModelConfig, options: PlanOptions) -> tuple[str, ...
 def experts_are_expanded(config: ModelConfig, options: PlanOptions) -> bool:
     """Whether a pass writes quantized experts to memory at full width and reads them again.
 
-    Kernels and fused experts never do: they dequantize in registers.
+    Kernels and fused experts never do: they dequantize in registers. Products of `ort-cpu` do not
+    of integers.
     """
-    name = dict(formats_of(options)).get(_EXPERT_KINDS[0])
-    if name is None or expert_path(config, options).name in _WITHOUT_COPIES:
+    name, path = dict(formats_of(options)).get(_EXPERT_KINDS[0]), expert_path(config, options).name
+    if name is None or path in _WITHOUT_COPIES or (path == CHOSEN and name in AS_STORED):
         return False
     rounded = _EXPERT_KINDS[0] in rounded_of(options)
     return stack_is_expanded(options.target, name, rounded_input=rounded)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from twotower.builders.base import DENSE, FUSED, KERNELS
 from twotower.kernels import MOST_TOKENS
-from twotower.planning.expert_path import BRANCHES, FUSED_SINCE
+from twotower.planning.expert_path import CHOSEN, FUSED_SINCE
 from twotower.planning.fit import GpuFit
 from twotower.planning.passes import PassCost, PassCosts
 from twotower.planning.plan import Plan
@@ -17,13 +17,13 @@ __all__ = ["aligned", "break_even_lines", "expert_lines", "pass_lines", "pass_no
 _EXPERTS = {
     KERNELS: "kernels compute those that a token chose, and read them as they are stored",
     FUSED: "one operator of ONNX Runtime a layer computes those that a token chose",
-    BRANCHES: "those that a token chose compute, as branches of the graph",
+    CHOSEN: "those that a token chose compute, in the graph",
     DENSE: "dense: all of them compute every token",
 }
 _OTHER_WAY = {
     KERNELS: "--expert-path dense plans engines that compute all of them",
     FUSED: f"--expert-path dense plans the exported graph, all there is before version {FUSED_SINCE}",
-    BRANCHES: "--expert-path dense plans the exported graph (--dialect standard)",
+    CHOSEN: "--expert-path dense plans the exported graph (--dialect standard)",
 }
 
 

@@ -10,7 +10,7 @@ from itertools import zip_longest
 from twotower.builders.base import DENSE, FUSED, KERNELS
 from twotower.builders.profiles import profiles
 from twotower.config.model import LayerKind, ModelConfig
-from twotower.planning.expert_path import BRANCHES
+from twotower.planning.expert_path import CHOSEN
 from twotower.planning.weights import item_bytes
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, splits_groups
 
@@ -140,7 +140,7 @@ def _moments(part: _Part, config: ModelConfig, shapes: Shapes, length: int) -> I
     always = list(_always(part, config, shapes, length))
     yield always
     if LayerKind.MOE in part.layers:
-        experts = _chosen_experts if shapes.path in (BRANCHES, FUSED) else _experts
+        experts = _chosen_experts if shapes.path in (CHOSEN, FUSED) else _experts
         yield [*experts(config, shapes, length), *always]
     if LayerKind.MLP in part.layers:
         hidden = ("MLP [B,L,F]", rows * length * config.intermediate_size * item)

@@ -17,6 +17,7 @@ from twotower.config.weights import aligned
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 
 __all__ = [
+    "AS_STORED",
     "EXPERT_FORMATS",
     "EXPERT_RECIPES",
     "Formats",
@@ -127,24 +128,42 @@ def graph_weights(
     return MappingProxyType({name: s.frozen(with_layers=name != CONTEXT_HEAD) for name, s in sums.items()})
 
 
-@lru_cache(maxsize=64)
-def cpu_bytes(config: ModelConfig, dtype: str, formats: Formats = ()) -> Mapping[str, int]:
-    """Bytes an `ort-cpu` engine writes beside each graph: half-width weights widened to float32 and 4-bit floats expanded.
+AS_STORED = ("int4", "int8")
+"""What products of `ort-cpu` read as it is stored, in the engine's own order and with float32 scales for `_BLOCK` weights."""
 
-    Quantized weights stay in the bundle, and so does what is float32 there; only their scales are widened.
+_BLOCK = 32
+
+
+@lru_cache(maxsize=64)
+def cpu_bytes(config: ModelConfig, dtype: str, formats: Formats = (), *, as_stored: bool = True) -> Mapping[str, int]:
+    """Bytes an `ort-cpu` engine writes beside each graph.
+
+    Half-width weights are widened to float32 and 4-bit floats expanded. What is float32 in the bundle stays there, and so do
+    quantized weights that products do not read as they are stored; their scales are widened.
+
+    Args:
+        config: The model.
+        dtype: Of the bundle.
+        formats: Layer kinds in few bits.
+        as_stored: Whether products read integers as they are stored; not in the standard dialect.
     """
     out: Counter[str] = Counter({CONTEXT: 0, CONTEXT_HEAD: 0, DENOISER: 0})
     few = dict(formats)
     for tensor in expected_tensors(config).values():
         how = few.get(tensor.role.value)
+        multiplied = as_stored and tensor.role is not Role.EMBEDDING and tensor.shape[-1] % _BLOCK == 0
         for size, kept in _stored(tensor, config, dtype, how):
             if kept in ("float16", "bfloat16"):
                 out[_graph_of(tensor)] += 2 * size
             elif kept == "nvfp4":
                 out[_graph_of(tensor)] += 4 * math.prod(tensor.shape)
-            elif kept == how and dtype != "float32":
-                values = stored_bytes(FORMATS[kept].dtype, _count(tensor, config))
-                out[_graph_of(tensor)] += 2 * (size - values)
+            elif kept == how:
+                count = _count(tensor, config)
+                values = stored_bytes(FORMATS[kept].dtype, count)
+                if kept in AS_STORED and multiplied:
+                    out[_graph_of(tensor)] += values + 4 * count // _BLOCK
+                elif dtype != "float32":
+                    out[_graph_of(tensor)] += 2 * (size - values)
     return MappingProxyType(dict(out))
 
 

@@ -1,0 +1,184 @@
+"""Weights in few bits, for ONNX Runtime on a CPU: multiplied and looked up as they are stored, not expanded by every pass.
+
+    product    `com.microsoft.MatMulNBits`: integers of 4 or 8 bits, a scale for 32 of them, and the input rounded to 8 bits
+               for 32 of its values at a time, as it comes. Sums are of integers, and several times as fast
+    embedding  the rows that are asked for are gathered, then expanded
+
+Blocks of 32 because a row's numbers are its own there, whatever rows are beside it: with 64 and 128 the kernels of ONNX Runtime
+compute the last row of an odd number another way. A scale for more weights is written for each 32 of them, which is the same weight.
+Kernels differ by processor, so a build asks the one it runs on (`ort_probe`), and so does whoever opens the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from twotower.builders.ort_products import with_branches
+from twotower.config.formats import BITS
+from twotower.config.weights import WeightRef
+
+__all__ = [
+    "BLOCK",
+    "UNSIGNED",
+    "StoredProduct",
+    "from_blocks",
+    "read_as_stored",
+    "stored_product",
+    "stored_products",
+]
+
+BLOCK = 32
+"""Weights that share a scale, and values of an input that are rounded together."""
+
+UNSIGNED: Mapping[str, str] = {"int4": "uint4", "int8": "uint8"}
+"""How values are stored for the product, by how a bundle stores them: the zero moved to the middle."""
+
+Located = Mapping[str, tuple[str, WeightRef]]
+
+_PRODUCTS = ("MatMul", "FusedMatMul")
+_VENDOR = "com.microsoft"
+_INT8_INPUTS = 4  # `accuracy_level`
+
+
+@dataclass(frozen=True, slots=True)
+class StoredProduct:
+    """A weight that products read as it is stored.
+
+    Attributes:
+        scales: The name of its scales.
+        repeats: Blocks that one of them is for.
+    """
+
+    scales: str
+    repeats: int
+
+
+def stored_products(model: onnx.ModelProto, refs: Mapping[str, WeightRef]) -> dict[str, StoredProduct]:
+    """The weights of a recorded graph that such products can read.
+
+    Args:
+        model: The graph as it was recorded.
+        refs: Its weights.
+    """
+    users: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+
+    def multiplied(name: str) -> bool:
+        readers = users.get(name, [])
+        return bool(readers) and all(
+            node.op_type == "MatMul" or (node.op_type == "Transpose" and multiplied(node.output[0])) for node in readers
+        )
+
+    out = {}
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in refs or not multiplied(node.output[0]):
+            continue
+        ref = refs[node.input[0]]
+        group = next((a.i for a in node.attribute if a.name == "block_size"), 0) or ref.shape[-1]
+        if ref.dtype in UNSIGNED and ref.shape[-1] % BLOCK == 0 and group % BLOCK == 0:
+            out[node.input[0]] = StoredProduct(node.input[1], group // BLOCK)
+    return out
+
+
+def _as_blocks(ref: WeightRef) -> WeightRef:
+    """How a product wants to be told of an unsigned matrix [out, in]: bytes [out, blocks, bytes of a block]."""
+    rows, columns = ref.shape
+    width = BLOCK // 2 if ref.dtype == "uint4" else BLOCK
+    return WeightRef("uint8", (rows, columns // BLOCK, width), ref.offset)
+
+
+def from_blocks(ref: WeightRef) -> WeightRef:
+    """The matrix, or stack of matrices, whose bytes a product reads; any other weight as it is."""
+    if ref.dtype != "uint8":
+        return ref
+    *rows, blocks, width = ref.shape
+    return WeightRef("uint4" if width < BLOCK else "uint8", (*rows, blocks * BLOCK), ref.offset)
+
+
+def read_as_stored(model: onnx.ModelProto, located: Located) -> dict[str, tuple[str, WeightRef]]:
+    """Writes products and lookups so that they read weights in few bits, in place, branches included.
+
+    Args:
+        model: An optimised graph, its weights outside and their expansion in it. Those in unsigned types must be expanded for
+            products of matrices only.
+        located: The place of each of its weights.
+
+    Returns:
+        The places as the graph names them now.
+    """
+    places = dict(located)
+    for graph in with_branches(model.graph):
+        _rewrite(graph, places)
+    return {name: (file, _as_blocks(ref) if ref.dtype in UNSIGNED.values() else ref) for name, (file, ref) in places.items()}
+
+
+def _rewrite(graph: onnx.GraphProto, places: Located) -> None:
+    readers = {n.output[0]: n for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in places}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        reader = readers.get(node.input[1] if node.op_type in _PRODUCTS else node.input[0] if node.input else "")
+        if reader is None:
+            nodes.append(node)
+        elif node.op_type in _PRODUCTS and places[reader.input[0]][1].dtype in UNSIGNED.values():
+            nodes.append(_product(node, reader, places[reader.input[0]][1]))
+        elif node.op_type == "Gather":
+            nodes += _lookup(node, reader, places[reader.input[0]][1])
+        else:
+            nodes.append(node)
+    read = {name for node in nodes for name in node.input}
+    del graph.node[:]
+    graph.node.extend(node for node in nodes if node.output[0] not in readers or node.output[0] in read)
+
+
+def _product(node: onnx.NodeProto, reader: onnx.NodeProto, ref: WeightRef) -> onnx.NodeProto:
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    assert attributes.get("transB") == 1 and attributes.get("alpha", 1.0) == 1.0, node.name
+    return stored_product([node.input[0], *reader.input[:2]], node.output[0], ref, name=node.name)
+
+
+def stored_product(inputs: Sequence[str], output: str, ref: WeightRef, *, name: str = "") -> onnx.NodeProto:
+    """A product of an input [..,K] with an unsigned matrix [N,K], to [..,N].
+
+    Args:
+        inputs: Names of the input, of the bytes of the matrix [N,K/32,bytes of a block] and of its scales [N,K/32].
+        output: The name of the result.
+        ref: The matrix.
+        name: Of the node.
+    """
+    rows, columns = ref.shape
+    return helper.make_node(
+        "MatMulNBits",
+        inputs,
+        [output],
+        name=name,
+        domain=_VENDOR,
+        N=rows,
+        K=columns,
+        bits=BITS[ref.dtype],
+        block_size=BLOCK,
+        accuracy_level=_INT8_INPUTS,
+    )
+
+
+def _lookup(node: onnx.NodeProto, reader: onnx.NodeProto, ref: WeightRef) -> Iterator[onnx.NodeProto]:
+    """Rows of a table [V,D] of which each has a scale, exactly as if all were expanded; others as they were."""
+    axis = {a.name: a.i for a in reader.attribute}
+    if ref.dtype != "int8" or axis.get("axis", 1) != 0 or axis.get("block_size", 0) != 0:
+        yield node
+        return
+    out, ids = node.output[0], node.input[1]
+    names = {part: f"{out}/{part}" for part in ("values", "wide", "scales", "last", "scale")}
+    yield helper.make_node("Gather", [reader.input[0], ids], [names["values"]], name=f"{node.name}/values", axis=0)
+    yield helper.make_node("Cast", [names["values"]], [names["wide"]], name=f"{node.name}/wide", to=TensorProto.FLOAT)
+    yield helper.make_node("Gather", [reader.input[1], ids], [names["scales"]], name=f"{node.name}/scales", axis=0)
+    last = numpy_helper.from_array(np.array([-1], np.int64))
+    yield helper.make_node("Constant", [], [names["last"]], name=f"{node.name}/last", value=last)
+    yield helper.make_node("Unsqueeze", [names["scales"], names["last"]], [names["scale"]], name=f"{node.name}/scale")
+    yield helper.make_node("Mul", [names["wide"], names["scale"]], [out], name=node.name)

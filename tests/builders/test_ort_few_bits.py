@@ -1,0 +1,257 @@
+"""Weights in few bits on a CPU: multiplied as they are stored, a row's numbers its own, and only where the processor keeps to that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from tests.helpers.bundles import copy_of
+from tests.helpers.few_bits import in_blocks
+from tests.helpers.quantized import TINY
+from twotower.builders import BuildConfig, build_engines, builder_for
+from twotower.builders import ort as ort_builder
+from twotower.builders.ort import write_engine
+from twotower.builders.ort_probe import probe_graph
+from twotower.builders.ort_weights import expand_data, places_of
+from twotower.bundle import BUILD_FILE, Bundle, engine_folder, load_engine_record
+from twotower.calibration import QuantizeConfig, builtin_recipes, plan_quantization, quantize_bundle
+from twotower.config.weights import WeightRef
+from twotower.errors import EngineMismatchError
+from twotower.export import Checkpoint, ExportConfig, export_bundle
+from twotower.graph_files import weight_refs
+from twotower.onnx_runtime import ort, session_options
+from twotower.product_probe import PROBE_FILE, rows_are_alike
+from twotower.runtime import GenerationConfig, TwoTower
+from twotower.runtime.engines import ort as ort_engine
+
+Array = np.ndarray[Any, Any]
+N, V = 144, 50
+FORMATS = [("int4", 32, 192), ("int4", 64, 192), ("int4", 96, 192), ("int4", 128, 224), ("int8", 0, 160), ("int8", 64, 192)]
+
+
+def stored(dtype: str, values: Array) -> Array:
+    """Values as a bundle has them: two of 4 bits in a byte, the first in the low half."""
+    if dtype == "int8":
+        return np.ascontiguousarray(values, np.int8).view(np.uint8).reshape(-1)
+    low, high = (values.reshape(-1)[i::2].astype(np.uint8) & 15 for i in (0, 1))
+    return low | (high << 4)
+
+
+class Graph:
+    """A product, and a lookup in a table, of few bits: as an engine, on random numbers."""
+
+    def __init__(self, folder: Path, dtype: str, group: int, columns: int) -> None:
+        random, self.folder = np.random.default_rng(1), folder
+        largest = {"int4": 7, "int8": 127}[dtype]
+        self.values = random.integers(-largest - 1, largest + 1, (N, columns))
+        self.scales = random.uniform(0.01, 0.02, (N, -(-columns // group)) if group else (N,)).astype(np.float32)
+        self.table = random.integers(-128, 128, (V, columns))
+        self.table_scales = random.uniform(0.01, 0.02, V).astype(np.float32)
+        each = np.repeat(self.scales.reshape(N, -1), group or columns, axis=1)[:, :columns]
+        self.weight = self.values * each
+        parts = {
+            "w": (dtype, self.values.shape, stored(dtype, self.values)),
+            "w.scale": ("float32", self.scales.shape, self.scales.view(np.uint8).reshape(-1)),
+            "t": ("int8", self.table.shape, stored("int8", self.table)),
+            "t.scale": ("float32", (V,), self.table_scales.view(np.uint8)),
+        }
+        data, refs = b"", {}
+        for name, (kind, shape, raw) in parts.items():
+            refs[name] = WeightRef(kind, shape, len(data))
+            data += raw.tobytes() + bytes(-len(raw) % 64)
+        (folder / "bundle.data").write_bytes(data)
+        blocks = {"axis": 1, "block_size": group} if group else {"axis": 0}
+        nodes = [
+            helper.make_node("DequantizeLinear", ["w", "w.scale"], ["wide"], name="read", **blocks),
+            helper.make_node("Transpose", ["wide"], ["turned"], name="turn", perm=[1, 0]),
+            helper.make_node("MatMul", ["x", "turned"], ["y"], name="product"),
+            helper.make_node("DequantizeLinear", ["t", "t.scale"], ["rows"], name="read_table", axis=0),
+            helper.make_node("Gather", ["rows", "ids"], ["e"], name="look_up"),
+        ]
+        ins = [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "L", columns]),
+            helper.make_tensor_value_info("ids", TensorProto.INT64, ["B", "L"]),
+        ]
+        outs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", "L", None]) for name in ("y", "e")]
+        graph = helper.make_graph(nodes, "g", ins, outs)
+        self.model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+        codes = {"int4": TensorProto.INT4, "int8": TensorProto.INT8, "float32": TensorProto.FLOAT}
+        for name, ref in refs.items():
+            tensor = onnx.TensorProto(name=name, data_type=codes[ref.dtype], dims=ref.shape, data_location=TensorProto.EXTERNAL)
+            for key, value in (("location", "bundle.data"), ("offset", ref.offset), ("length", ref.nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+            self.model.graph.initializer.append(tensor)
+
+    def engine(self, *, as_stored: bool) -> tuple[Callable[[Array, Array], list[Array]], onnx.ModelProto]:
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        places = places_of(model, as_stored=as_stored)
+        located = {name: ("bundle.data", ref) for name, ref in weight_refs(model).items()}
+        written = expand_data(self.folder / "bundle.data", self.folder / "own.data", places, lambda done: None)
+        located |= {name: ("own.data", ref) for name, ref in written.items()}
+        file = self.folder / f"{as_stored}.onnx"
+        write_engine(model, located, file, name="few bits", top=1 if as_stored else None)
+        options = session_options(self.folder, threads=2)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = ort.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
+        return lambda x, ids: session.run(None, {"x": x, "ids": ids}), onnx.load(file, load_external_data=False)
+
+
+def inputs(columns: int, rows: int, length: int) -> tuple[Array, Array]:
+    random = np.random.default_rng(5)
+    x = random.standard_normal((rows, length, columns), dtype=np.float32)
+    x[0, 0, :32] = 0  # a block without a greatest value
+    return x, random.integers(0, V, (rows, length))
+
+
+@pytest.mark.parametrize(("dtype", "group", "columns"), FORMATS)
+def test_a_product_is_that_of_its_twin(tmp_path: Path, dtype: str, group: int, columns: int) -> None:
+    """The input in 8 bits for each 32 values, sums exact: nothing is left but the rounding of float32."""
+    run, model = Graph(tmp_path, dtype, group, columns).engine(as_stored=True)
+    assert "DequantizeLinear" not in {node.op_type for node in model.graph.node}
+    (product,) = (node for node in model.graph.node if node.op_type == "MatMulNBits")
+    assert not any(node.input[1] == "wide" for node in model.graph.node if len(node.input) > 1), product.name
+    x, ids = inputs(columns, 3, 16)
+    weight = Graph(tmp_path, dtype, group, columns).weight
+    want = in_blocks(torch.from_numpy(x)).double().numpy() @ weight.T
+    np.testing.assert_allclose(run(x, ids)[0], want, rtol=0, atol=1e-6 * float(abs(want).max()))
+    exact = x.astype(np.float64) @ weight.T
+    assert np.abs(want - exact).max() > 1e-4 * np.abs(exact).max(), "the rounding of inputs shows"
+
+
+@pytest.mark.parametrize(("dtype", "group", "columns"), FORMATS)
+def test_a_lookup_expands_the_rows_it_looks_up(tmp_path: Path, dtype: str, group: int, columns: int) -> None:
+    graph = Graph(tmp_path, dtype, group, columns)
+    x, ids = inputs(columns, 2, 16)
+    (run, model), (standard, _) = (graph.engine(as_stored=as_stored) for as_stored in (True, False))
+    assert np.array_equal(run(x, ids)[1], standard(x, ids)[1])
+    assert np.array_equal(run(x, ids)[1], (graph.table.astype(np.float32) * graph.table_scales[:, None])[ids])
+    readers = [node.op_type for node in model.graph.node if "t" in node.input]
+    assert readers == ["Gather"]
+
+
+@pytest.mark.parametrize("length", [1, 16])
+@pytest.mark.parametrize(("dtype", "group", "columns"), FORMATS)
+def test_a_row_s_numbers_are_its_own(tmp_path: Path, dtype: str, group: int, columns: int, length: int) -> None:
+    run, _ = Graph(tmp_path, dtype, group, columns).engine(as_stored=True)
+    x, ids = inputs(columns, 32, length)
+    alone = np.concatenate([run(x[i : i + 1], ids[i : i + 1])[0] for i in range(32)])
+    for rows in (2, 3, 8, 32):
+        assert np.array_equal(run(x[:rows], ids[:rows])[0], alone[:rows]), rows
+    order = np.random.default_rng(1).permutation(32)
+    assert np.array_equal(run(x[order], ids[order])[0], alone[order])
+
+
+def test_rows_that_no_block_divides_are_expanded(tmp_path: Path) -> None:
+    model = Graph(tmp_path, "int8", 0, 100).model
+    assert not places_of(model, as_stored=True)["w"].stored
+    assert places_of(Graph(tmp_path, "int8", 0, 160).model, as_stored=True)["w"].stored == "uint8"
+
+
+def test_a_processor_is_asked() -> None:
+    assert rows_are_alike(probe_graph()), "this processor keeps rows apart"
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["M", 8]) for name in "xy")
+    mean = [
+        helper.make_node("ReduceMean", ["x"], ["m"], keepdims=1),
+        helper.make_node("Sub", ["x", "m"], ["y"]),
+    ]
+    graph = helper.make_graph(mean, "g", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    assert not rows_are_alike(model.SerializeToString())
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("few")
+    bundle = export_bundle(Checkpoint.open(TINY), folder / "float", ExportConfig(dtype="bfloat16"))
+    plan = plan_quantization(bundle, builtin_recipes()["mixed"], QuantizeConfig(rounding="plain"))
+    return quantize_bundle(bundle, plan, folder / "mixed")
+
+
+@pytest.fixture
+def copy(few: Bundle, tmp_path: Path) -> Bundle:
+    return Bundle.open(copy_of(few, tmp_path / "copy"))
+
+
+def build(bundle: Bundle, dialect: str = "chosen") -> dict[str, Any]:
+    builder = builder_for("ort-cpu")
+    config = BuildConfig(dialect=dialect)
+    expected = builder.needed_bytes(bundle, config)
+    build_engines(bundle, "ort-cpu", builder, config=config)
+    record = load_engine_record(bundle, "ort-cpu")
+    own = sum(record.files[name].size for name in record.files if name.endswith(".data"))
+    graphs = sum(bundle.files[name].size for name in bundle.files if name.endswith(".onnx"))
+    assert own <= expected - graphs <= own, "what is written is what was announced"
+    return record.report
+
+
+def text(bundle: Bundle) -> list[int]:
+    with TwoTower.open(bundle.path, target="ort-cpu") as model:
+        return model.generate([5, 6, 7], GenerationConfig(max_new_tokens=16, ignore_eos=True)).tokens
+
+
+def test_every_weight_of_few_bits_is_read_as_it_is_stored(copy: Bundle) -> None:
+    report = build(copy)
+    assert report["form"] == {"products": "as stored", "experts": "packed"}
+    for name, kinds in report["operators"].items():
+        assert "MatMulNBits" in kinds, name
+        assert "DequantizeLinear" not in kinds, name
+    assert len(text(copy)) == 16
+    standard = build(copy, "standard")
+    assert standard["form"] == {"products": "expanded", "experts": ""}
+    assert "DequantizeLinear" in standard["operators"]["denoiser"]
+    assert PROBE_FILE not in load_engine_record(copy, "ort-cpu").files
+
+
+def test_where_a_processor_mixes_rows_weights_are_expanded(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(copy)
+    monkeypatch.setattr(ort_builder, "_products_compute_rows_alike", lambda: False)
+    report = build(copy)
+    assert report["form"]["products"] == "expanded", "another processor is another engine"
+    assert "MatMulNBits" not in report["operators"]["context"]
+    assert len(text(copy)) == 16
+
+
+def test_an_engine_that_comes_to_such_a_processor_is_refused(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(copy)
+    asked: list[bytes] = []
+
+    def mixes(graph: bytes) -> bool:
+        asked.append(graph)
+        return False
+
+    monkeypatch.setattr(ort_engine, "rows_are_alike", mixes)
+    with pytest.raises(EngineMismatchError, match="another kind of processor") as caught:
+        TwoTower.open(copy.path, target="ort-cpu")
+    assert asked == [probe_graph()]
+    assert "twotower build" in caught.value.do
+
+
+def test_experts_are_packed_where_half_of_the_memory_holds_them(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build(copy)["form"]["experts"] == "packed"
+    size = sum(p.stat().st_size for p in engine_folder(copy, "ort-cpu").glob("*.data"))
+    monkeypatch.setattr(ort_engine, "usable_memory", lambda: size // 2)
+    with pytest.raises(EngineMismatchError, match="too little here") as caught:
+        TwoTower.open(copy.path, target="ort-cpu")
+    assert "--target ort-cpu" in caught.value.do
+    monkeypatch.setattr(ort_builder, "usable_memory", lambda: size // 2)
+    report = build(copy)
+    assert report["form"]["experts"] == "mapped", "what does not fit is built again"
+    assert len(text(copy)) == 16
+
+
+def test_an_older_record_is_built_again(copy: Bundle) -> None:
+    build(copy)
+    path = engine_folder(copy, "ort-cpu") / BUILD_FILE
+    record = json.loads(path.read_text())
+    del record["report"]["form"]
+    path.write_text(json.dumps(record))
+    assert build(copy)["form"]["products"] == "as stored"
