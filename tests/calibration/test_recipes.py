@@ -72,7 +72,7 @@ def test_a_file_of_one_s_own(tmp_path: Path) -> None:
         ('[a]\nweights = { head = "mxfp8" }', "opset 24", "fp8"),
         ('[a]\nactivations = ["mamba"]', "cannot round the inputs of mamba", "int8, fp8"),
         ('[a]\nweights = { mamba = "int4" }\nactivations = ["mamba"]', "cannot round the inputs of mamba", "int4"),
-        ('[a]\nweights = { head = "int8" }\ngroup = 48', "a group TensorRT and this version do not take", "48"),
+        ('[a]\nweights = { head = "int8" }\ngroup = 48', "a group that the kernels of experts do not take", "48"),
         ('[a]\nbits = 4', "a key there is not", "weights"),
         ('[a]\nweights = { head = "int8" }\nexcept = [{ tower = "third" }]', "a tower there is not", "denoiser"),
         ('[a]\nweights = { head = "int8" }\nexcept = [{ row = 1 }]', "is not written like one", "row"),

@@ -28,7 +28,7 @@ def stand_in_bundle(folder: str | Path, output: Path, pieces: int = 1, *, dtype:
         output: Where it is made.
         pieces: More than 1 cuts each tower into about so many segments.
         dtype: Of the graphs.
-        options: Of the build: 256 tokens of text if nothing else is said.
+        options: Of the build: 256 tokens of text and dense experts if nothing else is said.
     """
     bundle = export_bundle(Checkpoint.open(FIXTURES / folder), output, ExportConfig(dtype=dtype))
     build_stand_ins(bundle, segments=pieces, **options)
@@ -40,5 +40,5 @@ def build_stand_ins(bundle: Bundle, **options: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make_engine, "run_job", stand_in_job)
         builder = StandInBuilder(TensorRTStandIn(CudaStandIn()))
-        config = BuildConfig(**{"sms": (89,), "max_context": 256, "max_batch": 4, **options})
+        config = BuildConfig(**{"sms": (89,), "max_context": 256, "max_batch": 4, "experts": "dense", **options})
         build_engines(bundle, "rtx", builder, config=config)
