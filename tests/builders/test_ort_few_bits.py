@@ -23,6 +23,7 @@ from twotower.builders.ort_probe import probe_graph
 from twotower.builders.ort_weights import expand_data, places_of
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder, load_engine_record
 from twotower.calibration import QuantizeConfig, builtin_recipes, plan_quantization, quantize_bundle
+from twotower.cli.main import main
 from twotower.config.weights import WeightRef
 from twotower.errors import EngineMismatchError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
@@ -198,8 +199,12 @@ def text(bundle: Bundle) -> list[int]:
         return model.generate([5, 6, 7], GenerationConfig(max_new_tokens=16, ignore_eos=True)).tokens
 
 
-def test_every_weight_of_few_bits_is_read_as_it_is_stored(copy: Bundle) -> None:
+def test_every_weight_of_few_bits_is_read_as_it_is_stored(copy: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     report = build(copy)
+    assert main(["inspect", str(copy.path)]) == 0
+    told = capsys.readouterr().out
+    assert "few bits: products read integers as they are stored, and round their inputs" in told
+    assert "experts: the chosen ones compute; packed" in told
     assert report["form"] == {"products": "as stored", "experts": "packed"}
     for name, kinds in report["operators"].items():
         assert "MatMulNBits" in kinds, name

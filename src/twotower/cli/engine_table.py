@@ -47,7 +47,7 @@ def engine_lines(record: EngineRecord, state: str) -> list[str]:
     rows += [_row(engine, record, observed.get(engine.file, {}), uses[engine.file]) for engine in every]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"  {state}", *(_aligned(row, widths) for row in rows)] if len(rows) > 1 else [f"  {state}"]
-    details = (*_details(record, observed), *step_lines(record), *_experts(record))
+    details = (*_details(record, observed), *step_lines(record), *_experts(record), *_on_a_cpu(record))
     return [head, *lines, *details, *_programs(record, observed)]
 
 
@@ -59,6 +59,23 @@ def _experts(record: EngineRecord) -> list[str]:
         named = [f"{count} {kind}" for kind in ("MoE", "QMoE") if (count := sum(c[kind] for c in counts))]
         return [f"  experts are fused: {' and '.join(named)} of ONNX Runtime compute the chosen ones"]
     return [f"  experts are dense: {choice['why']}; {choice['cost']}"] if choice.get("why") else []
+
+
+_FEW_BITS = {
+    "as stored": "few bits: products read integers as they are stored, and round their inputs to 8 bits in blocks of 32",
+    "expanded": "few bits: every pass expands them",
+}
+_EXPERTS_ON_A_CPU = {
+    "packed": "experts: the chosen ones compute; packed into memory when the engine is opened",
+    "mapped": "experts: the chosen ones compute; read where they lie, as all weights take more than half of the memory",
+}
+
+
+def _on_a_cpu(record: EngineRecord) -> list[str]:
+    """The forms an engine of `ort-cpu` was built in."""
+    form = record.report.get("form", {})
+    told = (_EXPERTS_ON_A_CPU.get(form.get("experts")), _FEW_BITS.get(form.get("products")))
+    return [f"  {line}" for line in told if line]
 
 
 def _distinct(parts: Sequence[EngineFile]) -> list[EngineFile]:
