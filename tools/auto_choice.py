@@ -20,6 +20,7 @@ from twotower.config import GenerationConfig
 from twotower.evaluate.suite import load_suite
 from twotower.runtime import TwoTower
 
+SUITE_PROMPTS = 32
 MODES = ("diffusion", "ar", "auto")
 Prompts = Sequence[str] | Sequence[list[int]]
 
@@ -34,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{'':<34}" + "".join(f"{mode:>12}" for mode in MODES) + f"{'auto / best':>14}")
     if args.tiny:
         with TwoTower.open(args.tiny, target="ort-cpu") as model:
-            problems = load_suite()
-            prompts = [problem.prompt for problem in problems[:: max(len(problems) // 32, 1)]][:32]
+            problems = load_suite().problems
+            prompts = [problem.prompt for problem in problems[:: len(problems) // SUITE_PROMPTS]][:SUITE_PROMPTS]
             base = replace(model.defaults, max_new_tokens=48)
             for rows in (1, 8):
-                line(f"suite, {rows} row(s)", model, [prompts[i : i + rows] for i in range(0, 32, rows)], base, args.runs)
+                line(f"suite, {rows} row(s)", model, [prompts[i : i + rows] for i in range(0, len(prompts), rows)], base, args.runs)
     if args.mid:
         with TwoTower.open(args.mid, target="ort-cpu", max_batch=8) as model:
             for steps in (16, 4, 2):

@@ -9,6 +9,7 @@ Each stands between two comments that name it. Nothing is entered by hand.
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -65,11 +66,9 @@ class Bench:
             build_engines(made, "ort-cpu", builder_for("ort-cpu"))
         return made
 
-    def in_form(self, recipe: str, group: int, dialect: str) -> Bundle:
-        """The float32 model quantized in groups, with an engine that rounds the inputs of products (`chosen`) or does not (`standard`)."""
-        path = self._scratch / f"{recipe}-{group}-{dialect}"
-        plan = plan_quantization(self.full, replace(builtin_recipes()[recipe], group=group), QuantizeConfig())
-        made = quantize_bundle(self.full, plan, path)
+    def in_form(self, recipe: str, dialect: str) -> Bundle:
+        """The float32 model with an engine that rounds the inputs of products (`chosen`) or does not (`standard`)."""
+        made = Bundle.open(shutil.copytree(self.quantized(recipe).path, self._scratch / f"{recipe}-{dialect}"))
         build_engines(made, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect=dialect))
         return made
 
@@ -124,16 +123,12 @@ def recipes(bench: Bench) -> list[str]:
 
 
 def inputs(bench: Bench) -> list[str]:
-    """What the products of a CPU, which round their inputs to 8 bits in blocks of 32, add to recipes and groups."""
-    forms = [("int8-weights", 0), *(("int4-experts", group) for group in (32, 64, 128)), ("mixed", 32), ("mixed", 128)]
+    """What the products of a CPU, which round their inputs to 8 bits in blocks of 32, add to recipes."""
     cases = {}
-    for recipe, group in forms:
+    for recipe in ("int8-weights", "int4-experts", "mixed"):  # of 96 weights a row there are groups of 32 only
         for dialect, how in ((CHOSEN, "8 bits"), (STANDARD, "as they are")):
-            cases[f"`{recipe}` | {group or '-'} | {how}"] = bench.in_form(recipe, group or 32, dialect)
-    rows = [
-        "| recipe | groups | inputs of products | kept, 95 % interval | more passes a block, % | same text |",
-        "|---|---|---|---|---|---|",
-    ]
+            cases[f"`{recipe}` | {how}"] = bench.in_form(recipe, dialect)
+    rows = ["| recipe | inputs of products | kept, 95 % interval | more passes a block, % | same text |", "|---|---|---|---|---|"]
     for label, facts in bench.compared(cases).items():
         rows.append(f"| {label} | {interval_text(facts['retention'])} % | {_more(facts)} | {facts['same_text']} of {facts['problems']} |")
     return rows

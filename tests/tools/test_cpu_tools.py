@@ -30,11 +30,15 @@ def test_a_layer_of_experts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cap
     assert not list(tmp_path.iterdir()), "gigabytes at real widths are not left behind"
 
 
-def test_what_auto_costs(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_auto_costs(
+    built_bundle: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tool: Any = importlib.import_module("auto_choice")
-    assert tool.main(["--mid", str(built_bundle), "--runs", "1"]) == 0
+    monkeypatch.setattr(tool, "SUITE_PROMPTS", 8)
+    assert tool.main(["--tiny", str(tiny_bundle), "--mid", str(built_bundle), "--runs", "1"]) == 0
     rows = capsys.readouterr().out.splitlines()[1:]
-    assert [row.partition(",")[2].split("row")[0].strip() for row in rows] == [
-        f"{steps} passes, {count}" for steps in (16, 4, 2) for count in (1, 8)
+    assert [row.split(" row")[0] for row in rows] == [
+        *(f"suite, {count}" for count in (1, 8)),
+        *(f"random weights, {steps} passes, {count}" for steps in (16, 4, 2) for count in (1, 8)),
     ]
     assert all(float(row.split()[-1]) > 0 for row in rows)
