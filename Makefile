@@ -16,7 +16,7 @@ FIXTURE := tests/fixtures/hybrid-a
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-trained test-engines test-browser test-long test-wheel kernels test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo mid bench bench-real bench-auto bench-experts bench-weights engines-published engines-inside engines-boundary tiny browser docs clean ci
+.PHONY: help install lint format types test test-trained test-engines test-browser test-long test-wheel kernels test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo mid bench bench-real house-numbers bench-auto bench-experts bench-weights engines-published engines-inside engines-boundary tiny browser docs clean ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -105,6 +105,9 @@ out/bench: $(STAMP)
 
 bench-experts: $(STAMP) ## a layer of experts of published width on this CPU, in float32 and in 4 bits: two minutes, 8 GB of memory
 	$(BIN)/python tools/cpu_experts.py $(ARGS)
+
+house-numbers: $(STAMP) ## figures of the source code, of a commit or several: ARGS="HEAD~20 HEAD"
+	$(BIN)/python tools/house_numbers.py $(ARGS)
 
 bench-auto: $(STAMP) ## what --mode auto costs beside the better mode, on a trained model and on that of `make mid`: ten minutes
 	rm -rf out/auto-tiny
