@@ -107,7 +107,7 @@ bench-experts: $(STAMP) ## a layer of experts of published width on this CPU, in
 	$(BIN)/python tools/cpu_experts.py $(ARGS)
 
 house-numbers: $(STAMP) ## figures of the source code, of a commit or several: ARGS="HEAD~20 HEAD"
-	$(BIN)/python tools/house_numbers.py $(ARGS)
+	$(BIN)/python -m tools.house_numbers $(ARGS)
 
 bench-auto: $(STAMP) ## what --mode auto costs beside the better mode, on a trained model and on that of `make mid`: ten minutes
 	rm -rf out/auto-tiny

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for count in map(int, args.tokens.split(",")):
             x = np.random.default_rng(count).standard_normal((1, count, config.hidden_size), dtype=np.float32)
             spent = {name: median(column) for name, column in zip(forms, zip(*timed(forms, x, args.runs), strict=True), strict=True)}
-            print(f"{count:>7}" + "".join(f"{1000 * seconds:>24.1f}" for seconds in spent.values()), flush=True)
+            print(f"{count:>7}" + "".join(f"{1000 * seconds:>24.2f}" for seconds in spent.values()), flush=True)
     return 0
 
 

@@ -1,7 +1,7 @@
 """Figures of the source code of any commit, each defined here; `make house-numbers`.
 
-    python tools/house_numbers.py                     HEAD
-    python tools/house_numbers.py 941453e HEAD        side by side
+    python -m tools.house_numbers                  HEAD
+    python -m tools.house_numbers 941453e HEAD        side by side
 
 What is measured is what is committed. Product code is the package, with the folders its links lead to; tests are `tests`.
 """
@@ -20,6 +20,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tools.gpu.unpack import unpack
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "src/twotower"
@@ -85,7 +87,7 @@ def figures_of(commit: str) -> dict[str, str]:
 def _extract(commit: str, folder: Path) -> None:
     packed = subprocess.run(["git", "-C", str(ROOT), "archive", commit], capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-        archive.extractall(folder, filter="data")
+        unpack(archive, folder)
 
 
 def _package(folder: Path) -> list[Module]:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
 
-from tests.helpers.source import ROOT
+from tools import house_numbers as tool
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module("house_numbers")
-
-
-@pytest.fixture
-def modules(tool: Any) -> Any:
+def modules() -> Any:
     sources = {
         "twotower": "",
         "twotower.a": '"""One."""\nfrom twotower.rooms.b import twice\n\nx = _once(1)\n\n\ndef _once(y):\n    # why\n    return y\n',
@@ -30,7 +23,7 @@ def modules(tool: Any) -> Any:
     return [tool.Module(name, text) for name, text in sources.items()]
 
 
-def test_importers(tool: Any, modules: Any) -> None:
+def test_importers(modules: Any) -> None:
     imports = tool._imports(modules)
     assert imports["twotower.a"] == {"twotower.rooms.b"}
     assert imports["twotower.cli.verb"] == set(), "what is imported for types alone is not"
@@ -39,12 +32,12 @@ def test_importers(tool: Any, modules: Any) -> None:
     assert {module.name for module in tool._leaves(modules)} == set(importers)
 
 
-def test_cycles(tool: Any) -> None:
+def test_cycles() -> None:
     assert tool._cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == 1
     assert tool._cycles({"a": {"b"}, "b": set(), "c": {"a", "b"}}) == 0
 
 
-def test_helpers_arguments_and_density(tool: Any, modules: Any) -> None:
+def test_helpers_arguments_and_density(modules: Any) -> None:
     assert tool._used_once(modules) == (1, 2)
     assert sorted(tool._arguments(modules)) == [0, 1, 2]
     (a,) = (module for module in modules if module.name == "twotower.a")
@@ -55,5 +48,5 @@ def test_helpers_arguments_and_density(tool: Any, modules: Any) -> None:
 
 
 @pytest.mark.parametrize(("values", "percent", "want"), [([1, 2, 3, 4], 90, 4), ([1] * 95 + [9] * 5, 90, 1), ([7], 50, 7)])
-def test_percentiles(tool: Any, values: list[int], percent: int, want: int) -> None:
+def test_percentiles(values: list[int], percent: int, want: int) -> None:
     assert tool._percentile(values, percent) == want

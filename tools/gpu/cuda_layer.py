@@ -23,6 +23,7 @@ from tools.gpu.questions import Given
 from tools.gpu.recorded_texts import AUTOREGRESSIVE, FIXTURES, recorded_options, recorded_texts
 from tools.gpu.timing import need_torch
 from tools.gpu.torch_engine import TorchTensorRT, torch_job
+from tools.gpu.unpack import unpack
 from twotower import TwoTower
 from twotower.builders.base import DENSE, KERNELS
 from twotower.builders.expert_code import Compile
@@ -201,7 +202,7 @@ def _unpack(given: Given) -> None:
     archive = given.find(ARCHIVE)
     if archive is not None:
         with tarfile.open(archive) as packed:
-            packed.extractall(given.work / "bundles", filter="data")
+            unpack(packed, given.work / "bundles")
 
 
 def _bundle(case: Case, work: Path) -> Bundle:

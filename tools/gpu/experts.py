@@ -17,6 +17,7 @@ from typing import Any
 from tools.gpu.expert_cubins import FORMS, GROUP, compile_layers, published
 from tools.gpu.questions import Given
 from tools.gpu.timing import captured, copy_gb_per_s, median_ms, need_torch
+from tools.gpu.unpack import unpack
 from twotower.doctor import Answers, SkipSectionError
 from twotower.doctor.sections import short
 from twotower.errors import TwoTowerError
@@ -76,7 +77,7 @@ def code_folder(given: Given, sm: int) -> tuple[Path, str]:
     archive, folder = given.find(ARCHIVE), given.work / FOLDER
     if archive is not None:
         with tarfile.open(archive) as packed:
-            packed.extractall(given.work, filter="data")
+            unpack(packed, given.work)
         if all(sm in read_manifest(folder / form).sms for form in FORMS):
             return folder, "elsewhere"
     try:

@@ -26,6 +26,7 @@ from tools.gpu.one_tower import OneTower
 from tools.gpu.passes import ROWS, WARM, capacity_of, passes
 from tools.gpu.questions import Given
 from tools.gpu.rtx_setup import set_up_rtx
+from tools.gpu.unpack import unpack
 from twotower.builders.base import DENSE
 from twotower.bundle import Bundle
 from twotower.cli.main import main as twotower
@@ -140,7 +141,7 @@ def _bundle(given: Given, words: Sequence[str]) -> Bundle:
     archive, folder = given.find(ARCHIVE), given.work / FOLDER
     if archive is not None and not folder.is_dir():
         with tarfile.open(archive) as packed:
-            packed.extractall(given.work, filter="data")
+            unpack(packed, given.work)
     return build_full_size(folder, words)
 
 

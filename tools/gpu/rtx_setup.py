@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tools.gpu.library import join_file
 from tools.gpu.questions import Given
+from tools.gpu.unpack import unpack
 from twotower.doctor import SkipSectionError
 from twotower.errors import ConfigError
 from twotower.hardware import ANY_SM, RTX_SMS, probe_machine
@@ -56,7 +57,7 @@ def library_site(given: Given) -> Path | None:
         except ConfigError as e:
             raise SkipSectionError(f"{e.what}: {e.found}") from e
         with tarfile.open(rest) as packed:
-            packed.extractall(site, filter="data")
+            unpack(packed, site)
     sys.path.insert(0, str(site))
     paths = filter(None, (str(site), os.environ.get("PYTHONPATH")))
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)

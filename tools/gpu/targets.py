@@ -26,6 +26,7 @@ from tools.gpu.recorded_texts import (
     recorded_texts,
 )
 from tools.gpu.rtx_setup import set_up_rtx
+from tools.gpu.unpack import unpack
 from twotower import TwoTower
 from twotower.bench.passes import measure_passes
 from twotower.builders.base import DENSE, KERNELS
@@ -158,7 +159,7 @@ def _unpacked(given: Given) -> Path:
     archive, folder = given.find(ARCHIVE), given.work / "targets"
     if archive is not None and not folder.is_dir():
         with tarfile.open(archive) as packed:
-            packed.extractall(folder, filter="data")
+            unpack(packed, folder)
     folder.mkdir(exist_ok=True)
     return folder
 
