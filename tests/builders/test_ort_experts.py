@@ -173,6 +173,7 @@ def texts(bundle: Bundle, mode: str) -> list[list[int]]:
         return [result.tokens for result in model.generate([[5, 6, 7], [8, 9, 10, 11, 12]], config)]
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("recipe", [None, "int8-weights", "int4-experts", "nvfp4-experts"])
 def test_quantized_experts_too(tmp_path: Path, recipe: str | None) -> None:
     """A branch expands its own expert only; the text is that of the exported graph."""

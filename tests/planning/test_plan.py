@@ -128,6 +128,7 @@ def test_disk_is_what_onnx_runtime_s_files_take(tmp_path: Path, dtype: str) -> N
     assert sum(p.stat().st_size for p in engine.glob("*.onnx")) < 1e6
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize(("recipe", "dtype"), [("mixed", "bfloat16"), ("int8-weights", "float32"), ("nvfp4-experts", "float32")])
 def test_disk_is_what_quantized_weights_take_on_a_cpu(tmp_path: Path, recipe: str, dtype: str, dialect: str) -> None:

@@ -67,6 +67,7 @@ def test_the_text_is_that_of_a_cpu(
         assert [out.tokens for out in it.model.generate(requests(folder))] == on_a_cpu(folder)
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("experts", ["dense", "kernels"])
 def test_the_trained_model_answers(built: Callable[..., Any], opened: Callable[..., Any], experts: str) -> None:
     """Problems with exact answers measure the arithmetic from outside; one may be lost to rounding."""

@@ -99,6 +99,7 @@ def float_tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export_bundle(Checkpoint.open(TINY), tmp_path_factory.mktemp("tiny") / "bundle", ExportConfig())
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("recipe", ["int4-experts", "int8-weights", "nvfp4-experts"])
 def test_experts_in_few_bits_are_read_from_the_bundle(float_tiny: Bundle, opened: Callable[..., Any], tmp_path: Path, recipe: str) -> None:
     """No program holds any of them; the text is that of ONNX Runtime, which computes all experts and rounds no inputs."""
