@@ -15,7 +15,7 @@ from tests.helpers.bundles import copy_of
 from tests.helpers.few_bits import quantized_towers
 from tests.helpers.quantized import TINY, quantized, suite_prompts
 from twotower.builders import BuildConfig, build_engines, builder_for
-from twotower.builders.base import CHOSEN, DIALECTS
+from twotower.builders.base import CHOSEN, STANDARD
 from twotower.bundle import GRAPH_FILES, Bundle
 from twotower.calibration import QuantizeConfig, load_recipe, plan_quantization, quantize_bundle
 from twotower.calibration.quantize import precision_of
@@ -44,8 +44,10 @@ def few(folder: Path, tiny_bundle: Path, tiny_statistics: Path) -> Any:
 
 @pytest.mark.trained
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(
+    ("dialect", "recipe"),
+    [*((STANDARD, recipe) for recipe in RECIPES), (CHOSEN, "mixed"), (CHOSEN, "int8"), (CHOSEN, "fp8")],
+)
 def test_it_computes_what_torch_computes_with_rounded_numbers(few: Any, tmp_path: Path, recipe: str, dialect: str) -> None:
     """The twin: the published mathematics in torch on weights, and inputs, rounded by other code. Text, passes and confidences."""
     bundle = Bundle.open(copy_of(few(recipe), tmp_path / "copy"))
@@ -63,7 +65,7 @@ def test_it_computes_what_torch_computes_with_rounded_numbers(few: Any, tmp_path
     differences: list[float] = []
     with TwoTower.open(bundle.path) as model:
         assert model.tokenizer is not None
-        for prompt in suite_prompts(6):
+        for prompt in suite_prompts(6 if dialect == STANDARD else 3):
             config = GenerationConfig(max_new_tokens=32, ignore_eos=True)
             steps: list[Any] = []
             got = model.generate(prompt, config, on_step=steps.append)
@@ -78,7 +80,7 @@ def test_it_computes_what_torch_computes_with_rounded_numbers(few: Any, tmp_path
     # Sums in another order move a rounded input by a step where it lies between two; a float product has nothing of the kind.
     # Where every input is rounded in blocks, a step in one layer moves more in the next, and a text may part from its twin:
     # there most steps are near, and tests/builders/test_ort_few_bits.py holds single products to 1e-6.
-    assert len(differences) >= 6
+    assert len(differences) >= 3
     if blocks:
         assert np.median(differences) <= 1e-2
     else:
