@@ -28,13 +28,13 @@ from twotower.calibration.plot import draw_ranges
 from twotower.calibration.statistics_file import Statistics
 from twotower.cli.prompts import read_prompts
 from twotower.errors import BuildAbortedError, BuildError
-from twotower.evaluate.bundle_bytes import bytes_by_kind
 from twotower.evaluate.evaluation import interval_text
 from twotower.evaluate.measure import Contestant, measure
-from twotower.evaluate.price import compared
-from twotower.evaluate.price_run import parts_alone
+from twotower.evaluate.quantization.bundle_bytes import bytes_by_kind
+from twotower.evaluate.quantization.price import compared
+from twotower.evaluate.quantization.price_run import parts_alone
+from twotower.evaluate.quantization.variants import Mixer
 from twotower.evaluate.suite import load_suite
-from twotower.evaluate.variants import Mixer
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.runtime import Request, TwoTower
 

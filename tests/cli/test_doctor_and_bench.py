@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from twotower.cli.main import main
-from twotower.evaluate import CheckResult
+from twotower.doctor.canary import CheckResult
 
 
 def test_doctor_checks_the_whole_chain(capsys: pytest.CaptureFixture[str]) -> None:

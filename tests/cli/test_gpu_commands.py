@@ -17,8 +17,8 @@ from twotower.builders import build_engines, builder_for
 from twotower.cli.doctor import COMMAND
 from twotower.cli.main import main
 from twotower.doctor import report
+from twotower.doctor.answer_check import setting_of
 from twotower.doctor.sections import Section
-from twotower.evaluate import setting_of
 from twotower.flavour import flavour_from_module
 from twotower.hardware import Machine
 from twotower.runtime import engines

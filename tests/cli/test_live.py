@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.traces import MASK, small_trace
 from twotower.cli.live import LiveView, Words, visible
-from twotower.evaluate import Trace
+from twotower.trace import Trace
 
 
 class Terminal(io.StringIO):

@@ -12,7 +12,7 @@ from tests.helpers.bundles import built_fixture
 from tests.helpers.errors import check_error
 from tests.helpers.traces import small_trace
 from twotower.cli.main import main
-from twotower.evaluate import read_trace, write_trace
+from twotower.trace import read_trace, write_trace
 
 PROMPT = ["--tokens", "235 71 245"]
 FEW = ["--max-new-tokens", "20", "--threshold", "0.8", "--ignore-eos"]

@@ -14,16 +14,16 @@ from tests.helpers.fake_model import FakeModel, problem
 from tests.helpers.quantized import quantized
 from twotower.bundle import Bundle
 from twotower.config import GenerationConfig
-from twotower.evaluate import Trace, record_trace, trace_page
 from twotower.evaluate.charts import draw_curve
 from twotower.evaluate.evaluation import EvaluationConfig, evaluate
-from twotower.evaluate.price import PriceConfig
-from twotower.evaluate.price_chart import draw_sensitivity
-from twotower.evaluate.price_page import price_page
-from twotower.evaluate.price_run import Pair, price_of
+from twotower.evaluate.quantization.price import PriceConfig
+from twotower.evaluate.quantization.price_chart import draw_sensitivity
+from twotower.evaluate.quantization.price_page import price_page
+from twotower.evaluate.quantization.price_run import Pair, price_of
 from twotower.evaluate.report_page import report_page
 from twotower.evaluate.suite import Suite, load_suite
 from twotower.runtime import TwoTower
+from twotower.trace import Trace, record_trace, trace_page
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 PROMPT = "Q: sort: q c x a m b t e z k p d r h\nA:"

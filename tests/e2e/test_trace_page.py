@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.browser import complaints, open_browser
 from tests.helpers.traces import small_trace
-from twotower.evaluate import Trace, trace_page
+from twotower.trace import Trace, trace_page
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 EVIL = "<img src=x onerror=document.title='owned'>"

@@ -14,16 +14,16 @@ from tests.helpers.quantized import quantized
 from twotower.bundle import Bundle, flags_of_bundle, note_measurement
 from twotower.calibration.quantize import precision_of
 from twotower.errors import BudgetError, BundleError, ConfigError
-from twotower.evaluate.bundle_bytes import bytes_report
-from twotower.evaluate.choose import choose
-from twotower.evaluate.format_ladders import Candidate, ChooseConfig
 from twotower.evaluate.measure import Measured
-from twotower.evaluate.price import PriceConfig, compared, flags_of
-from twotower.evaluate.price_chart import draw_sensitivity
-from twotower.evaluate.price_page import price_lines, price_page
-from twotower.evaluate.price_run import Pair, note_of, parts_alone, price_of, require_pair
+from twotower.evaluate.quantization.bundle_bytes import bytes_report
+from twotower.evaluate.quantization.choose import choose
+from twotower.evaluate.quantization.format_ladders import Candidate, ChooseConfig
+from twotower.evaluate.quantization.price import PriceConfig, compared, flags_of
+from twotower.evaluate.quantization.price_chart import draw_sensitivity
+from twotower.evaluate.quantization.price_page import price_lines, price_page
+from twotower.evaluate.quantization.price_run import Pair, note_of, parts_alone, price_of, require_pair
+from twotower.evaluate.quantization.variants import Mixer
 from twotower.evaluate.suite import load_suite
-from twotower.evaluate.variants import Mixer
 from twotower.export.graphs import Precision
 from twotower.runtime import GenerationConfig, TwoTower
 
@@ -189,7 +189,7 @@ def test_a_budget_nothing_reaches_and_formats_there_are_not(tiny_bundle: Path, t
     with pytest.raises(ConfigError, match="cannot be asked for"):
         ChooseConfig(price=PriceConfig(budget=0))
     assert Candidate("int8", inputs=True).label == "int8, inputs too"
-    monkeypatch.setattr("twotower.evaluate.choose.flags_of", lambda facts, price: ["never"])
+    monkeypatch.setattr("twotower.evaluate.quantization.choose.flags_of", lambda facts, price: ["never"])
     with pytest.raises(BudgetError, match="no layer kind can be quantized") as caught:
         choose(Bundle.open(tiny_bundle), load_suite().only(limit=2), ChooseConfig(price=PriceConfig(max_new_tokens=16)), tmp_path)
     assert "--budget" in caught.value.do

@@ -1,7 +1,7 @@
 """Every target that runs on this GPU writes what the references wrote, alone, in company, replayed and padded.
 
 Tolerances. In float32 (TF32 off) tokens must be equal: the goldens' closest call is 1.5e-4 wide, and another order of summation
-moves a logit by about 1e-6. Half-wide engines are held against the known answer with the limits of twotower.evaluate.diagnosis:
+moves a logit by about 1e-6. Half-wide engines are held against the known answer with the limits of twotower.doctor.diagnosis:
 their tokens may part on a close call, their numbers may differ by what rounding every result costs and a margin.
 """
 
@@ -19,7 +19,9 @@ from tests.helpers.graphs import FIXTURES
 from tests.helpers.towers import golden_config
 from twotower import GenerationConfig
 from twotower.bundle import Bundle
-from twotower.evaluate import KEPT_BY, check_answer, check_bundle, check_execution, known_answer_of, setting_of
+from twotower.doctor.answer_check import KEPT_BY, check_answer, known_answer_of, setting_of
+from twotower.doctor.canary import check_bundle
+from twotower.doctor.execution_check import check_execution
 from twotower.evaluate.agreement import measure_agreement
 from twotower.evaluate.suite import load_suite
 from twotower.hardware import probe_machine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from twotower.evaluate.trace import Trace, TraceBlock, TraceEnd, TraceHeader, TraceStep
+from twotower.trace.record import Trace, TraceBlock, TraceEnd, TraceHeader, TraceStep
 
 MASK = 3
 PASSES: tuple[tuple[int, int, list[int], list[float], list[int]], ...] = (

@@ -33,9 +33,9 @@ from twotower.builders.base import DENSE, KERNELS
 from twotower.bundle import Bundle, load_engine_record
 from twotower.cli.main import main as twotower
 from twotower.doctor import Answers, SkipSectionError
+from twotower.doctor.answer_check import KEPT_BY, check_answer, known_answer_of, setting_of
 from twotower.doctor.sections import short
 from twotower.errors import EngineMismatchError
-from twotower.evaluate import KEPT_BY, check_answer, known_answer_of, setting_of
 from twotower.evaluate.agreement import measure_agreement
 from twotower.evaluate.suite import load_suite
 from twotower.hardware import TARGETS, probe_machine, select_target

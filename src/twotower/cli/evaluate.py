@@ -124,7 +124,7 @@ def _pair(args: argparse.Namespace) -> Any:
     from twotower.extras import require_libraries
 
     require_libraries("calibration", "onnx", "onnx_ir", "safetensors", what="measuring what quantization costs")
-    from twotower.evaluate.price_run import require_pair
+    from twotower.evaluate.quantization.price_run import require_pair
 
     return require_pair(first, second)
 
@@ -132,9 +132,9 @@ def _pair(args: argparse.Namespace) -> Any:
 def _price(args: argparse.Namespace, pair: Any, opened: list[Any], *, suite: Any, files: dict[str, Path]) -> int:
     from twotower.bundle import note_measurement
     from twotower.cli.progress import ProgressLine
-    from twotower.evaluate.price import PriceConfig
-    from twotower.evaluate.price_page import price_lines
-    from twotower.evaluate.price_run import note_of, price_of
+    from twotower.evaluate.quantization.price import PriceConfig
+    from twotower.evaluate.quantization.price_page import price_lines
+    from twotower.evaluate.quantization.price_run import note_of, price_of
 
     config = PriceConfig(
         max_new_tokens=args.max_new_tokens, budget=98.7 if args.budget is None else args.budget, max_inflation=args.max_inflation
@@ -202,8 +202,8 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
 def _write(report: dict[str, Any], files: dict[str, Path]) -> None:
     contents: dict[str, bytes] = {}
     if "html" in files and "compared" in report:
-        from twotower.evaluate.price_chart import draw_sensitivity
-        from twotower.evaluate.price_page import price_page
+        from twotower.evaluate.quantization.price_chart import draw_sensitivity
+        from twotower.evaluate.quantization.price_page import price_page
 
         svg, contents["png"] = draw_sensitivity(report)
         contents["html"] = price_page(report, svg).encode()

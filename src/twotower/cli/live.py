@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from twotower.evaluate import TraceStep
+    from twotower.trace import TraceStep
 
 __all__ = ["LiveView", "Words", "pass_line", "visible"]
 

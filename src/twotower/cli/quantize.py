@@ -133,9 +133,9 @@ def _auto(args: argparse.Namespace, bundle: Bundle, config: Any, statistics: Sta
     from twotower.cli.evaluate import chosen_suite
     from twotower.cli.progress import ProgressLine
     from twotower.errors import BudgetError
-    from twotower.evaluate.choose import choose
-    from twotower.evaluate.format_ladders import ChooseConfig
-    from twotower.evaluate.price import PriceConfig
+    from twotower.evaluate.quantization.choose import choose
+    from twotower.evaluate.quantization.format_ladders import ChooseConfig
+    from twotower.evaluate.quantization.price import PriceConfig
 
     price = PriceConfig(max_new_tokens=args.max_new_tokens, budget=args.budget, max_inflation=args.max_inflation)
     formats = tuple(word.strip() for word in args.formats.split(",") if word.strip())

@@ -17,8 +17,8 @@ from twotower.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from twotower.evaluate import Trace, TraceDiff
     from twotower.runtime import TwoTower
+    from twotower.trace import Trace, TraceDiff
 
 __all__ = ["add_arguments", "run"]
 
@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from twotower.evaluate import read_trace
-    from twotower.evaluate.trace_file import check_output
+    from twotower.trace import read_trace
+    from twotower.trace.file import check_output
 
     if args.diff:
         return _diff(args)
@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _output(args: argparse.Namespace, trace: Trace) -> int:
-    from twotower.evaluate import trace_page
-    from twotower.evaluate.trace_file import write_text, write_trace
+    from twotower.trace import trace_page
+    from twotower.trace.file import write_text, write_trace
 
     if args.output:
         write_trace(Path(args.output), trace)
@@ -105,8 +105,8 @@ def _recorded(
 ) -> Trace:
     """A new trace of a bundle, `BUNDLE@TARGET` in a comparison; without a config the command line's on top of the bundle's."""
     from twotower.cli.progress import ProgressLine, opening
-    from twotower.evaluate import record_trace
     from twotower.runtime import TwoTower
+    from twotower.trace import record_trace
 
     folder, target = _folder_and_target(bundle) if args.diff else (bundle, None)
     line = ProgressLine()
@@ -199,7 +199,7 @@ def _totals(trace: Trace) -> str:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from twotower.evaluate import diff_traces
+    from twotower.trace import diff_traces
 
     if args.output or args.html or args.live or args.prompt is not None:
         raise RequestError(
@@ -219,7 +219,7 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _both(args: argparse.Namespace) -> tuple[Trace, Trace]:
     """Both traces; what a trace file was asked is asked of a bundle beside it, and one bundle's defaults serve for both."""
-    from twotower.evaluate import read_trace
+    from twotower.trace import read_trace
 
     traces: list[Trace | None] = [read_trace(Path(name)) if _is_trace_file(name) else None for name in args.diff]
     known = next((t for t in traces if t is not None), None)

@@ -10,8 +10,8 @@ from typing import Self
 
 import numpy as np
 
+from twotower.doctor.canary import CheckResult
 from twotower.errors import DeviceError
-from twotower.evaluate import CheckResult
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.graphs import capture
 from twotower.runtime.cuda.streams import CudaEvent, CudaStream

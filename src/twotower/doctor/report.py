@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.doctor.archive import Archive
+from twotower.doctor.canary import CheckResult
 from twotower.doctor.cuda_layer import check_cuda, copy_rates
 from twotower.doctor.machine import RUNS, put_machine, targets_here
 from twotower.doctor.scrub import Scrubber
@@ -24,7 +25,6 @@ from twotower.doctor.sections import (
 )
 from twotower.doctor.target_checks import TargetChecks
 from twotower.errors import EngineMismatchError, TwoTowerError
-from twotower.evaluate import CheckResult
 from twotower.hardware import TARGETS, Machine
 from twotower.runtime.engines import open_cuda
 

@@ -10,16 +10,9 @@ from typing import Any
 
 from twotower.bench import measure_passes
 from twotower.bundle import Bundle, Progress
-from twotower.evaluate import (
-    KEPT_BY,
-    CheckResult,
-    check_answer,
-    check_bundle,
-    check_chain,
-    check_execution,
-    known_answer_of,
-    setting_of,
-)
+from twotower.doctor.answer_check import KEPT_BY, check_answer, known_answer_of, setting_of
+from twotower.doctor.canary import CheckResult, check_bundle, check_chain
+from twotower.doctor.execution_check import check_execution
 from twotower.hardware import Machine
 from twotower.runtime import TwoTower
 

@@ -16,11 +16,11 @@ from twotower.calibration.statistics_file import Statistics
 from twotower.calibration.streaming import rounding_error
 from twotower.config.formats import ACTIVATIONS, FORMATS
 from twotower.errors import BudgetError
-from twotower.evaluate.format_ladders import KEPT, Candidate, ChooseConfig, FormatLadders
 from twotower.evaluate.measure import Contestant, Measured, measure
-from twotower.evaluate.price import compared, flags_of
+from twotower.evaluate.quantization.format_ladders import KEPT, Candidate, ChooseConfig, FormatLadders
+from twotower.evaluate.quantization.price import compared, flags_of
+from twotower.evaluate.quantization.variants import Mixer
 from twotower.evaluate.suite import Problem, Suite
-from twotower.evaluate.variants import Mixer
 from twotower.export.graphs import ActivationFormat, Precision, build_graph
 from twotower.runtime import TwoTower
 

@@ -13,10 +13,10 @@ from twotower.bundle import GRAPH_FILES, Bundle
 from twotower.calibration.quantize import precision_of, source_identity
 from twotower.calibration.recipes import parts_of
 from twotower.errors import ConfigError
-from twotower.evaluate.bundle_bytes import bytes_report
-from twotower.evaluate.price import PriceConfig, measure_price
+from twotower.evaluate.quantization.bundle_bytes import bytes_report
+from twotower.evaluate.quantization.price import PriceConfig, measure_price
+from twotower.evaluate.quantization.variants import Mixer
 from twotower.evaluate.suite import Suite
-from twotower.evaluate.variants import Mixer
 from twotower.export.graphs import Precision, build_graph
 from twotower.runtime import TwoTower
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from twotower.doctor.canary import CheckResult, check_bundle, check_chain
 from twotower.errors import EngineOutputError
-from twotower.evaluate import CheckResult, check_bundle, check_chain
 from twotower.runtime import TwoTower
 
 NEIGHBOURS = "a text does not depend on its neighbours"
@@ -46,7 +46,9 @@ def altered(result: Any, token: int) -> Any:
 
 def test_a_sound_bundle_passes(model: TwoTower) -> None:
     results = outcomes(model)
-    assert {NEIGHBOURS, STATE, "confidences are finite", "no mask token in the text"} <= set(results)
+    assert {NEIGHBOURS, STATE, "confidences are finite", "no mask token in the text"} <= set(
+        results
+    )
     assert not [r for r in results.values() if r.ok is False]
 
 
@@ -60,13 +62,17 @@ def test_rows_that_differ_in_company_are_found(model: TwoTower) -> None:
 
 
 def test_a_state_that_differs_is_found(model: TwoTower) -> None:
-    result = outcomes(Tampered(model, lambda call, result: altered(result, 7) if call == 4 else result))[STATE]
+    result = outcomes(
+        Tampered(model, lambda call, result: altered(result, 7) if call == 4 else result)
+    )[STATE]
     assert result.ok is False
 
 
 def test_a_mask_token_in_the_text_is_found(model: TwoTower) -> None:
     mask = model.config.mask_token_id
-    results = outcomes(Tampered(model, lambda call, result: altered(result, mask) if call == 1 else result))
+    results = outcomes(
+        Tampered(model, lambda call, result: altered(result, mask) if call == 1 else result)
+    )
     assert results["no mask token in the text"].ok is False
 
 
@@ -79,7 +85,9 @@ def test_an_engine_that_fails_is_reported_and_not_raised(model: TwoTower) -> Non
     assert "build again" in result.detail
 
 
-def test_a_loop_that_computes_something_else_fails_the_known_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_that_computes_something_else_fails_the_known_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import twotower.evaluate.reference as reference
 
     real = reference.reference_generate

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder
+from twotower.doctor.canary import CheckResult
+from twotower.doctor.diagnosis import Comparison, Observed, compare, symptoms_of
+from twotower.doctor.known_answer import Answer, KnownAnswer, answers_of, compute_answer, read_answer, tokens_in_company, write_answer
+from twotower.doctor.known_issues import Setting, Symptom, explain
 from twotower.errors import EngineMismatchError, EngineOutputError
-from twotower.evaluate.canary import CheckResult
-from twotower.evaluate.diagnosis import Comparison, Observed, compare, symptoms_of
-from twotower.evaluate.known_answer import Answer, KnownAnswer, answers_of, compute_answer, read_answer, tokens_in_company, write_answer
-from twotower.evaluate.known_issues import Setting, Symptom, explain
 from twotower.runtime import TwoTower
 
 __all__ = ["KEPT_BY", "Opener", "check_answer", "known_answer_of", "setting_of"]

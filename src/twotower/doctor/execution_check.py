@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from twotower.config import GenerationConfig
+from twotower.doctor.canary import CheckResult
 from twotower.errors import TwoTowerError
-from twotower.evaluate.canary import CheckResult
 from twotower.runtime import StepRecord, TwoTower
 
 __all__ = ["check_execution"]

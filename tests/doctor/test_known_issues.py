@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from twotower.evaluate.known_issues import KNOWN_ISSUES, Setting, Symptom, explain
+from twotower.doctor.known_issues import KNOWN_ISSUES, Setting, Symptom, explain
 from twotower.hardware import TARGETS
 
 
 def references(symptom: Symptom, **setting: object) -> list[str]:
-    return [issue.reference for issue in explain([symptom], Setting(**{"target": "trt", "dtype": "float16", **setting}))]  # type: ignore[arg-type]
+    return [
+        issue.reference
+        for issue in explain([symptom], Setting(**{"target": "trt", "dtype": "float16", **setting}))
+    ]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -25,11 +28,21 @@ def references(symptom: Symptom, **setting: object) -> list[str]:
         (Symptom.CONSTANT, {}, "pytorch/TensorRT #4481"),
         (Symptom.GRAPHS, {"target": "ort-cuda"}, "pytorch/TensorRT PR #4662"),
         (Symptom.ALONE, {"sm": 110}, "NVIDIA/TensorRT-Edge-LLM #105, #151"),
-        (Symptom.FIRST, {"sm": 90, "operators": frozenset({"CumSum"})}, "NVIDIA/TensorRT #4551, #4513"),
-        (Symptom.GROWN, {"operators": frozenset({"Attention"})}, "NVIDIA/TensorRT-Model-Connect #955, #1035, #1047, #1048"),
+        (
+            Symptom.FIRST,
+            {"sm": 90, "operators": frozenset({"CumSum"})},
+            "NVIDIA/TensorRT #4551, #4513",
+        ),
+        (
+            Symptom.GROWN,
+            {"operators": frozenset({"Attention"})},
+            "NVIDIA/TensorRT-Model-Connect #955, #1035, #1047, #1048",
+        ),
     ],
 )
-def test_the_closest_fit_comes_first(symptom: Symptom, setting: dict[str, object], first: str) -> None:
+def test_the_closest_fit_comes_first(
+    symptom: Symptom, setting: dict[str, object], first: str
+) -> None:
     assert references(symptom, **setting)[0] == first
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from twotower.evaluate.known_answer import Answer
-from twotower.evaluate.known_issues import Symptom
+from twotower.doctor.known_answer import Answer
+from twotower.doctor.known_issues import Symptom
 
 __all__ = ["TOLERANCE", "Comparison", "Observed", "compare", "symptoms_of"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.traces import MASK, small_trace
 from twotower.errors import TraceError
-from twotower.evaluate import Trace, diff_traces
+from twotower.trace import Trace, diff_traces
 
 
 def changed(trace: Trace, number: int, **fields: Any) -> Trace:

@@ -1,4 +1,7 @@
-"""An engine against itself: a sound one passes every way, one that keeps its cache somewhere else or replays old numbers does not."""
+"""An engine against itself: a sound one passes every way.
+
+One that keeps its cache somewhere else, or replays old numbers, does not.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.stand_ins import GPUS, stand_in_bundle
 from tests.helpers.tensorrt_stand_in import TensorRTStandIn
-from twotower.evaluate import check_execution
+from twotower.doctor.execution_check import check_execution
 from twotower.flavour import flavour_from_module
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
@@ -33,7 +36,9 @@ def outcome(bundle: Any, plant: Plant | None = None) -> dict[str, bool | None]:
         if plant:
             plant(api, trt)
         with TwoTower.from_towers(
-            open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), TensorRTOptions(gpus=GPUS, **options))
+            open_tensorrt(
+                bundle, flavour_from_module(trt), Cuda(api), TensorRTOptions(gpus=GPUS, **options)
+            )
         ) as model:
             yield model
 
@@ -53,7 +58,10 @@ def test_a_sound_engine_passes(bundle: Any) -> None:
 
 @pytest.mark.parametrize(("graph", "found_by"), [("hidden", LAUNCHED), ("", "generation as usual")])
 def test_graphs_that_replay_old_numbers_are_found(bundle: Any, graph: str, found_by: str) -> None:
-    """The defect of a library that records nothing: a replay leaves the output as it was, of the context tower (`hidden`) or of all."""
+    """The defect of a library that records nothing: a replay leaves outputs as they were.
+
+    Those of the context tower (`hidden`) or of all.
+    """
 
     def plant(api: CudaStandIn, trt: TensorRTStandIn) -> None:
         recorded = api.cudaStreamEndCapture
@@ -70,7 +78,10 @@ def test_graphs_that_replay_old_numbers_are_found(bundle: Any, graph: str, found
 
 
 def test_a_cache_that_is_kept_elsewhere_is_found(bundle: Any) -> None:
-    """The defect of an update that does not reach the buffer the caller bound: the library's own copy lasts as long as its context."""
+    """The defect of an update that does not reach the buffer the caller bound.
+
+    The library's own copy lasts as long as its context.
+    """
 
     def plant(api: CudaStandIn, trt: TensorRTStandIn) -> None:
         api.cudaMemcpy2DAsync = lambda *_: (0, None)  # what is moved to other memory is not there

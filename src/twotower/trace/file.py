@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.errors import TraceError
-from twotower.evaluate.trace import KIND, SCHEMA, Trace, TraceBlock, TraceEnd, TraceHeader, TraceStep
+from twotower.trace.record import KIND, SCHEMA, Trace, TraceBlock, TraceEnd, TraceHeader, TraceStep
 
 __all__ = ["check_output", "read_trace", "trace_lines", "write_text", "write_trace"]
 

@@ -13,8 +13,8 @@ import pytest
 from tests.helpers.fake_engines import fake_towers
 from twotower.config import GenerationConfig
 from twotower.errors import TraceError
-from twotower.evaluate import Trace, read_trace, record_trace, write_trace
 from twotower.runtime import StepRecord, TwoTower
+from twotower.trace import Trace, read_trace, record_trace, write_trace
 
 CONFIG = GenerationConfig(max_new_tokens=40, confidence_threshold=0.6, ignore_eos=True)
 

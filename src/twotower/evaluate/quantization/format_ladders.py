@@ -9,7 +9,7 @@ from twotower.calibration.quantize import QuantizeConfig
 from twotower.calibration.recipes import KEEP, Part, Recipe, RecipeException
 from twotower.config.formats import ACTIVATIONS, FORMATS
 from twotower.errors import ConfigError
-from twotower.evaluate.price import PriceConfig
+from twotower.evaluate.quantization.price import PriceConfig
 
 __all__ = ["KEPT", "Candidate", "ChooseConfig", "FormatLadders"]
 

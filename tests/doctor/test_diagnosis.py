@@ -1,4 +1,4 @@
-"""Verdicts from answers: what rounding explains, what it does not, and what a wrong engine looks like from outside."""
+"""Verdicts from answers: what rounding explains and what not, and how a wrong engine looks."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from dataclasses import replace
 
 import pytest
 
-from twotower.evaluate.diagnosis import Comparison, Observed, compare, symptoms_of
-from twotower.evaluate.known_answer import Answer, Pass
-from twotower.evaluate.known_issues import Symptom
+from twotower.doctor.diagnosis import Comparison, Observed, compare, symptoms_of
+from twotower.doctor.known_answer import Answer, Pass
+from twotower.doctor.known_issues import Symptom
 
 SOUND = Comparison(first=None, error=0.0)
 KNOWN = Answer(
     prompt=(5, 6),
     tokens=(7, 8, 9, 10),
-    passes=(Pass((3, 3), (7, 8), (0.9, 0.5)), Pass((7, 3), (7, 8), (0.9, 0.8)), Pass((3, 3), (9, 10), (0.9, 0.9))),
+    passes=(
+        Pass((3, 3), (7, 8), (0.9, 0.5)),
+        Pass((7, 3), (7, 8), (0.9, 0.8)),
+        Pass((3, 3), (9, 10), (0.9, 0.9)),
+    ),
     ar_tokens=(7, 8, 9),
     logprobs=(-0.1, -0.2, -0.3),
 )
 
 
-def seen(short: Comparison = SOUND, long: Comparison = SOUND, *, dtype: str = "float32", **more: object) -> Observed:
+def seen(
+    short: Comparison = SOUND, long: Comparison = SOUND, *, dtype: str = "float32", **more: object
+) -> Observed:
     return Observed(dtype=dtype, short=short, long=long, **more)  # type: ignore[arg-type]
 
 
@@ -37,7 +43,10 @@ def far(first: int | None) -> Comparison:
         (seen(far(7)), (Symptom.LATER,)),
         (seen(long=far(30)), (Symptom.GROWN,)),
         (seen(long=far(0)), (Symptom.FIRST,)),
-        (seen(Comparison(first=0, error=math.inf, finite=False)), (Symptom.NOT_FINITE, Symptom.FIRST)),
+        (
+            seen(Comparison(first=0, error=math.inf, finite=False)),
+            (Symptom.NOT_FINITE, Symptom.FIRST),
+        ),
         (seen(Comparison(first=0, error=0.5, zeros=True)), (Symptom.ZEROS, Symptom.FIRST)),
         (seen(Comparison(first=1, error=0.5, constant=True)), (Symptom.CONSTANT, Symptom.LATER)),
         (seen(far(0), plain=SOUND), (Symptom.GRAPHS, Symptom.FIRST)),
@@ -63,7 +72,12 @@ def test_the_same_answer_has_no_distance() -> None:
 def test_numbers_are_compared_while_they_come_from_the_same_blocks() -> None:
     """The third pass began from another block: its confidences say nothing."""
     other = replace(KNOWN.passes[2], block_in=(9, 3), confidence=(0.0, 0.0))
-    got = replace(KNOWN, passes=(*KNOWN.passes[:2], other), logprobs=(-0.1, -0.25, -0.35), ar_tokens=(7, 8, 11))
+    got = replace(
+        KNOWN,
+        passes=(*KNOWN.passes[:2], other),
+        logprobs=(-0.1, -0.25, -0.35),
+        ar_tokens=(7, 8, 11),
+    )
     result = compare(KNOWN, got)
     assert result.first == 2
     assert result.error == pytest.approx(0.05)

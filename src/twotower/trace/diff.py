@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from twotower.errors import TraceError
-from twotower.evaluate.trace import Trace, TraceStep
+from twotower.trace.record import Trace, TraceStep
 
 __all__ = ["Side", "TraceDiff", "diff_traces"]
 

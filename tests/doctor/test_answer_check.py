@@ -13,9 +13,17 @@ import pytest
 from tests.helpers.bundles import built_fixture, copy_of
 from twotower.builders import BuildConfig, build_engines
 from twotower.bundle import Bundle
-from twotower.evaluate import KEPT_BY, CheckResult, check_answer, known_answer_of, setting_of
-from twotower.evaluate.known_answer import ANSWER_FILE, KnownAnswer, compute_answer, known_prompts, read_answer, write_answer
-from twotower.evaluate.known_issues import Setting
+from twotower.doctor.answer_check import KEPT_BY, check_answer, known_answer_of, setting_of
+from twotower.doctor.canary import CheckResult
+from twotower.doctor.known_answer import (
+    ANSWER_FILE,
+    KnownAnswer,
+    compute_answer,
+    known_prompts,
+    read_answer,
+    write_answer,
+)
+from twotower.doctor.known_issues import Setting
 from twotower.evaluate.rounding import RoundingBuilder
 from twotower.runtime import TwoTower
 
@@ -45,7 +53,9 @@ def never() -> Any:
     raise AssertionError("the kept answer is used")
 
 
-def verdict(known: KnownAnswer, model: TwoTower, setting: Setting, **options: Any) -> list[CheckResult]:
+def verdict(
+    known: KnownAnswer, model: TwoTower, setting: Setting, **options: Any
+) -> list[CheckResult]:
     return list(check_answer(known, model, setting, **options))
 
 
@@ -65,7 +75,9 @@ def test_the_long_text_outgrows_a_bucket_of_the_cache(known: KnownAnswer) -> Non
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"schema": 9}', "graphs", "prompt"])
-def test_an_answer_of_something_else_is_not_used(bundle: Bundle, known: KnownAnswer, damage: str) -> None:
+def test_an_answer_of_something_else_is_not_used(
+    bundle: Bundle, known: KnownAnswer, damage: str
+) -> None:
     assert write_answer(bundle, known)
     file = bundle.path / ANSWER_FILE
     data = json.loads(file.read_text())
@@ -77,7 +89,9 @@ def test_an_answer_of_something_else_is_not_used(bundle: Bundle, known: KnownAns
     assert read_answer(bundle) is None
 
 
-def test_a_bundle_without_the_reference_engine_says_how_to_get_one(tmp_path: Path, bundle: Bundle) -> None:
+def test_a_bundle_without_the_reference_engine_says_how_to_get_one(
+    tmp_path: Path, bundle: Bundle
+) -> None:
     (bundle.path / "engines" / "ort-cpu" / "build.json").unlink()
     answer, why = known_answer_of(bundle, lambda: TwoTower.open(bundle.path, target=KEPT_BY))
     assert answer is None
@@ -96,19 +110,29 @@ def test_rounding_is_no_failure(tmp_path: Path, known: KnownAnswer, dtype: str) 
     with TwoTower.open(narrow.path, target=KEPT_BY) as rounded:
         (result,) = verdict(known, rounded, Setting(target="ort-cuda", dtype=dtype))
         assert result.ok is True, result.detail
-        assert verdict(known, rounded, Setting(target="ort-cuda", dtype="float32"))[0].ok is False, "in float32 it would be one"
+        assert (
+            verdict(known, rounded, Setting(target="ort-cuda", dtype="float32"))[0].ok is False
+        ), "in float32 it would be one"
 
 
 def test_a_wrong_engine_fails_and_is_explained(known: KnownAnswer, model: TwoTower) -> None:
-    other = replace(known.short, tokens=known.short.tokens[::-1], logprobs=tuple(x - 1 for x in known.short.logprobs))
-    result, *issues = verdict(replace(known, short=other), model, Setting(target="trt", dtype="float16", sm=120))
+    other = replace(
+        known.short,
+        tokens=known.short.tokens[::-1],
+        logprobs=tuple(x - 1 for x in known.short.logprobs),
+    )
+    result, *issues = verdict(
+        replace(known, short=other), model, Setting(target="trt", dtype="float16", sm=120)
+    )
     assert result.ok is False
     assert "wrong from the first token on" in result.detail or "wrong later" in result.detail
     assert "#4837" in issues[0].detail
     assert all(issue.ok is None for issue in issues)
 
 
-def test_an_engine_without_graphs_is_asked_only_when_something_is_wrong(known: KnownAnswer, model: TwoTower) -> None:
+def test_an_engine_without_graphs_is_asked_only_when_something_is_wrong(
+    known: KnownAnswer, model: TwoTower
+) -> None:
     setting = Setting(target="trt", dtype="float32")
     assert verdict(known, model, setting, open_plain=never)[0].ok is True
     wrong = replace(known, short=replace(known.short, tokens=(7, *known.short.tokens[1:])))

@@ -1,0 +1,1 @@
+"""What quantization costs and brings: bundles beside the float one, mixtures that are never written, formats chosen by measuring."""
