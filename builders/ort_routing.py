@@ -18,14 +18,11 @@ __all__ = ["choose_by_topk"]
 Makers = Mapping[str, onnx.NodeProto]
 
 
-def choose_by_topk(model: onnx.ModelProto) -> int:
+def choose_by_topk(model: onnx.ModelProto) -> None:
     """Rewrites every choice of the first `k` of values [C,N] along their first axis, in place.
 
     Of equal values the one that comes first is chosen, with either. Where a value is not a number, comparisons chose all and
     TopK chooses `k`.
-
-    Returns:
-        How many there were.
     """
     nodes = list(model.graph.node)
     makers = {name: node for node in nodes for name in node.output}
@@ -40,7 +37,6 @@ def choose_by_topk(model: onnx.ModelProto) -> int:
         written = [new_node for node in nodes for new_node in new.get(id(node), [node])]
         del model.graph.node[:]
         model.graph.node.extend(_used(written, {value.name for value in model.graph.output}))
-    return len(new)
 
 
 def _compared_in_pairs(less: onnx.NodeProto, makers: Makers) -> str | None:

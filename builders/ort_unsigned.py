@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from twotower.config.weights import WeightRef, aligned
 
-__all__ = ["unsigned_data"]
+__all__ = ["unsigned_data", "unsigned_pieces"]
 
 _FLIPPED = {"int4": 0x88, "int8": 0x80}
 """The sign bits of a byte: turned over, -8 is 0 and 0 is 8."""
@@ -45,9 +46,14 @@ def unsigned_data(
             place = replace(ref, dtype="uint8", shape=(*ref.shape[:-1], columns), offset=0)
             out[name] = replace(place, offset=aligned(end, place.nbytes))
             file.seek(out[name].offset)
-            for first in range(ref.offset, ref.end, _PIECE):
-                piece = data[first : min(first + _PIECE, ref.end)] ^ np.uint8(_FLIPPED[ref.dtype])
+            for piece in unsigned_pieces(data, ref):
                 piece.tofile(file)
                 tick(piece.nbytes)
             end = out[name].end
     return out
+
+
+def unsigned_pieces(data: npt.NDArray[np.uint8], ref: WeightRef) -> Iterator[npt.NDArray[np.uint8]]:
+    """The bytes of a signed weight, `int4` or `int8`, as unsigned ones, 16 MiB at a time."""
+    for first in range(ref.offset, ref.end, _PIECE):
+        yield data[first : min(first + _PIECE, ref.end)] ^ np.uint8(_FLIPPED[ref.dtype])

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx
 
 from twotower.builders.ort_few_bits import BLOCK, UNSIGNED, stored_products
+from twotower.builders.ort_unsigned import unsigned_pieces
 from twotower.config.formats import stored_bytes
 from twotower.config.weights import WeightRef, aligned
 from twotower.graph_files import read_weight, weight_refs
@@ -166,9 +167,7 @@ def _pieces(data: npt.NDArray[np.uint8], place: Place) -> Iterator[npt.NDArray[A
     elif place.repeated is not None:
         yield from _repeated(data, place.ref, *place.repeated)
     elif place.stored in UNSIGNED.values():
-        middle = np.uint8(0x88 if place.stored == "uint4" else 0x80)  # what was zero, in each half of a byte or in all of it
-        for first in range(place.ref.offset, place.ref.end, _PIECE):
-            yield data[first : min(first + _PIECE, place.ref.end)] ^ middle
+        yield from unsigned_pieces(data, place.ref)
     else:
         yield from _widened(data, place.ref)
 

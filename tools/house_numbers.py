@@ -1,7 +1,7 @@
 """Figures of the source code of any commit, each defined here; `make house-numbers`.
 
-    python -m tools.house_numbers                  HEAD
-    python -m tools.house_numbers 941453e HEAD        side by side
+    python -m tools.house_numbers                 HEAD
+    python -m tools.house_numbers 941453e HEAD    side by side
 
 What is measured is what is committed. Product code is the package, with the folders its links lead to; tests are `tests`.
 """
