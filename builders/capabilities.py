@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from twotower.builders.base import KERNELS, BuildConfig
 from twotower.bundle import Bundle
+from twotower.checkpoint.layout import Role
 from twotower.config.formats import WeightFormat
-from twotower.config.tensors import Role
 from twotower.errors import BuildError
 from twotower.flavour import Flavour
 from twotower.hardware import Machine

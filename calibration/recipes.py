@@ -9,15 +9,20 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from twotower.checkpoint.layout import CheckpointTensor, Role, Tower, expected_tensors
 from twotower.config import ModelConfig
-from twotower.config.formats import ACTIVATIONS, FORMATS, GROUPS, QUANTIZABLE, WeightFormat, stored_format
-from twotower.config.tensors import CheckpointTensor, Role, Tower, expected_tensors
+from twotower.config.formats import ACTIVATIONS, FORMATS, GROUPS, WeightFormat, stored_format
 from twotower.errors import RecipeError
 from twotower.export.graphs import Weight
 
-__all__ = ["KEEP", "Part", "Recipe", "RecipeException", "builtin_recipes", "load_recipe", "parts_of"]
+__all__ = ["KEEP", "QUANTIZABLE", "Part", "Recipe", "RecipeException", "builtin_recipes", "load_recipe", "parts_of"]
 
 KEEP = "keep"
+
+QUANTIZABLE = (Role.EMBEDDING, Role.HEAD, Role.MAMBA, Role.ATTENTION, Role.ROUTED_EXPERT, Role.SHARED_EXPERT, Role.MLP)
+"""Layer kinds a recipe may name. Router, norms and conditioning are small and decide everything after them: they stay as they are, and
+so do convolution, dt, A and D of the Mamba layers."""
+
 KINDS = tuple(role.value for role in QUANTIZABLE)
 _MAMBA_MATRICES = ("in_proj.weight", "out_proj.weight")
 

@@ -1,4 +1,4 @@
-"""Checkpoint to bundle: reading the published layout, recording the graphs, streaming the weights, verifying the result.
+"""Checkpoint to bundle: recording the graphs, streaming the weights, verifying the result.
 
 What reads a checkpoint is imported at once and needs numpy alone; what writes graphs needs the extra `export` and is imported when its
 name is first used.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from twotower.export.checkpoint import Checkpoint, locate_checkpoint
-from twotower.export.summary import ModelSummary, summarize
+from twotower.checkpoint.reader import Checkpoint, locate_checkpoint
+from twotower.checkpoint.summary import ModelSummary, summarize
 
 if TYPE_CHECKING:
     from twotower.export.exporter import ExportConfig, export_bundle

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from twotower.checkpoint.reader import Tensor
 from twotower.errors import ExportError
-from twotower.export.checkpoint import Tensor
 
 __all__ = ["convert_chunks"]
 

@@ -23,10 +23,10 @@ from twotower.bundle import (
     unpublished,
     write_json,
 )
+from twotower.checkpoint.generation_defaults import read_defaults
+from twotower.checkpoint.reader import Checkpoint
 from twotower.config import GenerationConfig
 from twotower.errors import ConfigError, ExportError
-from twotower.export.checkpoint import Checkpoint
-from twotower.export.generation_config import read_defaults
 from twotower.export.graphs import TowerGraph, build_graph
 from twotower.export.manifest import base_manifest, write_manifest
 from twotower.export.tokenizer_files import check_tokenizer, copy_tokenizer

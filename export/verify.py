@@ -21,11 +21,11 @@ import onnx_ir as ir
 import torch
 
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES
+from twotower.checkpoint.layout import Tower, expected_tensors
+from twotower.checkpoint.reader import Checkpoint
 from twotower.config import LayerKind, ModelConfig
-from twotower.config.tensors import Tower, expected_tensors
 from twotower.config.weights import WeightRef
 from twotower.errors import ExportError
-from twotower.export.checkpoint import Checkpoint
 from twotower.export.graphs import build_graph
 from twotower.export.verify_cases import Case, random_case
 from twotower.export.weights import lay_out, point_to_data

@@ -12,9 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from twotower.bundle import DATA_SUFFIX, TABLE_SUFFIX, FileRecord, write_weight_table
+from twotower.checkpoint.reader import Checkpoint
 from twotower.config.formats import stored_bytes
 from twotower.config.weights import WeightRef, aligned
-from twotower.export.checkpoint import Checkpoint
 from twotower.export.conversion import convert_chunks
 from twotower.export.graphs import TowerGraph, Weight
 

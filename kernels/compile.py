@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from twotower.bundle.publish import unpublished
 from twotower.errors import BuildError
 from twotower.extras import require_libraries
+from twotower.files import unpublished
 from twotower.kernels.manifest import MANIFEST, Cubin, Manifest
 from twotower.kernels.shape import MOST_TOKENS, ExpertShape
 from twotower.kernels.signatures import KernelSpec, kernel_specs

@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from twotower.builders.ort import write_engine
 from twotower.builders.ort_weights import expand_data, places_of
+from twotower.checkpoint.synthetic import published_slice
 from twotower.config.formats import stored_format
 from twotower.config.model import ModelConfig, parse_model_config
 from twotower.config.weights import WeightRef
@@ -27,7 +28,6 @@ from twotower.export.graphs.builder import GraphBuilder
 from twotower.export.graphs.layers import LayerWeights
 from twotower.export.graphs.moe import moe
 from twotower.export.graphs.precision import Precision
-from twotower.export.synthetic import published_slice
 from twotower.export.weights import lay_out, point_to_data
 from twotower.graph_files import located_weights
 from twotower.onnx_runtime import ort, session_options

@@ -18,8 +18,8 @@ import numpy as np
 
 from twotower.builders.segment import Segment, fix_axes, layer_bytes, segment
 from twotower.bundle import Bundle
+from twotower.checkpoint.synthetic import published_slice, write_checkpoint
 from twotower.export import Checkpoint, ExportConfig, export_bundle
-from twotower.export.synthetic import published_slice, write_checkpoint
 from twotower.graph_files import load_graph
 from twotower.onnx_runtime import ort, session_options
 from twotower.spec import CONDITIONING, DENOISER, RESIDUAL_IN, RESIDUAL_OUT, TensorSpec

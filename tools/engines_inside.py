@@ -26,10 +26,10 @@ from twotower.builders.segment import fix_axes, layer_bytes
 from twotower.builders.weight_inputs import place_weights
 from twotower.bundle import DATA_SUFFIX, EngineFile
 from twotower.calibration.recipes import builtin_recipes, parts_of
+from twotower.checkpoint.synthetic import published_slice
 from twotower.config.model import ModelConfig, parse_model_config
 from twotower.config.weights import WeightRef
 from twotower.export.graphs import ActivationFormat, Precision, build_graph
-from twotower.export.synthetic import published_slice
 from twotower.export.weights import lay_out, save_program
 from twotower.graph_files import load_graph, weight_refs
 from twotower.spec import CONTEXT, DENOISER, signatures

@@ -20,8 +20,8 @@ from document import write_between
 from watched_command import Ran, run_watched
 
 from twotower.bundle import DATA_SUFFIX, Bundle, EngineRecord, load_engine_record
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.cli.step_table import launch_facts
-from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.hardware import RTX_SMS
 from twotower.planning import PlanOptions, plan_bundle
 

@@ -27,11 +27,11 @@ from twotower.builders.rtx_program import Program, read_programs
 from twotower.builders.segment import fix_axes
 from twotower.builders.tensorrt_builder import TensorRTBuilder
 from twotower.calibration.recipes import Recipe, builtin_recipes, parts_of
+from twotower.checkpoint.synthetic import published_slice
 from twotower.config.formats import FORMATS
 from twotower.config.model import ModelConfig, parse_model_config
 from twotower.errors import BuildError
 from twotower.export.graphs import ActivationFormat, Precision, Weight, build_graph
-from twotower.export.synthetic import published_slice
 from twotower.spec import DENOISER, signatures
 
 EXPERTS, ROWS, CAPACITY, DTYPE = 8, 8, 512, "bfloat16"

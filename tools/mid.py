@@ -11,8 +11,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from twotower.checkpoint.synthetic import published_slice, write_checkpoint
 from twotower.cli.main import main as twotower
-from twotower.export.synthetic import published_slice, write_checkpoint
 
 __all__ = ["MID_CONFIG", "main"]
 

@@ -18,10 +18,10 @@ from twotower.bench.process import run_measured
 from twotower.calibration.recipes import Recipe, parts_of
 from twotower.calibration.rounding import expand_rows
 from twotower.calibration.streaming import stream_quantized
+from twotower.checkpoint.synthetic import published_slice
 from twotower.config.model import ModelConfig, parse_model_config
 from twotower.config.weights import WeightRef
 from twotower.export.graphs import Precision, Weight, build_graph
-from twotower.export.synthetic import published_slice
 from twotower.export.weights import lay_out
 from twotower.graph_files import read_weight
 from twotower.spec import CONTEXT

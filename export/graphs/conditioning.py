@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from twotower.checkpoint.layout import TIMESTEP_FREQUENCIES
 from twotower.config import LayerKind, ModelConfig
-from twotower.config.tensors import TIMESTEP_FREQUENCIES
 from twotower.export.graphs.builder import GraphBuilder
 from twotower.export.graphs.layers import LayerWeights, rms_norm
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from twotower.checkpoint.layout import Tower
 from twotower.config import LayerKind, ModelConfig
-from twotower.config.tensors import Tower
 from twotower.export.graphs.attention import MASKED, context_attention, denoiser_attention
 from twotower.export.graphs.builder import GraphBuilder, Weight
 from twotower.export.graphs.conditioning import conditioning, modulation, normed_input

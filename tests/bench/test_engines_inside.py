@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.source import ROOT
-from twotower.export.synthetic import published_slice
+from twotower.checkpoint.synthetic import published_slice
 
 SMALL = {
     "hidden_size": 128,

@@ -19,11 +19,11 @@ from twotower.builders.segment import fix_axes
 from twotower.builders.weight_inputs import place_weights
 from twotower.bundle import Bundle, ExpertsStep
 from twotower.bundle.steps import step_from_json
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.config import ModelConfig
 from twotower.config.model import parse_model_config
 from twotower.errors import BuildError, ConfigError
 from twotower.export import ExportConfig, export_programs
-from twotower.export.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.graph_files import load_graph, read_weight, weight_refs
 from twotower.spec import CONDITIONING, CONTEXT, DENOISER, EXPERTS_IN, EXPERTS_OUT, RESIDUAL_IN, RESIDUAL_OUT, SHARES
 

@@ -33,6 +33,7 @@ from twotower.bundle import (
     load_engine_record,
 )
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
+from twotower.checkpoint.synthetic import published_slice, write_checkpoint
 from twotower.cli.main import main
 from twotower.config import ModelConfig, read_model_config
 from twotower.config.weights import PAGE, WeightRef
@@ -41,7 +42,6 @@ from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.export.graphs.builder import GraphBuilder
 from twotower.export.graphs.layers import LayerWeights
 from twotower.export.graphs.moe import moe
-from twotower.export.synthetic import published_slice, write_checkpoint
 from twotower.export.weights import lay_out, point_to_data
 from twotower.graph_files import (
     attach_weights,

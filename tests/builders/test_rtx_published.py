@@ -11,10 +11,10 @@ from tests.helpers.tensorrt_stand_in import stand_in_kernels
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.tensorrt_builder import TensorRTBuilder
 from twotower.bundle import EngineRecord
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.cli.step_table import launch_facts
 from twotower.config.model import ModelConfig, parse_model_config
 from twotower.export import ExportConfig, export_programs
-from twotower.export.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.flavour import flavour_from_module
 from twotower.planning import PlanOptions, plan_bundle
 

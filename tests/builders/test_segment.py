@@ -13,9 +13,9 @@ import pytest
 
 from twotower.builders.segment import fix_axes, layer_bytes, segment
 from twotower.bundle import Bundle
+from twotower.checkpoint.synthetic import published_slice
 from twotower.config.model import parse_model_config
 from twotower.export import ExportConfig, export_programs
-from twotower.export.synthetic import published_slice
 from twotower.graph_files import load_graph
 from twotower.spec import CONDITIONING, CONTEXT, DENOISER, RESIDUAL_IN, RESIDUAL_OUT, TensorSpec
 

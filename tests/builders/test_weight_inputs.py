@@ -18,11 +18,11 @@ from twotower.builders.weight_inputs import place_weights
 from twotower.bundle import GRAPH_FILES, Bundle, EngineRecord, load_engine_record
 from twotower.calibration import load_recipe
 from twotower.calibration.recipes import parts_of
+from twotower.checkpoint.synthetic import published_slice, write_checkpoint
 from twotower.config import read_model_config
 from twotower.config.formats import FORMATS
 from twotower.export import Checkpoint, export_bundle
 from twotower.export.graphs import Precision, build_graph
-from twotower.export.synthetic import published_slice, write_checkpoint
 from twotower.export.weights import lay_out, save_program
 from twotower.graph_files import load_graph, read_weight, weight_refs
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TensorSpec

@@ -11,9 +11,9 @@ import pytest
 from tests.helpers.errors import check_error
 from tests.helpers.source import ROOT
 from twotower.calibration.recipes import builtin_recipes
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, SyntheticOptions, write_checkpoint
 from twotower.cli.main import main
 from twotower.config.model import parse_model_config
-from twotower.export.synthetic import PUBLISHED_CONFIG, SyntheticOptions, write_checkpoint
 from twotower.hardware import Gpu, Machine
 from twotower.planning import GPUS, PlanOptions, describe_fits, describe_plan, fit, plan_bundle
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.bundles import copy_of, export_fixture, flip_byte
+from twotower import files
 from twotower.bundle import (
     DATA_SUFFIX,
     GRAPH_FILES,
@@ -23,7 +24,6 @@ from twotower.bundle import (
     hash_file,
     hash_files,
     inside,
-    integrity,
 )
 from twotower.errors import BundleError, ConfigError
 
@@ -102,7 +102,7 @@ def test_files_are_hashed_at_the_same_time(tmp_path: Path, monkeypatch: pytest.M
     paths = [tmp_path / str(i) for i in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
-    monkeypatch.setattr(integrity, "hash_file", meet)
+    monkeypatch.setattr(files, "hash_file", meet)
     ticks: list[int] = []
     found = hash_files(paths, ticks.append)
     assert found == [hashlib.sha256(content).hexdigest() for content in contents]

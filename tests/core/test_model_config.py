@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.graphs import FIXTURES
+from twotower.checkpoint.layout import Role, Tower, expected_tensors
 from twotower.config import LayerKind, ModelConfig, read_model_config
 from twotower.config.model import parse_model_config
-from twotower.config.tensors import Role, Tower, expected_tensors
 from twotower.errors import ConfigError
 
 PUBLISHED = json.loads((FIXTURES / "hybrid-a" / "config.json").read_text())

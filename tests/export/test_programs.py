@@ -12,12 +12,12 @@ from tests.helpers.graphs import FIXTURES
 from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_job
 from twotower.builders import BuildConfig, build_engines, builder_for, make_engine
 from twotower.bundle import GRAPH_FILES, Bundle, EngineRecord
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.cli.main import main as cli
 from twotower.config import read_model_config
 from twotower.config.model import parse_model_config
 from twotower.errors import BuildError, BundleError, ExportError
 from twotower.export import ExportConfig, export_programs
-from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.runtime import TwoTower
 
 CONFIG = FIXTURES / "hybrid-b" / "config.json"

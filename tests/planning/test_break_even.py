@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from tests.helpers.source import ROOT
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.model import parse_model_config
-from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.planning import GPUS, PlanOptions, gpus_named
 from twotower.planning.break_even import ROWS, break_even_table, break_evens
 from twotower.planning.passes import pass_costs

@@ -12,10 +12,10 @@ from tests.helpers.source import ROOT
 from twotower.builders.expert_cut import ExpertCut
 from twotower.bundle import EngineFile
 from twotower.calibration.recipes import Recipe, builtin_recipes, parts_of
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.config.model import ModelConfig, parse_model_config, read_model_config
 from twotower.errors import ConfigError
 from twotower.export.graphs import Precision, build_graph
-from twotower.export.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.export.weights import lay_out, save_program
 from twotower.graph_files import load_graph
 from twotower.kernels import scratch_bytes

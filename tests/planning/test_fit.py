@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twotower.calibration.recipes import builtin_recipes
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.formats import stack_is_expanded
 from twotower.config.model import parse_model_config
 from twotower.errors import ConfigError
-from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.hardware import Gpu
 from twotower.planning import GPUS, GpuModel, PlanOptions, fit, gpu_at_hand, gpus_named
 from twotower.planning.devices import device_needs

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.model import parse_model_config
 from twotower.errors import ConfigError
-from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.hardware import Gpu
 from twotower.planning import GPUS, PlanOptions, fit, gpu_at_hand, gpus_named
 from twotower.planning.loading import ASSUMED_DISK_RATE, LoadTime, load_time

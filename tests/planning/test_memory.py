@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.config.model import LayerKind, ModelConfig, parse_model_config
 from twotower.errors import ConfigError
-from twotower.export.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.planning import PlanOptions
 from twotower.planning.devices import device_needs
 from twotower.planning.expert_path import expert_path, segments_of

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.model import parse_model_config
-from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.planning import GpuModel, PlanOptions
 from twotower.planning.devices import device_needs
 from twotower.planning.expert_path import distinct_experts

@@ -15,18 +15,16 @@ from twotower.builders.base import DIALECTS, STANDARD
 from twotower.builders.build_cost import build_memory
 from twotower.builders.cut import even_layers
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.model import parse_model_config, read_model_config
 from twotower.config.weights import PAGE
 from twotower.errors import BuildError, ConfigError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
-from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.planning import PlanOptions, plan_bundle
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
 TINY = read_model_config(ROOT / "assets/twotower-tiny/config.json")
-
-
 DENSE = PlanOptions(target="rtx", expert_path="dense")
 
 

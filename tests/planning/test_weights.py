@@ -11,10 +11,10 @@ from safetensors import safe_open
 from twotower.builders.segment import layer_bytes
 from twotower.builders.weight_inputs import place_weights
 from twotower.calibration.recipes import Recipe, builtin_recipes, parts_of
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.formats import FORMATS, stored_format
 from twotower.config.model import ModelConfig, parse_model_config, read_model_config
 from twotower.export.graphs import Precision, build_graph
-from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.export.weights import lay_out, save_program
 from twotower.graph_files import load_graph
 from twotower.planning.weights import EXPERT_FORMATS, checkpoint_bytes, graph_weights

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.small_slice import SMALL_SLICE
 from tests.helpers.source import ROOT
-from twotower.export.synthetic import published_slice
+from twotower.checkpoint.synthetic import published_slice
 
 
 @pytest.fixture(autouse=True)

@@ -84,8 +84,8 @@ def write_forms(work: Path) -> dict[str, Path]:
         work: A folder to make; what is there is removed.
     """
     # Exporting needs more than running: a machine with an old pack may lack it.
+    from twotower.checkpoint.synthetic import published_slice, write_checkpoint
     from twotower.export import Checkpoint, ExportConfig, export_bundle
-    from twotower.export.synthetic import published_slice, write_checkpoint
 
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

@@ -29,10 +29,10 @@ from tools.gpu.rtx_setup import set_up_rtx
 from tools.gpu.unpack import unpack
 from twotower.builders.base import DENSE
 from twotower.bundle import Bundle
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.cli.main import main as twotower
 from twotower.doctor import Answers
 from twotower.doctor.sections import short
-from twotower.export.synthetic import PUBLISHED_CONFIG
 from twotower.flavour import flavour_from_module
 from twotower.hardware import ANY_SM
 from twotower.runtime.streams import Event

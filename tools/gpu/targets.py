@@ -231,7 +231,7 @@ def _kept_texts(model: TwoTower, asked: Asked) -> Iterator[tuple[Any, ...]]:
 
 def _real(answers: Answers, asked: Asked) -> None:
     """One layer of each kind at published widths with random weights: time of a pass."""
-    from twotower.export.synthetic import SyntheticOptions, published_slice, write_checkpoint
+    from twotower.checkpoint.synthetic import SyntheticOptions, published_slice, write_checkpoint
 
     checkpoint = asked.work / "real"
     if not (checkpoint / "config.json").is_file():

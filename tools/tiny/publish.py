@@ -16,7 +16,7 @@ from recipe import RECIPE
 from safetensors.torch import save_file
 from vocabulary import make_tokenizer
 
-from twotower.config.tensors import Tower, expected_tensors
+from twotower.checkpoint.layout import Tower, expected_tensors
 from twotower.model import published_name
 
 SHARDS = 2

@@ -12,9 +12,9 @@ from typing import Any
 
 from twotower.bench.process import run_measured
 from twotower.bundle import REPORT_FILE
-from twotower.export.checkpoint import Checkpoint
+from twotower.checkpoint.reader import Checkpoint
+from twotower.checkpoint.synthetic import SyntheticOptions, published_slice, write_checkpoint
 from twotower.export.exporter import export_bundle
-from twotower.export.synthetic import SyntheticOptions, published_slice, write_checkpoint
 from twotower.export.verify import verify_bundle
 
 __all__ = ["SMALL_CONFIG", "ExportCost", "measure_export"]

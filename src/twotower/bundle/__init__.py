@@ -12,17 +12,7 @@ from twotower.bundle.engines import (
     record_problems,
     weight_bytes,
 )
-from twotower.bundle.integrity import (
-    FileRecord,
-    Progress,
-    check_files,
-    file_records,
-    hash_file,
-    hash_files,
-    inside,
-    remember_files,
-    unverified_files,
-)
+from twotower.bundle.integrity import check_files, remember_files, unverified_files
 from twotower.bundle.manifest import (
     DATA_SUFFIX,
     FEATURES,
@@ -36,9 +26,9 @@ from twotower.bundle.manifest import (
     write_json,
 )
 from twotower.bundle.measurement import flags_of_bundle, note_measurement
-from twotower.bundle.publish import link_file, require_room, unpublished
 from twotower.bundle.steps import EngineFile, ExpertsStep, Profile, Step
 from twotower.bundle.weight_table import TABLE_SUFFIX, read_weight_table, write_weight_table
+from twotower.files import FileRecord, Progress, file_records, hash_file, hash_files, inside, link_file, require_room, unpublished
 
 __all__ = [
     "BUILD_FILE",

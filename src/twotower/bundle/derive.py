@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from twotower.bundle.manifest import MANIFEST_FILE, Bundle, write_json
-from twotower.bundle.publish import link_file, unpublished
 from twotower.config import GenerationConfig
 from twotower.errors import BundleError
+from twotower.files import link_file, unpublished
 
 __all__ = ["derive_bundle"]
 

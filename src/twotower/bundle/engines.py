@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twotower.bundle.integrity import FileRecord, Progress, check_files, inside
+from twotower.bundle.integrity import check_files
 from twotower.bundle.manifest import Bundle
 from twotower.bundle.steps import EngineFile, ExpertsStep, Step, step_from_json
 from twotower.errors import EngineMismatchError
+from twotower.files import FileRecord, Progress, inside
 
 __all__ = [
     "BUILD_FILE",

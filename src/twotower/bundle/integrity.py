@@ -2,106 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping
+from pathlib import Path
 
-__all__ = [
-    "FileRecord",
-    "Progress",
-    "check_files",
-    "file_records",
-    "hash_file",
-    "hash_files",
-    "inside",
-    "remember_files",
-    "unverified_files",
-]
+from twotower.files import FileRecord, Progress, hash_files, inside
+
+__all__ = ["check_files", "remember_files", "unverified_files"]
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
-
-_CHUNK = 8 << 20
-_AT_ONCE = 4  # files: SHA-256 of one is a chain, which more threads do not make faster
 _SETTLED_SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """Size in bytes and SHA-256 of one file."""
-
-    size: int
-    sha256: str
-
-
-def hash_file(path: Path, tick: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file, read in bounded pieces; `tick` gets the bytes of each."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            if tick:
-                tick(count)
-    return digest.hexdigest()
-
-
-def file_records(folder: Path) -> dict[str, FileRecord]:
-    """Every file of a folder, hashed, by name."""
-    return {path.name: FileRecord(path.stat().st_size, hash_file(path)) for path in sorted(folder.iterdir())}
-
-
-def hash_files(paths: Sequence[Path], tick: Callable[[int], None] | None = None) -> list[str]:
-    """SHA-256 of every file, up to four of them at the same time.
-
-    Args:
-        paths: The files.
-        tick: Called with the bytes of each piece, in one thread at a time.
-
-    Raises:
-        OSError: a file cannot be read; the hashing of the others ends first.
-    """
-    lock, ended = threading.Lock(), threading.Event()
-
-    def told(count: int) -> None:
-        if ended.is_set():  # an error or Ctrl-C: nobody waits for gigabytes that nobody wants
-            raise _EndedError
-        if tick:
-            with lock:
-                tick(count)
-
-    with ThreadPoolExecutor(_AT_ONCE, "hash-files") as pool:
-        hashing = [pool.submit(hash_file, path, told) for path in paths]
-        try:
-            done, _ = wait(hashing, return_when=FIRST_EXCEPTION)
-            for one in done:
-                one.result()
-        finally:
-            ended.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-    return [one.result() for one in hashing]
-
-
-class _EndedError(Exception):
-    """Hashing goes on for nobody."""
-
-
-def inside(root: Path, relative: str) -> Path | None:
-    """The path of a file below `root`, or None for one that leads out of it (also by way of a link)."""
-    pure = PurePosixPath(relative)
-    if not relative or pure.is_absolute() or ".." in pure.parts or "\\" in relative or ":" in relative:
-        return None
-    path = root / pure
-    return path if path.resolve().is_relative_to(root.resolve()) else None
 
 
 def check_files(root: Path, records: Mapping[str, FileRecord], progress: Progress | None = None) -> list[str]:

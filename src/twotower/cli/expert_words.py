@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from twotower.checkpoint.layout import Role
 from twotower.config.formats import FUSED_STACKS, stack_is_expanded
-from twotower.config.tensors import Role
 
 __all__ = ["expert_words"]
 

@@ -63,7 +63,7 @@ def _checkpoint(name: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _bundle(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:
-    from twotower.export.summary import summarize
+    from twotower.checkpoint.summary import summarize
 
     bundle = Bundle.open(path, contents=verify)
     summary = summarize(bundle.config, bundle.dtype)

@@ -7,20 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from twotower.config.tensors import Role
-
-__all__ = [
-    "ACTIVATIONS",
-    "BITS",
-    "FORMATS",
-    "FUSED_STACKS",
-    "GROUPS",
-    "QUANTIZABLE",
-    "WeightFormat",
-    "stack_is_expanded",
-    "stored_bytes",
-    "stored_format",
-]
+__all__ = ["ACTIVATIONS", "BITS", "FORMATS", "FUSED_STACKS", "GROUPS", "WeightFormat", "stack_is_expanded", "stored_bytes", "stored_format"]
 
 BITS: Mapping[str, int] = MappingProxyType(
     {
@@ -32,9 +19,6 @@ BITS: Mapping[str, int] = MappingProxyType(
 )
 """Bits of one element of every type a weight can be stored as; types of 4 bits lie two to a byte, the first in the low half."""
 
-QUANTIZABLE = (Role.EMBEDDING, Role.HEAD, Role.MAMBA, Role.ATTENTION, Role.ROUTED_EXPERT, Role.SHARED_EXPERT, Role.MLP)
-"""Layer kinds a recipe may name. Router, norms and conditioning are small and decide everything after them: they stay as they are, and
-so do convolution, dt, A and D of the Mamba layers."""
 
 ACTIVATIONS: Mapping[str, float] = MappingProxyType({"int8": 127.0, "float8e4m3fn": 448.0})
 """Types the input of a product can be rounded to, and the largest value each is used for."""

@@ -65,7 +65,7 @@ def check_chain(progress: Callable[[str], None] | None = None, target: str = "or
     try:
         import torch  # noqa: F401, PLC0415 - the check is for environments that can export
 
-        from twotower.export.synthetic import write_checkpoint  # noqa: PLC0415
+        from twotower.checkpoint.synthetic import write_checkpoint  # noqa: PLC0415
     except ImportError as e:
         yield _not_checked(e)
         return

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from twotower.checkpoint.layout import TIMESTEP_FREQUENCIES
 from twotower.config import LayerKind, ModelConfig
-from twotower.config.tensors import TIMESTEP_FREQUENCIES
 from twotower.model.attention import Attention
 from twotower.model.context_tower import Layer
 from twotower.model.layers import RMSNorm

@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from twotower.checkpoint.layout import Tower
 from twotower.config import ModelConfig
-from twotower.config.tensors import Tower
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.state import TORCH_DTYPES

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from twotower.checkpoint.layout import Role
 from twotower.config.model import LayerKind, ModelConfig
-from twotower.config.tensors import Role
 from twotower.planning.expert_path import (
     distinct_experts,
     expert_path,

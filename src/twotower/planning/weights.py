@@ -10,9 +10,9 @@ from functools import lru_cache
 from types import MappingProxyType
 
 from twotower.builders.build_cost import LayerBytes
+from twotower.checkpoint.layout import CheckpointTensor, Role, Tower, expected_tensors
 from twotower.config.formats import FORMATS, stored_bytes, stored_format
 from twotower.config.model import ModelConfig
-from twotower.config.tensors import CheckpointTensor, Role, Tower, expected_tensors
 from twotower.config.weights import aligned
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 

@@ -13,9 +13,9 @@ from tools.gpu.cuda_layer import Case, tokens_of_case, torch_bundle
 from tools.gpu.torch_engine import TorchTensorRT
 from tools.gpu.torch_operators import OPERATORS
 from twotower.bundle import GRAPH_FILES
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.model import parse_model_config
 from twotower.export.graphs.towers import build_graph
-from twotower.export.synthetic import PUBLISHED_CONFIG
 
 
 def test_torch_computes_every_operator_of_the_graphs() -> None:

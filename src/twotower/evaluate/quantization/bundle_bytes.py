@@ -7,7 +7,7 @@ from typing import Any
 
 from twotower.bundle import GRAPH_FILES, MANIFEST_FILE, Bundle
 from twotower.calibration.quantize import precision_of
-from twotower.config.tensors import expected_tensors
+from twotower.checkpoint.layout import expected_tensors
 from twotower.export.graphs import Precision, build_graph
 
 __all__ = ["bytes_by_kind", "bytes_report"]

@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from twotower.bundle import hash_file, inside
+from twotower.checkpoint.generation_defaults import read_eos_token_ids
+from twotower.checkpoint.layout import expected_tensors
+from twotower.checkpoint.shard import HeaderError, StoredTensor, Tensor, read_header, refuse_repeats
 from twotower.config import ModelConfig, read_model_config
-from twotower.config.tensors import expected_tensors
 from twotower.errors import CheckpointError
-from twotower.export.generation_config import read_eos_token_ids
-from twotower.export.safetensors_header import HeaderError, StoredTensor, read_header, refuse_repeats
-from twotower.export.stored import Tensor
+from twotower.files import hash_file, inside
 
 __all__ = ["Checkpoint", "Tensor", "locate_checkpoint"]
 

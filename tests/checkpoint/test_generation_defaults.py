@@ -12,11 +12,11 @@ import pytest
 from tests.helpers.bundles import tiny_checkpoint
 from tests.helpers.errors import check_error
 from tests.helpers.source import ROOT
+from twotower.checkpoint.generation_defaults import read_defaults, read_eos_token_ids
 from twotower.cli.main import main
 from twotower.config import read_model_config
 from twotower.errors import ConfigError
 from twotower.export import Checkpoint
-from twotower.export.generation_config import read_defaults, read_eos_token_ids
 
 TINY = replace(read_model_config(ROOT / "assets" / "twotower-tiny" / "config.json"), eos_token_ids=(2, 5))
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from twotower.checkpoint.layout import Role, Tower, expected_tensors
+from twotower.checkpoint.shard import Tensor
 from twotower.config import LayerKind, ModelConfig
-from twotower.config.tensors import Role, Tower, expected_tensors
-from twotower.export.stored import Tensor
 from twotower.spec import TensorSpec, state_tensors
 
 __all__ = ["ModelSummary", "summarize"]

@@ -19,12 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.graphs import FIXTURES
+from twotower.checkpoint.shard import HeaderError, Tensor, read_header
+from twotower.checkpoint.synthetic import SyntheticOptions, write_checkpoint
 from twotower.config import ModelConfig, read_model_config
 from twotower.errors import CheckpointError, ConfigError
 from twotower.export import Checkpoint, locate_checkpoint
-from twotower.export.safetensors_header import HeaderError, read_header
-from twotower.export.stored import Tensor
-from twotower.export.synthetic import SyntheticOptions, write_checkpoint
 
 SOURCE = FIXTURES / "hybrid-a"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from twotower.checkpoint.layout import CheckpointTensor, Role, expected_tensors
+from twotower.checkpoint.reader import INDEX_FILE
 from twotower.config.model import parse_model_config
-from twotower.config.tensors import CheckpointTensor, Role, expected_tensors
 from twotower.errors import CheckpointError
-from twotower.export.checkpoint import INDEX_FILE
 
 __all__ = ["PUBLISHED_CONFIG", "SyntheticOptions", "published_slice", "write_checkpoint"]
 

@@ -14,12 +14,12 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.helpers.graphs import FIXTURES
+from twotower.checkpoint import synthetic as synthetic_module
+from twotower.checkpoint.layout import Role, expected_tensors
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, SyntheticOptions, published_slice, write_checkpoint
 from twotower.config import read_model_config
-from twotower.config.tensors import Role, expected_tensors
 from twotower.errors import CheckpointError, ConfigError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
-from twotower.export import synthetic as synthetic_module
-from twotower.export.synthetic import PUBLISHED_CONFIG, SyntheticOptions, published_slice, write_checkpoint
 
 SMALL = json.loads((FIXTURES / "hybrid-a" / "config.json").read_text())
 

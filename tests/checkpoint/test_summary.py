@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.graphs import FIXTURES
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, SyntheticOptions, write_checkpoint
 from twotower.config import ModelConfig, read_model_config
 from twotower.export import Checkpoint, ModelSummary, summarize
-from twotower.export.synthetic import PUBLISHED_CONFIG, SyntheticOptions, write_checkpoint
 
 BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 # Written from the published names, apart from the package's own table of roles; the first that matches counts.

@@ -1,0 +1,169 @@
+"""Files and folders: hashed, kept inside a root, and written so that they appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from twotower.errors import TwoTowerError
+
+__all__ = ["FileRecord", "Progress", "file_records", "hash_file", "hash_files", "inside", "link_file", "require_room", "unpublished"]
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+_CHUNK = 8 << 20
+_AT_ONCE = 4  # files: SHA-256 of one is a chain, which more threads do not make faster
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of one file."""
+
+    size: int
+    sha256: str
+
+
+def hash_file(path: Path, tick: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file, read in bounded pieces; `tick` gets the bytes of each."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            if tick:
+                tick(count)
+    return digest.hexdigest()
+
+
+def file_records(folder: Path) -> dict[str, FileRecord]:
+    """Every file of a folder, hashed, by name."""
+    return {path.name: FileRecord(path.stat().st_size, hash_file(path)) for path in sorted(folder.iterdir())}
+
+
+def hash_files(paths: Sequence[Path], tick: Callable[[int], None] | None = None) -> list[str]:
+    """SHA-256 of every file, up to four of them at the same time.
+
+    Args:
+        paths: The files.
+        tick: Called with the bytes of each piece, in one thread at a time.
+
+    Raises:
+        OSError: a file cannot be read; the hashing of the others ends first.
+    """
+    lock, ended = threading.Lock(), threading.Event()
+
+    def told(count: int) -> None:
+        if ended.is_set():  # an error or Ctrl-C: nobody waits for gigabytes that nobody wants
+            raise _EndedError
+        if tick:
+            with lock:
+                tick(count)
+
+    with ThreadPoolExecutor(_AT_ONCE, "hash-files") as pool:
+        hashing = [pool.submit(hash_file, path, told) for path in paths]
+        try:
+            done, _ = wait(hashing, return_when=FIRST_EXCEPTION)
+            for one in done:
+                one.result()
+        finally:
+            ended.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+    return [one.result() for one in hashing]
+
+
+class _EndedError(Exception):
+    """Hashing goes on for nobody."""
+
+
+def inside(root: Path, relative: str) -> Path | None:
+    """The path of a file below `root`, or None for one that leads out of it (also by way of a link)."""
+    pure = PurePosixPath(relative)
+    if not relative or pure.is_absolute() or ".." in pure.parts or "\\" in relative or ":" in relative:
+        return None
+    path = root / pure
+    return path if path.resolve().is_relative_to(root.resolve()) else None
+
+
+logger = logging.getLogger(__name__)
+
+_SLACK_BYTES = 64 << 20  # graphs, manifest, tokenizer and the file system's own needs
+
+
+@contextmanager
+def unpublished(output: Path) -> Iterator[Path]:
+    """A hidden folder beside `output` that becomes it if the block succeeds and disappears if it does not.
+
+    What killed processes left behind under that name is removed; what a living one is writing is left alone.
+    """
+    parent = output.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    stem = f".{output.name}.partial."
+    for left in parent.glob(f"{stem}*"):
+        owner = left.name.removeprefix(stem)
+        if owner.isdigit() and not _alive(int(owner)):
+            logger.info("removing %s, left by a killed process", left)
+            shutil.rmtree(left, ignore_errors=True)
+    folder = parent / f"{stem}{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+        folder.rename(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_room(output: Path, nbytes: int, *, error: type[TwoTowerError], smaller: str) -> None:
+    """Refuses a folder that exists, and a disk without room for so many bytes and some more.
+
+    Args:
+        output: The folder to make.
+        nbytes: Of what will be large in it.
+        error: What to raise.
+        smaller: What else to do than to free space.
+
+    Raises:
+        TwoTowerError: of the class `error`.
+    """
+    if output.exists() or output.is_symlink():
+        raise error(
+            f"the output folder '{output}' exists already",
+            found="a bundle is never overwritten",
+            do="name a new folder with -o, or remove that one",
+        )
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    needed, free = nbytes + _SLACK_BYTES, shutil.disk_usage(parent).free
+    if needed > free:
+        raise error(
+            f"not enough disk space for '{output}'",
+            found=f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on {parent}",
+            do=f"free space, {smaller}",
+        )
+
+
+def link_file(source: Path, target: Path) -> None:
+    """A second name for a file of a bundle, which is never changed in place; a copy where the file system has no links."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
