@@ -1,4 +1,4 @@
-"""Long files and functions, listed; only the very long ones fail, and each of those may give its reason."""
+"""Long files and functions, listed; only the very long ones fail."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ from tests.helpers.source import ROOT, package_files, tree
 COMFORTABLE_FILE, LONGEST_FILE = 250, 500
 COMFORTABLE_FUNCTION, LONGEST_FUNCTION = 50, 100
 MOST_ARGUMENTS = 5
-
-REASONS: dict[str, str] = {
-    # "path/to/file.py" or "path/to/file.py:function": why it reads better long
-}
 
 
 def sizes() -> Iterator[tuple[str, int, int, int]]:
@@ -31,16 +27,10 @@ def sizes() -> Iterator[tuple[str, int, int, int]]:
 
 def test_nothing_is_too_long(capsys: pytest.CaptureFixture[str]) -> None:
     outliers = [(name, lines, most) for name, lines, comfortable, most in sizes() if lines > comfortable]
-    lines_of_report = [f"  {lines:4d} lines  {name}  {REASONS.get(name, '')}".rstrip() for name, lines, _ in sorted(outliers)]
+    lines_of_report = [f"  {lines:4d} lines  {name}" for name, lines, _ in sorted(outliers)]
     with capsys.disabled():
         print("", "longer than is comfortable:", *lines_of_report, sep="\n")
-    too_long = [f"{name}: {lines} lines, {most} are the point to split" for name, lines, most in outliers if lines > most]
-    assert [line for line in too_long if line.split(":")[0] not in REASONS] == []
-
-
-def test_reasons_are_of_things_that_are_still_long() -> None:
-    long = {name for name, lines, comfortable, _ in sizes() if lines > comfortable}
-    assert set(REASONS) <= long
+    assert [f"{name}: {lines} lines, {most} are the point to split" for name, lines, most in outliers if lines > most] == []
 
 
 def test_no_function_takes_a_long_row_of_arguments() -> None:

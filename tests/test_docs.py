@@ -18,22 +18,6 @@ from twotower.cli.main import VERBS, build_parser
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 IDS = [d.relative_to(ROOT).as_posix() for d in DOCUMENTS]
 
-RUN_IN = {
-    "export": "tests/conftest.py",
-    "build": "tests/conftest.py",
-    "calibrate": "tests/cli/test_quantize.py",
-    "quantize": "tests/cli/test_quantize.py",
-    "generate": "tests/test_optional_dependencies.py",
-    "evaluate": "tests/e2e/test_tiny.py",
-    "tune": "tests/e2e/test_tiny.py",
-    "trace": "tests/cli/test_trace.py",
-    "plan": "tests/cli/test_plan.py",
-    "inspect": "tests/cli/test_engine_table.py",
-    "doctor": "tests/cli/test_doctor_and_bench.py",
-    "bench": "tests/cli/test_doctor_and_bench.py",
-}
-"""Where a test executes each verb."""
-
 SHELL_ENDS = {"|", ">", ">>", "2>", "&&", ";", "&"}
 
 
@@ -102,16 +86,6 @@ def test_commands_parse(document: str, arguments: list[str]) -> None:
 def test_the_readme_shows_commands() -> None:
     """Or the test above would hold for want of any."""
     assert {words[0] for name, words in twotower_commands() if name == "README.md"} >= {"export", "build", "generate"}
-
-
-def test_every_verb_is_executed_somewhere() -> None:
-    assert set(RUN_IN) == set(VERBS)
-
-
-@pytest.mark.parametrize("verb", RUN_IN)
-def test_executed_commands_are_executed_where_the_table_says(verb: str) -> None:
-    assert verb in VERBS
-    assert f'"{verb}"' in (ROOT / RUN_IN[verb]).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
