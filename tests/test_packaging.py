@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.source import ROOT, package_files
 from twotower import __version__
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.wheel, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,10 @@ class Environments:
         """Runs `python -m` there, likewise."""
         return self._run(extras, "python", "-m", *words)
 
+    def run_code(self, extras: str, code: str) -> subprocess.CompletedProcess[str]:
+        """Runs `python -c` there, likewise."""
+        return self._run(extras, "python", "-c", code)
+
     def _run(self, extras: str, command: str, *words: str) -> subprocess.CompletedProcess[str]:
         folder = self.made(extras)
         clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}

@@ -18,6 +18,7 @@ import pytest
 from tests.helpers.environments import PARENTS, Environments, required
 from tests.helpers.once import made_once, shared_folder
 from tests.helpers.source import ROOT
+from twotower import __version__
 from twotower.cli.main import VERBS
 
 pytestmark = [pytest.mark.wheel, pytest.mark.slow]
@@ -229,11 +230,18 @@ def test_the_model_of_lm_evaluation_harness_is_there_or_names_its_extra(environm
 
 
 @among("cpu")
-def test_the_text_is_the_same_wherever_it_is_generated(environments: Environments, things: dict[str, str]) -> None:
-    words = [word.format(**things) for word in WORK["generate"].words]
-    there = json.loads(environments.run("cpu", *words, "--json").stdout)
-    assert there["tokens"] == json.loads(here([*words, "--json"]))["tokens"]
+@pytest.mark.parametrize("mode", ("diffusion", "ar"))
+def test_the_text_is_the_same_wherever_it_is_generated(environments: Environments, things: dict[str, str], mode: str) -> None:
+    words = [*(word.format(**things) for word in WORK["generate"].words), "--mode", mode, "--json"]
+    there, ours = json.loads(environments.run("cpu", *words).stdout), json.loads(here(words))
+    assert (there["tokens"], there["usage"]) == (ours["tokens"], ours["usage"])
     assert len(there["tokens"]) > 16
+
+
+@among("none")
+def test_the_public_names_need_no_extra(environments: Environments) -> None:
+    done = environments.run_code("none", "from twotower import GenerationConfig, TwoTower, __version__; print(__version__)")
+    assert done.stdout.strip() == __version__, done.stderr
 
 
 @among("export,cpu")
