@@ -15,8 +15,8 @@ from twotower.bundle import Bundle, ExpertsStep
 from twotower.config import LayerKind
 from twotower.errors import BuildError, ConfigError
 from twotower.extras import require_libraries
-from twotower.graph_files import load_graph
 from twotower.spec import CONTEXT, DENOISER, MAX_CHUNK
+from twotower.weights.external import load_graph
 
 __all__ = ["ASKED", "DENSE_COST", "ExpertChoice", "choose_experts", "require_compiler"]
 

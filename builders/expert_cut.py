@@ -22,7 +22,6 @@ from twotower.bundle import ExpertsStep
 from twotower.config import LayerKind, ModelConfig
 from twotower.config.formats import FORMATS
 from twotower.errors import BuildError
-from twotower.graph_files import weight_refs
 from twotower.kernels import ExpertShape
 from twotower.kernels.steps import shape_of
 from twotower.spec import (
@@ -35,6 +34,7 @@ from twotower.spec import (
     TensorSpec,
     TowerSignature,
 )
+from twotower.weights.external import weight_refs
 
 __all__ = ["ExpertCut", "common_form"]
 

@@ -26,7 +26,6 @@ from twotower.builders.weight_inputs import place_weights
 from twotower.bundle import GRAPH_FILES, Bundle
 from twotower.config.model import ModelConfig
 from twotower.errors import BuildError, TwoTowerError
-from twotower.graph_files import load_graph
 from twotower.spec import (
     BLOCK,
     CHUNK_LENGTH,
@@ -39,6 +38,7 @@ from twotower.spec import (
     TOKENS,
     TensorSpec,
 )
+from twotower.weights.external import load_graph
 
 __all__ = ["FeedOptions", "feed_graph", "main"]
 

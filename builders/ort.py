@@ -29,12 +29,12 @@ from twotower.builders.ort_products import compute_rows_alike, experts_are_packe
 from twotower.builders.ort_routing import choose_by_topk
 from twotower.builders.ort_weights import expand_data, expand_float4, hide_dequantization, places_of, show_dequantization
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, engine_folder, file_records
-from twotower.config.weights import WeightRef
 from twotower.errors import BuildError
-from twotower.graph_files import attach_weights, detach_weights, load_graph, located_weights, widen_to_float32
 from twotower.onnx_runtime import ort, session_options
 from twotower.processors import usable_memory
 from twotower.product_probe import PROBE_FILE, rows_are_alike
+from twotower.weights.external import attach_weights, detach_weights, load_graph, located_weights, widen_to_float32
+from twotower.weights.refs import WeightRef
 
 __all__ = ["OrtCpuBuilder", "engine_places", "make_cuda_builder", "write_engine"]
 

@@ -36,11 +36,11 @@ from twotower.bundle import (
     file_records,
 )
 from twotower.config import LayerKind
-from twotower.config.weights import WeightRef
 from twotower.errors import BuildError
-from twotower.graph_files import attach_weights, load_graph, weight_refs
 from twotower.kernels.compile import compile_kernels
 from twotower.spec import CONTEXT_HEAD, MAX_CHUNK
+from twotower.weights.external import attach_weights, load_graph, weight_refs
+from twotower.weights.refs import WeightRef
 
 __all__ = ["OrtCudaBuilder"]
 

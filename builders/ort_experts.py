@@ -32,7 +32,7 @@ import onnx
 from onnx import TensorProto
 
 from twotower.builders.node_writer import NodeWriter
-from twotower.config.weights import WeightRef
+from twotower.weights.refs import WeightRef
 
 __all__ = ["choose_experts", "slice_name", "slices_of", "stacked_places"]
 

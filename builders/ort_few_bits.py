@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from twotower.builders.ort_products import with_branches
 from twotower.config.formats import BITS
-from twotower.config.weights import WeightRef
+from twotower.weights.refs import WeightRef
 
 __all__ = [
     "BLOCK",

@@ -37,9 +37,9 @@ from twotower.builders.node_writer import NodeWriter
 from twotower.builders.segment import needed_nodes
 from twotower.bundle import ExpertsStep
 from twotower.config.formats import FORMATS
-from twotower.config.weights import WeightRef
-from twotower.graph_files import weight_refs
 from twotower.spec import EXPERTS_IN, SHARES
+from twotower.weights.external import weight_refs
+from twotower.weights.refs import WeightRef
 
 __all__ = ["fuse_experts"]
 

@@ -6,7 +6,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from twotower.builders.ort_few_bits import BLOCK, stored_product
-from twotower.config.weights import WeightRef
+from twotower.weights.refs import WeightRef
 
 __all__ = ["probe_graph"]
 

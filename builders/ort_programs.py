@@ -26,10 +26,10 @@ from twotower.bundle import (
     ExpertsStep,
     Step,
 )
-from twotower.graph_files import attach_weights, load_graph, weight_refs
 from twotower.hardware import probe_machine
 from twotower.kernels.tilings import BUILDABLE_SMS
 from twotower.spec import CONTEXT_HEAD, MAX_CHUNK
+from twotower.weights.external import attach_weights, load_graph, weight_refs
 
 __all__ = ["WrittenPrograms", "kernel_limits", "require_programs", "write_programs"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from twotower.config.weights import WeightRef, aligned
+from twotower.weights.refs import WeightRef, aligned
 
 __all__ = ["unsigned_data", "unsigned_pieces"]
 

@@ -19,8 +19,9 @@ import onnx
 from twotower.builders.ort_few_bits import BLOCK, UNSIGNED, stored_products
 from twotower.builders.ort_unsigned import unsigned_pieces
 from twotower.config.formats import stored_bytes
-from twotower.config.weights import WeightRef, aligned
-from twotower.graph_files import read_weight, weight_refs
+from twotower.weights.conversion import read_weight
+from twotower.weights.external import weight_refs
+from twotower.weights.refs import WeightRef, aligned
 
 __all__ = ["Place", "expand_data", "expand_float4", "hide_dequantization", "places_of", "show_dequantization"]
 

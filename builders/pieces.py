@@ -14,8 +14,8 @@ from twotower.builders.expert_cut import ExpertCut
 from twotower.builders.segment import Segment, fix_axes, layer_bytes, segment
 from twotower.builders.weight_inputs import place_weights
 from twotower.bundle import GRAPH_FILES, Bundle, ExpertsStep
-from twotower.graph_files import load_graph
 from twotower.spec import CONTEXT_HEAD
+from twotower.weights.external import load_graph
 
 __all__ = ["Piece", "least_build_memory", "pieces_of"]
 

@@ -11,8 +11,8 @@ import onnx
 
 from twotower.builders.build_cost import LayerBytes
 from twotower.config.formats import BITS, stored_bytes
-from twotower.graph_files import TYPE_NAMES
 from twotower.spec import CONDITIONING, CONTEXT, DENOISER, RESIDUAL_IN, RESIDUAL_OUT, TensorSpec, TowerSignature
+from twotower.weights.external import TYPE_NAMES
 
 __all__ = [
     "Segment",

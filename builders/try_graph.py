@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 
 from twotower.builders.job import RefusedError, run_job
 from twotower.errors import TwoTowerError
-from twotower.graph_files import load_graph
+from twotower.weights.external import load_graph
 
 __all__ = ["job_of_graph", "main"]
 

@@ -11,8 +11,8 @@ import onnx
 
 from twotower.builders.base import INSIDE
 from twotower.config.formats import BITS, stored_bytes
-from twotower.graph_files import detach_weights, weight_refs
 from twotower.spec import TensorSpec
+from twotower.weights.external import detach_weights, weight_refs
 
 __all__ = ["WeightPlaces", "place_weights", "why_inside"]
 

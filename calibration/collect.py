@@ -26,12 +26,13 @@ from twotower.calibration.statistics import CONTEXT_BUCKETS, DENOISER_BUCKETS, T
 from twotower.calibration.statistics_file import Statistics, identity_of, read_statistics, write_statistics
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.errors import CalibrationError
+from twotower.export.graph_files import point_to_data
 from twotower.export.graphs import Tap, build_graph
-from twotower.export.weights import lay_out, point_to_data
 from twotower.runtime import Request, TwoTower
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.tokenizer import Tokenizer
 from twotower.spec import BLOCK, CHUNK_LENGTH, CONFIDENCE, CONTEXT, CONTEXT_HEAD, DENOISER, MASKED_LEFT, MAX_CHUNK, PREDICTED, signatures
+from twotower.weights.declared import lay_out
 
 __all__ = ["CollectConfig", "collect", "watched_chunk"]
 

@@ -13,13 +13,13 @@ import onnx
 from twotower.builders.ort import engine_places, write_engine
 from twotower.builders.ort_products import experts_are_packed
 from twotower.bundle import GRAPH_FILES
-from twotower.config.weights import WeightRef
 from twotower.onnx_runtime import ort
 from twotower.processors import usable_memory
 from twotower.runtime.engines.base import Binding
 from twotower.runtime.engines.ort import OrtEngine, engine_threads
 from twotower.runtime.streams import Event, HostStream, Stream
 from twotower.spec import TowerSignature
+from twotower.weights.refs import WeightRef
 
 __all__ = ["Watch", "WatchedEngine", "composed_engine", "engine_places", "plain_engine", "write_engine"]
 

@@ -32,9 +32,10 @@ from twotower.calibration.statistics_file import Statistics, identity_of
 from twotower.calibration.streaming import stream_quantized
 from twotower.config.formats import ACTIVATIONS
 from twotower.errors import BundleError, CalibrationError, ConfigError
+from twotower.export.graph_files import save_program
 from twotower.export.graphs import ActivationFormat, Precision, TowerGraph, build_graph
-from twotower.export.weights import lay_out, save_program
 from twotower.graph_lint import require_clean
+from twotower.weights.declared import lay_out
 
 __all__ = ["Plan", "QuantizeConfig", "plan_quantization", "precision_of", "quantize_bundle", "require_float", "source_identity"]
 

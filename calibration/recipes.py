@@ -13,7 +13,7 @@ from twotower.checkpoint.layout import CheckpointTensor, Role, Tower, expected_t
 from twotower.config import ModelConfig
 from twotower.config.formats import ACTIVATIONS, FORMATS, GROUPS, WeightFormat, stored_format
 from twotower.errors import RecipeError
-from twotower.export.graphs import Weight
+from twotower.weights.declared import Weight
 
 __all__ = ["KEEP", "QUANTIZABLE", "Part", "Recipe", "RecipeException", "builtin_recipes", "load_recipe", "parts_of"]
 

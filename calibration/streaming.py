@@ -16,12 +16,11 @@ import numpy.typing as npt
 from twotower.bundle import GRAPH_FILES, Bundle, FileRecord
 from twotower.calibration.rounding import Array, expand_rows, global_scale, pack, quantize_rows
 from twotower.config.formats import WeightFormat
-from twotower.config.weights import WeightRef
 from twotower.errors import BundleError
-from twotower.export.graphs import Weight
-from twotower.export.weights import lay_out
-from twotower.graph_files import read_weight
 from twotower.processors import usable_cores
+from twotower.weights.conversion import read_weight
+from twotower.weights.declared import Weight, lay_out
+from twotower.weights.refs import WeightRef
 
 __all__ = ["Source", "rounding_error", "stream_quantized"]
 

@@ -27,11 +27,13 @@ from twotower.checkpoint.generation_defaults import read_defaults
 from twotower.checkpoint.reader import Checkpoint
 from twotower.config import GenerationConfig
 from twotower.errors import ConfigError, ExportError
+from twotower.export.graph_files import save_program
 from twotower.export.graphs import TowerGraph, build_graph
 from twotower.export.manifest import base_manifest, write_manifest
 from twotower.export.tokenizer_files import check_tokenizer, copy_tokenizer
-from twotower.export.weights import lay_out, save_program, stream_weights
 from twotower.graph_lint import require_clean
+from twotower.weights.declared import lay_out
+from twotower.weights.writer import stream_weights
 
 __all__ = ["ExportConfig", "Verifier", "export_bundle", "graph_notes"]
 

@@ -8,9 +8,10 @@ from twotower.bundle import GRAPH_FILES, REPORT_FILE, Bundle, require_room, unpu
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.errors import ExportError
 from twotower.export.exporter import ExportConfig, graph_notes
+from twotower.export.graph_files import save_program
 from twotower.export.graphs import build_graph
 from twotower.export.manifest import base_manifest, write_manifest
-from twotower.export.weights import lay_out, save_program
+from twotower.weights.declared import lay_out
 
 __all__ = ["export_programs"]
 

@@ -24,17 +24,19 @@ from twotower.bundle import DATA_SUFFIX, GRAPH_FILES
 from twotower.checkpoint.layout import Tower, expected_tensors
 from twotower.checkpoint.reader import Checkpoint
 from twotower.config import LayerKind, ModelConfig
-from twotower.config.weights import WeightRef
 from twotower.errors import ExportError
+from twotower.export.graph_files import point_to_data
 from twotower.export.graphs import build_graph
 from twotower.export.verify_cases import Case, random_case
-from twotower.export.weights import lay_out, point_to_data
-from twotower.graph_files import attach_weights, load_graph, weight_refs, widen_data, widen_to_float32
 from twotower.model import ContextTower, DenoiserTower, load_context_tower, load_denoiser_tower
 from twotower.model.context_tower import last_valid
 from twotower.model.denoiser_tower import commit_step
 from twotower.onnx_runtime import ort, session_options
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, state_tensors
+from twotower.weights.declared import lay_out
+from twotower.weights.external import attach_weights, load_graph, weight_refs, widen_to_float32
+from twotower.weights.refs import WeightRef
+from twotower.weights.writer import widen_data
 
 __all__ = ["TOLERANCE", "layers_that_fit", "verify_bundle"]
 

@@ -26,10 +26,10 @@ from host_device import HostDevice
 from watched_command import wait_for_memory
 
 from twotower.bundle import FileRecord, hash_file
-from twotower.config.weights import WeightRef, aligned
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.weights import LoadRequest, WeightStore
 from twotower.runtime.weights.page_cache import PageCache
+from twotower.weights.refs import WeightRef, aligned
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRATCH = ROOT / "out" / "bench-weights"

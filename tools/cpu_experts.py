@@ -23,16 +23,17 @@ from twotower.builders.ort_weights import expand_data, places_of
 from twotower.checkpoint.synthetic import published_slice
 from twotower.config.formats import stored_format
 from twotower.config.model import ModelConfig, parse_model_config
-from twotower.config.weights import WeightRef
+from twotower.export.graph_files import point_to_data
 from twotower.export.graphs.builder import GraphBuilder
 from twotower.export.graphs.layers import LayerWeights
 from twotower.export.graphs.moe import moe
 from twotower.export.graphs.precision import Precision
-from twotower.export.weights import lay_out, point_to_data
-from twotower.graph_files import located_weights
 from twotower.onnx_runtime import ort, session_options
 from twotower.processors import usable_cores
 from twotower.spec import TensorSpec, TowerSignature
+from twotower.weights.declared import lay_out
+from twotower.weights.external import located_weights
+from twotower.weights.refs import WeightRef
 
 PREFIX = "layer.mixer."
 MATRICES = tuple(f"{PREFIX}{kind}.{name}_proj.weight" for kind in ("experts", "shared_experts") for name in ("up", "down"))

@@ -20,9 +20,9 @@ from twotower.builders.segment import Segment, fix_axes, layer_bytes, segment
 from twotower.bundle import Bundle
 from twotower.checkpoint.synthetic import published_slice, write_checkpoint
 from twotower.export import Checkpoint, ExportConfig, export_bundle
-from twotower.graph_files import load_graph
 from twotower.onnx_runtime import ort, session_options
 from twotower.spec import CONDITIONING, DENOISER, RESIDUAL_IN, RESIDUAL_OUT, TensorSpec
+from twotower.weights.external import load_graph
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"B": 1, "S": 16, "T": 1280}

@@ -28,11 +28,12 @@ from twotower.bundle import DATA_SUFFIX, EngineFile
 from twotower.calibration.recipes import builtin_recipes, parts_of
 from twotower.checkpoint.synthetic import published_slice
 from twotower.config.model import ModelConfig, parse_model_config
-from twotower.config.weights import WeightRef
+from twotower.export.graph_files import save_program
 from twotower.export.graphs import ActivationFormat, Precision, build_graph
-from twotower.export.weights import lay_out, save_program
-from twotower.graph_files import load_graph, weight_refs
 from twotower.spec import CONTEXT, DENOISER, signatures
+from twotower.weights.declared import lay_out
+from twotower.weights.external import load_graph, weight_refs
+from twotower.weights.refs import WeightRef
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "engines.md"

@@ -31,8 +31,9 @@ from twotower.checkpoint.synthetic import published_slice
 from twotower.config.formats import FORMATS
 from twotower.config.model import ModelConfig, parse_model_config
 from twotower.errors import BuildError
-from twotower.export.graphs import ActivationFormat, Precision, Weight, build_graph
+from twotower.export.graphs import ActivationFormat, Precision, build_graph
 from twotower.spec import DENOISER, signatures
+from twotower.weights.declared import Weight
 
 EXPERTS, ROWS, CAPACITY, DTYPE = 8, 8, 512, "bfloat16"
 SIZES = {"T": CAPACITY, "S": 16}

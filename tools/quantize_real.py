@@ -20,11 +20,11 @@ from twotower.calibration.rounding import expand_rows
 from twotower.calibration.streaming import stream_quantized
 from twotower.checkpoint.synthetic import published_slice
 from twotower.config.model import ModelConfig, parse_model_config
-from twotower.config.weights import WeightRef
-from twotower.export.graphs import Precision, Weight, build_graph
-from twotower.export.weights import lay_out
-from twotower.graph_files import read_weight
+from twotower.export.graphs import Precision, build_graph
 from twotower.spec import CONTEXT
+from twotower.weights.conversion import read_weight
+from twotower.weights.declared import Weight, lay_out
+from twotower.weights.refs import WeightRef
 
 CASES = (("int8", 32, "plain"), ("int8", 32, "mse"), ("int4", 32, "plain"), ("int4", 32, "mse"), ("int4", 64, "mse"),
          ("nvfp4", 16, "plain"), ("nvfp4", 16, "mse"), ("fp8", 0, "plain"))  # fmt: skip

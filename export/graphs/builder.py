@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -13,11 +12,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
-from twotower.config.formats import WeightFormat, stored_bytes
+from twotower.config.formats import WeightFormat
 from twotower.export.graphs.precision import Precision, Tap
 from twotower.spec import TensorSpec, TowerSignature
+from twotower.weights.declared import Weight
 
-__all__ = ["OPSET", "GraphBuilder", "Weight", "ir_dtype"]
+__all__ = ["OPSET", "GraphBuilder", "ir_dtype"]
 
 OPSET = 24  # the newest opset every reader of these graphs (ONNX Runtime, TensorRT 11, TensorRT-RTX 1.7) accepts
 IR_VERSION = 12
@@ -38,42 +38,6 @@ _DTYPES = {
 def ir_dtype(name: str) -> ir.DataType:
     """The onnx-ir element type of a dtype's plain name."""
     return _DTYPES[name]
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """One initializer of a graph and the checkpoint tensors it is made of.
-
-    The data are the sources' elements one after another (stacking experts along a new first axis is exactly that),
-    converted to `dtype`, so a weight can be streamed without ever being whole in memory.
-
-    Attributes:
-        name: The initializer's name; for a single source the checkpoint's own name.
-        shape: Its shape.
-        dtype: `float32`, `float16` or `bfloat16`; of a quantized weight's parts any type of `twotower.config.formats`.
-        sources: Checkpoint tensors in order.
-        negated_exp: Store -exp(x) of a (small) source: the Mamba decay rate A of A_log.
-        transposed: Store a (small) source with its last axis first: taps of a convolution.
-        rows: Only these rows of the (single) source: the first and the one after the last; None for all.
-        origin: Name of the whole weight this is a part of, as a float graph declares it; empty for a weight that is none.
-        part: Of a quantized weight `values`, `scale` or `global_scale`; empty for plain numbers.
-        format: How the weight is quantized that this is a part of.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    sources: tuple[str, ...]
-    negated_exp: bool = False
-    transposed: bool = False
-    rows: tuple[int, int] | None = None
-    origin: str = ""
-    part: str = ""
-    format: WeightFormat | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return stored_bytes(self.dtype, math.prod(self.shape))
 
 
 class GraphBuilder:

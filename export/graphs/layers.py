@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from twotower.export.graphs.builder import GraphBuilder, Weight
+from twotower.export.graphs.builder import GraphBuilder
+from twotower.weights.declared import Weight
 
 __all__ = ["LayerWeights", "mlp", "rms_norm", "squared_relu"]
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from twotower.checkpoint.layout import Tower
 from twotower.config import LayerKind, ModelConfig
 from twotower.export.graphs.attention import MASKED, context_attention, denoiser_attention
-from twotower.export.graphs.builder import GraphBuilder, Weight
+from twotower.export.graphs.builder import GraphBuilder
 from twotower.export.graphs.conditioning import conditioning, modulation, normed_input
 from twotower.export.graphs.layers import LayerWeights, mlp, rms_norm
 from twotower.export.graphs.mamba import ChunkInfo, mamba
@@ -40,6 +40,7 @@ from twotower.spec import (
     present_value,
     signatures,
 )
+from twotower.weights.declared import Weight
 
 __all__ = ["TowerGraph", "build_graph"]
 

@@ -16,10 +16,10 @@ from twotower.bundle import (
     remember_files,
     unverified_files,
 )
-from twotower.config.weights import WeightRef
 from twotower.errors import EngineMismatchError
 from twotower.runtime.weights import LoadRequest, WeightStore
 from twotower.spec import TensorSpec
+from twotower.weights.refs import WeightRef
 
 __all__ = ["check_weights", "load_weights", "reads_of", "requests_of"]
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from math import prod
 
 from twotower.bundle import Bundle, EngineRecord, Progress, engine_folder, read_engine_record
-from twotower.config.weights import WeightRef
 from twotower.errors import EngineMismatchError
 from twotower.flavour import Flavour
 from twotower.hardware import Gpu, untried
@@ -33,6 +32,7 @@ from twotower.runtime.schedule import CHUNK_WIDTHS, row_counts
 from twotower.runtime.streams import Streams
 from twotower.runtime.weights import WeightStore
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, MAX_CHUNK, signatures, state_tensors
+from twotower.weights.refs import WeightRef
 
 __all__ = ["TensorRTOptions", "open_tensorrt"]
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from twotower.bundle import FileRecord
-from twotower.config.weights import PAGE, WeightRef
 from twotower.errors import BundleError
 from twotower.runtime.weights.layout import Chunk
 from twotower.runtime.weights.page_cache import PageCache
+from twotower.weights.refs import PAGE, WeightRef
 
 __all__ = ["DataFile"]
 

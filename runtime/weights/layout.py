@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from twotower.config.weights import PAGE, WeightRef
+from twotower.weights.refs import PAGE, WeightRef
 
 __all__ = [
     "ALIGNMENT",

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from twotower.bundle import FileRecord
-from twotower.config.weights import WeightRef
 from twotower.runtime.weights.transfer import Ring
+from twotower.weights.refs import WeightRef
 
 __all__ = ["LoadOptions", "LoadRequest", "Loaded"]
 

@@ -11,7 +11,6 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from twotower.bundle import FileRecord, Progress
-from twotower.config.weights import WeightRef
 from twotower.errors import EngineMismatchError
 from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
@@ -19,6 +18,7 @@ from twotower.runtime.weights.data_file import DataFile
 from twotower.runtime.weights.layout import ALIGNMENT, Layout, copies, cut_chunks, lay_out
 from twotower.runtime.weights.requests import Loaded, LoadOptions, LoadRequest
 from twotower.runtime.weights.transfer import DeviceCopy, Step, open_transfer
+from twotower.weights.refs import WeightRef
 
 __all__ = ["WeightStore"]
 

@@ -11,12 +11,12 @@ from functools import partial
 
 import numpy as np
 
-from twotower.config.weights import PAGE
 from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.streams import CudaEvent
 from twotower.runtime.weights.data_file import DataFile
 from twotower.runtime.weights.layout import Chunk
+from twotower.weights.refs import PAGE
 
 __all__ = ["DeviceCopy", "Ring", "Step", "Transfer", "open_transfer"]
 

@@ -24,8 +24,9 @@ from twotower.config import ModelConfig
 from twotower.config.model import parse_model_config
 from twotower.errors import BuildError, ConfigError
 from twotower.export import ExportConfig, export_programs
-from twotower.graph_files import load_graph, read_weight, weight_refs
 from twotower.spec import CONDITIONING, CONTEXT, DENOISER, EXPERTS_IN, EXPERTS_OUT, RESIDUAL_IN, RESIDUAL_OUT, SHARES
+from twotower.weights.conversion import read_weight
+from twotower.weights.external import load_graph, weight_refs
 
 FIXED = {"T": SIZES["T"], "S": SIZES["S"]}
 HANDED = {CONDITIONING, RESIDUAL_OUT, EXPERTS_IN, SHARES}

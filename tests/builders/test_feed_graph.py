@@ -21,7 +21,7 @@ from tests.helpers.bundles import export_fixture
 from tests.helpers.source import ROOT
 from twotower.builders.feed_graph import FeedOptions, feed_graph, main
 from twotower.bundle import GRAPH_FILES, Bundle
-from twotower.graph_files import load_graph
+from twotower.weights.external import load_graph
 
 
 @pytest.fixture(scope="module")

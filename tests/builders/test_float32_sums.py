@@ -12,10 +12,10 @@ import pytest
 from tests.helpers.bundles import export_fixture
 from twotower.builders.float32_sums import sum_float32_products
 from twotower.bundle import Bundle
-from twotower.graph_files import load_graph
 from twotower.graph_lint import lint
 from twotower.graph_lint.view import GraphView
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
+from twotower.weights.external import load_graph
 
 SIZES = {"B": 2, "L": 16, "S": 16, "T": 64}
 LENGTHS = {"chunk_length": 17, "past_length": 30, "context_length": 40, "commit_floor": 3}

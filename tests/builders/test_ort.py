@@ -15,10 +15,10 @@ from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders import build as build_module
 from twotower.bundle import BUILD_FILE, GRAPH_FILES, Bundle, engine_folder, read_engine_record
 from twotower.errors import BuildError, EngineMismatchError
-from twotower.graph_files import load_graph, weight_refs
 from twotower.runtime import GenerationConfig, TwoTower
 from twotower.runtime.engines.ort import OrtEngine, open_ort_cpu
 from twotower.runtime.engines.towers import Towers
+from twotower.weights.external import load_graph, weight_refs
 
 TARGET = "ort-cpu"
 

@@ -21,14 +21,16 @@ from twotower.calibration import builtin_recipes, plan_quantization, quantize_bu
 from twotower.config import ModelConfig, read_model_config
 from twotower.errors import ConfigError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
+from twotower.export.graph_files import point_to_data
 from twotower.export.graphs.builder import GraphBuilder
 from twotower.export.graphs.layers import LayerWeights
 from twotower.export.graphs.moe import moe
-from twotower.export.weights import lay_out, point_to_data
-from twotower.graph_files import load_graph, read_weight
 from twotower.onnx_runtime import ort, session_options
 from twotower.runtime import GenerationConfig, TwoTower
 from twotower.spec import TensorSpec, TowerSignature
+from twotower.weights.conversion import read_weight
+from twotower.weights.declared import lay_out
+from twotower.weights.external import load_graph
 
 Array = np.ndarray[Any, Any]
 Layer = Callable[[Array], Array]

@@ -24,14 +24,14 @@ from twotower.builders.ort_weights import expand_data, places_of
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder, load_engine_record
 from twotower.calibration import QuantizeConfig, builtin_recipes, plan_quantization, quantize_bundle
 from twotower.cli.main import main
-from twotower.config.weights import WeightRef
 from twotower.errors import EngineMismatchError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
-from twotower.graph_files import weight_refs
 from twotower.onnx_runtime import ort, session_options
 from twotower.product_probe import PROBE_FILE, rows_are_alike
 from twotower.runtime import GenerationConfig, TwoTower
 from twotower.runtime.engines import ort as ort_engine
+from twotower.weights.external import weight_refs
+from twotower.weights.refs import WeightRef
 
 Array = np.ndarray[Any, Any]
 N, V = 144, 50

@@ -36,23 +36,19 @@ from twotower.calibration import builtin_recipes, plan_quantization, quantize_bu
 from twotower.checkpoint.synthetic import published_slice, write_checkpoint
 from twotower.cli.main import main
 from twotower.config import ModelConfig, read_model_config
-from twotower.config.weights import PAGE, WeightRef
 from twotower.errors import BuildError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
+from twotower.export.graph_files import point_to_data
 from twotower.export.graphs.builder import GraphBuilder
 from twotower.export.graphs.layers import LayerWeights
 from twotower.export.graphs.moe import moe
-from twotower.export.weights import lay_out, point_to_data
-from twotower.graph_files import (
-    attach_weights,
-    load_graph,
-    located_weights,
-    read_weight,
-    widen_data,
-    widen_to_float32,
-)
 from twotower.planning import PlanOptions, plan_bundle
 from twotower.spec import CONTEXT, DENOISER, TensorSpec, TowerSignature, signatures
+from twotower.weights.conversion import read_weight
+from twotower.weights.declared import lay_out
+from twotower.weights.external import attach_weights, load_graph, located_weights, widen_to_float32
+from twotower.weights.refs import PAGE, WeightRef
+from twotower.weights.writer import widen_data
 
 FUSED = BuildConfig(experts="fused")
 SLICE = {**published_slice("MEM*E"), **SMALL_SLICE, "n_routed_experts": 8, "num_experts_per_tok": 3}

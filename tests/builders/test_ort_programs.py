@@ -25,7 +25,6 @@ from twotower.bundle import (
 )
 from twotower.cli.main import main
 from twotower.errors import ConfigError
-from twotower.graph_files import load_graph, located_weights
 from twotower.hardware import Gpu
 from twotower.kernels.tilings import BUILDABLE_SMS
 from twotower.spec import (
@@ -38,6 +37,7 @@ from twotower.spec import (
     RESIDUAL_OUT,
     SHARES,
 )
+from twotower.weights.external import load_graph, located_weights
 
 KERNELS = BuildConfig(experts="kernels", sms=(90,))
 

@@ -16,8 +16,8 @@ from twotower.bundle import Bundle
 from twotower.checkpoint.synthetic import published_slice
 from twotower.config.model import parse_model_config
 from twotower.export import ExportConfig, export_programs
-from twotower.graph_files import load_graph
 from twotower.spec import CONDITIONING, CONTEXT, DENOISER, RESIDUAL_IN, RESIDUAL_OUT, TensorSpec
+from twotower.weights.external import load_graph
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"B": 2, "L": 16, "S": 16, "T": 64}

@@ -22,7 +22,7 @@ from twotower.builders import BuildConfig, build_engines, builder_for, tensorrt_
 from twotower.builders.try_graph import BUILDS, NOT_TRIED, REFUSED, job_of_graph, main
 from twotower.bundle import Bundle
 from twotower.errors import BuildError
-from twotower.graph_files import load_graph
+from twotower.weights.external import load_graph
 
 CULPRIT = "planted/top_k"
 

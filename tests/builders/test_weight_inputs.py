@@ -22,10 +22,12 @@ from twotower.checkpoint.synthetic import published_slice, write_checkpoint
 from twotower.config import read_model_config
 from twotower.config.formats import FORMATS
 from twotower.export import Checkpoint, export_bundle
+from twotower.export.graph_files import save_program
 from twotower.export.graphs import Precision, build_graph
-from twotower.export.weights import lay_out, save_program
-from twotower.graph_files import load_graph, read_weight, weight_refs
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TensorSpec
+from twotower.weights.conversion import read_weight
+from twotower.weights.declared import lay_out
+from twotower.weights.external import load_graph, weight_refs
 
 SIZES = {"B": 2, "L": 16, "S": 16, "T": 64}
 

@@ -24,9 +24,10 @@ from twotower.config import GenerationConfig
 from twotower.errors import BundleError, CalibrationError, ConfigError
 from twotower.evaluate.quantization.bundle_bytes import bytes_by_kind
 from twotower.evaluate.reference import reference_generate
-from twotower.graph_files import load_graph, read_weight, weight_refs
 from twotower.graph_lint import lint
 from twotower.runtime import TwoTower
+from twotower.weights.conversion import read_weight
+from twotower.weights.external import load_graph, weight_refs
 
 RECIPES = tuple(builtin_recipes())
 HIGH = ("gate.", "norm", "conv1d", "dt_bias", "A_log", "mixer.D", "t_embedder", "t_block", "scale_shift_tables", "in_proj.weight.dt")
@@ -201,7 +202,7 @@ def test_a_bundle_laid_out_by_another_version(tmp_path: Path, monkeypatch: pytes
     texts = []
     for name, large in (("old", 0), ("new", 1 << 20)):
         with monkeypatch.context() as patched:
-            patched.setattr("twotower.config.weights.LARGE", large)
+            patched.setattr("twotower.weights.refs.LARGE", large)
             bundle = export_bundle(Checkpoint.open(TINY), tmp_path / name)
         made = quantize_bundle(bundle, plan_quantization(bundle, recipe), tmp_path / f"{name}-few")
         build_engines(made, "ort-cpu", builder_for("ort-cpu"))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tests.helpers.few_bits import fake_quantize
 from twotower.calibration.rounding import expand_rows, global_scale, numpy_dtype, pack, quantize_rows
 from twotower.config.formats import FORMATS, WeightFormat, stored_format
-from twotower.config.weights import WeightRef
-from twotower.graph_files import read_weight
+from twotower.weights.conversion import read_weight
+from twotower.weights.refs import WeightRef
 
 FORMS = {name: stored_format(name, 256, stacked=True, rounded_input=True) for name in FORMATS}
 DTYPES = ("float32", "float16", "bfloat16")

@@ -18,8 +18,8 @@ from twotower.evaluate.agreement import measure_agreement
 from twotower.evaluate.rounding import MOVES, RoundingBuilder, round_results
 from twotower.evaluate.suite import load_suite
 from twotower.export import Checkpoint, ExportConfig, export_bundle
-from twotower.graph_files import load_graph
 from twotower.runtime import TwoTower
+from twotower.weights.external import load_graph
 
 ROOT = Path(__file__).parents[2]
 CODES = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}

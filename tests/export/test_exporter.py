@@ -30,7 +30,8 @@ from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.export import exporter as exporter_module
 from twotower.export import verify as verify_module
 from twotower.export.verify import layers_that_fit, verify_bundle
-from twotower.graph_files import load_graph, read_weight, weight_refs
+from twotower.weights.conversion import read_weight
+from twotower.weights.external import load_graph, weight_refs
 
 TOKENIZER = ROOT / "assets" / "twotower-tiny" / "tokenizer.json"
 
@@ -176,7 +177,7 @@ def test_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tmp_path: Path, number: int) -> None:
     script = (
-        "import sys, time\nfrom twotower.export import exporter, weights\n"
+        "import sys, time\nfrom twotower.export import exporter\n"
         "def slow(*a, **k):\n    print('writing', flush=True); time.sleep(60)\n"
         "exporter.stream_weights = slow\nfrom twotower.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
     )

@@ -13,8 +13,8 @@ from safetensors import safe_open
 
 from twotower.config import ModelConfig
 from twotower.export.graphs import build_graph
-from twotower.graph_files import detach_weights, widen_to_float32
 from twotower.spec import signatures, state_tensors
+from twotower.weights.external import detach_weights, widen_to_float32
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 

@@ -16,8 +16,8 @@ from tests.helpers.graphs import FIXTURES
 from twotower import builders
 from twotower.builders import tensorrt_builder
 from twotower.bundle import Bundle
-from twotower.graph_files import load_graph
 from twotower.hardware import Gpu, Machine
+from twotower.weights.external import load_graph
 
 __all__ = ["L4", "install_fake", "machine_with", "plant", "see_gpu"]
 

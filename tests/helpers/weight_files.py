@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from twotower.bundle import FileRecord, hash_file
-from twotower.config.weights import WeightRef, aligned
+from twotower.weights.refs import WeightRef, aligned
 
 __all__ = ["bytes_on_device", "record_of", "write_weights"]
 

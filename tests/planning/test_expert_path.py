@@ -15,9 +15,8 @@ from twotower.calibration.recipes import Recipe, builtin_recipes, parts_of
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.config.model import ModelConfig, parse_model_config, read_model_config
 from twotower.errors import ConfigError
+from twotower.export.graph_files import save_program
 from twotower.export.graphs import Precision, build_graph
-from twotower.export.weights import lay_out, save_program
-from twotower.graph_files import load_graph
 from twotower.kernels import scratch_bytes
 from twotower.kernels.steps import shape_of
 from twotower.planning import PlanOptions, plan_bundle
@@ -27,6 +26,8 @@ from twotower.planning.expert_room import expert_room
 from twotower.planning.memory import tower_scratch
 from twotower.runtime.engines.handover import buffer_sizes
 from twotower.spec import CONTEXT, DENOISER, signatures
+from twotower.weights.declared import lay_out
+from twotower.weights.external import load_graph
 
 PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
 KERNELS = PlanOptions(target="rtx")

@@ -17,10 +17,10 @@ from twotower.builders.cut import even_layers
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.model import parse_model_config, read_model_config
-from twotower.config.weights import PAGE
 from twotower.errors import BuildError, ConfigError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.planning import PlanOptions, plan_bundle
+from twotower.weights.refs import PAGE
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")

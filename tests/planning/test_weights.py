@@ -14,11 +14,12 @@ from twotower.calibration.recipes import Recipe, builtin_recipes, parts_of
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.formats import FORMATS, stored_format
 from twotower.config.model import ModelConfig, parse_model_config, read_model_config
+from twotower.export.graph_files import save_program
 from twotower.export.graphs import Precision, build_graph
-from twotower.export.weights import lay_out, save_program
-from twotower.graph_files import load_graph
 from twotower.planning.weights import EXPERT_FORMATS, checkpoint_bytes, graph_weights
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
+from twotower.weights.declared import lay_out
+from twotower.weights.external import load_graph
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"a": ROOT / "tests/fixtures/hybrid-a", "b": ROOT / "tests/fixtures/hybrid-b", "tiny": ROOT / "assets/twotower-tiny"}

@@ -27,8 +27,8 @@ from twotower.bundle.manifest import (
 )
 from twotower.bundle.measurement import flags_of_bundle, note_measurement
 from twotower.bundle.steps import EngineFile, ExpertsStep, Profile, Step
-from twotower.bundle.weight_table import TABLE_SUFFIX, read_weight_table, write_weight_table
 from twotower.files import FileRecord, Progress, file_records, hash_file, hash_files, inside, link_file, require_room, unpublished
+from twotower.weights.table import TABLE_SUFFIX, read_weight_table, write_weight_table
 
 __all__ = [
     "BUILD_FILE",

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from twotower.bundle.integrity import check_files
-from twotower.bundle.weight_table import TABLE_SUFFIX, read_weight_table
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.config.formats import FORMATS, WeightFormat
-from twotower.config.weights import WeightRef
 from twotower.errors import BundleError, ConfigError
 from twotower.files import FileRecord, Progress, inside
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TowerSignature, signatures
+from twotower.weights.refs import WeightRef
+from twotower.weights.table import TABLE_SUFFIX, read_weight_table
 
 __all__ = [
     "DATA_SUFFIX",

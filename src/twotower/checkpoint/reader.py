@@ -16,7 +16,7 @@ from twotower.config import ModelConfig, read_model_config
 from twotower.errors import CheckpointError
 from twotower.files import hash_file, inside
 
-__all__ = ["Checkpoint", "Tensor", "locate_checkpoint"]
+__all__ = ["Checkpoint", "locate_checkpoint"]
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 FLOAT_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}

@@ -132,8 +132,8 @@ def _graph(path: Path) -> tuple[dict[str, Any], list[str]]:
     require_libraries("cpu", "onnx", what="inspecting an ONNX file")
     from google.protobuf.message import DecodeError
 
-    from twotower.graph_files import load_graph
     from twotower.graph_lint import explained, lint
+    from twotower.weights.external import load_graph
 
     try:
         model = load_graph(path)

@@ -19,7 +19,8 @@ from twotower.builders import EngineBuilder, builder_for
 from twotower.builders.base import BuildConfig, Report
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, FileRecord, hash_file
 from twotower.errors import BuildError
-from twotower.graph_files import attach_weights, load_graph, weight_refs, widen_data, widen_to_float32
+from twotower.weights.external import attach_weights, load_graph, weight_refs, widen_to_float32
+from twotower.weights.writer import widen_data
 
 __all__ = ["MOVES", "RoundingBuilder", "round_results"]
 

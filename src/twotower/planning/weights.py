@@ -13,8 +13,8 @@ from twotower.builders.build_cost import LayerBytes
 from twotower.checkpoint.layout import CheckpointTensor, Role, Tower, expected_tensors
 from twotower.config.formats import FORMATS, stored_bytes, stored_format
 from twotower.config.model import ModelConfig
-from twotower.config.weights import aligned
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
+from twotower.weights.refs import aligned
 
 __all__ = [
     "AS_STORED",

@@ -19,9 +19,9 @@ from twotower.evaluate.rounding import round_results
 from twotower.export.graphs.builder import GraphBuilder
 from twotower.export.graphs.layers import LayerWeights
 from twotower.export.graphs.moe import _routing, _within_best_groups, moe
-from twotower.graph_files import detach_weights
 from twotower.model.layers import MoE
 from twotower.spec import TensorSpec, TowerSignature
+from twotower.weights.external import detach_weights
 
 PREFIX = "moe."
 

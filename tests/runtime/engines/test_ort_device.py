@@ -23,12 +23,12 @@ from twotower.builders.ort_cuda import OrtCudaBuilder
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
 from twotower.errors import ConfigError, EngineMismatchError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
-from twotower.graph_files import load_graph
 from twotower.runtime import Request, TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines import OpenOptions, open_towers
 from twotower.runtime.engines.ort import CudaLibrary, open_ort_cpu
 from twotower.runtime.engines.ort_device import OrtDeviceOptions, open_ort_cuda
+from twotower.weights.external import load_graph
 
 
 class CpuLibrary:

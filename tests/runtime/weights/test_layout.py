@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower.config.weights import PAGE, WeightRef, aligned
 from twotower.runtime.weights.layout import (
     ALIGNMENT,
     Chunk,
@@ -17,6 +16,7 @@ from twotower.runtime.weights.layout import (
     cut_chunks,
     lay_out,
 )
+from twotower.weights.refs import PAGE, WeightRef, aligned
 
 MIB = 1 << 20
 

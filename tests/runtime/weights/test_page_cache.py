@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from twotower.config.weights import PAGE
 from twotower.runtime.weights.page_cache import PageCache
+from twotower.weights.refs import PAGE
 
 
 def test_what_was_written_is_there_and_a_hole_is_not(tmp_path: Path) -> None:

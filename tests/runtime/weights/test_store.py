@@ -16,11 +16,11 @@ import pytest
 from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.weight_files import bytes_on_device, record_of, write_weights
 from twotower.bundle import FileRecord
-from twotower.config.weights import PAGE, WeightRef
 from twotower.errors import BundleError, DeviceError, EngineMismatchError
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.weights import LoadOptions, LoadRequest, Ring, WeightStore
 from twotower.runtime.weights.data_file import DataFile
+from twotower.weights.refs import PAGE, WeightRef
 
 Patch = pytest.MonkeyPatch
 SIZES = (2 << 20, 100, 64, 40_000, (1 << 20) + 50, 7, 2_000_000, 1 << 20, 0, 5_000)

@@ -16,15 +16,16 @@ import onnx_ir as ir
 from twotower.bundle import GRAPH_FILES, Bundle
 from twotower.calibration.ort import composed_engine, engine_places
 from twotower.calibration.quantize import precision_of
-from twotower.config.weights import WeightRef
 from twotower.errors import ConfigError
-from twotower.export.graphs import Precision, Weight, build_graph
-from twotower.export.weights import lay_out, point_to_data
+from twotower.export.graph_files import point_to_data
+from twotower.export.graphs import Precision, build_graph
 from twotower.runtime import TwoTower
 from twotower.runtime.engines.base import TowerEngine
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.tokenizer import Tokenizer
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, signatures
+from twotower.weights.declared import Weight, lay_out
+from twotower.weights.refs import WeightRef
 
 __all__ = ["Mixer"]
 

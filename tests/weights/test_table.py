@@ -10,9 +10,9 @@ import pytest
 
 from tests.helpers.bundles import export_fixture
 from twotower.bundle import GRAPH_FILES, read_weight_table, write_weight_table
-from twotower.config.weights import WeightRef
 from twotower.errors import BundleError
-from twotower.graph_files import load_graph, weight_refs
+from twotower.weights.external import load_graph, weight_refs
+from twotower.weights.refs import WeightRef
 
 WEIGHTS = {"a": WeightRef("bfloat16", (2, 3), 0), "b": WeightRef("int4", (3, 3), 64), "c": WeightRef("float32", (), 128)}
 END = 132

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto
 
-from twotower.config.weights import WeightRef, aligned
+from twotower.weights.refs import WeightRef
 
-__all__ = [
-    "TYPE_NAMES",
-    "attach_weights",
-    "detach_weights",
-    "load_graph",
-    "located_weights",
-    "read_weight",
-    "weight_refs",
-    "widen_data",
-    "widen_to_float32",
-]
+__all__ = ["TYPE_NAMES", "attach_weights", "detach_weights", "load_graph", "located_weights", "weight_refs", "widen_to_float32"]
 
 TYPE_NAMES: dict[int, str] = {
     TensorProto.FLOAT: "float32",
@@ -40,7 +26,6 @@ TYPE_NAMES: dict[int, str] = {
 """Types a weight can be stored as, by ONNX's number."""
 
 _CODES = {name: code for code, name in TYPE_NAMES.items()}
-_PIECE = 4 << 20  # elements widened at a time
 _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
@@ -57,27 +42,6 @@ def located_weights(model: onnx.ModelProto) -> dict[str, tuple[str, WeightRef]]:
             entries = {e.key: e.value for e in tensor.external_data}
             ref = WeightRef(TYPE_NAMES[tensor.data_type], tuple(tensor.dims), int(entries["offset"]))
             out[tensor.name] = (entries["location"], ref)
-    return out
-
-
-def read_weight(data: np.ndarray[Any, np.dtype[np.uint8]], ref: WeightRef) -> np.ndarray[Any, np.dtype[Any]]:
-    """One weight out of a mapped data file: a view where a byte or more is an element, bfloat16 widened to float32 (a copy).
-
-    Types of 4 bits are unpacked (a copy): int4 to int8, float4e2m1 to the type of that name in ml_dtypes.
-    """
-    raw = data[ref.offset : ref.offset + ref.nbytes]
-    if ref.dtype == "bfloat16":
-        wide = raw.view(np.uint16).astype(np.uint32)
-        np.left_shift(wide, 16, out=wide)
-        return wide.view(np.float32).reshape(ref.shape)
-    if ref.dtype in ("int4", "float4e2m1"):
-        halves = np.stack((raw & 15, raw >> 4), axis=-1).reshape(-1)[: math.prod(ref.shape)]
-        if ref.dtype == "int4":
-            return np.asarray((halves.astype(np.int8) ^ 8) - 8).reshape(ref.shape)
-        floats: np.ndarray[Any, np.dtype[Any]] = halves.view(ml_dtypes.float4_e2m1fn).reshape(ref.shape)
-        return floats
-    dtype: Any = ml_dtypes.float8_e4m3fn if ref.dtype == "float8e4m3fn" else ref.dtype
-    out: np.ndarray[Any, np.dtype[Any]] = raw.view(np.dtype(dtype)).reshape(ref.shape)
     return out
 
 
@@ -132,45 +96,6 @@ def widen_to_float32(model: onnx.ModelProto) -> None:
     for attribute in _cast_targets(model):
         if attribute.i in _NARROW:
             attribute.i = TensorProto.FLOAT
-
-
-def widen_data(source: Path, target: Path, refs: dict[str, WeightRef], tick: Callable[[int], None] | None = None) -> dict[str, WeightRef]:
-    """Copies weights into a data file, in float32 what is of half width and as they are the quantized ones, 16 MiB at a time.
-
-    Args:
-        source: The data file `refs` points into.
-        target: The file to write.
-        refs: The weights to take.
-        tick: Called with the bytes read for each piece.
-
-    Returns:
-        Where the weights lie in the new file.
-    """
-    data = np.memmap(source, dtype=np.uint8, mode="r")
-    out: dict[str, WeightRef] = {}
-    end = 0
-    with target.open("wb") as file:
-        for name, ref in sorted(refs.items(), key=lambda item: item[1].offset):
-            kept = WeightRef("float32" if ref.narrow else ref.dtype, ref.shape, 0)
-            out[name] = replace(kept, offset=aligned(end, kept.nbytes))
-            file.seek(out[name].offset)
-            for piece in _pieces(data, ref):
-                piece.tofile(file)
-                if tick:
-                    tick(piece.nbytes // 2 if ref.narrow else piece.nbytes)
-            end = out[name].offset + out[name].nbytes
-    return out
-
-
-def _pieces(data: np.ndarray[Any, np.dtype[np.uint8]], ref: WeightRef) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
-    if not ref.narrow:
-        for first in range(ref.offset, ref.offset + ref.nbytes, 4 * _PIECE):
-            yield data[first : min(first + 4 * _PIECE, ref.offset + ref.nbytes)]
-        return
-    count = math.prod(ref.shape)
-    for first in range(0, count, _PIECE):
-        piece = WeightRef(ref.dtype, (min(_PIECE, count - first),), ref.offset + first * 2)
-        yield read_weight(data, piece).astype(np.float32, copy=False)
 
 
 def _cast_targets(model: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:

@@ -1,20 +1,45 @@
-"""Streaming a tensor into another float dtype, a bounded piece at a time."""
+"""Elements of weights: read out of a mapped data file, and streamed from a checkpoint into another float dtype."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from twotower.checkpoint.reader import Tensor
+from twotower.checkpoint.shard import Tensor
 from twotower.errors import ExportError
+from twotower.weights.refs import WeightRef
 
-__all__ = ["convert_chunks"]
+__all__ = ["convert_chunks", "read_weight"]
+
 
 _Floats = np.ndarray[Any, np.dtype[np.float32]]
 _Bytes = bytes | np.ndarray[Any, np.dtype[Any]]
+
+
+def read_weight(data: np.ndarray[Any, np.dtype[np.uint8]], ref: WeightRef) -> np.ndarray[Any, np.dtype[Any]]:
+    """One weight out of a mapped data file: a view where a byte or more is an element, bfloat16 widened to float32 (a copy).
+
+    Types of 4 bits are unpacked (a copy): int4 to int8, float4e2m1 to the type of that name in ml_dtypes.
+    """
+    raw = data[ref.offset : ref.offset + ref.nbytes]
+    if ref.dtype == "bfloat16":
+        wide = raw.view(np.uint16).astype(np.uint32)
+        np.left_shift(wide, 16, out=wide)
+        return wide.view(np.float32).reshape(ref.shape)
+    if ref.dtype in ("int4", "float4e2m1"):
+        halves = np.stack((raw & 15, raw >> 4), axis=-1).reshape(-1)[: math.prod(ref.shape)]
+        if ref.dtype == "int4":
+            return np.asarray((halves.astype(np.int8) ^ 8) - 8).reshape(ref.shape)
+        floats: np.ndarray[Any, np.dtype[Any]] = halves.view(ml_dtypes.float4_e2m1fn).reshape(ref.shape)
+        return floats
+    dtype: Any = ml_dtypes.float8_e4m3fn if ref.dtype == "float8e4m3fn" else ref.dtype
+    out: np.ndarray[Any, np.dtype[Any]] = raw.view(np.dtype(dtype)).reshape(ref.shape)
+    return out
 
 
 def convert_chunks(tensor: Tensor, dtype: str, *, chunk_bytes: int) -> Iterator[_Bytes]:

@@ -1,63 +1,28 @@
-"""Weights on their way from the checkpoint into a graph's data file: laid out first, then streamed once."""
+"""Data files written front to back in bounded memory: from a checkpoint, or from a data file whose weights are widened."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
-from twotower.bundle import DATA_SUFFIX, TABLE_SUFFIX, FileRecord, write_weight_table
 from twotower.checkpoint.reader import Checkpoint
 from twotower.config.formats import stored_bytes
-from twotower.config.weights import WeightRef, aligned
-from twotower.export.conversion import convert_chunks
-from twotower.export.graphs import TowerGraph, Weight
+from twotower.files import FileRecord
+from twotower.weights.conversion import convert_chunks, read_weight
+from twotower.weights.declared import Weight, lay_out
+from twotower.weights.refs import WeightRef, aligned
 
-__all__ = ["lay_out", "point_to_data", "save_graph", "save_program", "stream_weights"]
+__all__ = ["stream_weights", "widen_data"]
 
 _CHUNK = 16 << 20
-
-
-def lay_out(weights: Sequence[Weight]) -> dict[str, WeightRef]:
-    """Aligned places in one data file, in declaration order: a reader that runs the layers in turn reads forward."""
-    out: dict[str, WeightRef] = {}
-    end = 0
-    for weight in weights:
-        out[weight.name] = WeightRef(weight.dtype, weight.shape, aligned(end, weight.nbytes))
-        end = out[weight.name].offset + weight.nbytes
-    return out
-
-
-def point_to_data(model: ir.Model, refs: dict[str, WeightRef], location: str) -> None:
-    """Gives every declared weight of a recorded graph its place in the data file `location` (relative to the graph's file)."""
-    for name, ref in refs.items():
-        value = model.graph.initializers[name]
-        assert value.const_value is not None
-        value.const_value = ir.ExternalTensor(
-            location, ref.offset, ref.nbytes, value.const_value.dtype, shape=ir.Shape(ref.shape), name=name
-        )
-
-
-def save_graph(model: ir.Model, path: Path) -> None:
-    """Writes a graph whose weights lie outside; what an initializer says of itself is not said a second time."""
-    proto = ir.to_proto(model)
-    named = {tensor.name for tensor in proto.graph.initializer}
-    left = [value for value in proto.graph.value_info if value.name not in named]
-    del proto.graph.value_info[:]
-    proto.graph.value_info.extend(left)
-    path.write_bytes(proto.SerializeToString())
-
-
-def save_program(path: Path, graph: TowerGraph, refs: dict[str, WeightRef]) -> None:
-    """Writes a graph and the table of its weights, which lie or will lie in a data file beside it."""
-    point_to_data(graph.model, refs, path.name + DATA_SUFFIX)
-    save_graph(graph.model, path)
-    write_weight_table(path.with_name(path.name + TABLE_SUFFIX), refs)
+_PIECE = 4 << 20  # elements widened at a time
 
 
 def stream_weights(
@@ -111,3 +76,42 @@ def _pieces(weight: Weight, checkpoint: Checkpoint) -> Iterator[Any]:
             yield elements.reshape(-1, weight.shape[0]).T.tobytes()
         else:
             yield from convert_chunks(tensor, weight.dtype, chunk_bytes=_CHUNK)
+
+
+def widen_data(source: Path, target: Path, refs: dict[str, WeightRef], tick: Callable[[int], None] | None = None) -> dict[str, WeightRef]:
+    """Copies weights into a data file, in float32 what is of half width and as they are the quantized ones, 16 MiB at a time.
+
+    Args:
+        source: The data file `refs` points into.
+        target: The file to write.
+        refs: The weights to take.
+        tick: Called with the bytes read for each piece.
+
+    Returns:
+        Where the weights lie in the new file.
+    """
+    data = np.memmap(source, dtype=np.uint8, mode="r")
+    out: dict[str, WeightRef] = {}
+    end = 0
+    with target.open("wb") as file:
+        for name, ref in sorted(refs.items(), key=lambda item: item[1].offset):
+            kept = WeightRef("float32" if ref.narrow else ref.dtype, ref.shape, 0)
+            out[name] = replace(kept, offset=aligned(end, kept.nbytes))
+            file.seek(out[name].offset)
+            for piece in _widened_pieces(data, ref):
+                piece.tofile(file)
+                if tick:
+                    tick(piece.nbytes // 2 if ref.narrow else piece.nbytes)
+            end = out[name].offset + out[name].nbytes
+    return out
+
+
+def _widened_pieces(data: np.ndarray[Any, np.dtype[np.uint8]], ref: WeightRef) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
+    if not ref.narrow:
+        for first in range(ref.offset, ref.offset + ref.nbytes, 4 * _PIECE):
+            yield data[first : min(first + 4 * _PIECE, ref.offset + ref.nbytes)]
+        return
+    count = math.prod(ref.shape)
+    for first in range(0, count, _PIECE):
+        piece = WeightRef(ref.dtype, (min(_PIECE, count - first),), ref.offset + first * 2)
+        yield read_weight(data, piece).astype(np.float32, copy=False)

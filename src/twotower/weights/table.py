@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import Any
 
 from twotower.config.formats import BITS
-from twotower.config.weights import LINE, WeightRef
 from twotower.errors import BundleError
+from twotower.weights.refs import LINE, WeightRef
 
 __all__ = ["TABLE_SUFFIX", "read_weight_table", "write_weight_table"]
 

@@ -1,0 +1,40 @@
+"""Recorded graphs as files: their weights lie outside, in a data file beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from twotower.bundle import DATA_SUFFIX, TABLE_SUFFIX, write_weight_table
+from twotower.export.graphs import TowerGraph
+from twotower.weights.refs import WeightRef
+
+__all__ = ["point_to_data", "save_graph", "save_program"]
+
+
+def point_to_data(model: ir.Model, refs: dict[str, WeightRef], location: str) -> None:
+    """Gives every declared weight of a recorded graph its place in the data file `location` (relative to the graph's file)."""
+    for name, ref in refs.items():
+        value = model.graph.initializers[name]
+        assert value.const_value is not None
+        value.const_value = ir.ExternalTensor(
+            location, ref.offset, ref.nbytes, value.const_value.dtype, shape=ir.Shape(ref.shape), name=name
+        )
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Writes a graph whose weights lie outside; what an initializer says of itself is not said a second time."""
+    proto = ir.to_proto(model)
+    named = {tensor.name for tensor in proto.graph.initializer}
+    left = [value for value in proto.graph.value_info if value.name not in named]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(left)
+    path.write_bytes(proto.SerializeToString())
+
+
+def save_program(path: Path, graph: TowerGraph, refs: dict[str, WeightRef]) -> None:
+    """Writes a graph and the table of its weights, which lie or will lie in a data file beside it."""
+    point_to_data(graph.model, refs, path.name + DATA_SUFFIX)
+    save_graph(graph.model, path)
+    write_weight_table(path.with_name(path.name + TABLE_SUFFIX), refs)
