@@ -28,7 +28,7 @@ DOORS = {
     "cuda": ("runtime/cuda/door.py",),
     "modelopt": (),  # an oracle of tests too
     "lm_eval": ("src/twotower/evaluate/lm_eval_model.py",),
-    "matplotlib": ("src/twotower/evaluate/charts.py", "src/twotower/evaluate/quantization/price_chart.py", "calibration/plot.py"),
+    "matplotlib": ("src/twotower/report/figures.py",),
     "triton": ("kernels/compile.py", "kernels/device/formats.py", "kernels/device/pairs.py", "kernels/device/product.py"),
     "twotower.kernels.device": ("kernels/compile.py", "kernels/device/functions.py", "kernels/device/product.py"),
     "transformers": ("src/twotower/bench/peers/hugging_face.py",),  # a peer to measure, and an oracle of tests

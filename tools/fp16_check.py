@@ -1,8 +1,8 @@
 """Half precision against float32, token by token, on the small trained model and its suite; `make fp16-check` runs this.
 
 The float16 graph is computed twice: as ONNX Runtime runs it on a CPU, with float16 weights and inputs and float32 between operators, and
-with every result rounded to float16, which no CPU library does by itself (see twotower.evaluate.rounding). Exit code 1 if fewer than 99 %
-of the prompts get the same tokens, in diffusion or in autoregressive mode.
+with every result rounded to float16, which no CPU library does by itself (see twotower.evaluate.half_precision). Exit code 1 if
+fewer than 99 % of the prompts get the same tokens, in diffusion or in autoregressive mode.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.base import DENSE
 from twotower.bundle import Bundle, engine_folder
 from twotower.evaluate.agreement import Agreement, measure_agreement
-from twotower.evaluate.rounding import RoundingBuilder
+from twotower.evaluate.half_precision import RoundingBuilder
 from twotower.evaluate.suite import load_suite
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.runtime.engines.ort import OrtEngine

@@ -24,7 +24,6 @@ from twotower.builders.expanded import expands_experts
 from twotower.bundle import Bundle
 from twotower.calibration import QuantizeConfig, builtin_recipes, plan_quantization, quantize_bundle
 from twotower.calibration.collect import CollectConfig, collect
-from twotower.calibration.plot import draw_ranges
 from twotower.calibration.statistics_file import Statistics
 from twotower.cli.prompts import read_prompts
 from twotower.errors import BuildAbortedError, BuildError
@@ -36,6 +35,7 @@ from twotower.evaluate.quantization.price_run import parts_alone
 from twotower.evaluate.quantization.variants import Mixer
 from twotower.evaluate.suite import load_suite
 from twotower.export import Checkpoint, ExportConfig, export_bundle
+from twotower.report.figures import draw_ranges
 from twotower.runtime import Request, TwoTower
 
 ROOT = Path(__file__).parents[1]

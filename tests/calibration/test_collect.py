@@ -16,14 +16,14 @@ from tests.helpers.quantized import TINY, suite_prompts
 from twotower.bundle import Bundle
 from twotower.calibration import collect as collect_module
 from twotower.calibration.collect import CollectConfig, collect, watched_chunk
-from twotower.calibration.plot import draw_ranges
 from twotower.calibration.statistics_file import Statistics
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config import GenerationConfig, read_model_config
 from twotower.config.model import parse_model_config
 from twotower.errors import CalibrationError, RequestError
-from twotower.evaluate.reference import reference_generate
 from twotower.model import load_context_tower, load_denoiser_tower
+from twotower.model.reference import reference_generate
+from twotower.report.figures import draw_ranges
 from twotower.runtime import Request, TwoTower
 
 CONFIG = CollectConfig(generation=GenerationConfig(max_new_tokens=32, ignore_eos=True))

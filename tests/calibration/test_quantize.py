@@ -23,8 +23,8 @@ from twotower.calibration.recipes import builtin_recipes
 from twotower.config import GenerationConfig
 from twotower.errors import BundleError, CalibrationError, ConfigError
 from twotower.evaluate.quantization.bundle_bytes import bytes_by_kind
-from twotower.evaluate.reference import reference_generate
 from twotower.graph_lint import lint
+from twotower.model.reference import reference_generate
 from twotower.runtime import TwoTower
 from twotower.weights.conversion import read_weight
 from twotower.weights.external import load_graph, weight_refs

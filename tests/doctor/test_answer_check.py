@@ -24,7 +24,7 @@ from twotower.doctor.known_answer import (
     write_answer,
 )
 from twotower.doctor.known_issues import Setting
-from twotower.evaluate.rounding import RoundingBuilder
+from twotower.evaluate.half_precision import RoundingBuilder
 from twotower.runtime import TwoTower
 
 

@@ -88,7 +88,7 @@ def test_an_engine_that_fails_is_reported_and_not_raised(model: TwoTower) -> Non
 def test_a_loop_that_computes_something_else_fails_the_known_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import twotower.evaluate.reference as reference
+    import twotower.model.reference as reference
 
     real = reference.reference_generate
 

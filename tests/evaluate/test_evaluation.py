@@ -14,10 +14,10 @@ from twotower.config import GenerationConfig
 from twotower.errors import BudgetError, ConfigError, RequestError
 from twotower.evaluate.evaluation import AR, DEFAULT, OTHER, EvaluationConfig, evaluate, setting_name
 from twotower.evaluate.measure import Contestant, measure
-from twotower.evaluate.report_page import report_page, where_it_loses
 from twotower.evaluate.statistics import Resampler
 from twotower.evaluate.suite import Suite
 from twotower.evaluate.tune import TuneConfig, tune
+from twotower.report.evaluation_page import report_page, where_it_loses
 
 PROBLEMS = tuple(problem(kind, i, "out" if i % 10 == 9 else "in") for kind in ("sums", "words") for i in range(60))
 SUITE = Suite("s", "0" * 64, PROBLEMS)

@@ -19,12 +19,12 @@ from twotower.evaluate.quantization.bundle_bytes import bytes_report
 from twotower.evaluate.quantization.choose import choose
 from twotower.evaluate.quantization.format_ladders import Candidate, ChooseConfig
 from twotower.evaluate.quantization.price import PriceConfig, compared, flags_of
-from twotower.evaluate.quantization.price_chart import draw_sensitivity
-from twotower.evaluate.quantization.price_page import price_lines, price_page
 from twotower.evaluate.quantization.price_run import Pair, note_of, parts_alone, price_of, require_pair
 from twotower.evaluate.quantization.variants import Mixer
 from twotower.evaluate.suite import load_suite
 from twotower.export.graphs import Precision
+from twotower.report.figures import draw_sensitivity
+from twotower.report.quantization_page import price_lines, price_page
 from twotower.runtime import GenerationConfig, TwoTower
 
 PROMPT = "Q: flip: a cat b red c lamp d owl e blue f kite g fox h bell i green j boat\nA:"

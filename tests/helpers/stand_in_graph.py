@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from twotower.evaluate.rounding import round_results
+from twotower.evaluate.half_precision import round_results
 
 __all__ = ["StandInGraph", "view"]
 

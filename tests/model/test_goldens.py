@@ -12,8 +12,8 @@ from safetensors import safe_open
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.towers import golden_config, towers
 from twotower.config import GenerationConfig
-from twotower.evaluate.reference import reference_generate
 from twotower.model import empty_state
+from twotower.model.reference import reference_generate
 
 CASES = [(folder, i) for folder in ("hybrid-a", "hybrid-b") for i in range(5)]
 

@@ -39,11 +39,11 @@ def run(args: argparse.Namespace) -> int:
     require_libraries("calibration,cpu", "onnxruntime", what="generating from the prompts")
     from twotower.bundle import Bundle
     from twotower.calibration.collect import CollectConfig, collect
-    from twotower.calibration.plot import draw_ranges
     from twotower.cli.options import generation_overrides
     from twotower.cli.progress import ProgressLine
     from twotower.cli.prompts import read_prompts
     from twotower.errors import ConfigError
+    from twotower.report.figures import draw_ranges
     from twotower.runtime import Request
 
     if args.limit is not None and args.limit < 1:

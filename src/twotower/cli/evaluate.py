@@ -78,8 +78,8 @@ def add_suite_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from twotower.cli.progress import ProgressLine, opening
-    from twotower.evaluate.charts import require_charts
     from twotower.evaluate.evaluation import EvaluationConfig, evaluate
+    from twotower.report.figures import require_charts
     from twotower.runtime import TwoTower
 
     config = EvaluationConfig(
@@ -133,8 +133,8 @@ def _price(args: argparse.Namespace, pair: Any, opened: list[Any], *, suite: Any
     from twotower.bundle import note_measurement
     from twotower.cli.progress import ProgressLine
     from twotower.evaluate.quantization.price import PriceConfig
-    from twotower.evaluate.quantization.price_page import price_lines
     from twotower.evaluate.quantization.price_run import note_of, price_of
+    from twotower.report.quantization_page import price_lines
 
     config = PriceConfig(
         max_new_tokens=args.max_new_tokens, budget=98.7 if args.budget is None else args.budget, max_inflation=args.max_inflation
@@ -202,14 +202,14 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
 def _write(report: dict[str, Any], files: dict[str, Path]) -> None:
     contents: dict[str, bytes] = {}
     if "html" in files and "compared" in report:
-        from twotower.evaluate.quantization.price_chart import draw_sensitivity
-        from twotower.evaluate.quantization.price_page import price_page
+        from twotower.report.figures import draw_sensitivity
+        from twotower.report.quantization_page import price_page
 
         svg, contents["png"] = draw_sensitivity(report)
         contents["html"] = price_page(report, svg).encode()
     elif "html" in files:
-        from twotower.evaluate.charts import draw_curve
-        from twotower.evaluate.report_page import report_page
+        from twotower.report.evaluation_page import report_page
+        from twotower.report.figures import draw_curve
 
         svg, contents["png"] = draw_curve(report)
         contents["html"] = report_page(report, svg).encode()
@@ -223,7 +223,7 @@ def _write(report: dict[str, Any], files: dict[str, Path]) -> None:
 
 def _lines(report: dict[str, Any]) -> list[str]:
     from twotower.evaluate.evaluation import AR, DEFAULT, OTHER, interval_text
-    from twotower.evaluate.report_page import where_it_loses
+    from twotower.report.evaluation_page import where_it_loses
 
     settings, suite = report["settings"], report["suite"]
     ar, diffusion = settings[AR]["total"], settings[DEFAULT]["total"]

@@ -16,7 +16,7 @@ TOLERANCE = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.12}
 """Largest median difference of confidences, or of log-probabilities in nats, that rounding explains, by the engine's element type.
 
 float32 has room for another order of summation and not for TF32, whose products keep ten bits. The others have twice what rounding
-every result costs the models of this repository at worst (0.015 and 0.058, by twotower.evaluate.rounding); one wrong token in a
+every result costs the models of this repository at worst (0.015 and 0.058, by twotower.evaluate.half_precision); one wrong token in a
 short prompt costs 0.11 to 0.27. An engine that is wrong in a few places only is not found by this, but by its tokens in float32."""
 
 

@@ -13,7 +13,7 @@ from tests.helpers.towers import golden_config
 from tests.runtime.engines.test_tensorrt_engine import AR, golden_cases
 from twotower import GenerationConfig
 from twotower.builders import build_engines
-from twotower.evaluate.rounding import RoundingBuilder
+from twotower.evaluate.half_precision import RoundingBuilder
 from twotower.evaluate.suite import judge, load_suite
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.runtime import Request, TwoTower

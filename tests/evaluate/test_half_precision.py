@@ -15,7 +15,7 @@ from twotower.builders import build_engines
 from twotower.bundle import GRAPH_FILES, engine_folder
 from twotower.errors import BuildError
 from twotower.evaluate.agreement import measure_agreement
-from twotower.evaluate.rounding import MOVES, RoundingBuilder, round_results
+from twotower.evaluate.half_precision import MOVES, RoundingBuilder, round_results
 from twotower.evaluate.suite import load_suite
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.runtime import TwoTower

@@ -8,7 +8,7 @@ from typing import Any
 
 from twotower.evaluate.evaluation import interval_text
 from twotower.evaluate.quantization.price import FLOAT, FLOAT_AR, QUANTIZED, QUANTIZED_AR
-from twotower.evaluate.report_page import card, examples, number, page, table
+from twotower.report.page_parts import card, examples, number, page, table
 
 __all__ = ["price_lines", "price_page"]
 

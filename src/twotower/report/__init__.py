@@ -1,0 +1,1 @@
+"""Reports as pages and pictures: HTML that stands alone, SVG and PNG."""
