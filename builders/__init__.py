@@ -8,6 +8,7 @@ from twotower.builders.base import BuildConfig, EngineBuilder
 from twotower.builders.build import build_engines
 from twotower.errors import BuildError
 from twotower.extras import TARGET_EXTRA, install_command
+from twotower.tensorrt_library import load_tensorrt, load_tensorrt_rtx
 
 __all__ = ["BUILDERS", "BuildConfig", "EngineBuilder", "build_engines", "builder_for"]
 
@@ -25,15 +26,17 @@ def _ort_cuda() -> EngineBuilder:
 
 
 def _rtx() -> EngineBuilder:
-    from twotower.builders.trt_rtx import make_builder
+    library = load_tensorrt_rtx()
+    from twotower.builders.tensorrt_builder import TensorRTBuilder
 
-    return make_builder()
+    return TensorRTBuilder(library)
 
 
 def _trt() -> EngineBuilder:
-    from twotower.builders.trt import make_builder
+    library = load_tensorrt()
+    from twotower.builders.tensorrt_builder import TensorRTBuilder
 
-    return make_builder()
+    return TensorRTBuilder(library)
 
 
 BUILDERS: dict[str, Callable[[], EngineBuilder]] = {"ort-cpu": _ort_cpu, "ort-cuda": _ort_cuda, "rtx": _rtx, "trt": _trt}

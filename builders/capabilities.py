@@ -9,8 +9,8 @@ from twotower.bundle import Bundle
 from twotower.checkpoint.layout import Role
 from twotower.config.formats import WeightFormat
 from twotower.errors import BuildError
-from twotower.flavour import Flavour
 from twotower.hardware import Machine
+from twotower.tensorrt_library import Flavour
 
 __all__ = ["DEFAULT_SMS", "HALF_ONLY_SM", "Capabilities", "chosen_capabilities"]
 

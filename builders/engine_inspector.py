@@ -8,8 +8,8 @@ from typing import Any
 
 from twotower.builders.network import BuildLog, make_logger
 from twotower.builders.rtx_program import ProgramTextError, read_programs, summarize_programs
-from twotower.flavour import Flavour
 from twotower.hardware import Machine
+from twotower.tensorrt_library import Flavour
 
 __all__ = ["inspect_plan", "summarize_layers"]
 

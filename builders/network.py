@@ -14,8 +14,8 @@ from typing import Any
 from twotower.builders.cache_keys import SETTINGS
 from twotower.bundle import Profile
 from twotower.errors import BuildError
-from twotower.flavour import Flavour
 from twotower.spec import TensorSpec
+from twotower.tensorrt_library import Flavour
 
 __all__ = ["EXPLAINED", "BuildLog", "NetworkOptions", "build_network", "explain", "make_logger"]
 

@@ -34,12 +34,12 @@ from twotower.builders.profiles import cache_capacity, profiles
 from twotower.builders.weight_inputs import WeightPlaces, place_weights
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineFile, EngineLimits, EngineRecord, FileRecord, Step
 from twotower.errors import BuildError
-from twotower.flavour import Flavour
 from twotower.graph_lint import require_clean
 from twotower.hardware import probe_machine, untried
 from twotower.kernels.compile import compile_kernels
 from twotower.kernels.tilings import BUILDABLE_SMS
 from twotower.spec import MAX_CHUNK
+from twotower.tensorrt_library import Flavour
 
 __all__ = ["TensorRTBuilder"]
 

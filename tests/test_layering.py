@@ -15,8 +15,8 @@ import pytest
 from tests.helpers.source import LINKED, ROOT, imported, package_files, tree
 
 DOORS = {
-    "tensorrt": ("builders/trt.py", "runtime/engines/trt.py"),
-    "tensorrt_rtx": ("builders/trt_rtx.py", "runtime/engines/trt_rtx.py"),
+    "tensorrt": ("src/twotower/tensorrt_library.py",),
+    "tensorrt_rtx": ("src/twotower/tensorrt_library.py",),
     "onnxruntime": ("src/twotower/onnx_runtime.py",),
     "twotower.onnx_runtime": (
         "builders/ort.py",
@@ -78,8 +78,6 @@ def test_only_the_registries_and_the_command_line_name_vendor_files() -> None:
     allowed = {
         "builders/__init__.py",
         "runtime/engines/__init__.py",
-        "runtime/engines/trt.py",
-        "runtime/engines/trt_rtx.py",
         "calibration/ort.py",
     }
     users = {real_path(f) for f in package_files().values() if doors & set(imported(tree(f)))}

@@ -10,8 +10,9 @@ from twotower.errors import ConfigError, EngineMismatchError
 from twotower.extras import TARGET_EXTRA, install_command
 from twotower.hardware import probe_machine
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines.tensorrt_open import TensorRTOptions
+from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
 from twotower.runtime.engines.towers import Towers
+from twotower.tensorrt_library import Flavour, load_tensorrt, load_tensorrt_rtx
 
 __all__ = ["OPENERS", "STREAMED", "OpenOptions", "open_cuda", "open_towers", "require_opener"]
 
@@ -63,15 +64,17 @@ def _ort_cuda() -> Opener:
 
 
 def _trt() -> Opener:
-    from twotower.runtime.engines import trt
-
-    return lambda bundle, options: trt.open_towers(bundle, _tensorrt_options(options))
+    return _tensorrt(load_tensorrt())
 
 
 def _rtx() -> Opener:
-    from twotower.runtime.engines import trt_rtx
+    return _tensorrt(load_tensorrt_rtx())
 
-    return lambda bundle, options: trt_rtx.open_towers(bundle, _tensorrt_options(options))
+
+def _tensorrt(library: Flavour) -> Opener:
+    from twotower.runtime.cuda.door import load_cuda
+
+    return lambda bundle, options: open_tensorrt(bundle, library, load_cuda(), _tensorrt_options(options))
 
 
 def _tensorrt_options(options: OpenOptions) -> TensorRTOptions:

@@ -9,7 +9,6 @@ from math import prod
 
 from twotower.bundle import Bundle, EngineRecord, Progress, engine_folder, read_engine_record
 from twotower.errors import EngineMismatchError
-from twotower.flavour import Flavour
 from twotower.hardware import Gpu, untried
 from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
@@ -32,6 +31,7 @@ from twotower.runtime.schedule import CHUNK_WIDTHS, row_counts
 from twotower.runtime.streams import Streams
 from twotower.runtime.weights import WeightStore
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, MAX_CHUNK, signatures, state_tensors
+from twotower.tensorrt_library import Flavour
 from twotower.weights.refs import WeightRef
 
 __all__ = ["TensorRTOptions", "open_tensorrt"]

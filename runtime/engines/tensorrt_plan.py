@@ -13,8 +13,8 @@ from typing import Any
 
 from twotower.bundle import EngineFile
 from twotower.errors import DeviceError, EngineMismatchError
-from twotower.flavour import Flavour
 from twotower.runtime.engines.tensorrt_log import library_log
+from twotower.tensorrt_library import Flavour
 
 __all__ = ["Execution", "Plan", "PlanLoader"]
 

@@ -17,8 +17,8 @@ from twotower.builders.capabilities import Capabilities, chosen_capabilities
 from twotower.builders.network import NetworkOptions, _configured
 from twotower.bundle import Bundle, engine_folder
 from twotower.errors import BuildError
-from twotower.flavour import Flavour
 from twotower.hardware import Gpu, Machine
+from twotower.tensorrt_library import Flavour
 
 H100, ADA, TURING = Gpu("H100", 90, 80 << 30), Gpu("L4", 89, 24 << 30), Gpu("T4", 75, 16 << 30)
 RTX = Flavour(

@@ -10,8 +10,8 @@ import pytest
 from tests.helpers.program_text import plan_of, program
 from tests.helpers.tensorrt import L4, install_fake, machine_with
 from twotower.builders.engine_inspector import inspect_plan, summarize_layers
-from twotower.flavour import Flavour, flavour_from_module
 from twotower.hardware import Gpu
+from twotower.tensorrt_library import Flavour, flavour_from_module
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.cli.step_table import launch_facts
 from twotower.config.model import ModelConfig, parse_model_config
 from twotower.export import ExportConfig, export_programs
-from twotower.flavour import flavour_from_module
 from twotower.planning import PlanOptions, plan_bundle
+from twotower.tensorrt_library import flavour_from_module
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 pytestmark = [pytest.mark.trt_rtx, pytest.mark.slow]

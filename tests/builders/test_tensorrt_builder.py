@@ -16,7 +16,7 @@ from twotower.builders import BuildConfig, make_engine
 from twotower.builders.tensorrt_builder import TensorRTBuilder
 from twotower.bundle import Bundle
 from twotower.errors import BuildError
-from twotower.flavour import Flavour
+from twotower.tensorrt_library import Flavour
 
 CONFIG = BuildConfig(max_context=256, experts="dense")
 

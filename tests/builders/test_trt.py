@@ -12,8 +12,8 @@ from tests.helpers.tensorrt import L4, install_fake, plant, see_gpu
 from twotower.builders import BuildConfig, EngineBuilder, build_engines
 from twotower.bundle import Bundle, engine_folder, read_engine_record
 from twotower.errors import BuildAbortedError, BuildError, EngineMismatchError
-from twotower.flavour import flavour_from_module
 from twotower.hardware import Gpu
+from twotower.tensorrt_library import flavour_from_module
 
 CONFIG = BuildConfig(max_context=256, experts="dense", max_batch=2)
 B200 = Gpu("NVIDIA B200", 100, 180 << 30)

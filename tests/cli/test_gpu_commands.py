@@ -19,11 +19,11 @@ from twotower.cli.main import main
 from twotower.doctor import report
 from twotower.doctor.answer_check import setting_of
 from twotower.doctor.sections import Section
-from twotower.flavour import flavour_from_module
 from twotower.hardware import Machine
 from twotower.runtime import engines
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.tensorrt_library import flavour_from_module
 
 MACHINE = Machine("a machine", 2, 1 << 34, GPUS[:2], {"tensorrt-rtx-cu13": "1.7", "onnxruntime": "1.32"}, "a processor", "580.1")
 

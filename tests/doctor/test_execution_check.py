@@ -15,10 +15,10 @@ from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.stand_ins import GPUS, stand_in_bundle
 from tests.helpers.tensorrt_stand_in import TensorRTStandIn
 from twotower.doctor.execution_check import check_execution
-from twotower.flavour import flavour_from_module
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.tensorrt_library import flavour_from_module
 
 Plant = Callable[[CudaStandIn, TensorRTStandIn], None]
 

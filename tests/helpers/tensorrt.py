@@ -13,7 +13,6 @@ import onnx
 import pytest
 
 from tests.helpers.graphs import FIXTURES
-from twotower import builders
 from twotower.builders import tensorrt_builder
 from twotower.bundle import Bundle
 from twotower.hardware import Gpu, Machine
@@ -32,10 +31,8 @@ def install_fake(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     shutil.copyfile(SOURCE, package / "__init__.py")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH")))))
     monkeypatch.syspath_prepend(str(package.parent))
-    for name in ("tensorrt", "twotower.builders.trt"):
-        monkeypatch.setitem(sys.modules, name, None)  # what is imported under this name later is forgotten at the end
-        del sys.modules[name]
-    monkeypatch.setattr(builders, "trt", None, raising=False)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # what is imported under this name later is forgotten at the end
+    del sys.modules["tensorrt"]
     # What the stand-in acts upon are operators that do not exist: the graph rules would stop them first.
     monkeypatch.setattr(tensorrt_builder, "require_clean", lambda *_, **__: ())
     return importlib.import_module("tensorrt")

@@ -19,8 +19,8 @@ from tests.helpers.kernel_stand_in import write_kernels
 from tests.helpers.stand_in_engine import Engine
 from tests.helpers.stand_in_graph import StandInGraph
 from twotower.builders.tensorrt_builder import TensorRTBuilder
-from twotower.flavour import flavour_from_module
 from twotower.kernels import ExpertShape, Manifest
+from twotower.tensorrt_library import flavour_from_module
 
 __all__ = ["StandInBuilder", "TensorRTStandIn"]
 

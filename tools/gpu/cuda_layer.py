@@ -32,11 +32,11 @@ from twotower.doctor import Answers
 from twotower.doctor.cuda_layer import check_cuda
 from twotower.doctor.sections import short
 from twotower.errors import TwoTowerError
-from twotower.flavour import flavour_from_module
 from twotower.hardware import Gpu
 from twotower.runtime import Request
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.tensorrt_library import flavour_from_module
 
 __all__ = ["ARCHIVE", "CASES", "Case", "ask", "tokens_of_case", "torch_bundle"]
 

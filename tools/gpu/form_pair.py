@@ -13,7 +13,6 @@ import numpy as np
 
 from tools.gpu.passes import WARM, Pass, capacity_of, passes
 from twotower.bundle import Bundle
-from twotower.flavour import Flavour
 from twotower.hardware import probe_machine
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.memory import DeviceBuffer, DeviceMemory
@@ -22,6 +21,7 @@ from twotower.runtime.memory import Array, Memory
 from twotower.runtime.streams import Event
 from twotower.runtime.workspace import Workspace
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TensorSpec
+from twotower.tensorrt_library import Flavour
 
 __all__ = ["Difference", "OpenForm", "compared", "in_turns"]
 

@@ -25,10 +25,10 @@ from twotower.bundle import Bundle, load_engine_record
 from twotower.cli.main import main as twotower
 from twotower.doctor import Answers, SkipSectionError
 from twotower.doctor.sections import short
-from twotower.flavour import Flavour, flavour_from_module
 from twotower.hardware import ANY_SM
 from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
+from twotower.tensorrt_library import Flavour, flavour_from_module
 
 __all__ = ["FORMS", "ask", "build_form", "compare_forms", "write_forms"]
 

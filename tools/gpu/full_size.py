@@ -33,10 +33,10 @@ from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.cli.main import main as twotower
 from twotower.doctor import Answers
 from twotower.doctor.sections import short
-from twotower.flavour import flavour_from_module
 from twotower.hardware import ANY_SM
 from twotower.runtime.streams import Event
 from twotower.runtime.workspace import Workspace
+from twotower.tensorrt_library import flavour_from_module
 
 __all__ = ["ARCHIVE", "FOLDER", "ask", "build_full_size", "measure_tower"]
 

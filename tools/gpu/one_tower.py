@@ -14,7 +14,6 @@ from typing import cast
 import numpy as np
 
 from twotower.bundle import Bundle, engine_folder, load_engine_record
-from twotower.flavour import Flavour
 from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.memory import DeviceMemory
@@ -38,6 +37,7 @@ from twotower.spec import (
     signatures,
     state_tensors,
 )
+from twotower.tensorrt_library import Flavour
 
 __all__ = ["OneTower", "RandomWeights"]
 

@@ -14,12 +14,12 @@ from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.stand_ins import GPUS, stand_in_bundle
 from tests.helpers.tensorrt_stand_in import TensorRTStandIn
 from twotower.bundle import Bundle
-from twotower.flavour import flavour_from_module
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.tokenizer import Tokenizer
+from twotower.tensorrt_library import flavour_from_module
 
 
 @dataclass(frozen=True)

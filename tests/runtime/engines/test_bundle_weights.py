@@ -28,11 +28,11 @@ from twotower.bundle import (
     unverified_files,
 )
 from twotower.errors import BundleError, EngineMismatchError, TwoTowerError
-from twotower.flavour import flavour_from_module
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
 from twotower.runtime.weights import WeightStore
+from twotower.tensorrt_library import flavour_from_module
 
 OPTIONS = GenerationConfig(max_new_tokens=32, confidence_threshold=0.5, ignore_eos=True)
 PROMPT = [5, 6, 7, 8]

@@ -22,11 +22,11 @@ from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.bundle import Bundle, ExpertsStep, engine_folder, load_engine_record
 from twotower.errors import DeviceError, EngineMismatchError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
-from twotower.flavour import flavour_from_module
 from twotower.runtime import Request, TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
 from twotower.spec import CONTEXT, DENOISER
+from twotower.tensorrt_library import flavour_from_module
 
 WHERE = {
     "one device": LAYOUTS["one device"],

@@ -13,10 +13,10 @@ from tests.helpers.stand_ins import GPUS
 from tests.helpers.tensorrt_stand_in import TensorRTStandIn
 from twotower import GenerationConfig
 from twotower.errors import DeviceError
-from twotower.flavour import flavour_from_module
 from twotower.runtime import cleanup
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.tensorrt_library import flavour_from_module
 
 DIFFUSION = GenerationConfig(max_new_tokens=40, confidence_threshold=0.5, ignore_eos=True)
 CALLS = (

@@ -15,11 +15,11 @@ from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.stand_ins import GPUS, stand_in_bundle
 from tests.helpers.tensorrt_stand_in import TensorRTStandIn
 from twotower import GenerationConfig
-from twotower.flavour import flavour_from_module
 from twotower.runtime import Request, TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines import tensorrt_open
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.tensorrt_library import flavour_from_module
 
 Steps = dict[tuple[int, int], tuple[bytes, ...]]
 

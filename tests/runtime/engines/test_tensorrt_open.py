@@ -20,13 +20,13 @@ from twotower import GenerationConfig
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder, load_engine_record
 from twotower.errors import ConfigError, EngineMismatchError, RequestError, TwoTowerError
-from twotower.flavour import flavour_from_module
 from twotower.hardware import Gpu, probe_machine
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines import open_towers
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
 from twotower.runtime.engines.tensorrt_plan import PlanLoader
+from twotower.tensorrt_library import flavour_from_module
 
 GPU = Gpu("a GPU", 89, 1 << 34)
 

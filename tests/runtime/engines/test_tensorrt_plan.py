@@ -13,9 +13,9 @@ from tests.helpers.tensorrt_stand_in import TensorRTStandIn
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.bundle import engine_folder
 from twotower.errors import EngineMismatchError
-from twotower.flavour import flavour_from_module
 from twotower.hardware import probe_machine
 from twotower.runtime.engines.tensorrt_plan import _DTYPES, PlanLoader
+from twotower.tensorrt_library import flavour_from_module
 
 CONTEXT = (
     "set_optimization_profile_async",

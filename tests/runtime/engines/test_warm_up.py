@@ -17,11 +17,11 @@ from tests.helpers.tensorrt_stand_in import TensorRTStandIn
 from twotower import GenerationConfig
 from twotower.bundle import Bundle, engine_folder
 from twotower.errors import ConfigError, RequestError
-from twotower.flavour import flavour_from_module
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines import OPENERS
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.tensorrt_library import flavour_from_module
 
 DIFFUSION = GenerationConfig(max_new_tokens=40, confidence_threshold=0.5, ignore_eos=True)
 AR = GenerationConfig(mode="ar", max_new_tokens=5, ignore_eos=True)

@@ -31,10 +31,6 @@ ORDER = [(name, rows, how) for how in ("replayed", "launched") for rows in ROWS 
 def api(monkeypatch: pytest.MonkeyPatch) -> CudaStandIn:
     """The stand-in for CUDA; under it the section builds with torch, small."""
     api = CudaStandIn()
-    for door in ("twotower.builders.trt_rtx", "twotower.runtime.engines.trt_rtx"):
-        monkeypatch.delitem(
-            sys.modules, door, raising=False
-        )  # another test may have opened them on the real library
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", TorchTensorRT("cpu", api))
     monkeypatch.setattr(make_engine, "run_job", torch_job)
     monkeypatch.setattr(forms, "set_up_rtx", lambda given: ("--sm", "89"))

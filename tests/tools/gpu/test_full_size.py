@@ -17,10 +17,10 @@ from tools.gpu.one_tower import OneTower, RandomWeights
 from tools.gpu.torch_engine import TorchTensorRT
 from twotower.bundle import Bundle
 from twotower.doctor import Answers
-from twotower.flavour import flavour_from_module
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.streams import HostStream
 from twotower.spec import TensorSpec
+from twotower.tensorrt_library import flavour_from_module
 
 
 @pytest.fixture(scope="module", params=["kernels", "dense"])

@@ -1,11 +1,15 @@
-"""TensorRT and TensorRT for RTX as one value: the same API, and what only one of them has, probed and never inferred from a version."""
+"""The door to TensorRT and TensorRT for RTX, each as one value: the same API, and what only one of them has.
+
+That is probed and never inferred from a version. Either library is imported when it is asked for, and nowhere else. What goes through
+TensorRT is written against its API and has never run; no engine of TensorRT for RTX has run on a GPU.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Flavour", "flavour_from_module"]
+__all__ = ["Flavour", "flavour_from_module", "load_tensorrt", "load_tensorrt_rtx"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +51,27 @@ def flavour_from_module(module: Any) -> Flavour:
         runtime_cache=hasattr(module, "IRuntimeCache"),
         capturable=hasattr(getattr(module, "IExecutionContext", None), "is_stream_capturable"),
     )
+
+
+def load_tensorrt() -> Flavour:
+    """TensorRT: engines for the GPU at hand.
+
+    Raises:
+        ImportError: its bindings are not installed.
+        OSError: the bindings are, and the library is not.
+    """
+    import tensorrt
+
+    return flavour_from_module(tensorrt)
+
+
+def load_tensorrt_rtx() -> Flavour:
+    """TensorRT for RTX: engines for named compute capabilities, built on any machine.
+
+    Raises:
+        ImportError: its bindings are not installed.
+        OSError: the bindings are, and the library is not.
+    """
+    import tensorrt_rtx
+
+    return flavour_from_module(tensorrt_rtx)
