@@ -85,9 +85,11 @@ def test_the_chosen_range_is_near_the_best_of_all(seed: int) -> None:
     assert chosen <= 1.10 * min(cost(c) for c in np.geomspace(0.05, 1.0, 60) * np.abs(x).max())
 
 
-def test_trajectories_and_clean_text_read_other_buckets() -> None:
+@pytest.mark.parametrize("bucket", range(1, len(DENOISER_BUCKETS)))
+def test_trajectories_and_clean_text_read_other_buckets(bucket: int) -> None:
+    """Of a denoiser the first bucket is finished text, and every other one a fraction of masks."""
     denoiser, context = of([1.0]), TowerStatistics.empty(["c"], ["text"])
-    denoiser.add(0, 8, np.asarray([5.0]))
+    denoiser.add(0, bucket, np.asarray([5.0]))
     context.add(0, 0, np.asarray([2.0]))
     statistics = Statistics(Path(), "s", {"context": context, "denoiser": denoiser})
     wanted = {"w": "int8", "c": "int8"}
@@ -95,6 +97,12 @@ def test_trajectories_and_clean_text_read_other_buckets() -> None:
     assert activation_scales(statistics, wanted, ranges="max", clean_text=True) == {"w": 1.0, "c": 2.0}
     with pytest.raises(CalibrationError, match="nothing about 1 inputs"):
         activation_scales(statistics, {"other": "int8"}, ranges="max", clean_text=False)
+
+
+def test_an_input_that_was_not_seen_where_it_is_looked_for_is_missing() -> None:
+    statistics = Statistics(Path(), "s", {"denoiser": of([1.0])})
+    with pytest.raises(CalibrationError, match="nothing about 1 inputs"):
+        activation_scales(statistics, {"w": "int8"}, ranges="max", clean_text=False)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower.runtime.schedule import block_count, capacity_bucket, capacity_limit, commit_floor, prefill_plan, row_counts
+from twotower.runtime.schedule import CHUNK_WIDTHS, block_count, capacity_bucket, capacity_limit, commit_floor, prefill_plan, row_counts
 
 lengths = st.lists(st.integers(1, 700), min_size=1, max_size=8)
 
@@ -75,3 +75,12 @@ def test_buckets_double_up_to_the_limit() -> None:
 
 def test_the_last_block_may_be_cut() -> None:
     assert [block_count(n, 16) for n in (1, 16, 17, 48)] == [1, 1, 2, 3]
+
+
+@given(lengths)
+def test_chunks_are_padded_to_the_next_width_of_a_device(prompts: list[int]) -> None:
+    plain, padded = prefill_plan(prompts), prefill_plan(prompts, widths=CHUNK_WIDTHS)
+    for ours, step in zip(plain.steps, padded.steps, strict=True):
+        assert (step.starts, step.lengths) == (ours.starts, ours.lengths)
+        assert step.width == 1 << (ours.width - 1).bit_length(), "the next power of two"
+    assert padded.peak == max(start + step.width for step in padded.steps for start in step.starts)
