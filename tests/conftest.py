@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.helpers.account import Account
 from tests.helpers.once import made_once
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 
 settings.register_profile("twotower", deadline=None, max_examples=25, derandomize="CI" in os.environ)
 settings.load_profile("twotower")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-limit", type=float, help="fail where a test that is not marked slow takes more seconds of a processor")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Account(config))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -85,6 +85,33 @@ def test_the_chosen_range_is_near_the_best_of_all(seed: int) -> None:
     assert chosen <= 1.10 * min(cost(c) for c in np.geomspace(0.05, 1.0, 60) * np.abs(x).max())
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_the_chosen_range_is_the_best_edge_by_hand(seed: int) -> None:
+    """Of a histogram: an error is evenly spread over a step, all of a value below half a step, and what is cut off beyond the range."""
+    rng = np.random.default_rng(seed)
+    x = np.abs(rng.standard_normal(int(rng.integers(20, 2000)))) ** rng.integers(1, 4)
+    x[: len(x) // 4] = 0
+    counts, edges = np.histogram(x, bins=bin_edges())
+    middles, most = [0.0, *((edges[1:-1] + edges[2:]) / 2)], float(np.float32(x.max()))
+
+    def cost(edge: float) -> float:
+        step, total = edge / 127, 0.0
+        for count, middle in zip(counts.tolist(), middles, strict=True):
+            value = min(middle, most)
+            total += count * ((value - edge) ** 2 if value > edge else step**2 / 12 if value > step / 2 else value**2)
+        return total
+
+    best = min((min(edge, most) for edge in edges[1:].tolist() if edge > most / 128), key=cost)
+    assert range_of(of(x), 0, slice(None), dtype="int8", ranges="mse") == pytest.approx(best, rel=1e-6)
+
+
+def test_exactly_the_percentile_is_kept() -> None:
+    """9999 of 10 000 values, and the upper edge of their bin; of zeros the least range there is."""
+    s = of([1.0] * 9999, [80.0])
+    assert range_of(s, 0, slice(None), dtype="int8", ranges="percentile") == 1.125
+    assert range_of(of([0.0]), 0, slice(None), dtype="int8", ranges="max") == 2.0**-20
+
+
 @pytest.mark.parametrize("bucket", range(1, len(DENOISER_BUCKETS)))
 def test_trajectories_and_clean_text_read_other_buckets(bucket: int) -> None:
     """Of a denoiser the first bucket is finished text, and every other one a fraction of masks."""
