@@ -27,12 +27,20 @@ from twotower.builders.ort_few_bits import UNSIGNED, from_blocks, read_as_stored
 from twotower.builders.ort_probe import probe_graph
 from twotower.builders.ort_products import compute_rows_alike, experts_are_packed, with_branches
 from twotower.builders.ort_routing import choose_by_topk
-from twotower.builders.ort_weights import expand_data, expand_float4, hide_dequantization, places_of, show_dequantization
+from twotower.builders.ort_weights import (
+    Place,
+    expand_data,
+    expand_float4,
+    hide_dequantization,
+    places_of,
+    show_dequantization,
+)
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, engine_folder, file_records
 from twotower.errors import BuildError
 from twotower.onnx_runtime import ort, session_options
 from twotower.processors import usable_memory
 from twotower.product_probe import PROBE_FILE, rows_are_alike
+from twotower.spec import DENOISER
 from twotower.weights.external import attach_weights, detach_weights, load_graph, located_weights, widen_to_float32
 from twotower.weights.refs import WeightRef
 
@@ -70,9 +78,9 @@ class OrtCpuBuilder:
         return [f"three optimised graphs, {how}; {experts}; any number of rows, any length"]
 
     def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
-        as_stored = _form_of(bundle, config).products == AS_STORED
-        graphs = (load_graph(bundle.graph_file(name)) for name in GRAPH_FILES)
-        written = sum(place.written for graph in graphs for place in places_of(graph, as_stored=as_stored).values())
+        form = _form_of(bundle, config)
+        placed = (_places_of(load_graph(bundle.graph_file(name)), name, form) for name in GRAPH_FILES)
+        written = sum(place.written for places in placed for place in places.values())
         return written + sum(bundle.files[graph].size for graph in GRAPH_FILES.values())
 
     def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
@@ -108,7 +116,7 @@ class OrtCpuBuilder:
         """One engine file; returns the file of the bundle its weights lie in, and its operators."""
         bundle, name = work.bundle, work.name
         model = load_graph(bundle.graph_file(name))
-        places = places_of(model, as_stored=work.form.products == AS_STORED)
+        places = _places_of(model, name, work.form)
         own, data = f"engines/{CPU}/{name}{DATA_SUFFIX}", GRAPH_FILES[name] + DATA_SUFFIX
         located = {weight: (data, place.ref) for weight, place in places.items() if not place.stored and not place.dropped}
         if any(place.stored for place in places.values()):
@@ -163,6 +171,11 @@ def _form_of(bundle: Bundle, config: BuildConfig) -> _Form:
     return _Form(products, PACKED if experts_are_packed(wide, usable_memory()) else MAPPED)
 
 
+def _places_of(model: onnx.ModelProto, name: str, form: _Form) -> dict[str, Place]:
+    """What becomes of the weights of one of a bundle's graphs."""
+    return places_of(model, as_stored=form.products == AS_STORED, even_rows=name == DENOISER)
+
+
 @cache
 def _products_compute_rows_alike() -> bool:
     return rows_are_alike(probe_graph())
@@ -210,8 +223,8 @@ def write_engine(
 
 def engine_places(bundle: Bundle, name: str) -> dict[str, tuple[str, WeightRef]]:
     """Where the weights of a built engine lie: by name in the exported graph the file, relative to the bundle, and the place in it."""
-    located = located_weights(load_graph(engine_folder(bundle, CPU) / f"{name}.onnx"))
-    return stacked_places({weight: (file, from_blocks(ref)) for weight, (file, ref) in located.items()})
+    model = load_graph(engine_folder(bundle, CPU) / f"{name}.onnx")
+    return stacked_places(from_blocks(model, located_weights(model)))
 
 
 def _optimised(model: onnx.ModelProto, scratch: Path, name: str) -> onnx.ModelProto:

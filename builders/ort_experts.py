@@ -14,7 +14,8 @@ An expert whose weights must be expanded first is a branch, `If` somebody chose 
 end at once.
 
 A token's numbers do not depend on the others. Products compute rows alike whatever their number
-(`ort_products`, `ort_few_bits`), and nothing is added up in an order that others decide: rows are
+(`ort_products`, `ort_few_bits`; where that takes an even number, an expert with an odd one has one
+row more, which nobody reads), and nothing is added up in an order that others decide: rows are
 gathered, token by token. The numbers are those of the exported graph (tests/builders/test_ort_experts.py).
 
 `com.microsoft.MoE` would do the same in one operator. Its CPU kernel knows no squared ReLU, so
@@ -32,9 +33,10 @@ import onnx
 from onnx import TensorProto
 
 from twotower.builders.node_writer import NodeWriter
+from twotower.config.formats import NARROW_BLOCK
 from twotower.weights.refs import WeightRef
 
-__all__ = ["choose_experts", "slice_name", "slices_of", "stacked_places"]
+__all__ = ["choose_experts", "is_slice", "slice_name", "slices_of", "stacked_places"]
 
 Located = Mapping[str, tuple[str, WeightRef]]
 
@@ -48,6 +50,11 @@ _PASSED = ("Cast", "Mul", "Where")
 def slice_name(stack: str, expert: int) -> str:
     """The name of one expert's part of a stacked weight."""
     return f"{stack}[{expert}]"
+
+
+def is_slice(name: str) -> bool:
+    """Whether a weight is one expert's part of a stack."""
+    return name.endswith("]")
 
 
 def slices_of(
@@ -67,10 +74,10 @@ def stacked_places(located: Located) -> dict[str, tuple[str, WeightRef]]:
     """Places by the names of the exported graph, of an engine whose experts are apart."""
     counts: dict[str, int] = {}
     for name in located:
-        if name.endswith("]"):
+        if is_slice(name):
             stack = name[: name.rindex("[")]
             counts[stack] = counts.get(stack, 0) + 1
-    out = {name: place for name, place in located.items() if not name.endswith("]")}
+    out = {name: place for name, place in located.items() if not is_slice(name)}
     for stack, count in counts.items():
         file, ref = located[slice_name(stack, 0)]
         out[stack] = (file, replace(ref, shape=(count, *ref.shape[-2:])))
@@ -99,16 +106,15 @@ def choose_experts(
     """
     mixtures = list(_mixtures(model, located))
     places = dict(located)
-    types = {m.scope: {located[reader.input[0]][1].dtype for reader in m.readers} for m in mixtures}
-    flat = {m.scope: matrices or bool(types[m.scope] & _UNSIGNED) for m in mixtures}
-    at = {id(m.total): _written(m, top, matrices=flat[m.scope], expanded=bool(types[m.scope] - _UNSIGNED)) for m in mixtures}
+    forms = {m.scope: _form_of(m, located, matrices=matrices) for m in mixtures}
+    at = {id(m.total): _written(m, top, forms[m.scope]) for m in mixtures}
     gone = {id(node) for m in mixtures for node in (*m.chain, *m.readers, *m.after, m.total)}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         nodes += at.get(id(node), [node] if id(node) not in gone else [])
     for m in mixtures:
         for stack in m.stacks:
-            places |= slices_of(stack, places.pop(stack), matrices=flat[m.scope])
+            places |= slices_of(stack, places.pop(stack), matrices=forms[m.scope].matrices)
     inputs = [value for value in model.graph.input if value.name in places or value.name not in located]
     inline = [t for t in model.graph.initializer if t.name in places or t.name not in located]
     del model.graph.node[:], model.graph.input[:], model.graph.initializer[:]
@@ -147,6 +153,31 @@ class _Mixture:
     total: onnx.NodeProto
     experts: int
     width: int
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How the experts of a mixture compute.
+
+    Attributes:
+        matrices: Each has matrices; else stacks of one.
+        expanded: Their weights are expanded first.
+        even: Each computes an even number of rows, because its products compute rows alike only then.
+    """
+
+    matrices: bool
+    expanded: bool
+    even: bool
+
+
+def _form_of(m: _Mixture, located: Located, *, matrices: bool) -> _Form:
+    types, blocks = set(), [NARROW_BLOCK]
+    for reader in m.readers:
+        (_, values), (_, scales) = (located[name] for name in reader.input[:2])
+        types.add(values.dtype)
+        if values.dtype in _UNSIGNED:
+            blocks.append(values.shape[-1] // scales.shape[-1])
+    return _Form(matrices or bool(types & _UNSIGNED), bool(types - _UNSIGNED), max(blocks) > NARROW_BLOCK)
 
 
 def _mixtures(model: onnx.ModelProto, located: Located) -> Iterator[_Mixture]:
@@ -221,12 +252,13 @@ def _behind(
         after.append(node)
 
 
-def _written(m: _Mixture, top: int, *, matrices: bool, expanded: bool) -> list[onnx.NodeProto]:
+def _written(m: _Mixture, top: int, form: _Form) -> list[onnx.NodeProto]:
     """The nodes of a mixture in which experts compute the tokens that chose them."""
     w = NodeWriter(f"{m.scope}/chosen")
     number = w.op("Cast", m.chosen, to=TensorProto.INT64)
-    rows, counts, starts = _pairs(w, m, number)
-    every = (_branches if expanded else _products)(w, m, (rows, counts, starts), matrices=matrices)
+    rows, counts, starts = _pairs(w, m, number, even=form.even)
+    compute = _branches if form.expanded else _products
+    every = compute(w, m, (rows, counts, starts), matrices=form.matrices)
     _added(w, m, (every, starts, number), top)
     return w.nodes
 
@@ -271,12 +303,23 @@ def _branches(w: NodeWriter, m: _Mixture, pairs: tuple[str, str, str], *, matric
     return w.op("Concat", *results, axis=0)
 
 
-def _pairs(w: NodeWriter, m: _Mixture, number: str) -> tuple[str, str, str]:
-    """Rows [P,D] of the pairs' tokens, by expert; how many each expert has, and its first."""
+def _pairs(w: NodeWriter, m: _Mixture, number: str, *, even: bool) -> tuple[str, str, str]:
+    """Rows [P,D] of the pairs' tokens, by expert; how many each expert has, and its first.
+
+    With `even` an expert of an odd number of rows has the last token's behind them once more.
+    """
     tokens = w.op("Reshape", m.tokens, w.ints([-1, m.width]))
-    counts = w.op("ReduceSum", number, w.ints([1]), keepdims=0)
+    counts, chosen = w.op("ReduceSum", number, w.ints([1]), keepdims=0), m.chosen
+    if even:
+        odd = w.op("Mod", counts, w.ints(2))
+        counts = w.op("Add", counts, odd)
+        more = w.op("Unsqueeze", w.op("Cast", odd, to=TensorProto.BOOL), w.ints([1]))
+        chosen = w.op("Concat", chosen, more, axis=1)  # [E,N+1]
     starts = w.op("Sub", w.op("CumSum", counts, w.ints(0)), counts)
-    token = w.op("Gather", w.op("NonZero", m.chosen), w.ints(1), axis=0)
+    token = w.op("Gather", w.op("NonZero", chosen), w.ints(1), axis=0)
+    if even:
+        last = w.op("Sub", w.op("Shape", tokens, start=0, end=1), w.ints([1]))
+        token = w.op("Min", token, last)
     return w.op("Gather", tokens, token, axis=0), counts, starts
 
 

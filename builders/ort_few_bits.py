@@ -1,12 +1,15 @@
 """Weights in few bits, for ONNX Runtime on a CPU: multiplied and looked up as they are stored, not expanded by every pass.
 
     product    `com.microsoft.MatMulNBits`: integers of 4 or 8 bits, a scale for 32 of them, and the input rounded to 8 bits
-               for 32 of its values at a time, as it comes. Sums are of integers, and several times as fast
+               for each block of its values, as it comes. Sums are of integers, and several times as fast
     embedding  the rows that are asked for are gathered, then expanded
 
-Blocks of 32 because a row's numbers are its own there, whatever rows are beside it: with 64 and 128 the kernels of ONNX Runtime
-compute the last row of an odd number another way. A scale for more weights is written for each 32 of them, which is the same weight.
-Kernels differ by processor, so a build asks the one it runs on (`ort_probe`), and so does whoever opens the engine.
+The wider a block, the faster the product: one of 128 takes three quarters of the time of one of 32. But a row's numbers must be its
+own, whatever rows are beside it, and with blocks of 64 and 128 the kernels of ONNX Runtime compute the last row of an odd number
+another way. So wide blocks are for products that always have an even number of rows: those of experts, which `ort_experts` sees to,
+and those of the denoiser, whose engine is run with one row more where a pass has an odd number of positions (`EVEN_ROWS`). All others
+have blocks of 32. A scale for more weights than a block has is written for each block, which is the same weight. Kernels differ by
+processor, so a build asks the one it runs on (`ort_probe`), and so does whoever opens the engine.
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from twotower.builders.ort_experts import is_slice
 from twotower.builders.ort_products import with_branches
-from twotower.config.formats import BITS
+from twotower.config.formats import BITS, NARROW_BLOCK, product_block
+from twotower.product_probe import EVEN_ROWS
 from twotower.weights.refs import WeightRef
 
 __all__ = [
-    "BLOCK",
     "UNSIGNED",
     "StoredProduct",
     "from_blocks",
@@ -31,9 +35,6 @@ __all__ = [
     "stored_product",
     "stored_products",
 ]
-
-BLOCK = 32
-"""Weights that share a scale, and values of an input that are rounded together."""
 
 UNSIGNED: Mapping[str, str] = {"int4": "uint4", "int8": "uint8"}
 """How values are stored for the product, by how a bundle stores them: the zero moved to the middle."""
@@ -51,19 +52,27 @@ class StoredProduct:
 
     Attributes:
         scales: The name of its scales.
-        repeats: Blocks that one of them is for.
+        block: Weights that share a scale in the product, and values of an input that are rounded together.
+        repeats: Blocks that one of the stored scales is for.
     """
 
     scales: str
+    block: int
     repeats: int
 
 
-def stored_products(model: onnx.ModelProto, refs: Mapping[str, WeightRef]) -> dict[str, StoredProduct]:
+def stored_products(
+    model: onnx.ModelProto,
+    refs: Mapping[str, WeightRef],
+    *,
+    even_rows: bool,
+) -> dict[str, StoredProduct]:
     """The weights of a recorded graph that such products can read.
 
     Args:
         model: The graph as it was recorded.
         refs: Its weights.
+        even_rows: Whether its passes always have an even number of rows. Products of experts have in any case.
     """
     users: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
@@ -82,24 +91,36 @@ def stored_products(model: onnx.ModelProto, refs: Mapping[str, WeightRef]) -> di
             continue
         ref = refs[node.input[0]]
         group = next((a.i for a in node.attribute if a.name == "block_size"), 0) or ref.shape[-1]
-        if ref.dtype in UNSIGNED and ref.shape[-1] % BLOCK == 0 and group % BLOCK == 0:
-            out[node.input[0]] = StoredProduct(node.input[1], group // BLOCK)
+        block = product_block(ref.shape[-1], group, even_rows=even_rows or len(ref.shape) > 2)
+        if ref.dtype in UNSIGNED and block:
+            out[node.input[0]] = StoredProduct(node.input[1], block, group // block)
     return out
 
 
-def _as_blocks(ref: WeightRef) -> WeightRef:
+def _as_blocks(ref: WeightRef, blocks: int) -> WeightRef:
     """How a product wants to be told of an unsigned matrix [out, in]: bytes [out, blocks, bytes of a block]."""
-    rows, columns = ref.shape
-    width = BLOCK // 2 if ref.dtype == "uint4" else BLOCK
-    return WeightRef("uint8", (rows, columns // BLOCK, width), ref.offset)
+    return WeightRef("uint8", (ref.shape[0], blocks, ref.nbytes // (ref.shape[0] * blocks)), ref.offset)
 
 
-def from_blocks(ref: WeightRef) -> WeightRef:
-    """The matrix, or stack of matrices, whose bytes a product reads; any other weight as it is."""
-    if ref.dtype != "uint8":
-        return ref
-    *rows, blocks, width = ref.shape
-    return WeightRef("uint4" if width < BLOCK else "uint8", (*rows, blocks * BLOCK), ref.offset)
+def from_blocks(model: onnx.ModelProto, located: Located) -> dict[str, tuple[str, WeightRef]]:
+    """Places of an engine's weights, those that its products read in blocks as the matrices they are.
+
+    Args:
+        model: The engine's graph.
+        located: The places as it names them.
+    """
+    bits = {
+        node.input[1]: next(a.i for a in node.attribute if a.name == "bits")
+        for graph in with_branches(model.graph)
+        for node in graph.node
+        if node.op_type == "MatMulNBits"
+    }
+    out = dict(located)
+    for name, width in bits.items():
+        file, ref = located[name]
+        rows, blocks, size = ref.shape
+        out[name] = (file, WeightRef(f"uint{width}", (rows, blocks * size * 8 // width), ref.offset))
+    return out
 
 
 def read_as_stored(model: onnx.ModelProto, located: Located) -> dict[str, tuple[str, WeightRef]]:
@@ -113,13 +134,17 @@ def read_as_stored(model: onnx.ModelProto, located: Located) -> dict[str, tuple[
     Returns:
         The places as the graph names them now.
     """
-    places = dict(located)
+    blocks: dict[str, int] = {}
     for graph in with_branches(model.graph):
-        _rewrite(graph, places)
-    return {name: (file, _as_blocks(ref) if ref.dtype in UNSIGNED.values() else ref) for name, (file, ref) in places.items()}
+        blocks |= _rewrite(graph, located)
+    if any(located[name][1].shape[-1] > NARROW_BLOCK * count and not is_slice(name) for name, count in blocks.items()):
+        helper.set_model_props(model, {EVEN_ROWS: "1"})
+    return {name: (file, _as_blocks(ref, blocks[name]) if name in blocks else ref) for name, (file, ref) in located.items()}
 
 
-def _rewrite(graph: onnx.GraphProto, places: Located) -> None:
+def _rewrite(graph: onnx.GraphProto, places: Located) -> dict[str, int]:
+    """Writes one graph so; returns the blocks of a row of each matrix that its products read."""
+    blocks: dict[str, int] = {}
     readers = {n.output[0]: n for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in places}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
@@ -127,7 +152,8 @@ def _rewrite(graph: onnx.GraphProto, places: Located) -> None:
         if reader is None:
             nodes.append(node)
         elif node.op_type in _PRODUCTS and places[reader.input[0]][1].dtype in UNSIGNED.values():
-            nodes.append(_product(node, reader, places[reader.input[0]][1]))
+            blocks[reader.input[0]] = places[reader.input[1]][1].shape[-1]
+            nodes.append(_product(node, reader, places))
         elif node.op_type == "Gather":
             nodes += _lookup(node, reader, places[reader.input[0]][1])
         else:
@@ -135,21 +161,32 @@ def _rewrite(graph: onnx.GraphProto, places: Located) -> None:
     read = {name for node in nodes for name in node.input}
     del graph.node[:]
     graph.node.extend(node for node in nodes if node.output[0] not in readers or node.output[0] in read)
+    return blocks
 
 
-def _product(node: onnx.NodeProto, reader: onnx.NodeProto, ref: WeightRef) -> onnx.NodeProto:
+def _product(node: onnx.NodeProto, reader: onnx.NodeProto, places: Located) -> onnx.NodeProto:
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     assert attributes.get("transB") == 1 and attributes.get("alpha", 1.0) == 1.0, node.name
-    return stored_product([node.input[0], *reader.input[:2]], node.output[0], ref, name=node.name)
+    (_, ref), (_, scales) = (places[name] for name in reader.input[:2])
+    block = ref.shape[-1] // scales.shape[-1]
+    return stored_product([node.input[0], *reader.input[:2]], node.output[0], ref, block=block, name=node.name)
 
 
-def stored_product(inputs: Sequence[str], output: str, ref: WeightRef, *, name: str = "") -> onnx.NodeProto:
+def stored_product(
+    inputs: Sequence[str],
+    output: str,
+    ref: WeightRef,
+    *,
+    block: int,
+    name: str = "",
+) -> onnx.NodeProto:
     """A product of an input [..,K] with an unsigned matrix [N,K], to [..,N].
 
     Args:
-        inputs: Names of the input, of the bytes of the matrix [N,K/32,bytes of a block] and of its scales [N,K/32].
+        inputs: Names of the input, of the bytes of the matrix [N,K/block,bytes of a block] and of its scales [N,K/block].
         output: The name of the result.
         ref: The matrix.
+        block: Weights that share a scale, and values of the input that are rounded together.
         name: Of the node.
     """
     rows, columns = ref.shape
@@ -162,7 +199,7 @@ def stored_product(inputs: Sequence[str], output: str, ref: WeightRef, *, name: 
         N=rows,
         K=columns,
         bits=BITS[ref.dtype],
-        block_size=BLOCK,
+        block_size=block,
         accuracy_level=_INT8_INPUTS,
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from twotower.builders.ort_few_bits import BLOCK, UNSIGNED, stored_products
+from twotower.builders.ort_few_bits import UNSIGNED, stored_products
 from twotower.builders.ort_unsigned import unsigned_pieces
 from twotower.config.formats import stored_bytes
 from twotower.weights.conversion import read_weight
@@ -57,17 +57,23 @@ class Place:
         return stored_bytes(self.stored, math.prod(self.shape)) if self.stored else 0
 
 
-def places_of(model: onnx.ModelProto, *, as_stored: bool = False) -> dict[str, Place]:
+def places_of(
+    model: onnx.ModelProto,
+    *,
+    as_stored: bool = False,
+    even_rows: bool = False,
+) -> dict[str, Place]:
     """What becomes of every weight of a graph as it lies in a bundle.
 
     Args:
         model: The graph as it was recorded.
         as_stored: Whether products read integers in few bits as they are stored.
+        even_rows: Whether the graph's passes always have an even number of rows, see `ort_few_bits`.
     """
     refs = weight_refs(model)
     scales = {values: names for values, _, *names in _float4_weights(model)}
     dropped = {name for names in scales.values() for name in names}
-    products = stored_products(model, refs) if as_stored else {}
+    products = stored_products(model, refs, even_rows=even_rows) if as_stored else {}
     out = {}
     for name, ref in refs.items():
         if name in dropped:
@@ -81,7 +87,7 @@ def places_of(model: onnx.ModelProto, *, as_stored: bool = False) -> dict[str, P
             out[name] = Place(ref, "float32" if ref.narrow else "")
     for weight, product in products.items():
         *rows, columns = refs[weight].shape
-        out[product.scales] = Place(refs[product.scales], "float32", repeated=(product.repeats, (*rows, columns // BLOCK)))
+        out[product.scales] = Place(refs[product.scales], "float32", repeated=(product.repeats, (*rows, columns // product.block)))
     return out
 
 

@@ -36,6 +36,7 @@ from twotower.weights.external import located_weights
 from twotower.weights.refs import WeightRef
 
 PREFIX = "layer.mixer."
+_FEW = "chosen, int4"
 MATRICES = tuple(f"{PREFIX}{kind}.{name}_proj.weight" for kind in ("experts", "shared_experts") for name in ("up", "down"))
 
 Run = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
@@ -47,20 +48,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--experts", type=int, default=64, metavar="E", help="experts of the layer (64)")
     parser.add_argument("--tokens", default="1,16,128", metavar="LIST", help="tokens a pass (1,16,128)")
     parser.add_argument("--runs", type=int, default=7, metavar="N", help="measured runs of each form (7)")
+    parser.add_argument("--group", type=int, default=64, metavar="N", help="weights of int4 that share a scale (64)")
     parser.add_argument("--scratch", metavar="DIR", help="where weights are written (default: the system's temporary folder)")
     args = parser.parse_args(arguments)
     config = parse_model_config({**published_slice("E"), "n_routed_experts": args.experts, "torch_dtype": "float32"}, "the layer")
     with tempfile.TemporaryDirectory(prefix="twotower-experts-", dir=args.scratch) as scratch:
         folder = Path(scratch)
-        int4 = {name: stored_format("int4", 32, stacked=True) for name in MATRICES}
+        int4 = {name: stored_format("int4", 0, stacked=True, group=args.group) for name in MATRICES}
         forms: dict[str, Run] = {
             "every expert, float32": form(folder, config, Precision(), chosen=False),
             "chosen, float32": form(folder, config, Precision(), chosen=True),
-            "chosen, int4": form(folder, config, Precision(weights=int4), chosen=True),
         }
-        print(f"{args.experts} experts of {config.moe_intermediate_size} x {config.hidden_size}, {usable_cores()} cores, milliseconds")
-        print(f"{'tokens':>7}" + "".join(f"{name:>24}" for name in forms))
+        few = {even: form(folder, config, Precision(weights=int4), chosen=True, even_rows=even) for even in (False, True)}
+        print(
+            f"{args.experts} experts of {config.moe_intermediate_size} x {config.hidden_size}, int4 in groups of {args.group}, "
+            f"{usable_cores()} cores, milliseconds"
+        )
+        print(f"{'tokens':>7}" + "".join(f"{name:>24}" for name in (*forms, _FEW)))
         for count in map(int, args.tokens.split(",")):
+            forms[_FEW] = few[count % 2 == 0]  # as in a context tower that decodes, and in a denoiser
             x = np.random.default_rng(count).standard_normal((1, count, config.hidden_size), dtype=np.float32)
             spent = {name: median(column) for name, column in zip(forms, zip(*timed(forms, x, args.runs), strict=True), strict=True)}
             print(f"{count:>7}" + "".join(f"{1000 * seconds:>24.2f}" for seconds in spent.values()), flush=True)
@@ -80,19 +86,34 @@ def timed(forms: dict[str, Run], x: np.ndarray[Any, Any], runs: int) -> list[lis
     return out[1:]
 
 
-def form(folder: Path, config: ModelConfig, precision: Precision, *, chosen: bool) -> Run:
-    """An engine of the layer alone, on random weights."""
+def form(
+    folder: Path,
+    config: ModelConfig,
+    precision: Precision,
+    *,
+    chosen: bool,
+    even_rows: bool = False,
+) -> Run:
+    """An engine of the layer alone, on random weights.
+
+    Args:
+        folder: Where it is written.
+        config: The layer's sizes.
+        precision: What is stored in few bits.
+        chosen: Compute only the chosen experts.
+        even_rows: Whether passes always have an even number of tokens, as a denoiser's.
+    """
     axes = ("B", "L", config.hidden_size)
     x, y = TensorSpec("x", "float32", axes), TensorSpec("y", "float32", axes)
     graph = GraphBuilder(TowerSignature("moe", (x,), (y,)), "float32", precision)
     with graph.scope("layer.moe"):
         graph.output("y", moe(graph, graph.input("x"), LayerWeights(graph, PREFIX), config))
     recorded, refs = graph.finish(), lay_out(graph.weights)
-    kind = f"{'chosen' if chosen else 'all'}{len(precision.weights)}"
+    kind = f"{'chosen' if chosen else 'all'}{len(precision.weights)}{'even' if even_rows else ''}"
     write_random(folder / f"{len(precision.weights)}.data", refs)
     point_to_data(recorded, refs, f"{len(precision.weights)}.data")
     model = ir.to_proto(recorded)
-    places, located = places_of(model, as_stored=chosen), dict(located_weights(model))
+    places, located = places_of(model, as_stored=chosen, even_rows=even_rows), dict(located_weights(model))
     own = expand_data(folder / f"{len(precision.weights)}.data", folder / f"{kind}.own", places, lambda done: None)
     located |= {name: (f"{kind}.own", ref) for name, ref in own.items()}
     write_engine(model, located, folder / f"{kind}.onnx", name="moe", top=config.num_experts_per_tok if chosen else None)

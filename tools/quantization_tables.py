@@ -123,7 +123,7 @@ def recipes(bench: Bench) -> list[str]:
 
 
 def inputs(bench: Bench) -> list[str]:
-    """What the products of a CPU, which round their inputs to 8 bits in blocks of 32, add to recipes."""
+    """What the products of a CPU, which round their inputs to 8 bits block by block, add to recipes."""
     cases = {}
     for recipe in ("int8-weights", "int4-experts", "mixed"):  # of 96 weights a row there are groups of 32 only
         for dialect, how in ((CHOSEN, "8 bits"), (STANDARD, "as they are")):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from twotower.bundle import Bundle, EngineRecord, Progress, engine_folder, read_engine_record, weight_bytes
 from twotower.errors import EngineMismatchError
 from twotower.onnx_runtime import ort, session_options
 from twotower.processors import usable_cores, usable_memory
-from twotower.product_probe import PROBE_FILE, rows_are_alike
+from twotower.product_probe import EVEN_ROWS, PROBE_FILE, rows_are_alike
 from twotower.runtime.engines.base import Binding
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.memory import Array
@@ -20,6 +22,7 @@ from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TowerSignature, signa
 __all__ = ["CudaLibrary", "OrtEngine", "engine_threads", "open_ort_cpu"]
 
 CPU, CUDA = "ort-cpu", "ort-cuda"
+Copies = Sequence[tuple[Array, Array]]
 _ONE_THREAD_BELOW_BYTES = 32 << 20  # operators of so small a graph are done before a second thread has woken up
 
 
@@ -93,11 +96,23 @@ class OrtEngine:
         if not pack:
             options.add_session_config_entry("session.disable_prepacking", "1")
         self._session: ort.InferenceSession | None = _load(graph, options, ["CPUExecutionProvider"], CPU)
+        self._even_rows = EVEN_ROWS in self._session.get_modelmeta().custom_metadata_map
 
     def bind(self, arrays: Mapping[str, Array]) -> Binding:
         """Binds every input and output to a host buffer; see `TowerEngine.bind`."""
+        if self._even_rows and arrays[self.signature.inputs[0].name].size % 2:
+            return self._bound_with_one_more(arrays)
         session, binding = self._bound(arrays)
         return _OrtBinding(session, binding, tuple(arrays.values()))
+
+    def _bound_with_one_more(self, arrays: Mapping[str, Array]) -> Binding:
+        """A pass of an odd number of positions, as its first row and all of them: an even number, and copies."""
+        names = [spec.name for spec in self.signature.inputs]
+        copies = {name: np.empty((len(a) + 1, *a.shape[1:]), a.dtype) for name, a in arrays.items()}
+        session, binding = self._bound(copies)
+        given = [(arrays[name], copies[name]) for name in names]
+        wanted = [(arrays[spec.name], copies[spec.name]) for spec in self.signature.outputs]
+        return _OneMoreBinding(_OrtBinding(session, binding, tuple(copies.values())), given, wanted)
 
     def _bound(self, arrays: Mapping[str, Array]) -> tuple[ort.InferenceSession, ort.IOBinding]:
         if self._session is None:
@@ -142,6 +157,30 @@ class _OrtBinding:
 
     def close(self) -> None:
         """Nothing was made that is not let go with the object."""
+
+
+class _OneMoreBinding:
+    """A pass on copies whose first row is there twice; what the others give is copied back.
+
+    Args:
+        inner: The pass on the copies.
+        given: Inputs, each with its copy, one row longer.
+        wanted: Outputs, each with its copy.
+    """
+
+    def __init__(self, inner: Binding, given: Copies, wanted: Copies) -> None:
+        self._inner, self._given, self._wanted = inner, given, wanted
+
+    def run(self, stream: Stream) -> Event:
+        for array, copy in self._given:
+            copy[0], copy[1:] = array[0], array
+        done = self._inner.run(stream)
+        for array, copy in self._wanted:
+            array[...] = copy[1:]
+        return done
+
+    def close(self) -> None:
+        self._inner.close()
 
 
 class CudaLibrary:

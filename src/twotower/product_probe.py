@@ -6,7 +6,10 @@ import numpy as np
 
 from twotower.onnx_runtime import ort, session_options
 
-__all__ = ["PROBE_FILE", "rows_are_alike"]
+__all__ = ["EVEN_ROWS", "PROBE_FILE", "rows_are_alike"]
+
+EVEN_ROWS = "even_rows"
+"""Among the properties of an engine's model: its products compute rows alike if a pass has an even number of positions."""
 
 PROBE_FILE = "products.onnx"
 """In the folder of an engine that has such products: the graph to run."""

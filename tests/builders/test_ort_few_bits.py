@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from onnx import TensorProto, helper
 
 from tests.helpers.bundles import copy_of
-from tests.helpers.few_bits import in_blocks
+from tests.helpers.few_bits import block_of, in_blocks
 from tests.helpers.quantized import TINY
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders import ort as ort_builder
@@ -27,15 +28,26 @@ from twotower.cli.main import main
 from twotower.errors import EngineMismatchError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.onnx_runtime import ort, session_options
-from twotower.product_probe import PROBE_FILE, rows_are_alike
+from twotower.product_probe import EVEN_ROWS, PROBE_FILE, rows_are_alike
 from twotower.runtime import GenerationConfig, TwoTower
 from twotower.runtime.engines import ort as ort_engine
+from twotower.runtime.engines.ort import open_ort_cpu
+from twotower.runtime.streams import HostStream
 from twotower.weights.external import weight_refs
 from twotower.weights.refs import WeightRef
 
 Array = np.ndarray[Any, Any]
 N, V = 144, 50
-FORMATS = [("int4", 32, 192), ("int4", 64, 192), ("int4", 96, 192), ("int4", 128, 224), ("int8", 0, 160), ("int8", 64, 192)]
+FORMATS = [
+    ("int4", 32, 192),
+    ("int4", 64, 192),
+    ("int4", 96, 192),
+    ("int4", 128, 224),
+    ("int4", 128, 256),
+    ("int8", 0, 160),
+    ("int8", 0, 384),
+    ("int8", 64, 192),
+]
 
 
 def stored(dtype: str, values: Array) -> Array:
@@ -91,10 +103,15 @@ class Graph:
                 tensor.external_data.add(key=key, value=str(value))
             self.model.graph.initializer.append(tensor)
 
-    def engine(self, *, as_stored: bool) -> tuple[Callable[[Array, Array], list[Array]], onnx.ModelProto]:
+    def engine(
+        self,
+        *,
+        as_stored: bool,
+        even_rows: bool = False,
+    ) -> tuple[Callable[[Array, Array], list[Array]], onnx.ModelProto]:
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
-        places = places_of(model, as_stored=as_stored)
+        places = places_of(model, as_stored=as_stored, even_rows=even_rows)
         located = {name: ("bundle.data", ref) for name, ref in weight_refs(model).items()}
         written = expand_data(self.folder / "bundle.data", self.folder / "own.data", places, lambda done: None)
         located |= {name: ("own.data", ref) for name, ref in written.items()}
@@ -113,16 +130,20 @@ def inputs(columns: int, rows: int, length: int) -> tuple[Array, Array]:
     return x, random.integers(0, V, (rows, length))
 
 
+@pytest.mark.parametrize("even_rows", [False, True])
 @pytest.mark.parametrize(("dtype", "group", "columns"), FORMATS)
-def test_a_product_is_that_of_its_twin(tmp_path: Path, dtype: str, group: int, columns: int) -> None:
-    """The input in 8 bits for each 32 values, sums exact: nothing is left but the rounding of float32."""
-    run, model = Graph(tmp_path, dtype, group, columns).engine(as_stored=True)
+def test_a_product_is_that_of_its_twin(tmp_path: Path, dtype: str, group: int, columns: int, even_rows: bool) -> None:
+    """The input in 8 bits for each block of values, sums exact: nothing is left but the rounding of float32."""
+    run, model = Graph(tmp_path, dtype, group, columns).engine(as_stored=True, even_rows=even_rows)
     assert "DequantizeLinear" not in {node.op_type for node in model.graph.node}
     (product,) = (node for node in model.graph.node if node.op_type == "MatMulNBits")
     assert not any(node.input[1] == "wide" for node in model.graph.node if len(node.input) > 1), product.name
+    block = block_of(columns, group, even_rows=even_rows)
+    assert block in {a.i for a in product.attribute if a.name == "block_size"}
+    assert (EVEN_ROWS in {entry.key for entry in model.metadata_props}) == (block > 32), "the engine's opener is told"
     x, ids = inputs(columns, 3, 16)
     weight = Graph(tmp_path, dtype, group, columns).weight
-    want = in_blocks(torch.from_numpy(x)).double().numpy() @ weight.T
+    want = in_blocks(torch.from_numpy(x), block).double().numpy() @ weight.T
     np.testing.assert_allclose(run(x, ids)[0], want, rtol=0, atol=1e-6 * float(abs(want).max()))
     exact = x.astype(np.float64) @ weight.T
     assert np.abs(want - exact).max() > 1e-4 * np.abs(exact).max(), "the rounding of inputs shows"
@@ -149,6 +170,17 @@ def test_a_row_s_numbers_are_its_own(tmp_path: Path, dtype: str, group: int, col
         assert np.array_equal(run(x[:rows], ids[:rows])[0], alone[:rows]), rows
     order = np.random.default_rng(1).permutation(32)
     assert np.array_equal(run(x[order], ids[order])[0], alone[order])
+
+
+@pytest.mark.parametrize(("dtype", "group", "columns"), [f for f in FORMATS if block_of(*f[:0:-1], even_rows=True) > 32])
+def test_wide_blocks_compute_even_numbers_of_rows_alike(tmp_path: Path, dtype: str, group: int, columns: int) -> None:
+    run, _ = Graph(tmp_path, dtype, group, columns).engine(as_stored=True, even_rows=True)
+    x, ids = inputs(columns, 32, 16)
+    alone = np.concatenate([run(x[i : i + 1], ids[i : i + 1])[0] for i in range(32)])
+    for rows in (2, 3, 8, 32):
+        assert np.array_equal(run(x[:rows], ids[:rows])[0], alone[:rows]), rows
+    order = np.random.default_rng(1).permutation(16)
+    assert np.array_equal(run(x[:1, order], ids[:1, order])[0], alone[:1, order]), "wherever a row stands"
 
 
 def test_rows_that_no_block_divides_are_expanded(tmp_path: Path) -> None:
@@ -197,6 +229,31 @@ def build(bundle: Bundle, dialect: str = "chosen") -> dict[str, Any]:
 def text(bundle: Bundle) -> list[int]:
     with TwoTower.open(bundle.path, target="ort-cpu") as model:
         return model.generate([5, 6, 7], GenerationConfig(max_new_tokens=16, ignore_eos=True)).tokens
+
+
+@pytest.mark.parametrize("length", [1, 15])
+def test_a_pass_of_an_odd_number_of_positions_computes_a_row_alike(copy: Bundle, length: int) -> None:
+    """The denoiser's blocks are wide: its engine runs such a pass with one row more, and nobody sees that."""
+    build(copy)
+    with contextlib.closing(open_ort_cpu(copy).denoiser) as engine:
+        assert engine._even_rows
+
+        def run(rows: int, first: int = 0) -> dict[str, Array]:
+            random, arrays = np.random.default_rng(3), {}
+            for spec in (*engine.signature.inputs, *engine.signature.outputs):
+                shape = spec.shape({"B": 5, "S": length, "T": 32})
+                whole = random.integers(1, 9, shape) if spec.dtype == "int64" else random.random(shape)
+                arrays[spec.name] = np.ascontiguousarray(whole[first : first + rows], spec.dtype)
+            given = {spec.name: arrays[spec.name].copy() for spec in engine.signature.inputs}
+            engine.bind(arrays).run(HostStream())
+            assert all(np.array_equal(arrays[name], value) for name, value in given.items()), "inputs are only read"
+            return {spec.name: arrays[spec.name] for spec in engine.signature.outputs}
+
+        together = {rows: run(rows) for rows in (2, 3, 4)}
+        for rows, outputs in together.items():
+            for i in range(rows):
+                for name, value in run(1, i).items():
+                    assert np.array_equal(outputs[name][i], value[0]), (rows, i, name)
 
 
 def test_every_weight_of_few_bits_is_read_as_it_is_stored(copy: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

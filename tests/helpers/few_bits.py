@@ -54,7 +54,16 @@ def fake_input(x: torch.Tensor, dtype: str, scale: float) -> torch.Tensor:
     return units * torch.tensor(scale, dtype=torch.float32)
 
 
-def in_blocks(x: torch.Tensor, block: int = 32) -> torch.Tensor:
+def block_of(columns: int, group: int, *, even_rows: bool) -> int:
+    """Values of an input that ONNX Runtime on a CPU rounds together, for a product with a matrix in few bits.
+
+    The widest that divides a row and the weights that share a scale, where the product always has an even number of rows.
+    """
+    widest = 128 if even_rows else 32
+    return max(block for block in (32, 64, 128) if block <= widest and columns % block == 0 == (group or columns) % block)
+
+
+def in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
     """The input of a product as it comes, each `block` values in 8 bits with a scale of their own."""
     grouped = x.reshape(*x.shape[:-1], -1, block)
     scale = grouped.abs().amax(-1, keepdim=True) / 127
@@ -108,13 +117,21 @@ def quantized_towers(
     for tower, prefix in zip(towers, ("context_tower", "denoiser_tower"), strict=True):
         for name, module in list(tower.named_modules()):
             weight = stack_of(_HEADS.get(f"{prefix}.{name}", f"{prefix}.{name}") + ".weight")
-            in_few = blocks and formats.get(weight, ("", 0))[0] in ("int4", "int8")
-            _rounds_input(module, weight, _Rounding(activations.get(weight), in_few))
+            even = prefix == "denoiser_tower" or ".experts." in weight
+            if isinstance(module, nn.Linear):
+                block = _block(formats.get(weight), module.in_features, even_rows=even) if blocks else 0
+                _rounds_input(module, weight, _Rounding(activations.get(weight), block))
             split = f"{prefix}.{name}.in_proj.weight"
             if name.endswith("mixer") and split in formats:
-                in_few = blocks and formats[split][0] in ("int4", "int8")
-                _split_in_projection(module, formats[split], _Rounding(activations.get(split), in_few), config)
+                block = _block(formats[split], config.hidden_size, even_rows=even) if blocks else 0
+                _split_in_projection(module, formats[split], _Rounding(activations.get(split), block), config)
     return towers
+
+
+def _block(how: tuple[str, int] | None, columns: int, *, even_rows: bool) -> int:
+    if how is None or how[0] not in ("int4", "int8"):
+        return 0
+    return block_of(columns, how[1], even_rows=even_rows)
 
 
 _HEADS = {"context_tower.lm_head": "context_lm_head", "denoiser_tower.lm_head": "lm_head"}
@@ -122,14 +139,14 @@ _HEADS = {"context_tower.lm_head": "context_lm_head", "denoiser_tower.lm_head": 
 
 @dataclass(frozen=True)
 class _Rounding:
-    """What becomes of a product's input: rounded with one scale, then in blocks, or either, or neither."""
+    """What becomes of a product's input: rounded with one scale, then in blocks of a size, or either, or neither."""
 
     whole: tuple[str, float] | None
-    blocks: bool
+    block: int
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = fake_input(x, *self.whole) if self.whole else x
-        return in_blocks(x) if self.blocks else x
+        return in_blocks(x, self.block) if self.block else x
 
 
 def _split_in_projection(module: Any, how: tuple[str, int], rounding: _Rounding, config: ModelConfig) -> None:
@@ -139,7 +156,7 @@ def _split_in_projection(module: Any, how: tuple[str, int], rounding: _Rounding,
 
 
 def _rounds_input(module: nn.Module, weight: str, rounding: _Rounding) -> None:
-    if isinstance(module, nn.Linear) and not weight.endswith("in_proj.weight"):
+    if not weight.endswith("in_proj.weight"):
         module.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]),))
 
 

@@ -62,7 +62,7 @@ def _experts(record: EngineRecord) -> list[str]:
 
 
 _FEW_BITS = {
-    "as stored": "few bits: products read integers as they are stored, and round their inputs to 8 bits in blocks of 32",
+    "as stored": "few bits: products read integers as they are stored, and round their inputs to 8 bits block by block",
     "expanded": "few bits: every pass expands them",
 }
 _EXPERTS_ON_A_CPU = {

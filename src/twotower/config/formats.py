@@ -7,7 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-__all__ = ["ACTIVATIONS", "BITS", "FORMATS", "FUSED_STACKS", "GROUPS", "WeightFormat", "stack_is_expanded", "stored_bytes", "stored_format"]
+__all__ = [
+    "ACTIVATIONS",
+    "BITS",
+    "FORMATS",
+    "FUSED_STACKS",
+    "GROUPS",
+    "NARROW_BLOCK",
+    "WeightFormat",
+    "product_block",
+    "stack_is_expanded",
+    "stored_bytes",
+    "stored_format",
+]
 
 BITS: Mapping[str, int] = MappingProxyType(
     {
@@ -101,6 +113,24 @@ def stored_format(name: str, columns: int, *, stacked: bool, rounded_input: bool
     if name == "int8" and stacked and not rounded_input and columns > _LONG_ROW:
         return replace(FORMATS[name], group=next((g for g in _INT8_GROUPS if columns % g == 0), 0))
     return FORMATS[name]
+
+
+NARROW_BLOCK = 32
+"""Weights of a block in which ONNX Runtime on a CPU computes a row alike, whatever their number."""
+
+_BLOCKS = (128, 64, NARROW_BLOCK)
+
+
+def product_block(columns: int, group: int, *, even_rows: bool) -> int:
+    """Weights that share a scale in a product of ONNX Runtime on a CPU, 0 where it cannot read the weight as it is stored.
+
+    Args:
+        columns: Length of a row.
+        group: Weights that share a scale as it is stored; the length of a row where all of it do.
+        even_rows: Whether the product always has an even number of rows (`builders/ort_few_bits.py`).
+    """
+    blocks = _BLOCKS if even_rows else (NARROW_BLOCK,)
+    return next((block for block in blocks if columns % block == 0 and group % block == 0), 0)
 
 
 FUSED_STACKS = "int4 (recipes mixed, int4-experts), or 8 bits with 8-bit inputs (recipes int8, fp8)"

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from twotower.builders.build_cost import LayerBytes
 from twotower.checkpoint.layout import CheckpointTensor, Role, Tower, expected_tensors
-from twotower.config.formats import FORMATS, stored_bytes, stored_format
+from twotower.config.formats import FORMATS, product_block, stored_bytes, stored_format
 from twotower.config.model import ModelConfig
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 from twotower.weights.refs import aligned
@@ -129,9 +129,7 @@ def graph_weights(
 
 
 AS_STORED = ("int4", "int8")
-"""What products of `ort-cpu` read as it is stored, in the engine's own order and with float32 scales for `_BLOCK` weights."""
-
-_BLOCK = 32
+"""What products of `ort-cpu` read as it is stored, in the engine's own order and with a float32 scale for each block."""
 
 
 @lru_cache(maxsize=64)
@@ -151,7 +149,7 @@ def cpu_bytes(config: ModelConfig, dtype: str, formats: Formats = (), *, as_stor
     few = dict(formats)
     for tensor in expected_tensors(config).values():
         how = few.get(tensor.role.value)
-        multiplied = as_stored and tensor.role is not Role.EMBEDDING and tensor.shape[-1] % _BLOCK == 0
+        block = _product_block(tensor, how) if as_stored else 0
         for size, kept in _stored(tensor, config, dtype, how):
             if kept in ("float16", "bfloat16"):
                 out[_graph_of(tensor)] += 2 * size
@@ -160,11 +158,20 @@ def cpu_bytes(config: ModelConfig, dtype: str, formats: Formats = (), *, as_stor
             elif kept == how:
                 count = _count(tensor, config)
                 values = stored_bytes(FORMATS[kept].dtype, count)
-                if kept in AS_STORED and multiplied:
-                    out[_graph_of(tensor)] += values + 4 * count // _BLOCK
+                if block:
+                    out[_graph_of(tensor)] += values + 4 * count // block
                 elif dtype != "float32":
                     out[_graph_of(tensor)] += 2 * (size - values)
     return MappingProxyType(dict(out))
+
+
+def _product_block(tensor: CheckpointTensor, how: str | None) -> int:
+    """Weights that share a scale in a product of `ort-cpu`; 0 where it does not read the weight as it is stored."""
+    if how not in AS_STORED or tensor.role is Role.EMBEDDING:
+        return 0
+    columns, stacked = tensor.shape[-1], tensor.role is Role.ROUTED_EXPERT
+    group = stored_format(how, columns, stacked=stacked).group or columns
+    return product_block(columns, group, even_rows=stacked or _graph_of(tensor) == DENOISER)
 
 
 @lru_cache(maxsize=64)
