@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from twotower.runtime.stopping import Continuation, StopRule
@@ -70,6 +72,7 @@ def test_the_earliest_of_several_stop_strings_counts(tokenizer: Tokenizer) -> No
 ALPHABET = "ab\u20ac"
 
 
+@example(text="aab", stop=["aab"], block=1)
 @given(text=st.text(ALPHABET, max_size=30), stop=st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3), block=st.integers(1, 9))
 @with_fixture
 def test_stop_strings_over_many_texts(tokenizer: Tokenizer, text: str, stop: list[str], block: int) -> None:
@@ -79,6 +82,26 @@ def test_stop_strings_over_many_texts(tokenizer: Tokenizer, text: str, stop: lis
     assert row.text == (text[: min(ends)[1]] if ends else text)
     assert row.finish_reason == ("stop" if ends else "eos")
     assert "".join(t or "" for t in texts) == row.text, "nothing handed out is ever taken back"
+
+
+class Words:
+    """A tokenizer whose tokens are words."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.push, self.flush = words.__getitem__, str
+
+
+@example(words=["bab", "a"], stop=["bab"])
+@given(words=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1), stop=st.lists(st.text("ab", min_size=1, max_size=4)))
+def test_stop_strings_inside_and_across_words(words: list[str], stop: list[str]) -> None:
+    """The word with which the first is complete ends the row; the text ends before the earliest in it."""
+    row = Continuation(StopRule(1000, stop=tuple(stop)), cast(IncrementalText, Words(words)))
+    handed = [row.push([number]).text or "" for number in range(len(words)) if not row.finish_reason]
+    texts = ["".join(words[: n + 1]) for n in range(len(words))]
+    ends = [(n, text.find(s)) for n, text in enumerate(texts) for s in stop if s in text]
+    assert (row.finish_reason, len(row.tokens)) == (("stop", min(ends)[0] + 1) if ends else (None, len(words)))
+    assert row.text == (texts[-1][: min(ends)[1]] if ends else texts[-1])
+    assert (row.text or "").startswith("".join(handed)), "nothing handed out is ever taken back"
 
 
 def test_half_a_character_is_flushed_at_the_end(tokenizer: Tokenizer) -> None:
