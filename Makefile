@@ -12,11 +12,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FIXTURE := tests/fixtures/hybrid-a
-# A file of tests stays in one process: what its tests share is made once.
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# Libraries are installed without compiled files: what is imported is compiled then, and kept, or every process would do so again.
+unexport PYTHONDONTWRITEBYTECODE
+# A file of tests stays in one process: what its tests share is made once. Files come in the order that tests/conftest.py gives them.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-trained test-engines test-browser test-long test-wheel kernels test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo mid bench bench-real house-numbers bench-auto bench-experts bench-weights engines-published engines-inside engines-boundary tiny browser docs clean ci
+.PHONY: help install lint format types test test-trained test-engines test-browser test-long test-all test-times test-wheel mutants kernels test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo mid bench bench-real house-numbers bench-auto bench-experts bench-weights engines-published engines-inside engines-boundary tiny browser docs clean ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,7 +43,7 @@ types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
 test: $(STAMP) ## the tests of everything that needs neither a GPU nor what the next five targets are for: below five minutes
-	$(PYTEST) -m "not (trained or wheel or browser or kernels or (trt_rtx and slow))" $(ARGS)
+	$(PYTEST) -m "not (trained or wheel or browser or kernels or (trt_rtx and slow))" --cpu-limit 10 $(ARGS)
 
 test-trained: $(STAMP) ## the tests that take tens of seconds: the trained model quantized, tuned, by lm-evaluation-harness; other tools
 	$(PYTEST) -m trained $(ARGS)
@@ -52,11 +54,20 @@ test-engines: $(STAMP) ## the tests that build engines with TensorRT for RTX; no
 test-browser: $(STAMP) ## the tests that open the pages; skipped without Chromium, which `make browser` installs
 	$(PYTEST) -m browser $(ARGS)
 
-test-long: $(STAMP) ## the last three in one run, whose processes then have less to wait for: what `.ci/run` runs
+test-long: $(STAMP) ## the last three in one run, whose processes then have less to wait for
 	$(PYTEST) -m "trained or browser or (trt_rtx and slow)" $(ARGS)
 
+test-all: $(STAMP) ## `make test` and `make test-long` in one run, likewise: what `.ci/run` runs
+	$(PYTEST) -m "not (wheel or kernels) or trained or browser or (trt_rtx and slow)" --cpu-limit 10 $(ARGS)
+
+test-times: $(STAMP) ## the tests without the mark `slow`, one after another; fails where one takes more than 2 s of a processor
+	$(BIN)/python -m pytest -m "not (slow or trained or wheel or browser or kernels)" --cpu-limit 2 $(ARGS)
+
 test-wheel: $(STAMP) ## the wheel with each of its extras in an environment of its own: every verb works, or names the extra it needs
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m wheel $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m wheel tests/wheel tests/test_packaging.py $(ARGS)
+
+mutants: $(STAMP) ## one operator or number of a pure module changed at a time: which changes no test notices; half an hour
+	$(BIN)/python -m tools.mutants $(ARGS)
 
 kernels: $(STAMP) ## expert kernels in Triton's interpreter, and compiled for every GPU and format; no GPU
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m kernels tests/kernels $(ARGS)

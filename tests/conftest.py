@@ -5,12 +5,14 @@ The GPU is hidden before any library can look for it, unless TWOTOWER_REQUIRE as
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -27,12 +29,16 @@ BROWSER = (("chromium", "google-chrome"), ("chromedriver",))
 LIBRARY = {"trt": ("tensorrt",), "trt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx"), "ort_cuda": ("onnxruntime-gpu",)}
 """Mark -> distributions, any of which will do: onnxruntime and onnxruntime-gpu cannot be told apart by what can be imported."""
 
+_WEIGHTS = {"trained": 10, "trt_rtx": 3, "slow": 3}
+"""Seconds of a test with a mark, about."""
+
 if "gpu" not in REQUIRED:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests import ONNX Runtime themselves, and start processes that do
 # torch's threads: small tensors gain nothing from more than two, and machines are shared, by processes of one run too
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
+gc.set_threshold(100_000, 20, 20)  # libraries of millions of objects are imported: looking through all of them took a quarter of the time
 settings.register_profile("twotower", deadline=None, max_examples=25, derandomize="CI" in os.environ)
 settings.load_profile("twotower")
 
@@ -43,6 +49,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Account(config))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long first: of those that share a run no process is then left with one at the end."""
+    weights: dict[Path, float] = defaultdict(float)
+    for item in items:
+        weights[item.path] += 0.1 + sum(_WEIGHTS.get(mark.name, 0) for mark in item.iter_markers())
+    items.sort(key=lambda item: -weights[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """Modules are there for good: the collector need not look at them again."""
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -100,7 +120,13 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel as it is released: built from the sdist, so that a file missing there is missed here."""
+    """The wheel as it is released: built from the sdist, so that a file missing there is missed here.
+
+    TWOTOWER_DIST names a folder where `make wheel` has just built it.
+    """
+    if built := os.environ.get("TWOTOWER_DIST"):
+        (path,) = (ROOT / built).glob("*.whl")
+        return path
     folder = made_once(tmp_path_factory, "dist", lambda folder: _run("-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)))
     (path,) = folder.glob("*.whl")
     return path
