@@ -25,6 +25,7 @@ from twotower.builders.segment import fix_axes, segment
 from twotower.builders.weight_inputs import place_weights
 from twotower.bundle import GRAPH_FILES, Bundle
 from twotower.config.model import ModelConfig
+from twotower.dtypes import numpy_dtype
 from twotower.errors import BuildError, TwoTowerError
 from twotower.spec import (
     BLOCK,
@@ -42,7 +43,6 @@ from twotower.weights.external import load_graph
 
 __all__ = ["FeedOptions", "feed_graph", "main"]
 
-_NUMPY: Mapping[str, Any] = {"int64": np.int64, "float32": np.float32, "float16": np.float16}
 _SCALE = 0.3  # of random states: a state of a text is of that size, and nothing overflows
 
 _SCRIPT = '''"""What `polygraphy run --data-loader-script` reads: one set of inputs, weights mapped from the bundle."""
@@ -98,7 +98,7 @@ def feed_graph(bundle: Bundle, name: str, folder: Path, options: FeedOptions | N
     """
     chosen = options or FeedOptions()
     bundle.require_weights("feeding a graph")
-    if bundle.dtype not in _NUMPY:
+    if bundle.dtype == "bfloat16":
         raise BuildError(
             f"a {bundle.dtype} graph cannot be fed",
             found=f"NumPy, by which inputs are given, has no {bundle.dtype}",
@@ -150,7 +150,7 @@ def _values(spec: TensorSpec, sizes: Mapping[str, int], config: ModelConfig, rng
         return rng.integers(1, 4, shape)
     if spec.name in (THRESHOLD, TEMPERATURE):
         return np.full(shape, 0.9 if spec.name == THRESHOLD else 0.0, np.float32)
-    return np.asarray(rng.standard_normal(shape) * _SCALE, dtype=_NUMPY[spec.dtype])
+    return np.asarray(rng.standard_normal(shape) * _SCALE, dtype=numpy_dtype(spec.dtype))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from twotower.builders.ort_experts import is_slice
 from twotower.builders.ort_products import with_branches
-from twotower.config.formats import BITS, NARROW_BLOCK, product_block
+from twotower.config.formats import NARROW_BLOCK, product_block
+from twotower.dtypes import DTYPES
 from twotower.product_probe import EVEN_ROWS
 from twotower.weights.refs import WeightRef
 
@@ -198,7 +199,7 @@ def stored_product(
         domain=_VENDOR,
         N=rows,
         K=columns,
-        bits=BITS[ref.dtype],
+        bits=DTYPES[ref.dtype].bits,
         block_size=block,
         accuracy_level=_INT8_INPUTS,
     )

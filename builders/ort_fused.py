@@ -23,11 +23,10 @@ a session is opened.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto
@@ -37,6 +36,7 @@ from twotower.builders.node_writer import NodeWriter
 from twotower.builders.segment import needed_nodes
 from twotower.bundle import ExpertsStep
 from twotower.config.formats import FORMATS
+from twotower.dtypes import numpy_dtype
 from twotower.spec import EXPERTS_IN, SHARES
 from twotower.weights.external import weight_refs
 from twotower.weights.refs import WeightRef
@@ -46,12 +46,6 @@ __all__ = ["fuse_experts"]
 _DOMAIN = "com.microsoft"
 _CERTAIN = 10000.0
 """By how much a row's expert is above the others: exp(-10000) is 0, and any type holds it."""
-
-_DTYPES: Mapping[str, Any] = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-}
 
 
 def fuse_experts(model: onnx.ModelProto, layers: Iterable[ExpertsStep]) -> dict[str, WeightRef]:
@@ -146,7 +140,7 @@ def _written(m: _Mixture) -> list[onnx.NodeProto]:
     share = w.op("GatherElements", m.share, experts, axis=0)
     tokens = w.op("Reshape", m.tokens, w.ints([-1, step.hidden]))
     rows = w.op("Concat", *[tokens] * step.top, axis=0)
-    certain = w.constant((_CERTAIN * np.eye(step.experts)).astype(_DTYPES[step.dtype]))
+    certain = w.constant((_CERTAIN * np.eye(step.experts)).astype(numpy_dtype(step.dtype)))
     probs = w.op("Gather", certain, experts, axis=0)
     results = _operator(w, m, rows, w.op("Reshape", probs, w.ints([-1, step.experts])))
     results = w.op("Reshape", results, w.ints([step.top, -1, step.hidden]))

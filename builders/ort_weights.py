@@ -18,7 +18,7 @@ import onnx
 
 from twotower.builders.ort_few_bits import UNSIGNED, stored_products
 from twotower.builders.ort_unsigned import unsigned_pieces
-from twotower.config.formats import stored_bytes
+from twotower.dtypes import stored_bytes
 from twotower.weights.conversion import read_weight
 from twotower.weights.external import weight_refs
 from twotower.weights.refs import WeightRef, aligned

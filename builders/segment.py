@@ -10,9 +10,8 @@ from functools import partial
 import onnx
 
 from twotower.builders.build_cost import LayerBytes
-from twotower.config.formats import BITS, stored_bytes
+from twotower.dtypes import DTYPES, dtype_of_onnx, onnx_code
 from twotower.spec import CONDITIONING, CONTEXT, DENOISER, RESIDUAL_IN, RESIDUAL_OUT, TensorSpec, TowerSignature
-from twotower.weights.external import TYPE_NAMES
 
 __all__ = [
     "Segment",
@@ -51,7 +50,7 @@ def fix_axes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
 def layer_bytes(model: onnx.ModelProto) -> LayerBytes:
     """Weight bytes by layer: a weight belongs to the layer whose node reads it."""
     sizes = {t.name: _nbytes(t) for t in model.graph.initializer}
-    packed = [sizes[t.name] for t in model.graph.initializer if BITS.get(TYPE_NAMES.get(t.data_type, "")) == 4]
+    packed = [sizes[t.name] for t in model.graph.initializer if _bits(t) == 4]
     layers: dict[int, int] = {}
     ends = [0, 0]
     for node in model.graph.node:
@@ -203,8 +202,7 @@ def _value(spec: TensorSpec, known: Mapping[str, onnx.ValueInfoProto]) -> onnx.V
     """The graph's own value of that name, its axes already fixed, or a new one."""
     if spec.name in known:
         return known[spec.name]
-    codes = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
-    return onnx.helper.make_tensor_value_info(spec.name, codes[spec.dtype], list(spec.axes))
+    return onnx.helper.make_tensor_value_info(spec.name, onnx_code(spec.dtype), list(spec.axes))
 
 
 def _last_output(nodes: Iterable[onnx.NodeProto], scope: str) -> str:
@@ -225,8 +223,13 @@ def _nbytes(tensor: onnx.TensorProto) -> int:
     count = 1
     for size in tensor.dims:
         count *= size
-    name = TYPE_NAMES.get(tensor.data_type)
-    return stored_bytes(name, count) if name else count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return -(-count * _bits(tensor) // 8)
+
+
+def _bits(tensor: onnx.TensorProto) -> int:
+    """Of one element."""
+    name = dtype_of_onnx(tensor.data_type)
+    return DTYPES[name].bits if name else 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 def _width(model: onnx.ModelProto) -> int:

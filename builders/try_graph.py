@@ -20,21 +20,13 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from twotower.builders.job import RefusedError, run_job
+from twotower.dtypes import dtype_of_onnx, onnx_code
 from twotower.errors import TwoTowerError
 from twotower.weights.external import load_graph
 
 __all__ = ["job_of_graph", "main"]
 
 BUILDS, REFUSED, NOT_TRIED = 0, 1, 3
-
-_TYPES: dict[int, str] = {
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.BFLOAT16: "bfloat16",
-    onnx.TensorProto.INT64: "int64",
-    onnx.TensorProto.INT32: "int32",
-    onnx.TensorProto.BOOL: "bool",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,17 +100,18 @@ def _tried(graph: Path, job: dict[str, Any]) -> int:
 def _input(value: onnx.ValueInfoProto) -> list[Any]:
     """Name, type and axes of a graph's input; an axis without a name gets one."""
     tensor = value.type.tensor_type
-    if tensor.elem_type not in _TYPES or not tensor.HasField("shape"):
+    dtype = dtype_of_onnx(tensor.elem_type)
+    if dtype is None or not tensor.HasField("shape"):
         raise ValueError(f"input {value.name!r} has no type or rank this check knows")
     dims = tensor.shape.dim
     axes = [d.dim_value if d.HasField("dim_value") else d.dim_param or f"{value.name}.{i}" for i, d in enumerate(dims)]
-    return [value.name, _TYPES[tensor.elem_type], axes]
+    return [value.name, dtype, axes]
 
 
 def _narrowest(graph: onnx.ModelProto) -> str:
     """The element type of the graph's products, as far as its weights show it."""
     kinds = {t.data_type for t in graph.graph.initializer} | {v.type.tensor_type.elem_type for v in graph.graph.input}
-    return next((name for code, name in _TYPES.items() if name in ("float16", "bfloat16") and code in kinds), "float32")
+    return next((name for name in ("float16", "bfloat16") if onnx_code(name) in kinds), "float32")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 
 from twotower.builders.base import INSIDE
-from twotower.config.formats import BITS, stored_bytes
+from twotower.dtypes import DTYPES, stored_bytes
 from twotower.spec import TensorSpec
 from twotower.weights.external import detach_weights, weight_refs
 
@@ -65,7 +65,7 @@ def place_weights(model: onnx.ModelProto, places: str) -> WeightPlaces:
         tuple(TensorSpec(name, ref.dtype, ref.shape) for name, ref in free.items()),
         inside,
         sum(ref.nbytes for ref in held),
-        max((ref.nbytes for ref in held if BITS[ref.dtype] == 4), default=0),
+        max((ref.nbytes for ref in held if DTYPES[ref.dtype].bits == 4), default=0),
     )
 
 
@@ -81,7 +81,7 @@ def why_inside(model: onnx.ModelProto) -> dict[str, str]:
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in refs:
             values = node.input[0]
-            four = BITS[refs[values].dtype] == 4
+            four = DTYPES[refs[values].dtype].bits == 4
             out.setdefault(values, _NO_INPUT.format(refs[values].dtype) if four else _TRANSPOSED)
             scales = [scale for scale in _scales(model, node) if scale in refs]
             out.update((scale, f"a scale of {values}, which is a constant") for scale in scales)

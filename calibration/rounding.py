@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from twotower.config.formats import WeightFormat
+from twotower.dtypes import numpy_dtype
 
-__all__ = ["ROUNDINGS", "expand_rows", "global_scale", "numpy_dtype", "pack", "quantize_rows"]
+__all__ = ["ROUNDINGS", "expand_rows", "global_scale", "pack", "quantize_rows"]
 
 Floats = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
@@ -25,19 +25,6 @@ that clipping 8-bit floats gains nothing."""
 
 _GREATEST_SCALE, _LEAST_SCALE = 448.0, 2.0**-9  # of float8e4m3fn
 _SMALLEST_SCALE = 2.0**-24  # positive in float16 too; a group of zeros is zero whatever its scale
-
-
-def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """The numpy type of a type of ours; the 4-bit ones take a byte an element there."""
-    special = {
-        "bfloat16": ml_dtypes.bfloat16,
-        "float8e4m3fn": ml_dtypes.float8_e4m3fn,
-        "float4e2m1": ml_dtypes.float4_e2m1fn,
-        "int4": np.int8,
-    }
-    kind: Any = special.get(dtype, dtype)
-    out: np.dtype[Any] = np.dtype(kind)
-    return out
 
 
 def global_scale(greatest: float, how: WeightFormat, dtype: str) -> Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from twotower.config.formats import BITS
+from twotower.dtypes import DTYPES
 from twotower.errors import RequestError
 from twotower.kernels.manifest import Manifest, build_command
 from twotower.kernels.shape import MATRICES, ExpertShape
@@ -120,7 +120,7 @@ def _grids(shape: ExpertShape, tokens: int, tier: Tier, sm: int) -> dict[str, tu
 def _places(shape: ExpertShape, tokens: int) -> dict[str, int]:
     """Offset of each intermediate array in scratch memory, and the end of the last."""
     tier = tier_for(tokens)
-    pairs, element = tokens * shape.top, BITS[shape.dtype] // 8
+    pairs, element = tokens * shape.top, DTYPES[shape.dtype].bits // 8
     blocks = most_blocks(shape, tokens, tier.rows)
     hidden_elements = pairs * shape.width + tokens * shape.shared_intermediate
     sizes = {

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from twotower.dtypes import carried_dtype, to_float32, to_stored
 from twotower.kernels.shape import ExpertShape
-from twotower.kernels.stored import Array, Floats, expanded, from_floats, raw_dtype, to_floats
+from twotower.kernels.stored import Array, Floats, expanded
 
 __all__ = ["combine_twin", "down_twin", "experts_twin", "pairs_twin", "up_twin"]
 
@@ -54,14 +55,14 @@ def up_twin(
     shape: ExpertShape, x: Array, experts: Array, weights: Mapping[str, Array]
 ) -> tuple[Array, Array]:
     """Hidden rows of the pairs [N*TOP,F] and of the shared experts [S*N,SF], model's type."""
-    tokens = to_floats(x, shape.dtype)
+    tokens = to_float32(x, shape.dtype)
     count = len(tokens)
-    h = np.zeros((experts.size, shape.width), raw_dtype(shape.dtype))
+    h = np.zeros((experts.size, shape.width), carried_dtype(shape.dtype))
     for expert in np.unique(experts[experts >= 0]):
         matrix = _Matrix(shape, "up", weights, expert)
         for pair in np.flatnonzero(experts.reshape(-1) == expert):
             h[pair] = _squared_relu(matrix.times(tokens[pair // shape.top]), shape.dtype)
-    shared = np.zeros((shape.shared * count, shape.shared_width), raw_dtype(shape.dtype))
+    shared = np.zeros((shape.shared * count, shape.shared_width), carried_dtype(shape.dtype))
     for s in range(shape.shared):
         matrix = _Matrix(shape, "shared_up", weights, s)
         for token in range(count):
@@ -77,19 +78,19 @@ def down_twin(
 ) -> Array:
     """Rows of results [N*TOP + S*N, D] times their shares, model's type; unused ones are 0."""
     experts, share_of = pairs
-    routed, shared = (to_floats(rows, shape.dtype) for rows in hidden)
-    y = np.zeros((len(routed) + len(shared), shape.hidden), raw_dtype(shape.dtype))
+    routed, shared = (to_float32(rows, shape.dtype) for rows in hidden)
+    y = np.zeros((len(routed) + len(shared), shape.hidden), carried_dtype(shape.dtype))
     for expert in np.unique(experts[experts >= 0]):
         matrix = _Matrix(shape, "down", weights, expert)
         for pair in np.flatnonzero(experts.reshape(-1) == expert):
             with np.errstate(invalid="ignore", over="ignore"):
                 row = matrix.times(routed[pair]) * share_of.reshape(-1)[pair]
-            y[pair] = from_floats(row, shape.dtype)
+            y[pair] = to_stored(row, shape.dtype)
     for s in range(shape.shared):
         matrix = _Matrix(shape, "shared_down", weights, s)
         for token in range(len(experts)):
             place = s * len(experts) + token
-            y[len(routed) + place] = from_floats(matrix.times(shared[place]), shape.dtype)
+            y[len(routed) + place] = to_stored(matrix.times(shared[place]), shape.dtype)
     return y
 
 
@@ -98,12 +99,12 @@ def combine_twin(shape: ExpertShape, y: Array, share_of: Floats) -> Array:
     count = len(share_of)
     total = np.zeros((count, shape.hidden), np.float32)
     for slot in range(shape.top):
-        rows = to_floats(y[slot : count * shape.top : shape.top], shape.dtype)
+        rows = to_float32(y[slot : count * shape.top : shape.top], shape.dtype)
         total += np.where(share_of[:, slot : slot + 1] != 0, rows, np.float32(0))
     for s in range(shape.shared):
         first = count * (shape.top + s)
-        total += to_floats(y[first : first + count], shape.dtype)
-    return from_floats(total, shape.dtype)
+        total += to_float32(y[first : first + count], shape.dtype)
+    return to_stored(total, shape.dtype)
 
 
 class _Matrix:
@@ -136,7 +137,7 @@ class _Matrix:
         )
         by_row = how is not None and not how.group and own_scales is not None
         self._factors = (
-            to_floats(own_scales, shape.dtype).reshape(-1)
+            to_float32(own_scales, shape.dtype).reshape(-1)
             if by_row and own_scales is not None
             else None
         )
@@ -155,4 +156,4 @@ def _columns(index: int, width: int) -> tuple[slice, ...]:
 def _squared_relu(values: Floats, dtype: str) -> Array:
     with np.errstate(over="ignore"):
         positive = np.maximum(values, np.float32(0))
-        return from_floats(positive * positive, dtype)
+        return to_stored(positive * positive, dtype)

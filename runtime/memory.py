@@ -7,24 +7,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from twotower.dtypes import carried_dtype
 from twotower.errors import RequestError
 from twotower.spec import TensorSpec
 
-__all__ = ["Array", "Buffer", "HostMemory", "Memory", "Span", "no_memory", "numpy_dtype", "span_of"]
+__all__ = ["Array", "Buffer", "HostMemory", "Memory", "Span", "no_memory", "span_of"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 Buffer = Any
 """What a `Memory` gives out and its engines take: an array on the host, addresses on a device."""
-
-_NUMPY: dict[str, npt.DTypeLike] = {
-    "int64": np.int64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": np.uint16,  # NumPy has no bfloat16: the bits are carried, nothing is computed with them
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +87,7 @@ class HostMemory:
 
     def state(self, spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
         try:
-            return np.zeros(spec.shape(sizes), numpy_dtype(spec.dtype))
+            return np.zeros(spec.shape(sizes), carried_dtype(spec.dtype))
         except MemoryError as e:
             raise no_memory(spec, sizes) from e
 
@@ -120,11 +113,6 @@ class HostMemory:
         return
 
 
-def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """The element type a buffer of a contract dtype is kept in."""
-    return np.dtype(_NUMPY[dtype])
-
-
 def span_of(spec: TensorSpec, axis: str, stop: int) -> Span:
     """The positions below `stop` of an axis given by its letter."""
     return Span(spec.axes.index(axis), 0, stop)
@@ -138,7 +126,7 @@ def no_memory(spec: TensorSpec, sizes: Mapping[str, int], free: str = "") -> Req
         sizes: Its axes.
         free: What is known of the memory that is left.
     """
-    need = int(np.prod(spec.shape(sizes), dtype=object)) * numpy_dtype(spec.dtype).itemsize
+    need = int(np.prod(spec.shape(sizes), dtype=object)) * carried_dtype(spec.dtype).itemsize
     return RequestError(
         f"not enough memory for {sizes.get('B', 1)} row(s) at a context capacity of {sizes.get('T', 0)} tokens",
         found=f"{spec.name} alone needs {need:,} bytes" + (f"; {free}" if free else ""),

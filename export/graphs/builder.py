@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
 from twotower.config.formats import WeightFormat
+from twotower.dtypes import numpy_dtype, onnx_code
 from twotower.export.graphs.precision import Precision, Tap
 from twotower.spec import TensorSpec, TowerSignature
 from twotower.weights.declared import Weight
@@ -22,22 +22,10 @@ __all__ = ["OPSET", "GraphBuilder", "ir_dtype"]
 OPSET = 24  # the newest opset every reader of these graphs (ONNX Runtime, TensorRT 11, TensorRT-RTX 1.7) accepts
 IR_VERSION = 12
 
-_DTYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-    "int64": ir.DataType.INT64,
-    "bool": ir.DataType.BOOL,
-    "int8": ir.DataType.INT8,
-    "int4": ir.DataType.INT4,
-    "float8e4m3fn": ir.DataType.FLOAT8E4M3FN,
-    "float4e2m1": ir.DataType.FLOAT4E2M1,
-}
-
 
 def ir_dtype(name: str) -> ir.DataType:
     """The onnx-ir element type of a dtype's plain name."""
-    return _DTYPES[name]
+    return ir.DataType(onnx_code(name))
 
 
 class GraphBuilder:
@@ -206,8 +194,7 @@ class GraphBuilder:
 
     def _typed(self, value: float, dtype: str) -> ir.Value:
         """A scalar initializer of a type numpy may not know: readers want a quantization's scale to be a constant."""
-        kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
-        array = np.asarray(value, dtype=np.float64).astype(kind)
+        array = np.asarray(value, dtype=np.float64).astype(numpy_dtype(dtype))
         key = (dtype, array.shape, array.tobytes())
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"

@@ -10,9 +10,10 @@ from math import prod
 
 import numpy as np
 
+from twotower.dtypes import carried_dtype
 from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.memory import Array, Span, no_memory, numpy_dtype
+from twotower.runtime.memory import Array, Span, no_memory
 from twotower.spec import TensorSpec
 
 __all__ = ["DeviceBuffer", "DeviceMemory", "Slab"]
@@ -62,7 +63,7 @@ class DeviceBuffer:
 
     @property
     def itemsize(self) -> int:
-        return numpy_dtype(self.dtype).itemsize
+        return carried_dtype(self.dtype).itemsize
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +96,7 @@ class DeviceMemory:
     _tokens: Iterator[int] = field(default_factory=count)
 
     def state(self, spec: TensorSpec, sizes: Mapping[str, int]) -> DeviceBuffer:
-        size = prod(spec.shape(sizes)) * numpy_dtype(spec.dtype).itemsize
+        size = prod(spec.shape(sizes)) * carried_dtype(spec.dtype).itemsize
         addresses, freed = self._allocated(size, self._devices_of(spec), (spec, sizes))
         buffer = DeviceBuffer(spec.shape(sizes), spec.dtype, addresses, self._owner(freed))
         self.clear(buffer)
@@ -105,7 +106,7 @@ class DeviceMemory:
         offsets, end = [], 0
         for spec in specs:
             offsets.append(end)
-            end += -(-prod(spec.shape(sizes)) * numpy_dtype(spec.dtype).itemsize // _ALIGNED) * _ALIGNED
+            end += -(-prod(spec.shape(sizes)) * carried_dtype(spec.dtype).itemsize // _ALIGNED) * _ALIGNED
         devices = tuple(dict.fromkeys(d for spec in specs for d in self._devices_of(spec)))
         addresses, freed = self._allocated(end, devices, (specs[0], sizes))
         token = self._owner(freed)  # before more is asked for: whatever fails from here on, closing frees it
@@ -116,7 +117,7 @@ class DeviceMemory:
         slab = Slab(host, addresses)
         out = {}
         for spec, offset in zip(specs, offsets, strict=True):
-            shape, dtype = spec.shape(sizes), numpy_dtype(spec.dtype)
+            shape, dtype = spec.shape(sizes), carried_dtype(spec.dtype)
             array = whole[offset : offset + prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
             where = {device: addresses[device] + offset for device in self._devices_of(spec)}
             out[spec.name] = DeviceBuffer(shape, spec.dtype, where, token, slab, offset, array)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from twotower.bundle import EngineFile
-from twotower.runtime.memory import numpy_dtype
+from twotower.dtypes import carried_dtype
 from twotower.spec import (
     CONDITIONING,
     EXPERTS_IN,
@@ -64,7 +64,7 @@ def buffer_sizes(programs: Iterable[EngineFile], sizes: Mapping[str, int]) -> di
         for spec in (*part.inputs, *part.outputs):
             if spec.name in HANDED:
                 buffer, count = (RESIDUAL_IN, 2) if spec.name in _HALVES else (spec.name, 1)
-                nbytes = prod(spec.shape(known)) * numpy_dtype(spec.dtype).itemsize
+                nbytes = prod(spec.shape(known)) * carried_dtype(spec.dtype).itemsize
                 out[buffer] = (count, max(nbytes, out.get(buffer, (0, 0))[1]))
     return out
 
@@ -72,7 +72,7 @@ def buffer_sizes(programs: Iterable[EngineFile], sizes: Mapping[str, int]) -> di
 def handed_bytes(part: EngineFile, sizes: Mapping[str, int]) -> dict[str, int]:
     """What a program takes over from those before it, in bytes by name."""
     specs = [spec for spec in part.inputs if spec.name in _TAKEN]
-    return {spec.name: prod(spec.shape(sizes)) * numpy_dtype(spec.dtype).itemsize for spec in specs}
+    return {spec.name: prod(spec.shape(sizes)) * carried_dtype(spec.dtype).itemsize for spec in specs}
 
 
 def with_tokens(part: EngineFile, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from twotower.runtime.memory import numpy_dtype
+from twotower.dtypes import carried_dtype, onnx_code
 
 __all__ = ["OrtLibrary", "element_type"]
-
-_ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
 
 
 class OrtLibrary(Protocol):
@@ -34,4 +32,4 @@ class OrtLibrary(Protocol):
 
 def element_type(dtype: str) -> Any:
     """What a binding wants to know; NumPy has no bfloat16, so that is given by its ONNX number."""
-    return _ONNX_BFLOAT16 if dtype == "bfloat16" else numpy_dtype(dtype).type
+    return onnx_code(dtype) if dtype == "bfloat16" else carried_dtype(dtype).type

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 
 from twotower.bundle import Bundle, EngineRecord, Progress, engine_folder, read_engine_record
+from twotower.dtypes import carried_dtype
 from twotower.errors import EngineMismatchError
 from twotower.hardware import Gpu, untried
 from twotower.runtime.cleanup import Cleanup
@@ -25,7 +26,6 @@ from twotower.runtime.engines.tensorrt_engine import EngineRoom, TensorRTEngine
 from twotower.runtime.engines.tensorrt_load import load_steps
 from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
 from twotower.runtime.engines.towers import Towers
-from twotower.runtime.memory import numpy_dtype
 from twotower.runtime.placement import place_engines, places_of_tensors
 from twotower.runtime.schedule import CHUNK_WIDTHS, row_counts
 from twotower.runtime.streams import Streams
@@ -177,7 +177,7 @@ def _needed(
             parts = needed.setdefault(device, {})
             parts[name.replace("_", " ")] = parts.get(name.replace("_", " "), 0) + size
     for tensor in state:
-        size = prod(tensor.past.shape(one)) * numpy_dtype(tensor.past.dtype).itemsize * (1 if tensor.in_place else 2)
+        size = prod(tensor.past.shape(one)) * carried_dtype(tensor.past.dtype).itemsize * (1 if tensor.in_place else 2)
         for device in places[tensor.past.name]:
             needed[device]["state of a row"] = needed[device].get("state of a row", 0) + size
     return needed

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.bundle import EngineFile
+from twotower.dtypes import DTYPES
 from twotower.errors import DeviceError, EngineMismatchError
 from twotower.runtime.engines.tensorrt_log import library_log
 from twotower.tensorrt_library import Flavour
@@ -20,7 +21,7 @@ __all__ = ["Execution", "Plan", "PlanLoader"]
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT8": "int8", "FP8": "float8e4m3fn"}
+_DTYPES = {kind.tensorrt: name for name, kind in DTYPES.items() if kind.tensorrt}
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ EXTRA_OF: Mapping[str, str] = {
     "huggingface_hub": "export",
     "lm_eval": "evaluate",
     "matplotlib": "evaluate",
-    "ml_dtypes": "cpu",  # comes with onnx
     "onnx": "cpu",
     "onnx_ir": "export",
     "onnxruntime": "cpu",

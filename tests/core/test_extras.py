@@ -19,7 +19,7 @@ from twotower.hardware import TARGETS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DISTRIBUTION = {"cuda": "cuda-bindings", "onnx_ir": "onnx-ir", "tensorrt_rtx": "tensorrt-rtx-cu13"}
-WITH_ANOTHER = {"ml_dtypes": "onnx", "google": "onnx"}
+WITH_ANOTHER = {"google": "onnx"}
 """Imported names of distributions that another one requires."""
 
 
@@ -40,7 +40,7 @@ def brought_by(extra: str) -> Iterator[str]:
 
 
 def test_every_optional_import_has_an_extra() -> None:
-    known = {*sys.stdlib_module_names, "twotower", *(name_of(r) for r in PROJECT["dependencies"]), "google"}
+    known = {*sys.stdlib_module_names, "twotower", *(name_of(r).replace("-", "_") for r in PROJECT["dependencies"]), "google"}
     used = {name.split(".")[0] for file in package_files().values() for name in imported(tree(file))}
     assert used - known == set(EXTRA_OF)
 

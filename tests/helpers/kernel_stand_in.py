@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from twotower.dtypes import carried_dtype
 from twotower.kernels.manifest import MANIFEST, Cubin, Manifest
 from twotower.kernels.shape import MOST_TOKENS, ExpertShape
 from twotower.kernels.signatures import KernelSpec, kernel_specs, slot_tokens
-from twotower.kernels.stored import raw_dtype
 from twotower.kernels.twin import combine_twin, down_twin, pairs_twin, up_twin
 
 __all__ = ["KernelStandIn", "write_kernels"]
@@ -227,7 +227,7 @@ class _Run:
     def _up(self) -> None:
         self.check_grid(self.shape.width)
         x = self.array("x", self.count, self.shape.hidden)
-        assert x.dtype == raw_dtype(self.shape.dtype)
+        assert x.dtype == carried_dtype(self.shape.dtype)
         h, shared = up_twin(self.shape, x, self.experts(), self.weights("up"))
         for own, made in zip(self.hidden(), (h, shared), strict=True):
             own[:] = made

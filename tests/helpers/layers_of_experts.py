@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from twotower.calibration.rounding import expand_rows, global_scale, numpy_dtype, pack, quantize_rows
+from twotower.calibration.rounding import expand_rows, global_scale, pack, quantize_rows
 from twotower.config.formats import WeightFormat, stored_format
+from twotower.dtypes import carried_dtype, numpy_dtype, to_float32, to_stored
 from twotower.kernels.shape import MATRICES, ExpertFormats, ExpertShape
-from twotower.kernels.stored import Array, from_floats, raw_dtype, to_floats
+from twotower.kernels.stored import Array
 
 __all__ = ["FORMAT_NAMES", "ROUTINGS", "Layer", "exact", "make_shape", "random_layer", "routing", "tokens"]
 
@@ -91,17 +92,17 @@ def random_layer(shape: ExpertShape, seed: int = 0) -> Layer:
 
 def _stored(weights: Array, how: WeightFormat | None, dtype: str) -> tuple[dict[str, Array], Array]:
     if how is None:
-        raw = from_floats(weights, dtype)
-        return {"": raw}, to_floats(raw, dtype).astype(np.float64)
+        raw = to_stored(weights, dtype)
+        return {"": raw}, to_float32(raw, dtype).astype(np.float64)
     rows = weights.reshape(-1, weights.shape[-1])
     if how.name == "mxfp4":
         return _mxfp4(weights)
     shared = global_scale(float(np.abs(rows).max()), how, dtype) if how.scale_dtype else None
     units, scales = quantize_rows(rows, how, dtype, shared=shared)
-    packed = pack(units, how.dtype).reshape(*weights.shape[:-1], -1).view(raw_dtype(how.dtype))
-    parts = {"": packed, "_scale": scales.reshape(*weights.shape[:-1], -1).view(raw_dtype(how.scale_dtype or dtype))}
+    packed = pack(units, how.dtype).reshape(*weights.shape[:-1], -1).view(carried_dtype(how.dtype))
+    parts = {"": packed, "_scale": scales.reshape(*weights.shape[:-1], -1).view(carried_dtype(how.scale_dtype or dtype))}
     if shared is not None:
-        parts["_global_scale"] = shared.reshape(1).view(raw_dtype(dtype))
+        parts["_global_scale"] = shared.reshape(1).view(carried_dtype(dtype))
     return parts, expand_rows(units, scales, shared).astype(np.float64).reshape(weights.shape)
 
 
@@ -119,7 +120,7 @@ def _mxfp4(weights: Array) -> tuple[dict[str, Array], Array]:
 def tokens(shape: ExpertShape, count: int, seed: int = 1) -> Array:
     """Random tokens [count, D] as they are carried."""
     rng = np.random.default_rng(seed)
-    return from_floats(rng.standard_normal((count, shape.hidden)).astype(np.float32), shape.dtype)
+    return to_stored(rng.standard_normal((count, shape.hidden)).astype(np.float32), shape.dtype)
 
 
 def routing(shape: ExpertShape, count: int, kind: str = "uniform", seed: int = 2) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -145,7 +146,7 @@ def routing(shape: ExpertShape, count: int, kind: str = "uniform", seed: int = 2
 
 def exact(layer: Layer, x: Array, shares: Array) -> np.ndarray[Any, np.dtype[np.float64]]:
     """The layer in float64, without any of the kernels' rounding in between."""
-    rows = to_floats(x, layer.shape.dtype).astype(np.float64)
+    rows = to_float32(x, layer.shape.dtype).astype(np.float64)
     out = np.zeros(rows.shape)
     for expert in range(layer.shape.experts):
         chosen = np.flatnonzero(shares[expert])

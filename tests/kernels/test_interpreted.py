@@ -25,8 +25,9 @@ from tests.helpers.layers_of_experts import (
     tokens,
 )
 from twotower.config import read_model_config
+from twotower.dtypes import to_float32, to_stored
 from twotower.kernels import experts_twin
-from twotower.kernels.stored import Array, from_floats, to_floats
+from twotower.kernels.stored import Array
 from twotower.model.layers import MoE
 
 pytestmark = pytest.mark.kernels
@@ -52,10 +53,10 @@ def computed(layer: Layer, x: Array, shares: Array) -> Array:
 
 def check(layer: Layer, x: Array, shares: Array) -> None:
     dtype = layer.shape.dtype
-    got = to_floats(computed(layer, x, shares), dtype)
+    got = to_float32(computed(layer, x, shares), dtype)
     assert apart(got, exact(layer, x, shares)) < TO_FLOAT64[dtype]
     assert (
-        apart(got, to_floats(experts_twin(layer.shape, x, shares, layer.stored), dtype))
+        apart(got, to_float32(experts_twin(layer.shape, x, shares, layer.stored), dtype))
         < TO_TWIN[dtype]
     )
 
@@ -147,14 +148,14 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: str, routed: str) -> Non
             layer, x[first : first + count].copy(), shares[:, first : first + count].copy()
         )
         assert part.tobytes() == whole[first * row : (first + count) * row]
-    spoilt = to_floats(x, dtype).copy()
+    spoilt = to_float32(x, dtype).copy()
     spoilt[3], spoilt[20] = np.nan, np.inf
     shares[:, 3] = np.nan  # as the graph computes it: every expert
     with np.errstate(all="ignore"):
-        got = computed(layer, from_floats(spoilt, dtype), shares)
+        got = computed(layer, to_stored(spoilt, dtype), shares)
     others = [n for n in range(41) if n not in (3, 20)]
     assert got[others].tobytes() == np.frombuffer(whole, x.dtype).reshape(41, -1)[others].tobytes()
-    assert np.isnan(to_floats(got[3], dtype)).all()
+    assert np.isnan(to_float32(got[3], dtype)).all()
 
 
 def test_the_torch_towers_compute_the_same() -> None:

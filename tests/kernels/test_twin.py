@@ -14,8 +14,8 @@ from tests.helpers.layers_of_experts import (
     routing,
     tokens,
 )
+from twotower.dtypes import to_float32
 from twotower.kernels import experts_twin
-from twotower.kernels.stored import from_floats, to_floats
 
 TO_FLOAT64 = {"float32": 2e-6, "float16": 1.5e-3, "bfloat16": 8e-3}
 """Relative to the norm; in half widths some roundings of half a unit in the last place each."""
@@ -29,7 +29,7 @@ def test_it_computes_the_layer(dtype: str, routed: str, kind: str) -> None:
         make_shape(128, 128, 8, 3, shared=256, dtype=dtype, routed=routed, others=routed)
     )
     x, shares = tokens(layer.shape, 5), routing(layer.shape, 5, kind)
-    got = to_floats(experts_twin(layer.shape, x, shares, layer.stored), dtype)
+    got = to_float32(experts_twin(layer.shape, x, shares, layer.stored), dtype)
     want = exact(layer, x, shares)
     assert np.linalg.norm(got - want) < TO_FLOAT64[dtype] * np.linalg.norm(want)
 
@@ -56,21 +56,3 @@ def test_what_nobody_chose_is_not_read() -> None:
     for array in spoilt.values():
         array[empty] = np.nan
     assert experts_twin(layer.shape, x, shares, spoilt).tobytes() == want.tobytes()
-
-
-def test_half_widths_are_rounded_to_nearest_even() -> None:
-    values = np.array(
-        [1.0, 1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8 + 2**-20), np.inf, np.nan, 3.4e38], np.float32
-    )
-    got = to_floats(from_floats(values, "bfloat16"), "bfloat16")
-    want = np.array([1.0, 1.0, 1 + 2**-6, -(1 + 2**-7), np.inf, np.nan, np.inf], np.float32)
-    np.testing.assert_array_equal(got, want)
-
-
-def test_floats_of_8_bits_are_those_of_the_type() -> None:
-    import ml_dtypes
-
-    codes = np.array([c for c in range(256) if c & 0x7F != 0x7F], np.uint8)
-    np.testing.assert_array_equal(
-        to_floats(codes, "float8e4m3fn"), codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers.fake_engines import FakeTowers, fake_config, fake_towers
+from twotower.dtypes import carried_dtype
 from twotower.errors import RequestError
-from twotower.runtime.memory import HostMemory, numpy_dtype
+from twotower.runtime.memory import HostMemory
 from twotower.runtime.state import ContextState
 from twotower.runtime.streams import HostStream
 from twotower.runtime.workspace import Workspace
@@ -32,7 +33,7 @@ def workspace() -> tuple[Workspace, FakeTowers]:
 
 @pytest.mark.parametrize(("dtype", "kept_as"), [("float32", "float32"), ("float16", "float16"), ("bfloat16", "uint16"), ("int64", "int64")])
 def test_buffers_have_the_dtype_of_the_contract(dtype: str, kept_as: str) -> None:
-    assert numpy_dtype(dtype) == kept_as
+    assert carried_dtype(dtype) == kept_as
     buffer = HostMemory().state(TensorSpec("x", dtype, ("B", 3)), {"B": 2})
     assert (buffer.shape, str(buffer.dtype)) == ((2, 3), kept_as)
     assert buffer.flags.c_contiguous

@@ -14,6 +14,7 @@ from typing import cast
 import numpy as np
 
 from twotower.bundle import Bundle, engine_folder, load_engine_record
+from twotower.dtypes import carried_dtype
 from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.memory import DeviceMemory
@@ -25,7 +26,6 @@ from twotower.runtime.engines.tensorrt_engine import EngineRoom, TensorRTEngine
 from twotower.runtime.engines.tensorrt_load import load_steps
 from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
 from twotower.runtime.engines.towers import Towers
-from twotower.runtime.memory import numpy_dtype
 from twotower.runtime.streams import Streams
 from twotower.runtime.weights import WeightStore
 from twotower.spec import (
@@ -69,7 +69,7 @@ class RandomWeights:
         self._offsets: dict[str, int] = {}
         end = self.nbytes = 0
         for spec in specs:
-            size = prod(map(int, spec.axes)) * numpy_dtype(spec.dtype).itemsize
+            size = prod(map(int, spec.axes)) * carried_dtype(spec.dtype).itemsize
             self._offsets[spec.name] = end
             self.nbytes += size
             end += -(-size // _ALIGNED) * _ALIGNED

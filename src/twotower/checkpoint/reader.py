@@ -13,13 +13,14 @@ from twotower.checkpoint.generation_defaults import read_eos_token_ids
 from twotower.checkpoint.layout import expected_tensors
 from twotower.checkpoint.shard import HeaderError, StoredTensor, Tensor, read_header, refuse_repeats
 from twotower.config import ModelConfig, read_model_config
+from twotower.dtypes import DTYPES, FLOATS
 from twotower.errors import CheckpointError
 from twotower.files import hash_file, inside
 
 __all__ = ["Checkpoint", "locate_checkpoint"]
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-FLOAT_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+FLOAT_DTYPES = {DTYPES[name].safetensors: name for name in FLOATS}
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.txt"]
 _LISTED = 20
 _NAME = 80

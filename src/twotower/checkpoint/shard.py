@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from twotower.dtypes import carried_dtype, item_bytes, to_float32
 from twotower.errors import CheckpointError
 
 __all__ = ["ITEM_BYTES", "HeaderError", "StoredTensor", "Tensor", "read_header", "refuse_repeats"]
@@ -22,7 +23,6 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
     "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
-_FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _MAX_HEADER = 100_000_000  # the format's own bound
 _MAX_AXES = 64
 _SHOWN = 200
@@ -147,7 +147,7 @@ class Tensor:
         Raises:
             CheckpointError: the shard became shorter since it was opened.
         """
-        item = _FLOAT_BYTES[self.dtype]
+        item = item_bytes(self.dtype)
         step = max(item, chunk_bytes - chunk_bytes % item)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.offset)
@@ -163,15 +163,9 @@ class Tensor:
 
     def numpy(self) -> np.ndarray[Any, np.dtype[Any]]:
         """The whole tensor in an array of its own: float16 and float32 as they are, bfloat16 widened to float32."""
-        if self.dtype != "bfloat16":
-            out = np.empty(self.shape, np.dtype(self.dtype))
-            self.read_into(out.reshape(-1))
-            return out
-        bits = np.empty(self.nbytes // 2, np.uint16)
-        self.read_into(bits)
-        wide = bits.astype(np.uint32)
-        np.left_shift(wide, 16, out=wide)
-        return wide.view(np.float32).reshape(self.shape)
+        out = np.empty(self.shape, carried_dtype(self.dtype))
+        self.read_into(out.reshape(-1))
+        return to_float32(out, self.dtype) if self.dtype == "bfloat16" else out
 
     def _fill(self, file: Any, view: memoryview) -> None:
         done = 0

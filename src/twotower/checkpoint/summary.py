@@ -11,6 +11,7 @@ from typing import Any
 from twotower.checkpoint.layout import Role, Tower, expected_tensors
 from twotower.checkpoint.shard import Tensor
 from twotower.config import LayerKind, ModelConfig
+from twotower.dtypes import item_bytes
 from twotower.spec import TensorSpec, state_tensors
 
 __all__ = ["ModelSummary", "summarize"]
@@ -93,8 +94,8 @@ def summarize(config: ModelConfig, dtype: str | None = None, tensors: Mapping[st
         size, stored_as = math.prod(tensor.shape), tensors[name].dtype if tensors else kept
         count["tower"][tensor.tower.value] += size
         count["role"][tensor.role.value] += size
-        count["bytes_of_dtype"][stored_as] += size * _item(stored_as)
-        count["bytes_of_role"][tensor.role.value] += size * _item(stored_as)
+        count["bytes_of_dtype"][stored_as] += size * item_bytes(stored_as)
+        count["bytes_of_role"][tensor.role.value] += size * item_bytes(stored_as)
         if tensor.tower is Tower.CONTEXT:
             count["used"][tensor.role.value] += tensor.shape[1] if tensor.role is Role.EMBEDDING else size
     # Whole experts are chosen, all of one size: the division leaves nothing over.
@@ -119,12 +120,8 @@ def summarize(config: ModelConfig, dtype: str | None = None, tensors: Mapping[st
     )
 
 
-def _item(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
-
-
 def _bytes(spec: TensorSpec) -> int:
-    return math.prod(spec.shape({"B": 1, "T": 1})) * _item(spec.dtype)
+    return math.prod(spec.shape({"B": 1, "T": 1})) * item_bytes(spec.dtype)
 
 
 def _count(number: int) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from twotower.checkpoint.layout import CheckpointTensor, Role, expected_tensors
 from twotower.checkpoint.reader import INDEX_FILE
 from twotower.config.model import parse_model_config
+from twotower.dtypes import DTYPES, item_bytes, to_stored
 from twotower.errors import CheckpointError
 
 __all__ = ["PUBLISHED_CONFIG", "SyntheticOptions", "published_slice", "write_checkpoint"]
@@ -62,7 +63,6 @@ PUBLISHED_CONFIG: dict[str, Any] = {
 }
 """The published model's config.json."""
 
-_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _BLOCK = 1 << 24  # elements drawn once and repeated: drawing 30 billion numbers would take longer than writing them
 
 
@@ -112,21 +112,17 @@ def write_checkpoint(folder: Path, config_json: dict[str, Any], options: Synthet
         members = tensors[shard * len(tensors) // how.shards : (shard + 1) * len(tensors) // how.shards]
         weight_map.update({t.name: name for t in members})
         _write_shard(folder / name, members, config.dtype, random)
-    size = sum(math.prod(t.shape) for t in tensors) * _item(config.dtype)
+    size = sum(math.prod(t.shape) for t in tensors) * item_bytes(config.dtype)
     (folder / INDEX_FILE).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}))
     return folder
-
-
-def _item(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
 
 
 def _write_shard(path: Path, members: list[CheckpointTensor], dtype: str, random: np.ndarray[Any, Any] | None) -> None:
     header: dict[str, Any] = {}
     end = 0
     for tensor in members:
-        size = math.prod(tensor.shape) * _item(dtype)
-        header[tensor.name] = {"dtype": _STORED[dtype], "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        size = math.prod(tensor.shape) * item_bytes(dtype)
+        header[tensor.name] = {"dtype": DTYPES[dtype].safetensors, "shape": list(tensor.shape), "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -137,13 +133,7 @@ def _write_shard(path: Path, members: list[CheckpointTensor], dtype: str, random
             return
         for number, tensor in enumerate(members):
             for piece in _values(tensor, random, start=number * 7919):
-                _as_stored(piece, dtype).tofile(file)
-
-
-def _as_stored(piece: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
-    if dtype == "bfloat16":  # the upper half of a float32
-        return (piece.view(np.uint32) >> 16).astype(np.uint16)
-    return piece.astype(dtype, copy=False)
+                to_stored(piece, dtype).tofile(file)
 
 
 def _values(tensor: CheckpointTensor, random: np.ndarray[Any, Any], *, start: int) -> Iterator[np.ndarray[Any, Any]]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from twotower.dtypes import DTYPES, stored_bytes
+
 __all__ = [
     "ACTIVATIONS",
-    "BITS",
     "FORMATS",
     "FUSED_STACKS",
     "GROUPS",
@@ -17,20 +18,8 @@ __all__ = [
     "WeightFormat",
     "product_block",
     "stack_is_expanded",
-    "stored_bytes",
     "stored_format",
 ]
-
-BITS: Mapping[str, int] = MappingProxyType(
-    {
-        **dict.fromkeys(("float32",), 32),
-        **dict.fromkeys(("float16", "bfloat16"), 16),
-        **dict.fromkeys(("int8", "uint8", "float8e4m3fn"), 8),
-        **dict.fromkeys(("int4", "uint4", "float4e2m1"), 4),
-    }
-)
-"""Bits of one element of every type a weight can be stored as; types of 4 bits lie two to a byte, the first in the low half."""
-
 
 ACTIVATIONS: Mapping[str, float] = MappingProxyType({"int8": 127.0, "float8e4m3fn": 448.0})
 """Types the input of a product can be rounded to, and the largest value each is used for."""
@@ -60,7 +49,7 @@ class WeightFormat:
     @property
     def bits(self) -> int:
         """Of one value, its share of the scale not counted."""
-        return BITS[self.dtype]
+        return DTYPES[self.dtype].bits
 
     def groups(self, columns: int) -> int:
         """Scales of a row."""
@@ -151,8 +140,3 @@ def stack_is_expanded(target: str, name: str, *, rounded_input: bool) -> bool:
     """
     fused = name == "int4" or (rounded_input and FORMATS[name].dtype in ACTIVATIONS)
     return not (fused and target in ("rtx", "trt"))
-
-
-def stored_bytes(dtype: str, count: int) -> int:
-    """Bytes of `count` elements."""
-    return -(-count * BITS[dtype] // 8)

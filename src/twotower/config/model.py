@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from twotower.dtypes import FLOATS
 from twotower.errors import ConfigError
 
 __all__ = ["LayerKind", "ModelConfig", "parse_model_config", "read_model_config"]
@@ -38,7 +39,6 @@ _KIND_OF_WORD = {
 }
 # Only this value of each field has a defined meaning in the published model code.
 _FIXED = {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "use_bias": False, "attention_bias": False, "mlp_bias": False}
-_DTYPES = {"float32", "float16", "bfloat16"}
 # Sizes that only some layer kinds need: a model without such a layer may leave them out.
 _NEEDED_BY = {
     LayerKind.MAMBA: ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel"),
@@ -270,8 +270,8 @@ def _problems(c: ModelConfig) -> list[str]:
     outside = [token for token in c.eos_token_ids if token >= c.vocab_size]
     if outside:
         out.append(f"eos_token_id={outside} is outside the vocabulary of {c.vocab_size}")
-    if c.dtype not in _DTYPES:
-        out.append(f"dtype={c.dtype!r} (allowed: {', '.join(sorted(_DTYPES))})")
+    if c.dtype not in FLOATS:
+        out.append(f"dtype={c.dtype!r} (allowed: {', '.join(FLOATS)})")
     return out
 
 

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 from twotower.builders import EngineBuilder, builder_for
 from twotower.builders.base import BuildConfig, Report
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, FileRecord, hash_file
+from twotower.dtypes import onnx_code
 from twotower.errors import BuildError
 from twotower.weights.external import attach_weights, load_graph, weight_refs, widen_to_float32
 from twotower.weights.writer import widen_data
@@ -25,7 +26,7 @@ from twotower.weights.writer import widen_data
 __all__ = ["MOVES", "RoundingBuilder", "round_results"]
 
 TARGET = "ort-cpu"
-_CODES = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+_HALVES = ("float16", "bfloat16")
 
 MOVES = frozenset(
     {
@@ -55,10 +56,10 @@ class RoundingBuilder:
         return self._plain.needed_bytes(bundle, config)
 
     def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
-        if bundle.dtype not in _CODES:
+        if bundle.dtype not in _HALVES:
             raise BuildError(
                 f"bundle '{bundle.path}' has no narrow type to round to",
-                found=f"dtype {bundle.dtype}; allowed: {', '.join(_CODES)}",
+                found=f"dtype {bundle.dtype}; allowed: {', '.join(_HALVES)}",
                 do="export the checkpoint with --dtype float16 or bfloat16",
             )
         started = time.perf_counter()
@@ -93,7 +94,7 @@ def round_results(model: onnx.ModelProto, dtype: str) -> Counter[str]:
     Returns:
         How many results of each operator are rounded.
     """
-    code = _CODES[dtype]
+    code = onnx_code(dtype)
     narrow = _values_of(model, code)
     widen_to_float32(model)
     count: Counter[str] = Counter()

@@ -11,8 +11,9 @@ from twotower.builders.build_cost import LayerBytes, build_memory, build_seconds
 from twotower.builders.cut import even_layers, tower_cuts
 from twotower.builders.memory import require_bound
 from twotower.checkpoint.layout import Role
-from twotower.config.formats import FORMATS, stored_bytes
+from twotower.config.formats import FORMATS
 from twotower.config.model import LayerKind, ModelConfig
+from twotower.dtypes import stored_bytes
 from twotower.planning.expert_path import expert_path, segments_of
 from twotower.planning.options import TENSORRT, PlanOptions, all_formats
 from twotower.planning.weights import GraphWeights, cpu_bytes, weight_counts

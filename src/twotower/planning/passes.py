@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from twotower.checkpoint.layout import Role
 from twotower.config.model import LayerKind, ModelConfig
+from twotower.dtypes import item_bytes
 from twotower.planning.expert_path import (
     distinct_experts,
     expert_path,
@@ -15,7 +16,7 @@ from twotower.planning.expert_path import (
 from twotower.planning.gpus import GpuModel
 from twotower.planning.memory import needed_weights, state_bytes
 from twotower.planning.options import TENSORRT, PlanOptions, engine_dtype, rounded_of
-from twotower.planning.weights import item_bytes, weight_counts
+from twotower.planning.weights import weight_counts
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 
 __all__ = ["PassCost", "PassCosts", "pass_costs"]

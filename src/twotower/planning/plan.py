@@ -8,6 +8,7 @@ from typing import Any
 
 from twotower.builders.base import DENSE
 from twotower.config.model import ModelConfig
+from twotower.dtypes import item_bytes
 from twotower.hardware import TARGETS
 from twotower.planning.break_even import ROWS
 from twotower.planning.devices import DeviceNeed, device_needs
@@ -19,7 +20,7 @@ from twotower.planning.options import TENSORRT, PlanOptions, all_formats, engine
 from twotower.planning.passes import PassCosts, pass_costs
 from twotower.planning.scratch import Scratch
 from twotower.planning.sound import require_sound
-from twotower.planning.weights import GraphWeights, checkpoint_bytes, graph_weights, item_bytes
+from twotower.planning.weights import GraphWeights, checkpoint_bytes, graph_weights
 
 __all__ = [
     "EXPORT_MEMORY",

@@ -10,8 +10,8 @@ from itertools import zip_longest
 from twotower.builders.base import DENSE, FUSED, KERNELS
 from twotower.builders.profiles import profiles
 from twotower.config.model import LayerKind, ModelConfig
+from twotower.dtypes import item_bytes
 from twotower.planning.expert_path import CHOSEN
-from twotower.planning.weights import item_bytes
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, splits_groups
 
 __all__ = ["Scratch", "Shapes", "scratch"]

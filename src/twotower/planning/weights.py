@@ -11,8 +11,9 @@ from types import MappingProxyType
 
 from twotower.builders.build_cost import LayerBytes
 from twotower.checkpoint.layout import CheckpointTensor, Role, Tower, expected_tensors
-from twotower.config.formats import FORMATS, product_block, stored_bytes, stored_format
+from twotower.config.formats import FORMATS, product_block, stored_format
 from twotower.config.model import ModelConfig
+from twotower.dtypes import item_bytes, stored_bytes
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 from twotower.weights.refs import aligned
 
@@ -25,7 +26,6 @@ __all__ = [
     "checkpoint_bytes",
     "cpu_bytes",
     "graph_weights",
-    "item_bytes",
     "weight_counts",
 ]
 
@@ -80,10 +80,6 @@ class GraphWeights:
     def read(self) -> int:
         """Bytes a pass reads: everything but the embedding, of which it gathers rows."""
         return self.total - self.by_kind.get(Role.EMBEDDING.value, 0)
-
-
-def item_bytes(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
 
 
 def checkpoint_bytes(config: ModelConfig) -> int:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from twotower.checkpoint.shard import Tensor
+from twotower.dtypes import numpy_dtype, to_float32, to_stored
 from twotower.errors import ExportError
 from twotower.weights.refs import WeightRef
 
@@ -28,18 +28,13 @@ def read_weight(data: np.ndarray[Any, np.dtype[np.uint8]], ref: WeightRef) -> np
     """
     raw = data[ref.offset : ref.offset + ref.nbytes]
     if ref.dtype == "bfloat16":
-        wide = raw.view(np.uint16).astype(np.uint32)
-        np.left_shift(wide, 16, out=wide)
-        return wide.view(np.float32).reshape(ref.shape)
+        return to_float32(raw, ref.dtype).reshape(ref.shape)
     if ref.dtype in ("int4", "float4e2m1"):
         halves = np.stack((raw & 15, raw >> 4), axis=-1).reshape(-1)[: math.prod(ref.shape)]
         if ref.dtype == "int4":
             return np.asarray((halves.astype(np.int8) ^ 8) - 8).reshape(ref.shape)
-        floats: np.ndarray[Any, np.dtype[Any]] = halves.view(ml_dtypes.float4_e2m1fn).reshape(ref.shape)
-        return floats
-    dtype: Any = ml_dtypes.float8_e4m3fn if ref.dtype == "float8e4m3fn" else ref.dtype
-    out: np.ndarray[Any, np.dtype[Any]] = raw.view(np.dtype(dtype)).reshape(ref.shape)
-    return out
+        return halves.view(numpy_dtype(ref.dtype)).reshape(ref.shape)
+    return raw.view(numpy_dtype(ref.dtype)).reshape(ref.shape)
 
 
 def convert_chunks(tensor: Tensor, dtype: str, *, chunk_bytes: int) -> Iterator[_Bytes]:
@@ -53,31 +48,16 @@ def convert_chunks(tensor: Tensor, dtype: str, *, chunk_bytes: int) -> Iterator[
         return
     pieces = tensor.chunks(chunk_bytes)
     for raw in pieces:
-        wide = _widened(raw, tensor.dtype)
+        wide = to_float32(np.frombuffer(raw, np.uint8), tensor.dtype)
         if dtype == "float32":
             yield wide
         elif dtype == "bfloat16":
-            yield _bfloat16(wide)
+            yield to_stored(wide, dtype)
         else:
             narrow = _float16(wide)
             if narrow is None:
                 raise _overflow(tensor, chain([raw], pieces))
             yield narrow
-
-
-def _widened(raw: bytes, dtype: str) -> _Floats:
-    if dtype == "bfloat16":
-        bits = np.frombuffer(raw, np.uint16).astype(np.uint32)
-        np.left_shift(bits, 16, out=bits)
-        return bits.view(np.float32)
-    return np.frombuffer(raw, np.dtype(dtype)).astype(np.float32, copy=False)
-
-
-def _bfloat16(x: _Floats) -> np.ndarray[Any, np.dtype[np.uint16]]:
-    """Rounded to nearest, ties to even; a NaN stays one (rounding its bits could make it infinite)."""
-    bits = x.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
-    return np.where(np.isnan(x), (bits >> 16) | np.uint32(0x40), rounded).astype(np.uint16)
 
 
 def _float16(x: _Floats) -> np.ndarray[Any, np.dtype[np.float16]] | None:
@@ -91,7 +71,7 @@ def _overflow(tensor: Tensor, pieces: Iterable[bytes]) -> ExportError:
     """Looks through the rest of the tensor too: the largest value decides what to do, not the first one too large."""
     largest = 0.0
     for raw in pieces:
-        wide = _widened(raw, tensor.dtype)
+        wide = to_float32(np.frombuffer(raw, np.uint8), tensor.dtype)
         largest = max(largest, float(np.abs(wide[np.isfinite(wide)]).max(initial=0)))
     return ExportError(
         f"tensor {tensor.name} does not fit float16",

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from twotower.config.formats import WeightFormat, stored_bytes
+from twotower.config.formats import WeightFormat
+from twotower.dtypes import stored_bytes
 from twotower.weights.refs import WeightRef, aligned
 
 __all__ = ["Weight", "lay_out"]

@@ -9,24 +9,18 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from twotower.dtypes import dtype_of_onnx, onnx_code
 from twotower.weights.refs import WeightRef
 
-__all__ = ["TYPE_NAMES", "attach_weights", "detach_weights", "load_graph", "located_weights", "weight_refs", "widen_to_float32"]
+__all__ = ["attach_weights", "detach_weights", "load_graph", "located_weights", "weight_refs", "widen_to_float32"]
 
-TYPE_NAMES: dict[int, str] = {
-    TensorProto.FLOAT: "float32",
-    TensorProto.FLOAT16: "float16",
-    TensorProto.BFLOAT16: "bfloat16",
-    TensorProto.INT8: "int8",
-    TensorProto.UINT8: "uint8",
-    TensorProto.FLOAT8E4M3FN: "float8e4m3fn",
-    TensorProto.INT4: "int4",
-    TensorProto.FLOAT4E2M1: "float4e2m1",
-}
-"""Types a weight can be stored as, by ONNX's number."""
-
-_CODES = {name: code for code, name in TYPE_NAMES.items()}
 _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+def _name(code: int) -> str:
+    name = dtype_of_onnx(code)
+    assert name is not None, code
+    return name
 
 
 def weight_refs(model: onnx.ModelProto) -> dict[str, WeightRef]:
@@ -40,7 +34,7 @@ def located_weights(model: onnx.ModelProto) -> dict[str, tuple[str, WeightRef]]:
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
             entries = {e.key: e.value for e in tensor.external_data}
-            ref = WeightRef(TYPE_NAMES[tensor.data_type], tuple(tensor.dims), int(entries["offset"]))
+            ref = WeightRef(_name(tensor.data_type), tuple(tensor.dims), int(entries["offset"]))
             out[tensor.name] = (entries["location"], ref)
     return out
 
@@ -57,7 +51,7 @@ def detach_weights(model: onnx.ModelProto, refs: Mapping[str, WeightRef] | None 
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     for name, ref in refs.items():
-        model.graph.input.append(onnx.helper.make_tensor_value_info(name, _CODES[ref.dtype], list(ref.shape)))
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx_code(ref.dtype), list(ref.shape)))
 
 
 def attach_weights(model: onnx.ModelProto, refs: dict[str, WeightRef], location: str) -> None:
@@ -69,7 +63,7 @@ def attach_weights(model: onnx.ModelProto, refs: dict[str, WeightRef], location:
     del model.graph.initializer[:]
     model.graph.initializer.extend(inline)
     for name, ref in refs.items():
-        tensor = TensorProto(name=name, data_type=_CODES[ref.dtype], dims=ref.shape, data_location=TensorProto.EXTERNAL)
+        tensor = TensorProto(name=name, data_type=onnx_code(ref.dtype), dims=ref.shape, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", location), ("offset", ref.offset), ("length", ref.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
         model.graph.initializer.append(tensor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from twotower.config.formats import stored_bytes
+from twotower.dtypes import stored_bytes
 
 __all__ = ["LARGE", "LINE", "PAGE", "WeightRef", "aligned"]
 

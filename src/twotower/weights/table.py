@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from twotower.config.formats import BITS
+from twotower.dtypes import DTYPES
 from twotower.errors import BundleError
 from twotower.weights.refs import LINE, WeightRef
 
@@ -66,7 +66,7 @@ _AGAIN = "copy the bundle again from where it was made, or export the checkpoint
 
 def _ref(entry: list[Any]) -> WeightRef:
     dtype, shape, offset = entry
-    if dtype not in BITS:
+    if dtype not in DTYPES:
         raise ValueError(f"unknown type {dtype!r}")
     sizes = tuple(shape)
     if not all(_is_count(n) for n in (*sizes, offset)):

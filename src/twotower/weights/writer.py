@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from twotower.checkpoint.reader import Checkpoint
-from twotower.config.formats import stored_bytes
+from twotower.dtypes import stored_bytes
 from twotower.files import FileRecord
 from twotower.weights.conversion import convert_chunks, read_weight
 from twotower.weights.declared import Weight, lay_out
