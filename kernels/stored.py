@@ -1,4 +1,4 @@
-"""Stored matrices as the numbers that the kernels multiply: scales applied, halves of a byte apart."""
+"""Stored matrices as the numbers that kernels multiply: scales applied, pairs of 4 bits apart."""
 
 from __future__ import annotations
 
