@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import Any
 from twotower.builders.cache_keys import SETTINGS
 from twotower.bundle import Profile
 from twotower.errors import BuildError
+from twotower.files import write_atomically
 from twotower.spec import TensorSpec
 from twotower.tensorrt_library import Flavour
 
@@ -162,14 +162,10 @@ def _recall_timings(config: Any, file: Path) -> None:
 
 def _keep_timings(file: Path, timings: Any, log: BuildLog) -> None:
     """Writes the timing cache, whole or not at all; losing it costs time only, so an engine is not lost over it."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
     try:
-        with partial.open("wb") as out:
-            out.write(timings)
-        partial.replace(file)
+        write_atomically(file, memoryview(timings))
     except OSError as e:
         log.add("WARNING", f"the timing cache is not kept: {e}")
-        partial.unlink(missing_ok=True)
 
 
 _NEXT = "read the reason; the graph is kept (docs/engines.md)"

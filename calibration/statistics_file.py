@@ -17,6 +17,7 @@ from twotower import __version__
 from twotower.bundle import Bundle, hash_file, write_json
 from twotower.calibration.statistics import BINS, TowerStatistics
 from twotower.errors import CalibrationError
+from twotower.files import replacing
 
 __all__ = ["DATA_FILE", "DESCRIPTION_FILE", "KIND", "Statistics", "identity_of", "read_statistics", "write_statistics"]
 
@@ -57,10 +58,9 @@ def write_statistics(statistics: Statistics, folder: Path) -> None:
         OSError: the disk is full or fails.
     """
     arrays = {f"{tower}.{name}": array for tower, s in statistics.towers.items() for name, array in s.arrays().items()}
-    partial = folder / f".{DATA_FILE}"
-    save_file(arrays, partial)
-    digest = hash_file(partial)
-    partial.replace(folder / DATA_FILE)
+    with replacing(folder / DATA_FILE) as partial:
+        save_file(arrays, partial)
+        digest = hash_file(partial)
     write_json(
         folder / DESCRIPTION_FILE,
         {

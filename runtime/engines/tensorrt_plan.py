@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import mmap
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 from twotower.bundle import EngineFile
 from twotower.dtypes import DTYPES
 from twotower.errors import DeviceError, EngineMismatchError
+from twotower.files import write_atomically
 from twotower.runtime.engines.tensorrt_log import library_log
 from twotower.tensorrt_library import Flavour
 
@@ -163,16 +162,12 @@ class PlanLoader:
         if not new or plan.cache is None or plan.cache_file is None:
             return
         data = bytes(plan.cache.serialize())
-        partial = plan.cache_file.with_suffix(f".partial-{os.getpid()}")  # others may open it too
         try:
             if plan.cache_file.is_file() and plan.cache_file.read_bytes() == data:
                 return
-            partial.write_bytes(data)
-            partial.replace(plan.cache_file)
+            write_atomically(plan.cache_file, data)
         except OSError as e:
             logger.info("compiled kernels are not kept: %s", e)
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
 
     def drain(self, *, errors: bool = False) -> str:
         """What the library said last, which is then forgotten: warnings and worse, or errors alone."""

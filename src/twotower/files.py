@@ -9,13 +9,25 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from twotower.errors import TwoTowerError
 
-__all__ = ["FileRecord", "Progress", "file_records", "hash_file", "hash_files", "inside", "link_file", "require_room", "unpublished"]
+__all__ = [
+    "FileRecord",
+    "Progress",
+    "file_records",
+    "hash_file",
+    "hash_files",
+    "inside",
+    "link_file",
+    "replacing",
+    "require_room",
+    "unpublished",
+    "write_atomically",
+]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -91,6 +103,31 @@ def inside(root: Path, relative: str) -> Path | None:
         return None
     path = root / pure
     return path if path.resolve().is_relative_to(root.resolve()) else None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A hidden file beside `path` that takes its place if the block succeeds and disappears if it does not.
+
+    The name is the process's own: of several that write one file the last one counts, whole.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes | bytearray | memoryview | str) -> None:
+    """Writes a file, text in UTF-8, so that it appears whole or not at all.
+
+    Raises:
+        OSError: the disk is full or fails; what was there before still is.
+    """
+    with replacing(path) as partial:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 logger = logging.getLogger(__name__)

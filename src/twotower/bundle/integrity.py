@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from twotower.files import FileRecord, Progress, hash_files, inside
+from twotower.files import FileRecord, Progress, hash_files, inside, write_atomically
 
 __all__ = ["check_files", "remember_files", "unverified_files"]
 
@@ -97,9 +97,7 @@ class _Remembered:
         kept = dict(list(self._known.items())[-self._LIMIT :])
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._file.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(kept))
-            partial.replace(self._file)
+            write_atomically(self._file, json.dumps(kept))
         except OSError as e:
             logger.debug("cannot remember verified files in %s: %s", self._file, e)
 

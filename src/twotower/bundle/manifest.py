@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from twotower.bundle.integrity import check_files
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.config.formats import FORMATS, WeightFormat
 from twotower.errors import BundleError, ConfigError
-from twotower.files import FileRecord, Progress, inside
+from twotower.files import FileRecord, Progress, inside, write_atomically
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TowerSignature, signatures
 from twotower.weights.refs import WeightRef
 from twotower.weights.table import TABLE_SUFFIX, read_weight_table
@@ -51,9 +50,7 @@ def is_bundle(path: Path) -> bool:
 
 def write_json(path: Path, data: Any) -> None:
     """Writes readable JSON, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from twotower.cli.options import add_device_options, device_options
 from twotower.errors import ConfigError
+from twotower.files import write_atomically
 
 __all__ = ["add_arguments", "add_suite_arguments", "chosen_suite", "numbers", "run"]
 
@@ -216,9 +217,7 @@ def _write(report: dict[str, Any], files: dict[str, Path]) -> None:
     if "json" in files:
         contents["json"] = (json.dumps(report, indent=1) + "\n").encode()
     for kind, data in contents.items():
-        partial = files[kind].with_name(f".{files[kind].name}.partial")
-        partial.write_bytes(data)
-        partial.replace(files[kind])
+        write_atomically(files[kind], data)
 
 
 def _lines(report: dict[str, Any]) -> list[str]:

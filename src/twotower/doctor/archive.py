@@ -17,6 +17,7 @@ from twotower.doctor.page import device_page, page_name
 from twotower.doctor.scrub import Scrubber
 from twotower.doctor.sections import NOT_ASKED
 from twotower.errors import ConfigError
+from twotower.files import write_atomically
 
 __all__ = ["LOGS_FILE", "RESULTS_FILE", "Archive", "merge_results", "read_results", "write_page"]
 
@@ -144,11 +145,9 @@ def write_page(folder: Path, results: Mapping[str, Any]) -> Path:
 
 
 def _write(file: Path, data: bytes) -> None:
-    partial = file.with_name(f".{file.name}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(file)
+        write_atomically(file, data)
     except OSError as e:
         raise ConfigError(
             f"{file} cannot be written",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from twotower.bundle import GRAPH_FILES, Bundle
 from twotower.config import GenerationConfig, ModelConfig
+from twotower.files import write_atomically
 from twotower.runtime import Request, StepRecord, TwoTower
 
 __all__ = [
@@ -134,11 +134,8 @@ def read_answer(bundle: Bundle) -> KnownAnswer | None:
 
 def write_answer(bundle: Bundle, answer: KnownAnswer) -> bool:
     """Keeps an answer with its bundle; False where the folder cannot be written."""
-    file = bundle.path / ANSWER_FILE
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps({"schema": SCHEMA, **asdict(answer)}) + "\n", encoding="utf-8")
-        partial.replace(file)
+        write_atomically(bundle.path / ANSWER_FILE, json.dumps({"schema": SCHEMA, **asdict(answer)}) + "\n")
     except OSError:
         return False
     return True

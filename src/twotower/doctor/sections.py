@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twotower.files import write_atomically
+
 __all__ = [
     "FAILED",
     "NOT_ASKED",
@@ -83,9 +85,7 @@ class Answers(dict[str, Any]):
     def put(self, **facts: Any) -> None:
         """Adds facts, or replaces those of the same names."""
         self.update(facts)
-        partial = self._file.with_suffix(".partial")
-        partial.write_text(json.dumps(self), encoding="utf-8")
-        partial.replace(self._file)
+        write_atomically(self._file, json.dumps(self))
 
     def say(self, line: str) -> None:
         """Adds a sentence to the section's summary, which is what a reader sees first."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from twotower.errors import TraceError
+from twotower.files import write_atomically
 from twotower.trace.record import KIND, SCHEMA, Trace, TraceBlock, TraceEnd, TraceHeader, TraceStep
 
 __all__ = ["check_output", "read_trace", "trace_lines", "write_text", "write_trace"]
@@ -43,13 +43,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         TraceError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, text)
     except OSError as e:
         raise TraceError(f"cannot write {path}", found=str(e), do="name a file in a folder that exists and can be written") from e
 
