@@ -46,7 +46,31 @@ SUBJECTS: Mapping[str, Sequence[str]] = {
 }
 """Module below src/twotower -> the tests that must notice what is changed in it."""
 
-EQUIVALENT: Mapping[str, Mapping[str, str]] = {}
+_FOUND_EARLIER = "a stop string that ends further left was found when its last token came"
+_NEVER_WHOLE = "the text does not end with a whole stop string: the row would have ended"
+EQUIVALENT: Mapping[str, Mapping[str, str]] = {
+    "runtime/sampler": {
+        "kept - kept[0] -> kept + kept[0]": "the same shift of all candidates",
+        "self.top_p < 1 -> self.top_p <= 1": "all candidates are before the whole sum",
+        "self.top_p < 1 -> self.top_p < 2": "likewise; no top_p is above 1",
+    },
+    "runtime/stopping": {
+        "searched - len(s) + 1 -> searched - len(s) - 1": _FOUND_EARLIER,
+        "min(len(s) - 1, len(text)) -> max(len(s) - 1, len(text))": _NEVER_WHOLE,
+        "len(s) - 1 -> len(s) + 1": _NEVER_WHOLE,
+    },
+    "builders/cut": {
+        "[0] -> [1]": "of a graph without layers: the share of its one piece is the whole whatever its bytes",
+        "max(sum(sizes), 1) -> max(sum(sizes), 2)": "layers without bytes are in the first group by any sum",
+    },
+    "calibration/ranges": {
+        "1: -> 2:": "of 65 candidates below the greatest the smallest is left out: a range of a 256th",
+        "last - 64 -> last - 65": "one candidate more, smaller than a 256th of the greatest",
+        "last + 1 -> last + 2": "one more, which is cut to the greatest and is there already",
+        "middles[0] -> middles[1]": "magnitudes below 2^-24 count as their middle, which rounds to zero in every range from 2^-20 on",
+        "values[None] > steps / 2 -> values[None] >= steps / 2": "no middle of a bin is half a step of an edge of one",
+    },
+}
 """Module -> mutant -> why it is none."""
 
 _SWAPPED: Mapping[type[ast.AST], type[ast.AST]] = {

@@ -83,4 +83,5 @@ def test_chunks_are_padded_to_the_next_width_of_a_device(prompts: list[int]) -> 
     for ours, step in zip(plain.steps, padded.steps, strict=True):
         assert (step.starts, step.lengths) == (ours.starts, ours.lengths)
         assert step.width == 1 << (ours.width - 1).bit_length(), "the next power of two"
+    assert [prefill_plan([n], widths=CHUNK_WIDTHS).steps[0].width for n in (3, 5, 9, 17, 33, 65, 129)] == [4, 8, 16, 32, 64, 128, 256]
     assert padded.peak == max(start + step.width for step in padded.steps for start in step.starts)
