@@ -1,4 +1,4 @@
-"""Every graph is parsed and built by TensorRT for RTX, without a GPU, for three generations and in every dtype."""
+"""Every graph is parsed and built by TensorRT for RTX, without a GPU, for three generations; of the trained model in every dtype."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ def unexplained(record: Any) -> list[str]:
     return [line["message"] for line in lines if not line["explained"]]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("a", "float16"), ("b", "float16"), ("tiny", "float16"), ("tiny", "bfloat16"), ("tiny", "float32")]
+)
 def test_the_graphs_build_without_an_unexplained_word(folder: Path, name: str, dtype: str) -> None:
     bundle = exported(folder, name, dtype)
     record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=SMS, max_context=256, experts="dense"))

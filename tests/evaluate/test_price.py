@@ -107,13 +107,13 @@ def report(tiny_bundle: Path, mixed: Bundle) -> dict[str, Any]:
     pair = require_pair(Bundle.open(tiny_bundle), mixed)
     assert pair == Pair(mixed, Bundle.open(tiny_bundle)), "whichever was named first"
     with TwoTower.open(mixed.path) as few, TwoTower.open(tiny_bundle) as exact:
-        return price_of(pair, (few, exact), load_suite().only(limit=4), PriceConfig())
+        return price_of(pair, (few, exact), load_suite().only(limit=2), PriceConfig())
 
 
 @pytest.mark.trained
 @pytest.mark.slow
 def test_the_report_has_everything(report: dict[str, Any], mixed: Bundle, tiny_bundle: Path) -> None:
-    assert report["suite"]["problems"] == 28
+    assert report["suite"]["problems"] == 14
     assert set(report["settings"]) == {"float", "quantized", "float ar", "quantized ar"}
     assert list(report["sensitivity"])[-2:] == ["context tower", "denoiser tower"]
     assert report["compared"]["retention"]["value"] >= 90
@@ -170,7 +170,7 @@ def test_pairs(tiny_bundle: Path, built_bundle: Path, mixed: Bundle) -> None:
 def test_the_choice_is_inside_its_budget_and_says_how_it_came_about(tiny_bundle: Path, tmp_path: Path) -> None:
     """Attention in 4 bits costs this model a fifth of its answers and its passes: the search must find that out and keep it in 8."""
     config = ChooseConfig(price=PriceConfig(max_new_tokens=96))
-    choice = choose(Bundle.open(tiny_bundle), load_suite().only(limit=16), config, tmp_path)
+    choice = choose(Bundle.open(tiny_bundle), load_suite().only(limit=8), config, tmp_path)
     recipe = choice.recipe
     assert recipe.weights["routed_expert"] == "int4"
     assert recipe.weights["attention"] == "int8"
@@ -179,7 +179,7 @@ def test_the_choice_is_inside_its_budget_and_says_how_it_came_about(tiny_bundle:
     assert alone["attention", "int4"]["retention"]["value"] < alone["attention", "int8"]["retention"]["value"]
     last = [tried for tried in choice.report["tried"] if tried["half"] == 0][-1]
     assert {"kinds", "layers", "retention", "inflation"} <= set(last)
-    assert choice.report["check"]["problems"] == len(load_suite().only(limit=16).halves()[1].problems)
+    assert choice.report["check"]["problems"] == len(load_suite().only(limit=8).halves()[1].problems)
     assert json.loads(json.dumps(choice.report))
 
 
