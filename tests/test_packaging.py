@@ -57,4 +57,4 @@ def test_no_inference_library_is_a_hard_dependency(wheel: Path) -> None:
         metadata = archive.read(f"twotower-{__version__}.dist-info/METADATA").decode()
     required = [line.split(":", 1)[1].strip() for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     hard = {r.split(">")[0].split("=")[0].strip() for r in required if "extra ==" not in r}
-    assert hard == {"numpy", "tokenizers"}
+    assert hard == {"ml-dtypes", "numpy", "tokenizers"}
