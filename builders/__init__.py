@@ -27,14 +27,14 @@ def _ort_cuda() -> EngineBuilder:
 
 def _rtx() -> EngineBuilder:
     library = load_tensorrt_rtx()
-    from twotower.builders.tensorrt_builder import TensorRTBuilder
+    from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
 
     return TensorRTBuilder(library)
 
 
 def _trt() -> EngineBuilder:
     library = load_tensorrt()
-    from twotower.builders.tensorrt_builder import TensorRTBuilder
+    from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
 
     return TensorRTBuilder(library)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from twotower.builders.base import BuildConfig, EngineBuilder, Report, silent
 from twotower.builders.cache_store import EngineCache, open_cache
-from twotower.builders.lock import locked
 from twotower.bundle import BUILD_FILE, Bundle, EngineRecord, engine_folder, read_engine_record, write_json
 from twotower.errors import BuildAbortedError, EngineMismatchError
+from twotower.files import locked
 
 __all__ = ["build_engines"]
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from twotower.builders.base import BuildConfig
-from twotower.builders.lock import locked
 from twotower.bundle import Bundle, FileRecord, hash_file, write_json
 from twotower.errors import BuildError
+from twotower.files import locked
 
 __all__ = ["CACHE_FOLDER", "EngineCache", "Entry", "open_cache"]
 

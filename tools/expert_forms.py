@@ -21,11 +21,11 @@ import onnx_ir as ir
 from quantization_tables import replaced
 
 from twotower.builders import builder_for
-from twotower.builders.network import BuildLog, NetworkOptions, build_network
 from twotower.builders.profiles import profiles
-from twotower.builders.rtx_program import Program, read_programs
 from twotower.builders.segment import fix_axes
-from twotower.builders.tensorrt_builder import TensorRTBuilder
+from twotower.builders.trt.network import BuildLog, NetworkOptions, build_network
+from twotower.builders.trt.rtx_program import Program, read_programs
+from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
 from twotower.calibration.recipes import Recipe, builtin_recipes, parts_of
 from twotower.checkpoint.synthetic import published_slice
 from twotower.config.formats import FORMATS

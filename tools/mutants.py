@@ -40,7 +40,7 @@ SUBJECTS: Mapping[str, Sequence[str]] = {
     "calibration/ranges": ["tests/calibration/test_statistics.py"],
     "planning/fit": ["tests/planning/test_fit.py"],
     "planning/scratch": ["tests/planning/test_scratch.py"],
-    "builders/cut": ["tests/builders/test_cut.py"],
+    "builders/trt/cut": ["tests/builders/trt/test_cut.py"],
     "builders/profiles": ["tests/builders/test_profiles.py"],
     "export/graphs/sampler": ["tests/export/test_graphs.py"],
 }

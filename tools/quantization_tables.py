@@ -20,7 +20,7 @@ import numpy as np
 
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.base import CHOSEN, STANDARD
-from twotower.builders.expanded import expands_experts
+from twotower.builders.trt.engine_inspector import expands_experts
 from twotower.bundle import Bundle
 from twotower.calibration import QuantizeConfig, builtin_recipes, plan_quantization, quantize_bundle
 from twotower.calibration.collect import CollectConfig, collect

@@ -1,8 +1,9 @@
-"""Files and folders: hashed, kept inside a root, and written so that they appear whole or not at all."""
+"""Files and folders: hashed, kept inside a root, locked, and written so that they appear whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import logging
 import os
 import shutil
@@ -23,6 +24,7 @@ __all__ = [
     "hash_files",
     "inside",
     "link_file",
+    "locked",
     "replacing",
     "require_room",
     "unpublished",
@@ -204,3 +206,28 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+@contextmanager
+def locked(path: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
+    """Holds an exclusive lock on `path`, which is made if it is not there and stays.
+
+    Args:
+        path: The lock's file.
+        waiting: Called once if another process holds it.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    try:
+        fcntl = importlib.import_module("fcntl")
+    except ImportError:  # Windows: a build there is protected by its renames alone
+        yield
+        return
+    with path.open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

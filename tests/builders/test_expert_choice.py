@@ -16,9 +16,10 @@ from tests.helpers.errors import check_error
 from tests.helpers.tensorrt import machine_with
 from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_job
 from twotower import builders
-from twotower.builders import BuildConfig, build_engines, make_engine, tensorrt_builder
+from twotower.builders import BuildConfig, build_engines
 from twotower.builders.expert_choice import choose_experts
-from twotower.builders.tensorrt_builder import TensorRTBuilder
+from twotower.builders.trt import make_engine, tensorrt_builder
+from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder
 from twotower.cli.main import main
 from twotower.errors import ConfigError

@@ -14,8 +14,9 @@ from tests.helpers.errors import check_error
 from tests.helpers.stand_ins import stand_in_bundle
 from tests.helpers.tensorrt import L4, install_fake, see_gpu
 from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_kernels
-from twotower.builders import BuildConfig, build_engines, builder_for, expert_code, tensorrt_builder
+from twotower.builders import BuildConfig, build_engines, builder_for, expert_code
 from twotower.builders.base import silent
+from twotower.builders.trt import tensorrt_builder
 from twotower.bundle import Bundle, engine_folder, load_engine_record
 from twotower.errors import BuildError
 from twotower.kernels import read_manifest

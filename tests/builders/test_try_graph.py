@@ -18,7 +18,8 @@ import pytest
 
 from tests.helpers.bundles import export_fixture
 from tests.helpers.tensorrt import install_fake
-from twotower.builders import BuildConfig, build_engines, builder_for, tensorrt_builder
+from twotower.builders import BuildConfig, build_engines, builder_for
+from twotower.builders.trt import tensorrt_builder
 from twotower.builders.try_graph import BUILDS, NOT_TRIED, REFUSED, job_of_graph, main
 from twotower.bundle import Bundle
 from twotower.errors import BuildError

@@ -10,7 +10,8 @@ from tests.helpers.bundles import export_fixture
 from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_job
-from twotower.builders import BuildConfig, build_engines, builder_for, make_engine
+from twotower.builders import BuildConfig, build_engines, builder_for
+from twotower.builders.trt import make_engine
 from twotower.bundle import GRAPH_FILES, Bundle, EngineRecord
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.cli.main import main as cli

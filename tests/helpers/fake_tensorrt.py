@@ -1,7 +1,7 @@
 """A stand-in for `tensorrt` 11.4 with the part of its API that builders use; it compiles nothing and needs no GPU.
 
 It has what only the full library has (a timing cache that works) and lacks what only TensorRT for RTX has (`ComputeCapability`,
-`num_compute_capabilities`), so that code which takes one for the other fails. `tests/builders/test_network.py` holds its names
+`num_compute_capabilities`), so that code which takes one for the other fails. `tests/builders/trt/test_network.py` holds its names
 against the real bindings. A graph chooses what happens by its operators: `Refuse`, `RefuseBuild`, `Ignore`, `Crash`, `Raise`.
 
 It is loaded by path and not imported: a copy named `tensorrt/__init__.py` is what a child process finds (`install_fake`).

@@ -12,7 +12,7 @@ def child_of(pid: int) -> int:
     """The process that compiles; it is waited for."""
     for _ in range(600):
         text = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        if text and "twotower.builders.child" in Path(f"/proc/{text[0]}/cmdline").read_text():
+        if text and "twotower.builders.trt.child" in Path(f"/proc/{text[0]}/cmdline").read_text():
             return int(text[0])
         time.sleep(0.02)
     raise AssertionError("no build started")

@@ -10,7 +10,8 @@ import pytest
 from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_job
-from twotower.builders import BuildConfig, build_engines, make_engine
+from twotower.builders import BuildConfig, build_engines
+from twotower.builders.trt import make_engine
 from twotower.bundle import Bundle
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.hardware import Gpu

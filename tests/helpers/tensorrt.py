@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from tests.helpers.graphs import FIXTURES
-from twotower.builders import tensorrt_builder
+from twotower.builders.trt import tensorrt_builder
 from twotower.bundle import Bundle
 from twotower.hardware import Gpu, Machine
 from twotower.weights.external import load_graph

@@ -18,7 +18,7 @@ from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.kernel_stand_in import write_kernels
 from tests.helpers.stand_in_engine import Engine
 from tests.helpers.stand_in_graph import StandInGraph
-from twotower.builders.tensorrt_builder import TensorRTBuilder
+from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
 from twotower.kernels import ExpertShape, Manifest
 from twotower.tensorrt_library import flavour_from_module
 

@@ -13,7 +13,7 @@ from tests.helpers.quantized import TINY as TINY_CHECKPOINT
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.base import DIALECTS, STANDARD
 from twotower.builders.build_cost import build_memory
-from twotower.builders.cut import even_layers
+from twotower.builders.trt.cut import even_layers
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.model import parse_model_config, read_model_config

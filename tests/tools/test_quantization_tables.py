@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.source import ROOT
-from twotower.builders import job
+from twotower.builders.trt import job
 from twotower.bundle import Bundle
 from twotower.errors import BuildAbortedError, BuildError
 

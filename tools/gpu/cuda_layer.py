@@ -164,8 +164,9 @@ def torch_bundle(case: Case, output: Path, compiler: Compile | None = None) -> B
         compiler: What compiles expert kernels; None for Triton.
     """
     # Exporting needs more than running: a machine with a pack may lack it.
-    from twotower.builders import BuildConfig, build_engines, make_engine
-    from twotower.builders.tensorrt_builder import TensorRTBuilder
+    from twotower.builders import BuildConfig, build_engines
+    from twotower.builders.trt import make_engine
+    from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
     from twotower.export import Checkpoint, ExportConfig, export_bundle
 
     checkpoint = Checkpoint.open(FIXTURES / case.fixture)

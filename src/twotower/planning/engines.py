@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from twotower.builders.base import DENSE, FUSED, KERNELS
-from twotower.builders.build_cost import LayerBytes, build_memory, build_seconds, program_bytes
-from twotower.builders.cut import even_layers, tower_cuts
-from twotower.builders.memory import require_bound
+from twotower.builders.build_cost import LayerBytes, build_memory, build_seconds, program_bytes, require_bound
+from twotower.builders.trt.cut import even_layers, tower_cuts
 from twotower.checkpoint.layout import Role
 from twotower.config.formats import FORMATS
 from twotower.config.model import LayerKind, ModelConfig

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from twotower.builders.base import KERNELS
-from twotower.builders.capabilities import HALF_ONLY_SM
+from twotower.builders.trt.capabilities import HALF_ONLY_SM
 from twotower.config.formats import FORMATS
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.errors import ConfigError

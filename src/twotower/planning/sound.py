@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from twotower.builders.base import KERNELS
-from twotower.builders.capabilities import HALF_ONLY_SM
+from twotower.builders.trt.capabilities import HALF_ONLY_SM
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.errors import ConfigError
 from twotower.hardware import RTX_SMS

@@ -17,7 +17,7 @@ from tools.gpu.form_pair import Difference
 from tools.gpu.forms import FORMS
 from tools.gpu.questions import Given
 from tools.gpu.torch_engine import TorchTensorRT, torch_job
-from twotower.builders import make_engine
+from twotower.builders.trt import make_engine
 from twotower.bundle import Bundle
 from twotower.doctor import Answers, SkipSectionError
 

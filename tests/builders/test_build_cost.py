@@ -1,0 +1,71 @@
+"""A build that the kernel would kill is refused before it starts."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers.bundles import export_fixture
+from tests.helpers.tensorrt import L4, machine_with
+from twotower.builders import BuildConfig, EngineBuilder, build_engines, builder_for
+from twotower.builders.build_cost import LayerBytes, build_memory, require_build_memory
+from twotower.builders.trt import tensorrt_builder
+from twotower.builders.trt.cut import cut_layers, least_bound
+from twotower.bundle import Bundle, engine_folder
+from twotower.cli.options import byte_size
+from twotower.errors import BuildError
+
+GB = 10**9
+HELD = LayerBytes((2 * GB, GB, 2 * GB), GB // 2, 0)
+NEEDED = {"context.engine": build_memory(HELD.total, 3), "denoiser.engine": build_memory(GB, 3)}
+LEAST = least_bound(HELD)
+
+
+def test_a_build_that_fits_or_is_bounded_or_unknown_goes_on() -> None:
+    most = max(NEEDED.values())
+    require_build_memory(NEEDED, least=LEAST, available=most, bound=None)
+    require_build_memory(NEEDED, least=LEAST, available=most - 1, bound=10 * GB)
+    require_build_memory(NEEDED, least=LEAST, available=0, bound=None)
+    require_build_memory({}, least=LEAST, available=1, bound=None)
+
+
+@given(available=st.integers(GB, 40 * GB))
+def test_what_it_says_to_type_can_be_built(available: int) -> None:
+    if available >= NEEDED["context.engine"]:
+        return require_build_memory(NEEDED, least=LEAST, available=available, bound=None)
+    with pytest.raises(BuildError) as caught:
+        require_build_memory(NEEDED, least=LEAST, available=available, bound=None)
+    assert "context.engine" in caught.value.what
+    assert f"{NEEDED['context.engine'] / 1e9:.1f} GB needed" in caught.value.found
+    bound = byte_size(caught.value.do.split("--max-build-memory ")[1].split("G")[0] + "G")
+    assert bound is not None
+    assert cut_layers(HELD, bound)
+    if available - GB // 10 >= LEAST:
+        assert bound <= available
+    return None
+
+
+@pytest.mark.trt_rtx
+def test_a_build_asks_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
+    monkeypatch.setattr("twotower.builders.trt.tensorrt_builder.probe_machine", lambda: replace(machine_with(), available=10**7))
+    monkeypatch.setattr("twotower.builders.trt.make_engine.run_job", lambda *_, **__: pytest.fail("a build was started"))
+    with pytest.raises(BuildError) as caught:
+        build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256, experts="dense"))
+    assert "available" in caught.value.found
+    assert not engine_folder(bundle, "rtx").exists()
+
+
+def test_engines_of_the_cache_need_no_memory(damageable: Bundle, stand_in_builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_engines(damageable, "trt", stand_in_builder, config=BuildConfig(max_context=256, experts="dense"))
+    shutil.rmtree(engine_folder(damageable, "trt"))
+    monkeypatch.setattr(tensorrt_builder, "probe_machine", lambda: replace(machine_with(L4), available=10**7))
+    record = build_engines(damageable, "trt", stand_in_builder, config=BuildConfig(max_context=256, experts="dense"))
+    assert all(facts["cached"] for facts in record.report["engines"].values())
+    with pytest.raises(BuildError, match="does not fit this machine"):
+        build_engines(damageable, "trt", stand_in_builder, config=BuildConfig(max_context=256, experts="dense", force=True))

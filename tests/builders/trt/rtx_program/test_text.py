@@ -1,0 +1,111 @@
+"""Program text is found in plan bytes, and nothing but a whole, known text is read."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from tests.helpers.program_text import Launch, plan_of, program
+from twotower.builders.trt.rtx_program import ProgramTextError, read_programs, text
+
+TEXT = program().text()
+SECOND = program(
+    inputs=["tokens [profile 1].1", "tower.layers.0.mixer.up.weight [profile 1].1"],
+    outputs=["y [profile 1].1"],
+    tensors=[],
+    launches=[Launch("__myl_Move", [], ["rows.1"])],
+).text()
+
+
+@pytest.mark.parametrize("chunk", [5, 64, 1 << 20])
+def test_programs_are_found_whatever_pieces_the_plan_is_searched_in(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "_CHUNK", chunk)
+    assert list(text.program_texts(plan_of(TEXT, SECOND))) == [TEXT, SECOND]
+    assert list(text.program_texts(memoryview(plan_of(TEXT)))) == [TEXT]
+
+
+def test_a_plan_without_a_program_is_not_read() -> None:
+    for plan in (b"", b"ptrt" + bytes(1000), plan_of()):
+        with pytest.raises(ProgramTextError, match="not read") as caught:
+            read_programs(plan)
+        assert "none" in caught.value.found
+
+
+@pytest.mark.parametrize("chunk", [5, 1 << 20])
+def test_the_mark_among_the_bytes_of_weights_is_no_program(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some gigabytes of packed weights hold such a word by chance."""
+    monkeypatch.setattr(text, "_CHUNK", chunk)
+    weights = b"NLYM" + bytes(range(256)) + b"NLYMNLYM" + bytes(64)
+    plan = weights + plan_of(TEXT, SECOND) + weights
+    assert list(text.program_texts(plan)) == [TEXT, SECOND]
+    assert len(read_programs(plan, profiles=2)) == 2
+    with pytest.raises(ProgramTextError, match="not read"):
+        read_programs(weights)
+
+
+def test_fewer_programs_than_profiles_are_no_figures() -> None:
+    assert len(read_programs(plan_of(TEXT, SECOND), profiles=2)) == 2
+    for plan, profiles in ((plan_of(TEXT), 2), (plan_of(SECOND), 1), (plan_of(TEXT, TEXT), 2), (plan_of(TEXT, SECOND), 1)):
+        with pytest.raises(ProgramTextError):
+            read_programs(plan, profiles=profiles)
+
+
+def test_a_plan_cut_off_anywhere_is_refused() -> None:
+    plan = plan_of(TEXT, SECOND)
+    end = plan.index(b"\xb0", plan.index(SECOND.encode())) - 3  # what follows the last program is not its part
+    for cut in range(0, end, 97):
+        with pytest.raises(ProgramTextError):
+            read_programs(plan[:cut], profiles=2)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_garbled_plan_is_read_or_refused_and_never_a_crash(seed: int) -> None:
+    drawn = random.Random(seed)
+    plan = bytearray(plan_of(TEXT, SECOND))
+    alphabet = range(256) if seed % 2 else range(32, 127)
+    for _ in range(drawn.choice((1, 3, 30))):
+        at = drawn.randrange(len(plan))
+        plan[at : at + drawn.choice((0, 1, 4))] = bytes(drawn.choices(alphabet, k=drawn.choice((0, 1, 4))))
+    try:
+        programs = read_programs(bytes(plan))
+    except ProgramTextError as e:
+        assert e.found
+        assert e.do
+    else:
+        assert all(len(p.kernels) <= 3 for p in programs)
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda t: t.replace("version = 5", "version = 6"), "layout is 6"),
+        (lambda t: t.replace("version = 5", "release = 5"), "not stated"),
+        (lambda t: t.replace("memory_budget", "memory_bugdet"), "does not begin"),
+        (lambda t: t.replace("main {", "mian {", 1), "section 'mian'"),
+        (lambda t: t.replace("descriptors {", "descriptors ["), "outside of its sections"),
+        (lambda t: t.replace("  function={", "  function<"), "no statement"),
+        (lambda t: t.replace(" label bb1: ", " label bb1: \n label bb7: "), "2 labels"),
+        (lambda t: t.replace("  fully_connected={", "  branch={ name=b }\n  fully_connected={"), "'branch' writes nothing"),
+        (lambda t: t.replace('input={ "tokens.1"', 'input={ "other.1"'), "not described: 'other.1'"),
+        (lambda t: t.replace("stream=0", "stream=1"), "more streams than the 1"),
+        (lambda t: t.replace('region="scratch_0"', 'region="scratch_7"'), "unknown region 'scratch_7'"),
+        (lambda t: t.replace("n_streams = 1", "n_streams = many"), "'n_streams'"),
+        (lambda t: t.replace("size=4096", "size=4k"), "no number 'size'"),
+        (lambda t: t[: t.index("  function")] + "}\n" + t[t.index("shape_main") :].replace("fully", ""), ""),
+        (lambda t: t + "}", "goes on"),
+        (lambda t: t[:-3], "breaks off"),
+        (lambda t: t.replace("y.1", "y.\x00"), "no text"),
+    ],
+)
+def test_a_text_of_another_form_says_why_it_is_not_read(damage: Callable[[str], str], why: str) -> None:
+    damaged = damage(TEXT)
+    assert damaged != TEXT
+    if not why:  # a program without its last kernel is a sound text: this is what cannot be seen
+        assert len(read_programs(plan_of(damaged))[0].kernels) == 1
+        return
+    with pytest.raises(ProgramTextError) as caught:
+        read_programs(plan_of(damaged))
+    assert why in caught.value.found
+    assert "known: layout 5" in caught.value.found

@@ -1,0 +1,60 @@
+"""An engine that expands stacked experts is refused by name and figure; whatever else is let through."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.helpers.program_text import Described, Launch, program
+from twotower.builders.trt.engine_inspector import expands_experts, require_fused
+from twotower.builders.trt.rtx_program import read_program_text, summarize_programs
+from twotower.bundle import EngineFile, EngineRecord, Profile
+from twotower.errors import BuildError
+
+ENGINE = EngineFile("denoiser.engine", (0, 2), (), (), (Profile("denoise", {}),))
+
+
+def facts(*dims: int, layers: int = 1) -> dict[str, Any]:
+    """What a build observes of an engine that dequantizes a weight of that shape in `layers` layers."""
+    tensors = [Described("q", dims, "int8", "p-consts"), Described("w", dims, "bf16", "scratch_1")]
+    launches = [Launch("__myl_CastMul", ["q"], ["w"], [f"layers.{i}.moe/DequantizeLinear"]) for i in range(layers)]
+    text = program(inputs=["tokens.1"], tensors=tensors, launches=launches).text()
+    return {"inspector": summarize_programs([read_program_text(text)])}
+
+
+def record(observed: dict[str, Any]) -> EngineRecord:
+    return EngineRecord(target="rtx", library={}, dtype="bfloat16", graphs={}, weights={}, files={}, report={"engines": {"a": observed}})
+
+
+def test_stacked_experts_are_named_with_what_they_cost_and_what_to_do() -> None:
+    observed = facts(8, 640, 320, layers=2)
+    with pytest.raises(BuildError) as caught:
+        require_fused(ENGINE, observed)
+    assert "denoiser.engine expands the experts of 2 layer(s)" in caught.value.what
+    assert f"profile denoise writes {2 * 8 * 640 * 320 * 2 / 1e6:.4g} MB a pass" in caught.value.found
+    assert "layers.0.moe, q int8 [8, 640, 320] as bf16" in caught.value.found
+    assert "mixed" in caught.value.do
+    assert "--allow-expanded" in caught.value.do
+    assert expands_experts(record(observed))
+
+
+@pytest.mark.parametrize(
+    "observed",
+    [facts(640, 320), {"inspector": {"why_not": "layout 9"}}, {"inspector": {"layers": 3}}, {}],
+    ids=["a matrix is reported only", "a program that was not read", "layers of another library", "nothing observed"],
+)
+def test_whatever_else_is_let_through(observed: dict[str, Any]) -> None:
+    require_fused(ENGINE, observed)
+    assert not expands_experts(record(observed))
+
+
+def test_experts_in_few_bits_whose_program_was_not_read_are_refused_where_it_can_be() -> None:
+    unread = {"inspector": {"why_not": "layout 9"}}
+    holds = replace(ENGINE, constants=("denoiser_tower.layers.1.mixer.experts.up_proj.weight",))
+    with pytest.raises(BuildError, match="nobody can tell") as caught:
+        require_fused(holds, unread, readable=True)
+    assert "layout 9" in caught.value.found
+    require_fused(holds, unread)
+    require_fused(ENGINE, unread, readable=True)

@@ -1,0 +1,80 @@
+"""Products in float32 written as sums compute the same, and no others are touched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from tests.helpers.bundles import export_fixture
+from twotower.builders.trt.pieces import sum_float32_products
+from twotower.bundle import Bundle
+from twotower.graph_lint import lint
+from twotower.graph_lint.view import GraphView
+from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
+from twotower.weights.external import load_graph
+
+SIZES = {"B": 2, "L": 16, "S": 16, "T": 64}
+LENGTHS = {"chunk_length": 17, "past_length": 30, "context_length": 40, "commit_floor": 3}
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    folder = tmp_path_factory.mktemp("sums")
+    return {dtype: export_fixture("hybrid-a", folder / dtype, dtype) for dtype in ("float32", "float16")}
+
+
+def results(model: Any, bundle: Bundle, graph: str) -> list[Any]:
+    rng = np.random.default_rng(7)
+    given = {}
+    for spec in bundle.signatures[graph].inputs:
+        shape = spec.shape(SIZES)
+        if spec.dtype == "int64":
+            given[spec.name] = rng.integers(1, LENGTHS.get(spec.name, bundle.config.vocab_size), shape)
+        else:
+            given[spec.name] = rng.normal(size=shape).astype(np.float32) * 0.3
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    place = str(bundle.graph_file(graph).parent)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", place)
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return list(session.run(None, {i.name: given[i.name] for i in session.get_inputs()}))
+
+
+@pytest.mark.parametrize("graph", [CONTEXT, CONTEXT_HEAD, DENOISER])
+def test_every_product_of_a_float32_graph_can_be_a_sum(bundles: dict[str, Bundle], graph: str) -> None:
+    bundle = bundles["float32"]
+    model = load_graph(bundle.graph_file(graph))
+    products = Counter(node.op_type for node in model.graph.node)["MatMul"]
+    before = results(model, bundle, graph)
+    assert sum_float32_products(model) == products > 0
+    assert "MatMul" not in {node.op_type for node in model.graph.node}
+    for one, other in zip(before, results(model, bundle, graph), strict=True):
+        # Sums of at most some hundred products in another order: a few units in the last place.
+        np.testing.assert_allclose(other, one, rtol=2e-5, atol=2e-5 * max(1.0, float(np.abs(one).max())))
+
+
+@pytest.mark.parametrize("graph", [CONTEXT, DENOISER])
+def test_products_in_half_precision_stay(bundles: dict[str, Bundle], graph: str) -> None:
+    bundle = bundles["float16"]
+    model = load_graph(bundle.graph_file(graph))
+    view = GraphView(model)
+    types = Counter(view.dtype(node.output[0]) for node in model.graph.node if node.op_type == "MatMul")
+    assert types["float32"] > 0
+    assert types["float16"] > 0
+    assert sum_float32_products(model) == types["float32"]
+    after = GraphView(model)
+    left = Counter(after.dtype(node.output[0]) for node in model.graph.node if node.op_type == "MatMul")
+    assert left == {"float16": types["float16"]}
+    assert [f.rule.id for f in lint(model) if f.rule.severity.value == "error"] == []
+
+
+def test_a_graph_without_such_products_is_left_alone(bundles: dict[str, Bundle]) -> None:
+    bundle = bundles["float16"]
+    model = load_graph(bundle.graph_file(CONTEXT_HEAD))
+    before = model.SerializeToString()
+    assert sum_float32_products(model) == 0
+    assert model.SerializeToString() == before
