@@ -15,9 +15,9 @@ from twotower.builders.ort_products import experts_are_packed
 from twotower.bundle import GRAPH_FILES
 from twotower.onnx_runtime import ort
 from twotower.processors import usable_memory
-from twotower.runtime.engines.base import Binding
+from twotower.runtime.device import Event, HostStream, Stream
 from twotower.runtime.engines.ort import OrtEngine, engine_threads
-from twotower.runtime.streams import Event, HostStream, Stream
+from twotower.runtime.engines.tower_engine import Binding
 from twotower.spec import TowerSignature
 from twotower.weights.refs import WeightRef
 

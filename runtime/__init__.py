@@ -1,9 +1,8 @@
 """Two engines and one block loop: generation from a bundle, without torch."""
 
 from twotower.config import GenerationConfig
-from twotower.runtime.hooks import StepRecord
 from twotower.runtime.requests import Request
-from twotower.runtime.results import BlockEvent, Generation, RequestCancelledError, Timings, Usage
+from twotower.runtime.results import BlockEvent, Generation, RequestCancelledError, StepRecord, Timings, Usage
 from twotower.runtime.scoring import Score
 from twotower.runtime.session import TwoTower
 

@@ -1,26 +1,47 @@
-"""THE block loop: read the prompts, then propose a block, take what each row wants of it, let the context tower read it, again."""
+"""THE block loop: read the prompts, then propose a block, take what each row wants of it, let the context tower read it, again.
+
+Numbers that no sound engine returns are refused before any of them becomes text.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from time import perf_counter
 
 import numpy as np
 
-from twotower.runtime.checks import check_block, check_candidates, check_step
+from twotower.config import ModelConfig
+from twotower.errors import EngineOutputError
+from twotower.runtime.buffers import DenoiserArrays
 from twotower.runtime.cleanup import Cleanup
-from twotower.runtime.hooks import step_record
-from twotower.runtime.memory import Array
+from twotower.runtime.device import Array, Event, HostStream, Streams
 from twotower.runtime.noise import StepNoise
-from twotower.runtime.prefill import prefill
+from twotower.runtime.results import Hooks, step_record
 from twotower.runtime.rows import Commit, Row
 from twotower.runtime.schedule import PrefillPlan, capacity_bucket, commit_floor
-from twotower.runtime.settings import LoopSettings
-from twotower.runtime.streams import Event, HostStream
 from twotower.runtime.workspace import Workspace
+from twotower.spec import CANDIDATE_LOGPROBS, CONFIDENCE, CONTEXT, DENOISER, NEXT_BLOCK
 
-__all__ = ["run_rows"]
+__all__ = ["LoopSettings", "check_block", "check_candidates", "check_step", "prefill", "run_rows"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopSettings:
+    """What the loop is given besides buffers and rows.
+
+    Attributes:
+        model: The model both towers compute.
+        largest_capacity: Most positions the cache may grow to.
+        streams: The towers' queues.
+        hooks: The caller's callbacks.
+    """
+
+    model: ModelConfig
+    largest_capacity: int
+    streams: Streams = field(default_factory=Streams)
+    hooks: Hooks = field(default_factory=Hooks)
 
 
 def run_rows(work: Workspace, rows: Sequence[Row], plan: PrefillPlan, settings: LoopSettings) -> Iterator[list[Commit]]:
@@ -160,3 +181,80 @@ class _Run:
         for row in self._rows:
             if row.live:
                 setattr(row, what, getattr(row, what) + seconds)
+
+
+def prefill(work: Workspace, rows: Sequence[Row], plan: PrefillPlan, settings: LoopSettings) -> Event:
+    """Lets the context tower read every row's prompt; returns the event of the last chunk, which has been waited for."""
+    total, done, started = sum(len(row.prompt) for row in rows), 0, perf_counter()
+    event: Event = HostStream.done
+    for step in plan.steps:
+        settings.hooks.raise_if_cancelled()
+        chunk = work.tokens(step.width)
+        chunk.fill(settings.model.pad_token_id)
+        for i, row in enumerate(rows):
+            start, length = step.starts[i], step.lengths[i]
+            chunk[i, :length] = row.prompt[start : start + length]
+        work.past_length[:], work.chunk_length[:] = step.starts, step.lengths
+        event = work.extend(step.width, settings.streams.context)
+        event.wait_done()  # the next chunk is written into the same buffer
+        done += sum(step.lengths)
+        if settings.hooks.on_prefill is not None:
+            settings.hooks.on_prefill(done, total)
+    for row in rows:
+        row.prefill = perf_counter() - started
+    return event
+
+
+_DO = "run the request again; if it fails again, build the engine again, or try another target or a wider dtype (float16 overflows first)"
+
+
+def check_step(rows: Sequence[Row], arrays: DenoiserArrays, *, block: int, step: int) -> None:
+    """Checks what the denoiser returned for the rows that are alive.
+
+    Raises:
+        EngineOutputError: a confidence is not a number.
+    """
+    if np.isfinite(arrays.confidence).all():
+        return
+    for i, row in enumerate(rows):
+        if row.live and not np.isfinite(arrays.confidence[i]).all():
+            found = f"{CONFIDENCE} {_first_bad(arrays.confidence[i])}"
+            raise _fault(DENOISER, f"row {row.index}, block {block}, step {step}", found)
+
+
+def check_block(rows: Sequence[Row], tokens: Array, config: ModelConfig, *, block: int) -> None:
+    """Checks a block that the denoiser says is complete, [B,S] int64.
+
+    Raises:
+        EngineOutputError: a token is a mask or outside the vocabulary.
+    """
+    wrong = (tokens < 0) | (tokens >= config.vocab_size) | (tokens == config.mask_token_id)
+    if not wrong.any():
+        return
+    for i, row in enumerate(rows):
+        if row.live and wrong[i].any():
+            at = int(np.argmax(wrong[i]))
+            found = f"{NEXT_BLOCK} holds {int(tokens[i, at])} at position {at} after the last step (masks are {config.mask_token_id}, "
+            raise _fault(DENOISER, f"row {row.index}, block {block}", found + f"the vocabulary ends at {config.vocab_size - 1})")
+
+
+def check_candidates(row: Row, ids: Array, logprobs: Array, config: ModelConfig, *, token: int) -> None:
+    """Checks one row's candidates, [K] each; a candidate that cannot be chosen may have a log-probability of -inf, the best may not.
+
+    Raises:
+        EngineOutputError: a log-probability is not a number, or a token is outside the vocabulary.
+    """
+    if np.isfinite(logprobs[0]) and not np.isnan(logprobs).any() and ids.min() >= 0 and ids.max() < config.vocab_size:
+        return
+    found = f"{CANDIDATE_LOGPROBS} {_first_bad(logprobs)}; tokens {int(ids.min())} to {int(ids.max())} of {config.vocab_size}"
+    raise _fault(CONTEXT, f"row {row.index}, token {token}", found)
+
+
+def _fault(tower: str, where: str, found: str) -> EngineOutputError:
+    return EngineOutputError(f"the {tower} engine returned numbers that cannot be right ({where})", found=found, do=_DO)
+
+
+def _first_bad(values: Array) -> str:
+    """The first value that is not finite, with its place; else the first value."""
+    at = int(np.argmax(~np.isfinite(values)))
+    return f"is {float(values[at])} at position {at}"

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.runtime.results import Generation, Timings, Usage
-from twotower.runtime.sampler import Choice, Sampling
+from twotower.runtime.sampling import Choice, Sampling
 from twotower.runtime.schedule import block_count
 from twotower.runtime.stopping import Accepted, Continuation, StopRule
 from twotower.runtime.tokenizer import IncrementalText, Tokenizer

@@ -35,7 +35,7 @@ LEAST = 0.9
 
 SUBJECTS: Mapping[str, Sequence[str]] = {
     "runtime/schedule": ["tests/runtime/test_schedule.py"],
-    "runtime/sampler": ["tests/runtime/test_sampler.py"],
+    "runtime/sampling": ["tests/runtime/test_sampling.py"],
     "runtime/stopping": ["tests/runtime/test_stopping.py"],
     "calibration/ranges": ["tests/calibration/test_statistics.py"],
     "planning/fit": ["tests/planning/test_fit.py"],
@@ -49,7 +49,7 @@ SUBJECTS: Mapping[str, Sequence[str]] = {
 _FOUND_EARLIER = "a stop string that ends further left was found when its last token came"
 _NEVER_WHOLE = "the text does not end with a whole stop string: the row would have ended"
 EQUIVALENT: Mapping[str, Mapping[str, str]] = {
-    "runtime/sampler": {
+    "runtime/sampling": {
         "kept - kept[0] -> kept + kept[0]": "the same shift of all candidates",
         "self.top_p < 1 -> self.top_p <= 1": "all candidates are before the whole sum",
         "self.top_p < 1 -> self.top_p < 2": "likewise; no top_p is above 1",
@@ -59,7 +59,7 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "min(len(s) - 1, len(text)) -> max(len(s) - 1, len(text))": _NEVER_WHOLE,
         "len(s) - 1 -> len(s) + 1": _NEVER_WHOLE,
     },
-    "builders/cut": {
+    "builders/trt/cut": {
         "[0] -> [1]": "of a graph without layers: the share of its one piece is the whole whatever its bytes",
         "max(sum(sizes), 1) -> max(sum(sizes), 2)": "layers without bytes are in the first group by any sum",
     },

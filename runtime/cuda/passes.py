@@ -8,10 +8,10 @@ from typing import cast
 
 from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.cuda.device_memory import DeviceBuffer
+from twotower.runtime.cuda.device_streams import CudaEvent, CudaStream
 from twotower.runtime.cuda.graphs import capture
-from twotower.runtime.cuda.memory import DeviceBuffer
-from twotower.runtime.cuda.streams import CudaEvent, CudaStream
-from twotower.runtime.streams import Stream
+from twotower.runtime.device import Stream
 from twotower.spec import TowerSignature
 
 __all__ = ["DevicePass", "PassWork", "Transfer", "Turns", "downloads", "uploads"]

@@ -17,7 +17,8 @@ from twotower.bundle import (
     unverified_files,
 )
 from twotower.errors import EngineMismatchError
-from twotower.runtime.weights import LoadRequest, WeightStore
+from twotower.runtime.weights.load_requests import LoadRequest
+from twotower.runtime.weights.store import WeightStore
 from twotower.spec import TensorSpec
 from twotower.weights.refs import WeightRef
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.cuda.memory import DeviceBuffer
-from twotower.runtime.cuda.streams import CudaStream
-from twotower.runtime.memory import Array
+from twotower.runtime.cuda.device_memory import DeviceBuffer
+from twotower.runtime.cuda.device_streams import CudaStream
+from twotower.runtime.device import Array
 from twotower.spec import PAST_LENGTH, StateTensor, TensorSpec
 
 __all__ = ["BoundCopies", "StateCopies"]

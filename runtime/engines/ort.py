@@ -13,10 +13,9 @@ from twotower.errors import EngineMismatchError
 from twotower.onnx_runtime import ort, session_options
 from twotower.processors import usable_cores, usable_memory
 from twotower.product_probe import EVEN_ROWS, PROBE_FILE, rows_are_alike
-from twotower.runtime.engines.base import Binding
+from twotower.runtime.device import Array, Event, HostStream, Stream
+from twotower.runtime.engines.tower_engine import Binding
 from twotower.runtime.engines.towers import Towers
-from twotower.runtime.memory import Array
-from twotower.runtime.streams import Event, HostStream, Stream
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TowerSignature, signatures
 
 __all__ = ["CudaLibrary", "OrtEngine", "engine_threads", "open_ort_cpu"]

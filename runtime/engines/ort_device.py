@@ -24,22 +24,22 @@ from twotower.bundle import (
 )
 from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.cuda.memory import DeviceMemory
-from twotower.runtime.cuda.streams import CudaStream
+from twotower.runtime.cuda.device_memory import DeviceMemory
+from twotower.runtime.cuda.device_streams import CudaStream
+from twotower.runtime.device import Streams
 from twotower.runtime.engines.bundle_weights import check_weights, load_weights, requests_of
 from twotower.runtime.engines.copies import StateCopies
-from twotower.runtime.engines.devices import chosen_devices, require_room
+from twotower.runtime.engines.device_choice import chosen_devices, require_room
 from twotower.runtime.engines.experts import OpenExperts
 from twotower.runtime.engines.kernel_experts import KernelExperts
 from twotower.runtime.engines.ort_engine import OrtDeviceEngine, OrtProgram, OrtRoom
 from twotower.runtime.engines.ort_library import OrtLibrary
 from twotower.runtime.engines.shared_buffers import furnish
-from twotower.runtime.engines.steps import code_places
+from twotower.runtime.engines.step_runs import code_places
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.placement import place_engines, places_of_tensors
 from twotower.runtime.schedule import CHUNK_WIDTHS, row_counts
-from twotower.runtime.streams import Streams
-from twotower.runtime.weights import WeightStore
+from twotower.runtime.weights.store import WeightStore
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, MAX_CHUNK, signatures, state_tensors
 
 __all__ = ["OrtDeviceOptions", "open_ort_cuda"]

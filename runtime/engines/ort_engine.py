@@ -14,14 +14,14 @@ from typing import Any
 from twotower.bundle import EngineFile, ExpertsStep
 from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.cuda.memory import DeviceBuffer, DeviceMemory
+from twotower.runtime.cuda.device_memory import DeviceBuffer, DeviceMemory
 from twotower.runtime.cuda.passes import DevicePass, PassWork, Turns, downloads, uploads
 from twotower.runtime.engines.copies import StateCopies
 from twotower.runtime.engines.experts import ExpertRuntime
 from twotower.runtime.engines.handover import Handover, handed_bytes, with_tokens
 from twotower.runtime.engines.ort_library import OrtLibrary, element_type
-from twotower.runtime.engines.steps import ExpertsAt, ExpertsRun, StepsRun, bind_experts, sizes_of
-from twotower.runtime.weights import WeightStore
+from twotower.runtime.engines.step_runs import ExpertsAt, ExpertsRun, StepsRun, bind_experts, sizes_of
+from twotower.runtime.weights.store import WeightStore
 from twotower.spec import TensorSpec, TowerSignature
 
 __all__ = ["OrtDeviceEngine", "OrtProgram", "OrtRoom"]

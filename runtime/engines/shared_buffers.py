@@ -7,7 +7,7 @@ from typing import Protocol
 
 from twotower.bundle import EngineFile, ExpertsStep, Step
 from twotower.errors import EngineMismatchError
-from twotower.runtime.cuda.memory import DeviceMemory
+from twotower.runtime.cuda.device_memory import DeviceMemory
 from twotower.runtime.engines.experts import ExpertRuntime
 from twotower.runtime.engines.handover import Handover, buffer_sizes
 

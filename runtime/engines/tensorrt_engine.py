@@ -11,16 +11,15 @@ from twotower.bundle import ExpertsStep, Profile
 from twotower.errors import RequestError
 from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.cuda.memory import DeviceBuffer, DeviceMemory
+from twotower.runtime.cuda.device_memory import DeviceBuffer, DeviceMemory
 from twotower.runtime.cuda.passes import DevicePass, PassWork, Turns, downloads, uploads
 from twotower.runtime.engines.copies import StateCopies
 from twotower.runtime.engines.experts import ExpertRuntime
 from twotower.runtime.engines.handover import HANDED, Handover, handed_bytes
-from twotower.runtime.engines.steps import ExpertsAt, ExpertsRun, StepsRun, bind_experts, sizes_of
-from twotower.runtime.engines.tensorrt_binding import Bound, bind_execution
+from twotower.runtime.engines.step_runs import ExpertsAt, ExpertsRun, StepsRun, bind_experts, sizes_of
 from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
-from twotower.runtime.engines.tensorrt_steps import ProgramRun, may_be_captured
-from twotower.runtime.weights import WeightStore
+from twotower.runtime.engines.tensorrt_steps import Bound, ProgramRun, bind_execution, may_be_captured
+from twotower.runtime.weights.store import WeightStore
 from twotower.spec import TowerSignature
 
 __all__ = ["EngineRoom", "TensorRTEngine"]

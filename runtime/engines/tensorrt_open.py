@@ -6,35 +6,35 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
-from twotower.bundle import Bundle, EngineRecord, Progress, engine_folder, read_engine_record
+from twotower.bundle import Bundle, EngineFile, EngineRecord, ExpertsStep, Progress, engine_folder, read_engine_record
 from twotower.dtypes import carried_dtype
 from twotower.errors import EngineMismatchError
 from twotower.hardware import Gpu, untried
 from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.cuda.memory import DeviceMemory
-from twotower.runtime.cuda.streams import CudaStream
+from twotower.runtime.cuda.device_memory import DeviceMemory
+from twotower.runtime.cuda.device_streams import CudaStream
+from twotower.runtime.device import Streams
 from twotower.runtime.engines.bundle_weights import check_weights, load_weights, reads_of, requests_of
 from twotower.runtime.engines.copies import StateCopies
-from twotower.runtime.engines.devices import chosen_devices, require_room
+from twotower.runtime.engines.device_choice import chosen_devices, require_room
 from twotower.runtime.engines.experts import OpenExperts
 from twotower.runtime.engines.kernel_experts import KernelExperts
 from twotower.runtime.engines.shared_buffers import furnish
-from twotower.runtime.engines.steps import code_places
+from twotower.runtime.engines.step_runs import code_places
 from twotower.runtime.engines.tensorrt_engine import EngineRoom, TensorRTEngine
-from twotower.runtime.engines.tensorrt_load import load_steps
 from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.placement import place_engines, places_of_tensors
 from twotower.runtime.schedule import CHUNK_WIDTHS, row_counts
-from twotower.runtime.streams import Streams
-from twotower.runtime.weights import WeightStore
+from twotower.runtime.weights.store import WeightStore
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, MAX_CHUNK, signatures, state_tensors
 from twotower.tensorrt_library import Flavour
 from twotower.weights.refs import WeightRef
 
-__all__ = ["TensorRTOptions", "open_tensorrt"]
+__all__ = ["TensorRTOptions", "load_steps", "open_tensorrt"]
 
 logger = logging.getLogger(__name__)
 
@@ -199,3 +199,28 @@ def _check_sms(record: EngineRecord, gpus: Sequence[Gpu], bundle: Bundle, *, any
             found=f"it is SM {foreign[0].sm}; they were built for SM {built}",
             do=f"{rebuild} --sm {wanted}`" if record.target == "rtx" else f"{rebuild}` on this machine",
         )
+
+
+def load_steps(
+    record: EngineRecord, name: str, devices: Sequence[int], *, loader: PlanLoader, folder: Path, cuda: Cuda
+) -> list[Plan | ExpertsStep]:
+    """The steps of a graph with every engine on its device, each file once a device."""
+    out: list[Plan | ExpertsStep] = []
+    known: dict[tuple[str, int], Plan] = {}
+    places = iter(devices)
+    for step in record.steps[name]:
+        if not isinstance(step, EngineFile):
+            out.append(step)
+            continue
+        device, file = next(places), folder / step.file
+        cuda.use(device)
+        if (step.file, device) in known:
+            out.append(loader.another(known[step.file, device], step, file))
+            continue
+        before = cuda.free_memory()[0]
+        plan = loader.load(file, step, device)
+        taken, size = before - cuda.free_memory()[0], record.files[step.file].size
+        logger.info("%s, %d bytes, took %d bytes of GPU %d", step.file, size, taken, device)
+        known[step.file, device] = plan
+        out.append(plan)
+    return out

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from twotower.bundle import EngineLimits
 from twotower.config import ModelConfig
 from twotower.runtime.cleanup import close_all
-from twotower.runtime.engines.base import TowerEngine
-from twotower.runtime.memory import HostMemory, Memory
-from twotower.runtime.streams import Streams
+from twotower.runtime.device import HostMemory, Memory, Streams
+from twotower.runtime.engines.tower_engine import TowerEngine
 
 __all__ = ["Towers"]
 

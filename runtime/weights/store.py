@@ -16,7 +16,7 @@ from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.weights.data_file import DataFile
 from twotower.runtime.weights.layout import ALIGNMENT, Layout, copies, cut_chunks, lay_out
-from twotower.runtime.weights.requests import Loaded, LoadOptions, LoadRequest
+from twotower.runtime.weights.load_requests import Loaded, LoadOptions, LoadRequest
 from twotower.runtime.weights.transfer import DeviceCopy, Step, open_transfer
 from twotower.weights.refs import WeightRef
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.cuda.streams import CudaEvent
+from twotower.runtime.cuda.device_streams import CudaEvent
 from twotower.runtime.weights.data_file import DataFile
 from twotower.runtime.weights.layout import Chunk
 from twotower.weights.refs import PAGE

@@ -30,9 +30,9 @@ from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.onnx_runtime import ort, session_options
 from twotower.product_probe import EVEN_ROWS, PROBE_FILE, rows_are_alike
 from twotower.runtime import GenerationConfig, TwoTower
+from twotower.runtime.device import HostStream
 from twotower.runtime.engines import ort as ort_engine
 from twotower.runtime.engines.ort import open_ort_cpu
-from twotower.runtime.streams import HostStream
 from twotower.weights.external import weight_refs
 from twotower.weights.refs import WeightRef
 

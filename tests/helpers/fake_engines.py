@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from twotower.config import LayerKind, ModelConfig
+from twotower.runtime.device import Array, Event, Stream, Streams
 from twotower.runtime.engines.towers import Towers
-from twotower.runtime.memory import Array
-from twotower.runtime.streams import Event, Stream, Streams
 from twotower.spec import (
     CONTEXT,
     CONTEXT_HEAD,

@@ -15,7 +15,7 @@ from twotower.config import GenerationConfig
 from twotower.runtime import Generation, Request, TwoTower
 from twotower.runtime.auto import PassesSeen, PassTimes, Setting, break_even, choose, times_for
 from twotower.runtime.pass_record import PassRecord
-from twotower.runtime.pass_times import FIRST, RUNS
+from twotower.runtime.trial_passes import FIRST, RUNS
 
 AUTO = GenerationConfig(mode="auto", max_new_tokens=40, ignore_eos=True)
 SETTING = Setting(0.9, 16, 16)

@@ -16,10 +16,10 @@ from tests.helpers import fake_engines
 from tests.helpers.fake_engines import FakeTowers, fake_config, fake_towers
 from twotower.config import GenerationConfig
 from twotower.runtime import Generation, Request, StepRecord, TwoTower
+from twotower.runtime.device import HostStream, Streams
 from twotower.runtime.noise import DIFFUSION, StepNoise, gumbel_noise
-from twotower.runtime.sampler import Sampling
+from twotower.runtime.sampling import Sampling
 from twotower.runtime.schedule import commit_floor
-from twotower.runtime.streams import HostStream, Streams
 from twotower.spec import CHUNK_LENGTH, HIDDEN, PAST_LENGTH, TOKENS, state_tensors
 
 HOST = HostStream()

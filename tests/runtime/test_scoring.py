@@ -20,7 +20,7 @@ from twotower.errors import RequestCancelledError, RequestError
 from twotower.export import Checkpoint
 from twotower.model import empty_state, load_context_tower
 from twotower.runtime import Score, TwoTower
-from twotower.runtime.sampler import Sampling
+from twotower.runtime.sampling import Sampling
 from twotower.runtime.tokenizer import Tokenizer
 
 PAIRS = [([5, 6, 7], [8, 9, 10, 11]), ([40], [41]), (list(range(60, 90)), list(range(100, 109))), ([], [5, 6]), ([9, 9], [])]

@@ -7,9 +7,8 @@ import pytest
 from tests.helpers.fake_engines import FakeTowers, fake_config, fake_towers
 from twotower.dtypes import carried_dtype
 from twotower.errors import RequestError
-from twotower.runtime.memory import HostMemory
-from twotower.runtime.state import ContextState
-from twotower.runtime.streams import HostStream
+from twotower.runtime.buffers import ContextState
+from twotower.runtime.device import HostMemory, HostStream
 from twotower.runtime.workspace import Workspace
 from twotower.spec import TensorSpec, past_conv, past_key, past_ssm, present_key, present_ssm, state_tensors
 

@@ -23,7 +23,7 @@ from twotower.doctor.sections import short
 from twotower.errors import TwoTowerError
 from twotower.kernels import ExpertShape, read_manifest, scratch_bytes
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.experts import ExpertCode, ExpertStep
+from twotower.runtime.engines.kernel_experts import ExpertCode, ExpertStep
 
 __all__ = ["ARCHIVE", "FOLDER", "Layer", "ask", "code_folder", "measured"]
 

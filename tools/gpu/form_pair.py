@@ -15,10 +15,9 @@ from tools.gpu.passes import WARM, Pass, capacity_of, passes
 from twotower.bundle import Bundle
 from twotower.hardware import probe_machine
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.cuda.memory import DeviceBuffer, DeviceMemory
+from twotower.runtime.cuda.device_memory import DeviceBuffer, DeviceMemory
+from twotower.runtime.device import Array, Event, Memory
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
-from twotower.runtime.memory import Array, Memory
-from twotower.runtime.streams import Event
 from twotower.runtime.workspace import Workspace
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TensorSpec
 from twotower.tensorrt_library import Flavour

@@ -34,7 +34,7 @@ from twotower.cli.main import main as twotower
 from twotower.doctor import Answers
 from twotower.doctor.sections import short
 from twotower.hardware import ANY_SM
-from twotower.runtime.streams import Event
+from twotower.runtime.device import Event
 from twotower.runtime.workspace import Workspace
 from twotower.tensorrt_library import flavour_from_module
 

@@ -12,7 +12,7 @@ from typing import Any
 from tools.gpu.timing import need_torch
 from twotower.doctor import Answers, SkipSectionError
 from twotower.doctor.sections import short
-from twotower.runtime.streams import Event
+from twotower.runtime.device import Event
 
 __all__ = ["KernelTime", "kernel_times", "profiled"]
 

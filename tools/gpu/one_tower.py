@@ -17,17 +17,17 @@ from twotower.bundle import Bundle, engine_folder, load_engine_record
 from twotower.dtypes import carried_dtype
 from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.cuda.memory import DeviceMemory
-from twotower.runtime.cuda.streams import CudaStream
+from twotower.runtime.cuda.device_memory import DeviceMemory
+from twotower.runtime.cuda.device_streams import CudaStream
+from twotower.runtime.device import Streams
 from twotower.runtime.engines.kernel_experts import KernelExperts
 from twotower.runtime.engines.shared_buffers import furnish
-from twotower.runtime.engines.steps import code_places
+from twotower.runtime.engines.step_runs import code_places
 from twotower.runtime.engines.tensorrt_engine import EngineRoom, TensorRTEngine
-from twotower.runtime.engines.tensorrt_load import load_steps
+from twotower.runtime.engines.tensorrt_open import load_steps
 from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
 from twotower.runtime.engines.towers import Towers
-from twotower.runtime.streams import Streams
-from twotower.runtime.weights import WeightStore
+from twotower.runtime.weights.store import WeightStore
 from twotower.spec import (
     CONTEXT,
     CONTEXT_HEAD,

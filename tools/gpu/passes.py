@@ -8,9 +8,8 @@ from functools import partial
 
 import numpy as np
 
+from twotower.runtime.device import Array, Event
 from twotower.runtime.engines.towers import Towers
-from twotower.runtime.memory import Array
-from twotower.runtime.streams import Event
 from twotower.runtime.workspace import Workspace
 from twotower.spec import CANDIDATE_IDS, CANDIDATE_LOGPROBS, CONTEXT, CONTEXT_HEAD, DENOISER
 

@@ -13,8 +13,8 @@ import numpy as np
 from twotower.doctor.canary import CheckResult
 from twotower.errors import DeviceError
 from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.cuda.device_streams import CudaEvent, CudaStream
 from twotower.runtime.cuda.graphs import capture
-from twotower.runtime.cuda.streams import CudaEvent, CudaStream
 
 __all__ = ["check_cuda", "copy_rates"]
 

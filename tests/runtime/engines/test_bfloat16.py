@@ -17,7 +17,7 @@ from twotower.evaluate.half_precision import RoundingBuilder
 from twotower.evaluate.suite import judge, load_suite
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.runtime import Request, TwoTower
-from twotower.runtime.cuda.memory import DeviceBuffer
+from twotower.runtime.cuda.device_memory import DeviceBuffer
 
 TINY = ROOT / "assets" / "twotower-tiny"
 LAYOUTS = {

@@ -31,7 +31,7 @@ from twotower.errors import BundleError, EngineMismatchError, TwoTowerError
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
-from twotower.runtime.weights import WeightStore
+from twotower.runtime.weights.store import WeightStore
 from twotower.tensorrt_library import flavour_from_module
 
 OPTIONS = GenerationConfig(max_new_tokens=32, confidence_threshold=0.5, ignore_eos=True)

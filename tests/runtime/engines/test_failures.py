@@ -123,12 +123,11 @@ def test_a_clean_up_that_ends_at_the_first_failure_is_found(
             action()
 
     for module in (
-        "cuda.memory",
+        "cuda.device_memory",
         "cuda.passes",
-        "cuda.streams",
+        "cuda.device_streams",
         "session",
         "workspace",
-        "workspaces",
         "engines.towers",
     ):
         monkeypatch.setattr(f"twotower.runtime.{module}.close_all", plain)

@@ -13,10 +13,10 @@ from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.towers import golden_config
 from tests.runtime.engines.test_tensorrt_engine import golden_cases
 from twotower.errors import DeviceError
+from twotower.runtime.buffers import ContextState
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.passes import DevicePass
 from twotower.runtime.engines.handover import Handover
-from twotower.runtime.state import ContextState
 from twotower.runtime.workspace import Workspace
 from twotower.spec import RESIDUAL_IN
 

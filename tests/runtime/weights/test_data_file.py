@@ -12,9 +12,8 @@ import pytest
 from tests.helpers.weight_files import record_of
 from twotower.bundle import FileRecord
 from twotower.errors import BundleError
-from twotower.runtime.weights.data_file import DataFile
+from twotower.runtime.weights.data_file import DataFile, PageCache
 from twotower.runtime.weights.layout import Chunk
-from twotower.runtime.weights.page_cache import PageCache
 from twotower.weights.refs import PAGE
 
 Patch = pytest.MonkeyPatch

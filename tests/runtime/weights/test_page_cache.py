@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from twotower.runtime.weights.page_cache import PageCache
+from twotower.runtime.weights.data_file import PageCache
 from twotower.weights.refs import PAGE
 
 

@@ -18,8 +18,10 @@ from tests.helpers.weight_files import bytes_on_device, record_of, write_weights
 from twotower.bundle import FileRecord
 from twotower.errors import BundleError, DeviceError, EngineMismatchError
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.weights import LoadOptions, LoadRequest, Ring, WeightStore
 from twotower.runtime.weights.data_file import DataFile
+from twotower.runtime.weights.load_requests import LoadOptions, LoadRequest
+from twotower.runtime.weights.store import WeightStore
+from twotower.runtime.weights.transfer import Ring
 from twotower.weights.refs import PAGE, WeightRef
 
 Patch = pytest.MonkeyPatch

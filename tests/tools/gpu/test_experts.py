@@ -20,7 +20,7 @@ from tools.gpu.questions import Given
 from twotower.doctor import SkipSectionError
 from twotower.kernels import ExpertFormats
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.experts import ExpertCode
+from twotower.runtime.engines.kernel_experts import ExpertCode
 
 SMALL = {"hidden": 64, "width": 96, "experts": 8, "top": 3, "shared_intermediate": 192}
 

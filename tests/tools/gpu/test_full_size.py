@@ -18,7 +18,7 @@ from tools.gpu.torch_engine import TorchTensorRT
 from twotower.bundle import Bundle
 from twotower.doctor import Answers
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.streams import HostStream
+from twotower.runtime.device import HostStream
 from twotower.spec import TensorSpec
 from twotower.tensorrt_library import flavour_from_module
 

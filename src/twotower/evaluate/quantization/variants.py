@@ -20,7 +20,7 @@ from twotower.errors import ConfigError
 from twotower.export.graph_files import point_to_data
 from twotower.export.graphs import Precision, build_graph
 from twotower.runtime import TwoTower
-from twotower.runtime.engines.base import TowerEngine
+from twotower.runtime.engines.tower_engine import TowerEngine
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.tokenizer import Tokenizer
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, signatures

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from twotower.config import GenerationConfig
-from twotower.runtime import sampler
+from twotower.runtime import sampling as sampling_module
 from twotower.runtime.noise import AR, gumbel_noise
-from twotower.runtime.sampler import Sampling
+from twotower.runtime.sampling import Sampling
 
 
 def sampling(**options: Any) -> Sampling:
@@ -62,7 +62,7 @@ def test_a_choice_is_that_of_its_seed_and_place() -> None:
 
 def test_a_seed_is_drawn_where_one_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 53 bits, which every reader of JSON keeps."""
-    monkeypatch.setattr(sampler.secrets, "randbits", lambda bits: 2**bits - 1)
+    monkeypatch.setattr(sampling_module.secrets, "randbits", lambda bits: 2**bits - 1)
     assert sampling(temperature=1.0, seed=None).seed == 2**53 - 1
     assert sampling(temperature=1.0, seed=5).seed == 5
     greedy = sampling(temperature=0.0, seed=None)

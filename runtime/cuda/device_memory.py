@@ -13,7 +13,7 @@ import numpy as np
 from twotower.dtypes import carried_dtype
 from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.memory import Array, Span, no_memory
+from twotower.runtime.device import Array, Span, no_memory
 from twotower.spec import TensorSpec
 
 __all__ = ["DeviceBuffer", "DeviceMemory", "Slab"]

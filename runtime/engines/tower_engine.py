@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from twotower.runtime.streams import Event, Stream
+from twotower.runtime.device import Event, Stream
 from twotower.spec import TowerSignature
 
 __all__ = ["Binding", "TowerEngine"]

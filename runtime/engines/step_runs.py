@@ -14,11 +14,11 @@ from typing import Any, Protocol
 from twotower.bundle import EngineFile, ExpertsStep, Step
 from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.cuda.memory import DeviceBuffer
-from twotower.runtime.cuda.streams import CudaEvent, CudaStream
+from twotower.runtime.cuda.device_memory import DeviceBuffer
+from twotower.runtime.cuda.device_streams import CudaEvent, CudaStream
 from twotower.runtime.engines.experts import BoundExperts, ExpertPlaces, ExpertRuntime
 from twotower.runtime.engines.handover import Handover
-from twotower.runtime.weights import WeightStore
+from twotower.runtime.weights.store import WeightStore
 from twotower.spec import EXPERTS_IN, EXPERTS_OUT, SHARES, TensorSpec, TowerSignature
 
 __all__ = [

@@ -10,9 +10,9 @@ import pytest
 from tests.helpers.cuda_stand_in import CudaStandIn
 from twotower.errors import DeviceError, RequestError
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.cuda.memory import DeviceBuffer, DeviceMemory
+from twotower.runtime.cuda.device_memory import DeviceBuffer, DeviceMemory
 from twotower.runtime.cuda.passes import downloads, uploads
-from twotower.runtime.memory import HostMemory, Span
+from twotower.runtime.device import HostMemory, Span
 from twotower.spec import TensorSpec, TowerSignature
 
 KV = TensorSpec("past_key_values.0.key", "float32", ("B", 2, "T", 3))

@@ -20,7 +20,7 @@ from twotower.errors import BundleError, DeviceError, EngineMismatchError, Reque
 from twotower.kernels import Manifest, experts_twin, scratch_bytes
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.driver import KernelDriver
-from twotower.runtime.experts import ExpertCode, ExpertStep
+from twotower.runtime.engines.kernel_experts import ExpertCode, ExpertStep
 
 LAUNCH_US = 3.0
 """Of our own Python a launch; the call of the driver is not ours."""

@@ -8,7 +8,7 @@ from typing import cast
 
 from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.streams import Event, HostStream
+from twotower.runtime.device import Event, HostStream
 
 __all__ = ["CudaEvent", "CudaStream"]
 

@@ -1,18 +1,35 @@
-"""Where buffers live: on the host, or on devices of which the loop sees only the small arrays it writes and reads."""
+"""What a device is to the loop: where buffers live, and streams and events as values.
+
+Buffers lie on the host, or on devices of which the loop sees only the small arrays it writes and reads; streams and events say which
+work waits for which, on a GPU or on the host.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
 from twotower.dtypes import carried_dtype
 from twotower.errors import RequestError
+from twotower.runtime.cleanup import close_all
 from twotower.spec import TensorSpec
 
-__all__ = ["Array", "Buffer", "HostMemory", "Memory", "Span", "no_memory", "span_of"]
+__all__ = [
+    "Array",
+    "Buffer",
+    "Event",
+    "HostMemory",
+    "HostStream",
+    "Memory",
+    "Span",
+    "Stream",
+    "Streams",
+    "no_memory",
+    "span_of",
+]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -132,3 +149,54 @@ def no_memory(spec: TensorSpec, sizes: Mapping[str, int], free: str = "") -> Req
         found=f"{spec.name} alone needs {need:,} bytes" + (f"; {free}" if free else ""),
         do="lower max_batch, shorten the prompt, or lower max_new_tokens",
     )
+
+
+class Event(Protocol):
+    """A point in a stream's work."""
+
+    def wait_done(self) -> None:
+        """Blocks the caller until the work before this event has finished."""
+        ...
+
+
+class Stream(Protocol):
+    """A queue of device work."""
+
+    def wait(self, event: Event) -> None:
+        """Makes later work on this stream wait for `event`, without blocking the caller."""
+        ...
+
+    def close(self) -> None:
+        """Ends the stream after its work; idempotent."""
+        ...
+
+
+class _Done:
+    """The event of work that has already finished."""
+
+    def wait_done(self) -> None:
+        return
+
+
+class HostStream:
+    """The stream of an engine that computes when it is called: everything before now is done."""
+
+    done: Event = _Done()
+
+    def wait(self, event: Event) -> None:
+        event.wait_done()
+
+    def close(self) -> None:
+        return
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The two queues of a session: the context tower's and the denoiser's; host streams unless told otherwise."""
+
+    context: Stream = field(default_factory=HostStream)
+    denoiser: Stream = field(default_factory=HostStream)
+
+    def close(self) -> None:
+        """Ends both."""
+        close_all((self.context.close, self.denoiser.close))
