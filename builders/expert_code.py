@@ -12,8 +12,8 @@ from twotower.builders.base import Report
 from twotower.bundle import ExpertsStep, FileRecord, hash_file
 from twotower.errors import BuildError
 from twotower.kernels import MOST_TOKENS, ExpertShape, Manifest, launches
+from twotower.kernels.shape import shape_of
 from twotower.kernels.signatures import refuse_sm
-from twotower.kernels.steps import shape_of
 from twotower.kernels.tilings import TIERS
 from twotower.spec import MAX_CHUNK
 

@@ -23,7 +23,7 @@ from twotower.config import LayerKind, ModelConfig
 from twotower.config.formats import FORMATS
 from twotower.errors import BuildError
 from twotower.kernels import ExpertShape
-from twotower.kernels.steps import shape_of
+from twotower.kernels.shape import shape_of
 from twotower.spec import (
     DENOISER,
     EXPERTS_IN,

@@ -1,6 +1,6 @@
 """A router's choice as ONNX Runtime computes it best: with TopK, where the exported graph compares all pairs of experts.
 
-Comparing pairs is part of one kernel on a GPU (`export/graphs/moe.py`); on a CPU it is a value for each pair of experts and token.
+Comparing pairs is part of one kernel on a GPU (`export/graphs/layers.py`); on a CPU it is a value for each pair of experts and token.
 """
 
 from __future__ import annotations

@@ -19,15 +19,16 @@ import onnx_ir as ir
 
 from twotower.builders import build_engines, builder_for
 from twotower.bundle import GRAPH_FILES, Bundle, engine_folder, unpublished, write_json
-from twotower.calibration.ort import WatchedEngine, engine_places, plain_engine, write_engine
 from twotower.calibration.quantize import require_float
 from twotower.calibration.recipes import parts_of
 from twotower.calibration.statistics import CONTEXT_BUCKETS, DENOISER_BUCKETS, TowerStatistics, bucket_of
 from twotower.calibration.statistics_file import Statistics, identity_of, read_statistics, write_statistics
+from twotower.calibration.watched_engine import WatchedEngine, engine_places, plain_engine, write_engine
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.errors import CalibrationError
 from twotower.export.graph_files import point_to_data
-from twotower.export.graphs import Tap, build_graph
+from twotower.export.graphs.precision import Tap
+from twotower.export.graphs.tower_graphs import build_graph
 from twotower.runtime import Request, TwoTower
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.tokenizer import Tokenizer

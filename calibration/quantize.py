@@ -33,7 +33,8 @@ from twotower.calibration.streaming import stream_quantized
 from twotower.config.formats import ACTIVATIONS
 from twotower.errors import BundleError, CalibrationError, ConfigError
 from twotower.export.graph_files import save_program
-from twotower.export.graphs import ActivationFormat, Precision, TowerGraph, build_graph
+from twotower.export.graphs.precision import ActivationFormat, Precision
+from twotower.export.graphs.tower_graphs import TowerGraph, build_graph
 from twotower.graph_lint import require_clean
 from twotower.weights.declared import lay_out
 

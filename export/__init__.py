@@ -12,8 +12,7 @@ from twotower.checkpoint.reader import Checkpoint, locate_checkpoint
 from twotower.checkpoint.summary import ModelSummary, summarize
 
 if TYPE_CHECKING:
-    from twotower.export.exporter import ExportConfig, export_bundle
-    from twotower.export.programs import export_programs
+    from twotower.export.exporter import ExportConfig, export_bundle, export_programs
 
 __all__ = [
     "Checkpoint",
@@ -27,12 +26,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("ExportConfig", "export_bundle"):
+    if name in ("ExportConfig", "export_bundle", "export_programs"):
         from twotower.export import exporter
 
         return getattr(exporter, name)
-    if name == "export_programs":
-        from twotower.export import programs
-
-        return programs.export_programs
     raise AttributeError(f"module 'twotower.export' has no attribute {name!r}")

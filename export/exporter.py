@@ -1,8 +1,12 @@
-"""Checkpoint to bundle: record the graphs, stream the weights, verify, and publish the folder by one rename."""
+"""Checkpoint to bundle: record the graphs, stream the weights, verify, and publish the folder by one rename.
+
+From a config alone, the same without weights.
+"""
 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +21,7 @@ from twotower.bundle import (
     DATA_SUFFIX,
     GRAPH_FILES,
     REPORT_FILE,
+    TOKENIZER_FILE,
     Bundle,
     FileRecord,
     require_room,
@@ -25,17 +30,16 @@ from twotower.bundle import (
 )
 from twotower.checkpoint.generation_defaults import read_defaults
 from twotower.checkpoint.reader import Checkpoint
-from twotower.config import GenerationConfig
-from twotower.errors import ConfigError, ExportError
+from twotower.config import GenerationConfig, ModelConfig
+from twotower.errors import CheckpointError, ConfigError, ExportError
+from twotower.export.bundle_manifest import base_manifest, write_manifest
 from twotower.export.graph_files import save_program
-from twotower.export.graphs import TowerGraph, build_graph
-from twotower.export.manifest import base_manifest, write_manifest
-from twotower.export.tokenizer_files import check_tokenizer, copy_tokenizer
+from twotower.export.graphs.tower_graphs import TowerGraph, build_graph
 from twotower.graph_lint import require_clean
 from twotower.weights.declared import lay_out
 from twotower.weights.writer import stream_weights
 
-__all__ = ["ExportConfig", "Verifier", "export_bundle", "graph_notes"]
+__all__ = ["ExportConfig", "Verifier", "check_tokenizer", "copy_tokenizer", "export_bundle", "export_programs", "graph_notes"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 TRAINED_BLOCK_SIZE = 16
@@ -180,3 +184,91 @@ def _identity_in_background(checkpoint: Checkpoint) -> Iterator[Future[dict[str,
 
 def _silent(what: str, done: int, total: int) -> None:
     return
+
+
+_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def check_tokenizer(source: Path) -> None:
+    """Refuses a `tokenizer.json` that the runtime could not open; a checkpoint may have none.
+
+    Args:
+        source: The checkpoint's folder.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not a tokenizer.
+    """
+    from tokenizers import Tokenizer  # noqa: PLC0415 - only where there is a file
+
+    path = source / _NAMES[0]
+    if not path.is_file():
+        return
+    do = "download it again, or remove it to export a bundle that takes token ids only"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"cannot read {path}", found=str(e), do=do) from e
+    try:
+        Tokenizer.from_str(text)
+    except Exception as e:  # the library raises plain Exception for every fault of a file
+        raise CheckpointError(f"{path} is not a tokenizer", found=str(e), do=do) from e
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Takes what a tokenizer needs along; a checkpoint without one makes a bundle for token ids only.
+
+    Args:
+        source: The checkpoint's folder.
+        folder: The bundle's.
+    """
+    target = (folder / TOKENIZER_FILE).parent
+    for name in _NAMES:
+        if (source / name).is_file():
+            target.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def export_programs(config: ModelConfig, output: Path, options: ExportConfig | None = None, *, name: str = "config") -> Bundle:
+    """Writes the graphs of a model and the tables of its weights, and no weights.
+
+    The graphs are those an export of a checkpoint with this config writes, to the byte: engines that
+    are built from them are found again, by their graphs, when the checkpoint is exported. Takes a
+    second and some megabytes whatever the size of the model.
+
+    Args:
+        config: The model.
+        output: The folder to make; it must not exist.
+        options: As of an export.
+        name: What the model is called in `bundle.json`.
+
+    Raises:
+        ExportError: the folder exists or cannot be written, or a graph breaks a rule (graph_lint).
+    """
+    chosen = options or ExportConfig()
+    dtype = chosen.dtype or config.dtype
+    graphs = {graph: build_graph(graph, config, dtype) for graph in GRAPH_FILES}
+    notes = graph_notes(graphs)
+    require_room(output, 0, error=ExportError, smaller="or choose another disk with -o")
+    manifest = base_manifest(
+        config,
+        dtype,
+        defaults=chosen.defaults or GenerationConfig(),
+        trained_block_size=chosen.trained_block_size,
+    )
+    manifest["requires"] = ["no-weights"]
+    manifest["source"] = {"name": name, "dtype": config.dtype, "shards": {}}
+    try:
+        with unpublished(output) as folder:
+            for graph, relative in GRAPH_FILES.items():
+                (folder / relative).parent.mkdir(exist_ok=True)
+                save_program(folder / relative, graphs[graph], lay_out(graphs[graph].weights))
+            (folder / REPORT_FILE).parent.mkdir()
+            write_json(folder / REPORT_FILE, {"verified": False, "why": "no weights", "notes": notes})
+            write_manifest(folder, manifest, {})
+    except OSError as e:
+        raise ExportError(
+            f"the graphs could not be written to '{output}'",
+            found=str(e),
+            do="free disk space or check permissions; nothing was left behind",
+        ) from e
+    return Bundle.open(output, contents=False)

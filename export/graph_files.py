@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from twotower.bundle import DATA_SUFFIX, TABLE_SUFFIX, write_weight_table
-from twotower.export.graphs import TowerGraph
+from twotower.export.graphs.tower_graphs import TowerGraph
 from twotower.weights.refs import WeightRef
 
 __all__ = ["point_to_data", "save_graph", "save_program"]

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+from twotower.kernels.cubin_manifest import Cubin, Manifest, read_manifest
 from twotower.kernels.launches import Launch, launches, scratch_bytes, weight_names
-from twotower.kernels.manifest import Cubin, Manifest, read_manifest
 from twotower.kernels.shape import MOST_TOKENS, ExpertFormats, ExpertShape
 from twotower.kernels.twin import experts_twin
 

@@ -20,7 +20,7 @@ from typing import Any
 from twotower.errors import BuildError
 from twotower.extras import require_libraries
 from twotower.files import unpublished
-from twotower.kernels.manifest import MANIFEST, Cubin, Manifest
+from twotower.kernels.cubin_manifest import MANIFEST, Cubin, Manifest
 from twotower.kernels.shape import MOST_TOKENS, ExpertShape
 from twotower.kernels.signatures import KernelSpec, kernel_specs
 from twotower.kernels.tilings import tier_for

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from twotower.dtypes import DTYPES
 from twotower.errors import RequestError
-from twotower.kernels.manifest import Manifest, build_command
+from twotower.kernels.cubin_manifest import Manifest, build_command
 from twotower.kernels.shape import MATRICES, ExpertShape
 from twotower.kernels.signatures import (
     COMBINE_COLUMNS,

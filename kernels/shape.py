@@ -1,15 +1,16 @@
-"""The sizes and formats of a layer's experts, and whether the kernels can compute them."""
+"""The sizes and formats of a layer's experts, and whether kernels compute them."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from twotower.config.formats import GROUPS, WeightFormat
+from twotower.bundle import ExpertsStep
+from twotower.config.formats import FORMATS, GROUPS, WeightFormat
 from twotower.errors import BuildError
 
-__all__ = ["MATRICES", "MOST_TOKENS", "ExpertFormats", "ExpertShape"]
+__all__ = ["MATRICES", "MOST_TOKENS", "ExpertFormats", "ExpertShape", "shape_of"]
 
 MOST_TOKENS = 4096
 """Tokens of a launch; longer chunks are several."""
@@ -200,4 +201,26 @@ def _refused(what: str, found: object, allowed: str, *, do: str = "") -> BuildEr
         f"the expert kernels do not tile {what}: {found}",
         found=f"{found}; {allowed}",
         do=f"{do}, or {dense}" if do else dense,
+    )
+
+
+def shape_of(step: ExpertsStep) -> ExpertShape:
+    """What the kernels of a step are compiled for.
+
+    Raises:
+        BuildError: the kernels do not tile it.
+    """
+    formats: dict[str, WeightFormat] = {}
+    for matrix in MATRICES:
+        if matrix in step.formats:
+            name, group = step.formats[matrix]
+            formats[matrix] = replace(FORMATS[name], group=group)
+    return ExpertShape(
+        hidden=step.hidden,
+        width=step.width,
+        experts=step.experts,
+        top=step.top,
+        shared_intermediate=step.shared_intermediate,
+        dtype=step.dtype,
+        weights=ExpertFormats(**formats),
     )

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from twotower.errors import RequestError
 from twotower.runtime.auto import PassesSeen, PassTimes, break_even, choose, setting_of, times_for
-from twotower.runtime.pass_record import PassRecord
+from twotower.runtime.pass_times import PassRecord
 from twotower.runtime.requests import Limits
 from twotower.runtime.results import BlockEvent
 from twotower.runtime.rows import Row

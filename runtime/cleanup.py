@@ -1,13 +1,15 @@
-"""Letting go of many things when some refuse: all are tried, and the first failure is what is seen."""
+"""Letting go of things: all are tried when some refuse, and what is let go of while a pass is at work waits for its end."""
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable
+from threading import RLock, get_ident
 from types import TracebackType
 from typing import Self
 
-__all__ = ["Cleanup", "close_all"]
+__all__ = ["Cleanup", "SessionLock", "close_all"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,3 +75,61 @@ def _try_all(actions: Iterable[Action]) -> None:
             action()
         except Exception:
             logger.info("clean-up after a failure failed as well", exc_info=True)
+
+
+class SessionLock:
+    """A lock for a `with` statement, which the thread that holds it may take again."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+        self._depth = 0
+        self._owner = 0  # a thread's number, which is never 0
+        self._later: deque[Callable[[], object]] = deque()
+
+    def __enter__(self) -> Self:
+        self._lock.acquire()
+        self._owner = get_ident()
+        self._depth += 1
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if self._depth == 1:
+                self._do_later()
+        finally:  # an interrupt may come at any point, and the session is not to stay taken
+            self._leave()
+        self._catch_up()
+
+    def at_the_end(self, action: Callable[[], object]) -> None:
+        """Does something when no turn is taken: at once, or at the end of the turn, by whoever has it.
+
+        An iterator can be let go of in any thread and at any point of the program: by Python's collector even inside a
+        pass of the same session, or while its thread holds a lock that this turn's owner is about to ask for. So nobody
+        waits here, and memory is not freed in the middle of anything. What fails is logged: it is of another call.
+        """
+        self._later.append(action)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Does what was left, unless a turn is taken: its owner will look after it has left."""
+        while self._later and self._owner != get_ident() and self._lock.acquire(blocking=False):
+            self._owner = get_ident()
+            self._depth += 1
+            try:
+                self._do_later()
+            finally:
+                self._leave()
+
+    def _leave(self) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._owner = 0
+        self._lock.release()
+
+    def _do_later(self) -> None:
+        while self._later:
+            action = self._later.popleft()
+            try:
+                action()
+            except Exception:
+                logger.warning("an iterator that was let go of could not be closed", exc_info=True)

@@ -16,20 +16,18 @@ from twotower.errors import ConfigError, DeviceError, RequestError
 from twotower.hardware import TARGETS, probe_machine, select_target
 from twotower.runtime.auto import PassTimes
 from twotower.runtime.auto_mode import AutoMode
-from twotower.runtime.cleanup import Cleanup, close_all
+from twotower.runtime.cleanup import Cleanup, SessionLock, close_all
 from twotower.runtime.device import Streams
 from twotower.runtime.engines import STREAMED, OpenOptions, open_towers, require_opener
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.loop import LoopSettings, run_rows
-from twotower.runtime.pass_record import PassRecord, measured_on, read_pass_record
+from twotower.runtime.pass_times import PassRecord, measure_pass_times, measured_on, read_pass_record, run_every_pass
 from twotower.runtime.requests import Limits, Prompt, Request, as_requests, batches, row_from_request
 from twotower.runtime.results import BlockEvent, Generation, Hooks, StepRecord
 from twotower.runtime.rows import Row, text_end
 from twotower.runtime.schedule import capacity_limit, prefill_plan, row_counts
 from twotower.runtime.scoring import Score, scoring_rows
-from twotower.runtime.session_lock import SessionLock
 from twotower.runtime.tokenizer import Tokenizer
-from twotower.runtime.trial_passes import measure_pass_times, run_every_pass
 from twotower.runtime.workspace import Workspaces
 from twotower.spec import MAX_CHUNK
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from twotower.bench.generation import random_prompts
+from twotower.bench.speed import random_prompts
 from twotower.config import GenerationConfig
 from twotower.evaluate.suite import load_suite
 from twotower.runtime import TwoTower

@@ -24,10 +24,9 @@ from twotower.checkpoint.synthetic import published_slice
 from twotower.config.formats import stored_format
 from twotower.config.model import ModelConfig, parse_model_config
 from twotower.export.graph_files import point_to_data
-from twotower.export.graphs.builder import GraphBuilder
-from twotower.export.graphs.layers import LayerWeights
-from twotower.export.graphs.moe import moe
+from twotower.export.graphs.layers import LayerWeights, moe
 from twotower.export.graphs.precision import Precision
+from twotower.export.graphs.recorder import GraphBuilder
 from twotower.onnx_runtime import ort, session_options
 from twotower.processors import usable_cores
 from twotower.spec import TensorSpec, TowerSignature

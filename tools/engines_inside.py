@@ -29,7 +29,8 @@ from twotower.calibration.recipes import builtin_recipes, parts_of
 from twotower.checkpoint.synthetic import published_slice
 from twotower.config.model import ModelConfig, parse_model_config
 from twotower.export.graph_files import save_program
-from twotower.export.graphs import ActivationFormat, Precision, build_graph
+from twotower.export.graphs.precision import ActivationFormat, Precision
+from twotower.export.graphs.tower_graphs import build_graph
 from twotower.spec import CONTEXT, DENOISER, signatures
 from twotower.weights.declared import lay_out
 from twotower.weights.external import load_graph, weight_refs

@@ -21,7 +21,7 @@ from watched_command import Ran, run_watched
 
 from twotower.bundle import DATA_SUFFIX, Bundle, EngineRecord, load_engine_record
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
-from twotower.cli.step_table import launch_facts
+from twotower.cli.engine_table import launch_facts
 from twotower.hardware import RTX_SMS
 from twotower.planning import PlanOptions, plan_bundle
 

@@ -24,14 +24,16 @@ from twotower.builders import builder_for
 from twotower.builders.profiles import profiles
 from twotower.builders.segment import fix_axes
 from twotower.builders.trt.network import BuildLog, NetworkOptions, build_network
-from twotower.builders.trt.rtx_program import Program, read_programs
+from twotower.builders.trt.rtx_program.read import read_programs
+from twotower.builders.trt.rtx_program.records import Program
 from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
 from twotower.calibration.recipes import Recipe, builtin_recipes, parts_of
 from twotower.checkpoint.synthetic import published_slice
 from twotower.config.formats import FORMATS
 from twotower.config.model import ModelConfig, parse_model_config
 from twotower.errors import BuildError
-from twotower.export.graphs import ActivationFormat, Precision, build_graph
+from twotower.export.graphs.precision import ActivationFormat, Precision
+from twotower.export.graphs.tower_graphs import build_graph
 from twotower.spec import DENOISER, signatures
 from twotower.weights.declared import Weight
 

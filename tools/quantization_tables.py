@@ -29,10 +29,8 @@ from twotower.cli.prompts import read_prompts
 from twotower.errors import BuildAbortedError, BuildError
 from twotower.evaluate.evaluation import interval_text
 from twotower.evaluate.measure import Contestant, measure
-from twotower.evaluate.quantization.bundle_bytes import bytes_by_kind
 from twotower.evaluate.quantization.price import compared
-from twotower.evaluate.quantization.price_run import parts_alone
-from twotower.evaluate.quantization.variants import Mixer
+from twotower.evaluate.quantization.variants import Mixer, bytes_by_kind, parts_alone
 from twotower.evaluate.suite import load_suite
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.report.figures import draw_ranges

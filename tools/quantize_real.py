@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from twotower.bench.process import run_measured
+from twotower.bench.export_cost import run_measured
 from twotower.calibration.recipes import Recipe, parts_of
 from twotower.calibration.rounding import expand_rows
 from twotower.calibration.streaming import stream_quantized
 from twotower.checkpoint.synthetic import published_slice
 from twotower.config.model import ModelConfig, parse_model_config
-from twotower.export.graphs import Precision, build_graph
+from twotower.export.graphs.precision import Precision
+from twotower.export.graphs.tower_graphs import build_graph
 from twotower.spec import CONTEXT
 from twotower.weights.conversion import read_weight
 from twotower.weights.declared import Weight, lay_out

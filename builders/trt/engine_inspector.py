@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from twotower.builders.trt.network import BuildLog, make_logger
-from twotower.builders.trt.rtx_program import ProgramTextError, read_programs, summarize_programs
+from twotower.builders.trt.rtx_program.analysis import summarize_programs
+from twotower.builders.trt.rtx_program.read import read_programs
+from twotower.builders.trt.rtx_program.text import ProgramTextError
 from twotower.bundle import EngineFile, EngineRecord
 from twotower.config.formats import FUSED_STACKS
 from twotower.errors import BuildError

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from twotower.config import ModelConfig
-from twotower.export.graphs.builder import GraphBuilder
 from twotower.export.graphs.layers import LayerWeights
+from twotower.export.graphs.recorder import GraphBuilder
 from twotower.spec import BLOCK, PAST_LENGTH, TOKENS, splits_groups
 
 __all__ = ["MASKED", "context_attention", "denoiser_attention"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from twotower.config import ModelConfig
-from twotower.export.graphs.builder import GraphBuilder
 from twotower.export.graphs.layers import LayerWeights
+from twotower.export.graphs.recorder import GraphBuilder
 
 __all__ = ["ChunkInfo", "MambaOutput", "mamba"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from twotower.config import ModelConfig
-from twotower.export.graphs.builder import GraphBuilder
+from twotower.export.graphs.recorder import GraphBuilder
 from twotower.spec import (
     BLOCK,
     COMMIT_FLOOR,

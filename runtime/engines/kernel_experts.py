@@ -15,9 +15,9 @@ from typing import Any
 from twotower.bundle import ExpertsStep
 from twotower.errors import EngineMismatchError
 from twotower.kernels import scratch_bytes
+from twotower.kernels.cubin_manifest import Cubin, Manifest, build_command, read_manifest
 from twotower.kernels.launches import SCRATCH, Launch, launches
-from twotower.kernels.manifest import Cubin, Manifest, build_command, read_manifest
-from twotower.kernels.steps import shape_of
+from twotower.kernels.shape import shape_of
 from twotower.kernels.tilings import BUILDABLE_SMS
 from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda

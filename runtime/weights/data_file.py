@@ -16,7 +16,7 @@ import numpy as np
 
 from twotower.bundle import FileRecord
 from twotower.errors import BundleError
-from twotower.runtime.weights.layout import Chunk
+from twotower.runtime.weights.device_layout import Chunk
 from twotower.weights.refs import PAGE, WeightRef
 
 __all__ = ["DataFile", "PageCache"]

@@ -15,7 +15,7 @@ from twotower.errors import EngineMismatchError
 from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.weights.data_file import DataFile
-from twotower.runtime.weights.layout import ALIGNMENT, Layout, copies, cut_chunks, lay_out
+from twotower.runtime.weights.device_layout import ALIGNMENT, Layout, copies, cut_chunks, lay_out
 from twotower.runtime.weights.load_requests import Loaded, LoadOptions, LoadRequest
 from twotower.runtime.weights.transfer import DeviceCopy, Step, open_transfer
 from twotower.weights.refs import WeightRef

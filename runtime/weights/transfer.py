@@ -15,7 +15,7 @@ from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.device_streams import CudaEvent
 from twotower.runtime.weights.data_file import DataFile
-from twotower.runtime.weights.layout import Chunk
+from twotower.runtime.weights.device_layout import Chunk
 from twotower.weights.refs import PAGE
 
 __all__ = ["DeviceCopy", "Ring", "Step", "Transfer", "open_transfer"]

@@ -10,9 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from twotower.distributions import installed_libraries
 from twotower.errors import ConfigError, EngineMismatchError
-from twotower.extras import TARGET_EXTRA, install_command
+from twotower.extras import TARGET_EXTRA, install_command, installed_libraries
 
 __all__ = [
     "ANY_SM",

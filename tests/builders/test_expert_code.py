@@ -20,7 +20,7 @@ from twotower.builders.trt import tensorrt_builder
 from twotower.bundle import Bundle, engine_folder, load_engine_record
 from twotower.errors import BuildError
 from twotower.kernels import read_manifest
-from twotower.kernels.steps import shape_of
+from twotower.kernels.shape import shape_of
 
 CONFIG: dict[str, Any] = {"sms": (89,), "max_context": 256, "max_batch": 4, "experts": "kernels"}
 

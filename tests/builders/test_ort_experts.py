@@ -24,10 +24,9 @@ from twotower.config.formats import stored_format
 from twotower.errors import ConfigError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.export.graph_files import point_to_data
-from twotower.export.graphs.builder import GraphBuilder
-from twotower.export.graphs.layers import LayerWeights
-from twotower.export.graphs.moe import moe
+from twotower.export.graphs.layers import LayerWeights, moe
 from twotower.export.graphs.precision import Precision
+from twotower.export.graphs.recorder import GraphBuilder
 from twotower.onnx_runtime import ort, session_options
 from twotower.runtime import GenerationConfig, TwoTower
 from twotower.spec import TensorSpec, TowerSignature

@@ -39,9 +39,8 @@ from twotower.config import ModelConfig, read_model_config
 from twotower.errors import BuildError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.export.graph_files import point_to_data
-from twotower.export.graphs.builder import GraphBuilder
-from twotower.export.graphs.layers import LayerWeights
-from twotower.export.graphs.moe import moe
+from twotower.export.graphs.layers import LayerWeights, moe
+from twotower.export.graphs.recorder import GraphBuilder
 from twotower.planning import PlanOptions, plan_bundle
 from twotower.spec import CONTEXT, DENOISER, TensorSpec, TowerSignature, signatures
 from twotower.weights.conversion import read_weight

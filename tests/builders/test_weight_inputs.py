@@ -23,7 +23,8 @@ from twotower.config import read_model_config
 from twotower.config.formats import FORMATS
 from twotower.export import Checkpoint, export_bundle
 from twotower.export.graph_files import save_program
-from twotower.export.graphs import Precision, build_graph
+from twotower.export.graphs.precision import Precision
+from twotower.export.graphs.tower_graphs import build_graph
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TensorSpec
 from twotower.weights.conversion import read_weight
 from twotower.weights.declared import lay_out

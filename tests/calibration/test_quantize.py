@@ -22,7 +22,7 @@ from twotower.calibration.quantize import precision_of
 from twotower.calibration.recipes import builtin_recipes
 from twotower.config import GenerationConfig
 from twotower.errors import BundleError, CalibrationError, ConfigError
-from twotower.evaluate.quantization.bundle_bytes import bytes_by_kind
+from twotower.evaluate.quantization.variants import bytes_by_kind
 from twotower.graph_lint import lint
 from twotower.model.reference import reference_generate
 from twotower.runtime import TwoTower

@@ -10,7 +10,7 @@ from twotower.calibration.recipes import Part, Recipe, RecipeException, builtin_
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.config.model import parse_model_config
 from twotower.errors import RecipeError
-from twotower.export.graphs import build_graph
+from twotower.export.graphs.tower_graphs import build_graph
 
 ALWAYS_HIGH = ("gate.", "norm", "conv1d", "dt_bias", "A_log", ".D", "t_embedder", "t_block", "scale_shift_tables")
 

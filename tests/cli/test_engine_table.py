@@ -13,7 +13,8 @@ from tests.helpers.bundles import copy_of, export_fixture
 from tests.helpers.errors import check_error
 from tests.helpers.program_text import Described, Launch, plan_of, program
 from tests.helpers.tensorrt import L4, install_fake, machine_with, see_gpu
-from twotower.builders.trt.rtx_program import read_programs, summarize_programs
+from twotower.builders.trt.rtx_program.analysis import summarize_programs
+from twotower.builders.trt.rtx_program.read import read_programs
 from twotower.bundle import BUILD_FILE, GRAPH_FILES, Bundle, engine_folder
 from twotower.cli import inspect
 from twotower.cli.main import main

@@ -14,7 +14,7 @@ import pytest
 from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.stand_ins import GPUS, stand_in_bundle
 from tests.helpers.tensorrt_stand_in import TensorRTStandIn
-from twotower.doctor.execution_check import check_execution
+from twotower.doctor.target_checks import check_execution
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt

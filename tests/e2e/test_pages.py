@@ -16,7 +16,7 @@ from twotower.bundle import Bundle
 from twotower.config import GenerationConfig
 from twotower.evaluate.evaluation import EvaluationConfig, evaluate
 from twotower.evaluate.quantization.price import PriceConfig
-from twotower.evaluate.quantization.price_run import Pair, price_of
+from twotower.evaluate.quantization.variants import Pair, price_of
 from twotower.evaluate.suite import Suite, load_suite
 from twotower.report.evaluation_page import report_page
 from twotower.report.figures import draw_curve, draw_sensitivity

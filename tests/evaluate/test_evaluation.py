@@ -14,7 +14,7 @@ from twotower.config import GenerationConfig
 from twotower.errors import BudgetError, ConfigError, RequestError
 from twotower.evaluate.evaluation import AR, DEFAULT, OTHER, EvaluationConfig, evaluate, setting_name
 from twotower.evaluate.measure import Contestant, measure
-from twotower.evaluate.statistics import Resampler
+from twotower.evaluate.resampling import Resampler
 from twotower.evaluate.suite import Suite
 from twotower.evaluate.tune import TuneConfig, tune
 from twotower.report.evaluation_page import report_page, where_it_loses

@@ -15,14 +15,12 @@ from twotower.bundle import Bundle, flags_of_bundle, note_measurement
 from twotower.calibration.quantize import precision_of
 from twotower.errors import BudgetError, BundleError, ConfigError
 from twotower.evaluate.measure import Measured
-from twotower.evaluate.quantization.bundle_bytes import bytes_report
 from twotower.evaluate.quantization.choose import choose
 from twotower.evaluate.quantization.format_ladders import Candidate, ChooseConfig
 from twotower.evaluate.quantization.price import PriceConfig, compared, flags_of
-from twotower.evaluate.quantization.price_run import Pair, note_of, parts_alone, price_of, require_pair
-from twotower.evaluate.quantization.variants import Mixer
+from twotower.evaluate.quantization.variants import Mixer, Pair, bytes_report, note_of, parts_alone, price_of, require_pair
 from twotower.evaluate.suite import load_suite
-from twotower.export.graphs import Precision
+from twotower.export.graphs.precision import Precision
 from twotower.report.figures import draw_sensitivity
 from twotower.report.quantization_page import price_lines, price_page
 from twotower.runtime import GenerationConfig, TwoTower

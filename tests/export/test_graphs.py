@@ -17,7 +17,8 @@ from safetensors import safe_open
 
 from tests.helpers.graphs import FIXTURES, GraphRunner, fixture_weights, graph_with_weight_inputs, random_state, zero_state
 from twotower.config import ModelConfig, read_model_config
-from twotower.export.graphs import OPSET, build_graph
+from twotower.export.graphs.recorder import OPSET
+from twotower.export.graphs.tower_graphs import build_graph
 from twotower.spec import signatures
 
 FOLDERS = ("hybrid-a", "hybrid-b")
@@ -211,7 +212,7 @@ def commit_rule(confidence: list[float], masked: list[bool], threshold: float, f
 @cache
 def sampler_session():
     """The sampler alone: logits in, outputs out."""
-    from twotower.export.graphs.builder import GraphBuilder
+    from twotower.export.graphs.recorder import GraphBuilder
     from twotower.export.graphs.sampler import mask_info, sample_and_commit
     from twotower.spec import TensorSpec, TowerSignature, denoiser_signature
 

@@ -22,9 +22,8 @@ from tests.helpers.source import ROOT
 from twotower.bundle import DATA_SUFFIX, MANIFEST_FILE, Bundle
 from twotower.errors import BundleError, CheckpointError, ExportError
 from twotower.export import Checkpoint, export_bundle
+from twotower.export import bundle_manifest as manifest_module
 from twotower.export import exporter as exporter_module
-from twotower.export import manifest as manifest_module
-from twotower.export import tokenizer_files as tokenizer_module
 
 # Says where it is and stays there until it is killed.
 CHILD = """
@@ -100,7 +99,7 @@ def test_a_write_that_the_system_refuses_leaves_nothing(tmp_path: Path, size: in
 
 STEPS: dict[str, tuple[Any, str]] = {
     "saving a graph": (exporter_module, "save_program"),
-    "copying the tokenizer": (tokenizer_module.shutil, "copyfile"),
+    "copying the tokenizer": (exporter_module.shutil, "copyfile"),
     "writing the report": (exporter_module, "write_json"),
     "hashing the small files": (manifest_module, "hash_file"),
     "publishing": (Path, "rename"),

@@ -21,7 +21,7 @@ from twotower import GenerationConfig
 from twotower.bundle import Bundle
 from twotower.doctor.answer_check import KEPT_BY, check_answer, known_answer_of, setting_of
 from twotower.doctor.canary import check_bundle
-from twotower.doctor.execution_check import check_execution
+from twotower.doctor.target_checks import check_execution
 from twotower.evaluate.agreement import measure_agreement
 from twotower.evaluate.suite import load_suite
 from twotower.hardware import probe_machine

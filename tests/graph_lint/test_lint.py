@@ -33,7 +33,7 @@ from twotower.builders.segment import fix_axes, layer_bytes, segment
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.model import parse_model_config
 from twotower.errors import ExportError
-from twotower.export.graphs import build_graph
+from twotower.export.graphs.tower_graphs import build_graph
 from twotower.graph_lint import RULES, Severity, explained, lint, require_clean, rules_table
 from twotower.spec import CONTEXT_HEAD, signatures
 

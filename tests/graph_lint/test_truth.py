@@ -13,7 +13,7 @@ from onnx import TensorProto as T
 
 from tests.helpers.planted import LEGITIMATE, PLANTED, attention, constant, model, node, two, value
 from twotower.graph_lint import RULES
-from twotower.graph_lint.operators import ABSENT_OPERATORS
+from twotower.graph_lint.operator_rules import ABSENT_OPERATORS
 from twotower.graph_lint.rule import BUILT
 
 pytestmark = pytest.mark.trt_rtx

@@ -11,7 +11,7 @@ from twotower.config import GenerationConfig
 from twotower.evaluate.suite import Problem
 from twotower.runtime import Generation, Timings, Usage
 from twotower.runtime.auto import PassTimes
-from twotower.runtime.pass_record import PassRecord
+from twotower.runtime.pass_times import PassRecord
 
 AR_MS, PASS_MS, EXTEND_MS = 1.0, 2.0, 1.0
 

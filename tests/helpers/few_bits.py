@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from twotower.config import ModelConfig, read_model_config
-from twotower.model import ContextTower, DenoiserTower, load_context_tower, load_denoiser_tower
+from twotower.model import ContextTower, DenoiserTower
+from twotower.model.loading import load_context_tower, load_denoiser_tower
 
 FLOAT4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from safetensors import safe_open
 
 from twotower.config import ModelConfig
-from twotower.export.graphs import build_graph
+from twotower.export.graphs.tower_graphs import build_graph
 from twotower.spec import signatures, state_tensors
 from twotower.weights.external import detach_weights, widen_to_float32
 

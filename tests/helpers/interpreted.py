@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from twotower.kernels.cubin_manifest import Manifest
 from twotower.kernels.launches import SCRATCH, launches, scratch_bytes
-from twotower.kernels.manifest import Manifest
 from twotower.kernels.signatures import kernel_specs
-from twotower.kernels.stored import Array
+from twotower.kernels.twin import Array
 
 __all__ = ["run_interpreted"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from twotower.dtypes import carried_dtype
-from twotower.kernels.manifest import MANIFEST, Cubin, Manifest
+from twotower.kernels.cubin_manifest import MANIFEST, Cubin, Manifest
 from twotower.kernels.shape import MOST_TOKENS, ExpertShape
 from twotower.kernels.signatures import KernelSpec, kernel_specs, slot_tokens
 from twotower.kernels.twin import combine_twin, down_twin, pairs_twin, up_twin

@@ -13,7 +13,7 @@ from twotower.calibration.rounding import expand_rows, global_scale, pack, quant
 from twotower.config.formats import WeightFormat, stored_format
 from twotower.dtypes import carried_dtype, numpy_dtype, to_float32, to_stored
 from twotower.kernels.shape import MATRICES, ExpertFormats, ExpertShape
-from twotower.kernels.stored import Array
+from twotower.kernels.twin import Array
 
 __all__ = ["FORMAT_NAMES", "ROUTINGS", "Layer", "exact", "make_shape", "random_layer", "routing", "tokens"]
 

@@ -9,7 +9,8 @@ import torch
 
 from tests.helpers.graphs import FIXTURES, fixture_weights
 from twotower.config import GenerationConfig, read_model_config
-from twotower.model import ContextTower, DenoiserTower, load_context_tower, load_denoiser_tower
+from twotower.model import ContextTower, DenoiserTower
+from twotower.model.loading import load_context_tower, load_denoiser_tower
 
 
 @cache

@@ -12,7 +12,7 @@ from tests.helpers.layers_of_experts import make_shape
 from twotower.errors import BuildError, ConfigError, RequestError
 from twotower.kernels import compile as compiler
 from twotower.kernels import read_manifest
-from twotower.kernels.manifest import Cubin
+from twotower.kernels.cubin_manifest import Cubin
 from twotower.kernels.signatures import KernelSpec
 
 SHAPE = make_shape(64, 64, 8, 2)

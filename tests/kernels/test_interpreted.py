@@ -27,7 +27,7 @@ from tests.helpers.layers_of_experts import (
 from twotower.config import read_model_config
 from twotower.dtypes import to_float32, to_stored
 from twotower.kernels import experts_twin
-from twotower.kernels.stored import Array
+from twotower.kernels.twin import Array
 from twotower.model.layers import MoE
 
 pytestmark = pytest.mark.kernels

@@ -10,7 +10,8 @@ import torch
 
 from tests.helpers.towers import towers
 from twotower.config import ModelConfig
-from twotower.model import ContextTower, empty_state, load_context_tower
+from twotower.model import ContextTower, empty_state
+from twotower.model.loading import load_context_tower
 
 transformers = pytest.importorskip("transformers")
 

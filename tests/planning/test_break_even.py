@@ -11,7 +11,7 @@ from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.model import parse_model_config
 from twotower.planning import GPUS, PlanOptions, gpus_named
 from twotower.planning.break_even import ROWS, break_even_table, break_evens
-from twotower.planning.passes import pass_costs
+from twotower.planning.pass_cost import pass_costs
 
 PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
 KERNELS = PlanOptions(target="trt")

@@ -16,14 +16,15 @@ from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.config.model import ModelConfig, parse_model_config, read_model_config
 from twotower.errors import ConfigError
 from twotower.export.graph_files import save_program
-from twotower.export.graphs import Precision, build_graph
+from twotower.export.graphs.precision import Precision
+from twotower.export.graphs.tower_graphs import build_graph
 from twotower.kernels import scratch_bytes
-from twotower.kernels.steps import shape_of
+from twotower.kernels.shape import shape_of
 from twotower.planning import PlanOptions, plan_bundle
 from twotower.planning.engines import program_layers
 from twotower.planning.expert_path import expert_path, expert_step, on_gpus, outside_engines
 from twotower.planning.expert_room import expert_room
-from twotower.planning.memory import tower_scratch
+from twotower.planning.working_memory import tower_scratch
 from twotower.runtime.engines.handover import buffer_sizes
 from twotower.spec import CONTEXT, DENOISER, signatures
 from twotower.weights.declared import lay_out

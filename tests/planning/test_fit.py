@@ -18,7 +18,7 @@ from twotower.planning import GPUS, GpuModel, PlanOptions, fit, gpu_at_hand, gpu
 from twotower.planning.devices import device_needs
 from twotower.planning.expert_path import left_out
 from twotower.planning.fit import largest_batch, largest_context
-from twotower.planning.passes import pass_costs
+from twotower.planning.pass_cost import pass_costs
 from twotower.planning.weights import EXPERT_FORMATS, EXPERT_RECIPES
 
 PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")

@@ -15,7 +15,8 @@ from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.formats import FORMATS, stored_format
 from twotower.config.model import ModelConfig, parse_model_config, read_model_config
 from twotower.export.graph_files import save_program
-from twotower.export.graphs import Precision, build_graph
+from twotower.export.graphs.precision import Precision
+from twotower.export.graphs.tower_graphs import build_graph
 from twotower.planning.weights import EXPERT_FORMATS, checkpoint_bytes, graph_weights
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 from twotower.weights.declared import lay_out

@@ -14,8 +14,7 @@ from tests.helpers.fake_engines import FakeTowers, fake_towers
 from twotower.config import GenerationConfig
 from twotower.runtime import Generation, Request, TwoTower
 from twotower.runtime.auto import PassesSeen, PassTimes, Setting, break_even, choose, times_for
-from twotower.runtime.pass_record import PassRecord
-from twotower.runtime.trial_passes import FIRST, RUNS
+from twotower.runtime.pass_times import FIRST, RUNS, PassRecord
 
 AUTO = GenerationConfig(mode="auto", max_new_tokens=40, ignore_eos=True)
 SETTING = Setting(0.9, 16, 16)

@@ -18,7 +18,8 @@ from tests.helpers.graphs import FIXTURES
 from twotower.config import GenerationConfig
 from twotower.errors import RequestCancelledError, RequestError
 from twotower.export import Checkpoint
-from twotower.model import empty_state, load_context_tower
+from twotower.model import empty_state
+from twotower.model.loading import load_context_tower
 from twotower.runtime import Score, TwoTower
 from twotower.runtime.sampling import Sampling
 from twotower.runtime.tokenizer import Tokenizer

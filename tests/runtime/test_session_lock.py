@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from twotower.runtime.session_lock import SessionLock
+from twotower.runtime.cleanup import SessionLock
 
 
 def test_what_is_let_go_of_outside_a_turn_goes_at_once() -> None:

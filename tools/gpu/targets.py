@@ -28,7 +28,7 @@ from tools.gpu.recorded_texts import (
 from tools.gpu.rtx_setup import set_up_rtx
 from tools.gpu.unpack import unpack
 from twotower import TwoTower
-from twotower.bench.passes import measure_passes
+from twotower.bench.speed import measure_passes
 from twotower.builders.base import DENSE, KERNELS
 from twotower.bundle import Bundle, load_engine_record
 from twotower.cli.main import main as twotower

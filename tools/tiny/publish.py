@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from vocabulary import make_tokenizer
 
 from twotower.checkpoint.layout import Tower, expected_tensors
-from twotower.model import published_name
+from twotower.model.loading import published_name
 
 SHARDS = 2
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}

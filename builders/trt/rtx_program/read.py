@@ -6,9 +6,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from twotower.builders.trt.rtx_program.copies import copied_caches, expanded_weights
+from twotower.builders.trt.rtx_program.analysis import copied_caches, expanded_weights, with_scopes
 from twotower.builders.trt.rtx_program.records import Kernel, Program, Region, Tensor
-from twotower.builders.trt.rtx_program.scopes import with_scopes
 from twotower.builders.trt.rtx_program.text import (
     LAYOUT,
     PlanBytes,

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from twotower.bench.generation import GenerationSpeed, measure_generation, measure_in_turns
-from twotower.bench.passes import PassTimes, measure_passes
+from twotower.bench.speed import GenerationSpeed, PassTimes, measure_generation, measure_in_turns, measure_passes
 
 if TYPE_CHECKING:
     from twotower.bench.export_cost import ExportCost, measure_export

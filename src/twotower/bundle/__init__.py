@@ -1,7 +1,6 @@
 """The bundle: one folder with all a deployment needs, described and checked by its `bundle.json`."""
 
-from twotower.bundle.derive import derive_bundle
-from twotower.bundle.engines import (
+from twotower.bundle.build_record import (
     BUILD_FILE,
     EngineLimits,
     EngineRecord,
@@ -12,6 +11,7 @@ from twotower.bundle.engines import (
     record_problems,
     weight_bytes,
 )
+from twotower.bundle.derive import derive_bundle, flags_of_bundle, note_measurement
 from twotower.bundle.integrity import check_files, remember_files, unverified_files
 from twotower.bundle.manifest import (
     DATA_SUFFIX,
@@ -25,7 +25,6 @@ from twotower.bundle.manifest import (
     is_bundle,
     write_json,
 )
-from twotower.bundle.measurement import flags_of_bundle, note_measurement
 from twotower.bundle.steps import EngineFile, ExpertsStep, Profile, Step
 from twotower.files import FileRecord, Progress, file_records, hash_file, hash_files, inside, link_file, require_room, unpublished
 from twotower.weights.table import TABLE_SUFFIX, read_weight_table, write_weight_table

@@ -1,4 +1,7 @@
-"""A bundle with other generation settings: the same files under a new name, without copying 118 GB."""
+"""Bundles changed without touching what they hold: a new one with other settings, and a note of what was measured of one.
+
+The new one has the same files under a new name, without copying 118 GB. Whoever opens a bundle learns what is noted in its `bundle.json`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from twotower.config import GenerationConfig
 from twotower.errors import BundleError
 from twotower.files import link_file, unpublished
 
-__all__ = ["derive_bundle"]
+__all__ = ["derive_bundle", "flags_of_bundle", "note_measurement"]
 
 
 def derive_bundle(
@@ -66,3 +69,32 @@ def derive_bundle(
 def _hidden_engine(relative: Path) -> bool:
     """Locks, the cache, half-built engines and graphs that failed belong to the bundle they came about in."""
     return relative.parts[0] == "engines" and any(part.startswith(".") for part in relative.parts)
+
+
+def note_measurement(bundle: Bundle, measured: Mapping[str, Any]) -> None:
+    """Replaces the note of an earlier measurement. The manifest is written whole or not at all; no other file changes.
+
+    Raises:
+        BundleError: the bundle is not quantized, or cannot be written.
+    """
+    if bundle.quantization is None:
+        raise BundleError(f"bundle '{bundle.path}' is not quantized", found="no recipe in its manifest", do="measure a quantized bundle")
+    file = bundle.path / MANIFEST_FILE
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest["quantization"]["measured"] = dict(measured)
+        write_json(file, manifest)
+    except OSError as e:
+        raise BundleError(
+            f"cannot note the measurement in {file}", found=str(e), do="make the folder writable, or pass --no-note to measure only"
+        ) from e
+
+
+def flags_of_bundle(bundle: Bundle) -> list[str]:
+    """Sentences a user must read before trusting the bundle; empty for a float one, and for one that is inside its budget."""
+    if bundle.quantization is None:
+        return []
+    measured = bundle.quantization.get("measured")
+    if measured is None:
+        return []
+    return [str(flag) for flag in measured["flags"]]

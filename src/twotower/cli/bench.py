@@ -169,8 +169,8 @@ def _opened_peers(args: argparse.Namespace) -> list[Peer]:
 
 
 def _beside(args: argparse.Namespace, model: TwoTower, peer: Peer) -> PeerSpeed:
-    from twotower.bench.generation import random_prompts
     from twotower.bench.peers import measure_peer
+    from twotower.bench.speed import random_prompts
     from twotower.processors import usable_cores
 
     prompts = random_prompts(model.config, args.prompt_tokens, args.rows, seed=0)

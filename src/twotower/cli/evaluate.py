@@ -125,7 +125,7 @@ def _pair(args: argparse.Namespace) -> Any:
     from twotower.extras import require_libraries
 
     require_libraries("calibration", "onnx", "onnx_ir", "safetensors", what="measuring what quantization costs")
-    from twotower.evaluate.quantization.price_run import require_pair
+    from twotower.evaluate.quantization.variants import require_pair
 
     return require_pair(first, second)
 
@@ -134,7 +134,7 @@ def _price(args: argparse.Namespace, pair: Any, opened: list[Any], *, suite: Any
     from twotower.bundle import note_measurement
     from twotower.cli.progress import ProgressLine
     from twotower.evaluate.quantization.price import PriceConfig
-    from twotower.evaluate.quantization.price_run import note_of, price_of
+    from twotower.evaluate.quantization.variants import note_of, price_of
     from twotower.report.quantization_page import price_lines
 
     config = PriceConfig(

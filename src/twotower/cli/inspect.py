@@ -154,7 +154,8 @@ def _graph(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 def _engine(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The compiled programs of an engine file; one of another library is refused."""
-    from twotower.builders.trt.rtx_program import read_programs, summarize_programs
+    from twotower.builders.trt.rtx_program.analysis import summarize_programs
+    from twotower.builders.trt.rtx_program.read import read_programs
     from twotower.errors import ConfigError
 
     try:

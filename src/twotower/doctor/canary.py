@@ -87,7 +87,7 @@ def _known_answer(checkpoint: Path, bundle: Path, *, target: str, progress: Call
     from twotower.builders import build_engines, builder_for  # noqa: PLC0415
     from twotower.export import Checkpoint, export_bundle  # noqa: PLC0415
     from twotower.export.verify import TOLERANCE, verify_bundle  # noqa: PLC0415
-    from twotower.model import load_context_tower, load_denoiser_tower  # noqa: PLC0415
+    from twotower.model.loading import load_context_tower, load_denoiser_tower  # noqa: PLC0415
     from twotower.model.reference import reference_generate  # noqa: PLC0415
 
     progress("exporting a small random model")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from twotower import __version__
 from twotower.config import GenerationConfig
 from twotower.evaluate.measure import Contestant, Measured, measure
-from twotower.evaluate.statistics import Interval, Resampler
+from twotower.evaluate.resampling import Interval, Resampler
 from twotower.evaluate.suite import Problem, Suite
 from twotower.runtime import TwoTower
 

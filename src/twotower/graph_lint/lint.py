@@ -7,11 +7,10 @@ from collections.abc import Iterable
 import onnx
 
 from twotower.errors import TwoTowerError
-from twotower.graph_lint.attention import ATTENTION_RULES
-from twotower.graph_lint.operators import OPERATOR_RULES
-from twotower.graph_lint.quantization import QUANTIZATION_RULES
+from twotower.graph_lint.attention_rules import ATTENTION_RULES
+from twotower.graph_lint.operator_rules import OPERATOR_RULES, QUANTIZATION_RULES
 from twotower.graph_lint.rule import Finding, Rule, Severity
-from twotower.graph_lint.tensors import TENSOR_RULES
+from twotower.graph_lint.tensor_rules import TENSOR_RULES
 from twotower.graph_lint.view import GraphView
 
 __all__ = ["RULES", "explained", "lint", "require_clean", "rules_table"]

@@ -4,8 +4,8 @@ from twotower.planning.engines import EnginePlan
 from twotower.planning.expert_path import on_gpus
 from twotower.planning.fit import Alternative, GpuFit, fit
 from twotower.planning.gpus import GPUS, GpuModel, gpu_at_hand, gpus_named
-from twotower.planning.options import PlanOptions
 from twotower.planning.plan import Plan, plan_bundle
+from twotower.planning.plan_options import PlanOptions
 from twotower.planning.render import describe_fits, describe_plan, refusal
 
 __all__ = [

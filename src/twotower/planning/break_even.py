@@ -8,8 +8,8 @@ from twotower.builders.base import DENSE
 from twotower.config.model import ModelConfig
 from twotower.planning.expert_path import distinct_experts, expert_path
 from twotower.planning.gpus import GpuModel
-from twotower.planning.options import PlanOptions
-from twotower.planning.passes import PassCost, PassCosts, pass_costs
+from twotower.planning.pass_cost import PassCost, PassCosts, pass_costs
+from twotower.planning.plan_options import PlanOptions
 from twotower.runtime.auto import PassTimes, break_even
 
 __all__ = ["ROWS", "break_even_table", "break_evens"]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.planning.engines import placed_pieces
 from twotower.planning.expert_room import expert_room
-from twotower.planning.memory import State, needed_weights, state_bytes, tower_scratch
-from twotower.planning.options import PlanOptions
+from twotower.planning.plan_options import PlanOptions
 from twotower.planning.weights import GraphWeights
+from twotower.planning.working_memory import State, needed_weights, state_bytes, tower_scratch
 from twotower.runtime.placement import place_engines
 from twotower.spec import CONTEXT_HEAD, DENOISER
 

@@ -14,7 +14,7 @@ from twotower.config.formats import FORMATS
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.dtypes import stored_bytes
 from twotower.planning.expert_path import expert_path, segments_of
-from twotower.planning.options import TENSORRT, PlanOptions, all_formats
+from twotower.planning.plan_options import TENSORRT, PlanOptions, all_formats
 from twotower.planning.weights import GraphWeights, cpu_bytes, weight_counts
 
 __all__ = ["EnginePlan", "engine_plans", "own_bytes", "placed_pieces", "program_layers"]

@@ -13,7 +13,7 @@ from twotower.checkpoint.layout import Role
 from twotower.config.formats import stack_is_expanded, stored_format
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.errors import BuildError, ConfigError
-from twotower.planning.options import (
+from twotower.planning.plan_options import (
     TENSORRT,
     PlanOptions,
     all_formats,

@@ -9,9 +9,9 @@ from twotower.builders.base import KERNELS
 from twotower.bundle import EngineFile
 from twotower.config.model import ModelConfig
 from twotower.kernels import scratch_bytes
-from twotower.kernels.steps import shape_of
+from twotower.kernels.shape import shape_of
 from twotower.planning.expert_path import expert_path, expert_step
-from twotower.planning.options import TENSORRT, PlanOptions, engine_dtype
+from twotower.planning.plan_options import TENSORRT, PlanOptions, engine_dtype
 from twotower.runtime.engines.handover import buffer_sizes
 from twotower.spec import (
     CONDITIONING,

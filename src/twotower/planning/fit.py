@@ -16,11 +16,11 @@ from twotower.planning.break_even import break_evens
 from twotower.planning.devices import DeviceNeed, device_needs
 from twotower.planning.expert_path import expert_path, left_out, on_gpus, require_path
 from twotower.planning.gpus import GpuModel
-from twotower.planning.loading import ASSUMED_DISK_RATE, LoadTime, load_time
-from twotower.planning.memory import needed_weights
-from twotower.planning.options import PlanOptions, all_formats, capacity_of, engine_dtype
-from twotower.planning.passes import pass_costs
+from twotower.planning.load_time import ASSUMED_DISK_RATE, LoadTime, load_time
+from twotower.planning.pass_cost import pass_costs
+from twotower.planning.plan_options import PlanOptions, all_formats, capacity_of, engine_dtype
 from twotower.planning.weights import EXPERT_FORMATS, EXPERT_RECIPES
+from twotower.planning.working_memory import needed_weights
 
 __all__ = ["Alternative", "GpuFit", "fit", "largest_batch", "largest_context"]
 

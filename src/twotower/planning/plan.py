@@ -1,4 +1,4 @@
-"""A plan: engines, memory, disk and time of a bundle for one target, by arithmetic on the config alone."""
+"""A plan: whether a build could make it, and engines, memory, disk and time of a bundle for one target, by arithmetic on the config."""
 
 from __future__ import annotations
 
@@ -6,28 +6,24 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from twotower.builders.base import DENSE
-from twotower.config.model import ModelConfig
+from twotower.builders.base import DENSE, KERNELS
+from twotower.builders.trt.capabilities import HALF_ONLY_SM
+from twotower.config.model import LayerKind, ModelConfig
 from twotower.dtypes import item_bytes
-from twotower.hardware import TARGETS
+from twotower.errors import ConfigError
+from twotower.hardware import RTX_SMS, TARGETS
 from twotower.planning.break_even import ROWS
 from twotower.planning.devices import DeviceNeed, device_needs
 from twotower.planning.engines import EnginePlan, engine_plans, own_bytes
-from twotower.planning.expert_path import ExpertPath, expert_path, left_out, outside_engines, segments_of
+from twotower.planning.expert_path import ExpertPath, expert_path, left_out, outside_engines, require_path, segments_of
 from twotower.planning.expert_room import ExpertRoom, expert_room
-from twotower.planning.memory import State, needed_weights, state_bytes, tower_scratch
-from twotower.planning.options import TENSORRT, PlanOptions, all_formats, engine_dtype, rounded_of
-from twotower.planning.passes import PassCosts, pass_costs
+from twotower.planning.pass_cost import PassCosts, pass_costs
+from twotower.planning.plan_options import TENSORRT, PlanOptions, all_formats, capacity_of, engine_dtype, rounded_of
 from twotower.planning.scratch import Scratch
-from twotower.planning.sound import require_sound
 from twotower.planning.weights import GraphWeights, checkpoint_bytes, graph_weights
+from twotower.planning.working_memory import State, needed_weights, state_bytes, tower_scratch
 
-__all__ = [
-    "EXPORT_MEMORY",
-    "Disk",
-    "Plan",
-    "plan_bundle",
-]
+__all__ = ["EXPORT_MEMORY", "Disk", "Plan", "plan_bundle", "require_sound"]
 
 EXPORT_MEMORY = 200_000_000
 """Anonymous bytes an export needs at most, whatever the model: it streams (103 MB were measured on a slice of published widths)."""
@@ -186,3 +182,33 @@ def _programs_of(target: str, config: ModelConfig, options: PlanOptions) -> list
     o = replace(options, target=target, mode="diffusion", devices=1, max_build_memory=None)
     held = graph_weights(config, engine_dtype(config, o), all_formats(o), rounded_of(o), outside=outside_engines(config, o))
     return [engine for name, w in held.items() for engine in engine_plans(config, o, graph=name, weights=w)]
+
+
+def require_sound(config: ModelConfig, options: PlanOptions) -> None:
+    """Refuses what no build could do.
+
+    Raises:
+        ConfigError: options that contradict the target or the model.
+    """
+    capacity_of(config, options)
+    dtype, target = engine_dtype(config, options), options.target
+    unknown = [sm for sm in options.sms if target == "rtx" and sm not in RTX_SMS]
+    if options.sms and target != "rtx" and options.expert_path != KERNELS:
+        found = "trt builds for the GPU at hand, ort-cuda (without --expert-path kernels) and ort-cpu compile nothing ahead"
+        raise ConfigError(f"--sm is not for target {target}", found=found, do="leave --sm out, or plan --target rtx")
+    if unknown:
+        raise ConfigError(
+            f"target rtx does not build for SM {', '.join(map(str, unknown))}",
+            found=f"it lists {', '.join(map(str, RTX_SMS))}: not Hopper (90), not data-centre Blackwell (100)",
+            do="choose others with --sm, or plan --target trt or --target ort-cuda",
+        )
+    if HALF_ONLY_SM in options.sms and dtype != "float16":
+        raise ConfigError(
+            f"SM {HALF_ONLY_SM} has no products in {dtype}", found="float16 only", do="add --dtype float16, or leave 75 out of --sm"
+        )
+    if options.experts and LayerKind.MOE not in config.layers:
+        raise ConfigError("--experts does not apply", found="the model has no routed experts", do="leave --experts out")
+    if options.experts and options.formats:
+        found = f"in few bits: {', '.join(f'{k} {f}' for k, f in options.formats)}"
+        raise ConfigError("--experts does not apply: the bundle is quantized", found=found, do="leave --experts out")
+    require_path(config, options)

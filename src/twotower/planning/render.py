@@ -9,9 +9,9 @@ from twotower.config.formats import FUSED_STACKS
 from twotower.errors import ConfigError
 from twotower.planning.devices import LIBRARY_OVERHEAD
 from twotower.planning.fit import Alternative, GpuFit
-from twotower.planning.loading import ASSUMED_DISK_RATE
-from twotower.planning.options import all_formats
+from twotower.planning.load_time import ASSUMED_DISK_RATE
 from twotower.planning.plan import EXPORT_MEMORY, Plan
+from twotower.planning.plan_options import all_formats
 from twotower.planning.render_passes import aligned, break_even_lines, expert_lines, pass_lines, pass_notes
 
 __all__ = ["describe_fits", "describe_plan", "refusal"]

@@ -8,7 +8,7 @@ from twotower.builders.base import DENSE, FUSED, KERNELS
 from twotower.kernels import MOST_TOKENS
 from twotower.planning.expert_path import CHOSEN, FUSED_SINCE
 from twotower.planning.fit import GpuFit
-from twotower.planning.passes import PassCost, PassCosts
+from twotower.planning.pass_cost import PassCost, PassCosts
 from twotower.planning.plan import Plan
 from twotower.spec import MAX_CHUNK
 

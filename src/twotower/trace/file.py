@@ -1,10 +1,11 @@
-"""Traces as files: JSON lines, written whole or not at all, and checked line by line when they are read."""
+"""Traces as files: JSON lines, written whole or not at all and checked when they are read, and an HTML page that plays one."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from twotower.errors import TraceError
 from twotower.files import write_atomically
 from twotower.trace.record import KIND, SCHEMA, Trace, TraceBlock, TraceEnd, TraceHeader, TraceStep
 
-__all__ = ["check_output", "read_trace", "trace_lines", "write_text", "write_trace"]
+__all__ = ["check_output", "read_trace", "trace_lines", "trace_page", "write_text", "write_trace"]
 
 _AGAIN = "record it again with `twotower trace BUNDLE PROMPT -o FILE.jsonl`"
 
@@ -216,3 +217,13 @@ _END = {
     "usage": _numbers("completion_tokens", "tokens_per_nfe"),
     "timings_ms": _numbers("prefill", "denoise", "extend", "total"),
 }
+
+
+_PLACE = "{{trace}}"
+
+
+def trace_page(trace: Trace) -> str:
+    """The page; its script reads the trace from a JSON element and shows strings by `textContent` only."""
+    before, _, after = (resources.files("twotower.trace") / "trace.html").read_text(encoding="utf-8").partition(_PLACE)
+    # Not only "</": a "<!--" inside a script element would change where the browser sees the element's end.
+    return before + json.dumps(asdict(trace)).replace("<", "\\u003c") + after

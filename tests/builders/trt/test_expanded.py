@@ -9,7 +9,8 @@ import pytest
 
 from tests.helpers.program_text import Described, Launch, program
 from twotower.builders.trt.engine_inspector import expands_experts, require_fused
-from twotower.builders.trt.rtx_program import read_program_text, summarize_programs
+from twotower.builders.trt.rtx_program.analysis import summarize_programs
+from twotower.builders.trt.rtx_program.read import read_program_text
 from twotower.bundle import EngineFile, EngineRecord, Profile
 from twotower.errors import BuildError
 

@@ -12,7 +12,7 @@ from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
 from twotower.bundle import EngineRecord
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
-from twotower.cli.step_table import launch_facts
+from twotower.cli.engine_table import launch_facts
 from twotower.config.model import ModelConfig, parse_model_config
 from twotower.export import ExportConfig, export_programs
 from twotower.planning import PlanOptions, plan_bundle

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from tests.helpers.graphs import FIXTURES
 from twotower.config import ModelConfig, read_model_config
 from twotower.evaluate.half_precision import round_results
-from twotower.export.graphs.builder import GraphBuilder
-from twotower.export.graphs.layers import LayerWeights
-from twotower.export.graphs.moe import _routing, _within_best_groups, moe
+from twotower.export.graphs.layers import LayerWeights, _routing, _within_best_groups, moe
+from twotower.export.graphs.recorder import GraphBuilder
 from twotower.model.layers import MoE
 from twotower.spec import TensorSpec, TowerSignature
 from twotower.weights.external import detach_weights

@@ -13,7 +13,7 @@ from tests.helpers.weight_files import record_of
 from twotower.bundle import FileRecord
 from twotower.errors import BundleError
 from twotower.runtime.weights.data_file import DataFile, PageCache
-from twotower.runtime.weights.layout import Chunk
+from twotower.runtime.weights.device_layout import Chunk
 from twotower.weights.refs import PAGE
 
 Patch = pytest.MonkeyPatch

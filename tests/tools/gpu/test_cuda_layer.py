@@ -15,7 +15,7 @@ from tools.gpu.torch_operators import OPERATORS
 from twotower.bundle import GRAPH_FILES
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.model import parse_model_config
-from twotower.export.graphs.towers import build_graph
+from twotower.export.graphs.tower_graphs import build_graph
 
 
 def test_torch_computes_every_operator_of_the_graphs() -> None:

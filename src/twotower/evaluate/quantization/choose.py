@@ -21,7 +21,8 @@ from twotower.evaluate.quantization.format_ladders import KEPT, Candidate, Choos
 from twotower.evaluate.quantization.price import compared, flags_of
 from twotower.evaluate.quantization.variants import Mixer
 from twotower.evaluate.suite import Problem, Suite
-from twotower.export.graphs import ActivationFormat, Precision, build_graph
+from twotower.export.graphs.precision import ActivationFormat, Precision
+from twotower.export.graphs.tower_graphs import build_graph
 from twotower.runtime import TwoTower
 
 __all__ = ["Choice", "choose"]

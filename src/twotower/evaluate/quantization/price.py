@@ -13,7 +13,7 @@ import numpy as np
 from twotower import __version__
 from twotower.evaluate.evaluation import summaries, summary
 from twotower.evaluate.measure import Contestant, Measured, measure
-from twotower.evaluate.statistics import Resampler
+from twotower.evaluate.resampling import Resampler
 from twotower.evaluate.suite import Problem, Suite
 from twotower.runtime import TwoTower
 

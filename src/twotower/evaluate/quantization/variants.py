@@ -1,24 +1,30 @@
-"""Bundles that are never written: any mixture of the weights of a float bundle and of quantized ones, as engines that run.
-
-A mixture is a graph and nothing else. Its weights lie in the files of the bundles it is mixed from, so that quantizing one layer kind at a
-time, of a model of any size, costs some hundred kilobytes of disk and the time to measure it.
-"""
+"""From two opened bundles to the report of what quantization costs: bytes, figures, and one part quantized at a time."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
-from twotower.bundle import GRAPH_FILES, Bundle
-from twotower.calibration.ort import composed_engine, engine_places
-from twotower.calibration.quantize import precision_of
+from twotower.bundle import GRAPH_FILES, MANIFEST_FILE, Bundle
+from twotower.calibration.quantize import precision_of, source_identity
+from twotower.calibration.recipes import parts_of
+from twotower.calibration.watched_engine import composed_engine, engine_places
+from twotower.checkpoint.layout import expected_tensors
 from twotower.errors import ConfigError
+from twotower.evaluate.quantization.price import PriceConfig, measure_price
+from twotower.evaluate.suite import Suite
 from twotower.export.graph_files import point_to_data
-from twotower.export.graphs import Precision, build_graph
+from twotower.export.graphs.precision import Precision
+from twotower.export.graphs.tower_graphs import build_graph
 from twotower.runtime import TwoTower
 from twotower.runtime.engines.tower_engine import TowerEngine
 from twotower.runtime.engines.towers import Towers
@@ -27,7 +33,7 @@ from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, signatures
 from twotower.weights.declared import Weight, lay_out
 from twotower.weights.refs import WeightRef
 
-__all__ = ["Mixer"]
+__all__ = ["Mixer", "Pair", "bytes_by_kind", "bytes_report", "note_of", "parts_alone", "price_of", "require_pair"]
 
 
 class Mixer:
@@ -96,3 +102,142 @@ class Mixer:
             found=f"{weight.format.label if weight.format else 'rows that stay as they are'}",
             do="report this: it is a defect of twotower",
         )
+
+
+_TARGET = "ort-cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A quantized bundle and the float one it is measured against."""
+
+    quantized: Bundle
+    reference: Bundle
+
+
+def require_pair(first: Bundle, second: Bundle) -> Pair | None:
+    """The two in their roles, whichever was named first; None where neither or both are quantized.
+
+    Raises:
+        ConfigError: they are of different checkpoints.
+    """
+    if (first.quantization is None) == (second.quantization is None):
+        return None
+    pair = Pair(first, second) if first.quantization is not None else Pair(second, first)
+    if pair.quantized.source.get("shards") != pair.reference.source.get("shards"):
+        raise ConfigError(
+            f"'{pair.quantized.path}' was not made from the checkpoint of '{pair.reference.path}'",
+            found=f"sources {pair.quantized.source['name']} and {pair.reference.source['name']}, with other shards",
+            do="name the float bundle it was quantized from",
+        )
+    return pair
+
+
+def price_of(
+    pair: Pair,
+    opened: tuple[TwoTower, TwoTower],
+    suite: Suite,
+    config: PriceConfig,
+    *,
+    sensitivity: bool = True,
+    threads: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """The report.
+
+    Args:
+        pair: The bundles.
+        opened: The quantized and the float one, opened.
+        suite: The problems.
+        config: What is asked for.
+        sensitivity: Also measure with one layer kind, and one tower, quantized at a time.
+        threads: Threads of the mixtures, as the bundles were opened with.
+        progress: Called with (problems done, problems in all).
+    """
+    quantized, reference = opened
+    why_not = _why_no_parts(pair, opened) if sensitivity else "parts were not measured alone: not asked for"
+    with ExitStack() as stack:
+        variants: dict[str, TwoTower] = {}
+        if not why_not:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="twotower-parts-")))
+            mixer = Mixer(pair.reference, [pair.quantized], scratch, threads=threads)
+            for name, precision in parts_alone(pair.quantized):
+                variants[name] = stack.enter_context(mixer.open(precision))
+        report = measure_price(reference, quantized, suite, config, variants=variants, progress=progress)
+    facts = pair.quantized.quantization
+    assert facts is not None
+    report["quantized"] = {
+        "name": pair.quantized.path.resolve().name,
+        "target": quantized.target,
+        "recipe": facts["recipe"]["name"],
+        "options": facts["options"],
+        "precision": pair.quantized.precision,
+    }
+    report["reference"] = {"name": pair.reference.path.resolve().name, "target": reference.target}
+    report["bytes"] = bytes_report(pair.quantized, pair.reference)
+    report["why_not"] = why_not
+    return report
+
+
+def note_of(report: dict[str, Any]) -> dict[str, Any]:
+    """What of a report belongs into the bundle's manifest."""
+    total = report["compared"]
+    return {
+        "suite": report["suite"],
+        "target": report["quantized"]["target"],
+        "generation": report["generation"],
+        "budget": report["budget"],
+        **{name: total[name] for name in ("retention", "passes_per_block", "inflation", "step_time", "speedup")},
+        "flags": report["flags"],
+    }
+
+
+def parts_alone(bundle: Bundle) -> Iterator[tuple[str, Precision]]:
+    """Every layer kind of a quantized bundle alone, then every tower."""
+    whole = precision_of(bundle)
+    graphs = (build_graph(name, bundle.config, bundle.dtype) for name in GRAPH_FILES)
+    parts = {p.name: p for graph in graphs for p in parts_of(bundle.config, graph.weights) if p.name in whole.weights}
+    for kind in dict.fromkeys(part.kind for part in parts.values()):
+        yield kind, _restricted(whole, {name for name, part in parts.items() if part.kind == kind})
+    for tower in ("context", "denoiser"):
+        yield f"{tower} tower", _restricted(whole, {name for name, part in parts.items() if part.tower == tower})
+
+
+def _restricted(whole: Precision, chosen: set[str]) -> Precision:
+    weights = {name: how for name, how in whole.weights.items() if name in chosen}
+    return Precision(weights, {name: how for name, how in whole.activations.items() if name in weights})
+
+
+def _why_no_parts(pair: Pair, opened: tuple[TwoTower, TwoTower]) -> str:
+    if any(model.target != _TARGET for model in opened):
+        return f"parts were not measured alone: that needs target {_TARGET}, this is {opened[0].target}"
+    facts = pair.quantized.quantization
+    if facts is None or facts["source"] != source_identity(pair.reference):
+        return f"parts were not measured alone: the bundle was not made from the weights of {pair.reference.path.name} themselves"
+    return ""
+
+
+def bytes_by_kind(bundle: Bundle, dtype: str | None = None) -> dict[str, int]:
+    """Bytes of the weights of all graphs by layer kind; with a dtype those of a float bundle in that type."""
+    quantized = dtype is None and bundle.quantization is not None
+    precision = precision_of(bundle) if quantized else Precision()
+    known = expected_tensors(bundle.config)
+    out: Counter[str] = Counter()
+    for name in GRAPH_FILES:
+        for weight in build_graph(name, bundle.config, dtype or bundle.dtype, precision).weights:
+            out[known[weight.sources[0]].role.value] += weight.nbytes
+    return dict(out)
+
+
+def bytes_report(quantized: Bundle, reference: Bundle) -> dict[str, Any]:
+    """Before, after, and in bfloat16; the files of engines, which can be built again, are not counted."""
+    after, before, half = bytes_by_kind(quantized), bytes_by_kind(reference), bytes_by_kind(reference, "bfloat16")
+    return {
+        "files": {"before": _files(reference), "after": _files(quantized)},
+        "weights": {"before": sum(before.values()), "after": sum(after.values()), "bfloat16": sum(half.values())},
+        "kinds": {kind: {"before": before[kind], "after": after[kind], "bfloat16": half[kind]} for kind in sorted(before)},
+    }
+
+
+def _files(bundle: Bundle) -> int:
+    return sum(record.size for record in bundle.files.values()) + (bundle.path / MANIFEST_FILE).stat().st_size

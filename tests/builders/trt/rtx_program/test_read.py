@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.program_text import Described, Launch, plan_of, program
-from twotower.builders.trt.rtx_program import Program, read_program_text, read_programs
-from twotower.builders.trt.rtx_program.read import _weight_inputs
+from twotower.builders.trt.rtx_program.read import _weight_inputs, read_program_text, read_programs
+from twotower.builders.trt.rtx_program.records import Program
 from twotower.builders.trt.rtx_program.text import ProgramText
 from twotower.config.model import read_model_config
-from twotower.export.graphs import build_graph
+from twotower.export.graphs.tower_graphs import build_graph
 from twotower.spec import EXPERTS_OUT, RESIDUAL_IN, signatures
 
 ROOT = Path(__file__).parents[4]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from twotower.builders.trt.rtx_program.analysis import SHARED, kind_of, with_scopes
 from twotower.builders.trt.rtx_program.records import Kernel
-from twotower.builders.trt.rtx_program.scopes import SHARED, kind_of, with_scopes
 
 
 def kernel(nodes: str, *, reads: str = "", writes: str = "y") -> Kernel:

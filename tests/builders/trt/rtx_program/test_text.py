@@ -8,7 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from tests.helpers.program_text import Launch, plan_of, program
-from twotower.builders.trt.rtx_program import ProgramTextError, read_programs, text
+from twotower.builders.trt.rtx_program import text
+from twotower.builders.trt.rtx_program.read import read_programs
+from twotower.builders.trt.rtx_program.text import ProgramTextError
 
 TEXT = program().text()
 SECOND = program(

@@ -14,10 +14,10 @@ from twotower.errors import ConfigError
 from twotower.planning import PlanOptions
 from twotower.planning.devices import device_needs
 from twotower.planning.expert_path import expert_path, segments_of
-from twotower.planning.memory import state_bytes, tower_scratch
-from twotower.planning.options import capacity_of
-from twotower.planning.passes import pass_costs
+from twotower.planning.pass_cost import pass_costs
+from twotower.planning.plan_options import capacity_of
 from twotower.planning.scratch import Shapes, scratch
+from twotower.planning.working_memory import state_bytes, tower_scratch
 from twotower.spec import CONTEXT, DENOISER
 
 PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")

@@ -10,12 +10,10 @@ import onnx_ir as ir
 from twotower.checkpoint.layout import Tower
 from twotower.config import LayerKind, ModelConfig
 from twotower.export.graphs.attention import MASKED, context_attention, denoiser_attention
-from twotower.export.graphs.builder import GraphBuilder
-from twotower.export.graphs.conditioning import conditioning, modulation, normed_input
-from twotower.export.graphs.layers import LayerWeights, mlp, rms_norm
+from twotower.export.graphs.layers import LayerWeights, conditioning, mlp, modulation, moe, normed_input, rms_norm
 from twotower.export.graphs.mamba import ChunkInfo, mamba
-from twotower.export.graphs.moe import moe
 from twotower.export.graphs.precision import Precision, Tap
+from twotower.export.graphs.recorder import GraphBuilder
 from twotower.export.graphs.sampler import mask_info, relative_to_best, sample_and_commit
 from twotower.spec import (
     BLOCK,

@@ -11,7 +11,7 @@ from typing import Any
 from twotower import __version__
 from twotower.bundle import MANIFEST_FILE, SCHEMA, FileRecord, hash_file, write_json
 from twotower.config import GenerationConfig, ModelConfig
-from twotower.export.graphs import OPSET
+from twotower.export.graphs.recorder import OPSET
 from twotower.spec import signatures
 
 __all__ = ["base_manifest", "write_manifest"]

@@ -14,8 +14,8 @@ from twotower.config.model import parse_model_config
 from twotower.planning import GpuModel, PlanOptions
 from twotower.planning.devices import device_needs
 from twotower.planning.expert_path import distinct_experts
-from twotower.planning.memory import state_bytes
-from twotower.planning.passes import PassCost, pass_costs
+from twotower.planning.pass_cost import PassCost, pass_costs
+from twotower.planning.working_memory import state_bytes
 
 PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
 KERNELS = PlanOptions(target="trt")

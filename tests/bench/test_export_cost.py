@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from twotower.bench.process import run_measured
+from twotower.bench.export_cost import run_measured
 from twotower.errors import BuildError
 
 

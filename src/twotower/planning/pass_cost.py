@@ -14,9 +14,9 @@ from twotower.planning.expert_path import (
     outside_engines,
 )
 from twotower.planning.gpus import GpuModel
-from twotower.planning.memory import needed_weights, state_bytes
-from twotower.planning.options import TENSORRT, PlanOptions, engine_dtype, rounded_of
+from twotower.planning.plan_options import TENSORRT, PlanOptions, engine_dtype, rounded_of
 from twotower.planning.weights import weight_counts
+from twotower.planning.working_memory import needed_weights, state_bytes
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 
 __all__ = ["PassCost", "PassCosts", "pass_costs"]

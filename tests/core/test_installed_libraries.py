@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from twotower.distributions import installed_libraries
+from twotower.extras import installed_libraries
 from twotower.hardware import probe_machine, select_target
 
 NAMES = ("tensorrt", "onnxruntime", "onnxruntime-gpu")

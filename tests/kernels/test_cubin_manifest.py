@@ -15,7 +15,7 @@ from tests.helpers.layers_of_experts import make_shape
 from twotower.cli.main import build_parser
 from twotower.errors import BundleError
 from twotower.kernels import Manifest, read_manifest
-from twotower.kernels.manifest import MANIFEST, build_command
+from twotower.kernels.cubin_manifest import MANIFEST, build_command
 
 
 @pytest.fixture

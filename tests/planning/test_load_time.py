@@ -11,7 +11,7 @@ from twotower.config.model import parse_model_config
 from twotower.errors import ConfigError
 from twotower.hardware import Gpu
 from twotower.planning import GPUS, PlanOptions, fit, gpu_at_hand, gpus_named
-from twotower.planning.loading import ASSUMED_DISK_RATE, LoadTime, load_time
+from twotower.planning.load_time import ASSUMED_DISK_RATE, LoadTime, load_time
 
 PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
 TRT = PlanOptions(target="trt")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower.runtime.weights.layout import (
+from twotower.runtime.weights.device_layout import (
     ALIGNMENT,
     Chunk,
     Run,

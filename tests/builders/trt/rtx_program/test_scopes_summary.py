@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from tests.helpers.program_text import Described, Launch, program
-from twotower.builders.trt.rtx_program import read_program_text, summarize_programs
+from twotower.builders.trt.rtx_program.analysis import summarize_programs
+from twotower.builders.trt.rtx_program.read import read_program_text
 
 
 def test_kernels_are_counted_by_kind_and_fusions_told_once_a_kind() -> None:

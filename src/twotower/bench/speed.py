@@ -1,7 +1,8 @@
-"""Tokens a second of both modes on bundles, measured in turns so that a machine's moods hit all alike."""
+"""Tokens a second of both modes on bundles, measured in turns so that system noise affects all alike, and the time of single passes."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -9,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.errors import ConfigError
-from twotower.runtime import Generation, TwoTower
+from twotower.runtime import Generation, StepRecord, TwoTower
+from twotower.spec import CONTEXT, DENOISER
 
-__all__ = ["GenerationSpeed", "measure_generation", "measure_in_turns", "random_prompts"]
+__all__ = ["GenerationSpeed", "PassTimes", "measure_generation", "measure_in_turns", "measure_passes", "random_prompts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,4 +113,71 @@ def _speed(mode: str, batches: list[list[Generation]]) -> GenerationSpeed:
         extend_ms=extend_ms,
         tokens_per_nfe=per_batch(lambda b: sum(r.usage.completion_tokens for r in b) / sum(r.usage.nfe for r in b)),
         steps_per_block=per_batch(lambda b: sum(r.usage.steps_per_block for r in b) / len(b)),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassTimes:
+    """Medians of one row after a context of some tokens.
+
+    Attributes:
+        context: Tokens before the block.
+        runs: Passes of each kind the medians are of.
+        denoise_ms: One denoiser pass over a block, from its launch until its tokens are on the host.
+        extend_ms: The context tower over one block's tokens and the head, until the next token is on the host.
+        denoiser_bytes: Weights of the denoiser as the bundle stores them; likewise
+        context_bytes: of the context tower.
+    """
+
+    context: int
+    runs: int
+    denoise_ms: float
+    extend_ms: float
+    denoiser_bytes: int
+    context_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with bytes over time."""
+        rates = {
+            "denoise_gb_per_s": self.denoiser_bytes / self.denoise_ms / 1e6,
+            "extend_gb_per_s": self.context_bytes / self.extend_ms / 1e6,
+        }
+        return asdict(self) | rates
+
+
+def measure_passes(bundle: Bundle, model: TwoTower, *, context: int = 128, runs: int = 30) -> PassTimes:
+    """Times passes by wall clock around work that is waited for; every first pass of a kind is not counted.
+
+    Args:
+        bundle: What the model was opened from.
+        model: The engine.
+        context: Tokens of the prompt the denoiser attends to.
+        runs: Passes of each kind.
+    """
+    size = bundle.trained_block_size
+    words = np.setdiff1d(np.arange(model.config.vocab_size), [model.config.mask_token_id, *model.config.eos_token_ids])
+    rng = np.random.default_rng(0)
+    prompt = rng.choice(words, context).tolist()
+    # No prediction is surer than 1, so every block takes as many passes as it has positions.
+    blocks = -(-runs // size) + 1
+    options = GenerationConfig(
+        max_new_tokens=blocks * size, block_size=size, confidence_threshold=1.0, steps_per_block=size, ignore_eos=True
+    )
+    steps: list[StepRecord] = []
+    model.generate(prompt, options, on_step=steps.append)
+    one = GenerationConfig(mode="ar", max_new_tokens=1, ignore_eos=True)
+    chunk = rng.choice(words, size).tolist()
+    seconds = []
+    for _ in range(runs + 2):
+        started = time.perf_counter()
+        model.generate(chunk, one)
+        seconds.append(time.perf_counter() - started)
+    counted = [s.ms for s in steps[size:]]
+    return PassTimes(
+        context=context,
+        runs=min(len(counted), runs),
+        denoise_ms=median(counted),
+        extend_ms=1000 * median(seconds[2:]),
+        denoiser_bytes=bundle.files[GRAPH_FILES[DENOISER] + DATA_SUFFIX].size,
+        context_bytes=bundle.files[GRAPH_FILES[CONTEXT] + DATA_SUFFIX].size,
     )

@@ -10,7 +10,7 @@ from twotower.builders.profiles import greatest_rows
 from twotower.config.model import ModelConfig
 from twotower.dtypes import item_bytes
 from twotower.planning.expert_path import expert_path, experts_are_expanded, outside_engines
-from twotower.planning.options import TENSORRT, PlanOptions, capacity_of, engine_dtype, formats_of, rounded_of
+from twotower.planning.plan_options import TENSORRT, PlanOptions, capacity_of, engine_dtype, formats_of, rounded_of
 from twotower.planning.scratch import Scratch, Shapes, scratch
 from twotower.planning.weights import GraphWeights, graph_weights
 from twotower.spec import CONTEXT, CONTEXT_HEAD, state_tensors
