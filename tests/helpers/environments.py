@@ -24,8 +24,9 @@ PARENTS = {
     "export,cpu": "export",
     "calibration,cpu": "calibration",
     "evaluate,cpu": "evaluate",
+    "kernels,rtx": "rtx",
 }
-"""Extras whose packages are among those of others: an environment starts from its parent's files, which spares unpacking torch again."""
+"""Extras whose packages are among those of others: an environment starts from its parent's files, which spares unpacking torch or TensorRT again."""
 
 
 class Environments:
@@ -117,6 +118,8 @@ def _normalized(name: str) -> str:
 def _start_from(parent: Path, folder: Path) -> None:
     """The parent's packages under a new folder, as links to the same files; the wheel itself is left to be installed."""
     (site,) = parent.rglob("site-packages")
-    subprocess.run([str(_commands(parent) / "python"), "-c", "import torch, onnx_ir"], check=True)  # compiled here, once
+    imports = "import importlib.util as u\nfor n in ('torch', 'onnx_ir', 'onnx'):\n  if u.find_spec(n): __import__(n)"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    subprocess.run([str(_commands(parent) / "python"), "-c", imports], env=clean, check=True)  # compiled here, once
     ours = shutil.ignore_patterns("twotower", "twotower-*")
     shutil.copytree(site, folder / site.relative_to(parent), copy_function=os.link, ignore=ours)
