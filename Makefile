@@ -43,7 +43,7 @@ types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
 test: $(STAMP) ## the tests of everything that needs neither a GPU nor what the next five targets are for: below five minutes
-	$(PYTEST) -m "not (trained or wheel or browser or kernels or (trt_rtx and slow))" --cpu-limit 10 $(ARGS)
+	$(PYTEST) -m "not (trained or wheel or browser or kernels or (trt_rtx and slow))" --cpu-limit 20 $(ARGS)
 
 test-trained: $(STAMP) ## the tests that take tens of seconds: the trained model quantized, tuned, by lm-evaluation-harness; other tools
 	$(PYTEST) -m trained $(ARGS)
@@ -58,7 +58,7 @@ test-long: $(STAMP) ## the last three in one run, whose processes then have less
 	$(PYTEST) -m "trained or browser or (trt_rtx and slow)" $(ARGS)
 
 test-all: $(STAMP) ## `make test` and `make test-long` in one run, likewise: what `.ci/run` runs
-	$(PYTEST) -m "not (wheel or kernels) or trained or browser or (trt_rtx and slow)" --cpu-limit 10 $(ARGS)
+	$(PYTEST) -m "not (wheel or kernels) or trained or browser or (trt_rtx and slow)" --cpu-limit 20 $(ARGS)
 
 test-times: $(STAMP) ## the tests without the mark `slow`, one after another; fails where one takes more than 2 s of a processor
 	$(BIN)/python -m pytest -m "not (slow or trained or wheel or browser or kernels)" --cpu-limit 2 $(ARGS)

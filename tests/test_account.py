@@ -32,6 +32,7 @@ def test_works_and_says_so(): subprocess.run([sys.executable, "-c", BUSY])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_what_did_not_run_and_what_takes_long_are_told(tmp_path: Path, workers: str) -> None:
     (tmp_path / "conftest.py").write_text(CONFTEST)

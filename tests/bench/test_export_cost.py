@@ -21,6 +21,7 @@ def fail(code: int) -> None:
     sys.exit(code)
 
 
+@pytest.mark.slow
 def test_what_a_process_holds_is_seen() -> None:
     seconds, idle = run_measured(hold, 0, 0.1)
     assert seconds >= 0.1

@@ -23,6 +23,7 @@ def peer(built_bundle: Path) -> object:
     return open_peer("transformers", Bundle.open(built_bundle), threads=1)
 
 
+@pytest.mark.slow
 def test_transformers_says_what_we_say(built_bundle: Path, peer: object) -> None:
     """Greedy, every layer kind, two rows; a different token would be a different model."""
     prompts = [[5, 6, 7, 8, 9], [20, 21, 22, 23, 24]]
@@ -33,6 +34,7 @@ def test_transformers_says_what_we_say(built_bundle: Path, peer: object) -> None
     assert speed.form.startswith("experts ")
 
 
+@pytest.mark.slow
 def test_the_command_adds_the_peer(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     words = ["bench", str(built_bundle), "--prompt-tokens", "4", "--max-new-tokens", "16", "--runs", "1", "--peers", "transformers"]
@@ -57,6 +59,7 @@ def test_a_quantized_bundle_has_no_peer(tmp_path: Path) -> None:
         open_peer("x", few, threads=1)
 
 
+@pytest.mark.slow
 def test_a_quantized_bundle_is_measured_beside_the_one_it_was_made_from(
     built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,6 +44,7 @@ def origin(record: Any) -> dict[str, bool]:
     return {name: facts["cached"] for name, facts in record.report["engines"].items()}
 
 
+@pytest.mark.slow
 def test_an_earlier_list_of_options_comes_out_of_the_cache(bundle: Bundle, builder: EngineBuilder) -> None:
     first = build_engines(bundle, "trt", builder, config=CONFIG)
     other = build_engines(bundle, "trt", builder, config=BuildConfig(max_context=512, experts="dense"))
@@ -57,6 +58,7 @@ def test_an_earlier_list_of_options_comes_out_of_the_cache(bundle: Bundle, build
     assert set(origin(forced).values()) == {False}
 
 
+@pytest.mark.slow
 def test_a_build_that_fails_late_goes_on_from_there(bundle: Bundle, builder: EngineBuilder) -> None:
     intact = bundle.graph_file("denoiser").read_bytes()
     plant(bundle, "denoiser", "RefuseBuild")
@@ -67,6 +69,7 @@ def test_a_build_that_fails_late_goes_on_from_there(bundle: Bundle, builder: Eng
     assert origin(record) == {"context.engine": True, "context_head.engine": True, "denoiser.engine": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_a_damaged_engine_and_its_entry_are_built_again(
     bundle: Bundle, builder: EngineBuilder, caplog: pytest.LogCaptureFixture, damage: str
@@ -84,6 +87,7 @@ def test_a_damaged_engine_and_its_entry_are_built_again(
     read_engine_record(bundle, "trt", library=builder.library())
 
 
+@pytest.mark.slow
 def test_two_bundles_share_a_named_cache(bundle: Bundle, builder: EngineBuilder, tmp_path: Path) -> None:
     other = Bundle.open(copy_of(bundle, tmp_path / "elsewhere"))
     config = BuildConfig(max_context=256, experts="dense", cache=tmp_path / "shared")
@@ -92,11 +96,13 @@ def test_two_bundles_share_a_named_cache(bundle: Bundle, builder: EngineBuilder,
     assert set(origin(build_engines(other, "trt", builder, config=config)).values()) == {True}
 
 
+@pytest.mark.slow
 def test_without_a_cache_nothing_is_kept(bundle: Bundle, builder: EngineBuilder) -> None:
     build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense", use_cache=False))
     assert ".cache" not in engines(bundle)
 
 
+@pytest.mark.slow
 def test_the_cache_is_bounded_after_a_build(bundle: Bundle, builder: EngineBuilder) -> None:
     for length in (256, 512, 1024):
         build_engines(bundle, "trt", builder, config=BuildConfig(max_context=length, experts="dense", cache_bytes=0))

@@ -90,6 +90,7 @@ def test_a_bound_on_memory_is_kept_or_refused(tmp_path: Path, builder: StandInBu
     assert "--max-build-memory to 0.4G" in error.value.do
 
 
+@pytest.mark.slow
 def test_kernels_for_full_tensorrt_are_those_of_the_gpu_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_fake(tmp_path, monkeypatch)
     see_gpu(monkeypatch, L4)

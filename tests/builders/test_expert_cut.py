@@ -103,6 +103,7 @@ def common_forms(config: ModelConfig, folder: Path, graph: str) -> Iterator[tupl
         yield model.SerializeToString(), names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graph", [CONTEXT, DENOISER])
 def test_equal_programs_are_equal_to_the_byte(tmp_path: Path, graph: str) -> None:
     """The published towers have 24 programs of four kinds: the first, the last, and those with and without attention."""

@@ -89,6 +89,7 @@ def tokens(rows: int, length: int) -> Array:
 both_ways = pytest.mark.parametrize("packed", [True, False], ids=["experts packed", "experts where they are"])
 
 
+@pytest.mark.slow
 @both_ways
 @pytest.mark.parametrize(("experts", "top"), [(16, 3), (16, 1), (4, 4), (64, 6)])
 def test_it_is_the_exported_graph(tmp_path: Path, packed: bool, experts: int, top: int) -> None:

@@ -129,6 +129,7 @@ def test_weights_fed_compute_what_weights_inside_compute(bundle: Bundle, name: s
     compare_fed_with_inside(bundle, name, level, packed=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", [CONTEXT, CONTEXT_HEAD, DENOISER])
 def test_a_layer_of_every_kind_at_768_wide_computes_the_same(wide: Bundle, name: str, level: str) -> None:

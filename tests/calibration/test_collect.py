@@ -69,6 +69,7 @@ def test_ranges_are_those_torch_sees(tiny_bundle: Path, whole: Statistics) -> No
     assert len([n for n in watched.names if n in seen]) >= 10
 
 
+@pytest.mark.slow
 def test_sampled_calibrations_are_the_same_again(tiny_bundle: Path, tmp_path: Path) -> None:
     config = GenerationConfig(max_new_tokens=32, ignore_eos=True, temperature=50.0)
     options, some = CollectConfig(generation=config), PROMPTS[:2]
@@ -182,6 +183,7 @@ def test_what_is_watched_of_the_published_model_stays_below_a_gigabyte() -> None
     assert hidden * chunk <= 1 << 30
 
 
+@pytest.mark.slow
 def test_the_picture_has_a_panel_a_kind(whole: Statistics) -> None:
     drawn = draw_ranges(whole)
     assert drawn["ranges.png"].startswith(b"\x89PNG")

@@ -112,6 +112,7 @@ def test_graphs_are_clean_and_of_standard_operators(few: Any, recipe: str) -> No
         assert not [f for f in lint(model) if f.rule.severity == "error"]
 
 
+@pytest.mark.slow
 def test_bytes_of_a_half_width_bundle(tmp_path: Path) -> None:
     """The sizes that are promised: of all weights in 8 bits, of the experts in 4.
 
@@ -192,6 +193,7 @@ def test_a_weight_that_is_not_finite_leaves_nothing(tiny_bundle: Path, tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 
 
+@pytest.mark.slow
 def test_a_bundle_laid_out_by_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every weight on a page of its own, as it once was: the tower that is kept and the one that is not read what they should."""
     from twotower.builders import build_engines, builder_for

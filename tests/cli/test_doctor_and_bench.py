@@ -79,6 +79,7 @@ def test_nothing_to_measure_is_a_user_error(built_bundle: Path, capsys: pytest.C
     assert "\n  do: " in captured.err
 
 
+@pytest.mark.slow
 def test_a_report_is_an_archive_and_a_page_named_after_the_device(
     built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +108,7 @@ def test_a_report_is_an_archive_and_a_page_named_after_the_device(
     assert str(built_bundle) not in json.dumps(results)
 
 
+@pytest.mark.slow
 def test_a_report_checks_every_target_that_runs_here_and_shows_the_one_that_does_not_open(
     built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

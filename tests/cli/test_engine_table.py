@@ -60,6 +60,7 @@ def shown(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict
     return text, json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_inspect_shows_what_was_built_and_json_has_all_of_it(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads((engine_folder(bundle, "trt") / BUILD_FILE).read_text())
     record["report"]["engines"]["context_head.engine"]["log"] = [{"severity": "WARNING", "message": "odd", "count": 1, "explained": None}]
@@ -188,6 +189,7 @@ def test_an_engine_that_cannot_be_read_says_why(tmp_path: Path, capsys: pytest.C
     assert main(["inspect", str(tmp_path / "none.engine")]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("places", ["inputs", "inside"])
 def test_weights_that_lie_twice_are_counted(bundle: Bundle, places: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", str(bundle.path), *options(), "--weights", places, "--force"]) == 0

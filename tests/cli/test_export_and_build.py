@@ -55,6 +55,7 @@ def test_inspect_describes_a_bundle(built_bundle: Path, capsys: pytest.CaptureFi
     assert "ort-cpu: built" in text
 
 
+@pytest.mark.slow
 def test_export_and_build_say_what_they_made_and_what_is_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "bundle"
     assert main(["export", str(SOURCE), "-o", str(output), "--dtype", "bfloat16", "--block-size", "8"]) == 0

@@ -21,6 +21,7 @@ def generated(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str,
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 def test_json_has_the_documented_keys(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (one,) = generated(capsys, str(built_bundle), "--tokens", PROMPT, "--max-new-tokens", "20", "--threshold", "0.8")
     # No text: the fixture has no tokenizer.

@@ -102,6 +102,7 @@ def sections_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "copy_rates", lambda cuda: {})  # of a GiB, which takes the stand-in seconds
 
 
+@pytest.mark.slow
 def test_the_report_of_a_device(
     bundle: Any,
     opened: list[Any],

@@ -197,6 +197,7 @@ def test_what_cannot_be_done_is_said_in_three_parts(
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
 
 
+@pytest.mark.slow
 def test_statistics_of_another_checkpoint(
     built_bundle: Path, tiny_statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

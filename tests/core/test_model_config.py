@@ -136,6 +136,7 @@ def test_any_json_value_in_any_field_is_named_and_not_computed_with(tmp_path: Pa
     assert named in str(caught.value)
 
 
+@pytest.mark.slow
 @given(field=st.sampled_from(sorted(PUBLISHED)), value=JSON_VALUES)
 def test_no_value_of_a_field_raises_anything_else(field: str, value: Any) -> None:
     try:

@@ -103,6 +103,7 @@ def test_a_sound_engine_passes(original: Bundle, known: KnownAnswer, model: TwoT
     assert result.ok is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_rounding_is_no_failure(tmp_path: Path, known: KnownAnswer, dtype: str) -> None:
     narrow = built_fixture("hybrid-a", tmp_path / "b", dtype)

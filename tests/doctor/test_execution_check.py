@@ -52,6 +52,7 @@ COPIED, LAUNCHED, TWO = (
 )
 
 
+@pytest.mark.slow
 def test_a_sound_engine_passes(bundle: Any) -> None:
     assert outcome(bundle) == {COPIED: True, LAUNCHED: True, TWO: True}
 
@@ -77,6 +78,7 @@ def test_graphs_that_replay_old_numbers_are_found(bundle: Any, graph: str, found
     assert outcome(bundle, plant)[found_by] is False
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_kept_elsewhere_is_found(bundle: Any) -> None:
     """The defect of an update that does not reach the buffer the caller bound.
 

@@ -94,6 +94,7 @@ def test_equal_prompts_at_a_temperature_give_several_texts(models: Models) -> No
     assert [t.text for t in again] == [t.text for t in texts]
 
 
+@pytest.mark.slow
 def test_derived_and_quantized_bundles_carry_the_list(
     changed_bundle: Bundle,
     tmp_path: Path,

@@ -92,6 +92,7 @@ def test_narrow_bundles_generate_on_a_cpu(tmp_path: Path, dtype: str) -> None:
 PROMPTS = [np.random.default_rng(n).integers(4, 250, n).tolist() for n in (1, 3, 17, 40, 64, 90, 130, 300)]
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(order=st.permutations(range(8)), temperature=st.sampled_from([0.0, 0.9]), mode=st.sampled_from(["diffusion", "ar"]))
 def test_a_row_is_the_same_in_any_company(models: dict[str, TwoTower], order: list[int], temperature: float, mode: str) -> None:

@@ -28,6 +28,7 @@ def test_the_checkpoint_is_small_and_has_the_published_layout() -> None:
     assert len({t.file for t in checkpoint.tensors.values()}) == 2
 
 
+@pytest.mark.slow
 def test_the_suite_is_what_its_tool_writes(tmp_path: Path) -> None:
     """And so cannot drift away from the rule that keeps its problems out of the training."""
     made = tmp_path / "suite.jsonl"
@@ -35,6 +36,7 @@ def test_the_suite_is_what_its_tool_writes(tmp_path: Path) -> None:
     assert made.read_bytes() == (ROOT / "src" / "twotower" / "evaluate" / "data" / "suite.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_prompts_to_calibrate_on_are_what_their_tool_writes_and_none_is_of_the_suite(tmp_path: Path) -> None:
     made = tmp_path / "prompts.jsonl"
     subprocess.run([sys.executable, str(ROOT / "tools" / "tiny" / "prompts.py"), "--output", str(made)], check=True, capture_output=True)
@@ -44,6 +46,7 @@ def test_the_prompts_to_calibrate_on_are_what_their_tool_writes_and_none_is_of_t
     assert not prompts & {p.prompt for p in load_suite().problems}
 
 
+@pytest.mark.slow
 def test_training_never_draws_a_problem_of_the_suite() -> None:
     code = (
         "import json, random, sys; sys.path.insert(0, 'tools/tiny')\n"
@@ -63,6 +66,7 @@ def test_training_never_draws_a_problem_of_the_suite() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_both_modes_answer_and_diffusion_takes_far_fewer_passes(tiny_bundle: Path) -> None:
     """Seventy problems: loose bounds for a quick test; `twotower evaluate` measures all of them with intervals."""
     suite = load_suite().only(limit=10)

@@ -94,6 +94,7 @@ def test_a_bundle_without_a_tokenizer_is_refused() -> None:
     assert not model.calls
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     """95 % of the intervals of samples with a known rate hold that rate; 400 samples put the count within 2.5 points of it."""
     rng = np.random.default_rng(1)

@@ -75,6 +75,7 @@ def written(model: TwoTower) -> Any:
     return tokens, np.concatenate([s.confidence for s in steps])
 
 
+@pytest.mark.slow
 def test_a_mixture_of_everything_is_the_bundle_and_of_nothing_the_original(tiny_bundle: Path, mixed: Bundle, tmp_path: Path) -> None:
     """To the last bit: the same graphs on the same files."""
     mixer = Mixer(Bundle.open(tiny_bundle), [mixed], tmp_path)
@@ -181,6 +182,7 @@ def test_the_choice_is_inside_its_budget_and_says_how_it_came_about(tiny_bundle:
     assert json.loads(json.dumps(choice.report))
 
 
+@pytest.mark.slow
 def test_a_budget_nothing_reaches_and_formats_there_are_not(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="names a format there is not"):
         ChooseConfig(price=PriceConfig(), formats=("int2",))

@@ -52,6 +52,7 @@ def written(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob(f"*{DATA_SUFFIX}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["first piece", "halfway", "verifying", "publishing"])
 def test_a_kill_at_any_stage_leaves_no_bundle_under_the_name(tmp_path: Path, stage: str) -> None:
     output, words = tmp_path / "b", [str(FIXTURES / "hybrid-b"), str(tmp_path / "b"), stage]

@@ -31,6 +31,7 @@ def run(words: list[str], bundle: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.trt_rtx
 def test_the_documented_command_runs_on_a_cpu_but_for_tensorrt(tmp_path: Path) -> None:
     assert main(["export", str(FIXTURES / "hybrid-a"), "-o", str(tmp_path / "b"), "--no-verify"]) == 0

@@ -26,7 +26,8 @@ PARENTS = {
     "evaluate,cpu": "evaluate",
     "kernels,rtx": "rtx",
 }
-"""Extras whose packages are among those of others: an environment starts from its parent's files, which spares unpacking torch or TensorRT again."""
+"""Extras whose packages are among those of others: an environment starts from its parent's files, which spares
+unpacking torch or TensorRT again."""
 
 
 class Environments:

@@ -19,6 +19,7 @@ from twotower.model.layers import MoE
 TOKENS = torch.randint(4, 250, (2, 30), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(1, 30))
 def test_any_split_gives_the_same_state(widths: list[int], short: int) -> None:
     context, _ = towers("hybrid-a")

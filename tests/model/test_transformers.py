@@ -76,6 +76,7 @@ def tower_from(model: Any, config: ModelConfig) -> ContextTower:
     return load_context_tower(config, read)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "changes"),
     [

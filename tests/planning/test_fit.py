@@ -32,6 +32,7 @@ def applied(options: PlanOptions, flags: str) -> PlanOptions:
     return replace(options, **{k: int(v) if v.isdigit() else v for k, v in given.items()})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_published_model_fits_where_it_should() -> None:
     fits = {f.gpu.title: f for f in fit(PUBLISHED, TRT, GPUS)}
     assert {title for title, f in fits.items() if f.fits} == {"2x H100 80GB", "H200", "B200"}
@@ -46,6 +47,7 @@ def test_rtx_does_not_list_data_centre_gpus() -> None:
     assert all("--target trt" in f.refused and not f.fits for f in fits if f.gpu.sm in (90, 100))
 
 
+@pytest.mark.slow
 @given(memory=st.integers(10 * 10**9, 200 * 10**9), rows=st.integers(1, 32), devices=st.sampled_from([1, 2]))
 def test_alternatives_are_what_the_plan_with_their_flags_says(memory: int, rows: int, devices: int) -> None:
     options = replace(TRT, max_batch=rows, devices=devices)

@@ -135,6 +135,7 @@ configs = st.builds(
 requests = st.builds(lambda seed, n, config: Request(prompt(seed, n), config), st.integers(0, 99), st.integers(0, 40), configs)
 
 
+@pytest.mark.slow
 @given(st.lists(requests, min_size=1, max_size=8), st.integers(1, 8), st.sampled_from([1, 3, 16, 256]))
 @settings(max_examples=60)
 def test_every_row_is_what_the_plain_algorithm_says(batch: list[Request], max_batch: int, max_chunk: int) -> None:

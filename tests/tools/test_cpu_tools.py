@@ -30,6 +30,7 @@ def test_a_layer_of_experts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cap
     assert not list(tmp_path.iterdir()), "gigabytes at real widths are not left behind"
 
 
+@pytest.mark.slow
 def test_what_auto_costs(
     built_bundle: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers.source import ROOT
 
 
+@pytest.mark.slow
 def test_a_few_prompts_keep_their_text() -> None:
     command = [sys.executable, str(ROOT / "tools" / "fp16_check.py"), "--limit", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

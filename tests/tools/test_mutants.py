@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers.source import ROOT
 from tools.mutants import EQUIVALENT, PACKAGE, SUBJECTS, mutants_of
 
@@ -34,6 +36,7 @@ def test_every_change_of_a_few_lines() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_change_that_is_noticed_and_one_that_is_not() -> None:
     """Of the real tool on a real module, whose tests are few here."""
     code = """
@@ -51,6 +54,7 @@ sys.exit(mutants.main(["builders/profiles"]))
     assert "max(2, max_batch) -> min(2, max_batch)" in done.stdout
 
 
+@pytest.mark.slow
 def test_what_is_listed_is_there() -> None:
     """Modules, their tests, and mutants that are said to be none."""
     for name, tests in SUBJECTS.items():

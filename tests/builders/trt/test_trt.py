@@ -59,6 +59,7 @@ def test_engines_are_built_for_the_gpu_at_hand(bundle: Bundle, builder: EngineBu
     assert caught.value.found == "built for SM 89, this GPU is SM 100"
 
 
+@pytest.mark.slow
 def test_timings_are_kept_and_used_again(bundle: Bundle, builder: EngineBuilder) -> None:
     build_engines(bundle, "trt", builder, config=CONFIG)
     assert len(timings(bundle)) == 3
@@ -81,6 +82,7 @@ def test_it_builds_for_no_other_machine(
     assert "rtx" in caught.value.do
 
 
+@pytest.mark.slow
 def test_another_gpu_or_driver_builds_again_and_the_first_is_remembered(
     bundle: Bundle, builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +101,7 @@ def test_another_gpu_or_driver_builds_again_and_the_first_is_remembered(
     assert cached(B200, driver="590.2") == {False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("operator", "what", "found"),
     [

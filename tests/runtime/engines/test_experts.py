@@ -42,6 +42,7 @@ def cut(built: Callable[..., Any]) -> Callable[[str], Bundle]:
     return lambda folder: built(folder, experts="kernels")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "layout"), [*(("hybrid-a", layout) for layout in WHERE), ("hybrid-b", "plain launches"), ("hybrid-b", "four devices")]
 )
@@ -70,6 +71,7 @@ def test_the_record_is_one_list_of_steps(cut: Callable[[str], Bundle]) -> None:
     assert f"{code}/manifest.json" in record.files
 
 
+@pytest.mark.slow
 def test_equal_programs_are_one_file_loaded_once(
     built: Callable[..., Any], opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

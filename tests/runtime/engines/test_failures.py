@@ -78,6 +78,7 @@ def test_an_error_inside_a_with_statement_comes_out_of_it(
         it.model.generate([5, 6, 7], DIFFUSION)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call",
     ["cudaMalloc", "cudaStreamCreateWithFlags", "cudaSetDevice", "cudaHostAlloc"],

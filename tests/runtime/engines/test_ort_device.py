@@ -105,6 +105,7 @@ def test_the_goldens(opened_ort: Callable[..., Any], experts: str, folder: str, 
         assert [list(out.tokens) for out in together] == [c["diffusion_tokens"] for c in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "devices", "seed"), [("hybrid-a", (0,), None), ("hybrid-b", (1, 0), 2), ("hybrid-a", (0, 1, 2, 3), 3)])
 def test_the_goldens_with_kernels_between(opened_ort: Callable[..., Any], folder: str, devices: tuple[int, ...], seed: int | None) -> None:
     """Programs and experts on the towers' streams; on four devices each tower is spread over two."""
@@ -127,6 +128,7 @@ def test_kernels_between_have_limits(opened_ort: Callable[..., Any]) -> None:
     assert "built for blocks of 16" in error.value.found
 
 
+@pytest.mark.slow
 def test_experts_in_a_format_onnx_runtime_has_no_kernel_for(tmp_path: Path) -> None:
     """NVFP4 between float32 programs: the text is that of the graph that expands them."""
     whole = export_bundle(Checkpoint.open(TINY), tmp_path / "float", ExportConfig(dtype="float32"))

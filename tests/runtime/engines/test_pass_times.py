@@ -82,6 +82,7 @@ def kept(bundle: Bundle) -> list[str]:
     return sorted(p.name for p in engine_folder(bundle, "rtx").glob(".*.kernels"))
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_while_requests_wait(copied: Bundle, open_: Callable[..., Any]) -> None:
     with open_(copied) as (model, trt):
         before = list(trt.kernels)
@@ -195,6 +196,7 @@ def test_kernels_are_specialised_for_few_numbers_of_rows(
         assert compiled == [0, 1]
 
 
+@pytest.mark.slow
 def test_text_is_the_same_with_and_without(copied: Bundle, open_: Callable[..., Any]) -> None:
     texts = []
     for options in ({"warm_up": ()}, {}, {"warm_up": (1, 2, 4)}):

@@ -54,6 +54,7 @@ def generated(model: Any, batch: list[Request]) -> list[tuple[tuple[int, ...], S
     return [(result.tokens, own) for result, own in zip(results, steps, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_neither_company_nor_padding_changes_a_bit_of_a_row(
     built: Callable[..., Any],

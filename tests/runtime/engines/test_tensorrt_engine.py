@@ -48,6 +48,7 @@ def test_the_goldens(built: Callable[..., Any], opened: Callable[..., Any], fold
         assert [list(out.tokens) for out in together] == [c["diffusion_tokens"] for c in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "seed"), [((0,), None), ((0,), 3), ((0, 1), 4), ((0, 1, 2, 3), None), ((0, 1, 2, 3), 5), ((2, 0, 1), 6)]
 )
@@ -240,6 +241,7 @@ def test_closing_frees_once_and_twice_is_once(built: Callable[..., Any], opened:
     assert not it.cuda.leaked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [(0,), (0, 1)])
 def test_open_streams_take_turns_with_one_scratch_memory(
     built: Callable[..., Any], opened: Callable[..., Any], devices: tuple[int, ...]
