@@ -63,6 +63,13 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "[0] -> [1]": "of a graph without layers: the share of its one piece is the whole whatever its bytes",
         "max(sum(sizes), 1) -> max(sum(sizes), 2)": "layers without bytes are in the first group by any sum",
     },
+    "export/graphs/sampler": {
+        "-1e+30 -> -1e+30": "one more is nothing there",
+        "end=2 -> end=3": "a block has two axes",
+        "graph.constant(1.0, 'float32') -> graph.constant(2.0, 'float32')": "what a greedy row divides by is not looked at",
+        "[0.0] -> [1.0]": "the same shift of all tokens but the mask, which never competes",
+        "-1 -> +1": "the last of two axes",
+    },
     "calibration/ranges": {
         "1: -> 2:": "of 65 candidates below the greatest the smallest is left out: a range of a 256th",
         "last - 64 -> last - 65": "one candidate more, smaller than a 256th of the greatest",

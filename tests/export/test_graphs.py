@@ -252,6 +252,15 @@ def test_commit_rule_is_its_definition(rows: list[tuple[float, bool]], threshold
     np.testing.assert_allclose(confidence, [max(p, 1 - p) for p, _ in rows], atol=1e-6)
 
 
+def test_of_equal_confidences_the_further_left_is_committed_first() -> None:
+    """Two rows of four equal masks each, of which the floor commits two, and three."""
+    block, logits = np.full((2, 4), 3), np.zeros((2, 4, 8), np.float32)
+    feeds = {"threshold": np.float32([1, 1]), "commit_floor": np.int64([2, 3]), "temperature": np.float32([0, 0])}
+    rest = {"block": block, "noise": np.zeros((2, 4, 7), np.float32), "logits": logits}
+    (after,) = sampler_session().run(["next_block"], {**feeds, **rest})
+    assert (after == 3).tolist() == [[False, False, True, True], [False, False, False, True]]
+
+
 def test_noise_chooses_and_temperature_zero_does_not_listen() -> None:
     logits = np.zeros((1, 1, 8), np.float32)
     logits[0, 0, :3] = (2.0, 1.0, 0.5)
