@@ -26,6 +26,7 @@ RUN_BY = {
 }
 """Mark -> the target that runs the tests it leaves out of others, the first that a test has."""
 
+_MAY_TAKE_LONG = ("slow", "trained", "browser", "wheel", "kernels")
 _SECONDS = "processor seconds"
 
 
@@ -60,7 +61,7 @@ class Account:
         try:
             return (yield)
         finally:
-            if item.get_closest_marker("slow") is None:
+            if not any(map(item.get_closest_marker, _MAY_TAKE_LONG)):
                 item.user_properties.append((_SECONDS, _now() - before))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
