@@ -1,7 +1,7 @@
 # The whole ritual. On a machine with Python 3.11 or newer, make and git, `make demo` and `make test` do all set-up themselves.
 #   make PYTHON=python3.12 ...           another interpreter
 #   make EXTRAS=export,cpu,evaluate,dev ...       other extras (default: gpu in place of cpu where nvidia-smi is found)
-#   make test ARGS='-m "not slow" -x'    arguments for pytest
+#   make test ARGS='-x --lf'             arguments for pytest
 #   make test WORKERS=8                  processes that share the tests (default: 2)
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-trained test-engines test-browser test-long test-all test-times test-wheel mutants kernels test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo mid bench bench-real house-numbers bench-auto bench-experts bench-weights engines-published engines-inside engines-boundary tiny browser docs clean ci
+.PHONY: help install lint format types test test-trained test-engines test-browser test-long test-all test-quick test-times test-wheel mutants kernels test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo mid bench bench-real house-numbers bench-auto bench-experts bench-weights engines-published engines-inside engines-boundary tiny browser docs clean ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,7 +60,10 @@ test-long: $(STAMP) ## the last three in one run, whose processes then have less
 test-all: $(STAMP) ## `make test` and `make test-long` in one run, likewise: what `.ci/run` runs
 	$(PYTEST) -m "not (wheel or kernels) or trained or browser or (trt_rtx and slow)" --cpu-limit 20 $(ARGS)
 
-test-times: $(STAMP) ## the tests without the mark `slow`, one after another; fails where one takes more than 2 s of a processor
+test-quick: $(STAMP) ## the tests without the mark `slow` or another of those that take long: below two minutes
+	$(PYTEST) -m "not (slow or trained or wheel or browser or kernels)" $(ARGS)
+
+test-times: $(STAMP) ## the same one after another; fails where one takes more than 2 s of a processor
 	$(BIN)/python -m pytest -m "not (slow or trained or wheel or browser or kernels)" --cpu-limit 2 $(ARGS)
 
 test-wheel: $(STAMP) ## the wheel with each of its extras in an environment of its own: every verb works, or names the extra it needs

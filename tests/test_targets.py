@@ -31,7 +31,7 @@ def every_set_of_marks() -> list[tuple[bool, ...]]:
 
 
 def test_every_test_is_in_a_target_whatever_its_marks() -> None:
-    assert len(TARGETS) == 10
+    assert len(TARGETS) == 11
     for marks in every_set_of_marks():
         assert any(chosen_by(target, marks) for target in TARGETS if target not in NEEDS_A_GPU), marks
 
