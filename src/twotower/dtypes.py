@@ -1,15 +1,19 @@
-"""Element types: the name each has in this project, what other formats call it, and NumPy's side of it."""
+"""Element types: the name each has in this project, what other formats call it, and NumPy's side of it.
+
+NumPy and ml_dtypes are imported when they are asked for: `twotower VERB --help` reads this table too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = [
     "DTYPES",
@@ -25,8 +29,6 @@ __all__ = [
     "to_stored",
 ]
 
-Array = npt.NDArray[Any]
-
 
 @dataclass(frozen=True, slots=True)
 class DType:
@@ -34,7 +36,7 @@ class DType:
 
     Attributes:
         bits: Of one element; elements of 4 bits lie two to a byte, the first in the low half.
-        numpy: Its type in NumPy or ml_dtypes. int4 has none: elements are unpacked to int8.
+        numpy: Its name in NumPy or ml_dtypes. int4 has none: elements are unpacked to int8.
         carried: The NumPy type of its raw bits, where an array is passed on and nothing computed.
         onnx: Its number in ONNX's `TensorProto.DataType`; 0 where ONNX has none that we use.
         safetensors: Its name in a checkpoint's headers, of types we read.
@@ -42,8 +44,8 @@ class DType:
     """
 
     bits: int
-    numpy: npt.DTypeLike
-    carried: npt.DTypeLike
+    numpy: str
+    carried: str
     onnx: int = 0
     safetensors: str = ""
     tensorrt: str = ""
@@ -51,19 +53,19 @@ class DType:
 
 DTYPES: Mapping[str, DType] = MappingProxyType(
     {
-        "float32": DType(32, np.float32, np.float32, 1, "F32", "FLOAT"),
-        "float16": DType(16, np.float16, np.float16, 10, "F16", "HALF"),
-        "bfloat16": DType(16, ml_dtypes.bfloat16, np.uint16, 16, "BF16", "BF16"),
-        "int64": DType(64, np.int64, np.int64, 7, "", "INT64"),
-        "int32": DType(32, np.int32, np.int32, 6),
-        "bool": DType(8, np.bool_, np.bool_, 9),
-        "int8": DType(8, np.int8, np.int8, 3, "", "INT8"),
-        "uint8": DType(8, np.uint8, np.uint8, 2),
-        "int4": DType(4, np.int8, np.uint8, 22),
-        "uint4": DType(4, np.uint8, np.uint8, 21),
-        "float8e4m3fn": DType(8, ml_dtypes.float8_e4m3fn, np.uint8, 17, "", "FP8"),
-        "float8e8m0": DType(8, ml_dtypes.float8_e8m0fnu, np.uint8, 24),
-        "float4e2m1": DType(4, ml_dtypes.float4_e2m1fn, np.uint8, 23),
+        "float32": DType(32, "float32", "float32", 1, "F32", "FLOAT"),
+        "float16": DType(16, "float16", "float16", 10, "F16", "HALF"),
+        "bfloat16": DType(16, "bfloat16", "uint16", 16, "BF16", "BF16"),
+        "int64": DType(64, "int64", "int64", 7, "", "INT64"),
+        "int32": DType(32, "int32", "int32", 6),
+        "bool": DType(8, "bool", "bool", 9),
+        "int8": DType(8, "int8", "int8", 3, "", "INT8"),
+        "uint8": DType(8, "uint8", "uint8", 2),
+        "int4": DType(4, "int8", "uint8", 22),
+        "uint4": DType(4, "uint8", "uint8", 21),
+        "float8e4m3fn": DType(8, "float8_e4m3fn", "uint8", 17, "", "FP8"),
+        "float8e8m0": DType(8, "float8_e8m0fnu", "uint8", 24),
+        "float4e2m1": DType(4, "float4_e2m1fn", "uint8", 23),
     }
 )
 """Every type by its name here."""
@@ -74,14 +76,22 @@ FLOATS = ("bfloat16", "float16", "float32")
 _OF_ONNX = {dtype.onnx: name for name, dtype in DTYPES.items()}
 
 
+@cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The NumPy type that elements are computed in; types of 4 bits take a byte an element there."""
-    out: np.dtype[Any] = np.dtype(DTYPES[name].numpy)
+    import ml_dtypes
+    import numpy as np
+
+    known = DTYPES[name].numpy
+    out: np.dtype[Any] = np.dtype(getattr(ml_dtypes, known, known))
     return out
 
 
+@cache
 def carried_dtype(name: str) -> np.dtype[Any]:
     """The NumPy type an array is passed on in: raw bits where NumPy itself has no such type."""
+    import numpy as np
+
     out: np.dtype[Any] = np.dtype(DTYPES[name].carried)
     return out
 
@@ -106,15 +116,17 @@ def item_bytes(name: str) -> int:
     return DTYPES[name].bits // 8
 
 
-def to_float32(raw: Array, name: str) -> npt.NDArray[np.float32]:
+def to_float32(raw: npt.NDArray[Any], name: str) -> npt.NDArray[np.float32]:
     """Raw elements of a type of whole bytes as float32, exactly; float32 itself without a copy."""
-    return raw.view(numpy_dtype(name)).astype(np.float32, copy=False)
+    return raw.view(numpy_dtype(name)).astype(numpy_dtype("float32"), copy=False)
 
 
-def to_stored(values: npt.NDArray[np.float32], name: str) -> Array:
+def to_stored(values: npt.NDArray[np.float32], name: str) -> npt.NDArray[Any]:
     """Float32 numbers rounded to a type, to nearest and ties to even, as its raw elements.
 
     A number that is too large becomes infinite.
     """
+    import numpy as np
+
     with np.errstate(over="ignore", invalid="ignore"):
         return values.astype(numpy_dtype(name), copy=False).view(carried_dtype(name))
