@@ -26,6 +26,7 @@ __all__ = [
     "PLACES",
     "STANDARD",
     "BuildConfig",
+    "BuildPlan",
     "EngineBuilder",
     "Report",
     "silent",
@@ -118,18 +119,14 @@ class BuildConfig:
             raise ConfigError(f"--cache-size cannot be {self.cache_bytes}", found="it is negative", do="pass e.g. --cache-size 20G, or 0")
 
 
-class EngineBuilder(Protocol):
-    """Turns a bundle's graphs into the engines of one target."""
+class BuildPlan(Protocol):
+    """What one build would make of a bundle on this machine: decided once, for the dry run and for the build."""
 
-    def library(self) -> dict[str, str]:
-        """Name and version of the library the engines are tied to."""
+    def keeps(self, record: EngineRecord) -> bool:
+        """Whether sound engines that are already there are what is asked for."""
         ...
 
-    def fits(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
-        """Whether sound engines that are already there are what this config asks for."""
-        ...
-
-    def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
+    def describe(self) -> list[str]:
         """What a build would do, a line each, without doing any of it.
 
         Raises:
@@ -137,10 +134,27 @@ class EngineBuilder(Protocol):
         """
         ...
 
-    def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
-        """Disk space the engines will take."""
+    @property
+    def needed_bytes(self) -> int:
+        """Disk space the engines will take.
+
+        Raises:
+            BuildError: it cannot be done.
+        """
         ...
 
-    def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
+    def build(self, folder: Path, *, report: Report) -> EngineRecord:
         """Writes the engines into an empty folder and describes them; publishing the folder is the caller's part."""
+        ...
+
+
+class EngineBuilder(Protocol):
+    """Turns a bundle's graphs into the engines of one target."""
+
+    def library(self) -> dict[str, str]:
+        """Name and version of the library the engines are tied to."""
+        ...
+
+    def plan(self, bundle: Bundle, config: BuildConfig) -> BuildPlan:
+        """What a build would make. Nothing is read or refused before something is asked of the plan."""
         ...

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from twotower.builders.base import BuildConfig, EngineBuilder, Report, silent
+from twotower.builders.base import BuildConfig, BuildPlan, EngineBuilder, Report, silent
 from twotower.builders.cache_store import EngineCache, open_cache
 from twotower.bundle import BUILD_FILE, Bundle, EngineRecord, engine_folder, read_engine_record, write_json
 from twotower.errors import BuildAbortedError, EngineMismatchError
@@ -39,9 +39,10 @@ def build_engines(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent / f".{target}.lock", waiting=lambda: report(f"waiting for another build of {target}", 0, 0)):
             _recover(folder)
-            record = _fitting(bundle, target, builder, config=config)
+            plan = builder.plan(bundle, config)
+            record = None if config.force else _kept(bundle, target, builder.library(), plan)
             if record is None:
-                record = _built(bundle, folder, builder, config=config, report=report)
+                record = _built(bundle, folder, plan, report=report)
                 _trim(bundle, config)
             return record
     except OSError as e:
@@ -52,23 +53,21 @@ def build_engines(
         ) from e
 
 
-def _fitting(bundle: Bundle, target: str, builder: EngineBuilder, *, config: BuildConfig) -> EngineRecord | None:
+def _kept(bundle: Bundle, target: str, library: dict[str, str], plan: BuildPlan) -> EngineRecord | None:
     """The record of engines that are there and are what is asked for."""
-    if config.force:
-        return None
     try:
-        record = read_engine_record(bundle, target, library=builder.library())
+        record = read_engine_record(bundle, target, library=library)
     except EngineMismatchError as e:
         logger.debug("building %s: %s", target, e.found)
         return None
-    return record if builder.fits(record, bundle, config) else None
+    return record if plan.keeps(record) else None
 
 
-def _built(bundle: Bundle, folder: Path, builder: EngineBuilder, *, config: BuildConfig, report: Report) -> EngineRecord:
-    _require_space(bundle, builder.needed_bytes(bundle, config))
+def _built(bundle: Bundle, folder: Path, plan: BuildPlan, *, report: Report) -> EngineRecord:
+    _require_space(bundle, plan.needed_bytes)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        record = builder.build(bundle, partial, config, report=report)
+        record = plan.build(partial, report=report)
         write_json(partial / BUILD_FILE, record.to_json())
         os.chmod(partial, 0o755)  # mkdtemp is private; an engine is as readable as its bundle
         _replace(partial, folder)

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from twotower.builders.base import AUTO, DENSE, FUSED, KERNELS, BuildConfig
+from twotower.builders.bundle_graphs import BundleGraphs
 from twotower.builders.expert_code import require_kernels
 from twotower.builders.expert_cut import ExpertCut
-from twotower.bundle import Bundle, ExpertsStep
+from twotower.bundle import ExpertsStep
 from twotower.config import LayerKind
 from twotower.errors import BuildError, ConfigError
 from twotower.extras import require_libraries
 from twotower.spec import CONTEXT, DENOISER, MAX_CHUNK
-from twotower.weights.external import load_graph
 
 __all__ = ["ASKED", "DENSE_COST", "ExpertChoice", "choose_experts", "require_compiler"]
 
@@ -47,11 +47,11 @@ class ExpertChoice:
         return {**out, "why": self.why, "cost": DENSE_COST} if self.why else out
 
 
-def choose_experts(bundle: Bundle, config: BuildConfig, sms: Sequence[int]) -> ExpertChoice:
+def choose_experts(graphs: BundleGraphs, config: BuildConfig, sms: Sequence[int]) -> ExpertChoice:
     """What computes the experts.
 
     Args:
-        bundle: The graphs.
+        graphs: The graphs.
         config: What is asked for.
         sms: Compute capabilities that kernels would be compiled for.
 
@@ -64,7 +64,7 @@ def choose_experts(bundle: Bundle, config: BuildConfig, sms: Sequence[int]) -> E
             found=f"--experts {FUSED}, which is of ort-cuda; allowed: {AUTO}, {KERNELS}, {DENSE}",
             do=f"leave --experts out, or build with --experts {KERNELS}",
         )
-    if not bundle.config.indices(LayerKind.MOE):
+    if not graphs.bundle.config.indices(LayerKind.MOE):
         return ExpertChoice(DENSE if config.experts == AUTO else config.experts)
     if config.experts != AUTO:
         return ExpertChoice(config.experts, ASKED if config.experts == DENSE else "")
@@ -74,7 +74,7 @@ def choose_experts(bundle: Bundle, config: BuildConfig, sms: Sequence[int]) -> E
             f"--segments {config.segments} cuts engines that compute their experts",
         )
     try:
-        for step in _experts_of(bundle):
+        for step in _experts_of(graphs):
             require_kernels(step, sms, max_tokens=config.max_batch * MAX_CHUNK)
     except BuildError as e:
         return ExpertChoice(DENSE, f"{e.what} ({e.found})")
@@ -96,15 +96,16 @@ def require_compiler() -> None:
         raise ConfigError(e.what, found=e.found, do=do) from e
 
 
-def _experts_of(bundle: Bundle) -> Iterator[ExpertsStep]:
+def _experts_of(graphs: BundleGraphs) -> Iterator[ExpertsStep]:
     """The experts of both towers.
 
     Raises:
         BuildError: a graph cannot be cut at them, or the kernels do not tile them.
     """
+    bundle = graphs.bundle
     for name in (CONTEXT, DENOISER):
         cut = ExpertCut(
-            load_graph(bundle.graph_file(name)),
+            graphs.shared(name),
             bundle.signatures[name],
             bundle.config,
             dtype=bundle.dtype,

@@ -15,12 +15,13 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import onnx
 
 from twotower.builders.base import STANDARD, BuildConfig, Report
+from twotower.builders.bundle_graphs import BundleGraphs
 from twotower.builders.ort_cuda import OrtCudaBuilder
 from twotower.builders.ort_experts import choose_experts, stacked_places
 from twotower.builders.ort_few_bits import UNSIGNED, from_blocks, read_as_stored
@@ -44,7 +45,7 @@ from twotower.spec import DENOISER
 from twotower.weights.external import attach_weights, detach_weights, load_graph, located_weights, widen_to_float32
 from twotower.weights.refs import WeightRef
 
-__all__ = ["OrtCpuBuilder", "engine_places", "make_cuda_builder", "write_engine"]
+__all__ = ["OrtCpuBuilder", "OrtCpuPlan", "engine_places", "make_cuda_builder", "write_engine"]
 
 CPU = "ort-cpu"
 PACKED, MAPPED = "packed", "mapped"
@@ -64,40 +65,65 @@ class OrtCpuBuilder:
     def library(self) -> dict[str, str]:
         return _library()
 
-    def fits(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
-        form = _form_of(bundle, config)
-        return bool(record.report.get("dialect") == config.dialect and record.report.get("form") == form.to_json())
+    def plan(self, bundle: Bundle, config: BuildConfig) -> OrtCpuPlan:
+        return OrtCpuPlan(bundle, config)
 
-    def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
+
+class OrtCpuPlan:
+    """What one build makes of a bundle; see `BuildPlan`.
+
+    Args:
+        bundle: The graphs.
+        config: What is asked for.
+    """
+
+    def __init__(self, bundle: Bundle, config: BuildConfig) -> None:
+        self._bundle, self._config, self._graphs = bundle, config, BundleGraphs(bundle)
+
+    @cached_property
+    def _form(self) -> _Form:
+        return _form_of(self._bundle, self._config)
+
+    @cached_property
+    def _places(self) -> dict[str, dict[str, Place]]:
+        """By graph, what becomes of its weights."""
+        as_stored = self._form.products == AS_STORED
+        return {name: places_of(self._graphs.shared(name), as_stored=as_stored, even_rows=name == DENOISER) for name in GRAPH_FILES}
+
+    def keeps(self, record: EngineRecord) -> bool:
+        return bool(record.report.get("dialect") == self._config.dialect and record.report.get("form") == self._form.to_json())
+
+    def describe(self) -> list[str]:
+        bundle = self._bundle
         how = "weights stay in the bundle" if bundle.dtype == "float32" else f"weights widened from {bundle.dtype} to float32"
         if bundle.quantization is not None:
-            as_stored = _form_of(bundle, config).products == AS_STORED
+            as_stored = self._form.products == AS_STORED
             few = "integers in few bits are multiplied as they are stored" if as_stored else "quantized ones are expanded by every pass"
             how = f"{how}; {few}, 4-bit floats are expanded once"
-        experts = "every expert computes every token" if config.dialect == STANDARD else "of experts only the chosen ones compute"
+        standard = self._config.dialect == STANDARD
+        experts = "every expert computes every token" if standard else "of experts only the chosen ones compute"
         return [f"three optimised graphs, {how}; {experts}; any number of rows, any length"]
 
-    def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
-        form = _form_of(bundle, config)
-        placed = (_places_of(load_graph(bundle.graph_file(name)), name, form) for name in GRAPH_FILES)
-        written = sum(place.written for places in placed for place in places.values())
-        return written + sum(bundle.files[graph].size for graph in GRAPH_FILES.values())
+    @property
+    def needed_bytes(self) -> int:
+        written = sum(place.written for places in self._places.values() for place in places.values())
+        return written + sum(self._bundle.files[graph].size for graph in GRAPH_FILES.values())
 
-    def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
+    def build(self, folder: Path, *, report: Report) -> EngineRecord:
+        bundle = self._bundle
         bundle.require_weights("an engine of ONNX Runtime")
         started = time.perf_counter()
-        form = _form_of(bundle, config)
         weights: dict[str, str] = {}
         operators: dict[str, dict[str, int]] = {}
         for step, name in enumerate(GRAPH_FILES):
             report(f"optimising {name}", step, len(GRAPH_FILES))
-            weights[name], ops = self._build_graph(_Work(bundle, name, folder, form), config, report)
+            weights[name], ops = self._build_graph(name, folder, report)
             operators[name] = dict(ops.most_common())
         if any("MatMulNBits" in counts for counts in operators.values()):
             (folder / PROBE_FILE).write_bytes(probe_graph())
         return EngineRecord(
             target=CPU,
-            library=self.library(),
+            library=_library(),
             dtype="float32",
             graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
             weights=weights,
@@ -107,16 +133,14 @@ class OrtCpuBuilder:
                 "seconds": round(time.perf_counter() - started, 3),
                 "operators": operators,
                 "widened_from": _widened_from(bundle),
-                "dialect": config.dialect,
-                "form": form.to_json(),
+                "dialect": self._config.dialect,
+                "form": self._form.to_json(),
             },
         )
 
-    def _build_graph(self, work: _Work, config: BuildConfig, report: Report) -> tuple[str, Counter[str]]:
+    def _build_graph(self, name: str, folder: Path, report: Report) -> tuple[str, Counter[str]]:
         """One engine file; returns the file of the bundle its weights lie in, and its operators."""
-        bundle, name = work.bundle, work.name
-        model = load_graph(bundle.graph_file(name))
-        places = _places_of(model, name, work.form)
+        bundle, places = self._bundle, self._places[name]
         own, data = f"engines/{CPU}/{name}{DATA_SUFFIX}", GRAPH_FILES[name] + DATA_SUFFIX
         located = {weight: (data, place.ref) for weight, place in places.items() if not place.stored and not place.dropped}
         if any(place.stored for place in places.values()):
@@ -127,12 +151,13 @@ class OrtCpuBuilder:
                 done += count
                 report(f"writing weights of {name}", done, total)
 
-            written = expand_data(bundle.path / data, work.folder / f"{name}{DATA_SUFFIX}", places, tick)
+            written = expand_data(bundle.path / data, folder / f"{name}{DATA_SUFFIX}", places, tick)
             located |= {weight: (own, ref) for weight, ref in written.items()}
-        top = None if config.dialect == STANDARD else bundle.config.num_experts_per_tok
-        packed = work.form.experts == PACKED
-        operators = write_engine(model, located, work.folder / f"{name}.onnx", name=name, top=top, packed=packed)
-        return own if (work.folder / f"{name}{DATA_SUFFIX}").is_file() else data, operators
+        top = None if self._config.dialect == STANDARD else bundle.config.num_experts_per_tok
+        packed = self._form.experts == PACKED
+        model = self._graphs.copied(name)
+        operators = write_engine(model, located, folder / f"{name}.onnx", name=name, top=top, packed=packed)
+        return own if (folder / f"{name}{DATA_SUFFIX}").is_file() else data, operators
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +176,6 @@ class _Form:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    bundle: Bundle
-    name: str
-    folder: Path
-    form: _Form
-
-
 def _form_of(bundle: Bundle, config: BuildConfig) -> _Form:
     """What suits a bundle on this machine."""
     if config.dialect == STANDARD:
@@ -169,11 +186,6 @@ def _form_of(bundle: Bundle, config: BuildConfig) -> _Form:
     if any(ref.dtype in UNSIGNED for ref in refs):
         products = AS_STORED if _products_compute_rows_alike() else EXPANDED
     return _Form(products, PACKED if experts_are_packed(wide, usable_memory()) else MAPPED)
-
-
-def _places_of(model: onnx.ModelProto, name: str, form: _Form) -> dict[str, Place]:
-    """What becomes of the weights of one of a bundle's graphs."""
-    return places_of(model, as_stored=form.products == AS_STORED, even_rows=name == DENOISER)
 
 
 @cache

@@ -15,11 +15,13 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import onnx
 
 from twotower.builders.base import DENSE, FUSED, KERNELS, BuildConfig, Report
+from twotower.builders.bundle_graphs import BundleGraphs
 from twotower.builders.expert_choice import ASKED, DENSE_COST, ExpertChoice, require_compiler
 from twotower.builders.expert_code import Compile, compile_code, kernel_source
 from twotower.builders.expert_cut import ExpertCut
@@ -31,6 +33,7 @@ from twotower.bundle import (
     DATA_SUFFIX,
     GRAPH_FILES,
     Bundle,
+    EngineLimits,
     EngineRecord,
     ExpertsStep,
     file_records,
@@ -39,10 +42,10 @@ from twotower.config import LayerKind
 from twotower.errors import BuildError
 from twotower.kernels.compile import compile_kernels
 from twotower.spec import CONTEXT_HEAD, MAX_CHUNK
-from twotower.weights.external import attach_weights, load_graph, weight_refs
+from twotower.weights.external import attach_weights, weight_refs
 from twotower.weights.refs import WeightRef
 
-__all__ = ["OrtCudaBuilder"]
+__all__ = ["OrtCudaBuilder", "OrtCudaPlan"]
 
 CUDA = "ort-cuda"
 
@@ -64,23 +67,48 @@ class OrtCudaBuilder:
     def library(self) -> dict[str, str]:
         return dict(self._library)
 
-    def fits(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
-        choice = self._choice(bundle, config)
+    def plan(self, bundle: Bundle, config: BuildConfig) -> OrtCudaPlan:
+        return OrtCudaPlan(bundle, config, library=self.library(), compiler=self._compiler)
+
+
+class OrtCudaPlan:
+    """What one build makes of a bundle; see `BuildPlan`.
+
+    Args:
+        bundle: The graphs.
+        config: What is asked for.
+        library: Name and version of ONNX Runtime.
+        compiler: What compiles the kernels of experts; None for Triton, which may be missing.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        config: BuildConfig,
+        *,
+        library: dict[str, str],
+        compiler: Compile | None,
+    ) -> None:
+        self._bundle, self._config, self._library, self._compiler = bundle, config, library, compiler
+        self._graphs = BundleGraphs(bundle)
+
+    def keeps(self, record: EngineRecord) -> bool:
+        choice = self._choice
         if record.report.get("choice_of_experts") != choice.to_json():
             return False
         if choice.experts != KERNELS:
             return True
         sources = {about.get("source") for about in record.report["experts"].values()}
-        return record.limits == kernel_limits(bundle, config) and sources == {kernel_source()}
+        return record.limits == self._limits and sources == {kernel_source()}
 
-    def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
-        choice = self._choice(bundle, config)
-        graphs = f"the three graphs in {bundle.dtype}, optimised when they are opened on the GPU"
+    def describe(self) -> list[str]:
+        choice = self._choice
+        graphs = f"the three graphs in {self._bundle.dtype}, optimised when they are opened on the GPU"
         if choice.why:
             return [graphs, f"{'experts':<22}dense: {choice.why}; {DENSE_COST}"]
         if choice.experts == KERNELS:
             self._require_compiler()
-            limits = kernel_limits(bundle, config)
+            limits = self._limits
             sms = ", ".join(map(str, limits.sms))
             return [
                 graphs,
@@ -88,71 +116,59 @@ class OrtCudaBuilder:
             ]
         if choice.experts != FUSED:
             return [graphs]
-        copied = sum(ref.nbytes for ref in self._moved(bundle))
+        copied = sum(ref.nbytes for ref in self._moved)
         data = f"; {copied / 1e9:.2f} GB of integers are written anew" if copied else ""
         return [
             graphs,
             f"{'experts':<22}one operator a layer, which computes the chosen ones{data}",
         ]
 
-    def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
-        graphs = sum(bundle.files[graph].size for graph in GRAPH_FILES.values())
-        choice = self._choice(bundle, config)
+    @property
+    def needed_bytes(self) -> int:
+        graphs = sum(self._bundle.files[graph].size for graph in GRAPH_FILES.values())
+        choice = self._choice
         if choice.experts == KERNELS:
             self._require_compiler()
         if choice.experts != FUSED:
             return graphs
-        return graphs + sum(ref.nbytes for ref in self._moved(bundle))
+        return graphs + sum(ref.nbytes for ref in self._moved)
 
-    def build(
-        self,
-        bundle: Bundle,
-        folder: Path,
-        config: BuildConfig,
-        *,
-        report: Report,
-    ) -> EngineRecord:
-        bundle.require_weights("an engine of ONNX Runtime")
-        started, choice = time.perf_counter(), self._choice(bundle, config)
+    def build(self, folder: Path, *, report: Report) -> EngineRecord:
+        self._bundle.require_weights("an engine of ONNX Runtime")
+        started, choice = time.perf_counter(), self._choice
         if choice.experts == KERNELS:
-            record = self._with_kernels(bundle, folder, config, report=report)
+            record = self._with_kernels(folder, report)
         else:
-            record = self._graphs(bundle, folder, fused=choice.experts == FUSED, report=report)
+            record = self._whole(folder, report, fused=choice.experts == FUSED)
         seconds = round(time.perf_counter() - started, 3)
         facts = {"seconds": seconds, **record.report, "choice_of_experts": choice.to_json()}
         return replace(record, report=facts)
 
-    def _graphs(self, bundle: Bundle, folder: Path, *, fused: bool, report: Report) -> EngineRecord:
+    def _whole(self, folder: Path, report: Report, *, fused: bool) -> EngineRecord:
         """Every graph in one piece."""
+        bundle = self._bundle
         operators: dict[str, dict[str, int]] = {}
         holds: dict[str, str] = {}
         for step, name in enumerate(GRAPH_FILES):
             report(f"writing {name}", step, len(GRAPH_FILES))
-            model = load_graph(bundle.graph_file(name))
-            moved = fuse_experts(model, _experts_of(bundle, name)) if fused else {}
+            model = self._graphs.copied(name)
+            moved = fuse_experts(model, self._experts_of(name)) if fused else {}
             _place_weights(bundle, model, moved, name=name, folder=folder, report=report)
             (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
             operators[name] = dict(Counter(n.op_type for n in model.graph.node).most_common())
             holds |= {name: bundle.data_identity(name)} if moved else {}
         return replace(
-            self._record(bundle),
+            self._record(),
             holds=holds,
             files=file_records(folder),
             report={"operators": operators},
         )
 
-    def _with_kernels(
-        self,
-        bundle: Bundle,
-        folder: Path,
-        config: BuildConfig,
-        *,
-        report: Report,
-    ) -> EngineRecord:
+    def _with_kernels(self, folder: Path, report: Report) -> EngineRecord:
         """Programs, and kernels for the experts between them."""
         self._require_compiler()
-        limits = kernel_limits(bundle, config)
-        written = write_programs(bundle, folder, report)
+        limits = self._limits
+        written = write_programs(self._graphs, folder, report)
         files = file_records(folder)
         code, about = compile_code(
             written.experts,
@@ -164,18 +180,19 @@ class OrtCudaBuilder:
         )
         facts = {"operators": written.operators, "experts": about}
         return replace(
-            self._record(bundle),
+            self._record(),
             files=files | code,
             report=facts,
             limits=limits,
             steps=written.steps,
         )
 
-    def _record(self, bundle: Bundle) -> EngineRecord:
+    def _record(self) -> EngineRecord:
         """What is the same of all engines."""
+        bundle = self._bundle
         return EngineRecord(
             target=CUDA,
-            library=self.library(),
+            library=dict(self._library),
             dtype=bundle.dtype,
             graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
             weights={name: file + DATA_SUFFIX for name, file in GRAPH_FILES.items()},
@@ -186,22 +203,28 @@ class OrtCudaBuilder:
         if self._compiler is None:
             require_compiler()
 
-    def _choice(self, bundle: Bundle, config: BuildConfig) -> ExpertChoice:
+    @property
+    def _limits(self) -> EngineLimits:
+        return kernel_limits(self._bundle, self._config)
+
+    @cached_property
+    def _choice(self) -> ExpertChoice:
         """What computes the experts.
 
         Raises:
             BuildError: what was asked for cannot be had.
         """
+        bundle, config = self._bundle, self._config
         if not bundle.config.indices(LayerKind.MOE):
             return ExpertChoice(DENSE)
         if config.experts == DENSE:
             return ExpertChoice(DENSE, ASKED)
         if config.experts == KERNELS:
-            require_programs(bundle, kernel_limits(bundle, config))
+            require_programs(self._graphs, self._limits)
             return ExpertChoice(KERNELS)
         try:
             for name in GRAPH_FILES:
-                for step in _experts_of(bundle, name):
+                for step in self._experts_of(name):
                     require_fusable(step, self._library["version"])
         except BuildError as e:
             if config.experts == FUSED:
@@ -210,13 +233,21 @@ class OrtCudaBuilder:
             return ExpertChoice(DENSE, why)
         return ExpertChoice(FUSED)
 
-    def _moved(self, bundle: Bundle) -> list[WeightRef]:
+    @cached_property
+    def _moved(self) -> list[WeightRef]:
         """Weights that fused engines hold themselves, as they lie in the bundle."""
         out: list[WeightRef] = []
         for name in GRAPH_FILES:
-            model = load_graph(bundle.graph_file(name))
-            out += fuse_experts(model, _experts_of(bundle, name)).values()
+            out += fuse_experts(self._graphs.copied(name), self._experts_of(name)).values()
         return out
+
+    def _experts_of(self, name: str) -> list[ExpertsStep]:
+        """The layers of experts of a graph."""
+        if name == CONTEXT_HEAD:
+            return []
+        bundle = self._bundle
+        cut = ExpertCut(self._graphs.shared(name), bundle.signatures[name], bundle.config, dtype=bundle.dtype)
+        return [cut.found(number) for number in range(cut.programs - 1)]
 
 
 def _place_weights(
@@ -246,12 +277,3 @@ def _place_weights(
     own = f"{name}{DATA_SUFFIX}"
     placed = unsigned_data(bundle.path / data, folder / own, moved, tick)
     attach_weights(model, placed, f"engines/{CUDA}/{own}")
-
-
-def _experts_of(bundle: Bundle, name: str) -> list[ExpertsStep]:
-    """The layers of experts of a graph."""
-    if name == CONTEXT_HEAD:
-        return []
-    model, signature = load_graph(bundle.graph_file(name)), bundle.signatures[name]
-    cut = ExpertCut(model, signature, bundle.config, dtype=bundle.dtype)
-    return [cut.found(number) for number in range(cut.programs - 1)]

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx
 
 from twotower.builders.base import BuildConfig, Report
+from twotower.builders.bundle_graphs import BundleGraphs
 from twotower.builders.expert_code import require_kernels
 from twotower.builders.expert_cut import ExpertCut
 from twotower.builders.profiles import cache_capacity
@@ -29,7 +30,7 @@ from twotower.bundle import (
 from twotower.hardware import probe_machine
 from twotower.kernels.tilings import BUILDABLE_SMS
 from twotower.spec import CONTEXT_HEAD, MAX_CHUNK
-from twotower.weights.external import attach_weights, load_graph, weight_refs
+from twotower.weights.external import attach_weights, weight_refs
 
 __all__ = ["WrittenPrograms", "kernel_limits", "require_programs", "write_programs"]
 
@@ -64,7 +65,7 @@ def kernel_limits(bundle: Bundle, config: BuildConfig) -> EngineLimits:
     return EngineLimits(capacity, config.max_batch, config.sms or here or BUILDABLE_SMS)
 
 
-def require_programs(bundle: Bundle, limits: EngineLimits) -> None:
+def require_programs(graphs: BundleGraphs, limits: EngineLimits) -> None:
     """Refuses what cannot be cut or has no kernels, before anything is written.
 
     Raises:
@@ -72,19 +73,20 @@ def require_programs(bundle: Bundle, limits: EngineLimits) -> None:
             a compute capability.
     """
     for name in GRAPH_FILES:
-        cut = _cut(bundle, name)
+        cut = _cut(graphs, name)
         for number in range(0 if cut is None else cut.programs - 1):
             assert cut is not None
             step = cut.experts(number)
             require_kernels(step, limits.sms, max_tokens=limits.max_batch * MAX_CHUNK)
 
 
-def write_programs(bundle: Bundle, folder: Path, report: Report) -> WrittenPrograms:
+def write_programs(graphs: BundleGraphs, folder: Path, report: Report) -> WrittenPrograms:
     """Writes the graph of every program into the target's folder."""
+    bundle = graphs.bundle
     steps: dict[str, tuple[Step, ...]] = {}
     operators: dict[str, dict[str, int]] = {}
     for name in GRAPH_FILES:
-        cut, some = _cut(bundle, name), list[Step]()
+        cut, some = _cut(graphs, name), list[Step]()
         count = 1 if cut is None else cut.programs
         for number in range(count):
             file = f"{name}.onnx" if count == 1 else f"{name}.{number}.onnx"
@@ -92,7 +94,7 @@ def write_programs(bundle: Bundle, folder: Path, report: Report) -> WrittenProgr
             if cut is None:
                 graph = bundle.signatures[name]
                 model, inputs, outputs = (
-                    load_graph(bundle.graph_file(name)),
+                    graphs.copied(name),
                     graph.inputs,
                     graph.outputs,
                 )
@@ -111,12 +113,12 @@ def write_programs(bundle: Bundle, folder: Path, report: Report) -> WrittenProgr
     return WrittenPrograms(steps, operators)
 
 
-def _cut(bundle: Bundle, name: str) -> ExpertCut | None:
+def _cut(graphs: BundleGraphs, name: str) -> ExpertCut | None:
     """A tower's cut; None for the head, which has no layers."""
     if name == CONTEXT_HEAD:
         return None
-    model, signature = load_graph(bundle.graph_file(name)), bundle.signatures[name]
-    return ExpertCut(model, signature, bundle.config, dtype=bundle.dtype)
+    bundle = graphs.bundle
+    return ExpertCut(graphs.shared(name), bundle.signatures[name], bundle.config, dtype=bundle.dtype)
 
 
 def _counted(model: onnx.ModelProto) -> dict[str, int]:

@@ -13,14 +13,14 @@ import onnx
 
 from twotower.builders.base import KERNELS, BuildConfig
 from twotower.builders.build_cost import LayerBytes
+from twotower.builders.bundle_graphs import BundleGraphs
 from twotower.builders.expert_cut import ExpertCut
 from twotower.builders.segment import Segment, fix_axes, layer_bytes, segment
 from twotower.builders.trt.cut import least_bound, tower_cuts
 from twotower.builders.weight_inputs import place_weights
-from twotower.bundle import GRAPH_FILES, Bundle, ExpertsStep
+from twotower.bundle import GRAPH_FILES, ExpertsStep
 from twotower.graph_lint.view import GraphView
 from twotower.spec import CONTEXT_HEAD
-from twotower.weights.external import load_graph
 
 __all__ = ["Piece", "least_build_memory", "pieces_of", "sum_float32_products"]
 
@@ -45,11 +45,11 @@ class Piece:
     experts: ExpertsStep | None = None
 
 
-def pieces_of(bundle: Bundle, config: BuildConfig, sizes: Mapping[str, int]) -> Iterator[Piece]:
+def pieces_of(graphs: BundleGraphs, config: BuildConfig, sizes: Mapping[str, int]) -> Iterator[Piece]:
     """Every engine of a build, in the order they run, one at a time: the graph of a tower is some megabytes.
 
     Args:
-        bundle: The graphs.
+        graphs: The graphs.
         config: How they are cut.
         sizes: Axes that become constants.
 
@@ -58,19 +58,20 @@ def pieces_of(bundle: Bundle, config: BuildConfig, sizes: Mapping[str, int]) -> 
     """
     for name in GRAPH_FILES:
         if config.experts == KERNELS and name != CONTEXT_HEAD:
-            yield from _programs(bundle, name, sizes)
+            yield from _programs(graphs, name, sizes)
         else:
-            yield from _segments(bundle, name, config, sizes)
+            yield from _segments(graphs, name, config, sizes)
 
 
-def least_build_memory(bundle: Bundle, weights: str) -> int:
+def least_build_memory(graphs: BundleGraphs, weights: str) -> int:
     """The smallest bound on memory under which every graph can be cut into segments of layers."""
-    return max(least_bound(_held(bundle, name, weights)) for name in GRAPH_FILES)
+    return max(least_bound(_held(graphs, name, weights)) for name in GRAPH_FILES)
 
 
-def _programs(bundle: Bundle, name: str, sizes: Mapping[str, int]) -> Iterator[Piece]:
+def _programs(graphs: BundleGraphs, name: str, sizes: Mapping[str, int]) -> Iterator[Piece]:
+    bundle = graphs.bundle
     signature = bundle.signatures[name].with_sizes(sizes)
-    cut = ExpertCut(_graph(bundle, name, sizes), signature, bundle.config, dtype=bundle.dtype)
+    cut = ExpertCut(_graph(graphs, name, sizes), signature, bundle.config, dtype=bundle.dtype)
     for number in range(cut.programs):
         made, last = cut.program(number), number == cut.programs - 1
         first = max(made.layers[0] - 1, 0)  # the layer whose experts come before: the program adds what they give
@@ -84,12 +85,12 @@ def _programs(bundle: Bundle, name: str, sizes: Mapping[str, int]) -> Iterator[P
         )
 
 
-def _segments(bundle: Bundle, name: str, config: BuildConfig, sizes: Mapping[str, int]) -> Iterator[Piece]:
+def _segments(graphs: BundleGraphs, name: str, config: BuildConfig, sizes: Mapping[str, int]) -> Iterator[Piece]:
     """A graph is one engine unless it is cut for several devices or by the memory bound."""
-    cuts = _cuts(bundle, name, config)
+    bundle, cuts = graphs.bundle, _cuts(graphs, name, config)
     signature = bundle.signatures[name].with_sizes(sizes)
     for number, layers in enumerate(cuts):
-        model = _graph(bundle, name, sizes)
+        model = _graph(graphs, name, sizes)
         whole = name == CONTEXT_HEAD
         made = (
             Segment(model, layers, signature.inputs, signature.outputs) if whole else segment(model, signature, layers, dtype=bundle.dtype)
@@ -98,23 +99,23 @@ def _segments(bundle: Bundle, name: str, config: BuildConfig, sizes: Mapping[str
         yield Piece(graph=name, segment=made, name=file)
 
 
-def _graph(bundle: Bundle, name: str, sizes: Mapping[str, int]) -> onnx.ModelProto:
-    model = load_graph(bundle.graph_file(name))
+def _graph(graphs: BundleGraphs, name: str, sizes: Mapping[str, int]) -> onnx.ModelProto:
+    model = graphs.copied(name)
     fix_axes(model, sizes)
     return model
 
 
-def _held(bundle: Bundle, name: str, weights: str) -> LayerBytes:
+def _held(graphs: BundleGraphs, name: str, weights: str) -> LayerBytes:
     """Of a graph's weights those that its engines will hold."""
-    model = load_graph(bundle.graph_file(name))
+    model = graphs.copied(name)
     place_weights(model, weights)
     return layer_bytes(model)
 
 
-def _cuts(bundle: Bundle, name: str, config: BuildConfig) -> tuple[tuple[int, int], ...]:
+def _cuts(graphs: BundleGraphs, name: str, config: BuildConfig) -> tuple[tuple[int, int], ...]:
     """Groups of layers, each an engine."""
-    whole = layer_bytes(load_graph(bundle.graph_file(name)))
-    held = _held(bundle, name, config.weights)
+    whole = layer_bytes(graphs.shared(name))
+    held = _held(graphs, name, config.weights)
     return tower_cuts(whole.layers, held, segments=config.segments, bound=config.max_build_memory)
 
 

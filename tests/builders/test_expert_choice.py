@@ -17,6 +17,7 @@ from tests.helpers.tensorrt import machine_with
 from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_job
 from twotower import builders
 from twotower.builders import BuildConfig, build_engines
+from twotower.builders.bundle_graphs import BundleGraphs
 from twotower.builders.expert_choice import choose_experts
 from twotower.builders.trt import make_engine, tensorrt_builder
 from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
@@ -84,25 +85,25 @@ def without_marks(bundle: Bundle) -> Bundle:
 def test_kernels_are_taken_where_every_capability_and_row_has_them(
     exported: Bundle, options: dict[str, Any], sms: tuple[int, ...], why: str
 ) -> None:
-    choice = choose_experts(exported, replace(CONFIG, **options), sms)
+    choice = choose_experts(BundleGraphs(exported), replace(CONFIG, **options), sms)
     assert choice.experts == ("dense" if why else "kernels")
     assert why in choice.why
     assert bool(choice.why) == bool(why)
 
 
 def test_groups_not_tiled_and_old_graphs_are_named(bundle: Bundle, tmp_path: Path) -> None:
-    assert choose_experts(bundle, CONFIG, (89,)).experts == "kernels"
+    assert choose_experts(BundleGraphs(bundle), CONFIG, (89,)).experts == "kernels"
     few = quantized(Bundle.open(copy_of(bundle, tmp_path / "q")), 8)
-    choice = choose_experts(few, CONFIG, (89,))
+    choice = choose_experts(BundleGraphs(few), CONFIG, (89,))
     assert choice.experts == "dense"
     assert "int4 in groups of 8" in choice.why
     assert "the nearest is 16" in choice.why
     other = quantized(Bundle.open(copy_of(bundle, tmp_path / "u")), 32, onnx.TensorProto.UINT8)
-    choice = choose_experts(other, CONFIG, (89,))
+    choice = choose_experts(BundleGraphs(other), CONFIG, (89,))
     assert choice.experts == "dense"
     assert "no kernel computes experts stored as uint8" in choice.why
     assert "float8e4m3fn (fp8)" in choice.why
-    choice = choose_experts(without_marks(bundle), CONFIG, (89,))
+    choice = choose_experts(BundleGraphs(without_marks(bundle)), CONFIG, (89,))
     assert choice.experts == "dense"
     assert "exported by an earlier version" in choice.why
 
@@ -112,13 +113,13 @@ def test_without_experts_there_is_no_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(type(bundle.config), "indices", lambda *_: ())
-    choice = choose_experts(bundle, CONFIG, (75,))
+    choice = choose_experts(BundleGraphs(bundle), CONFIG, (75,))
     assert (choice.experts, choice.why) == ("dense", "")
 
 
 def test_what_is_asked_for_is_built(exported: Bundle) -> None:
-    assert choose_experts(exported, replace(CONFIG, experts="kernels"), ()).experts == "kernels"
-    choice = choose_experts(exported, replace(CONFIG, experts="dense"), ())
+    assert choose_experts(BundleGraphs(exported), replace(CONFIG, experts="kernels"), ()).experts == "kernels"
+    choice = choose_experts(BundleGraphs(exported), replace(CONFIG, experts="dense"), ())
     assert choice.to_json()["why"] == "--experts dense asked for it"
 
 
@@ -206,9 +207,10 @@ def test_a_missing_compiler_is_an_error_and_not_a_slow_engine(
     config = replace(CONFIG, experts=experts)
     plain = TensorRTBuilder(builder.flavour)
     monkeypatch.setattr("twotower.extras.find_spec", lambda name: None)
-    for work in (plain.describe, plain.needed_bytes):
+    plan = plain.plan(bundle, config)
+    for work in (plan.describe, lambda: plan.needed_bytes):
         with pytest.raises(ConfigError) as caught:
-            work(bundle, config)
+            work()
         check_error(str(caught.value), "kernels of experts")
         assert caught.value.found == "not installed: triton"
         assert "twotower[kernels]" in caught.value.do

@@ -16,7 +16,7 @@ from tests.helpers.tensorrt import L4, install_fake, see_gpu
 from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_kernels
 from twotower.builders import BuildConfig, build_engines, builder_for, expert_code
 from twotower.builders.base import silent
-from twotower.builders.trt import tensorrt_builder
+from twotower.builders.trt import build_plan
 from twotower.bundle import Bundle, engine_folder, load_engine_record
 from twotower.errors import BuildError
 from twotower.kernels import read_manifest
@@ -48,15 +48,15 @@ def test_layers_and_towers_of_one_shape_share_their_kernels(built: Bundle) -> No
 
 def test_engines_fit_until_kernels_or_options_are_others(built: Bundle, builder: StandInBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
     record = load_engine_record(built, "rtx")
-    assert builder.fits(record, built, BuildConfig(**CONFIG))
-    assert not builder.fits(record, built, BuildConfig(**{**CONFIG, "experts": "dense"}))
-    assert not builder.fits(record, built, BuildConfig(**{**CONFIG, "sms": (86, 89)}))
-    monkeypatch.setattr(tensorrt_builder, "kernel_source", lambda: "of another version")
-    assert not builder.fits(record, built, BuildConfig(**CONFIG))
+    assert builder.plan(built, BuildConfig(**CONFIG)).keeps(record)
+    assert not builder.plan(built, BuildConfig(**{**CONFIG, "experts": "dense"})).keeps(record)
+    assert not builder.plan(built, BuildConfig(**{**CONFIG, "sms": (86, 89)})).keeps(record)
+    monkeypatch.setattr(build_plan, "kernel_source", lambda: "of another version")
+    assert not builder.plan(built, BuildConfig(**CONFIG)).keeps(record)
 
 
 def test_a_dry_run_counts_equal_programs(built: Bundle, builder: StandInBuilder) -> None:
-    lines = builder.describe(built, BuildConfig(**CONFIG))
+    lines = builder.plan(built, BuildConfig(**CONFIG)).describe()
     assert sum(line.startswith("denoiser.") for line in lines) == len(
         {p.file for p in load_engine_record(built, "rtx").engines["denoiser"]}
     )
@@ -76,7 +76,7 @@ def test_what_no_kernel_computes_is_refused_before_anything_is_built(
     bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
     monkeypatch.setattr(builder, "flavour", replace(builder.flavour, sms=(75, 89)))
     with pytest.raises(BuildError) as error:
-        builder.needed_bytes(bundle, BuildConfig(**{**CONFIG, **options}))
+        _ = builder.plan(bundle, BuildConfig(**{**CONFIG, **options})).needed_bytes
     check_error(str(error.value), what)
     assert not (bundle.path / "engines" / "rtx").exists()
 
@@ -85,7 +85,7 @@ def test_a_bound_on_memory_is_kept_or_refused(tmp_path: Path, builder: StandInBu
     """Programs are cut no further: a bound is kept by what is there, or it is refused with one that is."""
     bundle = export_fixture("hybrid-b", tmp_path / "bundle")
     with pytest.raises(BuildError) as error:
-        builder.build(bundle, tmp_path, BuildConfig(**{**CONFIG, "max_build_memory": 10**8}), report=silent)
+        builder.plan(bundle, BuildConfig(**{**CONFIG, "max_build_memory": 10**8})).build(tmp_path, report=silent)
     check_error(str(error.value), "cannot be built in so little memory")
     assert "--max-build-memory to 0.4G" in error.value.do
 

@@ -13,6 +13,7 @@ import pytest
 from tests.helpers.bundles import built_fixture, copy_of, export_fixture, flip_byte
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders import build as build_module
+from twotower.builders.ort import OrtCpuPlan
 from twotower.bundle import BUILD_FILE, GRAPH_FILES, Bundle, engine_folder, read_engine_record
 from twotower.errors import BuildError, EngineMismatchError
 from twotower.runtime import GenerationConfig, TwoTower
@@ -131,7 +132,7 @@ def test_a_failed_build_leaves_the_old_engine(copy: Bundle, monkeypatch: pytest.
     def full(*arguments: Any, **options: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(builder, "build", full)
+    monkeypatch.setattr(OrtCpuPlan, "build", full)
     with pytest.raises(BuildError, match="could not be written"):
         build_engines(copy, TARGET, builder, config=BuildConfig(force=True))
     record_of(copy)

@@ -217,7 +217,7 @@ def copy(few: Bundle, tmp_path: Path) -> Bundle:
 def build(bundle: Bundle, dialect: str = "chosen") -> dict[str, Any]:
     builder = builder_for("ort-cpu")
     config = BuildConfig(dialect=dialect)
-    expected = builder.needed_bytes(bundle, config)
+    expected = builder.plan(bundle, config).needed_bytes
     build_engines(bundle, "ort-cpu", builder, config=config)
     record = load_engine_record(bundle, "ort-cpu")
     own = sum(record.files[name].size for name in record.files if name.endswith(".data"))

@@ -417,9 +417,9 @@ class TestBuilding:
         written = sum(file.size for name, file in record.files.items() if name.endswith(DATA_SUFFIX))
         moved = 2 * 2 * 2 * 8 * 64 * 64 // 2
         assert moved <= written <= moved + 4 * 4096
-        dense = builder.needed_bytes(bundle, BuildConfig(experts="dense"))
-        assert builder.needed_bytes(bundle, FUSED) == dense + moved
-        assert "written anew" in builder.describe(bundle, FUSED)[1]
+        dense = builder.plan(bundle, BuildConfig(experts="dense")).needed_bytes
+        assert builder.plan(bundle, FUSED).needed_bytes == dense + moved
+        assert "written anew" in builder.plan(bundle, FUSED).describe()[1]
 
     def test_inspect_says_so(self, few_bits: Any, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["inspect", str(fused(few_bits("int4-experts")).path)]) == 0

@@ -19,7 +19,7 @@ import pytest
 from tests.helpers.bundles import export_fixture
 from tests.helpers.tensorrt import install_fake
 from twotower.builders import BuildConfig, build_engines, builder_for
-from twotower.builders.trt import tensorrt_builder
+from twotower.builders.trt import build_plan
 from twotower.builders.try_graph import BUILDS, NOT_TRIED, REFUSED, job_of_graph, main
 from twotower.bundle import Bundle
 from twotower.errors import BuildError
@@ -110,7 +110,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BuildError]:
     bundle = export_fixture("hybrid-b", tmp_path_factory.mktemp("failed") / "b", "float16")
     plant_top_k(bundle)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(BuildError) as caught:
-        patch.setattr(tensorrt_builder, "require_clean", lambda *_, **__: ())
+        patch.setattr(build_plan, "require_clean", lambda *_, **__: ())
         build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(86, 89), max_context=256, experts="dense"))
     return bundle.path / "engines" / ".failed" / "rtx-context_head", caught.value
 

@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from tests.helpers.graphs import FIXTURES
-from twotower.builders.trt import tensorrt_builder
+from twotower.builders.trt import build_plan, tensorrt_builder
 from twotower.bundle import Bundle
 from twotower.hardware import Gpu, Machine
 from twotower.weights.external import load_graph
@@ -34,7 +34,7 @@ def install_fake(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # what is imported under this name later is forgotten at the end
     del sys.modules["tensorrt"]
     # What the stand-in acts upon are operators that do not exist: the graph rules would stop them first.
-    monkeypatch.setattr(tensorrt_builder, "require_clean", lambda *_, **__: ())
+    monkeypatch.setattr(build_plan, "require_clean", lambda *_, **__: ())
     return importlib.import_module("tensorrt")
 
 

@@ -139,9 +139,9 @@ def run(args: argparse.Namespace) -> int:
             cache_bytes=byte_size(args.cache_size, "--cache-size") or 0,
         )
         if args.dry_run:
-            library = builder.library()
-            print(f"{args.target}: {library['name']} {library['version']}, {human_bytes(builder.needed_bytes(bundle, config))} of disk")
-            print("\n".join(builder.describe(bundle, config)))
+            library, plan = builder.library(), builder.plan(bundle, config)
+            print(f"{args.target}: {library['name']} {library['version']}, {human_bytes(plan.needed_bytes)} of disk")
+            print("\n".join(plan.describe()))
             return 0
         there = _stamp(file := engine_folder(bundle, args.target) / BUILD_FILE)
         record = build_engines(bundle, args.target, builder, config=config, report=line)

@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from twotower.builders import EngineBuilder, builder_for
-from twotower.builders.base import BuildConfig, Report
+from twotower.builders.base import BuildConfig, BuildPlan, Report
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, FileRecord, hash_file
 from twotower.dtypes import onnx_code
 from twotower.errors import BuildError
@@ -46,16 +46,26 @@ class RoundingBuilder:
     def library(self) -> dict[str, str]:
         return self._plain.library()
 
-    def fits(self, record: EngineRecord, bundle: Bundle, config: BuildConfig) -> bool:
+    def plan(self, bundle: Bundle, config: BuildConfig) -> _RoundingPlan:
+        return _RoundingPlan(bundle, self._plain.plan(bundle, config), self.library())
+
+
+class _RoundingPlan:
+    def __init__(self, bundle: Bundle, plain: BuildPlan, library: dict[str, str]) -> None:
+        self._bundle, self._plain, self._library = bundle, plain, library
+
+    def keeps(self, record: EngineRecord) -> bool:
         return "rounded" in record.report
 
-    def describe(self, bundle: Bundle, config: BuildConfig) -> list[str]:
-        return [f"three graphs in float32 that round every result to {bundle.dtype}"]
+    def describe(self) -> list[str]:
+        return [f"three graphs in float32 that round every result to {self._bundle.dtype}"]
 
-    def needed_bytes(self, bundle: Bundle, config: BuildConfig) -> int:
-        return self._plain.needed_bytes(bundle, config)
+    @property
+    def needed_bytes(self) -> int:
+        return self._plain.needed_bytes
 
-    def build(self, bundle: Bundle, folder: Path, config: BuildConfig, *, report: Report) -> EngineRecord:
+    def build(self, folder: Path, *, report: Report) -> EngineRecord:
+        bundle = self._bundle
         if bundle.dtype not in _HALVES:
             raise BuildError(
                 f"bundle '{bundle.path}' has no narrow type to round to",
@@ -74,7 +84,7 @@ class RoundingBuilder:
             (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
         return EngineRecord(
             target=TARGET,
-            library=self.library(),
+            library=self._library,
             dtype="float32",
             graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
             holds={name: bundle.data_identity(name) for name in GRAPH_FILES},

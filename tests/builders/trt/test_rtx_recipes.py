@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 from tests.helpers.quantized import TINY
 from tests.helpers.tensorrt_stand_in import stand_in_kernels
 from twotower.builders import BuildConfig, build_engines, builder_for
-from twotower.builders.trt import tensorrt_builder as builder_module
 from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
 from twotower.bundle import GRAPH_FILES, Bundle
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
@@ -119,15 +117,6 @@ def test_other_hardware_is_refused_before_and_would_be_by_the_library(quantized:
             assert "HW-specific datatypes" in caught.value.found
 
 
-def test_without_a_choice_it_is_built_for_all_that_can(quantized: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[int, ...]] = []
-    real = builder_module.TensorRTBuilder._limits  # type: ignore[attr-defined]
-
-    def limits(self: Any, bundle: Bundle, config: BuildConfig) -> Any:
-        found = real(self, bundle, config)
-        seen.append(found.sms)
-        return replace(found)
-
-    monkeypatch.setattr(builder_module.TensorRTBuilder, "_limits", limits)
-    builder_for("rtx").describe(quantized("fp8"), BuildConfig(max_context=256, experts="dense"))
-    assert set(seen) == {(89, 120)}
+def test_without_a_choice_it_is_built_for_all_that_can(quantized: Any) -> None:
+    plan = TensorRTBuilder(builder_for("rtx").flavour).plan(quantized("fp8"), BuildConfig(max_context=256, experts="dense"))  # type: ignore[attr-defined]
+    assert plan.limits.sms == (89, 120)

@@ -40,7 +40,7 @@ def build(bundle: Bundle, folder: Path) -> Any:
     module = SimpleNamespace(__name__="tensorrt_rtx")
     flavour = Flavour(module=module, target="rtx", version="0", sms=(86, 89, 120), runtime_cache=True, capturable=True)
     folder.mkdir()
-    return TensorRTBuilder(flavour).build(bundle, folder, CONFIG, report=lambda *_: None)
+    return TensorRTBuilder(flavour).plan(bundle, CONFIG).build(folder, report=lambda *_: None)
 
 
 def test_notes_are_in_the_report_of_their_engine(tmp_path: Path, given: list[onnx.ModelProto]) -> None:
