@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +48,10 @@ class StandInGraph:
         self.inputs = {v.name: _type(v) for v in values}
         self.outputs = {v.name: _type(v) for v in model.graph.output}
         self.shapes = {v.name: _axes(v) for v in values}
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path",
-            str(folder),
-        )
-        if "BFLOAT16" in (self.inputs | self.outputs).values():
-            onnx.load_external_data_for_model(model, str(folder))
-            round_results(model, "bfloat16")
-            # Optimisation would take the roundings away.
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            graph = model.SerializeToString()
-        self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        narrow = "BFLOAT16" in (self.inputs | self.outputs).values()
+        outside = any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer)
+        # Tests open the same few graphs hundreds of times; files of weights may have changed meanwhile.
+        self._session = (_session if outside else _kept_session)(graph, folder, narrow)
 
     def check(
         self,
@@ -90,6 +81,27 @@ class StandInGraph:
                 value,
                 casting="same_kind" if value.dtype != np.float32 else "unsafe",
             )
+
+
+def _session(graph: bytes, folder: Path, narrow: bool) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path",
+        str(folder),
+    )
+    if narrow:
+        model = onnx.load_from_string(graph)
+        onnx.load_external_data_for_model(model, str(folder))
+        round_results(model, "bfloat16")
+        # Optimisation would take the roundings away.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        graph = model.SerializeToString()
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+_kept_session = lru_cache(maxsize=64)(_session)
 
 
 def view(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
