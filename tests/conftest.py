@@ -53,7 +53,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long first: of those that share a run no process is then left with one at the end."""
+    """Files that take long first: of processes that share a run none is then left with one at the end."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
     weights: dict[Path, float] = defaultdict(float)
     for item in items:
         weights[item.path] += 0.1 + sum(_WEIGHTS.get(mark.name, 0) for mark in item.iter_markers())
