@@ -15,7 +15,6 @@ from typing import Any
 
 import onnx
 
-from twotower import builders, config, graph_lint, spec, weights
 from twotower.builders.base import AUTO, DEFAULT_MAX_CONTEXT, KERNELS, BuildConfig, Report
 from twotower.builders.build_cost import require_bound, require_build_memory
 from twotower.builders.bundle_graphs import BundleGraphs
@@ -337,11 +336,15 @@ class TensorRTPlan:
 def _source() -> str:
     """SHA-256 of the code that engines are planned and built by."""
     digest = hashlib.sha256()
-    for package in (builders, config, graph_lint, weights):
-        for file in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
+    for package in _DECIDE:
+        for file in sorted((_PACKAGE / package).rglob("*.py")):
             digest.update(file.read_bytes())
-    digest.update(Path(spec.__file__).read_bytes())
+    digest.update((_PACKAGE / "spec.py").read_bytes())
     return digest.hexdigest()
+
+
+_PACKAGE = Path(__file__).parents[2]
+_DECIDE = ("builders", "config", "graph_lint", "weights")
 
 
 def _steps(plans: Iterable[EnginePlan]) -> dict[str, tuple[Step, ...]]:
