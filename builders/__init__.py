@@ -14,13 +14,13 @@ __all__ = ["BUILDERS", "BuildConfig", "EngineBuilder", "build_engines", "builder
 
 
 def _ort_cpu() -> EngineBuilder:
-    from twotower.builders.ort import OrtCpuBuilder
+    from twotower.builders.ort.cpu import OrtCpuBuilder
 
     return OrtCpuBuilder()
 
 
 def _ort_cuda() -> EngineBuilder:
-    from twotower.builders.ort import make_cuda_builder
+    from twotower.builders.ort.cpu import make_cuda_builder
 
     return make_cuda_builder()
 

@@ -19,7 +19,7 @@ DOORS = {
     "tensorrt_rtx": ("src/twotower/tensorrt_library.py",),
     "onnxruntime": ("src/twotower/onnx_runtime.py",),
     "twotower.onnx_runtime": (
-        "builders/ort.py",
+        "builders/ort/cpu.py",
         "runtime/engines/ort.py",
         "calibration/watched_engine.py",
         "export/verify.py",

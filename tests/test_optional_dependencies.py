@@ -42,7 +42,9 @@ def hardware_free(package: str) -> list[str]:
     """Modules of a package that import no optional library themselves."""
     optional = {*TRAINING, *VENDORS, "tokenizers"}
     # Reached only from a builder that has its libraries, or run as a program beside Polygraphy.
-    apart = {f"twotower.builders.{name}" for name in ("trt.child", "trt.make_engine", "feed_graph", "expert_choice")}
+    apart = {
+        f"twotower.builders.{name}" for name in ("trt.child", "trt.make_engine", "trt.tensorrt_builder", "feed_graph", "expert_choice")
+    }
     inside = {m: f for m, f in package_files().items() if f"{m}.".startswith(f"{package}.") and m not in apart}
     names = {m: set(imported_at_import(f)) for m, f in inside.items()}
     doors = {"twotower.onnx_runtime"}  # a library by another name

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from twotower.builders.ort import write_engine
-from twotower.builders.ort_weights import expand_data, places_of
+from twotower.builders.ort.cpu import write_engine
+from twotower.builders.ort.engine_weights import expand_data, places_of
 from twotower.checkpoint.synthetic import published_slice
 from twotower.config.formats import stored_format
 from twotower.config.model import ModelConfig, parse_model_config

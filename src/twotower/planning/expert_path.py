@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from twotower.builders.base import DENSE, FUSED, KERNELS
 from twotower.builders.expert_code import require_kernels
-from twotower.builders.ort_fusable import RELU2_SINCE, require_fusable
+from twotower.builders.ort.fusable import RELU2_SINCE, require_fusable
 from twotower.bundle import ExpertsStep
 from twotower.checkpoint.layout import Role
 from twotower.config.formats import stack_is_expanded, stored_format

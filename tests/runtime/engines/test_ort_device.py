@@ -19,7 +19,7 @@ from tests.helpers.towers import golden_config
 from tests.runtime.engines.test_tensorrt_engine import AR, golden_cases
 from twotower import GenerationConfig
 from twotower.builders import BuildConfig, build_engines, builder_for
-from twotower.builders.ort_cuda import OrtCudaBuilder
+from twotower.builders.ort.cuda import OrtCudaBuilder
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
 from twotower.errors import ConfigError, EngineMismatchError
 from twotower.export import Checkpoint, ExportConfig, export_bundle

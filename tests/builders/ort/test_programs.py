@@ -13,8 +13,9 @@ import pytest
 from tests.helpers.bundles import export_fixture
 from tests.helpers.errors import check_error
 from tests.helpers.tensorrt_stand_in import stand_in_kernels
-from twotower.builders import BuildConfig, build_engines, builder_for, expert_choice, ort_programs
-from twotower.builders.ort_cuda import OrtCudaBuilder
+from twotower.builders import BuildConfig, build_engines, builder_for, expert_choice
+from twotower.builders.ort import programs
+from twotower.builders.ort.cuda import OrtCudaBuilder
 from twotower.bundle import (
     BUILD_FILE,
     Bundle,
@@ -110,7 +111,7 @@ def test_what_fits_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         built(bundle, other)
         assert stamp.stat().st_mtime_ns > before
     before = stamp.stat().st_mtime_ns
-    monkeypatch.setattr("twotower.builders.ort_cuda.kernel_source", lambda: "of another version")
+    monkeypatch.setattr("twotower.builders.ort.cuda.kernel_source", lambda: "of another version")
     built(bundle, BuildConfig(experts="kernels", sms=(80, 90), max_batch=4))
     assert stamp.stat().st_mtime_ns > before, "kernels are made from this version's"
 
@@ -123,9 +124,9 @@ def test_kernels_are_for_the_gpus_at_hand(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, gpus: tuple[int, ...], sms: tuple[int, ...]
 ) -> None:
     here = SimpleNamespace(gpus=tuple(Gpu(f"GPU {n}", sm, 1 << 34) for n, sm in enumerate(gpus)))
-    monkeypatch.setattr(ort_programs, "probe_machine", lambda: here)
-    assert ort_programs.kernel_limits(bundle, BuildConfig(experts="kernels")).sms == sms
-    assert ort_programs.kernel_limits(bundle, BuildConfig(experts="kernels", sms=(86,))).sms == (86,)
+    monkeypatch.setattr(programs, "probe_machine", lambda: here)
+    assert programs.kernel_limits(bundle, BuildConfig(experts="kernels")).sms == sms
+    assert programs.kernel_limits(bundle, BuildConfig(experts="kernels", sms=(86,))).sms == (86,)
 
 
 def test_inspect_tells_programs_and_kernels(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ Which fusions the CUDA provider knows, and between which operators a copy or a c
 decided where the provider is: ONNX Runtime on this machine's CPU would insert casts around every
 half-width operator that a CPU lacks, and a GPU would then compute in float32. The session optimises
 when it is opened. What no optimiser does is done here: experts that nobody chose are left out
-(`ort_fused`, `ort_programs`).
+(`fused_experts`, `programs`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from twotower.builders.bundle_graphs import BundleGraphs
 from twotower.builders.expert_choice import ASKED, DENSE_COST, ExpertChoice, require_compiler
 from twotower.builders.expert_code import Compile, compile_code, kernel_source
 from twotower.builders.expert_cut import ExpertCut
-from twotower.builders.ort_fusable import require_fusable
-from twotower.builders.ort_fused import fuse_experts
-from twotower.builders.ort_programs import kernel_limits, require_programs, write_programs
-from twotower.builders.ort_unsigned import unsigned_data
+from twotower.builders.ort.engine_weights import unsigned_data
+from twotower.builders.ort.fusable import require_fusable
+from twotower.builders.ort.fused_experts import fuse_experts
+from twotower.builders.ort.programs import kernel_limits, require_programs, write_programs
 from twotower.bundle import (
     DATA_SUFFIX,
     GRAPH_FILES,

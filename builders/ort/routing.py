@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from twotower.builders.node_writer import NodeWriter
+from twotower.builders.ort.node_writer import NodeWriter
 
 __all__ = ["choose_by_topk"]
 

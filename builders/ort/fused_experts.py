@@ -17,7 +17,7 @@ would not do: MoE weighs by softmax alone, and QMoE's `router_weights` has the t
 and is not read by CUDA kernels (docs/gpu-runtime.md).
 
 Stacks [E,out,in] are what both operators read, so float ones stay in the bundle. Integers have to
-be unsigned; they are written anew (`ort_unsigned`), and the operator lays them out for the GPU when
+be unsigned; they are written anew (`engine_weights`), and the operator lays them out for the GPU when
 a session is opened.
 """
 
@@ -32,7 +32,7 @@ import onnx
 from onnx import TensorProto
 from onnx.helper import make_opsetid
 
-from twotower.builders.node_writer import NodeWriter
+from twotower.builders.ort.node_writer import NodeWriter
 from twotower.builders.segment import needed_nodes
 from twotower.bundle import ExpertsStep
 from twotower.config.formats import FORMATS

@@ -16,7 +16,7 @@ from tests.helpers.graphs import FIXTURES
 from tests.helpers.quantized import TINY
 from tools.cpu_experts import form
 from twotower.builders import BuildConfig, build_engines, builder_for
-from twotower.builders.ort import engine_places, write_engine
+from twotower.builders.ort.cpu import engine_places, write_engine
 from twotower.bundle import Bundle, engine_folder, load_engine_record
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
 from twotower.config import ModelConfig, read_model_config

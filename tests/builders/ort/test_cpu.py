@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.bundles import built_fixture, copy_of, export_fixture, flip_byte
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders import build as build_module
-from twotower.builders.ort import OrtCpuPlan
+from twotower.builders.ort.cpu import OrtCpuPlan
 from twotower.bundle import BUILD_FILE, GRAPH_FILES, Bundle, engine_folder, read_engine_record
 from twotower.errors import BuildError, EngineMismatchError
 from twotower.runtime import GenerationConfig, TwoTower

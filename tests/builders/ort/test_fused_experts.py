@@ -20,9 +20,10 @@ from tests.helpers.errors import check_error
 from tests.helpers.fused_experts import fused_nodes, with_bodies, with_cpu_kernels
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.small_slice import SMALL_SLICE
-from twotower.builders import BuildConfig, build_engines, builder_for, ort_unsigned
-from twotower.builders.ort_fusable import require_fusable
-from twotower.builders.ort_fused import fuse_experts
+from twotower.builders import BuildConfig, build_engines, builder_for
+from twotower.builders.ort import engine_weights
+from twotower.builders.ort.fusable import require_fusable
+from twotower.builders.ort.fused_experts import fuse_experts
 from twotower.bundle import (
     BUILD_FILE,
     DATA_SUFFIX,
@@ -374,12 +375,12 @@ def test_integers_are_unsigned_and_all_else_stays_in_the_bundle(few_bits: Any) -
 
 
 def test_a_large_matrix_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ort_unsigned, "_PIECE", 7)
+    monkeypatch.setattr(engine_weights, "_UNSIGNED_PIECE", 7)
     data = np.random.default_rng(0).integers(0, 256, 200, np.uint8)
     (tmp_path / "in").write_bytes(data.tobytes())
     told: list[int] = []
     refs = {"b": WeightRef("int8", (4, 10), 150), "a": WeightRef("int4", (2, 5, 6), 64)}
-    places = ort_unsigned.unsigned_data(tmp_path / "in", tmp_path / "out", refs, told.append)
+    places = engine_weights.unsigned_data(tmp_path / "in", tmp_path / "out", refs, told.append)
     made = np.frombuffer((tmp_path / "out").read_bytes(), np.uint8)
     assert places == {"a": WeightRef("uint8", (2, 5, 3), 0), "b": WeightRef("uint8", (4, 10), 64)}
     np.testing.assert_array_equal(made[:30], data[64:94] ^ 0x88)

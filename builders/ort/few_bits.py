@@ -6,10 +6,10 @@
 
 The wider a block, the faster the product: one of 128 takes three quarters of the time of one of 32. But a row's numbers must be its
 own, whatever rows are beside it, and with blocks of 64 and 128 the kernels of ONNX Runtime compute the last row of an odd number
-another way. So wide blocks are for products that always have an even number of rows: those of experts, which `ort_experts` sees to,
+another way. So wide blocks are for products that always have an even number of rows: those of experts, which `chosen_experts` sees to,
 and those of the denoiser, whose engine is run with one row more where a pass has an odd number of positions (`EVEN_ROWS`). All others
 have blocks of 32. A scale for more weights than a block has is written for each block, which is the same weight. Kernels differ by
-processor, so a build asks the one it runs on (`ort_probe`), and so does whoever opens the engine.
+processor, so a build asks the one it runs on (`probe_graph`), and so does whoever opens the engine.
 """
 
 from __future__ import annotations
@@ -21,21 +21,15 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from twotower.builders.ort_experts import is_slice
-from twotower.builders.ort_products import with_branches
+from twotower.builders.ort.chosen_experts import is_slice
+from twotower.builders.ort.node_writer import NodeWriter
+from twotower.builders.ort.products import with_branches
 from twotower.config.formats import NARROW_BLOCK, product_block
 from twotower.dtypes import DTYPES
 from twotower.product_probe import EVEN_ROWS
 from twotower.weights.refs import WeightRef
 
-__all__ = [
-    "UNSIGNED",
-    "StoredProduct",
-    "from_blocks",
-    "read_as_stored",
-    "stored_product",
-    "stored_products",
-]
+__all__ = ["UNSIGNED", "StoredProduct", "from_blocks", "probe_graph", "read_as_stored", "stored_product", "stored_products"]
 
 UNSIGNED: Mapping[str, str] = {"int4": "uint4", "int8": "uint8"}
 """How values are stored for the product, by how a bundle stores them: the zero moved to the middle."""
@@ -220,3 +214,44 @@ def _lookup(node: onnx.NodeProto, reader: onnx.NodeProto, ref: WeightRef) -> Ite
     yield helper.make_node("Constant", [], [names["last"]], name=f"{node.name}/last", value=last)
     yield helper.make_node("Unsqueeze", [names["scales"], names["last"]], [names["scale"]], name=f"{node.name}/scale")
     yield helper.make_node("Mul", [names["wide"], names["scale"]], [out], name=node.name)
+
+
+_ROWS, _COLUMNS = 320, 640  # rows no multiple of what kernels compute at once
+_BLOCKS = (NARROW_BLOCK, 64, 128)
+_SEED = 20
+
+
+def probe_graph() -> bytes:
+    """A graph with input `x` [M,K] and outputs [M,N]: a product for each type and block, on fixed weights.
+
+    Blocks of 32 get the rows as they come, wider ones an even number of rows, as engines see to.
+    """
+    random = np.random.default_rng(_SEED)
+    w, weights, outputs = NodeWriter("probe"), [], []
+    even, count = _even_rows(w)
+    for block in _BLOCKS:
+        scales = (0.01 * (1 + random.random((_ROWS, _COLUMNS // block)))).astype(np.float32)
+        weights.append(numpy_helper.from_array(scales, f"scales{block}"))
+        for dtype, width in (("uint4", block // 2), ("uint8", block)):
+            name = f"{dtype}.{block}"
+            values = random.integers(0, 256, (_ROWS, _COLUMNS // block, width), dtype=np.uint8)
+            weights.append(numpy_helper.from_array(values, f"{name}.values"))
+            narrow = block == NARROW_BLOCK
+            x, result = ("x", name) if narrow else (even, f"{name}.even")
+            ref = WeightRef(dtype, (_ROWS, _COLUMNS), 0)
+            operands = [x, f"{name}.values", f"scales{block}"]
+            w.nodes.append(stored_product(operands, result, ref, block=block, name=name))
+            if not narrow:
+                w.op("Slice", result, w.ints([0]), count, w.ints([0]), named=name)
+            outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["M", _ROWS]))
+    x_info = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", _COLUMNS])
+    graph = helper.make_graph(w.nodes, "products", [x_info], outputs, weights)
+    domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    return bytes(helper.make_model(graph, opset_imports=domains, ir_version=10).SerializeToString())
+
+
+def _even_rows(w: NodeWriter) -> tuple[str, str]:
+    """The rows of `x`, the first once more where their number is odd; and the number [1]."""
+    count = w.op("Shape", "x", start=0, end=1)
+    more = w.op("Slice", "x", w.ints([0]), w.op("Mod", count, w.ints([2])), w.ints([0]))
+    return w.op("Concat", "x", more, axis=0), count

@@ -1,14 +1,14 @@
 """Weights for ONNX Runtime on a CPU: which it reads as they are, and the others written anew into a file of the engine.
 
 Those of half width are widened to float32, 4-bit floats expanded; integers that products read as they are stored
-(`ort_few_bits`) become unsigned, with a scale for each block.
+(`few_bits`) become unsigned, with a scale for each block.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,22 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from twotower.builders.ort_few_bits import UNSIGNED, stored_products
-from twotower.builders.ort_unsigned import unsigned_pieces
+from twotower.builders.ort.few_bits import UNSIGNED, stored_products
 from twotower.dtypes import stored_bytes
 from twotower.weights.conversion import read_weight
 from twotower.weights.external import weight_refs
 from twotower.weights.refs import WeightRef, aligned
 
-__all__ = ["Place", "expand_data", "expand_float4", "hide_dequantization", "places_of", "show_dequantization"]
+__all__ = [
+    "Place",
+    "expand_data",
+    "expand_float4",
+    "hide_dequantization",
+    "places_of",
+    "show_dequantization",
+    "unsigned_data",
+    "unsigned_pieces",
+]
 
 _PIECE = 4 << 20  # elements at a time
 
@@ -68,7 +76,7 @@ def places_of(
     Args:
         model: The graph as it was recorded.
         as_stored: Whether products read integers in few bits as they are stored.
-        even_rows: Whether the graph's passes always have an even number of rows, see `ort_few_bits`.
+        even_rows: Whether the graph's passes always have an even number of rows, see `few_bits`.
     """
     refs = weight_refs(model)
     scales = {values: names for values, _, *names in _float4_weights(model)}
@@ -229,3 +237,49 @@ def _float4_weights(model: onnx.ModelProto) -> Iterator[tuple[str, str, str, str
         if node.input[0] in narrow:
             scale = makers[node.input[1]]
             yield node.input[0], node.output[0], scale.input[0], scale.input[1]
+
+
+_FLIPPED = {"int4": 0x88, "int8": 0x80}
+"""The sign bits of a byte: turned over, -8 is 0 and 0 is 8."""
+
+_PER_BYTE = {"int4": 2, "int8": 1}
+_UNSIGNED_PIECE = 16 << 20
+
+
+def unsigned_data(
+    source: Path,
+    target: Path,
+    refs: Mapping[str, WeightRef],
+    tick: Callable[[int], None],
+) -> dict[str, WeightRef]:
+    """Writes signed integers as unsigned ones, 16 MiB at a time.
+
+    Args:
+        source: The data file `refs` points into.
+        target: The file to write.
+        refs: Weights of type `int4` or `int8`; of `int4` with an even last axis.
+        tick: Called with the bytes of each piece.
+
+    Returns:
+        Where they lie in the new file: `uint8`, of `int4` two in a byte, the first in the low half.
+    """
+    data = np.memmap(source, dtype=np.uint8, mode="r")
+    out: dict[str, WeightRef] = {}
+    end = 0
+    with target.open("wb") as file:
+        for name, ref in sorted(refs.items(), key=lambda item: item[1].offset):
+            columns = ref.shape[-1] // _PER_BYTE[ref.dtype]
+            place = replace(ref, dtype="uint8", shape=(*ref.shape[:-1], columns), offset=0)
+            out[name] = replace(place, offset=aligned(end, place.nbytes))
+            file.seek(out[name].offset)
+            for piece in unsigned_pieces(data, ref):
+                piece.tofile(file)
+                tick(piece.nbytes)
+            end = out[name].end
+    return out
+
+
+def unsigned_pieces(data: npt.NDArray[np.uint8], ref: WeightRef) -> Iterator[npt.NDArray[np.uint8]]:
+    """The bytes of a signed weight, `int4` or `int8`, as unsigned ones, 16 MiB at a time."""
+    for first in range(ref.offset, ref.end, _UNSIGNED_PIECE):
+        yield data[first : min(first + _UNSIGNED_PIECE, ref.end)] ^ np.uint8(_FLIPPED[ref.dtype])

@@ -4,8 +4,8 @@ The graph is optimised once and saved. Saving ONNX Runtime's own optimised model
 weights are taken out of the graph first, so that optimisation sees structure only (it fuses the transposes into the products,
 which is what matters), and the runtime maps the bundle's own data file. Exceptions go into a data file of the engine: half-width
 weights, because a CPU has no arithmetic for them; 4-bit floats, which ONNX Runtime has no kernel for; and integers in few bits,
-which its products read in another form (`ort_few_bits`). Of the experts only those are computed, and read, that a token chose
-(`ort_experts`), unless the graph is wanted as it was exported: then quantized weights stay in the bundle and every pass expands them.
+which its products read in another form (`few_bits`). Of the experts only those are computed, and read, that a token chose
+(`chosen_experts`), unless the graph is wanted as it was exported: then quantized weights stay in the bundle and every pass expands them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,9 @@ import onnx
 
 from twotower.builders.base import STANDARD, BuildConfig, Report
 from twotower.builders.bundle_graphs import BundleGraphs
-from twotower.builders.ort_cuda import OrtCudaBuilder
-from twotower.builders.ort_experts import choose_experts, stacked_places
-from twotower.builders.ort_few_bits import UNSIGNED, from_blocks, read_as_stored
-from twotower.builders.ort_probe import probe_graph
-from twotower.builders.ort_products import compute_rows_alike, experts_are_packed, with_branches
-from twotower.builders.ort_routing import choose_by_topk
-from twotower.builders.ort_weights import (
+from twotower.builders.ort.chosen_experts import choose_experts, stacked_places
+from twotower.builders.ort.cuda import OrtCudaBuilder
+from twotower.builders.ort.engine_weights import (
     Place,
     expand_data,
     expand_float4,
@@ -36,6 +32,9 @@ from twotower.builders.ort_weights import (
     places_of,
     show_dequantization,
 )
+from twotower.builders.ort.few_bits import UNSIGNED, from_blocks, probe_graph, read_as_stored
+from twotower.builders.ort.products import compute_rows_alike, experts_are_packed, with_branches
+from twotower.builders.ort.routing import choose_by_topk
 from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, engine_folder, file_records
 from twotower.errors import BuildError
 from twotower.onnx_runtime import ort, session_options

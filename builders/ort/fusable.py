@@ -1,4 +1,4 @@
-"""Which experts the fused operators of ONNX Runtime compute on a GPU; the graph is `ort_fused`'s part."""
+"""Which experts the fused operators of ONNX Runtime compute on a GPU; the graph is `fused_experts`'s part."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ An expert whose weights must be expanded first is a branch, `If` somebody chose 
 end at once.
 
 A token's numbers do not depend on the others. Products compute rows alike whatever their number
-(`ort_products`, `ort_few_bits`; where that takes an even number, an expert with an odd one has one
+(`products`, `few_bits`; where that takes an even number, an expert with an odd one has one
 row more, which nobody reads), and nothing is added up in an order that others decide: rows are
 gathered, token by token. The numbers are those of the exported graph (tests/builders/test_ort_experts.py).
 
@@ -32,7 +32,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from twotower.builders.node_writer import NodeWriter
+from twotower.builders.ort.node_writer import NodeWriter
 from twotower.config.formats import NARROW_BLOCK
 from twotower.weights.refs import WeightRef
 

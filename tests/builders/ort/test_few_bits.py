@@ -18,10 +18,10 @@ from tests.helpers.bundles import copy_of
 from tests.helpers.few_bits import block_of, in_blocks
 from tests.helpers.quantized import TINY
 from twotower.builders import BuildConfig, build_engines, builder_for
-from twotower.builders import ort as ort_builder
-from twotower.builders.ort import write_engine
-from twotower.builders.ort_probe import probe_graph
-from twotower.builders.ort_weights import expand_data, places_of
+from twotower.builders.ort import cpu as ort_builder
+from twotower.builders.ort.cpu import write_engine
+from twotower.builders.ort.engine_weights import expand_data, places_of
+from twotower.builders.ort.few_bits import probe_graph
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder, load_engine_record
 from twotower.calibration import QuantizeConfig, builtin_recipes, plan_quantization, quantize_bundle
 from twotower.cli.main import main
