@@ -155,6 +155,13 @@ class EngineBuilder(Protocol):
         """Name and version of the library the engines are tied to."""
         ...
 
+    def asked(self, bundle: Bundle, config: BuildConfig) -> str:
+        """A number for all that decides a build, told without reading graphs; empty where only the plan knows.
+
+        Where `build.json` says the same, its engines are kept.
+        """
+        ...
+
     def plan(self, bundle: Bundle, config: BuildConfig) -> BuildPlan:
         """What a build would make. Nothing is read or refused before something is asked of the plan."""
         ...

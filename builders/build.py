@@ -39,9 +39,11 @@ def build_engines(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent / f".{target}.lock", waiting=lambda: report(f"waiting for another build of {target}", 0, 0)):
             _recover(folder)
+            record = None if config.force else _there(bundle, target, builder.library())
+            if record is not None and _says(record, builder.asked(bundle, config)):
+                return record
             plan = builder.plan(bundle, config)
-            record = None if config.force else _kept(bundle, target, builder.library(), plan)
-            if record is None:
+            if record is None or not plan.keeps(record):
                 record = _built(bundle, folder, plan, report=report)
                 _trim(bundle, config)
             return record
@@ -53,14 +55,18 @@ def build_engines(
         ) from e
 
 
-def _kept(bundle: Bundle, target: str, library: dict[str, str], plan: BuildPlan) -> EngineRecord | None:
-    """The record of engines that are there and are what is asked for."""
+def _there(bundle: Bundle, target: str, library: dict[str, str]) -> EngineRecord | None:
+    """The record of sound engines that are there, whatever they were built for."""
     try:
-        record = read_engine_record(bundle, target, library=library)
+        return read_engine_record(bundle, target, library=library)
     except EngineMismatchError as e:
         logger.debug("building %s: %s", target, e.found)
         return None
-    return record if plan.keeps(record) else None
+
+
+def _says(record: EngineRecord, asked: str) -> bool:
+    """Whether a record says of itself that it is what is asked for."""
+    return bool(asked) and record.report.get("asked") == asked
 
 
 def _built(bundle: Bundle, folder: Path, plan: BuildPlan, *, report: Report) -> EngineRecord:

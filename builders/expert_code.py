@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from twotower import kernels
 from twotower.builders.base import Report
+from twotower.builders.own_code import kernel_source
 from twotower.bundle import ExpertsStep, FileRecord, hash_file
 from twotower.errors import BuildError
 from twotower.kernels import MOST_TOKENS, ExpertShape, Manifest, launches
@@ -17,7 +16,7 @@ from twotower.kernels.signatures import refuse_sm
 from twotower.kernels.tilings import TIERS
 from twotower.spec import MAX_CHUNK
 
-__all__ = ["Compile", "compile_code", "kernel_source", "require_kernels"]
+__all__ = ["Compile", "compile_code", "require_kernels"]
 
 Compile = Callable[..., Manifest]
 """`compile_kernels`, or something like it."""
@@ -38,14 +37,6 @@ def require_kernels(step: ExpertsStep, sms: Sequence[int], *, max_tokens: int) -
         )
     for sm in sms:
         refuse_sm(shape, sm)
-
-
-def kernel_source() -> str:
-    """SHA-256 of what kernels are made from: another version of twotower may have others."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(kernels.__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def compile_code(

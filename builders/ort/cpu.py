@@ -64,6 +64,9 @@ class OrtCpuBuilder:
     def library(self) -> dict[str, str]:
         return _library()
 
+    def asked(self, bundle: Bundle, config: BuildConfig) -> str:
+        return ""
+
     def plan(self, bundle: Bundle, config: BuildConfig) -> OrtCpuPlan:
         return OrtCpuPlan(bundle, config)
 

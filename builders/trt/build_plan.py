@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
-from functools import cache, cached_property
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,9 @@ from twotower.builders.expert_choice import (
     choose_experts,
     require_compiler,
 )
-from twotower.builders.expert_code import Compile, compile_code, kernel_source, require_kernels
+from twotower.builders.expert_code import Compile, compile_code, require_kernels
 from twotower.builders.expert_cut import common_form
+from twotower.builders.own_code import kernel_source
 from twotower.builders.profiles import cache_capacity, profiles
 from twotower.builders.trt.capabilities import Capabilities, chosen_capabilities
 from twotower.builders.trt.engine_inspector import expands_experts, require_fused
@@ -58,6 +57,7 @@ class TensorRTPlan:
         flavour: The library.
         compiler: What compiles the kernels of experts; None for Triton, which may be missing.
         machine: Where the build runs.
+        asked: What `TensorRTBuilder.asked` says of bundle and config, for the record.
     """
 
     def __init__(
@@ -68,27 +68,11 @@ class TensorRTPlan:
         flavour: Flavour,
         compiler: Compile | None,
         machine: Machine,
+        asked: str,
     ) -> None:
-        self._bundle, self._asked_for = bundle, config
+        self._bundle, self._asked_for, self._asked = bundle, config, asked
         self._flavour, self._compiler, self._machine = flavour, compiler, machine
         self._graphs = BundleGraphs(bundle)
-
-    @cached_property
-    def asked(self) -> str:
-        """SHA-256 of all that decides the build: the same again makes the same engines, and no graph need be read to know it."""
-        config = {**asdict(self._asked_for), **dict.fromkeys(("force", "use_cache", "cache", "cache_bytes"))}
-        facts = {
-            "config": config,
-            "graphs": {name: self._bundle.program_identity(name) for name in GRAPH_FILES},
-            "model": repr(self._bundle.config),
-            "block": self._bundle.trained_block_size,
-            "library": self._flavour.library,
-            "gpus": [[gpu.name, gpu.sm] for gpu in self._machine.gpus],
-            "any_sm": self._machine.rtx_any_sm,
-            "source": _source(),
-            "kernels": kernel_source(),
-        }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def choice(self) -> ExpertChoice:
@@ -134,8 +118,6 @@ class TensorRTPlan:
 
     def keeps(self, record: EngineRecord) -> bool:
         """Whether sound engines that are already there are what is asked for."""
-        if record.report.get("asked") == self.asked:
-            return True
         if record.report.get("choice_of_experts") != self.choice.to_json() or record.limits != self.limits:
             return False
         if expands_experts(record) and not self.config.allow_expanded:
@@ -206,7 +188,7 @@ class TensorRTPlan:
                 "engines": facts,
                 "experts": about_code,
                 "choice_of_experts": self.choice.to_json(),
-                "asked": self.asked,
+                "asked": self._asked,
             },
             limits=self.limits,
             steps=_steps(self.engines),
@@ -330,21 +312,6 @@ class TensorRTPlan:
             (GpuIdentity(name=gpu.name, sm=gpu.sm, driver=self._machine.driver) for gpu in self._machine.gpus),
             None,
         )
-
-
-@cache
-def _source() -> str:
-    """SHA-256 of the code that engines are planned and built by."""
-    digest = hashlib.sha256()
-    for package in _DECIDE:
-        for file in sorted((_PACKAGE / package).rglob("*.py")):
-            digest.update(file.read_bytes())
-    digest.update((_PACKAGE / "spec.py").read_bytes())
-    return digest.hexdigest()
-
-
-_PACKAGE = Path(__file__).parents[2]
-_DECIDE = ("builders", "config", "graph_lint", "weights")
 
 
 def _steps(plans: Iterable[EnginePlan]) -> dict[str, tuple[Step, ...]]:

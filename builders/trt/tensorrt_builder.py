@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from twotower.builders.base import BuildConfig
-from twotower.builders.expert_code import Compile
-from twotower.builders.trt.build_plan import TensorRTPlan
-from twotower.bundle import Bundle
+import hashlib
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from twotower.builders.base import BuildConfig, BuildPlan
+from twotower.builders.own_code import kernel_source, planning_source
+from twotower.bundle import GRAPH_FILES, Bundle
 from twotower.hardware import probe_machine
 from twotower.tensorrt_library import Flavour
 
+if TYPE_CHECKING:
+    from twotower.builders.expert_code import Compile
+
 __all__ = ["TensorRTBuilder"]
+
+_WITHOUT_EFFECT = ("force", "use_cache", "cache", "cache_bytes")
 
 
 class TensorRTBuilder:
@@ -26,6 +35,31 @@ class TensorRTBuilder:
     def library(self) -> dict[str, str]:
         return self.flavour.library
 
-    def plan(self, bundle: Bundle, config: BuildConfig) -> TensorRTPlan:
+    def asked(self, bundle: Bundle, config: BuildConfig) -> str:
+        """SHA-256 of all that decides a build: the same again makes the same engines."""
+        machine = probe_machine()
+        facts = {
+            "config": {key: value for key, value in asdict(config).items() if key not in _WITHOUT_EFFECT},
+            "graphs": {name: bundle.program_identity(name) for name in GRAPH_FILES},
+            "model": repr(bundle.config),
+            "block": bundle.trained_block_size,
+            "library": self.flavour.library,
+            "gpus": [[gpu.name, gpu.sm] for gpu in machine.gpus],
+            "any_sm": machine.rtx_any_sm,
+            "source": planning_source(),
+            "kernels": kernel_source(),
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def plan(self, bundle: Bundle, config: BuildConfig) -> BuildPlan:
         """What a build would make, for this machine as it is now."""
-        return TensorRTPlan(bundle, config, flavour=self.flavour, compiler=self._compiler, machine=probe_machine())
+        from twotower.builders.trt.build_plan import TensorRTPlan  # engines that are kept need nothing of it
+
+        return TensorRTPlan(
+            bundle,
+            config,
+            flavour=self.flavour,
+            compiler=self._compiler,
+            machine=probe_machine(),
+            asked=self.asked(bundle, config),
+        )

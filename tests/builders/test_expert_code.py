@@ -14,7 +14,7 @@ from tests.helpers.errors import check_error
 from tests.helpers.stand_ins import stand_in_bundle
 from tests.helpers.tensorrt import L4, install_fake, see_gpu
 from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_kernels
-from twotower.builders import BuildConfig, build_engines, builder_for, expert_code
+from twotower.builders import BuildConfig, build_engines, builder_for, own_code
 from twotower.builders.base import silent
 from twotower.builders.trt import build_plan
 from twotower.bundle import Bundle, engine_folder, load_engine_record
@@ -104,10 +104,13 @@ def test_kernels_for_full_tensorrt_are_those_of_the_gpu_at_hand(tmp_path: Path, 
 
 
 def test_another_version_of_a_kernel_is_another_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "device").mkdir()
-    monkeypatch.setattr(expert_code.kernels, "__file__", str(tmp_path / "__init__.py"))
+    file = tmp_path / "kernels" / "device" / "product.py"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setattr(own_code, "_PACKAGE", tmp_path)
     seen = []
     for text in ("a", "b"):
-        (tmp_path / "device" / "product.py").write_text(text)
-        seen.append(expert_code.kernel_source())
+        file.write_text(text)
+        own_code.digest_of.cache_clear()
+        seen.append(own_code.kernel_source())
+    own_code.digest_of.cache_clear()
     assert seen[0] != seen[1]

@@ -46,6 +46,9 @@ class RoundingBuilder:
     def library(self) -> dict[str, str]:
         return self._plain.library()
 
+    def asked(self, bundle: Bundle, config: BuildConfig) -> str:
+        return ""
+
     def plan(self, bundle: Bundle, config: BuildConfig) -> _RoundingPlan:
         return _RoundingPlan(bundle, self._plain.plan(bundle, config), self.library())
 

@@ -12,7 +12,7 @@ import pytest
 from tests.helpers.bundles import export_fixture
 from tests.helpers.stand_ins import build_stand_ins
 from twotower.builders import BuildConfig, builder_for
-from twotower.builders.trt import build_plan
+from twotower.builders.trt import tensorrt_builder
 from twotower.bundle import BUILD_FILE, GRAPH_FILES, Bundle, engine_folder, load_engine_record
 
 GRAPHS = sorted(GRAPH_FILES.values())
@@ -87,7 +87,7 @@ def test_other_code_looks_closer_and_keeps_what_it_would_make_again(
     file = engine_folder(bundle, "rtx") / BUILD_FILE
     before = file.stat().st_mtime_ns
     read.clear()
-    monkeypatch.setattr(build_plan, "_source", lambda: "of another version")
+    monkeypatch.setattr(tensorrt_builder, "planning_source", lambda: "of another version")
     build_stand_ins(bundle)
     assert sorted(read) == GRAPHS
     assert file.stat().st_mtime_ns == before
