@@ -17,6 +17,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by `twotower export`")
+    parser.add_argument("--target", default="ort-cpu", metavar="T", help="what to build for (default: ort-cpu, which runs on any machine)")
     parser.add_argument(
         "--from-config",
         type=Path,
@@ -26,27 +27,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="with --from-config: element type of the graphs (default: the config's)"
     )
-    parser.add_argument("--target", default="ort-cpu", metavar="T", help="what to build for (default: ort-cpu, which runs on any machine)")
-    parser.add_argument(
+    parser.add_argument("--force", action="store_true", help="build everything again, whatever is there or cached")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be built and what it takes, then stop")
+    parser.add_argument("--json", action="store_true", help="print the build record as one JSON object on stdout")
+    _add_shapes(parser.add_argument_group("what engines are built for"))
+    _add_experts(parser.add_argument_group("what computes the experts, and where weights go"))
+    _add_cache(parser.add_argument_group("engines that were built before, of rtx and trt"))
+    parser.epilog = (
+        "The result lies in BUNDLE/engines/<target>. A fitting engine is kept; a killed build leaves the old one, and the same command\n"
+        "goes on with the engines it had finished. `twotower inspect BUNDLE` shows what was built.\n"
+        "example: twotower build bundle --target ort-cpu\n"
+        "example: twotower build bundle --target rtx --sm 86,89 --dry-run\n"
+        "example: twotower build programs --from-config config.json --target rtx --sm 89,120 --cache engines"
+    )
+
+
+def _add_shapes(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--sm",
         metavar="LIST",
         help="of rtx, and of ort-cuda with --experts kernels: compute capabilities to build for, e.g. 86,89,120 (default: the GPU here, "
         "or these; of ort-cuda the GPUs here, or all there are kernels for)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--max-batch", type=int, default=8, metavar="N", help="of rtx, trt, and --experts kernels: most rows (default: %(default)s)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--max-context", type=int, metavar="N", help="of rtx, trt: longest text, prompt and answer (default: 4096 or the model's)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--segments",
         type=int,
         default=1,
         metavar="N",
         help="of rtx, trt: cut towers into N engines with dense experts, to spread them over GPUs (default: 1)",
     )
-    parser.add_argument(
+    group.add_argument(
+        "--max-build-memory",
+        metavar="SIZE",
+        help="of rtx, trt: cut towers whose engines hold weights, so that the build of each stays below this, e.g. 16G; rarely needed",
+    )
+
+
+def _add_experts(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--experts",
         default="auto",
         choices=("auto", "kernels", "fused", "dense"),
@@ -56,54 +80,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "every expert for every token in the engine; `auto` takes what computes the chosen ones where "
         "there is such for these experts, and says why where there is none (default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--weights",
         default="inputs",
         choices=("inputs", "inside"),
         help="of rtx, trt: `inputs` makes programs that read the bundle's weights and holds only what the "
         "library takes as constants; `inside` puts all weights into the engines (default: %(default)s)",
     )
-    parser.add_argument(
-        "--max-build-memory",
-        metavar="SIZE",
-        help="of rtx, trt: cut towers whose engines hold weights, so that the build of each stays below this, e.g. 16G; rarely needed",
-    )
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        metavar="DIR",
-        help="of rtx, trt: keep built engines here, to share them between bundles (default: in the bundle, where an engine in use and its "
-        "entry are one file)",
-    )
-    parser.add_argument(
-        "--cache-size",
-        default="20G",
-        metavar="SIZE",
-        help="of rtx, trt: room for cached engines that no target uses; the least recently used go first (default: %(default)s)",
-    )
-    parser.add_argument("--no-cache", action="store_true", help="of rtx, trt: neither take engines from the cache nor keep them there")
-    parser.add_argument(
+    group.add_argument(
         "--allow-expanded",
         action="store_true",
         help="of rtx: keep engines that expand quantized experts in device memory in every pass, which is slower than float experts",
     )
-    parser.add_argument(
+    group.add_argument(
         "--dialect",
         default="chosen",
         choices=("chosen", "standard"),
         help="of ort-cpu: in engines that are `chosen` only the experts that a token chose compute; `standard` keeps the exported graph, "
         "in which all do (default: %(default)s)",
     )
-    parser.add_argument("--force", action="store_true", help="build everything again, whatever is there or cached")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be built and what it takes, then stop")
-    parser.add_argument("--json", action="store_true", help="print the build record as one JSON object on stdout")
-    parser.epilog = (
-        "The result lies in BUNDLE/engines/<target>. A fitting engine is kept; a killed build leaves the old one, and the same command\n"
-        "goes on with the engines it had finished. `twotower inspect BUNDLE` shows what was built.\n"
-        "example: twotower build bundle --target ort-cpu\n"
-        "example: twotower build bundle --target rtx --sm 86,89 --dry-run\n"
-        "example: twotower build programs --from-config config.json --target rtx --sm 89,120 --cache engines"
+
+
+def _add_cache(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep built engines here, to share them between bundles (default: in the bundle, where an engine in use and its "
+        "entry are one file)",
     )
+    group.add_argument(
+        "--cache-size",
+        default="20G",
+        metavar="SIZE",
+        help="room for cached engines that no target uses; the least recently used go first (default: %(default)s)",
+    )
+    group.add_argument("--no-cache", action="store_true", help="neither take engines from the cache nor keep them there")
 
 
 def run(args: argparse.Namespace) -> int:
