@@ -9,15 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twotower.calibration.recipes import builtin_recipes
-from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
+from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.config.formats import stack_is_expanded
-from twotower.config.model import parse_model_config
+from twotower.config.model import ModelConfig, parse_model_config
 from twotower.errors import ConfigError
 from twotower.hardware import Gpu
 from twotower.planning import GPUS, GpuModel, PlanOptions, fit, gpu_at_hand, gpus_named
 from twotower.planning.devices import device_needs
 from twotower.planning.expert_path import left_out
 from twotower.planning.fit import largest_batch, largest_context
+from twotower.planning.load_time import load_time
 from twotower.planning.pass_cost import pass_costs
 from twotower.planning.weights import EXPERT_FORMATS, EXPERT_RECIPES
 
@@ -171,3 +172,87 @@ def test_a_gpu_at_hand_has_its_own_memory_and_the_table_s_bandwidth() -> None:
     known, other = gpu_at_hand(gpus)
     assert (known.memory, known.bandwidth, known.flops) == (25_386_352_640, 1008 * 10**9, 165.2e12)
     assert other.bandwidth == 0, "another card than the table's"
+
+
+SMALL = parse_model_config(published_slice("M*" * 20), "40 layers without experts")
+
+
+def fullest(options: PlanOptions) -> int:
+    return max(d.total for d in device_needs(SMALL, options))
+
+
+def test_a_plan_fits_memory_that_is_just_enough() -> None:
+    options = replace(TRT, devices=3)
+    needs = [d.total for d in device_needs(SMALL, options)]
+    assert min(needs) < max(needs)
+    for short in (0, 1):
+        (found,) = fit(SMALL, options, [GpuModel("some", max(needs) - short, 89, 10**12)])
+        assert (found.fits, found.fullest.total) == (not short, max(needs))
+
+
+def test_rows_and_texts_are_as_many_and_as_long_as_just_fit() -> None:
+    most = replace(TRT, max_batch=8)
+    for rows in range(1, 9):
+        needs = fullest(replace(TRT, max_batch=rows))
+        assert [largest_batch(SMALL, most, needs - short) for short in (0, 1)] == [rows, rows - 1]
+    long = replace(TRT, max_batch=1, max_context=100_000)
+    for context in (256, 320, 4096):  # as long as their cache
+        needs = fullest(replace(long, max_context=context))
+        assert [largest_context(SMALL, long, needs - short) for short in (0, 1)] == [context, context - 64 if context > 256 else 0]
+    assert largest_context(SMALL, TRT, 10**13) == 4096, "what is planned without a word"
+    assert largest_context(replace(SMALL, max_position_embeddings=1000), TRT, 10**13) == 1000
+
+
+def offered(config: ModelConfig, options: PlanOptions, memory: int) -> dict[str, bool]:
+    """Flags of every alternative, and whether they suffice."""
+    (found,) = fit(config, options, [GpuModel("some", memory, 89, 10**12)])
+    return {a.flags: a.fits for a in found.alternatives}
+
+
+def test_alternatives_are_the_mildest_changes_that_suffice_and_what_does_not() -> None:
+    formats = {"int8", "fp8", "int4", "nvfp4"}
+    alone = {f"--experts {name}": False for name in formats}
+    both = {f"--experts {name} {more}": True for name in formats for more in ("--devices 2", "--mode ar")}
+    assert offered(PUBLISHED, TRT, 40 * 10**9) == {**alone, "--devices 2": False, "--mode ar": False, **both}
+    assert offered(PUBLISHED, TRT, 96 * 10**9) == {**dict.fromkeys(alone, True), "--devices 2": True, "--mode ar": True}
+    halved = {"--dtype bfloat16" + (f" {more}" if more else "") for more in ("", *alone, "--devices 2", "--mode ar")}
+    assert offered(PUBLISHED, replace(TRT, dtype="float32"), 40 * 10**9).keys() >= {*halved, "--devices 2", "--mode ar"}
+    for dtype in (None, "float32"):
+        assert offered(PUBLISHED, PlanOptions(target="ort-cpu", dtype=dtype), 40 * 10**9) == {"--mode ar": False}
+    assert offered(SMALL, TRT, 10**9) == {"--devices 2": False, "--mode ar": False}
+    assert not [flags for flags in offered(PUBLISHED, replace(TRT, devices=2), 30 * 10**9) if "--devices" in flags]
+
+
+def test_what_is_just_enough_for_a_change_suffices() -> None:
+    few = fullest(replace(TRT, mode="ar"))
+    assert offered(SMALL, TRT, few)["--mode ar"]
+    assert "--mode ar" not in offered(SMALL, TRT, few - 1), "with fewer rows"
+    single = fullest(replace(TRT, max_batch=1, max_context=2048))
+    assert offered(SMALL, replace(TRT, max_context=100_000), single)["--max-batch 1 --max-context 2048"]
+
+
+def test_loading_is_as_long_as_its_fullest_device_takes() -> None:
+    gpu = GpuModel("some", 10**12, 89, 10**12, link=10**9)
+    (found,) = fit(PUBLISHED, replace(TRT, devices=3, disk_rate=10**12), [gpu])
+    weights = [d.weights for d in found.devices]
+    assert max(weights) > 1.5 * min(weights)
+    assert found.load == load_time(sum(weights), max(weights), disk_rate=10**12, link_rate=gpu.link)
+    assert found.to_json()["load"]["seconds"] == found.load.seconds
+    (mapped,) = fit(PUBLISHED, PlanOptions(target="ort-cpu"), [gpu])
+    assert (mapped.load, mapped.to_json()["load"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "sm", "says"),
+    [
+        (PlanOptions(target="rtx", dtype="bfloat16"), 75, "float16 only"),
+        (PlanOptions(target="rtx", dtype="float16"), 75, ""),
+        (PlanOptions(target="trt", dtype="bfloat16"), 75, ""),
+        (PlanOptions(target="rtx", sms=(89,)), 120, "--sm does not list SM 120"),
+        (PlanOptions(target="rtx", sms=(89, 120)), 120, ""),
+    ],
+)
+def test_a_gpu_is_refused_for_its_hardware_or_what_is_built_for(options: PlanOptions, sm: int, says: str) -> None:
+    (found,) = fit(SMALL, options, [GpuModel("some", 10**12, sm, 10**12)])
+    assert says in found.refused if says else not found.refused
+    assert found.fits == (not says)
