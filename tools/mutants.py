@@ -63,6 +63,11 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "[0] -> [1]": "of a graph without layers: the share of its one piece is the whole whatever its bytes",
         "max(sum(sizes), 1) -> max(sum(sizes), 2)": "layers without bytes are in the first group by any sum",
     },
+    "planning/fit": {
+        "LEAST_CONTEXT - 1 -> LEAST_CONTEXT - 2": "whatever is found below the least is no alternative",
+        "low + high + 1 -> low + high + 2": "the middle of two is the higher one either way, and of more one of them",
+        "few <= set(changes.items()) -> few < set(changes.items())": "no two sets of changes are the same",
+    },
     "export/graphs/sampler": {
         "-1e+30 -> -1e+30": "one more is nothing there",
         "end=2 -> end=3": "a block has two axes",
