@@ -19,7 +19,7 @@ _PROGRAM_BYTES: Mapping[str, tuple[int, int]] = MappingProxyType(
 _SECONDS: Mapping[str, tuple[float, float]] = MappingProxyType({CONTEXT: (1.0, 1.5), CONTEXT_HEAD: (1.0, 0.0), DENOISER: (1.0, 0.5)})
 _PROFILES: Mapping[str, int] = MappingProxyType({CONTEXT: 3, CONTEXT_HEAD: 1, DENOISER: 1})
 
-_MEMORY_BASE, _MEMORY_LAYER = 265_000_000, 16_000_000
+_MEMORY_BASE, _MEMORY_LAYER = 275_000_000, 16_000_000
 """The library with its compiler, and what it keeps of a layer."""
 
 _MEMORY_FACTOR = 3.05
