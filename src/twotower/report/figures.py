@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from twotower.calibration.statistics import TowerStatistics
-from twotower.calibration.statistics_file import Statistics
 from twotower.evaluate.evaluation import AR, DEFAULT, OTHER
 from twotower.extras import require_libraries
 from twotower.spec import CONTEXT, DENOISER
+
+if TYPE_CHECKING:  # calibration needs what an evaluation does not
+    from twotower.calibration.statistics import TowerStatistics
+    from twotower.calibration.statistics_file import Statistics
 
 __all__ = ["draw_curve", "draw_ranges", "draw_sensitivity", "require_charts"]
 
