@@ -26,8 +26,10 @@ _MEMORY_FACTOR = 3.05
 """Of the weights an engine holds: the mapped file, the compiler's copy and the engine."""
 
 _UNPACKED_FACTOR = 5.8
-"""Of the largest weight of 4 bits: the compiler expands one at a time to full width. With this the memory of 20 engines at
-published widths that hold 0.4 to 4.2 GB in bfloat16, int8 or int4 is planned 2 to 23 % too high, and none too low."""
+"""Of the largest weight of 4 bits: the compiler expands one at a time to full width.
+
+With this, and 300 MB for the library, the memory of 20 engines at published widths that hold 0.4 to 4.2 GB in bfloat16, int8 or int4 was
+planned 2 to 23 % too high, and none too low; the process of a build has lost more than 25 MB since, in modules it no longer imports."""
 
 _SECONDS_BYTE, _SECONDS_BYTE_PACKED = 4.5e-9, 23e-9
 """Of weights an engine holds, in the page cache; those of 4 bits are laid out anew for every profile."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from twotower.builders.base import BuildConfig, BuildPlan
 from twotower.builders.own_code import kernel_source, planning_source
 from twotower.bundle import GRAPH_FILES, Bundle
-from twotower.hardware import probe_machine
+from twotower.hardware import Machine, probe_machine
 from twotower.tensorrt_library import Flavour
 
 if TYPE_CHECKING:
@@ -37,7 +37,23 @@ class TensorRTBuilder:
 
     def asked(self, bundle: Bundle, config: BuildConfig) -> str:
         """SHA-256 of all that decides a build: the same again makes the same engines."""
+        return self._asked(bundle, config, probe_machine())
+
+    def plan(self, bundle: Bundle, config: BuildConfig) -> BuildPlan:
+        """What a build would make, for this machine as it is now."""
+        from twotower.builders.trt.build_plan import TensorRTPlan  # engines that are kept need nothing of it
+
         machine = probe_machine()
+        return TensorRTPlan(
+            bundle,
+            config,
+            flavour=self.flavour,
+            compiler=self._compiler,
+            machine=machine,
+            asked=self._asked(bundle, config, machine),
+        )
+
+    def _asked(self, bundle: Bundle, config: BuildConfig, machine: Machine) -> str:
         facts = {
             "config": {key: value for key, value in asdict(config).items() if key not in _WITHOUT_EFFECT},
             "graphs": {name: bundle.program_identity(name) for name in GRAPH_FILES},
@@ -50,16 +66,3 @@ class TensorRTBuilder:
             "kernels": kernel_source(),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-    def plan(self, bundle: Bundle, config: BuildConfig) -> BuildPlan:
-        """What a build would make, for this machine as it is now."""
-        from twotower.builders.trt.build_plan import TensorRTPlan  # engines that are kept need nothing of it
-
-        return TensorRTPlan(
-            bundle,
-            config,
-            flavour=self.flavour,
-            compiler=self._compiler,
-            machine=probe_machine(),
-            asked=self.asked(bundle, config),
-        )
