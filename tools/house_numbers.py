@@ -3,7 +3,8 @@
     python -m tools.house_numbers                 HEAD
     python -m tools.house_numbers 941453e HEAD    side by side
 
-What is measured is what is committed. Product code is the package, with the folders its links lead to; tests are `tests`.
+What is measured is what is committed. Product code is the package, with the folders its links lead
+to; tests are `tests`.
 """
 
 from __future__ import annotations
@@ -47,8 +48,12 @@ Modules = Sequence[Module]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commits", nargs="*", default=["HEAD"], metavar="COMMIT", help="commits to measure (HEAD)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "commits", nargs="*", default=["HEAD"], metavar="COMMIT", help="commits to measure (HEAD)"
+    )
     args = parser.parse_args(arguments)
     columns = [figures_of(commit) for commit in args.commits]
     width = max(map(len, columns[0]))
@@ -63,34 +68,46 @@ def figures_of(commit: str) -> dict[str, str]:
     with tempfile.TemporaryDirectory(prefix="house-") as scratch:
         folder = Path(scratch)
         _extract(commit, folder)
-        product, tests = _package(folder), _modules(folder / "tests", "tests")
+        product, tests = read_package(folder), _modules(folder / "tests", "tests")
         wrapped, wrapped_tests = (_wrapped(modules, folder) for modules in (product, tests))
-    lengths = [length for module in wrapped for length in _function_lengths(module)]
-    once, private = _used_once(product)
-    imports = _imports(product)
-    return {
+    figures = {
         f"product, lines at {WIDTH} columns": f"{_lines(wrapped):,}",
         f"tests, lines at {WIDTH} columns": f"{_lines(wrapped_tests):,}",
         "product, files": f"{len(product)}",
         "AST nodes a code line, as committed": f"{_density(product):.2f}",
-        f"AST nodes a code line, at {WIDTH} columns": f"{_density(wrapped):.2f}",
-        "arguments of a function, 90th percentile": f"{_percentile(_arguments(product), 90)}",
-        f"functions over 50 lines at {WIDTH} columns": f"{100 * sum(n > 50 for n in lengths) / len(lengths):.1f} %",
-        f"functions over 100 lines at {WIDTH} columns": f"{sum(n > 100 for n in lengths)}",
-        "private helpers that are used once": f"{100 * once / private:.0f} %",
-        "modules with exactly one importer": f"{sum(count == 1 for count in _importers(product, imports).values())}",
-        "basenames that occur twice or more": f"{sum(n > 1 for n in Counter(map(_basename, _leaves(product))).values())}",
-        "cycles between modules": f"{_cycles(imports)}",
+    }
+    for name, value in ratios(wrapped).items():
+        figures[name] = f"{value:.2f}" if isinstance(value, float) else f"{value}"
+    return figures
+
+
+def ratios(product: Modules) -> dict[str, float]:
+    """The figures that do not grow with the code, of modules that are formatted to the width."""
+    lengths = [length for module in product for length in _function_lengths(module)]
+    once, private = _used_once(product)
+    imports = _imports(product)
+    basenames = Counter(map(_basename, _leaves(product)))
+    return {
+        "AST nodes a code line": _density(product),
+        "arguments of a function, 90th percentile": _percentile(_arguments(product), 90),
+        "functions over 50 lines, %": 100 * sum(n > 50 for n in lengths) / len(lengths),
+        "functions over 100 lines": sum(n > 100 for n in lengths),
+        "private helpers that are used once, %": 100 * once / private,
+        "modules with exactly one importer": list(_importers(product, imports).values()).count(1),
+        "basenames that occur twice or more": sum(n > 1 for n in basenames.values()),
+        "cycles between modules": _cycles(imports),
     }
 
 
 def _extract(commit: str, folder: Path) -> None:
-    packed = subprocess.run(["git", "-C", str(ROOT), "archive", commit], capture_output=True, check=True).stdout
+    packed = subprocess.run(
+        ["git", "-C", str(ROOT), "archive", commit], capture_output=True, check=True
+    ).stdout
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
         unpack(archive, folder)
 
 
-def _package(folder: Path) -> list[Module]:
+def read_package(folder: Path) -> list[Module]:
     """The package's modules; folders that are links are read where they lead."""
     out = []
     for entry in sorted((folder / PACKAGE).iterdir()):
@@ -103,7 +120,10 @@ def _package(folder: Path) -> list[Module]:
 
 def _modules(folder: Path, name: str) -> list[Module]:
     files = sorted(folder.rglob("*.py"))
-    return [Module(_dotted(name, file.relative_to(folder).as_posix()), file.read_text(encoding="utf-8")) for file in files]
+    return [
+        Module(_dotted(name, file.relative_to(folder).as_posix()), file.read_text(encoding="utf-8"))
+        for file in files
+    ]
 
 
 def _dotted(package: str, path: str) -> str:
@@ -116,9 +136,22 @@ def _wrapped(modules: Modules, folder: Path) -> list[Module]:
     files = [target / f"{number}.py" for number in range(len(modules))]
     for file, module in zip(files, modules, strict=True):
         file.write_text(module.text, encoding="utf-8")
-    command = [sys.executable, "-m", "ruff", "format", "--quiet", "--isolated", "--line-length", str(WIDTH), str(target)]
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "format",
+        "--quiet",
+        "--isolated",
+        "--line-length",
+        str(WIDTH),
+        str(target),
+    ]
     subprocess.run(command, check=True)
-    return [Module(m.name, file.read_text(encoding="utf-8")) for m, file in zip(modules, files, strict=True)]
+    return [
+        Module(m.name, file.read_text(encoding="utf-8"))
+        for m, file in zip(modules, files, strict=True)
+    ]
 
 
 def _lines(modules: Modules) -> int:
@@ -131,21 +164,37 @@ def _density(modules: Modules) -> float:
     for module in modules:
         tree = module.tree
         docstrings = list(_docstrings(tree))
-        nodes += sum(isinstance(node, (ast.stmt, ast.expr)) for node in ast.walk(tree)) - 2 * len(docstrings)
+        nodes += sum(is_node(node) for node in ast.walk(tree)) - 2 * len(docstrings)
         within = {n for d in docstrings for n in range(d.lineno, (d.end_lineno or d.lineno) + 1)}
         lines += len(_code_lines(module.text) - within)
     return nodes / lines
 
 
+def is_node(node: ast.AST) -> bool:
+    """Whether a node counts: a statement or an expression."""
+    return isinstance(node, (ast.stmt, ast.expr))
+
+
 def _docstrings(tree: ast.AST) -> Iterator[ast.Expr]:
     """Strings that stand alone: of modules, classes, functions and attributes."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             yield node
 
 
 def _code_lines(text: str) -> set[int]:
-    quiet = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    quiet = (
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    )
     out: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in quiet:
@@ -169,7 +218,9 @@ def _arguments(modules: Modules) -> list[int]:
     out = []
     for module in modules:
         for node in _functions(module.tree):
-            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            names = [
+                a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            ]
             out.append(len([name for name in names if name not in ("self", "cls")]))
     return out
 
@@ -183,7 +234,11 @@ def _used_once(modules: Modules) -> tuple[int, int]:
     once = total = 0
     for module in modules:
         tree = module.tree
-        private = [n.name for n in tree.body if isinstance(n, _FUNCTIONS) and n.name.startswith("_") and not n.name.startswith("__")]
+        private = [
+            n.name
+            for n in tree.body
+            if isinstance(n, _FUNCTIONS) and n.name.startswith("_") and not n.name.startswith("__")
+        ]
         used = Counter(n.id for n in ast.walk(tree) if isinstance(n, ast.Name))
         once += sum(used[name] == 1 for name in private)
         total += len(private)
@@ -263,7 +318,9 @@ def _cycles(imports: Mapping[str, set[str]]) -> int:
     return found
 
 
-def _each(imports: Mapping[str, set[str]], seen: Mapping[str, int], visit: Callable[[str], None]) -> None:
+def _each(
+    imports: Mapping[str, set[str]], seen: Mapping[str, int], visit: Callable[[str], None]
+) -> None:
     for name in imports:
         if name not in seen:
             visit(name)
