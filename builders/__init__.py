@@ -39,11 +39,18 @@ def _trt() -> EngineBuilder:
     return TensorRTBuilder(library)
 
 
-BUILDERS: dict[str, Callable[[], EngineBuilder]] = {"ort-cpu": _ort_cpu, "ort-cuda": _ort_cuda, "rtx": _rtx, "trt": _trt}
+BUILDERS: dict[str, Callable[[], EngineBuilder]] = {
+    "ort-cpu": _ort_cpu,
+    "ort-cuda": _ort_cuda,
+    "rtx": _rtx,
+    "trt": _trt,
+}
 """Target name -> creator of its builder."""
 
 
-_NOTES = {"trt": ": the wheels fetch the library itself from NVIDIA's own package index, pypi.nvidia.com"}
+_NOTES = {
+    "trt": ": the wheels fetch the library itself from NVIDIA's own package index, pypi.nvidia.com"
+}
 
 
 def builder_for(target: str) -> EngineBuilder:
@@ -54,7 +61,9 @@ def builder_for(target: str) -> EngineBuilder:
     """
     if target not in BUILDERS:
         raise BuildError(
-            f"there is no builder for target {target!r}", found=f"known targets: {', '.join(BUILDERS)}", do="choose one of them"
+            f"there is no builder for target {target!r}",
+            found=f"known targets: {', '.join(BUILDERS)}",
+            do="choose one of them",
         )
     try:
         return BUILDERS[target]()

@@ -63,13 +63,16 @@ class BuildConfig:
 
     Attributes:
         force: Build again although a fitting engine is there.
-        sms: Compute capabilities to build for ahead of time, e.g. (86, 89); empty for the builder's own choice.
+        sms: Compute capabilities to build for ahead of time, e.g. (86, 89); empty for the builder's
+            own choice.
         max_batch: Most rows the engines take.
-        max_context: Longest text, prompt and answer; None for 4096 or the model's own limit, whichever is less.
-        max_build_memory: Bytes the build of one engine may need at its peak, None for no bound; a tower that holds more weights inside
-            is cut into segments.
-        weights: `inputs` for engines that are programs and read their weights from the bundle's data files, but for those that the
-            library takes as constants only; `inside` for engines that hold them all.
+        max_context: Longest text, prompt and answer; None for 4096 or the model's own limit,
+            whichever is less.
+        max_build_memory: Bytes the build of one engine may need at its peak, None for no bound; a
+            tower that holds more weights inside is cut into segments.
+        weights: `inputs` for engines that are programs and read their weights from the bundle's
+            data files, but for those that the library takes as constants only; `inside` for engines
+            that hold them all.
         segments: Engines a tower is cut into, so that it can be spread over so many devices.
         experts: `kernels` for programs that end where experts begin, with kernels for the chosen
             ones between them: a list of steps that is spread over devices as it is; `dense` for
@@ -77,9 +80,11 @@ class BuildConfig:
             are such for these experts and every compute capability, else dense with the reason in
             the record.
         allow_expanded: Keep engines of `rtx` whose passes expand stacked experts in device memory.
-        dialect: Of `ort-cpu`: `chosen` for engines in which only the chosen experts compute, `standard` for the exported graph.
+        dialect: Of `ort-cpu`: `chosen` for engines in which only the chosen experts compute,
+            `standard` for the exported graph.
         use_cache: Take engines that were built before from the cache, and keep new ones there.
-        cache: The cache's folder; None for the bundle's own, where an engine and its entry are one file.
+        cache: The cache's folder; None for the bundle's own, where an engine and its entry are one
+            file.
         cache_bytes: Bytes that cached engines no target uses may take.
     """
 
@@ -102,11 +107,23 @@ class BuildConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 flag = "--" + name.replace("_", "-")
-                raise ConfigError(f"{flag} cannot be {value}", found=f"{value}; allowed: 1 and more", do=f"pass a positive {flag}")
+                raise ConfigError(
+                    f"{flag} cannot be {value}",
+                    found=f"{value}; allowed: 1 and more",
+                    do=f"pass a positive {flag}",
+                )
         if self.weights not in PLACES:
-            raise ConfigError(f"--weights cannot be {self.weights!r}", found=f"allowed: {', '.join(PLACES)}", do="choose one of them")
+            raise ConfigError(
+                f"--weights cannot be {self.weights!r}",
+                found=f"allowed: {', '.join(PLACES)}",
+                do="choose one of them",
+            )
         if self.experts not in EXPERTS:
-            raise ConfigError(f"--experts cannot be {self.experts!r}", found=f"allowed: {', '.join(EXPERTS)}", do="choose one of them")
+            raise ConfigError(
+                f"--experts cannot be {self.experts!r}",
+                found=f"allowed: {', '.join(EXPERTS)}",
+                do="choose one of them",
+            )
         if self.experts == KERNELS and self.segments > 1:
             raise ConfigError(
                 "--segments is for engines that compute their experts",
@@ -114,9 +131,17 @@ class BuildConfig:
                 do="leave --segments out: the programs are spread over any number of devices",
             )
         if self.dialect not in DIALECTS:
-            raise ConfigError(f"--dialect cannot be {self.dialect!r}", found=f"allowed: {', '.join(DIALECTS)}", do="choose one of them")
+            raise ConfigError(
+                f"--dialect cannot be {self.dialect!r}",
+                found=f"allowed: {', '.join(DIALECTS)}",
+                do="choose one of them",
+            )
         if self.cache_bytes < 0:
-            raise ConfigError(f"--cache-size cannot be {self.cache_bytes}", found="it is negative", do="pass e.g. --cache-size 20G, or 0")
+            raise ConfigError(
+                f"--cache-size cannot be {self.cache_bytes}",
+                found="it is negative",
+                do="pass e.g. --cache-size 20G, or 0",
+            )
 
 
 class BuildPlan(Protocol):

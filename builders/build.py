@@ -10,7 +10,14 @@ from pathlib import Path
 
 from twotower.builders.base import BuildConfig, BuildPlan, EngineBuilder, Report, silent
 from twotower.builders.cache_store import EngineCache, open_cache
-from twotower.bundle import BUILD_FILE, Bundle, EngineRecord, engine_folder, read_engine_record, write_json
+from twotower.bundle import (
+    BUILD_FILE,
+    Bundle,
+    EngineRecord,
+    engine_folder,
+    read_engine_record,
+    write_json,
+)
 from twotower.errors import BuildAbortedError, EngineMismatchError
 from twotower.files import locked
 
@@ -20,12 +27,18 @@ logger = logging.getLogger(__name__)
 
 
 def build_engines(
-    bundle: Bundle, target: str, builder: EngineBuilder, *, config: BuildConfig | None = None, report: Report | None = None
+    bundle: Bundle,
+    target: str,
+    builder: EngineBuilder,
+    *,
+    config: BuildConfig | None = None,
+    report: Report | None = None,
 ) -> EngineRecord:
     """Builds the engines of one target into `engines/<target>`.
 
-    A fitting engine that is already there is kept unless `config.force`. The new one is written beside it and takes its place by a
-    rename, so that a killed build leaves the old engine usable. Of two builds of one target at a time the second waits for the first.
+    A fitting engine that is already there is kept unless `config.force`. The new one is written
+    beside it and takes its place by a rename, so that a killed build leaves the old engine usable.
+    Of two builds of one target at a time the second waits for the first.
 
     Raises:
         BuildAbortedError: no space, or the process that built an engine died.
@@ -37,7 +50,10 @@ def build_engines(
         EngineCache(config.cache, config.cache_bytes).prepare()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.parent / f".{target}.lock", waiting=lambda: report(f"waiting for another build of {target}", 0, 0)):
+        with locked(
+            folder.parent / f".{target}.lock",
+            waiting=lambda: report(f"waiting for another build of {target}", 0, 0),
+        ):
             _recover(folder)
             record = None if config.force else _there(bundle, target, builder.library())
             if record is not None and _says(record, builder.asked(bundle, config)):
@@ -113,7 +129,9 @@ def _trim(bundle: Bundle, config: BuildConfig) -> None:
         if cache is not None:
             cache.trim()
     except OSError as e:
-        logger.warning("the engine cache '%s' could not be trimmed: %s", cache.folder if cache else "", e)
+        logger.warning(
+            "the engine cache '%s' could not be trimmed: %s", cache.folder if cache else "", e
+        )
 
 
 def _require_space(bundle: Bundle, needed: int) -> None:

@@ -9,14 +9,25 @@ from types import MappingProxyType
 from twotower.errors import BuildError
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 
-__all__ = ["LayerBytes", "build_memory", "build_seconds", "program_bytes", "require_bound", "require_build_memory"]
+__all__ = [
+    "LayerBytes",
+    "build_memory",
+    "build_seconds",
+    "program_bytes",
+    "require_bound",
+    "require_build_memory",
+]
 
-# Programs that hold no weights, to begin with and for each layer: TensorRT for RTX 1.7, all profiles, published widths, 6 to 52
-# layers in the published order. How many compute capabilities are listed makes no difference; smaller widths take a little less.
+# Programs that hold no weights, to begin with and for each layer: TensorRT for RTX 1.7, all
+# profiles, published widths, 6 to 52
+# layers in the published order. How many compute capabilities are listed makes no difference;
+# smaller widths take a little less.
 _PROGRAM_BYTES: Mapping[str, tuple[int, int]] = MappingProxyType(
     {CONTEXT: (13_000_000, 700_000), CONTEXT_HEAD: (700_000, 0), DENOISER: (4_600_000, 250_000)}
 )
-_SECONDS: Mapping[str, tuple[float, float]] = MappingProxyType({CONTEXT: (1.0, 1.5), CONTEXT_HEAD: (1.0, 0.0), DENOISER: (1.0, 0.5)})
+_SECONDS: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {CONTEXT: (1.0, 1.5), CONTEXT_HEAD: (1.0, 0.0), DENOISER: (1.0, 0.5)}
+)
 _PROFILES: Mapping[str, int] = MappingProxyType({CONTEXT: 3, CONTEXT_HEAD: 1, DENOISER: 1})
 
 _MEMORY_BASE, _MEMORY_LAYER = 275_000_000, 16_000_000
@@ -28,8 +39,10 @@ _MEMORY_FACTOR = 3.05
 _UNPACKED_FACTOR = 5.8
 """Of the largest weight of 4 bits: the compiler expands one at a time to full width.
 
-With this, and 300 MB for the library, the memory of 20 engines at published widths that hold 0.4 to 4.2 GB in bfloat16, int8 or int4 was
-planned 2 to 23 % too high, and none too low; the process of a build has lost more than 25 MB since, in modules it no longer imports."""
+With this, and 300 MB for the library, the memory of 20 engines at published widths that hold 0.4 to
+4.2 GB in bfloat16, int8 or int4 was planned 2 to 23 % too high, and none too low; the process of a
+build has lost more than 25 MB since, in modules it no longer imports.
+"""
 
 _SECONDS_BYTE, _SECONDS_BYTE_PACKED = 4.5e-9, 23e-9
 """Of weights an engine holds, in the page cache; those of 4 bits are laid out anew for every profile."""
@@ -113,7 +126,9 @@ def require_bound(needed: Mapping[str, int], bound: int | None) -> None:
         )
 
 
-def require_build_memory(needed: Mapping[str, int], *, least: int, available: int, bound: int | None) -> None:
+def require_build_memory(
+    needed: Mapping[str, int], *, least: int, available: int, bound: int | None
+) -> None:
     """Refuses a build that the kernel would kill; who gives a bound of their own is trusted with it.
 
     Programs fit nearly everywhere; engines that hold many weights may not.

@@ -17,7 +17,9 @@ SETTINGS: dict[str, Any] = {
     "set_flags": ["REQUIRE_USER_ALLOCATION"],  # where the library has it: capture needs it
     "max_aux_streams": 0,  # one stream a pass: more cost hundreds of events and gain no bandwidth
     "profiling_verbosity": "DETAILED",
-    "decomposable_attention": ["float32"],  # no fused kernel computes attention in these types: it may be taken apart
+    "decomposable_attention": [
+        "float32"
+    ],  # no fused kernel computes attention in these types: it may be taken apart
 }
 """How the library is configured besides what an `EngineIdentity` says. The build reads it from here, so that a change changes every key."""
 
@@ -36,8 +38,10 @@ class EngineIdentity:
     """Everything that decides what a build makes. Names and places of files do not, and are not here.
 
     Attributes:
-        graph: SHA-256 of the graph the library is given, its axes already fixed and its layers already cut.
-        holds: SHA-256 of the file its weights lie in if it holds some of them; empty for a program that serves any checkpoint.
+        graph: SHA-256 of the graph the library is given, its axes already fixed and its layers
+            already cut.
+        holds: SHA-256 of the file its weights lie in if it holds some of them; empty for a program
+            that serves any checkpoint.
         library: Name and version.
         dtype: The graph's own element type.
         inputs: Name, type and axes of each, as `TensorSpec.to_json` writes them.
@@ -58,5 +62,9 @@ class EngineIdentity:
 
 def engine_key(identity: EngineIdentity) -> str:
     """The name of an engine in the cache: 32 hexadecimal digits."""
-    text = json.dumps({"schema": _SCHEMA, "settings": SETTINGS, **asdict(identity)}, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(
+        {"schema": _SCHEMA, "settings": SETTINGS, **asdict(identity)},
+        sort_keys=True,
+        separators=(",", ":"),
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -44,7 +44,8 @@ class EngineCache:
 
     Args:
         folder: Where it lies; made by `prepare`.
-        most: Bytes that engines which no bundle uses may take; more are dropped by `trim`, the least recently used first.
+        most: Bytes that engines which no bundle uses may take; more are dropped by `trim`, the
+            least recently used first.
     """
 
     def __init__(self, folder: Path, most: int) -> None:
@@ -93,7 +94,10 @@ class EngineCache:
                     shutil.copyfileobj(source, file, 8 << 20)
         if _hashed(target, entry.record.size, tick) != entry.record.sha256:
             target.unlink()
-            logger.warning("the cached engine %s is damaged (its SHA-256 differs); it is dropped and built again", self._engine(key))
+            logger.warning(
+                "the cached engine %s is damaged (its SHA-256 differs); it is dropped and built again",
+                self._engine(key),
+            )
             self.drop(key)
             return None
         try:
@@ -114,11 +118,17 @@ class EngineCache:
             if not _linked(engine, partial):
                 shutil.copyfile(engine, partial)
             with self._locked():
-                self._note(key).unlink(missing_ok=True)  # no moment at which a note speaks of another's engine
+                self._note(key).unlink(
+                    missing_ok=True
+                )  # no moment at which a note speaks of another's engine
                 partial.replace(self._engine(key))
-                write_json(self._note(key), {"size": record.size, "sha256": record.sha256, "facts": facts})
+                write_json(
+                    self._note(key), {"size": record.size, "sha256": record.sha256, "facts": facts}
+                )
         except OSError as e:
-            logger.warning("%s is not kept in the engine cache '%s': %s", engine.name, self.folder, e)
+            logger.warning(
+                "%s is not kept in the engine cache '%s': %s", engine.name, self.folder, e
+            )
         finally:
             partial.unlink(missing_ok=True)
         return record
@@ -135,7 +145,9 @@ class EngineCache:
         dropped: list[str] = []
         with self._locked():
             self._sweep()
-            unused = sorted((used, key, size) for key, size, used, links in self._entries() if links == 1)
+            unused = sorted(
+                (used, key, size) for key, size, used, links in self._entries() if links == 1
+            )
             total = sum(size for _, _, size in unused)
             for _, key, size in unused:
                 if total <= self._most:
@@ -198,10 +210,20 @@ def _entry(note: Path, engine: Path) -> Entry | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as e:
-        logger.warning("the cache entry %s is not readable (%s: %s); the engine is built again", note, type(e).__name__, e)
+        logger.warning(
+            "the cache entry %s is not readable (%s: %s); the engine is built again",
+            note,
+            type(e).__name__,
+            e,
+        )
         return None
     if size != entry.record.size:
-        logger.warning("the cached engine %s is damaged (%d bytes instead of %d); it is built again", engine, size, entry.record.size)
+        logger.warning(
+            "the cached engine %s is damaged (%d bytes instead of %d); it is built again",
+            engine,
+            size,
+            entry.record.size,
+        )
         return None
     return entry
 

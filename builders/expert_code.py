@@ -40,7 +40,13 @@ def require_kernels(step: ExpertsStep, sms: Sequence[int], *, max_tokens: int) -
 
 
 def compile_code(
-    steps: Iterable[ExpertsStep], sms: Sequence[int], folder: Path, *, max_tokens: int, compiler: Compile, report: Report
+    steps: Iterable[ExpertsStep],
+    sms: Sequence[int],
+    folder: Path,
+    *,
+    max_tokens: int,
+    compiler: Compile,
+    report: Report,
 ) -> tuple[dict[str, FileRecord], dict[str, Any]]:
     """Compiles the kernels of every shape of experts there is, each into a folder of its own.
 
@@ -76,7 +82,9 @@ def compile_code(
             "max_tokens": manifest.max_tokens,
             "kernels": len(manifest.cubins),
             "launches": [
-                [tier.tokens, len(launches(shape, tier.tokens, sms[0], manifest))] for tier in TIERS if tier.tokens <= manifest.max_tokens
+                [tier.tokens, len(launches(shape, tier.tokens, sms[0], manifest))]
+                for tier in TIERS
+                if tier.tokens <= manifest.max_tokens
             ],
             "source": kernel_source(),
         }

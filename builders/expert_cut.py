@@ -38,7 +38,9 @@ from twotower.weights.external import weight_refs
 
 __all__ = ["ExpertCut", "common_form"]
 
-_NUMBERED = re.compile(r"\b(layers|scale_shift_tables|past_key_values|past_conv|past_ssm|present|present_conv|present_ssm)\.(\d+)")
+_NUMBERED = re.compile(
+    r"\b(layers|scale_shift_tables|past_key_values|past_conv|past_ssm|present|present_conv|present_ssm)\.(\d+)"
+)
 _ROLES = {
     "experts.up_proj.weight": "up",
     "experts.down_proj.weight": "down",
@@ -51,12 +53,14 @@ _PARTS = {"": "", ".scale": "_scale", ".global_scale": "_global_scale"}
 class ExpertCut:
     """One tower, cut.
 
-    Program k ends with the routing of the k-th layer of experts, its experts follow, and program k + 1 begins with adding
-    what they give to the residual stream, the shared expert included. Handed over beside that are the residual stream and, in
-    the denoiser, its conditioning. Where a recipe rounds the experts' inputs too, kernels read them as they are.
+    Program k ends with the routing of the k-th layer of experts, its experts follow, and program k
+    + 1 begins with adding what they give to the residual stream, the shared expert included. Handed
+    over beside that are the residual stream and, in the denoiser, its conditioning. Where a recipe
+    rounds the experts' inputs too, kernels read them as they are.
 
     Args:
-        model: The whole graph with its constant axes fixed and its weights outside; it is not changed.
+        model: The whole graph with its constant axes fixed and its weights outside; it is not
+            changed.
         signature: Its inputs and outputs.
         config: The model.
         dtype: Element type of the residual stream.
@@ -65,7 +69,9 @@ class ExpertCut:
         BuildError: the graph was exported without the names this cut goes by.
     """
 
-    def __init__(self, model: onnx.ModelProto, signature: TowerSignature, config: ModelConfig, *, dtype: str) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, signature: TowerSignature, config: ModelConfig, *, dtype: str
+    ) -> None:
         self._model, self._signature, self._config, self._dtype = model, signature, config, dtype
         self._moe = config.indices(LayerKind.MOE)
         self._axes = stream_axes(model, signature)
@@ -81,7 +87,10 @@ class ExpertCut:
         nodes = list(self._model.graph.node)
         before = self._moe[number - 1] if number else None
         after = self._moe[number] if number < len(self._moe) else None
-        layers = (0 if before is None else before + 1, len(self._config.layers) if after is None else after)
+        layers = (
+            0 if before is None else before + 1,
+            len(self._config.layers) if after is None else after,
+        )
         given: dict[str, TensorSpec] = {}
         wanted: dict[str, TensorSpec] = {}
         if before is not None:
@@ -90,7 +99,9 @@ class ExpertCut:
         if after is not None:
             wanted[stream_before(nodes, after)] = self._stream(RESIDUAL_OUT)
             wanted[_mark(after, EXPERTS_IN)] = self._stream(EXPERTS_IN)
-            wanted[_mark(after, SHARES)] = TensorSpec(SHARES, "float32", (self._config.n_routed_experts, "N"))
+            wanted[_mark(after, SHARES)] = TensorSpec(
+                SHARES, "float32", (self._config.n_routed_experts, "N")
+            )
         if self._signature.name == DENOISER and self._moe:
             (given if number else wanted).update(conditioning_of(self._model, self._dtype))
         wanted |= outputs_of(self._model, self._signature, layers)
@@ -117,7 +128,9 @@ class ExpertCut:
             top=config.num_experts_per_tok,
             shared_intermediate=config.shared_intermediate,
             dtype=self._dtype,
-            formats={matrix: found for matrix in _ROLES.values() if (found := _format(weights, matrix))},
+            formats={
+                matrix: found for matrix in _ROLES.values() if (found := _format(weights, matrix))
+            },
             code="",
             weights=weights,
         )
@@ -130,7 +143,15 @@ class ExpertCut:
         out: dict[str, TensorSpec] = {}
         for name, ref in weight_refs(self._model).items():
             _, found, rest = name.partition(f".layers.{layer}.mixer.")
-            role = next((f"{_ROLES[stem]}{_PARTS[part]}" for stem in _ROLES for part in _PARTS if rest == stem + part), None)
+            role = next(
+                (
+                    f"{_ROLES[stem]}{_PARTS[part]}"
+                    for stem in _ROLES
+                    for part in _PARTS
+                    if rest == stem + part
+                ),
+                None,
+            )
             if found and role:
                 out[role] = TensorSpec(name, ref.dtype, ref.shape)
         return out
@@ -138,7 +159,9 @@ class ExpertCut:
     def _require_marks(self) -> None:
         values = {name for node in self._model.graph.node for name in node.output}
         names = (EXPERTS_IN, SHARES, EXPERTS_OUT)
-        missing = [name for i in self._moe for name in (_mark(i, n) for n in names) if name not in values]
+        missing = [
+            name for i in self._moe for name in (_mark(i, n) for n in names) if name not in values
+        ]
         if missing:
             raise BuildError(
                 f"the graph {self._signature.name} cannot be cut at its experts",
@@ -150,7 +173,8 @@ class ExpertCut:
 def common_form(model: onnx.ModelProto, first: int) -> tuple[onnx.ModelProto, dict[str, str]]:
     """A program under names that do not tell where in the tower it is: equal programs are then equal to the byte.
 
-    Layers are counted from the program's first one, values and constants in the order of use, and what layers share comes first.
+    Layers are counted from the program's first one, values and constants in the order of use, and
+    what layers share comes first.
 
     Args:
         model: A program whose weights are where they will be.
@@ -164,7 +188,10 @@ def common_form(model: onnx.ModelProto, first: int) -> tuple[onnx.ModelProto, di
     graph = out.graph
     outside = [value.name for value in (*graph.input, *graph.output)]
     named = {t.name for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
-    names = {name: _NUMBERED.sub(lambda m: f"{m[1]}.{int(m[2]) - first}", name) for name in (*outside, *named)}
+    names = {
+        name: _NUMBERED.sub(lambda m: f"{m[1]}.{int(m[2]) - first}", name)
+        for name in (*outside, *named)
+    }
     nodes = _shared_first(graph.node)
     del graph.node[:]
     graph.node.extend(nodes)

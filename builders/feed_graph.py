@@ -2,9 +2,9 @@
 
     python -m twotower.builders.feed_graph BUNDLE --graph denoiser -o DIR
 
-DIR gets `graph.onnx`, the very graph an engine is built from, its weights inputs; `inputs.npz`, random
-inputs that make sense; and `data.py`, which gives Polygraphy these and the bundle's weights, mapped
-and not copied. Exit code 2 where that cannot be done.
+DIR gets `graph.onnx`, the very graph an engine is built from, its weights inputs; `inputs.npz`,
+random inputs that make sense; and `data.py`, which gives Polygraphy these and the bundle's weights,
+mapped and not copied. Exit code 2 where that cannot be done.
 """
 
 from __future__ import annotations
@@ -119,7 +119,10 @@ def feed_graph(bundle: Bundle, name: str, folder: Path, options: FeedOptions | N
     rng = np.random.default_rng(chosen.seed)
     fed = {s.name: _values(s, sizes, bundle.config, rng) for s in inputs}
     table = bundle.weights(name)
-    lines = [f"    {spec.name!r}: ({spec.dtype!r}, {tuple(spec.axes)!r}, {table[spec.name].offset}),\n" for spec in places.inputs]
+    lines = [
+        f"    {spec.name!r}: ({spec.dtype!r}, {tuple(spec.axes)!r}, {table[spec.name].offset}),\n"
+        for spec in places.inputs
+    ]
     try:
         folder.mkdir(parents=True)
         (folder / "graph.onnx").write_bytes(model.SerializeToString())
@@ -134,7 +137,9 @@ def feed_graph(bundle: Bundle, name: str, folder: Path, options: FeedOptions | N
         raise BuildError(what, found=str(e), do="name a folder that does not exist") from e
 
 
-def _values(spec: TensorSpec, sizes: Mapping[str, int], config: ModelConfig, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+def _values(
+    spec: TensorSpec, sizes: Mapping[str, int], config: ModelConfig, rng: np.random.Generator
+) -> np.ndarray[Any, Any]:
     """Random values of an input: lengths that fit one another, tokens of the vocabulary, states."""
     shape = spec.shape(sizes)
     if spec.name in (TOKENS, BLOCK):
@@ -155,12 +160,20 @@ def _values(spec: TensorSpec, sizes: Mapping[str, int], config: ModelConfig, rng
 
 def main(argv: Sequence[str] | None = None) -> int:
     about = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m twotower.builders.feed_graph", description=about)
+    parser = argparse.ArgumentParser(
+        prog="python -m twotower.builders.feed_graph", description=about
+    )
     parser.add_argument("bundle", metavar="BUNDLE", help="a bundle in float32 or float16")
     parser.add_argument("--graph", choices=tuple(GRAPH_FILES), default="denoiser")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="to make")
     parser.add_argument("--rows", type=int, default=2, metavar="N", help="default: %(default)s")
-    parser.add_argument("--length", type=int, default=16, metavar="N", help="tokens of a chunk (default: %(default)s)")
+    parser.add_argument(
+        "--length",
+        type=int,
+        default=16,
+        metavar="N",
+        help="tokens of a chunk (default: %(default)s)",
+    )
     parser.add_argument("--max-context", type=int, metavar="N", help="as of the build (4096)")
     parser.add_argument("--layers", metavar="A:B", help="layers A to B-1 only (all)")
     args = parser.parse_args(argv)

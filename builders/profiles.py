@@ -29,7 +29,8 @@ def cache_capacity(max_context: int, longest: int) -> int:
 def greatest_rows(max_batch: int) -> int:
     """The most rows a profile admits: two at least, although only `max_batch` are ever run.
 
-    Of a profile that admits one row alone TensorRT for RTX 1.7 makes a program that transposes every
+    Of a profile that admits one row alone TensorRT for RTX 1.7 makes a program that transposes
+    every
     dense weight in every pass: it is read, written and read again. With two rows it does not,
     whether their number is fixed or not.
     """
@@ -39,11 +40,16 @@ def greatest_rows(max_batch: int) -> int:
 def profiles(graph: str, *, max_batch: int, block_size: int) -> tuple[Profile, ...]:
     """The optimization profiles of one graph; a later one is the narrower and is preferred where it admits a shape.
 
-    The context graph has one for each of its three uses, so that a step of autoregression and the extension by a block are tuned for
-    their own length; T and the denoiser's S are constants of the graph. Rows are tuned for `max_batch`: throughput is what rows are for.
+    The context graph has one for each of its three uses, so that a step of autoregression and the
+    extension by a block are tuned for their own length; T and the denoiser's S are constants of the
+    graph. Rows are tuned for `max_batch`: throughput is what rows are for.
     """
     rows = (1, max_batch, greatest_rows(max_batch))
     if graph == CONTEXT:
-        lengths = {"prefill": (1, MAX_CHUNK, MAX_CHUNK), "block": (block_size,) * 3, "decode": (1, 1, 1)}
+        lengths = {
+            "prefill": (1, MAX_CHUNK, MAX_CHUNK),
+            "block": (block_size,) * 3,
+            "decode": (1, 1, 1),
+        }
         return tuple(Profile(name, {"B": rows, "L": length}) for name, length in lengths.items())
     return (Profile("head" if graph == CONTEXT_HEAD else "denoise", {"B": rows}),)

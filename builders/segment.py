@@ -11,7 +11,15 @@ import onnx
 
 from twotower.builders.build_cost import LayerBytes
 from twotower.dtypes import DTYPES, dtype_of_onnx, onnx_code
-from twotower.spec import CONDITIONING, CONTEXT, DENOISER, RESIDUAL_IN, RESIDUAL_OUT, TensorSpec, TowerSignature
+from twotower.spec import (
+    CONDITIONING,
+    CONTEXT,
+    DENOISER,
+    RESIDUAL_IN,
+    RESIDUAL_OUT,
+    TensorSpec,
+    TowerSignature,
+)
 
 __all__ = [
     "Segment",
@@ -60,14 +68,19 @@ def layer_bytes(model: onnx.ModelProto) -> LayerBytes:
             layers[index] = layers.get(index, 0) + nbytes
         else:
             ends[_is_after(node)] += nbytes
-    return LayerBytes(tuple(layers[i] for i in sorted(layers)), ends[0], ends[1], max(packed, default=0))
+    return LayerBytes(
+        tuple(layers[i] for i in sorted(layers)), ends[0], ends[1], max(packed, default=0)
+    )
 
 
-def segment(model: onnx.ModelProto, signature: TowerSignature, layers: tuple[int, int], *, dtype: str) -> Segment:
+def segment(
+    model: onnx.ModelProto, signature: TowerSignature, layers: tuple[int, int], *, dtype: str
+) -> Segment:
     """Layers [first, end) of a tower's graph as a graph of their own; the whole graph if these are all.
 
-    What every layer shares (masks, positions) is computed again in each segment from the graph's own inputs, which is cheap. Handed
-    over are the residual stream and, because it is three large products, the denoiser's conditioning.
+    What every layer shares (masks, positions) is computed again in each segment from the graph's
+    own inputs, which is cheap. Handed over are the residual stream and, because it is three large
+    products, the denoiser's conditioning.
 
     Args:
         model: The graph, with its weights outside.
@@ -110,7 +123,9 @@ def conditioning_of(model: onnx.ModelProto, dtype: str) -> dict[str, TensorSpec]
     return {name: TensorSpec(CONDITIONING, dtype, ("B", 3, _width(model)))}
 
 
-def outputs_of(model: onnx.ModelProto, signature: TowerSignature, layers: tuple[int, int]) -> dict[str, TensorSpec]:
+def outputs_of(
+    model: onnx.ModelProto, signature: TowerSignature, layers: tuple[int, int]
+) -> dict[str, TensorSpec]:
     """Outputs of a tower that layers [first, end) make; what comes after all layers belongs to the last."""
     first, end = layers
     makers = {name: _layer_of(node) for node in model.graph.node for name in node.output}
@@ -153,14 +168,22 @@ def extracted(
         [_value(s, by_name) for s in outputs],
         [*(t for t in model.graph.initializer if t.name in read), *constants],
     )
-    part = onnx.helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version, producer_name="twotower")
+    part = onnx.helper.make_model(
+        graph,
+        opset_imports=list(model.opset_import),
+        ir_version=model.ir_version,
+        producer_name="twotower",
+    )
     return Segment(part, layers, tuple(inputs), tuple(outputs))
 
 
-def _settle_shapes(nodes: list[onnx.NodeProto], signature: TowerSignature, given: tuple[TensorSpec, ...]) -> list[onnx.TensorProto]:
+def _settle_shapes(
+    nodes: list[onnx.NodeProto], signature: TowerSignature, given: tuple[TensorSpec, ...]
+) -> list[onnx.TensorProto]:
     """Lets no input be read for its shape alone, in place: the compiler would report it as dropped, and a real loss would go unnoticed.
 
-    A constant axis becomes a constant; a dynamic one is asked of the residual stream, which every segment but the first reads.
+    A constant axis becomes a constant; a dynamic one is asked of the residual stream, which every
+    segment but the first reads.
 
     Returns:
         The constants.
@@ -173,14 +196,23 @@ def _settle_shapes(nodes: list[onnx.NodeProto], signature: TowerSignature, given
         part = slice(ends.get("start", 0), ends.get("end"))
         axes = known[node.input[0]].axes[part]
         if all(isinstance(axis, int) for axis in axes):
-            constants.append(onnx.helper.make_tensor(node.output[0], onnx.TensorProto.INT64, [len(axes)], [int(axis) for axis in axes]))
+            constants.append(
+                onnx.helper.make_tensor(
+                    node.output[0],
+                    onnx.TensorProto.INT64,
+                    [len(axes)],
+                    [int(axis) for axis in axes],
+                )
+            )
             nodes.remove(node)
         elif stream is not None and stream.axes[part] == axes:
             node.input[0] = stream.name
     return constants
 
 
-def needed_nodes(nodes: Iterable[onnx.NodeProto], wanted: Iterable[str], *, stop: Iterable[str] = ()) -> list[int]:
+def needed_nodes(
+    nodes: Iterable[onnx.NodeProto], wanted: Iterable[str], *, stop: Iterable[str] = ()
+) -> list[int]:
     """Indices, in order, of the nodes from which `wanted` is computed where `stop` is there."""
     listed = list(nodes)
     makers = {name: i for i, node in enumerate(listed) for name in node.output if name}
@@ -229,7 +261,11 @@ def _nbytes(tensor: onnx.TensorProto) -> int:
 def _bits(tensor: onnx.TensorProto) -> int:
     """Of one element."""
     name = dtype_of_onnx(tensor.data_type)
-    return DTYPES[name].bits if name else 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return (
+        DTYPES[name].bits
+        if name
+        else 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    )
 
 
 def _width(model: onnx.ModelProto) -> int:

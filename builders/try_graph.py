@@ -2,8 +2,9 @@
 
     python -m twotower.builders.try_graph GRAPH --target rtx --sm 89
 
-0: it builds. 1: the library refuses it, or crashes over it; the reason is on stderr. 3: it cannot be tried (no graph, an input of
-unknown type or rank). Weights are read from beside the graph. `--job` takes the shapes and options of a build that failed.
+0: it builds. 1: the library refuses it, or crashes over it; the reason is on stderr. 3: it cannot
+be tried (no graph, an input of unknown type or rank). Weights are read from beside the graph.
+`--job` takes the shapes and options of a build that failed.
 """
 
 from __future__ import annotations
@@ -30,18 +31,40 @@ BUILDS, REFUSED, NOT_TRIED = 0, 1, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m twotower.builders.try_graph", description=__doc__.split("\n")[0])
-    parser.add_argument("graph", type=Path, metavar="GRAPH", help="an ONNX file; its weights may lie beside it")
-    parser.add_argument("--target", default="rtx", choices=("rtx", "trt"), help="the library (default: %(default)s)")
-    parser.add_argument(
-        "--sm", default="", metavar="LIST", help="of rtx: compute capabilities, e.g. 86,89 (default: those of --job, or 89)"
+    parser = argparse.ArgumentParser(
+        prog="python -m twotower.builders.try_graph", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--axes", default="", metavar="LIST", help="sizes of dynamic axes, e.g. B=8,L=256 (default: those of --job, or 1)")
-    parser.add_argument("--job", type=Path, metavar="FILE", help="job.json of a failed build: its shapes, type and compute capabilities")
+    parser.add_argument(
+        "graph", type=Path, metavar="GRAPH", help="an ONNX file; its weights may lie beside it"
+    )
+    parser.add_argument(
+        "--target", default="rtx", choices=("rtx", "trt"), help="the library (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sm",
+        default="",
+        metavar="LIST",
+        help="of rtx: compute capabilities, e.g. 86,89 (default: those of --job, or 89)",
+    )
+    parser.add_argument(
+        "--axes",
+        default="",
+        metavar="LIST",
+        help="sizes of dynamic axes, e.g. B=8,L=256 (default: those of --job, or 1)",
+    )
+    parser.add_argument(
+        "--job",
+        type=Path,
+        metavar="FILE",
+        help="job.json of a failed build: its shapes, type and compute capabilities",
+    )
     args = parser.parse_args(argv)
     try:
         given = json.loads(args.job.read_text(encoding="utf-8")) if args.job else {}
-        axes = {name: (int(size),) * 3 for name, size in (pair.split("=") for pair in args.axes.split(",") if pair)}
+        axes = {
+            name: (int(size),) * 3
+            for name, size in (pair.split("=") for pair in args.axes.split(",") if pair)
+        }
         job = job_of_graph(load_graph(args.graph), args.target, given, axes=axes)
         if args.sm and args.target == "rtx":
             job["sms"] = [int(sm) for sm in args.sm.split(",")]
@@ -52,11 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def job_of_graph(
-    graph: onnx.ModelProto, target: str, given: Mapping[str, Any], *, axes: Mapping[str, tuple[int, int, int]]
+    graph: onnx.ModelProto,
+    target: str,
+    given: Mapping[str, Any],
+    *,
+    axes: Mapping[str, tuple[int, int, int]],
 ) -> dict[str, Any]:
     """A job for the graph as it is, or as a part of the graph `given` speaks of.
 
-    A part has axes nobody named. All dynamic axes of it are then 1, so that two of them which are the same cannot differ.
+    A part has axes nobody named. All dynamic axes of it are then 1, so that two of them which are
+    the same cannot differ.
 
     Raises:
         ValueError: there are no nodes, or an input has no type or no rank.
@@ -64,7 +92,13 @@ def job_of_graph(
     if not graph.graph.node:
         raise ValueError("it has no nodes")
     inputs = [_input(value) for value in graph.graph.input]
-    whole = {"target": target, "dtype": _narrowest(graph), "timing_cache": None, "sms": [89] if target == "rtx" else [], **given}
+    whole = {
+        "target": target,
+        "dtype": _narrowest(graph),
+        "timing_cache": None,
+        "sms": [89] if target == "rtx" else [],
+        **given,
+    }
     whole["target"] = target
     if not axes and _is_whole(inputs, given.get("inputs")):
         return whole
@@ -85,7 +119,11 @@ def _is_whole(inputs: list[list[Any]], built: list[list[Any]] | None) -> bool:
 
 def _tried(graph: Path, job: dict[str, Any]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
-        places = {"graph": str(graph), "beside": str(graph.absolute()), "output": str(Path(scratch) / "out.engine")}
+        places = {
+            "graph": str(graph),
+            "beside": str(graph.absolute()),
+            "output": str(Path(scratch) / "out.engine"),
+        }
         try:
             run_job({**job, **places}, Path(scratch), tick=lambda phase, step, steps: None)
         except RefusedError as e:
@@ -104,13 +142,18 @@ def _input(value: onnx.ValueInfoProto) -> list[Any]:
     if dtype is None or not tensor.HasField("shape"):
         raise ValueError(f"input {value.name!r} has no type or rank this check knows")
     dims = tensor.shape.dim
-    axes = [d.dim_value if d.HasField("dim_value") else d.dim_param or f"{value.name}.{i}" for i, d in enumerate(dims)]
+    axes = [
+        d.dim_value if d.HasField("dim_value") else d.dim_param or f"{value.name}.{i}"
+        for i, d in enumerate(dims)
+    ]
     return [value.name, dtype, axes]
 
 
 def _narrowest(graph: onnx.ModelProto) -> str:
     """The element type of the graph's products, as far as its weights show it."""
-    kinds = {t.data_type for t in graph.graph.initializer} | {v.type.tensor_type.elem_type for v in graph.graph.input}
+    kinds = {t.data_type for t in graph.graph.initializer} | {
+        v.type.tensor_type.elem_type for v in graph.graph.input
+    }
     return next((name for name in ("float16", "bfloat16") if onnx_code(name) in kinds), "float32")
 
 

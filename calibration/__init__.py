@@ -3,4 +3,11 @@
 from twotower.calibration.quantize import QuantizeConfig, plan_quantization, quantize_bundle
 from twotower.calibration.recipes import Recipe, builtin_recipes, load_recipe
 
-__all__ = ["QuantizeConfig", "Recipe", "builtin_recipes", "load_recipe", "plan_quantization", "quantize_bundle"]
+__all__ = [
+    "QuantizeConfig",
+    "Recipe",
+    "builtin_recipes",
+    "load_recipe",
+    "plan_quantization",
+    "quantize_bundle",
+]

@@ -21,9 +21,24 @@ from twotower.builders import build_engines, builder_for
 from twotower.bundle import GRAPH_FILES, Bundle, engine_folder, unpublished, write_json
 from twotower.calibration.quantize import require_float
 from twotower.calibration.recipes import parts_of
-from twotower.calibration.statistics import CONTEXT_BUCKETS, DENOISER_BUCKETS, TowerStatistics, bucket_of
-from twotower.calibration.statistics_file import Statistics, identity_of, read_statistics, write_statistics
-from twotower.calibration.watched_engine import WatchedEngine, engine_places, plain_engine, write_engine
+from twotower.calibration.statistics import (
+    CONTEXT_BUCKETS,
+    DENOISER_BUCKETS,
+    TowerStatistics,
+    bucket_of,
+)
+from twotower.calibration.statistics_file import (
+    Statistics,
+    identity_of,
+    read_statistics,
+    write_statistics,
+)
+from twotower.calibration.watched_engine import (
+    WatchedEngine,
+    engine_places,
+    plain_engine,
+    write_engine,
+)
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.errors import CalibrationError
 from twotower.export.graph_files import point_to_data
@@ -32,7 +47,18 @@ from twotower.export.graphs.tower_graphs import build_graph
 from twotower.runtime import Request, TwoTower
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.tokenizer import Tokenizer
-from twotower.spec import BLOCK, CHUNK_LENGTH, CONFIDENCE, CONTEXT, CONTEXT_HEAD, DENOISER, MASKED_LEFT, MAX_CHUNK, PREDICTED, signatures
+from twotower.spec import (
+    BLOCK,
+    CHUNK_LENGTH,
+    CONFIDENCE,
+    CONTEXT,
+    CONTEXT_HEAD,
+    DENOISER,
+    MASKED_LEFT,
+    MAX_CHUNK,
+    PREDICTED,
+    signatures,
+)
 from twotower.weights.declared import lay_out
 
 __all__ = ["CollectConfig", "collect", "watched_chunk"]
@@ -68,8 +94,9 @@ def collect(
 ) -> Statistics:
     """Gathers statistics of a float bundle into a new folder.
 
-    The bundle's `ort-cpu` engine is built if it is not there. What was gathered is kept beside the folder from time to time, and a run of
-    the same prompts with the same options goes on from there: the result is the same, number for number.
+    The bundle's `ort-cpu` engine is built if it is not there. What was gathered is kept beside the
+    folder from time to time, and a run of the same prompts with the same options goes on from
+    there: the result is the same, number for number.
 
     Args:
         bundle: The bundle.
@@ -87,10 +114,14 @@ def collect(
     require_float(bundle)
     if output.exists() or output.is_symlink():
         raise CalibrationError(
-            f"the output folder '{output}' exists already", found="statistics are never overwritten", do="name a new folder with -o"
+            f"the output folder '{output}' exists already",
+            found="statistics are never overwritten",
+            do="name a new folder with -o",
         )
     if not requests:
-        raise CalibrationError("there is nothing to calibrate on", found="no prompts", do="name a file with prompts")
+        raise CalibrationError(
+            "there is nothing to calibrate on", found="no prompts", do="name a file with prompts"
+        )
     tell = report or (lambda what, done, total: None)
     build_engines(bundle, _TARGET, builder_for(_TARGET), report=tell)
     key = _key(bundle, requests, config)
@@ -107,14 +138,20 @@ def collect(
                 (folder / name).write_bytes(content)
     except OSError as e:
         do = "free disk space or check permissions; run the same command again: it goes on where it was"
-        raise CalibrationError(f"the statistics could not be written to '{output}'", found=str(e), do=do) from e
+        raise CalibrationError(
+            f"the statistics could not be written to '{output}'", found=str(e), do=do
+        ) from e
     shutil.rmtree(kept, ignore_errors=True)
     return read_statistics(output)
 
 
 def watched_chunk(config: ModelConfig) -> int:
     """Most prompt tokens of a pass so that what is watched stays below a gigabyte: hidden values of all experts are the bulk of it."""
-    experts = config.n_routed_experts * config.moe_intermediate_size * sum(kind.name == "MOE" for kind in config.layers)
+    experts = (
+        config.n_routed_experts
+        * config.moe_intermediate_size
+        * sum(kind.name == "MOE" for kind in config.layers)
+    )
     others = len(config.layers) * 2 * (config.hidden_size + config.mamba_inner)
     return int(np.clip(_WATCHED_BYTES // (4 * (experts + others)), 16, MAX_CHUNK))
 
@@ -124,13 +161,19 @@ class _Run:
 
     def __init__(self, bundle: Bundle, scratch: Path, kept: Path, key: str) -> None:
         self._bundle, self._scratch, self._kept, self._key = bundle, scratch, kept, key
-        self._graphs = {name: build_graph(name, bundle.config, "float32") for name in (CONTEXT, DENOISER)}
+        self._graphs = {
+            name: build_graph(name, bundle.config, "float32") for name in (CONTEXT, DENOISER)
+        }
         self._taps = {name: self._of_products(name) for name in self._graphs}
         self.done = self._passes = self._blocks = self._tokens = 0
         self._before: dict[str, Array] = {}
         self.towers = {
-            CONTEXT: TowerStatistics.empty([t.weight for t in self._taps[CONTEXT]], CONTEXT_BUCKETS),
-            DENOISER: TowerStatistics.empty([t.weight for t in self._taps[DENOISER]], DENOISER_BUCKETS),
+            CONTEXT: TowerStatistics.empty(
+                [t.weight for t in self._taps[CONTEXT]], CONTEXT_BUCKETS
+            ),
+            DENOISER: TowerStatistics.empty(
+                [t.weight for t in self._taps[DENOISER]], DENOISER_BUCKETS
+            ),
         }
         self._resume()
 
@@ -144,10 +187,20 @@ class _Run:
         bundle = self._bundle
         contract = signatures(bundle.config, "float32")
         context, denoiser = (
-            WatchedEngine(self._engine(name), bundle.path, contract[name], watched=self._watched(name), watch=watch)
+            WatchedEngine(
+                self._engine(name),
+                bundle.path,
+                contract[name],
+                watched=self._watched(name),
+                watch=watch,
+            )
             for name, watch in ((CONTEXT, self._saw_chunk), (DENOISER, self._saw_step))
         )
-        head = plain_engine(engine_folder(bundle, _TARGET) / f"{CONTEXT_HEAD}.onnx", bundle.path, contract[CONTEXT_HEAD])
+        head = plain_engine(
+            engine_folder(bundle, _TARGET) / f"{CONTEXT_HEAD}.onnx",
+            bundle.path,
+            contract[CONTEXT_HEAD],
+        )
         return TwoTower.from_towers(
             Towers(bundle.config, "float32", context, head, denoiser),
             tokenizer=Tokenizer.from_file(bundle.tokenizer_file) if bundle.tokenizer_file else None,
@@ -157,7 +210,9 @@ class _Run:
             max_chunk=watched_chunk(bundle.config),
         )
 
-    def gather(self, model: TwoTower, requests: Sequence[Request], config: CollectConfig, tell: Report) -> None:
+    def gather(
+        self, model: TwoTower, requests: Sequence[Request], config: CollectConfig, tell: Report
+    ) -> None:
         """Generates from every prompt that is not done yet; all are checked before the first."""
         given = [(r.config or config.generation).seeded() for r in requests]
         options = [replace(g, mode="diffusion") for g in given]
@@ -171,10 +226,15 @@ class _Run:
                 try:
                     result = model.generate(wanted[self.done])
                 except BaseException:
-                    self.towers.update(before)  # half a prompt would be counted twice by the run that goes on
+                    self.towers.update(
+                        before
+                    )  # half a prompt would be counted twice by the run that goes on
                     raise
                 self.done += 1
-                self._passes, self._blocks = self._passes + result.usage.nfe, self._blocks + result.usage.blocks
+                self._passes, self._blocks = (
+                    self._passes + result.usage.nfe,
+                    self._blocks + result.usage.blocks,
+                )
                 self._tokens += len(result.tokens)
                 if time.monotonic() - kept_at > _KEEP_EVERY_SECONDS:
                     self._keep()
@@ -199,7 +259,11 @@ class _Run:
         }
 
     def _watched(self, name: str) -> list[str]:
-        return list(dict.fromkeys(value for tap in self._taps[name] for value in (tap.value, tap.visited) if value))
+        return list(
+            dict.fromkeys(
+                value for tap in self._taps[name] for value in (tap.value, tap.visited) if value
+            )
+        )
 
     def _engine(self, name: str) -> Path:
         """The tower's graph with the watched values as outputs, on the weights of the bundle's own engine."""
@@ -247,7 +311,12 @@ class _Run:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write_statistics(Statistics(partial, identity_of(self._bundle), self.towers), partial)
-        counts = {"done": self.done, "passes": self._passes, "blocks": self._blocks, "tokens": self._tokens}
+        counts = {
+            "done": self.done,
+            "passes": self._passes,
+            "blocks": self._blocks,
+            "tokens": self._tokens,
+        }
         write_json(partial / "progress.json", {"key": self._key, **counts})
         shutil.rmtree(self._kept, ignore_errors=True)
         partial.rename(self._kept)
@@ -265,12 +334,20 @@ class _Run:
 
 
 def _copy(s: TowerStatistics) -> TowerStatistics:
-    return TowerStatistics(s.names, s.buckets, s.histogram.copy(), s.minimum.copy(), s.maximum.copy(), s.squares.copy())
+    return TowerStatistics(
+        s.names, s.buckets, s.histogram.copy(), s.minimum.copy(), s.maximum.copy(), s.squares.copy()
+    )
 
 
 def _key(bundle: Bundle, requests: Sequence[Request], config: CollectConfig) -> str:
     """What must be the same for a run to go on with what another gathered."""
-    prompts = [[r.prompt if isinstance(r.prompt, str) else list(r.prompt), r.config.to_json() if r.config else None] for r in requests]
+    prompts = [
+        [
+            r.prompt if isinstance(r.prompt, str) else list(r.prompt),
+            r.config.to_json() if r.config else None,
+        ]
+        for r in requests
+    ]
     graphs = [bundle.graph_identity(name) for name in GRAPH_FILES]
     facts = {"graphs": graphs, "prompts": prompts, "generation": asdict(config.generation)}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -38,7 +38,15 @@ from twotower.export.graphs.tower_graphs import TowerGraph, build_graph
 from twotower.graph_lint import require_clean
 from twotower.weights.declared import lay_out
 
-__all__ = ["Plan", "QuantizeConfig", "plan_quantization", "precision_of", "quantize_bundle", "require_float", "source_identity"]
+__all__ = [
+    "Plan",
+    "QuantizeConfig",
+    "plan_quantization",
+    "precision_of",
+    "quantize_bundle",
+    "require_float",
+    "source_identity",
+]
 
 RANGES = ("max", "percentile", "mse")
 SOURCES = ("trajectories", "text")
@@ -53,9 +61,10 @@ class QuantizeConfig:
 
     Attributes:
         rounding: How weights are rounded: one of `ROUNDINGS`.
-        ranges: How the range of a product's input is read from its histogram: `max`, `percentile` (99.99 %) or `mse` (the clipping that
-            costs least, for integers).
-        calibrated_on: `trajectories` (every step of real denoising) or `text` (blocks without masks only; to see what that costs).
+        ranges: How the range of a product's input is read from its histogram: `max`, `percentile`
+            (99.99 %) or `mse` (the clipping that costs least, for integers).
+        calibrated_on: `trajectories` (every step of real denoising) or `text` (blocks without masks
+            only; to see what that costs).
     """
 
     rounding: str = "mse"
@@ -69,7 +78,11 @@ class QuantizeConfig:
             ("--calibrated-on", self.calibrated_on, SOURCES),
         ):
             if value not in allowed:
-                raise ConfigError(f"{flag} cannot be {value!r}", found=f"allowed: {', '.join(allowed)}", do=f"choose another {flag}")
+                raise ConfigError(
+                    f"{flag} cannot be {value!r}",
+                    found=f"allowed: {', '.join(allowed)}",
+                    do=f"choose another {flag}",
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +115,12 @@ def require_float(bundle: Bundle) -> None:
         )
 
 
-def plan_quantization(bundle: Bundle, recipe: Recipe, config: QuantizeConfig | None = None, statistics: Statistics | None = None) -> Plan:
+def plan_quantization(
+    bundle: Bundle,
+    recipe: Recipe,
+    config: QuantizeConfig | None = None,
+    statistics: Statistics | None = None,
+) -> Plan:
     """Records the graphs a recipe leads to; reads no weight.
 
     Args:
@@ -114,7 +132,8 @@ def plan_quantization(bundle: Bundle, recipe: Recipe, config: QuantizeConfig | N
     Raises:
         BundleError: the bundle is quantized already.
         RecipeError: the recipe does not fit the model.
-        CalibrationError: the recipe needs statistics, or they are of another checkpoint or say nothing about an input.
+        CalibrationError: the recipe needs statistics, or they are of another checkpoint or say
+            nothing about an input.
     """
     options = config or QuantizeConfig()
     require_float(bundle)
@@ -139,19 +158,34 @@ def plan_quantization(bundle: Bundle, recipe: Recipe, config: QuantizeConfig | N
                 do=f"make some with `twotower calibrate {bundle.path} --prompts FILE -o stats`, then add --stats stats",
             )
         _require_same_source(bundle, statistics)
-        scales = activation_scales(statistics, wanted, ranges=options.ranges, clean_text=options.calibrated_on == "text")
-        activations = {name: ActivationFormat(dtype, scales[name] / ACTIVATIONS[dtype]) for name, dtype in wanted.items()}
+        scales = activation_scales(
+            statistics, wanted, ranges=options.ranges, clean_text=options.calibrated_on == "text"
+        )
+        activations = {
+            name: ActivationFormat(dtype, scales[name] / ACTIVATIONS[dtype])
+            for name, dtype in wanted.items()
+        }
     precision = Precision(weights, activations)
-    graphs = {name: build_graph(name, bundle.config, bundle.dtype, precision) for name in GRAPH_FILES}
-    return Plan(recipe, options, precision, graphs, statistics.sha256 if statistics and wanted else None)
+    graphs = {
+        name: build_graph(name, bundle.config, bundle.dtype, precision) for name in GRAPH_FILES
+    }
+    return Plan(
+        recipe, options, precision, graphs, statistics.sha256 if statistics and wanted else None
+    )
 
 
 def quantize_bundle(
-    bundle: Bundle, plan: Plan, output: Path, *, report: Report | None = None, extra: Mapping[str, Any] | None = None
+    bundle: Bundle,
+    plan: Plan,
+    output: Path,
+    *,
+    report: Report | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> Bundle:
     """Writes the quantized bundle; its folder appears whole or not at all.
 
-    Memory stays at a few pieces of a million weights, whatever the model; the weights are read from the bundle's mapped files.
+    Memory stays at a few pieces of a million weights, whatever the model; the weights are read from
+    the bundle's mapped files.
 
     Args:
         bundle: The float bundle.
@@ -170,7 +204,9 @@ def quantize_bundle(
         do = "report this: it is a defect of twotower; nothing was written"
         notes += [
             {"graph": name, **note.to_json()}
-            for note in require_clean(ir.to_proto(graph.model), f"the quantized {name} graph", error=BundleError, do=do)
+            for note in require_clean(
+                ir.to_proto(graph.model), f"the quantized {name} graph", error=BundleError, do=do
+            )
         ]
     try:
         with unpublished(output) as folder:
@@ -184,7 +220,15 @@ def quantize_bundle(
     return Bundle.open(output, contents=False)
 
 
-def _write(folder: Path, bundle: Bundle, plan: Plan, *, notes: list[dict[str, Any]], tell: Report, extra: Mapping[str, Any]) -> None:
+def _write(
+    folder: Path,
+    bundle: Bundle,
+    plan: Plan,
+    *,
+    notes: list[dict[str, Any]],
+    tell: Report,
+    extra: Mapping[str, Any],
+) -> None:
     files: dict[str, FileRecord] = {}
     done, total = 0, plan.nbytes
 
@@ -201,7 +245,9 @@ def _write(folder: Path, bundle: Bundle, plan: Plan, *, notes: list[dict[str, An
         if any(w.format for w in graph.weights):
             source = (bundle.path / data, refs)
             how = plan.config.rounding
-            files[data] = stream_quantized(folder / data, graph.weights, source, bundle.dtype, rounding=how, tick=tick)
+            files[data] = stream_quantized(
+                folder / data, graph.weights, source, bundle.dtype, rounding=how, tick=tick
+            )
         else:  # nothing of this graph changes: its weights stay where the export, maybe of another version, put them
             link_file(bundle.path / data, folder / data)
             files[data], places = bundle.files[data], {w.name: refs[w.name] for w in graph.weights}
@@ -221,14 +267,22 @@ def _write(folder: Path, bundle: Bundle, plan: Plan, *, notes: list[dict[str, An
     write_json(folder / MANIFEST_FILE, _manifest(bundle, plan, files, extra))
 
 
-def _manifest(bundle: Bundle, plan: Plan, files: Mapping[str, FileRecord], extra: Mapping[str, Any]) -> dict[str, Any]:
+def _manifest(
+    bundle: Bundle, plan: Plan, files: Mapping[str, FileRecord], extra: Mapping[str, Any]
+) -> dict[str, Any]:
     manifest = json.loads((bundle.path / MANIFEST_FILE).read_text(encoding="utf-8"))
-    parts = {p.name: p for name in GRAPH_FILES for p in parts_of(bundle.config, build_graph(name, bundle.config, bundle.dtype).weights)}
+    parts = {
+        p.name: p
+        for name in GRAPH_FILES
+        for p in parts_of(bundle.config, build_graph(name, bundle.config, bundle.dtype).weights)
+    }
     labels: dict[str, set[str]] = {}
     for part in parts.values():
         how = plan.recipe.format_of(part)
         rounded = plan.recipe.rounds_input_of(part)
-        labels.setdefault(part.kind, set()).add((how.label + (", inputs too" if rounded else "")) if how else bundle.dtype)
+        labels.setdefault(part.kind, set()).add(
+            (how.label + (", inputs too" if rounded else "")) if how else bundle.dtype
+        )
     manifest["precision"] |= {kind: " / ".join(sorted(found)) for kind, found in labels.items()}
     manifest["twotower"] = __version__
     manifest["requires"] = sorted({*bundle.requires, "quantization"})
@@ -236,13 +290,18 @@ def _manifest(bundle: Bundle, plan: Plan, files: Mapping[str, FileRecord], extra
         "recipe": {"name": plan.recipe.name, **plan.recipe.to_json()},
         "options": asdict(plan.config),
         "formats": sorted({how.name for how in plan.precision.weights.values()}),
-        "activations": {name: {"dtype": how.dtype, "scale": how.scale} for name, how in plan.precision.activations.items()},
+        "activations": {
+            name: {"dtype": how.dtype, "scale": how.scale}
+            for name, how in plan.precision.activations.items()
+        },
         "statistics": plan.statistics,
         "source": source_identity(bundle),
         "measured": None,
         **extra,
     }
-    manifest["files"] = {name: {"size": r.size, "sha256": r.sha256} for name, r in sorted(files.items())}
+    manifest["files"] = {
+        name: {"size": r.size, "sha256": r.sha256} for name, r in sorted(files.items())
+    }
     return dict(manifest)
 
 
@@ -255,7 +314,11 @@ def _require_weights(bundle: Bundle, graphs: Mapping[str, TowerGraph]) -> None:
     """The bundle must hold what this version's graphs declare, in the same shapes and types."""
     for name, graph in graphs.items():
         held = bundle.weights(name)
-        wrong = [w.name for w in graph.weights if w.name not in held or (held[w.name].shape, held[w.name].dtype) != (w.shape, w.dtype)]
+        wrong = [
+            w.name
+            for w in graph.weights
+            if w.name not in held or (held[w.name].shape, held[w.name].dtype) != (w.shape, w.dtype)
+        ]
         if wrong:
             raise BundleError(
                 f"bundle '{bundle.path}' was exported by another version of twotower",
@@ -268,10 +331,22 @@ def precision_of(bundle: Bundle) -> Precision:
     """What of a quantized bundle is in few bits, as its manifest says."""
     facts = bundle.quantization
     assert facts is not None
-    recipe = Recipe.from_mapping(facts["recipe"]["name"], {k: v for k, v in facts["recipe"].items() if k != "name"})
-    parts = (p for name in GRAPH_FILES for p in parts_of(bundle.config, build_graph(name, bundle.config, bundle.dtype).weights))
+    recipe = Recipe.from_mapping(
+        facts["recipe"]["name"], {k: v for k, v in facts["recipe"].items() if k != "name"}
+    )
+    parts = (
+        p
+        for name in GRAPH_FILES
+        for p in parts_of(bundle.config, build_graph(name, bundle.config, bundle.dtype).weights)
+    )
     weights = {part.name: how for part in parts if (how := recipe.format_of(part))}
-    return Precision(weights, {name: ActivationFormat(a["dtype"], a["scale"]) for name, a in facts["activations"].items()})
+    return Precision(
+        weights,
+        {
+            name: ActivationFormat(a["dtype"], a["scale"])
+            for name, a in facts["activations"].items()
+        },
+    )
 
 
 def _require_same_source(bundle: Bundle, statistics: Statistics) -> None:

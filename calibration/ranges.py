@@ -18,21 +18,26 @@ __all__ = ["activation_scales", "range_of"]
 _PERCENTILE = 0.9999
 
 
-def activation_scales(statistics: Statistics, wanted: Mapping[str, str], *, ranges: str, clean_text: bool) -> dict[str, float]:
+def activation_scales(
+    statistics: Statistics, wanted: Mapping[str, str], *, ranges: str, clean_text: bool
+) -> dict[str, float]:
     """The range of every wanted input.
 
     Args:
         statistics: Of this model.
         wanted: Type of the rounded input, by the name of its first weight.
         ranges: `max`, `percentile` or `mse`.
-        clean_text: Read the denoiser's ranges from finished blocks only, as tools do that calibrate on text.
+        clean_text: Read the denoiser's ranges from finished blocks only, as tools do that calibrate
+            on text.
 
     Raises:
         CalibrationError: nothing was seen of an input.
     """
     out: dict[str, float] = {}
     for tower, seen in statistics.towers.items():
-        chosen = slice(None) if tower == "context" else slice(0, 1) if clean_text else slice(1, None)
+        chosen = (
+            slice(None) if tower == "context" else slice(0, 1) if clean_text else slice(1, None)
+        )
         for index, name in enumerate(seen.names):
             if name in wanted and seen.count[index, chosen].any():
                 out[name] = range_of(seen, index, chosen, dtype=wanted[name], ranges=ranges)
@@ -52,7 +57,9 @@ def range_of(seen: TowerStatistics, index: int, buckets: Any, *, dtype: str, ran
     counts = seen.histogram[index, buckets].sum(axis=0)
     if ranges == "percentile":
         greatest = min(greatest, _percentile(counts))
-    elif ranges == "mse" and dtype == "int8":  # a float format rounds relatively: clipping it gains nothing
+    elif (
+        ranges == "mse" and dtype == "int8"
+    ):  # a float format rounds relatively: clipping it gains nothing
         greatest = _least_error(counts, greatest, ACTIVATIONS[dtype])
     return max(greatest, 2.0**-20)
 
@@ -65,7 +72,8 @@ def _percentile(counts: npt.NDArray[np.int64]) -> float:
 def _least_error(counts: npt.NDArray[np.int64], greatest: float, largest: float) -> float:
     """The range at which rounding to `largest` steps on each side costs the smallest sum of squares, of all upper edges of bins.
 
-    Inside the range an error is spread evenly over a step: its mean square is step^2 / 12. Beyond it the error is what is cut off.
+    Inside the range an error is spread evenly over a step: its mean square is step^2 / 12. Beyond
+    it the error is what is cut off.
     """
     edges = bin_edges()
     middles, upper = (edges[:-1] + edges[1:]) / 2, edges[1:]

@@ -15,13 +15,31 @@ from twotower.config.formats import ACTIVATIONS, FORMATS, GROUPS, WeightFormat, 
 from twotower.errors import RecipeError
 from twotower.weights.declared import Weight
 
-__all__ = ["KEEP", "QUANTIZABLE", "Part", "Recipe", "RecipeException", "builtin_recipes", "load_recipe", "parts_of"]
+__all__ = [
+    "KEEP",
+    "QUANTIZABLE",
+    "Part",
+    "Recipe",
+    "RecipeException",
+    "builtin_recipes",
+    "load_recipe",
+    "parts_of",
+]
 
 KEEP = "keep"
 
-QUANTIZABLE = (Role.EMBEDDING, Role.HEAD, Role.MAMBA, Role.ATTENTION, Role.ROUTED_EXPERT, Role.SHARED_EXPERT, Role.MLP)
+QUANTIZABLE = (
+    Role.EMBEDDING,
+    Role.HEAD,
+    Role.MAMBA,
+    Role.ATTENTION,
+    Role.ROUTED_EXPERT,
+    Role.SHARED_EXPERT,
+    Role.MLP,
+)
 """Layer kinds a recipe may name. Router, norms and conditioning are small and decide everything after them: they stay as they are, and
-so do convolution, dt, A and D of the Mamba layers."""
+so do convolution, dt, A and D of the Mamba layers.
+"""
 
 KINDS = tuple(role.value for role in QUANTIZABLE)
 _MAMBA_MATRICES = ("in_proj.weight", "out_proj.weight")
@@ -45,12 +63,23 @@ class RecipeException:
 
     def matches(self, part: Part) -> bool:
         """Whether it is about that weight."""
-        return self.tower in (None, part.tower) and self.layer in (None, part.layer) and self.kind in (None, part.kind)
+        return (
+            self.tower in (None, part.tower)
+            and self.layer in (None, part.layer)
+            and self.kind in (None, part.kind)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """What is set."""
         return {
-            k: v for k, v in (("tower", self.tower), ("layer", self.layer), ("kind", self.kind), ("format", self.format)) if v is not None
+            k: v
+            for k, v in (
+                ("tower", self.tower),
+                ("layer", self.layer),
+                ("kind", self.kind),
+                ("format", self.format),
+            )
+            if v is not None
         }
 
 
@@ -94,22 +123,46 @@ class Recipe:
     exceptions: tuple[RecipeException, ...] = ()
 
     def __post_init__(self) -> None:
-        for kind in (*self.weights, *self.activations, *(e.kind for e in self.exceptions if e.kind is not None)):
-            _require(kind in KINDS, f"recipe {self.name!r} names a layer kind there is not", kind, KINDS)
+        for kind in (
+            *self.weights,
+            *self.activations,
+            *(e.kind for e in self.exceptions if e.kind is not None),
+        ):
+            _require(
+                kind in KINDS, f"recipe {self.name!r} names a layer kind there is not", kind, KINDS
+            )
         for name in self.weights.values():
-            _require(name in FORMATS, f"recipe {self.name!r} names a format that ONNX opset 24 or this version cannot write", name, FORMATS)
+            _require(
+                name in FORMATS,
+                f"recipe {self.name!r} names a format that ONNX opset 24 or this version cannot write",
+                name,
+                FORMATS,
+            )
         for exception in self.exceptions:
             allowed = (*FORMATS, KEEP)
             _require(
-                exception.format in allowed, f"recipe {self.name!r} has an exception with an unknown format", exception.format, allowed
+                exception.format in allowed,
+                f"recipe {self.name!r} has an exception with an unknown format",
+                exception.format,
+                allowed,
             )
             _require(exception.tower in (None, "context", "denoiser"), f"recipe {self.name!r} names a tower there is not", exception.tower,
                      ("context", "denoiser"))  # fmt: skip
         for kind in self.activations:
             chosen = self.weights.get(kind, KEEP)
             few = [name for name, f in FORMATS.items() if f.dtype in ACTIVATIONS]
-            _require(chosen in few, f"recipe {self.name!r} cannot round the inputs of {kind}: its weights are in {chosen}", chosen, few)
-        _require(self.group in GROUPS, f"recipe {self.name!r} has a group that the kernels of experts do not take", self.group, GROUPS)
+            _require(
+                chosen in few,
+                f"recipe {self.name!r} cannot round the inputs of {kind}: its weights are in {chosen}",
+                chosen,
+                few,
+            )
+        _require(
+            self.group in GROUPS,
+            f"recipe {self.name!r} has a group that the kernels of experts do not take",
+            self.group,
+            GROUPS,
+        )
 
     @classmethod
     def from_mapping(cls, name: str, data: Mapping[str, Any]) -> Recipe:
@@ -132,7 +185,11 @@ class Recipe:
                 exceptions=exceptions,
             )
         except (TypeError, ValueError, AttributeError) as e:
-            raise RecipeError(f"recipe {name!r} is not written like one", found=str(e), do="see docs/quantization.md for the form") from e
+            raise RecipeError(
+                f"recipe {name!r} is not written like one",
+                found=str(e),
+                do="see docs/quantization.md for the form",
+            ) from e
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `from_mapping` reads it."""
@@ -150,7 +207,13 @@ class Recipe:
         if name == KEEP:
             return None
         stacked = part.kind == Role.ROUTED_EXPERT.value
-        return stored_format(name, part.columns, stacked=stacked, rounded_input=self.rounds_input_of(part), group=self.group)
+        return stored_format(
+            name,
+            part.columns,
+            stacked=stacked,
+            rounded_input=self.rounds_input_of(part),
+            group=self.group,
+        )
 
     def rounds_input_of(self, part: Part) -> bool:
         """Whether the product with that weight reads few bits on both sides."""
@@ -193,13 +256,17 @@ class Recipe:
                 raise RecipeError(
                     f"{part.name} cannot be divided into groups of {how.group}",
                     found=f"its rows have {part.columns} weights; allowed groups: {', '.join(map(str, fitting)) or 'none'}",
-                    do="choose another --group" if fitting else f"store {part.kind} in another format, int8 for instance",
+                    do="choose another --group"
+                    if fitting
+                    else f"store {part.kind} in another format, int8 for instance",
                 )
 
 
 def builtin_recipes() -> dict[str, Recipe]:
     """The recipes that come along, by name."""
-    text = (resources.files("twotower.calibration") / "data" / "recipes.toml").read_text(encoding="utf-8")
+    text = (resources.files("twotower.calibration") / "data" / "recipes.toml").read_text(
+        encoding="utf-8"
+    )
     return {name: Recipe.from_mapping(name, table) for name, table in tomllib.loads(text).items()}
 
 
@@ -215,17 +282,29 @@ def load_recipe(wanted: str) -> Recipe:
     path, _, name = wanted.partition(".toml:")
     if not (name or wanted.endswith(".toml")):
         found = f"recipes: {', '.join(known)}, auto"
-        raise RecipeError(f"there is no recipe {wanted!r}", found=found, do="choose one of them, or name a .toml file with your own")
+        raise RecipeError(
+            f"there is no recipe {wanted!r}",
+            found=found,
+            do="choose one of them, or name a .toml file with your own",
+        )
     file = Path(f"{path}.toml" if name else wanted)
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise RecipeError(f"cannot read the recipe file {file}", found=str(e), do="name a TOML file with a table a recipe") from e
+        raise RecipeError(
+            f"cannot read the recipe file {file}",
+            found=str(e),
+            do="name a TOML file with a table a recipe",
+        ) from e
     tables = {k: v for k, v in tables.items() if isinstance(v, dict)}
     chosen = name or (next(iter(tables)) if len(tables) == 1 else "")
     if chosen not in tables:
         found = f"tables: {', '.join(tables) or 'none'}"
-        raise RecipeError(f"{file} has no recipe {chosen!r}", found=found, do=f"name one of them: --recipe {file}:NAME")
+        raise RecipeError(
+            f"{file} has no recipe {chosen!r}",
+            found=found,
+            do=f"name one of them: --recipe {file}:NAME",
+        )
     return Recipe.from_mapping(chosen, tables[chosen])
 
 
@@ -235,9 +314,13 @@ def parts_of(config: ModelConfig, weights: Iterable[Weight]) -> list[Part]:
     out = []
     for weight in weights:
         source = known[weight.sources[0]]
-        if source.role in QUANTIZABLE and (source.role is not Role.MAMBA or weight.name.endswith(_MAMBA_MATRICES)):
+        if source.role in QUANTIZABLE and (
+            source.role is not Role.MAMBA or weight.name.endswith(_MAMBA_MATRICES)
+        ):
             tower = "context" if source.tower is Tower.CONTEXT else "denoiser"
-            out.append(Part(weight.name, tower, _layer_of(source), source.role.value, weight.shape[-1]))
+            out.append(
+                Part(weight.name, tower, _layer_of(source), source.role.value, weight.shape[-1])
+            )
     return out
 
 
@@ -249,4 +332,8 @@ def _layer_of(tensor: CheckpointTensor) -> int | None:
 def _require(good: bool, what: str, found: Any, allowed: Iterable[Any]) -> None:
     if not good:
         choices = ", ".join(map(str, allowed))
-        raise RecipeError(what, found=f"{found!r}; allowed: {choices}", do="correct the recipe (docs/quantization.md has the form)")
+        raise RecipeError(
+            what,
+            found=f"{found!r}; allowed: {choices}",
+            do="correct the recipe (docs/quantization.md has the form)",
+        )

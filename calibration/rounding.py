@@ -17,11 +17,18 @@ Array = npt.NDArray[Any]
 
 ROUNDINGS = ("plain", "mse")
 """`plain`: the greatest weight of a group is the greatest value. `mse`: the greatest weights are clipped where that makes the sum of
-squared errors of the group smaller, because all others then get finer steps."""
+squared errors of the group smaller, because all others then get finer steps.
+"""
 
-_CLIPS = {"int8": (1.0, 0.96, 0.92), "fp8": (1.0,), "int4": tuple(np.linspace(1.0, 0.6, 11)), "nvfp4": tuple(np.linspace(1.0, 0.64, 10))}
+_CLIPS = {
+    "int8": (1.0, 0.96, 0.92),
+    "fp8": (1.0,),
+    "int4": tuple(np.linspace(1.0, 0.6, 11)),
+    "nvfp4": tuple(np.linspace(1.0, 0.64, 10)),
+}
 """Fractions of a group's greatest weight that are tried as the greatest value. A float format has as many steps in every octave, so
-that clipping 8-bit floats gains nothing."""
+that clipping 8-bit floats gains nothing.
+"""
 
 _GREATEST_SCALE, _LEAST_SCALE = 448.0, 2.0**-9  # of float8e4m3fn
 _SMALLEST_SCALE = 2.0**-24  # positive in float16 too; a group of zeros is zero whatever its scale
@@ -39,10 +46,18 @@ def global_scale(greatest: float, how: WeightFormat, dtype: str) -> Array:
     return np.asarray(max(value, _SMALLEST_SCALE)).astype(numpy_dtype(dtype))
 
 
-def quantize_rows(x: Floats, how: WeightFormat, dtype: str, *, rounding: str = "plain", shared: Array | None = None) -> tuple[Array, Array]:
+def quantize_rows(
+    x: Floats,
+    how: WeightFormat,
+    dtype: str,
+    *,
+    rounding: str = "plain",
+    shared: Array | None = None,
+) -> tuple[Array, Array]:
     """Rows [R,K] as values [R,K] (the numpy type of the format) and scales [R, K/group], both as they are stored.
 
-    The scale is rounded to its own type first and the values are made with the rounded one: what reads them back multiplies by that.
+    The scale is rounded to its own type first and the values are made with the rounded one: what
+    reads them back multiplies by that.
 
     Args:
         x: The rows.
@@ -84,7 +99,9 @@ def pack(values: Array, dtype: str) -> npt.NDArray[np.uint8]:
     return np.asarray((raw[0::2] & 15) | (raw[1::2] << 4), np.uint8)
 
 
-def _rounded(grouped: Floats, greatest: Floats, how: WeightFormat, dtype: str, shared: Array | None) -> tuple[Floats, Array]:
+def _rounded(
+    grouped: Floats, greatest: Floats, how: WeightFormat, dtype: str, shared: Array | None
+) -> tuple[Floats, Array]:
     """The values as float32, exactly those of the format, and the scales as they are stored."""
     scales = _scales(greatest, how, dtype, shared)
     units = grouped / _wide(scales, shared)
@@ -92,7 +109,8 @@ def _rounded(grouped: Floats, greatest: Floats, how: WeightFormat, dtype: str, s
     if how.dtype in ("int8", "int4"):
         np.rint(units, out=units)
     elif how.dtype == "float4e2m1":
-        # Steps of 1/2 below 2, of 1 below 4, of 2 above: the even multiple is the even bit pattern, so this is the cast, ten times as fast.
+        # Steps of 1/2 below 2, of 1 below 4, of 2 above: the even multiple is the even bit pattern,
+        # so this is the cast, ten times as fast.
         steps = np.where(np.abs(units) < 4, np.float32(1), np.float32(2))
         np.copyto(steps, np.float32(0.5), where=np.abs(units) < 2)
         units /= steps

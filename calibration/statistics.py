@@ -11,7 +11,14 @@ import numpy.typing as npt
 
 from twotower.errors import CalibrationError
 
-__all__ = ["BINS", "CONTEXT_BUCKETS", "DENOISER_BUCKETS", "TowerStatistics", "bin_edges", "bucket_of"]
+__all__ = [
+    "BINS",
+    "CONTEXT_BUCKETS",
+    "DENOISER_BUCKETS",
+    "TowerStatistics",
+    "bin_edges",
+    "bucket_of",
+]
 
 CONTEXT_BUCKETS = ("text",)
 DENOISER_BUCKETS = ("0", *(f"{i}/8" for i in range(1, 9)))
@@ -62,7 +69,14 @@ class TowerStatistics:
         """Nothing seen yet."""
         size = (len(names), len(buckets))
         infinite = np.full(size, np.inf, np.float32)
-        return cls(tuple(names), tuple(buckets), np.zeros((*size, BINS), np.int64), infinite, -infinite, np.zeros(size))
+        return cls(
+            tuple(names),
+            tuple(buckets),
+            np.zeros((*size, BINS), np.int64),
+            infinite,
+            -infinite,
+            np.zeros(size),
+        )
 
     @property
     def count(self) -> npt.NDArray[np.int64]:
@@ -78,7 +92,8 @@ class TowerStatistics:
     def add(self, index: int, bucket: int, x: npt.NDArray[Any]) -> None:
         """Takes values of one input in.
 
-        The bin is read off the bits of the number: exponent and the first three digits behind the point.
+        The bin is read off the bits of the number: exponent and the first three digits behind the
+        point.
 
         Raises:
             CalibrationError: NaN or infinity among them.
@@ -101,4 +116,9 @@ class TowerStatistics:
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """By name, as they are stored."""
-        return {"histogram": self.histogram, "minimum": self.minimum, "maximum": self.maximum, "squares": self.squares}
+        return {
+            "histogram": self.histogram,
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+            "squares": self.squares,
+        }

@@ -19,7 +19,15 @@ from twotower.calibration.statistics import BINS, TowerStatistics
 from twotower.errors import CalibrationError
 from twotower.files import replacing
 
-__all__ = ["DATA_FILE", "DESCRIPTION_FILE", "KIND", "Statistics", "identity_of", "read_statistics", "write_statistics"]
+__all__ = [
+    "DATA_FILE",
+    "DESCRIPTION_FILE",
+    "KIND",
+    "Statistics",
+    "identity_of",
+    "read_statistics",
+    "write_statistics",
+]
 
 KIND = "twotower-statistics"
 SCHEMA = 1
@@ -48,7 +56,9 @@ class Statistics:
 
 def identity_of(bundle: Bundle) -> str:
     """A hash of the checkpoint's shards: bundles of one checkpoint in other types have the same activations but for rounding."""
-    return hashlib.sha256(json.dumps(bundle.source.get("shards", bundle.source), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(bundle.source.get("shards", bundle.source), sort_keys=True).encode()
+    ).hexdigest()
 
 
 def write_statistics(statistics: Statistics, folder: Path) -> None:
@@ -57,7 +67,11 @@ def write_statistics(statistics: Statistics, folder: Path) -> None:
     Raises:
         OSError: the disk is full or fails.
     """
-    arrays = {f"{tower}.{name}": array for tower, s in statistics.towers.items() for name, array in s.arrays().items()}
+    arrays = {
+        f"{tower}.{name}": array
+        for tower, s in statistics.towers.items()
+        for name, array in s.arrays().items()
+    }
     with replacing(folder / DATA_FILE) as partial:
         save_file(arrays, partial)
         digest = hash_file(partial)
@@ -69,7 +83,10 @@ def write_statistics(statistics: Statistics, folder: Path) -> None:
             "twotower": __version__,
             "source": statistics.source,
             "data": {"file": DATA_FILE, "sha256": digest},
-            "towers": {tower: {"inputs_of": list(s.names), "buckets": list(s.buckets)} for tower, s in statistics.towers.items()},
+            "towers": {
+                tower: {"inputs_of": list(s.names), "buckets": list(s.buckets)}
+                for tower, s in statistics.towers.items()
+            },
             "facts": dict(statistics.facts),
         },
     )
@@ -85,16 +102,25 @@ def read_statistics(folder: Path) -> Statistics:
         data = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))
         if data.get("kind") != KIND or data.get("schema") != SCHEMA:
             found = f"kind {data.get('kind')!r}, schema {data.get('schema')!r}; this version reads {KIND} {SCHEMA}"
-            raise CalibrationError(f"'{folder}' does not hold statistics of this version", found=found, do=_AGAIN)
+            raise CalibrationError(
+                f"'{folder}' does not hold statistics of this version", found=found, do=_AGAIN
+            )
         digest = hash_file(folder / DATA_FILE)
         if digest != data["data"]["sha256"]:
-            raise CalibrationError(f"'{folder / DATA_FILE}' has changed", found="its SHA-256 is not the one noted", do=_AGAIN)
+            raise CalibrationError(
+                f"'{folder / DATA_FILE}' has changed",
+                found="its SHA-256 is not the one noted",
+                do=_AGAIN,
+            )
         arrays = load_file(folder / DATA_FILE)
         towers = {
             tower: TowerStatistics(
                 tuple(known["inputs_of"]),
                 tuple(known["buckets"]),
-                *(arrays[f"{tower}.{name}"] for name in ("histogram", "minimum", "maximum", "squares")),
+                *(
+                    arrays[f"{tower}.{name}"]
+                    for name in ("histogram", "minimum", "maximum", "squares")
+                ),
             )
             for tower, known in data["towers"].items()
         }
@@ -103,7 +129,9 @@ def read_statistics(folder: Path) -> Statistics:
         found = "no such folder" if not folder.is_dir() else str(e)
         raise CalibrationError(f"'{folder}' holds no statistics", found=found, do=_AGAIN) from e
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
-        raise CalibrationError(f"the statistics in '{folder}' are damaged", found=f"{type(e).__name__}: {e}", do=_AGAIN) from e
+        raise CalibrationError(
+            f"the statistics in '{folder}' are damaged", found=f"{type(e).__name__}: {e}", do=_AGAIN
+        ) from e
     _check(statistics)
     return statistics
 
@@ -111,12 +139,25 @@ def read_statistics(folder: Path) -> Statistics:
 def _check(statistics: Statistics) -> None:
     for tower, s in statistics.towers.items():
         shape = (len(s.names), len(s.buckets))
-        if s.histogram.shape != (*shape, BINS) or s.minimum.shape != shape or s.maximum.shape != shape:
+        if (
+            s.histogram.shape != (*shape, BINS)
+            or s.minimum.shape != shape
+            or s.maximum.shape != shape
+        ):
             found = f"{tower}: arrays of shape {s.histogram.shape}, {len(s.names)} inputs are named"
-            raise CalibrationError(f"the statistics in '{statistics.path}' do not fit their description", found=found, do=_AGAIN)
+            raise CalibrationError(
+                f"the statistics in '{statistics.path}' do not fit their description",
+                found=found,
+                do=_AGAIN,
+            )
         seen = s.count > 0
-        broken = [s.names[i] for i, k in np.argwhere(seen & ~(np.isfinite(s.minimum) & np.isfinite(s.maximum)))]
+        broken = [
+            s.names[i]
+            for i, k in np.argwhere(seen & ~(np.isfinite(s.minimum) & np.isfinite(s.maximum)))
+        ]
         if broken:
             raise CalibrationError(
-                f"the statistics in '{statistics.path}' hold a range that is not a number", found=", ".join(broken[:5]), do=_AGAIN
+                f"the statistics in '{statistics.path}' hold a range that is not a number",
+                found=", ".join(broken[:5]),
+                do=_AGAIN,
             )

@@ -24,7 +24,9 @@ from twotower.weights.refs import WeightRef
 
 __all__ = ["Source", "rounding_error", "stream_quantized"]
 
-_PIECE = 1 << 20  # weights a worker rounds at a time: small enough for its temporaries to stay near the core
+_PIECE = (
+    1 << 20
+)  # weights a worker rounds at a time: small enough for its temporaries to stay near the core
 _COPY = 16 << 20
 
 Source = tuple[Path, Mapping[str, WeightRef]]
@@ -32,13 +34,20 @@ Source = tuple[Path, Mapping[str, WeightRef]]
 
 
 def stream_quantized(
-    path: Path, weights: Sequence[Weight], source: Source, dtype: str, *, rounding: str, tick: Callable[[int], None] | None = None
+    path: Path,
+    weights: Sequence[Weight],
+    source: Source,
+    dtype: str,
+    *,
+    rounding: str,
+    tick: Callable[[int], None] | None = None,
 ) -> FileRecord:
     """Writes a data file front to back and hashes it on the way.
 
     Args:
         path: The file.
-        weights: What a graph declares: parts of quantized weights, and weights that stay as they are.
+        weights: What a graph declares: parts of quantized weights, and weights that stay as they
+            are.
         source: The float graph's weights.
         dtype: The graph's element type.
         rounding: One of `ROUNDINGS`.
@@ -55,7 +64,10 @@ def stream_quantized(
     with path.open("wb") as file, ThreadPoolExecutor(usable_cores()) as pool:
         for weight in weights:
             padding = bytes(refs[weight.name].offset - file.tell())
-            for piece in _with(padding, _pieces(weight, (data, source[1]), dtype, rounding=rounding, pool=pool, kept=kept)):
+            for piece in _with(
+                padding,
+                _pieces(weight, (data, source[1]), dtype, rounding=rounding, pool=pool, kept=kept),
+            ):
                 digest.update(piece)
                 file.write(piece)
                 if tick:
@@ -64,14 +76,20 @@ def stream_quantized(
     return FileRecord(size, digest.hexdigest())
 
 
-def rounding_error(bundle: Bundle, name: str, how: WeightFormat, *, rounding: str, rows: int = 256) -> float:
+def rounding_error(
+    bundle: Bundle, name: str, how: WeightFormat, *, rounding: str, rows: int = 256
+) -> float:
     """Relative error (root of the sums of squares) of a sample of a weight's rows, evenly taken, in a format."""
     graph = next(graph for graph in GRAPH_FILES if name in bundle.weights(graph))
     data = np.memmap(bundle.data_file(graph), dtype=np.uint8, mode="r")
     ref = bundle.weights(graph)[name]
     count = math.prod(ref.shape[:-1])
-    sample = np.concatenate([_read(data, ref, first, 1) for first in range(0, count, max(count // rows, 1))])
-    shared = global_scale(float(np.abs(sample).max()), how, bundle.dtype) if how.scale_dtype else None
+    sample = np.concatenate(
+        [_read(data, ref, first, 1) for first in range(0, count, max(count // rows, 1))]
+    )
+    shared = (
+        global_scale(float(np.abs(sample).max()), how, bundle.dtype) if how.scale_dtype else None
+    )
     values, scales = quantize_rows(sample, how, bundle.dtype, rounding=rounding, shared=shared)
     difference = expand_rows(values, scales, shared) - sample
     return float(np.sqrt(np.square(difference).sum() / max(float(np.square(sample).sum()), 1e-30)))
@@ -106,7 +124,12 @@ def _pieces(
     step = max(_PIECE // columns, 1)
     shared = None
     if how.scale_dtype:
-        greatest = max(pool.map(lambda first: _greatest(_read(data, ref, first, step), weight), range(0, count, step)))
+        greatest = max(
+            pool.map(
+                lambda first: _greatest(_read(data, ref, first, step), weight),
+                range(0, count, step),
+            )
+        )
         shared = kept[f"{weight.name}.global_scale"] = global_scale(greatest, how, dtype)
     scales: list[Array] = []
 
@@ -122,7 +145,9 @@ def _pieces(
     kept[f"{weight.name}.scale"] = np.concatenate(scales)
 
 
-def _in_order(pool: ThreadPoolExecutor, work: Callable[[int], Any], items: Iterable[int]) -> Iterator[Any]:
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[int], Any], items: Iterable[int]
+) -> Iterator[Any]:
     """Results in order, with no more than two pieces a worker under way: a map of the pool would hold a whole tensor's."""
     waiting: deque[Future[Any]] = deque()
     for item in items:
@@ -142,7 +167,9 @@ def _rows_of(ref: WeightRef, rows: tuple[int, int] | None) -> WeightRef:
     if rows is None:
         return ref
     row_bytes = ref.nbytes // ref.shape[0]
-    return WeightRef(ref.dtype, (rows[1] - rows[0], *ref.shape[1:]), ref.offset + rows[0] * row_bytes)
+    return WeightRef(
+        ref.dtype, (rows[1] - rows[0], *ref.shape[1:]), ref.offset + rows[0] * row_bytes
+    )
 
 
 def _copied(data: npt.NDArray[np.uint8], ref: WeightRef) -> Iterator[npt.NDArray[np.uint8]]:
@@ -151,12 +178,17 @@ def _copied(data: npt.NDArray[np.uint8], ref: WeightRef) -> Iterator[npt.NDArray
         yield np.asarray(data[first : min(first + _COPY, end)])
 
 
-def _read(data: npt.NDArray[np.uint8], ref: WeightRef, first: int, step: int) -> npt.NDArray[np.float32]:
+def _read(
+    data: npt.NDArray[np.uint8], ref: WeightRef, first: int, step: int
+) -> npt.NDArray[np.float32]:
     """Rows [first, first+step) of a matrix, stacked ones counted through, as float32."""
     columns, count = ref.shape[-1], math.prod(ref.shape[:-1])
     rows = min(step, count - first)
     row_bytes = ref.nbytes // count
-    return np.asarray(read_weight(data, WeightRef(ref.dtype, (rows, columns), ref.offset + first * row_bytes)), dtype=np.float32)
+    return np.asarray(
+        read_weight(data, WeightRef(ref.dtype, (rows, columns), ref.offset + first * row_bytes)),
+        dtype=np.float32,
+    )
 
 
 def _greatest(rows: npt.NDArray[np.float32], weight: Weight) -> float:

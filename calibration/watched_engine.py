@@ -21,7 +21,14 @@ from twotower.runtime.engines.tower_engine import Binding
 from twotower.spec import TowerSignature
 from twotower.weights.refs import WeightRef
 
-__all__ = ["Watch", "WatchedEngine", "composed_engine", "engine_places", "plain_engine", "write_engine"]
+__all__ = [
+    "Watch",
+    "WatchedEngine",
+    "composed_engine",
+    "engine_places",
+    "plain_engine",
+    "write_engine",
+]
 
 Array = npt.NDArray[Any]
 
@@ -72,7 +79,15 @@ class WatchedEngine(OrtEngine):
         watch: Called after every pass.
     """
 
-    def __init__(self, graph: Path, folder: Path, signature: TowerSignature, *, watched: Sequence[str], watch: Watch) -> None:
+    def __init__(
+        self,
+        graph: Path,
+        folder: Path,
+        signature: TowerSignature,
+        *,
+        watched: Sequence[str],
+        watch: Watch,
+    ) -> None:
         super().__init__(graph, folder, signature, pack=False)
         self._watched, self._watch = tuple(watched), watch
 
@@ -86,7 +101,12 @@ class WatchedEngine(OrtEngine):
 
 class _WatchedBinding:
     def __init__(
-        self, session: ort.InferenceSession, binding: ort.IOBinding, arrays: dict[str, Array], watched: tuple[str, ...], watch: Watch
+        self,
+        session: ort.InferenceSession,
+        binding: ort.IOBinding,
+        arrays: dict[str, Array],
+        watched: tuple[str, ...],
+        watch: Watch,
     ) -> None:
         self._session, self._binding, self._arrays = session, binding, arrays
         self._watched, self._watch = watched, watch
@@ -96,7 +116,10 @@ class _WatchedBinding:
         while again:
             self._session.run_with_iobinding(self._binding)
             values = self._binding.get_outputs()[-len(self._watched) :] if self._watched else []
-            seen = {name: np.asarray(value.numpy()) for name, value in zip(self._watched, values, strict=True)}
+            seen = {
+                name: np.asarray(value.numpy())
+                for name, value in zip(self._watched, values, strict=True)
+            }
             again = self._watch(self._arrays, seen)
         return HostStream.done
 

@@ -23,7 +23,9 @@ _KINDS = (
 _ALWAYS_FLOAT32 = ("norm", "router", "ssm_state", "ssm_scan", "softmax", "logits")
 
 
-def base_manifest(config: ModelConfig, dtype: str, *, defaults: GenerationConfig, trained_block_size: int) -> dict[str, Any]:
+def base_manifest(
+    config: ModelConfig, dtype: str, *, defaults: GenerationConfig, trained_block_size: int
+) -> dict[str, Any]:
     """All of a manifest but its source and its files.
 
     Args:
@@ -55,7 +57,9 @@ def base_manifest(config: ModelConfig, dtype: str, *, defaults: GenerationConfig
     }
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any], known: Mapping[str, FileRecord]) -> None:
+def write_manifest(
+    folder: Path, manifest: Mapping[str, Any], known: Mapping[str, FileRecord]
+) -> None:
     """Lists every file of an unpublished bundle and writes its `bundle.json`, the last file.
 
     Args:

@@ -39,7 +39,15 @@ from twotower.graph_lint import require_clean
 from twotower.weights.declared import lay_out
 from twotower.weights.writer import stream_weights
 
-__all__ = ["ExportConfig", "Verifier", "check_tokenizer", "copy_tokenizer", "export_bundle", "export_programs", "graph_notes"]
+__all__ = [
+    "ExportConfig",
+    "Verifier",
+    "check_tokenizer",
+    "copy_tokenizer",
+    "export_bundle",
+    "export_programs",
+    "graph_notes",
+]
 
 DTYPES = ("float32", "float16", "bfloat16")
 TRAINED_BLOCK_SIZE = 16
@@ -55,9 +63,12 @@ class ExportConfig:
     """Options of one export.
 
     Attributes:
-        dtype: `float32`, `float16` or `bfloat16`; None keeps the checkpoint's. The SSM state is float32 in any case.
-        trained_block_size: S the denoiser was trained with: larger blocks are refused at generation.
-        defaults: Generation defaults stored in the bundle; None takes the checkpoint's (`read_defaults`).
+        dtype: `float32`, `float16` or `bfloat16`; None keeps the checkpoint's. The SSM state is
+            float32 in any case.
+        trained_block_size: S the denoiser was trained with: larger blocks are refused at
+            generation.
+        defaults: Generation defaults stored in the bundle; None takes the checkpoint's
+            (`read_defaults`).
     """
 
     dtype: str | None = None
@@ -66,10 +77,18 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
-            raise ConfigError(f"cannot export as {self.dtype!r}", found=f"allowed: {', '.join(DTYPES)}", do="choose one with --dtype")
+            raise ConfigError(
+                f"cannot export as {self.dtype!r}",
+                found=f"allowed: {', '.join(DTYPES)}",
+                do="choose one with --dtype",
+            )
         if self.trained_block_size < 1:
             found = f"{self.trained_block_size}; allowed: 1 and more"
-            raise ConfigError("no denoiser was trained with that block size", found=found, do="name the trained one with --block-size")
+            raise ConfigError(
+                "no denoiser was trained with that block size",
+                found=found,
+                do="name the trained one with --block-size",
+            )
 
 
 def export_bundle(
@@ -82,7 +101,8 @@ def export_bundle(
 ) -> Bundle:
     """Exports a checkpoint into a new bundle folder.
 
-    The folder appears whole or not at all: everything is written beside it under a hidden name and renamed at the end.
+    The folder appears whole or not at all: everything is written beside it under a hidden name and
+    renamed at the end.
 
     Args:
         checkpoint: An opened (and so checked) checkpoint.
@@ -92,8 +112,8 @@ def export_bundle(
         report: Called with (what is being done, bytes done, bytes in all).
 
     Raises:
-        ExportError: the folder exists, the disk is too small or full, a graph breaks a rule (graph_lint), a value overflows, or
-            verification fails.
+        ExportError: the folder exists, the disk is too small or full, a graph breaks a rule
+            (graph_lint), a value overflows, or verification fails.
         CheckpointError: its tokenizer.json is not a tokenizer.
     """
     check_tokenizer(checkpoint.path)
@@ -102,13 +122,31 @@ def export_bundle(
     graphs = {name: build_graph(name, checkpoint.config, dtype) for name in GRAPH_FILES}
     notes = graph_notes(graphs)
     smaller = "choose another disk with -o, or a smaller --dtype"
-    require_room(output, sum(w.nbytes for g in graphs.values() for w in g.weights), error=ExportError, smaller=smaller)
+    require_room(
+        output,
+        sum(w.nbytes for g in graphs.values() for w in g.weights),
+        error=ExportError,
+        smaller=smaller,
+    )
     try:
         with unpublished(output) as folder:
             defaults = options.defaults or read_defaults(checkpoint.path)
-            manifest = base_manifest(checkpoint.config, dtype, defaults=defaults, trained_block_size=options.trained_block_size)
+            manifest = base_manifest(
+                checkpoint.config,
+                dtype,
+                defaults=defaults,
+                trained_block_size=options.trained_block_size,
+            )
             manifest["source"] = {"name": checkpoint.path.name, "dtype": checkpoint.config.dtype}
-            _write(folder, checkpoint, graphs, manifest, notes=notes, verify=verify, report=report or _silent)
+            _write(
+                folder,
+                checkpoint,
+                graphs,
+                manifest,
+                notes=notes,
+                verify=verify,
+                report=report or _silent,
+            )
     except OSError as e:
         raise ExportError(
             f"the export to '{output}' failed while writing",
@@ -145,7 +183,11 @@ def _write(
             save_program(folder / relative, graphs[name], lay_out(graphs[name].weights))
         manifest["source"]["shards"] = shards.result()
     copy_tokenizer(checkpoint.path, folder)
-    outcome = verify(folder, checkpoint, manifest["dtype"], report) if verify else {"verified": False, "why": "not asked for"}
+    outcome = (
+        verify(folder, checkpoint, manifest["dtype"], report)
+        if verify
+        else {"verified": False, "why": "not asked for"}
+    )
     (folder / REPORT_FILE).parent.mkdir()
     write_json(folder / REPORT_FILE, {**outcome, "notes": notes})
     write_manifest(folder, manifest, files)
@@ -156,7 +198,9 @@ def graph_notes(graphs: dict[str, TowerGraph]) -> list[dict[str, str]]:
     notes = []
     for name, graph in graphs.items():
         do = "report this: it is a defect of twotower; nothing was written"
-        for note in require_clean(ir.to_proto(graph.model), f"the {name} graph", error=ExportError, do=do):
+        for note in require_clean(
+            ir.to_proto(graph.model), f"the {name} graph", error=ExportError, do=do
+        ):
             logger.info("%s: %s", name, note)
             notes.append({"graph": name, **note.to_json()})
     return notes
@@ -228,12 +272,14 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def export_programs(config: ModelConfig, output: Path, options: ExportConfig | None = None, *, name: str = "config") -> Bundle:
+def export_programs(
+    config: ModelConfig, output: Path, options: ExportConfig | None = None, *, name: str = "config"
+) -> Bundle:
     """Writes the graphs of a model and the tables of its weights, and no weights.
 
-    The graphs are those an export of a checkpoint with this config writes, to the byte: engines that
-    are built from them are found again, by their graphs, when the checkpoint is exported. Takes a
-    second and some megabytes whatever the size of the model.
+    The graphs are those an export of a checkpoint with this config writes, to the byte: engines
+    that are built from them are found again, by their graphs, when the checkpoint is exported.
+    Takes a second and some megabytes whatever the size of the model.
 
     Args:
         config: The model.
@@ -263,7 +309,9 @@ def export_programs(config: ModelConfig, output: Path, options: ExportConfig | N
                 (folder / relative).parent.mkdir(exist_ok=True)
                 save_program(folder / relative, graphs[graph], lay_out(graphs[graph].weights))
             (folder / REPORT_FILE).parent.mkdir()
-            write_json(folder / REPORT_FILE, {"verified": False, "why": "no weights", "notes": notes})
+            write_json(
+                folder / REPORT_FILE, {"verified": False, "why": "no weights", "notes": notes}
+            )
             write_manifest(folder, manifest, {})
     except OSError as e:
         raise ExportError(

@@ -19,7 +19,12 @@ def point_to_data(model: ir.Model, refs: dict[str, WeightRef], location: str) ->
         value = model.graph.initializers[name]
         assert value.const_value is not None
         value.const_value = ir.ExternalTensor(
-            location, ref.offset, ref.nbytes, value.const_value.dtype, shape=ir.Shape(ref.shape), name=name
+            location,
+            ref.offset,
+            ref.nbytes,
+            value.const_value.dtype,
+            shape=ir.Shape(ref.shape),
+            name=name,
         )
 
 

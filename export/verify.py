@@ -1,7 +1,8 @@
 """The exported graphs in ONNX Runtime against the torch towers filled from the checkpoint, output by output.
 
-Two independent paths meet here: bytes and operators as they were written, and the checkpoint read again by other code. Inputs
-are random, non-zero and distinct (zeros would hide swapped states), rows ragged, one chunk padded, one block half masked.
+Two independent paths meet here: bytes and operators as they were written, and the checkpoint read
+again by other code. Inputs are random, non-zero and distinct (zeros would hide swapped states),
+rows ragged, one chunk padded, one block half masked.
 """
 
 from __future__ import annotations
@@ -57,8 +58,11 @@ __all__ = ["TOLERANCE", "Case", "layers_that_fit", "random_case", "verify_bundle
 
 TOLERANCE = 1e-3
 """Largest error relative to a tensor's largest magnitude. Both sides compute in float32 and differ in the order of sums of up to
-131072 terms; a wrong operator, weight or state shows as an error near 1."""
-_ATTEMPTS = 3  # a router choice on the very edge may fall differently in float32 and float64; a defect fails every time
+131072 terms; a wrong operator, weight or state shows as an error near 1.
+"""
+# a router choice on the very edge may fall differently in float32 and float64; a defect fails every
+# time
+_ATTEMPTS = 3
 _MEMORY_SHARE = 0.7
 
 Report = Callable[[str, int, int], None]
@@ -77,18 +81,25 @@ class _Subject:
 
     def original(self, name: str) -> str:
         """A weight's name in the whole model."""
-        return re.sub(r"(layers|scale_shift_tables)\.(\d+)", lambda m: f"{m[1]}.{self.layers[int(m[2])]}", name)
+        return re.sub(
+            r"(layers|scale_shift_tables)\.(\d+)",
+            lambda m: f"{m[1]}.{self.layers[int(m[2])]}",
+            name,
+        )
 
     def read(self, name: str) -> torch.Tensor:
         array = self.checkpoint.tensors[self.original(name)].numpy()
         return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def verify_bundle(folder: Path, checkpoint: Checkpoint, dtype: str, report: Report) -> dict[str, Any]:
+def verify_bundle(
+    folder: Path, checkpoint: Checkpoint, dtype: str, report: Report
+) -> dict[str, Any]:
     """Compares every output of the three graphs.
 
-    A graph of narrow dtype is widened for the comparison: rounding would hide what is looked for, and ONNX Runtime has no
-    bfloat16 on a CPU. A model that does not fit in memory is compared on its first layer of each kind.
+    A graph of narrow dtype is widened for the comparison: rounding would hide what is looked for,
+    and ONNX Runtime has no bfloat16 on a CPU. A model that does not fit in memory is compared on
+    its first layer of each kind.
 
     Returns:
         The report stored in the bundle.
@@ -98,9 +109,18 @@ def verify_bundle(folder: Path, checkpoint: Checkpoint, dtype: str, report: Repo
     """
     started = time.perf_counter()
     layers, why = layers_that_fit(checkpoint.config, _available_memory())
-    scratch = 0 if dtype == "float32" else _tower_bytes(_selected(checkpoint.config, layers)) if layers else 0
+    scratch = (
+        0
+        if dtype == "float32"
+        else _tower_bytes(_selected(checkpoint.config, layers))
+        if layers
+        else 0
+    )
     if scratch > (free := shutil.disk_usage(folder).free):
-        layers, why = (), f"comparing takes {scratch / 1e9:.1f} GB of disk for a while, {free / 1e9:.1f} GB are free"
+        layers, why = (
+            (),
+            f"comparing takes {scratch / 1e9:.1f} GB of disk for a while, {free / 1e9:.1f} GB are free",
+        )
     if not layers:
         return {"verified": False, "why": why}
     config = _selected(checkpoint.config, layers)
@@ -130,7 +150,9 @@ def verify_bundle(folder: Path, checkpoint: Checkpoint, dtype: str, report: Repo
         "largest_error": errors[worst],
         "errors": {name: float(f"{error:.2e}") for name, error in errors.items()},
         "cases": "3 ragged rows, a padded chunk, a row without tokens, blocks fully, half and not masked, greedy and sampled",
-        "computed_in": "float32" if dtype == "float32" else f"float32, with the weights as rounded to {dtype}",
+        "computed_in": "float32"
+        if dtype == "float32"
+        else f"float32, with the weights as rounded to {dtype}",
         "onnxruntime": ort.__version__,
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - started, 2),
@@ -145,8 +167,15 @@ def layers_that_fit(config: ModelConfig, memory: int) -> tuple[tuple[int, ...], 
         needed = _peak_bytes(_selected(config, layers))
         if needed <= _MEMORY_SHARE * memory:
             named = ", ".join(f"{i} ({config.layers[i].value})" for i in layers)
-            return layers, words or f"the first layer of each kind only, {named}: the whole does not fit in {memory / 1e9:.0f} GB"
-    return (), f"comparing one layer of each kind takes {needed / 1e9:.1f} GB of memory, {memory / 1e9:.1f} GB are available"
+            return (
+                layers,
+                words
+                or f"the first layer of each kind only, {named}: the whole does not fit in {memory / 1e9:.0f} GB",
+            )
+    return (
+        (),
+        f"comparing one layer of each kind takes {needed / 1e9:.1f} GB of memory, {memory / 1e9:.1f} GB are available",
+    )
 
 
 def _peak_bytes(config: ModelConfig) -> int:
@@ -159,18 +188,29 @@ def _peak_bytes(config: ModelConfig) -> int:
 
 def _tower_bytes(config: ModelConfig) -> int:
     """The larger tower in float32: the towers are compared one after the other."""
-    sizes = {tower: sum(int(np.prod(t.shape)) for t in expected_tensors(config).values() if t.tower is tower) for tower in Tower}
+    sizes = {
+        tower: sum(
+            int(np.prod(t.shape)) for t in expected_tensors(config).values() if t.tower is tower
+        )
+        for tower in Tower
+    }
     return 4 * max(sizes.values())
 
 
 def _selected(config: ModelConfig, layers: tuple[int, ...]) -> ModelConfig:
-    return ModelConfig.from_json({**config.to_json(), "layers": "".join(config.layers[i].value for i in layers)})
+    return ModelConfig.from_json(
+        {**config.to_json(), "layers": "".join(config.layers[i].value for i in layers)}
+    )
 
 
 def _compare_context(subject: _Subject, case: Case) -> Iterator[tuple[str, float]]:
     tower: ContextTower = load_context_tower(subject.config, subject.read, rounded_to=subject.dtype)
-    tokens, lengths, past = (torch.from_numpy(a) for a in (case.tokens, case.chunk_length, case.past_length))
-    hidden, state = tower.extend(tokens, {k: torch.from_numpy(v) for k, v in case.state.items()}, past=past, lengths=lengths)
+    tokens, lengths, past = (
+        torch.from_numpy(a) for a in (case.tokens, case.chunk_length, case.past_length)
+    )
+    hidden, state = tower.extend(
+        tokens, {k: torch.from_numpy(v) for k, v in case.state.items()}, past=past, lengths=lengths
+    )
     want = last_valid(hidden, lengths).numpy()
     want_logprobs = torch.log_softmax(tower.logits(torch.from_numpy(want)), -1).numpy()
     del tower
@@ -186,9 +226,13 @@ def _compare_context(subject: _Subject, case: Case) -> Iterator[tuple[str, float
 
 
 def _compare_denoiser(subject: _Subject, case: Case) -> Iterator[tuple[str, float]]:
-    tower: DenoiserTower = load_denoiser_tower(subject.config, subject.read, rounded_to=subject.dtype)
+    tower: DenoiserTower = load_denoiser_tower(
+        subject.config, subject.read, rounded_to=subject.dtype
+    )
     block, length = torch.from_numpy(case.block), torch.from_numpy(case.context_length)
-    logits = tower.logits(block, {k: torch.from_numpy(v) for k, v in case.state.items()}, context_length=length)
+    logits = tower.logits(
+        block, {k: torch.from_numpy(v) for k, v in case.state.items()}, context_length=length
+    )
     del tower
     options = {k: torch.from_numpy(v) for k, v in case.sampling.items()}
     want = commit_step(logits, block, subject.config, **options)
@@ -225,7 +269,9 @@ def _run(subject: _Subject, name: str, feeds: Arrays) -> Arrays:
         wide.unlink(missing_ok=True)
 
 
-def _fewer_layers(subject: _Subject, name: str, refs: Mapping[str, WeightRef]) -> tuple[onnx.ModelProto, dict[str, WeightRef]]:
+def _fewer_layers(
+    subject: _Subject, name: str, refs: Mapping[str, WeightRef]
+) -> tuple[onnx.ModelProto, dict[str, WeightRef]]:
     """The graph of the selected layers, with each weight where the whole model's file holds it."""
     graph = build_graph(name, subject.config, subject.dtype)
     point_to_data(graph.model, lay_out(graph.weights), "unused")
@@ -237,13 +283,17 @@ def _session(model: onnx.ModelProto, folder: Path) -> ort.InferenceSession:
     # Nothing may be folded or packed: each would copy the weights into memory.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def _available_memory() -> int:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        return next(
+            1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")
+        )
     except (OSError, StopIteration, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
@@ -268,7 +318,12 @@ class Case:
 
     def denoiser_inputs(self) -> Arrays:
         s = self.sampling
-        options = {THRESHOLD: s["threshold"], COMMIT_FLOOR: s["floor"], TEMPERATURE: s["temperature"], NOISE: s["noise"]}
+        options = {
+            THRESHOLD: s["threshold"],
+            COMMIT_FLOOR: s["floor"],
+            TEMPERATURE: s["temperature"],
+            NOISE: s["noise"],
+        }
         return {BLOCK: self.block, CONTEXT_LENGTH: self.context_length, **options}
 
 
@@ -287,6 +342,11 @@ def random_case(config: ModelConfig, seed: int) -> Case:
         "noise": -np.log(-np.log(uniform)).astype(np.float32),
     }
     sizes = {"B": _ROWS, "T": _CAPACITY}
-    state = {s.past.name: rng.standard_normal(s.past.shape(sizes)).astype(np.float32) for s in state_tensors(config, "float32")}
+    state = {
+        s.past.name: rng.standard_normal(s.past.shape(sizes)).astype(np.float32)
+        for s in state_tensors(config, "float32")
+    }
     lengths, past = np.array([_CHUNK, 3, 0]), np.array([0, 5, 17])
-    return Case(rng.choice(words, (_ROWS, _CHUNK)), lengths, past, past + lengths, block, sampling, state)
+    return Case(
+        rng.choice(words, (_ROWS, _CHUNK)), lengths, past, past + lengths, block, sampling, state
+    )

@@ -2,7 +2,14 @@
 
 from twotower.config import GenerationConfig
 from twotower.runtime.requests import Request
-from twotower.runtime.results import BlockEvent, Generation, RequestCancelledError, StepRecord, Timings, Usage
+from twotower.runtime.results import (
+    BlockEvent,
+    Generation,
+    RequestCancelledError,
+    StepRecord,
+    Timings,
+    Usage,
+)
 from twotower.runtime.scoring import Score
 from twotower.runtime.session import TwoTower
 

@@ -33,7 +33,8 @@ class DenoiserArrays:
     """The denoiser's small inputs and outputs, written and read in place (shapes as in the graph contract).
 
     Attributes:
-        by_name: The buffers behind them under their graph names. They may have more rows than the arrays show.
+        by_name: The buffers behind them under their graph names. They may have more rows than the
+            arrays show.
     """
 
     __slots__ = (
@@ -51,8 +52,12 @@ class DenoiserArrays:
         "threshold",
     )
 
-    def __init__(self, memory: Memory, signature: TowerSignature, *, rows: int, block_size: int) -> None:
-        self.by_name = memory.small([signature.tensor(name) for name in _DENOISER_SMALL], {"B": rows, "S": block_size})
+    def __init__(
+        self, memory: Memory, signature: TowerSignature, *, rows: int, block_size: int
+    ) -> None:
+        self.by_name = memory.small(
+            [signature.tensor(name) for name in _DENOISER_SMALL], {"B": rows, "S": block_size}
+        )
         self._whole = {name: memory.host(buffer) for name, buffer in self.by_name.items()}
         self.use(rows, unmasked=0)
 
@@ -76,9 +81,10 @@ class DenoiserArrays:
 class ContextState:
     """The context state of some rows.
 
-    Keys and values have one buffer, which the context tower extends in place. Convolution and SSM states have two: the context tower
-    reads one set while it writes the other, and then they change places. The denoiser reads the set written last. So no state is ever
-    copied, and two bindings of each engine cover all cases.
+    Keys and values have one buffer, which the context tower extends in place. Convolution and SSM
+    states have two: the context tower reads one set while it writes the other, and then they change
+    places. The denoiser reads the set written last. So no state is ever copied, and two bindings of
+    each engine cover all cases.
 
     Args:
         memory: Where it lies.
@@ -91,7 +97,9 @@ class ContextState:
         current: Which of the two sets, 0 or 1, holds the state now.
     """
 
-    def __init__(self, memory: Memory, tensors: Sequence[StateTensor], *, rows: int, capacity: int) -> None:
+    def __init__(
+        self, memory: Memory, tensors: Sequence[StateTensor], *, rows: int, capacity: int
+    ) -> None:
         self.capacity = capacity
         self.current = 0
         self._memory = memory
@@ -123,11 +131,14 @@ class ContextState:
     def clear(self) -> None:
         """Back to the start of a text.
 
-        Keys are cleared too, as far as they were written: they would be masked, but a masked infinity times zero is not a number.
+        Keys are cleared too, as far as they were written: they would be masked, but a masked
+        infinity times zero is not a number.
         """
         for tensor in self._tensors:
             if tensor.in_place:
-                self._memory.clear(self._fixed[tensor.past.name], span_of(tensor.past, "T", self._used))
+                self._memory.clear(
+                    self._fixed[tensor.past.name], span_of(tensor.past, "T", self._used)
+                )
             else:
                 self._memory.clear(self._moving[0][tensor.past.name])
         self.current = self._used = 0
@@ -142,7 +153,10 @@ class ContextState:
         for tensor in self._tensors:
             if tensor.in_place:
                 name = tensor.past.name
-                old, larger = self._fixed[name], self._memory.state(tensor.past, {"B": self._rows, "T": capacity})
+                old, larger = (
+                    self._fixed[name],
+                    self._memory.state(tensor.past, {"B": self._rows, "T": capacity}),
+                )
                 self._memory.copy(old, larger, span_of(tensor.past, "T", self._used))
                 self._fixed[name] = larger
                 self._memory.release([old])
@@ -156,4 +170,8 @@ class ContextState:
         self._memory.release(buffers)
 
     def _buffer(self, tensor: StateTensor, which: int) -> Buffer:
-        return self._fixed[tensor.past.name] if tensor.in_place else self._moving[which][tensor.past.name]
+        return (
+            self._fixed[tensor.past.name]
+            if tensor.in_place
+            else self._moving[which][tensor.past.name]
+        )

@@ -92,7 +92,12 @@ class SessionLock:
         self._depth += 1
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             if self._depth == 1:
                 self._do_later()
@@ -103,9 +108,10 @@ class SessionLock:
     def at_the_end(self, action: Callable[[], object]) -> None:
         """Does something when no turn is taken: at once, or at the end of the turn, by whoever has it.
 
-        An iterator can be let go of in any thread and at any point of the program: by Python's collector even inside a
-        pass of the same session, or while its thread holds a lock that this turn's owner is about to ask for. So nobody
-        waits here, and memory is not freed in the middle of anything. What fails is logged: it is of another call.
+        An iterator can be let go of in any thread and at any point of the program: by Python's
+        collector even inside a pass of the same session, or while its thread holds a lock that this
+        turn's owner is about to ask for. So nobody waits here, and memory is not freed in the
+        middle of anything. What fails is logged: it is of another call.
         """
         self._later.append(action)
         self._catch_up()

@@ -1,7 +1,7 @@
 """What a device is to the loop: where buffers live, and streams and events as values.
 
-Buffers lie on the host, or on devices of which the loop sees only the small arrays it writes and reads; streams and events say which
-work waits for which, on a GPU or on the host.
+Buffers lie on the host, or on devices of which the loop sees only the small arrays it writes and
+reads; streams and events say which work waits for which, on a GPU or on the host.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Span:
 class Memory(Protocol):
     """Allocates, clears and copies the buffers of a session.
 
-    A Protocol, so that the loop and what it runs in are one for every backend. Clearing and copying happen between runs, when no engine
-    is at work, and are done when they return.
+    A Protocol, so that the loop and what it runs in are one for every backend. Clearing and copying
+    happen between runs, when no engine is at work, and are done when they return.
     """
 
     def state(self, spec: TensorSpec, sizes: Mapping[str, int]) -> Buffer:

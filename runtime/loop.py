@@ -44,7 +44,9 @@ class LoopSettings:
     hooks: Hooks = field(default_factory=Hooks)
 
 
-def run_rows(work: Workspace, rows: Sequence[Row], plan: PrefillPlan, settings: LoopSettings) -> Iterator[list[Commit]]:
+def run_rows(
+    work: Workspace, rows: Sequence[Row], plan: PrefillPlan, settings: LoopSettings
+) -> Iterator[list[Commit]]:
     """Generates for rows of one mode and one block size, and yields what the rows take of each block.
 
     Args:
@@ -65,7 +67,9 @@ def run_rows(work: Workspace, rows: Sequence[Row], plan: PrefillPlan, settings: 
             commits = [row.accept(tokens[i].tolist()) for i, row in enumerate(rows) if row.live]
             more = any(row.live for row in rows)
             if more:
-                run.extend(tokens)  # before the caller sees the block: a device reads it while the caller is busy
+                run.extend(
+                    tokens
+                )  # before the caller sees the block: a device reads it while the caller is busy
                 run.prepare(index + 1)
             yield commits
             if not more:
@@ -104,7 +108,9 @@ class _Run:
         """Denoises one block of every live row, [B,S] int64."""
         io, noise, rows, started = self._io, self._noise, self._rows, perf_counter()
         assert noise is not None
-        unmasked = int(self._model.mask_token_id == 0)  # any token that is no mask: an ended row has nothing to do
+        unmasked = int(
+            self._model.mask_token_id == 0
+        )  # any token that is no mask: an ended row has nothing to do
         masked = [io.block.shape[1] if row.live else 0 for row in rows]
         for i, row in enumerate(rows):
             io.block[i] = self._model.mask_token_id if row.live else unmasked
@@ -158,7 +164,8 @@ class _Run:
             work.grow(capacity_bucket(needed, self._settings.largest_capacity))
         np.copyto(work.tokens(width), tokens)
         for i, row in enumerate(self._rows):
-            # An ended row is written too, though nothing of it is valid: at position 0 it needs no room and nobody reads it again.
+            # An ended row is written too, though nothing of it is valid: at position 0 it needs no
+            # room and nobody reads it again.
             work.past_length[i], work.chunk_length[i] = (row.length, width) if row.live else (0, 0)
             row.length += width * row.live
         self._streams.context.wait(self._denoiser_event)
@@ -173,7 +180,9 @@ class _Run:
 
     def _record(self, place: tuple[int, int], masked: Sequence[int], ms: float) -> None:
         if self._hooks.on_step is not None:
-            named = tuple(row.index if left else -1 for row, left in zip(self._rows, masked, strict=True))
+            named = tuple(
+                row.index if left else -1 for row, left in zip(self._rows, masked, strict=True)
+            )
             self._hooks.on_step(step_record(self._io, named, masked, place=place, ms=ms))
 
     def _spend(self, what: str, started: float) -> None:
@@ -183,7 +192,9 @@ class _Run:
                 setattr(row, what, getattr(row, what) + seconds)
 
 
-def prefill(work: Workspace, rows: Sequence[Row], plan: PrefillPlan, settings: LoopSettings) -> Event:
+def prefill(
+    work: Workspace, rows: Sequence[Row], plan: PrefillPlan, settings: LoopSettings
+) -> Event:
     """Lets the context tower read every row's prompt; returns the event of the last chunk, which has been waited for."""
     total, done, started = sum(len(row.prompt) for row in rows), 0, perf_counter()
     event: Event = HostStream.done
@@ -235,23 +246,36 @@ def check_block(rows: Sequence[Row], tokens: Array, config: ModelConfig, *, bloc
         if row.live and wrong[i].any():
             at = int(np.argmax(wrong[i]))
             found = f"{NEXT_BLOCK} holds {int(tokens[i, at])} at position {at} after the last step (masks are {config.mask_token_id}, "
-            raise _fault(DENOISER, f"row {row.index}, block {block}", found + f"the vocabulary ends at {config.vocab_size - 1})")
+            raise _fault(
+                DENOISER,
+                f"row {row.index}, block {block}",
+                found + f"the vocabulary ends at {config.vocab_size - 1})",
+            )
 
 
-def check_candidates(row: Row, ids: Array, logprobs: Array, config: ModelConfig, *, token: int) -> None:
+def check_candidates(
+    row: Row, ids: Array, logprobs: Array, config: ModelConfig, *, token: int
+) -> None:
     """Checks one row's candidates, [K] each; a candidate that cannot be chosen may have a log-probability of -inf, the best may not.
 
     Raises:
         EngineOutputError: a log-probability is not a number, or a token is outside the vocabulary.
     """
-    if np.isfinite(logprobs[0]) and not np.isnan(logprobs).any() and ids.min() >= 0 and ids.max() < config.vocab_size:
+    if (
+        np.isfinite(logprobs[0])
+        and not np.isnan(logprobs).any()
+        and ids.min() >= 0
+        and ids.max() < config.vocab_size
+    ):
         return
     found = f"{CANDIDATE_LOGPROBS} {_first_bad(logprobs)}; tokens {int(ids.min())} to {int(ids.max())} of {config.vocab_size}"
     raise _fault(CONTEXT, f"row {row.index}, token {token}", found)
 
 
 def _fault(tower: str, where: str, found: str) -> EngineOutputError:
-    return EngineOutputError(f"the {tower} engine returned numbers that cannot be right ({where})", found=found, do=_DO)
+    return EngineOutputError(
+        f"the {tower} engine returned numbers that cannot be right ({where})", found=found, do=_DO
+    )
 
 
 def _first_bad(values: Array) -> str:

@@ -26,7 +26,16 @@ from twotower.runtime.auto import PassTimes, Setting
 from twotower.runtime.device import Streams
 from twotower.runtime.workspace import Workspace
 
-__all__ = ["FIRST", "RECORD_FILE", "RUNS", "PassRecord", "measure_pass_times", "measured_on", "read_pass_record", "run_every_pass"]
+__all__ = [
+    "FIRST",
+    "RECORD_FILE",
+    "RUNS",
+    "PassRecord",
+    "measure_pass_times",
+    "measured_on",
+    "read_pass_record",
+    "run_every_pass",
+]
 
 RECORD_FILE = "reports/tune.json"
 _KEY = "auto"

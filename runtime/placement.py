@@ -10,12 +10,15 @@ from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, StateTensor
 __all__ = ["place_engines", "places_of_tensors"]
 
 
-def place_engines(sizes: Mapping[str, Sequence[int]], devices: Sequence[int]) -> dict[str, tuple[int, ...]]:
+def place_engines(
+    sizes: Mapping[str, Sequence[int]], devices: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
     """A device for every segment of every graph.
 
-    One device takes everything. Of several the first part goes to the context tower and the rest, the larger one of an odd number, to
-    the denoiser, which runs more often; within a part consecutive segments share a device, with about as many bytes on each. The context
-    head is where the context tower ends.
+    One device takes everything. Of several the first part goes to the context tower and the rest,
+    the larger one of an odd number, to the denoiser, which runs more often; within a part
+    consecutive segments share a device, with about as many bytes on each. The context head is where
+    the context tower ends.
 
     Args:
         sizes: Bytes of each segment's engine, by graph.
@@ -23,7 +26,10 @@ def place_engines(sizes: Mapping[str, Sequence[int]], devices: Sequence[int]) ->
     """
     half = max(len(devices) // 2, 1)
     context, denoiser = devices[:half], devices[half:] or devices
-    placed = {CONTEXT: _spread(sizes[CONTEXT], context), DENOISER: _spread(sizes[DENOISER], denoiser)}
+    placed = {
+        CONTEXT: _spread(sizes[CONTEXT], context),
+        DENOISER: _spread(sizes[DENOISER], denoiser),
+    }
     placed[CONTEXT_HEAD] = (placed[CONTEXT][-1],) * len(sizes[CONTEXT_HEAD])
     return placed
 
@@ -39,7 +45,9 @@ def _spread(sizes: Sequence[int], devices: Sequence[int]) -> tuple[int, ...]:
 
 
 def places_of_tensors(
-    engines: Mapping[str, Sequence[EngineFile]], placed: Mapping[str, Sequence[int]], state: Sequence[StateTensor]
+    engines: Mapping[str, Sequence[EngineFile]],
+    placed: Mapping[str, Sequence[int]],
+    state: Sequence[StateTensor],
 ) -> dict[str, tuple[int, ...]]:
     """The devices each tensor is needed on, the one that writes it first; a state goes by its name as an input.
 
@@ -50,7 +58,11 @@ def places_of_tensors(
     """
     past = {t.present.name: t.past.name for t in state}
     places: dict[str, list[int]] = {}
-    for graph in (CONTEXT, CONTEXT_HEAD, DENOISER):  # the context tower, which writes the state, comes first
+    for graph in (
+        CONTEXT,
+        CONTEXT_HEAD,
+        DENOISER,
+    ):  # the context tower, which writes the state, comes first
         for part, device in zip(engines[graph], placed[graph], strict=True):
             for spec in (*part.outputs, *part.inputs):
                 devices = places.setdefault(past.get(spec.name, spec.name), [])

@@ -15,7 +15,16 @@ from twotower.runtime.rows import Row
 from twotower.runtime.tokenizer import Tokenizer, tokenizer_missing
 from twotower.spec import MAX_CHUNK
 
-__all__ = ["Limits", "Prompt", "Request", "as_requests", "batches", "check_vocabulary", "row_from_request", "token_ids"]
+__all__ = [
+    "Limits",
+    "Prompt",
+    "Request",
+    "as_requests",
+    "batches",
+    "check_vocabulary",
+    "row_from_request",
+    "token_ids",
+]
 
 Prompt = str | Sequence[int]
 
@@ -60,7 +69,9 @@ def as_requests(prompts: Any, config: GenerationConfig) -> tuple[list[Request], 
     Raises:
         RequestError: something else was passed.
     """
-    single = isinstance(prompts, (str, Request)) or (_is_sequence(prompts) and len(prompts) > 0 and _is_whole(prompts[0]))
+    single = isinstance(prompts, (str, Request)) or (
+        _is_sequence(prompts) and len(prompts) > 0 and _is_whole(prompts[0])
+    )
     if not single and not _is_sequence(prompts):
         raise _not_a_prompt(prompts)
     out = []
@@ -75,10 +86,12 @@ def as_requests(prompts: Any, config: GenerationConfig) -> tuple[list[Request], 
 def row_from_request(index: int, request: Request, limits: Limits) -> Row:
     """The request ready to run.
 
-    Any token of the vocabulary may be in a prompt, the mask token too: it means something to the denoiser only, which never sees prompts.
+    Any token of the vocabulary may be in a prompt, the mask token too: it means something to the
+    denoiser only, which never sees prompts.
 
     Raises:
-        RequestError: a token is out of range, text is needed without a tokenizer, or the text would be too long.
+        RequestError: a token is out of range, text is needed without a tokenizer, or the text would
+            be too long.
         ConfigError: the block size is not one the denoiser can work with.
     """
     config = request.config
@@ -91,7 +104,9 @@ def row_from_request(index: int, request: Request, limits: Limits) -> Row:
     check_vocabulary(prompt, where, limits)
     if len(prompt) + config.max_new_tokens > limits.max_context:
         room = limits.max_context - len(prompt)
-        shorter = f"lower max_new_tokens to {room} or less, " if room > 0 else "shorten the prompt, "
+        shorter = (
+            f"lower max_new_tokens to {room} or less, " if room > 0 else "shorten the prompt, "
+        )
         raise RequestError(
             f"{where} is too long: {len(prompt)} tokens, and {config.max_new_tokens} new ones asked for",
             found=f"this session holds {limits.max_context} tokens a text, prompt and answer together",
@@ -170,12 +185,18 @@ def token_ids(prompt: Prompt, limits: Limits) -> list[int]:
         raise _not_a_prompt(prompt)
     wrong = next((t for t in prompt if not _is_whole(t)), None)
     if wrong is not None:
-        raise RequestError(f"a prompt holds {wrong!r}", found=f"a {type(wrong).__name__} among token ids", do="pass whole numbers only")
+        raise RequestError(
+            f"a prompt holds {wrong!r}",
+            found=f"a {type(wrong).__name__} among token ids",
+            do="pass whole numbers only",
+        )
     return [operator.index(t) for t in prompt]
 
 
 def _is_sequence(value: object) -> bool:
-    return (isinstance(value, Sequence) and not isinstance(value, (str, bytes))) or (isinstance(value, np.ndarray) and value.ndim > 0)
+    return (isinstance(value, Sequence) and not isinstance(value, (str, bytes))) or (
+        isinstance(value, np.ndarray) and value.ndim > 0
+    )
 
 
 def _is_whole(value: object) -> bool:

@@ -12,7 +12,16 @@ from twotower.errors import RequestCancelledError
 from twotower.runtime.buffers import DenoiserArrays
 from twotower.runtime.device import Array
 
-__all__ = ["BlockEvent", "Generation", "Hooks", "RequestCancelledError", "StepRecord", "Timings", "Usage", "step_record"]
+__all__ = [
+    "BlockEvent",
+    "Generation",
+    "Hooks",
+    "RequestCancelledError",
+    "StepRecord",
+    "Timings",
+    "Usage",
+    "step_record",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +30,11 @@ class Usage:
 
     Attributes:
         prompt_tokens: Tokens read, BOS included.
-        completion_tokens: Tokens returned: an end-of-sequence token and everything after a stop are not among them.
-        nfe: Network passes this row needed: denoiser passes in which it still had masks; in `ar` mode passes of the context tower
-            that produced a token (the end-of-sequence token included). The context passes of `diffusion` mode are not counted.
+        completion_tokens: Tokens returned: an end-of-sequence token and everything after a stop are
+            not among them.
+        nfe: Network passes this row needed: denoiser passes in which it still had masks; in `ar`
+            mode passes of the context tower that produced a token (the end-of-sequence token
+            included). The context passes of `diffusion` mode are not counted.
         blocks: Blocks denoised; 0 in `ar` mode.
     """
 
@@ -44,7 +55,11 @@ class Usage:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data with the derived numbers."""
-        return {**asdict(self), "steps_per_block": self.steps_per_block, "tokens_per_nfe": self.tokens_per_nfe}
+        return {
+            **asdict(self),
+            "steps_per_block": self.steps_per_block,
+            "tokens_per_nfe": self.tokens_per_nfe,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +84,8 @@ class Generation:
     """The result of one request.
 
     Attributes:
-        tokens: Generated ids, without the end-of-sequence token. After a stop string they end with the token that completed it, so
-            their text may be longer than `text`.
+        tokens: Generated ids, without the end-of-sequence token. After a stop string they end with
+            the token that completed it, so their text may be longer than `text`.
         text: The text before any stop string; None without a tokenizer.
         finish_reason: `eos`, `stop` or `length`.
         usage: What it read, wrote and cost.
@@ -108,8 +123,9 @@ class BlockEvent:
     Attributes:
         row: Number of the request in the call.
         tokens: New tokens; all events of a row together give the result's tokens.
-        text: New text, likewise; None without a tokenizer. It may lag behind the tokens: text that could still become part of a stop
-            string, or of a character whose last bytes are missing, is held back.
+        text: New text, likewise; None without a tokenizer. It may lag behind the tokens: text that
+            could still become part of a stop string, or of a character whose last bytes are
+            missing, is held back.
         finished: Whether this is the row's last event.
         result: The whole result, with the last event.
     """
@@ -128,7 +144,8 @@ class StepRecord:
     Attributes:
         block_index: Number of the block in the rows' texts.
         step: Number of the step in the block.
-        rows: For each of the B rows, the number of its request in the call, or -1 where nothing was masked any more.
+        rows: For each of the B rows, the number of its request in the call, or -1 where nothing was
+            masked any more.
         block_in: [B,S] int64 before the pass, and
         next_block: [B,S] int64 after it.
         predicted: [B,S] int64.
@@ -154,7 +171,8 @@ class Hooks:
 
     Attributes:
         on_step: Called after every denoiser pass.
-        on_prefill: Called with (tokens read, tokens to read) of a batch's prompts, after every chunk.
+        on_prefill: Called with (tokens read, tokens to read) of a batch's prompts, after every
+            chunk.
         cancelled: Asked before every pass; True ends the call with a `RequestCancelledError`.
     """
 
@@ -166,11 +184,20 @@ class Hooks:
         """Ends the call if the caller wants it ended."""
         if self.cancelled is not None and self.cancelled():
             raise RequestCancelledError(
-                "the request was cancelled", found="`cancelled` returned True between two passes", do="nothing: the session can be used on"
+                "the request was cancelled",
+                found="`cancelled` returned True between two passes",
+                do="nothing: the session can be used on",
             )
 
 
-def step_record(arrays: DenoiserArrays, rows: tuple[int, ...], masked: Sequence[int], *, place: tuple[int, int], ms: float) -> StepRecord:
+def step_record(
+    arrays: DenoiserArrays,
+    rows: tuple[int, ...],
+    masked: Sequence[int],
+    *,
+    place: tuple[int, int],
+    ms: float,
+) -> StepRecord:
     """A copy of what the denoiser read and wrote.
 
     Args:

@@ -30,7 +30,10 @@ def text_end(prompt_length: int, config: GenerationConfig) -> int:
     """Positions the context tower writes at most for a request: the last block, or token, is never read back."""
     if config.mode == "ar":
         return prompt_length + config.max_new_tokens - 1
-    return prompt_length + (block_count(config.max_new_tokens, config.block_size) - 1) * config.block_size
+    return (
+        prompt_length
+        + (block_count(config.max_new_tokens, config.block_size) - 1) * config.block_size
+    )
 
 
 class Row:
@@ -67,7 +70,13 @@ class Row:
     )
 
     def __init__(
-        self, index: int, prompt: Sequence[int], config: GenerationConfig, *, model: ModelConfig, tokenizer: Tokenizer | None
+        self,
+        index: int,
+        prompt: Sequence[int],
+        config: GenerationConfig,
+        *,
+        model: ModelConfig,
+        tokenizer: Tokenizer | None,
     ) -> None:
         self.index = index
         self.prompt: npt.NDArray[np.int64] = np.asarray(prompt, np.int64)
@@ -109,7 +118,9 @@ class Row:
         c = self._continuation
         assert c.finish_reason is not None
         usage = Usage(len(self.prompt), len(c.tokens), self.nfe, self.blocks)
-        timings = Timings(*(1000 * s for s in (self.prefill, self.denoise, self.extend, self._total)))
+        timings = Timings(
+            *(1000 * s for s in (self.prefill, self.denoise, self.extend, self._total))
+        )
         mode = self.config.mode
         tokens = tuple(c.tokens)
         return Generation(tokens, c.text, c.finish_reason, usage, timings, self.seed, mode=mode)

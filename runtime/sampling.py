@@ -15,7 +15,8 @@ from twotower.runtime.noise import AR, gumbel_noise
 __all__ = ["Choice", "Sampling"]
 
 _SEED_BITS = 53  # of a drawn one: JSON readers that keep numbers as doubles keep it exactly
-_SMALLEST_TEMPERATURE = 1e-30  # float32 logits divided by it stay finite, so that noise of -inf cannot make a NaN of them
+# float32 logits divided by it stay finite, so that noise of -inf cannot make a NaN of them
+_SMALLEST_TEMPERATURE = 1e-30
 
 
 class Choice(Protocol):
@@ -27,14 +28,17 @@ class Choice(Protocol):
     @property
     def temperature(self) -> float: ...
 
-    def choose(self, ids: npt.NDArray[np.int64], logprobs: npt.NDArray[Any], *, index: int) -> int: ...
+    def choose(
+        self, ids: npt.NDArray[np.int64], logprobs: npt.NDArray[Any], *, index: int
+    ) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How one row chooses its tokens.
 
-    The noise is keyed by the row's own seed and not by its place in the batch: its text is the same alone, among others, and in any order.
+    The noise is keyed by the row's own seed and not by its place in the batch: its text is the same
+    alone, among others, and in any order.
     """
 
     seed: int
@@ -45,7 +49,9 @@ class Sampling:
     @classmethod
     def from_config(cls, config: GenerationConfig) -> Sampling:
         """The sampling part of a request's options; a seed that is needed and missing is drawn."""
-        temperature = max(config.temperature, _SMALLEST_TEMPERATURE) if config.temperature > 0 else 0.0
+        temperature = (
+            max(config.temperature, _SMALLEST_TEMPERATURE) if config.temperature > 0 else 0.0
+        )
         seed = config.seed
         if seed is None:
             seed = secrets.randbits(_SEED_BITS) if temperature else 0
@@ -59,7 +65,8 @@ class Sampling:
     def choose(self, ids: npt.NDArray[np.int64], logprobs: npt.NDArray[Any], *, index: int) -> int:
         """The next token of an autoregressive row, from its best candidates in descending order.
 
-        Temperature, top-k and top-p apply in this order, as elsewhere; probabilities are taken among the K candidates.
+        Temperature, top-k and top-p apply in this order, as elsewhere; probabilities are taken
+        among the K candidates.
 
         Args:
             ids: [K] int64.
@@ -69,7 +76,9 @@ class Sampling:
         if self.greedy:
             return int(ids[0])
         kept = logprobs[: self.top_k or len(ids)].astype(np.float64)
-        with np.errstate(over="ignore"):  # a very small temperature sends all but the best to -inf, which is what it means
+        with np.errstate(
+            over="ignore"
+        ):  # a very small temperature sends all but the best to -inf, which is what it means
             scaled = (kept - kept[0]) / self.temperature
         if self.top_p < 1:
             weights = np.exp(scaled)

@@ -55,7 +55,8 @@ class ChunkStep:
     Attributes:
         starts: Where each row's chunk begins in its own prompt; also the tokens it has read so far.
         lengths: Valid tokens in each row's chunk; 0 for a row whose turn has not come.
-        width: Columns of the chunk (L): the longest valid length, or the next width engines are bound for.
+        width: Columns of the chunk (L): the longest valid length, or the next width engines are
+            bound for.
     """
 
     starts: tuple[int, ...]
@@ -69,34 +70,41 @@ class PrefillPlan:
 
     Attributes:
         steps: The passes, in order.
-        peak: Capacity they need. A chunk is written whole at its row's start, padding and rows without tokens included.
+        peak: Capacity they need. A chunk is written whole at its row's start, padding and rows
+            without tokens included.
     """
 
     steps: tuple[ChunkStep, ...]
     peak: int
 
 
-def prefill_plan(lengths: Sequence[int], max_chunk: int = MAX_CHUNK, widths: Sequence[int] = ()) -> PrefillPlan:
+def prefill_plan(
+    lengths: Sequence[int], max_chunk: int = MAX_CHUNK, widths: Sequence[int] = ()
+) -> PrefillPlan:
     """Cuts prompts into chunks that are read side by side.
 
-    A row's chunk boundaries are counted from its own start, so its arithmetic does not depend on its neighbours. Rows
-    with fewer chunks begin later rather than end sooner: every row's last token is then in the last pass, whose `hidden`
-    is what autoregressive decoding goes on from, and a row without tokens is always written at position 0, where it
-    never needs capacity of its own.
+    A row's chunk boundaries are counted from its own start, so its arithmetic does not depend on
+    its neighbours. Rows with fewer chunks begin later rather than end sooner: every row's last
+    token is then in the last pass, whose `hidden` is what autoregressive decoding goes on from, and
+    a row without tokens is always written at position 0, where it never needs capacity of its own.
 
     Args:
         lengths: Tokens of each prompt, at least 1.
         max_chunk: Longest chunk.
-        widths: Widths chunks are padded to, ascending; empty to pad to the longest row only. The last admits `max_chunk`.
+        widths: Widths chunks are padded to, ascending; empty to pad to the longest row only. The
+            last admits `max_chunk`.
     """
-    assert lengths and min(lengths) > 0 and max_chunk > 0, "prompts are checked before they are planned"
+    assert lengths and min(lengths) > 0 and max_chunk > 0, (
+        "prompts are checked before they are planned"
+    )
     counts = [-(-n // max_chunk) for n in lengths]
     total = max(counts)
     steps = []
     for number in range(total):
         starts = tuple(max(number - (total - count), 0) * max_chunk for count in counts)
         valid = tuple(
-            min(max_chunk, n - start) if number >= total - count else 0 for n, start, count in zip(lengths, starts, counts, strict=True)
+            min(max_chunk, n - start) if number >= total - count else 0
+            for n, start, count in zip(lengths, starts, counts, strict=True)
         )
         width = max(valid)
         steps.append(ChunkStep(starts, valid, next((w for w in widths if w >= width), width)))

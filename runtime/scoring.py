@@ -12,7 +12,14 @@ import numpy.typing as npt
 
 from twotower.config import GenerationConfig
 from twotower.errors import RequestError
-from twotower.runtime.requests import Limits, Prompt, Request, check_vocabulary, row_from_request, token_ids
+from twotower.runtime.requests import (
+    Limits,
+    Prompt,
+    Request,
+    check_vocabulary,
+    row_from_request,
+    token_ids,
+)
 from twotower.runtime.rows import Row
 
 __all__ = ["GivenTokens", "Score", "scoring_rows"]
@@ -29,8 +36,9 @@ class Score:
         tokens: Its token ids.
         logprobs: Natural logarithm of each token's probability, given everything before it.
         greedy: Whether every token was the most likely one.
-        bounded: Tokens that were not among the 64 candidates the engine returns. Their entry in `logprobs` is an upper bound: the
-            smaller of the least likely candidate's value and that of all probability the candidates leave.
+        bounded: Tokens that were not among the 64 candidates the engine returns. Their entry in
+            `logprobs` is an upper bound: the smaller of the least likely candidate's value and that
+            of all probability the candidates leave.
     """
 
     tokens: tuple[int, ...]
@@ -77,7 +85,9 @@ def _bound(logprobs: npt.NDArray[Any]) -> float:
     """No token outside the candidates is likelier than the last of them, nor than all that they leave."""
     values = logprobs.astype(np.float64)
     left = 1.0 - float(np.exp(values).sum())
-    return min(float(values.min()), math.log(max(left, 0.0) + _ROUNDING))  # rounding must not make the bound too low, or take log of 0
+    return min(
+        float(values.min()), math.log(max(left, 0.0) + _ROUNDING)
+    )  # rounding must not make the bound too low, or take log of 0
 
 
 def scoring_rows(pairs: Any, limits: Limits) -> tuple[list[GivenTokens], list[Row]]:
@@ -88,7 +98,8 @@ def scoring_rows(pairs: Any, limits: Limits) -> tuple[list[GivenTokens], list[Ro
         limits: What the session can serve.
 
     Raises:
-        RequestError: a pair is malformed, out of range or too long, or needs a tokenizer that is not there.
+        RequestError: a pair is malformed, out of range or too long, or needs a tokenizer that is
+            not there.
     """
     if isinstance(pairs, str) or not isinstance(pairs, Sequence):
         raise _not_a_pair("this", pairs)
@@ -135,7 +146,8 @@ def _each(context: Prompt, continuation: Prompt, limits: Limits) -> tuple[list[i
 def _cut_texts(context: str, continuation: str, limits: Limits) -> tuple[list[int], list[int]]:
     """Tokens of both texts together, cut at the context's own length, as lm-evaluation-harness does for causal models.
 
-    The context's trailing spaces go with the continuation: most tokenizers write a space with the word after it.
+    The context's trailing spaces go with the continuation: most tokenizers write a space with the
+    word after it.
     """
     stripped = context.rstrip()
     before, whole = token_ids(stripped, limits), token_ids(context + continuation, limits)

@@ -21,8 +21,21 @@ from twotower.runtime.device import Streams
 from twotower.runtime.engines import STREAMED, OpenOptions, open_towers, require_opener
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.loop import LoopSettings, run_rows
-from twotower.runtime.pass_times import PassRecord, measure_pass_times, measured_on, read_pass_record, run_every_pass
-from twotower.runtime.requests import Limits, Prompt, Request, as_requests, batches, row_from_request
+from twotower.runtime.pass_times import (
+    PassRecord,
+    measure_pass_times,
+    measured_on,
+    read_pass_record,
+    run_every_pass,
+)
+from twotower.runtime.requests import (
+    Limits,
+    Prompt,
+    Request,
+    as_requests,
+    batches,
+    row_from_request,
+)
 from twotower.runtime.results import BlockEvent, Generation, Hooks, StepRecord
 from twotower.runtime.rows import Row, text_end
 from twotower.runtime.schedule import capacity_limit, prefill_plan, row_counts
@@ -42,13 +55,21 @@ _Text = TypeVar("_Text", bound=Prompt)
 class TwoTower:
     """A model ready to generate: `TwoTower.open(bundle)`, best in a `with` statement.
 
-    Calls from several threads are safe. `generate` calls wait for one another; open streams take turns block by block, each with buffers
-    of its own, so a slow reader of one never holds up the others. A call that fails or is cancelled leaves the session usable.
-    An iterator can be let go of anywhere, also in another thread: its memory is freed when no pass is at work.
+    Calls from several threads are safe. `generate` calls wait for one another; open streams take
+    turns block by block, each with buffers of its own, so a slow reader of one never holds up the
+    others. A call that fails or is cancelled leaves the session usable. An iterator can be let go
+    of anywhere, also in another thread: its memory is freed when no pass is at work.
     """
 
     def __init__(
-        self, towers: Towers, limits: Limits, *, defaults: GenerationConfig, max_batch: int, max_chunk: int, streams: Streams
+        self,
+        towers: Towers,
+        limits: Limits,
+        *,
+        defaults: GenerationConfig,
+        max_batch: int,
+        max_chunk: int,
+        streams: Streams,
     ) -> None:
         self._towers = towers
         self._limits = limits
@@ -83,18 +104,26 @@ class TwoTower:
 
         Args:
             path: The bundle's folder.
-            target: The engines to run, e.g. `ort-cpu`; None for the best that are built and fit this machine.
-            max_batch: Most requests generated together; longer lists are run in turns. Engines built for fewer rows take fewer.
-            max_context: Longest text, prompt and answer; None for the limit of the model and its engines.
-            threads: Threads of a CPU engine, 0 for one a core that this process may use, or one for a small model.
-            devices: GPUs by number: one for both towers, or two, the first for the context tower; segments are spread over all. Empty
-                for the first GPU.
-            graphs: Whether passes are captured as CUDA graphs and replayed, where a target can; False launches each by itself.
-            preset: Name of the bundle's preset to use as default, e.g. `fast`; None for the bundle's own default.
+            target: The engines to run, e.g. `ort-cpu`; None for the best that are built and fit
+                this machine.
+            max_batch: Most requests generated together; longer lists are run in turns. Engines
+                built for fewer rows take fewer.
+            max_context: Longest text, prompt and answer; None for the limit of the model and its
+                engines.
+            threads: Threads of a CPU engine, 0 for one a core that this process may use, or one for
+                a small model.
+            devices: GPUs by number: one for both towers, or two, the first for the context tower;
+                segments are spread over all. Empty for the first GPU.
+            graphs: Whether passes are captured as CUDA graphs and replayed, where a target can;
+                False launches each by itself.
+            preset: Name of the bundle's preset to use as default, e.g. `fast`; None for the
+                bundle's own default.
             progress: Called with (bytes checked, bytes to check).
-            loading: Called with (bytes loaded, bytes to load) while weights go to a device; `progress` where it is None.
+            loading: Called with (bytes loaded, bytes to load) while weights go to a device;
+                `progress` where it is None.
             warm_up: Numbers of rows that are made ready to serve; see `warm_up`. None for 1 and
-                `max_batch` where a library compiles kernels when they first run, for nothing elsewhere.
+                `max_batch` where a library compiles kernels when they first run, for nothing
+                elsewhere.
 
         Raises:
             BundleError: the folder is not a sound bundle.
@@ -106,7 +135,9 @@ class TwoTower:
         if preset is not None and preset not in bundle.presets:
             found = f"presets: {', '.join(bundle.presets) or 'none'}"
             raise ConfigError(
-                f"the bundle has no preset {preset!r}", found=found, do="choose one of them, or make some with `twotower tune`"
+                f"the bundle has no preset {preset!r}",
+                found=found,
+                do="choose one of them, or make some with `twotower tune`",
             )
         tokenizer = Tokenizer.from_file(bundle.tokenizer_file) if bundle.tokenizer_file else None
         if target is not None and target in TARGETS:
@@ -115,7 +146,12 @@ class TwoTower:
         chosen = select_target(machine, built_targets(bundle.path), wanted=target).target
         # Weights that go to a device are hashed on their way there: they are read once.
         bundle.check(weights=chosen not in STREAMED, progress=progress)
-        _check_options(bundle.config.max_position_embeddings, max_batch=max_batch, max_context=max_context, max_chunk=MAX_CHUNK)
+        _check_options(
+            bundle.config.max_position_embeddings,
+            max_batch=max_batch,
+            max_context=max_context,
+            max_chunk=MAX_CHUNK,
+        )
         options = OpenOptions(
             threads=threads,
             devices=tuple(devices),
@@ -162,7 +198,8 @@ class TwoTower:
             trained_block_size: Largest block size that needs no override.
             defaults: Options of calls that bring none.
             max_batch: Most requests generated together.
-            max_context: Longest text, prompt and answer; None for the limit of the model and the engines.
+            max_context: Longest text, prompt and answer; None for the limit of the model and the
+                engines.
             max_chunk: Most prompt tokens read in one pass.
             streams: The towers' queues; None for their own.
         """
@@ -171,7 +208,9 @@ class TwoTower:
             longest = min(longest, towers.limits.capacity - MAX_CHUNK)
             max_batch = min(max_batch, towers.limits.max_batch)
         _check_options(longest, max_batch=max_batch, max_context=max_context, max_chunk=max_chunk)
-        limits = Limits(towers.config, tokenizer, trained_block_size, max_context or longest, towers.fixed_block)
+        limits = Limits(
+            towers.config, tokenizer, trained_block_size, max_context or longest, towers.fixed_block
+        )
         return cls(
             towers,
             limits,
@@ -240,9 +279,12 @@ class TwoTower:
         """Generates the continuation of one prompt, or of each of a list.
 
         Args:
-            prompts: Text, token ids, a `Request`, or a list of these; an empty prompt is the beginning of a text.
-            config: Options of the requests that have none of their own; None for the bundle's defaults.
-            on_prefill: Called with (tokens read, tokens to read) while prompts are read, once a chunk.
+            prompts: Text, token ids, a `Request`, or a list of these; an empty prompt is the
+                beginning of a text.
+            config: Options of the requests that have none of their own; None for the bundle's
+                defaults.
+            on_prefill: Called with (tokens read, tokens to read) while prompts are read, once a
+                chunk.
             on_step: Called after every denoiser pass.
             cancelled: Asked before every pass.
 
@@ -307,8 +349,8 @@ class TwoTower:
         """Log-likelihood of continuations under the context tower, read token by token.
 
         Args:
-            pairs: A tuple (context, continuation) of two texts or two lists of token ids, or a list of such tuples; an empty context is
-                the BOS token.
+            pairs: A tuple (context, continuation) of two texts or two lists of token ids, or a list
+                of such tuples; an empty context is the BOS token.
             on_prefill: Called with (tokens read, tokens to read) while contexts are read.
             cancelled: Asked before every pass.
 
@@ -332,8 +374,9 @@ class TwoTower:
     def warm_up(self, rows: Sequence[int], *, optional: bool = False) -> None:
         """Runs every pass for numbers of rows, so that nothing is compiled while requests wait.
 
-        Batches are padded to the next number of rows that is ready; before any is, to the next of 1,
-        2, 4, 8, ... . What was compiled is saved beside the engines and read at the next opening.
+        Batches are padded to the next number of rows that is ready; before any is, to the next of
+        1, 2, 4, 8, ... . What was compiled is saved beside the engines and read at the next
+        opening.
 
         Args:
             rows: Each is ready afterwards, or the next number of rows the engines are bound for.
@@ -376,7 +419,8 @@ class TwoTower:
     def relocate(self) -> None:
         """Moves the keys and values of running calls to other memory, as a growing text does: for checks, from a callback between passes.
 
-        Whatever an engine keeps anywhere else than in its buffers is lost by it, and the text changes.
+        Whatever an engine keeps anywhere else than in its buffers is lost by it, and the text
+        changes.
         """
         with self._lock:
             self._workspaces.relocate()
@@ -397,13 +441,20 @@ class TwoTower:
         self._check_open()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         Cleanup(self.close).__exit__(kind, error, trace)
 
     def _rows(self, prompts: Any, config: GenerationConfig | None) -> tuple[list[Row], bool]:
         self._check_open()
         requests, single = as_requests(prompts, config or self._defaults)
-        return [row_from_request(i, request, self._limits) for i, request in enumerate(requests)], single
+        return [
+            row_from_request(i, request, self._limits) for i, request in enumerate(requests)
+        ], single
 
     def _events(self, rows: Sequence[Row], hooks: Hooks) -> Generator[BlockEvent, None, None]:
         try:
@@ -414,7 +465,9 @@ class TwoTower:
             self._failed = True
             raise
 
-    def _batch_events(self, batch: Sequence[Row], hooks: Hooks) -> Generator[BlockEvent, None, None]:
+    def _batch_events(
+        self, batch: Sequence[Row], hooks: Hooks
+    ) -> Generator[BlockEvent, None, None]:
         """The events of rows that run together, in their mode or the one chosen for them."""
         run = partial(self._mode_events, hooks=hooks)
         return self._auto.events(batch, run) if batch[0].config.mode == "auto" else run(batch)
@@ -422,7 +475,9 @@ class TwoTower:
     def _mode_events(self, batch: Sequence[Row], hooks: Hooks) -> Generator[BlockEvent, None, None]:
         """The events of rows of one mode that run together."""
         largest = capacity_limit(self._limits.max_context, self._max_chunk)
-        settings = LoopSettings(model=self._limits.model, largest_capacity=largest, streams=self._streams, hooks=hooks)
+        settings = LoopSettings(
+            model=self._limits.model, largest_capacity=largest, streams=self._streams, hooks=hooks
+        )
         lengths = [row.length for row in batch]
         plan = prefill_plan(lengths, self._max_chunk, self._towers.chunk_widths)
         ends = [min(row.length + row.width, text_end(row.length, row.config)) for row in batch]
@@ -445,7 +500,9 @@ class TwoTower:
         run = partial(measure_pass_times, config=model, block_size=block_size, streams=streams)
         return self._workspaces.lend(rows, block_size + 1, run, largest=largest)
 
-    def _in_turns(self, events: Generator[BlockEvent, None, None]) -> Generator[BlockEvent, None, None]:
+    def _in_turns(
+        self, events: Generator[BlockEvent, None, None]
+    ) -> Generator[BlockEvent, None, None]:
         """The same events; the session is held only while one is computed."""
         # Held by the session too, so that to Python's collector this generator alone is garbage: it
         # would close the inner ones itself, in any thread and in the middle of a pass.
@@ -468,7 +525,9 @@ class TwoTower:
     def _check_open(self) -> None:
         if self._closed:
             raise RequestError(
-                "this session is closed", found="a call after close() or after the end of its `with` statement", do="open the bundle again"
+                "this session is closed",
+                found="a call after close() or after the end of its `with` statement",
+                do="open the bundle again",
             )
 
 
@@ -482,8 +541,18 @@ def _check_warm_up(rows: Sequence[int], max_batch: int) -> None:
         )
 
 
-def _check_options(longest: int, *, max_batch: int, max_context: int | None, max_chunk: int) -> None:
-    for name, value, most in (("max_batch", max_batch, None), ("max_context", max_context, longest), ("max_chunk", max_chunk, MAX_CHUNK)):
+def _check_options(
+    longest: int, *, max_batch: int, max_context: int | None, max_chunk: int
+) -> None:
+    for name, value, most in (
+        ("max_batch", max_batch, None),
+        ("max_context", max_context, longest),
+        ("max_chunk", max_chunk, MAX_CHUNK),
+    ):
         if value is not None and (value < 1 or (most is not None and value > most)):
             allowed = f"1 to {most}" if most is not None else "1 or more"
-            raise ConfigError(f"{name}={value} cannot be used", found=f"allowed: {allowed}", do=f"choose another {name}")
+            raise ConfigError(
+                f"{name}={value} cannot be used",
+                found=f"allowed: {allowed}",
+                do=f"choose another {name}",
+            )

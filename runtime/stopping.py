@@ -39,13 +39,16 @@ class Accepted:
 class Continuation:
     """A row's generated tokens and text, with the rule that ends them.
 
-    Tokens are taken one by one. The row ends before the first end-of-sequence token; or with the token whose text first completes a stop
-    string, the text being cut before the earliest stop string found there; or with its last allowed token. A stop string may lie
-    across blocks, so text that could be the beginning of one is held back until it is known.
+    Tokens are taken one by one. The row ends before the first end-of-sequence token; or with the
+    token whose text first completes a stop string, the text being cut before the earliest stop
+    string found there; or with its last allowed token. A stop string may lie across blocks, so text
+    that could be the beginning of one is held back until it is known.
     """
 
     def __init__(self, rule: StopRule, decoder: IncrementalText | None) -> None:
-        assert decoder is not None or not rule.stop, "stop strings without a tokenizer are refused with the request"
+        assert decoder is not None or not rule.stop, (
+            "stop strings without a tokenizer are refused with the request"
+        )
         self._rule = rule
         self._decoder = decoder
         self._out = 0  # characters handed out
@@ -70,7 +73,9 @@ class Continuation:
             return Accepted(tuple(self.tokens[before:]), None, self.finish_reason)
         if self.finish_reason in (EOS, LENGTH):
             self._text += self._decoder.flush()
-        end = len(self._text) - (0 if self.finish_reason else _held_back(self._text, self._rule.stop))
+        end = len(self._text) - (
+            0 if self.finish_reason else _held_back(self._text, self._rule.stop)
+        )
         new, self._out = self._text[self._out : end], end
         return Accepted(tuple(self.tokens[before:]), new, self.finish_reason)
 
@@ -86,7 +91,11 @@ class Continuation:
         """Adds text; True when it completes a stop string, with the text cut before it."""
         searched = len(self._text)
         self._text += new
-        found = [at for s in self._rule.stop if (at := self._text.find(s, max(searched - len(s) + 1, 0))) >= 0]
+        found = [
+            at
+            for s in self._rule.stop
+            if (at := self._text.find(s, max(searched - len(s) + 1, 0))) >= 0
+        ]
         if found:
             self._text = self._text[: min(found)]
         return bool(found)
@@ -94,4 +103,7 @@ class Continuation:
 
 def _held_back(text: str, stop: Sequence[str]) -> int:
     """Characters at the end of the text that could be the beginning of a stop string."""
-    return max((n for s in stop for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n])), default=0)
+    return max(
+        (n for s in stop for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n])),
+        default=0,
+    )

@@ -50,16 +50,22 @@ class Tokenizer:
             from tokenizers import Tokenizer as Backend  # noqa: PLC0415 - only when opened: a run on token ids needs none
         except ImportError as e:
             raise BundleError(
-                f"cannot open {path}", found="the `tokenizers` library is not installed", do="`pip install tokenizers`"
+                f"cannot open {path}",
+                found="the `tokenizers` library is not installed",
+                do="`pip install tokenizers`",
             ) from e
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            raise BundleError(f"cannot read {path}", found=str(e), do="copy or export the bundle again") from e
+            raise BundleError(
+                f"cannot read {path}", found=str(e), do="copy or export the bundle again"
+            ) from e
         try:
             backend = Backend.from_str(text)
         except Exception as e:  # the library raises plain Exception for every fault of a file
-            raise BundleError(f"{path} is not a tokenizer", found=str(e), do="copy or export the bundle again") from e
+            raise BundleError(
+                f"{path} is not a tokenizer", found=str(e), do="copy or export the bundle again"
+            ) from e
         stored = _switch_off_stored(backend)
         if stored:
             logger.info("%s: switched off stored %s", path, ", ".join(stored))
@@ -76,7 +82,11 @@ class Tokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as e:
-            raise RequestError("the prompt is not valid Unicode text", found=str(e), do="pass text decoded as UTF-8") from e
+            raise RequestError(
+                "the prompt is not valid Unicode text",
+                found=str(e),
+                do="pass text decoded as UTF-8",
+            ) from e
         encoding = self._backend.encode(text)
         ids, added = list(encoding.ids), encoding.special_tokens_mask
         front = added.index(0) if 0 in added else len(added)  # of a typed special token it is 0
@@ -89,7 +99,11 @@ class Tokenizer:
     def piece(self, token: int) -> str:
         """One token for a reader: its text; the name of one that is special or no whole character; the number of one it does not know."""
         text = self.decode([token])
-        return text if text and _UNKNOWN not in text else str(self._backend.id_to_token(token) or token)
+        return (
+            text
+            if text and _UNKNOWN not in text
+            else str(self._backend.id_to_token(token) or token)
+        )
 
 
 def _switch_off_stored(backend: Backend) -> list[str]:
@@ -110,13 +124,16 @@ def _switch_off_stored(backend: Backend) -> list[str]:
 class IncrementalText:
     """Text of tokens that arrive one by one, never with half a character.
 
-    Tokens are decoded again from a short way back, because a token's text can depend on the one before it (spaces, characters spread
-    over tokens). The window moves on at every token that ends on a whole character.
+    Tokens are decoded again from a short way back, because a token's text can depend on the one
+    before it (spaces, characters spread over tokens). The window moves on at every token that ends
+    on a whole character.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._settled: list[int] = []  # tokens whose text is out, kept for what they mean to the next
+        self._settled: list[
+            int
+        ] = []  # tokens whose text is out, kept for what they mean to the next
         self._window: list[int] = []  # tokens after them
         self._before = 0  # characters of the settled tokens' text
         self._sent = 0  # characters of the window's text that are out

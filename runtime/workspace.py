@@ -1,6 +1,7 @@
 """Everything a batch of rows runs in: the state, the small arrays, and the engines bound to them once.
 
-A session keeps one for its next call; those of running calls and open streams are closed with the session.
+A session keeps one for its next call; those of running calls and open streams are closed with the
+session.
 """
 
 from __future__ import annotations
@@ -15,18 +16,30 @@ from twotower.runtime.device import Array, Buffer, Event, Stream
 from twotower.runtime.engines.tower_engine import Binding
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.schedule import capacity_bucket
-from twotower.spec import CANDIDATE_IDS, CANDIDATE_LOGPROBS, CHUNK_LENGTH, HIDDEN, MAX_CHUNK, PAST_LENGTH, TOKENS, state_tensors
+from twotower.spec import (
+    CANDIDATE_IDS,
+    CANDIDATE_LOGPROBS,
+    CHUNK_LENGTH,
+    HIDDEN,
+    MAX_CHUNK,
+    PAST_LENGTH,
+    TOKENS,
+    state_tensors,
+)
 
 __all__ = ["Workspace", "Workspaces"]
 
-_MOST_CONTEXT_BINDINGS = 32  # prompts end in chunks of any width; a session should not keep a binding for each for ever
+_MOST_CONTEXT_BINDINGS = (
+    32  # prompts end in chunks of any width; a session should not keep a binding for each for ever
+)
 
 
 class Workspace:
     """Buffers and bindings for one number of rows, reused from request to request; a run may use fewer.
 
-    Bindings are made when they are first needed and kept: of the context engine for each chunk width and state set, of the denoiser for
-    each state set. A step in the loop then writes small arrays in place and runs a binding, and does nothing else.
+    Bindings are made when they are first needed and kept: of the context engine for each chunk
+    width and state set, of the denoiser for each state set. A step in the loop then writes small
+    arrays in place and runs a binding, and does nothing else.
 
     Args:
         towers: The engines.
@@ -80,7 +93,8 @@ class Workspace:
         """Takes the first N rows for the next run.
 
         The arrays show these alone. The others are padding, which computes nothing anybody sees:
-        their chunks hold no valid token, so that their state stays as it is, and their blocks no mask.
+        their chunks hold no valid token, so that their state stays as it is, and their blocks no
+        mask.
         """
         assert 0 < rows <= self.rows, "a workspace is chosen for its rows"
         self._used = rows
@@ -168,7 +182,13 @@ class Workspace:
     def _bind_context(self, width: int, which: int) -> Binding:
         if len(self._context) >= _MOST_CONTEXT_BINDINGS:
             self._context.pop(next(iter(self._context))).close()
-        arrays = {**self._small, **self._hidden, TOKENS: self._chunk(width), **self._state.reads(which), **self._state.writes(which)}
+        arrays = {
+            **self._small,
+            **self._hidden,
+            TOKENS: self._chunk(width),
+            **self._state.reads(which),
+            **self._state.writes(which),
+        }
         binding = self._context[width, which] = self._towers.context.bind(arrays)
         return binding
 

@@ -1,6 +1,7 @@
 """Fixtures and hooks of all tests; nothing imports from here.
 
-The GPU is hidden before any library can look for it, unless TWOTOWER_REQUIRE asks for it (`make test-gpu`).
+The GPU is hidden before any library can look for it, unless TWOTOWER_REQUIRE asks for it (`make
+test-gpu`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ ROOT = Path(__file__).parents[1]
 CHECKPOINT, TINY = ROOT / "tests" / "fixtures" / "hybrid-a", ROOT / "assets" / "twotower-tiny"
 REQUIRED = frozenset(filter(None, os.environ.get("TWOTOWER_REQUIRE", "").split(",")))
 BROWSER = (("chromium", "google-chrome"), ("chromedriver",))
-LIBRARY = {"trt": ("tensorrt",), "trt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx"), "ort_cuda": ("onnxruntime-gpu",)}
+LIBRARY = {
+    "trt": ("tensorrt",),
+    "trt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx"),
+    "ort_cuda": ("onnxruntime-gpu",),
+}
 """Mark -> distributions, any of which will do: onnxruntime and onnxruntime-gpu cannot be told apart by what can be imported."""
 
 _WEIGHTS = {"trained": 10, "trt_rtx": 3, "slow": 3}
@@ -34,17 +39,28 @@ _WEIGHTS = {"trained": 10, "trt_rtx": 3, "slow": 3}
 
 if "gpu" not in REQUIRED:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests import ONNX Runtime themselves, and start processes that do
-# torch's threads: small tensors gain nothing from more than two, and machines are shared, by processes of one run too
+os.environ["ORT_DISABLE_TELEMETRY"] = (
+    "1"  # tests import ONNX Runtime themselves, and start processes that do
+)
+# torch's threads: small tensors gain nothing from more than two, and machines are shared, by
+# processes of one run too
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
-gc.set_threshold(100_000, 20, 20)  # libraries of millions of objects are imported: looking through all of them took a quarter of the time
-settings.register_profile("twotower", deadline=None, max_examples=25, derandomize="CI" in os.environ)
+gc.set_threshold(
+    100_000, 20, 20
+)  # libraries of millions of objects are imported: looking through all of them took a quarter of the time
+settings.register_profile(
+    "twotower", deadline=None, max_examples=25, derandomize="CI" in os.environ
+)
 settings.load_profile("twotower")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cpu-limit", type=float, help="fail where a test that is not marked slow takes more seconds of a processor")
+    parser.addoption(
+        "--cpu-limit",
+        type=float,
+        help="fail where a test that is not marked slow takes more seconds of a processor",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -78,12 +94,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def _missing(mark: str) -> str | None:
     if mark in LIBRARY:
-        return None if any(map(_installed, LIBRARY[mark])) else f"{LIBRARY[mark][0]} is not installed"
+        return (
+            None if any(map(_installed, LIBRARY[mark])) else f"{LIBRARY[mark][0]} is not installed"
+        )
     if mark == "browser":
         if not importlib.util.find_spec("selenium"):
             return "selenium is not installed"
         absent = [" or ".join(names) for names in BROWSER if not any(map(shutil.which, names))]
-        return f"there is no {' and no '.join(absent)}; `make browser` installs them" if absent else None
+        return (
+            f"there is no {' and no '.join(absent)}; `make browser` installs them"
+            if absent
+            else None
+        )
     if "gpu" not in REQUIRED:
         return "the GPU is hidden; `make test-gpu` shows it"
     from twotower.hardware import probe_machine
@@ -129,7 +151,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if built := os.environ.get("TWOTOWER_DIST"):
         (path,) = (ROOT / built).glob("*.whl")
         return path
-    folder = made_once(tmp_path_factory, "dist", lambda folder: _run("-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)))
+    folder = made_once(
+        tmp_path_factory,
+        "dist",
+        lambda folder: _run("-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)),
+    )
     (path,) = folder.glob("*.whl")
     return path
 
@@ -140,9 +166,24 @@ def tiny_statistics(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory)
 
     def make(folder: Path) -> None:
         prompts = folder / "prompts.jsonl"
-        lines = (ROOT / "src" / "twotower" / "evaluate" / "data" / "suite.jsonl").read_text(encoding="utf-8").splitlines()[::13]
-        prompts.write_text("".join(json.dumps({"text": json.loads(line)["prompt"]}) + "\n" for line in lines))
-        _run("-m", "twotower.cli", "calibrate", str(tiny_bundle), "--prompts", str(prompts), "-o", str(folder / "stats"))
+        lines = (
+            (ROOT / "src" / "twotower" / "evaluate" / "data" / "suite.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines()[::13]
+        )
+        prompts.write_text(
+            "".join(json.dumps({"text": json.loads(line)["prompt"]}) + "\n" for line in lines)
+        )
+        _run(
+            "-m",
+            "twotower.cli",
+            "calibrate",
+            str(tiny_bundle),
+            "--prompts",
+            str(prompts),
+            "-o",
+            str(folder / "stats"),
+        )
 
     return made_once(tmp_path_factory, "statistics", make) / "stats"
 

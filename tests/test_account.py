@@ -37,7 +37,17 @@ def test_works_and_says_so(): subprocess.run([sys.executable, "-c", BUSY])
 def test_what_did_not_run_and_what_takes_long_are_told(tmp_path: Path, workers: str) -> None:
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_some.py").write_text(TESTS)
-    words = ["-n", workers, "-m", "not wheel and not gpu", "--cpu-limit", "0.3", "-p", "no:cacheprovider", str(tmp_path)]
+    words = [
+        "-n",
+        workers,
+        "-m",
+        "not wheel and not gpu",
+        "--cpu-limit",
+        "0.3",
+        "-p",
+        "no:cacheprovider",
+        str(tmp_path),
+    ]
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *words],
@@ -50,7 +60,11 @@ def test_what_did_not_run_and_what_takes_long_are_told(tmp_path: Path, workers: 
     assert done.returncode == 1, done.stdout + done.stderr
     told = [" ".join(line.split()).strip("= ") for line in done.stdout.splitlines()]
     at = told.index("3 tests did not run")
-    assert sorted(told[at + 1 : at + 4]) == ["1 make test-gpu", "1 make test-wheel", "1 skipped: there is no moon"]
+    assert sorted(told[at + 1 : at + 4]) == [
+        "1 make test-gpu",
+        "1 make test-wheel",
+        "1 skipped: there is no moon",
+    ]
     assert told[at + 4].startswith("without the mark `slow`")
     assert told[at + 5].endswith("test_some.py::test_works")
     assert "3 passed, 1 skipped" in told[-1]

@@ -23,7 +23,11 @@ SHELL_ENDS = {"|", ">", ">>", "2>", "&&", ";", "&"}
 
 def fences(document: Path, *languages: str) -> Iterator[str]:
     """Contents of the fenced blocks in these languages; no language counts as the empty string."""
-    for language, body in re.findall(r"^```([\w-]*)[^\n]*\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+    for language, body in re.findall(
+        r"^```([\w-]*)[^\n]*\n(.*?)^```",
+        document.read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    ):
         if language in languages:
             yield body
 
@@ -47,17 +51,25 @@ def twotower_commands() -> list[tuple[str, list[str]]]:
 
 
 def without_fences(document: Path) -> str:
-    return re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(
+        r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
 
 
 def anchors(document: Path) -> set[str]:
     """Anchors a hub makes of the headings."""
     headings = re.findall(r"^#+ (.+)$", without_fences(document), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
 
 
 def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    return set(
+        re.findall(
+            r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+        )
+    )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
@@ -72,7 +84,11 @@ def test_relative_links_resolve(document: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{link}: no such heading"
 
 
-@pytest.mark.parametrize(("document", "arguments"), twotower_commands(), ids=lambda x: x if isinstance(x, str) else " ".join(x))
+@pytest.mark.parametrize(
+    ("document", "arguments"),
+    twotower_commands(),
+    ids=lambda x: x if isinstance(x, str) else " ".join(x),
+)
 def test_commands_parse(document: str, arguments: list[str]) -> None:
     verb = arguments[0]
     if verb == "VERB":
@@ -80,18 +96,26 @@ def test_commands_parse(document: str, arguments: list[str]) -> None:
     assert verb in VERBS, f"{document}: there is no such verb"
     if arguments[1:] == ["--help"]:
         return
-    build_parser(verb).parse_args(arguments)  # exits, and so fails, on an unknown or missing argument
+    build_parser(verb).parse_args(
+        arguments
+    )  # exits, and so fails, on an unknown or missing argument
 
 
 def test_the_readme_shows_commands() -> None:
     """Or the test above would hold for want of any."""
-    assert {words[0] for name, words in twotower_commands() if name == "README.md"} >= {"export", "build", "generate"}
+    assert {words[0] for name, words in twotower_commands() if name == "README.md"} >= {
+        "export",
+        "build",
+        "generate",
+    }
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
 def test_make_targets_exist(document: Path) -> None:
     shown = [words[1:] for words in shell_commands(document) if words[0] == "make"]
-    shown += [shlex.split(text)[1:] for text in re.findall(r"`(make [^`]+)`", without_fences(document))]
+    shown += [
+        shlex.split(text)[1:] for text in re.findall(r"`(make [^`]+)`", without_fences(document))
+    ]
     for words in shown:
         targets = {word for word in words if "=" not in word and word != "..."}
         assert targets <= make_targets(), f"make {' '.join(words)}"
@@ -111,7 +135,11 @@ def test_the_python_example_fits_the_api() -> None:
     for node in (n for example in examples for n in ast.walk(example)):
         if isinstance(node, ast.ImportFrom) and node.module == "twotower":
             assert {alias.name for alias in node.names} <= set(twotower.__all__)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "GenerationConfig":
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "GenerationConfig"
+        ):
             assert {k.arg for k in node.keywords} <= options
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             assert hasattr(twotower.TwoTower, node.func.attr)

@@ -29,9 +29,20 @@ DOORS = {
     "modelopt": (),  # an oracle of tests too
     "lm_eval": ("src/twotower/evaluate/lm_eval_model.py",),
     "matplotlib": ("src/twotower/report/figures.py",),
-    "triton": ("kernels/compile.py", "kernels/device/formats.py", "kernels/device/pairs.py", "kernels/device/product.py"),
-    "twotower.kernels.device": ("kernels/compile.py", "kernels/device/functions.py", "kernels/device/product.py"),
-    "transformers": ("src/twotower/bench/peers/hugging_face.py",),  # a peer to measure, and an oracle of tests
+    "triton": (
+        "kernels/compile.py",
+        "kernels/device/formats.py",
+        "kernels/device/pairs.py",
+        "kernels/device/product.py",
+    ),
+    "twotower.kernels.device": (
+        "kernels/compile.py",
+        "kernels/device/functions.py",
+        "kernels/device/product.py",
+    ),
+    "transformers": (
+        "src/twotower/bench/peers/hugging_face.py",
+    ),  # a peer to measure, and an oracle of tests
 }
 
 
@@ -41,7 +52,11 @@ def real_path(file: Path) -> str:
 
 @pytest.mark.parametrize("vendor", DOORS)
 def test_a_vendor_is_imported_behind_its_doors_only(vendor: str) -> None:
-    users = {real_path(f) for f in package_files().values() if any(f"{name}.".startswith(f"{vendor}.") for name in imported(tree(f)))}
+    users = {
+        real_path(f)
+        for f in package_files().values()
+        if any(f"{name}.".startswith(f"{vendor}.") for name in imported(tree(f)))
+    }
     assert users <= set(DOORS[vendor]), f"{vendor} is imported outside its doors {DOORS[vendor]}"
 
 
@@ -61,19 +76,38 @@ def test_the_folders_are_relative_links(folder: str) -> None:
 
 def test_modules_go_by_one_name() -> None:
     """`import runtime` would work from the repository root, by accident, and load a second copy of each module."""
-    files = [*package_files().values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
-    wrong = [f"{real_path(f)}: {name}" for f in files for name in imported(tree(f)) if name.split(".")[0] in LINKED]
+    files = [
+        *package_files().values(),
+        *(ROOT / "tests").rglob("*.py"),
+        *(ROOT / "tools").rglob("*.py"),
+    ]
+    wrong = [
+        f"{real_path(f)}: {name}"
+        for f in files
+        for name in imported(tree(f))
+        if name.split(".")[0] in LINKED
+    ]
     assert not wrong, "write twotower.<folder>"
 
 
 def test_imports_are_absolute() -> None:
-    wrong = [real_path(f) for f in package_files().values() for n in ast.walk(tree(f)) if isinstance(n, ast.ImportFrom) and n.level]
+    wrong = [
+        real_path(f)
+        for f in package_files().values()
+        for n in ast.walk(tree(f))
+        if isinstance(n, ast.ImportFrom) and n.level
+    ]
     assert not wrong
 
 
 def test_only_the_registries_and_the_command_line_name_vendor_files() -> None:
     """An engine's file is imported when it is chosen; a second importer would make its library a dependency of that one too."""
-    engines = {door for some in DOORS.values() for door in some if door.startswith(("builders/", "runtime/"))}
+    engines = {
+        door
+        for some in DOORS.values()
+        for door in some
+        if door.startswith(("builders/", "runtime/"))
+    }
     doors = {f"twotower.{door.removesuffix('.py').replace('/', '.')}" for door in engines}
     allowed = {
         "builders/__init__.py",

@@ -12,7 +12,15 @@ import pytest
 from tests.helpers.source import ROOT, imported_at_import, package_files
 from twotower.cli.main import VERBS
 
-TRAINING = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "huggingface_hub")
+TRAINING = (
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "transformers",
+    "safetensors",
+    "huggingface_hub",
+)
 VENDORS = ("onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "modelopt", "polygraphy")
 FIRST_TOKENS = "5 17 42 99"
 CHECKPOINT = str(ROOT / "tests" / "fixtures" / "hybrid-a")
@@ -43,12 +51,27 @@ def hardware_free(package: str) -> list[str]:
     optional = {*TRAINING, *VENDORS, "tokenizers"}
     # Reached only from a builder that has its libraries, or run as a program beside Polygraphy.
     apart = {
-        f"twotower.builders.{name}" for name in ("trt.child", "trt.make_engine", "trt.tensorrt_builder", "feed_graph", "expert_choice")
+        f"twotower.builders.{name}"
+        for name in (
+            "trt.child",
+            "trt.make_engine",
+            "trt.tensorrt_builder",
+            "feed_graph",
+            "expert_choice",
+        )
     }
-    inside = {m: f for m, f in package_files().items() if f"{m}.".startswith(f"{package}.") and m not in apart}
+    inside = {
+        m: f
+        for m, f in package_files().items()
+        if f"{m}.".startswith(f"{package}.") and m not in apart
+    }
     names = {m: set(imported_at_import(f)) for m, f in inside.items()}
     doors = {"twotower.onnx_runtime"}  # a library by another name
-    return [m for m in inside if not names[m] & doors and not {name.split(".")[0] for name in names[m]} & optional]
+    return [
+        m
+        for m in inside
+        if not names[m] & doors and not {name.split(".")[0] for name in names[m]} & optional
+    ]
 
 
 def test_the_runtime_is_hardware_free_but_for_its_engines() -> None:
@@ -57,7 +80,9 @@ def test_the_runtime_is_hardware_free_but_for_its_engines() -> None:
     assert vendor <= {"ort", "door"}
 
 
-@pytest.mark.parametrize("package", ("twotower.runtime", "twotower.builders", "twotower.bundle", "twotower.cli"))
+@pytest.mark.parametrize(
+    "package", ("twotower.runtime", "twotower.builders", "twotower.bundle", "twotower.cli")
+)
 def test_the_deploy_side_imports_with_numpy_alone(package: str) -> None:
     modules = [m for m in hardware_free(package) if not m.endswith("__main__")]
     assert package in modules
@@ -72,13 +97,20 @@ for words in {[["--help"], *([verb, "--help"] for verb in VERBS)]!r}:
     except SystemExit as e: assert not e.code, words"""
     done = python_without((*TRAINING, *VENDORS, "tokenizers", "numpy"), code)
     assert done.returncode == 0, done.stderr
-    shown = [line.removeprefix("usage: ") for line in done.stdout.splitlines() if line.startswith("usage: ")]
+    shown = [
+        line.removeprefix("usage: ")
+        for line in done.stdout.splitlines()
+        if line.startswith("usage: ")
+    ]
     assert [line.split()[:2] for line in shown[1:]] == [["twotower", verb] for verb in VERBS]
 
 
 def test_a_missing_library_is_an_error_that_names_its_extra(built_bundle: Path) -> None:
     words = ["generate", str(built_bundle), "--tokens", FIRST_TOKENS, "--target", "ort-cpu"]
-    done = python_without((*TRAINING, "onnxruntime"), f"import sys; from twotower.cli.main import main; sys.exit(main({words!r}))")
+    done = python_without(
+        (*TRAINING, "onnxruntime"),
+        f"import sys; from twotower.cli.main import main; sys.exit(main({words!r}))",
+    )
     assert done.returncode == 2, done.stderr
     assert "twotower[cpu]" in done.stderr
     assert "Traceback" not in done.stderr
@@ -94,14 +126,18 @@ def test_a_missing_library_is_an_error_that_names_its_extra(built_bundle: Path) 
     ],
 )
 def test_commands_of_the_training_side_name_their_extra(words: list[str], extra: str) -> None:
-    done = python_without(TRAINING, f"import sys; from twotower.cli.main import main; sys.exit(main({words!r}))")
+    done = python_without(
+        TRAINING, f"import sys; from twotower.cli.main import main; sys.exit(main({words!r}))"
+    )
     assert done.returncode == 2, done.stderr
     assert f"twotower[{extra}]" in done.stderr
     assert "onnx_ir" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-AS_A_PROGRAM = "import runpy; runpy.run_module('twotower.evaluate.lm_eval_model', run_name='__main__')"
+AS_A_PROGRAM = (
+    "import runpy; runpy.run_module('twotower.evaluate.lm_eval_model', run_name='__main__')"
+)
 
 
 def test_the_model_of_lm_evaluation_harness_names_its_extra() -> None:
@@ -126,11 +162,18 @@ def test_importing_the_model_of_lm_evaluation_harness_is_an_error_to_catch() -> 
         (["plan", f"{CHECKPOINT}/config.json"], "engines "),
         (["plan", CHECKPOINT, "--target", "ort-cpu"], "engines "),
         (["plan", "BUNDLE"], "engines "),
-        (["bench", "BUNDLE", "--prompt-tokens", "4", "--max-new-tokens", "16", "--runs", "1"], "breaks even"),
+        (
+            ["bench", "BUNDLE", "--prompt-tokens", "4", "--max-new-tokens", "16", "--runs", "1"],
+            "breaks even",
+        ),
     ],
 )
-def test_what_only_reads_or_runs_needs_no_training_side(built_bundle: Path, words: list[str], expected: str) -> None:
+def test_what_only_reads_or_runs_needs_no_training_side(
+    built_bundle: Path, words: list[str], expected: str
+) -> None:
     words = [str(built_bundle) if w == "BUNDLE" else w for w in words]
-    done = python_without(TRAINING, f"import sys; from twotower.cli.main import main; sys.exit(main({words!r}))")
+    done = python_without(
+        TRAINING, f"import sys; from twotower.cli.main import main; sys.exit(main({words!r}))"
+    )
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout

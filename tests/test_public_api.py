@@ -13,13 +13,29 @@ import twotower
 from tests.helpers.source import ROOT, imported, package_files, tree
 
 MODULES = {name: file for name, file in package_files().items() if not name.endswith("__main__")}
-HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "tensorrt", "tensorrt_rtx", "transformers", "safetensors", "tokenizers")
+HEAVY = (
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "transformers",
+    "safetensors",
+    "tokenizers",
+)
 
 
 def declared(body: ast.Module) -> list[str] | None:
     """The module's `__all__`, if it has one."""
     for node in body.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign)
+            else []
+        )
         if any(isinstance(t, ast.Name) and t.id == "__all__" for t in targets):
             assert isinstance(node, (ast.Assign, ast.AnnAssign))
             assert node.value is not None
@@ -43,18 +59,30 @@ def bound(body: ast.Module) -> Iterator[str]:
 
 def wrong_names(body: ast.Module) -> set[str]:
     """Public names that `__all__` lacks, and names of it that are doubled or not there."""
-    public = {n.name for n in body.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")}
+    public = {
+        n.name
+        for n in body.body
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")
+    }
     names = declared(body) or []
-    return (public - set(names)) | (set(names) - set(bound(body))) | {n for n in names if names.count(n) > 1}
+    return (
+        (public - set(names))
+        | (set(names) - set(bound(body)))
+        | {n for n in names if names.count(n) > 1}
+    )
 
 
 def test_public_functions_and_classes_are_in_all() -> None:
     """A name that is public and not in `__all__` may miss its underscore."""
-    assert {module: wrong for module, file in MODULES.items() if (wrong := wrong_names(tree(file)))} == {}
+    assert {
+        module: wrong for module, file in MODULES.items() if (wrong := wrong_names(tree(file)))
+    } == {}
 
 
 def test_a_name_that_is_missing_doubled_or_not_there_is_found() -> None:
-    body = ast.parse("__all__ = ['a', 'b', 'b', 'gone']\ndef a(): ...\ndef b(): ...\ndef c(): ...\ndef _d(): ...")
+    body = ast.parse(
+        "__all__ = ['a', 'b', 'b', 'gone']\ndef a(): ...\ndef b(): ...\ndef c(): ...\ndef _d(): ..."
+    )
     assert wrong_names(body) == {"b", "c", "gone"}
 
 
@@ -63,11 +91,18 @@ def test_a_package_is_a_shop_window() -> None:
     probes = {"os", "sys", "ctypes", "platform", "subprocess", "shutil", "logging"}
     packages = {name: file for name, file in MODULES.items() if file.name == "__init__.py"}
     assert {"twotower", "twotower.runtime"} <= set(packages)
-    assert {name: found for name, file in packages.items() if (found := probes & set(imported(tree(file))))} == {}
+    assert {
+        name: found
+        for name, file in packages.items()
+        if (found := probes & set(imported(tree(file))))
+    } == {}
 
 
 def test_a_module_opens_with_a_sentence() -> None:
-    first = {name: (ast.get_docstring(tree(file)) or "").split("\n\n")[0].strip() for name, file in MODULES.items()}
+    first = {
+        name: (ast.get_docstring(tree(file)) or "").split("\n\n")[0].strip()
+        for name, file in MODULES.items()
+    }
     assert {name: text for name, text in first.items() if not text.endswith((".", ":"))} == {}
 
 
@@ -78,7 +113,14 @@ def test_lazy_names_resolve() -> None:
         _ = twotower.Nothing
 
 
-@pytest.mark.parametrize("statement", ("import twotower", "from twotower import GenerationConfig, TwoTower", "import twotower.bundle"))
+@pytest.mark.parametrize(
+    "statement",
+    (
+        "import twotower",
+        "from twotower import GenerationConfig, TwoTower",
+        "import twotower.bundle",
+    ),
+)
 def test_importing_loads_nothing_heavy(statement: str) -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r}); {statement}; print(*sorted(set({HEAVY!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,8 +12,16 @@ import pytest
 from tests.helpers.source import ROOT
 
 PAGE = ROOT / "docs" / "walkthrough.md"
-NAMED = sorted(set(re.findall(r"\[`([\w.]+)`\]\(\.\./([\w/.]+\.py)\)", PAGE.read_text(encoding="utf-8"))))
-PRIVATE = sorted(set(re.findall(r"`(_\w+\.\w+)` in \[\w+\.py\]\(\.\./([\w/.]+\.py)\)", PAGE.read_text(encoding="utf-8"))))
+NAMED = sorted(
+    set(re.findall(r"\[`([\w.]+)`\]\(\.\./([\w/.]+\.py)\)", PAGE.read_text(encoding="utf-8")))
+)
+PRIVATE = sorted(
+    set(
+        re.findall(
+            r"`(_\w+\.\w+)` in \[\w+\.py\]\(\.\./([\w/.]+\.py)\)", PAGE.read_text(encoding="utf-8")
+        )
+    )
+)
 
 
 @cache
@@ -24,7 +32,11 @@ def names_of(file: Path) -> frozenset[str]:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             out.add(node.name)
         if isinstance(node, ast.ClassDef):
-            out |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+            out |= {
+                f"{node.name}.{inner.name}"
+                for inner in node.body
+                if isinstance(inner, ast.FunctionDef)
+            }
     return frozenset(out)
 
 
@@ -33,6 +45,8 @@ def test_the_walk_names_what_it_walks_by() -> None:
     assert len(PRIVATE) >= 2
 
 
-@pytest.mark.parametrize(("name", "file"), [*NAMED, *PRIVATE], ids=lambda part: part if "/" not in part else "")
+@pytest.mark.parametrize(
+    ("name", "file"), [*NAMED, *PRIVATE], ids=lambda part: part if "/" not in part else ""
+)
 def test_what_is_named_is_defined_there(name: str, file: str) -> None:
     assert name in names_of(ROOT / file)

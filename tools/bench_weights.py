@@ -2,8 +2,8 @@
 
 The device is this machine's memory and a thread that copies (tools/host_device.py), so what is
 measured is reading, the ring and their overlap, and not PCIe. Runs alternate, so that what else the
-machine does affects all alike; the figures are medians. Before a `cold` run the file is dropped from
-the page cache.
+machine does affects all alike; the figures are medians. Before a `cold` run the file is dropped
+from the page cache.
 Exit code 1 if loading takes more than 1.2 times as long as `cp` to another file.
 """
 

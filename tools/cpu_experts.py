@@ -1,7 +1,7 @@
 """One mixture of experts on this CPU: every expert, the chosen ones, and those in 4 bits; `make bench-experts`.
 
-Published widths by default, half of the published experts: 5 GB of random weights in a scratch file. Forms are timed in turns in one
-process.
+Published widths by default, half of the published experts: 5 GB of random weights in a scratch
+file. Forms are timed in turns in one process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ from twotower.weights.refs import WeightRef
 
 PREFIX = "layer.mixer."
 _FEW = "chosen, int4"
-MATRICES = tuple(f"{PREFIX}{kind}.{name}_proj.weight" for kind in ("experts", "shared_experts") for name in ("up", "down"))
+MATRICES = tuple(
+    f"{PREFIX}{kind}.{name}_proj.weight"
+    for kind in ("experts", "shared_experts")
+    for name in ("up", "down")
+)
 
 Run = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 
@@ -44,13 +48,28 @@ Run = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints a table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--experts", type=int, default=64, metavar="E", help="experts of the layer (64)")
-    parser.add_argument("--tokens", default="1,16,128", metavar="LIST", help="tokens a pass (1,16,128)")
-    parser.add_argument("--runs", type=int, default=7, metavar="N", help="measured runs of each form (7)")
-    parser.add_argument("--group", type=int, default=64, metavar="N", help="weights of int4 that share a scale (64)")
-    parser.add_argument("--scratch", metavar="DIR", help="where weights are written (default: the system's temporary folder)")
+    parser.add_argument(
+        "--experts", type=int, default=64, metavar="E", help="experts of the layer (64)"
+    )
+    parser.add_argument(
+        "--tokens", default="1,16,128", metavar="LIST", help="tokens a pass (1,16,128)"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=7, metavar="N", help="measured runs of each form (7)"
+    )
+    parser.add_argument(
+        "--group", type=int, default=64, metavar="N", help="weights of int4 that share a scale (64)"
+    )
+    parser.add_argument(
+        "--scratch",
+        metavar="DIR",
+        help="where weights are written (default: the system's temporary folder)",
+    )
     args = parser.parse_args(arguments)
-    config = parse_model_config({**published_slice("E"), "n_routed_experts": args.experts, "torch_dtype": "float32"}, "the layer")
+    config = parse_model_config(
+        {**published_slice("E"), "n_routed_experts": args.experts, "torch_dtype": "float32"},
+        "the layer",
+    )
     with tempfile.TemporaryDirectory(prefix="twotower-experts-", dir=args.scratch) as scratch:
         folder = Path(scratch)
         int4 = {name: stored_format("int4", 0, stacked=True, group=args.group) for name in MATRICES}
@@ -58,17 +77,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "every expert, float32": form(folder, config, Precision(), chosen=False),
             "chosen, float32": form(folder, config, Precision(), chosen=True),
         }
-        few = {even: form(folder, config, Precision(weights=int4), chosen=True, even_rows=even) for even in (False, True)}
+        few = {
+            even: form(folder, config, Precision(weights=int4), chosen=True, even_rows=even)
+            for even in (False, True)
+        }
         print(
             f"{args.experts} experts of {config.moe_intermediate_size} x {config.hidden_size}, int4 in groups of {args.group}, "
             f"{usable_cores()} cores, milliseconds"
         )
         print(f"{'tokens':>7}" + "".join(f"{name:>24}" for name in (*forms, _FEW)))
         for count in map(int, args.tokens.split(",")):
-            forms[_FEW] = few[count % 2 == 0]  # as in a context tower that decodes, and in a denoiser
-            x = np.random.default_rng(count).standard_normal((1, count, config.hidden_size), dtype=np.float32)
-            spent = {name: median(column) for name, column in zip(forms, zip(*timed(forms, x, args.runs), strict=True), strict=True)}
-            print(f"{count:>7}" + "".join(f"{1000 * seconds:>24.2f}" for seconds in spent.values()), flush=True)
+            forms[_FEW] = few[
+                count % 2 == 0
+            ]  # as in a context tower that decodes, and in a denoiser
+            x = np.random.default_rng(count).standard_normal(
+                (1, count, config.hidden_size), dtype=np.float32
+            )
+            spent = {
+                name: median(column)
+                for name, column in zip(
+                    forms, zip(*timed(forms, x, args.runs), strict=True), strict=True
+                )
+            }
+            print(
+                f"{count:>7}" + "".join(f"{1000 * seconds:>24.2f}" for seconds in spent.values()),
+                flush=True,
+            )
     return 0
 
 
@@ -112,13 +146,26 @@ def form(
     write_random(folder / f"{len(precision.weights)}.data", refs)
     point_to_data(recorded, refs, f"{len(precision.weights)}.data")
     model = ir.to_proto(recorded)
-    places, located = places_of(model, as_stored=chosen, even_rows=even_rows), dict(located_weights(model))
-    own = expand_data(folder / f"{len(precision.weights)}.data", folder / f"{kind}.own", places, lambda done: None)
+    places, located = (
+        places_of(model, as_stored=chosen, even_rows=even_rows),
+        dict(located_weights(model)),
+    )
+    own = expand_data(
+        folder / f"{len(precision.weights)}.data", folder / f"{kind}.own", places, lambda done: None
+    )
     located |= {name: (f"{kind}.own", ref) for name, ref in own.items()}
-    write_engine(model, located, folder / f"{kind}.onnx", name="moe", top=config.num_experts_per_tok if chosen else None)
+    write_engine(
+        model,
+        located,
+        folder / f"{kind}.onnx",
+        name="moe",
+        top=config.num_experts_per_tok if chosen else None,
+    )
     options = session_options(folder, threads=usable_cores())
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession((folder / f"{kind}.onnx").read_bytes(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        (folder / f"{kind}.onnx").read_bytes(), options, providers=["CPUExecutionProvider"]
+    )
     return lambda x: np.asarray(session.run(None, {"x": x})[0])
 
 

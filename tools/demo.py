@@ -24,7 +24,10 @@ QUESTIONS = (
 
 def main() -> int:
     shutil.rmtree(ROOT / BUNDLE, ignore_errors=True)
-    for command in (["export", str(CHECKPOINT), "-o", str(BUNDLE)], ["build", str(BUNDLE), "--target", "ort-cpu"]):
+    for command in (
+        ["export", str(CHECKPOINT), "-o", str(BUNDLE)],
+        ["build", str(BUNDLE), "--target", "ort-cpu"],
+    ):
         print(f"\n$ twotower {' '.join(command)}", flush=True)
         code = twotower(command)
         if code != 0:
@@ -36,7 +39,9 @@ def main() -> int:
             print(f"\nQ: {question}")
             for mode, sums in spent.items():
                 config = replace(model.defaults, mode=mode, max_new_tokens=160)
-                model.generate(prompt, config)  # binds the buffers, so that the run shown is not the first
+                model.generate(
+                    prompt, config
+                )  # binds the buffers, so that the run shown is not the first
                 result = model.generate(prompt, config)
                 print(f"  {mode:<9} {(result.text or '').strip()}\n            {_cost(result)}")
                 sums[0] += result.usage.completion_tokens
@@ -47,14 +52,18 @@ def main() -> int:
     for mode, (tokens, ms, passes) in spent.items():
         print(f"{mode:<12}{1000 * tokens / ms:>10.0f}{tokens / passes:>16.2f}")
     ratio = spent["diffusion"][0] / spent["diffusion"][1] / (spent["ar"][0] / spent["ar"][1])
-    print(f"diffusion at threshold {threshold:g} is {ratio:.2f}x autoregression here, on a model of 1.3 million parameters a tower")
+    print(
+        f"diffusion at threshold {threshold:g} is {ratio:.2f}x autoregression here, on a model of 1.3 million parameters a tower"
+    )
     print(f"Go on by hand:  .venv/bin/twotower evaluate {BUNDLE} --limit 10 --html out/report.html")
     return 0
 
 
 def _cost(result: Generation) -> str:
     usage, ms = result.usage, result.timings.total
-    passes = f"{usage.nfe} passes in {usage.blocks} blocks" if usage.blocks else f"{usage.nfe} passes"
+    passes = (
+        f"{usage.nfe} passes in {usage.blocks} blocks" if usage.blocks else f"{usage.nfe} passes"
+    )
     return f"{usage.completion_tokens} tokens, {passes}, {ms:.1f} ms, {1000 * usage.completion_tokens / ms:.0f} tokens/s"
 
 

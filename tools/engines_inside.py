@@ -1,7 +1,8 @@
 """Engines that hold weights, at published widths: what their build takes beside what is planned; `make engines-inside` runs this.
 
-One expert layer with an attention layer, whose experts are stored as a recipe stores them, random; built for SM 89 without a GPU in
-a process of its own, as `twotower build` does. Exit code 1 if a build takes more memory than planned, or far less.
+One expert layer with an attention layer, whose experts are stored as a recipe stores them, random;
+built for SM 89 without a GPU in a process of its own, as `twotower build` does. Exit code 1 if a
+build takes more memory than planned, or far less.
 """
 
 from __future__ import annotations
@@ -46,7 +47,11 @@ LAYERS, DTYPE, SIZES, ROWS = "E*", "bfloat16", {"T": 4352, "S": 16}, 8
 MOST_OFF = 1.3
 """Planned memory over measured. Never under 1: a bound must hold."""
 
-_NUMPY = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float8e4m3fn": ml_dtypes.float8_e4m3fn}
+_NUMPY = {
+    "bfloat16": ml_dtypes.bfloat16,
+    "float32": np.float32,
+    "float8e4m3fn": ml_dtypes.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +70,33 @@ class Row:
 
 def main(argv: list[str] | None = None, config: dict[str, Any] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--scratch", type=Path, default=ROOT / "out" / "engines-inside", metavar="FOLDER")
-    parser.add_argument("--recipes", default="int4-experts,int8", metavar="A,B", help="recipes of `twotower quantize` (%(default)s)")
-    parser.add_argument("--experts", type=int, default=64, help="of a layer; 128 are published, and 0.7 GB in 4 bits (%(default)s)")
-    parser.add_argument("--write-docs", type=Path, nargs="?", const=DOCUMENT, metavar="FILE", help="put the table into docs/engines.md")
+    parser.add_argument(
+        "--scratch", type=Path, default=ROOT / "out" / "engines-inside", metavar="FOLDER"
+    )
+    parser.add_argument(
+        "--recipes",
+        default="int4-experts,int8",
+        metavar="A,B",
+        help="recipes of `twotower quantize` (%(default)s)",
+    )
+    parser.add_argument(
+        "--experts",
+        type=int,
+        default=64,
+        help="of a layer; 128 are published, and 0.7 GB in 4 bits (%(default)s)",
+    )
+    parser.add_argument(
+        "--write-docs",
+        type=Path,
+        nargs="?",
+        const=DOCUMENT,
+        metavar="FILE",
+        help="put the table into docs/engines.md",
+    )
     args = parser.parse_args(argv)
-    model = parse_model_config(config or {**published_slice(LAYERS), "n_routed_experts": args.experts}, "a slice")
+    model = parse_model_config(
+        config or {**published_slice(LAYERS), "n_routed_experts": args.experts}, "a slice"
+    )
     rows = []
     for recipe in args.recipes.split(","):
         for graph in (CONTEXT, DENOISER):
@@ -84,7 +110,11 @@ def main(argv: list[str] | None = None, config: dict[str, Any] | None = None) ->
     print(table(rows))
     if args.write_docs:
         write_between(args.write_docs, MARKS, table(rows))
-    off = [f"{r.recipe}, {r.graph}: {r.memory} bytes of memory, planned {r.planned_memory}" for r in rows if not fits(r)]
+    off = [
+        f"{r.recipe}, {r.graph}: {r.memory} bytes of memory, planned {r.planned_memory}"
+        for r in rows
+        if not fits(r)
+    ]
     print("\n".join(off), file=sys.stderr)
     return 1 if off else 0
 
@@ -104,10 +134,21 @@ def measure(recipe: str, graph: str, config: ModelConfig, folder: Path) -> Row:
     _write_graph(recipe, graph, config, file)
     model = load_graph(file)
     fix_axes(model, SIZES)
-    places, signature = place_weights(model, "inputs"), signatures(config, DTYPE)[graph].with_sizes(SIZES)
+    places, signature = (
+        place_weights(model, "inputs"),
+        signatures(config, DTYPE)[graph].with_sizes(SIZES),
+    )
     layers = (0, len(config.layers))
     shapes = profiles(graph, max_batch=ROWS, block_size=SIZES["S"])
-    engine = EngineFile("x.engine", layers, signature.inputs, signature.outputs, shapes, places.inputs, tuple(places.inside))
+    engine = EngineFile(
+        "x.engine",
+        layers,
+        signature.inputs,
+        signature.outputs,
+        shapes,
+        places.inputs,
+        tuple(places.inside),
+    )
     given = engine.to_json()
     (folder / "graph.onnx").write_bytes(model.SerializeToString())
     job = {
@@ -145,7 +186,11 @@ def _write_graph(recipe: str, graph: str, config: ModelConfig, file: Path) -> No
     plain = build_graph(graph, config, DTYPE)
     parts = {part.name: part for part in parts_of(config, plain.weights)}
     few = {name: how for name, part in parts.items() if (how := chosen.format_of(part))}
-    rounded = {tap.weight for tap in plain.taps if tap.weight in few and chosen.rounds_input_of(parts[tap.weight])}
+    rounded = {
+        tap.weight
+        for tap in plain.taps
+        if tap.weight in few and chosen.rounds_input_of(parts[tap.weight])
+    }
     inputs = {name: ActivationFormat(few[name].dtype, 0.0625) for name in rounded}
     made = build_graph(graph, config, DTYPE, Precision(few, inputs))
     save_program(file, made, lay_out(made.weights))
@@ -156,7 +201,9 @@ def _write_graph(recipe: str, graph: str, config: ModelConfig, file: Path) -> No
         for number, (name, ref) in enumerate(refs.items()):
             data.seek(ref.offset)
             if name in scales:
-                data.write(np.full(ref.shape, 0.0625, np.float32).astype(_NUMPY[ref.dtype]).tobytes())
+                data.write(
+                    np.full(ref.shape, 0.0625, np.float32).astype(_NUMPY[ref.dtype]).tobytes()
+                )
             elif name in few or name.removesuffix(".values") in few:
                 _write_random(data, ref, number)
 

@@ -1,8 +1,9 @@
 """The published model's engines, built without its weights and without a GPU and held to figures; `make engines-published` runs this.
 
-Both towers at published widths in bfloat16, with all profiles, for SM 89 and 120, in one engine each and as programs with
-experts between; and the small model in float16 for every compute capability of TensorRT for RTX: each by `twotower build
---from-config`, as a user types it, into a folder that is removed afterwards. Exit code 1 with what is off.
+Both towers at published widths in bfloat16, with all profiles, for SM 89 and 120, in one engine
+each and as programs with experts between; and the small model in float16 for every compute
+capability of TensorRT for RTX: each by `twotower build --from-config`, as a user types it, into a
+folder that is removed afterwards. Exit code 1 with what is off.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Case:
         seconds: Most of the clock, and of one processor whatever else the machine does.
         memory: Most bytes the command and its neediest child have in memory, added.
         nbytes: Most bytes of all engines.
-        kernels: Most kernels, by profile; of programs with experts between, those of experts at the most rows included.
+        kernels: Most kernels, by profile; of programs with experts between, those of experts at the
+            most rows included.
         planned: Whether scratch is held against `twotower plan`.
         experts: What computes experts, `dense` or `kernels`.
     """
@@ -113,7 +115,9 @@ class Built:
     @property
     def memory(self) -> int:
         """Of the command and its neediest child, each at its peak."""
-        return self.ran.peak_memory + max(f["peak_memory"] for f in self.record.report["engines"].values())
+        return self.ran.peak_memory + max(
+            f["peak_memory"] for f in self.record.report["engines"].values()
+        )
 
 
 def published(folder: Path) -> Case:
@@ -121,7 +125,14 @@ def published(folder: Path) -> Case:
     config = folder / "config.json"
     config.write_text(json.dumps(PUBLISHED_CONFIG), encoding="utf-8")
     kernels = {"denoise": 570, "block": 640}
-    return Case(name="the published model", config=config, seconds=240, memory=4 * 10**9, nbytes=200 * 10**6, kernels=kernels)
+    return Case(
+        name="the published model",
+        config=config,
+        seconds=240,
+        memory=4 * 10**9,
+        nbytes=200 * 10**6,
+        kernels=kernels,
+    )
 
 
 def with_experts_between(folder: Path) -> Case:
@@ -137,13 +148,30 @@ SMALL_CASE = Case(name="the small model", config=SMALL, dtype="float16", sms=RTX
 
 def main(argv: list[str] | None = None, cases: Sequence[Case] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "out" / "engines-published", metavar="OUT", help="a folder for scratch files")
-    parser.add_argument("--write-docs", type=Path, nargs="?", const=DOCUMENT, metavar="FILE", help="put the figures into docs/engines.md")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "out" / "engines-published",
+        metavar="OUT",
+        help="a folder for scratch files",
+    )
+    parser.add_argument(
+        "--write-docs",
+        type=Path,
+        nargs="?",
+        const=DOCUMENT,
+        metavar="FILE",
+        help="put the figures into docs/engines.md",
+    )
     args = parser.parse_args(argv)
     shutil.rmtree(args.output, ignore_errors=True)
     args.output.mkdir(parents=True)
     try:
-        built = [build(case, args.output) for case in cases or (published(args.output), with_experts_between(args.output), SMALL_CASE)]
+        built = [
+            build(case, args.output)
+            for case in cases
+            or (published(args.output), with_experts_between(args.output), SMALL_CASE)
+        ]
     finally:
         shutil.rmtree(args.output)
     text = "\n\n".join(map(told, built))
@@ -162,7 +190,16 @@ def build(case: Case, scratch: Path) -> Built:
         SystemExit: the command failed.
     """
     folder = scratch / "programs"
-    words = ["--from-config", str(case.config), "--dtype", case.dtype, "--target", "rtx", "--sm", ",".join(map(str, case.sms))]
+    words = [
+        "--from-config",
+        str(case.config),
+        "--dtype",
+        case.dtype,
+        "--target",
+        "rtx",
+        "--sm",
+        ",".join(map(str, case.sms)),
+    ]
     words += ["--experts", case.experts]
     print(f"... twotower build {folder} {' '.join(words)}", file=sys.stderr, flush=True)
     ran = run_watched([sys.executable, "-m", "twotower.cli", "build", str(folder), *words])
@@ -170,7 +207,10 @@ def build(case: Case, scratch: Path) -> Built:
         raise SystemExit(ran.code)
     bundle = Bundle.open(folder, contents=False)
     record = load_engine_record(bundle, "rtx")
-    plan = plan_bundle(bundle.config, PlanOptions(target="rtx", dtype=case.dtype, sms=case.sms, expert_path=case.experts))
+    plan = plan_bundle(
+        bundle.config,
+        PlanOptions(target="rtx", dtype=case.dtype, sms=case.sms, expert_path=case.experts),
+    )
     passes = tuple(_passes(record, {name: s.profiles for name, s in plan.scratch.items()}))
     weights = sum(w.total for w in plan.weights.values())
     data = tuple(str(file.relative_to(folder)) for file in folder.rglob(f"*{DATA_SUFFIX}"))
@@ -197,21 +237,36 @@ def problems_of(built: Built) -> list[str]:
     ]
     if ran.others <= BUSY:
         measured.append(("seconds", ran.seconds, case.seconds))
-    out = [f"{found:.4g} {what}, allowed {most:.4g}" for what, found, most in measured if most is not None and found > most]
+    out = [
+        f"{found:.4g} {what}, allowed {most:.4g}"
+        for what, found, most in measured
+        if most is not None and found > most
+    ]
     out += [f"weights on disk: {', '.join(built.data)}"] if built.data else []
     for engine, facts in built.record.report["engines"].items():
         if why := facts["inspector"].get("why_not"):
             out.append(f"{engine}: the program was not read: {why}")
-        out += [f"{engine}: unexplained warning: {line['message']}" for line in facts["log"] if not line["explained"]]
+        out += [
+            f"{engine}: unexplained warning: {line['message']}"
+            for line in facts["log"]
+            if not line["explained"]
+        ]
     for graph, passes in built.launches.items():
         for profile, launched in passes.items():
-            count, most = (launched["kernels"] or 0) + launched["experts"][-1], case.kernels.get(profile)
+            count, most = (
+                (launched["kernels"] or 0) + launched["experts"][-1],
+                case.kernels.get(profile),
+            )
             if most is not None and count > most:
                 out.append(f"{graph}, {profile}: {count} launches, allowed {most}")
     for (graph, profile), (found, planned) in _scratch_of(built).items():
         if case.planned and abs(planned / found - 1) > SCRATCH_WITHIN:
             out.append(f"{graph}, {profile}: scratch of {found} bytes, planned {planned}")
-    return out + [f"{p.graph}, {p.profile}: {problem}" for p in built.passes for problem in _problems_of_pass(case, p)]
+    return out + [
+        f"{p.graph}, {p.profile}: {problem}"
+        for p in built.passes
+        for problem in _problems_of_pass(case, p)
+    ]
 
 
 def _problems_of_pass(case: Case, found: Pass) -> Iterator[str]:
@@ -240,7 +295,11 @@ def _scratch_of(built: Built) -> dict[tuple[str, str], tuple[int, int]]:
 def told(built: Built) -> str:
     """What was built and what it took in a sentence, and its passes as a table."""
     case, ran = built.case, built.ran
-    clock = f"{ran.seconds:.0f} s" if ran.others <= BUSY else f"{ran.seconds:.0f} s beside other programs"
+    clock = (
+        f"{ran.seconds:.0f} s"
+        if ran.others <= BUSY
+        else f"{ran.seconds:.0f} s beside other programs"
+    )
     sms = ", ".join(map(str, case.sms))
     first = (
         f"Of {case.name} in {case.dtype} ({_size(built.weights)} of weights, none of them there) for SM {sms}: "
@@ -252,14 +311,38 @@ def told(built: Built) -> str:
 
 def _program_rows(built: Built) -> list[list[str]]:
     """A table of the passes of engines that compute all there is."""
-    head = ["pass", "kernels", "of a layer: Mamba", "MoE", "attention", "streams", "capturable", "expanded", "scratch", "planned"]
-    return [head, ["---"] * len(head), *(_cells(p, planned=built.case.planned) for p in built.passes)]
+    head = [
+        "pass",
+        "kernels",
+        "of a layer: Mamba",
+        "MoE",
+        "attention",
+        "streams",
+        "capturable",
+        "expanded",
+        "scratch",
+        "planned",
+    ]
+    return [
+        head,
+        ["---"] * len(head),
+        *(_cells(p, planned=built.case.planned) for p in built.passes),
+    ]
 
 
 def _launch_rows(built: Built) -> list[list[str]]:
     """A table of what passes launch where experts run between programs."""
     rows_most = built.record.limits.max_batch if built.record.limits else 0
-    head = ["pass", "programs", "their files", "kernels", "with experts, 1 row", f"{rows_most} rows", "scratch", "planned"]
+    head = [
+        "pass",
+        "programs",
+        "their files",
+        "kernels",
+        "with experts, 1 row",
+        f"{rows_most} rows",
+        "scratch",
+        "planned",
+    ]
     out = [head, ["---"] * len(head)]
     for graph, passes in built.launches.items():
         files = len({engine.file for engine in built.record.engines[graph]})
@@ -267,7 +350,14 @@ def _launch_rows(built: Built) -> list[list[str]]:
             kernels, (least, most) = launched["kernels"] or 0, launched["experts"]
             scratch, planned = _scratch_of(built)[graph, profile]
             counts = (launched["programs"], files, kernels, kernels + least, kernels + most)
-            out.append([f"{graph}, {profile}", *map(str, counts), f"{scratch / 1e6:.1f} MB", f"{planned / 1e6:.1f} MB"])
+            out.append(
+                [
+                    f"{graph}, {profile}",
+                    *map(str, counts),
+                    f"{scratch / 1e6:.1f} MB",
+                    f"{planned / 1e6:.1f} MB",
+                ]
+            )
     return out
 
 
@@ -292,7 +382,11 @@ def _size(count: int) -> str:
 def _of_a_layer(counts: Mapping[str, int] | None) -> str:
     if counts is None:
         return ""
-    return str(counts["min"]) if counts["min"] == counts["max"] else f"{counts['min']} to {counts['max']}"
+    return (
+        str(counts["min"])
+        if counts["min"] == counts["max"]
+        else f"{counts['min']} to {counts['max']}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python tools/expert_forms.py --output docs/quantization.md
 
-An expert layer at published widths (2688 x 1856) with 8 of its 128 experts is built in the denoiser, without a GPU, once for every form;
-the table is what the compiled programs say. Values are random, for the choice does not depend on them.
+An expert layer at published widths (2688 x 1856) with 8 of its 128 experts is built in the
+denoiser, without a GPU, once for every form; the table is what the compiled programs say. Values
+are random, for the choice does not depend on them.
 """
 
 from __future__ import annotations
@@ -45,14 +46,29 @@ NUMPY = {"int4": ml_dtypes.int4, "float4e2m1": ml_dtypes.float4_e2m1fn, "float8e
 
 def layer_config() -> ModelConfig:
     """The published expert layer with fewer experts and a small vocabulary, and one of attention, which reads the other inputs."""
-    return parse_model_config({**published_slice("E*"), "n_routed_experts": EXPERTS, "num_experts_per_tok": 6, "vocab_size": 4096}, "slice")
+    return parse_model_config(
+        {
+            **published_slice("E*"),
+            "n_routed_experts": EXPERTS,
+            "num_experts_per_tok": 6,
+            "vocab_size": 4096,
+        },
+        "slice",
+    )
 
 
 def cases() -> list[tuple[str, Recipe]]:
     """Every recipe's experts alone, and forms no recipe uses."""
     found = [("float", Recipe(name="float"))]
-    found += [(f"`{name}`", recipe.only(["routed_expert"])) for name, recipe in builtin_recipes().items() if name != "mixed"]
-    found = [(label.replace("int4-experts`", "int4-experts`, `mixed`"), recipe) for label, recipe in found]
+    found += [
+        (f"`{name}`", recipe.only(["routed_expert"]))
+        for name, recipe in builtin_recipes().items()
+        if name != "mixed"
+    ]
+    found = [
+        (label.replace("int4-experts`", "int4-experts`, `mixed`"), recipe)
+        for label, recipe in found
+    ]
     found.append(("own recipe", Recipe(name="int4", weights={"routed_expert": "int4"}, group=64)))
     found.append(("own recipe", Recipe(name="fp8", weights={"routed_expert": "fp8"})))
     return found
@@ -63,14 +79,20 @@ def graph_of(config: ModelConfig, recipe: Recipe) -> tuple[onnx.ModelProto, str]
     plain = build_graph(DENOISER, config, DTYPE)
     parts = {part.name: part for part in parts_of(config, plain.weights)}
     few = {name: how for name, part in parts.items() if (how := recipe.format_of(part))}
-    rounded = {tap.weight for tap in plain.taps if tap.weight in few and recipe.rounds_input_of(parts[tap.weight])}
+    rounded = {
+        tap.weight
+        for tap in plain.taps
+        if tap.weight in few and recipe.rounds_input_of(parts[tap.weight])
+    }
     inputs = {name: ActivationFormat(few[name].dtype, 0.0625) for name in rounded}
     graph = build_graph(DENOISER, config, DTYPE, Precision(few, inputs))
     rng = np.random.default_rng(0)
     for weight in graph.weights:
         value = graph.model.graph.initializers[weight.name]
         if weight.part:
-            value.const_value = ir.tensor(_numbers(weight, rng), dtype=value.dtype, name=weight.name)
+            value.const_value = ir.tensor(
+                _numbers(weight, rng), dtype=value.dtype, name=weight.name
+            )
         else:
             del graph.model.graph.initializers[weight.name]
             value.const_value = None
@@ -78,7 +100,9 @@ def graph_of(config: ModelConfig, recipe: Recipe) -> tuple[onnx.ModelProto, str]
     model = ir.to_proto(graph.model)
     fix_axes(model, SIZES)
     how = next(iter(few.values()), None)
-    words = "bfloat16" if how is None else how.label if how.group else f"{how.label}, one scale a row"
+    words = (
+        "bfloat16" if how is None else how.label if how.group else f"{how.label}, one scale a row"
+    )
     return model, words + (", inputs too" if rounded else "")
 
 
@@ -113,22 +137,39 @@ def row(label: str, recipe: Recipe) -> str:
         return f"| {label} | {stored} | {sm} | refused: {e.found[:80]} | |"
     copies = [weight.nbytes for weight in program.expanded if weight.stacked]
     whole = EXPERTS * math.prod((config.moe_intermediate_size, config.hidden_size)) * 2
-    assert all(size == whole for size in copies), "an expanded copy is all experts of a projection in bfloat16"
-    how = f"**expanded**: {sum(copies) / 1e6:.0f} MB written in a pass" if copies else "in the product"
+    assert all(size == whole for size in copies), (
+        "an expanded copy is all experts of a projection in bfloat16"
+    )
+    how = (
+        f"**expanded**: {sum(copies) / 1e6:.0f} MB written in a pass"
+        if copies
+        else "in the product"
+    )
     return f"| {label} | {stored} | {sm} | {how} | {program.scratch / 1e6:.0f} MB |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="a document that has the table between two comments; without it, only print")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="a document that has the table between two comments; without it, only print",
+    )
     args = parser.parse_args()
-    rows = ["| experts of | stored as | SM | a pass multiplies them | scratch |", "|---|---|---|---|---|"]
+    rows = [
+        "| experts of | stored as | SM | a pass multiplies them | scratch |",
+        "|---|---|---|---|---|",
+    ]
     for label, recipe in cases():
         rows.append(row(label, replace(recipe, name="case")))
         print(rows[-1], flush=True)
     if args.output:
         text = args.output.read_text(encoding="utf-8")
-        args.output.write_text(replaced(text, "forms", rows, tool="expert_forms.py"), encoding="utf-8")
+        args.output.write_text(
+            replaced(text, "forms", rows, tool="expert_forms.py"), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Makes a virtual environment with this project in it: for `make install`, or, with a wheel, for `make test-wheel`.
 
-Torch is the one dependency that needs care: from a plain package index it brings gigabytes of CUDA libraries. Where the `gpu`
-extra is not asked for, its CPU build is taken: from the configured package indexes if they have it, otherwise from PyTorch's own.
-A wheel is installed by this interpreter's own pip, so that nothing but the wheel and what it asks for comes into the environment.
+Torch is the one dependency that needs care: from a plain package index it brings gigabytes of CUDA
+libraries. Where the `gpu` extra is not asked for, its CPU build is taken: from the configured
+package indexes if they have it, otherwise from PyTorch's own. A wheel is installed by this
+interpreter's own pip, so that nothing but the wheel and what it asks for comes into the
+environment.
 """
 
 from __future__ import annotations
@@ -18,10 +20,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
 TORCH = "torch==2.13.0"
-INSTALL = ("install", "--no-compile")  # of 20 000 files a run imports few, and those are compiled then
+INSTALL = (
+    "install",
+    "--no-compile",
+)  # of 20 000 files a run imports few, and those are compiled then
 WITH_TORCH = {"export", "calibration", "evaluate"}
 RTX = (sys.platform, platform.machine()) == ("linux", "x86_64")  # where it needs no GPU
-CPU_TORCH = TORCH if sys.platform == "darwin" else f"{TORCH}+cpu"  # macOS has CPU builds only, under the plain name
+CPU_TORCH = (
+    TORCH if sys.platform == "darwin" else f"{TORCH}+cpu"
+)  # macOS has CPU builds only, under the plain name
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TORCH_SOURCES = (  # (where, what pip is given), tried in this order
     ("the configured package indexes", [CPU_TORCH]),
@@ -32,16 +39,28 @@ TORCH_SOURCES = (  # (where, what pip is given), tried in this order
 
 def main() -> int:
     if sys.version_info < OLDEST_PYTHON:
-        return _fail(f"twotower needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}", "make PYTHON=python3.12 ...")
+        return _fail(
+            f"twotower needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}",
+            "make PYTHON=python3.12 ...",
+        )
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where the environment lies (default: .venv)")
+    parser.add_argument(
+        "--venv",
+        type=Path,
+        default=ROOT / ".venv",
+        help="where the environment lies (default: .venv)",
+    )
     parser.add_argument(
         "--extras",
         default="",
         help="extras to install, or none (default: export,gpu,kernels,evaluate,dev with an NVIDIA "
         "GPU, else export,cpu,rtx,kernels,evaluate,dev)",
     )
-    parser.add_argument("--wheel", type=Path, help="install this wheel, without pip beside it (default: this checkout, editable)")
+    parser.add_argument(
+        "--wheel",
+        type=Path,
+        help="install this wheel, without pip beside it (default: this checkout, editable)",
+    )
     args = parser.parse_args()
     extras = args.extras or (_default_extras())
     try:
@@ -61,10 +80,19 @@ def _default_extras() -> str:
 
 
 def _install(venv: Path, extras: list[str], wheel: Path | None) -> None:
-    print(f"installing twotower[{','.join(extras)}] into {venv}: a few minutes the first time", file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "venv", *(["--without-pip"] if wheel else []), str(venv)], check=True)
+    print(
+        f"installing twotower[{','.join(extras)}] into {venv}: a few minutes the first time",
+        file=sys.stderr,
+    )
+    subprocess.run(
+        [sys.executable, "-m", "venv", *(["--without-pip"] if wheel else []), str(venv)], check=True
+    )
     python = venv / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    pip = [str(python), "-m", "pip"] if wheel is None else [sys.executable, "-m", "pip", "--python", str(python)]
+    pip = (
+        [str(python), "-m", "pip"]
+        if wheel is None
+        else [sys.executable, "-m", "pip", "--python", str(python)]
+    )
     pip += ["--disable-pip-version-check", "--quiet"]
     _remove_other_onnxruntime(pip, extras)
     constraints: list[str] = []
@@ -83,7 +111,9 @@ def _install_cpu_torch(pip: list[str]) -> None:
     """Takes torch from the first source that has it: a mirror or a wheel on this disk spares a download."""
     for where, arguments in TORCH_SOURCES:
         print(f"  torch for CPUs: trying {where}", file=sys.stderr)
-        done = subprocess.run([*pip, *INSTALL, *arguments], stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            [*pip, *INSTALL, *arguments], stderr=subprocess.PIPE, text=True, check=False
+        )
         if done.returncode == 0:
             return
     print(done.stderr, file=sys.stderr)

@@ -47,7 +47,9 @@ def main() -> int:
     CHECKPOINT.parent.mkdir(exist_ok=True)
     write_checkpoint(CHECKPOINT, MID_CONFIG)
     print(f"{CHECKPOINT.relative_to(ROOT)}: random weights", flush=True)
-    return twotower(["export", str(CHECKPOINT), "-o", str(BUNDLE), "--dtype", "float32", "--no-verify"])
+    return twotower(
+        ["export", str(CHECKPOINT), "-o", str(BUNDLE), "--dtype", "float32", "--no-verify"]
+    )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python -m tools.mutants                     all modules of SUBJECTS
     python -m tools.mutants runtime/schedule    some
 
-A mutant is one changed operator, comparison, number, condition or `min`/`max`; annotations, messages of errors and asserts
-are left alone. It is loaded by an import hook, in a process forked for it: no file is changed. What survives is
-printed. A change that changes no behaviour is listed in EQUIVALENT, with why, and does not count.
+A mutant is one changed operator, comparison, number, condition or `min`/`max`; annotations,
+messages of errors and asserts are left alone. It is loaded by an import hook, in a process forked
+for it: no file is changed. What survives is printed. A change that changes no behaviour is listed
+in EQUIVALENT, with why, and does not count.
 """
 
 from __future__ import annotations
@@ -132,7 +133,9 @@ class Mutant:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints what survives; returns 1 where less than LEAST of a module's mutants are noticed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "modules",
         nargs="*",
@@ -151,7 +154,11 @@ def _report(name: str) -> float:
     """Prints the survivors of one module; returns the share of its mutants that are noticed."""
     subject = Subject(name, SUBJECTS[name])
     known = EQUIVALENT.get(name, {})
-    mutants = [m for m in mutants_of((PACKAGE / f"{name}.py").read_text(encoding="utf-8")) if m.change not in known]
+    mutants = [
+        m
+        for m in mutants_of((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+        if m.change not in known
+    ]
     survivors = [m for m in mutants if not subject.notices(m)]
     share = 1 - len(survivors) / max(len(mutants), 1)
     print(
@@ -180,7 +187,9 @@ class Subject:
         status = self._status(None, limit=600)
         self._limit = 10 + 5 * (time.monotonic() - started)
         if status:
-            raise SystemExit(f"error: the tests of {name} fail without any change: pytest {' '.join(tests)}")
+            raise SystemExit(
+                f"error: the tests of {name} fail without any change: pytest {' '.join(tests)}"
+            )
 
     def notices(self, mutant: Mutant) -> bool:
         """Whether a test fails, or never ends."""
@@ -193,7 +202,11 @@ class Subject:
         if not child:
             os.close(reader)
             self._test(None)
-            theirs = {n.split(".")[0] for n, m in sys.modules.items() if "site-packages" in (getattr(m, "__file__", None) or "")}
+            theirs = {
+                n.split(".")[0]
+                for n, m in sys.modules.items()
+                if "site-packages" in (getattr(m, "__file__", None) or "")
+            }
             os.write(writer, " ".join(theirs).encode())
             os._exit(0)
         os.close(writer)
@@ -234,7 +247,9 @@ class Subject:
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
-        return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *self.tests]))
+        return int(
+            pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *self.tests])
+        )
 
 
 class _Hook(importlib.machinery.SourceFileLoader):
@@ -245,7 +260,11 @@ class _Hook(importlib.machinery.SourceFileLoader):
         self._code = code
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.name else None
+        return (
+            importlib.util.spec_from_file_location(name, self.path, loader=self)
+            if name == self.name
+            else None
+        )
 
     def get_code(self, fullname: str) -> CodeType:
         return self._code
@@ -278,7 +297,9 @@ def _sites(node: ast.AST) -> Iterator[_Site]:
             whole = node
         shown, line = partial(ast.unparse, whole), getattr(whole, "lineno", 0)
         yield from (_Site(line, shown, change) for change in _changes(child))
-        if isinstance(child, (ast.If, ast.While, ast.IfExp)) and not isinstance(child.test, _TOLD_APART):
+        if isinstance(child, (ast.If, ast.While, ast.IfExp)) and not isinstance(
+            child.test, _TOLD_APART
+        ):
             negated = _setter(child, "test", ast.UnaryOp(ast.Not(), child.test))
             yield _Site(child.lineno, partial(_condition, child), negated)
         yield from _sites(child)
@@ -304,7 +325,10 @@ def _code_below(node: ast.AST) -> Iterator[ast.AST]:
 def _changes(node: ast.AST) -> Iterator[Callable[[], None]]:
     """What can be changed of a node itself."""
     if isinstance(node, ast.Compare):
-        yield from (_setter(node, "ops", [*node.ops[:i], _SWAPPED[type(op)](), *node.ops[i + 1 :]]) for i, op in enumerate(node.ops))
+        yield from (
+            _setter(node, "ops", [*node.ops[:i], _SWAPPED[type(op)](), *node.ops[i + 1 :]])
+            for i, op in enumerate(node.ops)
+        )
     elif isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in _SWAPPED:
         yield _setter(node, "op", _SWAPPED[type(node.op)]())
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):

@@ -48,16 +48,25 @@ class Bench:
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
         checkpoint = Checkpoint.open(TINY)
-        self.full, self.half = (export_bundle(checkpoint, scratch / dtype, ExportConfig(dtype=dtype)) for dtype in ("float32", "bfloat16"))
+        self.full, self.half = (
+            export_bundle(checkpoint, scratch / dtype, ExportConfig(dtype=dtype))
+            for dtype in ("float32", "bfloat16")
+        )
         base = replace(self.full.defaults, max_new_tokens=160)
         requests = [Request(prompt, config) for prompt, config in read_prompts(PROMPTS, base)]
-        self.statistics: Statistics = collect(self.full, requests, scratch / "statistics", CollectConfig(generation=base))
+        self.statistics: Statistics = collect(
+            self.full, requests, scratch / "statistics", CollectConfig(generation=base)
+        )
 
-    def quantized(self, recipe: str, bundle: Bundle | None = None, *, engine: bool = True, **options: Any) -> Bundle:
+    def quantized(
+        self, recipe: str, bundle: Bundle | None = None, *, engine: bool = True, **options: Any
+    ) -> Bundle:
         source = bundle or self.full
         path = self._scratch / "-".join([source.dtype, recipe, *map(str, options.values())])
         if not path.exists():
-            plan = plan_quantization(source, builtin_recipes()[recipe], QuantizeConfig(**options), self.statistics)
+            plan = plan_quantization(
+                source, builtin_recipes()[recipe], QuantizeConfig(**options), self.statistics
+            )
             quantize_bundle(source, plan, path)
         made = Bundle.open(path)
         if engine:
@@ -66,13 +75,17 @@ class Bench:
 
     def in_form(self, recipe: str, dialect: str) -> Bundle:
         """The float32 model with an engine that rounds the inputs of products (`chosen`) or does not (`standard`)."""
-        made = Bundle.open(shutil.copytree(self.quantized(recipe).path, self._scratch / f"{recipe}-{dialect}"))
+        made = Bundle.open(
+            shutil.copytree(self.quantized(recipe).path, self._scratch / f"{recipe}-{dialect}")
+        )
         build_engines(made, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect=dialect))
         return made
 
     def compared(self, bundles: dict[str, Bundle]) -> dict[str, Any]:
         """Every bundle against the float one, all on the same problems in one run."""
-        return self.held_against({name: TwoTower.open(bundle.path, "ort-cpu") for name, bundle in bundles.items()})
+        return self.held_against(
+            {name: TwoTower.open(bundle.path, "ort-cpu") for name, bundle in bundles.items()}
+        )
 
     def parts(self, recipe: str) -> dict[str, Any]:
         """One layer kind, and one tower, of a recipe at a time."""
@@ -80,13 +93,18 @@ class Bench:
         scratch = self._scratch / f"parts-{recipe}"
         scratch.mkdir()
         mixer = Mixer(self.full, [made], scratch)
-        return self.held_against({name: mixer.open(precision) for name, precision in parts_alone(made)})
+        return self.held_against(
+            {name: mixer.open(precision) for name, precision in parts_alone(made)}
+        )
 
     def held_against(self, models: dict[str, TwoTower]) -> dict[str, Any]:
         suite = load_suite()
         with TwoTower.open(self.full.path, "ort-cpu") as exact:
             config = replace(exact.defaults, max_new_tokens=160)
-            contestants = [Contestant("", exact, config), *(Contestant(name, model, config) for name, model in models.items())]
+            contestants = [
+                Contestant("", exact, config),
+                *(Contestant(name, model, config) for name, model in models.items()),
+            ]
             measured = measure(suite.problems, contestants, _tell)
             for model in models.values():
                 model.close()
@@ -123,12 +141,21 @@ def recipes(bench: Bench) -> list[str]:
 def inputs(bench: Bench) -> list[str]:
     """What the products of a CPU, which round their inputs to 8 bits block by block, add to recipes."""
     cases = {}
-    for recipe in ("int8-weights", "int4-experts", "mixed"):  # of 96 weights a row there are groups of 32 only
+    for recipe in (
+        "int8-weights",
+        "int4-experts",
+        "mixed",
+    ):  # of 96 weights a row there are groups of 32 only
         for dialect, how in ((CHOSEN, "8 bits"), (STANDARD, "as they are")):
             cases[f"`{recipe}` | {how}"] = bench.in_form(recipe, dialect)
-    rows = ["| recipe | inputs of products | kept, 95 % interval | more passes a block, % | same text |", "|---|---|---|---|---|"]
+    rows = [
+        "| recipe | inputs of products | kept, 95 % interval | more passes a block, % | same text |",
+        "|---|---|---|---|---|",
+    ]
     for label, facts in bench.compared(cases).items():
-        rows.append(f"| {label} | {interval_text(facts['retention'])} % | {_more(facts)} | {facts['same_text']} of {facts['problems']} |")
+        rows.append(
+            f"| {label} | {interval_text(facts['retention'])} % | {_more(facts)} | {facts['same_text']} of {facts['problems']} |"
+        )
     return rows
 
 
@@ -139,14 +166,18 @@ def calibration(bench: Bench) -> list[str]:
         for source in ("trajectories", "text"):
             for ranges in ("max", "percentile", "mse") if recipe == "int8" else ("max",):
                 label = f"`{recipe}` | {source} | {ranges} | mse"
-                cases[label] = bench.quantized(recipe, rounding="mse", ranges=ranges, calibrated_on=source)
+                cases[label] = bench.quantized(
+                    recipe, rounding="mse", ranges=ranges, calibrated_on=source
+                )
     for recipe in ("int8-weights", "int4-experts", "nvfp4-experts"):
         for rounding in ("plain", "mse"):
             cases[f"`{recipe}` | - | - | {rounding}"] = bench.quantized(recipe, rounding=rounding)
     rows = ["| recipe | inputs calibrated on | ranges | rounding of weights | kept, 95 % interval | more passes a block, % | same text |",
             "|---|---|---|---|---|---|---|"]  # fmt: skip
     for label, facts in bench.compared(cases).items():
-        rows.append(f"| {label} | {interval_text(facts['retention'])} % | {_more(facts)} | {facts['same_text']} of {facts['problems']} |")
+        rows.append(
+            f"| {label} | {interval_text(facts['retention'])} % | {_more(facts)} | {facts['same_text']} of {facts['problems']} |"
+        )
     return [*rows, "", *_outside(bench)]
 
 
@@ -156,14 +187,19 @@ def _outside(bench: Bench) -> list[str]:
     text, steps = seen.greatest[:, 0], seen.greatest[:, 1:]
     most = np.nanmax(steps, axis=1) / text
     order = most.argsort()[::-1][:4]
-    named = ", ".join(f"`{seen.names[i].removeprefix('denoiser_tower.')}` {most[i]:.2f}x" for i in order)
+    named = ", ".join(
+        f"`{seen.names[i].removeprefix('denoiser_tower.')}` {most[i]:.2f}x" for i in order
+    )
     beyond = f"{int((most > 1).sum())} of {len(most)} inputs reach beyond what finished blocks show, furthest"
     return [f"In the denoiser {beyond}: {named}."]
 
 
 def sensitivity(bench: Bench) -> list[str]:
     """What each part of the recipes that round everything costs alone."""
-    rows = ["| recipe | quantized alone | kept, 95 % interval | more passes a block, % | same text |", "|---|---|---|---|---|"]
+    rows = [
+        "| recipe | quantized alone | kept, 95 % interval | more passes a block, % | same text |",
+        "|---|---|---|---|---|",
+    ]
     for recipe in NEEDS_STATISTICS:
         for part, facts in bench.parts(recipe).items():
             cells = (
@@ -183,14 +219,21 @@ def builds(bench: Bench) -> list[str]:
     Raises:
         BuildAbortedError: a build ended before the library's verdict; there is no table then.
     """
-    rows = ["| recipe | " + " | ".join(f"SM {sm}" for sm in SMS) + " |", "|---|" + "---|" * len(SMS)]
+    rows = [
+        "| recipe | " + " | ".join(f"SM {sm}" for sm in SMS) + " |",
+        "|---|" + "---|" * len(SMS),
+    ]
     for name in builtin_recipes():
         bundle, cells = bench.quantized(name, bench.half, engine=False), []
         for sm in SMS:
             try:
-                config = BuildConfig(sms=(sm,), max_context=256, experts="dense", force=True, allow_expanded=True)
+                config = BuildConfig(
+                    sms=(sm,), max_context=256, experts="dense", force=True, allow_expanded=True
+                )
                 record = build_engines(bundle, "rtx", builder_for("rtx"), config=config)
-                lines = [line for engine in record.report["engines"].values() for line in engine["log"]]
+                lines = [
+                    line for engine in record.report["engines"].values() for line in engine["log"]
+                ]
                 unexplained = sum(not line["explained"] for line in lines)
                 how = "built" if not expands_experts(record) else "with `--allow-expanded`"
                 cells.append(how + (f", {unexplained} unexplained warnings" if unexplained else ""))
@@ -204,7 +247,9 @@ def builds(bench: Bench) -> list[str]:
 
 
 def _more(facts: dict[str, Any]) -> str:
-    return interval_text({k: None if v is None else 100 * (v - 1) for k, v in facts["inflation"].items()})
+    return interval_text(
+        {k: None if v is None else 100 * (v - 1) for k, v in facts["inflation"].items()}
+    )
 
 
 def _size(bundle: Bundle) -> int:
@@ -228,10 +273,22 @@ def replaced(text: str, name: str, rows: list[str], *, tool: str = "quantization
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "quantization.md", help="the document (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "docs" / "quantization.md",
+        help="the document (%(default)s)",
+    )
     parser.add_argument("--only", choices=TABLES, help="one table")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "ranges.png", help="ranges against t (%(default)s)")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        default=ROOT / "docs" / "images" / "ranges.png",
+        help="ranges against t (%(default)s)",
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="quantization-tables-") as scratch:
         bench = Bench(Path(scratch))
@@ -239,7 +296,9 @@ def main() -> None:
         for name in [args.only] if args.only else TABLES:
             print(name, flush=True)
             rows = TABLES[name](bench)
-            args.output.write_text(replaced(args.output.read_text(encoding="utf-8"), name, rows), encoding="utf-8")
+            args.output.write_text(
+                replaced(args.output.read_text(encoding="utf-8"), name, rows), encoding="utf-8"
+            )
 
 
 if __name__ == "__main__":

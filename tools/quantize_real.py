@@ -1,7 +1,8 @@
 """One expert layer at published widths (128 x 2688 x 1856) through the shipped quantization: seconds, memory, bytes, error of its output.
 
-Every format is made in a process of its own, by the code `twotower quantize` runs, from a data file as an export writes it. Nothing of the
-layer but its routed experts is quantized or computed; 16 tokens of a block are routed to 6 experts each.
+Every format is made in a process of its own, by the code `twotower quantize` runs, from a data file
+as an export writes it. Nothing of the layer but its routed experts is quantized or computed; 16
+tokens of a block are routed to 6 experts each.
 """
 
 from __future__ import annotations
@@ -34,7 +35,14 @@ DTYPE, TOKENS = "bfloat16", 16
 
 def layer_config(experts: int) -> ModelConfig:
     """The published layer, with fewer experts for a trial."""
-    return parse_model_config({**published_slice("E*"), "n_routed_experts": experts, "num_experts_per_tok": min(6, experts)}, "slice")
+    return parse_model_config(
+        {
+            **published_slice("E*"),
+            "n_routed_experts": experts,
+            "num_experts_per_tok": min(6, experts),
+        },
+        "slice",
+    )
 
 
 def weights_of(config: ModelConfig, recipe: Recipe | None) -> list[Weight]:
@@ -43,7 +51,11 @@ def weights_of(config: ModelConfig, recipe: Recipe | None) -> list[Weight]:
     parts = [part for part in parts_of(config, plain.weights) if part.kind == "routed_expert"]
     few = {part.name: how for part in parts if recipe and (how := recipe.format_of(part))}
     names = {part.name for part in parts}
-    return [w for w in build_graph(CONTEXT, config, DTYPE, Precision(few)).weights if (w.origin or w.name) in names]
+    return [
+        w
+        for w in build_graph(CONTEXT, config, DTYPE, Precision(few)).weights
+        if (w.origin or w.name) in names
+    ]
 
 
 def recipe_of(name: str, group: int) -> Recipe:
@@ -59,7 +71,9 @@ def write_float(path: Path, config: ModelConfig) -> dict[str, WeightRef]:
         for ref in refs.values():
             file.seek(ref.offset)
             for _ in range(ref.shape[0]):
-                block = rng.standard_normal(ref.shape[1:], dtype=np.float32) / np.float32(np.sqrt(ref.shape[-1]))
+                block = rng.standard_normal(ref.shape[1:], dtype=np.float32) / np.float32(
+                    np.sqrt(ref.shape[-1])
+                )
                 block.reshape(-1)[rng.integers(0, block.size, block.size // 10_000)] *= 10
                 (block.view(np.uint32) >> 16).astype(np.uint16).tofile(file)
     return refs
@@ -69,7 +83,13 @@ def quantize(source: str, target: str, experts: int, name: str, group: int, roun
     """The measured work."""
     config = layer_config(experts)
     refs = lay_out(weights_of(config, None))
-    stream_quantized(Path(target), weights_of(config, recipe_of(name, group)), (Path(source), refs), DTYPE, rounding=rounding)
+    stream_quantized(
+        Path(target),
+        weights_of(config, recipe_of(name, group)),
+        (Path(source), refs),
+        DTYPE,
+        rounding=rounding,
+    )
 
 
 def output_of(config: ModelConfig, read: Any) -> np.ndarray[Any, Any]:
@@ -77,8 +97,15 @@ def output_of(config: ModelConfig, read: Any) -> np.ndarray[Any, Any]:
     rng = np.random.default_rng(1)
     x = rng.standard_normal((TOKENS, config.hidden_size), dtype=np.float32)
     up, down = (w.origin or w.name for w in weights_of(config, None))
-    chosen = np.stack([rng.permutation(config.n_routed_experts)[: config.num_experts_per_tok] for _ in range(TOKENS)])
-    share = rng.dirichlet(np.ones(config.num_experts_per_tok), TOKENS).astype(np.float32) * np.float32(config.routed_scaling_factor)
+    chosen = np.stack(
+        [
+            rng.permutation(config.n_routed_experts)[: config.num_experts_per_tok]
+            for _ in range(TOKENS)
+        ]
+    )
+    share = rng.dirichlet(np.ones(config.num_experts_per_tok), TOKENS).astype(
+        np.float32
+    ) * np.float32(config.routed_scaling_factor)
     out = np.zeros_like(x)
     for expert in np.unique(chosen):
         rows, slots = np.nonzero(chosen == expert)
@@ -92,7 +119,10 @@ def float_reader(path: Path, refs: dict[str, WeightRef]) -> Any:
 
     def read(name: str, expert: int) -> np.ndarray[Any, Any]:
         ref = refs[name]
-        return read_weight(data, WeightRef(ref.dtype, ref.shape[1:], ref.offset + expert * (ref.nbytes // ref.shape[0])))
+        return read_weight(
+            data,
+            WeightRef(ref.dtype, ref.shape[1:], ref.offset + expert * (ref.nbytes // ref.shape[0])),
+        )
 
     return read
 
@@ -101,10 +131,17 @@ def few_bits_reader(path: Path, weights: list[Weight]) -> Any:
     data, refs = np.memmap(path, dtype=np.uint8, mode="r"), lay_out(weights)
 
     def one(ref: WeightRef, expert: int) -> np.ndarray[Any, Any]:
-        return read_weight(data, WeightRef(ref.dtype, ref.shape[1:], ref.offset + expert * (ref.nbytes // ref.shape[0])))
+        return read_weight(
+            data,
+            WeightRef(ref.dtype, ref.shape[1:], ref.offset + expert * (ref.nbytes // ref.shape[0])),
+        )
 
     def read(name: str, expert: int) -> np.ndarray[Any, Any]:
-        shared = read_weight(data, refs[f"{name}.global_scale"]) if f"{name}.global_scale" in refs else None
+        shared = (
+            read_weight(data, refs[f"{name}.global_scale"])
+            if f"{name}.global_scale" in refs
+            else None
+        )
         return expand_rows(one(refs[name], expert), one(refs[f"{name}.scale"], expert), shared)
 
     return read
@@ -114,7 +151,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scratch", default=".", help="a disk with room for 4 GB")
     parser.add_argument("--experts", type=int, default=128, help="fewer for a trial (%(default)s)")
-    parser.add_argument("--output", type=Path, help="a document whose table is exchanged, docs/quantization.md for instance")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="a document whose table is exchanged, docs/quantization.md for instance",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     args = parser.parse_args()
     config = layer_config(args.experts)
@@ -130,18 +171,30 @@ def main() -> None:
         exact = output_of(config, float_reader(source, refs))
         count = sum(int(np.prod(ref.shape)) for ref in refs.values())
         for name, group, rounding in CASES:
-            seconds, peak = run_measured(quantize, str(source), str(target), args.experts, name, group, rounding)
+            seconds, peak = run_measured(
+                quantize, str(source), str(target), args.experts, name, group, rounding
+            )
             weights = weights_of(config, recipe_of(name, group))
             got = output_of(config, few_bits_reader(target, weights))
             error = float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
             groups = sorted({w.format.label for w in weights if w.format})
             row = {"format": " / ".join(groups), "rounding": rounding, "seconds": round(seconds, 1), "peak": peak,
                    "bits": round(8 * sum(w.nbytes for w in weights) / count, 3), "error": error}  # fmt: skip
-            cells = (row["format"], rounding, f"{seconds:.0f}", f"{peak / 1e6:.0f} MB", f"{row['bits']:.2f}", f"{error:.2e}")
+            cells = (
+                row["format"],
+                rounding,
+                f"{seconds:.0f}",
+                f"{peak / 1e6:.0f} MB",
+                f"{row['bits']:.2f}",
+                f"{error:.2e}",
+            )
             rows.append("| " + " | ".join(map(str, cells)) + " |")
             print(json.dumps(row) if args.json else rows[-1], flush=True)
     if args.output:
-        args.output.write_text(replaced(args.output.read_text(encoding="utf-8"), "real", "\n".join(rows)), encoding="utf-8")
+        args.output.write_text(
+            replaced(args.output.read_text(encoding="utf-8"), "real", "\n".join(rows)),
+            encoding="utf-8",
+        )
 
 
 def replaced(text: str, name: str, rows: str) -> str:

@@ -10,13 +10,14 @@ standard, so that an expert which nobody chose is neither computed nor read:
     down     as up
     sum      each token's results, in the order of the experts
 
-An expert whose weights must be expanded first is a branch, `If` somebody chose it: expanding does not
-end at once.
+An expert whose weights must be expanded first is a branch, `If` somebody chose it: expanding does
+not end at once.
 
 A token's numbers do not depend on the others. Products compute rows alike whatever their number
 (`products`, `few_bits`; where that takes an even number, an expert with an odd one has one
 row more, which nobody reads), and nothing is added up in an order that others decide: rows are
-gathered, token by token. The numbers are those of the exported graph (tests/builders/test_ort_experts.py).
+gathered, token by token. The numbers are those of the exported graph
+(tests/builders/test_ort_experts.py).
 
 `com.microsoft.MoE` would do the same in one operator. Its CPU kernel knows no squared ReLU, so
 that each row of the first matrix would be there twice, computed twice, and a row alone gets other
@@ -67,7 +68,10 @@ def slices_of(
     file, ref = place
     count, each = ref.shape[0], ref.nbytes // ref.shape[0]
     shape = ref.shape[1:] if matrices else (1, *ref.shape[1:])
-    return {slice_name(stack, e): (file, WeightRef(ref.dtype, shape, ref.offset + e * each)) for e in range(count)}
+    return {
+        slice_name(stack, e): (file, WeightRef(ref.dtype, shape, ref.offset + e * each))
+        for e in range(count)
+    }
 
 
 def stacked_places(located: Located) -> dict[str, tuple[str, WeightRef]]:
@@ -115,7 +119,9 @@ def choose_experts(
     for m in mixtures:
         for stack in m.stacks:
             places |= slices_of(stack, places.pop(stack), matrices=forms[m.scope].matrices)
-    inputs = [value for value in model.graph.input if value.name in places or value.name not in located]
+    inputs = [
+        value for value in model.graph.input if value.name in places or value.name not in located
+    ]
     inline = [t for t in model.graph.initializer if t.name in places or t.name not in located]
     del model.graph.node[:], model.graph.input[:], model.graph.initializer[:]
     model.graph.node.extend(nodes)
@@ -162,7 +168,8 @@ class _Form:
     Attributes:
         matrices: Each has matrices; else stacks of one.
         expanded: Their weights are expanded first.
-        even: Each computes an even number of rows, because its products compute rows alike only then.
+        even: Each computes an even number of rows, because its products compute rows alike only
+            then.
     """
 
     matrices: bool
@@ -177,7 +184,9 @@ def _form_of(m: _Mixture, located: Located, *, matrices: bool) -> _Form:
         types.add(values.dtype)
         if values.dtype in _UNSIGNED:
             blocks.append(values.shape[-1] // scales.shape[-1])
-    return _Form(matrices or bool(types & _UNSIGNED), bool(types - _UNSIGNED), max(blocks) > NARROW_BLOCK)
+    return _Form(
+        matrices or bool(types & _UNSIGNED), bool(types - _UNSIGNED), max(blocks) > NARROW_BLOCK
+    )
 
 
 def _mixtures(model: onnx.ModelProto, located: Located) -> Iterator[_Mixture]:
@@ -192,8 +201,18 @@ def _mixtures(model: onnx.ModelProto, located: Located) -> Iterator[_Mixture]:
         if stack is None:
             continue
         chain = _chain(up, nodes, makers)
-        readers = [makers[name] for node in (chain[0], chain[-1]) for name in node.input[1:2] if name in makers]
-        stacks = [name for node in (*readers, chain[0], chain[-1]) for name in node.input if name in located]
+        readers = [
+            makers[name]
+            for node in (chain[0], chain[-1])
+            for name in node.input[1:2]
+            if name in makers
+        ]
+        stacks = [
+            name
+            for node in (*readers, chain[0], chain[-1])
+            for name in node.input
+            if name in located
+        ]
         after, total = _behind(chain[-1], users)
         weigh = next(node for node in after if node.op_type == "Mul")
         select = next(node for node in after if node.op_type == "Where")
@@ -225,7 +244,9 @@ def _stack_of(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto], end: s
     return name if name.endswith(end) else None
 
 
-def _chain(up: onnx.NodeProto, nodes: Sequence[onnx.NodeProto], makers: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
+def _chain(
+    up: onnx.NodeProto, nodes: Sequence[onnx.NodeProto], makers: Mapping[str, onnx.NodeProto]
+) -> list[onnx.NodeProto]:
     """The operators that lead from an expert's first product to its second, both included."""
     reached, chain = set(up.output), [up]
     for node in nodes:
@@ -272,7 +293,9 @@ def _products(w: NodeWriter, m: _Mixture, pairs: tuple[str, str, str], *, matric
         if node not in (m.chain[0], m.chain[-1]):
             names[node.output[0]] = w.copied(node, names)
             continue
-        parts = w.several("Split", m.experts, names.get(node.input[0], node.input[0]), counts, axis=axis)
+        parts = w.several(
+            "Split", m.experts, names.get(node.input[0], node.input[0]), counts, axis=axis
+        )
         results = []
         for e, part in enumerate(parts):
             own = {node.input[0]: part} | {stack: slice_name(stack, e) for stack in m.stacks}
@@ -374,6 +397,7 @@ def _added(w: NodeWriter, m: _Mixture, pairs: tuple[str, str, str], top: int) ->
     place = w.op("GatherElements", w.op("Transpose", place, perm=[1, 0]), mine, axis=1)
     share = w.op("GatherElements", w.op("Transpose", m.share, perm=[1, 0]), mine, axis=1)
     results = w.op("Gather", every, place, axis=0)  # [N,top,D]
-    # A product for each token, added up in one order; that of ReduceSum follows the number of tokens.
+    # A product for each token, added up in one order; that of ReduceSum follows the number of
+    # tokens.
     total = w.op("MatMul", w.op("Unsqueeze", share, w.ints([1])), results)  # [N,1,D]
     w.op("Squeeze", total, w.ints([1]), named=m.total.output[0])

@@ -1,11 +1,13 @@
 """ONNX Runtime on a CPU: the weights stay where they are.
 
-The graph is optimised once and saved. Saving ONNX Runtime's own optimised model would copy every weight. Here the
-weights are taken out of the graph first, so that optimisation sees structure only (it fuses the transposes into the products,
-which is what matters), and the runtime maps the bundle's own data file. Exceptions go into a data file of the engine: half-width
-weights, because a CPU has no arithmetic for them; 4-bit floats, which ONNX Runtime has no kernel for; and integers in few bits,
-which its products read in another form (`few_bits`). Of the experts only those are computed, and read, that a token chose
-(`chosen_experts`), unless the graph is wanted as it was exported: then quantized weights stay in the bundle and every pass expands them.
+The graph is optimised once and saved. Saving ONNX Runtime's own optimised model would copy every
+weight. Here the weights are taken out of the graph first, so that optimisation sees structure only
+(it fuses the transposes into the products, which is what matters), and the runtime maps the
+bundle's own data file. Exceptions go into a data file of the engine: half-width weights, because a
+CPU has no arithmetic for them; 4-bit floats, which ONNX Runtime has no kernel for; and integers in
+few bits, which its products read in another form (`few_bits`). Of the experts only those are
+computed, and read, that a token chose (`chosen_experts`), unless the graph is wanted as it was
+exported: then quantized weights stay in the bundle and every pass expands them.
 """
 
 from __future__ import annotations
@@ -35,13 +37,26 @@ from twotower.builders.ort.engine_weights import (
 from twotower.builders.ort.few_bits import UNSIGNED, from_blocks, probe_graph, read_as_stored
 from twotower.builders.ort.products import compute_rows_alike, experts_are_packed, with_branches
 from twotower.builders.ort.routing import choose_by_topk
-from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord, engine_folder, file_records
+from twotower.bundle import (
+    DATA_SUFFIX,
+    GRAPH_FILES,
+    Bundle,
+    EngineRecord,
+    engine_folder,
+    file_records,
+)
 from twotower.errors import BuildError
 from twotower.onnx_runtime import ort, session_options
 from twotower.processors import usable_memory
 from twotower.product_probe import PROBE_FILE, rows_are_alike
 from twotower.spec import DENOISER
-from twotower.weights.external import attach_weights, detach_weights, load_graph, located_weights, widen_to_float32
+from twotower.weights.external import (
+    attach_weights,
+    detach_weights,
+    load_graph,
+    located_weights,
+    widen_to_float32,
+)
 from twotower.weights.refs import WeightRef
 
 __all__ = ["OrtCpuBuilder", "OrtCpuPlan", "engine_places", "make_cuda_builder", "write_engine"]
@@ -90,25 +105,47 @@ class OrtCpuPlan:
     def _places(self) -> dict[str, dict[str, Place]]:
         """By graph, what becomes of its weights."""
         as_stored = self._form.products == AS_STORED
-        return {name: places_of(self._graphs.shared(name), as_stored=as_stored, even_rows=name == DENOISER) for name in GRAPH_FILES}
+        return {
+            name: places_of(
+                self._graphs.shared(name), as_stored=as_stored, even_rows=name == DENOISER
+            )
+            for name in GRAPH_FILES
+        }
 
     def keeps(self, record: EngineRecord) -> bool:
-        return bool(record.report.get("dialect") == self._config.dialect and record.report.get("form") == self._form.to_json())
+        return bool(
+            record.report.get("dialect") == self._config.dialect
+            and record.report.get("form") == self._form.to_json()
+        )
 
     def describe(self) -> list[str]:
         bundle = self._bundle
-        how = "weights stay in the bundle" if bundle.dtype == "float32" else f"weights widened from {bundle.dtype} to float32"
+        how = (
+            "weights stay in the bundle"
+            if bundle.dtype == "float32"
+            else f"weights widened from {bundle.dtype} to float32"
+        )
         if bundle.quantization is not None:
             as_stored = self._form.products == AS_STORED
-            few = "integers in few bits are multiplied as they are stored" if as_stored else "quantized ones are expanded by every pass"
+            few = (
+                "integers in few bits are multiplied as they are stored"
+                if as_stored
+                else "quantized ones are expanded by every pass"
+            )
             how = f"{how}; {few}, 4-bit floats are expanded once"
         standard = self._config.dialect == STANDARD
-        experts = "every expert computes every token" if standard else "of experts only the chosen ones compute"
+        experts = (
+            "every expert computes every token"
+            if standard
+            else "of experts only the chosen ones compute"
+        )
         return [f"three optimised graphs, {how}; {experts}; any number of rows, any length"]
 
     @property
     def needed_bytes(self) -> int:
-        written = sum(place.written for places in self._places.values() for place in places.values())
+        written = sum(
+            place.written for places in self._places.values() for place in places.values()
+        )
         return written + sum(self._bundle.files[graph].size for graph in GRAPH_FILES.values())
 
     def build(self, folder: Path, *, report: Report) -> EngineRecord:
@@ -129,7 +166,11 @@ class OrtCpuPlan:
             dtype="float32",
             graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
             weights=weights,
-            holds={name: bundle.data_identity(name) for name, file in weights.items() if file.startswith("engines/")},
+            holds={
+                name: bundle.data_identity(name)
+                for name, file in weights.items()
+                if file.startswith("engines/")
+            },
             files=file_records(folder),
             report={
                 "seconds": round(time.perf_counter() - started, 3),
@@ -144,7 +185,11 @@ class OrtCpuPlan:
         """One engine file; returns the file of the bundle its weights lie in, and its operators."""
         bundle, places = self._bundle, self._places[name]
         own, data = f"engines/{CPU}/{name}{DATA_SUFFIX}", GRAPH_FILES[name] + DATA_SUFFIX
-        located = {weight: (data, place.ref) for weight, place in places.items() if not place.stored and not place.dropped}
+        located = {
+            weight: (data, place.ref)
+            for weight, place in places.items()
+            if not place.stored and not place.dropped
+        }
         if any(place.stored for place in places.values()):
             total, done = sum(place.written for place in places.values()), 0
 
@@ -158,7 +203,9 @@ class OrtCpuPlan:
         top = None if self._config.dialect == STANDARD else bundle.config.num_experts_per_tok
         packed = self._form.experts == PACKED
         model = self._graphs.copied(name)
-        operators = write_engine(model, located, folder / f"{name}.onnx", name=name, top=top, packed=packed)
+        operators = write_engine(
+            model, located, folder / f"{name}.onnx", name=name, top=top, packed=packed
+        )
         return own if (folder / f"{name}{DATA_SUFFIX}").is_file() else data, operators
 
 
@@ -167,8 +214,10 @@ class _Form:
     """How an engine for a CPU computes.
 
     Attributes:
-        products: Of weights in few bits: `as stored`, or `expanded` by every pass; empty where there are none.
-        experts: `packed` or `mapped`, see `experts_are_packed`; empty where every expert computes every token.
+        products: Of weights in few bits: `as stored`, or `expanded` by every pass; empty where
+            there are none.
+        experts: `packed` or `mapped`, see `experts_are_packed`; empty where every expert computes
+            every token.
     """
 
     products: str
@@ -208,12 +257,14 @@ def write_engine(
 
     Args:
         model: The graph as it was recorded; changed.
-        located: For each of its weights the file, relative to the folder the engine will be opened with, and the place in it: float32,
-            and quantized types ONNX Runtime reads. 4-bit floats are expected expanded, and integers that products read as they are
-            stored unsigned, under the weight's name.
+        located: For each of its weights the file, relative to the folder the engine will be opened
+            with, and the place in it: float32, and quantized types ONNX Runtime reads. 4-bit floats
+            are expected expanded, and integers that products read as they are stored unsigned,
+            under the weight's name.
         path: The file to write.
         name: Of the graph, for errors.
-        top: Experts a token chooses, to compute only those; None for the graph as it was recorded, in which all compute.
+        top: Experts a token chooses, to compute only those; None for the graph as it was recorded,
+            in which all compute.
         packed: Whether experts are packed for the product when the engine is opened.
 
     Returns:
@@ -227,10 +278,19 @@ def write_engine(
     show_dequantization(optimised, hidden)
     if top is not None:
         choose_by_topk(optimised)
-        located = read_as_stored(optimised, choose_experts(optimised, located, top, matrices=packed))
-    compute_rows_alike(optimised, [w for w, (_, ref) in located.items() if len(ref.shape) != 2 or ref.dtype != "float32"])
+        located = read_as_stored(
+            optimised, choose_experts(optimised, located, top, matrices=packed)
+        )
+    compute_rows_alike(
+        optimised,
+        [w for w, (_, ref) in located.items() if len(ref.shape) != 2 or ref.dtype != "float32"],
+    )
     for location in {location for location, _ in located.values()}:
-        attach_weights(optimised, {w: ref for w, (where, ref) in located.items() if where == location}, location)
+        attach_weights(
+            optimised,
+            {w: ref for w, (where, ref) in located.items() if where == location},
+            location,
+        )
     path.write_bytes(optimised.SerializeToString())
     return Counter(node.op_type for graph in with_branches(optimised.graph) for node in graph.node)
 
@@ -243,10 +303,13 @@ def engine_places(bundle: Bundle, name: str) -> dict[str, tuple[str, WeightRef]]
 
 def _optimised(model: onnx.ModelProto, scratch: Path, name: str) -> onnx.ModelProto:
     options = session_options()
-    # "Extended" and not "all": the last level lays data out for the CPU at hand, and the engine may run on another.
+    # "Extended" and not "all": the last level lays data out for the CPU at hand, and the engine may
+    # run on another.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(scratch)
-    options.add_session_config_entry("session.disable_quant_qdq", "1")  # inputs are rounded where the graph says, and products stay float32
+    options.add_session_config_entry(
+        "session.disable_quant_qdq", "1"
+    )  # inputs are rounded where the graph says, and products stay float32
     try:
         ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as e:

@@ -93,7 +93,12 @@ class OrtCudaPlan:
         library: dict[str, str],
         compiler: Compile | None,
     ) -> None:
-        self._bundle, self._config, self._library, self._compiler = bundle, config, library, compiler
+        self._bundle, self._config, self._library, self._compiler = (
+            bundle,
+            config,
+            library,
+            compiler,
+        )
         self._graphs = BundleGraphs(bundle)
 
     def keeps(self, record: EngineRecord) -> bool:
@@ -107,7 +112,9 @@ class OrtCudaPlan:
 
     def describe(self) -> list[str]:
         choice = self._choice
-        graphs = f"the three graphs in {self._bundle.dtype}, optimised when they are opened on the GPU"
+        graphs = (
+            f"the three graphs in {self._bundle.dtype}, optimised when they are opened on the GPU"
+        )
         if choice.why:
             return [graphs, f"{'experts':<22}dense: {choice.why}; {DENSE_COST}"]
         if choice.experts == KERNELS:
@@ -250,7 +257,9 @@ class OrtCudaPlan:
         if name == CONTEXT_HEAD:
             return []
         bundle = self._bundle
-        cut = ExpertCut(self._graphs.shared(name), bundle.signatures[name], bundle.config, dtype=bundle.dtype)
+        cut = ExpertCut(
+            self._graphs.shared(name), bundle.signatures[name], bundle.config, dtype=bundle.dtype
+        )
         return [cut.found(number) for number in range(cut.programs - 1)]
 
 

@@ -1,7 +1,7 @@
 """Weights for ONNX Runtime on a CPU: which it reads as they are, and the others written anew into a file of the engine.
 
-Those of half width are widened to float32, 4-bit floats expanded; integers that products read as they are stored
-(`few_bits`) become unsigned, with a scale for each block.
+Those of half width are widened to float32, 4-bit floats expanded; integers that products read as
+they are stored (`few_bits`) become unsigned, with a scale for each block.
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ class Place:
 
     Attributes:
         ref: Where it lies in the bundle's data file.
-        stored: The type the engine's own file has it in; empty where it stays in the bundle or is not needed any more.
+        stored: The type the engine's own file has it in; empty where it stays in the bundle or is
+            not needed any more.
         scales: Of 4-bit floats: places of the block scales and the global scale.
         dropped: Whether it is a scale of such a weight, and goes with it.
-        repeated: Of scales with a place for each block: how many one of them is for, and their shape then.
+        repeated: Of scales with a place for each block: how many one of them is for, and their
+            shape then.
     """
 
     ref: WeightRef
@@ -95,7 +97,11 @@ def places_of(
             out[name] = Place(ref, "float32" if ref.narrow else "")
     for weight, product in products.items():
         *rows, columns = refs[weight].shape
-        out[product.scales] = Place(refs[product.scales], "float32", repeated=(product.repeats, (*rows, columns // product.block)))
+        out[product.scales] = Place(
+            refs[product.scales],
+            "float32",
+            repeated=(product.repeats, (*rows, columns // product.block)),
+        )
     return out
 
 
@@ -109,7 +115,11 @@ def expand_float4(model: onnx.ModelProto) -> None:
         for node in model.graph.node:
             if output in node.input:
                 node.input[:] = [values if name == output else name for name in node.input]
-    gone |= {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in gone}
+    gone |= {
+        node.output[0]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in gone
+    }
     kept = [node for node in model.graph.node if node.output[0] not in gone]
     del model.graph.node[:]
     model.graph.node.extend(kept)
@@ -121,20 +131,27 @@ def expand_float4(model: onnx.ModelProto) -> None:
 def hide_dequantization(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """Makes graph inputs of quantized weights as their products read them, in place, so that an optimiser sees products of floats.
 
-    ONNX Runtime's own passes would move the transpose of a weight in front of its DequantizeLinear, and to do so quantize the whole weight
-    once more in every pass; and they would not fuse that transpose into the product.
+    ONNX Runtime's own passes would move the transpose of a weight in front of its DequantizeLinear,
+    and to do so quantize the whole weight once more in every pass; and they would not fuse that
+    transpose into the product.
 
     Returns:
         The operators that were taken out, for `show_dequantization`.
     """
     refs = weight_refs(model)
-    hidden = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in refs]
+    hidden = [
+        node
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in refs
+    ]
     kept = [node for node in model.graph.node if node not in hidden]
     gone = {name for node in hidden for name in node.input}
     left = [t for t in model.graph.initializer if t.name not in gone]
     for node in hidden:
         shape = list(refs[node.input[0]].shape)
-        model.graph.input.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, shape))
+        model.graph.input.append(
+            onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, shape)
+        )
     del model.graph.node[:], model.graph.initializer[:]
     model.graph.node.extend(kept)
     model.graph.initializer.extend(left)
@@ -154,7 +171,9 @@ def show_dequantization(model: onnx.ModelProto, hidden: Sequence[onnx.NodeProto]
     model.graph.input.extend(inputs)
 
 
-def expand_data(source: Path, target: Path, places: Mapping[str, Place], tick: Callable[[int], None]) -> dict[str, WeightRef]:
+def expand_data(
+    source: Path, target: Path, places: Mapping[str, Place], tick: Callable[[int], None]
+) -> dict[str, WeightRef]:
     """Writes what an engine keeps itself, in pieces; `tick` gets the bytes of each.
 
     Returns:
@@ -190,7 +209,9 @@ def _pieces(data: npt.NDArray[np.uint8], place: Place) -> Iterator[npt.NDArray[A
 def _widened(data: npt.NDArray[np.uint8], ref: WeightRef) -> Iterator[npt.NDArray[np.float32]]:
     count = math.prod(ref.shape)
     for first in range(0, count, _PIECE):
-        part = WeightRef(ref.dtype, (min(_PIECE, count - first),), ref.offset + stored_bytes(ref.dtype, first))
+        part = WeightRef(
+            ref.dtype, (min(_PIECE, count - first),), ref.offset + stored_bytes(ref.dtype, first)
+        )
         yield np.asarray(read_weight(data, part), np.float32)
 
 
@@ -206,7 +227,9 @@ def _repeated(
     step = max(_PIECE // blocks, 1)
     for first in range(0, rows, step):
         here = min(step, rows - first)
-        part = WeightRef(ref.dtype, (here, groups), ref.offset + stored_bytes(ref.dtype, first * groups))
+        part = WeightRef(
+            ref.dtype, (here, groups), ref.offset + stored_bytes(ref.dtype, first * groups)
+        )
         scales = np.asarray(read_weight(data, part), np.float32)
         yield np.ascontiguousarray(np.repeat(scales, repeats, axis=-1)[:, :blocks])
 
@@ -222,9 +245,17 @@ def _expanded_float4(
     step = max(_PIECE // columns, 1)
     for first in range(0, rows, step):
         count = min(step, rows - first)
-        values = read_weight(data, WeightRef(ref.dtype, (count, groups, columns // groups), ref.offset + first * columns // 2))
-        steps = read_weight(data, WeightRef(block.dtype, (count, groups, 1), block.offset + first * groups))
-        # What two DequantizeLinear do: the scale is a product of its own, rounded, before it meets the values.
+        values = read_weight(
+            data,
+            WeightRef(
+                ref.dtype, (count, groups, columns // groups), ref.offset + first * columns // 2
+            ),
+        )
+        steps = read_weight(
+            data, WeightRef(block.dtype, (count, groups, 1), block.offset + first * groups)
+        )
+        # What two DequantizeLinear do: the scale is a product of its own, rounded, before it meets
+        # the values.
         yield values.astype(np.float32) * (steps.astype(np.float32) * shared)
 
 
@@ -232,7 +263,9 @@ def _float4_weights(model: onnx.ModelProto) -> Iterator[tuple[str, str, str, str
     """Of every weight in 4-bit floats: its values, the output that reads them, its block scales and its global scale."""
     code: Any = onnx.TensorProto.FLOAT4E2M1
     narrow = {t.name for t in model.graph.initializer if t.data_type == code}
-    makers = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    makers = {
+        node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"
+    }
     for node in makers.values():
         if node.input[0] in narrow:
             scale = makers[node.input[1]]

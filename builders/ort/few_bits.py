@@ -1,15 +1,18 @@
 """Weights in few bits, for ONNX Runtime on a CPU: multiplied and looked up as they are stored, not expanded by every pass.
 
     product    `com.microsoft.MatMulNBits`: integers of 4 or 8 bits, a scale for 32 of them, and the input rounded to 8 bits
-               for each block of its values, as it comes. Sums are of integers, and several times as fast
+               for each block of its values, as it comes. Sums are of integers, and several times as
+               fast
     embedding  the rows that are asked for are gathered, then expanded
 
-The wider a block, the faster the product: one of 128 takes three quarters of the time of one of 32. But a row's numbers must be its
-own, whatever rows are beside it, and with blocks of 64 and 128 the kernels of ONNX Runtime compute the last row of an odd number
-another way. So wide blocks are for products that always have an even number of rows: those of experts, which `chosen_experts` sees to,
-and those of the denoiser, whose engine is run with one row more where a pass has an odd number of positions (`EVEN_ROWS`). All others
-have blocks of 32. A scale for more weights than a block has is written for each block, which is the same weight. Kernels differ by
-processor, so a build asks the one it runs on (`probe_graph`), and so does whoever opens the engine.
+The wider a block, the faster the product: one of 128 takes three quarters of the time of one of 32.
+But a row's numbers must be its own, whatever rows are beside it, and with blocks of 64 and 128 the
+kernels of ONNX Runtime compute the last row of an odd number another way. So wide blocks are for
+products that always have an even number of rows: those of experts, which `chosen_experts` sees to,
+and those of the denoiser, whose engine is run with one row more where a pass has an odd number of
+positions (`EVEN_ROWS`). All others have blocks of 32. A scale for more weights than a block has is
+written for each block, which is the same weight. Kernels differ by processor, so a build asks the
+one it runs on (`probe_graph`), and so does whoever opens the engine.
 """
 
 from __future__ import annotations
@@ -29,7 +32,15 @@ from twotower.dtypes import DTYPES
 from twotower.product_probe import EVEN_ROWS
 from twotower.weights.refs import WeightRef
 
-__all__ = ["UNSIGNED", "StoredProduct", "from_blocks", "probe_graph", "read_as_stored", "stored_product", "stored_products"]
+__all__ = [
+    "UNSIGNED",
+    "StoredProduct",
+    "from_blocks",
+    "probe_graph",
+    "read_as_stored",
+    "stored_product",
+    "stored_products",
+]
 
 UNSIGNED: Mapping[str, str] = {"int4": "uint4", "int8": "uint8"}
 """How values are stored for the product, by how a bundle stores them: the zero moved to the middle."""
@@ -47,7 +58,8 @@ class StoredProduct:
 
     Attributes:
         scales: The name of its scales.
-        block: Weights that share a scale in the product, and values of an input that are rounded together.
+        block: Weights that share a scale in the product, and values of an input that are rounded
+            together.
         repeats: Blocks that one of the stored scales is for.
     """
 
@@ -67,7 +79,8 @@ def stored_products(
     Args:
         model: The graph as it was recorded.
         refs: Its weights.
-        even_rows: Whether its passes always have an even number of rows. Products of experts have in any case.
+        even_rows: Whether its passes always have an even number of rows. Products of experts have
+            in any case.
     """
     users: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
@@ -77,12 +90,17 @@ def stored_products(
     def multiplied(name: str) -> bool:
         readers = users.get(name, [])
         return bool(readers) and all(
-            node.op_type == "MatMul" or (node.op_type == "Transpose" and multiplied(node.output[0])) for node in readers
+            node.op_type == "MatMul" or (node.op_type == "Transpose" and multiplied(node.output[0]))
+            for node in readers
         )
 
     out = {}
     for node in model.graph.node:
-        if node.op_type != "DequantizeLinear" or node.input[0] not in refs or not multiplied(node.output[0]):
+        if (
+            node.op_type != "DequantizeLinear"
+            or node.input[0] not in refs
+            or not multiplied(node.output[0])
+        ):
             continue
         ref = refs[node.input[0]]
         group = next((a.i for a in node.attribute if a.name == "block_size"), 0) or ref.shape[-1]
@@ -94,7 +112,9 @@ def stored_products(
 
 def _as_blocks(ref: WeightRef, blocks: int) -> WeightRef:
     """How a product wants to be told of an unsigned matrix [out, in]: bytes [out, blocks, bytes of a block]."""
-    return WeightRef("uint8", (ref.shape[0], blocks, ref.nbytes // (ref.shape[0] * blocks)), ref.offset)
+    return WeightRef(
+        "uint8", (ref.shape[0], blocks, ref.nbytes // (ref.shape[0] * blocks)), ref.offset
+    )
 
 
 def from_blocks(model: onnx.ModelProto, located: Located) -> dict[str, tuple[str, WeightRef]]:
@@ -114,7 +134,10 @@ def from_blocks(model: onnx.ModelProto, located: Located) -> dict[str, tuple[str
     for name, width in bits.items():
         file, ref = located[name]
         rows, blocks, size = ref.shape
-        out[name] = (file, WeightRef(f"uint{width}", (rows, blocks * size * 8 // width), ref.offset))
+        out[name] = (
+            file,
+            WeightRef(f"uint{width}", (rows, blocks * size * 8 // width), ref.offset),
+        )
     return out
 
 
@@ -122,8 +145,8 @@ def read_as_stored(model: onnx.ModelProto, located: Located) -> dict[str, tuple[
     """Writes products and lookups so that they read weights in few bits, in place, branches included.
 
     Args:
-        model: An optimised graph, its weights outside and their expansion in it. Those in unsigned types must be expanded for
-            products of matrices only.
+        model: An optimised graph, its weights outside and their expansion in it. Those in unsigned
+            types must be expanded for products of matrices only.
         located: The place of each of its weights.
 
     Returns:
@@ -132,18 +155,30 @@ def read_as_stored(model: onnx.ModelProto, located: Located) -> dict[str, tuple[
     blocks: dict[str, int] = {}
     for graph in with_branches(model.graph):
         blocks |= _rewrite(graph, located)
-    if any(located[name][1].shape[-1] > NARROW_BLOCK * count and not is_slice(name) for name, count in blocks.items()):
+    if any(
+        located[name][1].shape[-1] > NARROW_BLOCK * count and not is_slice(name)
+        for name, count in blocks.items()
+    ):
         helper.set_model_props(model, {EVEN_ROWS: "1"})
-    return {name: (file, _as_blocks(ref, blocks[name]) if name in blocks else ref) for name, (file, ref) in located.items()}
+    return {
+        name: (file, _as_blocks(ref, blocks[name]) if name in blocks else ref)
+        for name, (file, ref) in located.items()
+    }
 
 
 def _rewrite(graph: onnx.GraphProto, places: Located) -> dict[str, int]:
     """Writes one graph so; returns the blocks of a row of each matrix that its products read."""
     blocks: dict[str, int] = {}
-    readers = {n.output[0]: n for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in places}
+    readers = {
+        n.output[0]: n
+        for n in graph.node
+        if n.op_type == "DequantizeLinear" and n.input[0] in places
+    }
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
-        reader = readers.get(node.input[1] if node.op_type in _PRODUCTS else node.input[0] if node.input else "")
+        reader = readers.get(
+            node.input[1] if node.op_type in _PRODUCTS else node.input[0] if node.input else ""
+        )
         if reader is None:
             nodes.append(node)
         elif node.op_type in _PRODUCTS and places[reader.input[0]][1].dtype in UNSIGNED.values():
@@ -155,7 +190,9 @@ def _rewrite(graph: onnx.GraphProto, places: Located) -> dict[str, int]:
             nodes.append(node)
     read = {name for node in nodes for name in node.input}
     del graph.node[:]
-    graph.node.extend(node for node in nodes if node.output[0] not in readers or node.output[0] in read)
+    graph.node.extend(
+        node for node in nodes if node.output[0] not in readers or node.output[0] in read
+    )
     return blocks
 
 
@@ -164,7 +201,9 @@ def _product(node: onnx.NodeProto, reader: onnx.NodeProto, places: Located) -> o
     assert attributes.get("transB") == 1 and attributes.get("alpha", 1.0) == 1.0, node.name
     (_, ref), (_, scales) = (places[name] for name in reader.input[:2])
     block = ref.shape[-1] // scales.shape[-1]
-    return stored_product([node.input[0], *reader.input[:2]], node.output[0], ref, block=block, name=node.name)
+    return stored_product(
+        [node.input[0], *reader.input[:2]], node.output[0], ref, block=block, name=node.name
+    )
 
 
 def stored_product(
@@ -178,7 +217,8 @@ def stored_product(
     """A product of an input [..,K] with an unsigned matrix [N,K], to [..,N].
 
     Args:
-        inputs: Names of the input, of the bytes of the matrix [N,K/block,bytes of a block] and of its scales [N,K/block].
+        inputs: Names of the input, of the bytes of the matrix [N,K/block,bytes of a block] and of
+            its scales [N,K/block].
         output: The name of the result.
         ref: The matrix.
         block: Weights that share a scale, and values of the input that are rounded together.
@@ -199,7 +239,9 @@ def stored_product(
     )
 
 
-def _lookup(node: onnx.NodeProto, reader: onnx.NodeProto, ref: WeightRef) -> Iterator[onnx.NodeProto]:
+def _lookup(
+    node: onnx.NodeProto, reader: onnx.NodeProto, ref: WeightRef
+) -> Iterator[onnx.NodeProto]:
     """Rows of a table [V,D] of which each has a scale, exactly as if all were expanded; others as they were."""
     axis = {a.name: a.i for a in reader.attribute}
     if ref.dtype != "int8" or axis.get("axis", 1) != 0 or axis.get("block_size", 0) != 0:
@@ -207,12 +249,20 @@ def _lookup(node: onnx.NodeProto, reader: onnx.NodeProto, ref: WeightRef) -> Ite
         return
     out, ids = node.output[0], node.input[1]
     names = {part: f"{out}/{part}" for part in ("values", "wide", "scales", "last", "scale")}
-    yield helper.make_node("Gather", [reader.input[0], ids], [names["values"]], name=f"{node.name}/values", axis=0)
-    yield helper.make_node("Cast", [names["values"]], [names["wide"]], name=f"{node.name}/wide", to=TensorProto.FLOAT)
-    yield helper.make_node("Gather", [reader.input[1], ids], [names["scales"]], name=f"{node.name}/scales", axis=0)
+    yield helper.make_node(
+        "Gather", [reader.input[0], ids], [names["values"]], name=f"{node.name}/values", axis=0
+    )
+    yield helper.make_node(
+        "Cast", [names["values"]], [names["wide"]], name=f"{node.name}/wide", to=TensorProto.FLOAT
+    )
+    yield helper.make_node(
+        "Gather", [reader.input[1], ids], [names["scales"]], name=f"{node.name}/scales", axis=0
+    )
     last = numpy_helper.from_array(np.array([-1], np.int64))
     yield helper.make_node("Constant", [], [names["last"]], name=f"{node.name}/last", value=last)
-    yield helper.make_node("Unsqueeze", [names["scales"], names["last"]], [names["scale"]], name=f"{node.name}/scale")
+    yield helper.make_node(
+        "Unsqueeze", [names["scales"], names["last"]], [names["scale"]], name=f"{node.name}/scale"
+    )
     yield helper.make_node("Mul", [names["wide"], names["scale"]], [out], name=node.name)
 
 

@@ -17,8 +17,8 @@ would not do: MoE weighs by softmax alone, and QMoE's `router_weights` has the t
 and is not read by CUDA kernels (docs/gpu-runtime.md).
 
 Stacks [E,out,in] are what both operators read, so float ones stay in the bundle. Integers have to
-be unsigned; they are written anew (`engine_weights`), and the operator lays them out for the GPU when
-a session is opened.
+be unsigned; they are written anew (`engine_weights`), and the operator lays them out for the GPU
+when a session is opened.
 """
 
 from __future__ import annotations

@@ -19,9 +19,10 @@ _PRODUCTS = ("MatMul", "FusedMatMul")
 def experts_are_packed(weight_bytes: int, memory: int) -> bool:
     """Whether experts are packed for the product when an engine is opened: twice as fast, and a copy in anonymous memory.
 
-    They are where all weights take half of the memory or less; else they are read where they lie, in the mapped file. All other
-    matrices always are packed. A packed product is cut into sums of its own in one way only; one that is not packed in a way that
-    depends on the columns each thread computes, where these are fewer than 128: a router has so few, an expert has not.
+    They are where all weights take half of the memory or less; else they are read where they lie,
+    in the mapped file. All other matrices always are packed. A packed product is cut into sums of
+    its own in one way only; one that is not packed in a way that depends on the columns each thread
+    computes, where these are fewer than 128: a router has so few, an expert has not.
 
     Args:
         weight_bytes: Of the three engines of a bundle, float32.
@@ -51,7 +52,9 @@ def compute_rows_alike(model: onnx.ModelProto, weights: Sequence[str]) -> None:
 
 def _doubled(graph: onnx.GraphProto, weights: set[str], two: str) -> bool:
     nodes: list[onnx.NodeProto] = []
-    readers = {n.output[0] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in weights}
+    readers = {
+        n.output[0] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in weights
+    }
     for node in graph.node:
         nodes.append(node)
         if node.op_type not in _PRODUCTS or node.input[1] not in weights | readers:

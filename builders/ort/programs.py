@@ -118,7 +118,9 @@ def _cut(graphs: BundleGraphs, name: str) -> ExpertCut | None:
     if name == CONTEXT_HEAD:
         return None
     bundle = graphs.bundle
-    return ExpertCut(graphs.shared(name), bundle.signatures[name], bundle.config, dtype=bundle.dtype)
+    return ExpertCut(
+        graphs.shared(name), bundle.signatures[name], bundle.config, dtype=bundle.dtype
+    )
 
 
 def _counted(model: onnx.ModelProto) -> dict[str, int]:

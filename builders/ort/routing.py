@@ -1,6 +1,7 @@
 """A router's choice as ONNX Runtime computes it best: with TopK, where the exported graph compares all pairs of experts.
 
-Comparing pairs is part of one kernel on a GPU (`export/graphs/layers.py`); on a CPU it is a value for each pair of experts and token.
+Comparing pairs is part of one kernel on a GPU (`export/graphs/layers.py`); on a CPU it is a value
+for each pair of experts and token.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ Makers = Mapping[str, onnx.NodeProto]
 def choose_by_topk(model: onnx.ModelProto) -> None:
     """Rewrites every choice of the first `k` of values [C,N] along their first axis, in place.
 
-    Of equal values the one that comes first is chosen, with either. Where a value is not a number, comparisons chose all and
-    TopK chooses `k`.
+    Of equal values the one that comes first is chosen, with either. Where a value is not a number,
+    comparisons chose all and TopK chooses `k`.
     """
     nodes = list(model.graph.node)
     makers = {name: node for node in nodes for name in node.output}
@@ -51,7 +52,11 @@ def _compared_in_pairs(less: onnx.NodeProto, makers: Makers) -> str | None:
         return None
     values, mine = node.input
     turned = makers.get(mine)
-    return values if turned is not None and turned.op_type == "Unsqueeze" and turned.input[0] == values else None
+    return (
+        values
+        if turned is not None and turned.op_type == "Unsqueeze" and turned.input[0] == values
+        else None
+    )
 
 
 def _topk(less: onnx.NodeProto, values: str, k: int) -> list[onnx.NodeProto]:

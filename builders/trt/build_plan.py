@@ -34,7 +34,16 @@ from twotower.builders.trt.engine_plan import EnginePlan, plan_key
 from twotower.builders.trt.make_engine import EngineMaker
 from twotower.builders.trt.pieces import Piece, least_build_memory, pieces_of, sum_float32_products
 from twotower.builders.weight_inputs import WeightPlaces, place_weights
-from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineFile, EngineLimits, EngineRecord, FileRecord, Step
+from twotower.bundle import (
+    DATA_SUFFIX,
+    GRAPH_FILES,
+    Bundle,
+    EngineFile,
+    EngineLimits,
+    EngineRecord,
+    FileRecord,
+    Step,
+)
 from twotower.errors import BuildError
 from twotower.graph_lint import require_clean
 from twotower.hardware import Machine, untried
@@ -95,7 +104,9 @@ class TensorRTPlan:
             BuildError: the library does not build for what is asked for.
         """
         longest = self._bundle.config.max_position_embeddings
-        capacity = cache_capacity(self.config.max_context or min(DEFAULT_MAX_CONTEXT, longest), longest)
+        capacity = cache_capacity(
+            self.config.max_context or min(DEFAULT_MAX_CONTEXT, longest), longest
+        )
         return EngineLimits(capacity, self.config.max_batch, self._capabilities(self.config).sms)
 
     @cached_property
@@ -118,14 +129,24 @@ class TensorRTPlan:
 
     def keeps(self, record: EngineRecord) -> bool:
         """Whether sound engines that are already there are what is asked for."""
-        if record.report.get("choice_of_experts") != self.choice.to_json() or record.limits != self.limits:
+        if (
+            record.report.get("choice_of_experts") != self.choice.to_json()
+            or record.limits != self.limits
+        ):
             return False
         if expands_experts(record) and not self.config.allow_expanded:
             return False
-        made = [(e.file, e.layers, set(e.constants)) for parts in record.engines.values() for e in parts]
-        wanted = [(plan.engine.file, plan.engine.layers, set(plan.engine.constants)) for plan in self.engines]
+        made = [
+            (e.file, e.layers, set(e.constants)) for parts in record.engines.values() for e in parts
+        ]
+        wanted = [
+            (plan.engine.file, plan.engine.layers, set(plan.engine.constants))
+            for plan in self.engines
+        ]
         experts = [step for steps in record.experts.values() for step in steps]
-        if made != wanted or experts != [plan.experts for plan in self.engines if plan.experts is not None]:
+        if made != wanted or experts != [
+            plan.experts for plan in self.engines if plan.experts is not None
+        ]:
             return False
         code = {"source": kernel_source(), "sms": list(self.kernel_sms)}
         if any(about | code != about for about in record.report.get("experts", {}).values()):
@@ -134,7 +155,9 @@ class TensorRTPlan:
 
     def describe(self) -> list[str]:
         """What a build would do, a line each, without doing any of it."""
-        for_what = ", ".join(f"SM {sm}" for sm in self.limits.sms) or "the library's own set of GPUs"
+        for_what = (
+            ", ".join(f"SM {sm}" for sm in self.limits.sms) or "the library's own set of GPUs"
+        )
         rows = f"up to {self.limits.max_batch} rows, {self.limits.capacity} positions of keys and values"
         lines = [f"for         {for_what}; {self._bundle.dtype}; {rows}"]
         uses = Counter(plan.engine.file for plan in self.engines)
@@ -142,7 +165,9 @@ class TensorRTPlan:
         if experts := sum(plan.experts is not None for plan in self.engines):
             sms = ", ".join(map(str, self.kernel_sms))
             self._require_compiler()
-            lines.append(f"{'experts':<22}{experts} layers of experts between programs; kernels for SM {sms}")
+            lines.append(
+                f"{'experts':<22}{experts} layers of experts between programs; kernels for SM {sms}"
+            )
         if self.choice.why:
             lines.append(f"{'experts':<22}dense: {self.choice.why}; {DENSE_COST}")
         return lines
@@ -152,7 +177,12 @@ class TensorRTPlan:
         """Disk space the engines will take."""
         _ = self.limits  # what cannot be built is said before space is asked for
         cache = self._cache
-        shared = cache is not None and not self.config.force and self.config.cache is None and cache.folder.is_dir()
+        shared = (
+            cache is not None
+            and not self.config.force
+            and self.config.cache is None
+            and cache.folder.is_dir()
+        )
         if any(plan.experts is not None for plan in self.engines):
             self._require_compiler()
         found = cache.find if shared and cache is not None else lambda key: None
@@ -164,7 +194,9 @@ class TensorRTPlan:
         if self._cache is not None:
             self._cache.prepare()
         if self._machine.rtx_any_sm and self._flavour.sms:
-            logger.warning("%s", untried(self._machine.rtx_any_sm, [gpu.sm for gpu in self._machine.gpus]))
+            logger.warning(
+                "%s", untried(self._machine.rtx_any_sm, [gpu.sm for gpu in self._machine.gpus])
+            )
         self._require_memory()
         code, about_code = compile_code(
             [plan.experts for plan in self.engines if plan.experts is not None],
@@ -181,7 +213,11 @@ class TensorRTPlan:
             dtype=self._bundle.dtype,
             graphs={name: self._bundle.program_identity(name) for name in GRAPH_FILES},
             weights={name: GRAPH_FILES[name] + DATA_SUFFIX for name in GRAPH_FILES},
-            holds={plan.graph: self._bundle.data_identity(plan.graph) for plan in self.engines if plan.engine.constants},
+            holds={
+                plan.graph: self._bundle.data_identity(plan.graph)
+                for plan in self.engines
+                if plan.engine.constants
+            },
             files=files | code,
             report={
                 "seconds": round(time.perf_counter() - started, 2),
@@ -196,7 +232,9 @@ class TensorRTPlan:
 
     def _made(self, folder: Path, report: Report) -> tuple[dict[str, FileRecord], dict[str, Any]]:
         """Builds every engine, or takes it from the cache; what each is and what its build observed."""
-        maker = EngineMaker(self._bundle, folder, self._cache, force=self.config.force, report=report)
+        maker = EngineMaker(
+            self._bundle, folder, self._cache, force=self.config.force, report=report
+        )
         files: dict[str, FileRecord] = {}
         facts: dict[str, Any] = {}
         for plan in _distinct(self.engines):
@@ -218,22 +256,37 @@ class TensorRTPlan:
         first, end = plan.engine.layers
         layers = f"layers {first} to {end - 1}; " if end > first else ""
         what = f"{count} programs; " if count > 1 else layers
-        cost = "in the cache" if self._cached(plan) else f"about {_gigabytes(plan.build_memory)} of memory to build"
+        cost = (
+            "in the cache"
+            if self._cached(plan)
+            else f"about {_gigabytes(plan.build_memory)} of memory to build"
+        )
         return f"{plan.engine.file:<22}{what}{_described(plan.places)}{cost}; profiles {shapes}"
 
     def _cached(self, plan: EnginePlan) -> bool:
-        return self._cache is not None and not self.config.force and self._cache.find(plan.key) is not None
+        return (
+            self._cache is not None
+            and not self.config.force
+            and self._cache.find(plan.key) is not None
+        )
 
     def _require_memory(self) -> None:
         """Refuses a build that does not fit this machine's memory, or the bound that was given."""
-        needed = {plan.engine.file: plan.build_memory for plan in self.engines if not self._cached(plan)}
+        needed = {
+            plan.engine.file: plan.build_memory for plan in self.engines if not self._cached(plan)
+        }
         programs = self.config.experts == KERNELS
         if programs:
             require_bound(needed, self.config.max_build_memory)
             least = max(plan.build_memory for plan in self.engines)
         else:
             least = least_build_memory(self._graphs, self.config.weights)
-        require_build_memory(needed, least=least, available=self._machine.available, bound=self.config.max_build_memory)
+        require_build_memory(
+            needed,
+            least=least,
+            available=self._machine.available,
+            bound=self.config.max_build_memory,
+        )
 
     def _require_compiler(self) -> None:
         if self._compiler is None:
@@ -247,7 +300,9 @@ class TensorRTPlan:
         sms = self._capabilities(config).sms or BUILDABLE_SMS
         if not (self._flavour.sms and self._machine.rtx_any_sm):
             return sms
-        return tuple(sorted({*sms, *(gpu.sm for gpu in self._machine.gpus if gpu.sm in BUILDABLE_SMS)}))
+        return tuple(
+            sorted({*sms, *(gpu.sm for gpu in self._machine.gpus if gpu.sm in BUILDABLE_SMS)})
+        )
 
     def _planned(self) -> Iterator[EnginePlan]:
         chosen = self._capabilities(self.config)
@@ -256,7 +311,9 @@ class TensorRTPlan:
         sizes = {"T": self.limits.capacity, "S": self._bundle.trained_block_size}
         for piece in pieces_of(self._graphs, self.config, sizes):
             if piece.experts is not None:
-                require_kernels(piece.experts, self.kernel_sms, max_tokens=self.limits.max_batch * MAX_CHUNK)
+                require_kernels(
+                    piece.experts, self.kernel_sms, max_tokens=self.limits.max_batch * MAX_CHUNK
+                )
             plan = self._engine(piece, chosen, gpu)
             known = files[piece.graph]
             file = known.setdefault(plan.key, piece.name or f"{piece.graph}.{len(known)}.engine")
@@ -267,16 +324,30 @@ class TensorRTPlan:
         bundle, made = self._bundle, piece.segment
         if chosen.half_only:
             sum_float32_products(made.model)
-        notes, operators = _notes(made.model, piece), Counter(node.op_type for node in made.model.graph.node)
+        notes, operators = (
+            _notes(made.model, piece),
+            Counter(node.op_type for node in made.model.graph.node),
+        )
         places = place_weights(made.model, self.config.weights)
         if places.inside:
             bundle.require_weights(f"an engine that holds weights ({piece.name or piece.graph})")
         model, names = made.model, dict[str, str]()
         if piece.shared_from is not None:
             model, names = common_form(made.model, piece.shared_from)
-        shapes = profiles(piece.graph, max_batch=self.limits.max_batch, block_size=bundle.trained_block_size)
+        shapes = profiles(
+            piece.graph, max_batch=self.limits.max_batch, block_size=bundle.trained_block_size
+        )
         constants = tuple(places.inside)
-        engine = EngineFile(piece.name, made.layers, made.inputs, made.outputs, shapes, places.inputs, constants, names)
+        engine = EngineFile(
+            piece.name,
+            made.layers,
+            made.inputs,
+            made.outputs,
+            shapes,
+            places.inputs,
+            constants,
+            names,
+        )
         job, data = self._job(engine, chosen), model.SerializeToString()
         holds = bundle.data_identity(piece.graph) if places.inside else ""
         return EnginePlan(
@@ -294,11 +365,15 @@ class TensorRTPlan:
 
     def _job(self, engine: EngineFile, chosen: Capabilities) -> dict[str, Any]:
         target = self._flavour.target
-        timings = None if self._flavour.sms else str(self._bundle.path / "engines" / f".{target}.timing")
+        timings = (
+            None if self._flavour.sms else str(self._bundle.path / "engines" / f".{target}.timing")
+        )
         described = engine.to_json()
         return {
             "target": target,
-            "inputs": [[engine.own(name), dtype, axes] for name, dtype, axes in described["inputs"]],
+            "inputs": [
+                [engine.own(name), dtype, axes] for name, dtype, axes in described["inputs"]
+            ],
             "profiles": described["profiles"],
             "sms": list(chosen.named),
             "current": chosen.current,
@@ -309,7 +384,10 @@ class TensorRTPlan:
     def _gpu(self) -> GpuIdentity | None:
         """The GPU a library that builds for the one at hand builds for: the driver's first."""
         return next(
-            (GpuIdentity(name=gpu.name, sm=gpu.sm, driver=self._machine.driver) for gpu in self._machine.gpus),
+            (
+                GpuIdentity(name=gpu.name, sm=gpu.sm, driver=self._machine.driver)
+                for gpu in self._machine.gpus
+            ),
             None,
         )
 
@@ -326,7 +404,8 @@ def _steps(plans: Iterable[EnginePlan]) -> dict[str, tuple[Step, ...]]:
 def _same_keys(record: EngineRecord, plans: Iterable[EnginePlan]) -> bool:
     """Whether a build would make just these engines: another version of twotower may cut or configure differently.
 
-    Not asked of an engine for the GPU at hand: its key holds the driver, and an engine outlives a driver.
+    Not asked of an engine for the GPU at hand: its key holds the driver, and an engine outlives a
+    driver.
     """
     observed = record.report.get("engines", {})
     return all(observed.get(plan.engine.file, {}).get("key") == plan.key for plan in plans)
@@ -344,7 +423,9 @@ def _notes(model: onnx.ModelProto, piece: Piece) -> tuple[dict[str, str], ...]:
     """What the very graph TensorRT is given costs there; an error in it refuses the build."""
     do = "export the checkpoint again with this version of twotower (docs/graph-rules.md explains each rule)"
     what = f"the graph of {piece.name or piece.graph}"
-    return tuple(n.to_json() for n in require_clean(model, what, error=BuildError, do=do, fixed=True))
+    return tuple(
+        n.to_json() for n in require_clean(model, what, error=BuildError, do=do, fixed=True)
+    )
 
 
 def _described(places: WeightPlaces) -> str:

@@ -22,7 +22,9 @@ HALF_ONLY_SM = 75
 
 _OTHER = "choose others with --sm; for Hopper and data-centre Blackwell use `--target trt` or `--target ort-cuda`"
 _AT_HAND = "build on the machine that will run it, or use `--target rtx`, which builds ahead of time for RTX GPUs"
-_FORMATS = "leave it out of --sm, or quantize with a recipe of formats it has (docs/quantization.md)"
+_FORMATS = (
+    "leave it out of --sm, or quantize with a recipe of formats it has (docs/quantization.md)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +99,17 @@ def _formats_of_programs(bundle: Bundle, config: BuildConfig) -> tuple[WeightFor
     if config.experts != KERNELS:
         return bundle.formats
     kinds = (bundle.quantization or {}).get("recipe", {}).get("weights", {})
-    names = {name for kind, name in kinds.items() if kind not in (Role.ROUTED_EXPERT.value, Role.SHARED_EXPERT.value)}
+    names = {
+        name
+        for kind, name in kinds.items()
+        if kind not in (Role.ROUTED_EXPERT.value, Role.SHARED_EXPERT.value)
+    }
     return tuple(f for f in bundle.formats if f.name in names)
 
 
-def _require_formats(bundle: Bundle, sms: tuple[int, ...], formats: tuple[WeightFormat, ...]) -> None:
+def _require_formats(
+    bundle: Bundle, sms: tuple[int, ...], formats: tuple[WeightFormat, ...]
+) -> None:
     old = [sm for sm in sms if sm < max((f.first_sm for f in formats), default=0)]
     if old:
         raise BuildError(

@@ -38,13 +38,30 @@ def main(job_file: str) -> int:
     log = BuildLog()
     try:
         graph = (Path(job["graph"]).read_bytes(), Path(job["beside"]))
-        plan, facts = build_network(builder.flavour, graph, options_from_job(job), log=log, tick=_tick)
+        plan, facts = build_network(
+            builder.flavour, graph, options_from_job(job), log=log, tick=_tick
+        )
         _write(Path(job["output"]), plan)
     except TwoTowerError as e:
         refused = not isinstance(e.__cause__, OSError)
-        _say({"error": {"what": e.what, "found": e.found, "do": e.do}, "refused": refused, "log": log.to_json()})
+        _say(
+            {
+                "error": {"what": e.what, "found": e.found, "do": e.do},
+                "refused": refused,
+                "log": log.to_json(),
+            }
+        )
         return 2
-    _say({"done": {**facts, "bytes": plan.nbytes, "peak_memory": _peak_memory(), "log": log.to_json()}})
+    _say(
+        {
+            "done": {
+                **facts,
+                "bytes": plan.nbytes,
+                "peak_memory": _peak_memory(),
+                "log": log.to_json(),
+            }
+        }
+    )
     # The engine is written and reported: whatever the inspector does now cannot lose it.
     profiles = len(job["profiles"])
     _say({"inspected": inspect_plan(builder.flavour, plan, probe_machine(), profiles=profiles)})
@@ -55,7 +72,10 @@ def options_from_job(job: dict[str, Any]) -> NetworkOptions:
     """What `TensorRTBuilder` wrote into a job, read back."""
     return NetworkOptions(
         inputs=tuple(TensorSpec(name, dtype, tuple(axes)) for name, dtype, axes in job["inputs"]),
-        profiles=tuple(Profile(p["name"], {k: (v[0], v[1], v[2]) for k, v in p["axes"].items()}) for p in job["profiles"]),
+        profiles=tuple(
+            Profile(p["name"], {k: (v[0], v[1], v[2]) for k, v in p["axes"].items()})
+            for p in job["profiles"]
+        ),
         sms=tuple(job["sms"]),
         current=bool(job.get("current")),
         dtype=job["dtype"],
@@ -101,7 +121,9 @@ def _tick(phase: str, step: int, steps: int) -> bool:
 
 def _die_with(parent: int) -> None:
     """Lets no build outlive the process that wanted it. Where the system cannot promise that, the closed pipe ends it a step later."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its child itself
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent ends its child itself
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before this was set

@@ -13,7 +13,9 @@ Cuts = tuple[tuple[int, int], ...]
 """Groups of consecutive layers: for each its first layer and the one after its last."""
 
 
-def tower_cuts(weights: Sequence[int], held: LayerBytes, *, segments: int = 1, bound: int | None = None) -> Cuts:
+def tower_cuts(
+    weights: Sequence[int], held: LayerBytes, *, segments: int = 1, bound: int | None = None
+) -> Cuts:
     """The engines a graph becomes.
 
     Args:
@@ -31,7 +33,9 @@ def tower_cuts(weights: Sequence[int], held: LayerBytes, *, segments: int = 1, b
         return ((0, len(weights)),) if bound is None else cut_layers(held, bound)
     cuts = even_layers(weights, segments)
     for first, end in cuts:
-        needed = build_memory(held.between(first, end), end - first, largest_packed=held.largest_packed)
+        needed = build_memory(
+            held.between(first, end), end - first, largest_packed=held.largest_packed
+        )
         if bound is not None and needed > bound:
             raise BuildError(
                 f"layers {first} to {end - 1} cannot be built in so little memory",
@@ -44,7 +48,8 @@ def tower_cuts(weights: Sequence[int], held: LayerBytes, *, segments: int = 1, b
 def cut_layers(held: LayerBytes, bound: int) -> Cuts:
     """As few groups as can be of layers whose build needs at most `bound` bytes of memory.
 
-    Greedy from the front: no cut into fewer groups exists, because each group is as long as it may be.
+    Greedy from the front: no cut into fewer groups exists, because each group is as long as it may
+    be.
 
     Raises:
         BuildError: a single layer needs more already.

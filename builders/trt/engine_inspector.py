@@ -1,6 +1,7 @@
 """What an engine became: the program of an RTX plan, or layers as TensorRT's inspector tells them on a GPU (never run).
 
-Engines whose passes expand stacked experts in device memory are refused: they are slower than float ones.
+Engines whose passes expand stacked experts in device memory are refused: they are slower than float
+ones.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from twotower.tensorrt_library import Flavour
 __all__ = ["expands_experts", "inspect_plan", "require_fused", "summarize_layers"]
 
 
-def inspect_plan(flavour: Flavour, plan: Any, machine: Machine, *, profiles: int | None = None) -> dict[str, Any]:
+def inspect_plan(
+    flavour: Flavour, plan: Any, machine: Machine, *, profiles: int | None = None
+) -> dict[str, Any]:
     """What a serialized engine runs, or under `why_not` the reason that is not known.
 
     Of TensorRT for RTX it is kernels, memory and fusions of every profile (`summarize_programs`);
@@ -51,13 +54,20 @@ def _loaded(flavour: Flavour, plan: Any, machine: Machine) -> dict[str, Any]:
     if not machine.gpus:
         return {"why_not": "no GPU: the inspector reads an engine that was loaded on one"}
     if machine.gpus[0].memory < 2 * plan.nbytes:
-        return {"why_not": f"the engine may not fit this GPU's {machine.gpus[0].memory / 1e9:.1f} GB"}
+        return {
+            "why_not": f"the engine may not fit this GPU's {machine.gpus[0].memory / 1e9:.1f} GB"
+        }
     log = BuildLog()
     try:
         engine = trt.Runtime(make_logger(trt, log)).deserialize_cuda_engine(plan)
         if engine is None:
-            return {"why_not": "; ".join(log.errors()[-2:]) or "the library does not load the engine on this GPU"}
-        text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+            return {
+                "why_not": "; ".join(log.errors()[-2:])
+                or "the library does not load the engine on this GPU"
+            }
+        text = engine.create_engine_inspector().get_engine_information(
+            trt.LayerInformationFormat.JSON
+        )
         return summarize_layers(json.loads(text))
     except (AttributeError, RuntimeError, MemoryError, TypeError, ValueError) as e:
         return {"why_not": f"{type(e).__name__}: {e}"}
@@ -82,20 +92,24 @@ def _output_type(layer: dict[str, Any]) -> str:
 
 def expands_experts(record: EngineRecord) -> bool:
     """Whether a pass of any of the engines writes stacked experts to device memory, as far as their programs were read."""
-    return any(_stacks(program) for facts in record.report.get("engines", {}).values() for program in _programs(facts))
+    return any(
+        _stacks(program)
+        for facts in record.report.get("engines", {}).values()
+        for program in _programs(facts)
+    )
 
 
 def require_fused(engine: EngineFile, facts: Mapping[str, Any], *, readable: bool = False) -> None:
     """Refuses an engine that writes a dequantized copy of stacked experts to device memory in every pass.
 
-    Such a pass reads the experts in few bits, writes them at full width and reads them again: more bytes than
-    the float experts have.
+    Such a pass reads the experts in few bits, writes them at full width and reads them again: more
+    bytes than the float experts have.
 
     Args:
         engine: The engine.
         facts: What its build observed.
-        readable: Whether its program can be read without a GPU. One that holds experts and was not read is then
-            refused too: nobody would know. Otherwise it is let through.
+        readable: Whether its program can be read without a GPU. One that holds experts and was not
+            read is then refused too: nobody would know. Otherwise it is let through.
 
     Raises:
         BuildError: it does.
@@ -108,7 +122,9 @@ def require_fused(engine: EngineFile, facts: Mapping[str, Any], *, readable: boo
             do="build with the version of TensorRT for RTX that twotower asks for, or add --allow-expanded",
         )
     programs = [(p, _stacks(p)) for p in _programs(facts)]
-    program, stacks = max(programs, key=lambda found: sum(w["nbytes"] for w in found[1]), default=({}, []))
+    program, stacks = max(
+        programs, key=lambda found: sum(w["nbytes"] for w in found[1]), default=({}, [])
+    )
     if not stacks:
         return
     layers, first = len({w["scope"] for w in stacks}), stacks[0]

@@ -49,7 +49,9 @@ class EnginePlan:
     def build_memory(self) -> int:
         """Bytes of memory its build needs at its peak."""
         first, end = self.engine.layers
-        return build_memory(self.places.inside_bytes, end - first, largest_packed=self.places.largest_packed)
+        return build_memory(
+            self.places.inside_bytes, end - first, largest_packed=self.places.largest_packed
+        )
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +60,14 @@ class EnginePlan:
         return self.places.inside_bytes * 101 // 100 + program_bytes(self.graph, end - first)
 
 
-def plan_key(job: dict[str, Any], model: bytes, *, holds: str, library: dict[str, str], gpu: GpuIdentity | None) -> str:
+def plan_key(
+    job: dict[str, Any],
+    model: bytes,
+    *,
+    holds: str,
+    library: dict[str, str],
+    gpu: GpuIdentity | None,
+) -> str:
     """The key of the engine a job makes; see `cache_keys`. `holds` is SHA-256 of the weights it holds some of, or empty."""
     identity = EngineIdentity(
         graph=hashlib.sha256(model).hexdigest(),

@@ -30,7 +30,9 @@ class CrashedError(RefusedError, BuildAbortedError):
     """The library crashed over a graph: it is kept like one that was refused, but may yet build."""
 
 
-def run_job(job: dict[str, Any], scratch: Path, *, tick: Callable[[str, int, int], None]) -> dict[str, Any]:
+def run_job(
+    job: dict[str, Any], scratch: Path, *, tick: Callable[[str, int, int], None]
+) -> dict[str, Any]:
     """Builds one engine in a child process, which dies with this call.
 
     Args:
@@ -52,7 +54,13 @@ def run_job(job: dict[str, Any], scratch: Path, *, tick: Callable[[str, int, int
     paths = os.pathsep.join(filter(None, (_root(), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "twotower.builders.trt.child", str(file)]
     with (scratch / "stderr.txt").open("w+b") as errors:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "PYTHONPATH": paths})
+        child = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
         try:
             result = _followed(child, tick)
         finally:
@@ -70,7 +78,9 @@ def run_job(job: dict[str, Any], scratch: Path, *, tick: Callable[[str, int, int
     return {**result["done"], "inspector": result.get("inspected", died)}
 
 
-def _followed(child: subprocess.Popen[str], tick: Callable[[str, int, int], None]) -> dict[str, Any]:
+def _followed(
+    child: subprocess.Popen[str], tick: Callable[[str, int, int], None]
+) -> dict[str, Any]:
     """What the child said in the end, all its lines as one; empty if it died without a word."""
     assert child.stdout is not None
     result: dict[str, Any] = {}
@@ -96,8 +106,13 @@ def _died(code: int, said: list[str]) -> BuildError:
         do = "free memory; a lower --max-build-memory cuts towers whose engines hold weights"
         return BuildAbortedError(what, found=f"{found}: most likely for want of memory", do=do)
     if code >= 0:  # not the library: an exception of ours
-        return BuildAbortedError(what, found=found, do="this is a defect of twotower: report it with what --debug shows")
-    return _with_log(CrashedError(what, found=found, do="build again; if it fails again, try another dtype"), said)
+        return BuildAbortedError(
+            what, found=found, do="this is a defect of twotower: report it with what --debug shows"
+        )
+    return _with_log(
+        CrashedError(what, found=found, do="build again; if it fails again, try another dtype"),
+        said,
+    )
 
 
 def _with_log(error: BuildError, log: list[Any]) -> BuildError:

@@ -33,7 +33,15 @@ class EngineMaker:
         report: Called with the progress.
     """
 
-    def __init__(self, bundle: Bundle, folder: Path, cache: EngineCache | None, *, force: bool, report: Report) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        folder: Path,
+        cache: EngineCache | None,
+        *,
+        force: bool,
+        report: Report,
+    ) -> None:
         self._bundle = bundle
         self._folder = folder
         self._cache = cache
@@ -49,7 +57,11 @@ class EngineMaker:
         file = plan.engine.file
         output = self._folder / file
         if self._cache is not None and not self._force:
-            found = self._cache.take(plan.key, output, tick=lambda done, total: self._report(f"{file}: from the cache", done, total))
+            found = self._cache.take(
+                plan.key,
+                output,
+                tick=lambda done, total: self._report(f"{file}: from the cache", done, total),
+            )
             if found is not None:
                 return found.record, {**found.facts, "key": plan.key, "cached": True}
         facts = self._built(plan, output)
@@ -70,10 +82,18 @@ class EngineMaker:
         scratch = self._folder / "scratch"
         scratch.mkdir()
         (scratch / "graph.onnx").write_bytes(plan.model)
-        places = {"graph": str(scratch / "graph.onnx"), "beside": str(plan.beside), "output": str(output)}
+        places = {
+            "graph": str(scratch / "graph.onnx"),
+            "beside": str(plan.beside),
+            "output": str(output),
+        }
         try:
             facts = run_job(
-                {**plan.job, **places}, scratch, tick=lambda phase, step, steps: self._report(f"{output.name}: {phase}", step, steps)
+                {**plan.job, **places},
+                scratch,
+                tick=lambda phase, step, steps: self._report(
+                    f"{output.name}: {phase}", step, steps
+                ),
             )
         except RefusedError as e:
             raise keep_failed(self._bundle, plan, e) from e
@@ -127,23 +147,39 @@ def keep_failed(bundle: Bundle, plan: EnginePlan, error: RefusedError) -> BuildE
     data = plan.beside.with_name(f"{plan.beside.name}.data")
     check = f"python -m twotower.builders.try_graph graph.onnx --target {plan.job['target']} --job job.json"
     inspect = "polygraphy inspect model graph.onnx --show layers --ignore-external-data"
-    on_part = check.replace("graph.onnx", "polygraphy_debug.onnx")  # where polygraphy puts what it wants checked
+    # where polygraphy puts what it wants checked
+    on_part = check.replace("graph.onnx", "polygraphy_debug.onnx")
     reduce = (
-        f"polygraphy debug reduce graph.onnx -o reduced.onnx --ignore-external-data --no-shape-inference --fail-code 1 --check {on_part}"
+        "polygraphy debug reduce graph.onnx -o reduced.onnx --ignore-external-data "
+        f"--no-shape-inference --fail-code 1 --check {on_part}"
     )
     weights = _WEIGHTS_BESIDE.format(data=data.name) if plan.places.inside else _WEIGHTS_ARE_INPUTS
-    words = {"check": check, "inspect": inspect, "reduce": reduce, "what": error.what, "found": error.found, "weights": weights}
+    words = {
+        "check": check,
+        "inspect": inspect,
+        "reduce": reduce,
+        "what": error.what,
+        "found": error.found,
+        "weights": weights,
+    }
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder / "graph.onnx").write_bytes(_with_shapes(plan.model))
         if plan.places.inside:
             (folder / data.name).symlink_to(os.path.relpath(data.resolve(), folder.resolve()))
-        write_json(folder / "job.json", {key: value for key, value in plan.job.items() if key != "timing_cache"})
+        write_json(
+            folder / "job.json",
+            {key: value for key, value in plan.job.items() if key != "timing_cache"},
+        )
         (folder / "log.json").write_text(json.dumps(error.log, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_README.format(**words), encoding="utf-8")
     except OSError as e:
-        return kind(error.what, found=f"{plan.engine.file}: {error.found}", do=f"{error.do}; the graph could not be kept: {e}")
+        return kind(
+            error.what,
+            found=f"{plan.engine.file}: {error.found}",
+            do=f"{error.do}; the graph could not be kept: {e}",
+        )
     do = f"`cd {folder}`, then `{inspect}` shows the graph and `{reduce}` cuts it down (README.md there)"
     return kind(error.what, found=f"{plan.engine.file}: {error.found}", do=do)
 
@@ -158,9 +194,18 @@ def forget_failed(bundle: Bundle, plan: EnginePlan) -> None:
 
 def failed_folder(bundle: Bundle, plan: EnginePlan) -> Path:
     """Where the graph of a failed build is kept."""
-    return bundle.path / "engines" / FAILED_FOLDER / f"{plan.job['target']}-{plan.engine.file.removesuffix('.engine')}"
+    return (
+        bundle.path
+        / "engines"
+        / FAILED_FOLDER
+        / f"{plan.job['target']}-{plan.engine.file.removesuffix('.engine')}"
+    )
 
 
 def _with_shapes(serialized: bytes) -> bytes:
     """The graph with the type and shape of every value written down: a part that is cut out of it then knows its inputs."""
-    return bytes(onnx.shape_inference.infer_shapes(onnx.load_from_string(serialized), data_prop=True).SerializeToString())
+    return bytes(
+        onnx.shape_inference.infer_shapes(
+            onnx.load_from_string(serialized), data_prop=True
+        ).SerializeToString()
+    )

@@ -46,7 +46,12 @@ class BuildLog:
     def to_json(self) -> list[dict[str, Any]]:
         """Every line with the reason it is harmless, or None."""
         return [
-            {"severity": severity, "message": message, "count": count, "explained": explain(message)}
+            {
+                "severity": severity,
+                "message": message,
+                "count": count,
+                "explained": explain(message),
+            }
             for (severity, message), count in self.lines.items()
         ]
 
@@ -58,9 +63,11 @@ class NetworkOptions:
     Attributes:
         inputs: The graph's inputs.
         profiles: In order.
-        sms: Compute capabilities; empty for the GPU at hand, or for what a library that builds ahead of time makes of none.
+        sms: Compute capabilities; empty for the GPU at hand, or for what a library that builds
+            ahead of time makes of none.
         current: Tells a library that builds ahead of time to build for the GPU at hand.
-        dtype: The graph's own: float32 keeps full precision in products, and lets attention be taken apart.
+        dtype: The graph's own: float32 keeps full precision in products, and lets attention be
+            taken apart.
         timing_cache: File of measured kernels, for a library that measures; None for none.
     """
 
@@ -111,7 +118,8 @@ def build_network(
         tick: Called with (phase, step, steps); False cancels the build.
 
     Returns:
-        The library's buffer with the serialized engine, and a report: operators by layer type and by type of output.
+        The library's buffer with the serialized engine, and a report: operators by layer type and
+        by type of output.
 
     Raises:
         BuildError: the library refuses the graph or fails.
@@ -131,10 +139,18 @@ def build_network(
     config = _configured(flavour, builder, options, tick=tick)
     started = time.perf_counter()
     plan = builder.build_serialized_network(network, config)
-    facts |= {"parse_seconds": round(parse_seconds, 3), "build_seconds": round(time.perf_counter() - started, 2)}
+    facts |= {
+        "parse_seconds": round(parse_seconds, 3),
+        "build_seconds": round(time.perf_counter() - started, 2),
+    }
     if plan is None:
-        found = "; ".join(log.errors()[-3:]) or "it gives no reason (a cancelled build gives none either)"
-        raise BuildError(f"{trt.__name__} {flavour.version} cannot build this graph", found=found, do=_NEXT)
+        found = (
+            "; ".join(log.errors()[-3:])
+            or "it gives no reason (a cancelled build gives none either)"
+        )
+        raise BuildError(
+            f"{trt.__name__} {flavour.version} cannot build this graph", found=found, do=_NEXT
+        )
     _check_inputs(log)
     if options.timing_cache is not None and (cache := config.get_timing_cache()) is not None:
         _keep_timings(options.timing_cache, cache.serialize(), log)
@@ -173,7 +189,11 @@ _NEXT = "read the reason; the graph is kept (docs/engines.md)"
 
 def _check_parsed(parsed: bool, errors: Sequence[str], log: BuildLog) -> None:
     if not parsed:
-        raise BuildError("the ONNX parser refuses the graph", found="; ".join(errors[:3]) or "no reason given", do=_NEXT)
+        raise BuildError(
+            "the ONNX parser refuses the graph",
+            found="; ".join(errors[:3]) or "no reason given",
+            do=_NEXT,
+        )
     _check_inputs(log)
 
 
@@ -181,7 +201,9 @@ def _check_inputs(log: BuildLog) -> None:
     """A graph input that is dropped, at parsing or while building, means that something else than the graph would be computed."""
     dropped = [message for (_, message) in log.lines if _DROPPED.search(message)]
     if dropped:
-        raise BuildError("the library ignores an input of the graph", found="; ".join(dropped), do=_NEXT)
+        raise BuildError(
+            "the library ignores an input of the graph", found="; ".join(dropped), do=_NEXT
+        )
 
 
 def _allow_decomposition(trt: Any, network: Any) -> None:
@@ -193,7 +215,13 @@ def _allow_decomposition(trt: Any, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-def _configured(flavour: Flavour, builder: Any, options: NetworkOptions, *, tick: Callable[[str, int, int], bool]) -> Any:
+def _configured(
+    flavour: Flavour,
+    builder: Any,
+    options: NetworkOptions,
+    *,
+    tick: Callable[[str, int, int], bool],
+) -> Any:
     trt = flavour.module
     config = builder.create_builder_config()
     for flag in SETTINGS["cleared_flags"]:
@@ -217,26 +245,37 @@ def _set_capabilities(flavour: Flavour, config: Any, options: NetworkOptions) ->
     trt = flavour.module
     names = ["CURRENT"] if options.current else [f"SM{sm}" for sm in options.sms]
     if names:
-        config.num_compute_capabilities = len(names)  # the count first: a slot does not exist before
+        config.num_compute_capabilities = len(
+            names
+        )  # the count first: a slot does not exist before
     for slot, name in enumerate(names):
         if not config.set_compute_capability(getattr(trt.ComputeCapability, name), slot):
             raise BuildError(
                 f"{trt.__name__} does not build for {'the GPU at hand' if options.current else name}",
                 found=f"it lists {', '.join(map(str, flavour.sms))}",
-                do="choose others with --sm" + (", or TWOTOWER_RTX_ANY_SM=default" if options.current else ""),
+                do="choose others with --sm"
+                + (", or TWOTOWER_RTX_ANY_SM=default" if options.current else ""),
             )
 
 
-def _add_profile(builder: Any, config: Any, inputs: Sequence[TensorSpec], *, profile: Profile) -> None:
+def _add_profile(
+    builder: Any, config: Any, inputs: Sequence[TensorSpec], *, profile: Profile
+) -> None:
     made = builder.create_optimization_profile()
     for spec in inputs:
         if any(letter in spec.axes for letter in profile.axes):
             made.set_shape(spec.name, *(_shape(spec, profile.axes, which) for which in range(3)))
     if config.add_optimization_profile(made) < 0:
-        raise BuildError("an optimization profile is refused", found=f"{profile}", do="report this: it is a defect of twotower")
+        raise BuildError(
+            "an optimization profile is refused",
+            found=f"{profile}",
+            do="report this: it is a defect of twotower",
+        )
 
 
-def _shape(spec: TensorSpec, axes: Mapping[str, tuple[int, int, int]], which: int) -> tuple[int, ...]:
+def _shape(
+    spec: TensorSpec, axes: Mapping[str, tuple[int, int, int]], which: int
+) -> tuple[int, ...]:
     return tuple(axes[axis][which] if isinstance(axis, str) else axis for axis in spec.axes)
 
 

@@ -1,6 +1,7 @@
 """What a bundle's graphs are cut into before they are compiled: whole graphs, segments of layers, or programs between experts.
 
-Matrix products in float32 are written as sums for compute capabilities whose compiler has no such product.
+Matrix products in float32 are written as sums for compute capabilities whose compiler has no such
+product.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class Piece:
         graph: Of which graph.
         segment: What of it.
         name: Its file, if it gets one of its own.
-        shared_from: The layer from which a program is like any other of its kind, so that equal ones are one file; None for an
-            engine that is not shared.
+        shared_from: The layer from which a program is like any other of its kind, so that equal
+            ones are one file; None for an engine that is not shared.
         experts: What runs after it.
     """
 
@@ -45,7 +46,9 @@ class Piece:
     experts: ExpertsStep | None = None
 
 
-def pieces_of(graphs: BundleGraphs, config: BuildConfig, sizes: Mapping[str, int]) -> Iterator[Piece]:
+def pieces_of(
+    graphs: BundleGraphs, config: BuildConfig, sizes: Mapping[str, int]
+) -> Iterator[Piece]:
     """Every engine of a build, in the order they run, one at a time: the graph of a tower is some megabytes.
 
     Args:
@@ -74,7 +77,9 @@ def _programs(graphs: BundleGraphs, name: str, sizes: Mapping[str, int]) -> Iter
     cut = ExpertCut(_graph(graphs, name, sizes), signature, bundle.config, dtype=bundle.dtype)
     for number in range(cut.programs):
         made, last = cut.program(number), number == cut.programs - 1
-        first = max(made.layers[0] - 1, 0)  # the layer whose experts come before: the program adds what they give
+        first = max(
+            made.layers[0] - 1, 0
+        )  # the layer whose experts come before: the program adds what they give
         file = f"{name}.engine" if cut.programs == 1 else ""
         yield Piece(
             graph=name,
@@ -85,7 +90,9 @@ def _programs(graphs: BundleGraphs, name: str, sizes: Mapping[str, int]) -> Iter
         )
 
 
-def _segments(graphs: BundleGraphs, name: str, config: BuildConfig, sizes: Mapping[str, int]) -> Iterator[Piece]:
+def _segments(
+    graphs: BundleGraphs, name: str, config: BuildConfig, sizes: Mapping[str, int]
+) -> Iterator[Piece]:
     """A graph is one engine unless it is cut for several devices or by the memory bound."""
     bundle, cuts = graphs.bundle, _cuts(graphs, name, config)
     signature = bundle.signatures[name].with_sizes(sizes)
@@ -93,7 +100,9 @@ def _segments(graphs: BundleGraphs, name: str, config: BuildConfig, sizes: Mappi
         model = _graph(graphs, name, sizes)
         whole = name == CONTEXT_HEAD
         made = (
-            Segment(model, layers, signature.inputs, signature.outputs) if whole else segment(model, signature, layers, dtype=bundle.dtype)
+            Segment(model, layers, signature.inputs, signature.outputs)
+            if whole
+            else segment(model, signature, layers, dtype=bundle.dtype)
         )
         file = f"{name}.engine" if len(cuts) == 1 else f"{name}.{number}.engine"
         yield Piece(graph=name, segment=made, name=file)
@@ -122,9 +131,10 @@ def _cuts(graphs: BundleGraphs, name: str, config: BuildConfig) -> tuple[tuple[i
 def sum_float32_products(model: onnx.ModelProto) -> int:
     """Writes every MatMul of float32 values as a multiplication and a sum, in place.
 
-    A float16 tower has some: Mamba's scan and the router compute in float32, whatever the dtype. The
-    compiler of TensorRT for RTX fuses the multiplication into the sum, so that the products of
-    single elements do not lie in memory (tests/builders/test_rtx.py holds the scratch of a prefill).
+    A float16 tower has some: Mamba's scan and the router compute in float32, whatever the dtype.
+    The compiler of TensorRT for RTX fuses the multiplication into the sum, so that the products of
+    single elements do not lie in memory (tests/builders/test_rtx.py holds the scratch of a
+    prefill).
 
     Returns:
         How many there were.
@@ -149,8 +159,12 @@ def _summed(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """[..,M,K] x [..,K,N] as the sum over K of [..,M,K,1] * [..,1,K,N]."""
     left, right, product = (f"{node.output[0]}/{part}" for part in ("left", "right", "product"))
 
-    def made(operator: str, inputs: list[str], output: str, part: str, **attributes: Any) -> onnx.NodeProto:
-        return onnx.helper.make_node(operator, inputs, [output], name=f"{node.name}_{part}", **attributes)
+    def made(
+        operator: str, inputs: list[str], output: str, part: str, **attributes: Any
+    ) -> onnx.NodeProto:
+        return onnx.helper.make_node(
+            operator, inputs, [output], name=f"{node.name}_{part}", **attributes
+        )
 
     return [
         made("Unsqueeze", [node.input[0], _axis(-1).name], left, "left"),

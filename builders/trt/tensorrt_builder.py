@@ -41,7 +41,9 @@ class TensorRTBuilder:
 
     def plan(self, bundle: Bundle, config: BuildConfig) -> BuildPlan:
         """What a build would make, for this machine as it is now."""
-        from twotower.builders.trt.build_plan import TensorRTPlan  # engines that are kept need nothing of it
+        from twotower.builders.trt.build_plan import (
+            TensorRTPlan,
+        )  # engines that are kept need nothing of it
 
         machine = probe_machine()
         return TensorRTPlan(
@@ -55,7 +57,9 @@ class TensorRTBuilder:
 
     def _asked(self, bundle: Bundle, config: BuildConfig, machine: Machine) -> str:
         facts = {
-            "config": {key: value for key, value in asdict(config).items() if key not in _WITHOUT_EFFECT},
+            "config": {
+                key: value for key, value in asdict(config).items() if key not in _WITHOUT_EFFECT
+            },
             "graphs": {name: bundle.program_identity(name) for name in GRAPH_FILES},
             "model": repr(bundle.config),
             "block": bundle.trained_block_size,

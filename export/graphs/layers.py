@@ -15,7 +15,17 @@ from twotower.export.graphs.recorder import GraphBuilder
 from twotower.spec import EXPERTS_IN, EXPERTS_OUT, SHARES
 from twotower.weights.declared import Weight
 
-__all__ = ["LayerWeights", "Modulation", "conditioning", "mlp", "modulation", "moe", "normed_input", "rms_norm", "squared_relu"]
+__all__ = [
+    "LayerWeights",
+    "Modulation",
+    "conditioning",
+    "mlp",
+    "modulation",
+    "moe",
+    "normed_input",
+    "rms_norm",
+    "squared_relu",
+]
 
 
 class LayerWeights:
@@ -39,7 +49,16 @@ class LayerWeights:
         """Rows [first, end) of a matrix, under its own name; with a suffix under that, and never quantized."""
         full = self._prefix + name
         origin = f"{full}{suffix}"
-        return self._graph.weight(Weight(origin, (end - first, columns), self._graph.dtype, (full,), rows=(first, end), origin=origin))
+        return self._graph.weight(
+            Weight(
+                origin,
+                (end - first, columns),
+                self._graph.dtype,
+                (full,),
+                rows=(first, end),
+                origin=origin,
+            )
+        )
 
     def is_quantized(self, name: str) -> bool:
         """Whether the weight is to be stored in few bits."""
@@ -48,7 +67,9 @@ class LayerWeights:
     def negated_exp(self, name: str, *shape: int) -> ir.Value:
         """-exp of a tensor in float32: the decay rates A, computed once at export."""
         full = self._prefix + name
-        return self._graph.weight(Weight(f"{full}.negated_exp", shape, "float32", (full,), negated_exp=True))
+        return self._graph.weight(
+            Weight(f"{full}.negated_exp", shape, "float32", (full,), negated_exp=True)
+        )
 
     def transposed(self, name: str, *shape: int) -> ir.Value:
         """A small tensor with its last axis first, reordered at export; `shape` is the result's."""
@@ -98,28 +119,55 @@ class Modulation:
 def conditioning(graph: GraphBuilder, masked_fraction: ir.Value, config: ModelConfig) -> ir.Value:
     """The conditioning [B,3,D] all layers share, from t [B] float32 in [0,1]."""
     d, weights = config.hidden_size, LayerWeights(graph, "")
-    # The published model rounds t to its own dtype before the factor 1000, and multiplies in this order: angles reach
-    # 1000, where another order of rounding moves the embedding by more than the rest of the float32 arithmetic does.
+    # The published model rounds t to its own dtype before the factor 1000, and multiplies in this
+    # order: angles reach
+    # 1000, where another order of rounding moves the embedding by more than the rest of the float32
+    # arithmetic does.
     t = graph.to_float32(graph.to_model_dtype(masked_fraction))
-    scaled = graph.op("Mul", graph.op("Unsqueeze", t, graph.constant([1])), graph.constant(1000.0, "float32"))
-    exponents = np.arange(TIMESTEP_FREQUENCIES, dtype=np.float32) * np.float32(-math.log(10000.0)) / np.float32(TIMESTEP_FREQUENCIES)
-    rates = np.exp(exponents.astype(np.float64))  # correctly rounded below; numpy's float32 exp is off by an ulp in half the places
+    scaled = graph.op(
+        "Mul", graph.op("Unsqueeze", t, graph.constant([1])), graph.constant(1000.0, "float32")
+    )
+    exponents = (
+        np.arange(TIMESTEP_FREQUENCIES, dtype=np.float32)
+        * np.float32(-math.log(10000.0))
+        / np.float32(TIMESTEP_FREQUENCIES)
+    )
+    rates = np.exp(
+        exponents.astype(np.float64)
+    )  # correctly rounded below; numpy's float32 exp is off by an ulp in half the places
     angles = graph.op("Mul", scaled, graph.constant(rates[None], "float32"))
     waves = graph.op("Concat", graph.op("Cos", angles), graph.op("Sin", angles), axis=-1)
-    e = _affine(graph, graph.to_model_dtype(waves), weights, ("t_embedder.mlp.0", d, 2 * TIMESTEP_FREQUENCIES))
+    e = _affine(
+        graph,
+        graph.to_model_dtype(waves),
+        weights,
+        ("t_embedder.mlp.0", d, 2 * TIMESTEP_FREQUENCIES),
+    )
     e = _affine(graph, graph.silu(e), weights, ("t_embedder.mlp.2", d, d))
     m = _affine(graph, graph.silu(e), weights, ("t_block.1", 3 * d, d))
     return graph.reshape(m, 0, 3, d)
 
 
-def modulation(graph: GraphBuilder, shared: ir.Value, config: ModelConfig, layer: int) -> Modulation:
+def modulation(
+    graph: GraphBuilder, shared: ir.Value, config: ModelConfig, layer: int
+) -> Modulation:
     """Shift, scale and gate of one layer: its table plus the shared conditioning."""
     table = LayerWeights(graph, "")(f"scale_shift_tables.{layer}", 3, config.hidden_size)
-    shift, scale, gate = graph.ops("Split", 3, graph.op("Add", shared, table), axis=1, num_outputs=3)
+    shift, scale, gate = graph.ops(
+        "Split", 3, graph.op("Add", shared, table), axis=1, num_outputs=3
+    )
     return Modulation(shift, graph.op("Add", scale, graph.scalar(1.0)), gate)
 
 
-def normed_input(graph: GraphBuilder, h: ir.Value, norm: ir.Value, kind: LayerKind, *, by: Modulation, epsilon: float) -> ir.Value:
+def normed_input(
+    graph: GraphBuilder,
+    h: ir.Value,
+    norm: ir.Value,
+    kind: LayerKind,
+    *,
+    by: Modulation,
+    epsilon: float,
+) -> ir.Value:
     """What a denoiser layer's mixer reads: Mamba and attention modulate and then norm, MoE and MLP the other way round."""
     if kind in (LayerKind.MAMBA, LayerKind.ATTENTION):
         return rms_norm(graph, _modulated(graph, h, by), norm, epsilon)
@@ -130,7 +178,9 @@ def _modulated(graph: GraphBuilder, x: ir.Value, by: Modulation) -> ir.Value:
     return graph.op("Add", graph.op("Mul", x, by.scale), by.shift)
 
 
-def _affine(graph: GraphBuilder, x: ir.Value, weights: LayerWeights, layer: tuple[str, int, int]) -> ir.Value:
+def _affine(
+    graph: GraphBuilder, x: ir.Value, weights: LayerWeights, layer: tuple[str, int, int]
+) -> ir.Value:
     name, out, into = layer
     weight, bias = weights(f"{name}.weight", out, into), weights(f"{name}.bias", 1, out)
     return graph.op("Gemm", x, weight, bias, transB=1)
@@ -139,9 +189,9 @@ def _affine(graph: GraphBuilder, x: ir.Value, weights: LayerWeights, layer: tupl
 def moe(graph: GraphBuilder, x: ir.Value, weights: LayerWeights, config: ModelConfig) -> ir.Value:
     """The mixture-of-experts mixer on x [B,L,D].
 
-    Every expert computes every token and a dense routing matrix [N,E] weighs the results: exact, of static shape and
-    without scatter-add or data-dependent dispatch, which TensorRT cannot take. A block of 16 tokens touches more than half
-    of 128 experts anyway.
+    Every expert computes every token and a dense routing matrix [N,E] weighs the results: exact, of
+    static shape and without scatter-add or data-dependent dispatch, which TensorRT cannot take. A
+    block of 16 tokens touches more than half of 128 experts anyway.
 
     Three values have names, by which a builder can take the experts out: the mixer's input, the
     shares, and the result.
@@ -181,7 +231,9 @@ def _routing(
     gate = weights("gate.weight", e, config.hidden_size, dtype="float32")
     bias = weights("gate.e_score_correction_bias", e, 1, dtype="float32")
     rows = graph.reshape(graph.to_float32(tokens), -1, config.hidden_size)
-    scores = graph.op("Transpose", graph.op("Sigmoid", graph.linear(rows, gate)), perm=[1, 0])  # [E,N]
+    scores = graph.op(
+        "Transpose", graph.op("Sigmoid", graph.linear(rows, gate)), perm=[1, 0]
+    )  # [E,N]
     choice = graph.op("Add", scores, bias)
     if config.n_group > 1:
         choice = _within_best_groups(graph, choice, config)
@@ -225,7 +277,9 @@ def _within_best_groups(graph: GraphBuilder, choice: ir.Value, config: ModelConf
     groups, size = config.n_group, config.n_routed_experts // config.n_group
     by_group = graph.reshape(choice, groups, size, -1)
     other = graph.op("Unsqueeze", by_group, graph.constant([1]))  # [groups,1,size,N]
-    best = graph.op("Less", _places(graph, by_group, other, count=size), graph.constant(2.0, "float32"))
+    best = graph.op(
+        "Less", _places(graph, by_group, other, count=size), graph.constant(2.0, "float32")
+    )
     best = graph.op("Where", best, by_group, graph.constant(0.0, "float32"))
     of_group = graph.op("ReduceSum", best, graph.constant([1]), keepdims=0)  # [groups,N]
     places = _places(graph, of_group, of_group, count=groups)

@@ -22,7 +22,8 @@ class ChunkInfo:
         length: L, [1] int64.
         future: [L,L] float32, -inf where the second position is after the first and 0 elsewhere.
         until: [L,L] float32, 1 where the second position is not after the first and 0 elsewhere.
-        valid: [B,1,L] float32, 1 for a token and 0 for padding; None where nothing is padded (the denoiser's block).
+        valid: [B,1,L] float32, 1 for a token and 0 for padding; None where nothing is padded (the
+            denoiser's block).
         lengths: [B] int64 valid tokens; None where the state after the chunk is not wanted.
     """
 
@@ -62,10 +63,13 @@ def mamba(
     return MambaOutput(graph.linear(y, out), conv, ssm)
 
 
-def _projected(graph: GraphBuilder, u: ir.Value, weights: LayerWeights, config: ModelConfig) -> tuple[ir.Value, ir.Value, ir.Value]:
+def _projected(
+    graph: GraphBuilder, u: ir.Value, weights: LayerWeights, config: ModelConfig
+) -> tuple[ir.Value, ir.Value, ir.Value]:
     """The gate z, the rows [B,L,C] of the convolution, and the raw dt of u [B,L,D].
 
-    One product, unless it is quantized: the few rows that make dt then stay as they are, because dt goes through two exponentials.
+    One product, unless it is quantized: the few rows that make dt then stay as they are, because dt
+    goes through two exponentials.
     """
     inner, channels, heads = config.mamba_inner, config.conv_channels, config.mamba_num_heads
     total, width = inner + channels + heads, config.hidden_size
@@ -74,7 +78,9 @@ def _projected(graph: GraphBuilder, u: ir.Value, weights: LayerWeights, config: 
         parts = graph.constant([inner, channels, heads])
         z, rows, dt = graph.ops("Split", 3, projected, parts, axis=-1)
         return z, rows, dt
-    dt = graph.linear_exact(u, weights.rows("in_proj.weight", inner + channels, total, width, suffix=".dt"))
+    dt = graph.linear_exact(
+        u, weights.rows("in_proj.weight", inner + channels, total, width, suffix=".dt")
+    )
     projected = graph.linear(u, weights.rows("in_proj.weight", 0, inner + channels, width))
     z, rows = graph.ops("Split", 2, projected, graph.constant([inner, channels]), axis=-1)
     return z, rows, dt
@@ -195,7 +201,12 @@ def _new_state(
 
 
 def _time_steps(
-    graph: GraphBuilder, raw: ir.Value, weights: LayerWeights, config: ModelConfig, *, chunk: ChunkInfo
+    graph: GraphBuilder,
+    raw: ir.Value,
+    weights: LayerWeights,
+    config: ModelConfig,
+    *,
+    chunk: ChunkInfo,
 ) -> tuple[ir.Value, ir.Value]:
     """Step sizes dt and the running sum of dt*A, both [B,G,H/G,L] float32; padding has dt 0 and so moves nothing."""
     heads, groups = config.mamba_num_heads, config.n_groups
@@ -226,12 +237,22 @@ def _running_sum(graph: GraphBuilder, x: ir.Value, chunk: ChunkInfo) -> ir.Value
     return graph.op("ReduceSum", masked, graph.constant([-1]), keepdims=0)
 
 
-def _gated_norm(graph: GraphBuilder, y: ir.Value, z: ir.Value, weights: LayerWeights, config: ModelConfig) -> ir.Value:
+def _gated_norm(
+    graph: GraphBuilder, y: ir.Value, z: ir.Value, weights: LayerWeights, config: ModelConfig
+) -> ir.Value:
     """RMSNorm of y * silu(z) within each group of HP/G channels; the gate comes first. y is float32, z the model's dtype."""
     inner, groups = config.mamba_inner, config.n_groups
     size = inner // groups
     gated = graph.op("Mul", y, graph.silu(graph.to_float32(z)))
     ones = graph.constant([1.0] * size, "float32")
-    normed = graph.op("RMSNormalization", graph.reshape(gated, 0, 0, groups, size), ones, axis=-1, epsilon=config.layer_norm_epsilon)
-    scaled = graph.op("Mul", graph.reshape(normed, 0, 0, inner), weights("norm.weight", inner, dtype="float32"))
+    normed = graph.op(
+        "RMSNormalization",
+        graph.reshape(gated, 0, 0, groups, size),
+        ones,
+        axis=-1,
+        epsilon=config.layer_norm_epsilon,
+    )
+    scaled = graph.op(
+        "Mul", graph.reshape(normed, 0, 0, inner), weights("norm.weight", inner, dtype="float32")
+    )
     return graph.to_model_dtype(scaled)

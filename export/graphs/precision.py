@@ -24,7 +24,8 @@ class Precision:
 
     Attributes:
         weights: Format by the weight's name in a float graph.
-        activations: Of the inputs of products, by the name of the first weight an input is multiplied with.
+        activations: Of the inputs of products, by the name of the first weight an input is
+            multiplied with.
     """
 
     weights: Mapping[str, WeightFormat] = field(default_factory=dict)
@@ -38,7 +39,8 @@ class Tap:
     Attributes:
         weight: Name of the (first) weight it is multiplied with.
         value: Its name in the graph.
-        visited: Name of the [E,N,1] value that is above 0 where a row is used at all; None where every row is.
+        visited: Name of the [E,N,1] value that is above 0 where a row is used at all; None where
+            every row is.
     """
 
     weight: str

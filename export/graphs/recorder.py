@@ -19,7 +19,9 @@ from twotower.weights.declared import Weight
 
 __all__ = ["OPSET", "GraphBuilder", "ir_dtype"]
 
-OPSET = 24  # the newest opset every reader of these graphs (ONNX Runtime, TensorRT 11, TensorRT-RTX 1.7) accepts
+# the newest opset every reader of these graphs (ONNX Runtime, TensorRT 11, TensorRT-RTX 1.7)
+# accepts
+OPSET = 24
 IR_VERSION = 12
 
 
@@ -37,7 +39,9 @@ class GraphBuilder:
         precision: Which weights are quantized, and the inputs of which products; None for none.
     """
 
-    def __init__(self, signature: TowerSignature, dtype: str, precision: Precision | None = None) -> None:
+    def __init__(
+        self, signature: TowerSignature, dtype: str, precision: Precision | None = None
+    ) -> None:
         self.signature = signature
         self.dtype = dtype
         self.precision = precision or Precision()
@@ -65,10 +69,14 @@ class GraphBuilder:
         out.name = self._next_value()
         return out
 
-    def ops(self, op_type: str, outputs: int, *inputs: ir.Value | None, **attributes: Any) -> Sequence[ir.Value]:
+    def ops(
+        self, op_type: str, outputs: int, *inputs: ir.Value | None, **attributes: Any
+    ) -> Sequence[ir.Value]:
         """Appends one node with several outputs."""
         name = self._name(op_type)
-        values = self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=outputs, name=name)
+        values = self._tape.op_multi_out(
+            op_type, inputs, attributes, num_outputs=outputs, name=name
+        )
         for value in values:
             value.name = self._next_value()
         return values
@@ -95,7 +103,10 @@ class GraphBuilder:
         """A scalar of the model's dtype."""
         if self.dtype == "float32":
             return self.constant(value, "float32")
-        return self.shared(f"scalar {value!r}", lambda: self.op("Cast", self.constant(value, "float32"), to=ir_dtype(self.dtype)))
+        return self.shared(
+            f"scalar {value!r}",
+            lambda: self.op("Cast", self.constant(value, "float32"), to=ir_dtype(self.dtype)),
+        )
 
     def shared(self, key: str, make: Any) -> ir.Value:
         """The value `make()` recorded the first time this key was asked for: masks and ranges serve every layer."""
@@ -107,32 +118,59 @@ class GraphBuilder:
     def weight(self, weight: Weight) -> ir.Value:
         """Declares an initializer whose data will be streamed in later, and what reads it back where it is quantized."""
         how = self.precision.weights.get(weight.origin or weight.name)
-        value = self._declared(weight) if how is None or len(weight.shape) < 2 else self._quantized(weight, how)
+        value = (
+            self._declared(weight)
+            if how is None or len(weight.shape) < 2
+            else self._quantized(weight, how)
+        )
         self._weight_names[value] = weight.origin or weight.name
         return value
 
     def _declared(self, weight: Weight) -> ir.Value:
         self.weights.append(weight)
-        placeholder = ir.ExternalTensor("", None, None, ir_dtype(weight.dtype), shape=ir.Shape(weight.shape), name=weight.name)
+        placeholder = ir.ExternalTensor(
+            "", None, None, ir_dtype(weight.dtype), shape=ir.Shape(weight.shape), name=weight.name
+        )
         return self._initializer(weight.name, placeholder)
 
     def _quantized(self, weight: Weight, how: WeightFormat) -> ir.Value:
         """Values and scales, and the DequantizeLinear that must come before anything else: TensorRT takes no other reader of few bits.
 
-        A scale a row is one axis of scales for a matrix and blocks as long as a row for stacked ones; groups are blocks.
+        A scale a row is one axis of scales for a matrix and blocks as long as a row for stacked
+        ones; groups are blocks.
         """
         whole = replace(weight, origin=weight.origin or weight.name, format=how)
         columns = weight.shape[-1]
         blocked = bool(how.group) or len(weight.shape) > 2
         shape = (*weight.shape[:-1], how.groups(columns)) if blocked else weight.shape[:1]
         values = self._declared(replace(whole, dtype=how.dtype, part="values"))
-        scales = replace(whole, name=f"{weight.name}.scale", shape=shape, dtype=how.scale_dtype or self.dtype, part="scale")
+        scales = replace(
+            whole,
+            name=f"{weight.name}.scale",
+            shape=shape,
+            dtype=how.scale_dtype or self.dtype,
+            part="scale",
+        )
         scale = self._declared(scales)
         if how.scale_dtype:
-            shared = self._declared(replace(whole, name=f"{weight.name}.global_scale", shape=(), dtype=self.dtype, part="global_scale"))
+            shared = self._declared(
+                replace(
+                    whole,
+                    name=f"{weight.name}.global_scale",
+                    shape=(),
+                    dtype=self.dtype,
+                    part="global_scale",
+                )
+            )
             scale = self.op("DequantizeLinear", scale, shared)
         if blocked:
-            return self.op("DequantizeLinear", values, scale, axis=len(weight.shape) - 1, block_size=how.group or columns)
+            return self.op(
+                "DequantizeLinear",
+                values,
+                scale,
+                axis=len(weight.shape) - 1,
+                block_size=how.group or columns,
+            )
         return self.op("DequantizeLinear", values, scale, axis=0)
 
     def to_float32(self, x: ir.Value) -> ir.Value:
@@ -157,7 +195,8 @@ class GraphBuilder:
     def linear(self, x: ir.Value, weight: ir.Value, *, visited: ir.Value | None = None) -> ir.Value:
         """X W^T with W as the checkpoint stores it, [out, in], or stacked [E, out, in]; readers fold the transpose into the product.
 
-        `visited` [E,N,1] float32 is above 0 where a row of x is used at all: rows nobody reads say nothing about its range.
+        `visited` [E,N,1] float32 is above 0 where a row of x is used at all: rows nobody reads say
+        nothing about its range.
         """
         x = self._as_input(x, self._weight_names[weight], visited)
         perm = [0, 2, 1] if self._rank(weight) == 3 else [1, 0]
@@ -236,7 +275,12 @@ class GraphBuilder:
             self._scope = before
 
     def _initializer(self, name: str, tensor: Any) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        value = ir.Value(
+            name=name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(tensor.shape),
+            const_value=tensor,
+        )
         self._initializers[name] = value
         return value
 
@@ -252,4 +296,6 @@ class GraphBuilder:
 
 
 def _value(spec: TensorSpec) -> ir.Value:
-    return ir.Value(name=spec.name, type=ir.TensorType(ir_dtype(spec.dtype)), shape=ir.Shape(spec.axes))
+    return ir.Value(
+        name=spec.name, type=ir.TensorType(ir_dtype(spec.dtype)), shape=ir.Shape(spec.axes)
+    )

@@ -43,14 +43,18 @@ def mask_info(graph: GraphBuilder, config: ModelConfig) -> tuple[MaskInfo, ir.Va
     return MaskInfo(masked, count), graph.op("Squeeze", fraction, graph.constant([1]))
 
 
-def sample_and_commit(graph: GraphBuilder, logits: ir.Value, masks: MaskInfo, config: ModelConfig) -> None:
+def sample_and_commit(
+    graph: GraphBuilder, logits: ir.Value, masks: MaskInfo, config: ModelConfig
+) -> None:
     """Records the graph's four outputs from logits [B,S,V] float32."""
     predicted, confidence = _choose(graph, logits, config)
     commit = _committed(graph, confidence, masks)
     graph.output(PREDICTED, predicted)
     graph.output(CONFIDENCE, confidence)
     graph.output(NEXT_BLOCK, graph.op("Where", commit, predicted, graph.input(BLOCK)))
-    committed = graph.op("ReduceSum", graph.op("Cast", commit, to=ir.DataType.INT64), graph.constant([1]), keepdims=1)
+    committed = graph.op(
+        "ReduceSum", graph.op("Cast", commit, to=ir.DataType.INT64), graph.constant([1]), keepdims=1
+    )
     left = graph.op("Sub", masks.count, committed)
     graph.output(MASKED_LEFT, graph.op("Squeeze", left, graph.constant([1])))
 
@@ -72,7 +76,9 @@ def _choose(
     noisy = graph.op("Add", graph.op("Div", best, divisor), graph.input(NOISE))
     sampled = graph.op("ArgMax", noisy, axis=-1, keepdims=1)
     place = graph.op("Where", greedy, graph.constant(0), sampled)
-    token, confidence = (graph.op("GatherElements", x, place, axis=-1) for x in (ids, probabilities))
+    token, confidence = (
+        graph.op("GatherElements", x, place, axis=-1) for x in (ids, probabilities)
+    )
     last = graph.constant([-1])
     return graph.op("Squeeze", token, last), graph.op("Squeeze", confidence, last)
 
@@ -95,7 +101,9 @@ def _candidates(
     relative, total = relative_to_best(graph, rows, best)
     probabilities = graph.op("Div", graph.op("Exp", relative), total)
     length = graph.op("Shape", graph.input(BLOCK), start=1, end=2)
-    best, ids, probabilities = (graph.reshape(x, -1, length, count) for x in (best, ids, probabilities))
+    best, ids, probabilities = (
+        graph.reshape(x, -1, length, count) for x in (best, ids, probabilities)
+    )
     return best, ids, probabilities
 
 
@@ -119,21 +127,37 @@ def relative_to_best(
 def _committed(graph: GraphBuilder, confidence: ir.Value, masks: MaskInfo) -> ir.Value:
     """The positions that take their prediction, [B,S] bool: the `count` most confident of the masked ones.
 
-    A position's rank is the number of masked positions ahead of it (more confident, or as confident and further left), summed over
+    A position's rank is the number of masked positions ahead of it (more confident, or as confident
+    and further left), summed over
     S x S comparisons: no sort, no data-dependent shape.
     """
     axis_t, axis_s = graph.constant([2]), graph.constant([1])
-    mine, other = graph.op("Unsqueeze", confidence, axis_t), graph.op("Unsqueeze", confidence, axis_s)
+    mine, other = (
+        graph.op("Unsqueeze", confidence, axis_t),
+        graph.op("Unsqueeze", confidence, axis_s),
+    )
     length = graph.op("Shape", confidence, start=1, end=2)
     places = graph.op("Range", graph.constant(0), graph.op("Squeeze", length), graph.constant(1))
-    left_of = graph.op("Less", graph.op("Unsqueeze", places, graph.constant([0])), graph.op("Unsqueeze", places, graph.constant([1])))
+    left_of = graph.op(
+        "Less",
+        graph.op("Unsqueeze", places, graph.constant([0])),
+        graph.op("Unsqueeze", places, graph.constant([1])),
+    )
     tied = graph.op("And", graph.op("Equal", other, mine), left_of)
-    ahead = graph.op("And", graph.op("Or", graph.op("Greater", other, mine), tied), graph.op("Unsqueeze", masks.masked, axis_s))
+    ahead = graph.op(
+        "And",
+        graph.op("Or", graph.op("Greater", other, mine), tied),
+        graph.op("Unsqueeze", masks.masked, axis_s),
+    )
     rank = graph.op("ReduceSum", graph.op("Cast", ahead, to=ir.DataType.INT64), axis_t, keepdims=0)
 
     threshold = graph.op("Unsqueeze", graph.input(THRESHOLD), graph.constant([1]))
     sure = graph.op("And", graph.op("Greater", confidence, threshold), masks.masked)
-    count = graph.op("ReduceSum", graph.op("Cast", sure, to=ir.DataType.INT64), graph.constant([1]), keepdims=1)
+    count = graph.op(
+        "ReduceSum", graph.op("Cast", sure, to=ir.DataType.INT64), graph.constant([1]), keepdims=1
+    )
     floor = graph.op("Unsqueeze", graph.input(COMMIT_FLOOR), graph.constant([1]))
-    count = graph.op("Max", count, floor, graph.constant([[1]]))  # more than are masked commits them all: no Min needed
+    count = graph.op(
+        "Max", count, floor, graph.constant([[1]])
+    )  # more than are masked commits them all: no Min needed
     return graph.op("And", masks.masked, graph.op("Less", rank, count))

@@ -10,7 +10,15 @@ import onnx_ir as ir
 from twotower.checkpoint.layout import Tower
 from twotower.config import LayerKind, ModelConfig
 from twotower.export.graphs.attention import MASKED, context_attention, denoiser_attention
-from twotower.export.graphs.layers import LayerWeights, conditioning, mlp, modulation, moe, normed_input, rms_norm
+from twotower.export.graphs.layers import (
+    LayerWeights,
+    conditioning,
+    mlp,
+    modulation,
+    moe,
+    normed_input,
+    rms_norm,
+)
 from twotower.export.graphs.mamba import ChunkInfo, mamba
 from twotower.export.graphs.precision import Precision, Tap
 from twotower.export.graphs.recorder import GraphBuilder
@@ -52,13 +60,16 @@ class TowerGraph:
     taps: tuple[Tap, ...] = ()
 
 
-def build_graph(name: str, config: ModelConfig, dtype: str, precision: Precision | None = None) -> TowerGraph:
+def build_graph(
+    name: str, config: ModelConfig, dtype: str, precision: Precision | None = None
+) -> TowerGraph:
     """Records one graph of the contract; needs no weights and no torch, and takes well under a second at 52 layers.
 
     Args:
         config: The model.
         name: `context`, `context_head` or `denoiser`.
-        dtype: `float32`, `float16` or `bfloat16`; the SSM state and its scan, norms, softmax and routing stay float32.
+        dtype: `float32`, `float16` or `bfloat16`; the SSM state and its scan, norms, softmax and
+            routing stay float32.
         precision: What is stored or computed in few bits; None for nothing.
     """
     graph = GraphBuilder(signatures(config, dtype)[name], dtype, precision)
@@ -77,17 +88,39 @@ def _context(graph: GraphBuilder, config: ModelConfig) -> None:
             h = graph.op("Add", h, _context_mixer(graph, h, config, i, chunk=chunk, mask=mask))
     with graph.scope("norm_f"):
         last = _last_valid(graph, h)
-        norm = LayerWeights(graph, f"{Tower.CONTEXT.value}.")("norm_f.weight", config.hidden_size, dtype="float32")
+        norm = LayerWeights(graph, f"{Tower.CONTEXT.value}.")(
+            "norm_f.weight", config.hidden_size, dtype="float32"
+        )
         graph.output(HIDDEN, rms_norm(graph, last, norm, config.layer_norm_epsilon))
 
 
-def _context_mixer(graph: GraphBuilder, h: ir.Value, config: ModelConfig, i: int, *, chunk: ChunkInfo, mask: ir.Value | None) -> ir.Value:
+def _context_mixer(
+    graph: GraphBuilder,
+    h: ir.Value,
+    config: ModelConfig,
+    i: int,
+    *,
+    chunk: ChunkInfo,
+    mask: ir.Value | None,
+) -> ir.Value:
     kind = config.layers[i]
     layer = LayerWeights(graph, f"{Tower.CONTEXT.value}.layers.{i}.")
     weights = LayerWeights(graph, f"{Tower.CONTEXT.value}.layers.{i}.mixer.")
-    u = rms_norm(graph, h, layer("norm.weight", config.hidden_size, dtype="float32"), config.layer_norm_epsilon)
+    u = rms_norm(
+        graph,
+        h,
+        layer("norm.weight", config.hidden_size, dtype="float32"),
+        config.layer_norm_epsilon,
+    )
     if kind is LayerKind.MAMBA:
-        out = mamba(graph, u, weights, config, past=(graph.input(past_conv(i)), graph.input(past_ssm(i))), chunk=chunk)
+        out = mamba(
+            graph,
+            u,
+            weights,
+            config,
+            past=(graph.input(past_conv(i)), graph.input(past_ssm(i))),
+            chunk=chunk,
+        )
         assert out.conv is not None and out.ssm is not None
         graph.output(present_conv(i), out.conv)
         graph.output(present_ssm(i), out.ssm)
@@ -120,7 +153,12 @@ def _denoiser(graph: GraphBuilder, config: ModelConfig) -> None:
             y = _denoiser_mixer(graph, u, config, i, chunk=chunk, limit=limit)
             h = graph.op("Add", h, graph.op("Mul", by.gate, y))
     with graph.scope("lm_head"):
-        normed = rms_norm(graph, h, tower("norm_f.weight", config.hidden_size, dtype="float32"), config.layer_norm_epsilon)
+        normed = rms_norm(
+            graph,
+            h,
+            tower("norm_f.weight", config.hidden_size, dtype="float32"),
+            config.layer_norm_epsilon,
+        )
         logits = graph.to_float32(graph.linear(normed, _head_weight(graph, Tower.DENOISER, config)))
     with graph.scope("sampler"):
         sample_and_commit(graph, logits, masks, config)
@@ -138,7 +176,14 @@ def _denoiser_mixer(
     kind = config.layers[i]
     weights = LayerWeights(graph, f"{Tower.DENOISER.value}.layers.{i}.mixer.")
     if kind is LayerKind.MAMBA:
-        return mamba(graph, u, weights, config, past=(graph.input(past_conv(i)), graph.input(past_ssm(i))), chunk=chunk).y
+        return mamba(
+            graph,
+            u,
+            weights,
+            config,
+            past=(graph.input(past_conv(i)), graph.input(past_ssm(i))),
+            chunk=chunk,
+        ).y
     if kind is LayerKind.ATTENTION:
         assert limit is not None
         past = (graph.input(past_key(i)), graph.input(past_value(i)))
@@ -147,14 +192,18 @@ def _denoiser_mixer(
 
 
 def _context_head(graph: GraphBuilder, config: ModelConfig) -> None:
-    logits = graph.to_float32(graph.linear(graph.input(HIDDEN), _head_weight(graph, Tower.CONTEXT, config)))
+    logits = graph.to_float32(
+        graph.linear(graph.input(HIDDEN), _head_weight(graph, Tower.CONTEXT, config))
+    )
     best, ids = graph.ops("TopK", 2, logits, graph.constant([candidate_count(config)]), axis=-1)
     relative, total = relative_to_best(graph, logits, best)
     graph.output(CANDIDATE_IDS, ids)
     graph.output(CANDIDATE_LOGPROBS, graph.op("Sub", relative, graph.op("Log", total)))
 
 
-def _feed_forward(graph: GraphBuilder, u: ir.Value, weights: LayerWeights, config: ModelConfig, kind: LayerKind) -> ir.Value:
+def _feed_forward(
+    graph: GraphBuilder, u: ir.Value, weights: LayerWeights, config: ModelConfig, kind: LayerKind
+) -> ir.Value:
     if kind is LayerKind.MOE:
         return moe(graph, u, weights, config)
     d, f = config.hidden_size, config.intermediate_size
@@ -162,7 +211,9 @@ def _feed_forward(graph: GraphBuilder, u: ir.Value, weights: LayerWeights, confi
 
 
 def _embed(graph: GraphBuilder, tower: Tower, tokens: ir.Value, config: ModelConfig) -> ir.Value:
-    table = LayerWeights(graph, f"{tower.value}.")("embeddings.weight", config.vocab_size, config.hidden_size)
+    table = LayerWeights(graph, f"{tower.value}.")(
+        "embeddings.weight", config.vocab_size, config.hidden_size
+    )
     return graph.op("Gather", table, tokens, axis=0)
 
 
@@ -200,7 +251,9 @@ def _causal_mask(graph: GraphBuilder, config: ModelConfig) -> ir.Value | None:
         return None
     slots = _range_of(graph, graph.input(past_key(layers[0])), axis=2)
     positions = _range_of(graph, graph.input(TOKENS), axis=1)
-    own = graph.op("Add", graph.op("Unsqueeze", graph.input(PAST_LENGTH), graph.constant([1])), positions)  # [B,L]
+    own = graph.op(
+        "Add", graph.op("Unsqueeze", graph.input(PAST_LENGTH), graph.constant([1])), positions
+    )  # [B,L]
     return graph.op("LessOrEqual", slots, graph.op("Unsqueeze", own, graph.constant([1, 3])))
 
 
@@ -219,5 +272,7 @@ def _score_limit(graph: GraphBuilder, config: ModelConfig) -> ir.Value | None:
 
 def _last_valid(graph: GraphBuilder, h: ir.Value) -> ir.Value:
     """H [B,L,D] at each row's last valid token, [B,D]; a row without tokens gives its first (unused) position."""
-    last = graph.op("Max", graph.op("Sub", graph.input(CHUNK_LENGTH), graph.constant(1)), graph.constant(0))
+    last = graph.op(
+        "Max", graph.op("Sub", graph.input(CHUNK_LENGTH), graph.constant(1)), graph.constant(0)
+    )
     return graph.op("GatherND", h, graph.op("Unsqueeze", last, graph.constant([1])), batch_dims=1)

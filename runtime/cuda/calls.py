@@ -48,8 +48,10 @@ class Cuda:
     """CUDA runtime calls with plain numbers in and out: addresses and handles are whole numbers.
 
     Args:
-        api: `cuda.bindings.runtime`, or something with the same functions: each returns a tuple that starts with an error code.
-        driver: `cuda.bindings.driver` likewise, for kernels of our own; None where `api` has its functions too.
+        api: `cuda.bindings.runtime`, or something with the same functions: each returns a tuple
+            that starts with an error code.
+        driver: `cuda.bindings.driver` likewise, for kernels of our own; None where `api` has its
+            functions too.
         cores: Processor cores there are to use. With few of them whoever waits for an event sleeps:
             spinning takes a core away from the rest of the program for all of a pass. With more it
             spins, which notices the event sooner.
@@ -94,11 +96,24 @@ class Cuda:
         except CudaError as e:
             if e.code not in (_DRIVER_TOO_OLD, _NO_DEVICE):
                 raise
-            driver, library = int(self._call("cudaDriverGetVersion")), int(self._call("cudaRuntimeGetVersion"))
-            found = f"the driver supports CUDA {_version(driver)}, this environment needs {_version(library)}" if driver else "no driver"
-            found = "the driver is there and no GPU is visible (CUDA_VISIBLE_DEVICES?)" if e.code == _NO_DEVICE else found
+            driver, library = (
+                int(self._call("cudaDriverGetVersion")),
+                int(self._call("cudaRuntimeGetVersion")),
+            )
+            found = (
+                f"the driver supports CUDA {_version(driver)}, this environment needs {_version(library)}"
+                if driver
+                else "no driver"
+            )
+            found = (
+                "the driver is there and no GPU is visible (CUDA_VISIBLE_DEVICES?)"
+                if e.code == _NO_DEVICE
+                else found
+            )
             raise EngineMismatchError(
-                "the NVIDIA driver is missing or too old" if e.code == _DRIVER_TOO_OLD else "there is no NVIDIA GPU here",
+                "the NVIDIA driver is missing or too old"
+                if e.code == _DRIVER_TOO_OLD
+                else "there is no NVIDIA GPU here",
                 found=found,
                 do="install or update the driver (`nvidia-smi` shows it), or use `--target ort-cpu`, which needs none",
             ) from e
@@ -110,8 +125,12 @@ class Cuda:
     def compute_capability(self, device: int) -> int:
         """Of a device, for example 90."""
         names = self._api.cudaDeviceAttr
-        major = self._call("cudaDeviceGetAttribute", names.cudaDevAttrComputeCapabilityMajor, device)
-        minor = self._call("cudaDeviceGetAttribute", names.cudaDevAttrComputeCapabilityMinor, device)
+        major = self._call(
+            "cudaDeviceGetAttribute", names.cudaDevAttrComputeCapabilityMajor, device
+        )
+        minor = self._call(
+            "cudaDeviceGetAttribute", names.cudaDevAttrComputeCapabilityMinor, device
+        )
         return 10 * int(major) + int(minor)
 
     def free_memory(self) -> tuple[int, int]:
@@ -126,7 +145,11 @@ class Cuda:
         except CudaError as e:
             self.forget_error()  # or whoever asks for the last error next would take it for theirs
             if e.code != _PEER_ALREADY_ENABLED:
-                logger.info("no direct way to the memory of device %d (%s): copies go by way of the host", other, e.found)
+                logger.info(
+                    "no direct way to the memory of device %d (%s): copies go by way of the host",
+                    other,
+                    e.found,
+                )
 
     def allocate(self, size: int) -> int:
         """Address of device memory.
@@ -157,9 +180,23 @@ class Cuda:
 
     def copy(self, target: int, source: int, size: int, *, stream: int) -> None:
         """Enqueues a copy between any two places: host, device, another device."""
-        self._call("cudaMemcpyAsync", target, source, size, self._api.cudaMemcpyKind.cudaMemcpyDefault, stream)
+        self._call(
+            "cudaMemcpyAsync",
+            target,
+            source,
+            size,
+            self._api.cudaMemcpyKind.cudaMemcpyDefault,
+            stream,
+        )
 
-    def copy_rows(self, target: tuple[int, int], source: tuple[int, int], shape: tuple[int, int], *, stream: int) -> None:
+    def copy_rows(
+        self,
+        target: tuple[int, int],
+        source: tuple[int, int],
+        shape: tuple[int, int],
+        *,
+        stream: int,
+    ) -> None:
         """Enqueues a copy of rows.
 
         Args:
@@ -170,7 +207,17 @@ class Cuda:
         """
         rows, width = shape
         kind = self._api.cudaMemcpyKind.cudaMemcpyDefault
-        self._call("cudaMemcpy2DAsync", target[0], target[1], source[0], source[1], width, rows, kind, stream)
+        self._call(
+            "cudaMemcpy2DAsync",
+            target[0],
+            target[1],
+            source[0],
+            source[1],
+            width,
+            rows,
+            kind,
+            stream,
+        )
 
     def clear(self, address: int, size: int, *, stream: int) -> None:
         self._call("cudaMemsetAsync", address, 0, size, stream)
@@ -234,13 +281,16 @@ class Cuda:
     def forget_error(self) -> None:
         """Clears the error CUDA keeps for whoever asks for the last one, after a call whose failure was expected.
 
-        NVIDIA's bindings hold a CUDA runtime of their own: TensorRT's and ONNX Runtime's have other last errors.
+        NVIDIA's bindings hold a CUDA runtime of their own: TensorRT's and ONNX Runtime's have other
+        last errors.
         """
         self._api.cudaGetLastError()
 
 
 _AGAIN = "open the bundle again; if it happens again, `twotower doctor BUNDLE` narrows it down"
-_NEW_PROCESS = "start a new process, this one cannot use the GPU any more; `twotower doctor` narrows it down"
+_NEW_PROCESS = (
+    "start a new process, this one cannot use the GPU any more; `twotower doctor` narrows it down"
+)
 
 
 def _error(call: str, code: int, found: str, *, do: str) -> CudaError:

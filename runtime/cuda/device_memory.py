@@ -41,7 +41,8 @@ class DeviceBuffer:
     Attributes:
         shape: Its axes.
         dtype: `int64`, `float32`, `float16` or `bfloat16`.
-        addresses: Its address on each device that needs it. The first is where it is written; the others are copies.
+        addresses: Its address on each device that needs it. The first is where it is written; the
+            others are copies.
         token: The allocation it belongs to.
         slab: What it is a part of, for a small array.
         offset: Bytes from the beginning of the slab.
@@ -73,7 +74,12 @@ class DeviceBuffer:
         """A span as rows of bytes: offset of the first, bytes from row to row, number of rows, bytes of each."""
         inner = prod(self.shape[span.axis + 1 :]) * self.itemsize
         rows = prod(self.shape[: span.axis])
-        return span.start * inner, self.shape[span.axis] * inner, rows, (span.stop - span.start) * inner
+        return (
+            span.start * inner,
+            self.shape[span.axis] * inner,
+            rows,
+            (span.stop - span.start) * inner,
+        )
 
 
 @dataclass(slots=True)
@@ -83,9 +89,11 @@ class DeviceMemory:
     Args:
         cuda: The calls.
         devices: The devices, the first for whatever no engine claims.
-        places: Devices each tensor is needed on, by its name as an input of the graphs; the one that writes it first.
+        places: Devices each tensor is needed on, by its name as an input of the graphs; the one
+            that writes it first.
 
-    Clearing and copying between runs go through a stream of their own on each device and are waited for.
+    Clearing and copying between runs go through a stream of their own on each device and are waited
+    for.
     """
 
     cuda: Cuda
@@ -102,14 +110,21 @@ class DeviceMemory:
         self.clear(buffer)
         return buffer
 
-    def small(self, specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, DeviceBuffer]:
+    def small(
+        self, specs: Sequence[TensorSpec], sizes: Mapping[str, int]
+    ) -> dict[str, DeviceBuffer]:
         offsets, end = [], 0
         for spec in specs:
             offsets.append(end)
-            end += -(-prod(spec.shape(sizes)) * carried_dtype(spec.dtype).itemsize // _ALIGNED) * _ALIGNED
+            end += (
+                -(-prod(spec.shape(sizes)) * carried_dtype(spec.dtype).itemsize // _ALIGNED)
+                * _ALIGNED
+            )
         devices = tuple(dict.fromkeys(d for spec in specs for d in self._devices_of(spec)))
         addresses, freed = self._allocated(end, devices, (specs[0], sizes))
-        token = self._owner(freed)  # before more is asked for: whatever fails from here on, closing frees it
+        token = self._owner(
+            freed
+        )  # before more is asked for: whatever fails from here on, closing frees it
         host = self.cuda.allocate_pinned(end)
         freed.append(lambda: self.cuda.free_pinned(host))
         whole = np.frombuffer(self.cuda.bytes_at(host, end), np.uint8)
@@ -129,7 +144,9 @@ class DeviceMemory:
         return buffer.array
 
     def view(self, buffer: DeviceBuffer, shape: tuple[int, ...]) -> DeviceBuffer:
-        array = None if buffer.array is None else buffer.array.reshape(-1)[: prod(shape)].reshape(shape)
+        array = (
+            None if buffer.array is None else buffer.array.reshape(-1)[: prod(shape)].reshape(shape)
+        )
         return replace(buffer, shape=shape, array=array)
 
     def clear(self, buffer: DeviceBuffer, span: Span | None = None) -> None:
@@ -139,7 +156,9 @@ class DeviceMemory:
         start, pitch, rows, width = buffer.rows(span)
         if width:
             for device, address in buffer.addresses.items():
-                self.cuda.clear_rows((address + start, pitch), (rows, width), stream=self.stream(device))
+                self.cuda.clear_rows(
+                    (address + start, pitch), (rows, width), stream=self.stream(device)
+                )
                 self.cuda.synchronize(self.stream(device))
 
     def copy(self, source: DeviceBuffer, target: DeviceBuffer, span: Span) -> None:
@@ -148,7 +167,9 @@ class DeviceMemory:
         if width:
             for device, address in source.addresses.items():
                 to = (target.addresses[device] + there, wider)
-                self.cuda.copy_rows(to, (address + start, pitch), (rows, width), stream=self.stream(device))
+                self.cuda.copy_rows(
+                    to, (address + start, pitch), (rows, width), stream=self.stream(device)
+                )
                 self.cuda.synchronize(self.stream(device))
 
     def release(self, buffers: Sequence[DeviceBuffer]) -> None:

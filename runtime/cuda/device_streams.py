@@ -50,7 +50,8 @@ class CudaStream:
 
     Args:
         cuda: The calls.
-        devices: In the order work passes through them. What the queue waits for holds back the first, and so everything after it.
+        devices: In the order work passes through them. What the queue waits for holds back the
+            first, and so everything after it.
 
     Attributes:
         handles: The CUDA stream of each device.

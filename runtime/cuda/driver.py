@@ -18,7 +18,8 @@ class KernelDriver:
     """Calls of the driver API in the context that is current.
 
     Args:
-        api: `cuda.bindings.driver`, or something with the same functions: each returns a tuple that starts with an error code.
+        api: `cuda.bindings.driver`, or something with the same functions: each returns a tuple that
+            starts with an error code.
     """
 
     def __init__(self, api: Any) -> None:
@@ -64,7 +65,11 @@ class KernelDriver:
         return function
 
     def bound_launch(
-        self, function: Any, grid: tuple[int, int, int], program: tuple[int, int], arguments: Sequence[Any]
+        self,
+        function: Any,
+        grid: tuple[int, int, int],
+        program: tuple[int, int],
+        arguments: Sequence[Any],
     ) -> Callable[[int], None]:
         """A launch as a function of the stream.
 

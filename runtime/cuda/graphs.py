@@ -19,8 +19,9 @@ def capture(cuda: Cuda, stream: int, enqueue: Callable[[], None], *, name: str) 
     Args:
         cuda: The calls.
         stream: A stream of the current device.
-        enqueue: Has run once with the same addresses and shapes, outside any capture, and that work is done. Raises `DeviceError` where
-            a library refuses: such a library records nothing, and the graph would replay whatever the buffers held before.
+        enqueue: Has run once with the same addresses and shapes, outside any capture, and that work
+            is done. Raises `DeviceError` where a library refuses: such a library records nothing,
+            and the graph would replay whatever the buffers held before.
         name: What it is, for the log.
 
     Returns:
@@ -32,7 +33,12 @@ def capture(cuda: Cuda, stream: int, enqueue: Callable[[], None], *, name: str) 
         if isinstance(e, CudaError) and e.lasting:
             raise
         cuda.forget_error()  # a broken capture leaves its error behind for whoever asks next
-        logger.warning("%s cannot be captured as a CUDA graph and is launched piece by piece: %s (%s)", name, e.what, e.found)
+        logger.warning(
+            "%s cannot be captured as a CUDA graph and is launched piece by piece: %s (%s)",
+            name,
+            e.what,
+            e.found,
+        )
         return None
 
 
@@ -49,5 +55,9 @@ def _recorded(cuda: Cuda, stream: int, enqueue: Callable[[], None]) -> int:
         raise
     graph = cuda.end_capture(stream)
     if not graph:
-        raise DeviceError("a capture recorded nothing", found="no graph at its end", do="report this: it is a defect of twotower")
+        raise DeviceError(
+            "a capture recorded nothing",
+            found="no graph at its end",
+            do="report this: it is a defect of twotower",
+        )
     return graph

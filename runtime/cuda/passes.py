@@ -61,8 +61,8 @@ class PassWork:
         before: Copies to devices; likewise
         after: copies to the host.
         enqueue: Puts the engines on a queue.
-        capturable: Asked once, outside a capture; False where the work is not the same every time, is on several devices, or a library
-            says no.
+        capturable: Asked once, outside a capture; False where the work is not the same every time,
+            is on several devices, or a library says no.
         close: Frees what was made for it.
     """
 
@@ -78,18 +78,21 @@ class PassWork:
 class DevicePass:
     """A binding on devices.
 
-    The first run enqueues piece by piece, which also lets a library finish its lazy set-up. The second is captured, if the pass can be,
-    and from then on a run is one launch. Nothing is bound, allocated or looked up by name in a run.
+    The first run enqueues piece by piece, which also lets a library finish its lazy set-up. The
+    second is captured, if the pass can be, and from then on a run is one launch. Nothing is bound,
+    allocated or looked up by name in a run.
 
     Args:
         cuda: The calls.
         work: What to do; it is closed with the pass, also with one that cannot be made.
-        turns: For each device of the pass, shared with every pass that uses the same scratch memory.
+        turns: For each device of the pass, shared with every pass that uses the same scratch
+            memory.
     """
 
     def __init__(self, cuda: Cuda, work: PassWork, turns: Iterable[Turns]) -> None:
         self._cuda, self._work, self._turns = cuda, work, tuple(turns)
-        # A device that hands over to the next is done with its part before: the end of the last one's work is the end of all.
+        # A device that hands over to the next is done with its part before: the end of the last
+        # one's work is the end of all.
         self._last = work.devices[-1]
         with Cleanup(work.close) as undo:
             self._event = CudaEvent(cuda, self._last)
@@ -118,7 +121,9 @@ class DevicePass:
         if self._runs == 1 and self._work.capturable(queue):
             self._event.wait_done()  # the first run is done before its work is recorded
             self._cuda.use(self._last)
-            self._graph = capture(self._cuda, last, lambda: self._enqueue(queue), name=self._work.name)
+            self._graph = capture(
+                self._cuda, last, lambda: self._enqueue(queue), name=self._work.name
+            )
         self._broken = queue  # until the event that says what was enqueued is recorded
         if self._graph is not None:
             self._cuda.use(self._last)
@@ -141,7 +146,9 @@ class DevicePass:
         close_all((self._wait, self._drop_graph, self._work.close, self._event.close))
 
     def _wait(self) -> None:
-        if self._broken is not None:  # a pass that was refused in the middle: the part before is at work, and no event tells of it
+        if (
+            self._broken is not None
+        ):  # a pass that was refused in the middle: the part before is at work, and no event tells of it
             self._broken.synchronize()
         elif self._runs:
             self._event.wait_done()
@@ -167,7 +174,9 @@ def uploads(signature: TowerSignature, buffers: Mapping[str, DeviceBuffer]) -> t
     return _transfers([buffers[spec.name] for spec in signature.inputs], to_device=True)
 
 
-def downloads(signature: TowerSignature, buffers: Mapping[str, DeviceBuffer]) -> tuple[Transfer, ...]:
+def downloads(
+    signature: TowerSignature, buffers: Mapping[str, DeviceBuffer]
+) -> tuple[Transfer, ...]:
     """Copies of a graph's small outputs to the host, one a slab."""
     return _transfers([buffers[spec.name] for spec in signature.outputs], to_device=False)
 
@@ -180,7 +189,11 @@ def _transfers(buffers: Iterable[DeviceBuffer], *, to_device: bool) -> tuple[Tra
         for device in buffer.addresses if to_device else (buffer.home,):
             key = (buffer.slab.host, device)
             _, start, end = ranges.get(key, (buffer, buffer.offset, 0))
-            ranges[key] = (buffer, min(start, buffer.offset), max(end, buffer.offset + buffer.nbytes))
+            ranges[key] = (
+                buffer,
+                min(start, buffer.offset),
+                max(end, buffer.offset + buffer.nbytes),
+            )
     out = []
     for (host, device), (buffer, start, end) in ranges.items():
         assert buffer.slab is not None

@@ -22,7 +22,8 @@ class OpenOptions:
     """Options of opening engines.
 
     Attributes:
-        threads: Threads a CPU engine computes with; 0 for one a core that this process may use, or one for a small model.
+        threads: Threads a CPU engine computes with; 0 for one a core that this process may use, or
+            one for a small model.
         devices: GPUs by number; empty for the first.
         graphs: Whether passes are captured as CUDA graphs.
         progress: Called with (bytes hashed, bytes to hash) while engine files are checked.
@@ -45,7 +46,11 @@ def _ort_cpu() -> Opener:
     def opened(bundle: Bundle, options: OpenOptions) -> Towers:
         if options.devices:
             found = f"GPUs {', '.join(map(str, options.devices))} were asked for"
-            raise ConfigError("target ort-cpu uses no GPU", found=found, do="leave out --devices, or choose a GPU target with --target")
+            raise ConfigError(
+                "target ort-cpu uses no GPU",
+                found=found,
+                do="leave out --devices, or choose a GPU target with --target",
+            )
         return open_ort_cpu(bundle, threads=options.threads, progress=options.progress)
 
     return opened
@@ -57,7 +62,9 @@ def _ort_cuda() -> Opener:
     from twotower.runtime.engines.ort_device import OrtDeviceOptions, open_ort_cuda
 
     def opened(bundle: Bundle, options: OpenOptions) -> Towers:
-        how = OrtDeviceOptions(devices=options.devices, progress=options.progress, loading=options.loading)
+        how = OrtDeviceOptions(
+            devices=options.devices, progress=options.progress, loading=options.loading
+        )
         return open_ort_cuda(bundle, CudaLibrary(), load_cuda(), how)
 
     return opened
@@ -74,7 +81,9 @@ def _rtx() -> Opener:
 def _tensorrt(library: Flavour) -> Opener:
     from twotower.runtime.cuda.door import load_cuda
 
-    return lambda bundle, options: open_tensorrt(bundle, library, load_cuda(), _tensorrt_options(options))
+    return lambda bundle, options: open_tensorrt(
+        bundle, library, load_cuda(), _tensorrt_options(options)
+    )
 
 
 def _tensorrt_options(options: OpenOptions) -> TensorRTOptions:
@@ -89,7 +98,12 @@ def _tensorrt_options(options: OpenOptions) -> TensorRTOptions:
     )
 
 
-OPENERS: dict[str, Callable[[], Opener]] = {"ort-cpu": _ort_cpu, "ort-cuda": _ort_cuda, "rtx": _rtx, "trt": _trt}
+OPENERS: dict[str, Callable[[], Opener]] = {
+    "ort-cpu": _ort_cpu,
+    "ort-cuda": _ort_cuda,
+    "rtx": _rtx,
+    "trt": _trt,
+}
 """Target name -> importer of what opens its engines."""
 
 
@@ -115,7 +129,8 @@ def open_towers(bundle: Bundle, target: str, options: OpenOptions | None = None)
     """Opens the engines of one target.
 
     Raises:
-        EngineMismatchError: unknown target, its library is not installed, or the engine does not fit.
+        EngineMismatchError: unknown target, its library is not installed, or the engine does not
+            fit.
     """
     require_opener(target)
     try:

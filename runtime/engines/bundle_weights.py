@@ -25,7 +25,9 @@ from twotower.weights.refs import WeightRef
 __all__ = ["check_weights", "load_weights", "reads_of", "requests_of"]
 
 
-def check_weights(record: EngineRecord, tables: Mapping[str, Mapping[str, WeightRef]], bundle: Bundle) -> None:
+def check_weights(
+    record: EngineRecord, tables: Mapping[str, Mapping[str, WeightRef]], bundle: Bundle
+) -> None:
     """Refuses engines that were built for other weights than the bundle holds.
 
     Args:
@@ -61,13 +63,19 @@ def check_weights(record: EngineRecord, tables: Mapping[str, Mapping[str, Weight
         )
 
 
-def requests_of(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[int]]) -> list[LoadRequest]:
+def requests_of(
+    bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[int]]
+) -> list[LoadRequest]:
     """What every device needs: the weights of the engines that are placed on it, and of the experts that follow them."""
     out = []
     for name, steps in record.steps.items():
         table, file = bundle.weights(name), bundle.files[GRAPH_FILES[name] + DATA_SUFFIX]
         for device, reads in zip(placed[name], reads_of(steps), strict=True):
-            out.append(LoadRequest(bundle.data_file(name), file, {w.name: table[w.name] for w in reads}, device))
+            out.append(
+                LoadRequest(
+                    bundle.data_file(name), file, {w.name: table[w.name] for w in reads}, device
+                )
+            )
     return out
 
 
@@ -98,7 +106,9 @@ def load_weights(
         EngineMismatchError: a device has not so much memory.
     """
     read = {request.file for request in requests if request.weights}
-    files: dict[str, FileRecord] = {name: file for name, file in bundle.files.items() if bundle.path / name in read}
+    files: dict[str, FileRecord] = {
+        name: file for name, file in bundle.files.items() if bundle.path / name in read
+    }
     new = unverified_files(bundle.path, files)
     hashed = {bundle.path / name for name in new}
     for whether in (True, False):

@@ -25,23 +25,32 @@ class StateCopies:
         self._cuda = cuda
         self._in_place = {t.present.name: t.in_place for t in state}
 
-    def of(self, arrays: Mapping[str, DeviceBuffer], sizes: Mapping[str, int]) -> BoundCopies | None:
+    def of(
+        self, arrays: Mapping[str, DeviceBuffer], sizes: Mapping[str, int]
+    ) -> BoundCopies | None:
         """The copies of a pass over these buffers; None where every tensor is on one device."""
         shared = {name: arrays[name] for name in self._in_place if len(arrays[name].addresses) > 1}
         past = arrays[PAST_LENGTH].array
         if not shared or past is None:
             return None
-        return BoundCopies(self._cuda, {name: (buffer, self._in_place[name]) for name, buffer in shared.items()}, past, sizes["L"])
+        return BoundCopies(
+            self._cuda,
+            {name: (buffer, self._in_place[name]) for name, buffer in shared.items()},
+            past,
+            sizes["L"],
+        )
 
 
 class BoundCopies:
     """The copies of one binding of the context graph.
 
-    Of keys and values only the chunk's own positions travel, row by row and head by head; of the Mamba states everything, because
-    everything in them has changed.
+    Of keys and values only the chunk's own positions travel, row by row and head by head; of the
+    Mamba states everything, because everything in them has changed.
     """
 
-    def __init__(self, cuda: Cuda, shared: Mapping[str, tuple[DeviceBuffer, bool]], past: Array, width: int) -> None:
+    def __init__(
+        self, cuda: Cuda, shared: Mapping[str, tuple[DeviceBuffer, bool]], past: Array, width: int
+    ) -> None:
         self._cuda, self._shared, self._past, self._width = cuda, dict(shared), past, width
 
     def enqueue(self, written: Iterable[TensorSpec], queue: CudaStream) -> None:
@@ -54,7 +63,10 @@ class BoundCopies:
                 self._cuda.use(home)
                 for other in others:
                     for start, size in spans:
-                        target, source = buffer.addresses[other] + start, buffer.addresses[home] + start
+                        target, source = (
+                            buffer.addresses[other] + start,
+                            buffer.addresses[home] + start,
+                        )
                         self._cuda.copy(target, source, size, stream=queue.handles[home])
 
     def _chunks(self, buffer: DeviceBuffer) -> Iterable[tuple[int, int]]:
@@ -63,4 +75,7 @@ class BoundCopies:
         position = size * buffer.itemsize
         for row in range(rows):
             for head in range(heads):
-                yield ((row * heads + head) * capacity + int(self._past[row])) * position, self._width * position
+                yield (
+                    ((row * heads + head) * capacity + int(self._past[row])) * position,
+                    self._width * position,
+                )

@@ -20,9 +20,17 @@ def chosen_devices(cuda: Cuda, asked: Sequence[int]) -> tuple[int, ...]:
     count = cuda.device_count()
     wrong = [d for d in asked if not 0 <= d < count]
     if wrong or len(set(asked)) < len(asked):
-        what = f"there is no GPU {wrong[0]}" if wrong else f"a GPU is named twice in {','.join(map(str, asked))}"
+        what = (
+            f"there is no GPU {wrong[0]}"
+            if wrong
+            else f"a GPU is named twice in {','.join(map(str, asked))}"
+        )
         numbers = "0" if count == 1 else f"0 to {count - 1}"
-        raise ConfigError(what, found=f"GPUs here: {numbers}", do="choose others with --devices; CUDA_VISIBLE_DEVICES hides some")
+        raise ConfigError(
+            what,
+            found=f"GPUs here: {numbers}",
+            do="choose others with --devices; CUDA_VISIBLE_DEVICES hides some",
+        )
     devices = tuple(asked) or (0,)
     for device in devices:
         cuda.use(device)
@@ -47,7 +55,9 @@ def require_room(cuda: Cuda, needed: Mapping[int, Mapping[str, int]], *, target:
         cuda.use(device)
         free, total = cuda.free_memory()
         if sum(parts.values()) > free:
-            listed = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items() if size)
+            listed = ", ".join(
+                f"{name} {size / 1e9:.2f} GB" for name, size in parts.items() if size
+            )
             raise EngineMismatchError(
                 f"the {target} engines do not fit on GPU {device}",
                 found=f"{sum(parts.values()) / 1e9:.2f} GB needed ({listed}), {free / 1e9:.2f} of {total / 1e9:.2f} GB free",

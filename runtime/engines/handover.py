@@ -21,7 +21,8 @@ __all__ = ["HANDED", "Handover", "buffer_sizes", "handed_bytes", "with_tokens"]
 
 _HALVES: Mapping[str, int] = {RESIDUAL_IN: 0, RESIDUAL_OUT: 1}
 """The residual stream has two buffers that take turns, because a program reads it while it writes the next: whether a program
-finds it in its own half or in that of the program after it."""
+finds it in its own half or in that of the program after it.
+"""
 
 _SINGLE = (CONDITIONING, EXPERTS_IN, SHARES, EXPERTS_OUT)
 HANDED = (*_HALVES, *_SINGLE)
@@ -44,14 +45,17 @@ class Handover:
     def address(self, name: str, program: int) -> int:
         """Where a program finds a tensor; `program` is its number in its tower.
 
-        The experts after a program find theirs where the program does, and what they write where the next one reads it.
+        The experts after a program find theirs where the program does, and what they write where
+        the next one reads it.
         """
         if name in _HALVES:
             return self.addresses[RESIDUAL_IN][(program + _HALVES[name]) % 2]
         return self.addresses[name][0]
 
 
-def buffer_sizes(programs: Iterable[EngineFile], sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+def buffer_sizes(
+    programs: Iterable[EngineFile], sizes: Mapping[str, int]
+) -> dict[str, tuple[int, int]]:
     """The buffers that the programs of a tower need: of each how many and of how many bytes; none for a graph in one piece.
 
     Args:
@@ -72,7 +76,9 @@ def buffer_sizes(programs: Iterable[EngineFile], sizes: Mapping[str, int]) -> di
 def handed_bytes(part: EngineFile, sizes: Mapping[str, int]) -> dict[str, int]:
     """What a program takes over from those before it, in bytes by name."""
     specs = [spec for spec in part.inputs if spec.name in _TAKEN]
-    return {spec.name: prod(spec.shape(sizes)) * carried_dtype(spec.dtype).itemsize for spec in specs}
+    return {
+        spec.name: prod(spec.shape(sizes)) * carried_dtype(spec.dtype).itemsize for spec in specs
+    }
 
 
 def with_tokens(part: EngineFile, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Experts between programs by compiled kernels, loaded on every device that runs some of their layers.
 
-NVIDIA's driver API alone: neither Triton nor torch. A launch is one call of the driver with arguments that were packed once; what
-changes from pass to pass is in device memory.
+NVIDIA's driver API alone: neither Triton nor torch. A launch is one call of the driver with
+arguments that were packed once; what changes from pass to pass is in device memory.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class ExpertCode:
         """What is launched for a number of tokens."""
         return launches(self.manifest.shape, tokens, self.sm, self.manifest)
 
-    def bind(self, launch: Launch, addresses: Mapping[str, int], scratch: int) -> Callable[[int], None]:
+    def bind(
+        self, launch: Launch, addresses: Mapping[str, int], scratch: int
+    ) -> Callable[[int], None]:
         """A launch with its arguments; it takes the stream.
 
         Args:
@@ -111,7 +113,9 @@ class ExpertCode:
     def _loaded(self, cubin: Cubin) -> _Function:
         library = self._driver.load(self.manifest.code(cubin), cubin.file)
         self._libraries.append(library)
-        return _Function(cubin, self._driver.function(library, cubin.entry, shared_bytes=cubin.shared))
+        return _Function(
+            cubin, self._driver.function(library, cubin.entry, shared_bytes=cubin.shared)
+        )
 
 
 class ExpertStep:
@@ -120,13 +124,18 @@ class ExpertStep:
     Args:
         code: The kernels.
         tokens: Rows of x and out.
-        addresses: Device addresses: `x`, `shares`, `out`, and the weights by the names of `weight_names`.
-        scratch: Device address of `scratch_bytes` of memory, at a multiple of 256. Layers that run in
-            turn on one stream share it.
+        addresses: Device addresses: `x`, `shares`, `out`, and the weights by the names of
+            `weight_names`.
+        scratch: Device address of `scratch_bytes` of memory, at a multiple of 256. Layers that run
+            in turn on one stream share it.
     """
 
-    def __init__(self, code: ExpertCode, tokens: int, addresses: Mapping[str, int], scratch: int) -> None:
-        self._launches = tuple(code.bind(launch, addresses, scratch) for launch in code.launches(tokens))
+    def __init__(
+        self, code: ExpertCode, tokens: int, addresses: Mapping[str, int], scratch: int
+    ) -> None:
+        self._launches = tuple(
+            code.bind(launch, addresses, scratch) for launch in code.launches(tokens)
+        )
 
     def __len__(self) -> int:
         """Launches."""

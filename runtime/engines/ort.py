@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from twotower.bundle import Bundle, EngineRecord, Progress, engine_folder, read_engine_record, weight_bytes
+from twotower.bundle import (
+    Bundle,
+    EngineRecord,
+    Progress,
+    engine_folder,
+    read_engine_record,
+    weight_bytes,
+)
 from twotower.errors import EngineMismatchError
 from twotower.onnx_runtime import ort, session_options
 from twotower.processors import usable_cores, usable_memory
@@ -22,21 +29,26 @@ __all__ = ["CudaLibrary", "OrtEngine", "engine_threads", "open_ort_cpu"]
 
 CPU, CUDA = "ort-cpu", "ort-cuda"
 Copies = Sequence[tuple[Array, Array]]
-_ONE_THREAD_BELOW_BYTES = 32 << 20  # operators of so small a graph are done before a second thread has woken up
+_ONE_THREAD_BELOW_BYTES = (
+    32 << 20
+)  # operators of so small a graph are done before a second thread has woken up
 
 
 def open_ort_cpu(bundle: Bundle, *, threads: int = 0, progress: Progress | None = None) -> Towers:
     """Opens the three `ort-cpu` engines of a bundle.
 
     Raises:
-        EngineMismatchError: not built, damaged, or built with another ONNX Runtime or from another graph.
+        EngineMismatchError: not built, damaged, or built with another ONNX Runtime or from another
+            graph.
     """
     library = {"name": "onnxruntime", "version": ort.__version__}
     record = read_engine_record(bundle, CPU, library=library, progress=progress)
     _require_memory(bundle, record)
     _require_rows_alike(bundle, record)
     contract = signatures(bundle.config, record.dtype)
-    context, head, denoiser = (_open(bundle, record, contract[name], threads) for name in (CONTEXT, CONTEXT_HEAD, DENOISER))
+    context, head, denoiser = (
+        _open(bundle, record, contract[name], threads) for name in (CONTEXT, CONTEXT_HEAD, DENOISER)
+    )
     return Towers(bundle.config, record.dtype, context, head, denoiser)
 
 
@@ -63,11 +75,15 @@ def _require_rows_alike(bundle: Bundle, record: EngineRecord) -> None:
         )
 
 
-def _open(bundle: Bundle, record: EngineRecord, signature: TowerSignature, threads: int) -> OrtEngine:
+def _open(
+    bundle: Bundle, record: EngineRecord, signature: TowerSignature, threads: int
+) -> OrtEngine:
     name = signature.name
     size = weight_bytes(bundle, record, name)
     graph = engine_folder(bundle, CPU) / f"{name}.onnx"
-    return OrtEngine(graph, bundle.path, signature, pack=True, threads=threads or engine_threads(size))
+    return OrtEngine(
+        graph, bundle.path, signature, pack=True, threads=threads or engine_threads(size)
+    )
 
 
 def engine_threads(weight_bytes: int) -> int:
@@ -80,21 +96,27 @@ class OrtEngine:
 
     Args:
         graph: The optimised graph.
-        folder: The folder its weight file is named from. ONNX Runtime maps that file: pages are read when they are first used, and
-            the system can drop them again.
+        folder: The folder its weight file is named from. ONNX Runtime maps that file: pages are
+            read when they are first used, and the system can drop them again.
         signature: Its inputs and outputs.
-        pack: Pack matrices for the product, which is faster but copies them into anonymous memory; stacks of matrices, such as those
-            of large experts, never are.
+        pack: Pack matrices for the product, which is faster but copies them into anonymous memory;
+            stacks of matrices, such as those of large experts, never are.
         threads: Threads to compute with, 0 for one a core that this process may use.
     """
 
-    def __init__(self, graph: Path, folder: Path, signature: TowerSignature, *, pack: bool, threads: int = 0) -> None:
+    def __init__(
+        self, graph: Path, folder: Path, signature: TowerSignature, *, pack: bool, threads: int = 0
+    ) -> None:
         self.signature = signature
         options = session_options(folder, threads=threads)
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # done at build time
+        options.graph_optimization_level = (
+            ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        )  # done at build time
         if not pack:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        self._session: ort.InferenceSession | None = _load(graph, options, ["CPUExecutionProvider"], CPU)
+        self._session: ort.InferenceSession | None = _load(
+            graph, options, ["CPUExecutionProvider"], CPU
+        )
         self._even_rows = EVEN_ROWS in self._session.get_modelmeta().custom_metadata_map
 
     def bind(self, arrays: Mapping[str, Array]) -> Binding:
@@ -130,10 +152,14 @@ class OrtEngine:
         self._session = None
 
 
-def _load(graph: Path, options: ort.SessionOptions, providers: list[Any], target: str) -> ort.InferenceSession:
+def _load(
+    graph: Path, options: ort.SessionOptions, providers: list[Any], target: str
+) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(graph.read_bytes(), options, providers=providers)
-    except Exception as e:  # ONNX Runtime raises a class of its own for every kind of failure, with no common base
+    except (
+        Exception
+    ) as e:  # ONNX Runtime raises a class of its own for every kind of failure, with no common base
         raise EngineMismatchError(
             f"ONNX Runtime cannot load {graph}",
             found=" ".join(str(e).split()),
@@ -144,7 +170,9 @@ def _load(graph: Path, options: ort.SessionOptions, providers: list[Any], target
 class _OrtBinding:
     """A session with its addresses; `arrays` are held because ONNX Runtime only knows their addresses."""
 
-    def __init__(self, session: ort.InferenceSession, binding: ort.IOBinding, arrays: tuple[Array, ...]) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, binding: ort.IOBinding, arrays: tuple[Array, ...]
+    ) -> None:
         self._session = session
         self._binding = binding
         self._arrays = arrays
@@ -188,7 +216,9 @@ class CudaLibrary:
     version = str(ort.__version__)
     device_type = "cuda"
 
-    def session(self, graph: Path, folder: Path, *, device: int, stream: int) -> ort.InferenceSession:
+    def session(
+        self, graph: Path, folder: Path, *, device: int, stream: int
+    ) -> ort.InferenceSession:
         """A session on a GPU that works on a CUDA stream of ours.
 
         Raises:
@@ -199,10 +229,15 @@ class CudaLibrary:
             "device_id": str(device),
             "user_compute_stream": str(stream),
             "use_tf32": "0",  # float32 means float32, as for the other targets
-            "arena_extend_strategy": "kSameAsRequested",  # the state is not in the arena; doubling would take memory from it
+            # the state is not in the arena; doubling would take memory from it
+            "arena_extend_strategy": "kSameAsRequested",
         }
-        session = _load(graph, options, [("CUDAExecutionProvider", provider), "CPUExecutionProvider"], CUDA)
-        if "CUDAExecutionProvider" not in session.get_providers():  # the library goes on without one that fails to load, on the CPU
+        session = _load(
+            graph, options, [("CUDAExecutionProvider", provider), "CPUExecutionProvider"], CUDA
+        )
+        if (
+            "CUDAExecutionProvider" not in session.get_providers()
+        ):  # the library goes on without one that fails to load, on the CPU
             raise EngineMismatchError(
                 "ONNX Runtime cannot use CUDA here",
                 found=f"providers: {', '.join(session.get_providers())}; the CUDA libraries it needs did not load",

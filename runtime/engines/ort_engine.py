@@ -20,7 +20,13 @@ from twotower.runtime.engines.copies import StateCopies
 from twotower.runtime.engines.experts import ExpertRuntime
 from twotower.runtime.engines.handover import Handover, handed_bytes, with_tokens
 from twotower.runtime.engines.ort_library import OrtLibrary, element_type
-from twotower.runtime.engines.step_runs import ExpertsAt, ExpertsRun, StepsRun, bind_experts, sizes_of
+from twotower.runtime.engines.step_runs import (
+    ExpertsAt,
+    ExpertsRun,
+    StepsRun,
+    bind_experts,
+    sizes_of,
+)
 from twotower.runtime.weights.store import WeightStore
 from twotower.spec import TensorSpec, TowerSignature
 

@@ -16,9 +16,20 @@ from twotower.runtime.cuda.passes import DevicePass, PassWork, Turns, downloads,
 from twotower.runtime.engines.copies import StateCopies
 from twotower.runtime.engines.experts import ExpertRuntime
 from twotower.runtime.engines.handover import HANDED, Handover, handed_bytes
-from twotower.runtime.engines.step_runs import ExpertsAt, ExpertsRun, StepsRun, bind_experts, sizes_of
+from twotower.runtime.engines.step_runs import (
+    ExpertsAt,
+    ExpertsRun,
+    StepsRun,
+    bind_experts,
+    sizes_of,
+)
 from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
-from twotower.runtime.engines.tensorrt_steps import Bound, ProgramRun, bind_execution, may_be_captured
+from twotower.runtime.engines.tensorrt_steps import (
+    Bound,
+    ProgramRun,
+    bind_execution,
+    may_be_captured,
+)
 from twotower.runtime.weights.store import WeightStore
 from twotower.spec import TowerSignature
 
@@ -35,7 +46,8 @@ class EngineRoom:
         memory: Buffers.
         weights: Weights that engines read as inputs, one copy a device for all that read them.
         graphs: Whether passes may be captured.
-        scratch: Activation memory of each device, address and bytes: one for all engines, as no two of them run at the same time.
+        scratch: Activation memory of each device, address and bytes: one for all engines, as no two
+            of them run at the same time.
         handover: On each device, where steps hand over.
         turns: Keeps executions on a device apart.
         rows: Numbers of rows kernels are specialised for.
@@ -67,10 +79,12 @@ class TensorRTEngine:
 
     Args:
         signature: Its inputs and outputs.
-        steps: Its engine, its segments, or programs and the experts after them, in the order they run.
+        steps: Its engine, its segments, or programs and the experts after them, in the order they
+            run.
         room: Shared with the bundle's other engines.
         data: The file its weights lie in, by which the room's store knows them.
-        copies: Brings what this graph writes of the state to other devices that read it; None where there are none.
+        copies: Brings what this graph writes of the state to other devices that read it; None where
+            there are none.
     """
 
     def __init__(
@@ -100,7 +114,11 @@ class TensorRTEngine:
             raise RuntimeError("the engine is closed")
         sizes = sizes_of(self.signature, arrays)
         profiles = [_profile(plan, sizes) for plan in self._plans]
-        fixed = all(least == most for number, plan in zip(profiles, self._plans, strict=True) for least, most in _ends(plan, number))
+        fixed = all(
+            least == most
+            for number, plan in zip(profiles, self._plans, strict=True)
+            for least, most in _ends(plan, number)
+        )
         specialised = fixed and sizes.get("B") in self._room.rows
         bound = self._bound_steps(arrays, _How(profiles, sizes, specialised))
         copies = None if self._copies is None else self._copies.of(arrays, sizes)
@@ -115,17 +133,24 @@ class TensorRTEngine:
             before=uploads(self.signature, arrays),
             after=downloads(self.signature, arrays),
             enqueue=run.enqueue,
-            capturable=lambda queue: capturable and may_be_captured(programs, queue, room.loader, refused=room.uncapturable),
+            capturable=lambda queue: (
+                capturable
+                and may_be_captured(programs, queue, room.loader, refused=room.uncapturable)
+            ),
             # Kernels compiled for a context are kept first: they may go with it.
             close=lambda: close_all((room.keep_kernels, run.close)),
         )
-        return DevicePass(self._room.cuda, work, [self._room.turns[device] for device in dict.fromkeys(devices)])
+        return DevicePass(
+            self._room.cuda, work, [self._room.turns[device] for device in dict.fromkeys(devices)]
+        )
 
     def close(self) -> None:
         """Frees the engines; idempotent."""
         self._steps = self._plans = ()
 
-    def _bound_steps(self, arrays: Mapping[str, DeviceBuffer], how: _How) -> list[ProgramRun | ExpertsRun]:
+    def _bound_steps(
+        self, arrays: Mapping[str, DeviceBuffer], how: _How
+    ) -> list[ProgramRun | ExpertsRun]:
         """Every step at its addresses."""
         bound: list[ProgramRun | ExpertsRun] = []
         with Cleanup(lambda: close_all(step.close for step in bound)) as undo:
@@ -141,12 +166,17 @@ class TensorRTEngine:
             undo.pop_all()
         return bound
 
-    def _program(self, plan: Plan, index: int, arrays: Mapping[str, DeviceBuffer], how: _How) -> ProgramRun:
+    def _program(
+        self, plan: Plan, index: int, arrays: Mapping[str, DeviceBuffer], how: _How
+    ) -> ProgramRun:
         """An execution context of one program with its profile, shapes and addresses set."""
         room, device, part = self._room, plan.device, plan.part
         room.cuda.use(device)
         execution = room.loader.context(plan, specialised=how.specialised)
-        places = {spec.name: self._address(spec.name, arrays, index) for spec in (*part.inputs, *part.outputs)}
+        places = {
+            spec.name: self._address(spec.name, arrays, index)
+            for spec in (*part.inputs, *part.outputs)
+        }
         places |= {w.name: room.weights.address(self._data, w.name, device) for w in part.weights}
         to = Bound(
             profile=how.profiles[index],
@@ -189,8 +219,14 @@ def _profile(plan: Plan, sizes: Mapping[str, int]) -> int:
 
 def _ends(plan: Plan, number: int) -> list[tuple[int, int]]:
     """Least and most of the axes of a profile that are not the number of rows: contexts are made for one number of rows anyway."""
-    return [(least, most) for axis, (least, _, most) in plan.part.profiles[number].axes.items() if axis != "B"]
+    return [
+        (least, most)
+        for axis, (least, _, most) in plan.part.profiles[number].axes.items()
+        if axis != "B"
+    ]
 
 
 def _described(profile: Profile) -> str:
-    return f"{profile.name}: " + ", ".join(f"{axis} {least} to {most}" for axis, (least, _, most) in profile.axes.items())
+    return f"{profile.name}: " + ", ".join(
+        f"{axis} {least} to {most}" for axis, (least, _, most) in profile.axes.items()
+    )

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from twotower.bundle import Bundle, EngineFile, EngineRecord, ExpertsStep, Progress, engine_folder, read_engine_record
+from twotower.bundle import (
+    Bundle,
+    EngineFile,
+    EngineRecord,
+    ExpertsStep,
+    Progress,
+    engine_folder,
+    read_engine_record,
+)
 from twotower.dtypes import carried_dtype
 from twotower.errors import EngineMismatchError
 from twotower.hardware import Gpu, untried
@@ -17,7 +25,12 @@ from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.device_memory import DeviceMemory
 from twotower.runtime.cuda.device_streams import CudaStream
 from twotower.runtime.device import Streams
-from twotower.runtime.engines.bundle_weights import check_weights, load_weights, reads_of, requests_of
+from twotower.runtime.engines.bundle_weights import (
+    check_weights,
+    load_weights,
+    reads_of,
+    requests_of,
+)
 from twotower.runtime.engines.copies import StateCopies
 from twotower.runtime.engines.device_choice import chosen_devices, require_room
 from twotower.runtime.engines.experts import OpenExperts
@@ -66,12 +79,20 @@ def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: TensorR
     """Opens the three graphs of a bundle on TensorRT.
 
     Raises:
-        EngineMismatchError: not built, damaged, of another library, graph or GPU, too large for the GPU, or there is none.
+        EngineMismatchError: not built, damaged, of another library, graph or GPU, too large for the
+            GPU, or there is none.
         ConfigError: a device that is not there was asked for.
     """
-    record = read_engine_record(bundle, flavour.target, library=flavour.library, progress=options.progress)
+    record = read_engine_record(
+        bundle, flavour.target, library=flavour.library, progress=options.progress
+    )
     devices = chosen_devices(cuda, options.devices)
-    _check_sms(record, [options.gpus[d] for d in devices if d < len(options.gpus)], bundle, any_sm=options.any_sm)
+    _check_sms(
+        record,
+        [options.gpus[d] for d in devices if d < len(options.gpus)],
+        bundle,
+        any_sm=options.any_sm,
+    )
     tables = {name: bundle.weights(name) for name in record.engines}
     check_weights(record, tables, bundle)
     sizes = {name: _sizes(record, name, tables[name]) for name in record.engines}
@@ -81,7 +102,9 @@ def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: TensorR
         weights = WeightStore(cuda)
         undo.callback(weights.close)
         load_weights(weights, bundle, requests_of(bundle, record, placed), progress=options.loading)
-        towers = _opened(bundle, record, placed, _Opening(flavour, cuda, devices, weights, undo, options))
+        towers = _opened(
+            bundle, record, placed, _Opening(flavour, cuda, devices, weights, undo, options)
+        )
         undo.pop_all()
     return towers
 
@@ -98,7 +121,9 @@ class _Opening:
     options: TensorRTOptions
 
 
-def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[int]], with_: _Opening) -> Towers:
+def _opened(
+    bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[int]], with_: _Opening
+) -> Towers:
     cuda, limits = with_.cuda, record.limits
     assert limits is not None, "TensorRT engines have limits"
     state = state_tensors(bundle.config, record.dtype)
@@ -114,17 +139,28 @@ def _opened(bundle: Bundle, record: EngineRecord, placed: Mapping[str, Sequence[
     rows = row_counts(limits.max_batch)
     room = EngineRoom(cuda, loader, memory, with_.weights, with_.options.graphs, rows=rows)
     folder = engine_folder(bundle, record.target)
-    code = [place for name in record.steps for place in code_places(record.steps[name], placed[name])]
+    code = [
+        place for name in record.steps for place in code_places(record.steps[name], placed[name])
+    ]
     room.experts = with_.options.experts(folder, cuda, code) if code else None
     experts = () if room.experts is None else (room.experts.close,)
     for close in experts:
         with_.undo.callback(close)
-    steps = {name: load_steps(record, name, placed[name], loader=loader, folder=folder, cuda=cuda) for name in record.steps}
+    steps = {
+        name: load_steps(record, name, placed[name], loader=loader, folder=folder, cuda=cuda)
+        for name in record.steps
+    }
     plans = [step for some in steps.values() for step in some if isinstance(step, Plan)]
-    scratch = {plan.device: max(other.scratch for other in plans if other.device == plan.device) for plan in plans}
+    scratch = {
+        plan.device: max(other.scratch for other in plans if other.device == plan.device)
+        for plan in plans
+    }
     furnish(room, record.steps, scratch=scratch, sizes={"B": limits.max_batch, "L": MAX_CHUNK})
     fixed = {"T": limits.capacity, "S": bundle.trained_block_size}
-    contract = {name: graph.with_sizes(fixed) for name, graph in signatures(bundle.config, record.dtype).items()}
+    contract = {
+        name: graph.with_sizes(fixed)
+        for name, graph in signatures(bundle.config, record.dtype).items()
+    }
     engines = {
         name: TensorRTEngine(
             contract[name],
@@ -164,7 +200,10 @@ def _sizes(record: EngineRecord, name: str, table: Mapping[str, WeightRef]) -> l
 
 
 def _needed(
-    bundle: Bundle, record: EngineRecord, sizes: Mapping[str, Sequence[int]], placed: Mapping[str, Sequence[int]]
+    bundle: Bundle,
+    record: EngineRecord,
+    sizes: Mapping[str, Sequence[int]],
+    placed: Mapping[str, Sequence[int]],
 ) -> dict[int, dict[str, int]]:
     """Bytes each device must have free: its engines, and the state of one row. Scratch is known only once engines are loaded."""
     assert record.limits is not None
@@ -177,7 +216,11 @@ def _needed(
             parts = needed.setdefault(device, {})
             parts[name.replace("_", " ")] = parts.get(name.replace("_", " "), 0) + size
     for tensor in state:
-        size = prod(tensor.past.shape(one)) * carried_dtype(tensor.past.dtype).itemsize * (1 if tensor.in_place else 2)
+        size = (
+            prod(tensor.past.shape(one))
+            * carried_dtype(tensor.past.dtype).itemsize
+            * (1 if tensor.in_place else 2)
+        )
         for device in places[tensor.past.name]:
             needed[device]["state of a row"] = needed[device].get("state of a row", 0) + size
     return needed
@@ -188,7 +231,9 @@ def _check_sms(record: EngineRecord, gpus: Sequence[Gpu], bundle: Bundle, *, any
     sms = record.limits.sms
     foreign = [gpu for gpu in gpus if sms and gpu.sm not in sms]
     if any_sm and record.target == "rtx":
-        built = f"built for SM {', '.join(map(str, sms))}" if sms else "built for the library's own set"
+        built = (
+            f"built for SM {', '.join(map(str, sms))}" if sms else "built for the library's own set"
+        )
         logger.warning("%s; the engines are %s", untried(any_sm, [gpu.sm for gpu in gpus]), built)
     elif foreign:
         built = ", ".join(map(str, record.limits.sms))
@@ -197,12 +242,20 @@ def _check_sms(record: EngineRecord, gpus: Sequence[Gpu], bundle: Bundle, *, any
         raise EngineMismatchError(
             f"the {record.target} engines of '{bundle.path}' hold no code for {foreign[0].name}",
             found=f"it is SM {foreign[0].sm}; they were built for SM {built}",
-            do=f"{rebuild} --sm {wanted}`" if record.target == "rtx" else f"{rebuild}` on this machine",
+            do=f"{rebuild} --sm {wanted}`"
+            if record.target == "rtx"
+            else f"{rebuild}` on this machine",
         )
 
 
 def load_steps(
-    record: EngineRecord, name: str, devices: Sequence[int], *, loader: PlanLoader, folder: Path, cuda: Cuda
+    record: EngineRecord,
+    name: str,
+    devices: Sequence[int],
+    *,
+    loader: PlanLoader,
+    folder: Path,
+    cuda: Cuda,
 ) -> list[Plan | ExpertsStep]:
     """The steps of a graph with every engine on its device, each file once a device."""
     out: list[Plan | ExpertsStep] = []

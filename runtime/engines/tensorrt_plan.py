@@ -35,7 +35,8 @@ class Plan:
         device: Where it is.
         engine: The library's engine.
         scratch: Bytes of activation memory an execution needs.
-        cache: Kernels the library compiled for it so far; None for a library that compiles nothing at run time.
+        cache: Kernels the library compiled for it so far; None for a library that compiles nothing
+            at run time.
         cache_file: Where they are kept.
         config: What made the cache; the library does not keep it.
     """
@@ -69,7 +70,8 @@ class PlanLoader:
 
     Args:
         flavour: The library.
-        in_place: Outputs that must be the memory of an input, by name (keys and values), with that input.
+        in_place: Outputs that must be the memory of an input, by name (keys and values), with that
+            input.
         sms: Compute capabilities of devices, by number: compiled kernels are kept apart by them.
     """
 
@@ -84,20 +86,27 @@ class PlanLoader:
         self._sms = sms or {}
         self._log = library_log(flavour.module)
         self._runtime = flavour.module.Runtime(self._log.logger)
-        self._unsaved: dict[int, Plan] = {}  # by its engine's identity: contexts were made since it was saved
+        self._unsaved: dict[
+            int, Plan
+        ] = {}  # by its engine's identity: contexts were made since it was saved
 
     def load(self, file: Path, part: EngineFile, device: int) -> Plan:
         """Brings an engine to the current device, which must be `device`; the file is mapped and not read into memory first.
 
         Raises:
-            EngineMismatchError: the library refuses the file, or it is not the engine the build describes.
+            EngineMismatchError: the library refuses the file, or it is not the engine the build
+                describes.
         """
-        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        with (
+            file.open("rb") as opened,
+            mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        ):
             engine = self._runtime.deserialize_cuda_engine(mapped)
         if engine is None:
             raise EngineMismatchError(
                 f"{self.flavour.module.__name__} {self.flavour.version} cannot load {file}",
-                found=self.drain() or "it gives no reason; the engine may be for another GPU or damaged",
+                found=self.drain()
+                or "it gives no reason; the engine may be for another GPU or damaged",
                 do="build it again on or for this machine with `twotower build BUNDLE --target ... --force`",
             )
         self._check(engine, part, file)
@@ -107,8 +116,13 @@ class PlanLoader:
             config = engine.create_runtime_config()
             cache = config.create_runtime_cache()
             if cache_file.is_file() and not cache.deserialize(cache_file.read_bytes()):
-                logger.info("%s is of another GPU, driver or library; kernels are compiled again", cache_file)
-        return Plan(part, device, engine, int(engine.device_memory_size_v2), cache, cache_file, config)
+                logger.info(
+                    "%s is of another GPU, driver or library; kernels are compiled again",
+                    cache_file,
+                )
+        return Plan(
+            part, device, engine, int(engine.device_memory_size_v2), cache, cache_file, config
+        )
 
     def another(self, plan: Plan, part: EngineFile, file: Path) -> Plan:
         """The same engine as another program of its tower that is equal to the first.
@@ -129,16 +143,20 @@ class PlanLoader:
 
         Args:
             plan: The engine.
-            specialised: It will run in one of few shapes, so kernels are compiled for that very shape. That
-                is done at once, inside the first run, and not behind the first runs, which a captured
-                graph would freeze.
+            specialised: It will run in one of few shapes, so kernels are compiled for that very
+                shape. That is done at once, inside the first run, and not behind the first runs,
+                which a captured graph would freeze.
         """
         trt = self.flavour.module
         config = plan.engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        config.set_execution_context_allocation_strategy(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
         if plan.cache is not None:
             config.set_runtime_cache(plan.cache)
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # a whole pass is captured here, copies included
+            config.cuda_graph_strategy = (
+                trt.CudaGraphStrategy.DISABLED
+            )  # a whole pass is captured here, copies included
             kinds = trt.DynamicShapesKernelSpecializationStrategy
             kind = kinds.EAGER if specialised else kinds.NONE
             config.dynamic_shapes_kernel_specialization_strategy = kind
@@ -150,7 +168,9 @@ class PlanLoader:
                 found=self.drain() or "the library gives no reason",
                 do="free GPU memory, or build with a smaller --max-batch or --max-context",
             )
-        if hasattr(context, "nvtx_verbosity"):  # as detailed as the engine, unless told: every enqueue pays for it
+        if hasattr(
+            context, "nvtx_verbosity"
+        ):  # as detailed as the engine, unless told: every enqueue pays for it
             context.nvtx_verbosity = trt.ProfilingVerbosity.NONE
         return Execution(context, config, plan)
 
@@ -178,7 +198,10 @@ class PlanLoader:
 
     def _check(self, engine: Any, part: EngineFile, file: Path) -> None:
         """Names, types and shared addresses of an engine's tensors are the contract the buffers were made for."""
-        has = {name: engine.get_tensor_dtype(name).name for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors))}
+        has = {
+            name: engine.get_tensor_dtype(name).name
+            for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors))
+        }
         wants = {part.own(spec.name): spec for spec in (*part.inputs, *part.outputs, *part.weights)}
         problems = [f"{name} is missing" for name in sorted(set(wants) - set(has))]
         problems += [f"{name} is not expected" for name in sorted(set(has) - set(wants))]
@@ -196,7 +219,8 @@ class PlanLoader:
             problems += [
                 f"{out.name} does not share the memory of {past}"
                 for out in part.outputs
-                if (past := self._in_place.get(out.name)) and engine.get_aliased_input_tensor(part.own(out.name)) != part.own(past)
+                if (past := self._in_place.get(out.name))
+                and engine.get_aliased_input_tensor(part.own(out.name)) != part.own(past)
             ]
         if problems:
             raise EngineMismatchError(

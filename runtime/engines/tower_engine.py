@@ -14,7 +14,8 @@ __all__ = ["Binding", "TowerEngine"]
 class Binding(Protocol):
     """Fixed addresses and shapes for one engine: made once, run many times.
 
-    Making it is the expensive half (name look-ups, shape checks, address tables), so that a step does none of it.
+    Making it is the expensive half (name look-ups, shape checks, address tables), so that a step
+    does none of it.
     """
 
     def run(self, stream: Stream) -> Event:
@@ -29,8 +30,9 @@ class Binding(Protocol):
 class TowerEngine(Protocol):
     """One graph of the contract, compiled for one target.
 
-    A Protocol and not a base class: the torch reference in `twotower.model` satisfies it without importing the
-    runtime, which is how the very loop that ships is tested against the reference mathematics.
+    A Protocol and not a base class: the torch reference in `twotower.model` satisfies it without
+    importing the runtime, which is how the very loop that ships is tested against the reference
+    mathematics.
     """
 
     @property
@@ -42,8 +44,9 @@ class TowerEngine(Protocol):
         """Fixes the buffers of every input and output.
 
         Args:
-            arrays: A buffer of the towers' memory for every name in the signature; on the host a C-contiguous array. An in-place
-                state has the same buffer under its `past` and its `present` name. The buffers must outlive the binding.
+            arrays: A buffer of the towers' memory for every name in the signature; on the host a
+                C-contiguous array. An in-place state has the same buffer under its `past` and its
+                `present` name. The buffers must outlive the binding.
         """
         ...
 

@@ -23,13 +23,17 @@ class Towers:
         dtype: Element type of keys, values, convolution state and hidden vectors in their buffers.
         memory: Where their buffers lie.
         streams: The two towers' queues.
-        limits: What was fixed when they were built; None for engines of any number of rows and any length.
-        chunk_widths: Widths of a prompt's chunks they are bound for, ascending; empty for any width. Every width costs a binding.
-        row_counts: Numbers of rows they are bound for, ascending; empty for any number. A batch is padded to the next of them.
+        limits: What was fixed when they were built; None for engines of any number of rows and any
+            length.
+        chunk_widths: Widths of a prompt's chunks they are bound for, ascending; empty for any
+            width. Every width costs a binding.
+        row_counts: Numbers of rows they are bound for, ascending; empty for any number. A batch is
+            padded to the next of them.
         fixed_block: The only block size the denoiser computes; None for any.
         compiles: Kernels are compiled when a shape first runs, so that engines are warmed up.
         keep: Saves what was compiled for the next opening.
-        owned: What else is closed with them, after everything that uses it: the weights on a device.
+        owned: What else is closed with them, after everything that uses it: the weights on a
+            device.
     """
 
     config: ModelConfig
@@ -50,4 +54,11 @@ class Towers:
     def close(self) -> None:
         """Closes every engine, then streams and memory, also when one of them fails to."""
         engines = (self.context, self.context_head, self.denoiser)
-        close_all((*(engine.close for engine in engines), self.streams.close, self.memory.close, *self.owned))
+        close_all(
+            (
+                *(engine.close for engine in engines),
+                self.streams.close,
+                self.memory.close,
+                *self.owned,
+            )
+        )

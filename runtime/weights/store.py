@@ -138,7 +138,10 @@ class WeightStore:
         data = {path: _opened(path, file, opened, direct=direct) for path, file in files.items()}
         self._allocate(files, blocks)
         ring = self._options.ring
-        by_file = [_steps(data[path], file, most=ring.slot_bytes, whole=hashed) for path, file in files.items()]
+        by_file = [
+            _steps(data[path], file, most=ring.slot_bytes, whole=hashed)
+            for path, file in files.items()
+        ]
         # In turns, so that each file's hashing thread has work; otherwise a file after another.
         steps = list(_in_turns(by_file) if hashed else chain.from_iterable(by_file))
         total, done = sum(step.chunk.stop - step.chunk.start for step in steps), 0

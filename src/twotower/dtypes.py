@@ -1,6 +1,7 @@
 """Element types: the name each has in this project, what other formats call it, and NumPy's side of it.
 
-NumPy and ml_dtypes are imported when they are asked for: `twotower VERB --help` reads this table too.
+NumPy and ml_dtypes are imported when they are asked for: `twotower VERB --help` reads this table
+too.
 """
 
 from __future__ import annotations

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from twotower.errors import ConfigError
 
-__all__ = ["EXTRA_OF", "TARGET_EXTRA", "install_command", "installed_libraries", "missing_library", "require_libraries"]
+__all__ = [
+    "EXTRA_OF",
+    "TARGET_EXTRA",
+    "install_command",
+    "installed_libraries",
+    "missing_library",
+    "require_libraries",
+]
 
 EXTRA_OF: Mapping[str, str] = {
     "cuda": "gpu",
@@ -64,7 +71,9 @@ def missing_library(error: ModuleNotFoundError, what: str = "this command") -> C
     if name not in EXTRA_OF:
         return None
     return ConfigError(
-        f"{what} needs a library that is not installed here", found=f"not installed: {error.name}", do=install_command(EXTRA_OF[name])
+        f"{what} needs a library that is not installed here",
+        found=f"not installed: {error.name}",
+        do=install_command(EXTRA_OF[name]),
     )
 
 
@@ -81,8 +90,9 @@ _ONNXRUNTIME = ("onnxruntime", "onnxruntime-gpu")  # both bring the module onnxr
 def installed_libraries(names: Iterable[str]) -> dict[str, str]:
     """Version of each named distribution that is installed; nothing is imported.
 
-    Of onnxruntime and onnxruntime-gpu in different folders of `sys.path` the one in front is the library, and the other is left out. In one
-    folder they have overwritten one another, and both are listed.
+    Of onnxruntime and onnxruntime-gpu in different folders of `sys.path` the one in front is the
+    library, and the other is left out. In one folder they have overwritten one another, and both
+    are listed.
     """
     found = {}
     for name in names:
@@ -110,5 +120,11 @@ def _owners(module: str, names: Iterable[str]) -> dict[str, str]:
 def _owns(distribution: Distribution, file: Path) -> bool:
     listed = distribution.files
     if listed is None:  # installed by something that keeps no list
-        return Path(str(distribution.locate_file("/".join(file.parts[-2:])))).resolve() == file.resolve()
-    return any(f.parts == file.parts[-2:] and Path(str(f.locate())).resolve() == file.resolve() for f in listed)
+        return (
+            Path(str(distribution.locate_file("/".join(file.parts[-2:])))).resolve()
+            == file.resolve()
+        )
+    return any(
+        f.parts == file.parts[-2:] and Path(str(f.locate())).resolve() == file.resolve()
+        for f in listed
+    )

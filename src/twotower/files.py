@@ -60,7 +60,10 @@ def hash_file(path: Path, tick: Callable[[int], None] | None = None) -> str:
 
 def file_records(folder: Path) -> dict[str, FileRecord]:
     """Every file of a folder, hashed, by name."""
-    return {path.name: FileRecord(path.stat().st_size, hash_file(path)) for path in sorted(folder.iterdir())}
+    return {
+        path.name: FileRecord(path.stat().st_size, hash_file(path))
+        for path in sorted(folder.iterdir())
+    }
 
 
 def hash_files(paths: Sequence[Path], tick: Callable[[int], None] | None = None) -> list[str]:
@@ -101,7 +104,13 @@ class _EndedError(Exception):
 def inside(root: Path, relative: str) -> Path | None:
     """The path of a file below `root`, or None for one that leads out of it (also by way of a link)."""
     pure = PurePosixPath(relative)
-    if not relative or pure.is_absolute() or ".." in pure.parts or "\\" in relative or ":" in relative:
+    if (
+        not relative
+        or pure.is_absolute()
+        or ".." in pure.parts
+        or "\\" in relative
+        or ":" in relative
+    ):
         return None
     path = root / pure
     return path if path.resolve().is_relative_to(root.resolve()) else None
@@ -141,7 +150,8 @@ _SLACK_BYTES = 64 << 20  # graphs, manifest, tokenizer and the file system's own
 def unpublished(output: Path) -> Iterator[Path]:
     """A hidden folder beside `output` that becomes it if the block succeeds and disappears if it does not.
 
-    What killed processes left behind under that name is removed; what a living one is writing is left alone.
+    What killed processes left behind under that name is removed; what a living one is writing is
+    left alone.
     """
     parent = output.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)

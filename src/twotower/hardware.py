@@ -41,7 +41,9 @@ RTX_SMS = (75, 80, 86, 89, 120, 121)
 
 ANY_SM = "TWOTOWER_RTX_ANY_SM"
 """Environment variable that lets a person try TensorRT for RTX on a GPU it does not list: `default` builds for the
-library's own set of GPUs, `current` for the GPU at hand; either opens and runs what was built. Unset, neither is tried."""
+library's own set of GPUs, `current` for the GPU at hand; either opens and runs what was built.
+Unset, neither is tried.
+"""
 
 _ANY_SM_VALUES = ("default", "current")
 
@@ -62,7 +64,8 @@ class Machine:
     """Facts about this machine.
 
     Attributes:
-        libraries: Installed inference distributions and their versions; one that another in front of it hides is left out.
+        libraries: Installed inference distributions and their versions; one that another in front
+            of it hides is left out.
         processor: The processor's name; likewise
         driver: NVIDIA's driver, empty where there is none.
         available: Bytes of memory the kernel could give to a new program, 0 where it does not say.
@@ -101,7 +104,9 @@ class Selection:
 def probe_machine() -> Machine:
     """Looks at the machine: processors, memory, GPUs by the CUDA driver, installed libraries (none is imported)."""
     libraries = installed_libraries(_LIBRARIES)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    )
     return Machine(
         platform.platform(terse=True),
         os.cpu_count() or 1,
@@ -127,12 +132,15 @@ def untried(how: str, sms: Sequence[int]) -> str:
     return f"{ANY_SM}={how} lets TensorRT for RTX be tried on {where}: NVIDIA does not support it there, and it was never tried by us"
 
 
-def select_target(machine: Machine, built: Collection[str], *, wanted: str | None = None) -> Selection:
+def select_target(
+    machine: Machine, built: Collection[str], *, wanted: str | None = None
+) -> Selection:
     """Picks the target to run: the wanted one, or the first of `TARGETS` that is built and can run here.
 
     Args:
         machine: What `probe_machine` found.
-        built: Targets the bundle has engines for; as a mapping, with the compute capabilities they hold code for, none for any.
+        built: Targets the bundle has engines for; as a mapping, with the compute capabilities they
+            hold code for, none for any.
         wanted: A target asked for by name; the reasons against it become the error.
 
     Raises:
@@ -142,9 +150,15 @@ def select_target(machine: Machine, built: Collection[str], *, wanted: str | Non
     candidates = (wanted,) if wanted else TARGETS
     for target in candidates:
         if target in reasons and reasons[target] is None:
-            return Selection(target, {t: r or "less preferred" for t, r in reasons.items() if t != target})
+            return Selection(
+                target, {t: r or "less preferred" for t, r in reasons.items() if t != target}
+            )
     if wanted and wanted not in reasons:
-        raise EngineMismatchError(f"unknown target {wanted!r}", found=f"known targets: {', '.join(TARGETS)}", do="choose one with --target")
+        raise EngineMismatchError(
+            f"unknown target {wanted!r}",
+            found=f"known targets: {', '.join(TARGETS)}",
+            do="choose one with --target",
+        )
     trace = "; ".join(f"{t}: {reasons[t]}" for t in candidates)
     raise EngineMismatchError(
         f"no engine fits this machine ({_describe(machine)})",
@@ -155,7 +169,10 @@ def select_target(machine: Machine, built: Collection[str], *, wanted: str | Non
 
 def installed_version(machine: Machine, target: str) -> str | None:
     """Version of the library a target runs on; None if it is not installed."""
-    return next((machine.libraries[name] for name in _NEEDS.get(target, ()) if name in machine.libraries), None)
+    return next(
+        (machine.libraries[name] for name in _NEEDS.get(target, ()) if name in machine.libraries),
+        None,
+    )
 
 
 def _reason_against(target: str, machine: Machine, built: Collection[str]) -> str | None:
@@ -190,7 +207,10 @@ def _remedy(machine: Machine, built: Sequence[str]) -> str:
 
 
 def _describe(machine: Machine) -> str:
-    return ", ".join(f"{g.name} SM {g.sm}" for g in machine.gpus) or f"{machine.cpus} CPUs, no NVIDIA GPU"
+    return (
+        ", ".join(f"{g.name} SM {g.sm}" for g in machine.gpus)
+        or f"{machine.cpus} CPUs, no NVIDIA GPU"
+    )
 
 
 def _processor() -> str:

@@ -13,9 +13,10 @@ __all__ = ["usable_cores", "usable_memory"]
 def usable_cores(root: Path = Path("/")) -> int:
     """Cores to compute on, at least 1.
 
-    Of the logical processors in the process's affinity mask those that share a core count once, because two threads on one core's
-    arithmetic units win nothing. A CPU quota of the control group, or of one above it, is an upper limit, rounded up: a container with
-    1.5 CPUs gets two threads.
+    Of the logical processors in the process's affinity mask those that share a core count once,
+    because two threads on one core's arithmetic units win nothing. A CPU quota of the control
+    group, or of one above it, is an upper limit, rounded up: a container with 1.5 CPUs gets two
+    threads.
 
     Args:
         root: Where `proc` and `sys` lie; another folder in tests.
@@ -34,8 +35,14 @@ def usable_memory(root: Path = Path("/")) -> int:
     Returns:
         0 where the system does not say.
     """
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    limits = (_text(folder / file) for folder in _folders(root, "memory") for file in ("memory.max", "memory.limit_in_bytes"))
+    machine = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    )
+    limits = (
+        _text(folder / file)
+        for folder in _folders(root, "memory")
+        for file in ("memory.max", "memory.limit_in_bytes")
+    )
     return min([machine, *(int(limit) for limit in limits if limit.isdigit())])
 
 
@@ -48,7 +55,9 @@ def _affinity() -> frozenset[int]:
 def _cores(processors: Iterable[int], root: Path) -> int:
     """Different cores among logical processors; one that does not tell its siblings is a core of its own."""
     folder = root / "sys/devices/system/cpu"
-    return len({_text(folder / f"cpu{n}/topology/thread_siblings_list") or str(n) for n in processors})
+    return len(
+        {_text(folder / f"cpu{n}/topology/thread_siblings_list") or str(n) for n in processors}
+    )
 
 
 def _quotas(root: Path) -> Iterator[float]:
@@ -61,7 +70,10 @@ def _quota(folder: Path) -> Iterator[float]:
     second = _text(folder / "cpu.max").split()  # version 2: "150000 100000" or "max 100000"
     if len(second) == 2 and second[0].isdigit():
         yield int(second[0]) / int(second[1])
-    quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")  # version 1: -1 is no limit
+    quota, period = (
+        _text(folder / "cpu.cfs_quota_us"),
+        _text(folder / "cpu.cfs_period_us"),
+    )  # version 1: -1 is no limit
     if quota.isdigit() and period.isdigit():
         yield int(quota) / int(period)
 
@@ -90,7 +102,8 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[Path, Path]]:
         top, point = mounted.split()[3:5]
         mount = root / point.lstrip("/")
         group = Path(os.path.normpath(mount / os.path.relpath(own[name], top)))
-        # In a container the path can be the host's, outside what is mounted: then the mount itself is the group.
+        # In a container the path can be the host's, outside what is mounted: then the mount itself
+        # is the group.
         yield (group if group.is_dir() and mount in group.parents else mount), mount
 
 

@@ -25,9 +25,12 @@ def rows_are_alike(graph: bytes) -> bool:
         graph: An ONNX model with one input [M,K] and outputs with M rows.
 
     Returns:
-        Whether every row is the same, to the bit, however many there are and at whichever place it stands.
+        Whether every row is the same, to the bit, however many there are and at whichever place it
+        stands.
     """
-    session = ort.InferenceSession(graph, session_options(threads=2), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        graph, session_options(threads=2), providers=["CPUExecutionProvider"]
+    )
     (x,) = session.get_inputs()
     rows = np.random.default_rng(0).standard_normal((_ROWS, x.shape[1]), dtype=np.float32)
     alone = [session.run(None, {x.name: row[None]}) for row in rows]

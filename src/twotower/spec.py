@@ -1,6 +1,7 @@
 """The graph contract as data: every input and output of the three graphs, named once.
 
-Axis letters: B rows, L chunk length, S block size, T context capacity; whole numbers are fixed by the model.
+Axis letters: B rows, L chunk length, S block size, T context capacity; whole numbers are fixed by
+the model.
 """
 
 from __future__ import annotations
@@ -62,14 +63,26 @@ __all__ = [
 CONTEXT, CONTEXT_HEAD, DENOISER = "context", "context_head", "denoiser"
 TOKENS, CHUNK_LENGTH, PAST_LENGTH, HIDDEN = "tokens", "chunk_length", "past_length", "hidden"
 CANDIDATE_IDS, CANDIDATE_LOGPROBS = "candidate_ids", "candidate_logprobs"
-BLOCK, CONTEXT_LENGTH, THRESHOLD, COMMIT_FLOOR = "block", "context_length", "threshold", "commit_floor"
+BLOCK, CONTEXT_LENGTH, THRESHOLD, COMMIT_FLOOR = (
+    "block",
+    "context_length",
+    "threshold",
+    "commit_floor",
+)
 TEMPERATURE, NOISE = "temperature", "noise"
-NEXT_BLOCK, PREDICTED, CONFIDENCE, MASKED_LEFT = "next_block", "predicted", "confidence", "masked_left"
+NEXT_BLOCK, PREDICTED, CONFIDENCE, MASKED_LEFT = (
+    "next_block",
+    "predicted",
+    "confidence",
+    "masked_left",
+)
 
-# Between the segments of a tower that was cut into several engines: the residual stream, and the denoiser's conditioning.
+# Between the segments of a tower that was cut into several engines: the residual stream, and the
+# denoiser's conditioning.
 RESIDUAL_IN, RESIDUAL_OUT, CONDITIONING = "residual_in", "residual_out", "conditioning"
 
-# Between a program and the kernels of the experts after it: the mixer's input [B,L,D], every expert's share of every
+# Between a program and the kernels of the experts after it: the mixer's input [B,L,D], every
+# expert's share of every
 # token [experts,N], and the sum that the kernels write [B,L,D], the shared expert included.
 EXPERTS_IN, SHARES, EXPERTS_OUT = "experts_in", "shares", "experts_out"
 
@@ -141,8 +154,9 @@ class StateTensor:
     Attributes:
         past: The input of both towers.
         present: The context graph's output.
-        in_place: True where both names share one buffer (keys and values); False where the old state is still read
-            while the new one is written, so that two buffers alternate (convolution and SSM states).
+        in_place: True where both names share one buffer (keys and values); False where the old
+            state is still read while the new one is written, so that two buffers alternate
+            (convolution and SSM states).
     """
 
     past: TensorSpec
@@ -173,7 +187,14 @@ class TowerSignature:
         """The same with these axes made constants."""
 
         def fixed(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(s.name, s.dtype, tuple(sizes.get(a, a) if isinstance(a, str) else a for a in s.axes)) for s in specs)
+            return tuple(
+                TensorSpec(
+                    s.name,
+                    s.dtype,
+                    tuple(sizes.get(a, a) if isinstance(a, str) else a for a in s.axes),
+                )
+                for s in specs
+            )
 
         return TowerSignature(self.name, fixed(self.inputs), fixed(self.outputs))
 
@@ -206,15 +227,33 @@ def state_tensors(config: ModelConfig, dtype: str) -> tuple[StateTensor, ...]:
     out: list[StateTensor] = []
     kv: tuple[Axis, ...] = ("B", config.num_key_value_heads, "T", config.head_dim)
     conv: tuple[Axis, ...] = ("B", config.conv_kernel - 1, config.conv_channels)
-    ssm: tuple[Axis, ...] = ("B", config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+    ssm: tuple[Axis, ...] = (
+        "B",
+        config.mamba_num_heads,
+        config.mamba_head_dim,
+        config.ssm_state_size,
+    )
     for i, kind in enumerate(config.layers):
         if kind is LayerKind.ATTENTION:
             for past, present in ((past_key(i), present_key(i)), (past_value(i), present_value(i))):
-                out.append(StateTensor(TensorSpec(past, dtype, kv), TensorSpec(present, dtype, kv), in_place=True))
+                out.append(
+                    StateTensor(
+                        TensorSpec(past, dtype, kv), TensorSpec(present, dtype, kv), in_place=True
+                    )
+                )
         elif kind is LayerKind.MAMBA:
-            pairs = ((past_conv(i), present_conv(i), dtype, conv), (past_ssm(i), present_ssm(i), "float32", ssm))
+            pairs = (
+                (past_conv(i), present_conv(i), dtype, conv),
+                (past_ssm(i), present_ssm(i), "float32", ssm),
+            )
             for past, present, kept_as, axes in pairs:
-                out.append(StateTensor(TensorSpec(past, kept_as, axes), TensorSpec(present, kept_as, axes), in_place=False))
+                out.append(
+                    StateTensor(
+                        TensorSpec(past, kept_as, axes),
+                        TensorSpec(present, kept_as, axes),
+                        in_place=False,
+                    )
+                )
     return tuple(out)
 
 
@@ -239,7 +278,10 @@ def head_signature(config: ModelConfig, dtype: str) -> TowerSignature:
     return TowerSignature(
         CONTEXT_HEAD,
         (TensorSpec(HIDDEN, dtype, ("B", config.hidden_size)),),
-        (TensorSpec(CANDIDATE_IDS, "int64", ("B", k)), TensorSpec(CANDIDATE_LOGPROBS, "float32", ("B", k))),
+        (
+            TensorSpec(CANDIDATE_IDS, "int64", ("B", k)),
+            TensorSpec(CANDIDATE_LOGPROBS, "float32", ("B", k)),
+        ),
     )
 
 
@@ -267,5 +309,9 @@ def denoiser_signature(config: ModelConfig, dtype: str) -> TowerSignature:
 
 def signatures(config: ModelConfig, dtype: str) -> dict[str, TowerSignature]:
     """All three graphs by name."""
-    all_three = (context_signature(config, dtype), head_signature(config, dtype), denoiser_signature(config, dtype))
+    all_three = (
+        context_signature(config, dtype),
+        head_signature(config, dtype),
+        denoiser_signature(config, dtype),
+    )
     return {s.name: s for s in all_three}

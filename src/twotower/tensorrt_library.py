@@ -1,7 +1,8 @@
 """The door to TensorRT and TensorRT for RTX, each as one value: the same API, and what only one of them has.
 
-That is probed and never inferred from a version. Either library is imported when it is asked for, and nowhere else. What goes through
-TensorRT is written against its API and has never run; no engine of TensorRT for RTX has run on a GPU.
+That is probed and never inferred from a version. Either library is imported when it is asked for,
+and nowhere else. What goes through TensorRT is written against its API and has never run; no engine
+of TensorRT for RTX has run on a GPU.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ class Flavour:
         module: `tensorrt` or `tensorrt_rtx`; whoever takes a flavour imports neither.
         target: `trt` or `rtx`.
         version: The library's version.
-        sms: Compute capabilities engines can be built for ahead of time, without a GPU, e.g. 86; empty for a library that builds for
-            the GPU at hand.
+        sms: Compute capabilities engines can be built for ahead of time, without a GPU, e.g. 86;
+            empty for a library that builds for the GPU at hand.
         runtime_cache: Kernels compiled at first use can be kept in a file.
         capturable: The library says itself whether a stream can be captured into a CUDA graph.
     """
@@ -42,7 +43,11 @@ class Flavour:
 def flavour_from_module(module: Any) -> Flavour:
     """Probes an imported library for what it can do."""
     capability = getattr(module, "ComputeCapability", None)
-    names = [name for name in dir(capability) if name.startswith("SM") and name[2:].isdigit()] if capability is not None else []
+    names = (
+        [name for name in dir(capability) if name.startswith("SM") and name[2:].isdigit()]
+        if capability is not None
+        else []
+    )
     return Flavour(
         module=module,
         target="rtx" if capability is not None else "trt",

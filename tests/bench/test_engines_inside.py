@@ -32,10 +32,19 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.trt_rtx
 @pytest.mark.slow
-def test_a_small_layer_through_the_whole_command(tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_layer_through_the_whole_command(
+    tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = tmp_path / "page.md"
     page.write_text("{}\nold\n{}\n".format(*tool.MARKS))
-    words = ["--scratch", str(tmp_path / "scratch"), "--recipes", "int4-experts", "--write-docs", str(page)]
+    words = [
+        "--scratch",
+        str(tmp_path / "scratch"),
+        "--recipes",
+        "int4-experts",
+        "--write-docs",
+        str(page),
+    ]
     assert tool.main(words, {**published_slice("E*"), **SMALL}) == 0
     out = capsys.readouterr().out
     assert out.count("| `int4-experts` |") == 2
@@ -55,4 +64,6 @@ def test_the_table_in_the_documents_is_one_the_tool_wrote(tool: Any) -> None:
     text = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
     table = text.partition(tool.MARKS[0])[2].partition(tool.MARKS[1])[0].strip().splitlines()
     assert table[:2] == tool.table([]).splitlines()
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["`int4-experts`"] * 2 + ["`int8`"] * 2
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["`int4-experts`"] * 2 + [
+        "`int8`"
+    ] * 2

@@ -26,8 +26,15 @@ def tools() -> Any:
 @pytest.fixture(scope="module")
 def case(tools: Any) -> Any:
     # Planned scratch is held at published widths only.
-    limits = {"seconds": 100, "memory": 10**9, "nbytes": 10**8, "kernels": {"denoise": 200, "block": 200}}
-    return tools("engines_published").Case(name="a model", config=SMALL, sms=(86, 120), planned=False, **limits)
+    limits = {
+        "seconds": 100,
+        "memory": 10**9,
+        "nbytes": 10**8,
+        "kernels": {"denoise": 200, "block": 200},
+    }
+    return tools("engines_published").Case(
+        name="a model", config=SMALL, sms=(86, 120), planned=False, **limits
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +47,9 @@ def built(tools: Any, case: Any, tmp_path_factory: pytest.TempPathFactory) -> An
 
 @pytest.mark.trt_rtx
 @pytest.mark.slow
-def test_a_small_model_through_the_whole_command(tools: Any, case: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_model_through_the_whole_command(
+    tools: Any, case: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tool = tools("engines_published")
     document = tmp_path / "page.md"
     document.write_text("before\n{}\nold\n{}\nafter\n".format(*tool.MARKS))
@@ -60,12 +69,16 @@ def test_a_small_model_through_the_whole_command(tools: Any, case: Any, tmp_path
 
 @pytest.mark.trt_rtx
 @pytest.mark.slow
-def test_programs_with_experts_between_are_told_by_launches(tools: Any, case: Any, tmp_path: Path) -> None:
+def test_programs_with_experts_between_are_told_by_launches(
+    tools: Any, case: Any, tmp_path: Path
+) -> None:
     pytest.importorskip("triton")  # make EXTRAS=...,kernels
     tool = tools("engines_published")
     made = tool.build(replace(case, experts="kernels"), tmp_path)
     assert tool.problems_of(made) == []
-    (line,) = [line for line in tool.told(made).splitlines() if line.startswith("| denoiser, denoise |")]
+    (line,) = [
+        line for line in tool.told(made).splitlines() if line.startswith("| denoiser, denoise |")
+    ]
     programs, files, kernels, one_row, most = (int(cell) for cell in line.split(" | ")[1:6])
     assert (programs, files) == (4, 4)
     assert (one_row, most) == (kernels + 12, kernels + 12)
@@ -81,7 +94,11 @@ def test_a_build_within_its_figures_has_no_problems(tools: Any, built: Any) -> N
     assert 0 < built.ran.cpu_seconds < 100
     assert 10**8 < built.ran.peak_memory < built.memory < 10**9
     names = {(p.graph, p.profile) for p in built.passes}
-    assert {profile for graph, profile in names if graph == "context"} == {"prefill", "block", "decode"}
+    assert {profile for graph, profile in names if graph == "context"} == {
+        "prefill",
+        "block",
+        "decode",
+    }
     assert len(names) == 5
 
 
@@ -116,23 +133,33 @@ def test_what_is_off_is_found(tools: Any, built: Any, change: dict[str, Any], sa
         ({"expanded": [{}, {}]}, "2 weights expanded in memory"),
     ],
 )
-def test_what_a_program_must_not_be_is_found(tools: Any, built: Any, change: dict[str, Any], says: str) -> None:
+def test_what_a_program_must_not_be_is_found(
+    tools: Any, built: Any, change: dict[str, Any], says: str
+) -> None:
     first = built.passes[0]
-    off = replace(built, passes=(replace(first, program={**first.program, **change}), *built.passes[1:]))
+    off = replace(
+        built, passes=(replace(first, program={**first.program, **change}), *built.passes[1:])
+    )
     (problem,) = tools("engines_published").problems_of(off)
     assert says in problem
 
 
 @pytest.mark.trt_rtx
 @pytest.mark.slow
-def test_weights_on_disk_warnings_and_programs_nobody_read_are_found(tools: Any, built: Any) -> None:
+def test_weights_on_disk_warnings_and_programs_nobody_read_are_found(
+    tools: Any, built: Any
+) -> None:
     problems_of = tools("engines_published").problems_of
-    assert problems_of(replace(built, data=("context/model.onnx.data",))) == ["weights on disk: context/model.onnx.data"]
+    assert problems_of(replace(built, data=("context/model.onnx.data",))) == [
+        "weights on disk: context/model.onnx.data"
+    ]
     facts = json.loads(json.dumps(built.record.report))
     facts["engines"]["denoiser.engine"]["log"].append({"message": "a word", "explained": None})
     facts["engines"]["context.engine"]["inspector"] = {"why_not": "another layout"}
     found = problems_of(replace(built, record=replace(built.record, report=facts)))
-    assert [says in problem for says, problem in zip(("another layout", "a word"), found, strict=True)] == [True, True]
+    assert [
+        says in problem for says, problem in zip(("another layout", "a word"), found, strict=True)
+    ] == [True, True]
 
 
 @pytest.mark.trt_rtx
@@ -141,7 +168,9 @@ def test_seconds_of_the_clock_count_where_nothing_else_runs(tools: Any, built: A
     problems_of, ran = tools("engines_published").problems_of, built.ran
     slow = replace(built, ran=replace(ran, seconds=500.0, cpu_seconds=1.0, others=0.5))
     assert problems_of(slow) == []
-    assert problems_of(replace(slow, ran=replace(slow.ran, others=0.01))) == ["500 seconds, allowed 100"]
+    assert problems_of(replace(slow, ran=replace(slow.ran, others=0.01))) == [
+        "500 seconds, allowed 100"
+    ]
 
 
 def test_a_command_is_watched(tools: Any) -> None:
@@ -163,8 +192,21 @@ def test_the_figures_in_the_documents_are_of_these_cases(tools: Any, tmp_path: P
     assert figures.count("| denoiser, denoise |") == 3
 
 
-def test_a_cut_slice_computes_the_same(tools: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--pattern", "M*E", "--experts", "6", "--width", "128", "--runs", "1", "--scratch", str(tmp_path / "scratch")]
+def test_a_cut_slice_computes_the_same(
+    tools: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--pattern",
+        "M*E",
+        "--experts",
+        "6",
+        "--width",
+        "128",
+        "--runs",
+        "1",
+        "--scratch",
+        str(tmp_path / "scratch"),
+    ]
     assert tools("engines_boundary").main(words) == 0
     out = capsys.readouterr().out
     assert "3 pieces" in out

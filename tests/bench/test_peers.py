@@ -37,7 +37,18 @@ def test_transformers_says_what_we_say(built_bundle: Path, peer: object) -> None
 @pytest.mark.slow
 def test_the_command_adds_the_peer(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    words = ["bench", str(built_bundle), "--prompt-tokens", "4", "--max-new-tokens", "16", "--runs", "1", "--peers", "transformers"]
+    words = [
+        "bench",
+        str(built_bundle),
+        "--prompt-tokens",
+        "4",
+        "--max-new-tokens",
+        "16",
+        "--runs",
+        "1",
+        "--peers",
+        "transformers",
+    ]
     assert main([*words, "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out)["peers"]
     assert told["name"] == "transformers"
@@ -45,14 +56,21 @@ def test_the_command_adds_the_peer(built_bundle: Path, capsys: pytest.CaptureFix
 
 
 def test_an_unknown_peer(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", str(built_bundle), "--runs", "1", "--max-new-tokens", "16", "--peers", "vllm"]) == 2
+    assert (
+        main(
+            ["bench", str(built_bundle), "--runs", "1", "--max-new-tokens", "16", "--peers", "vllm"]
+        )
+        == 2
+    )
     assert "allowed: transformers" in capsys.readouterr().err
 
 
 def test_a_quantized_bundle_has_no_peer(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     bundle = built_tiny(tmp_path / "float")
-    few = quantize_bundle(bundle, plan_quantization(bundle, builtin_recipes()["int8-weights"]), tmp_path / "few")
+    few = quantize_bundle(
+        bundle, plan_quantization(bundle, builtin_recipes()["int8-weights"]), tmp_path / "few"
+    )
     with pytest.raises(BundleError, match="cannot run bundle"):
         open_peer("transformers", few, threads=1)
     with pytest.raises(ConfigError, match="no peer 'x'"):
@@ -66,23 +84,55 @@ def test_a_quantized_bundle_is_measured_beside_the_one_it_was_made_from(
     """Both in one run; the peer, which has no few bits, runs the float one."""
     pytest.importorskip("transformers")
     bundle = Bundle.open(built_bundle)
-    few = quantize_bundle(bundle, plan_quantization(bundle, builtin_recipes()["int8-weights"]), tmp_path / "few")
+    few = quantize_bundle(
+        bundle, plan_quantization(bundle, builtin_recipes()["int8-weights"]), tmp_path / "few"
+    )
     build_engines(few, "ort-cpu", builder_for("ort-cpu"))
-    words = ["bench", str(few.path), "--beside", str(built_bundle), "--prompt-tokens", "4", "--max-new-tokens", "32", "--runs", "1"]
+    words = [
+        "bench",
+        str(few.path),
+        "--beside",
+        str(built_bundle),
+        "--prompt-tokens",
+        "4",
+        "--max-new-tokens",
+        "32",
+        "--runs",
+        "1",
+    ]
     assert main([*words, "--peers", "transformers", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     beside = told["beside"]
     assert beside["bundle"] == str(built_bundle)
-    assert beside["ar_to_ar"] == pytest.approx(told["ar"]["tokens_per_second"] / beside["ar"]["tokens_per_second"])
-    assert beside["pass_to_pass"] == pytest.approx(beside["diffusion"]["pass_ms"] / told["diffusion"]["pass_ms"])
-    assert beside["extend_to_extend"] == pytest.approx(beside["diffusion"]["extend_ms"] / told["diffusion"]["extend_ms"])
+    assert beside["ar_to_ar"] == pytest.approx(
+        told["ar"]["tokens_per_second"] / beside["ar"]["tokens_per_second"]
+    )
+    assert beside["pass_to_pass"] == pytest.approx(
+        beside["diffusion"]["pass_ms"] / told["diffusion"]["pass_ms"]
+    )
+    assert beside["extend_to_extend"] == pytest.approx(
+        beside["diffusion"]["extend_ms"] / told["diffusion"]["extend_ms"]
+    )
     assert told["peers"][0]["name"] == "transformers"
     assert main(words) == 0
     assert "this bundle is faster by: autoregression" in capsys.readouterr().out
 
 
-def test_bundles_of_two_models(built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bundles_of_two_models(
+    built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = built_tiny(tmp_path / "tiny")
-    words = ["bench", str(built_bundle), "--beside", str(other.path), "--prompt-tokens", "4", "--max-new-tokens", "16", "--runs", "1"]
+    words = [
+        "bench",
+        str(built_bundle),
+        "--beside",
+        str(other.path),
+        "--prompt-tokens",
+        "4",
+        "--max-new-tokens",
+        "16",
+        "--runs",
+        "1",
+    ]
     assert main(words) == 2
     assert "tokens in its vocabulary" in capsys.readouterr().err

@@ -45,16 +45,25 @@ def origin(record: Any) -> dict[str, bool]:
 
 
 @pytest.mark.slow
-def test_an_earlier_list_of_options_comes_out_of_the_cache(bundle: Bundle, builder: EngineBuilder) -> None:
+def test_an_earlier_list_of_options_comes_out_of_the_cache(
+    bundle: Bundle, builder: EngineBuilder
+) -> None:
     first = build_engines(bundle, "trt", builder, config=CONFIG)
-    other = build_engines(bundle, "trt", builder, config=BuildConfig(max_context=512, experts="dense"))
+    other = build_engines(
+        bundle, "trt", builder, config=BuildConfig(max_context=512, experts="dense")
+    )
     assert origin(other)["context.engine"] is False
     again = build_engines(bundle, "trt", builder, config=CONFIG)
     assert set(origin(again).values()) == {True}
     assert (again.files, again.limits, again.engines) == (first.files, first.limits, first.engines)
-    told = [{k: v for k, v in r.report["engines"]["denoiser.engine"].items() if k != "cached"} for r in (first, again)]
+    told = [
+        {k: v for k, v in r.report["engines"]["denoiser.engine"].items() if k != "cached"}
+        for r in (first, again)
+    ]
     assert told[0] == told[1], "what was observed is kept with the engine"
-    forced = build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense", force=True))
+    forced = build_engines(
+        bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense", force=True)
+    )
     assert set(origin(forced).values()) == {False}
 
 
@@ -66,7 +75,11 @@ def test_a_build_that_fails_late_goes_on_from_there(bundle: Bundle, builder: Eng
         build_engines(bundle, "trt", builder, config=CONFIG)
     bundle.graph_file("denoiser").write_bytes(intact)
     record = build_engines(bundle, "trt", builder, config=CONFIG)
-    assert origin(record) == {"context.engine": True, "context_head.engine": True, "denoiser.engine": False}
+    assert origin(record) == {
+        "context.engine": True,
+        "context_head.engine": True,
+        "denoiser.engine": False,
+    }
 
 
 @pytest.mark.slow
@@ -82,13 +95,19 @@ def test_a_damaged_engine_and_its_entry_are_built_again(
     else:
         os.truncate(engine, 10)
     record = build_engines(bundle, "trt", builder, config=CONFIG)
-    assert origin(record) == {"context.engine": True, "context_head.engine": True, "denoiser.engine": False}
+    assert origin(record) == {
+        "context.engine": True,
+        "context_head.engine": True,
+        "denoiser.engine": False,
+    }
     assert "damaged" in caplog.text
     read_engine_record(bundle, "trt", library=builder.library())
 
 
 @pytest.mark.slow
-def test_two_bundles_share_a_named_cache(bundle: Bundle, builder: EngineBuilder, tmp_path: Path) -> None:
+def test_two_bundles_share_a_named_cache(
+    bundle: Bundle, builder: EngineBuilder, tmp_path: Path
+) -> None:
     other = Bundle.open(copy_of(bundle, tmp_path / "elsewhere"))
     config = BuildConfig(max_context=256, experts="dense", cache=tmp_path / "shared")
     build_engines(bundle, "trt", builder, config=config)
@@ -98,20 +117,34 @@ def test_two_bundles_share_a_named_cache(bundle: Bundle, builder: EngineBuilder,
 
 @pytest.mark.slow
 def test_without_a_cache_nothing_is_kept(bundle: Bundle, builder: EngineBuilder) -> None:
-    build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense", use_cache=False))
+    build_engines(
+        bundle,
+        "trt",
+        builder,
+        config=BuildConfig(max_context=256, experts="dense", use_cache=False),
+    )
     assert ".cache" not in engines(bundle)
 
 
 @pytest.mark.slow
 def test_the_cache_is_bounded_after_a_build(bundle: Bundle, builder: EngineBuilder) -> None:
     for length in (256, 512, 1024):
-        build_engines(bundle, "trt", builder, config=BuildConfig(max_context=length, experts="dense", cache_bytes=0))
+        build_engines(
+            bundle,
+            "trt",
+            builder,
+            config=BuildConfig(max_context=length, experts="dense", cache_bytes=0),
+        )
     kept = list((bundle.path / "engines" / ".cache").glob("*.engine"))
     assert len(kept) == 3, "those in use, which cost nothing"
-    assert {p.stat().st_ino for p in kept} == {p.stat().st_ino for p in engine_folder(bundle, "trt").glob("*.engine")}
+    assert {p.stat().st_ino for p in kept} == {
+        p.stat().st_ino for p in engine_folder(bundle, "trt").glob("*.engine")
+    }
 
 
-def test_a_cache_that_cannot_be_written_is_said_before_any_work(bundle: Bundle, builder: EngineBuilder, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_said_before_any_work(
+    bundle: Bundle, builder: EngineBuilder, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BuildError, match="engine cache") as caught:
         build_engines(bundle, "trt", builder, config=BuildConfig(cache=tmp_path / "file" / "x"))
@@ -140,7 +173,9 @@ def test_what_a_killed_build_left_is_mended(bundle: Bundle, builder: EngineBuild
     (folder.parent / ".trt.abcdefgh" / "scratch").mkdir(parents=True)
     before = (folder.with_name(".trt.old.4711") / BUILD_FILE).stat().st_mtime_ns
     build_engines(bundle, "trt", builder, config=CONFIG)
-    assert (folder / BUILD_FILE).stat().st_mtime_ns == before, "the engine that was there is there again"
+    assert (folder / BUILD_FILE).stat().st_mtime_ns == before, (
+        "the engine that was there is there again"
+    )
     assert engines(bundle) == {"trt", ".trt.lock", ".trt.timing", ".cache"}
 
 
@@ -148,7 +183,15 @@ def test_what_a_killed_build_left_is_mended(bundle: Bundle, builder: EngineBuild
 
 
 def export(folder: Path) -> Path:
-    arguments = ["export", str(FIXTURES / "hybrid-a"), "-o", str(folder / "b"), "--dtype", "float16", "--no-verify"]
+    arguments = [
+        "export",
+        str(FIXTURES / "hybrid-a"),
+        "-o",
+        str(folder / "b"),
+        "--dtype",
+        "float16",
+        "--no-verify",
+    ]
     assert main(arguments) == 0
     return folder / "b"
 
@@ -176,8 +219,13 @@ def start(words: list[str]) -> subprocess.Popen[str]:
     """In a group of its own and with Ctrl-C heeded, as a shell starts it; a test run in the background would hand down its deafness."""
     paths = os.pathsep.join(p for p in sys.path if p)
     environment = {**os.environ, "PYTHONPATH": paths}
-    how: dict[str, Any] = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **how)
+    how: dict[str, Any] = {
+        "start_new_session": True,
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    }
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **how
+    )
 
 
 @pytest.mark.trt_rtx
@@ -186,7 +234,14 @@ def start(words: list[str]) -> subprocess.Popen[str]:
 def test_an_interrupted_build_leaves_the_old_engine_and_no_process(tmp_path: Path) -> None:
     """Ctrl-C (the whole group), a polite end of the command alone, and one without a chance to clean up."""
     bundle = export(tmp_path)
-    assert subprocess.run(command(bundle), env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            command(bundle),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            check=False,
+        ).returncode
+        == 0
+    )
     record = (bundle / "engines" / "rtx" / BUILD_FILE).read_bytes()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         build = start(command(bundle, "--force"))
@@ -199,16 +254,28 @@ def test_an_interrupted_build_leaves_the_old_engine_and_no_process(tmp_path: Pat
         _, err = build.communicate(timeout=30)
         assert is_gone(child), f"{number.name} leaves a process behind"
         if number != signal.SIGKILL:
-            assert (build.returncode, "interrupted" in err, "Traceback" in err) == (130, True, False), err
+            assert (build.returncode, "interrupted" in err, "Traceback" in err) == (
+                130,
+                True,
+                False,
+            ), err
             assert "goes on from there" in err
-        assert (bundle / "engines" / "rtx" / BUILD_FILE).read_bytes() == record, f"{number.name}: {err}"
+        assert (bundle / "engines" / "rtx" / BUILD_FILE).read_bytes() == record, (
+            f"{number.name}: {err}"
+        )
         if number != signal.SIGKILL:
-            assert {p.name for p in (bundle / "engines").iterdir()} == {"rtx", ".rtx.lock", ".cache"}
+            assert {p.name for p in (bundle / "engines").iterdir()} == {
+                "rtx",
+                ".rtx.lock",
+                ".cache",
+            }
         else:
             assert build.returncode == -signal.SIGKILL
     last = start(command(bundle))
     assert last.wait() == 0
-    assert {p.name for p in (bundle / "engines").iterdir()} == {"rtx", ".rtx.lock", ".cache"}, "what the killed one left is swept"
+    assert {p.name for p in (bundle / "engines").iterdir()} == {"rtx", ".rtx.lock", ".cache"}, (
+        "what the killed one left is swept"
+    )
 
 
 @pytest.mark.trt_rtx
@@ -236,7 +303,9 @@ def test_two_builds_at_once_make_one_engine(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.trt_rtx
-def test_options_no_build_can_honour(bundle: Bundle, capsys: pytest.CaptureFixture[str], options: list[str], what: str) -> None:
+def test_options_no_build_can_honour(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], options: list[str], what: str
+) -> None:
     assert main(["build", str(bundle.path), "--target", "rtx", *options]) == 2
     check_error(capsys.readouterr().err, what)
     assert not list(bundle.path.glob("engines/rtx"))

@@ -53,19 +53,43 @@ def test_what_it_says_to_type_can_be_built(available: int) -> None:
 @pytest.mark.trt_rtx
 def test_a_build_asks_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
-    monkeypatch.setattr("twotower.builders.trt.tensorrt_builder.probe_machine", lambda: replace(machine_with(), available=10**7))
-    monkeypatch.setattr("twotower.builders.trt.make_engine.run_job", lambda *_, **__: pytest.fail("a build was started"))
+    monkeypatch.setattr(
+        "twotower.builders.trt.tensorrt_builder.probe_machine",
+        lambda: replace(machine_with(), available=10**7),
+    )
+    monkeypatch.setattr(
+        "twotower.builders.trt.make_engine.run_job",
+        lambda *_, **__: pytest.fail("a build was started"),
+    )
     with pytest.raises(BuildError) as caught:
-        build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256, experts="dense"))
+        build_engines(
+            bundle,
+            "rtx",
+            builder_for("rtx"),
+            config=BuildConfig(sms=(89,), max_context=256, experts="dense"),
+        )
     assert "available" in caught.value.found
     assert not engine_folder(bundle, "rtx").exists()
 
 
-def test_engines_of_the_cache_need_no_memory(damageable: Bundle, stand_in_builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
-    build_engines(damageable, "trt", stand_in_builder, config=BuildConfig(max_context=256, experts="dense"))
+def test_engines_of_the_cache_need_no_memory(
+    damageable: Bundle, stand_in_builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_engines(
+        damageable, "trt", stand_in_builder, config=BuildConfig(max_context=256, experts="dense")
+    )
     shutil.rmtree(engine_folder(damageable, "trt"))
-    monkeypatch.setattr(tensorrt_builder, "probe_machine", lambda: replace(machine_with(L4), available=10**7))
-    record = build_engines(damageable, "trt", stand_in_builder, config=BuildConfig(max_context=256, experts="dense"))
+    monkeypatch.setattr(
+        tensorrt_builder, "probe_machine", lambda: replace(machine_with(L4), available=10**7)
+    )
+    record = build_engines(
+        damageable, "trt", stand_in_builder, config=BuildConfig(max_context=256, experts="dense")
+    )
     assert all(facts["cached"] for facts in record.report["engines"].values())
     with pytest.raises(BuildError, match="does not fit this machine"):
-        build_engines(damageable, "trt", stand_in_builder, config=BuildConfig(max_context=256, experts="dense", force=True))
+        build_engines(
+            damageable,
+            "trt",
+            stand_in_builder,
+            config=BuildConfig(max_context=256, experts="dense", force=True),
+        )

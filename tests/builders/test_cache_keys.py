@@ -33,8 +33,12 @@ OTHER: dict[str, Any] = {
 
 
 def test_every_part_of_the_identity_counts() -> None:
-    assert OTHER.keys() == {f.name for f in fields(EngineIdentity)}, "a new part belongs into this table"
-    keys = {engine_key(replace(BASE, **{name: value})) for name, value in OTHER.items()} | {engine_key(BASE)}
+    assert OTHER.keys() == {f.name for f in fields(EngineIdentity)}, (
+        "a new part belongs into this table"
+    )
+    keys = {engine_key(replace(BASE, **{name: value})) for name, value in OTHER.items()} | {
+        engine_key(BASE)
+    }
     assert len(keys) == len(OTHER) + 1
     gpus = [L4, replace(L4, driver="590.1"), replace(L4, sm=90), replace(L4, name="NVIDIA L40")]
     assert len({engine_key(replace(BASE, gpu=gpu)) for gpu in gpus}) == len(gpus)

@@ -52,10 +52,15 @@ def test_what_was_put_is_taken_as_the_same_file(cache: EngineCache, tmp_path: Pa
     assert entry is not None
     assert (entry.record, entry.facts) == (record, {"layers": 3})
     assert seen[-1] == (300, 300)
-    assert len({p.stat().st_ino for p in (made, tmp_path / "taken", cache.folder / f"{KEY}.engine")}) == 1, "no byte is copied"
+    assert (
+        len({p.stat().st_ino for p in (made, tmp_path / "taken", cache.folder / f"{KEY}.engine")})
+        == 1
+    ), "no byte is copied"
 
 
-def test_another_file_system_gets_a_copy(cache: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_file_system_gets_a_copy(
+    cache: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(source: Any, target: Any) -> None:
         raise OSError(18, "Invalid cross-device link")
 
@@ -70,7 +75,9 @@ def test_another_file_system_gets_a_copy(cache: EngineCache, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "no engine", "no note", "garbage"])
-def test_a_damaged_entry_is_no_entry(cache: EngineCache, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+def test_a_damaged_entry_is_no_entry(
+    cache: EngineCache, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
     cache.put(KEY, engine(tmp_path / "new"), {}, tick=quiet)
     file, note = cache.folder / f"{KEY}.engine", cache.folder / f"{KEY}.json"
     if damage == "flipped":
@@ -84,7 +91,9 @@ def test_a_damaged_entry_is_no_entry(cache: EngineCache, tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING):
         assert cache.take(KEY, tmp_path / "taken", tick=quiet) is None
     assert not (tmp_path / "taken").exists()
-    assert bool(caplog.records) == (damage in ("flipped", "truncated", "garbage")), "damage is told; an entry that is not there is not"
+    assert bool(caplog.records) == (damage in ("flipped", "truncated", "garbage")), (
+        "damage is told; an entry that is not there is not"
+    )
     new = engine(tmp_path / "new", "again.engine")
     cache.put(KEY, new, {}, tick=quiet)
     assert cache.take(KEY, tmp_path / "taken", tick=quiet) is not None
@@ -97,7 +106,9 @@ def test_putting_never_writes_through_a_link_in_use(cache: EngineCache, tmp_path
     assert used.read_bytes() == b"old" * 100
 
 
-def test_the_least_recently_used_go_first_and_what_is_in_use_is_free(cache: EngineCache, tmp_path: Path) -> None:
+def test_the_least_recently_used_go_first_and_what_is_in_use_is_free(
+    cache: EngineCache, tmp_path: Path
+) -> None:
     used = engine(tmp_path / "new", "used.engine", b"u" * 5000)
     cache.put("used", used, {}, tick=quiet)
     for i, key in enumerate(("one", "two", "three", "four")):
@@ -114,12 +125,16 @@ def test_the_least_recently_used_go_first_and_what_is_in_use_is_free(cache: Engi
     assert cache.trim() == ["used"], "nothing uses it any more, it is the oldest, and the rest fits"
 
 
-def test_what_killed_processes_left_is_swept(cache: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_killed_processes_left_is_swept(
+    cache: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache.put(KEY, engine(tmp_path / "new"), {}, tick=quiet)
     for name in (".half.1234", "lonely.engine", "lonelier.json"):
         (cache.folder / name).write_text("{}")
     cache.trim()
-    assert names(cache) == {f"{KEY}.engine", f"{KEY}.json", ".half.1234"}, "somebody may still be writing it"
+    assert names(cache) == {f"{KEY}.engine", f"{KEY}.json", ".half.1234"}, (
+        "somebody may still be writing it"
+    )
     later = time.time() + 2 * 24 * 3600
     monkeypatch.setattr(cache_store.time, "time", lambda: later)
     cache.trim()
@@ -134,7 +149,10 @@ def test_an_unwritable_cache_is_said_at_once(tmp_path: Path) -> None:
 
 
 def test_a_full_cache_loses_the_entry_and_not_the_engine(
-    cache: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    cache: EngineCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -157,7 +175,10 @@ def test_writers_at_once_leave_one_sound_entry(cache: EngineCache, tmp_path: Pat
         "    file = folder / f'{who}.{i}'; file.write_bytes((who * 1000).encode())\n"
         f"    cache.put('{KEY}', file, {{'who': who}}, tick=lambda a, b: None)\n"
     )
-    writers = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), who], env=_env()) for who in "abcd"]
+    writers = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path), who], env=_env())
+        for who in "abcd"
+    ]
     taken = 0
     while any(w.poll() is None for w in writers) or not taken:
         target = tmp_path / "taken"

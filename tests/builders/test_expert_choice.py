@@ -118,7 +118,10 @@ def test_without_experts_there_is_no_reason(
 
 
 def test_what_is_asked_for_is_built(exported: Bundle) -> None:
-    assert choose_experts(BundleGraphs(exported), replace(CONFIG, experts="kernels"), ()).experts == "kernels"
+    assert (
+        choose_experts(BundleGraphs(exported), replace(CONFIG, experts="kernels"), ()).experts
+        == "kernels"
+    )
     choice = choose_experts(BundleGraphs(exported), replace(CONFIG, experts="dense"), ())
     assert choice.to_json()["why"] == "--experts dense asked for it"
 

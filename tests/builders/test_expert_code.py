@@ -27,7 +27,9 @@ CONFIG: dict[str, Any] = {"sms": (89,), "max_context": 256, "max_batch": 4, "exp
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return stand_in_bundle("hybrid-a", tmp_path_factory.mktemp("code") / "bundle", experts="kernels")
+    return stand_in_bundle(
+        "hybrid-a", tmp_path_factory.mktemp("code") / "bundle", experts="kernels"
+    )
 
 
 @pytest.fixture
@@ -42,11 +44,17 @@ def test_layers_and_towers_of_one_shape_share_their_kernels(built: Bundle) -> No
     (code,) = {step.code for step in steps}
     manifest = read_manifest(engine_folder(built, "rtx") / code)
     assert manifest.shape == shape_of(steps[0])
-    assert (manifest.sms, manifest.shape.hidden, manifest.shape.shared_intermediate) == ((89,), 64, 96)
+    assert (manifest.sms, manifest.shape.hidden, manifest.shape.shared_intermediate) == (
+        (89,),
+        64,
+        96,
+    )
     assert record.report["experts"][code]["launches"][0] == [8, 4]
 
 
-def test_engines_fit_until_kernels_or_options_are_others(built: Bundle, builder: StandInBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_fit_until_kernels_or_options_are_others(
+    built: Bundle, builder: StandInBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = load_engine_record(built, "rtx")
     assert builder.plan(built, BuildConfig(**CONFIG)).keeps(record)
     assert not builder.plan(built, BuildConfig(**{**CONFIG, "experts": "dense"})).keeps(record)
@@ -71,7 +79,11 @@ def test_a_dry_run_counts_equal_programs(built: Bundle, builder: StandInBuilder)
     ],
 )
 def test_what_no_kernel_computes_is_refused_before_anything_is_built(
-    tmp_path: Path, builder: StandInBuilder, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], what: str
+    tmp_path: Path,
+    builder: StandInBuilder,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    what: str,
 ) -> None:
     bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
     monkeypatch.setattr(builder, "flavour", replace(builder.flavour, sms=(75, 89)))
@@ -85,25 +97,37 @@ def test_a_bound_on_memory_is_kept_or_refused(tmp_path: Path, builder: StandInBu
     """Programs are cut no further: a bound is kept by what is there, or it is refused with one that is."""
     bundle = export_fixture("hybrid-b", tmp_path / "bundle")
     with pytest.raises(BuildError) as error:
-        builder.plan(bundle, BuildConfig(**{**CONFIG, "max_build_memory": 10**8})).build(tmp_path, report=silent)
+        builder.plan(bundle, BuildConfig(**{**CONFIG, "max_build_memory": 10**8})).build(
+            tmp_path, report=silent
+        )
     check_error(str(error.value), "cannot be built in so little memory")
     assert "--max-build-memory to 0.4G" in error.value.do
 
 
 @pytest.mark.slow
-def test_kernels_for_full_tensorrt_are_those_of_the_gpu_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_for_full_tensorrt_are_those_of_the_gpu_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install_fake(tmp_path, monkeypatch)
     see_gpu(monkeypatch, L4)
     builder = builder_for("trt")
     monkeypatch.setattr(builder, "_compiler", stand_in_kernels)
     bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
-    record = build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, experts="kernels"))
+    record = build_engines(
+        bundle, "trt", builder, config=BuildConfig(max_context=256, experts="kernels")
+    )
     (code,) = record.report["experts"].values()
     assert code["sms"] == [L4.sm]
-    assert [type(step).__name__ for step in record.steps["denoiser"]] == ["EngineFile", "ExpertsStep", "EngineFile"]
+    assert [type(step).__name__ for step in record.steps["denoiser"]] == [
+        "EngineFile",
+        "ExpertsStep",
+        "EngineFile",
+    ]
 
 
-def test_another_version_of_a_kernel_is_another_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_of_a_kernel_is_another_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "kernels" / "device" / "product.py"
     file.parent.mkdir(parents=True)
     monkeypatch.setattr(own_code, "_PACKAGE", tmp_path)

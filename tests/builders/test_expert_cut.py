@@ -24,7 +24,16 @@ from twotower.config import ModelConfig
 from twotower.config.model import parse_model_config
 from twotower.errors import BuildError, ConfigError
 from twotower.export import ExportConfig, export_programs
-from twotower.spec import CONDITIONING, CONTEXT, DENOISER, EXPERTS_IN, EXPERTS_OUT, RESIDUAL_IN, RESIDUAL_OUT, SHARES
+from twotower.spec import (
+    CONDITIONING,
+    CONTEXT,
+    DENOISER,
+    EXPERTS_IN,
+    EXPERTS_OUT,
+    RESIDUAL_IN,
+    RESIDUAL_OUT,
+    SHARES,
+)
 from twotower.weights.conversion import read_weight
 from twotower.weights.external import load_graph, weight_refs
 
@@ -40,12 +49,17 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def cut_of(bundle: Bundle, graph: str) -> ExpertCut:
     model = load_graph(bundle.graph_file(graph))
     fix_axes(model, FIXED)
-    return ExpertCut(model, bundle.signatures[graph].with_sizes(FIXED), bundle.config, dtype=bundle.dtype)
+    return ExpertCut(
+        model, bundle.signatures[graph].with_sizes(FIXED), bundle.config, dtype=bundle.dtype
+    )
 
 
 def weights_of(bundle: Bundle, graph: str, step: ExpertsStep) -> dict[str, np.ndarray[Any, Any]]:
     data = np.memmap(bundle.data_file(graph), np.uint8, mode="r")
-    return {role: read_weight(data, bundle.weights(graph)[spec.name]) for role, spec in step.weights.items()}
+    return {
+        role: read_weight(data, bundle.weights(graph)[spec.name])
+        for role, spec in step.weights.items()
+    }
 
 
 @pytest.mark.parametrize("graph", [CONTEXT, DENOISER])
@@ -66,10 +80,14 @@ def test_programs_with_experts_between_are_the_tower(bundle: Bundle, graph: str)
         results |= {name: value for name, value in made.items() if name not in HANDED}
         if number == cut.programs - 1:
             continue
-        inputs |= {RESIDUAL_IN: made[RESIDUAL_OUT]} | {k: v for k, v in made.items() if k == CONDITIONING}
+        inputs |= {RESIDUAL_IN: made[RESIDUAL_OUT]} | {
+            k: v for k, v in made.items() if k == CONDITIONING
+        }
         step, x = cut.experts(number), made[EXPERTS_IN]
         assert (np.count_nonzero(made[SHARES], axis=0) == step.top).all()
-        out = experts_by_hand(step, x.reshape(-1, step.hidden), made[SHARES], weights_of(bundle, graph, step))
+        out = experts_by_hand(
+            step, x.reshape(-1, step.hidden), made[SHARES], weights_of(bundle, graph, step)
+        )
         inputs[EXPERTS_OUT] = out.reshape(x.shape)
     assert results.keys() == expected.keys()
     for name, value in expected.items():
@@ -77,24 +95,40 @@ def test_programs_with_experts_between_are_the_tower(bundle: Bundle, graph: str)
 
 
 @pytest.mark.parametrize("graph", [CONTEXT, DENOISER])
-def test_no_program_reads_experts_and_every_other_weight_is_read(bundle: Bundle, graph: str) -> None:
+def test_no_program_reads_experts_and_every_other_weight_is_read(
+    bundle: Bundle, graph: str
+) -> None:
     """By one program; a layer's table of shifts and gates is read before its experts and after them."""
     cut = cut_of(bundle, graph)
-    read = [name for number in range(cut.programs) for name in weight_refs(cut.program(number).model)]
-    experts = [spec.name for number in range(cut.programs - 1) for spec in cut.experts(number).weights.values()]
+    read = [
+        name for number in range(cut.programs) for name in weight_refs(cut.program(number).model)
+    ]
+    experts = [
+        spec.name
+        for number in range(cut.programs - 1)
+        for spec in cut.experts(number).weights.values()
+    ]
     assert not set(read) & set(experts)
     assert {*read, *experts} == set(bundle.weights(graph))
     assert len(set(experts)) == len(experts) == 4 * (cut.programs - 1)
     twice = {name for name in read if read.count(name) > 1}
-    assert twice == {name for name in read if name.startswith("scale_shift_tables.") and f".moe{name[18:]}" in moe_tables(bundle)}
+    assert twice == {
+        name
+        for name in read
+        if name.startswith("scale_shift_tables.") and f".moe{name[18:]}" in moe_tables(bundle)
+    }
 
 
 def moe_tables(bundle: Bundle) -> set[str]:
     return {f".moe.{i}" for i, kind in enumerate(bundle.config.pattern) if kind == "E"}
 
 
-def common_forms(config: ModelConfig, folder: Path, graph: str) -> Iterator[tuple[bytes, dict[str, str]]]:
-    bundle = export_programs(config, folder / "bundle", ExportConfig(dtype="bfloat16"), name="slice")
+def common_forms(
+    config: ModelConfig, folder: Path, graph: str
+) -> Iterator[tuple[bytes, dict[str, str]]]:
+    bundle = export_programs(
+        config, folder / "bundle", ExportConfig(dtype="bfloat16"), name="slice"
+    )
     cut = cut_of(bundle, graph)
     for number in range(cut.programs):
         made = cut.program(number)
@@ -122,7 +156,10 @@ def test_equal_programs_are_equal_to_the_byte(tmp_path: Path, graph: str) -> Non
 
 def test_the_published_programs_end_with_the_routing(tmp_path: Path) -> None:
     bundle = export_programs(
-        parse_model_config(published_slice("ME*EE"), "slice"), tmp_path / "bundle", ExportConfig(dtype="bfloat16"), name="slice"
+        parse_model_config(published_slice("ME*EE"), "slice"),
+        tmp_path / "bundle",
+        ExportConfig(dtype="bfloat16"),
+        name="slice",
     )
     cut = cut_of(bundle, DENOISER)
     first, second, third, last = (cut.program(number) for number in range(4))
@@ -133,7 +170,14 @@ def test_the_published_programs_end_with_the_routing(tmp_path: Path) -> None:
     shares = next(s for s in second.outputs if s.name == SHARES)
     assert (shares.dtype, shares.axes) == ("float32", (128, "N"))
     step = cut.experts(2)
-    assert (step.layer, step.hidden, step.width, step.experts, step.top, step.shared_intermediate) == (4, 2688, 1856, 128, 6, 3712)
+    assert (
+        step.layer,
+        step.hidden,
+        step.width,
+        step.experts,
+        step.top,
+        step.shared_intermediate,
+    ) == (4, 2688, 1856, 128, 6, 3712)
     assert step_from_json(step.to_json()) == step
 
 

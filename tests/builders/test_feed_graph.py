@@ -33,18 +33,24 @@ def run(folder: Path) -> dict[str, Any]:
     """What ONNX Runtime computes from what a folder feeds."""
     (feed,) = runpy.run_path(str(folder / "data.py"))["load_data"]()
     session = ort.InferenceSession(str(folder / "graph.onnx"), providers=["CPUExecutionProvider"])
-    assert {i.name for i in session.get_inputs()} == set(feed), "nothing is missing, nothing is left over"
+    assert {i.name for i in session.get_inputs()} == set(feed), (
+        "nothing is missing, nothing is left over"
+    )
     names = [o.name for o in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(feed)), strict=True))
 
 
 @pytest.mark.parametrize("name", GRAPH_FILES)
-def test_every_graph_runs_on_what_is_fed_and_computes_numbers(bundle: Bundle, tmp_path: Path, name: str) -> None:
+def test_every_graph_runs_on_what_is_fed_and_computes_numbers(
+    bundle: Bundle, tmp_path: Path, name: str
+) -> None:
     feed_graph(bundle, name, tmp_path / "fed", FeedOptions(max_context=256))
     outputs = run(tmp_path / "fed")
     assert set(outputs) == {spec.name for spec in bundle.signatures[name].outputs}
     assert all(np.isfinite(value).all() for value in outputs.values())
-    assert not any(t.external_data for t in onnx.load(str(tmp_path / "fed" / "graph.onnx")).graph.initializer)
+    assert not any(
+        t.external_data for t in onnx.load(str(tmp_path / "fed" / "graph.onnx")).graph.initializer
+    )
 
 
 def test_some_layers_are_a_graph_of_their_own(bundle: Bundle, tmp_path: Path) -> None:
@@ -55,7 +61,9 @@ def test_some_layers_are_a_graph_of_their_own(bundle: Bundle, tmp_path: Path) ->
     assert len(load_graph(tmp_path / "fed" / "graph.onnx").graph.node) < len(whole.graph.node) / 2
 
 
-def test_what_cannot_be_fed_is_said(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_fed_is_said(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(bundle.path), "-o", str(tmp_path)]) == 2
     assert "does not exist" in capsys.readouterr().err
     half = export_fixture("hybrid-b", tmp_path / "b", "bfloat16")
@@ -92,8 +100,21 @@ def test_the_documented_comparison_holds_word_for_word(tmp_path: Path) -> None:
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
     commands = documented()
-    assert [shlex.split(c)[0] for c in commands] == ["twotower", "python", "polygraphy", "polygraphy"]
+    assert [shlex.split(c)[0] for c in commands] == [
+        "twotower",
+        "python",
+        "polygraphy",
+        "polygraphy",
+    ]
     for command in commands:
-        done = subprocess.run(command, shell=True, cwd=tmp_path, env={**os.environ, **paths}, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=tmp_path,
+            env={**os.environ, **paths},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     assert "All outputs matched" in done.stdout

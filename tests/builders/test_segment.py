@@ -47,10 +47,17 @@ def feed(specs: tuple[TensorSpec, ...], vocabulary: int) -> dict[str, Any]:
     for spec in specs:
         shape = spec.shape(SIZES)
         if spec.dtype == "int64":
-            most = {"chunk_length": 17, "past_length": 30, "context_length": 40, "commit_floor": 3}.get(spec.name, vocabulary)
+            most = {
+                "chunk_length": 17,
+                "past_length": 30,
+                "context_length": 40,
+                "commit_floor": 3,
+            }.get(spec.name, vocabulary)
             out[spec.name] = rng.integers(1, most, shape)
         else:
-            out[spec.name] = rng.normal(size=shape).astype(np.float32) * (0.3 if spec.name.startswith("past") else 1)
+            out[spec.name] = rng.normal(size=shape).astype(np.float32) * (
+                0.3 if spec.name.startswith("past") else 1
+            )
     if "block" in out:
         out["block"][:, ::2] = 3  # the mask token
     return out
@@ -59,10 +66,20 @@ def feed(specs: tuple[TensorSpec, ...], vocabulary: int) -> dict[str, Any]:
 def run(model: Any, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(folder)
+    )
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     names = [o.name for o in session.get_outputs()]
-    return dict(zip(names, session.run(names, {i.name: inputs[i.name] for i in session.get_inputs()}), strict=True))
+    return dict(
+        zip(
+            names,
+            session.run(names, {i.name: inputs[i.name] for i in session.get_inputs()}),
+            strict=True,
+        )
+    )
 
 
 @pytest.mark.parametrize("graph", [CONTEXT, DENOISER])
@@ -113,7 +130,13 @@ def each_in_one_segment(bundle: Bundle, graph: str) -> None:
     sizes, count = layer_bytes(model), len(bundle.config.layers)
     assert len(sizes.layers) == count
     names = [
-        {t.name for t in segment(model, bundle.signatures[graph], (i, i + 1), dtype="float32").model.graph.initializer if t.external_data}
+        {
+            t.name
+            for t in segment(
+                model, bundle.signatures[graph], (i, i + 1), dtype="float32"
+            ).model.graph.initializer
+            if t.external_data
+        }
         for i in range(count)
     ]
     everything = {t.name for t in model.graph.initializer if t.external_data}

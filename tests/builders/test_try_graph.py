@@ -40,8 +40,16 @@ def plant_top_k(bundle: Bundle) -> None:
     make, constant = onnx.helper.make_node, onnx.helper.make_tensor
     planted = [
         make("Tile", [logits, "planted.times"], ["planted.wide"], name="planted/tile"),
-        make("TopK", ["planted.wide", "planted.k"], ["planted.values", "planted.ids"], name=CULPRIT),
-        make("ReduceMin", ["planted.values", "planted.axis"], ["planted.least"], name="planted/least", keepdims=1),
+        make(
+            "TopK", ["planted.wide", "planted.k"], ["planted.values", "planted.ids"], name=CULPRIT
+        ),
+        make(
+            "ReduceMin",
+            ["planted.values", "planted.axis"],
+            ["planted.least"],
+            name="planted/least",
+            keepdims=1,
+        ),
         make("Add", [logits, "planted.least"], ["planted"], name="planted/add"),
     ]
     model.graph.initializer.extend(
@@ -54,17 +62,33 @@ def plant_top_k(bundle: Bundle) -> None:
 
 
 def small(folder: Path, operator: str = "Relu") -> Path:
-    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, ["B", 4]) for name in "xy"]
-    graph = onnx.helper.make_graph([onnx.helper.make_node(operator, ["x"], ["y"])], "g", value[:1], value[1:])
+    value = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, ["B", 4])
+        for name in "xy"
+    ]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(operator, ["x"], ["y"])], "g", value[:1], value[1:]
+    )
     (folder / "g.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
     return folder / "g.onnx"
 
 
 @pytest.mark.parametrize(
-    ("operator", "code"), [("Relu", BUILDS), ("Refuse", REFUSED), ("RefuseBuild", REFUSED), ("Crash", REFUSED), ("Raise", NOT_TRIED)]
+    ("operator", "code"),
+    [
+        ("Relu", BUILDS),
+        ("Refuse", REFUSED),
+        ("RefuseBuild", REFUSED),
+        ("Crash", REFUSED),
+        ("Raise", NOT_TRIED),
+    ],
 )
 def test_the_exit_code_tells(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], operator: str, code: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    operator: str,
+    code: int,
 ) -> None:
     install_fake(tmp_path, monkeypatch)
     assert main([str(small(tmp_path, operator)), "--target", "trt", "--axes", "B=2"]) == code
@@ -81,12 +105,21 @@ def test_what_is_no_graph_is_not_tried(tmp_path: Path, content: bytes | None) ->
 
 def test_a_part_of_a_graph_has_axes_of_its_own(tmp_path: Path) -> None:
     graph = load_graph(small(tmp_path))
-    given = {"inputs": [["x", "float16", ["B", 4]]], "profiles": [{"name": "p", "axes": {"B": [1, 8, 8]}}], "sms": [86], "dtype": "float16"}
-    assert job_of_graph(graph, "rtx", given, axes={})["profiles"] == given["profiles"], "the very graph: its own shapes"
+    given = {
+        "inputs": [["x", "float16", ["B", 4]]],
+        "profiles": [{"name": "p", "axes": {"B": [1, 8, 8]}}],
+        "sms": [86],
+        "dtype": "float16",
+    }
+    assert job_of_graph(graph, "rtx", given, axes={})["profiles"] == given["profiles"], (
+        "the very graph: its own shapes"
+    )
     graph.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "unk__0"
     part = job_of_graph(graph, "rtx", given, axes={})
     assert part["inputs"] == [["x", "float16", ["B", "unk__0"]]]
-    assert part["profiles"] == [{"name": "whole", "axes": {"B": [1, 1, 1], "unk__0": [1, 1, 1]}}], "equal axes cannot differ"
+    assert part["profiles"] == [{"name": "whole", "axes": {"B": [1, 1, 1], "unk__0": [1, 1, 1]}}], (
+        "equal axes cannot differ"
+    )
     graph.graph.input[0].type.tensor_type.ClearField("shape")
     with pytest.raises(ValueError, match="'x'"):
         job_of_graph(graph, "rtx", given, axes={})
@@ -94,13 +127,24 @@ def test_a_part_of_a_graph_has_axes_of_its_own(tmp_path: Path) -> None:
 
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join(p for p in sys.path if p)
-    return subprocess.run(words, cwd=folder, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        words,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def polygraphy(command: str) -> list[str]:
     """A command as the error shows it, with the polygraphy and the Python of this environment."""
     words = shlex.split(command)
-    module = [sys.executable, "-c", "import sys; from polygraphy.tools import main; sys.exit(main())"]
+    module = [
+        sys.executable,
+        "-c",
+        "import sys; from polygraphy.tools import main; sys.exit(main())",
+    ]
     return [*module, *(sys.executable if word == "python" else word for word in words[1:])]
 
 
@@ -111,16 +155,27 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BuildError]:
     plant_top_k(bundle)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(BuildError) as caught:
         patch.setattr(build_plan, "require_clean", lambda *_, **__: ())
-        build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(86, 89), max_context=256, experts="dense"))
+        build_engines(
+            bundle,
+            "rtx",
+            builder_for("rtx"),
+            config=BuildConfig(sms=(86, 89), max_context=256, experts="dense"),
+        )
     return bundle.path / "engines" / ".failed" / "rtx-context_head", caught.value
 
 
 @pytest.mark.trt_rtx
 @pytest.mark.slow
-def test_the_kept_graph_fails_elsewhere_for_the_same_reason(failed: tuple[Path, BuildError], tmp_path: Path) -> None:
+def test_the_kept_graph_fails_elsewhere_for_the_same_reason(
+    failed: tuple[Path, BuildError], tmp_path: Path
+) -> None:
     folder, error = failed
     assert "exceeds the maximum value allowed (3840)" in error.found
-    check = next(line.strip() for line in (folder / "README.md").read_text().splitlines() if "twotower.builders.try_graph" in line)
+    check = next(
+        line.strip()
+        for line in (folder / "README.md").read_text().splitlines()
+        if "twotower.builders.try_graph" in line
+    )
     done = run(
         [sys.executable, *shlex.split(check)[1:]], shutil.copytree(folder, tmp_path / "copy")
     )  # with the weights: it needs no bundle
@@ -142,9 +197,13 @@ def test_polygraphy_shows_the_kept_graph(failed: tuple[Path, BuildError]) -> Non
 
 @pytest.mark.trt_rtx
 @pytest.mark.slow
-def test_polygraphy_reduces_the_kept_graph_to_the_node_that_is_refused(failed: tuple[Path, BuildError]) -> None:
+def test_polygraphy_reduces_the_kept_graph_to_the_node_that_is_refused(
+    failed: tuple[Path, BuildError],
+) -> None:
     """The command of the error, word for word."""
-    if not (importlib.util.find_spec("polygraphy") and importlib.util.find_spec("onnx_graphsurgeon")):
+    if not (
+        importlib.util.find_spec("polygraphy") and importlib.util.find_spec("onnx_graphsurgeon")
+    ):
         pytest.skip("polygraphy with onnx-graphsurgeon is not installed")
     folder, error = failed
     done = run(polygraphy(commands(error)[1]), folder)

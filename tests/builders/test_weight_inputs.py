@@ -45,7 +45,9 @@ def test_every_weight_of_a_float_graph_is_an_input(bundle: Bundle) -> None:
         places = place_weights(model, "inputs")
         assert places.inside == {}
         assert places.inside_bytes == 0
-        assert {s.name: (s.dtype, s.axes) for s in places.inputs} == {n: (r.dtype, r.shape) for n, r in before.items()}
+        assert {s.name: (s.dtype, s.axes) for s in places.inputs} == {
+            n: (r.dtype, r.shape) for n, r in before.items()
+        }
         assert places.input_bytes == sum(r.nbytes for r in before.values())
         assert not weight_refs(model)
         onnx.checker.check_model(model)
@@ -77,7 +79,9 @@ def test_weights_in_few_bits_stay_inside_with_their_scales(tmp_path: Path, recip
     assert packed < set(places.inside)
     scales = set(places.inside) - packed
     assert all(name.endswith((".scale", ".global_scale")) for name in scales)
-    assert {name for name in refs if name.endswith((".scale", ".global_scale"))} <= set(places.inside)
+    assert {name for name in refs if name.endswith((".scale", ".global_scale"))} <= set(
+        places.inside
+    )
     assert all(places.inside.values()), "each has its reason"
     assert {s.dtype for s in places.inputs} == {"float32"}
 
@@ -89,25 +93,39 @@ def feed(specs: tuple[TensorSpec, ...], vocabulary: int) -> dict[str, Any]:
     for spec in specs:
         shape = spec.shape(SIZES)
         if spec.dtype == "int64":
-            most = {"chunk_length": 17, "past_length": 30, "context_length": 40, "commit_floor": 3}.get(spec.name, vocabulary)
+            most = {
+                "chunk_length": 17,
+                "past_length": 30,
+                "context_length": 40,
+                "commit_floor": 3,
+            }.get(spec.name, vocabulary)
             out[spec.name] = rng.integers(1, most, shape)
         else:
             out[spec.name] = rng.normal(size=shape).astype(np.float32) * 0.3
     return out
 
 
-def run(model: onnx.ModelProto, folder: Path, given: dict[str, Any], *, level: Any, packed: bool) -> list[Any]:
+def run(
+    model: onnx.ModelProto, folder: Path, given: dict[str, Any], *, level: Any, packed: bool
+) -> list[Any]:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     options.graph_optimization_level = level
     options.add_session_config_entry("session.disable_prepacking", str(int(not packed)))
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(folder)
+    )
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     return session.run(None, {i.name: given[i.name] for i in session.get_inputs()})
 
 
-LEVELS = {"plain": ort.GraphOptimizationLevel.ORT_DISABLE_ALL, "optimised": ort.GraphOptimizationLevel.ORT_ENABLE_ALL}
+LEVELS = {
+    "plain": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "optimised": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
 
 
 def compare_fed_with_inside(bundle: Bundle, name: str, level: str, *, packed: bool) -> None:
@@ -117,7 +135,10 @@ def compare_fed_with_inside(bundle: Bundle, name: str, level: str, *, packed: bo
     inside = run(load_graph(file), file.parent, given, level=LEVELS[level], packed=packed)
     model, data = load_graph(file), np.memmap(bundle.data_file(name), dtype=np.uint8, mode="r")
     place_weights(model, "inputs")
-    given |= {weight: np.ascontiguousarray(read_weight(data, ref)) for weight, ref in bundle.weights(name).items()}
+    given |= {
+        weight: np.ascontiguousarray(read_weight(data, ref))
+        for weight, ref in bundle.weights(name).items()
+    }
     fed = run(model, file.parent, given, level=LEVELS[level], packed=packed)
     for a, b in zip(inside, fed, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -125,14 +146,18 @@ def compare_fed_with_inside(bundle: Bundle, name: str, level: str, *, packed: bo
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", [CONTEXT, CONTEXT_HEAD, DENOISER])
-def test_weights_fed_compute_what_weights_inside_compute(bundle: Bundle, name: str, level: str) -> None:
+def test_weights_fed_compute_what_weights_inside_compute(
+    bundle: Bundle, name: str, level: str
+) -> None:
     compare_fed_with_inside(bundle, name, level, packed=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", [CONTEXT, CONTEXT_HEAD, DENOISER])
-def test_a_layer_of_every_kind_at_768_wide_computes_the_same(wide: Bundle, name: str, level: str) -> None:
+def test_a_layer_of_every_kind_at_768_wide_computes_the_same(
+    wide: Bundle, name: str, level: str
+) -> None:
     """At this width ONNX Runtime packs constant weights for its product, which then sums in another order: packing is off."""
     compare_fed_with_inside(wide, name, level, packed=False)
 
@@ -140,7 +165,13 @@ def test_a_layer_of_every_kind_at_768_wide_computes_the_same(wide: Bundle, name:
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("wide")
-    slim = {"hidden_size": 768, "vocab_size": 512, "n_routed_experts": 4, "num_experts_per_tok": 2, "torch_dtype": "float32"}
+    slim = {
+        "hidden_size": 768,
+        "vocab_size": 512,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "torch_dtype": "float32",
+    }
     checkpoint = write_checkpoint(folder / "checkpoint", {**published_slice("M*E"), **slim})
     return export_bundle(Checkpoint.open(checkpoint), folder / "bundle")
 
@@ -154,6 +185,9 @@ def test_build_json_says_what_is_read_and_what_is_held(tmp_path: Path) -> None:
     for name, graph in (("context", "context.engine"), ("denoiser", "denoiser.engine")):
         assert {w.name for w in engines(record)[graph].weights} == set(bundle.weights(name))
         assert record.report["engines"][graph]["weights"]["inside"] == {}
-    held = load_engine_record(stand_in_bundle(FIXTURES / "hybrid-b", tmp_path / "c", experts="dense", weights="inside"), "rtx")
+    held = load_engine_record(
+        stand_in_bundle(FIXTURES / "hybrid-b", tmp_path / "c", experts="dense", weights="inside"),
+        "rtx",
+    )
     assert set(engines(held)["denoiser.engine"].constants) == set(bundle.weights("denoiser"))
     assert set(held.holds) == set(GRAPH_FILES)

@@ -30,14 +30,22 @@ CONFIG = CollectConfig(generation=GenerationConfig(max_new_tokens=32, ignore_eos
 PROMPTS = suite_prompts(5)
 
 
-def gathered(bundle: Path, output: Path, prompts: tuple[str, ...] = PROMPTS, config: CollectConfig = CONFIG, **options: Any) -> Statistics:
+def gathered(
+    bundle: Path,
+    output: Path,
+    prompts: tuple[str, ...] = PROMPTS,
+    config: CollectConfig = CONFIG,
+    **options: Any,
+) -> Statistics:
     return collect(Bundle.open(bundle), [Request(p) for p in prompts], output, config, **options)
 
 
 def assert_same(a: Statistics, b: Statistics) -> None:
     for tower in ("context", "denoiser"):
         for name, array in a.towers[tower].arrays().items():
-            np.testing.assert_allclose(b.towers[tower].arrays()[name], array, rtol=1e-9, err_msg=f"{tower} {name}")
+            np.testing.assert_allclose(
+                b.towers[tower].arrays()[name], array, rtol=1e-9, err_msg=f"{tower} {name}"
+            )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +56,10 @@ def whole(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Statis
 def test_ranges_are_those_torch_sees(tiny_bundle: Path, whole: Statistics) -> None:
     """The same texts by the torch towers, hooked: an independent watcher sees the same extremes in both towers, step by step."""
     config, tensors = read_model_config(TINY / "config.json"), weights_of(TINY)
-    towers = tuple(load(config, lambda name: torch.from_numpy(tensors[name])) for load in (load_context_tower, load_denoiser_tower))
+    towers = tuple(
+        load(config, lambda name: torch.from_numpy(tensors[name]))
+        for load in (load_context_tower, load_denoiser_tower)
+    )
     seen: dict[str, list[float]] = {}
 
     def hook(name: str) -> Any:
@@ -56,7 +67,11 @@ def test_ranges_are_those_torch_sees(tiny_bundle: Path, whole: Statistics) -> No
 
     for prefix, tower in zip(("context_tower", "denoiser_tower"), towers, strict=True):
         for name, module in tower.named_modules():
-            if isinstance(module, nn.Linear) and "experts." not in name and not name.startswith(("t_", "lm_head")):
+            if (
+                isinstance(module, nn.Linear)
+                and "experts." not in name
+                and not name.startswith(("t_", "lm_head"))
+            ):
                 module.register_forward_pre_hook(hook(stack_of(f"{prefix}.{name}.weight")))
     with TwoTower.open(tiny_bundle) as model:
         assert model.tokenizer is not None
@@ -65,7 +80,9 @@ def test_ranges_are_those_torch_sees(tiny_bundle: Path, whole: Statistics) -> No
     watched = whole.towers["denoiser"]
     for i, name in enumerate(watched.names):
         if name in seen:
-            assert np.nanmax(watched.greatest[i, 1:]) == pytest.approx(max(seen[name]), rel=1e-4), name
+            assert np.nanmax(watched.greatest[i, 1:]) == pytest.approx(max(seen[name]), rel=1e-4), (
+                name
+            )
     assert len([n for n in watched.names if n in seen]) >= 10
 
 
@@ -86,9 +103,13 @@ def test_every_pass_is_counted_once_in_its_bucket(whole: Statistics) -> None:
         if columns:
             steps = d.count[i, 1:].sum() / (16 * columns)
             assert steps == whole.facts["passes"], name
-            assert d.count[i, 0] / (16 * columns) == whole.facts["blocks"], "each finished block once without masks"
+            assert d.count[i, 0] / (16 * columns) == whole.facts["blocks"], (
+                "each finished block once without masks"
+            )
     hidden = next(i for i, n in enumerate(d.names) if n.endswith("mixer.experts.down_proj.weight"))
-    assert d.count[hidden, 1:].sum() == whole.facts["passes"] * 16 * 2 * 96, "two experts a token, and none that was not asked"
+    assert d.count[hidden, 1:].sum() == whole.facts["passes"] * 16 * 2 * 96, (
+        "two experts a token, and none that was not asked"
+    )
 
 
 def test_any_chunking_of_the_prompts_gives_the_same_numbers(
@@ -113,7 +134,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
         result = real(self, *args, **options)
         calls.append(args)
         if len(calls) == 3:
-            raise KeyboardInterrupt  # after its passes were watched: half a prompt must not be counted
+            # after its passes were watched: half a prompt must not be counted
+            raise KeyboardInterrupt
         return result
 
     with monkeypatch.context() as patched:
@@ -124,7 +146,9 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     assert kept.name.startswith(".stats.") and not (tmp_path / "stats").exists()
     calls.clear()
     with monkeypatch.context() as patched:
-        patched.setattr(TwoTower, "generate", lambda self, *a, **o: (calls.append(a), real(self, *a, **o))[1])
+        patched.setattr(
+            TwoTower, "generate", lambda self, *a, **o: (calls.append(a), real(self, *a, **o))[1]
+        )
         resumed = gathered(tiny_bundle, tmp_path / "stats")
     assert len(calls) == len(PROMPTS) - 2, "two prompts were done"
     assert_same(whole, resumed)
@@ -132,7 +156,9 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     assert [p.name for p in tmp_path.iterdir()] == ["stats"]
 
 
-def test_another_command_does_not_take_up_what_was_kept(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_command_does_not_take_up_what_was_kept(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = TwoTower.generate
     calls: list[int] = []
 
@@ -147,7 +173,12 @@ def test_another_command_does_not_take_up_what_was_kept(tiny_bundle: Path, tmp_p
         with pytest.raises(KeyboardInterrupt):
             gathered(tiny_bundle, tmp_path / "stats", PROMPTS[:3])
     other = replace(CONFIG.generation, max_new_tokens=16)
-    assert gathered(tiny_bundle, tmp_path / "stats", PROMPTS[:2], CollectConfig(generation=other)).facts["prompts"] == 2
+    assert (
+        gathered(
+            tiny_bundle, tmp_path / "stats", PROMPTS[:2], CollectConfig(generation=other)
+        ).facts["prompts"]
+        == 2
+    )
 
 
 def test_a_disk_that_is_full_at_the_end_loses_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -168,10 +199,17 @@ def test_bad_input(tiny_bundle: Path, tmp_path: Path) -> None:
         gathered(tiny_bundle, tmp_path / "there")
 
 
-def test_every_prompt_is_checked_before_the_first_is_read(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_prompt_is_checked_before_the_first_is_read(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(TwoTower, "generate", lambda *a, **o: pytest.fail("work began"))
     with pytest.raises(RequestError, match="99999"):
-        collect(Bundle.open(tiny_bundle), [Request("fine"), Request((1, 99999))], tmp_path / "stats", CONFIG)
+        collect(
+            Bundle.open(tiny_bundle),
+            [Request("fine"), Request((1, 99999))],
+            tmp_path / "stats",
+            CONFIG,
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -179,7 +217,12 @@ def test_what_is_watched_of_the_published_model_stays_below_a_gigabyte() -> None
     config = parse_model_config(PUBLISHED_CONFIG, "published")
     chunk = watched_chunk(config)
     assert 16 <= chunk <= 64
-    hidden = sum(k.name == "MOE" for k in config.layers) * config.n_routed_experts * config.moe_intermediate_size * 4
+    hidden = (
+        sum(k.name == "MOE" for k in config.layers)
+        * config.n_routed_experts
+        * config.moe_intermediate_size
+        * 4
+    )
     assert hidden * chunk <= 1 << 30
 
 
@@ -188,6 +231,12 @@ def test_the_picture_has_a_panel_a_kind(whole: Statistics) -> None:
     drawn = draw_ranges(whole)
     assert drawn["ranges.png"].startswith(b"\x89PNG")
     svg = drawn["ranges.svg"].decode()
-    for title in ("Mamba, in", "attention, out", "routed experts, hidden", "shared expert, in", "head, in"):
+    for title in (
+        "Mamba, in",
+        "attention, out",
+        "routed experts, hidden",
+        "shared expert, in",
+        "head, in",
+    ):
         assert title in svg
     assert draw_ranges(whole) == drawn, "the same numbers, the same picture"

@@ -30,7 +30,18 @@ from twotower.weights.conversion import read_weight
 from twotower.weights.external import load_graph, weight_refs
 
 RECIPES = tuple(builtin_recipes())
-HIGH = ("gate.", "norm", "conv1d", "dt_bias", "A_log", "mixer.D", "t_embedder", "t_block", "scale_shift_tables", "in_proj.weight.dt")
+HIGH = (
+    "gate.",
+    "norm",
+    "conv1d",
+    "dt_bias",
+    "A_log",
+    "mixer.D",
+    "t_embedder",
+    "t_block",
+    "scale_shift_tables",
+    "in_proj.weight.dt",
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +58,32 @@ def few(folder: Path, tiny_bundle: Path, tiny_statistics: Path) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dialect", "recipe"),
-    [*((STANDARD, recipe) for recipe in RECIPES), (CHOSEN, "mixed"), (CHOSEN, "int8"), (CHOSEN, "fp8")],
+    [
+        *((STANDARD, recipe) for recipe in RECIPES),
+        (CHOSEN, "mixed"),
+        (CHOSEN, "int8"),
+        (CHOSEN, "fp8"),
+    ],
 )
-def test_it_computes_what_torch_computes_with_rounded_numbers(few: Any, tmp_path: Path, recipe: str, dialect: str) -> None:
+def test_it_computes_what_torch_computes_with_rounded_numbers(
+    few: Any, tmp_path: Path, recipe: str, dialect: str
+) -> None:
     """The twin: the published mathematics in torch on weights, and inputs, rounded by other code. Text, passes and confidences."""
     bundle = Bundle.open(copy_of(few(recipe), tmp_path / "copy"))
     build_engines(bundle, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect=dialect))
     precision = precision_of(bundle)
-    blocks = dialect == CHOSEN and any(how.name in ("int4", "int8") for how in precision.weights.values())
+    blocks = dialect == CHOSEN and any(
+        how.name in ("int4", "int8") for how in precision.weights.values()
+    )
     towers = quantized_towers(
         TINY,
         {name: (how.name, how.group) for name, how in precision.weights.items()},
         {name: (how.dtype, how.scale) for name, how in precision.activations.items()},
         blocks=blocks,
     )
-    embedding = {"context_tower.embeddings.weight", "denoiser_tower.embeddings.weight"} & set(precision.weights)
+    embedding = {"context_tower.embeddings.weight", "denoiser_tower.embeddings.weight"} & set(
+        precision.weights
+    )
     assert bool(embedding) == (recipe not in ("int4-experts", "nvfp4-experts"))
     differences: list[float] = []
     with TwoTower.open(bundle.path) as model:
@@ -76,11 +98,19 @@ def test_it_computes_what_torch_computes_with_rounded_numbers(few: Any, tmp_path
                 assert list(got.tokens) == expected.tokens
             # Only while both have committed the same tokens is it the same question.
             pairs = zip(steps, expected.steps, strict=False)
-            agreed = itertools.takewhile(lambda pair: pair[0].predicted[0].tolist() == list(pair[1].predicted), pairs)
-            differences += [float(np.abs(step.confidence[0] - reference.confidence).max()) for step, reference in agreed]
-    # Sums in another order move a rounded input by a step where it lies between two; a float product has nothing of the kind.
-    # Where every input is rounded in blocks, a step in one layer moves more in the next, and a text may part from its twin:
-    # there some steps are near, and tests/builders/test_ort_few_bits.py holds single products to 1e-6.
+            agreed = itertools.takewhile(
+                lambda pair: pair[0].predicted[0].tolist() == list(pair[1].predicted), pairs
+            )
+            differences += [
+                float(np.abs(step.confidence[0] - reference.confidence).max())
+                for step, reference in agreed
+            ]
+    # Sums in another order move a rounded input by a step where it lies between two; a float
+    # product has nothing of the kind.
+    # Where every input is rounded in blocks, a step in one layer moves more in the next, and a text
+    # may part from its twin:
+    # there some steps are near, and tests/builders/test_ort_few_bits.py holds single products to
+    # 1e-6.
     assert len(differences) >= 3
     if blocks:
         assert np.quantile(differences, 0.25) <= 1e-3
@@ -89,15 +119,21 @@ def test_it_computes_what_torch_computes_with_rounded_numbers(few: Any, tmp_path
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_what_must_stay_high_is_the_float_bundle_s_to_the_bit(few: Any, tiny_bundle: Path, recipe: str) -> None:
+def test_what_must_stay_high_is_the_float_bundle_s_to_the_bit(
+    few: Any, tiny_bundle: Path, recipe: str
+) -> None:
     before, after = Bundle.open(tiny_bundle), few(recipe)
     for file in GRAPH_FILES.values():
         old, new = (weight_refs(load_graph(b.path / file)) for b in (before, after))
-        a, b = (np.memmap(x.path / f"{file}.data", dtype=np.uint8, mode="r") for x in (before, after))
+        a, b = (
+            np.memmap(x.path / f"{file}.data", dtype=np.uint8, mode="r") for x in (before, after)
+        )
         for name, ref in new.items():
             if any(part in name for part in HIGH):
                 whole = read_weight(a, old[name.removesuffix(".dt")])
-                expected = whole[-before.config.mamba_num_heads :] if name.endswith(".dt") else whole
+                expected = (
+                    whole[-before.config.mamba_num_heads :] if name.endswith(".dt") else whole
+                )
                 assert ref.dtype == "float32"
                 np.testing.assert_array_equal(read_weight(b, ref), expected)
 
@@ -123,7 +159,9 @@ def test_bytes_of_a_half_width_bundle(tmp_path: Path) -> None:
     half = export_bundle(Checkpoint.open(TINY), tmp_path / "half", ExportConfig(dtype="bfloat16"))
     sizes = {}
     for recipe in ("int8-weights", "int4-experts"):
-        made = quantize_bundle(half, plan_quantization(half, load_recipe(recipe)), tmp_path / recipe)
+        made = quantize_bundle(
+            half, plan_quantization(half, load_recipe(recipe)), tmp_path / recipe
+        )
         data = [sum(b.data_file(name).stat().st_size for name in GRAPH_FILES) for b in (made, half)]
         sizes[recipe] = data[0] / data[1]
         experts = bytes_by_kind(made)["routed_expert"] / bytes_by_kind(half)["routed_expert"]
@@ -153,7 +191,9 @@ def test_a_second_quantization_is_refused(few: Any) -> None:
     assert "int4-experts" in caught.value.found
 
 
-def test_recipes_with_inputs_need_statistics_of_this_checkpoint(tiny_bundle: Path, tiny_statistics: Path, tmp_path: Path) -> None:
+def test_recipes_with_inputs_need_statistics_of_this_checkpoint(
+    tiny_bundle: Path, tiny_statistics: Path, tmp_path: Path
+) -> None:
     from twotower.calibration.statistics_file import read_statistics
 
     bundle = Bundle.open(tiny_bundle)
@@ -183,24 +223,36 @@ def test_a_weight_that_is_not_finite_leaves_nothing(tiny_bundle: Path, tmp_path:
     broken = tmp_path / "broken"
     shutil.copytree(tiny_bundle, broken)
     bundle = Bundle.open(broken)
-    ref = next(ref for name, ref in weight_refs(load_graph(bundle.graph_file("denoiser"))).items() if "experts.up" in name)
+    ref = next(
+        ref
+        for name, ref in weight_refs(load_graph(bundle.graph_file("denoiser"))).items()
+        if "experts.up" in name
+    )
     data = np.memmap(broken / "denoiser" / "model.onnx.data", dtype=np.uint8, mode="r+")
     data[ref.offset + 8 : ref.offset + 12].view(np.float32)[0] = np.nan
     data.flush()
     bundle = Bundle.open(broken, contents=False)
     with pytest.raises(BundleError, match="not finite"):
-        quantize_bundle(bundle, plan_quantization(bundle, load_recipe("int4-experts")), tmp_path / "out")
+        quantize_bundle(
+            bundle, plan_quantization(bundle, load_recipe("int4-experts")), tmp_path / "out"
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 
 
 @pytest.mark.slow
-def test_a_bundle_laid_out_by_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_laid_out_by_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every weight on a page of its own, as it once was: the tower that is kept and the one that is not read what they should."""
     from twotower.builders import build_engines, builder_for
     from twotower.calibration.recipes import Recipe, RecipeException
     from twotower.export import Checkpoint, export_bundle
 
-    recipe = Recipe(name="one", weights={"routed_expert": "int4"}, exceptions=(RecipeException(tower="context"),))
+    recipe = Recipe(
+        name="one",
+        weights={"routed_expert": "int4"},
+        exceptions=(RecipeException(tower="context"),),
+    )
     texts = []
     for name, large in (("old", 0), ("new", 1 << 20)):
         with monkeypatch.context() as patched:
@@ -209,13 +261,19 @@ def test_a_bundle_laid_out_by_another_version(tmp_path: Path, monkeypatch: pytes
         made = quantize_bundle(bundle, plan_quantization(bundle, recipe), tmp_path / f"{name}-few")
         build_engines(made, "ort-cpu", builder_for("ort-cpu"))
         with TwoTower.open(made.path) as model:
-            texts.append(model.generate(suite_prompts(1)[0], GenerationConfig(max_new_tokens=32)).tokens)
-    sizes = [(tmp_path / name / "context" / "model.onnx.data").stat().st_size for name in ("old", "new")]
+            texts.append(
+                model.generate(suite_prompts(1)[0], GenerationConfig(max_new_tokens=32)).tokens
+            )
+    sizes = [
+        (tmp_path / name / "context" / "model.onnx.data").stat().st_size for name in ("old", "new")
+    ]
     assert sizes[0] > sizes[1]
     assert texts[0] == texts[1]
 
 
-def test_a_bundle_with_other_weights_than_this_version_writes(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_with_other_weights_than_this_version_writes(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Bundle, "weights", lambda bundle, name: {})
     with pytest.raises(BundleError, match="was exported by another version"):
         plan_quantization(Bundle.open(tiny_bundle), load_recipe("mixed"))

@@ -6,17 +6,41 @@ from pathlib import Path
 
 import pytest
 
-from twotower.calibration.recipes import Part, Recipe, RecipeException, builtin_recipes, load_recipe, parts_of
+from twotower.calibration.recipes import (
+    Part,
+    Recipe,
+    RecipeException,
+    builtin_recipes,
+    load_recipe,
+    parts_of,
+)
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.config.model import parse_model_config
 from twotower.errors import RecipeError
 from twotower.export.graphs.tower_graphs import build_graph
 
-ALWAYS_HIGH = ("gate.", "norm", "conv1d", "dt_bias", "A_log", ".D", "t_embedder", "t_block", "scale_shift_tables")
+ALWAYS_HIGH = (
+    "gate.",
+    "norm",
+    "conv1d",
+    "dt_bias",
+    "A_log",
+    ".D",
+    "t_embedder",
+    "t_block",
+    "scale_shift_tables",
+)
 
 
 def test_the_recipes_that_come_along() -> None:
-    assert set(builtin_recipes()) == {"int8-weights", "int8", "fp8", "int4-experts", "nvfp4-experts", "mixed"}
+    assert set(builtin_recipes()) == {
+        "int8-weights",
+        "int8",
+        "fp8",
+        "int4-experts",
+        "nvfp4-experts",
+        "mixed",
+    }
     assert all(recipe.summary for recipe in builtin_recipes().values())
 
 
@@ -31,7 +55,9 @@ def test_a_recipe_fits_the_published_model_and_leaves_high_what_must_be(recipe: 
         if graph != "context_head":
             recipe.check(parts)
             named = {w.name for w in weights} - {p.name for p in parts}
-            assert all(any(part in name for part in ALWAYS_HIGH) for name in named), "every matrix of a product can be quantized"
+            assert all(any(part in name for part in ALWAYS_HIGH) for name in named), (
+                "every matrix of a product can be quantized"
+            )
 
 
 def test_a_recipe_survives_being_stored() -> None:
@@ -40,7 +66,10 @@ def test_a_recipe_survives_being_stored() -> None:
         weights={"mamba": "int8", "routed_expert": "int4"},
         activations=("mamba",),
         group=64,
-        exceptions=(RecipeException(tower="denoiser", layer=3, format="keep"), RecipeException(kind="mamba", layer=0, format="int4")),
+        exceptions=(
+            RecipeException(tower="denoiser", layer=3, format="keep"),
+            RecipeException(kind="mamba", layer=0, format="int4"),
+        ),
     )
     assert Recipe.from_mapping("mine", recipe.to_json()) == recipe
 
@@ -56,7 +85,9 @@ def test_the_last_exception_that_matches_decides() -> None:
 
 def test_a_file_of_one_s_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text('[a]\nweights = { head = "int8" }\n[b]\nweights = { mamba = "int4" }\ngroup = 64\n')
+    file.write_text(
+        '[a]\nweights = { head = "int8" }\n[b]\nweights = { mamba = "int4" }\ngroup = 64\n'
+    )
     assert load_recipe(f"{file}:b").group == 64
     with pytest.raises(RecipeError, match="has no recipe"):
         load_recipe(str(file))
@@ -105,4 +136,6 @@ def test_what_a_model_s_shapes_do_not_allow() -> None:
     assert "1864" in caught.value.found
     dense = parse_model_config(published_slice("M*"), "dense")
     with pytest.raises(RecipeError, match="changes nothing"):
-        builtin_recipes()["int4-experts"].check(parts_of(dense, build_graph("context", dense, "bfloat16").weights))
+        builtin_recipes()["int4-experts"].check(
+            parts_of(dense, build_graph("context", dense, "bfloat16").weights)
+        )

@@ -12,8 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twotower.calibration.ranges import activation_scales, range_of
-from twotower.calibration.statistics import BINS, DENOISER_BUCKETS, TowerStatistics, bin_edges, bucket_of
-from twotower.calibration.statistics_file import DATA_FILE, DESCRIPTION_FILE, Statistics, read_statistics, write_statistics
+from twotower.calibration.statistics import (
+    BINS,
+    DENOISER_BUCKETS,
+    TowerStatistics,
+    bin_edges,
+    bucket_of,
+)
+from twotower.calibration.statistics_file import (
+    DATA_FILE,
+    DESCRIPTION_FILE,
+    Statistics,
+    read_statistics,
+    write_statistics,
+)
 from twotower.errors import CalibrationError
 
 
@@ -27,7 +39,9 @@ def of(*values: Any, bucket: int = 0) -> TowerStatistics:
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=50))
 def test_every_magnitude_is_counted_in_its_bin(values: list[float]) -> None:
     s = of(values)
-    expected, _ = np.histogram(np.abs(np.asarray(values, np.float32)).astype(np.float64), bins=bin_edges())
+    expected, _ = np.histogram(
+        np.abs(np.asarray(values, np.float32)).astype(np.float64), bins=bin_edges()
+    )
     np.testing.assert_array_equal(s.histogram[0, 0], expected)
     assert s.minimum[0, 0] == np.float32(min(values))
     assert s.maximum[0, 0] == np.float32(max(values))
@@ -64,11 +78,17 @@ def test_ranges() -> None:
     s = of(bulk, [80.0])
     greatest = float(np.abs(bulk).max())
     assert range_of(s, 0, slice(None), dtype="int8", ranges="max") == 80.0
-    assert range_of(s, 0, slice(None), dtype="int8", ranges="percentile") == pytest.approx(3.9, rel=0.13)
+    assert range_of(s, 0, slice(None), dtype="int8", ranges="percentile") == pytest.approx(
+        3.9, rel=0.13
+    )
     clipped = range_of(s, 0, slice(None), dtype="int8", ranges="mse")
-    assert greatest < clipped <= 40, "one value of 200001 is worth some of the steps of all others, not half of them"
+    assert greatest < clipped <= 40, (
+        "one value of 200001 is worth some of the steps of all others, not half of them"
+    )
     assert range_of(s, 0, slice(None), dtype="float8e4m3fn", ranges="mse") == 80.0
-    assert range_of(of([0.0, 0.0]), 0, slice(None), dtype="int8", ranges="mse") > 0, "zeros alone still make a scale"
+    assert range_of(of([0.0, 0.0]), 0, slice(None), dtype="int8", ranges="mse") > 0, (
+        "zeros alone still make a scale"
+    )
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -98,11 +118,19 @@ def test_the_chosen_range_is_the_best_edge_by_hand(seed: int) -> None:
         step, total = edge / 127, 0.0
         for count, middle in zip(counts.tolist(), middles, strict=True):
             value = min(middle, most)
-            total += count * ((value - edge) ** 2 if value > edge else step**2 / 12 if value > step / 2 else value**2)
+            total += count * (
+                (value - edge) ** 2
+                if value > edge
+                else step**2 / 12
+                if value > step / 2
+                else value**2
+            )
         return total
 
     best = min((min(edge, most) for edge in edges[1:].tolist() if edge > most / 128), key=cost)
-    assert range_of(of(x), 0, slice(None), dtype="int8", ranges="mse") == pytest.approx(best, rel=1e-6)
+    assert range_of(of(x), 0, slice(None), dtype="int8", ranges="mse") == pytest.approx(
+        best, rel=1e-6
+    )
 
 
 def test_exactly_the_percentile_is_kept() -> None:
@@ -120,8 +148,14 @@ def test_trajectories_and_clean_text_read_other_buckets(bucket: int) -> None:
     context.add(0, 0, np.asarray([2.0]))
     statistics = Statistics(Path(), "s", {"context": context, "denoiser": denoiser})
     wanted = {"w": "int8", "c": "int8"}
-    assert activation_scales(statistics, wanted, ranges="max", clean_text=False) == {"w": 5.0, "c": 2.0}
-    assert activation_scales(statistics, wanted, ranges="max", clean_text=True) == {"w": 1.0, "c": 2.0}
+    assert activation_scales(statistics, wanted, ranges="max", clean_text=False) == {
+        "w": 5.0,
+        "c": 2.0,
+    }
+    assert activation_scales(statistics, wanted, ranges="max", clean_text=True) == {
+        "w": 1.0,
+        "c": 2.0,
+    }
     with pytest.raises(CalibrationError, match="nothing about 1 inputs"):
         activation_scales(statistics, {"other": "int8"}, ranges="max", clean_text=False)
 
@@ -138,7 +172,10 @@ def stored(tmp_path: Path) -> Path:
     folder.mkdir()
     context = TowerStatistics.empty(["c"], ["text"])
     context.add(0, 0, np.asarray([1.0, -3.0]))
-    write_statistics(Statistics(folder, "source", {"context": context, "denoiser": of([2.0])}, {"prompts": 1}), folder)
+    write_statistics(
+        Statistics(folder, "source", {"context": context, "denoiser": of([2.0])}, {"prompts": 1}),
+        folder,
+    )
     return folder
 
 
@@ -156,8 +193,16 @@ def test_what_is_written_is_read(stored: Path) -> None:
         (lambda f: (f / DATA_FILE).unlink(), "holds no statistics"),
         (lambda f: (f / DATA_FILE).write_bytes(b"x" * 100), "has changed"),
         (lambda f: (f / DESCRIPTION_FILE).write_text("{"), "are damaged"),
-        (lambda f: (f / DESCRIPTION_FILE).write_text('{"kind": "twotower-statistics", "schema": 1}'), "are damaged"),
-        (lambda f: (f / DESCRIPTION_FILE).write_text('{"kind": "twotower-trace", "schema": 1}'), "of this version"),
+        (
+            lambda f: (f / DESCRIPTION_FILE).write_text(
+                '{"kind": "twotower-statistics", "schema": 1}'
+            ),
+            "are damaged",
+        ),
+        (
+            lambda f: (f / DESCRIPTION_FILE).write_text('{"kind": "twotower-trace", "schema": 1}'),
+            "of this version",
+        ),
     ],
 )
 def test_damaged_statistics(stored: Path, damage: Any, what: str) -> None:

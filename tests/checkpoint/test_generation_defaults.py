@@ -18,7 +18,9 @@ from twotower.config import read_model_config
 from twotower.errors import ConfigError
 from twotower.export import Checkpoint
 
-TINY = replace(read_model_config(ROOT / "assets" / "twotower-tiny" / "config.json"), eos_token_ids=(2, 5))
+TINY = replace(
+    read_model_config(ROOT / "assets" / "twotower-tiny" / "config.json"), eos_token_ids=(2, 5)
+)
 
 
 def written(folder: Path, content: object) -> Path:
@@ -30,7 +32,9 @@ def written(folder: Path, content: object) -> Path:
     ("value", "ids"),
     [(7, (7,)), ([2, 180], (2, 180)), ([180], (180,)), ([9, 2, 9], (9, 2)), (None, (2, 5))],
 )
-def test_a_number_or_a_list_counts_instead_of_the_model_s(tmp_path: Path, value: Any, ids: tuple[int, ...]) -> None:
+def test_a_number_or_a_list_counts_instead_of_the_model_s(
+    tmp_path: Path, value: Any, ids: tuple[int, ...]
+) -> None:
     assert read_eos_token_ids(written(tmp_path, {"eos_token_id": value}), TINY) == ids
 
 
@@ -56,7 +60,9 @@ def test_a_file_without_fields_is_named(tmp_path: Path, content: object) -> None
         read_defaults(written(tmp_path, content))
 
 
-def test_export_refuses_it_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_refuses_it_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad = {"eos_token_id": "</s>"}
     source = tiny_checkpoint(tmp_path / "checkpoint", generation_config=bad)
     assert main(["export", str(source), "-o", str(tmp_path / "bundle")]) == 2

@@ -72,7 +72,9 @@ def edit_index(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
 
 def edit_config(folder: Path, **changes: Any) -> None:
     config = {**json.loads((folder / "config.json").read_text()), **changes}
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if v is not None})
+    )
 
 
 def shard(path: Path, header: Any, data: bytes = b"", *, length: int | None = None) -> Path:
@@ -82,8 +84,14 @@ def shard(path: Path, header: Any, data: bytes = b"", *, length: int | None = No
     return path
 
 
-def entry(first: int, last: int, *, dtype: str = "F32", shape: list[int] | None = None) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": [(last - first) // 4] if shape is None else shape, "data_offsets": [first, last]}
+def entry(
+    first: int, last: int, *, dtype: str = "F32", shape: list[int] | None = None
+) -> dict[str, Any]:
+    return {
+        "dtype": dtype,
+        "shape": [(last - first) // 4] if shape is None else shape,
+        "data_offsets": [first, last],
+    }
 
 
 # --- what is sound opens
@@ -93,13 +101,18 @@ def test_a_sound_checkpoint_opens_with_every_tensor_in_its_shard(copy: Path) -> 
     opened, want = Checkpoint.open(copy), all_tensors()
     assert opened.path == copy
     assert set(opened.tensors) == set(want)
-    assert {n: t.shape for n, t in opened.tensors.items()} == {n: tuple(t.shape) for n, t in want.items()}
+    assert {n: t.shape for n, t in opened.tensors.items()} == {
+        n: tuple(t.shape) for n, t in want.items()
+    }
     weight_map = json.loads((copy / INDEX).read_text())["weight_map"]
     assert {n: t.file.name for n, t in opened.tensors.items()} == weight_map
 
 
 def test_one_file_without_an_index_is_the_same_model(copy: Path, tmp_path: Path) -> None:
-    single, split = Checkpoint.open(in_one_file(tmp_path / "single", all_tensors())), Checkpoint.open(copy)
+    single, split = (
+        Checkpoint.open(in_one_file(tmp_path / "single", all_tensors())),
+        Checkpoint.open(copy),
+    )
     assert set(single.tensors) == set(split.tensors)
     assert {t.file.name for t in single.tensors.values()} == {SINGLE}
     assert list(single.identity()) == [SINGLE]
@@ -112,7 +125,9 @@ def test_a_folder_may_be_named_by_a_string(copy: Path) -> None:
 def test_identity_is_size_and_hash_of_every_shard(copy: Path) -> None:
     ticks: list[int] = []
     before = Checkpoint.open(copy).identity(ticks.append)
-    assert {name: record["size"] for name, record in before.items()} == {name: (copy / name).stat().st_size for name in (FIRST, SECOND)}
+    assert {name: record["size"] for name, record in before.items()} == {
+        name: (copy / name).stat().st_size for name in (FIRST, SECOND)
+    }
     assert sum(ticks) == sum(record["size"] for record in before.values())
     with (copy / SECOND).open("r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -123,7 +138,9 @@ def test_identity_is_size_and_hash_of_every_shard(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("single", [False, True])
-def test_a_snapshot_of_links_into_a_blob_store_is_accepted(copy: Path, tmp_path: Path, single: bool) -> None:
+def test_a_snapshot_of_links_into_a_blob_store_is_accepted(
+    copy: Path, tmp_path: Path, single: bool
+) -> None:
     """The layout of a hub cache: `snapshots/<revision>/name` is a link to `../../blobs/<hash>`."""
     source = in_one_file(tmp_path / "single", all_tensors()) if single else copy
     blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0123abcd"
@@ -197,27 +214,77 @@ DAMAGE = {
     "not UTF-8": (b'{"\xff\xfe": 1}', b"", None, "not JSON"),
     "nested too deeply": (b"[" * 100_000, b"", None, "not JSON"),
     "a list": ([ONE], bytes(8), None, "not a JSON object"),
-    "a name twice": (b'{"w": %s, "w": %s}' % ((json.dumps(entry(0, 8)).encode(),) * 2), bytes(8), None, "'w' is there twice"),
+    "a name twice": (
+        b'{"w": %s, "w": %s}' % ((json.dumps(entry(0, 8)).encode(),) * 2),
+        bytes(8),
+        None,
+        "'w' is there twice",
+    ),
     "a key twice": (
         b'{"w": {"dtype": "F32", "dtype": "F16", "shape": [2], "data_offsets": [0, 8]}}',
         bytes(8),
         None,
         "'dtype' is there twice",
     ),
-    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12), None, "overlap or leave a hole at byte"),
-    "hole": ({"a": entry(0, 8), "b": entry(12, 16)}, bytes(16), None, "overlap or leave a hole at byte"),
+    "overlap": (
+        {"a": entry(0, 8), "b": entry(4, 12)},
+        bytes(12),
+        None,
+        "overlap or leave a hole at byte",
+    ),
+    "hole": (
+        {"a": entry(0, 8), "b": entry(12, 16)},
+        bytes(16),
+        None,
+        "overlap or leave a hole at byte",
+    ),
     "beyond the end": ({"a": entry(0, 8), "b": entry(8, 1 << 40)}, bytes(16), None, "truncated"),
     "not from the start": ({"a": entry(4, 12)}, bytes(12), None, "overlap or leave a hole at byte"),
-    "negative offset": ({"w": {**entry(0, 8), "data_offsets": [-8, 0]}}, bytes(8), None, "'w' is malformed"),
-    "offsets reversed": ({"w": {**entry(0, 8), "data_offsets": [8, 0]}}, bytes(8), None, "'w' is malformed"),
-    "offsets of huge numbers": ({"w": {**entry(0, 8), "data_offsets": [10**4000, 10**4000 + 8]}}, bytes(8), None, "'w' is malformed"),
-    "offsets that are no whole numbers": ({"w": {**entry(0, 8), "data_offsets": [0.0, 8.0]}}, bytes(8), None, "'w' is malformed"),
-    "three offsets": ({"w": {**entry(0, 8), "data_offsets": [0, 4, 8]}}, bytes(8), None, "'w' is malformed"),
+    "negative offset": (
+        {"w": {**entry(0, 8), "data_offsets": [-8, 0]}},
+        bytes(8),
+        None,
+        "'w' is malformed",
+    ),
+    "offsets reversed": (
+        {"w": {**entry(0, 8), "data_offsets": [8, 0]}},
+        bytes(8),
+        None,
+        "'w' is malformed",
+    ),
+    "offsets of huge numbers": (
+        {"w": {**entry(0, 8), "data_offsets": [10**4000, 10**4000 + 8]}},
+        bytes(8),
+        None,
+        "'w' is malformed",
+    ),
+    "offsets that are no whole numbers": (
+        {"w": {**entry(0, 8), "data_offsets": [0.0, 8.0]}},
+        bytes(8),
+        None,
+        "'w' is malformed",
+    ),
+    "three offsets": (
+        {"w": {**entry(0, 8), "data_offsets": [0, 4, 8]}},
+        bytes(8),
+        None,
+        "'w' is malformed",
+    ),
     "shape of another size": ({"w": entry(0, 8, shape=[3])}, bytes(8), None, "'w' is malformed"),
     "negative shape": ({"w": entry(0, 8, shape=[-1, -2])}, bytes(8), None, "'w' is malformed"),
-    "shape that is no list": ({"w": {**entry(0, 8), "shape": 2}}, bytes(8), None, "'w' is malformed"),
+    "shape that is no list": (
+        {"w": {**entry(0, 8), "shape": 2}},
+        bytes(8),
+        None,
+        "'w' is malformed",
+    ),
     "unknown dtype": ({"w": entry(0, 8, dtype="F31")}, bytes(8), None, "'F31'"),
-    "dtype that is no name": ({"w": {**entry(0, 8), "dtype": ["F32"]}}, bytes(8), None, "'w' is malformed"),
+    "dtype that is no name": (
+        {"w": {**entry(0, 8), "dtype": ["F32"]}},
+        bytes(8),
+        None,
+        "'w' is malformed",
+    ),
     "no dtype": ({"w": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8), None, "'w' is malformed"),
     "entry that is no object": ({"w": [0, 8]}, bytes(8), None, "'w' is malformed"),
 }
@@ -233,7 +300,9 @@ def test_a_damaged_shard_is_named_with_what_is_wrong(copy: Path, damage: str) ->
     with pytest.raises(HeaderError):
         read_header(copy / SECOND)
     error = refused(copy)
-    assert "has 1 problem(s)" in error.what, "the tensors of a damaged shard are not listed on top of it"
+    assert "has 1 problem(s)" in error.what, (
+        "the tensors of a damaged shard are not listed on top of it"
+    )
     assert error.found.startswith(f"{SECOND!r}: ")
     assert says in error.found
     assert len(error.found) < 600, "a hostile header does not fill the screen"
@@ -242,7 +311,12 @@ def test_a_damaged_shard_is_named_with_what_is_wrong(copy: Path, damage: str) ->
 
 def test_a_sound_header_gives_places_in_the_file(tmp_path: Path) -> None:
     """Metadata are no tensor; order in the header is not order in the file; an empty tensor takes no place."""
-    header = {"b": entry(8, 12), "__metadata__": {"format": "pt"}, "none": entry(8, 8, shape=[0, 3]), "a": entry(0, 8)}
+    header = {
+        "b": entry(8, 12),
+        "__metadata__": {"format": "pt"},
+        "none": entry(8, 8, shape=[0, 3]),
+        "a": entry(0, 8),
+    }
     read = read_header(shard(tmp_path / "s", header, bytes(12)))
     start = (tmp_path / "s").stat().st_size - 12
     assert {n: (t.offset - start, t.nbytes, t.shape) for n, t in read.items()} == {
@@ -270,7 +344,9 @@ def test_all_damaged_shards_are_named_at_once(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])
-def test_a_shard_that_is_no_file_is_refused_and_not_waited_for(copy: Path, make: Callable[[Path], None]) -> None:
+def test_a_shard_that_is_no_file_is_refused_and_not_waited_for(
+    copy: Path, make: Callable[[Path], None]
+) -> None:
     (copy / FIRST).unlink()
     make(copy / FIRST)
     assert "not a regular file" in refused(copy).found
@@ -298,12 +374,16 @@ def test_an_index_naming_a_missing_file_says_so_once(copy: Path) -> None:
 
 def test_a_tensor_the_index_does_not_list_is_found(copy: Path) -> None:
     edit_index(copy, lambda table: table.pop("t_block.1.bias"))
-    assert refused(copy).found == f"t_block.1.bias: stored in {SECOND}, but the index does not list it"
+    assert (
+        refused(copy).found == f"t_block.1.bias: stored in {SECOND}, but the index does not list it"
+    )
 
 
 def test_a_tensor_the_index_puts_in_the_other_shard_is_found(copy: Path) -> None:
     edit_index(copy, lambda table: table.update({"t_block.1.bias": FIRST}))
-    assert f"t_block.1.bias: stored in {SECOND}, but the index says '{FIRST}'" in refused(copy).found
+    assert (
+        f"t_block.1.bias: stored in {SECOND}, but the index says '{FIRST}'" in refused(copy).found
+    )
 
 
 def test_a_tensor_that_only_the_index_knows_is_found(copy: Path) -> None:
@@ -317,13 +397,28 @@ def test_a_tensor_stored_twice_is_found(copy: Path) -> None:
     assert f"t_block.1.bias: stored twice, in {FIRST} and {SECOND}" in refused(copy).found
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "a/../../outside.safetensors", "{absolute}", "", "..", "a\0b", "\ud800"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.safetensors",
+        "a/../../outside.safetensors",
+        "{absolute}",
+        "",
+        "..",
+        "a\0b",
+        "\ud800",
+    ],
+)
 def test_an_index_may_not_lead_out_of_the_folder(copy: Path, name: str) -> None:
     """The file outside is a sound shard: only its place is wrong."""
     outside = shutil.copyfile(copy / SECOND, copy.parent / "outside.safetensors")
     name = name.format(absolute=outside)
-    edit_index(copy, lambda table: table.update({t: name for t, file in table.items() if file == SECOND}))
-    assert refused(copy).found.startswith(f"the index names a path outside the folder, or none at all: {name[:80]!r}"[:-1])
+    edit_index(
+        copy, lambda table: table.update({t: name for t, file in table.items() if file == SECOND})
+    )
+    assert refused(copy).found.startswith(
+        f"the index names a path outside the folder, or none at all: {name[:80]!r}"[:-1]
+    )
 
 
 def test_a_linked_subfolder_may_not_lead_out(copy: Path) -> None:
@@ -331,20 +426,40 @@ def test_a_linked_subfolder_may_not_lead_out(copy: Path) -> None:
     (copy.parent / "elsewhere").mkdir()
     shutil.move(copy / SECOND, copy.parent / "elsewhere" / SECOND)
     (copy / "sub").symlink_to("../elsewhere")
-    edit_index(copy, lambda table: table.update({t: f"sub/{SECOND}" for t, file in table.items() if file == SECOND}))
+    edit_index(
+        copy,
+        lambda table: table.update(
+            {t: f"sub/{SECOND}" for t, file in table.items() if file == SECOND}
+        ),
+    )
     assert "outside the folder" in refused(copy).found
 
 
 def test_a_shard_in_a_subfolder_is_allowed(copy: Path) -> None:
     (copy / "sub").mkdir()
     shutil.move(copy / SECOND, copy / "sub" / SECOND)
-    edit_index(copy, lambda table: table.update({t: f"sub/{SECOND}" for t, file in table.items() if file == SECOND}))
+    edit_index(
+        copy,
+        lambda table: table.update(
+            {t: f"sub/{SECOND}" for t, file in table.items() if file == SECOND}
+        ),
+    )
     assert sorted(Checkpoint.open(copy).identity()) == [FIRST, f"sub/{SECOND}"]
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": {"a": "x", "a": "y"}}', "[" * 100_000],
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": null}',
+        '{"weight_map": {"a": "x", "a": "y"}}',
+        "[" * 100_000,
+    ],
     ids=lambda text: text[:40] or "empty",
 )
 def test_an_index_of_another_form_is_refused(copy: Path, text: str) -> None:
@@ -371,7 +486,11 @@ def test_no_weights_at_all_is_said_plainly(copy: Path) -> None:
 
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    for name, found in (("nowhere", "no such folder"), ("file", "a file"), ("n" * 5000, "no such folder")):
+    for name, found in (
+        ("nowhere", "no such folder"),
+        ("file", "a file"),
+        ("n" * 5000, "no such folder"),
+    ):
         error = refused(tmp_path / name)
         assert error.found == found
         assert "config.json" in error.do
@@ -395,7 +514,11 @@ def test_an_unknown_layer_letter_is_named_with_the_allowed_ones(copy: Path) -> N
 def test_layers_block_type_opens_as_the_same_model(copy: Path) -> None:
     plain = Checkpoint.open(copy).config
     words = {"M": "mamba", "E": "moe", "*": "attention"}
-    edit_config(copy, hybrid_override_pattern=None, layers_block_type=[words[letter] for letter in plain.pattern])
+    edit_config(
+        copy,
+        hybrid_override_pattern=None,
+        layers_block_type=[words[letter] for letter in plain.pattern],
+    )
     assert Checkpoint.open(copy).config == plain
 
 
@@ -410,8 +533,12 @@ def test_a_literal_infinity_in_the_config_is_accepted(copy: Path) -> None:
 # --- where a checkpoint is looked for
 
 
-def test_a_local_folder_is_taken_before_the_hub(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("the hub was asked"))
+def test_a_local_folder_is_taken_before_the_hub(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("the hub was asked")
+    )
     monkeypatch.chdir(copy.parent.parent)
     assert locate_checkpoint(str(copy)) == copy
     assert locate_checkpoint(f"{copy.parent.name}/{copy.name}") == Path(copy.parent.name, copy.name)
@@ -419,7 +546,9 @@ def test_a_local_folder_is_taken_before_the_hub(copy: Path, monkeypatch: pytest.
     assert locate_checkpoint(f"~/{copy.name}") == copy
 
 
-def test_a_hub_id_is_downloaded_without_other_formats(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_downloaded_without_other_formats(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[str, list[str]]] = []
 
     def download(name: str, *, allow_patterns: list[str]) -> str:
@@ -430,9 +559,17 @@ def test_a_hub_id_is_downloaded_without_other_formats(copy: Path, monkeypatch: p
     assert locate_checkpoint("owner/model") == copy
     ((name, patterns),) = asked
     assert name == "owner/model"
-    wanted = set(huggingface_hub.utils.filter_repo_objects([FIRST, INDEX, "config.json", "tokenizer.json"], allow_patterns=patterns))
+    wanted = set(
+        huggingface_hub.utils.filter_repo_objects(
+            [FIRST, INDEX, "config.json", "tokenizer.json"], allow_patterns=patterns
+        )
+    )
     assert wanted == {FIRST, INDEX, "config.json", "tokenizer.json"}
-    assert not list(huggingface_hub.utils.filter_repo_objects(["pytorch_model.bin", "consolidated.pth"], allow_patterns=patterns))
+    assert not list(
+        huggingface_hub.utils.filter_repo_objects(
+            ["pytorch_model.bin", "consolidated.pth"], allow_patterns=patterns
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -443,7 +580,9 @@ def test_a_hub_id_is_downloaded_without_other_formats(copy: Path, monkeypatch: p
         (RuntimeError(), "Runtime"),
     ],
 )
-def test_a_hub_that_fails_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch, failure: Exception, says: str) -> None:
+def test_a_hub_that_fails_is_reported_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception, says: str
+) -> None:
     def download(*args: Any, **options: Any) -> str:
         raise failure
 
@@ -456,7 +595,9 @@ def test_a_hub_that_fails_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatc
     assert caught.value.__cause__ is failure
 
 
-def test_a_hub_id_without_the_hub_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_without_the_hub_library_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match="owner/model") as caught:
         locate_checkpoint("owner/model")
@@ -466,10 +607,25 @@ def test_a_hub_id_without_the_hub_library_says_what_to_install(monkeypatch: pyte
 
 @pytest.mark.parametrize(
     "name",
-    ["nowhere", "./owner/model", "../model", "/no/such", "~/model-of-nobody", "~no-such-user/model", "a/b/c", "owner/", "\0", "n" * 5000],
+    [
+        "nowhere",
+        "./owner/model",
+        "../model",
+        "/no/such",
+        "~/model-of-nobody",
+        "~no-such-user/model",
+        "a/b/c",
+        "owner/",
+        "\0",
+        "n" * 5000,
+    ],
 )
-def test_what_is_neither_a_folder_nor_a_hub_id_is_not_looked_for(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("the hub was asked"))
+def test_what_is_neither_a_folder_nor_a_hub_id_is_not_looked_for(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("the hub was asked")
+    )
     with pytest.raises(CheckpointError, match="cannot find") as caught:
         locate_checkpoint(name)
     assert "not a hub id either" in caught.value.found
@@ -486,14 +642,21 @@ Stored = tuple[dict[str, Tensor], dict[str, torch.Tensor]]
 def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stored:
     """The fixture in one dtype: as opened, and as the `safetensors` library reads it."""
     tensors = {name: tensor.to(request.param) for name, tensor in all_tensors().items()}
-    # Any bit pattern may be stored, and all of them must come through: NaN, infinities, denormals, both zeros.
-    bits = torch.from_numpy(np.random.default_rng(0).integers(0, 256, tensors["lm_head.weight"].nbytes, np.uint8))
+    # Any bit pattern may be stored, and all of them must come through: NaN, infinities, denormals,
+    # both zeros.
+    bits = torch.from_numpy(
+        np.random.default_rng(0).integers(0, 256, tensors["lm_head.weight"].nbytes, np.uint8)
+    )
     tensors["lm_head.weight"] = bits.view(request.param).reshape(tensors["lm_head.weight"].shape)
     folder = in_one_file(tmp_path_factory.mktemp("stored") / "c", tensors)
     return dict(Checkpoint.open(folder).tensors), load_file(folder / SINGLE)
 
 
-NAMES = ["lm_head.weight", "denoiser_tower.layers.0.mixer.conv1d.weight", "context_tower.layers.5.mixer.A_log"]
+NAMES = [
+    "lm_head.weight",
+    "denoiser_tower.layers.0.mixer.conv1d.weight",
+    "context_tower.layers.5.mixer.A_log",
+]
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -515,7 +678,9 @@ def test_numpy_is_what_the_library_reads(stored: Stored, name: str) -> None:
 
 @given(name=st.sampled_from(NAMES), chunk=st.integers(1, 1 << 20))
 @example(name=NAMES[0], chunk=1)
-def test_chunks_are_whole_elements_of_what_the_library_reads(stored: Stored, name: str, chunk: int) -> None:
+def test_chunks_are_whole_elements_of_what_the_library_reads(
+    stored: Stored, name: str, chunk: int
+) -> None:
     tensor, want = stored[0][name], stored[1][name]
     pieces = list(tensor.chunks(chunk))
     assert b"".join(pieces) == raw(want)
@@ -536,7 +701,9 @@ def test_read_into_fills_a_buffer_of_the_right_size_only(stored: Stored, name: s
 
 @pytest.mark.parametrize("way", ["numpy", "chunks", "read_into"])
 @pytest.mark.parametrize("left", [0, 1, 5000])
-def test_a_shard_that_became_shorter_is_an_error_and_not_a_crash(copy: Path, tmp_path: Path, way: str, left: int) -> None:
+def test_a_shard_that_became_shorter_is_an_error_and_not_a_crash(
+    copy: Path, tmp_path: Path, way: str, left: int
+) -> None:
     tensor = Checkpoint.open(copy).tensors["lm_head.weight"]
     os.truncate(tensor.file, tensor.offset + left)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight") as caught:

@@ -20,7 +20,8 @@ from twotower.config import ModelConfig, read_model_config
 from twotower.export import Checkpoint, ModelSummary, summarize
 
 BYTES = {"F32": 4, "BF16": 2, "F16": 2}
-# Written from the published names, apart from the package's own table of roles; the first that matches counts.
+# Written from the published names, apart from the package's own table of roles; the first that
+# matches counts.
 ROLES = {
     "routed_expert": r"\.mixer\.experts\.\d+\.",
     "shared_expert": r"\.mixer\.shared_experts\.",
@@ -39,7 +40,9 @@ ROLES = {
 def published(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The published layout at its size, without content."""
     folder = tmp_path_factory.mktemp("published") / "c"
-    return Checkpoint.open(write_checkpoint(folder, PUBLISHED_CONFIG, SyntheticOptions(headers_only=True)))
+    return Checkpoint.open(
+        write_checkpoint(folder, PUBLISHED_CONFIG, SyntheticOptions(headers_only=True))
+    )
 
 
 def header_of(path: Path) -> dict[str, Any]:
@@ -50,7 +53,11 @@ def header_of(path: Path) -> dict[str, Any]:
 
 
 def headers(folder: Path) -> dict[str, Any]:
-    return {name: entry for path in folder.glob("model*.safetensors") for name, entry in header_of(path).items()}
+    return {
+        name: entry
+        for path in folder.glob("model*.safetensors")
+        for name, entry in header_of(path).items()
+    }
 
 
 def role_of(name: str) -> str:
@@ -81,7 +88,9 @@ def test_counts_are_those_of_the_headers(folder: str) -> None:
     checkpoint, entries = Checkpoint.open(FIXTURES / folder), headers(FIXTURES / folder)
     config, summary = checkpoint.config, summarize(checkpoint.config, tensors=checkpoint.tensors)
     assert summary.parameters == sum(map(size, entries.values()))
-    assert summary.by_tower == added(entries, lambda name: "context_tower" if in_context_tower(name) else "denoiser_tower", size)
+    assert summary.by_tower == added(
+        entries, lambda name: "context_tower" if in_context_tower(name) else "denoiser_tower", size
+    )
     assert summary.by_role == added(entries, role_of, size)
     assert summary.routed == summary.by_role["routed_expert"]
     assert summary.weight_bytes == sum(map(nbytes, entries.values()))
@@ -89,7 +98,11 @@ def test_counts_are_those_of_the_headers(folder: str) -> None:
     assert summary.bytes_by_dtype == {"float32": summary.weight_bytes}
     context = added({n: e for n, e in entries.items() if in_context_tower(n)}, role_of, size)
     routed, embedding = context.pop("routed_expert"), context.pop("embedding")
-    used = sum(context.values()) + embedding // config.vocab_size + routed * config.num_experts_per_tok // config.n_routed_experts
+    used = (
+        sum(context.values())
+        + embedding // config.vocab_size
+        + routed * config.num_experts_per_tok // config.n_routed_experts
+    )
     assert summary.active == used
     assert summary.active_ratio == pytest.approx(used / summary.by_tower["context_tower"])
 
@@ -98,8 +111,12 @@ def test_layers_and_state_of_a_small_model_counted_by_hand() -> None:
     summary = summarize(read_model_config(FIXTURES / "hybrid-a" / "config.json"))
     assert summary.pattern == "MEM*EME*"
     assert summary.layers == {"mamba": 3, "moe": 3, "attention": 2}
-    assert summary.kv_bytes_per_token == 2 * 2 * (2 * 16) * 4, "layers, keys and values, heads of 16, float32"
-    assert summary.state_bytes_per_row == 3 * ((8 * 16 + 2 * 2 * 16) * 3 * 4 + 8 * 16 * 16 * 4), "3 columns of the convolution, the SSM"
+    assert summary.kv_bytes_per_token == 2 * 2 * (2 * 16) * 4, (
+        "layers, keys and values, heads of 16, float32"
+    )
+    assert summary.state_bytes_per_row == 3 * ((8 * 16 + 2 * 2 * 16) * 3 * 4 + 8 * 16 * 16 * 4), (
+        "3 columns of the convolution, the SSM"
+    )
 
 
 def test_the_published_model_has_its_published_numbers(published: Checkpoint) -> None:
@@ -110,7 +127,10 @@ def test_the_published_model_has_its_published_numbers(published: Checkpoint) ->
     assert summary.bytes_by_dtype == {"bfloat16": summary.weight_bytes}
     assert summary.routed == 2 * 23 * 128 * 2 * 2688 * 1856
     assert summary.routed / summary.parameters == pytest.approx(0.93, abs=0.001)
-    assert summary.by_tower["denoiser_tower"] - summary.by_tower["context_tower"] == summary.by_role["conditioning"]
+    assert (
+        summary.by_tower["denoiser_tower"] - summary.by_tower["context_tower"]
+        == summary.by_role["conditioning"]
+    )
     assert summary.kv_bytes_per_token == 6 * 1024
     assert summary.state_bytes_per_row == 23 * ((64 * 64 + 2 * 8 * 128) * 3 * 2 + 64 * 64 * 128 * 4)
     assert summary.state_bytes_per_row == pytest.approx(47 * 2**20, rel=0.01)
@@ -132,10 +152,17 @@ def test_the_published_size_takes_no_disk(published: Checkpoint) -> None:
 
 
 def test_stored_dtypes_count_tensor_by_tensor(tmp_path: Path) -> None:
-    tensors = {n: t for shard in (FIXTURES / "hybrid-a").glob("model*.safetensors") for n, t in load_file(shard).items()}
+    tensors = {
+        n: t
+        for shard in (FIXTURES / "hybrid-a").glob("model*.safetensors")
+        for n, t in load_file(shard).items()
+    }
     plain = summarize(read_model_config(FIXTURES / "hybrid-a" / "config.json"))
     head, router = "lm_head.weight", "context_tower.layers.1.mixer.gate.weight"
-    tensors[head], tensors[router] = tensors[head].to(torch.bfloat16), tensors[router].to(torch.float16)
+    tensors[head], tensors[router] = (
+        tensors[head].to(torch.bfloat16),
+        tensors[router].to(torch.float16),
+    )
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((FIXTURES / "hybrid-a" / "config.json").read_bytes())
     checkpoint = Checkpoint.open(tmp_path)
@@ -143,9 +170,15 @@ def test_stored_dtypes_count_tensor_by_tensor(tmp_path: Path) -> None:
     assert mixed.parameters == plain.parameters
     assert mixed.bytes_by_dtype["bfloat16"] == 256 * 64 * 2
     assert mixed.bytes_by_dtype["float16"] == 8 * 64 * 2
-    assert sum(mixed.bytes_by_dtype.values()) == sum(mixed.bytes_by_role.values()) == mixed.weight_bytes
+    assert (
+        sum(mixed.bytes_by_dtype.values())
+        == sum(mixed.bytes_by_role.values())
+        == mixed.weight_bytes
+    )
     assert plain.weight_bytes - mixed.weight_bytes == 2 * (256 * 64 + 8 * 64)
-    assert mixed.bytes_by_role["head"] == plain.bytes_by_role["head"] * 3 // 4, "one of the two heads is half its size"
+    assert mixed.bytes_by_role["head"] == plain.bytes_by_role["head"] * 3 // 4, (
+        "one of the two heads is half its size"
+    )
 
 
 @pytest.mark.parametrize(("dtype", "item"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
@@ -163,7 +196,10 @@ def test_a_model_without_experts_uses_all_of_a_tower_but_the_embedding() -> None
     data = {**config.to_json(), "layers": "M*"}
     summary = summarize(ModelConfig.from_json(data))
     assert summary.routed == 0
-    assert summary.active == summary.by_tower["context_tower"] - (config.vocab_size - 1) * config.hidden_size
+    assert (
+        summary.active
+        == summary.by_tower["context_tower"] - (config.vocab_size - 1) * config.hidden_size
+    )
     assert "0.0 % in routed experts" in "\n".join(summary.lines())
 
 
@@ -177,5 +213,7 @@ def test_lines_name_every_role_largest_first() -> None:
     summary = summarize(read_model_config(FIXTURES / "hybrid-b" / "config.json"))
     rows = [line for line in summary.lines() if line.split()[0] in summary.by_role]
     assert {row.split()[0] for row in rows} == set(summary.by_role)
-    assert [summary.by_role[row.split()[0]] for row in rows] == sorted(summary.by_role.values(), reverse=True)
+    assert [summary.by_role[row.split()[0]] for row in rows] == sorted(
+        summary.by_role.values(), reverse=True
+    )
     assert len({row.index("%") for row in rows}) == 1, "the columns are aligned"

@@ -16,7 +16,12 @@ from safetensors.torch import load_file
 from tests.helpers.graphs import FIXTURES
 from twotower.checkpoint import synthetic as synthetic_module
 from twotower.checkpoint.layout import Role, expected_tensors
-from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, SyntheticOptions, published_slice, write_checkpoint
+from twotower.checkpoint.synthetic import (
+    PUBLISHED_CONFIG,
+    SyntheticOptions,
+    published_slice,
+    write_checkpoint,
+)
 from twotower.config import read_model_config
 from twotower.errors import CheckpointError, ConfigError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
@@ -45,13 +50,19 @@ def test_same_seed_same_bytes_and_another_seed_other_bytes(tmp_path: Path, dtype
         for name, seed in (("one", 7), ("same", 7), ("other", 8))
     )
     assert one == same
-    assert {name for name in one if one[name] != other[name]} == {name for name in one if name.endswith(".safetensors")}
+    assert {name for name in one if one[name] != other[name]} == {
+        name for name in one if name.endswith(".safetensors")
+    }
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_opens_with_every_tensor_in_the_wanted_dtype(tmp_path: Path, dtype: str, shards: int) -> None:
-    folder = write_checkpoint(tmp_path / "deep" / "c", small(dtype), SyntheticOptions(shards=shards))
+def test_it_opens_with_every_tensor_in_the_wanted_dtype(
+    tmp_path: Path, dtype: str, shards: int
+) -> None:
+    folder = write_checkpoint(
+        tmp_path / "deep" / "c", small(dtype), SyntheticOptions(shards=shards)
+    )
     opened = Checkpoint.open(folder)
     assert opened.config == read_model_config(folder / "config.json")
     assert {t.dtype for t in opened.tensors.values()} == {dtype}
@@ -102,8 +113,15 @@ def test_a_tensor_larger_than_the_drawn_numbers_is_filled_to_its_end(tmp_path: P
 
 
 def test_it_exports(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "c", small("bfloat16", hybrid_override_pattern="M*E", num_hidden_layers=3))
-    assert export_bundle(Checkpoint.open(folder), tmp_path / "b", ExportConfig(dtype="float16")).config.pattern == "M*E"
+    folder = write_checkpoint(
+        tmp_path / "c", small("bfloat16", hybrid_override_pattern="M*E", num_hidden_layers=3)
+    )
+    assert (
+        export_bundle(
+            Checkpoint.open(folder), tmp_path / "b", ExportConfig(dtype="float16")
+        ).config.pattern
+        == "M*E"
+    )
 
 
 def test_headers_only_are_the_headers_of_the_whole(tmp_path: Path) -> None:
@@ -144,21 +162,32 @@ def test_what_exists_is_refused_and_untouched(tmp_path: Path, kind: str) -> None
 def test_a_slice_of_the_published_config_has_its_widths(tmp_path: Path) -> None:
     """Real widths, other layers; the published constants stay as they are."""
     before = dict(PUBLISHED_CONFIG)
-    folder = write_checkpoint(tmp_path / "c", published_slice("M*E"), SyntheticOptions(headers_only=True))
+    folder = write_checkpoint(
+        tmp_path / "c", published_slice("M*E"), SyntheticOptions(headers_only=True)
+    )
     config = Checkpoint.open(folder).config
     assert config.pattern == "M*E"
-    assert (config.hidden_size, config.vocab_size, config.n_routed_experts, config.dtype) == (2688, 131072, 128, "bfloat16")
+    assert (config.hidden_size, config.vocab_size, config.n_routed_experts, config.dtype) == (
+        2688,
+        131072,
+        128,
+        "bfloat16",
+    )
     assert before == PUBLISHED_CONFIG
     assert sum(os.stat(p).st_blocks * 512 for p in folder.iterdir()) < 1 << 20
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_weights_are_the_same_in_every_dtype(tmp_path: Path, dtype: str) -> None:
-    want = Checkpoint.open(write_checkpoint(tmp_path / "wide", {**SMALL, "torch_dtype": "float32"})).tensors
+    want = Checkpoint.open(
+        write_checkpoint(tmp_path / "wide", {**SMALL, "torch_dtype": "float32"})
+    ).tensors
     got = Checkpoint.open(write_checkpoint(tmp_path / "c", {**SMALL, "torch_dtype": dtype})).tensors
     assert {t.dtype for t in got.values()} == {dtype}
     for name, tensor in got.items():  # bfloat16 is cut, not rounded; float16 ends at 6e-8
-        np.testing.assert_allclose(tensor.numpy(), want[name].numpy(), rtol=2**-7, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(
+            tensor.numpy(), want[name].numpy(), rtol=2**-7, atol=1e-7, err_msg=name
+        )
 
 
 def test_an_unusable_config_leaves_no_folder(tmp_path: Path) -> None:

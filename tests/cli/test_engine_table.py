@@ -61,9 +61,13 @@ def shown(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict
 
 
 @pytest.mark.slow
-def test_inspect_shows_what_was_built_and_json_has_all_of_it(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_what_was_built_and_json_has_all_of_it(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
     record = json.loads((engine_folder(bundle, "trt") / BUILD_FILE).read_text())
-    record["report"]["engines"]["context_head.engine"]["log"] = [{"severity": "WARNING", "message": "odd", "count": 1, "explained": None}]
+    record["report"]["engines"]["context_head.engine"]["log"] = [
+        {"severity": "WARNING", "message": "odd", "count": 1, "explained": None}
+    ]
     edit(bundle, report=record["report"])
     text, facts = shown(bundle, capsys)
     assert len(record["engines"]["denoiser"]) > 1
@@ -77,26 +81,44 @@ def test_inspect_shows_what_was_built_and_json_has_all_of_it(bundle: Bundle, cap
         "weights read as inputs",
     ):
         assert word in text
-    rows = {line.split()[0]: line for line in text.splitlines() if line.strip() and line.split()[0].endswith(".engine")}
+    rows = {
+        line.split()[0]: line
+        for line in text.splitlines()
+        if line.strip() and line.split()[0].endswith(".engine")
+    }
     for part in record["engines"]["denoiser"]:
         first, end = part["layers"]
         assert f" {first}-{end - 1} " in rows[part["file"]]
-    assert {k: v for k, v in facts["builds"]["trt"].items() if k not in ("state", "copied_bytes", "launches")} == record
+    assert {
+        k: v
+        for k, v in facts["builds"]["trt"].items()
+        if k not in ("state", "copied_bytes", "launches")
+    } == record
     assert facts["builds"]["trt"]["state"] == facts["engines"]["trt"]
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"library": {"name": "tensorrt", "version": "11.3"}}, "built with tensorrt 11.3, this environment has tensorrt 11.4.0.106"),
+        (
+            {"library": {"name": "tensorrt", "version": "11.3"}},
+            "built with tensorrt 11.3, this environment has tensorrt 11.4.0.106",
+        ),
         ({"graphs": {}}, "built from another graph"),
-        ({"limits": {"capacity": 512, "max_batch": 8, "sms": [86]}}, "built for SM 86, this GPU is SM 89"),
+        (
+            {"limits": {"capacity": 512, "max_batch": 8, "sms": [86]}},
+            "built for SM 86, this GPU is SM 89",
+        ),
         ({"schema": 1}, "another version of twotower"),
         ({}, "built, fits this machine"),
     ],
 )
 def test_inspect_says_whether_engines_fit_here(
-    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], says: str
+    bundle: Bundle,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    says: str,
 ) -> None:
     machine = machine_with(L4)
     object.__setattr__(machine, "libraries", {"tensorrt": "11.4.0.106"})
@@ -107,7 +129,9 @@ def test_inspect_says_whether_engines_fit_here(
     assert says in text
 
 
-def test_a_half_built_folder_is_no_target(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_half_built_folder_is_no_target(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(engine_folder(bundle, "trt"), bundle.path / "engines" / ".rtx.old.1")
     _, facts = shown(bundle, capsys)
     assert facts["engines"]["rtx"] == "not built"
@@ -143,29 +167,75 @@ def rows_of(text: str) -> list[list[str]]:
     """The table of programs, cell by cell."""
     lines = text.splitlines()
     first = next(i for i, line in enumerate(lines) if "capturable" in line)
-    return [[c for c in line.split("  ") if c] for line in lines[first:] if ".engine  " in line or "capturable" in line]
+    return [
+        [c for c in line.split("  ") if c]
+        for line in lines[first:]
+        if ".engine  " in line or "capturable" in line
+    ]
 
 
-def test_inspect_shows_what_the_engines_run(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_what_the_engines_run(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
     record = json.loads((engine_folder(bundle, "trt") / BUILD_FILE).read_text())
     engines = record["report"]["engines"]
-    engines["denoiser.0.engine"]["inspector"] = summarize_programs(read_programs(plan_of(EXPANDED.text())))
-    engines["context_head.engine"]["inspector"] = summarize_programs(read_programs(plan_of(program(capturable=0).text())))
+    engines["denoiser.0.engine"]["inspector"] = summarize_programs(
+        read_programs(plan_of(EXPANDED.text()))
+    )
+    engines["context_head.engine"]["inspector"] = summarize_programs(
+        read_programs(plan_of(program(capturable=0).text()))
+    )
     edit(bundle, report=record["report"])
     text, facts = shown(bundle, capsys)
     head, *rows = rows_of(text)
-    names = {engine["file"]: engine["profiles"][0]["name"] for parts in record["engines"].values() for engine in parts}
-    assert [cell.strip() for cell in head] == ["engine", "profile", "kernels", "streams", "events", "scratch", "capturable", "expanded"]
+    names = {
+        engine["file"]: engine["profiles"][0]["name"]
+        for parts in record["engines"].values()
+        for engine in parts
+    }
+    assert [cell.strip() for cell in head] == [
+        "engine",
+        "profile",
+        "kernels",
+        "streams",
+        "events",
+        "scratch",
+        "capturable",
+        "expanded",
+    ]
     assert {row[0]: row[1:] for row in ([c.strip() for c in row] for row in rows)} == {
-        "context_head.engine": [names["context_head.engine"], "2", "1", "1", "5.12 kB", "no", "none"],
-        "denoiser.0.engine": [names["denoiser.0.engine"], "2", "1", "1", "5.12 kB", "yes", "1 weights, 32.8 kB a pass"],
+        "context_head.engine": [
+            names["context_head.engine"],
+            "2",
+            "1",
+            "1",
+            "5.12 kB",
+            "no",
+            "none",
+        ],
+        "denoiser.0.engine": [
+            names["denoiser.0.engine"],
+            "2",
+            "1",
+            "1",
+            "5.12 kB",
+            "yes",
+            "1 weights, 32.8 kB a pass",
+        ],
     }
     assert "kernels moe 2" in text
     assert "expanded in memory layers.2.moe experts as bf16 (32.8 kB)" in text
-    assert facts["builds"]["trt"]["report"]["engines"]["denoiser.0.engine"]["inspector"]["programs"][0]["kernels"] == 2
+    assert (
+        facts["builds"]["trt"]["report"]["engines"]["denoiser.0.engine"]["inspector"]["programs"][
+            0
+        ]["kernels"]
+        == 2
+    )
 
 
-def test_inspect_of_an_engine_lists_what_was_fused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_of_an_engine_lists_what_was_fused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     engine = tmp_path / "denoiser.engine"
     engine.write_bytes(plan_of(EXPANDED.text()))
     assert main(["inspect", str(engine)]) == 0
@@ -174,12 +244,17 @@ def test_inspect_of_an_engine_lists_what_was_fused(tmp_path: Path, capsys: pytes
     assert "DequantizeLinear" in text
     assert main(["inspect", str(engine), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert [kernel["nodes"] for kernel in facts["kernels"][0]] == [["layers.2.moe/DequantizeLinear"], ["layers.2.moe/MatMul"]]
+    assert [kernel["nodes"] for kernel in facts["kernels"][0]] == [
+        ["layers.2.moe/DequantizeLinear"],
+        ["layers.2.moe/MatMul"],
+    ]
     assert facts["programs"][0]["expanded"][0]["nbytes"] == 32768
 
 
 @pytest.mark.parametrize("contents", [b"", b"ptrt" + bytes(100), plan_of(program(layout=7).text())])
-def test_an_engine_that_cannot_be_read_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str], contents: bytes) -> None:
+def test_an_engine_that_cannot_be_read_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], contents: bytes
+) -> None:
     engine = tmp_path / "denoiser.engine"
     engine.write_bytes(contents)
     assert main(["inspect", str(engine)]) == 2
@@ -191,7 +266,9 @@ def test_an_engine_that_cannot_be_read_says_why(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.slow
 @pytest.mark.parametrize("places", ["inputs", "inside"])
-def test_weights_that_lie_twice_are_counted(bundle: Bundle, places: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_lie_twice_are_counted(
+    bundle: Bundle, places: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["build", str(bundle.path), *options(), "--weights", places, "--force"]) == 0
     text, facts = shown(bundle, capsys)
     weights = sum(ref.nbytes for graph in GRAPH_FILES for ref in bundle.weights(graph).values())
@@ -200,7 +277,9 @@ def test_weights_that_lie_twice_are_counted(bundle: Bundle, places: str, capsys:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_weights_widened_for_a_cpu_are_counted(tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_widened_for_a_cpu_are_counted(
+    tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     bundle = export_fixture("hybrid-b", tmp_path / "bundle", dtype)
     assert main(["build", str(bundle.path), "--target", "ort-cpu"]) == 0
     text, facts = shown(bundle, capsys)

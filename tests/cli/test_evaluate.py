@@ -33,9 +33,16 @@ def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     return fake
 
 
-def test_the_table_and_the_files_say_the_same(model: FakeModel, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_and_the_files_say_the_same(
+    model: FakeModel, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = tmp_path / "report.html"
-    assert main(["evaluate", "b", "--suite", str(suite), *FEW, "--html", str(page), "--budget", "98.7"]) == 0
+    assert (
+        main(
+            ["evaluate", "b", "--suite", str(suite), *FEW, "--html", str(page), "--budget", "98.7"]
+        )
+        == 0
+    )
     captured = capsys.readouterr()
     assert "40 problems of 2 kinds" in captured.out
     assert "diffusion keeps 100.0 [100.0, 100.0] %" in captured.out
@@ -51,17 +58,37 @@ def test_the_table_and_the_files_say_the_same(model: FakeModel, suite: Path, tmp
     assert not list(tmp_path.glob(".*"))
 
 
-def test_json_goes_to_stdout_or_a_file(model: FakeModel, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["evaluate", "b", "--suite", str(suite), *FEW, "--limit", "3", "--kinds", "sums", "--json", "-o", str(tmp_path / "r.json")]
+def test_json_goes_to_stdout_or_a_file(
+    model: FakeModel, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "evaluate",
+        "b",
+        "--suite",
+        str(suite),
+        *FEW,
+        "--limit",
+        "3",
+        "--kinds",
+        "sums",
+        "--json",
+        "-o",
+        str(tmp_path / "r.json"),
+    ]
     assert main(words) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["suite"]["problems"] == 3
     assert report == json.loads((tmp_path / "r.json").read_text())
 
 
-def test_below_the_budget_the_exit_code_is_three(model: FakeModel, suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_below_the_budget_the_exit_code_is_three(
+    model: FakeModel, suite: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model.wrong_below = -1.0
-    assert main(["evaluate", "b", "--suite", str(suite), *FEW, "--budget", "98.7", "--no-likelihood"]) == 3
+    assert (
+        main(["evaluate", "b", "--suite", str(suite), *FEW, "--budget", "98.7", "--no-likelihood"])
+        == 3
+    )
     assert "NOT kept" in capsys.readouterr().out
 
 
@@ -85,7 +112,9 @@ def test_what_cannot_be_evaluated_is_refused(
     assert not model.calls
 
 
-def test_a_malformed_suite_is_named_by_line(model: FakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_malformed_suite_is_named_by_line(
+    model: FakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "s.jsonl"
     file.write_text('{"kind": "a", "prompt": "p", "answer": "q"}\n{"kind": "a"}\n')
     for verb in (["evaluate", "b"], ["tune", "b", "-o", str(tmp_path / "t")]):
@@ -93,19 +122,30 @@ def test_a_malformed_suite_is_named_by_line(model: FakeModel, tmp_path: Path, ca
         check_error(capsys.readouterr().err, "line 2")
 
 
-def test_a_bundle_without_a_tokenizer_is_refused(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bundle_without_a_tokenizer_is_refused(
+    built_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["evaluate", str(built_bundle), *FEW]) == 2
     check_error(capsys.readouterr().err, "tokenizer")
 
 
 def test_tune_writes_presets_into_a_copy(
-    model: FakeModel, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: FakeModel,
+    suite: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     bundle = built_fixture("hybrid-a", tmp_path / "b")
     words = ["tune", str(bundle.path), "--suite", str(suite), *FEW, "-o", str(tmp_path / "tuned")]
     assert main(words) == 0
     captured = capsys.readouterr()
-    assert [line.split()[0] for line in captured.out.splitlines()] == ["preset", "quality", "balanced", "fast"]
+    assert [line.split()[0] for line in captured.out.splitlines()] == [
+        "preset",
+        "quality",
+        "balanced",
+        "fast",
+    ]
     monkeypatch.undo()
     tuned = Bundle.open(tmp_path / "tuned")
     assert set(tuned.presets) == {"quality", "balanced", "fast"}
@@ -114,10 +154,26 @@ def test_tune_writes_presets_into_a_copy(
     report = json.loads((tmp_path / "tuned" / "reports" / "tune.json").read_text())
     assert report["budget"] == 98.7
     assert report["auto"]["measured_on"] == {"target": "fake"}
-    assert [(t["block_size"], t["rows"], t["step_ms"]) for t in report["auto"]["times"]] == [(16, 1, 1.0)]
+    assert [(t["block_size"], t["rows"], t["step_ms"]) for t in report["auto"]["times"]] == [
+        (16, 1, 1.0)
+    ]
     passes = {(p["threshold"], p["steps"]): p["passes_per_block"] for p in report["auto"]["passes"]}
     assert passes == {(0.5, 2): 2, (0.9, 2): 2, (0.5, 16): 6, (0.9, 16): 10}
-    assert main(["generate", str(tmp_path / "tuned"), "--tokens", "5", "--preset", "fast", "--max-new-tokens", "4"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                str(tmp_path / "tuned"),
+                "--tokens",
+                "5",
+                "--preset",
+                "fast",
+                "--max-new-tokens",
+                "4",
+            ]
+        )
+        == 0
+    )
     assert main(["generate", str(tmp_path / "tuned"), "--tokens", "5", "--preset", "slow"]) == 2
     check_error(capsys.readouterr().err, "slow")
 

@@ -56,9 +56,14 @@ def test_inspect_describes_a_bundle(built_bundle: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.slow
-def test_export_and_build_say_what_they_made_and_what_is_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_and_build_say_what_they_made_and_what_is_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "bundle"
-    assert main(["export", str(SOURCE), "-o", str(output), "--dtype", "bfloat16", "--block-size", "8"]) == 0
+    assert (
+        main(["export", str(SOURCE), "-o", str(output), "--dtype", "bfloat16", "--block-size", "8"])
+        == 0
+    )
     err = capsys.readouterr().err
     assert "verified: " in err
     assert f"next: twotower build {output}" in err
@@ -89,7 +94,13 @@ def damage_checkpoint(folder: Path, damage: str) -> None:
         del tensors[name]
         save_file(tensors, shard)
     elif damage == "extra tensor":
-        edit_json(folder / INDEX, weight_map={**json.loads((folder / INDEX).read_text())["weight_map"], "backbone.extra": SECOND})
+        edit_json(
+            folder / INDEX,
+            weight_map={
+                **json.loads((folder / INDEX).read_text())["weight_map"],
+                "backbone.extra": SECOND,
+            },
+        )
         save_file({**tensors, "backbone.extra": tensors[name]}, shard)
     elif damage == "mis-shaped tensor":
         save_file({**tensors, name: tensors[name].reshape(-1)[:-1].copy()}, shard)
@@ -133,7 +144,9 @@ def test_damaged_checkpoints_are_refused_before_any_work(
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "owner/model/more", "/dev/null/x"])
-def test_checkpoints_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_checkpoints_that_are_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     assert main(["export", name, "-o", str(tmp_path / "bundle")]) == 2
     check_error(capsys.readouterr().err, name)
     assert not list(tmp_path.iterdir())
@@ -147,17 +160,26 @@ def test_an_export_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [p.read_text() for p in tmp_path.rglob("*") if p.is_file()] == ["diary"]
 
 
-def test_block_sizes_no_denoiser_was_trained_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_block_sizes_no_denoiser_was_trained_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["export", str(SOURCE), "-o", str(tmp_path / "bundle"), "--block-size", "0"]) == 2
     check_error(capsys.readouterr().err, "block")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("folder", "target", "what"), [("b", "toaster", "toaster"), ("nowhere", "ort-cpu", "nowhere"), ("in", "ort-cpu", "in")]
+    ("folder", "target", "what"),
+    [("b", "toaster", "toaster"), ("nowhere", "ort-cpu", "nowhere"), ("in", "ort-cpu", "in")],
 )
 def test_builds_that_cannot_be(
-    checkpoint: Path, built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: str, target: str, what: str
+    checkpoint: Path,
+    built_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    folder: str,
+    target: str,
+    what: str,
 ) -> None:
     shutil.copytree(built_bundle, tmp_path / "b")
     before = sorted(tmp_path.rglob("*"))
@@ -166,7 +188,9 @@ def test_builds_that_cannot_be(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_inspect_of_a_graph_lists_what_tensorrt_would_do_wrongly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_of_a_graph_lists_what_tensorrt_would_do_wrongly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad, good = tmp_path / "bad.onnx", tmp_path / "good.onnx"
     onnx.save(PLANTED["attention-causal"](True), bad)
     onnx.save(PLANTED["attention-float32"](True), good)
@@ -177,11 +201,15 @@ def test_inspect_of_a_graph_lists_what_tensorrt_would_do_wrongly(tmp_path: Path,
     assert main(["inspect", str(bad), "--json"]) == 1
     facts = json.loads(capsys.readouterr().out)
     assert (facts["kind"], facts["opset"], facts["operators"]) == ("graph", 24, 1)
-    assert [(f["rule"], f["severity"]) for f in facts["findings"]] == [("attention-causal", "error")]
+    assert [(f["rule"], f["severity"]) for f in facts["findings"]] == [
+        ("attention-causal", "error")
+    ]
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 300, None])
-def test_inspect_of_a_file_that_is_no_graph(content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_of_a_file_that_is_no_graph(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "graph.onnx"
     if content is not None:
         file.write_bytes(content)
@@ -189,6 +217,8 @@ def test_inspect_of_a_file_that_is_no_graph(content: bytes | None, tmp_path: Pat
     check_error(capsys.readouterr().err, str(file))
 
 
-def test_inspect_of_an_exported_graph_is_clean(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_of_an_exported_graph_is_clean(
+    built_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["inspect", str(built_bundle / "denoiser" / "model.onnx")]) == 0
     assert "nothing to complain of" in capsys.readouterr().out

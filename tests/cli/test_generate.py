@@ -22,12 +22,30 @@ def generated(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str,
 
 
 @pytest.mark.slow
-def test_json_has_the_documented_keys(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (one,) = generated(capsys, str(built_bundle), "--tokens", PROMPT, "--max-new-tokens", "20", "--threshold", "0.8")
+def test_json_has_the_documented_keys(
+    built_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (one,) = generated(
+        capsys,
+        str(built_bundle),
+        "--tokens",
+        PROMPT,
+        "--max-new-tokens",
+        "20",
+        "--threshold",
+        "0.8",
+    )
     # No text: the fixture has no tokenizer.
     assert set(one) == {"tokens", "finish_reason", "mode", "seed", "usage", "timings_ms"}
     assert one["seed"] is None, "greedy"
-    assert set(one["usage"]) == {"prompt_tokens", "completion_tokens", "nfe", "blocks", "steps_per_block", "tokens_per_nfe"}
+    assert set(one["usage"]) == {
+        "prompt_tokens",
+        "completion_tokens",
+        "nfe",
+        "blocks",
+        "steps_per_block",
+        "tokens_per_nfe",
+    }
     assert set(one["timings_ms"]) == {"prefill", "denoise", "extend", "total"}
     assert one["usage"]["prompt_tokens"] == 3
     assert one["usage"]["completion_tokens"] == len(one["tokens"]) <= 20
@@ -58,36 +76,68 @@ def test_a_drawn_seed_is_told_and_gives_the_text_again(
         assert captured.err.rstrip().endswith(", seed 5")
 
 
-def test_golden_tokens_from_the_command_line(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_tokens_from_the_command_line(
+    built_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     golden = json.loads((FIXTURES / "hybrid-a" / "golden.json").read_text())[0]
     options = golden["params"]
-    words = ["--max-new-tokens", str(options["max_new_tokens"]), "--threshold", str(options["confidence_threshold"])]
-    words += ["--block-size", str(options["block_size"]), "--steps", str(options["steps_per_block"])]
+    words = [
+        "--max-new-tokens",
+        str(options["max_new_tokens"]),
+        "--threshold",
+        str(options["confidence_threshold"]),
+    ]
+    words += [
+        "--block-size",
+        str(options["block_size"]),
+        "--steps",
+        str(options["steps_per_block"]),
+    ]
     prompt = ",".join(map(str, golden["prompt"]))
     (one,) = generated(capsys, str(built_bundle), "--tokens", prompt, *words)
     assert one["tokens"] == golden["diffusion_tokens"]
     assert one["usage"]["nfe"] == golden["nfe"]
 
 
-def test_autoregression_has_no_blocks(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (one,) = generated(capsys, str(built_bundle), "--tokens", PROMPT, "--mode", "ar", "--max-new-tokens", "5", "--ignore-eos")
+def test_autoregression_has_no_blocks(
+    built_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (one,) = generated(
+        capsys,
+        str(built_bundle),
+        "--tokens",
+        PROMPT,
+        "--mode",
+        "ar",
+        "--max-new-tokens",
+        "5",
+        "--ignore-eos",
+    )
     assert len(one["tokens"]) == 5
     assert one["usage"]["blocks"] == 0
     assert one["timings_ms"]["denoise"] == 0
 
 
-def test_auto_names_the_mode_whose_text_it_is(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_names_the_mode_whose_text_it_is(
+    built_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [str(built_bundle), "--tokens", PROMPT, "--max-new-tokens", "20", "--ignore-eos"]
     (auto,) = generated(capsys, *words, "--mode", "auto")
     (own,) = generated(capsys, *words, "--mode", auto["mode"])
-    assert (auto["tokens"], auto["usage"], own["mode"]) == (own["tokens"], own["usage"], auto["mode"])
+    assert (auto["tokens"], auto["usage"], own["mode"]) == (
+        own["tokens"],
+        own["usage"],
+        auto["mode"],
+    )
     assert main(["generate", *words, "--mode", "ar"]) == 0
     assert "-- 20 tokens (length), mode ar, 20 passes" in capsys.readouterr().err
     assert main(["generate", *words, "--mode", "auto", "--top-p", "0.5"]) == 2
     check_error(capsys.readouterr().err, "top_p")
 
 
-def test_plain_output_is_the_tokens_and_the_summary_goes_to_stderr(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_output_is_the_tokens_and_the_summary_goes_to_stderr(
+    built_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [str(built_bundle), "--tokens", PROMPT, "--max-new-tokens", "20", "--ignore-eos"]
     (want,) = generated(capsys, *words)
     assert main(["generate", *words]) == 0
@@ -100,18 +150,26 @@ def test_plain_output_is_the_tokens_and_the_summary_goes_to_stderr(built_bundle:
     assert streamed["tokens"] == want["tokens"]
 
 
-def test_prompt_files_give_each_line_its_own_options(built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompt_files_give_each_line_its_own_options(
+    built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"tokens": [235, 71, 245]}\n\n{"tokens": [5], "max_new_tokens": 3, "mode": "ar"}\n')
+    file.write_text(
+        '{"tokens": [235, 71, 245]}\n\n{"tokens": [5], "max_new_tokens": 3, "mode": "ar"}\n'
+    )
     base = [str(built_bundle), "--prompt-file", str(file), "--max-new-tokens", "20", "--ignore-eos"]
     first, second = generated(capsys, *base)
-    (alone,) = generated(capsys, str(built_bundle), "--tokens", PROMPT, "--max-new-tokens", "20", "--ignore-eos")
+    (alone,) = generated(
+        capsys, str(built_bundle), "--tokens", PROMPT, "--max-new-tokens", "20", "--ignore-eos"
+    )
     assert first["tokens"] == alone["tokens"]
     assert (len(second["tokens"]), second["usage"]["blocks"]) == (3, 0)
     assert main(["generate", *base, "--stream"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {line[:3] for line in lines if line} == {"[0]", "[1]"}
-    assert [int(t) for line in lines if line.startswith("[0]") for t in line[3:].split()] == first["tokens"]
+    assert [int(t) for line in lines if line.startswith("[0]") for t in line[3:].split()] == first[
+        "tokens"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +193,9 @@ def test_prompt_files_give_each_line_its_own_options(built_bundle: Path, tmp_pat
         (["--prompt-file", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
-def test_requests_that_cannot_be_served(built_bundle: Path, capsys: pytest.CaptureFixture[str], words: list[str], what: str) -> None:
+def test_requests_that_cannot_be_served(
+    built_bundle: Path, capsys: pytest.CaptureFixture[str], words: list[str], what: str
+) -> None:
     assert main(["generate", str(built_bundle), *words]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -164,14 +224,27 @@ def test_prompt_files_that_cannot_be_served(
     check_error(capsys.readouterr().err, what)
 
 
-def test_a_long_prompt_names_the_capacity(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_prompt_names_the_capacity(
+    built_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--tokens", " ".join(["5"] * 60), "--max-context", "48", "--max-new-tokens", "8"]
     assert main(["generate", str(built_bundle), *words]) == 2
     check_error(capsys.readouterr().err, "48")
 
 
-@pytest.mark.parametrize("damage", ["flipped byte", "engine of another library", "truncated engine", "other schema", "path leading out"])
-def test_damaged_bundles_are_refused(built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "flipped byte",
+        "engine of another library",
+        "truncated engine",
+        "other schema",
+        "path leading out",
+    ],
+)
+def test_damaged_bundles_are_refused(
+    built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(built_bundle, folder)
     manifest, record = folder / "twotower.json", folder / "engines" / "ort-cpu" / "build.json"
@@ -200,6 +273,8 @@ def test_damaged_bundles_are_refused(built_bundle: Path, tmp_path: Path, capsys:
     check_error(captured.err, "")
 
 
-def test_gpus_for_a_target_that_uses_none_are_refused(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpus_for_a_target_that_uses_none_are_refused(
+    built_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["generate", str(built_bundle), "--tokens", PROMPT, "--devices", "0"]) == 2
     check_error(capsys.readouterr().err, "uses no GPU")

@@ -25,12 +25,22 @@ from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
 from twotower.tensorrt_library import flavour_from_module
 
-MACHINE = Machine("a machine", 2, 1 << 34, GPUS[:2], {"tensorrt-rtx-cu13": "1.7", "onnxruntime": "1.32"}, "a processor", "580.1")
+MACHINE = Machine(
+    "a machine",
+    2,
+    1 << 34,
+    GPUS[:2],
+    {"tensorrt-rtx-cu13": "1.7", "onnxruntime": "1.32"},
+    "a processor",
+    "580.1",
+)
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made = stand_in_bundle("hybrid-b", tmp_path_factory.mktemp("gpu-commands") / "bundle", max_context=512)
+    made = stand_in_bundle(
+        "hybrid-b", tmp_path_factory.mktemp("gpu-commands") / "bundle", max_context=512
+    )
     build_engines(made, "ort-cpu", builder_for("ort-cpu"))
     return made
 
@@ -45,7 +55,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[engines.OpenOptions]:
             seen.append(options)
             api = CudaStandIn(devices=2, sm=GPUS[0].sm)
             given = TensorRTOptions(devices=options.devices, graphs=options.graphs, gpus=GPUS[:2])
-            return open_tensorrt(bundle, flavour_from_module(TensorRTStandIn(api)), Cuda(api), given)
+            return open_tensorrt(
+                bundle, flavour_from_module(TensorRTStandIn(api)), Cuda(api), given
+            )
 
         return open_
 
@@ -55,8 +67,19 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[engines.OpenOptions]:
     return seen
 
 
-def test_generate_takes_the_gpu_of_its_own_accord(bundle: Any, opened: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["generate", str(bundle.path), "--tokens", "5 6 7", "--max-new-tokens", "20", "--ignore-eos", "--json"]
+def test_generate_takes_the_gpu_of_its_own_accord(
+    bundle: Any, opened: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "generate",
+        str(bundle.path),
+        "--tokens",
+        "5 6 7",
+        "--max-new-tokens",
+        "20",
+        "--ignore-eos",
+        "--json",
+    ]
     texts = []
     ways = (["--devices", "0,1"], ["--no-cuda-graphs"], ["--target", "ort-cpu", "--warm-up", "1,2"])
     for more in ([], *ways):
@@ -70,7 +93,9 @@ def test_generate_takes_the_gpu_of_its_own_accord(bundle: Any, opened: list[Any]
     "words",
     [["--devices", "x"], ["--devices", "0,7"], ["--warm-up", "all"], ["--warm-up", "1,9"]],
 )
-def test_lists_that_are_none(bundle: Any, opened: list[Any], capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+def test_lists_that_are_none(
+    bundle: Any, opened: list[Any], capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
     assert main(["generate", str(bundle.path), "--tokens", "5", *words]) == 2
     assert "\n  do: " in capsys.readouterr().err
 
@@ -95,11 +120,17 @@ def sections_here(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"question": section.question, "state": state, "seconds": 0.0, "answers": answers}
 
     # A stack is printed to the real stderr, which pytest has taken.
-    nothing = SimpleNamespace(enable=lambda: None, dump_traceback_later=lambda *_, **__: None, cancel_dump_traceback_later=lambda: None)
+    nothing = SimpleNamespace(
+        enable=lambda: None,
+        dump_traceback_later=lambda *_, **__: None,
+        cancel_dump_traceback_later=lambda: None,
+    )
     monkeypatch.setattr("twotower.doctor.sections.faulthandler", nothing)
     monkeypatch.setattr(report, "ask_section", ask)
     monkeypatch.setattr(report, "open_cuda", lambda: Cuda(CudaStandIn(devices=2, sm=GPUS[0].sm)))
-    monkeypatch.setattr(report, "copy_rates", lambda cuda: {})  # of a GiB, which takes the stand-in seconds
+    monkeypatch.setattr(
+        report, "copy_rates", lambda cuda: {}
+    )  # of a GiB, which takes the stand-in seconds
 
 
 @pytest.mark.slow
@@ -110,7 +141,9 @@ def test_the_report_of_a_device(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["doctor", str(bundle.path), "--report", str(tmp_path)]) == 0, capsys.readouterr().out
+    assert main(["doctor", str(bundle.path), "--report", str(tmp_path)]) == 0, (
+        capsys.readouterr().out
+    )
     rtx = json.loads((tmp_path / "results.json").read_text())["sections"]["target-rtx"]["answers"]
     assert {check["name"]: check["ok"] for check in rtx["checks"]}.items() >= {
         "known answer": True,
@@ -121,7 +154,9 @@ def test_the_report_of_a_device(
     assert "Time of a pass" in (tmp_path / "stand-in-0.md").read_text()
 
 
-def test_a_known_answer_too_long_for_the_engines_is_a_note(tmp_path: Path, opened: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_known_answer_too_long_for_the_engines_is_a_note(
+    tmp_path: Path, opened: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     made = stand_in_bundle("hybrid-b", tmp_path / "bundle", max_context=256)
     build_engines(made, "ort-cpu", builder_for("ort-cpu"))
     assert main(["doctor", str(made.path)]) == 0

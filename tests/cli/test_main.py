@@ -37,7 +37,9 @@ def test_help_lists_every_verb_and_a_first_step(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_of_a_verb_explains_every_option_and_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_a_verb_explains_every_option_and_shows_an_example(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main([verb, "--help"])
     assert caught.value.code == 0
@@ -54,16 +56,28 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["destroy"], ["build"], ["generate", "b"], ["generate", "b", "text", "--tokens", "5"], ["build", "b", "-x"]]
+    "words",
+    [
+        [],
+        ["destroy"],
+        ["build"],
+        ["generate", "b"],
+        ["generate", "b", "text", "--tokens", "5"],
+        ["build", "b", "-x"],
+    ],
 )
-def test_words_it_does_not_know_exit_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_it_does_not_know_exit_with_2(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 2
     assert "usage: twotower" in capsys.readouterr().err
 
 
-def test_an_error_has_three_parts_and_debug_shows_its_stack(failing: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_has_three_parts_and_debug_shows_its_stack(
+    failing: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run(args: argparse.Namespace) -> int:
         raise ConfigError("it broke", found="this", do="that")
 
@@ -75,7 +89,9 @@ def test_an_error_has_three_parts_and_debug_shows_its_stack(failing: pytest.Monk
 
 
 @pytest.mark.parametrize("how", ["key", "signal"])
-def test_interruption_exits_with_130(failing: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str) -> None:
+def test_interruption_exits_with_130(
+    failing: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
     def run(args: argparse.Namespace) -> int:
         if how == "key":
             raise KeyboardInterrupt
@@ -96,7 +112,9 @@ def test_programming_errors_are_not_dressed_up(failing: pytest.MonkeyPatch) -> N
         main(["inspect", "x"])
 
 
-def test_logging_stays_out_of_stdout(failing: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_logging_stays_out_of_stdout(
+    failing: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run(args: argparse.Namespace) -> int:
         logging.getLogger("twotower.test").warning("careful")
         return 0

@@ -23,7 +23,10 @@ TINY = str(ROOT / "assets" / "twotower-tiny")
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No GPU and 8 GB, wherever the tests run."""
-    monkeypatch.setattr("twotower.hardware.probe_machine", lambda: Machine("test", 2, 8 * 10**9, (), {}, available=8 * 10**9))
+    monkeypatch.setattr(
+        "twotower.hardware.probe_machine",
+        lambda: Machine("test", 2, 8 * 10**9, (), {}, available=8 * 10**9),
+    )
     return monkeypatch
 
 
@@ -45,7 +48,9 @@ def test_a_small_model_fits_every_gpu_rtx_lists(capsys: pytest.CaptureFixture[st
         assert word in out
 
 
-def test_the_published_config_alone_gives_the_table(published: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_published_config_alone_gives_the_table(
+    published: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", published, "--target", "trt"]) == 0
     out = capsys.readouterr().out
     for gpu in GPUS:
@@ -56,8 +61,13 @@ def test_the_published_config_alone_gives_the_table(published: str, capsys: pyte
     assert "8.0 GB of memory available: enough" in out
 
 
-def test_a_build_that_this_host_has_no_memory_for_is_told(published: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", published, "--target", "rtx", "--experts", "int4", "--expert-path", "dense"]) == 0
+def test_a_build_that_this_host_has_no_memory_for_is_told(
+    published: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["plan", published, "--target", "rtx", "--experts", "int4", "--expert-path", "dense"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert "33.0 GB of weights inside" in out
     assert "weights the bundle holds too: trt 33.0 GB, rtx 33.0 GB" in out
@@ -69,8 +79,13 @@ def test_a_build_that_this_host_has_no_memory_for_is_told(published: str, capsys
     assert "8.0 GB of memory available: enough" in out
 
 
-def test_several_devices_are_told_with_the_cut_they_take(published: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", published, "--target", "trt", "--devices", "4", "--expert-path", "dense"]) == 0
+def test_several_devices_are_told_with_the_cut_they_take(
+    published: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["plan", published, "--target", "trt", "--devices", "4", "--expert-path", "dense"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert "3:  32.8 GB  denoiser layers 27 to 51" in out
     assert "built with --segments 2" in out
@@ -80,19 +95,30 @@ def test_several_devices_are_told_with_the_cut_they_take(published: str, capsys:
     assert "--segments" not in out
 
 
-def test_the_two_ways_to_compute_experts_are_told(published: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_two_ways_to_compute_experts_are_told(
+    published: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = {}
     for path in ("auto", "kernels", "dense"):
-        assert main(["plan", published, "--target", "trt", "--gpu", "H200", "--expert-path", path]) == 0
+        assert (
+            main(["plan", published, "--target", "trt", "--gpu", "H200", "--expert-path", path])
+            == 0
+        )
         said[path] = capsys.readouterr().out
     assert said["auto"] == said["kernels"]
     assert "experts     kernels compute those that a token chose" in said["auto"]
-    assert "experts     dense: all of them compute every token, because --expert-path dense asks for it" in said["dense"]
+    assert (
+        "experts     dense: all of them compute every token, because --expert-path dense asks for it"
+        in said["dense"]
+    )
     assert "dense: memory" in said["auto"]
     assert "dense: memory" not in said["dense"]
     assert "E (1 - (1 - k/E)^N)" in said["auto"]
     assert "every pass reads all experts" in said["dense"]
-    for text, pairs, passes in ((said["auto"], "68.6", "2.0 5.0 12.2"), (said["dense"], "128.0", "15.0 15.1 5.8")):
+    for text, pairs, passes in (
+        (said["auto"], "68.6", "2.0 5.0 12.2"),
+        (said["dense"], "128.0", "15.0 15.1 5.8"),
+    ):
         assert f"denoising pass       16  {pairs:>7}" in text
         assert "diffusion breaks even with AR at N denoising passes a block of 16 tokens" in text
         assert f"H200 {passes}" in [" ".join(line.split()) for line in text.splitlines()]
@@ -119,25 +145,39 @@ def test_json_holds_the_same(published: str, capsys: pytest.CaptureFixture[str])
     assert {rows: round(n) for rows, n in h200["break_even"].items()} == {"1": 2, "8": 5, "32": 12}
     assert main(["plan", published, "--target", "trt", "--json", "--expert-path", "dense"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["experts"]["name"], facts["dense"], facts["expert_room"]) == ("dense", {}, {"workspace": 0, "handed": 0, "shared": True})
+    assert (facts["experts"]["name"], facts["dense"], facts["expert_room"]) == (
+        "dense",
+        {},
+        {"workspace": 0, "handed": 0, "shared": True},
+    )
 
 
-def test_a_checkpoint_is_read_by_its_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_is_read_by_its_headers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """118 GB of it take no space here: the files are sparse."""
     folder = write_checkpoint(tmp_path / "c", PUBLISHED_CONFIG, SyntheticOptions(headers_only=True))
     assert main(["plan", str(folder), "--target", "ort-cuda", "--gpu", "H200", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["disk"]["checkpoint"] == facts["parameters"] * 2 == facts["options"]["checkpoint_bytes"]
+    assert (
+        facts["disk"]["checkpoint"]
+        == facts["parameters"] * 2
+        == facts["options"]["checkpoint_bytes"]
+    )
     assert facts["host"]["build_peak"] == 0
 
 
-def test_a_bundle_gives_its_own_dtype(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bundle_gives_its_own_dtype(
+    built_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", str(built_bundle), "--target", "rtx", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["dtype"], facts["options"]["block_size"]) == ("float32", 16)
 
 
-@pytest.mark.parametrize("words", [["--gpu", "RTX 4090"], ["--gpu", "H100"], ["--fit", "--max-batch", "200"]])
+@pytest.mark.parametrize(
+    "words", [["--gpu", "RTX 4090"], ["--gpu", "H100"], ["--fit", "--max-batch", "200"]]
+)
 def test_what_does_not_fit_a_named_gpu_exits_with_2_and_says_what_does(
     published: str, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,7 +189,9 @@ def test_what_does_not_fit_a_named_gpu_exits_with_2_and_says_what_does(
     assert "made by `twotower quantize --recipe int4-experts`" in err
 
 
-def test_experts_that_a_pass_expands_are_told_and_not_recommended(published: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_experts_that_a_pass_expands_are_told_and_not_recommended(
+    published: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     dense = ["plan", published, "--target", "rtx", "--expert-path", "dense"]
     assert main([*dense, "--gpu", "all", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -162,7 +204,10 @@ def test_experts_that_a_pass_expands_are_told_and_not_recommended(published: str
     assert main([*dense, "--experts", "nvfp4", "--gpu", "RTX PRO 6000"]) == 0
     out = capsys.readouterr().out
     assert "58.7 GB written and 58.7 GB read besides, slower than bfloat16 experts" in out
-    assert main(["plan", published, "--target", "ort-cuda", "--gpu", "H100", "--expert-path", "dense"]) == 2
+    assert (
+        main(["plan", published, "--target", "ort-cuda", "--gpu", "H100", "--expert-path", "dense"])
+        == 2
+    )
     err = capsys.readouterr().err
     check_error(err, "does not fit")
     assert "--experts" not in err.split("do:")[1].split("left out")[0]
@@ -178,7 +223,9 @@ def test_experts_that_a_pass_expands_are_told_and_not_recommended(published: str
     assert "weights the bundle holds too: ort-cuda 29.4 GB" in out
 
 
-def test_kernels_expand_no_experts_and_every_format_is_recommended(published: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kernels_expand_no_experts_and_every_format_is_recommended(
+    published: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of one card what would do is named, with its size: experts in few bits, or two of them."""
     assert main(["plan", published, "--target", "rtx", "--gpu", "RTX PRO 6000"]) == 2
     err = capsys.readouterr().err
@@ -191,19 +238,32 @@ def test_kernels_expand_no_experts_and_every_format_is_recommended(published: st
     ):
         assert words in err
     assert "left out" not in err
-    assert main(["plan", published, "--target", "rtx", "--experts", "nvfp4", "--gpu", "RTX PRO 6000"]) == 0
+    assert (
+        main(["plan", published, "--target", "rtx", "--experts", "nvfp4", "--gpu", "RTX PRO 6000"])
+        == 0
+    )
     assert "expanded" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("recipe", "expanded"), [("int8", False), ("int8-weights", True), ("mixed", False)])
+@pytest.mark.parametrize(
+    ("recipe", "expanded"), [("int8", False), ("int8-weights", True), ("mixed", False)]
+)
 def test_a_quantized_bundle_is_planned_with_what_its_products_read(
-    built_bundle: Path, tmp_path: Path, recipe: str, expanded: bool, capsys: pytest.CaptureFixture[str]
+    built_bundle: Path,
+    tmp_path: Path,
+    recipe: str,
+    expanded: bool,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(built_bundle, bundle)
     manifest = json.loads((bundle / "bundle.json").read_text())
     made = builtin_recipes()[recipe]
-    manifest["quantization"] = {"recipe": {"name": recipe, **made.to_json()}, "measured": None, "formats": []}
+    manifest["quantization"] = {
+        "recipe": {"name": recipe, **made.to_json()},
+        "measured": None,
+        "formats": [],
+    }
     (bundle / "bundle.json").write_text(json.dumps(manifest))
     for path, moved in (("dense", expanded), ("auto", False)):
         assert main(["plan", str(bundle), "--target", "rtx", "--json", "--expert-path", path]) == 0
@@ -212,7 +272,9 @@ def test_a_quantized_bundle_is_planned_with_what_its_products_read(
         assert (facts["passes"]["8"]["denoising"]["expanded"] > 0) == moved
 
 
-def test_a_gpu_at_hand_is_meant(machine: pytest.MonkeyPatch, published: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_at_hand_is_meant(
+    machine: pytest.MonkeyPatch, published: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     here = Machine("test", 2, 8 * 10**9, (Gpu("NVIDIA GeForce RTX 4090", 89, 24 * 10**9),), {})
     machine.setattr("twotower.hardware.probe_machine", lambda: here)
     assert main(["plan", published, "--target", "trt"]) == 2
@@ -221,7 +283,9 @@ def test_a_gpu_at_hand_is_meant(machine: pytest.MonkeyPatch, published: str, cap
     assert main(["plan", TINY, "--target", "trt"]) == 0
 
 
-def test_a_cpu_is_held_against_its_memory(published: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cpu_is_held_against_its_memory(
+    published: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", published, "--target", "ort-cpu"]) == 0
     assert "this machine  no" in capsys.readouterr().out
     assert main(["plan", published, "--target", "ort-cpu", "--fit"]) == 2
@@ -236,12 +300,17 @@ def test_a_cpu_is_held_against_its_memory(published: str, capsys: pytest.Capture
         (["--target", "ort-cpu", "--gpu", "H200"], "uses no GPU"),
         (["--sm", "90"], "not Hopper (90)"),
         (["--gpu", "H200", "--target", "rtx"], "rtx does not list SM 90"),
-        (["--experts", "int4", "--expert-path", "dense", "--max-build-memory", "1G"], "a layer is the smallest piece"),
+        (
+            ["--experts", "int4", "--expert-path", "dense", "--max-build-memory", "1G"],
+            "a layer is the smallest piece",
+        ),
         (["--expert-path", "chosen"], "allowed: auto, kernels"),
         (["--expert-path", "kernels", "--target", "ort-cpu"], "of rtx, trt and ort-cuda"),
     ],
 )
-def test_what_cannot_be_planned_names_what_can(published: str, words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_planned_names_what_can(
+    published: str, words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", published, *words]) == 2
     err = capsys.readouterr().err
     check_error(err, "Error")

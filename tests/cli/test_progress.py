@@ -20,17 +20,28 @@ from twotower.cli.progress import Interrupts, ProgressLine, opening
         ("bytes", 0, 0, "denoiser.engine: waiting  "),
     ],
 )
-def test_figures(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, unit: str, done: int, total: int, shown: str) -> None:
+def test_figures(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    unit: str,
+    done: int,
+    total: int,
+    shown: str,
+) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     ProgressLine(unit)("denoiser.engine: waiting", done, total)
     assert shown in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_that_was_lost_is_raised_at_the_next_step(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+def test_an_interrupt_that_was_lost_is_raised_at_the_next_step(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
     """Python drops what is raised in a finalizer; here it is an `except` that drops it."""
     monkeypatch.setattr(Interrupts, "pending", False)
-    outer = signal.signal(number, signal.default_int_handler)  # tests that run in the background may be deaf to Ctrl-C
+    outer = signal.signal(
+        number, signal.default_int_handler
+    )  # tests that run in the background may be deaf to Ctrl-C
     try:
         _lost_and_raised(number)
     finally:

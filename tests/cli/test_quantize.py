@@ -17,35 +17,80 @@ from twotower.cli.main import main
 
 def prompt_file(folder: Path, count: int = 3) -> Path:
     file = folder / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"text": f"Q: flip: {'a b ' * (i + 1)}\nA:"}) + "\n" for i in range(count)))
+    file.write_text(
+        "".join(
+            json.dumps({"text": f"Q: flip: {'a b ' * (i + 1)}\nA:"}) + "\n" for i in range(count)
+        )
+    )
     return file
 
 
 @pytest.mark.trained
 @pytest.mark.slow
-def test_from_prompts_to_a_report(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_prompts_to_a_report(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stats, few, page = tmp_path / "stats", tmp_path / "q4", tmp_path / "q4.html"
-    calibrate = ["calibrate", str(tiny_bundle), "--prompts", str(prompt_file(tmp_path)), "-o", str(stats), "--max-new-tokens", "32"]
+    calibrate = [
+        "calibrate",
+        str(tiny_bundle),
+        "--prompts",
+        str(prompt_file(tmp_path)),
+        "-o",
+        str(stats),
+        "--max-new-tokens",
+        "32",
+    ]
     assert main(calibrate) == 0
-    assert {p.name for p in stats.iterdir()} == {"statistics.json", "statistics.safetensors", "ranges.svg", "ranges.png"}
+    assert {p.name for p in stats.iterdir()} == {
+        "statistics.json",
+        "statistics.safetensors",
+        "ranges.svg",
+        "ranges.png",
+    }
     assert "3 prompts" in capsys.readouterr().out
     assert main(["quantize", str(tiny_bundle), "--recipe", "int4-experts", "-o", str(few)]) == 0
     out = capsys.readouterr()
     assert "int4 in groups of 32" in out.out and "twotower build" in out.err
     assert main(["build", str(few), "--target", "ort-cpu"]) == 0
     capsys.readouterr()
-    evaluate = ["evaluate", str(few), "--against", str(tiny_bundle), "--html", str(page), "--limit", "2"]
+    evaluate = [
+        "evaluate",
+        str(few),
+        "--against",
+        str(tiny_bundle),
+        "--html",
+        str(page),
+        "--limit",
+        "2",
+    ]
     assert main(evaluate) == 0
     shown = capsys.readouterr().out
     assert "routed_expert" in shown and "passes/block" in shown
-    assert page.is_file() and page.with_suffix(".json").is_file() and page.with_suffix(".png").is_file()
+    assert (
+        page.is_file()
+        and page.with_suffix(".json").is_file()
+        and page.with_suffix(".png").is_file()
+    )
     measured = Bundle.open(few).quantization
     assert measured is not None and measured["measured"]["suite"]["problems"] == 14
     assert main(["generate", str(few), "Q: flip: a b\nA:"]) == 0
     assert "warning" not in capsys.readouterr().err
 
-    # A budget that cannot be kept: the exit code says so, the manifest keeps it, and who generates is told.
-    strict = ["evaluate", str(few), "--against", str(tiny_bundle), "--limit", "1", "--no-sensitivity", "--budget", "100.5", "--json"]
+    # A budget that cannot be kept: the exit code says so, the manifest keeps it, and who generates
+    # is told.
+    strict = [
+        "evaluate",
+        str(few),
+        "--against",
+        str(tiny_bundle),
+        "--limit",
+        "1",
+        "--no-sensitivity",
+        "--budget",
+        "100.5",
+        "--json",
+    ]
     assert main(strict) == 3
     assert json.loads(capsys.readouterr().out)["flags"]
     assert main(["generate", str(few), "Q: flip: a b\nA:"]) == 0
@@ -56,9 +101,22 @@ def test_from_prompts_to_a_report(tiny_bundle: Path, tmp_path: Path, capsys: pyt
 
 @pytest.mark.trained
 @pytest.mark.slow
-def test_auto_writes_what_it_chose(tiny_bundle: Path, tiny_statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_writes_what_it_chose(
+    tiny_bundle: Path, tiny_statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "auto"
-    command = ["quantize", str(tiny_bundle), "--recipe", "auto", "--budget", "90", "--stats", str(tiny_statistics), "-o", str(output)]
+    command = [
+        "quantize",
+        str(tiny_bundle),
+        "--recipe",
+        "auto",
+        "--budget",
+        "90",
+        "--stats",
+        str(tiny_statistics),
+        "-o",
+        str(output),
+    ]
     assert main([*command, "--limit", "4", "--max-new-tokens", "48", "--max-inflation", "20"]) == 0
     out = capsys.readouterr().out
     assert "checked on the other half" in out
@@ -74,7 +132,12 @@ def test_what_tensorrt_makes_of_experts_is_told(
 ) -> None:
     """Kernels read every format; dense engines expand some."""
     expanded = "--experts dense expands them in memory in every pass"
-    for recipe, slower in (("int8-weights", True), ("nvfp4-experts", True), ("mixed", False), ("int4-experts", False)):
+    for recipe, slower in (
+        ("int8-weights", True),
+        ("nvfp4-experts", True),
+        ("mixed", False),
+        ("int4-experts", False),
+    ):
         assert main(["quantize", str(tiny_bundle), "--recipe", recipe, "--dry-run"]) == 0
         out = capsys.readouterr().out
         assert (expanded in out) == slower, recipe
@@ -108,7 +171,9 @@ def test_inspect_tells_it_too(few: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "the inputs of experts stay float32" in capsys.readouterr().out
 
 
-def test_a_group_that_no_kernel_tiles_is_not_offered(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_group_that_no_kernel_tiles_is_not_offered(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["quantize", str(tiny_bundle), "--recipe", "int4-experts", "--group", "96", "--dry-run"]
     assert main(words) == 2
     err = capsys.readouterr().err
@@ -116,7 +181,9 @@ def test_a_group_that_no_kernel_tiles_is_not_offered(tiny_bundle: Path, capsys: 
     assert "128, 64, 32" in err
 
 
-def test_a_dry_run_writes_nothing(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_writes_nothing(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["quantize", str(tiny_bundle), "--recipe", "mixed", "--dry-run", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["weight_bytes"] < 0.4 * facts["weight_bytes_before"]
@@ -125,13 +192,29 @@ def test_a_dry_run_writes_nothing(tiny_bundle: Path, tmp_path: Path, capsys: pyt
     assert not list(tmp_path.iterdir())
 
 
-def test_calibration_as_json_without_a_picture(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibration_as_json_without_a_picture(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = prompt_file(tmp_path)
-    command = ["calibrate", str(tiny_bundle), "--prompts", str(file), "-o", str(tmp_path / "s"), "--no-plot", "--json", "--limit", "1"]
+    command = [
+        "calibrate",
+        str(tiny_bundle),
+        "--prompts",
+        str(file),
+        "-o",
+        str(tmp_path / "s"),
+        "--no-plot",
+        "--json",
+        "--limit",
+        "1",
+    ]
     assert main([*command, "--max-new-tokens", "16"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["prompts"] == 1 and facts["inputs"]["denoiser"] == 25
-    assert {p.name for p in (tmp_path / "s").iterdir()} == {"statistics.json", "statistics.safetensors"}
+    assert {p.name for p in (tmp_path / "s").iterdir()} == {
+        "statistics.json",
+        "statistics.safetensors",
+    }
 
 
 @pytest.mark.parametrize(
@@ -139,17 +222,27 @@ def test_calibration_as_json_without_a_picture(tiny_bundle: Path, tmp_path: Path
     [("", "has no prompts"), ("\n\n", "has no prompts"), ("not json\n", "line 1 is not JSON"), ('{"text": 3}\n', "neither text nor"),
      ('{"text": "a"}\n{"both": 1}\n', "line 2 is not one prompt"), ('{"tokens": [1, 99999]}\n', "99999")],
 )  # fmt: skip
-def test_bad_prompt_files(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, what: str) -> None:
+def test_bad_prompt_files(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, what: str
+) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(content)
-    assert main(["calibrate", str(tiny_bundle), "--prompts", str(file), "-o", str(tmp_path / "stats")]) == 2
+    assert (
+        main(["calibrate", str(tiny_bundle), "--prompts", str(file), "-o", str(tmp_path / "stats")])
+        == 2
+    )
     check_error(capsys.readouterr().err, what)
     assert [p.name for p in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
 @pytest.fixture
 def few(tiny_bundle: Path, tmp_path: Path) -> Path:
-    assert main(["quantize", str(tiny_bundle), "--recipe", "int8-weights", "-o", str(tmp_path / "few")]) == 0
+    assert (
+        main(
+            ["quantize", str(tiny_bundle), "--recipe", "int8-weights", "-o", str(tmp_path / "few")]
+        )
+        == 0
+    )
     return tmp_path / "few"
 
 
@@ -160,7 +253,14 @@ def test_a_quantized_bundle_is_neither_quantized_nor_calibrated_again(
     for command in (
         ["quantize", str(few), "--recipe", "mixed", "-o", str(tmp_path / "twice")],
         ["quantize", str(few), "--recipe", "auto", "-o", str(tmp_path / "twice")],
-        ["calibrate", str(few), "--prompts", str(prompt_file(tmp_path)), "-o", str(tmp_path / "stats")],
+        [
+            "calibrate",
+            str(few),
+            "--prompts",
+            str(prompt_file(tmp_path)),
+            "-o",
+            str(tmp_path / "stats"),
+        ],
     ):
         capsys.readouterr()
         assert main(command) == 2
@@ -182,16 +282,27 @@ def arguments(*words: str) -> list[str]:
         (arguments("--recipe", "int8", "-o", "OUT"), "needs their ranges"),
         (arguments("--recipe", "int8", "--stats", "NONE", "-o", "OUT"), "holds no statistics"),
         (arguments("--recipe", "mixed", "--group", "48", "-o", "OUT"), "group"),
-        (arguments("--recipe", "mixed", "--group", "128", "-o", "OUT"), "cannot be divided into groups of 128"),
+        (
+            arguments("--recipe", "mixed", "--group", "128", "-o", "OUT"),
+            "cannot be divided into groups of 128",
+        ),
         (arguments("--recipe", "mixed", "--rounding", "up", "-o", "OUT"), "--rounding cannot be"),
         (arguments("--recipe", "auto", "--formats", "int2", "-o", "OUT"), "a format there is not"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_three_parts(
-    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], what: str
+    tiny_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    what: str,
 ) -> None:
     (tmp_path / "there").mkdir()
-    places = {"OUT": str(tmp_path / "out"), "THERE": str(tmp_path / "there"), "NONE": str(tmp_path / "none")}
+    places = {
+        "OUT": str(tmp_path / "out"),
+        "THERE": str(tmp_path / "there"),
+        "NONE": str(tmp_path / "none"),
+    }
     assert main(["quantize", str(tiny_bundle), *(places.get(word, word) for word in words)]) == 2
     check_error(capsys.readouterr().err, what)
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
@@ -201,12 +312,23 @@ def test_what_cannot_be_done_is_said_in_three_parts(
 def test_statistics_of_another_checkpoint(
     built_bundle: Path, tiny_statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["quantize", str(built_bundle), "--recipe", "int8", "--stats", str(tiny_statistics), "-o", str(tmp_path / "out")]
+    command = [
+        "quantize",
+        str(built_bundle),
+        "--recipe",
+        "int8",
+        "--stats",
+        str(tiny_statistics),
+        "-o",
+        str(tmp_path / "out"),
+    ]
     assert main(command) == 2
     check_error(capsys.readouterr().err, "are of another checkpoint")
 
 
-def test_a_range_that_is_not_a_number(tiny_bundle: Path, tiny_statistics: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_range_that_is_not_a_number(
+    tiny_bundle: Path, tiny_statistics: Path, tmp_path: Path, capsys: Any
+) -> None:
     from safetensors.numpy import load_file, save_file
 
     from twotower.bundle import hash_file
@@ -219,5 +341,19 @@ def test_a_range_that_is_not_a_number(tiny_bundle: Path, tiny_statistics: Path, 
     described = json.loads((folder / "statistics.json").read_text())
     described["data"]["sha256"] = hash_file(folder / "statistics.safetensors")
     (folder / "statistics.json").write_text(json.dumps(described))
-    assert main(["quantize", str(tiny_bundle), "--recipe", "int8", "--stats", str(folder), "-o", str(tmp_path / "out")]) == 2
+    assert (
+        main(
+            [
+                "quantize",
+                str(tiny_bundle),
+                "--recipe",
+                "int8",
+                "--stats",
+                str(folder),
+                "-o",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 2
+    )
     check_error(capsys.readouterr().err, "a range that is not a number")

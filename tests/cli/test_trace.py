@@ -31,9 +31,13 @@ def test_a_table_of_passes(built_bundle: Path, capsys: pytest.CaptureFixture[str
     assert len(summary["passes"]) == result["usage"]["nfe"]
 
 
-def test_files_are_written_and_can_be_shown_again(built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_are_written_and_can_be_shown_again(
+    built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, page, again = tmp_path / "t.jsonl", tmp_path / "t.html", tmp_path / "again.html"
-    assert main(["trace", str(built_bundle), *PROMPT, *FEW, "-o", str(file), "--html", str(page)]) == 0
+    assert (
+        main(["trace", str(built_bundle), *PROMPT, *FEW, "-o", str(file), "--html", str(page)]) == 0
+    )
     assert read_trace(file).header.bundle == "bundle"
     assert main(["trace", str(file), "--html", str(again)]) == 0
     assert again.read_text() == page.read_text()
@@ -42,8 +46,12 @@ def test_files_are_written_and_can_be_shown_again(built_bundle: Path, tmp_path: 
     assert len(capsys.readouterr().out.splitlines()) >= len(read_trace(file).steps)
 
 
-def test_differences_are_shown_and_in_the_exit_code(built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["trace", "--diff", str(built_bundle), f"{built_bundle}@ort-cpu", *PROMPT, *FEW]) == 0
+def test_differences_are_shown_and_in_the_exit_code(
+    built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["trace", "--diff", str(built_bundle), f"{built_bundle}@ort-cpu", *PROMPT, *FEW]) == 0
+    )
     assert "every pass commits the same" in capsys.readouterr().out
     narrow = built_fixture("hybrid-a", tmp_path / "narrow", "bfloat16")
     file = tmp_path / "t.jsonl"
@@ -74,9 +82,16 @@ def test_differences_are_shown_and_in_the_exit_code(built_bundle: Path, tmp_path
         (["--diff", "B", "B", "text", "more"], "a comparison prints"),
     ],
 )
-def test_what_cannot_be_traced(built_bundle: Path, capsys: pytest.CaptureFixture[str], words: list[str], what: str) -> None:
+def test_what_cannot_be_traced(
+    built_bundle: Path, capsys: pytest.CaptureFixture[str], words: list[str], what: str
+) -> None:
     try:
-        code = main(["trace", *(w.replace("B", str(built_bundle)) if w[:2] in ("B", "B@") else w for w in words)])
+        code = main(
+            [
+                "trace",
+                *(w.replace("B", str(built_bundle)) if w[:2] in ("B", "B@") else w for w in words),
+            ]
+        )
     except SystemExit as e:  # an option that trace does not have
         assert e.code == 2
         assert what in capsys.readouterr().err
@@ -85,21 +100,33 @@ def test_what_cannot_be_traced(built_bundle: Path, capsys: pytest.CaptureFixture
     check_error(capsys.readouterr().err, what)
 
 
-def test_an_older_schema_is_named(built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_older_schema_is_named(
+    built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "t.jsonl"
     assert main(["trace", str(built_bundle), *PROMPT, *FEW, "-o", str(file)]) == 0
     file.write_text(file.read_text().replace('"schema": 1', '"schema": 0', 1))
     capsys.readouterr()
-    for words in ([str(file), "--html", str(tmp_path / "p.html")], ["--diff", str(file), str(file)]):
+    for words in (
+        [str(file), "--html", str(tmp_path / "p.html")],
+        ["--diff", str(file), str(file)],
+    ):
         assert main(["trace", *words]) == 2
         check_error(capsys.readouterr().err, "schema 0")
     assert not (tmp_path / "p.html").exists()
 
 
-def test_a_trace_brings_its_own_request(built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trace_brings_its_own_request(
+    built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "t.jsonl"
     assert main(["trace", str(built_bundle), *PROMPT, *FEW, "-o", str(file)]) == 0
-    for words in ([str(file), "text"], [str(file), *PROMPT], [str(file), "--threshold", "0.5"], ["--diff", str(file), str(file), *PROMPT]):
+    for words in (
+        [str(file), "text"],
+        [str(file), *PROMPT],
+        [str(file), "--threshold", "0.5"],
+        ["--diff", str(file), str(file), *PROMPT],
+    ):
         capsys.readouterr()
         assert main(["trace", *words]) == 2
         check_error(capsys.readouterr().err, "options of its own")
@@ -114,11 +141,15 @@ def test_what_is_drawn_for_one_side_of_a_comparison_is_used_for_the_other(
     assert "final tokens: equal" in capsys.readouterr().out
 
 
-def test_the_first_difference_is_told(built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_difference_is_told(
+    built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     write_trace(a, small_trace())
     steps = list(small_trace().steps)
-    steps[1] = replace(steps[1], confidence=[0.9, 0.9, 0.7, 0.8999], committed=[], next=steps[1].tokens)
+    steps[1] = replace(
+        steps[1], confidence=[0.9, 0.9, 0.7, 0.8999], committed=[], next=steps[1].tokens
+    )
     write_trace(b, replace(small_trace(), steps=tuple(steps)))
     assert main(["trace", "--diff", str(a), str(a)]) == 0
     assert "final tokens: equal" in capsys.readouterr().out
@@ -130,10 +161,17 @@ def test_the_first_difference_is_told(built_bundle: Path, tmp_path: Path, capsys
     assert "margin 0.070000 from the threshold 0.9" in out
     assert main(["trace", "--diff", str(a), str(b), "--json"]) == 1
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["a"]["bundle"], facts["equal"], facts["position"], facts["margin_of"]) == ("small", False, 3, "threshold")
+    assert (facts["a"]["bundle"], facts["equal"], facts["position"], facts["margin_of"]) == (
+        "small",
+        False,
+        3,
+        "threshold",
+    )
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_write_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, page = tmp_path / "t.jsonl", tmp_path / "t.html"
     write_trace(file, small_trace())
     page.write_text("before")

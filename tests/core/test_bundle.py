@@ -50,7 +50,10 @@ def test_sound_bundle_opens_and_describes_itself(sound: Bundle) -> None:
     assert opened.dtype == "float32"
     assert opened.trained_block_size == 16
     assert opened.tokenizer_file is None
-    assert set(opened.source["shards"]) == {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    assert set(opened.source["shards"]) == {
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    }
     assert {g + s for g in GRAPH_FILES.values() for s in ("", DATA_SUFFIX)} < set(opened.files)
     assert opened.precision["norm"] == "float32"
 
@@ -74,7 +77,9 @@ def test_a_flip_after_a_good_opening_is_found_too(copy: Path) -> None:
     Bundle.open(copy)
     before = target.stat()
     flip_byte(target, 12345)
-    os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))  # even a forged time does not help
+    os.utime(
+        target, ns=(before.st_atime_ns, before.st_mtime_ns)
+    )  # even a forged time does not help
     with pytest.raises(BundleError):
         Bundle.open(copy)
 
@@ -130,7 +135,9 @@ def test_missing_and_truncated_files_are_named_together(copy: Path) -> None:
         assert "denoiser/model.onnx.data" in caught.value.found
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside", "..\\outside", "C:outside", ""])
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/hostname", "a/../../outside", "..\\outside", "C:outside", ""]
+)
 def test_paths_may_not_lead_out(copy: Path, name: str) -> None:
     assert inside(copy, name) is None
     files = json.loads((copy / MANIFEST_FILE).read_text())["files"]
@@ -148,9 +155,18 @@ def test_a_link_may_not_lead_out(copy: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "do"), [(None, "export"), (0, "export"), (1, "exported from 'hybrid-b'"), ("2", "export"), (3, "upgrade")]
+    ("schema", "do"),
+    [
+        (None, "export"),
+        (0, "export"),
+        (1, "exported from 'hybrid-b'"),
+        ("2", "export"),
+        (3, "upgrade"),
+    ],
 )
-def test_other_schemas_are_refused_with_the_command_that_mends_it(copy: Path, schema: Any, do: str) -> None:
+def test_other_schemas_are_refused_with_the_command_that_mends_it(
+    copy: Path, schema: Any, do: str
+) -> None:
     edit(copy, schema=schema)
     with pytest.raises(BundleError, match="schema") as caught:
         Bundle.open(copy)
@@ -198,7 +214,9 @@ def test_a_bundle_of_graphs_alone_says_so_when_weights_are_needed(copy: Path) ->
         bundle.require_weights("generation")
 
 
-@pytest.mark.parametrize("key", ["model", "dtype", "files", "generation", "signatures", "source", "tools", "precision"])
+@pytest.mark.parametrize(
+    "key", ["model", "dtype", "files", "generation", "signatures", "source", "tools", "precision"]
+)
 def test_incomplete_manifests_are_refused(copy: Path, key: str) -> None:
     data = json.loads((copy / MANIFEST_FILE).read_text())
     del data[key]

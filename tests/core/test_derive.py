@@ -14,7 +14,10 @@ from twotower.config import GenerationConfig
 from twotower.errors import BundleError, ConfigError
 from twotower.runtime import TwoTower
 
-PRESETS = {"balanced": GenerationConfig(confidence_threshold=0.7), "fast": GenerationConfig(confidence_threshold=0.4, steps_per_block=3)}
+PRESETS = {
+    "balanced": GenerationConfig(confidence_threshold=0.7),
+    "fast": GenerationConfig(confidence_threshold=0.4, steps_per_block=3),
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +26,16 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def test_presets_are_stored_and_used(original: Bundle, tmp_path: Path) -> None:
     before = contents(original.path)
-    derived = derive_bundle(original, tmp_path / "d", presets=PRESETS, default="balanced", reports={"tune": {"a": 1}})
+    derived = derive_bundle(
+        original, tmp_path / "d", presets=PRESETS, default="balanced", reports={"tune": {"a": 1}}
+    )
     assert (derived.presets, derived.defaults) == (PRESETS, PRESETS["balanced"])
     assert json.loads((tmp_path / "d" / "reports" / "tune.json").read_text()) == {"a": 1}
     assert contents(original.path) == before
@@ -37,13 +44,20 @@ def test_presets_are_stored_and_used(original: Bundle, tmp_path: Path) -> None:
         with TwoTower.open(tmp_path / "d", preset=preset) as model:  # its engines fit it
             assert model.defaults == config
             assert model.target == "ort-cpu"
-            assert model.generate([5, 6, 7], GenerationConfig(max_new_tokens=4, ignore_eos=True)).usage.completion_tokens == 4
+            assert (
+                model.generate(
+                    [5, 6, 7], GenerationConfig(max_new_tokens=4, ignore_eos=True)
+                ).usage.completion_tokens
+                == 4
+            )
     with pytest.raises(ConfigError, match="no preset 'slow'") as caught:
         TwoTower.open(tmp_path / "d", preset="slow")
     assert "balanced, fast" in caught.value.found
 
 
-def test_files_are_shared_where_that_is_possible(original: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_shared_where_that_is_possible(
+    original: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     derive_bundle(original, tmp_path / "linked", presets=PRESETS, default="fast")
     data = next(iter((tmp_path / "linked").rglob("*.data")))
     assert data.stat().st_nlink > 1
@@ -61,22 +75,38 @@ def test_files_are_shared_where_that_is_possible(original: Bundle, tmp_path: Pat
 def test_the_cache_and_what_failed_stay_behind(tmp_path: Path) -> None:
     """They can be larger than the engines in use, and a lock or a half-built engine means nothing elsewhere."""
     original = built_fixture("hybrid-b", tmp_path / "b")
-    for name in (".cache/aa.engine", ".cache/aa.json", ".failed/rtx-denoiser/graph.onnx", ".rtx.x1/denoiser.engine", ".rtx.lock"):
+    for name in (
+        ".cache/aa.engine",
+        ".cache/aa.json",
+        ".failed/rtx-denoiser/graph.onnx",
+        ".rtx.x1/denoiser.engine",
+        ".rtx.lock",
+    ):
         file = original.path / "engines" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("{}")
-    assert Bundle.open(original.path).files == original.files, "nor do they disturb their own bundle"
+    assert Bundle.open(original.path).files == original.files, (
+        "nor do they disturb their own bundle"
+    )
     derived = derive_bundle(original, tmp_path / "d", presets=PRESETS, default="fast")
     assert {p.name for p in (derived.path / "engines").iterdir()} == {"ort-cpu"}
 
 
-def test_a_derived_bundle_can_be_derived_from_without_touching_it(original: Bundle, tmp_path: Path) -> None:
-    one = derive_bundle(original, tmp_path / "one", presets=PRESETS, default="fast", reports={"tune": {"n": 1}})
-    derive_bundle(one, tmp_path / "two", presets=PRESETS, default="fast", reports={"tune": {"n": 2}})
+def test_a_derived_bundle_can_be_derived_from_without_touching_it(
+    original: Bundle, tmp_path: Path
+) -> None:
+    one = derive_bundle(
+        original, tmp_path / "one", presets=PRESETS, default="fast", reports={"tune": {"n": 1}}
+    )
+    derive_bundle(
+        one, tmp_path / "two", presets=PRESETS, default="fast", reports={"tune": {"n": 2}}
+    )
     assert json.loads((tmp_path / "one" / "reports" / "tune.json").read_text()) == {"n": 1}
 
 
-def test_what_exists_is_not_touched_and_failures_leave_nothing(original: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_exists_is_not_touched_and_failures_leave_nothing(
+    original: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "d").mkdir()
     with pytest.raises(BundleError, match="exists already"):
         derive_bundle(original, tmp_path / "d", presets=PRESETS, default="fast")

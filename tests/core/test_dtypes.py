@@ -8,7 +8,17 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from twotower.dtypes import DTYPES, FLOATS, carried_dtype, dtype_of_onnx, item_bytes, numpy_dtype, stored_bytes, to_float32, to_stored
+from twotower.dtypes import (
+    DTYPES,
+    FLOATS,
+    carried_dtype,
+    dtype_of_onnx,
+    item_bytes,
+    numpy_dtype,
+    stored_bytes,
+    to_float32,
+    to_stored,
+)
 
 UNPACKED = ("int4", "uint4")
 
@@ -40,7 +50,9 @@ def test_bits_are_numpy_s_but_of_four(name: str) -> None:
 
 @pytest.mark.parametrize("name", FLOATS)
 def test_numbers_are_rounded_as_torch_rounds_them(name: str) -> None:
-    values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32) * np.float32(2.0**10)
+    values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32) * np.float32(
+        2.0**10
+    )
     values[:4] = [np.inf, -np.inf, np.nan, 1e38]
     raw = to_stored(values, name)
     assert raw.dtype == carried_dtype(name)
@@ -51,6 +63,8 @@ def test_numbers_are_rounded_as_torch_rounds_them(name: str) -> None:
 
 def test_every_code_of_a_float_of_eight_bits_is_read() -> None:
     codes = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(to_float32(codes, "float8e4m3fn"), codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
+    np.testing.assert_array_equal(
+        to_float32(codes, "float8e4m3fn"), codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    )
     scales = to_float32(codes[:-1], "float8e8m0")
     np.testing.assert_array_equal(scales.astype(np.float64), 2.0 ** (np.arange(255) - 127.0))

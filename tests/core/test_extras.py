@@ -40,8 +40,15 @@ def brought_by(extra: str) -> Iterator[str]:
 
 
 def test_every_optional_import_has_an_extra() -> None:
-    known = {*sys.stdlib_module_names, "twotower", *(name_of(r).replace("-", "_") for r in PROJECT["dependencies"]), "google"}
-    used = {name.split(".")[0] for file in package_files().values() for name in imported(tree(file))}
+    known = {
+        *sys.stdlib_module_names,
+        "twotower",
+        *(name_of(r).replace("-", "_") for r in PROJECT["dependencies"]),
+        "google",
+    }
+    used = {
+        name.split(".")[0] for file in package_files().values() for name in imported(tree(file))
+    }
     assert used - known == set(EXTRA_OF)
 
 
@@ -66,7 +73,9 @@ def test_what_is_missing_is_said_before_any_work() -> None:
     assert caught.value.do == "`pip install 'twotower[evaluate]'`"
 
 
-def test_an_import_that_fails_names_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_that_fails_names_the_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The net under every verb, for a path on which nobody asked beforehand."""
 
     def fails(name: str) -> None:

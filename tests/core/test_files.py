@@ -18,7 +18,9 @@ def test_what_is_written_takes_the_place_of_what_was_there(tmp_path: Path) -> No
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_what_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_leaves_what_was_there_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.json"
     write_atomically(path, b"old")
 

@@ -48,7 +48,13 @@ def test_what_cannot_be_used_is_named(name: str, value: Any) -> None:
 
 def test_the_published_defaults() -> None:
     c = GenerationConfig()
-    assert (c.block_size, c.steps_per_block, c.confidence_threshold, c.temperature, c.max_new_tokens) == (16, 16, 0.9, 0.0, 128)
+    assert (
+        c.block_size,
+        c.steps_per_block,
+        c.confidence_threshold,
+        c.temperature,
+        c.max_new_tokens,
+    ) == (16, 16, 0.9, 0.0, 128)
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "auto"])
@@ -61,7 +67,9 @@ def test_top_p_needs_a_mode_that_is_certainly_autoregressive(mode: str) -> None:
 
 def test_unknown_options_are_an_error_and_known_ones_override() -> None:
     base = GenerationConfig(seed=7)
-    assert GenerationConfig.from_mapping({"max_new_tokens": 3}, base=base) == GenerationConfig(seed=7, max_new_tokens=3)
+    assert GenerationConfig.from_mapping({"max_new_tokens": 3}, base=base) == GenerationConfig(
+        seed=7, max_new_tokens=3
+    )
     with pytest.raises(ConfigError, match="n_beams"):
         GenerationConfig.from_mapping({"n_beams": 3})
     with pytest.raises(ConfigError):

@@ -14,7 +14,9 @@ RTX4090, H100 = Gpu("RTX 4090", 89, 24 << 30), Gpu("H100", 90, 80 << 30)
 
 
 def machine(*gpus: Gpu, **libraries: str) -> Machine:
-    return Machine("test", 8, 64 << 30, gpus, {k.replace("_", "-"): v for k, v in libraries.items()})
+    return Machine(
+        "test", 8, 64 << 30, gpus, {k.replace("_", "-"): v for k, v in libraries.items()}
+    )
 
 
 @pytest.mark.parametrize(
@@ -23,14 +25,24 @@ def machine(*gpus: Gpu, **libraries: str) -> Machine:
         (Machine("t", 8, 1, (RTX4090,), ALL), TARGETS, "trt"),
         (Machine("t", 8, 1, (RTX4090,), ALL), ("rtx", "ort-cpu"), "rtx"),
         (Machine("t", 8, 1, (H100,), ALL), ("rtx", "ort-cuda"), "ort-cuda"),
-        (Machine("t", 8, 1, (RTX4090,), ALL), {"trt": (90,), "rtx": (86, 89), "ort-cpu": ()}, "rtx"),
-        (Machine("t", 8, 1, (RTX4090,), ALL), {"rtx": (120,), "ort-cuda": (), "ort-cpu": ()}, "ort-cuda"),
+        (
+            Machine("t", 8, 1, (RTX4090,), ALL),
+            {"trt": (90,), "rtx": (86, 89), "ort-cpu": ()},
+            "rtx",
+        ),
+        (
+            Machine("t", 8, 1, (RTX4090,), ALL),
+            {"rtx": (120,), "ort-cuda": (), "ort-cpu": ()},
+            "ort-cuda",
+        ),
         (Machine("t", 8, 1, (H100, RTX4090), ALL), {"rtx": (89,), "ort-cpu": ()}, "rtx"),
         (Machine("t", 8, 1, (), ALL), TARGETS, "ort-cpu"),
         (Machine("t", 8, 1, (), {"onnxruntime": "1.32"}), ("ort-cpu",), "ort-cpu"),
     ],
 )
-def test_best_target_that_fits(here: Machine, built: tuple[str, ...] | dict[str, tuple[int, ...]], want: str) -> None:
+def test_best_target_that_fits(
+    here: Machine, built: tuple[str, ...] | dict[str, tuple[int, ...]], want: str
+) -> None:
     chosen = select_target(here, built)
     assert chosen.target == want
     assert set(chosen.rejected) == set(TARGETS) - {want}
@@ -90,7 +102,9 @@ def test_every_rejection_has_its_reason() -> None:
         (machine(), (), "twotower build BUNDLE --target ort-cpu"),
     ],
 )
-def test_a_built_target_that_lacks_its_library_alone_names_the_extra(here: Machine, built: tuple[str, ...], want: str) -> None:
+def test_a_built_target_that_lacks_its_library_alone_names_the_extra(
+    here: Machine, built: tuple[str, ...], want: str
+) -> None:
     with pytest.raises(EngineMismatchError) as caught:
         select_target(here, built)
     assert want in caught.value.do

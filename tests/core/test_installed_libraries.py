@@ -20,9 +20,13 @@ def install(folder: Path, distribution: str, version: str, *, listed: bool = Tru
     module.write_text("raise AssertionError('nothing here is to be imported')\n", encoding="utf-8")
     info = folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n", encoding="utf-8")
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n", encoding="utf-8"
+    )
     if listed:
-        (info / "RECORD").write_text("onnxruntime/__init__.py,,\nonnxruntime/capi/__init__.py,,\n", encoding="utf-8")
+        (info / "RECORD").write_text(
+            "onnxruntime/__init__.py,,\nonnxruntime/capi/__init__.py,,\n", encoding="utf-8"
+        )
     return folder
 
 
@@ -37,17 +41,26 @@ def path(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("first", ["onnxruntime", "onnxruntime-gpu"])
-def test_the_one_in_front_is_the_library(tmp_path: Path, path: list[str], first: str, listed: bool) -> None:
-    folders = {name: str(install(tmp_path / name, name, f"1.3{i}", listed=listed)) for i, name in enumerate(NAMES[1:])}
+def test_the_one_in_front_is_the_library(
+    tmp_path: Path, path: list[str], first: str, listed: bool
+) -> None:
+    folders = {
+        name: str(install(tmp_path / name, name, f"1.3{i}", listed=listed))
+        for i, name in enumerate(NAMES[1:])
+    }
     path += [folders.pop(first), *folders.values()]
-    assert installed_libraries(NAMES) == {first: {"onnxruntime": "1.30", "onnxruntime-gpu": "1.31"}[first]}
+    assert installed_libraries(NAMES) == {
+        first: {"onnxruntime": "1.30", "onnxruntime-gpu": "1.31"}[first]
+    }
     here = probe_machine()
     assert here.conflict is None
     assert select_target(here, ("ort-cpu",)).target == "ort-cpu"
 
 
 @pytest.mark.parametrize("listed", [True, False])
-def test_two_in_one_folder_have_overwritten_one_another(tmp_path: Path, path: list[str], listed: bool) -> None:
+def test_two_in_one_folder_have_overwritten_one_another(
+    tmp_path: Path, path: list[str], listed: bool
+) -> None:
     for name in NAMES[1:]:
         path[:] = [str(install(tmp_path, name, "1.32", listed=listed))]
     assert installed_libraries(NAMES) == {"onnxruntime": "1.32", "onnxruntime-gpu": "1.32"}

@@ -21,7 +21,9 @@ PUBLISHED = json.loads((FIXTURES / "hybrid-a" / "config.json").read_text())
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 
@@ -36,12 +38,17 @@ def written(tmp_path: Path, **changes: Any) -> Path:
 def test_infinity_is_accepted_as_the_published_file_writes_it() -> None:
     text = (FIXTURES / "hybrid-a" / "config.json").read_text()
     assert "Infinity" in text
-    assert read_model_config(FIXTURES / "hybrid-a" / "config.json").time_step_limit == (0.0, math.inf)
+    assert read_model_config(FIXTURES / "hybrid-a" / "config.json").time_step_limit == (
+        0.0,
+        math.inf,
+    )
 
 
 def test_layers_block_type_means_the_same_as_the_pattern(tmp_path: Path) -> None:
     words = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
-    spelled = written(tmp_path, hybrid_override_pattern=None, layers_block_type=[words[c] for c in "MEM*EME*"])
+    spelled = written(
+        tmp_path, hybrid_override_pattern=None, layers_block_type=[words[c] for c in "MEM*EME*"]
+    )
     assert read_model_config(spelled) == read_model_config(FIXTURES / "hybrid-a" / "config.json")
 
 
@@ -75,7 +82,9 @@ def test_unusable_fields_are_named(tmp_path: Path, changes: dict[str, Any], name
 def test_all_unusable_fields_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read_model_config(written(tmp_path, hidden_size=-1, conv_kernel=0, head_dim=1.5))
-    assert all(field in caught.value.found for field in ("hidden_size=-1", "conv_kernel=0", "head_dim=1.5"))
+    assert all(
+        field in caught.value.found for field in ("hidden_size=-1", "conv_kernel=0", "head_dim=1.5")
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]"])
@@ -108,7 +117,9 @@ def test_roles_and_towers_split_the_table() -> None:
     config = read_model_config(FIXTURES / "hybrid-a" / "config.json")
     table = expected_tensors(config)
     assert {t.tower for t in table.values()} == set(Tower)
-    assert sum(t.role is Role.ROUTED_EXPERT for t in table.values()) == 2 * 2 * 8 * len(config.indices(LayerKind.MOE))
+    assert sum(t.role is Role.ROUTED_EXPERT for t in table.values()) == 2 * 2 * 8 * len(
+        config.indices(LayerKind.MOE)
+    )
     assert all(t.tower is Tower.DENOISER for t in table.values() if t.role is Role.CONDITIONING)
 
 
@@ -120,7 +131,14 @@ def test_roles_and_towers_split_the_table() -> None:
         ({"time_step_limit": ["a", "b"]}, "time_step_limit"),
         ({"time_step_limit": [2, 1]}, "time_step_limit"),
         ({"torch_dtype": ["float32"]}, "dtype"),
-        ({"layers_block_type": [["mamba"]], "hybrid_override_pattern": None, "num_hidden_layers": 1}, "at layer 0"),
+        (
+            {
+                "layers_block_type": [["mamba"]],
+                "hybrid_override_pattern": None,
+                "num_hidden_layers": 1,
+            },
+            "at layer 0",
+        ),
         ({"architectures": 5}, "architectures 5"),
         ({"eos_token_id": ["two"]}, "eos_token_id"),
         ({"eos_token_id": [2, 10**6]}, "outside the vocabulary"),
@@ -130,7 +148,9 @@ def test_roles_and_towers_split_the_table() -> None:
         ({"n_shared_experts": [1]}, "n_shared_experts"),
     ],
 )
-def test_any_json_value_in_any_field_is_named_and_not_computed_with(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+def test_any_json_value_in_any_field_is_named_and_not_computed_with(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         read_model_config(written(tmp_path, **changes))
     assert named in str(caught.value)
@@ -154,4 +174,6 @@ def test_json_nested_too_deeply_is_refused(tmp_path: Path) -> None:
 
 
 def test_null_means_the_default() -> None:
-    assert parse_model_config({**PUBLISHED, "n_group": None, "time_step_limit": None}, "config").time_step_limit == (0.0, math.inf)
+    assert parse_model_config(
+        {**PUBLISHED, "n_group": None, "time_step_limit": None}, "config"
+    ).time_step_limit == (0.0, math.inf)

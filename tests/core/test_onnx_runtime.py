@@ -37,10 +37,16 @@ sys.stdin.read()
 def process(home: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """A session in a process with a new home and a bare environment, which lives until it is left.
 
-    Bare, because the library also keeps quiet where it sees the variables of a continuous integration.
+    Bare, because the library also keeps quiet where it sees the variables of a continuous
+    integration.
     """
     (home / "tmp").mkdir(parents=True)
-    bare = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(home / "tmp"), "PYTHONPATH": str(ROOT / "src")}
+    bare = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "TMPDIR": str(home / "tmp"),
+        "PYTHONPATH": str(ROOT / "src"),
+    }
     with subprocess.Popen(
         [sys.executable, "-c", SESSION],
         env={**bare, "PYTHONDONTWRITEBYTECODE": "1", **environment},
@@ -91,7 +97,9 @@ def test_our_door_keeps_the_library_silent(tmp_path: Path) -> None:
     ):
         assert open_files(ours) == []
         assert any("onnxruntime" in path for path in open_files(vendors))
-        assert loud.spoken.wait(PATIENCE), "the library is silent where it may speak: this test would notice nothing"
+        assert loud.spoken.wait(PATIENCE), (
+            "the library is silent where it may speak: this test would notice nothing"
+        )
     assert written(tmp_path / "silent") == []
     assert any("onnxruntime" in path for path in written(tmp_path / "loud"))
     assert silent.asked == []
@@ -101,15 +109,31 @@ def test_the_switch_is_the_library_s_own_variable(tmp_path: Path) -> None:
     """Whoever imports the library before us decided by not setting it; we set it for the processes we start all the same."""
     code = "import os, twotower.onnx_runtime; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     for given, want in (({}, "1"), ({SWITCH: "1"}, "1"), ({SWITCH: "0"}, "0")):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HOME": str(tmp_path), "CI": "true", **given}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT / "src"),
+            "HOME": str(tmp_path),
+            "CI": "true",
+            **given,
+        }
         if not given:
             del environment[SWITCH]
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert done.stdout.split() == [want]
 
 
-@pytest.mark.parametrize(("loaded", "given", "want"), [(True, "1", 1), (True, "0", 0), (False, "1", 0)])
-def test_a_library_that_was_loaded_before_is_told_to_stop(loaded: bool, given: str, want: int) -> None:
+@pytest.mark.parametrize(
+    ("loaded", "given", "want"), [(True, "1", 1), (True, "0", 0), (False, "1", 0)]
+)
+def test_a_library_that_was_loaded_before_is_told_to_stop(
+    loaded: bool, given: str, want: int
+) -> None:
     code = f"""
 import os, sys
 os.environ["{SWITCH}"] = "{given}"
@@ -122,14 +146,22 @@ import twotower.onnx_runtime
 print(len(calls))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == [str(want)]
 
 
 def test_options_are_those_every_session_starts_from(tmp_path: Path) -> None:
     options = session_options(tmp_path, threads=3)
     assert options.intra_op_num_threads == 3
-    assert 0 < int(options.get_session_config_entry("session.intra_op.spin_duration_us")) <= 200, "then a thread sleeps"
-    assert options.get_session_config_entry("session.force_spinning_stop") == "1", "no thread spins between passes"
-    assert options.get_session_config_entry("session.model_external_initializers_file_folder_path") == str(tmp_path.resolve())
+    assert 0 < int(options.get_session_config_entry("session.intra_op.spin_duration_us")) <= 200, (
+        "then a thread sleeps"
+    )
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1", (
+        "no thread spins between passes"
+    )
+    assert options.get_session_config_entry(
+        "session.model_external_initializers_file_folder_path"
+    ) == str(tmp_path.resolve())
     assert session_options().intra_op_num_threads == usable_cores()

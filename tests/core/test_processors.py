@@ -34,11 +34,46 @@ def eight_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     ("files", "want"),
     [
         ({}, 8),
-        ({"proc/self/cgroup": "0::/a", "proc/self/mountinfo": V2, "sys/fs/cgroup/a/cpu.max": "max 100000"}, 8),
-        ({"proc/self/cgroup": "0::/a", "proc/self/mountinfo": V2, "sys/fs/cgroup/a/cpu.max": "300000 100000"}, 3),
-        ({"proc/self/cgroup": "0::/a", "proc/self/mountinfo": V2, "sys/fs/cgroup/a/cpu.max": "150000 100000"}, 2),
-        ({"proc/self/cgroup": "0::/a", "proc/self/mountinfo": V2, "sys/fs/cgroup/a/cpu.max": "10000 100000"}, 1),
-        ({"proc/self/cgroup": "0::/a", "proc/self/mountinfo": V2, "sys/fs/cgroup/a/cpu.max": "6400000 100000"}, 8),
+        (
+            {
+                "proc/self/cgroup": "0::/a",
+                "proc/self/mountinfo": V2,
+                "sys/fs/cgroup/a/cpu.max": "max 100000",
+            },
+            8,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/a",
+                "proc/self/mountinfo": V2,
+                "sys/fs/cgroup/a/cpu.max": "300000 100000",
+            },
+            3,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/a",
+                "proc/self/mountinfo": V2,
+                "sys/fs/cgroup/a/cpu.max": "150000 100000",
+            },
+            2,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/a",
+                "proc/self/mountinfo": V2,
+                "sys/fs/cgroup/a/cpu.max": "10000 100000",
+            },
+            1,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/a",
+                "proc/self/mountinfo": V2,
+                "sys/fs/cgroup/a/cpu.max": "6400000 100000",
+            },
+            8,
+        ),
         # The tightest of a group and the groups above it counts.
         (
             {
@@ -50,10 +85,32 @@ def eight_processors(monkeypatch: pytest.MonkeyPatch) -> None:
             },
             2,
         ),
-        # In a container: a namespace of its own, or the host's path, of which the container sees nothing.
-        ({"proc/self/cgroup": "0::/", "proc/self/mountinfo": V2, "sys/fs/cgroup/cpu.max": "400000 100000"}, 4),
-        ({"proc/self/cgroup": "0::/system/box", "proc/self/mountinfo": V2, "sys/fs/cgroup/cpu.max": "400000 100000"}, 4),
-        ({"proc/self/cgroup": "0::/../../box", "proc/self/mountinfo": V2, "sys/fs/cgroup/cpu.max": "400000 100000"}, 4),
+        # In a container: a namespace of its own, or the host's path, of which the container sees
+        # nothing.
+        (
+            {
+                "proc/self/cgroup": "0::/",
+                "proc/self/mountinfo": V2,
+                "sys/fs/cgroup/cpu.max": "400000 100000",
+            },
+            4,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/system/box",
+                "proc/self/mountinfo": V2,
+                "sys/fs/cgroup/cpu.max": "400000 100000",
+            },
+            4,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/../../box",
+                "proc/self/mountinfo": V2,
+                "sys/fs/cgroup/cpu.max": "400000 100000",
+            },
+            4,
+        ),
         # Version 1: the hierarchy with the controller `cpu`, whatever its folder is called.
         (
             {
@@ -85,10 +142,19 @@ def eight_processors(monkeypatch: pytest.MonkeyPatch) -> None:
             8,
         ),
         # Two logical processors a core.
-        ({f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n % 4},{n % 4 + 4}" for n in range(8)}, 4),
         (
             {
-                **{f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n // 2 * 2}-{n // 2 * 2 + 1}" for n in range(8)},
+                f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n % 4},{n % 4 + 4}"
+                for n in range(8)
+            },
+            4,
+        ),
+        (
+            {
+                **{
+                    f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n // 2 * 2}-{n // 2 * 2 + 1}"
+                    for n in range(8)
+                },
                 "proc/self/cgroup": "0::/",
                 "proc/self/mountinfo": V2,
                 "sys/fs/cgroup/cpu.max": "200000 100000",
@@ -101,9 +167,13 @@ def test_affinity_and_quota_say_how_many(tmp_path: Path, files: dict[str, str], 
     assert usable_cores(machine(tmp_path, files)) == want
 
 
-def test_a_narrower_affinity_counts_its_own_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_narrower_affinity_counts_its_own_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
-    files = {f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": str(n) for n in range(8)}
+    files = {
+        f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": str(n) for n in range(8)
+    }
     assert usable_cores(machine(tmp_path, files)) == 2
 
 
@@ -125,13 +195,20 @@ def started(**options):
 print(started(), started(threads=3))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.split() == ["0", "2"]
 
 
 MEMORY_V2 = {"proc/self/cgroup": "0::/pod/box", "proc/self/mountinfo": V2}
-MEMORY_V1 = {"proc/self/cgroup": "3:memory:/a\n2:cpu,cpuacct:/a", "proc/self/mountinfo": f"{MEMORY}\n{V1.format(top='/')}"}
+MEMORY_V1 = {
+    "proc/self/cgroup": "3:memory:/a\n2:cpu,cpuacct:/a",
+    "proc/self/mountinfo": f"{MEMORY}\n{V1.format(top='/')}",
+}
 
 
 @pytest.mark.parametrize(
@@ -140,13 +217,25 @@ MEMORY_V1 = {"proc/self/cgroup": "3:memory:/a\n2:cpu,cpuacct:/a", "proc/self/mou
         ({}, None),
         ({**MEMORY_V2, "sys/fs/cgroup/pod/box/memory.max": "max"}, None),
         ({**MEMORY_V2, "sys/fs/cgroup/pod/box/memory.max": "4096000"}, 4096000),
-        ({**MEMORY_V2, "sys/fs/cgroup/pod/memory.max": "8192", "sys/fs/cgroup/pod/box/memory.max": "4096000"}, 8192),
+        (
+            {
+                **MEMORY_V2,
+                "sys/fs/cgroup/pod/memory.max": "8192",
+                "sys/fs/cgroup/pod/box/memory.max": "4096000",
+            },
+            8192,
+        ),
         # Version 1 writes a number near 2**63 where there is no limit.
-        ({**MEMORY_V1, "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "9223372036854771712"}, None),
+        (
+            {**MEMORY_V1, "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "9223372036854771712"},
+            None,
+        ),
         ({**MEMORY_V1, "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "1048576"}, 1048576),
         ({**MEMORY_V1, "sys/fs/cgroup/cpu,cpuacct/a/memory.limit_in_bytes": "1"}, None),
     ],
 )
-def test_memory_is_the_machine_s_within_the_control_group_s_limit(tmp_path: Path, files: dict[str, str], want: int | None) -> None:
+def test_memory_is_the_machine_s_within_the_control_group_s_limit(
+    tmp_path: Path, files: dict[str, str], want: int | None
+) -> None:
     machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert usable_memory(machine(tmp_path, files)) == (machine_bytes if want is None else want)

@@ -32,7 +32,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
 
 @pytest.fixture(scope="module")
 def models(bundles: dict[str, Bundle]) -> Any:
-    opened = {name: TwoTower.open(bundle.path, target="ort-cpu", max_batch=16) for name, bundle in bundles.items()}
+    opened = {
+        name: TwoTower.open(bundle.path, target="ort-cpu", max_batch=16)
+        for name, bundle in bundles.items()
+    }
     yield opened
     for model in opened.values():
         model.close()
@@ -62,7 +65,9 @@ def test_goldens_alone(models: dict[str, TwoTower], folder: str) -> None:
         assert list(out.tokens) == case["diffusion_tokens"]
         assert (out.usage.nfe, out.usage.prompt_tokens) == (case["nfe"], len(case["prompt"]))
         check_steps(records, 0, case)
-        ar = models[folder].generate(case["prompt"], GenerationConfig(mode="ar", max_new_tokens=24, ignore_eos=True))
+        ar = models[folder].generate(
+            case["prompt"], GenerationConfig(mode="ar", max_new_tokens=24, ignore_eos=True)
+        )
         assert list(ar.tokens) == case["ar_greedy_tokens"]
 
 
@@ -76,7 +81,10 @@ def test_goldens_in_one_call(models: dict[str, TwoTower], folder: str) -> None:
         assert list(out.tokens) == case["diffusion_tokens"]
         assert out.usage.nfe == case["nfe"]
         check_steps(records, row, case)
-    ar = models[folder].generate([c["prompt"] for c in cases(folder)], GenerationConfig(mode="ar", max_new_tokens=24, ignore_eos=True))
+    ar = models[folder].generate(
+        [c["prompt"] for c in cases(folder)],
+        GenerationConfig(mode="ar", max_new_tokens=24, ignore_eos=True),
+    )
     assert [list(r.tokens) for r in ar] == [c["ar_greedy_tokens"] for c in cases(folder)]
 
 
@@ -89,16 +97,30 @@ def test_narrow_bundles_generate_on_a_cpu(tmp_path: Path, dtype: str) -> None:
         assert same >= len(out.tokens) // 4, "weights rounded to half width: near, not equal"
 
 
-PROMPTS = [np.random.default_rng(n).integers(4, 250, n).tolist() for n in (1, 3, 17, 40, 64, 90, 130, 300)]
+PROMPTS = [
+    np.random.default_rng(n).integers(4, 250, n).tolist() for n in (1, 3, 17, 40, 64, 90, 130, 300)
+]
 
 
 @pytest.mark.slow
 @settings(max_examples=6)
-@given(order=st.permutations(range(8)), temperature=st.sampled_from([0.0, 0.9]), mode=st.sampled_from(["diffusion", "ar"]))
-def test_a_row_is_the_same_in_any_company(models: dict[str, TwoTower], order: list[int], temperature: float, mode: str) -> None:
+@given(
+    order=st.permutations(range(8)),
+    temperature=st.sampled_from([0.0, 0.9]),
+    mode=st.sampled_from(["diffusion", "ar"]),
+)
+def test_a_row_is_the_same_in_any_company(
+    models: dict[str, TwoTower], order: list[int], temperature: float, mode: str
+) -> None:
     def request(i: int) -> Request:
         config = GenerationConfig(
-            mode=mode, max_new_tokens=20 + i, confidence_threshold=0.5, temperature=temperature, top_k=20, seed=i, ignore_eos=i % 2 == 0
+            mode=mode,
+            max_new_tokens=20 + i,
+            confidence_threshold=0.5,
+            temperature=temperature,
+            top_k=20,
+            seed=i,
+            ignore_eos=i % 2 == 0,
         )
         return Request(PROMPTS[i], config)
 
@@ -113,12 +135,16 @@ def test_a_row_is_the_same_in_any_company(models: dict[str, TwoTower], order: li
 
 @settings(max_examples=8)
 @given(chunk=st.integers(1, 256), length=st.integers(1, 300), seed=st.integers(0, 3))
-def test_any_chunking_of_a_prompt_gives_the_same_text(bundles: dict[str, Bundle], chunk: int, length: int, seed: int) -> None:
+def test_any_chunking_of_a_prompt_gives_the_same_text(
+    bundles: dict[str, Bundle], chunk: int, length: int, seed: int
+) -> None:
     prompt = np.random.default_rng(seed).integers(4, 250, length).tolist()
     config = GenerationConfig(max_new_tokens=32, confidence_threshold=0.5, ignore_eos=True)
     texts = []
     for width in (chunk, 256):
-        with TwoTower.from_towers(open_towers(bundles["hybrid-a"], "ort-cpu"), max_chunk=width) as model:
+        with TwoTower.from_towers(
+            open_towers(bundles["hybrid-a"], "ort-cpu"), max_chunk=width
+        ) as model:
             texts.append(model.generate(prompt, config).tokens)
     assert texts[0] == texts[1]
 
@@ -129,27 +155,48 @@ def test_greedy_is_temperature_zero_and_seeds_differ(models: dict[str, TwoTower]
     for mode in ("diffusion", "ar"):
         texts = {
             (t, seed): model.generate(
-                prompt, GenerationConfig(mode=mode, temperature=t, seed=seed, max_new_tokens=32, ignore_eos=True)
+                prompt,
+                GenerationConfig(
+                    mode=mode, temperature=t, seed=seed, max_new_tokens=32, ignore_eos=True
+                ),
             ).tokens
             for t in (0.0, 1.5)
             for seed in (0, 1)
         }
         assert texts[0.0, 0] == texts[0.0, 1]
         assert texts[1.5, 0] != texts[1.5, 1]
-        again = model.generate(prompt, GenerationConfig(mode=mode, temperature=1.5, seed=1, max_new_tokens=32, ignore_eos=True))
+        again = model.generate(
+            prompt,
+            GenerationConfig(
+                mode=mode, temperature=1.5, seed=1, max_new_tokens=32, ignore_eos=True
+            ),
+        )
         assert again.tokens == texts[1.5, 1]
-        one = GenerationConfig(mode=mode, temperature=1.5, top_k=1, seed=3, max_new_tokens=32, ignore_eos=True)
-        assert model.generate(prompt, one).tokens == texts[0.0, 0], "the best of one candidate is the best"
+        one = GenerationConfig(
+            mode=mode, temperature=1.5, top_k=1, seed=3, max_new_tokens=32, ignore_eos=True
+        )
+        assert model.generate(prompt, one).tokens == texts[0.0, 0], (
+            "the best of one candidate is the best"
+        )
 
 
 def test_top_p_narrows_the_choice(models: dict[str, TwoTower]) -> None:
     prompt = [9, 8, 7]
-    greedy = models["hybrid-a"].generate(prompt, GenerationConfig(mode="ar", max_new_tokens=16, ignore_eos=True))
-    tiny = models["hybrid-a"].generate(prompt, GenerationConfig(mode="ar", max_new_tokens=16, temperature=1.0, top_p=1e-6, ignore_eos=True))
+    greedy = models["hybrid-a"].generate(
+        prompt, GenerationConfig(mode="ar", max_new_tokens=16, ignore_eos=True)
+    )
+    tiny = models["hybrid-a"].generate(
+        prompt,
+        GenerationConfig(
+            mode="ar", max_new_tokens=16, temperature=1.0, top_p=1e-6, ignore_eos=True
+        ),
+    )
     assert tiny.tokens == greedy.tokens
 
 
-def test_keys_and_values_are_updated_in_place(models: dict[str, TwoTower], capfd: pytest.CaptureFixture[str]) -> None:
+def test_keys_and_values_are_updated_in_place(
+    models: dict[str, TwoTower], capfd: pytest.CaptureFixture[str]
+) -> None:
     """ONNX Runtime warns when TensorScatter has to copy the cache; a bound cache is never copied."""
     import onnxruntime as ort
 

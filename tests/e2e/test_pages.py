@@ -37,7 +37,9 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def trace(tiny_bundle: Path) -> Trace:
     with TwoTower.open(tiny_bundle) as model:
-        sparing = GenerationConfig(confidence_threshold=1.0, steps_per_block=6)  # several passes a block, however sure the model is
+        sparing = GenerationConfig(
+            confidence_threshold=1.0, steps_per_block=6
+        )  # several passes a block, however sure the model is
         recorded = record_trace(model, PROMPT, sparing, bundle="tiny")
     assert len(recorded.steps) > 3
     return recorded
@@ -53,7 +55,11 @@ def opened(browser: Any, folder: Path, page: str) -> Any:
 
 
 def states(page: Any) -> list[str]:
-    return list(page.execute_script("return [...document.querySelectorAll('#blocks .cell')].map(c => c.dataset.state)"))
+    return list(
+        page.execute_script(
+            "return [...document.querySelectorAll('#blocks .cell')].map(c => c.dataset.state)"
+        )
+    )
 
 
 def at(page: Any) -> int:
@@ -84,8 +90,18 @@ def test_the_replay_shows_every_pass_as_it_was(browser: Any, trace: Trace, tmp_p
         for block in range(len(trace.blocks)):
             for position in range(size):
                 state = shown[block * size + position]
-                assert (state in ("just", "earlier")) is (position in filled.get(block, set())), (number, block, position, state)
-                assert (state == "just") is (block == step.block and position in step.committed), (number, block, position, state)
+                assert (state in ("just", "earlier")) is (position in filled.get(block, set())), (
+                    number,
+                    block,
+                    position,
+                    state,
+                )
+                assert (state == "just") is (block == step.block and position in step.committed), (
+                    number,
+                    block,
+                    position,
+                    state,
+                )
         if number + 1 < len(trace.steps):
             click(page, "forward")
             assert at(page) == number + 1
@@ -106,8 +122,12 @@ def test_play_runs_to_the_end_and_pauses(browser: Any, trace: Trace, tmp_path: P
     WebDriverWait(page, 5).until(lambda p: p.find_element("id", "play").text == "Play")
 
 
-def test_the_evaluation_page_sorts_its_tables_and_needs_no_network(browser: Any, tmp_path: Path) -> None:
-    problems = tuple(problem(kind, i) for kind in ("sums", "words", "<b>flip</b>") for i in range(8))
+def test_the_evaluation_page_sorts_its_tables_and_needs_no_network(
+    browser: Any, tmp_path: Path
+) -> None:
+    problems = tuple(
+        problem(kind, i) for kind in ("sums", "words", "<b>flip</b>") for i in range(8)
+    )
     model = FakeModel(problems)
     config = EvaluationConfig(thresholds=(0.5, 0.9), steps=(2, 16), budget=98.7)
     report = evaluate(model, Suite("s", "0" * 64, problems), config).report  # type: ignore[arg-type]
@@ -116,12 +136,18 @@ def test_the_evaluation_page_sorts_its_tables_and_needs_no_network(browser: Any,
     assert png.startswith(b"\x89PNG")
     page = opened(browser, tmp_path, report_page(report, curve))
     assert page.find_elements("css selector", ".picture svg")
-    requested = page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    requested = page.execute_script(
+        "return performance.getEntriesByType('resource').map(e => e.name)"
+    )
     assert requested == []
-    assert json.loads(page.find_element("id", "report").get_attribute("textContent")) == json.loads(json.dumps(report))
+    assert json.loads(page.find_element("id", "report").get_attribute("textContent")) == json.loads(
+        json.dumps(report)
+    )
 
     def first_column() -> list[str]:
-        return [e.text for e in page.find_elements("css selector", "table:first-of-type tbody th")][:3]
+        return [e.text for e in page.find_elements("css selector", "table:first-of-type tbody th")][
+            :3
+        ]
 
     before = first_column()
     assert before == ["<b>flip</b>", "sums", "words"]
@@ -133,17 +159,28 @@ def test_the_evaluation_page_sorts_its_tables_and_needs_no_network(browser: Any,
     assert first_column() == before
 
 
-def test_the_price_of_quantization_is_shown_and_sorts(browser: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_the_price_of_quantization_is_shown_and_sorts(
+    browser: Any, tiny_bundle: Path, tmp_path: Path
+) -> None:
     exact, few = Bundle.open(tiny_bundle), quantized(tiny_bundle, tmp_path, "mixed")
     with TwoTower.open(few.path) as changed, TwoTower.open(tiny_bundle) as model:
-        report = price_of(Pair(few, exact), (changed, model), load_suite().only(limit=1), PriceConfig())
+        report = price_of(
+            Pair(few, exact), (changed, model), load_suite().only(limit=1), PriceConfig()
+        )
     page = opened(browser, tmp_path, price_page(report, draw_sensitivity(report)[0]))
     assert len(page.find_elements("css selector", ".card")) == 5
     assert page.find_elements("css selector", ".picture svg")
-    assert page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
+    assert (
+        page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+        == []
+    )
     kinds = [e.text for e in page.find_elements("css selector", "h2 + .wide tbody th")]
     assert {"float", "quantized", "routed_expert", "all weights"} <= set(kinds)
-    head = page.find_elements("css selector", "table")[1].find_elements("css selector", "thead th")[2]
+    head = page.find_elements("css selector", "table")[1].find_elements("css selector", "thead th")[
+        2
+    ]
     head.click()
-    first = page.find_elements("css selector", "table")[1].find_element("css selector", "tbody th").text
+    first = (
+        page.find_elements("css selector", "table")[1].find_element("css selector", "tbody th").text
+    )
     assert first == "routed_expert", "the largest first; totals stay at the end"

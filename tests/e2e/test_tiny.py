@@ -32,14 +32,27 @@ def test_the_checkpoint_is_small_and_has_the_published_layout() -> None:
 def test_the_suite_is_what_its_tool_writes(tmp_path: Path) -> None:
     """And so cannot drift away from the rule that keeps its problems out of the training."""
     made = tmp_path / "suite.jsonl"
-    subprocess.run([sys.executable, str(ROOT / "tools" / "tiny" / "suite.py"), "--output", str(made)], check=True, capture_output=True)
-    assert made.read_bytes() == (ROOT / "src" / "twotower" / "evaluate" / "data" / "suite.jsonl").read_bytes()
+    subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "tiny" / "suite.py"), "--output", str(made)],
+        check=True,
+        capture_output=True,
+    )
+    assert (
+        made.read_bytes()
+        == (ROOT / "src" / "twotower" / "evaluate" / "data" / "suite.jsonl").read_bytes()
+    )
 
 
 @pytest.mark.slow
-def test_the_prompts_to_calibrate_on_are_what_their_tool_writes_and_none_is_of_the_suite(tmp_path: Path) -> None:
+def test_the_prompts_to_calibrate_on_are_what_their_tool_writes_and_none_is_of_the_suite(
+    tmp_path: Path,
+) -> None:
     made = tmp_path / "prompts.jsonl"
-    subprocess.run([sys.executable, str(ROOT / "tools" / "tiny" / "prompts.py"), "--output", str(made)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "tiny" / "prompts.py"), "--output", str(made)],
+        check=True,
+        capture_output=True,
+    )
     assert made.read_bytes() == (ROOT / "assets" / "twotower-tiny-prompts.jsonl").read_bytes()
     prompts = {json.loads(line)["text"] for line in made.read_text().splitlines()}
     assert len(prompts) > 100
@@ -62,7 +75,9 @@ def test_training_never_draws_a_problem_of_the_suite() -> None:
         "        text = draw(rng, held_out=False, kind=kind).prompt\n"
         "        assert not is_held_out(text.removeprefix('Q: ').removesuffix('\\nA:')), text\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -77,9 +92,17 @@ def test_both_modes_answer_and_diffusion_takes_far_fewer_passes(tiny_bundle: Pat
         for mode in ("ar", "diffusion"):
             options = type(config)(**{**config.to_json(), "mode": mode, "max_new_tokens": 160})
             results = model.generate([Request(p.prompt, options) for p in suite.problems])
-            verdicts = [judge(p, r.text or "", r.tokens) for p, r in zip(suite.problems, results, strict=True)]
+            verdicts = [
+                judge(p, r.text or "", r.tokens)
+                for p, r in zip(suite.problems, results, strict=True)
+            ]
             right[mode] = sum(v.right for v in verdicts)
-            tokens[mode], passes[mode] = (sum(n) for n in zip(*((r.usage.completion_tokens, r.usage.nfe) for r in results), strict=True))
+            tokens[mode], passes[mode] = (
+                sum(n)
+                for n in zip(
+                    *((r.usage.completion_tokens, r.usage.nfe) for r in results), strict=True
+                )
+            )
     assert right["ar"] >= 0.9 * len(suite.problems)
     assert right["diffusion"] >= 0.95 * right["ar"]
     assert tokens["diffusion"] / passes["diffusion"] >= 3
@@ -98,15 +121,27 @@ def test_generate_speaks(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.trained
 @pytest.mark.slow
-def test_evaluate_and_tune_work_on_it(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_and_tune_work_on_it(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     few = ["--limit", "6", "--thresholds", "0.6,0.9,0.98", "--steps", "16"]
     page = tmp_path / "report.html"
-    assert main(["evaluate", str(tiny_bundle), *few, "--html", str(page), "--against", str(tiny_bundle)]) == 0
+    assert (
+        main(
+            ["evaluate", str(tiny_bundle), *few, "--html", str(page), "--against", str(tiny_bundle)]
+        )
+        == 0
+    )
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["settings"]["other"]["total"]["right"] == report["settings"]["default"]["total"]["right"]
+    assert (
+        report["settings"]["other"]["total"]["right"]
+        == report["settings"]["default"]["total"]["right"]
+    )
     assert report["other_to_default"]["total"]["retention"]["value"] == 100
     assert report["likelihood"]["greedy"] >= 90
-    assert main(["tune", str(tiny_bundle), *few, "--budget", "80", "-o", str(tmp_path / "tuned")]) == 0
+    assert (
+        main(["tune", str(tiny_bundle), *few, "--budget", "80", "-o", str(tmp_path / "tuned")]) == 0
+    )
     out = capsys.readouterr().out
     assert "balanced" in out
     with TwoTower.open(tmp_path / "tuned", preset="fast") as model:

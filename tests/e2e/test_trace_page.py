@@ -32,13 +32,21 @@ def opened(browser: Any, folder: Path, trace: Trace, at: str = "") -> Any:
 
 
 def cell(page: Any, block: int, position: int) -> Any:
-    return page.find_element("css selector", f".cell[data-block='{block}'][data-position='{position}']")
+    return page.find_element(
+        "css selector", f".cell[data-block='{block}'][data-position='{position}']"
+    )
 
 
 def shown(page: Any, block: int) -> list[tuple[str, str]]:
     """(state, text) of a block's cells."""
     cells = page.find_elements("css selector", f".cell[data-block='{block}']")
-    return [(c.get_attribute("data-state"), c.find_element("class name", "word").get_attribute("textContent")) for c in cells]
+    return [
+        (
+            c.get_attribute("data-state"),
+            c.find_element("class name", "word").get_attribute("textContent"),
+        )
+        for c in cells
+    ]
 
 
 def passes(page: Any) -> str:
@@ -53,15 +61,32 @@ def press(page: Any, key: str) -> None:
 
 def test_every_state_of_a_cell(browser: Any, tmp_path: Path) -> None:
     page = opened(browser, tmp_path, small_trace())
-    assert shown(page, 0) == [("just", "one"), ("just", "\u2423"), ("rejected", "guess"), ("rejected", "\u23ce")]
+    assert shown(page, 0) == [
+        ("just", "one"),
+        ("just", "\u2423"),
+        ("rejected", "guess"),
+        ("rejected", "\u23ce"),
+    ]
     assert shown(page, 1) == [("masked", "")] * 4
     press(page, "\ue014")  # arrow right
-    assert shown(page, 0) == [("earlier", "one"), ("earlier", "\u2423"), ("rejected", "two"), ("just", "\u23ce")]
+    assert shown(page, 0) == [
+        ("earlier", "one"),
+        ("earlier", "\u2423"),
+        ("rejected", "two"),
+        ("just", "\u23ce"),
+    ]
     press(page, "\ue010")  # end
-    assert shown(page, 1) == [("earlier", "three"), ("earlier", "!"), ("just", "</s>"), ("earlier", "</s>")]
+    assert shown(page, 1) == [
+        ("earlier", "three"),
+        ("earlier", "!"),
+        ("just", "</s>"),
+        ("earlier", "</s>"),
+    ]
     assert page.find_element("id", "text").get_attribute("textContent") == "one two\nthree!"
     cut = page.find_elements("css selector", ".cell.cut")
-    assert [c.get_attribute("data-position") for c in cut] == ["2", "3"], "tokens past the end of the text"
+    assert [c.get_attribute("data-position") for c in cut] == ["2", "3"], (
+        "tokens past the end of the text"
+    )
     current = page.find_elements("css selector", ".block.current")
     assert [b.get_attribute("aria-current") for b in current] == ["true"]
 
@@ -74,17 +99,23 @@ def test_confidence_is_a_bar_and_a_sentence(browser: Any, tmp_path: Path) -> Non
     assert page.execute_script(width, cell(page, 0, 2)) == "41%"
     ActionChains(page).move_to_element(cell(page, 0, 2)).perform()
     detail = page.find_element("id", "detail")
-    assert '"guess" (token 20) was predicted with confidence 0.4100 (threshold 0.9) and not taken' in detail.text
+    assert (
+        '"guess" (token 20) was predicted with confidence 0.4100 (threshold 0.9) and not taken'
+        in detail.text
+    )
     ActionChains(page).move_to_element(cell(page, 0, 0)).perform()
     assert '"one" (token 10), committed in step 0 with confidence 0.9500' in detail.text
     press(page, "\ue010")
-    assert page.execute_script(width, cell(page, 0, 0)) == "95%", "its confidence when it was committed, not a later one"
+    assert page.execute_script(width, cell(page, 0, 0)) == "95%", (
+        "its confidence when it was committed, not a later one"
+    )
 
 
 def test_the_numbers_are_those_of_the_trace(browser: Any, tmp_path: Path) -> None:
     page = opened(browser, tmp_path, small_trace(), "#pass=5")
     stats = {
-        name: page.find_element("id", f"stat-{name}").text for name in ("pass", "block", "step", "t", "ms", "committed", "lowest", "rate")
+        name: page.find_element("id", f"stat-{name}").text
+        for name in ("pass", "block", "step", "t", "ms", "committed", "lowest", "rate")
     }
     assert stats == {
         "pass": "5 / 6",
@@ -130,9 +161,14 @@ def test_keys_slider_and_heat_map_lead_to_the_same_passes(browser: Any, tmp_path
     page.find_element("css selector", "#heat button[data-block='1'][data-position='3']").click()
     assert passes(page) == "5 / 6"
     assert slider.get_attribute("value") == "4"
-    assert "block 1, step 1: 2 tokens committed" in page.find_element("id", "status").get_attribute("textContent")
+    assert "block 1, step 1: 2 tokens committed" in page.find_element("id", "status").get_attribute(
+        "textContent"
+    )
     marked = page.find_elements("css selector", "#heat button.now")
-    assert [(b.get_attribute("data-block"), b.get_attribute("data-position")) for b in marked] == [("1", "1"), ("1", "3")]
+    assert [(b.get_attribute("data-block"), b.get_attribute("data-position")) for b in marked] == [
+        ("1", "1"),
+        ("1", "3"),
+    ]
 
 
 def test_space_plays_and_pauses(browser: Any, tmp_path: Path) -> None:
@@ -155,7 +191,11 @@ def test_space_plays_and_pauses(browser: Any, tmp_path: Path) -> None:
 
 
 def test_what_the_model_wrote_runs_nowhere(browser: Any, tmp_path: Path) -> None:
-    trace = small_trace(f"{EVIL}</script><script>document.title='owned'</script><!--<script>", {10: EVIL, 20: "</script><b>"}, text=EVIL)
+    trace = small_trace(
+        f"{EVIL}</script><script>document.title='owned'</script><!--<script>",
+        {10: EVIL, 20: "</script><b>"},
+        text=EVIL,
+    )
     page = opened(browser, tmp_path, trace, "#pass=6")
     assert page.find_element("id", "prompt").text == trace.header.prompt
     assert page.find_element("id", "text").text == EVIL

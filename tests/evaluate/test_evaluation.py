@@ -12,14 +12,25 @@ import pytest
 from tests.helpers.fake_model import AR_MS, EXTEND_MS, PASS_MS, FakeModel, difficulty, problem
 from twotower.config import GenerationConfig
 from twotower.errors import BudgetError, ConfigError, RequestError
-from twotower.evaluate.evaluation import AR, DEFAULT, OTHER, EvaluationConfig, evaluate, setting_name
+from twotower.evaluate.evaluation import (
+    AR,
+    DEFAULT,
+    OTHER,
+    EvaluationConfig,
+    evaluate,
+    setting_name,
+)
 from twotower.evaluate.measure import Contestant, measure
 from twotower.evaluate.resampling import Resampler
 from twotower.evaluate.suite import Suite
 from twotower.evaluate.tune import TuneConfig, tune
 from twotower.report.evaluation_page import report_page, where_it_loses
 
-PROBLEMS = tuple(problem(kind, i, "out" if i % 10 == 9 else "in") for kind in ("sums", "words") for i in range(60))
+PROBLEMS = tuple(
+    problem(kind, i, "out" if i % 10 == 9 else "in")
+    for kind in ("sums", "words")
+    for i in range(60)
+)
 SUITE = Suite("s", "0" * 64, PROBLEMS)
 CONFIG = EvaluationConfig(thresholds=(0.5, 0.9), steps=(2, 16), budget=98.7)
 
@@ -34,7 +45,12 @@ def test_every_figure_is_the_one_the_model_produced() -> None:
     _, report = evaluated(defaults=GenerationConfig(confidence_threshold=0.9))
     right = sum(difficulty(p) <= 0.9 for p in PROBLEMS)
     total = report["settings"][DEFAULT]["total"]
-    assert (total["problems"], total["right"], total["lost"], total["won"]) == (120, right, 120 - right, 0)
+    assert (total["problems"], total["right"], total["lost"], total["won"]) == (
+        120,
+        right,
+        120 - right,
+        0,
+    )
     assert total["retention"]["value"] == pytest.approx(100 * right / 120, abs=1e-4)
     assert total["passes_per_block"] == 10
     assert total["tokens_per_pass"] == 1
@@ -42,12 +58,22 @@ def test_every_figure_is_the_one_the_model_produced() -> None:
     assert total["tokens_per_second"] == pytest.approx(1000 * 20 / ms, abs=0.01)
     assert total["speedup"]["value"] == pytest.approx(20 * AR_MS / ms, abs=1e-4)
     ar = report["settings"][AR]["total"]
-    assert (ar["right"], ar["retention"]["value"], ar["speedup"]["value"], ar["passes_per_block"]) == (120, 100, 1, None)
+    assert (
+        ar["right"],
+        ar["retention"]["value"],
+        ar["speedup"]["value"],
+        ar["passes_per_block"],
+    ) == (120, 100, 1, None)
     assert set(report["settings"]) == {AR, DEFAULT, "0.5/2", "0.9/2", "0.5/16", "0.9/16"}
     assert report["settings"][DEFAULT]["kinds"]["sums"]["problems"] == 60
     assert report["settings"][DEFAULT]["lengths"]["out"]["problems"] == 12
     assert report["likelihood"]["nats_per_token"] == pytest.approx(0.375)
-    assert report["budget"] == {"percent": 98.7, "setting": DEFAULT, "retention": total["retention"]["value"], "met": False}
+    assert report["budget"] == {
+        "percent": 98.7,
+        "setting": DEFAULT,
+        "retention": total["retention"]["value"],
+        "met": False,
+    }
     json.dumps(report, allow_nan=False)
 
 
@@ -58,7 +84,9 @@ def test_all_settings_answer_every_problem_in_turn() -> None:
         turn = counted[6 * i : 6 * i + 6]
         assert {c[0] for c in turn} == {asked.prompt}
         assert len({c[1:] for c in turn}) == 5  # the default preset is one of the sweep here
-    assert len({tuple(c[1:] for c in counted[6 * i : 6 * i + 6]) for i in range(6)}) > 1, "the order changes"
+    assert len({tuple(c[1:] for c in counted[6 * i : 6 * i + 6]) for i in range(6)}) > 1, (
+        "the order changes"
+    )
 
 
 def test_what_is_sampled_is_sampled_alike_in_every_run_and_the_report_says_how() -> None:
@@ -73,7 +101,9 @@ def test_where_diffusion_loses_is_said() -> None:
     _, report = evaluated(defaults=GenerationConfig(confidence_threshold=0.9))
     assert [kind.split()[0] for kind in where_it_loses(report)] == ["sums", "words"]
     assert "runs at 0.48x" in where_it_loses(report)[0]
-    _, report = evaluated(defaults=GenerationConfig(confidence_threshold=0.9, steps_per_block=2), wrong_below=1.0)
+    _, report = evaluated(
+        defaults=GenerationConfig(confidence_threshold=0.9, steps_per_block=2), wrong_below=1.0
+    )
     assert where_it_loses(report) == []
 
 
@@ -101,7 +131,9 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     hits = 0
     for seed in range(400):
         right = rng.random(200) < 0.8
-        interval = Resampler(200, draws=400, seed=seed).interval(lambda a, b: a / b, right, np.ones(200))
+        interval = Resampler(200, draws=400, seed=seed).interval(
+            lambda a, b: a / b, right, np.ones(200)
+        )
         hits += interval.low <= 0.8 <= interval.high
     assert 0.92 <= hits / 400 <= 0.975
 
@@ -121,19 +153,25 @@ def test_the_same_answers_have_the_same_intervals() -> None:
 def test_tuning_finds_the_fastest_inside_the_budget_and_checks_it_elsewhere() -> None:
     thresholds = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
     model = FakeModel(PROBLEMS, wrong_below=0.2)
-    tuned = tune(model, SUITE, TuneConfig(budget=95, loose=30, thresholds=thresholds, steps=(4, 16)))  # type: ignore[arg-type]
+    tuned = tune(
+        model, SUITE, TuneConfig(budget=95, loose=30, thresholds=thresholds, steps=(4, 16))
+    )  # type: ignore[arg-type]
     first, second = SUITE.halves()
 
     def kept(problems: tuple[Any, ...], threshold: float) -> float:
         return 100 * sum(difficulty(p) <= threshold + 0.2 for p in problems) / len(problems)
 
-    fitting = [t for t in thresholds if all(kept(first.problems, u) >= 95 for u in thresholds if u >= t)]
+    fitting = [
+        t for t in thresholds if all(kept(first.problems, u) >= 95 for u in thresholds if u >= t)
+    ]
     balanced = tuned.presets["balanced"]
     assert (balanced.confidence_threshold, balanced.steps_per_block) == (fitting[0], 4)
     checked = tuned.report["presets"]["balanced"]["check"]["retention"]["value"]
     assert checked == pytest.approx(kept(second.problems, fitting[0]), abs=1e-4)
     assert tuned.holds is (checked >= 95)
-    loose = [t for t in thresholds if all(kept(first.problems, u) >= 65 for u in thresholds if u >= t)]
+    loose = [
+        t for t in thresholds if all(kept(first.problems, u) >= 65 for u in thresholds if u >= t)
+    ]
     assert tuned.presets["fast"].confidence_threshold == loose[0] < fitting[0]
     most = max(kept(first.problems, t) for t in thresholds)
     assert kept(first.problems, tuned.presets["quality"].confidence_threshold) == most

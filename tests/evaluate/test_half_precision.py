@@ -27,7 +27,10 @@ CODES = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 
 def chain(dtype: str) -> onnx.ModelProto:
     """(x + y) - x: what is left of y depends on whether the sum was rounded."""
-    nodes = [helper.make_node("Add", ["x", "y"], ["sum"]), helper.make_node("Sub", ["sum", "x"], ["out"])]
+    nodes = [
+        helper.make_node("Add", ["x", "y"], ["sum"]),
+        helper.make_node("Sub", ["sum", "x"], ["out"]),
+    ]
     values = [helper.make_tensor_value_info(name, CODES[dtype], [1]) for name in ("x", "y", "out")]
     graph = helper.make_graph(nodes, "chain", values[:2], values[2:])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=10)
@@ -36,7 +39,9 @@ def chain(dtype: str) -> onnx.ModelProto:
 def run_in_float32(model: onnx.ModelProto, x: float, y: float) -> float:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     return float(session.run(None, {"x": np.float32([x]), "y": np.float32([y])})[0][0])
 
 
@@ -57,17 +62,23 @@ def test_overflow_is_infinite_as_it_is_in_float16() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("folder", ["hybrid-a", "hybrid-b"])
-def test_every_narrow_result_of_the_towers_is_rounded(tmp_path: Path, folder: str, dtype: str) -> None:
+def test_every_narrow_result_of_the_towers_is_rounded(
+    tmp_path: Path, folder: str, dtype: str
+) -> None:
     bundle = export_fixture(folder, tmp_path / "b", dtype)
     record = build_engines(bundle, "ort-cpu", RoundingBuilder())
     for name in GRAPH_FILES:
         model = load_graph(engine_folder(bundle, "ort-cpu") / f"{name}.onnx")
         types = {
             v.name: v.type.tensor_type.elem_type
-            for v in onnx.shape_inference.infer_shapes(load_graph(bundle.graph_file(name))).graph.value_info
+            for v in onnx.shape_inference.infer_shapes(
+                load_graph(bundle.graph_file(name))
+            ).graph.value_info
         }
         made_by = {out: node for node in model.graph.node for out in node.output}
-        computed = [n for n in load_graph(bundle.graph_file(name)).graph.node if n.op_type not in MOVES]
+        computed = [
+            n for n in load_graph(bundle.graph_file(name)).graph.node if n.op_type not in MOVES
+        ]
         narrow = [out for node in computed for out in node.output if types.get(out) == CODES[dtype]]
         assert narrow
         assert sum(record.report["rounded"][name].values()) >= len(narrow)
@@ -84,11 +95,18 @@ def test_a_wide_bundle_has_nothing_to_round(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_float16_writes_what_float32_writes(tiny_bundle: Path, tmp_path: Path) -> None:
     """60 prompts, spread over the kinds: of all 624, `make fp16-check` asks for 99 %."""
-    narrow = export_bundle(Checkpoint.open(ROOT / "assets" / "twotower-tiny"), tmp_path / "b", ExportConfig(dtype="float16"))
+    narrow = export_bundle(
+        Checkpoint.open(ROOT / "assets" / "twotower-tiny"),
+        tmp_path / "b",
+        ExportConfig(dtype="float16"),
+    )
     build_engines(narrow, "ort-cpu", RoundingBuilder())
     suite = load_suite()
     problems = suite.only(limit=-(-60 // len(suite.kinds))).problems[:60]
-    with TwoTower.open(tiny_bundle, target="ort-cpu") as reference, TwoTower.open(narrow.path, target="ort-cpu") as rounded:
+    with (
+        TwoTower.open(tiny_bundle, target="ort-cpu") as reference,
+        TwoTower.open(narrow.path, target="ort-cpu") as rounded,
+    ):
         diffusion, ar = measure_agreement(reference, rounded, problems)
     assert (diffusion.mode, ar.mode) == ("diffusion", "ar")
     assert diffusion.prompts == len(problems) == 60

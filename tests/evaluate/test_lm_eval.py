@@ -49,7 +49,11 @@ class Noted(list[tuple[str, Any, Any]]):
 
 def test_generations_are_those_of_the_model_and_end_where_the_task_says(adapter: Any) -> None:
     greedy = {"until": [], "do_sample": False, "temperature": 0.0}
-    asked = [(PROMPTS[1], {"until": [" about"]}), (PROMPTS[0], greedy), (PROMPTS[1], {"max_gen_toks": 5})]
+    asked = [
+        (PROMPTS[1], {"until": [" about"]}),
+        (PROMPTS[0], greedy),
+        (PROMPTS[1], {"max_gen_toks": 5}),
+    ]
     texts = adapter.generate_until(instances(*asked))
     whole = [adapter.model.generate(p, adapter._config({})).text for p in PROMPTS]
     assert texts[0] == whole[1].split(" about")[0] != whole[1]
@@ -68,7 +72,9 @@ def test_likelihoods_are_the_context_towers(adapter: Any) -> None:
     assert got[0][0] > got[1][0]
 
 
-def test_rolling_likelihood_is_that_of_the_whole_text(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rolling_likelihood_is_that_of_the_whole_text(
+    adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = f"{PROMPTS[0]} a 47"
     (whole,) = adapter.loglikelihood_rolling(instances((text,)))
     assert whole == pytest.approx(adapter.model.score(("", text)).total, abs=1e-3)
@@ -76,25 +82,36 @@ def test_rolling_likelihood_is_that_of_the_whole_text(adapter: Any, monkeypatch:
     tokens = len(adapter.model.tokenizer.encode(text)) - 1
     seen = []
     real = TwoTower.score
-    monkeypatch.setattr(TwoTower, "score", lambda self, pairs: seen.extend(pairs) or real(self, pairs))
+    monkeypatch.setattr(
+        TwoTower, "score", lambda self, pairs: seen.extend(pairs) or real(self, pairs)
+    )
     monkeypatch.setattr(type(adapter.model.config), "max_position_embeddings", 21)
     (cut,) = adapter.loglikelihood_rolling(instances((text,)))
     assert len(seen) == -(-tokens // 20) > 1, "as few windows as there can be"
     assert max(len(context) + len(continuation) for context, continuation in seen) <= 21
-    assert sum(len(continuation) for _, continuation in seen) == tokens, "every token is predicted exactly once"
+    assert sum(len(continuation) for _, continuation in seen) == tokens, (
+        "every token is predicted exactly once"
+    )
     assert cut == pytest.approx(sum(score.total for score in real(adapter.model, seen)))
 
 
-def test_results_are_in_the_order_of_the_requests_and_in_the_cache(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_in_the_order_of_the_requests_and_in_the_cache(
+    adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     noted = Noted()
     monkeypatch.setattr(adapter, "cache_hook", noted)
     prompts = [PROMPTS[1], "Q: sort: q c\nA:", PROMPTS[0], "Q:", PROMPTS[1] + " Dear"]
     asked = [(p, {"max_gen_toks": 4 + i}) for i, p in enumerate(prompts)]
     texts = adapter.generate_until(instances(*asked))
-    assert texts == [adapter.model.generate(p, GenerationConfig(mode="ar", max_new_tokens=4 + i)).text for i, p in enumerate(prompts)]
+    assert texts == [
+        adapter.model.generate(p, GenerationConfig(mode="ar", max_new_tokens=4 + i)).text
+        for i, p in enumerate(prompts)
+    ]
     pairs = [(p, " a 47"[: 2 + i]) for i, p in enumerate(prompts)]
     scores = adapter.loglikelihood(instances(*pairs))
-    assert [s[0] for s in scores] == pytest.approx([adapter.model.score(pair).total for pair in pairs], abs=1e-3)
+    assert [s[0] for s in scores] == pytest.approx(
+        [adapter.model.score(pair).total for pair in pairs], abs=1e-3
+    )
     whole = adapter.loglikelihood_rolling(instances(*[(p,) for p in prompts]))
     assert whole == pytest.approx([adapter.model.score(("", p)).total for p in prompts], abs=1e-3)
     kept = {(kind, repr(request)): result for kind, request, result in noted}
@@ -107,14 +124,19 @@ def test_diffusion_is_the_default_and_its_options_are_used(tiny_bundle: Path) ->
     from twotower.evaluate.lm_eval_model import TwoTowerLM
 
     model = TwoTowerLM.create_from_arg_string(
-        f"bundle={tiny_bundle},threshold=0.5,steps=4,max_gen_toks=40", {"batch_size": 1, "device": None}
+        f"bundle={tiny_bundle},threshold=0.5,steps=4,max_gen_toks=40",
+        {"batch_size": 1, "device": None},
     )
     with model.model as session:
         want = GenerationConfig(confidence_threshold=0.5, steps_per_block=4, max_new_tokens=40)
         want = want.seeded()
         assert model._config({}) == want
-        assert model.generate_until(instances((PROMPTS[0], {"until": []}))) == [session.generate(PROMPTS[0], want).text]
-        assert model._config({"do_sample": True, "temperature": 1.0, "top_p": 0.9}).top_p == 1, "not defined for diffusion"
+        assert model.generate_until(instances((PROMPTS[0], {"until": []}))) == [
+            session.generate(PROMPTS[0], want).text
+        ]
+        assert model._config({"do_sample": True, "temperature": 1.0, "top_p": 0.9}).top_p == 1, (
+            "not defined for diffusion"
+        )
 
 
 def test_a_repeated_request_is_another_sample_and_a_repeated_call_the_same(
@@ -142,12 +164,17 @@ def test_a_repeated_request_is_another_sample_and_a_repeated_call_the_same(
         ({"max_gen_toks": 6, "max_new_tokens": 5, "max_tokens": None}, {"max_new_tokens": 6}),
         ({"until": "x"}, {"stop": ("x",)}),
         ({"until": ["x", "", "yz"]}, {"stop": ("x", "yz")}),
-        ({"temperature": 0.5, "top_k": 7, "top_p": 0.9}, {"temperature": 0.5, "top_k": 7, "top_p": 0.9}),
+        (
+            {"temperature": 0.5, "top_k": 7, "top_p": 0.9},
+            {"temperature": 0.5, "top_k": 7, "top_p": 0.9},
+        ),
         ({"temperature": 0.5, "top_k": -1}, {"temperature": 0.5}),
         ({"temperature": 0.5, "top_k": 7, "do_sample": False}, {}),
     ],
 )
-def test_a_tasks_options_are_honoured(adapter: Any, options: dict[str, Any], changed: dict[str, Any]) -> None:
+def test_a_tasks_options_are_honoured(
+    adapter: Any, options: dict[str, Any], changed: dict[str, Any]
+) -> None:
     common = {"mode": "ar", "max_new_tokens": 64, "seed": 0}
     assert adapter._config(options) == GenerationConfig(**{**common, **changed})
 
@@ -164,7 +191,9 @@ def test_a_tasks_options_are_honoured(adapter: Any, options: dict[str, Any], cha
         ({"bundle": "B", "seed": "new"}, "seed"),
     ],
 )
-def test_arguments_that_cannot_be_used_are_refused(tiny_bundle: Path, arguments: dict[str, Any], what: str) -> None:
+def test_arguments_that_cannot_be_used_are_refused(
+    tiny_bundle: Path, arguments: dict[str, Any], what: str
+) -> None:
     from twotower.evaluate.lm_eval_model import TwoTowerLM
 
     arguments = {k: str(tiny_bundle) if v == "B" else v for k, v in arguments.items()}
@@ -181,12 +210,17 @@ def test_a_bundle_without_a_tokenizer_is_refused(built_bundle: Path) -> None:
 
 
 def test_options_that_cannot_be_honoured_are_refused(adapter: Any) -> None:
-    for options, what in (({"num_beams": 4}, "num_beams above 1"), ({"repetition_penalty": 1.2}, "repetition_penalty")):
+    for options, what in (
+        ({"num_beams": 4}, "num_beams above 1"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty"),
+    ):
         with pytest.raises(RequestError, match=what):
             adapter.generate_until(instances((PROMPTS[0], options)))
 
 
-def test_a_request_that_is_too_long_is_refused_before_any_work(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_is_too_long_is_refused_before_any_work(
+    adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     noted = Noted()
     monkeypatch.setattr(adapter, "cache_hook", noted)
     with pytest.raises(RequestError, match="prompt 3 is too long"):
@@ -196,7 +230,9 @@ def test_a_request_that_is_too_long_is_refused_before_any_work(adapter: Any, mon
     assert noted == []
 
 
-def test_the_librarys_evaluation_of_every_kind(adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_librarys_evaluation_of_every_kind(
+    adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No task of the library that asks for likelihoods carries its data, so these are its templates with two local documents."""
     import lm_eval
 
@@ -204,43 +240,91 @@ def test_the_librarys_evaluation_of_every_kind(adapter: Any, tmp_path: Path, mon
         raise OSError("this test has no network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    answers = [adapter.model.generate(p, adapter._config({"max_gen_toks": 24})).text for p in PROMPTS]
+    answers = [
+        adapter.model.generate(p, adapter._config({"max_gen_toks": 24})).text for p in PROMPTS
+    ]
     choices = [[" blue", answers[0]], [answers[1], " a 47"]]
-    documents = [{"prompt": p, "gold": g, "choices": c, "right": i} for p, g, c, i in zip(PROMPTS, answers, choices, (1, 0), strict=True)]
+    documents = [
+        {"prompt": p, "gold": g, "choices": c, "right": i}
+        for p, g, c, i in zip(PROMPTS, answers, choices, (1, 0), strict=True)
+    ]
     file = tmp_path / "documents.jsonl"
     file.write_text("\n".join(map(json.dumps, documents)))
     data = {"data_files": {"test": str(file)}, "cache_dir": str(tmp_path / "cache")}
-    shared = {"dataset_path": "json", "dataset_kwargs": data, "test_split": "test", "doc_to_text": "{{prompt}}", "target_delimiter": ""}
+    shared = {
+        "dataset_path": "json",
+        "dataset_kwargs": data,
+        "test_split": "test",
+        "doc_to_text": "{{prompt}}",
+        "target_delimiter": "",
+    }
     exact = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
     tasks = [
-        {"task": "write", "output_type": "generate_until", "doc_to_target": "gold", "generation_kwargs": {"max_gen_toks": 24, "until": []}},
-        {"task": "choose", "output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "right"},
-        {"task": "whole", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{prompt}}"},
+        {
+            "task": "write",
+            "output_type": "generate_until",
+            "doc_to_target": "gold",
+            "generation_kwargs": {"max_gen_toks": 24, "until": []},
+        },
+        {
+            "task": "choose",
+            "output_type": "multiple_choice",
+            "doc_to_choice": "choices",
+            "doc_to_target": "right",
+        },
+        {
+            "task": "whole",
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{prompt}}",
+        },
     ]
     tasks[0]["metric_list"] = [exact]
-    found = lm_eval.simple_evaluate(model=adapter, tasks=[{**shared, **task} for task in tasks], log_samples=True, bootstrap_iters=0)
+    found = lm_eval.simple_evaluate(
+        model=adapter,
+        tasks=[{**shared, **task} for task in tasks],
+        log_samples=True,
+        bootstrap_iters=0,
+    )
     assert found["results"]["write"]["exact_match,none"] == 1
     assert found["results"]["choose"]["acc,none"] == 1
-    samples = {name: sorted(some, key=lambda s: s["doc_id"]) for name, some in found["samples"].items()}
+    samples = {
+        name: sorted(some, key=lambda s: s["doc_id"]) for name, some in found["samples"].items()
+    }
     assert [s["resps"][0][0] for s in samples["write"]] == answers
     for i, sample in enumerate(samples["choose"]):
         scores = adapter.model.score([(PROMPTS[i], c) for c in choices[i]])
-        assert [float(r[0][0]) for r in sample["resps"]] == pytest.approx([s.total for s in scores], abs=1e-3)
+        assert [float(r[0][0]) for r in sample["resps"]] == pytest.approx(
+            [s.total for s in scores], abs=1e-3
+        )
     whole = [adapter.model.score(("", p)).total for p in PROMPTS]
     assert [float(s["resps"][0][0]) for s in samples["whole"]] == pytest.approx(whole, abs=1e-3)
     words = sum(len(p.split()) for p in PROMPTS)
-    assert found["results"]["whole"]["word_perplexity,none"] == pytest.approx(math.exp(-sum(whole) / words), rel=1e-3)
+    assert found["results"]["whole"]["word_perplexity,none"] == pytest.approx(
+        math.exp(-sum(whole) / words), rel=1e-3
+    )
 
 
 def run_offline(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
     """The library's command line where every connection is refused."""
     no_network = "import socket\ndef refuse(*_):\n    raise OSError('no network')\nsocket.socket.connect = refuse\n"
     (folder / "sitecustomize.py").write_text(no_network)
-    (folder / "nltk" / "tokenizers" / "punkt_tab").mkdir(parents=True)  # only asked for, never read: this haystack has no sentences
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "NLTK_DATA": str(folder / "nltk")}
+    (folder / "nltk" / "tokenizers" / "punkt_tab").mkdir(
+        parents=True
+    )  # only asked for, never read: this haystack has no sentences
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(folder / "hf"),
+        "NLTK_DATA": str(folder / "nltk"),
+    }
     return subprocess.run(
         [sys.executable, "-m", "twotower.evaluate.lm_eval_model", *command],
-        env={**os.environ, **offline, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT / "src")))},
+        env={
+            **os.environ,
+            **offline,
+            "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT / "src"))),
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -249,9 +333,27 @@ def run_offline(folder: Path, command: list[str]) -> subprocess.CompletedProcess
 
 def test_a_task_of_the_library_runs_without_a_network(tiny_bundle: Path, tmp_path: Path) -> None:
     """RULER's needle in repeated text, which the library writes itself; the small model cannot find the needle, and need not."""
-    arguments = f"bundle={tiny_bundle},tokenizer={ROOT / 'assets' / 'twotower-tiny'},max_gen_toks=16"
-    command = ["run", "--model", "twotower", "--model_args", arguments, "--tasks", "niah_single_1", "--limit", "3"]
-    command += ["--metadata", '{"max_seq_lengths": [700]}', "--output_path", str(tmp_path / "out"), "--log_samples"]
+    arguments = (
+        f"bundle={tiny_bundle},tokenizer={ROOT / 'assets' / 'twotower-tiny'},max_gen_toks=16"
+    )
+    command = [
+        "run",
+        "--model",
+        "twotower",
+        "--model_args",
+        arguments,
+        "--tasks",
+        "niah_single_1",
+        "--limit",
+        "3",
+    ]
+    command += [
+        "--metadata",
+        '{"max_seq_lengths": [700]}',
+        "--output_path",
+        str(tmp_path / "out"),
+        "--log_samples",
+    ]
     done = run_offline(tmp_path, command)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "niah_single_1" in done.stdout
@@ -261,7 +363,15 @@ def test_a_task_of_the_library_runs_without_a_network(tiny_bundle: Path, tmp_pat
 
 
 def test_what_a_user_can_cause_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
-    command = ["run", "--model", "twotower", "--model_args", f"bundle={tmp_path / 'none'}", "--tasks", "niah_single_1"]
+    command = [
+        "run",
+        "--model",
+        "twotower",
+        "--model_args",
+        f"bundle={tmp_path / 'none'}",
+        "--tasks",
+        "niah_single_1",
+    ]
     done = run_offline(tmp_path, command)
     assert done.returncode == 2
     assert "is not a bundle" in done.stderr

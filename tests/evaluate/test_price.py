@@ -18,7 +18,15 @@ from twotower.evaluate.measure import Measured
 from twotower.evaluate.quantization.choose import choose
 from twotower.evaluate.quantization.format_ladders import Candidate, ChooseConfig
 from twotower.evaluate.quantization.price import PriceConfig, compared, flags_of
-from twotower.evaluate.quantization.variants import Mixer, Pair, bytes_report, note_of, parts_alone, price_of, require_pair
+from twotower.evaluate.quantization.variants import (
+    Mixer,
+    Pair,
+    bytes_report,
+    note_of,
+    parts_alone,
+    price_of,
+    require_pair,
+)
 from twotower.evaluate.suite import load_suite
 from twotower.export.graphs.precision import Precision
 from twotower.report.figures import draw_sensitivity
@@ -38,7 +46,10 @@ def figures(count: int, *, right: int, nfe: int, blocks: int, ms: float) -> Meas
 
 def test_ratios_of_known_figures() -> None:
     """A pass twice as fast, half as many more of them: a third faster is what is left."""
-    before, after = figures(100, right=100, nfe=4, blocks=2, ms=40), figures(100, right=97, nfe=6, blocks=2, ms=30)
+    before, after = (
+        figures(100, right=100, nfe=4, blocks=2, ms=40),
+        figures(100, right=97, nfe=6, blocks=2, ms=30),
+    )
     after.texts[0] = "another"
     result = compared(after, before)
     assert result["retention"]["value"] == pytest.approx(97)
@@ -54,7 +65,9 @@ def test_flags_name_the_budget_that_is_broken() -> None:
     config = PriceConfig(budget=98.7, max_inflation=5)
     good = {"retention": {"value": 98.7}, "inflation": {"value": 1.05}}
     assert flags_of(good, config) == []
-    assert "below the budget of 98.7 %" in flags_of({**good, "retention": {"value": 98.6}}, config)[0]
+    assert (
+        "below the budget of 98.7 %" in flags_of({**good, "retention": {"value": 98.6}}, config)[0]
+    )
     assert "needs 7.0 % more passes" in flags_of({**good, "inflation": {"value": 1.07}}, config)[0]
     assert len(flags_of({"retention": {"value": None}, "inflation": {"value": None}}, config)) == 2
 
@@ -71,12 +84,16 @@ def mixed(tiny_bundle: Path, folder: Path) -> Bundle:
 
 def written(model: TwoTower) -> Any:
     steps: list[Any] = []
-    tokens = model.generate(PROMPT, GenerationConfig(max_new_tokens=48), on_step=steps.append).tokens
+    tokens = model.generate(
+        PROMPT, GenerationConfig(max_new_tokens=48), on_step=steps.append
+    ).tokens
     return tokens, np.concatenate([s.confidence for s in steps])
 
 
 @pytest.mark.slow
-def test_a_mixture_of_everything_is_the_bundle_and_of_nothing_the_original(tiny_bundle: Path, mixed: Bundle, tmp_path: Path) -> None:
+def test_a_mixture_of_everything_is_the_bundle_and_of_nothing_the_original(
+    tiny_bundle: Path, mixed: Bundle, tmp_path: Path
+) -> None:
     """To the last bit: the same graphs on the same files."""
     mixer = Mixer(Bundle.open(tiny_bundle), [mixed], tmp_path)
     for precision, path in ((Precision(), tiny_bundle), (precision_of(mixed), mixed.path)):
@@ -86,9 +103,19 @@ def test_a_mixture_of_everything_is_the_bundle_and_of_nothing_the_original(tiny_
             np.testing.assert_array_equal(confidence, known)
 
 
-def test_parts_alone_differ_from_both_and_take_no_disk(tiny_bundle: Path, mixed: Bundle, tmp_path: Path) -> None:
+def test_parts_alone_differ_from_both_and_take_no_disk(
+    tiny_bundle: Path, mixed: Bundle, tmp_path: Path
+) -> None:
     parts = dict(parts_alone(mixed))
-    assert list(parts) == ["embedding", "mamba", "attention", "routed_expert", "head", "context tower", "denoiser tower"]
+    assert list(parts) == [
+        "embedding",
+        "mamba",
+        "attention",
+        "routed_expert",
+        "head",
+        "context tower",
+        "denoiser tower",
+    ]
     mixer = Mixer(Bundle.open(tiny_bundle), [mixed], tmp_path)
     with TwoTower.open(tiny_bundle) as model:
         exact = written(model)[1]
@@ -98,7 +125,14 @@ def test_parts_alone_differ_from_both_and_take_no_disk(tiny_bundle: Path, mixed:
             assert len(confidence) != len(exact) or not np.array_equal(confidence, exact)
     assert sum(p.stat().st_size for p in tmp_path.iterdir()) < 2_000_000, "graphs, no weights"
     with pytest.raises(ConfigError, match="no bundle holds"):
-        mixer.open(Precision({name: replace(how, group=64) for name, how in parts["routed_expert"].weights.items()}))
+        mixer.open(
+            Precision(
+                {
+                    name: replace(how, group=64)
+                    for name, how in parts["routed_expert"].weights.items()
+                }
+            )
+        )
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +145,9 @@ def report(tiny_bundle: Path, mixed: Bundle) -> dict[str, Any]:
 
 @pytest.mark.trained
 @pytest.mark.slow
-def test_the_report_has_everything(report: dict[str, Any], mixed: Bundle, tiny_bundle: Path) -> None:
+def test_the_report_has_everything(
+    report: dict[str, Any], mixed: Bundle, tiny_bundle: Path
+) -> None:
     assert report["suite"]["problems"] == 14
     assert set(report["settings"]) == {"float", "quantized", "float ar", "quantized ar"}
     assert list(report["sensitivity"])[-2:] == ["context tower", "denoiser tower"]
@@ -119,7 +155,10 @@ def test_the_report_has_everything(report: dict[str, Any], mixed: Bundle, tiny_b
     weights = report["bytes"]["weights"]
     assert weights["after"] < 0.4 * weights["before"] and weights["bfloat16"] < weights["before"]
     again = bytes_report(mixed, Bundle.open(tiny_bundle))
-    assert (report["bytes"]["weights"], report["bytes"]["kinds"]) == (again["weights"], again["kinds"])
+    assert (report["bytes"]["weights"], report["bytes"]["kinds"]) == (
+        again["weights"],
+        again["kinds"],
+    )
     kinds = report["bytes"]["kinds"]
     assert kinds["router"]["before"] == kinds["router"]["after"] > 0
     assert kinds["routed_expert"]["after"] < 0.2 * kinds["routed_expert"]["before"]
@@ -130,7 +169,13 @@ def test_the_report_has_everything(report: dict[str, Any], mixed: Bundle, tiny_b
 @pytest.mark.slow
 def test_lines_and_page_show_it(report: dict[str, Any]) -> None:
     lines = "\n".join(price_lines(report))
-    for word in ("quantized ar", "passes/block", "denoiser tower", "of bfloat16", "inside the budget"):
+    for word in (
+        "quantized ar",
+        "passes/block",
+        "denoiser tower",
+        "of bfloat16",
+        "inside the budget",
+    ):
         assert word in lines
     svg, png = draw_sensitivity(report)
     page = price_page(report, svg)
@@ -144,7 +189,9 @@ def test_lines_and_page_show_it(report: dict[str, Any]) -> None:
 
 @pytest.mark.trained
 @pytest.mark.slow
-def test_the_note_reaches_the_manifest_and_the_next_replaces_it(report: dict[str, Any], mixed: Bundle, tiny_bundle: Path) -> None:
+def test_the_note_reaches_the_manifest_and_the_next_replaces_it(
+    report: dict[str, Any], mixed: Bundle, tiny_bundle: Path
+) -> None:
     note_measurement(mixed, {**note_of(report), "flags": ["is wrong"]})
     assert flags_of_bundle(Bundle.open(mixed.path)) == ["is wrong"]
     note_measurement(mixed, note_of(report))
@@ -166,7 +213,9 @@ def test_pairs(tiny_bundle: Path, built_bundle: Path, mixed: Bundle) -> None:
 
 @pytest.mark.trained
 @pytest.mark.slow
-def test_the_choice_is_inside_its_budget_and_says_how_it_came_about(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_the_choice_is_inside_its_budget_and_says_how_it_came_about(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
     """Attention in 4 bits costs this model a fifth of its answers and its passes: the search must find that out and keep it in 8."""
     config = ChooseConfig(price=PriceConfig(max_new_tokens=96))
     choice = choose(Bundle.open(tiny_bundle), load_suite().only(limit=8), config, tmp_path)
@@ -175,21 +224,35 @@ def test_the_choice_is_inside_its_budget_and_says_how_it_came_about(tiny_bundle:
     assert recipe.weights["attention"] == "int8"
     assert recipe.weights["head"] == recipe.weights["embedding"] == "int8", "never below 8 bits"
     alone = {(row["kind"], row["candidate"]): row for row in choice.report["alone"]}
-    assert alone["attention", "int4"]["retention"]["value"] < alone["attention", "int8"]["retention"]["value"]
+    assert (
+        alone["attention", "int4"]["retention"]["value"]
+        < alone["attention", "int8"]["retention"]["value"]
+    )
     last = [tried for tried in choice.report["tried"] if tried["half"] == 0][-1]
     assert {"kinds", "layers", "retention", "inflation"} <= set(last)
-    assert choice.report["check"]["problems"] == len(load_suite().only(limit=8).halves()[1].problems)
+    assert choice.report["check"]["problems"] == len(
+        load_suite().only(limit=8).halves()[1].problems
+    )
     assert json.loads(json.dumps(choice.report))
 
 
 @pytest.mark.slow
-def test_a_budget_nothing_reaches_and_formats_there_are_not(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_nothing_reaches_and_formats_there_are_not(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="names a format there is not"):
         ChooseConfig(price=PriceConfig(), formats=("int2",))
     with pytest.raises(ConfigError, match="cannot be asked for"):
         ChooseConfig(price=PriceConfig(budget=0))
     assert Candidate("int8", inputs=True).label == "int8, inputs too"
-    monkeypatch.setattr("twotower.evaluate.quantization.choose.flags_of", lambda facts, price: ["never"])
+    monkeypatch.setattr(
+        "twotower.evaluate.quantization.choose.flags_of", lambda facts, price: ["never"]
+    )
     with pytest.raises(BudgetError, match="no layer kind can be quantized") as caught:
-        choose(Bundle.open(tiny_bundle), load_suite().only(limit=2), ChooseConfig(price=PriceConfig(max_new_tokens=16)), tmp_path)
+        choose(
+            Bundle.open(tiny_bundle),
+            load_suite().only(limit=2),
+            ChooseConfig(price=PriceConfig(max_new_tokens=16)),
+            tmp_path,
+        )
     assert "--budget" in caught.value.do

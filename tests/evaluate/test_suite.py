@@ -25,7 +25,10 @@ def test_the_shipped_suite_is_large_varied_and_without_repetition() -> None:
     assert len({p.id for p in suite.problems}) == len(suite.problems)
     lengths = collections.Counter((p.kind, p.length) for p in suite.problems)
     assert sum(n for (_, length), n in lengths.items() if length == "out") >= 20
-    assert all(p.prompt.startswith("Q: ") and p.prompt.endswith("\nA:") and p.answer == p.answer.strip() for p in suite.problems)
+    assert all(
+        p.prompt.startswith("Q: ") and p.prompt.endswith("\nA:") and p.answer == p.answer.strip()
+        for p in suite.problems
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,7 +54,10 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str, what
     assert "write one" in caught.value.do
 
 
-@pytest.mark.parametrize(("data", "what"), [(b"", "no problems"), (b"\xff\xfe", "cannot read"), (f"{LINE}\n{LINE}".encode(), None)])
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [(b"", "no problems"), (b"\xff\xfe", "cannot read"), (f"{LINE}\n{LINE}".encode(), None)],
+)
 def test_files_without_problems_are_refused(tmp_path: Path, data: bytes, what: str | None) -> None:
     file = tmp_path / "s.jsonl"
     file.write_bytes(data)
@@ -101,8 +107,14 @@ def test_an_answer_that_repeats_itself_is_no_loop_if_it_is_right() -> None:
     assert (verdict.right, verdict.degenerate) == (True, False)
 
 
-@given(st.lists(st.integers(0, 3), max_size=20), st.lists(st.integers(0, 9), min_size=1, max_size=16), st.integers(4, 9))
-def test_every_loop_is_found_after_any_beginning(start: list[int], loop: list[int], times: int) -> None:
+@given(
+    st.lists(st.integers(0, 3), max_size=20),
+    st.lists(st.integers(0, 9), min_size=1, max_size=16),
+    st.integers(4, 9),
+)
+def test_every_loop_is_found_after_any_beginning(
+    start: list[int], loop: list[int], times: int
+) -> None:
     text = start + loop * max(times, -(-16 // len(loop)))
     assert is_degenerate(text)
 

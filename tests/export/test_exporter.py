@@ -40,7 +40,10 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_data_files_hold_the_checkpoint(tmp_path: Path, dtype: str) -> None:
-    bundle, tensors = export_fixture("hybrid-a", tmp_path / "b", dtype), fixture_weights(FIXTURES / "hybrid-a")
+    bundle, tensors = (
+        export_fixture("hybrid-a", tmp_path / "b", dtype),
+        fixture_weights(FIXTURES / "hybrid-a"),
+    )
     seen = set()
     for relative in GRAPH_FILES.values():
         onnx.checker.check_model(str(bundle.path / relative))
@@ -120,7 +123,9 @@ def _states(bundle: Bundle) -> Any:
     return state_tensors(bundle.config, "float32")
 
 
-@pytest.mark.parametrize("which", ["context/model.onnx.data", "context/head.onnx.data", "denoiser/model.onnx.data"])
+@pytest.mark.parametrize(
+    "which", ["context/model.onnx.data", "context/head.onnx.data", "denoiser/model.onnx.data"]
+)
 def test_verification_finds_a_changed_weight(tmp_path: Path, which: str) -> None:
     def spoiled(folder: Path, *rest: Any) -> dict[str, Any]:
         data = np.fromfile(folder / which, np.float32)
@@ -133,13 +138,18 @@ def test_verification_finds_a_changed_weight(tmp_path: Path, which: str) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_too_large_is_verified_on_the_first_layer_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_too_large_is_verified_on_the_first_layer_of_each_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = Checkpoint.open(FIXTURES / "hybrid-a")
     whole = verify_module._peak_bytes(checkpoint.config)
     assert layers_that_fit(checkpoint.config, whole)[0] == (0, 1, 3)
     assert layers_that_fit(checkpoint.config, 2 * whole)[0] == tuple(range(8))
     assert layers_that_fit(checkpoint.config, 1000)[0] == ()
-    for memory, layers in ((whole, "the first layer of each kind only, 0 (M), 1 (E), 3 (*)"), (1000, None)):
+    for memory, layers in (
+        (whole, "the first layer of each kind only, 0 (M), 1 (E), 3 (*)"),
+        (1000, None),
+    ):
         monkeypatch.setattr(verify_module, "_available_memory", lambda memory=memory: memory)
         bundle = export_bundle(checkpoint, tmp_path / str(memory), verify=verify_bundle)
         report = json.loads((bundle.path / REPORT_FILE).read_text())
@@ -155,7 +165,9 @@ def test_existing_output_is_never_touched(tmp_path: Path) -> None:
     assert (tmp_path / "b" / "mine").read_text() == "precious"
 
 
-def test_small_disk_is_noticed_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_disk_is_noticed_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(ExportError, match="disk space"):
         export_fixture("hybrid-b", tmp_path / "b")
@@ -175,14 +187,21 @@ def test_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tmp_path: Path, number: int) -> None:
+def test_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(
+    tmp_path: Path, number: int
+) -> None:
     script = (
         "import sys, time\nfrom twotower.export import exporter\n"
         "def slow(*a, **k):\n    print('writing', flush=True); time.sleep(60)\n"
         "exporter.stream_weights = slow\nfrom twotower.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
     )
     words = ["export", str(FIXTURES / "hybrid-b"), "-o", str(tmp_path / "b"), "--no-verify"]
-    process = subprocess.Popen([sys.executable, "-c", script, *words], stdout=subprocess.PIPE, text=True, env=_environment())
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=_environment(),
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     process.send_signal(number)
@@ -242,7 +261,9 @@ def test_tokenizer_comes_along(tmp_path: Path) -> None:
         (b"\xff\xfe", "cannot read"),
     ],
 )
-def test_a_damaged_tokenizer_is_refused_before_anything_is_written(tmp_path: Path, content: bytes, what: str) -> None:
+def test_a_damaged_tokenizer_is_refused_before_anything_is_written(
+    tmp_path: Path, content: bytes, what: str
+) -> None:
     source = tmp_path / "checkpoint"
     shutil.copytree(FIXTURES / "hybrid-b", source)
     (source / "tokenizer.json").write_bytes(content)
@@ -261,7 +282,9 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
 
 
-def test_a_failed_export_does_not_hash_the_rest_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_does_not_hash_the_rest_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Hashing 118 GB takes minutes; the error comes at once."""
     failed, seen = Event(), []
 
@@ -285,7 +308,9 @@ def test_a_failed_export_does_not_hash_the_rest_of_the_checkpoint(tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_graph_that_breaks_a_rule_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_breaks_a_rule_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A later change of the recorder that TensorRT would compute wrongly: found before a byte of weights is written."""
     recorded = exporter_module.build_graph
 
@@ -297,18 +322,28 @@ def test_a_graph_that_breaks_a_rule_is_not_published(tmp_path: Path, monkeypatch
         return graph
 
     monkeypatch.setattr(exporter_module, "build_graph", harmed)
-    monkeypatch.setattr(exporter_module, "stream_weights", lambda *_, **__: pytest.fail("weights are written"))
+    monkeypatch.setattr(
+        exporter_module, "stream_weights", lambda *_, **__: pytest.fail("weights are written")
+    )
     with pytest.raises(ExportError) as caught:
         export_fixture("hybrid-a", tmp_path / "b")
     assert "context" in caught.value.what
-    for place in ("attention-causal", "layers.3.attention/Attention", "layers.7.attention/Attention"):
+    for place in (
+        "attention-causal",
+        "layers.3.attention/Attention",
+        "layers.7.attention/Attention",
+    ):
         assert place in caught.value.found
     assert "defect of twotower" in caught.value.do
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("dtype", "rules"), [("float32", {"attention-float32"}), ("bfloat16", set())])
+@pytest.mark.parametrize(
+    ("dtype", "rules"), [("float32", {"attention-float32"}), ("bfloat16", set())]
+)
 def test_notes_on_the_graphs_are_in_the_report(tmp_path: Path, dtype: str, rules: set[str]) -> None:
     bundle = export_fixture("hybrid-a", tmp_path / "b", dtype)
     notes = json.loads((bundle.path / REPORT_FILE).read_text())["notes"]
-    assert {(note["graph"], note["rule"]) for note in notes} == {("context", rule) for rule in rules}
+    assert {(note["graph"], note["rule"]) for note in notes} == {
+        ("context", rule) for rule in rules
+    }

@@ -15,7 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from tests.helpers.graphs import FIXTURES, GraphRunner, fixture_weights, graph_with_weight_inputs, random_state, zero_state
+from tests.helpers.graphs import (
+    FIXTURES,
+    GraphRunner,
+    fixture_weights,
+    graph_with_weight_inputs,
+    random_state,
+    zero_state,
+)
 from twotower.config import ModelConfig, read_model_config
 from twotower.export.graphs.recorder import OPSET
 from twotower.export.graphs.tower_graphs import build_graph
@@ -30,7 +37,9 @@ def runner(folder: str) -> GraphRunner:
     return GraphRunner(read_model_config(path / "config.json"), fixture_weights(path))
 
 
-def denoise(run: GraphRunner, block: np.ndarray, past: int, state: dict, **options: float) -> dict[str, np.ndarray]:
+def denoise(
+    run: GraphRunner, block: np.ndarray, past: int, state: dict, **options: float
+) -> dict[str, np.ndarray]:
     rows, size = block.shape
     width = signatures(run.config, "float32")["denoiser"].tensor("noise").axes[2]
     return run(
@@ -69,13 +78,19 @@ def test_prompt_states_match_the_oracle(folder: str) -> None:
                 assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max(), name
                 checked += 1
         block = golden.get_tensor("case0.denoiser_block").reshape(1, -1).astype(np.int64)
-        logits = golden.get_tensor("case0.denoiser_logits").reshape(block.shape[1], -1).astype(np.float64)
+        logits = (
+            golden.get_tensor("case0.denoiser_logits")
+            .reshape(block.shape[1], -1)
+            .astype(np.float64)
+        )
     assert checked == 2 * sum(kind.value in "M*" for kind in run.config.layers)
     logits[:, run.config.mask_token_id] = -np.inf
     best = np.exp(logits - logits.max(-1, keepdims=True))
     out = denoise(run, block, len(prompt), state)
     np.testing.assert_array_equal(out["predicted"][0], logits.argmax(-1))
-    np.testing.assert_allclose(out["confidence"][0], (best / best.sum(-1, keepdims=True)).max(-1), atol=1e-4)
+    np.testing.assert_allclose(
+        out["confidence"][0], (best / best.sum(-1, keepdims=True)).max(-1), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", ("context", "context_head", "denoiser"))
@@ -84,16 +99,23 @@ def test_graphs_are_well_formed_and_keep_the_contract(name: str, dtype: str) -> 
     config = read_model_config(FIXTURES / "hybrid-b" / "config.json")
     graph = build_graph(name, config, dtype)
     proto = ir.to_proto(graph.model)
-    for tensor in proto.graph.initializer:  # the data are not written yet: an inline stand-in lets the checker see the types
+    for tensor in (
+        proto.graph.initializer
+    ):  # the data are not written yet: an inline stand-in lets the checker see the types
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             shape, code = list(tensor.dims), tensor.data_type
-            tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, code, shape, np.zeros(shape, np.float32)))
+            tensor.CopyFrom(
+                onnx.helper.make_tensor(tensor.name, code, shape, np.zeros(shape, np.float32))
+            )
     onnx.checker.check_model(proto, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
     assert [o.version for o in inferred.opset_import] == [OPSET]
     assert {n.domain for n in inferred.graph.node} == {""}, "standard operators only"
     signature = signatures(config, dtype)[name]
-    for specs, values in ((signature.inputs, inferred.graph.input), (signature.outputs, inferred.graph.output)):
+    for specs, values in (
+        (signature.inputs, inferred.graph.input),
+        (signature.outputs, inferred.graph.output),
+    ):
         assert [s.name for s in specs] == [v.name for v in values]
         for spec, value in zip(specs, values, strict=True):
             dims = tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
@@ -125,7 +147,11 @@ def test_published_size_is_recorded_at_once() -> None:
             "dtype": "bfloat16",
         }
     )
-    total = sum(w.nbytes for name in signatures(config, "bfloat16") for w in build_graph(name, config, "bfloat16").weights)
+    total = sum(
+        w.nbytes
+        for name in signatures(config, "bfloat16")
+        for w in build_graph(name, config, "bfloat16").weights
+    )
     assert 117.6 < total / 2**30 < 117.9
 
 
@@ -141,7 +167,12 @@ def test_any_split_of_a_prompt_gives_the_same_state(data: st.DataObject) -> None
     while (past < lengths).any():
         width = data.draw(st.integers(1, 25))
         count = np.minimum(lengths - past, width)
-        chunk = np.stack([np.pad(row[p : p + n], (0, width - n), constant_values=7) for row, p, n in zip(tokens, past, count, strict=True)])
+        chunk = np.stack(
+            [
+                np.pad(row[p : p + n], (0, width - n), constant_values=7)
+                for row, p, n in zip(tokens, past, count, strict=True)
+            ]
+        )
         state, last = run.extend(state, chunk, past, count)
         if count[0]:
             final = last[0]
@@ -172,7 +203,12 @@ def test_padding_and_unused_cache_leave_no_trace() -> None:
         if not name.startswith("past_key_values"):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-6, atol=1e-6, err_msg=name)
     block = np.array([[3, 9, 3, 3], [3, 3, 3, 8]])
-    one, two = denoise(run, block, 11, a), denoise(run, block, 11, {**a, **{k: v for k, v in b.items() if k.startswith("past_key_values")}})
+    one, two = (
+        denoise(run, block, 11, a),
+        denoise(
+            run, block, 11, {**a, **{k: v for k, v in b.items() if k.startswith("past_key_values")}}
+        ),
+    )
     np.testing.assert_allclose(one["confidence"], two["confidence"], atol=1e-6)
 
 
@@ -193,14 +229,18 @@ def test_rows_do_not_see_each_other() -> None:
     block = np.array([[3, 3, 3, 3], [3, 9, 3, 3], [5, 6, 7, 8]])
     together = denoise(run, block, 10, state)
     for row in range(3):
-        alone = denoise(run, block[row : row + 1], 10, {k: v[row : row + 1] for k, v in state.items()})
+        alone = denoise(
+            run, block[row : row + 1], 10, {k: v[row : row + 1] for k, v in state.items()}
+        )
         np.testing.assert_array_equal(alone["next_block"][0], together["next_block"][row])
         np.testing.assert_allclose(alone["confidence"][0], together["confidence"][row], atol=1e-5)
     assert together["masked_left"][2] == 0
     np.testing.assert_array_equal(together["next_block"][2], block[2])
 
 
-def commit_rule(confidence: list[float], masked: list[bool], threshold: float, floor: int) -> list[bool]:
+def commit_rule(
+    confidence: list[float], masked: list[bool], threshold: float, floor: int
+) -> list[bool]:
     """The rule as its definition reads, with a sort."""
     places = [i for i, m in enumerate(masked) if m]
     sure = sum(confidence[i] > threshold for i in places)
@@ -219,34 +259,61 @@ def sampler_session():
     config = replace(read_model_config(FIXTURES / "hybrid-a" / "config.json"), vocab_size=8)
     full = denoiser_signature(config, "float32")
     logits = TensorSpec("logits", "float32", ("B", "S", 8))
-    graph = GraphBuilder(TowerSignature("sampler", (*full.inputs[:1], *full.inputs[2:6], logits), full.outputs), "float32")
+    graph = GraphBuilder(
+        TowerSignature("sampler", (*full.inputs[:1], *full.inputs[2:6], logits), full.outputs),
+        "float32",
+    )
     masks, _ = mask_info(graph, config)
     sample_and_commit(graph, graph.input("logits"), masks, config)
     import onnxruntime as ort
 
-    return ort.InferenceSession(ir.to_proto(graph.finish()).SerializeToString(), providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(
+        ir.to_proto(graph.finish()).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
 
 
 @given(
-    rows=st.lists(st.tuples(st.sampled_from([0.1, 0.5, 0.5, 0.9, 0.97, 0.3]), st.booleans()), min_size=1, max_size=16),
+    rows=st.lists(
+        st.tuples(st.sampled_from([0.1, 0.5, 0.5, 0.9, 0.97, 0.3]), st.booleans()),
+        min_size=1,
+        max_size=16,
+    ),
     threshold=st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
     floor=st.integers(0, 20),
 )
-def test_commit_rule_is_its_definition(rows: list[tuple[float, bool]], threshold: float, floor: int) -> None:
+def test_commit_rule_is_its_definition(
+    rows: list[tuple[float, bool]], threshold: float, floor: int
+) -> None:
     """Confidences repeat on purpose: ties go to the left."""
     size = len(rows)
     logits = np.full((1, size, 8), -100.0, np.float32)
-    for i, (p, _) in enumerate(rows):  # two tokens share the mass, the first the larger part of it or not
+    for i, (p, _) in enumerate(
+        rows
+    ):  # two tokens share the mass, the first the larger part of it or not
         logits[0, i, 5], logits[0, i, 6] = math.log(p), math.log1p(-p)
     block = np.array([[3 if masked else 7 for _, masked in rows]])
     names = ("next_block", "predicted", "confidence", "masked_left")
-    feeds = {"block": block, "threshold": np.float32([threshold]), "commit_floor": np.int64([floor]), "temperature": np.float32([0])}
+    feeds = {
+        "block": block,
+        "threshold": np.float32([threshold]),
+        "commit_floor": np.int64([floor]),
+        "temperature": np.float32([0]),
+    }
     out = dict(
-        zip(names, sampler_session().run(names, {**feeds, "noise": np.zeros((1, size, 7), np.float32), "logits": logits}), strict=True)
+        zip(
+            names,
+            sampler_session().run(
+                names, {**feeds, "noise": np.zeros((1, size, 7), np.float32), "logits": logits}
+            ),
+            strict=True,
+        )
     )
     confidence = out["confidence"][0].tolist()
     commit = commit_rule(confidence, [m for _, m in rows], np.float32(threshold), floor)
-    want = [int(t) if c else int(b) for t, c, b in zip(out["predicted"][0], commit, block[0], strict=True)]
+    want = [
+        int(t) if c else int(b)
+        for t, c, b in zip(out["predicted"][0], commit, block[0], strict=True)
+    ]
     assert out["next_block"][0].tolist() == want
     assert out["masked_left"][0] == want.count(3)
     np.testing.assert_allclose(confidence, [max(p, 1 - p) for p, _ in rows], atol=1e-6)
@@ -255,7 +322,11 @@ def test_commit_rule_is_its_definition(rows: list[tuple[float, bool]], threshold
 def test_of_equal_confidences_the_further_left_is_committed_first() -> None:
     """Two rows of four equal masks each, of which the floor commits two, and three."""
     block, logits = np.full((2, 4), 3), np.zeros((2, 4, 8), np.float32)
-    feeds = {"threshold": np.float32([1, 1]), "commit_floor": np.int64([2, 3]), "temperature": np.float32([0, 0])}
+    feeds = {
+        "threshold": np.float32([1, 1]),
+        "commit_floor": np.int64([2, 3]),
+        "temperature": np.float32([0, 0]),
+    }
     rest = {"block": block, "noise": np.zeros((2, 4, 7), np.float32), "logits": logits}
     (after,) = sampler_session().run(["next_block"], {**feeds, **rest})
     assert (after == 3).tolist() == [[False, False, True, True], [False, False, False, True]]
@@ -266,12 +337,22 @@ def test_noise_chooses_and_temperature_zero_does_not_listen() -> None:
     logits[0, 0, :3] = (2.0, 1.0, 0.5)
     noise = np.zeros((1, 1, 7), np.float32)
     noise[0, 0, 1] = 10.0
-    feeds = {"block": np.array([[3]]), "threshold": np.float32([0.9]), "commit_floor": np.int64([1]), "noise": noise, "logits": logits}
+    feeds = {
+        "block": np.array([[3]]),
+        "threshold": np.float32([0.9]),
+        "commit_floor": np.int64([1]),
+        "noise": noise,
+        "logits": logits,
+    }
     greedy = sampler_session().run(["predicted"], {**feeds, "temperature": np.float32([0.0])})[0]
-    sampled, confidence = sampler_session().run(["predicted", "confidence"], {**feeds, "temperature": np.float32([1.0])})
+    sampled, confidence = sampler_session().run(
+        ["predicted", "confidence"], {**feeds, "temperature": np.float32([1.0])}
+    )
     assert (greedy[0, 0], sampled[0, 0]) == (0, 1)
     exact = np.exp(1.0) / np.exp(np.delete(logits[0, 0], 3)).sum()
-    assert confidence[0, 0] == pytest.approx(exact, rel=1e-6), "confidence is the un-tempered probability without the mask token"
+    assert confidence[0, 0] == pytest.approx(exact, rel=1e-6), (
+        "confidence is the un-tempered probability without the mask token"
+    )
 
 
 @pytest.mark.parametrize("kind", ("float16", "bfloat16"))
@@ -282,6 +363,13 @@ def test_narrow_graphs_compute_the_same_when_widened(kind: str) -> None:
     wide, narrow = runner("hybrid-a"), GraphRunner(config, tensors, kind)
     state = random_state(config, 1, 32)
     block = np.array([[3, 3, 9, 3, 3, 3, 3, 12]])
-    np.testing.assert_allclose(denoise(narrow, block, 9, state)["confidence"], denoise(wide, block, 9, state)["confidence"], atol=1e-5)
+    np.testing.assert_allclose(
+        denoise(narrow, block, 9, state)["confidence"],
+        denoise(wide, block, 9, state)["confidence"],
+        atol=1e-5,
+    )
     model, _ = graph_with_weight_inputs(config, "context", tensors, kind)
-    assert not {t.type.tensor_type.elem_type for t in model.graph.input} & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+    assert not {t.type.tensor_type.elem_type for t in model.graph.input} & {
+        onnx.TensorProto.FLOAT16,
+        onnx.TensorProto.BFLOAT16,
+    }

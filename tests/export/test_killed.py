@@ -57,7 +57,9 @@ def written(folder: Path) -> int:
 def test_a_kill_at_any_stage_leaves_no_bundle_under_the_name(tmp_path: Path, stage: str) -> None:
     output, words = tmp_path / "b", [str(FIXTURES / "hybrid-b"), str(tmp_path / "b"), stage]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    with subprocess.Popen([sys.executable, "-c", CHILD, *words], stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, *words], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "here\n"
         process.kill()
@@ -68,13 +70,17 @@ def test_a_kill_at_any_stage_leaves_no_bundle_under_the_name(tmp_path: Path, sta
     with pytest.raises(BundleError, match="is not a bundle") as caught:
         Bundle.open(output)
     assert "no such folder" in caught.value.found
-    if stage != "publishing":  # from there on the hidden folder is complete, and verified where that was asked for
+    if (
+        stage != "publishing"
+    ):  # from there on the hidden folder is complete, and verified where that was asked for
         with pytest.raises(BundleError) as caught:
             Bundle.open(left)
         assert f"no {MANIFEST_FILE}" in caught.value.found
     export_fixture("hybrid-b", output)
     assert list(tmp_path.iterdir()) == [output], "the next export clears away what was left"
-    assert (0 < size < written(Bundle.open(output).path)) is (stage in ("first piece", "halfway")), "the kill came where it should"
+    assert (0 < size < written(Bundle.open(output).path)) is (
+        stage in ("first piece", "halfway")
+    ), "the kill came where it should"
 
 
 @contextmanager
@@ -115,7 +121,9 @@ def with_tokenizer(tmp_path: Path) -> Checkpoint:
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_disk_that_is_full_at_any_step_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_a_disk_that_is_full_at_any_step_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     """After the weights too, where the bytes that are missing are few."""
     checkpoint = with_tokenizer(tmp_path)
 
@@ -134,7 +142,9 @@ def test_a_disk_that_is_full_at_any_step_leaves_nothing(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError, ExportError])
 @pytest.mark.parametrize("where", ["report", "verify"])
-def test_whatever_stops_an_export_passes_through_and_leaves_nothing(tmp_path: Path, kind: type[BaseException], where: str) -> None:
+def test_whatever_stops_an_export_passes_through_and_leaves_nothing(
+    tmp_path: Path, kind: type[BaseException], where: str
+) -> None:
     failure = ExportError("no", found="no", do="no") if kind is ExportError else kind()
 
     def stop(*args: Any) -> Any:
@@ -170,12 +180,16 @@ def test_whatever_has_the_name_is_refused_and_untouched(tmp_path: Path, kind: st
         output.write_text("precious")
     else:
         output.symlink_to(elsewhere if kind == "link to a folder" else tmp_path / "nowhere")
-    before = {p: (p.lstat().st_mode, p.lstat().st_mtime_ns, p.lstat().st_ino) for p in tmp_path.rglob("*")}
+    before = {
+        p: (p.lstat().st_mode, p.lstat().st_mtime_ns, p.lstat().st_ino) for p in tmp_path.rglob("*")
+    }
     with pytest.raises(ExportError, match="exists already") as caught:
         export_fixture("hybrid-b", output)
     assert "never overwritten" in caught.value.found
     assert "-o" in caught.value.do
-    assert before == {p: (p.lstat().st_mode, p.lstat().st_mtime_ns, p.lstat().st_ino) for p in tmp_path.rglob("*")}
+    assert before == {
+        p: (p.lstat().st_mode, p.lstat().st_mtime_ns, p.lstat().st_ino) for p in tmp_path.rglob("*")
+    }
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])

@@ -31,7 +31,9 @@ def programs(folder: Path, dtype: str = "float32") -> Bundle:
 def build(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, **options: object) -> EngineRecord:
     monkeypatch.setattr(make_engine, "run_job", stand_in_job)
     config = BuildConfig(sms=(89,), max_context=256, **options)  # type: ignore[arg-type]
-    return build_engines(bundle, "rtx", StandInBuilder(TensorRTStandIn(CudaStandIn())), config=config)
+    return build_engines(
+        bundle, "rtx", StandInBuilder(TensorRTStandIn(CudaStandIn())), config=config
+    )
 
 
 def test_the_graphs_are_those_of_an_export_to_the_byte(tmp_path: Path) -> None:
@@ -43,7 +45,9 @@ def test_the_graphs_are_those_of_an_export_to_the_byte(tmp_path: Path) -> None:
     assert not list(alone.path.rglob("*.data"))
 
 
-def test_engines_built_without_weights_are_taken_from_the_cache_by_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_built_without_weights_are_taken_from_the_cache_by_an_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = build(programs(tmp_path / "p"), monkeypatch, cache=tmp_path / "cache")
     whole = export_fixture("hybrid-b", tmp_path / "b", "float32")
     second = build(whole, monkeypatch, cache=tmp_path / "cache")
@@ -70,7 +74,9 @@ def test_what_needs_weights_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         TwoTower.open(bundle.path)
 
 
-def test_a_dry_run_from_a_config_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_from_a_config_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("tensorrt_rtx")
     words = [
         "build",

@@ -12,7 +12,8 @@ from tests.helpers.gpu import refused
 from tests.helpers.graphs import FIXTURES
 from twotower.cli.main import main
 
-# Before any CUDA library is loaded: float32 is compared token by token here, and TF32 products keep ten bits of 23.
+# Before any CUDA library is loaded: float32 is compared token by token here, and TF32 products keep
+# ten bits of 23.
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
 TINY = FIXTURES.parents[1] / "assets" / "twotower-tiny"
@@ -29,7 +30,10 @@ def built_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, s
         if (model, dtype) not in bundles:
             path = tmp_path_factory.mktemp("gpu") / f"{model}-{dtype}"
             checkpoint = TINY if model == TINY.name else FIXTURES / model
-            assert main(["export", str(checkpoint), "-o", str(path), "--dtype", dtype, "--no-verify"]) == 0
+            assert (
+                main(["export", str(checkpoint), "-o", str(path), "--dtype", dtype, "--no-verify"])
+                == 0
+            )
             assert main(["build", str(path), "--target", "ort-cpu"]) == 0
             bundles[model, dtype] = path
         path = bundles[model, dtype]

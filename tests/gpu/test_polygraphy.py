@@ -34,7 +34,9 @@ def run(words: list[str], bundle: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.trt_rtx
 def test_the_documented_command_runs_on_a_cpu_but_for_tensorrt(tmp_path: Path) -> None:
-    assert main(["export", str(FIXTURES / "hybrid-a"), "-o", str(tmp_path / "b"), "--no-verify"]) == 0
+    assert (
+        main(["export", str(FIXTURES / "hybrid-a"), "-o", str(tmp_path / "b"), "--no-verify"]) == 0
+    )
     words = [word for word in documented() if word != "--trt"]
     done = run(words, tmp_path / "b")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,8 +1,10 @@
 """Every target that runs on this GPU writes what the references wrote, alone, in company, replayed and padded.
 
-Tolerances. In float32 (TF32 off) tokens must be equal: the goldens' closest call is 1.5e-4 wide, and another order of summation
-moves a logit by about 1e-6. Half-wide engines are held against the known answer with the limits of twotower.doctor.diagnosis:
-their tokens may part on a close call, their numbers may differ by what rounding every result costs and a margin.
+Tolerances. In float32 (TF32 off) tokens must be equal: the goldens' closest call is 1.5e-4 wide,
+and another order of summation
+moves a logit by about 1e-6. Half-wide engines are held against the known answer with the limits of
+twotower.doctor.diagnosis: their tokens may part on a close call, their numbers may differ by what
+rounding every result costs and a margin.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from twotower.hardware import probe_machine
 from twotower.runtime import Request
 
 Build = Callable[[str, str, str], Path]
-ATOL = 1e-3  # of confidences in float32; 1e-4 holds on a CPU, a GPU's exp and rsqrt are approximations
+ATOL = (
+    1e-3  # of confidences in float32; 1e-4 holds on a CPU, a GPU's exp and rsqrt are approximations
+)
 AR = GenerationConfig(mode="ar", max_new_tokens=24, ignore_eos=True)
 DIFFUSION = GenerationConfig(max_new_tokens=48, confidence_threshold=0.5, ignore_eos=True)
 
@@ -47,21 +51,29 @@ def test_goldens_in_float32(built_for: Build, folder: str, target: str) -> None:
                 np.testing.assert_allclose(record.confidence, want["confidence"], rtol=0, atol=ATOL)
             assert list(model.generate(case["prompt"], AR).tokens) == case["ar_greedy_tokens"]
         together = model.generate([Request(c["prompt"], golden_config(c)) for c in cases])
-        assert [list(out.tokens) for out in together] == [c["diffusion_tokens"] for c in cases], "in one batch"
+        assert [list(out.tokens) for out in together] == [c["diffusion_tokens"] for c in cases], (
+            "in one batch"
+        )
 
 
 @pytest.mark.parametrize("folder", ["hybrid-a", "hybrid-b", "twotower-tiny"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("target", targets())
-def test_half_wide_engines_give_the_known_answer(built_for: Build, target: str, dtype: str, folder: str) -> None:
+def test_half_wide_engines_give_the_known_answer(
+    built_for: Build, target: str, dtype: str, folder: str
+) -> None:
     if (target, dtype) == ("ort-cuda", "bfloat16"):
-        pytest.skip("ONNX Runtime's CUDA provider has no bfloat16 kernels for several operators of the graphs")
+        pytest.skip(
+            "ONNX Runtime's CUDA provider has no bfloat16 kernels for several operators of the graphs"
+        )
     path = built_for(folder, dtype, target)
     bundle = Bundle.open(path)
     known, _ = known_answer_of(bundle, lambda: opened(path, KEPT_BY))
     assert known is not None
     with opened(path, target) as model:
-        results = list(check_answer(known, model, setting_of(bundle, target, probe_machine().gpus[0].sm)))
+        results = list(
+            check_answer(known, model, setting_of(bundle, target, probe_machine().gpus[0].sm))
+        )
     assert results[0].ok is True, "\n".join(r.detail for r in results)
 
 
@@ -70,7 +82,10 @@ def test_the_trained_model_keeps_its_text_in_float16(built_for: Build, target: s
     """60 prompts; `make fp16-check` shows that rounding alone leaves all but one of 624 as they are."""
     problems = load_suite().only(limit=9).problems[:60]
     path = built_for("twotower-tiny", "float16", target)
-    with opened(path, target) as model, opened(built_for("twotower-tiny", "float32", target), KEPT_BY) as reference:
+    with (
+        opened(path, target) as model,
+        opened(built_for("twotower-tiny", "float32", target), KEPT_BY) as reference,
+    ):
         for result in measure_agreement(reference, model, problems):
             assert len(result.partings) <= 2, result
 
@@ -101,7 +116,11 @@ def test_an_engine_agrees_with_itself(built_for: Build, target: str) -> None:
     """Launched piece by piece, with keys and values in other memory for every block, and on two GPUs where there are two."""
     path = built_for("hybrid-b", "float32", target)
     gpus = len(probe_machine().gpus)
-    failed = [r for r in check_execution(lambda **options: opened(path, target, **options), devices=gpus) if r.ok is False]
+    failed = [
+        r
+        for r in check_execution(lambda **options: opened(path, target, **options), devices=gpus)
+        if r.ok is False
+    ]
     assert not failed
 
 
@@ -117,7 +136,9 @@ def test_a_short_text_is_the_same_beside_a_long_one(built_for: Build, target: st
 
 @pytest.mark.parametrize("target", targets())
 def test_rows_are_independent(built_for: Build, target: str) -> None:
-    prompts = [np.random.default_rng(n).integers(4, 250, n).tolist() for n in (1, 3, 17, 40, 64, 90)]
+    prompts = [
+        np.random.default_rng(n).integers(4, 250, n).tolist() for n in (1, 3, 17, 40, 64, 90)
+    ]
     with opened(built_for("hybrid-a", "float32", target), target) as model:
         for config in (DIFFUSION, AR):
             alone = [model.generate(p, config).tokens for p in prompts]

@@ -38,7 +38,11 @@ from twotower.graph_lint import RULES, Severity, explained, lint, require_clean,
 from twotower.spec import CONTEXT_HEAD, signatures
 
 BY_ID = {rule.id: rule for rule in RULES}
-CHECKPOINTS = {"a": FIXTURES / "hybrid-a", "b": FIXTURES / "hybrid-b", "tiny": ROOT / "assets" / "twotower-tiny"}
+CHECKPOINTS = {
+    "a": FIXTURES / "hybrid-a",
+    "b": FIXTURES / "hybrid-b",
+    "tiny": ROOT / "assets" / "twotower-tiny",
+}
 DTYPES = ("float32", "float16", "bfloat16")
 SIZES = {"T": 64, "S": 16}
 
@@ -91,7 +95,12 @@ def between(dtype: int) -> onnx.ModelProto:
 def cast_constant(number: float) -> onnx.ModelProto:
     """A number added to a mask's row, as it is often written."""
     nodes = [node("Cast", ["c"], ["h"], to=T.FLOAT16), node("Add", ["x", "h"], ["y"])]
-    return model(nodes, [value("x", T.FLOAT16, [4])], [value("y", T.FLOAT16, [4])], weights=[constant("c", np.float32(number))])
+    return model(
+        nodes,
+        [value("x", T.FLOAT16, [4])],
+        [value("y", T.FLOAT16, [4])],
+        weights=[constant("c", np.float32(number))],
+    )
 
 
 def behind_identity() -> onnx.ModelProto:
@@ -104,13 +113,25 @@ VARIANTS: dict[str, tuple[str, Callable[[], onnx.ModelProto]]] = {
     "a computed k": ("topk-limit", computed_k),
     "query wider than key": ("attention-types", lambda: attention(T.FLOAT, key=T.FLOAT16)),
     "is_causal beside a mask": ("attention-causal", lambda: attention(is_causal=1)),
-    "an operator of ONNX Runtime": ("standard-operators", lambda: foreign("com.microsoft", "FastGelu")),
+    "an operator of ONNX Runtime": (
+        "standard-operators",
+        lambda: foreign("com.microsoft", "FastGelu"),
+    ),
     "a plugin of TensorRT": ("standard-operators", lambda: foreign("trt", "TRT_MoE")),
     "a cache of 8 bits": ("cache-types", lambda: cache(T.FLOAT8E4M3FN)),
     "a cache of integers": ("cache-types", lambda: cache(T.INT32)),
-    "zero points of 8 bits without sign": ("quantized-type", lambda: quantized(onnx.helper.make_tensor("z", T.UINT8, [], [0]))),
-    "e5m2": ("quantized-type", lambda: quantized(onnx.helper.make_tensor("z", T.FLOAT8E5M2, [], [0]))),
-    "a negative scale": ("quantized-scale", lambda: quantized(onnx.helper.make_tensor("z", T.INT8, [], [0]), scale=-1.0)),
+    "zero points of 8 bits without sign": (
+        "quantized-type",
+        lambda: quantized(onnx.helper.make_tensor("z", T.UINT8, [], [0])),
+    ),
+    "e5m2": (
+        "quantized-type",
+        lambda: quantized(onnx.helper.make_tensor("z", T.FLOAT8E5M2, [], [0])),
+    ),
+    "a negative scale": (
+        "quantized-scale",
+        lambda: quantized(onnx.helper.make_tensor("z", T.INT8, [], [0]), scale=-1.0),
+    ),
     "a wider exponent": ("one-type", lambda: two("Pow", (T.FLOAT16, T.FLOAT))),
     "float64 inside": ("known-types", lambda: between(T.DOUBLE)),
     "a cast beyond float16": ("finite-constants", lambda: cast_constant(-3.4e38)),
@@ -142,7 +163,9 @@ def test_operators_of_tensorrt_alone_are_for_the_graph_it_is_given() -> None:
 
 def recorded(checkpoint: str, dtype: str) -> Iterator[tuple[str, onnx.ModelProto]]:
     """(name, graph) of a checkpoint's graphs."""
-    config = parse_model_config(json.loads((CHECKPOINTS[checkpoint] / "config.json").read_text()), "config.json")
+    config = parse_model_config(
+        json.loads((CHECKPOINTS[checkpoint] / "config.json").read_text()), "config.json"
+    )
     for name in signatures(config, dtype):
         yield name, ir.to_proto(build_graph(name, config, dtype).model)
 
@@ -154,7 +177,9 @@ def errors(made: onnx.ModelProto, *, fixed: bool) -> list[str]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_exported_graphs_are_clean_whole_and_in_segments(checkpoint: str, dtype: str) -> None:
-    config = parse_model_config(json.loads((CHECKPOINTS[checkpoint] / "config.json").read_text()), "config.json")
+    config = parse_model_config(
+        json.loads((CHECKPOINTS[checkpoint] / "config.json").read_text()), "config.json"
+    )
     for name, made in recorded(checkpoint, dtype):
         assert not errors(made, fixed=False)
         fix_axes(made, SIZES)
@@ -179,7 +204,9 @@ def test_rules_on_types_see_every_value_of_an_exported_graph() -> None:
 
     for _, made in recorded("a", "bfloat16"):
         view = GraphView(made)
-        assert not [name for n in made.graph.node for name in n.output if view.dtype(name) == UNKNOWN]
+        assert not [
+            name for n in made.graph.node for name in n.output if view.dtype(name) == UNKNOWN
+        ]
 
 
 def test_the_published_model_takes_no_time() -> None:
@@ -189,7 +216,9 @@ def test_the_published_model_takes_no_time() -> None:
         for fixed in (False, True):
             started = time.perf_counter()
             assert not lint(made, fixed=fixed)
-            assert time.perf_counter() - started < 5, "seconds for 52 layers; it is far less on an idle machine"
+            assert time.perf_counter() - started < 5, (
+                "seconds for 52 layers; it is far less on an idle machine"
+            )
             fix_axes(made, {"T": 4352, "S": 16})
 
 
@@ -225,7 +254,9 @@ def test_the_document_shows_the_rules() -> None:
 
 def test_rules_can_stand_in_a_table() -> None:
     for rule in RULES:
-        assert "|" not in "".join((rule.id, rule.subject, rule.avoid, rule.reason, rule.instead, rule.source))
+        assert "|" not in "".join(
+            (rule.id, rule.subject, rule.avoid, rule.reason, rule.instead, rule.source)
+        )
     assert len(BY_ID) == len(RULES)
 
 
@@ -234,7 +265,11 @@ def test_constants_of_every_kind_are_seen() -> None:
 
     attributes = {"value_int": 3, "value_ints": [3, 4], "value": constant("c", [5])}
     for kind, given in attributes.items():
-        made = model([node("Constant", [], ["c"], **{kind: given}), node("Neg", ["c"], ["y"])], [], [value("y", T.INT64, [None])])
+        made = model(
+            [node("Constant", [], ["c"], **{kind: given}), node("Neg", ["c"], ["y"])],
+            [],
+            [value("y", T.INT64, [None])],
+        )
         assert GraphView(made).constant("c") is not None, kind
 
 

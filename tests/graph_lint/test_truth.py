@@ -25,7 +25,8 @@ class Outcome:
     """What the library made of a model.
 
     Attributes:
-        stage: `parsing` or `building` where it refused, `dropped` where it ignored an input, else `built`.
+        stage: `parsing` or `building` where it refused, `dropped` where it ignored an input, else
+            `built`.
         layers: (type, element type) of every layer.
         causal: Kinds of causal masks.
         outputs: Element types of the outputs.
@@ -78,8 +79,14 @@ def outcome(logger: Any, said: list[str]) -> Iterator[Build]:
         config.num_compute_capabilities = 1
         assert config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
         plan = builder.build_serialized_network(network, config)
-        dropped = any("Unused Input:" in line or "[RemoveDeadLayers] Input Tensor" in line for line in said)
-        return Outcome("building" if plan is None else "dropped" if dropped else "built", list(said), *described(trt, network))
+        dropped = any(
+            "Unused Input:" in line or "[RemoveDeadLayers] Input Tensor" in line for line in said
+        )
+        return Outcome(
+            "building" if plan is None else "dropped" if dropped else "built",
+            list(said),
+            *described(trt, network),
+        )
 
     yield build
     said.clear()
@@ -129,7 +136,9 @@ SILENT: dict[str, Callable[[Outcome], bool]] = {
 
 
 def test_every_claim_that_is_said_to_be_tested_is_tested() -> None:
-    assert {rule.id for rule in RULES if rule.source.startswith(BUILT)} == STAGES.keys() | SILENT.keys()
+    assert {
+        rule.id for rule in RULES if rule.source.startswith(BUILT)
+    } == STAGES.keys() | SILENT.keys()
 
 
 @pytest.mark.parametrize("rule", STAGES)
@@ -162,7 +171,11 @@ def test_two_operators_convert_what_others_refuse(outcome: Build) -> None:
     assert outcome(two("Pow", (T.FLOAT16, T.FLOAT))).outputs == ["HALF"]
     nodes = [node("RMSNormalization", ["x", "s"], ["y"])]
     weights = [constant("s", np.ones(64, np.float32))]
-    assert outcome(model(nodes, [value("x", T.FLOAT16, [4, 64])], [value("y", T.FLOAT, [4, 64])], weights=weights)).outputs == ["HALF"]
+    assert outcome(
+        model(
+            nodes, [value("x", T.FLOAT16, [4, 64])], [value("y", T.FLOAT, [4, 64])], weights=weights
+        )
+    ).outputs == ["HALF"]
 
 
 def test_a_plain_attention_is_eight_layers(outcome: Build) -> None:
@@ -180,7 +193,9 @@ def test_the_operators_the_parser_does_not_know_are_all_named(logger: Any) -> No
     builder = trt.Builder(logger)
     parser = trt.OnnxParser(builder.create_network(0), logger)
     schemas = onnx.defs.get_all_schemas_with_history()
-    names = {s.name for s in schemas if s.domain == "" and s.since_version <= 24 and not s.deprecated}
+    names = {
+        s.name for s in schemas if s.domain == "" and s.since_version <= 24 and not s.deprecated
+    }
     unknown = {name for name in names if not parser.supports_operator(name)}
     assert not {name for name in ABSENT_OPERATORS if name in names} - unknown
     named = set(ABSENT_OPERATORS) | {"Unique", "Compress", "StringSplit"}

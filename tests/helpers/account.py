@@ -1,7 +1,7 @@
 """What a run says at its end: tests that did not run, with what would run them, and tests that lack the mark `slow`.
 
-Time is that of processors, of the test's process and of those it waited for: other programs on the machine lengthen it little.
-What a fixture shared by several tests takes is nobody's.
+Time is that of processors, of the test's process and of those it waited for: other programs on the
+machine lengthen it little. What a fixture shared by several tests takes is nobody's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def _now() -> float:
 
 def run_by(marks: set[str]) -> str:
     """What runs a test that was left out."""
-    return next((target for mark, target in RUN_BY.items() if mark in marks), "left out by -k, -m or --deselect")
+    return next(
+        (target for mark, target in RUN_BY.items() if mark in marks),
+        "left out by -k, -m or --deselect",
+    )
 
 
 class Account:
@@ -82,12 +85,20 @@ class Account:
         self._left_out = Counter(getattr(node, "workeroutput", {}).get("left_out", self._left_out))
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        skipped = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", ()))
+        skipped = Counter(
+            str(report.longrepr[2]).removeprefix("Skipped: ")
+            for report in terminalreporter.stats.get("skipped", ())
+        )
         if total := self._left_out.total() + skipped.total():
             terminalreporter.section(f"{total} tests did not run")
-            for what, count in [*self._left_out.most_common(), *((f"skipped: {why}", n) for why, n in skipped.most_common())]:
+            for what, count in [
+                *self._left_out.most_common(),
+                *((f"skipped: {why}", n) for why, n in skipped.most_common()),
+            ]:
                 terminalreporter.line(f"{count:6d}  {what}")
         if self._too_long:
-            terminalreporter.section(f"without the mark `slow`, and longer than {self._limit:g} s of a processor")
+            terminalreporter.section(
+                f"without the mark `slow`, and longer than {self._limit:g} s of a processor"
+            )
             for line in sorted(self._too_long, reverse=True):
                 terminalreporter.line(line)

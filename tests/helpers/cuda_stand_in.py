@@ -1,12 +1,13 @@
 """A CUDA without a GPU: the functions of `cuda.bindings.runtime`, and of its `driver` for kernels, over host memory.
 
-Streams work as late as they may. Whoever forgets to wait sees old numbers: nothing enqueued has run until something
-waits for it, and then only what it had to wait for has. With a seed, work also runs in between, in a random order. Memory freed twice, work
-beyond the end of an allocation or on a stream of another device and an event recorded on another device are
-errors at once.
+Streams work as late as they may. Whoever forgets to wait sees old numbers: nothing enqueued has run
+until something waits for it, and then only what it had to wait for has. With a seed, work also runs
+in between, in a random order. Memory freed twice, work beyond the end of an allocation or on a
+stream of another device and an event recorded on another device are errors at once.
 
-As in CUDA, the current device belongs to a thread; a call that a capture forbids fails and breaks the capture,
-whose end then gives no graph; and after some errors (`STICKY`) every later call fails with the same.
+As in CUDA, the current device belongs to a thread; a call that a capture forbids fails and breaks
+the capture, whose end then gives no graph; and after some errors (`STICKY`) every later call fails
+with the same.
 """
 
 from __future__ import annotations
@@ -30,7 +31,12 @@ __all__ = ["STICKY", "CudaRefusedError", "CudaStandIn"]
 
 Op = Callable[[], None]
 _OK, _OUT_OF_MEMORY = 0, 2
-_UNSUPPORTED, _INVALIDATED, _ISOLATION, _WRONG_THREAD = 900, 901, 905, 908  # cudaErrorStreamCapture...
+_UNSUPPORTED, _INVALIDATED, _ISOLATION, _WRONG_THREAD = (
+    900,
+    901,
+    905,
+    908,
+)  # cudaErrorStreamCapture...
 
 STICKY = frozenset({214, 700, 702, 710, 714, 715, 716, 717, 718, 719})
 """Errors after which a process can use the device no more: illegal addresses, failed launches and their like."""
@@ -54,7 +60,9 @@ class _Capture:
 @dataclass
 class _Stream:
     device: int
-    ops: list[Op | tuple[int, int]] = field(default_factory=list)  # work, or (stream, position) to wait for
+    ops: list[Op | tuple[int, int]] = field(
+        default_factory=list
+    )  # work, or (stream, position) to wait for
     done: int = 0
     capture: _Capture | None = None
     aside: int = 0  # a library's own stream beside it
@@ -78,21 +86,24 @@ class CudaStandIn(KernelStandIn):
     Args:
         devices: GPUs.
         memory: Bytes of each.
-        seed: None runs work as late as it may; a number also runs some of it in between, in an order drawn from it.
+        seed: None runs work as late as it may; a number also runs some of it in between, in an
+            order drawn from it.
         sm: Compute capability of each.
 
     Attributes:
         calls: Every call by name, in order.
         counts: How often each was made.
         fail: Name of a call -> (number of the call, error code) at which it fails.
-        broken: The sticky error that has happened, or 0. What is freed after it counts as freed: the library
-            says no, and the end of the process will do it.
+        broken: The sticky error that has happened, or 0. What is freed after it counts as freed:
+            the library says no, and the end of the process will do it.
     """
 
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyDefault=4)
     cudaStreamCaptureMode = _Mode
 
-    def __init__(self, *, devices: int = 1, memory: int = 1 << 34, seed: int | None = None, sm: int = 90) -> None:
+    def __init__(
+        self, *, devices: int = 1, memory: int = 1 << 34, seed: int | None = None, sm: int = 90
+    ) -> None:
         super().__init__(sm=sm)
         self.calls: list[str] = []
         self.counts: Counter[str] = Counter()
@@ -102,7 +113,9 @@ class CudaStandIn(KernelStandIn):
         self._devices, self._memory = devices, memory
         self._local = threading.local()
         self._lock = threading.RLock()
-        self._blocks: dict[int, tuple[np.ndarray, int | None]] = {}  # address -> memory, device (None: pinned)
+        self._blocks: dict[
+            int, tuple[np.ndarray, int | None]
+        ] = {}  # address -> memory, device (None: pinned)
         self._streams: dict[int, _Stream] = {}
         self._events: dict[int, _Event] = {}
         self._graphs: dict[int, list[Op]] = {}
@@ -152,7 +165,9 @@ class CudaStandIn(KernelStandIn):
             if self.broken:
                 raise CudaRefusedError(self.broken)
             s = self._streams[stream]
-            assert s.device == self.current, f"device {self.current} is current, the stream is of device {s.device}"
+            assert s.device == self.current, (
+                f"device {self.current} is current, the stream is of device {s.device}"
+            )
             if s.capture is None:
                 s.ops.append(op)
                 self._drift()
@@ -223,7 +238,9 @@ class CudaStandIn(KernelStandIn):
 
     def cudaFree(self, address: int) -> tuple[int, None]:
         assert address in self._blocks, "freed twice, or never allocated"
-        return self._answer("cudaFree", lambda: self._freed(address), lets_go=(self._blocks, address))
+        return self._answer(
+            "cudaFree", lambda: self._freed(address), lets_go=(self._blocks, address)
+        )
 
     def cudaHostAlloc(self, size: int, flags: int) -> tuple[int, int]:
         def allocated() -> int:
@@ -234,17 +251,34 @@ class CudaStandIn(KernelStandIn):
 
     def cudaFreeHost(self, address: int) -> tuple[int, None]:
         assert address in self._blocks, "freed twice, or never allocated"
-        return self._answer("cudaFreeHost", lambda: self._freed(address), lets_go=(self._blocks, address))
+        return self._answer(
+            "cudaFreeHost", lambda: self._freed(address), lets_go=(self._blocks, address)
+        )
 
-    def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> tuple[int, None]:
+    def cudaMemcpyAsync(
+        self, target: int, source: int, size: int, kind: int, stream: int
+    ) -> tuple[int, None]:
         self.device_of(target, size), self.device_of(source, size)
-        return self._answer("cudaMemcpyAsync", lambda: self.enqueue(stream, lambda: ctypes.memmove(target, source, size) and None))
+        return self._answer(
+            "cudaMemcpyAsync",
+            lambda: self.enqueue(stream, lambda: ctypes.memmove(target, source, size) and None),
+        )
 
     def cudaMemcpy2DAsync(
-        self, target: int, to_pitch: int, source: int, from_pitch: int, width: int, rows: int, kind: int, stream: int
+        self,
+        target: int,
+        to_pitch: int,
+        source: int,
+        from_pitch: int,
+        width: int,
+        rows: int,
+        kind: int,
+        stream: int,
     ) -> tuple[int, None]:
         spans = [(rows - 1) * pitch + width for pitch in (to_pitch, from_pitch)]
-        assert self.device_of(target, spans[0]) == self.device_of(source, spans[1]), "rows are copied within a device only"
+        assert self.device_of(target, spans[0]) == self.device_of(source, spans[1]), (
+            "rows are copied within a device only"
+        )
 
         def op() -> None:
             for row in range(rows):
@@ -254,9 +288,14 @@ class CudaStandIn(KernelStandIn):
 
     def cudaMemsetAsync(self, address: int, value: int, size: int, stream: int) -> tuple[int, None]:
         self.device_of(address, size)
-        return self._answer("cudaMemsetAsync", lambda: self.enqueue(stream, lambda: ctypes.memset(address, value, size) and None))
+        return self._answer(
+            "cudaMemsetAsync",
+            lambda: self.enqueue(stream, lambda: ctypes.memset(address, value, size) and None),
+        )
 
-    def cudaMemset2DAsync(self, address: int, pitch: int, value: int, width: int, rows: int, stream: int) -> tuple[int, None]:
+    def cudaMemset2DAsync(
+        self, address: int, pitch: int, value: int, width: int, rows: int, stream: int
+    ) -> tuple[int, None]:
         self.device_of(address, (rows - 1) * pitch + width)
 
         def op() -> None:
@@ -266,7 +305,9 @@ class CudaStandIn(KernelStandIn):
         return self._answer("cudaMemset2DAsync", lambda: self.enqueue(stream, op))
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
-        return self._answer("cudaStreamCreateWithFlags", lambda: self._new(self._streams, _Stream(self.current)))
+        return self._answer(
+            "cudaStreamCreateWithFlags", lambda: self._new(self._streams, _Stream(self.current))
+        )
 
     def cudaStreamDestroy(self, stream: int) -> tuple[int, None]:
         def destroyed() -> None:
@@ -299,15 +340,23 @@ class CudaStandIn(KernelStandIn):
         return self._answer("cudaStreamWaitEvent", enqueued)
 
     def cudaEventCreateWithFlags(self, flags: int) -> tuple[int, int]:
-        return self._answer("cudaEventCreateWithFlags", lambda: self._new(self._events, _Event(self.current, flags)))
+        return self._answer(
+            "cudaEventCreateWithFlags", lambda: self._new(self._events, _Event(self.current, flags))
+        )
 
     def cudaEventDestroy(self, event: int) -> tuple[int, None]:
         assert event in self._events, "destroyed twice, or never made"
-        return self._answer("cudaEventDestroy", lambda: self._events.pop(event) and None, lets_go=(self._events, event))
+        return self._answer(
+            "cudaEventDestroy",
+            lambda: self._events.pop(event) and None,
+            lets_go=(self._events, event),
+        )
 
     def cudaEventRecord(self, event: int, stream: int) -> tuple[int, None]:
         s = self._streams[stream]
-        assert self._events[event].device == s.device, "an event is recorded on a stream of its own device"
+        assert self._events[event].device == s.device, (
+            "an event is recorded on a stream of its own device"
+        )
         assert s.capture is None
 
         def recorded() -> None:
@@ -352,10 +401,18 @@ class CudaStandIn(KernelStandIn):
         return self._answer("cudaGraphInstantiate", made)
 
     def cudaGraphDestroy(self, graph: int) -> tuple[int, None]:
-        return self._answer("cudaGraphDestroy", lambda: self._graphs.pop(graph) and None, lets_go=(self._graphs, graph))
+        return self._answer(
+            "cudaGraphDestroy",
+            lambda: self._graphs.pop(graph) and None,
+            lets_go=(self._graphs, graph),
+        )
 
     def cudaGraphExecDestroy(self, graph: int) -> tuple[int, None]:
-        return self._answer("cudaGraphExecDestroy", lambda: self._execs.pop(graph) and None, lets_go=(self._execs, graph))
+        return self._answer(
+            "cudaGraphExecDestroy",
+            lambda: self._execs.pop(graph) and None,
+            lets_go=(self._execs, graph),
+        )
 
     def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[int, None]:
         device, ops = self._execs[graph]
@@ -369,7 +426,9 @@ class CudaStandIn(KernelStandIn):
 
     # How it works.
 
-    def _answer(self, name: str, act: Callable[[], Any], lets_go: tuple[dict[int, Any], int] | None = None) -> Any:
+    def _answer(
+        self, name: str, act: Callable[[], Any], lets_go: tuple[dict[int, Any], int] | None = None
+    ) -> Any:
         """Does what a call does, unless it fails; `lets_go` is what it frees, and where that is noted."""
         with self._lock:
             self.calls.append(name)
@@ -390,7 +449,11 @@ class CudaStandIn(KernelStandIn):
 
     def _forbid_in_capture(self) -> None:
         """What a capture forbids to the thread that captures breaks it; other threads may go on."""
-        mine = [s.capture for s in self._streams.values() if s.capture and s.capture.thread == threading.get_ident()]
+        mine = [
+            s.capture
+            for s in self._streams.values()
+            if s.capture and s.capture.thread == threading.get_ident()
+        ]
         for capture in mine:
             capture.broken = True
         if mine:
@@ -416,7 +479,9 @@ class CudaStandIn(KernelStandIn):
         block.fill(0xEE)
 
     def _free(self, device: int) -> int:
-        return self._memory - sum(block.nbytes for block, where in self._blocks.values() if where == device)
+        return self._memory - sum(
+            block.nbytes for block, where in self._blocks.values() if where == device
+        )
 
     def _run(self, stream: int, upto: int) -> None:
         """Runs a stream's work up to a position, and of other streams only what it waits for."""
@@ -435,6 +500,10 @@ class CudaStandIn(KernelStandIn):
             stream = self._random.choice(list(self._streams))
             s = self._streams[stream]
             op = s.ops[s.done] if s.done < len(s.ops) else None
-            if op is None or (isinstance(op, tuple) and op[0] in self._streams and self._streams[op[0]].done < op[1]):
+            if op is None or (
+                isinstance(op, tuple)
+                and op[0] in self._streams
+                and self._streams[op[0]].done < op[1]
+            ):
                 return  # nothing, or it is waiting
             self._run(stream, s.done + 1)

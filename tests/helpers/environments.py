@@ -27,7 +27,8 @@ PARENTS = {
     "kernels,rtx": "rtx",
 }
 """Extras whose packages are among those of others: an environment starts from its parent's files, which spares
-unpacking torch or TensorRT again."""
+unpacking torch or TensorRT again.
+"""
 
 
 class Environments:
@@ -57,7 +58,15 @@ class Environments:
     def _make(self, extras: str, folder: Path) -> None:
         if parent := PARENTS.get(extras):
             _start_from(self.made(parent), folder)
-        words = [str(ROOT / "tools" / "install.py"), "--venv", str(folder), "--extras", extras, "--wheel", str(self._wheel)]
+        words = [
+            str(ROOT / "tools" / "install.py"),
+            "--venv",
+            str(folder),
+            "--extras",
+            extras,
+            "--wheel",
+            str(self._wheel),
+        ]
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
@@ -77,7 +86,9 @@ class Environments:
         folder = self.made(extras)
         clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         full = [str(_commands(folder) / command), *words]
-        return subprocess.run(full, cwd=folder, env=clean, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            full, cwd=folder, env=clean, capture_output=True, text=True, check=False
+        )
 
     def installed(self, extras: str) -> dict[str, Distribution]:
         """Its distributions by their normalized names."""
@@ -94,17 +105,23 @@ def required(installed: dict[str, Distribution], name: str, extras: frozenset[st
         if current in seen or current[0] not in installed:
             continue
         seen.add(current)
-        pending += [(_normalized(r.name), frozenset(r.extras)) for r in _asked(installed[current[0]], current[1])]
+        pending += [
+            (_normalized(r.name), frozenset(r.extras))
+            for r in _asked(installed[current[0]], current[1])
+        ]
     return {found for found, _ in seen}
 
 
 def _asked(distribution: Distribution, extras: frozenset[str]) -> Iterator[Requirement]:
     for text in distribution.requires or ():
         requirement = Requirement(text)
-        # Windows counts too: pip has been seen to install what only a version it had weighed and dropped asks for on this system.
+        # Windows counts too: pip has been seen to install what only a version it had weighed and
+        # dropped asks for on this system.
         systems = ({}, {"sys_platform": "win32"})
         chosen = ({"extra": extra, **system} for extra in ("", *extras) for system in systems)
-        if requirement.marker is None or any(requirement.marker.evaluate(environment) for environment in chosen):
+        if requirement.marker is None or any(
+            requirement.marker.evaluate(environment) for environment in chosen
+        ):
             yield requirement
 
 
@@ -121,6 +138,8 @@ def _start_from(parent: Path, folder: Path) -> None:
     (site,) = parent.rglob("site-packages")
     imports = "import importlib.util as u\nfor n in ('torch', 'onnx_ir', 'onnx'):\n  if u.find_spec(n): __import__(n)"
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    subprocess.run([str(_commands(parent) / "python"), "-c", imports], env=clean, check=True)  # compiled here, once
+    subprocess.run(
+        [str(_commands(parent) / "python"), "-c", imports], env=clean, check=True
+    )  # compiled here, once
     ours = shutil.ignore_patterns("twotower", "twotower-*")
     shutil.copytree(site, folder / site.relative_to(parent), copy_function=os.link, ignore=ours)

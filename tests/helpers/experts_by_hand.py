@@ -12,10 +12,16 @@ from twotower.bundle import ExpertsStep
 
 __all__ = ["experts_by_hand"]
 
-_NUMPY: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+_NUMPY: dict[str, Any] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
 
 
-def experts_by_hand(step: ExpertsStep, x: np.ndarray, shares: np.ndarray, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+def experts_by_hand(
+    step: ExpertsStep, x: np.ndarray, shares: np.ndarray, weights: Mapping[str, np.ndarray]
+) -> np.ndarray:
     """What the experts of a layer give, token by token, so that none depends on its neighbours.
 
     Args:
@@ -32,7 +38,11 @@ def experts_by_hand(step: ExpertsStep, x: np.ndarray, shares: np.ndarray, weight
     def product(matrix: np.ndarray, row: np.ndarray) -> np.ndarray:
         return rounded(matrix @ row)
 
-    full = {matrix: _wide(step, matrix, weights) for matrix in ("up", "down", "shared_up", "shared_down") if matrix in weights}
+    full = {
+        matrix: _wide(step, matrix, weights)
+        for matrix in ("up", "down", "shared_up", "shared_down")
+        if matrix in weights
+    }
     out = np.zeros(x.shape, dtype)
     for n, row in enumerate(x.astype(np.float32)):
         total = np.zeros(step.hidden, np.float32)

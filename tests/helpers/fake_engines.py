@@ -1,7 +1,8 @@
 """A toy two-tower model in NumPy behind the engine protocol, and a log of everything the runtime does to it.
 
-The toy has the shape of the contract and no mathematics: its "state" is a hash of every token read, spread over the KV, convolution and SSM
-buffers, and every prediction is a hash of all of it. A token read twice, a swapped buffer or a stale cache therefore changes the text.
+The toy has the shape of the contract and no mathematics: its "state" is a hash of every token read,
+spread over the KV, convolution and SSM buffers, and every prediction is a hash of all of it. A
+token read twice, a swapped buffer or a stale cache therefore changes the text.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ class FakeEngine:
         for spec in (*self.signature.inputs, *self.signature.outputs):
             a = arrays[spec.name]
             assert a.flags.c_contiguous and len(a.shape) == len(spec.axes), spec.name
-            assert all(a.shape[i] == n for i, n in enumerate(spec.axes) if isinstance(n, int)), spec.name
+            assert all(a.shape[i] == n for i, n in enumerate(spec.axes) if isinstance(n, int)), (
+                spec.name
+            )
         return _FakeBinding(self, dict(arrays))
 
     def close(self) -> None:
@@ -153,7 +156,8 @@ def fake_towers(config: ModelConfig | None = None, *, eos_every: int = 0) -> Fak
 
     Args:
         config: Sizes; the layers must be one attention and one Mamba layer.
-        eos_every: The toy predicts the end-of-sequence token where a hash is divisible by it; 0 for only by chance.
+        eos_every: The toy predicts the end-of-sequence token where a hash is divisible by it; 0 for
+            only by chance.
     """
     config = config or fake_config()
     log: list[str] = []
@@ -163,7 +167,9 @@ def fake_towers(config: ModelConfig | None = None, *, eos_every: int = 0) -> Fak
     head = FakeEngine(every[CONTEXT_HEAD], toy.head, log)
     denoiser = FakeEngine(every[DENOISER], toy.denoiser, log)
     streams = Streams(FakeStream("context", log), FakeStream("denoiser", log))
-    return FakeTowers(Towers(config, "float32", context, head, denoiser), context, head, denoiser, streams, log)
+    return FakeTowers(
+        Towers(config, "float32", context, head, denoiser), context, head, denoiser, streams, log
+    )
 
 
 def _mix(*values: int) -> int:
@@ -196,12 +202,18 @@ class _Toy:
                 window = [*window[1:], float(token)]
             a[present_ssm(_SSM)][b] = state
             a[present_conv(_SSM)][b] = np.asarray(window)[:, None]
-            a["hidden"][b] = self._digest(a[present_conv(_SSM)], a[present_ssm(_SSM)], key, value, row=b, length=past + length)
+            a["hidden"][b] = self._digest(
+                a[present_conv(_SSM)], a[present_ssm(_SSM)], key, value, row=b, length=past + length
+            )
 
-    def _digest(self, conv: Array, ssm: Array, key: Array, value: Array, *, row: int, length: int) -> float:
+    def _digest(
+        self, conv: Array, ssm: Array, key: Array, value: Array, *, row: int, length: int
+    ) -> float:
         """A hash of the whole state; NaN if any buffer holds one, masked positions included (0 * NaN is NaN)."""
         seen = (np.arange(key.shape[2]) < length).astype(np.float64)
-        total = float(key[row, 0, :, 0].astype(np.float64) @ seen) + 3 * float(value[row, 0, :, 0].astype(np.float64) @ seen)
+        total = float(key[row, 0, :, 0].astype(np.float64) @ seen) + 3 * float(
+            value[row, 0, :, 0].astype(np.float64) @ seen
+        )
         parts = [total, float(conv[row].sum()), float(ssm[row].reshape(-1)[-1])]
         if not np.isfinite(parts).all():
             return np.nan
@@ -235,7 +247,12 @@ class _Toy:
             if np.isnan(digest):
                 a["confidence"][b] = np.nan
                 continue
-            logits = self._rng(int(digest), *(int(t) for t in block)).standard_normal((len(block), self.config.vocab_size)) * 4
+            logits = (
+                self._rng(int(digest), *(int(t) for t in block)).standard_normal(
+                    (len(block), self.config.vocab_size)
+                )
+                * 4
+            )
             for i in range(len(block)):
                 self._lean_to_eos(logits[i], int(digest) + i)
             logits[:, mask] = -np.inf

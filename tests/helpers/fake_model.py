@@ -18,7 +18,13 @@ AR_MS, PASS_MS, EXTEND_MS = 1.0, 2.0, 1.0
 
 def problem(kind: str, number: int, length: str = "in") -> Problem:
     """A problem with an answer of twenty words."""
-    return Problem(f"{kind}-{number}", kind, f"Q: {kind} {number}", " ".join(f"{kind}{number}" for _ in range(20)), length)
+    return Problem(
+        f"{kind}-{number}",
+        kind,
+        f"Q: {kind} {number}",
+        " ".join(f"{kind}{number}" for _ in range(20)),
+        length,
+    )
 
 
 @dataclass
@@ -27,7 +33,8 @@ class FakeModel:
 
     Attributes:
         problems: What it knows.
-        wrong_below: A diffusion answer is wrong where the problem's own difficulty (0 to 1) is above the threshold plus this.
+        wrong_below: A diffusion answer is wrong where the problem's own difficulty (0 to 1) is
+            above the threshold plus this.
         calls: (prompt, mode, threshold, steps) of every request.
         seeds: Their seeds.
     """
@@ -43,7 +50,9 @@ class FakeModel:
     seeds: list[int | None] = field(default_factory=list)
 
     def generate(self, prompt: str, config: GenerationConfig) -> Generation:
-        self.calls.append((prompt, config.mode, config.confidence_threshold, config.steps_per_block))
+        self.calls.append(
+            (prompt, config.mode, config.confidence_threshold, config.steps_per_block)
+        )
         self.seeds.append(config.seed)
         asked = next(p for p in self.problems if p.prompt == prompt)
         tokens = tuple(range(20))
@@ -53,7 +62,9 @@ class FakeModel:
             blocks = 0
         else:
             right = difficulty(asked) <= config.confidence_threshold + self.wrong_below
-            passes = blocks * min(config.steps_per_block, 1 + round(10 * config.confidence_threshold))
+            passes = blocks * min(
+                config.steps_per_block, 1 + round(10 * config.confidence_threshold)
+            )
             ms = passes * PASS_MS + blocks * EXTEND_MS
         text = f" {asked.answer}" if right else " something else"
         usage, timings = Usage(5, len(tokens), passes, blocks), Timings(0.5, ms, 0.0, ms)

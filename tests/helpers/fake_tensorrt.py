@@ -1,10 +1,12 @@
 """A stand-in for `tensorrt` 11.4 with the part of its API that builders use; it compiles nothing and needs no GPU.
 
-It has what only the full library has (a timing cache that works) and lacks what only TensorRT for RTX has (`ComputeCapability`,
-`num_compute_capabilities`), so that code which takes one for the other fails. `tests/builders/trt/test_network.py` holds its names
-against the real bindings. A graph chooses what happens by its operators: `Refuse`, `RefuseBuild`, `Ignore`, `Crash`, `Raise`.
+It has what only the full library has (a timing cache that works) and lacks what only TensorRT for
+RTX has (`ComputeCapability`, `num_compute_capabilities`), so that code which takes one for the
+other fails. `tests/builders/trt/test_network.py` holds its names against the real bindings. A graph
+chooses what happens by its operators: `Refuse`, `RefuseBuild`, `Ignore`, `Crash`, `Raise`.
 
-It is loaded by path and not imported: a copy named `tensorrt/__init__.py` is what a child process finds (`install_fake`).
+It is loaded by path and not imported: a copy named `tensorrt/__init__.py` is what a child process
+finds (`install_fake`).
 """
 
 from __future__ import annotations
@@ -127,7 +129,11 @@ class OnnxParser:
         graph = onnx.load_from_string(model).graph
         assert path is not None
         assert os.path.isfile(path), "weights are found from here"
-        kinds = {"MatMul": LayerType.MATRIX_MULTIPLY, "TensorScatter": LayerType.KV_CACHE_UPDATE, "Attention": LayerType.ATTENTION_INPUT}
+        kinds = {
+            "MatMul": LayerType.MATRIX_MULTIPLY,
+            "TensorScatter": LayerType.KV_CACHE_UPDATE,
+            "Attention": LayerType.ATTENTION_INPUT,
+        }
         self._network.ops = [node.op_type for node in graph.node]
         self._network.layers = [ILayer(kinds.get(op, LayerType.OTHER)) for op in self._network.ops]
         self._network.digest = hashlib.sha256(model).hexdigest()
@@ -157,12 +163,21 @@ class IOptimizationProfile:
     def __init__(self) -> None:
         self.shapes: dict[str, list[tuple[int, ...]]] = {}
 
-    def set_shape(self, name: str, least: tuple[int, ...], best: tuple[int, ...], most: tuple[int, ...]) -> None:
+    def set_shape(
+        self, name: str, least: tuple[int, ...], best: tuple[int, ...], most: tuple[int, ...]
+    ) -> None:
         self.shapes[name] = [least, best, most]
 
 
 class IBuilderConfig:
-    __slots__ = ("cache", "flags", "max_aux_streams", "profiles", "profiling_verbosity", "progress_monitor")
+    __slots__ = (
+        "cache",
+        "flags",
+        "max_aux_streams",
+        "profiles",
+        "profiling_verbosity",
+        "progress_monitor",
+    )
 
     def __init__(self) -> None:
         self.flags = {BuilderFlag.TF32}  # on unless it is cleared, as in the real one
@@ -209,7 +224,9 @@ class Builder:
     def create_optimization_profile(self) -> IOptimizationProfile:
         return IOptimizationProfile()
 
-    def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> memoryview | None:
+    def build_serialized_network(
+        self, network: INetworkDefinition, config: IBuilderConfig
+    ) -> memoryview | None:
         if "Crash" in network.ops:
             os.kill(os.getpid(), signal.SIGSEGV)
         if "Raise" in network.ops:

@@ -1,6 +1,7 @@
 """Fake quantization in torch: rounding to few bits written a second time, and towers that compute with it.
 
-Nothing here is taken from `twotower.calibration`: types are torch's own where it has them, a table of values where it has not.
+Nothing here is taken from `twotower.calibration`: types are torch's own where it has them, a table
+of values where it has not.
 """
 
 from __future__ import annotations
@@ -34,12 +35,16 @@ def to_float4(x: torch.Tensor) -> torch.Tensor:
     return FLOAT4[index] * x.sign()
 
 
-def fake_quantize(w: torch.Tensor, name: str, *, group: int = 0, greatest: float | None = None) -> torch.Tensor:
+def fake_quantize(
+    w: torch.Tensor, name: str, *, group: int = 0, greatest: float | None = None
+) -> torch.Tensor:
     """A matrix [out, in] float32 as it is read back, plainly rounded; `greatest` is of the whole tensor, for nvfp4."""
     rows = w.reshape(w.shape[0], -1, group or w.shape[-1])
     if name == "nvfp4":
         shared = torch.tensor((greatest or float(w.abs().max())) / (6 * 448), dtype=torch.float32)
-        scale = (rows.abs().amax(-1, keepdim=True) / 6 / shared).clamp(2.0**-9, 448).to(torch.float8_e4m3fn).float() * shared
+        scale = (rows.abs().amax(-1, keepdim=True) / 6 / shared).clamp(2.0**-9, 448).to(
+            torch.float8_e4m3fn
+        ).float() * shared
         return (to_float4(rows / scale) * scale).reshape(w.shape)
     largest = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[name]
     scale = (rows.abs().amax(-1, keepdim=True) / largest).clamp(min=2.0**-24)
@@ -51,17 +56,26 @@ def fake_quantize(w: torch.Tensor, name: str, *, group: int = 0, greatest: float
 def fake_input(x: torch.Tensor, dtype: str, scale: float) -> torch.Tensor:
     """The input of a product, rounded with a scale for all of it; ONNX's int8 reaches to -128."""
     units = x / torch.tensor(scale, dtype=torch.float32)
-    units = units.round().clamp(-128, 127) if dtype == "int8" else units.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    units = (
+        units.round().clamp(-128, 127)
+        if dtype == "int8"
+        else units.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    )
     return units * torch.tensor(scale, dtype=torch.float32)
 
 
 def block_of(columns: int, group: int, *, even_rows: bool) -> int:
     """Values of an input that ONNX Runtime on a CPU rounds together, for a product with a matrix in few bits.
 
-    The widest that divides a row and the weights that share a scale, where the product always has an even number of rows.
+    The widest that divides a row and the weights that share a scale, where the product always has
+    an even number of rows.
     """
     widest = 128 if even_rows else 32
-    return max(block for block in (32, 64, 128) if block <= widest and columns % block == 0 == (group or columns) % block)
+    return max(
+        block
+        for block in (32, 64, 128)
+        if block <= widest and columns % block == 0 == (group or columns) % block
+    )
 
 
 def in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
@@ -75,17 +89,29 @@ def in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
 class _InProjection(nn.Module):
     """Mamba's first product with its rows for dt exact and the others quantized, weights and input."""
 
-    def __init__(self, exact: torch.Tensor, few: torch.Tensor, heads: int, rounded: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        exact: torch.Tensor,
+        few: torch.Tensor,
+        heads: int,
+        rounded: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
         super().__init__()
         self.exact, self.few, self.heads, self.rounded = exact, few, heads, rounded
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
-        return torch.cat((self.rounded(u) @ self.few[: -self.heads].T, u @ self.exact[-self.heads :].T), -1)
+        return torch.cat(
+            (self.rounded(u) @ self.few[: -self.heads].T, u @ self.exact[-self.heads :].T), -1
+        )
 
 
 @cache
 def weights_of(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
-    return {name: array for file in sorted(folder.glob("*.safetensors")) for name, array in load_file(file).items()}
+    return {
+        name: array
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, array in load_file(file).items()
+    }
 
 
 def quantized_towers(
@@ -101,7 +127,8 @@ def quantized_towers(
         folder: The checkpoint.
         formats: By stacked weight name the format and its group.
         activations: By the name of the first weight an input is multiplied with its type and scale.
-        blocks: Whether products of integers round their inputs in blocks, as ONNX Runtime on a CPU does.
+        blocks: Whether products of integers round their inputs in blocks, as ONNX Runtime on a CPU
+            does.
     """
     config, tensors = read_model_config(folder / "config.json"), weights_of(folder)
 
@@ -120,12 +147,16 @@ def quantized_towers(
             weight = stack_of(_HEADS.get(f"{prefix}.{name}", f"{prefix}.{name}") + ".weight")
             even = prefix == "denoiser_tower" or ".experts." in weight
             if isinstance(module, nn.Linear):
-                block = _block(formats.get(weight), module.in_features, even_rows=even) if blocks else 0
+                block = (
+                    _block(formats.get(weight), module.in_features, even_rows=even) if blocks else 0
+                )
                 _rounds_input(module, weight, _Rounding(activations.get(weight), block))
             split = f"{prefix}.{name}.in_proj.weight"
             if name.endswith("mixer") and split in formats:
                 block = _block(formats[split], config.hidden_size, even_rows=even) if blocks else 0
-                _split_in_projection(module, formats[split], _Rounding(activations.get(split), block), config)
+                _split_in_projection(
+                    module, formats[split], _Rounding(activations.get(split), block), config
+                )
     return towers
 
 
@@ -150,7 +181,9 @@ class _Rounding:
         return in_blocks(x, self.block) if self.block else x
 
 
-def _split_in_projection(module: Any, how: tuple[str, int], rounding: _Rounding, config: ModelConfig) -> None:
+def _split_in_projection(
+    module: Any, how: tuple[str, int], rounding: _Rounding, config: ModelConfig
+) -> None:
     exact = module.in_proj.weight.detach()
     few = fake_quantize(exact, how[0], group=how[1])
     module.in_proj = _InProjection(exact, few, config.mamba_num_heads, rounding)
@@ -168,4 +201,6 @@ def stack_of(name: str) -> str:
     """
     words = name.split(".")
     words = ["qkv_proj" if w in ("q_proj", "k_proj", "v_proj") else w for w in words]
-    return ".".join(w for i, w in enumerate(words) if not (w.isdigit() and words[i - 1] == "experts"))
+    return ".".join(
+        w for i, w in enumerate(words) if not (w.isdigit() and words[i - 1] == "experts")
+    )

@@ -2,9 +2,10 @@
 
 In two ways that know nothing of each other. `with_bodies` writes what the operators' documentation
 says in operators of the standard: route by softmax over `router_probs`, keep the greatest k, weigh.
-`with_cpu_kernels` keeps the operators, so that ONNX Runtime's own kernels read rows, routing, stacks,
-nibbles and scales: SwiGLU of a row that is there twice is x * sigmoid(alpha x) * x, which for a large
-alpha is relu(x)^2.
+`with_cpu_kernels` keeps the operators, so that ONNX Runtime's own kernels read rows, routing,
+stacks,
+nibbles and scales: SwiGLU of a row that is there twice is x * sigmoid(alpha x) * x, which for a
+large alpha is relu(x)^2.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def with_cpu_kernels(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
             node.attribute.append(onnx.helper.make_attribute(name, value))
         node.attribute.append(onnx.helper.make_attribute("swiglu_fusion", 1))
         for name in node.input[2:3] if node.op_type == "MoE" else node.input[2:4]:
-            twice = np.repeat(numpy_helper.to_array(tensors[name]), 2, axis=1)  # gate, value, gate, ...
+            twice = np.repeat(
+                numpy_helper.to_array(tensors[name]), 2, axis=1
+            )  # gate, value, gate, ...
             tensors[name].CopyFrom(numpy_helper.from_array(twice, name))
     return out
 
@@ -78,18 +81,24 @@ class _Body:
             up, down = self._wide(up, up_scale), self._wide(down, down_scale)
         else:
             up, _, down = weights
-        hidden = self._op("Relu", self._op("MatMul", rows, self._op("Transpose", up, perm=[0, 2, 1])))
+        hidden = self._op(
+            "Relu", self._op("MatMul", rows, self._op("Transpose", up, perm=[0, 2, 1]))
+        )
         hidden = self._op("Mul", hidden, hidden)
         each = self._op("MatMul", hidden, self._op("Transpose", down, perm=[0, 2, 1]))  # [E,R,D]
         weight, mine = self._routing(probs)
         weighed = self._op("Mul", each, weight)
         weighed = self._op("Where", mine, weighed, self._constant(np.zeros((), np.float32)))
-        self._op("ReduceSum", weighed, self._constant(np.array([0])), named=node.output[0], keepdims=0)
+        self._op(
+            "ReduceSum", weighed, self._constant(np.array([0])), named=node.output[0], keepdims=0
+        )
 
     def _routing(self, probs: str) -> tuple[str, str]:
         """Weights [E,R,1] of softmax, and the greatest k."""
         softmax = self._op("Softmax", probs, axis=-1)
-        _, best = self._several("TopK", probs, self._constant(np.array([self._options["k"]])), axis=-1)
+        _, best = self._several(
+            "TopK", probs, self._constant(np.array([self._options["k"]])), axis=-1
+        )
         experts = self._op("Shape", probs, start=1)
         every = self._op("Range", self._scalar(0), self._op("Squeeze", experts), self._scalar(1))
         same = self._op("Equal", self._op("Unsqueeze", best, self._constant(np.array([-1]))), every)
@@ -111,13 +120,19 @@ class _Body:
         if bits == 4:
             last = self._constant(np.array([-1]))
             low = self._op("BitwiseAnd", values, self._constant(np.array(15, np.uint8)))
-            high = self._op("BitShift", values, self._constant(np.array(4, np.uint8)), direction="RIGHT")
-            values = self._op("Concat", *(self._op("Unsqueeze", x, last) for x in (low, high)), axis=-1)
+            high = self._op(
+                "BitShift", values, self._constant(np.array(4, np.uint8)), direction="RIGHT"
+            )
+            values = self._op(
+                "Concat", *(self._op("Unsqueeze", x, last) for x in (low, high)), axis=-1
+            )
             columns *= 2
         wide = self._op("Cast", values, to=TensorProto.FLOAT)
         wide = self._op("Sub", wide, self._constant(np.array(1 << (bits - 1), np.float32)))
         group = self._options.get("block_size", columns)
-        assert self._shapes[scale] == ((count, rows, columns // group) if "block_size" in self._options else (count, rows))
+        assert self._shapes[scale] == (
+            (count, rows, columns // group) if "block_size" in self._options else (count, rows)
+        )
         grouped = self._reshaped(wide, (count, rows, columns // group, group))
         scales = self._reshaped(scale, (count, rows, columns // group, 1))
         return self._reshaped(self._op("Mul", grouped, scales), (count, rows, columns))

@@ -32,13 +32,17 @@ def fixture_weights(folder: Path) -> dict[str, np.ndarray]:
 class GraphRunner:
     """The three graphs of one model, fed and read by name."""
 
-    def __init__(self, config: ModelConfig, tensors: dict[str, np.ndarray], dtype: str = "float32") -> None:
+    def __init__(
+        self, config: ModelConfig, tensors: dict[str, np.ndarray], dtype: str = "float32"
+    ) -> None:
         self.config, self._sessions, self._weights = config, {}, {}
         for name in signatures(config, dtype):
             model, self._weights[name] = graph_with_weight_inputs(config, name, tensors, dtype)
             options = ort.SessionOptions()
             options.log_severity_level = 3
-            self._sessions[name] = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            self._sessions[name] = ort.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
 
     def __call__(self, graph: str, **feeds: Any) -> dict[str, np.ndarray]:
         session = self._sessions[graph]
@@ -47,12 +51,20 @@ class GraphRunner:
         every = {k: v for k, v in {**self._weights[graph], **feeds}.items() if k in known}
         return dict(zip(names, session.run(names, every), strict=True))
 
-    def extend(self, state: dict[str, np.ndarray], tokens: Any, past: Any, lengths: Any = None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def extend(
+        self, state: dict[str, np.ndarray], tokens: Any, past: Any, lengths: Any = None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The context graph on tokens [B,L]; the new state under its input names, and `hidden`."""
         tokens, past = np.asarray(tokens, np.int64), np.asarray(past, np.int64)
-        lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else np.asarray(lengths, np.int64)
+        lengths = (
+            np.full(len(tokens), tokens.shape[1])
+            if lengths is None
+            else np.asarray(lengths, np.int64)
+        )
         out = self("context", tokens=tokens, chunk_length=lengths, past_length=past, **state)
-        return {s.past.name: out[s.present.name] for s in state_tensors(self.config, "float32")}, out["hidden"]
+        return {
+            s.past.name: out[s.present.name] for s in state_tensors(self.config, "float32")
+        }, out["hidden"]
 
 
 def graph_with_weight_inputs(
@@ -62,7 +74,9 @@ def graph_with_weight_inputs(
     graph = build_graph(name, config, dtype)
     for i, weight in enumerate(graph.weights):
         value = graph.model.graph.initializers[weight.name]
-        value.const_value = ir.ExternalTensor("x", i, weight.nbytes, value.dtype, shape=ir.Shape(weight.shape), name=weight.name)
+        value.const_value = ir.ExternalTensor(
+            "x", i, weight.nbytes, value.dtype, shape=ir.Shape(weight.shape), name=weight.name
+        )
     model = ir.to_proto(graph.model)
     if dtype != "float32":
         widen_to_float32(model)
@@ -79,11 +93,19 @@ def graph_with_weight_inputs(
 def zero_state(config: ModelConfig, rows: int, capacity: int) -> dict[str, np.ndarray]:
     """A state before the first token."""
     sizes = {"B": rows, "T": capacity}
-    return {s.past.name: np.zeros(s.past.shape(sizes), np.float32) for s in state_tensors(config, "float32")}
+    return {
+        s.past.name: np.zeros(s.past.shape(sizes), np.float32)
+        for s in state_tensors(config, "float32")
+    }
 
 
-def random_state(config: ModelConfig, rows: int, capacity: int, seed: int = 0) -> dict[str, np.ndarray]:
+def random_state(
+    config: ModelConfig, rows: int, capacity: int, seed: int = 0
+) -> dict[str, np.ndarray]:
     """A non-zero state that differs in every tensor: zeros would hide swapped or unread inputs."""
     rng = np.random.default_rng(seed)
     sizes = {"B": rows, "T": capacity}
-    return {s.past.name: rng.standard_normal(s.past.shape(sizes)).astype(np.float32) for s in state_tensors(config, "float32")}
+    return {
+        s.past.name: rng.standard_normal(s.past.shape(sizes)).astype(np.float32)
+        for s in state_tensors(config, "float32")
+    }

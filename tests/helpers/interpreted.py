@@ -21,10 +21,14 @@ _TYPES = {
 }  # fmt: skip
 
 
-def run_interpreted(manifest: Manifest, x: Array, shares: Array, weights: Mapping[str, Array], sm: int = 80) -> Array:
+def run_interpreted(
+    manifest: Manifest, x: Array, shares: Array, weights: Mapping[str, Array], sm: int = 80
+) -> Array:
     """The result of a layer, by its launches. Memory that nothing was written to is full of NaN."""
     if os.environ.get("TRITON_INTERPRET") != "1":
-        raise AssertionError("run `make kernels`: the interpreter has to be chosen before Triton is imported")
+        raise AssertionError(
+            "run `make kernels`: the interpreter has to be chosen before Triton is imported"
+        )
     from twotower.kernels.device.functions import FUNCTIONS
 
     shape, count = manifest.shape, len(x)
@@ -34,8 +38,13 @@ def run_interpreted(manifest: Manifest, x: Array, shares: Array, weights: Mappin
     arrays = {"x": x, "shares": shares, "out": out, **weights}
     for launch in launches(shape, count, sm, manifest):
         spec = specs[launch.kernel]
-        given = [_tensor(value, kind, arrays, scratch) for value, (_, kind) in zip(launch.params, spec.arguments, strict=True)]
-        FUNCTIONS[spec.function][launch.grid](*given, **spec.constants, num_warps=spec.warps, num_stages=spec.stages)
+        given = [
+            _tensor(value, kind, arrays, scratch)
+            for value, (_, kind) in zip(launch.params, spec.arguments, strict=True)
+        ]
+        FUNCTIONS[spec.function][launch.grid](
+            *given, **spec.constants, num_warps=spec.warps, num_stages=spec.stages
+        )
     return out
 
 

@@ -37,8 +37,16 @@ def write_kernels(folder: Path, shape: ExpertShape, sms: Sequence[int] = (90,)) 
             file = f"{spec.name}.sm{sm}.cubin"
             (folder / file).write_bytes(text)
             digest = hashlib.sha256(text).hexdigest()
-            sizes = {"threads": 32 * spec.warps, "shared": 64 << 10, "registers": 128, "stack": 0, "nulls": 2}
-            cubins.append(Cubin(spec.name, sm, file, spec.function, digest, spec.arguments, **sizes))
+            sizes = {
+                "threads": 32 * spec.warps,
+                "shared": 64 << 10,
+                "registers": 128,
+                "stack": 0,
+                "nulls": 2,
+            }
+            cubins.append(
+                Cubin(spec.name, sm, file, spec.function, digest, spec.arguments, **sizes)
+            )
     manifest = Manifest(folder, shape, "3.9.0", True, MOST_TOKENS, tuple(cubins))
     (folder / MANIFEST).write_text(json.dumps(manifest.to_json()), encoding="utf-8")
     return manifest
@@ -53,7 +61,9 @@ class KernelStandIn:
     """
 
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
-    cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76)
+    cudaDeviceAttr = SimpleNamespace(
+        cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76
+    )
 
     def __init__(self, *, sm: int = 90) -> None:
         self.sm = sm
@@ -102,7 +112,9 @@ class KernelStandIn:
         shape, spec = _spec(self.loaded[function])
         assert (gz, ty, tz, extra) == (1, 1, 1, 0)
         assert threads == 32 * spec.warps
-        assert shared <= self._allowed.get(function, 48 << 10), "more shared memory than was asked for"
+        assert shared <= self._allowed.get(function, 48 << 10), (
+            "more shared memory than was asked for"
+        )
         values = _values(spec, table)
         self.launched.append(spec.name)
         self.enqueue(stream, lambda: _Run(self, shape, spec, (gx, gy), values).run())
@@ -111,7 +123,9 @@ class KernelStandIn:
 
 def _spec(text: dict[str, Any]) -> tuple[ExpertShape, KernelSpec]:
     shape = ExpertShape.from_json(text["shape"])
-    return shape, next(spec for spec in kernel_specs(shape, text["sm"]) if spec.name == text["kernel"])
+    return shape, next(
+        spec for spec in kernel_specs(shape, text["sm"]) if spec.name == text["kernel"]
+    )
 
 
 def _values(spec: KernelSpec, table: int) -> dict[str, int]:
@@ -129,7 +143,14 @@ def _values(spec: KernelSpec, table: int) -> dict[str, int]:
 class _Run:
     """One launch over host memory, with its grid checked against what it has to cover."""
 
-    def __init__(self, cuda: KernelStandIn, shape: ExpertShape, spec: KernelSpec, grid: tuple[int, int], values: dict[str, int]) -> None:
+    def __init__(
+        self,
+        cuda: KernelStandIn,
+        shape: ExpertShape,
+        spec: KernelSpec,
+        grid: tuple[int, int],
+        values: dict[str, int],
+    ) -> None:
         self.cuda, self.shape, self.spec, self.grid, self.values = cuda, shape, spec, grid, values
         self.count = values["N"]
         self.kinds = dict(spec.arguments)
@@ -153,7 +174,9 @@ class _Run:
             if matrix.startswith("shared") and not self.shape.shared_intermediate:
                 continue
             *rows, columns = self.shape.stored_shape(matrix)
-            out[matrix] = self.array(matrix, *rows, columns // 2 if how is not None and how.bits == 4 else columns)
+            out[matrix] = self.array(
+                matrix, *rows, columns // 2 if how is not None and how.bits == 4 else columns
+            )
             if how is not None:
                 out[f"{matrix}_scale"] = self.array(f"{matrix}_scale", *rows, how.groups(columns))
                 if how.scale_dtype == "float8e4m3fn":
@@ -172,7 +195,10 @@ class _Run:
         return experts.reshape(self.count, self.shape.top)
 
     def write_lists(self, experts: np.ndarray) -> None:
-        order = np.argsort(np.where(experts.reshape(-1) < 0, self.shape.experts, experts.reshape(-1)), kind="stable")
+        order = np.argsort(
+            np.where(experts.reshape(-1) < 0, self.shape.experts, experts.reshape(-1)),
+            kind="stable",
+        )
         self.array("order", experts.size)[:] = order
         blocks = self.array("blocks", 3, self.values["BLOCKS"])
         blocks[0] = -1
@@ -218,10 +244,14 @@ class _Run:
         """`h` cut into the rows of pairs and those of the shared experts."""
         s, pairs = self.shape, self.count * self.shape.top
         whole = self.array("h", pairs * s.width + self.count * s.shared_intermediate)
-        return whole[: pairs * s.width].reshape(pairs, s.width), whole[pairs * s.width :].reshape(-1, s.shared_width)
+        return whole[: pairs * s.width].reshape(pairs, s.width), whole[pairs * s.width :].reshape(
+            -1, s.shared_width
+        )
 
     def check_grid(self, columns: int) -> None:
-        blocks = self.values["BLOCKS"] + self.shape.shared * -(-self.count // self.spec.constants["BM"])
+        blocks = self.values["BLOCKS"] + self.shape.shared * -(
+            -self.count // self.spec.constants["BM"]
+        )
         assert self.grid == (-(-columns // self.spec.constants["BN"]), blocks)
 
     def _up(self) -> None:
@@ -235,9 +265,13 @@ class _Run:
     def _down(self) -> None:
         self.check_grid(self.shape.hidden)
         share_of = self.array("share_of", self.count, self.shape.top)
-        made = down_twin(self.shape, self.hidden(), (self.experts(), share_of), self.weights("down"))
+        made = down_twin(
+            self.shape, self.hidden(), (self.experts(), share_of), self.weights("down")
+        )
         used = np.concatenate([share_of.reshape(-1) != 0, np.ones(len(made) - share_of.size, bool)])
-        self.array("y", *made.shape)[used] = made[used]  # a row of a slot that is not used keeps what was there
+        self.array("y", *made.shape)[used] = made[
+            used
+        ]  # a row of a slot that is not used keeps what was there
 
     def _combine(self) -> None:
         share_of = self.array("share_of", self.count, self.shape.top)

@@ -15,7 +15,16 @@ from twotower.dtypes import carried_dtype, numpy_dtype, to_float32, to_stored
 from twotower.kernels.shape import MATRICES, ExpertFormats, ExpertShape
 from twotower.kernels.twin import Array
 
-__all__ = ["FORMAT_NAMES", "ROUTINGS", "Layer", "exact", "make_shape", "random_layer", "routing", "tokens"]
+__all__ = [
+    "FORMAT_NAMES",
+    "ROUTINGS",
+    "Layer",
+    "exact",
+    "make_shape",
+    "random_layer",
+    "routing",
+    "tokens",
+]
 
 MXFP4 = WeightFormat("mxfp4", "float4e2m1", 6.0, group=32, scale_dtype="float8e8m0")
 
@@ -56,8 +65,18 @@ def make_shape(
             return stored_format("int8", columns, stacked=True)
         return None if not kind else stored_format(kind, columns, stacked=False, group=group)
 
-    formats = ExpertFormats(how(routed, hidden), how(routed, width), how(others, hidden), how(others, width))
-    return ExpertShape(hidden=hidden, width=width, experts=experts, top=top, shared_intermediate=shared, dtype=dtype, weights=formats)
+    formats = ExpertFormats(
+        how(routed, hidden), how(routed, width), how(others, hidden), how(others, width)
+    )
+    return ExpertShape(
+        hidden=hidden,
+        width=width,
+        experts=experts,
+        top=top,
+        shared_intermediate=shared,
+        dtype=dtype,
+        weights=formats,
+    )
 
 
 @dataclass(frozen=True)
@@ -100,7 +119,12 @@ def _stored(weights: Array, how: WeightFormat | None, dtype: str) -> tuple[dict[
     shared = global_scale(float(np.abs(rows).max()), how, dtype) if how.scale_dtype else None
     units, scales = quantize_rows(rows, how, dtype, shared=shared)
     packed = pack(units, how.dtype).reshape(*weights.shape[:-1], -1).view(carried_dtype(how.dtype))
-    parts = {"": packed, "_scale": scales.reshape(*weights.shape[:-1], -1).view(carried_dtype(how.scale_dtype or dtype))}
+    parts = {
+        "": packed,
+        "_scale": scales.reshape(*weights.shape[:-1], -1).view(
+            carried_dtype(how.scale_dtype or dtype)
+        ),
+    }
     if shared is not None:
         parts["_global_scale"] = shared.reshape(1).view(carried_dtype(dtype))
     return parts, expand_rows(units, scales, shared).astype(np.float64).reshape(weights.shape)
@@ -123,7 +147,9 @@ def tokens(shape: ExpertShape, count: int, seed: int = 1) -> Array:
     return to_stored(rng.standard_normal((count, shape.hidden)).astype(np.float32), shape.dtype)
 
 
-def routing(shape: ExpertShape, count: int, kind: str = "uniform", seed: int = 2) -> np.ndarray[Any, np.dtype[np.float32]]:
+def routing(
+    shape: ExpertShape, count: int, kind: str = "uniform", seed: int = 2
+) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Shares [E,N]: `one` sends all tokens to the same experts, `few` leaves most empty, with `fewer` some tokens choose less than k."""
     rng = np.random.default_rng(seed)
     e, k = shape.experts, shape.top
@@ -153,5 +179,7 @@ def exact(layer: Layer, x: Array, shares: Array) -> np.ndarray[Any, np.dtype[np.
         hidden = np.maximum(rows[chosen] @ layer.values["up"][expert].T, 0) ** 2
         out[chosen] += shares[expert, chosen, None] * (hidden @ layer.values["down"][expert].T)
     if layer.shape.shared_intermediate:
-        out += np.maximum(rows @ layer.values["shared_up"].T, 0) ** 2 @ layer.values["shared_down"].T
+        out += (
+            np.maximum(rows @ layer.values["shared_up"].T, 0) ** 2 @ layer.values["shared_down"].T
+        )
     return out

@@ -39,7 +39,13 @@ def model(
 
 
 def one(
-    op_type: str, *, dtype: int = T.FLOAT, out: int | None = None, shape: Any = (4, 64), out_shape: Any = None, **attributes: Any
+    op_type: str,
+    *,
+    dtype: int = T.FLOAT,
+    out: int | None = None,
+    shape: Any = (4, 64),
+    out_shape: Any = None,
+    **attributes: Any,
 ) -> Any:
     """x -> one operator -> y."""
     given, made = value("x", dtype, shape), value("y", out or dtype, out_shape or shape)
@@ -49,7 +55,11 @@ def one(
 def two(op_type: str, dtypes: tuple[int, int], *, out: int | None = None, **attributes: Any) -> Any:
     """x, z -> one operator -> y."""
     given = [value("x", dtypes[0], [4, 4]), value("z", dtypes[1], [4, 4])]
-    return model([node(op_type, ["x", "z"], ["y"], **attributes)], given, [value("y", out or dtypes[0], [4, 4])])
+    return model(
+        [node(op_type, ["x", "z"], ["y"], **attributes)],
+        given,
+        [value("y", out or dtypes[0], [4, 4])],
+    )
 
 
 # --- operators
@@ -72,7 +82,14 @@ def domain(bad: bool) -> onnx.ModelProto:
 def function(bad: bool) -> onnx.ModelProto:
     made = one("Sigmoid")
     if bad:
-        body = helper.make_function("local", "Same", ["a"], ["b"], [node("Sigmoid", ["a"], ["b"])], [helper.make_opsetid("", OPSET)])
+        body = helper.make_function(
+            "local",
+            "Same",
+            ["a"],
+            ["b"],
+            [node("Sigmoid", ["a"], ["b"])],
+            [helper.make_opsetid("", OPSET)],
+        )
         made.functions.append(body)
     return made
 
@@ -80,11 +97,17 @@ def function(bad: bool) -> onnx.ModelProto:
 def cumsum(bad: bool) -> onnx.ModelProto:
     weights = [constant("w", np.int64(1) if bad else np.tri(64, dtype=np.float32).T)]
     nodes = [node("CumSum" if bad else "MatMul", ["x", "w"], ["y"])]
-    return model(nodes, [value("x", T.FLOAT, [4, 64])], [value("y", T.FLOAT, [4, 64])], weights=weights)
+    return model(
+        nodes, [value("x", T.FLOAT, [4, 64])], [value("y", T.FLOAT, [4, 64])], weights=weights
+    )
 
 
 def data_dependent(bad: bool) -> onnx.ModelProto:
-    return one("NonZero", out=T.INT64, out_shape=[2, "n"]) if bad else one("Cast", out=T.INT64, to=T.INT64)
+    return (
+        one("NonZero", out=T.INT64, out_shape=[2, "n"])
+        if bad
+        else one("Cast", out=T.INT64, to=T.INT64)
+    )
 
 
 def loop(bad: bool) -> onnx.ModelProto:
@@ -92,7 +115,9 @@ def loop(bad: bool) -> onnx.ModelProto:
         return one("Sigmoid", shape=(4,))
     carried = [value("i", T.INT64, []), value("go", T.BOOL, []), value("s", T.FLOAT, ["a"])]
     nodes = [node("Identity", ["go"], ["go_on"]), node("Concat", ["s", "s"], ["longer"], axis=0)]
-    body = helper.make_graph(nodes, "body", carried, [value("go_on", T.BOOL, []), value("longer", T.FLOAT, ["b"])])
+    body = helper.make_graph(
+        nodes, "body", carried, [value("go_on", T.BOOL, []), value("longer", T.FLOAT, ["b"])]
+    )
     weights = [constant("n", np.int64(3)), constant("t", np.array(True))]
     nodes = [node("Loop", ["n", "t", "x"], ["y"], body=body)]
     return model(nodes, [value("x", T.FLOAT, [4])], [value("y", T.FLOAT, ["c"])], weights=weights)
@@ -113,14 +138,24 @@ def random(bad: bool) -> onnx.ModelProto:
 def scatter(bad: bool) -> onnx.ModelProto:
     given = [value("x", T.FLOAT, [4, 64]), value("u", T.FLOAT, [1, 64])]
     nodes = [node("ScatterND", ["x", "i", "u"], ["y"], reduction="add" if bad else "none")]
-    return model(nodes, given, [value("y", T.FLOAT, [4, 64])], weights=[constant("i", np.array([[1]], np.int64))])
+    return model(
+        nodes,
+        given,
+        [value("y", T.FLOAT, [4, 64])],
+        weights=[constant("i", np.array([[1]], np.int64))],
+    )
 
 
 def topk(bad: bool) -> onnx.ModelProto:
     k = 3841 if bad else 3840
     made = [value("y", T.FLOAT, [2, k]), value("i", T.INT64, [2, k])]
     nodes = [node("TopK", ["x", "k"], ["y", "i"])]
-    return model(nodes, [value("x", T.FLOAT, [2, 8192])], made, weights=[constant("k", np.array([k], np.int64))])
+    return model(
+        nodes,
+        [value("x", T.FLOAT, [2, 8192])],
+        made,
+        weights=[constant("k", np.array([k], np.int64))],
+    )
 
 
 def trilu(bad: bool) -> onnx.ModelProto:
@@ -130,7 +165,12 @@ def trilu(bad: bool) -> onnx.ModelProto:
 def stash(bad: bool) -> onnx.ModelProto:
     kind = T.FLOAT16 if bad else T.FLOAT
     nodes = [node("RMSNormalization", ["x", "s"], ["y"], stash_type=kind)]
-    return model(nodes, [value("x", T.FLOAT, [4, 64])], [value("y", T.FLOAT, [4, 64])], weights=[constant("s", np.ones(64, np.float32))])
+    return model(
+        nodes,
+        [value("x", T.FLOAT, [4, 64])],
+        [value("y", T.FLOAT, [4, 64])],
+        weights=[constant("s", np.ones(64, np.float32))],
+    )
 
 
 def exponential(bad: bool) -> onnx.ModelProto:
@@ -145,18 +185,30 @@ def reduce_max(bad: bool) -> onnx.ModelProto:
 
 
 def attention(
-    dtype: int = T.FLOAT16, *, mask: int | None = T.BOOL, key: int | None = None, size: int = 16, nonpad: bool = False, **more: Any
+    dtype: int = T.FLOAT16,
+    *,
+    mask: int | None = T.BOOL,
+    key: int | None = None,
+    size: int = 16,
+    nonpad: bool = False,
+    **more: Any,
 ) -> Any:
     """Two heads, 4 queries, 8 keys."""
     key = key or dtype
-    given = [value("q", dtype, [1, 2, 4, size]), value("k", key, [1, 2, 8, size]), value("v", key, [1, 2, 8, size])]
+    given = [
+        value("q", dtype, [1, 2, 4, size]),
+        value("k", key, [1, 2, 8, size]),
+        value("v", key, [1, 2, 8, size]),
+    ]
     names = ["q", "k", "v", "m" if mask else ""]
     given += [value("m", mask, [1, 1, 4, 8])] if mask else []
     if nonpad:
         given.append(value("n", T.INT64, [1]))
         names += ["", "", "n"]
     attributes = {k: v for k, v in {"scale": 0.25, **more}.items() if v is not None}
-    return model([node("Attention", names, ["y"], **attributes)], given, [value("y", dtype, [1, 2, 4, size])])
+    return model(
+        [node("Attention", names, ["y"], **attributes)], given, [value("y", dtype, [1, 2, 4, size])]
+    )
 
 
 def attention_past(bad: bool) -> onnx.ModelProto:
@@ -164,8 +216,12 @@ def attention_past(bad: bool) -> onnx.ModelProto:
     if bad:
         made.graph.node[0].input.extend(["pk", "pv"])
         made.graph.node[0].output.extend(["k_out", "v_out"])
-        made.graph.input.extend([value("pk", T.FLOAT16, [1, 2, 3, 16]), value("pv", T.FLOAT16, [1, 2, 3, 16])])
-        made.graph.output.extend([value("k_out", T.FLOAT16, [1, 2, 11, 16]), value("v_out", T.FLOAT16, [1, 2, 11, 16])])
+        made.graph.input.extend(
+            [value("pk", T.FLOAT16, [1, 2, 3, 16]), value("pv", T.FLOAT16, [1, 2, 3, 16])]
+        )
+        made.graph.output.extend(
+            [value("k_out", T.FLOAT16, [1, 2, 11, 16]), value("v_out", T.FLOAT16, [1, 2, 11, 16])]
+        )
         made.graph.input[3].CopyFrom(value("m", T.BOOL, [1, 1, 4, 11]))
     return made
 
@@ -173,9 +229,17 @@ def attention_past(bad: bool) -> onnx.ModelProto:
 def attention_rank(bad: bool) -> onnx.ModelProto:
     if not bad:
         return attention()
-    given = [value("q", T.FLOAT16, [1, 4, 32]), value("k", T.FLOAT16, [1, 8, 32]), value("v", T.FLOAT16, [1, 8, 32])]
-    nodes = [node("Attention", ["q", "k", "v", "m"], ["y"], scale=0.25, q_num_heads=2, kv_num_heads=2)]
-    return model(nodes, [*given, value("m", T.BOOL, [1, 1, 4, 8])], [value("y", T.FLOAT16, [1, 4, 32])])
+    given = [
+        value("q", T.FLOAT16, [1, 4, 32]),
+        value("k", T.FLOAT16, [1, 8, 32]),
+        value("v", T.FLOAT16, [1, 8, 32]),
+    ]
+    nodes = [
+        node("Attention", ["q", "k", "v", "m"], ["y"], scale=0.25, q_num_heads=2, kv_num_heads=2)
+    ]
+    return model(
+        nodes, [*given, value("m", T.BOOL, [1, 1, 4, 8])], [value("y", T.FLOAT16, [1, 4, 32])]
+    )
 
 
 def cache(
@@ -190,7 +254,11 @@ def cache(
     """Keys of 4 tokens written into a cache of 64."""
     axis = more.get("axis", -2) % len(shape)
     part = [rows if i == axis else size for i, size in enumerate(shape)]
-    given = [value("c", dtype, shape), value("u", update or dtype, part), *([value("w", T.INT64, [shape[0]])] if indices else [])]
+    given = [
+        value("c", dtype, shape),
+        value("u", update or dtype, part),
+        *([value("w", T.INT64, [shape[0]])] if indices else []),
+    ]
     nodes = [node("TensorScatter", ["c", "u", *(["w"] if indices else [])], ["y"], **more)]
     return model(nodes, given, [value("y", dtype, shape)])
 
@@ -223,12 +291,19 @@ def cache_readers(bad: bool) -> onnx.ModelProto:
 # --- quantization
 
 
-def quantized(zero: onnx.TensorProto | None, *, scale: float = 0.1, **attributes: Any) -> onnx.ModelProto:
+def quantized(
+    zero: onnx.TensorProto | None, *, scale: float = 0.1, **attributes: Any
+) -> onnx.ModelProto:
     """x -> quantize -> dequantize -> y."""
     operands = ["s"] if zero is None else ["s", "z"]
-    nodes = [node("QuantizeLinear", ["x", *operands], ["q"], **attributes), node("DequantizeLinear", ["q", *operands], ["y"])]
+    nodes = [
+        node("QuantizeLinear", ["x", *operands], ["q"], **attributes),
+        node("DequantizeLinear", ["q", *operands], ["y"]),
+    ]
     weights = [constant("s", np.float32(scale)), *([] if zero is None else [zero])]
-    return model(nodes, [value("x", T.FLOAT, [8, 8])], [value("y", T.FLOAT, [8, 8])], weights=weights)
+    return model(
+        nodes, [value("x", T.FLOAT, [8, 8])], [value("y", T.FLOAT, [8, 8])], weights=weights
+    )
 
 
 def int8_zero(number: int = 0) -> onnx.TensorProto:
@@ -245,18 +320,28 @@ def blocks(bad: bool) -> onnx.ModelProto:
         helper.make_tensor("w", T.INT4, [rows, 32], bytes(rows * 16), raw=True),
         constant("s", np.full((-(-rows // 16), 32), 0.5, np.float16)),
     ]
-    nodes = [node("DequantizeLinear", ["w", "s"], ["d"], axis=0, block_size=16), node("MatMul", ["x", "d"], ["y"])]
-    return model(nodes, [value("x", T.FLOAT16, [4, rows])], [value("y", T.FLOAT16, [4, 32])], weights=weights)
+    nodes = [
+        node("DequantizeLinear", ["w", "s"], ["d"], axis=0, block_size=16),
+        node("MatMul", ["x", "d"], ["y"]),
+    ]
+    return model(
+        nodes, [value("x", T.FLOAT16, [4, rows])], [value("y", T.FLOAT16, [4, 32])], weights=weights
+    )
 
 
 def stored(bad: bool) -> onnx.ModelProto:
     """A transposed product with weights of 8 bits: the transpose before or after they are widened."""
-    weights = [helper.make_tensor("w", T.INT8, [8, 8], bytes(range(64)), raw=True), constant("s", np.float32(1))]
+    weights = [
+        helper.make_tensor("w", T.INT8, [8, 8], bytes(range(64)), raw=True),
+        constant("s", np.float32(1)),
+    ]
     first, second = node("Transpose", ["w"], ["t"]), node("DequantizeLinear", ["t", "s"], ["d"])
     if not bad:
         first, second = node("DequantizeLinear", ["w", "s"], ["t"]), node("Transpose", ["t"], ["d"])
     nodes = [first, second, node("MatMul", ["x", "d"], ["y"])]
-    return model(nodes, [value("x", T.FLOAT, [4, 8])], [value("y", T.FLOAT, [4, 8])], weights=weights)
+    return model(
+        nodes, [value("x", T.FLOAT, [4, 8])], [value("y", T.FLOAT, [4, 8])], weights=weights
+    )
 
 
 def narrow_value(bad: bool) -> onnx.ModelProto:
@@ -270,7 +355,10 @@ def narrow_value(bad: bool) -> onnx.ModelProto:
 
 
 def infinite(bad: bool) -> onnx.ModelProto:
-    given, number = [value("x", T.FLOAT16, [4, 64]), value("m", T.BOOL, [4, 64])], np.float16(-np.inf if bad else -60000)
+    given, number = (
+        [value("x", T.FLOAT16, [4, 64]), value("m", T.BOOL, [4, 64])],
+        np.float16(-np.inf if bad else -60000),
+    )
     nodes = [node("Where", ["m", "x", "c"], ["y"])]
     return model(nodes, given, [value("y", T.FLOAT16, [4, 64])], weights=[constant("c", number)])
 
@@ -278,7 +366,9 @@ def infinite(bad: bool) -> onnx.ModelProto:
 def inferable(bad: bool) -> onnx.ModelProto:
     weights = [constant("w", np.ones((63 if bad else 64, 64), np.float32))]
     nodes = [node("MatMul", ["x", "w"], ["m"]), node("Sigmoid", ["m"], ["y"])]
-    return model(nodes, [value("x", T.FLOAT, [4, 64])], [value("y", T.FLOAT, [4, 64])], weights=weights)
+    return model(
+        nodes, [value("x", T.FLOAT, [4, 64])], [value("y", T.FLOAT, [4, 64])], weights=weights
+    )
 
 
 def declared(bad: bool) -> onnx.ModelProto:
@@ -293,15 +383,27 @@ def unread(bad: bool) -> onnx.ModelProto:
 
 
 def shape_only(bad: bool) -> onnx.ModelProto:
-    nodes = [node("Shape", ["z"], ["s"]), node("Reshape", ["x", "s"], ["r"]), *([] if bad else [node("Add", ["r", "z"], ["y"])])]
+    nodes = [
+        node("Shape", ["z"], ["s"]),
+        node("Reshape", ["x", "s"], ["r"]),
+        *([] if bad else [node("Add", ["r", "z"], ["y"])]),
+    ]
     if bad:
         nodes[1].output[0] = "y"
-    return model(nodes, [value("x", T.FLOAT, [4]), value("z", T.FLOAT, [2, 2])], [value("y", T.FLOAT, [2, 2])])
+    return model(
+        nodes,
+        [value("x", T.FLOAT, [4]), value("z", T.FLOAT, [2, 2])],
+        [value("y", T.FLOAT, [2, 2])],
+    )
 
 
 def shape_from_value(bad: bool) -> onnx.ModelProto:
     given = [value("x", T.FLOAT, [4, 64]), value("s", T.INT64, [2])]
-    nodes = [node("Abs", ["s"], ["a"]), *([] if bad else [node("Shape", ["a"], ["b"])]), node("Expand", ["x", "a" if bad else "b"], ["y"])]
+    nodes = [
+        node("Abs", ["s"], ["a"]),
+        *([] if bad else [node("Shape", ["a"], ["b"])]),
+        node("Expand", ["x", "a" if bad else "b"], ["y"]),
+    ]
     if not bad:
         given[1] = value("s", T.INT64, [1, 1])
     return model(nodes, given, [value("y", T.FLOAT, ["n", "k"])])
@@ -316,8 +418,16 @@ def weights_in(dtype: int, *, block: int) -> onnx.ModelProto:
     few = dtype in (T.INT4, T.FLOAT4E2M1)
     stored = helper.make_tensor("w", dtype, [64, 32], bytes(64 * 32 // (2 if few else 1)), raw=True)
     scale = helper.make_tensor("s", T.FLOAT16, [64 // block, 32], [0.5] * (2048 // block))
-    nodes = [node("DequantizeLinear", ["w", "s"], ["d"], axis=0, block_size=block), node("MatMul", ["x", "d"], ["y"])]
-    return model(nodes, [value("x", T.FLOAT16, [4, 64])], [value("y", T.FLOAT16, [4, 32])], weights=[stored, scale])
+    nodes = [
+        node("DequantizeLinear", ["w", "s"], ["d"], axis=0, block_size=block),
+        node("MatMul", ["x", "d"], ["y"]),
+    ]
+    return model(
+        nodes,
+        [value("x", T.FLOAT16, [4, 64])],
+        [value("y", T.FLOAT16, [4, 32])],
+        weights=[stored, scale],
+    )
 
 
 def twice_scaled() -> onnx.ModelProto:
@@ -333,18 +443,34 @@ def twice_scaled() -> onnx.ModelProto:
         node("Transpose", ["d"], ["t"], perm=[1, 0]),
         node("MatMul", ["x", "t"], ["y"]),
     ]
-    return model(nodes, [value("x", T.FLOAT16, [4, 64])], [value("y", T.FLOAT16, [4, 32])], weights=weights)
+    return model(
+        nodes, [value("x", T.FLOAT16, [4, 64])], [value("y", T.FLOAT16, [4, 32])], weights=weights
+    )
 
 
 def activations_in_four_bits() -> onnx.ModelProto:
     """NVFP4 activations: their scales are computed, which no standard operator says."""
     nodes = [
-        node("TRT_FP4DynamicQuantize", ["x", "g"], ["q", "b"], domain="trt", axis=-1, block_size=16, scale_type=17),
+        node(
+            "TRT_FP4DynamicQuantize",
+            ["x", "g"],
+            ["q", "b"],
+            domain="trt",
+            axis=-1,
+            block_size=16,
+            scale_type=17,
+        ),
         node("DequantizeLinear", ["b", "g"], ["s"]),
         node("DequantizeLinear", ["q", "s"], ["y"], axis=-1, block_size=16),
     ]
     given, made = value("x", T.FLOAT16, [4, 64]), value("y", T.FLOAT16, [4, 64])
-    return model(nodes, [given], [made], weights=[helper.make_tensor("g", T.FLOAT16, [], [0.5])], domains=["trt"])
+    return model(
+        nodes,
+        [given],
+        [made],
+        weights=[helper.make_tensor("g", T.FLOAT16, [], [0.5])],
+        domains=["trt"],
+    )
 
 
 def turned_between() -> onnx.ModelProto:
@@ -359,7 +485,10 @@ LEGITIMATE: dict[str, Callable[[], onnx.ModelProto]] = {
     "int8": lambda: quantized(helper.make_tensor("z", T.INT8, [], [0])),
     "float8 by zero point": lambda: quantized(helper.make_tensor("z", T.FLOAT8E4M3FN, [], [0])),
     "float8 by attribute": lambda: quantized(None, output_dtype=T.FLOAT8E4M3FN),
-    **{T.DataType.Name(t): lambda t=t: weights_in(t, block=16) for t in (T.INT8, T.INT4, T.FLOAT8E4M3FN, T.FLOAT4E2M1)},
+    **{
+        T.DataType.Name(t): lambda t=t: weights_in(t, block=16)
+        for t in (T.INT8, T.INT4, T.FLOAT8E4M3FN, T.FLOAT4E2M1)
+    },
     "NVFP4 weights": twice_scaled,
     "NVFP4 activations": activations_in_four_bits,
     "float8 in another shape": turned_between,
@@ -423,6 +552,8 @@ PLANTED: dict[str, Callable[[bool], onnx.ModelProto]] = {
 """Rule -> the model with the fault (True) or without it (False)."""
 
 ALSO: dict[str, frozenset[str]] = {
-    "no-plugin-operators": frozenset({"inferable"}),  # opset 24 has no such operator, so ONNX knows nothing of its result
+    "no-plugin-operators": frozenset(
+        {"inferable"}
+    ),  # opset 24 has no such operator, so ONNX knows nothing of its result
 }
 """Rule -> other rules that its planted fault breaks too, each with its reason."""

@@ -41,7 +41,11 @@ class Launch:
             return f'  {self.operation}={{ name="{self.name}" stream={self.stream} event=1 layers="" }}'
         listed = [" ".join(f'"{name}"' for name in names) for names in (self.reads, self.writes)]
         layers = "\x1f".join(f"[ONNX Layer: {node}]" for node in self.nodes)
-        keys = ("input", "output") if self.operation == "fully_connected" else ("input_args", "output_args")
+        keys = (
+            ("input", "output")
+            if self.operation == "fully_connected"
+            else ("input_args", "output_args")
+        )
         args = " ".join(f"{key}={{ {names} }}" for key, names in zip(keys, listed, strict=True))
         backbone = " backbone=gemm" if self.operation == "runtime_fusion" else ""
         return f'  {self.operation}={{ name={self.name} {args} stream={self.stream} layers="{layers}"{backbone} }}'
@@ -51,7 +55,8 @@ class Launch:
 class Written:
     """A whole program.
 
-    `inputs` are bound from outside; `rows` is the greatest value of the size `rows` (proxy "rows.1").
+    `inputs` are bound from outside; `rows` is the greatest value of the size `rows` (proxy
+    "rows.1").
     """
 
     inputs: Sequence[str]
@@ -72,9 +77,16 @@ class Written:
 
     def _header(self) -> str:
         place = "alignment=128 instance=0 type=user place=accelerator unified=false"
-        regions = [f"  region = {{ name={name} size={size} {place} }}" for name, size in self.regions]
-        regions += [f"  region = {{ name={name} size={size} {place} constant=true }}" for name, size in self.constants]
-        regions.append("  region = { name=hmem size=640 alignment=128 instance=0 type=system place=host unified=false }")
+        regions = [
+            f"  region = {{ name={name} size={size} {place} }}" for name, size in self.regions
+        ]
+        regions += [
+            f"  region = {{ name={name} size={size} {place} constant=true }}"
+            for name, size in self.constants
+        ]
+        regions.append(
+            "  region = { name=hmem size=640 alignment=128 instance=0 type=system place=host unified=false }"
+        )
         names = [" ".join(f'"{name}"' for name in names) for names in (self.inputs, self.outputs)]
         sms = "".join(f"sm{sm} " for sm in self.sms)
         lines = [
@@ -95,11 +107,18 @@ class Written:
 
     def _descriptors(self) -> str:
         sizes = [Described(name, [1], "int64", "hmem") for name in ("rows.1", "rows_value", "c2")]
-        return "\n".join(["descriptors {", *(t.line() for t in (*sizes, *self.tensors)), "}"]) + "\n"
+        return (
+            "\n".join(["descriptors {", *(t.line() for t in (*sizes, *self.tensors)), "}"]) + "\n"
+        )
 
     def _main(self) -> str:
         call = '  shape_call={ name="call" stream=0  layers="" subg_id=0 }'
-        return "\n".join(["main {", " label bb1: ", call, *(launch.line() for launch in self.launches), "}"]) + "\n"
+        return (
+            "\n".join(
+                ["main {", " label bb1: ", call, *(launch.line() for launch in self.launches), "}"]
+            )
+            + "\n"
+        )
 
     def _shapes(self) -> str:
         bound = f"rows_value: shape input value at index 0 is out of bounds [1, {self.rows}]; "
@@ -130,7 +149,13 @@ def program(**changes: object) -> Written:
             Described("y.1", ["rows.1", 32]),
         ],
         "launches": [
-            Launch("MatMul", ["tokens.1", "up^deref"], ["h"], ["layers.0.moe/MatMul"], "fully_connected"),
+            Launch(
+                "MatMul",
+                ["tokens.1", "up^deref"],
+                ["h"],
+                ["layers.0.moe/MatMul"],
+                "fully_connected",
+            ),
             Launch("__myl_Mul", ["h", "rows.1"], ["y.1"], ["layers.0.moe/Mul"]),
         ],
     }

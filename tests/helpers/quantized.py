@@ -23,13 +23,17 @@ def suite_prompts(count: int) -> tuple[str, ...]:
     return tuple(json.loads(line)["prompt"] for line in lines[:: len(lines) // count])[:count]
 
 
-def quantized(bundle: Path, folder: Path, recipe: str, *, stats: Path | None = None, rounding: str = "plain") -> Bundle:
+def quantized(
+    bundle: Path, folder: Path, recipe: str, *, stats: Path | None = None, rounding: str = "plain"
+) -> Bundle:
     """A quantized bundle with an ort-cpu engine; made once for a folder."""
     path = folder / f"{recipe}-{rounding}"
     if not path.exists():
         source = Bundle.open(bundle)
         statistics: Statistics | None = read_statistics(stats) if stats else None
-        plan = plan_quantization(source, load_recipe(recipe), QuantizeConfig(rounding=rounding), statistics)
+        plan = plan_quantization(
+            source, load_recipe(recipe), QuantizeConfig(rounding=rounding), statistics
+        )
         made = quantize_bundle(source, plan, path)
         build_engines(made, "ort-cpu", builder_for("ort-cpu"))
     return Bundle.open(path)

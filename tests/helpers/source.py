@@ -15,7 +15,10 @@ LINKED = ("export", "builders", "runtime", "calibration", "kernels")
 def package_files() -> dict[str, Path]:
     """Module name -> file, of every module of `twotower`; each file once, by its real path."""
     out: dict[str, Path] = {}
-    for folder, name in ((ROOT / "src" / "twotower", "twotower"), *((ROOT / link, f"twotower.{link}") for link in LINKED)):
+    for folder, name in (
+        (ROOT / "src" / "twotower", "twotower"),
+        *((ROOT / link, f"twotower.{link}") for link in LINKED),
+    ):
         for file in sorted(folder.rglob("*.py")):
             if file.resolve() == file:
                 out[_module(name, file.relative_to(folder))] = file

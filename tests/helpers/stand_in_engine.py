@@ -1,9 +1,9 @@
 """Engines and execution contexts of the TensorRT stand-in: what they refuse, and what they keep.
 
-What is refused is said in the log and with False, as by the library: shapes outside a profile, a profile that
-is not there yet, scratch memory that is too small or not aligned (the log alone tells), aliases at two
-addresses, an execution without one of these. An execution in a shape that has not run yet asks CUDA for memory,
-and compiles kernels where it was told to specialise them.
+What is refused is said in the log and with False, as by the library: shapes outside a profile, a
+profile that is not there yet, scratch memory that is too small or not aligned (the log alone
+tells), aliases at two addresses, an execution without one of these. An execution in a shape that
+has not run yet asks CUDA for memory, and compiles kernels where it was told to specialise them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from tests.helpers.stand_in_graph import StandInGraph, view
 __all__ = ["SCRATCH", "Context", "Engine"]
 
 _collecting = threading.Event()
-gc.callbacks.append(lambda phase, info: _collecting.set() if phase == "start" else _collecting.clear())
+gc.callbacks.append(
+    lambda phase, info: _collecting.set() if phase == "start" else _collecting.clear()
+)
 
 SCRATCH = 4096
 _ALIGNED = 256
@@ -134,14 +136,18 @@ class Context:
         self._profile: int | None = None
         self._addresses: dict[str, int] = {}
         known = engine.graph.shapes.items()  # a weight's shape is not set: it is the engine's own
-        self._shapes = {name: tuple(a) for name, a in known if not any(isinstance(n, str) for n in a)}
+        self._shapes = {
+            name: tuple(a) for name, a in known if not any(isinstance(n, str) for n in a)
+        }
         self._scratch = 0
         self._prepared: dict[str, tuple[int, ...]] = {}
         self._trt.made += 1
         self._compiled("any shape")
 
     def __del__(self) -> None:
-        if _collecting.is_set():  # in an order of its own, which the library's objects do not follow
+        if (
+            _collecting.is_set()
+        ):  # in an order of its own, which the library's objects do not follow
             return
         if self._config() is None or self._cache() is None:
             self._trt.faults.append("a context outlived its configuration or its cache")
@@ -166,8 +172,12 @@ class Context:
         fits = self._profile is not None and len(axes) == len(shape)
         if fits:
             ranges = self._engine.profiles[self._profile]
-            allowed = [ranges.get(a, (1, 1, 1 << 40)) if isinstance(a, str) else (a, a, a) for a in axes]
-            fits = all(least <= n <= most for n, (least, _, most) in zip(shape, allowed, strict=True))
+            allowed = [
+                ranges.get(a, (1, 1, 1 << 40)) if isinstance(a, str) else (a, a, a) for a in axes
+            ]
+            fits = all(
+                least <= n <= most for n, (least, _, most) in zip(shape, allowed, strict=True)
+            )
         if not fits:
             self._engine.say(f"shape {shape} of {name} is outside of profile {self._profile}")
             return False
@@ -229,7 +239,9 @@ class Context:
     def _refusal(self) -> str:
         """Why it cannot be enqueued; empty if it can, and then it is ready for its shape."""
         engine, trt = self._engine, self._trt
-        assert self._config() is not None and self._cache() is not None, "configuration or cache are gone"
+        assert self._config() is not None and self._cache() is not None, (
+            "configuration or cache are gone"
+        )
         bound = {*engine.graph.inputs, *engine.graph.outputs}
         if set(self._addresses) != bound or self._profile is None or not self._scratch:
             return "an address, the profile or the device memory is not set"
@@ -237,7 +249,9 @@ class Context:
             past = engine.get_aliased_input_tensor(name)
             if past and self._addresses[name] != self._addresses[past]:
                 return f"{name} and {past} should alias but memory addresses differ"
-            if not past and self._addresses[name] in {self._addresses[other] for other in engine.graph.inputs}:
+            if not past and self._addresses[name] in {
+                self._addresses[other] for other in engine.graph.inputs
+            }:
                 return f"{name} is written where an input is read"
         engine.graph.check(self._addresses, self._shapes, trt.cuda.device_of)
         if self._shapes == self._prepared and not trt.allocates:

@@ -28,8 +28,8 @@ _NUMPY: dict[str, Any] = {
 class StandInGraph:
     """A graph ready to compute.
 
-    A CPU has no bfloat16: such a graph computes in float32 and rounds every result to bfloat16. What it
-    takes and gives has that type.
+    A CPU has no bfloat16: such a graph computes in float32 and rounds every result to bfloat16.
+    What it takes and gives has that type.
 
     Args:
         graph: The serialized model; weights may lie in files
@@ -50,7 +50,8 @@ class StandInGraph:
         self.shapes = {v.name: _axes(v) for v in values}
         narrow = "BFLOAT16" in (self.inputs | self.outputs).values()
         outside = any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer)
-        # Tests open the same few graphs hundreds of times; files of weights may have changed meanwhile.
+        # Tests open the same few graphs hundreds of times; files of weights may have changed
+        # meanwhile.
         self._session = (_session if outside else _kept_session)(graph, folder, narrow)
 
     def check(
@@ -70,7 +71,10 @@ class StandInGraph:
             addresses: Of every input and output.
             shapes: Of every input.
         """
-        given = {name: _wide(view(addresses[name], shapes[name], _NUMPY[kind])) for name, kind in self.inputs.items()}
+        given = {
+            name: _wide(view(addresses[name], shapes[name], _NUMPY[kind]))
+            for name, kind in self.inputs.items()
+        }
         for (name, kind), value in zip(
             self.outputs.items(),
             self._session.run(None, given),

@@ -21,7 +21,9 @@ __all__ = ["GPUS", "build_stand_ins", "stand_in_bundle"]
 GPUS = tuple(Gpu(f"stand-in {n}", 89, 1 << 34) for n in range(4))
 
 
-def stand_in_bundle(folder: str | Path, output: Path, pieces: int = 1, *, dtype: str = "float32", **options: Any) -> Bundle:
+def stand_in_bundle(
+    folder: str | Path, output: Path, pieces: int = 1, *, dtype: str = "float32", **options: Any
+) -> Bundle:
     """A bundle with engines for 4 rows.
 
     Args:
@@ -41,5 +43,7 @@ def build_stand_ins(bundle: Bundle, **options: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make_engine, "run_job", stand_in_job)
         builder = StandInBuilder(TensorRTStandIn(CudaStandIn()))
-        config = BuildConfig(**{"sms": (89,), "max_context": 256, "max_batch": 4, "experts": "dense", **options})
+        config = BuildConfig(
+            **{"sms": (89,), "max_context": 256, "max_batch": 4, "experts": "dense", **options}
+        )
         build_engines(bundle, "rtx", builder, config=config)

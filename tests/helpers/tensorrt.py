@@ -29,11 +29,17 @@ def install_fake(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     package = folder / "site" / "tensorrt"
     package.mkdir(parents=True)
     shutil.copyfile(SOURCE, package / "__init__.py")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH")))))
+    monkeypatch.setenv(
+        "PYTHONPATH",
+        os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH")))),
+    )
     monkeypatch.syspath_prepend(str(package.parent))
-    monkeypatch.setitem(sys.modules, "tensorrt", None)  # what is imported under this name later is forgotten at the end
+    monkeypatch.setitem(
+        sys.modules, "tensorrt", None
+    )  # what is imported under this name later is forgotten at the end
     del sys.modules["tensorrt"]
-    # What the stand-in acts upon are operators that do not exist: the graph rules would stop them first.
+    # What the stand-in acts upon are operators that do not exist: the graph rules would stop them
+    # first.
     monkeypatch.setattr(build_plan, "require_clean", lambda *_, **__: ())
     return importlib.import_module("tensorrt")
 
@@ -45,7 +51,9 @@ def machine_with(*gpus: Gpu, driver: str = "580.1") -> Machine:
 
 def see_gpu(monkeypatch: pytest.MonkeyPatch, *gpus: Gpu, driver: str = "580.1") -> None:
     """Lets the builder of this process see GPUs that are not there."""
-    monkeypatch.setattr(tensorrt_builder, "probe_machine", lambda: machine_with(*gpus, driver=driver))
+    monkeypatch.setattr(
+        tensorrt_builder, "probe_machine", lambda: machine_with(*gpus, driver=driver)
+    )
 
 
 def plant(bundle: Bundle, graph: str, operator: str) -> None:

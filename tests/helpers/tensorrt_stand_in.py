@@ -1,8 +1,9 @@
 """A TensorRT without a GPU: its execution API over the CUDA stand-in, computing with ONNX Runtime on the CPU.
 
-An "engine" is the very graph TensorRT would have been given, so what the runtime binds, orders and hands over
-decides whether the numbers are right. An execution has a beginning, which marks the scratch memory, and an end,
-which finds its own mark or another's. It works with what its context was told when it was enqueued or captured.
+An "engine" is the very graph TensorRT would have been given, so what the runtime binds, orders and
+hands over decides whether the numbers are right. An execution has a beginning, which marks the
+scratch memory, and an end, which finds its own mark or another's. It works with what its context
+was told when it was enqueued or captured.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class TensorRTStandIn(SimpleNamespace):
         allocates: Every execution asks CUDA for memory, and not only the first in a shape.
         hidden_streams: Executions end on a stream of the library's own, joined by events.
         inference_fails: Shapes cannot be inferred.
-        scratch_for_shapes: Bytes of scratch memory for the shapes of a context; 0 for what the engine says.
+        scratch_for_shapes: Bytes of scratch memory for the shapes of a context; 0 for what the
+            engine says.
         log: What was executed, in order.
         kernels: What was compiled, in order.
         made: Execution contexts made.
@@ -84,7 +86,9 @@ class TensorRTStandIn(SimpleNamespace):
 
     def Runtime(self, logger: Any) -> Any:
         first = _FIRST_LOGGER.setdefault(self.__name__, logger)
-        return SimpleNamespace(deserialize_cuda_engine=lambda data: self._engine(bytes(data), first))
+        return SimpleNamespace(
+            deserialize_cuda_engine=lambda data: self._engine(bytes(data), first)
+        )
 
     def _engine(self, data: bytes, logger: Any) -> Engine | None:
         if not data.startswith(_HEADER):
@@ -111,5 +115,14 @@ def stand_in_kernels(shape: ExpertShape, sms: Sequence[int], folder: Path, **_: 
 def stand_in_job(job: dict[str, Any], scratch: Path, *, tick: Any) -> dict[str, Any]:
     """In the place of `builders.job.run_job`: the "engine" is the graph and where its weights lie."""
     about = {key: job[key] for key in ("beside", "inputs", "profiles")}
-    Path(job["output"]).write_bytes(_HEADER + json.dumps(about).encode() + b"\n" + Path(job["graph"]).read_bytes())
-    return {"layers": 1, "by_type": {}, "by_precision": {}, "peak_memory": 1, "bytes": Path(job["output"]).stat().st_size, "log": []}
+    Path(job["output"]).write_bytes(
+        _HEADER + json.dumps(about).encode() + b"\n" + Path(job["graph"]).read_bytes()
+    )
+    return {
+        "layers": 1,
+        "by_type": {},
+        "by_precision": {},
+        "peak_memory": 1,
+        "bytes": Path(job["output"]).stat().st_size,
+        "log": [],
+    }

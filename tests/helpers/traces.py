@@ -16,10 +16,26 @@ PASSES: tuple[tuple[int, int, list[int], list[float], list[int]], ...] = (
     (1, 1, [14, 15, 2, 2], [0.96, 0.93, 0.8, 0.92], [1, 3]),
     (1, 2, [14, 15, 2, 2], [0.96, 0.93, 0.98, 0.9], [2]),
 )
-PIECES = {1: "<s>", 2: "</s>", MASK: "<mask>", 10: "one", 11: " ", 12: "two", 13: "\n", 14: "three", 15: "!", 20: "guess"}
+PIECES = {
+    1: "<s>",
+    2: "</s>",
+    MASK: "<mask>",
+    10: "one",
+    11: " ",
+    12: "two",
+    13: "\n",
+    14: "three",
+    15: "!",
+    20: "guess",
+}
 
 
-def small_trace(prompt: str | None = "Count", pieces: dict[int, str] | None = None, *, text: str | None = "one two\nthree!") -> Trace:
+def small_trace(
+    prompt: str | None = "Count",
+    pieces: dict[int, str] | None = None,
+    *,
+    text: str | None = "one two\nthree!",
+) -> Trace:
     """The trace; `pieces` replaces texts of tokens, `text` None makes it one of a bundle without a tokenizer."""
     steps, block_tokens = [], [MASK] * 4
     for block, step, predicted, confidence, committed in PASSES:
@@ -46,7 +62,10 @@ def small_trace(prompt: str | None = "Count", pieces: dict[int, str] | None = No
         "steps_per_block": 3.0,
         "tokens_per_nfe": 1.0,
     }
-    names = {str(t): str(t) if text is None else (pieces or {}).get(t, piece) for t, piece in PIECES.items()}
+    names = {
+        str(t): str(t) if text is None else (pieces or {}).get(t, piece)
+        for t, piece in PIECES.items()
+    }
     return Trace(
         TraceHeader(
             twotower="0",
@@ -54,13 +73,21 @@ def small_trace(prompt: str | None = "Count", pieces: dict[int, str] | None = No
             target="ort-cpu",
             prompt=prompt,
             prompt_tokens=[1, 10],
-            config={"confidence_threshold": 0.9, "steps_per_block": 4, "temperature": 0.0, "seed": 0},
+            config={
+                "confidence_threshold": 0.9,
+                "steps_per_block": 4,
+                "temperature": 0.0,
+                "seed": 0,
+            },
             block_size=4,
             mask_token_id=MASK,
             pieces=names,
         ),
         tuple(steps),
-        (TraceBlock(block=0, tokens=[10, 11, 12, 13], extend_ms=2.0), TraceBlock(block=1, tokens=[14, 15, 2, 2], extend_ms=None)),
+        (
+            TraceBlock(block=0, tokens=[10, 11, 12, 13], extend_ms=2.0),
+            TraceBlock(block=1, tokens=[14, 15, 2, 2], extend_ms=None),
+        ),
         TraceEnd(
             finish_reason="eos",
             tokens=[10, 11, 12, 13, 14, 15],

@@ -33,16 +33,24 @@ def test_diffusion_is_the_reference_step_by_step(folder: str, index: int) -> Non
     for got, want in zip(out.steps, case["steps"], strict=True):
         assert [got.block_in] == want["block_in"]
         assert [got.predicted] == want["predicted"]
-        torch.testing.assert_close(torch.tensor([got.confidence]), torch.tensor(want["confidence"]), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor([got.confidence]), torch.tensor(want["confidence"]), rtol=0, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(("folder", "index"), CASES)
 def test_autoregression_is_the_reference(folder: str, index: int) -> None:
     case = goldens(folder)[index]
-    out = reference_generate(towers(folder), case["prompt"], GenerationConfig(mode="ar", max_new_tokens=24))
+    out = reference_generate(
+        towers(folder), case["prompt"], GenerationConfig(mode="ar", max_new_tokens=24)
+    )
     assert out.tokens == case["ar_greedy_tokens"]
     context = towers(folder)[0]
-    hidden, _ = context.extend(torch.tensor([case["prompt"]]), empty_state(context.config, 1, len(case["prompt"])), past=torch.tensor([0]))
+    hidden, _ = context.extend(
+        torch.tensor([case["prompt"]]),
+        empty_state(context.config, 1, len(case["prompt"])),
+        past=torch.tensor([0]),
+    )
     with safe_open(FIXTURES / folder / "golden.safetensors", "pt") as file:
         want = file.get_tensor(f"case{index}.context_last_logits").reshape(-1)
     torch.testing.assert_close(context.logits(hidden[0, -1]), want, rtol=1e-5, atol=1e-4)
@@ -52,7 +60,9 @@ def test_autoregression_is_the_reference(folder: str, index: int) -> None:
 def test_denoiser_logits_on_a_half_masked_block(folder: str) -> None:
     prompt = goldens(folder)[0]["prompt"]
     context, denoiser = towers(folder)
-    _, state = context.extend(torch.tensor([prompt]), empty_state(context.config, 1, 64), past=torch.tensor([0]))
+    _, state = context.extend(
+        torch.tensor([prompt]), empty_state(context.config, 1, 64), past=torch.tensor([0])
+    )
     with safe_open(FIXTURES / folder / "golden.safetensors", "pt") as file:
         block = file.get_tensor("case0.denoiser_block").reshape(1, -1).long()
         want = file.get_tensor("case0.denoiser_logits").reshape(1, block.shape[1], -1)

@@ -24,12 +24,20 @@ TOKENS = torch.randint(4, 250, (2, 30), generator=torch.Generator().manual_seed(
 def test_any_split_gives_the_same_state(widths: list[int], short: int) -> None:
     context, _ = towers("hybrid-a")
     lengths = torch.tensor([30, short])
-    _, whole = context.extend(TOKENS, empty_state(context.config, 2, 64), past=torch.zeros(2, dtype=torch.int64), lengths=lengths)
+    _, whole = context.extend(
+        TOKENS,
+        empty_state(context.config, 2, 64),
+        past=torch.zeros(2, dtype=torch.int64),
+        lengths=lengths,
+    )
     state, past = empty_state(context.config, 2, 64), torch.zeros(2, dtype=torch.int64)
     for width in [*widths, *[7] * 5]:
         count = (lengths - past).clamp(0, width)
         chunk = torch.stack(
-            [torch.cat([row[p : p + n], row.new_full((width - n,), 9)]) for row, p, n in zip(TOKENS, past, count, strict=True)]
+            [
+                torch.cat([row[p : p + n], row.new_full((width - n,), 9)])
+                for row, p, n in zip(TOKENS, past, count, strict=True)
+            ]
         )
         _, state = context.extend(chunk, state, past=past, lengths=count)
         past = past + count
@@ -50,11 +58,15 @@ def test_narrow_towers_stay_near_and_keep_the_ssm_state_wide(dtype: str) -> None
     outcomes = []
     for context, denoiser in (wide, narrow):
         kept = dtype if context is narrow[0] else "float32"
-        _, state = context.extend(TOKENS[:1], empty_state(context.config, 1, 64, kept), past=torch.tensor([0]))
+        _, state = context.extend(
+            TOKENS[:1], empty_state(context.config, 1, 64, kept), past=torch.tensor([0])
+        )
         assert {k: v.dtype for k, v in state.items() if k.startswith("past_ssm")}.keys()
         assert all(v.dtype is torch.float32 for k, v in state.items() if k.startswith("past_ssm"))
         block = torch.full((1, 16), 3)
-        outcomes.append(torch.softmax(denoiser.logits(block, state, context_length=torch.tensor([30])), -1))
+        outcomes.append(
+            torch.softmax(denoiser.logits(block, state, context_length=torch.tensor([30])), -1)
+        )
     assert torch.isfinite(outcomes[1]).all()
     assert (outcomes[0].argmax(-1) == outcomes[1].argmax(-1)).float().mean() >= 0.5
     assert float((outcomes[0] - outcomes[1]).abs().max()) < 0.5
@@ -65,7 +77,9 @@ def test_long_text_keeps_a_finite_state() -> None:
     tokens = torch.randint(4, 290, (1, 2000), generator=torch.Generator().manual_seed(0))
     state = empty_state(context.config, 1, 2000, "bfloat16")
     for start in range(0, 2000, 250):
-        hidden, state = context.extend(tokens[:, start : start + 250], state, past=torch.tensor([start]))
+        hidden, state = context.extend(
+            tokens[:, start : start + 250], state, past=torch.tensor([start])
+        )
     assert torch.isfinite(hidden.float()).all()
     assert all(torch.isfinite(v).all() for v in state.values())
 
@@ -73,19 +87,34 @@ def test_long_text_keeps_a_finite_state() -> None:
 def test_rows_are_independent() -> None:
     context, denoiser = towers("hybrid-b")
     lengths = torch.tensor([30, 11])
-    hidden, state = context.extend(TOKENS, empty_state(context.config, 2, 64), past=torch.zeros(2, dtype=torch.int64), lengths=lengths)
+    hidden, state = context.extend(
+        TOKENS,
+        empty_state(context.config, 2, 64),
+        past=torch.zeros(2, dtype=torch.int64),
+        lengths=lengths,
+    )
     block = torch.tensor([[3] * 8, [3, 5, 3, 5, 3, 5, 3, 5]])
     together = denoiser.logits(block, state, context_length=lengths)
     for row in range(2):
         n = int(lengths[row])
-        alone, mine = context.extend(TOKENS[row : row + 1, :n], empty_state(context.config, 1, 64), past=torch.tensor([0]))
-        torch.testing.assert_close(last_valid(hidden, lengths)[row], alone[0, -1], rtol=1e-5, atol=1e-5)
+        alone, mine = context.extend(
+            TOKENS[row : row + 1, :n], empty_state(context.config, 1, 64), past=torch.tensor([0])
+        )
         torch.testing.assert_close(
-            denoiser.logits(block[row : row + 1], mine, context_length=lengths[row : row + 1])[0], together[row], rtol=1e-4, atol=1e-4
+            last_valid(hidden, lengths)[row], alone[0, -1], rtol=1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(
+            denoiser.logits(block[row : row + 1], mine, context_length=lengths[row : row + 1])[0],
+            together[row],
+            rtol=1e-4,
+            atol=1e-4,
         )
 
 
-@given(st.lists(st.tuples(st.sampled_from([0.2, 0.5, 0.9]), st.booleans()), min_size=1, max_size=12), st.integers(0, 14))
+@given(
+    st.lists(st.tuples(st.sampled_from([0.2, 0.5, 0.9]), st.booleans()), min_size=1, max_size=12),
+    st.integers(0, 14),
+)
 def test_commit_step_is_its_definition(rows: list[tuple[float, bool]], floor: int) -> None:
     config = replace(towers("hybrid-a")[0].config, vocab_size=8)
     logits = torch.full((1, len(rows), 8), -100.0)
@@ -105,7 +134,9 @@ def test_commit_step_is_its_definition(rows: list[tuple[float, bool]], floor: in
     confidence = step.confidence[0].tolist()
     count = min(len(places), max(sum(confidence[i] > 0.6 for i in places), 1, floor))
     chosen = sorted(places, key=lambda i: (-confidence[i], i))[:count]
-    assert step.next_block[0].tolist() == [int(step.predicted[0, i]) if i in chosen else int(block[0, i]) for i in range(len(rows))]
+    assert step.next_block[0].tolist() == [
+        int(step.predicted[0, i]) if i in chosen else int(block[0, i]) for i in range(len(rows))
+    ]
     assert int(step.masked_left[0]) == len(places) - len(chosen)
 
 
@@ -118,7 +149,11 @@ def test_experts_outside_the_best_groups_are_never_chosen() -> None:
         moe.gate.e_score_correction_bias.zero_()
     tokens = torch.randn(50, config.hidden_size)
     weights, chosen = moe.route(tokens)
-    assert ((chosen // 2).max(-1).values == (chosen // 2).min(-1).values).all(), "both experts come from one group of two"
-    scores = torch.sigmoid(tokens.double() @ moe.gate.weight.double().T).unflatten(-1, (4, 2)).sum(-1)
+    assert ((chosen // 2).max(-1).values == (chosen // 2).min(-1).values).all(), (
+        "both experts come from one group of two"
+    )
+    scores = (
+        torch.sigmoid(tokens.double() @ moe.gate.weight.double().T).unflatten(-1, (4, 2)).sum(-1)
+    )
     assert (chosen[:, 0] // 2 == scores.argmax(-1)).all()
     torch.testing.assert_close(weights.sum(-1), torch.full((50,), config.routed_scaling_factor))

@@ -15,8 +15,20 @@ from twotower.model.loading import load_context_tower
 
 transformers = pytest.importorskip("transformers")
 
-SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
-MAMBA: dict[str, Any] = {"mamba_num_heads": 6, "mamba_head_dim": 12, "ssm_state_size": 14, "n_groups": 3, "conv_kernel": 4}
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+MAMBA: dict[str, Any] = {
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 12,
+    "ssm_state_size": 14,
+    "n_groups": 3,
+    "conv_kernel": 4,
+}
 EXPERTS: dict[str, Any] = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
@@ -27,7 +39,16 @@ WORDS = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
 
 
 def oracle(pattern: str, **changes: Any) -> tuple[Any, ModelConfig]:
-    sizes = {**SIZES, **MAMBA, **EXPERTS, "intermediate_size": 40, "routed_scaling_factor": 1.7, "n_group": 1, "topk_group": 1, **changes}
+    sizes = {
+        **SIZES,
+        **MAMBA,
+        **EXPERTS,
+        "intermediate_size": 40,
+        "routed_scaling_factor": 1.7,
+        "n_group": 1,
+        "topk_group": 1,
+        **changes,
+    }
     theirs = transformers.NemotronHConfig(
         **sizes,
         layers_block_type=[WORDS[c] for c in pattern],
@@ -37,7 +58,8 @@ def oracle(pattern: str, **changes: Any) -> tuple[Any, ModelConfig]:
         use_conv_bias=True,
         mlp_hidden_act="relu2",
         layer_norm_epsilon=1e-5,
-        time_step_min=1e-9,  # transformers clamps dt from below here, where the published code does not
+        # transformers clamps dt from below here, where the published code does not
+        time_step_min=1e-9,
         time_step_limit=(0.0, float("inf")),
         tie_word_embeddings=False,
         chunk_size=16,
@@ -65,7 +87,10 @@ def tower_from(model: Any, config: ModelConfig) -> ContextTower:
 
     def read(name: str) -> torch.Tensor:
         key = name.replace("context_tower.", "backbone.")
-        for a, b in (("backbone.embeddings.", "backbone.embed_tokens."), ("context_lm_head.", "lm_head.")):
+        for a, b in (
+            ("backbone.embeddings.", "backbone.embed_tokens."),
+            ("context_lm_head.", "lm_head."),
+        ):
             key = key.replace(a, b) if key.replace(a, b) in theirs else key
         if key in theirs:
             return theirs[key]
@@ -88,14 +113,22 @@ def tower_from(model: Any, config: ModelConfig) -> ContextTower:
 )
 def test_logits_of_random_models(pattern: str, changes: dict[str, Any]) -> None:
     model, config = oracle(pattern, **changes)
-    tokens = torch.randint(0, config.vocab_size, (2, 29), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(
+        0, config.vocab_size, (2, 29), generator=torch.Generator().manual_seed(1)
+    )
     with torch.no_grad():
         want = model(tokens, use_cache=False).logits
     tower = tower_from(model, config)
-    hidden, _ = tower.extend(tokens, empty_state(config, 2, 32), past=torch.zeros(2, dtype=torch.int64))
+    hidden, _ = tower.extend(
+        tokens, empty_state(config, 2, 32), past=torch.zeros(2, dtype=torch.int64)
+    )
     torch.testing.assert_close(tower.logits(hidden), want.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_model_package_does_not_need_transformers() -> None:
     source = Path(towers.__wrapped__.__code__.co_filename).parents[2] / "src" / "twotower" / "model"
-    assert not [p for p in source.glob("*.py") if "import transformers" in p.read_text() or "from transformers" in p.read_text()]
+    assert not [
+        p
+        for p in source.glob("*.py")
+        if "import transformers" in p.read_text() or "from transformers" in p.read_text()
+    ]

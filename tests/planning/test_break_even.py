@@ -25,14 +25,19 @@ def test_both_modes_take_equally_long_there(experts: str | None, path: str) -> N
         for rows, passes in break_evens(PUBLISHED, options, gpu).items():
             costs = pass_costs(PUBLISHED, options, rows)
             assert costs.denoising is not None
-            denoise, extend, step = (c.seconds(gpu) or 0.0 for c in (costs.denoising, costs.extension, costs.ar_step))
+            denoise, extend, step = (
+                c.seconds(gpu) or 0.0 for c in (costs.denoising, costs.extension, costs.ar_step)
+            )
             assert passes * denoise + extend == pytest.approx(16 * step)
 
 
 def test_dense_experts_flatter_diffusion_at_one_row_and_hurt_it_at_many() -> None:
     """A step of one row pays for 128 experts; 32 rows pay for products nobody needs."""
     (gpu,) = gpus_named("H200")
-    chosen, dense = (break_evens(PUBLISHED, replace(KERNELS, expert_path=path), gpu) for path in ("auto", "dense"))
+    chosen, dense = (
+        break_evens(PUBLISHED, replace(KERNELS, expert_path=path), gpu)
+        for path in ("auto", "dense")
+    )
     assert tuple(chosen) == tuple(dense) == ROWS == (1, 8, 32)
     assert 1.5 < chosen[1] < 2.5 < 14 < dense[1] < 16
     assert dense[32] < 0.6 * chosen[32]
@@ -46,4 +51,6 @@ def test_only_the_context_tower_breaks_even_with_nothing() -> None:
 def test_the_document_has_the_table_that_the_code_makes() -> None:
     (gpu,) = gpus_named("H200")
     table = "\n".join(break_even_table(PUBLISHED, KERNELS, gpu))
-    assert f"\n\n{table}\n\n" in (ROOT / "docs" / "planning.md").read_text(encoding="utf-8"), f"docs/planning.md should have\n{table}"
+    assert f"\n\n{table}\n\n" in (ROOT / "docs" / "planning.md").read_text(encoding="utf-8"), (
+        f"docs/planning.md should have\n{table}"
+    )

@@ -39,17 +39,31 @@ RECIPES = {"float": Recipe(name="float"), **builtin_recipes()}
 
 def options_of(recipe: str) -> PlanOptions:
     made = RECIPES[recipe]
-    return replace(KERNELS, dtype="bfloat16", formats=tuple(sorted(made.weights.items())), rounded=tuple(sorted(made.activations)))
+    return replace(
+        KERNELS,
+        dtype="bfloat16",
+        formats=tuple(sorted(made.weights.items())),
+        rounded=tuple(sorted(made.activations)),
+    )
 
 
 def cut_towers(folder: Path, config: ModelConfig, recipe: str) -> Iterator[ExpertCut]:
     """Both towers' graphs as an export writes them, cut as a build cuts them."""
     for graph in (CONTEXT, DENOISER):
         weights = build_graph(graph, config, "bfloat16").weights
-        few = {part.name: how for part in parts_of(config, weights) if (how := RECIPES[recipe].format_of(part))}
+        few = {
+            part.name: how
+            for part in parts_of(config, weights)
+            if (how := RECIPES[recipe].format_of(part))
+        }
         made = build_graph(graph, config, "bfloat16", Precision(few))
         save_program(folder / f"{graph}.onnx", made, lay_out(made.weights))
-        yield ExpertCut(load_graph(folder / f"{graph}.onnx"), signatures(config, "bfloat16")[graph], config, dtype="bfloat16")
+        yield ExpertCut(
+            load_graph(folder / f"{graph}.onnx"),
+            signatures(config, "bfloat16")[graph],
+            config,
+            dtype="bfloat16",
+        )
 
 
 @pytest.mark.parametrize(
@@ -65,10 +79,22 @@ def cut_towers(folder: Path, config: ModelConfig, recipe: str) -> Iterator[Exper
         (PlanOptions(expert_path="dense"), "dense", "--expert-path dense"),
         (PlanOptions(target="ort-cuda"), "fused", ""),
         (PlanOptions(target="ort-cuda", max_batch=64, experts="int4"), "fused", ""),
-        (PlanOptions(target="ort-cuda", experts="fp8"), "dense", "QMoE does not compute experts in this format"),
-        (PlanOptions(target="ort-cuda", dtype="float32", experts="int8"), "dense", "no CUDA kernel for float32"),
+        (
+            PlanOptions(target="ort-cuda", experts="fp8"),
+            "dense",
+            "QMoE does not compute experts in this format",
+        ),
+        (
+            PlanOptions(target="ort-cuda", dtype="float32", experts="int8"),
+            "dense",
+            "no CUDA kernel for float32",
+        ),
         (PlanOptions(target="ort-cuda", expert_path="dense"), "dense", "--expert-path dense"),
-        (PlanOptions(target="ort-cuda", expert_path="kernels", experts="nvfp4", sms=(90,)), "kernels", ""),
+        (
+            PlanOptions(target="ort-cuda", expert_path="kernels", experts="nvfp4", sms=(90,)),
+            "kernels",
+            "",
+        ),
         (PlanOptions(target="ort-cpu"), "chosen", ""),
         (PlanOptions(target="ort-cpu", expert_path="dense"), "dense", "--expert-path dense"),
     ],
@@ -105,13 +131,17 @@ def test_room_is_what_the_runtime_allocates(tmp_path: Path) -> None:
         assert [first for first, _ in layers] == [first for first, _ in program_layers(SMALL)]
     room = expert_room(SMALL, replace(options_of("float"), max_batch=rows))
     assert room.handed == sum(count * nbytes for count, nbytes in wanted.values())
-    assert room.workspace == scratch_bytes(shape_of(expert_step(SMALL, options_of("float"))), rows * 256)
+    assert room.workspace == scratch_bytes(
+        shape_of(expert_step(SMALL, options_of("float"))), rows * 256
+    )
     assert expert_room(SMALL, replace(KERNELS, expert_path="dense")).handed == 0
 
 
 def test_programs_keep_no_expert_s_results() -> None:
     """Nothing of E rows a token is written; a prompt's chunk takes a fifth of the memory."""
-    kernels, dense = (tower_scratch(PUBLISHED, replace(KERNELS, expert_path=path)) for path in ("auto", "dense"))
+    kernels, dense = (
+        tower_scratch(PUBLISHED, replace(KERNELS, expert_path=path)) for path in ("auto", "dense")
+    )
     assert kernels[CONTEXT].nbytes < 0.2 * dense[CONTEXT].nbytes
     assert "experts" not in kernels[CONTEXT].because
     assert kernels[DENOISER].nbytes < dense[DENOISER].nbytes
@@ -124,7 +154,11 @@ def test_programs_keep_no_expert_s_results() -> None:
 def test_equal_programs_are_one_file() -> None:
     plan = plan_bundle(PUBLISHED, KERNELS)
     assert {e.name: e.programs for e in plan.engines} == {
-        **{f"{graph}.{n}.engine": count for graph in (CONTEXT, DENOISER) for n, count in enumerate((1, 16, 6, 1))},
+        **{
+            f"{graph}.{n}.engine": count
+            for graph in (CONTEXT, DENOISER)
+            for n, count in enumerate((1, 16, 6, 1))
+        },
         "context_head.engine": 1,
     }
     assert sum(e.weight_bytes for e in plan.engines) == sum(w.total for w in plan.weights.values())
@@ -135,11 +169,21 @@ def test_equal_programs_are_one_file() -> None:
 def test_sessions_between_experts_have_memory_of_their_own() -> None:
     """ONNX Runtime: 24 programs a tower keep what each of them needs, and the kernels have theirs besides."""
     kernels = PlanOptions(target="ort-cuda", expert_path="kernels", sms=(90,))
-    plan, rtx = plan_bundle(PUBLISHED, kernels), plan_bundle(PUBLISHED, replace(KERNELS, target="trt"))
+    plan, rtx = (
+        plan_bundle(PUBLISHED, kernels),
+        plan_bundle(PUBLISHED, replace(KERNELS, target="trt")),
+    )
     assert len(plan.engines) == 49
     assert sum(e.weight_bytes for e in plan.engines) == sum(w.total for w in plan.weights.values())
-    assert 18 * rtx.scratch[CONTEXT].nbytes < plan.scratch[CONTEXT].nbytes < 24 * rtx.scratch[CONTEXT].nbytes
-    assert plan.devices[0].scratch == sum(s.nbytes for s in plan.scratch.values()) + plan.room.workspace + plan.room.handed
+    assert (
+        18 * rtx.scratch[CONTEXT].nbytes
+        < plan.scratch[CONTEXT].nbytes
+        < 24 * rtx.scratch[CONTEXT].nbytes
+    )
+    assert (
+        plan.devices[0].scratch
+        == sum(s.nbytes for s in plan.scratch.values()) + plan.room.workspace + plan.room.handed
+    )
     assert rtx.devices[0].scratch == rtx.scratch[CONTEXT].nbytes + rtx.room.handed
     assert (plan.held, plan.build_seconds) == (0, None)
     assert plan.passes == rtx.passes
@@ -152,7 +196,11 @@ def test_experts_in_few_bits_are_in_no_engine() -> None:
     assert plan.held == plan.disk.copies["rtx"] == plan.disk.copies["trt"] == 0
     assert plan.disk.engines["rtx"] < 1e8
     assert plan.build_peak < 0.5e9
-    mixed = plan_bundle(PUBLISHED, replace(KERNELS, formats=tuple(sorted(RECIPES["mixed"].weights.items()))))
+    mixed = plan_bundle(
+        PUBLISHED, replace(KERNELS, formats=tuple(sorted(RECIPES["mixed"].weights.items())))
+    )
     assert 0 < mixed.held < 4e9, "Mamba, attention and heads are"
     assert len(mixed.engines) == 49, "programs that hold weights of their own share no file"
-    assert sum(e.weight_bytes for e in mixed.engines) == sum(w.total for w in mixed.weights.values())
+    assert sum(e.weight_bytes for e in mixed.engines) == sum(
+        w.total for w in mixed.weights.values()
+    )

@@ -29,7 +29,10 @@ TRT = PlanOptions(target="trt")
 def applied(options: PlanOptions, flags: str) -> PlanOptions:
     """The options with flags typed as an alternative says them."""
     words = flags.split()
-    given = {k.removeprefix("--").replace("-", "_"): v for k, v in zip(words[::2], words[1::2], strict=True)}
+    given = {
+        k.removeprefix("--").replace("-", "_"): v
+        for k, v in zip(words[::2], words[1::2], strict=True)
+    }
     return replace(options, **{k: int(v) if v.isdigit() else v for k, v in given.items()})  # type: ignore[arg-type]
 
 
@@ -39,7 +42,11 @@ def test_the_published_model_fits_where_it_should() -> None:
     assert {title for title, f in fits.items() if f.fits} == {"2x H100 80GB", "H200", "B200"}
     assert not fits["H100 80GB"].fits
     assert fits["H100 80GB"].fullest.weights > 126e9
-    assert {a.flags for a in fits["H100 80GB"].alternatives if a.fits} >= {"--devices 2", "--mode ar", "--experts int4"}
+    assert {a.flags for a in fits["H100 80GB"].alternatives if a.fits} >= {
+        "--devices 2",
+        "--mode ar",
+        "--experts int4",
+    }
 
 
 def test_rtx_does_not_list_data_centre_gpus() -> None:
@@ -49,8 +56,14 @@ def test_rtx_does_not_list_data_centre_gpus() -> None:
 
 
 @pytest.mark.slow
-@given(memory=st.integers(10 * 10**9, 200 * 10**9), rows=st.integers(1, 32), devices=st.sampled_from([1, 2]))
-def test_alternatives_are_what_the_plan_with_their_flags_says(memory: int, rows: int, devices: int) -> None:
+@given(
+    memory=st.integers(10 * 10**9, 200 * 10**9),
+    rows=st.integers(1, 32),
+    devices=st.sampled_from([1, 2]),
+)
+def test_alternatives_are_what_the_plan_with_their_flags_says(
+    memory: int, rows: int, devices: int
+) -> None:
     options = replace(TRT, max_batch=rows, devices=devices)
     (found,) = fit(PUBLISHED, options, [GpuModel("some", memory, 89, 10**12)])
     assert found.fits == (max(d.total for d in found.devices) <= memory)
@@ -77,11 +90,19 @@ EIGHT_BITS = {"int8", "fp8"}
     ],
 )
 @pytest.mark.parametrize("gpu", ["RTX 4090", "RTX 5090", "RTX PRO 6000"])
-def test_no_alternative_is_slower_than_what_it_replaces(target: str, path: str, formats: set[str], gpu: str) -> None:
+def test_no_alternative_is_slower_than_what_it_replaces(
+    target: str, path: str, formats: set[str], gpu: str
+) -> None:
     """A pass that expands its experts moves more bytes than one of float experts; 8 bits are planned as the recipes that round inputs."""
     options = PlanOptions(target=target, expert_path=path)
     (found,) = fit(PUBLISHED, options, gpus_named(gpu))
-    chosen = {words[i + 1] for a in found.alternatives for words in [a.flags.split()] for i, w in enumerate(words) if w == "--experts"}
+    chosen = {
+        words[i + 1]
+        for a in found.alternatives
+        for words in [a.flags.split()]
+        for i, w in enumerate(words)
+        if w == "--experts"
+    }
     assert chosen == formats
     assert set(left_out(PUBLISHED, options)) == set(EXPERT_FORMATS) - formats
     recipes = builtin_recipes()
@@ -95,16 +116,27 @@ def test_no_alternative_is_slower_than_what_it_replaces(target: str, path: str, 
         recipe = recipes[EXPERT_RECIPES[name]]
         assert recipe.weights["routed_expert"] == name
         if name in formats and path == "dense" and target != "ort-cuda":
-            assert not stack_is_expanded(target, name, rounded_input="routed_expert" in recipe.activations)
-    assert not left_out(PUBLISHED, replace(options, formats=(("routed_expert", "int4"),))), "a quantized bundle has no other experts"
+            assert not stack_is_expanded(
+                target, name, rounded_input="routed_expert" in recipe.activations
+            )
+    assert not left_out(PUBLISHED, replace(options, formats=(("routed_expert", "int4"),))), (
+        "a quantized bundle has no other experts"
+    )
 
 
 def test_formats_are_offered_where_the_hardware_has_them() -> None:
     """Kernels read any format, but the 8-bit recipes narrow layers that the engines multiply; fp8 is in hardware from SM 89 on."""
 
     def offered(sm: int, path: str) -> set[str]:
-        (found,) = fit(PUBLISHED, replace(TRT, expert_path=path), [GpuModel("some", 90 * 10**9, sm, 10**12)])
-        return {words[1] for a in found.alternatives for words in [a.flags.split()] if words[0] == "--experts"}
+        (found,) = fit(
+            PUBLISHED, replace(TRT, expert_path=path), [GpuModel("some", 90 * 10**9, sm, 10**12)]
+        )
+        return {
+            words[1]
+            for a in found.alternatives
+            for words in [a.flags.split()]
+            if words[0] == "--experts"
+        }
 
     assert offered(86, "auto") == {"int8", "int4", "nvfp4"}
     assert offered(89, "auto") == {"int8", "fp8", "int4", "nvfp4"}
@@ -113,7 +145,11 @@ def test_formats_are_offered_where_the_hardware_has_them() -> None:
 
 def test_a_gpu_older_than_the_kernels_is_planned_with_all_experts_computing() -> None:
     options = PlanOptions(target="rtx", dtype="float16", max_batch=1)
-    new, old = fit(PUBLISHED, options, [GpuModel("new", 10**12, 89, 10**12), GpuModel("old", 10**12, 75, 10**12)])
+    new, old = fit(
+        PUBLISHED,
+        options,
+        [GpuModel("new", 10**12, 89, 10**12), GpuModel("old", 10**12, 75, 10**12)],
+    )
     assert new.fits
     assert old.fits
     assert (old.step_seconds or 0) > 9 * (new.step_seconds or 0) > 0
@@ -146,7 +182,9 @@ def test_time_is_that_of_the_slower_of_memory_and_matrix_units() -> None:
     many = replace(TRT, max_batch=32, expert_path="dense")
     for f in fit(PUBLISHED, many, GPUS):
         assert f.by_arithmetic[0] == "pass", "32 rows let 128 experts compute 512 tokens"
-        assert (f.pass_seconds or 0) * f.gpu.flops == pytest.approx(2 * 512 * (29.37e9 + 1.84e9), rel=0.01)
+        assert (f.pass_seconds or 0) * f.gpu.flops == pytest.approx(
+            2 * 512 * (29.37e9 + 1.84e9), rel=0.01
+        )
     (unknown,) = fit(PUBLISHED, TRT, [GpuModel("some", 10**12, 90)])
     assert (unknown.pass_seconds, unknown.break_even) == (None, {})
     (ar,) = fit(PUBLISHED, replace(TRT, mode="ar"), [GPUS[0]])
@@ -167,7 +205,10 @@ def test_gpus_go_by_names_people_type() -> None:
 
 
 def test_a_gpu_at_hand_has_its_own_memory_and_the_table_s_bandwidth() -> None:
-    gpus = [Gpu("NVIDIA GeForce RTX 4090", 89, 25_386_352_640), Gpu("NVIDIA GeForce RTX 4090", 89, 25_386_352_640)]
+    gpus = [
+        Gpu("NVIDIA GeForce RTX 4090", 89, 25_386_352_640),
+        Gpu("NVIDIA GeForce RTX 4090", 89, 25_386_352_640),
+    ]
     gpus.append(Gpu("NVIDIA H100 PCIe", 90, 85 * 10**9))
     known, other = gpu_at_hand(gpus)
     assert (known.memory, known.bandwidth, known.flops) == (25_386_352_640, 1008 * 10**9, 165.2e12)
@@ -198,7 +239,10 @@ def test_rows_and_texts_are_as_many_and_as_long_as_just_fit() -> None:
     long = replace(TRT, max_batch=1, max_context=100_000)
     for context in (256, 320, 4096):  # as long as their cache
         needs = fullest(replace(long, max_context=context))
-        assert [largest_context(SMALL, long, needs - short) for short in (0, 1)] == [context, context - 64 if context > 256 else 0]
+        assert [largest_context(SMALL, long, needs - short) for short in (0, 1)] == [
+            context,
+            context - 64 if context > 256 else 0,
+        ]
     assert largest_context(SMALL, TRT, 10**13) == 4096, "what is planned without a word"
     assert largest_context(replace(SMALL, max_position_embeddings=1000), TRT, 10**13) == 1000
 
@@ -212,15 +256,41 @@ def offered(config: ModelConfig, options: PlanOptions, memory: int) -> dict[str,
 def test_alternatives_are_the_mildest_changes_that_suffice_and_what_does_not() -> None:
     formats = {"int8", "fp8", "int4", "nvfp4"}
     alone = {f"--experts {name}": False for name in formats}
-    both = {f"--experts {name} {more}": True for name in formats for more in ("--devices 2", "--mode ar")}
-    assert offered(PUBLISHED, TRT, 40 * 10**9) == {**alone, "--devices 2": False, "--mode ar": False, **both}
-    assert offered(PUBLISHED, TRT, 96 * 10**9) == {**dict.fromkeys(alone, True), "--devices 2": True, "--mode ar": True}
-    halved = {"--dtype bfloat16" + (f" {more}" if more else "") for more in ("", *alone, "--devices 2", "--mode ar")}
-    assert offered(PUBLISHED, replace(TRT, dtype="float32"), 40 * 10**9).keys() >= {*halved, "--devices 2", "--mode ar"}
+    both = {
+        f"--experts {name} {more}": True
+        for name in formats
+        for more in ("--devices 2", "--mode ar")
+    }
+    assert offered(PUBLISHED, TRT, 40 * 10**9) == {
+        **alone,
+        "--devices 2": False,
+        "--mode ar": False,
+        **both,
+    }
+    assert offered(PUBLISHED, TRT, 96 * 10**9) == {
+        **dict.fromkeys(alone, True),
+        "--devices 2": True,
+        "--mode ar": True,
+    }
+    halved = {
+        "--dtype bfloat16" + (f" {more}" if more else "")
+        for more in ("", *alone, "--devices 2", "--mode ar")
+    }
+    assert offered(PUBLISHED, replace(TRT, dtype="float32"), 40 * 10**9).keys() >= {
+        *halved,
+        "--devices 2",
+        "--mode ar",
+    }
     for dtype in (None, "float32"):
-        assert offered(PUBLISHED, PlanOptions(target="ort-cpu", dtype=dtype), 40 * 10**9) == {"--mode ar": False}
+        assert offered(PUBLISHED, PlanOptions(target="ort-cpu", dtype=dtype), 40 * 10**9) == {
+            "--mode ar": False
+        }
     assert offered(SMALL, TRT, 10**9) == {"--devices 2": False, "--mode ar": False}
-    assert not [flags for flags in offered(PUBLISHED, replace(TRT, devices=2), 30 * 10**9) if "--devices" in flags]
+    assert not [
+        flags
+        for flags in offered(PUBLISHED, replace(TRT, devices=2), 30 * 10**9)
+        if "--devices" in flags
+    ]
 
 
 def test_what_is_just_enough_for_a_change_suffices() -> None:
@@ -228,7 +298,9 @@ def test_what_is_just_enough_for_a_change_suffices() -> None:
     assert offered(SMALL, TRT, few)["--mode ar"]
     assert "--mode ar" not in offered(SMALL, TRT, few - 1), "with fewer rows"
     single = fullest(replace(TRT, max_batch=1, max_context=2048))
-    assert offered(SMALL, replace(TRT, max_context=100_000), single)["--max-batch 1 --max-context 2048"]
+    assert offered(SMALL, replace(TRT, max_context=100_000), single)[
+        "--max-batch 1 --max-context 2048"
+    ]
 
 
 def test_loading_is_as_long_as_its_fullest_device_takes() -> None:
@@ -252,7 +324,9 @@ def test_loading_is_as_long_as_its_fullest_device_takes() -> None:
         (PlanOptions(target="rtx", sms=(89, 120)), 120, ""),
     ],
 )
-def test_a_gpu_is_refused_for_its_hardware_or_what_is_built_for(options: PlanOptions, sm: int, says: str) -> None:
+def test_a_gpu_is_refused_for_its_hardware_or_what_is_built_for(
+    options: PlanOptions, sm: int, says: str
+) -> None:
     (found,) = fit(SMALL, options, [GpuModel("some", 10**12, sm, 10**12)])
     assert says in found.refused if says else not found.refused
     assert found.fits == (not says)

@@ -52,9 +52,14 @@ def test_a_dense_pass_reads_all_weights_but_the_embedding() -> None:
     embeddings = 2 * 2 * 131072 * 2688
     state = state_bytes(PUBLISHED, single)
     written = state.per_row + state.per_token
-    assert denoising(single).nbytes + moved.ar_step.nbytes == alone.weights - embeddings + 2 * state.read + written
+    assert (
+        denoising(single).nbytes + moved.ar_step.nbytes
+        == alone.weights - embeddings + 2 * state.read + written
+    )
     head = 2 * 131072 * 2688
-    assert moved.ar_step.nbytes - moved.extension.nbytes == head - 15 * state.per_token, "no head; 16 positions are written"
+    assert moved.ar_step.nbytes - moved.extension.nbytes == head - 15 * state.per_token, (
+        "no head; 16 positions are written"
+    )
     assert pass_costs(PUBLISHED, replace(single, mode="ar")).denoising is None
 
 
@@ -63,10 +68,14 @@ def test_a_pass_of_kernels_reads_the_distinct_experts(rows: int, tokens: int) ->
     read = 128 * (1 - (1 - 6 / 128) ** tokens)
     dense, chosen = denoising(DENSE, rows), denoising(KERNELS, rows)
     assert (chosen.tokens, chosen.experts, dense.experts) == (tokens, pytest.approx(read), 128)
-    assert dense.nbytes - chosen.nbytes == pytest.approx(2 * EXPERTS * (1 - read / 128), rel=1e-6, abs=2)
+    assert dense.nbytes - chosen.nbytes == pytest.approx(
+        2 * EXPERTS * (1 - read / 128), rel=1e-6, abs=2
+    )
     step, every = (pass_costs(PUBLISHED, o, rows).ar_step for o in (KERNELS, DENSE))
     assert step.experts == pytest.approx(128 * (1 - (1 - 6 / 128) ** rows))
-    assert every.nbytes - step.nbytes == pytest.approx(2 * EXPERTS * (1 - 6 / 128) ** rows, rel=1e-6)
+    assert every.nbytes - step.nbytes == pytest.approx(
+        2 * EXPERTS * (1 - 6 / 128) ** rows, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 8, 32])
@@ -76,15 +85,23 @@ def test_products_are_those_of_the_chosen_pairs(rows: int) -> None:
     for options, share in ((KERNELS, 6 / 128), (DENSE, 1.0)):
         costs, tokens = pass_costs(PUBLISHED, options, rows), 16 * rows
         by_token = 2 * (REST + share * EXPERTS) + scores
-        assert denoising(options, rows).flops == pytest.approx(tokens * (by_token + 2 * head), rel=1e-3)
+        assert denoising(options, rows).flops == pytest.approx(
+            tokens * (by_token + 2 * head), rel=1e-3
+        )
         assert costs.extension.flops == pytest.approx(tokens * by_token, rel=1e-3)
         assert costs.ar_step.flops == pytest.approx(rows * (by_token + 2 * head), rel=1e-3)
 
 
 @given(rows=st.integers(1, 64), experts=st.sampled_from([None, "int8", "fp8", "int4", "nvfp4"]))
 def test_choosing_never_costs_more(rows: int, experts: str | None) -> None:
-    few, every = (pass_costs(PUBLISHED, replace(o, experts=experts), rows) for o in (KERNELS, DENSE))
-    for chosen, dense in ((few.ar_step, every.ar_step), (few.extension, every.extension), (few.denoising, every.denoising)):
+    few, every = (
+        pass_costs(PUBLISHED, replace(o, experts=experts), rows) for o in (KERNELS, DENSE)
+    )
+    for chosen, dense in (
+        (few.ar_step, every.ar_step),
+        (few.extension, every.extension),
+        (few.denoising, every.denoising),
+    ):
         assert chosen is not None
         assert dense is not None
         assert chosen.nbytes <= dense.nbytes
@@ -101,7 +118,9 @@ def test_expanded_experts_are_read_written_and_read_again() -> None:
     weights = replace(single, formats=(("routed_expert", "int8"),))
     moved = pass_costs(PUBLISHED, weights)
     assert denoising(weights).expanded == moved.ar_step.expanded == 4 * EXPERTS
-    assert denoising(weights).nbytes == denoising(single).nbytes - 2 * EXPERTS + stored + 4 * EXPERTS
+    assert (
+        denoising(weights).nbytes == denoising(single).nbytes - 2 * EXPERTS + stored + 4 * EXPERTS
+    )
     assert moved.ar_step.nbytes == floats.ar_step.nbytes - 2 * EXPERTS + stored + 4 * EXPERTS
     fused = denoising(replace(weights, rounded=("routed_expert",)))
     rows = 2 * 128 * (1856 + 2688) * 23  # a bfloat16 scale a row
@@ -118,9 +137,13 @@ def test_kernels_dequantize_in_registers_and_a_cpu_expands_floats_only() -> None
     floats = denoising(replace(KERNELS, max_batch=1))
     assert floats.nbytes - kernels.nbytes == pytest.approx(share * (2 * EXPERTS - stored), rel=1e-6)
     cpu = PlanOptions(target="ort-cpu", max_batch=1)
-    assert denoising(replace(cpu, formats=formats)).expanded == 0, "integers are multiplied as they are stored"
+    assert denoising(replace(cpu, formats=formats)).expanded == 0, (
+        "integers are multiplied as they are stored"
+    )
     floats = denoising(replace(cpu, formats=(("routed_expert", "fp8"),)))
-    assert floats.expanded == pytest.approx(share * 8 * EXPERTS, rel=1e-6), "float32, written and read"
+    assert floats.expanded == pytest.approx(share * 8 * EXPERTS, rel=1e-6), (
+        "float32, written and read"
+    )
 
 
 def test_fused_experts_read_what_kernels_read() -> None:
@@ -143,8 +166,13 @@ def test_eight_bit_products_are_counted_where_engines_have_them() -> None:
 
 def test_time_is_the_longer_of_memory_and_products() -> None:
     cost = PassCost(tokens=1, experts=1, nbytes=10**9, expanded=0, flops=1e12, flops_8bit=0)
-    memory, products = GpuModel("a", 1, 90, 10**9, flops=1e13), GpuModel("b", 1, 90, 10**10, flops=1e12)
+    memory, products = (
+        GpuModel("a", 1, 90, 10**9, flops=1e13),
+        GpuModel("b", 1, 90, 10**10, flops=1e12),
+    )
     assert (cost.seconds(memory), cost.bound_by_arithmetic(memory)) == (1.0, False)
     assert (cost.seconds(products), cost.bound_by_arithmetic(products)) == (1.0, True)
     assert cost.seconds(GpuModel("c", 1, 90)) is None
-    assert cost.seconds(GpuModel("d", 1, 90, 10**9)) == 1.0, "without a rate of products memory alone counts"
+    assert cost.seconds(GpuModel("d", 1, 90, 10**9)) == 1.0, (
+        "without a rate of products memory alone counts"
+    )

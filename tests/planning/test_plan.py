@@ -30,12 +30,21 @@ DENSE = PlanOptions(target="rtx", expert_path="dense")
 
 def test_engines_are_programs_whatever_the_model() -> None:
     plan = plan_bundle(PUBLISHED, DENSE)
-    assert [e.name for e in plan.engines] == ["context.engine", "context_head.engine", "denoiser.engine"]
+    assert [e.name for e in plan.engines] == [
+        "context.engine",
+        "context_head.engine",
+        "denoiser.engine",
+    ]
     assert all(e.held_bytes == 0 and e.weight_bytes > 5e8 for e in plan.engines)
     assert plan.build_peak == build_memory(0, 52) < 1.5e9
     assert sum(e.engine_bytes for e in plan.engines) == plan.disk.engines["rtx"] < 1e8
     assert 30 < (plan.build_seconds or 0) < 240
-    assert plan.disk.copies == {"rtx": 0, "trt": 0, "ort-cuda": 0, "ort-cpu": plan.disk.engines["ort-cpu"]}
+    assert plan.disk.copies == {
+        "rtx": 0,
+        "trt": 0,
+        "ort-cuda": 0,
+        "ort-cpu": plan.disk.engines["ort-cpu"],
+    }
 
 
 def test_weights_in_few_bits_are_counted_where_they_lie_twice() -> None:
@@ -63,14 +72,24 @@ def test_a_memory_bound_cuts_what_holds_weights(experts: str) -> None:
         assert layers[0][0] == 0
         assert layers[-1][1] == 52
         assert all(a[1] == b[0] for a, b in pairwise(layers))
-    assert len(plan_bundle(PUBLISHED, replace(DENSE, max_build_memory=bound)).engines) == 3, "programs are not cut"
+    assert len(plan_bundle(PUBLISHED, replace(DENSE, max_build_memory=bound)).engines) == 3, (
+        "programs are not cut"
+    )
 
 
 def test_several_devices_take_the_engines_that_build_makes_of_segments() -> None:
     plan = plan_bundle(PUBLISHED, replace(DENSE, devices=4))
-    names = ["context.0.engine", "context.1.engine", "context_head.engine", "denoiser.0.engine", "denoiser.1.engine"]
+    names = [
+        "context.0.engine",
+        "context.1.engine",
+        "context_head.engine",
+        "denoiser.0.engine",
+        "denoiser.1.engine",
+    ]
     assert [e.name for e in plan.engines] == names
-    assert [e.layers for e in plan.engines if e.graph == "denoiser"] == list(even_layers(plan.weights["denoiser"].layers, 2))
+    assert [e.layers for e in plan.engines if e.graph == "denoiser"] == list(
+        even_layers(plan.weights["denoiser"].layers, 2)
+    )
 
 
 def test_a_bound_below_one_layer_is_refused() -> None:
@@ -118,20 +137,33 @@ def test_disk_is_what_onnx_runtime_s_files_take(tmp_path: Path, dtype: str) -> N
     build_engines(bundle, "ort-cpu", builder_for("ort-cpu"))
     plan = plan_bundle(bundle.config, PlanOptions(target="ort-cpu", dtype=dtype))
     pages = 3 * PAGE
-    assert 0 <= plan.disk.bundle - sum(p.stat().st_size for p in bundle.path.glob("*/*.onnx.data")) < pages
+    assert (
+        0
+        <= plan.disk.bundle - sum(p.stat().st_size for p in bundle.path.glob("*/*.onnx.data"))
+        < pages
+    )
     engine = bundle.path / "engines" / "ort-cpu"
     written = sum(p.stat().st_size for p in engine.glob("*.data"))
-    assert (written == 0) == (dtype == "float32"), "only narrow weights are widened into files of their own"
+    assert (written == 0) == (dtype == "float32"), (
+        "only narrow weights are widened into files of their own"
+    )
     assert 0 <= plan.disk.engines["ort-cpu"] - written < pages
     assert sum(p.stat().st_size for p in engine.glob("*.onnx")) < 1e6
 
 
 @pytest.mark.trained
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize(("recipe", "dtype"), [("mixed", "bfloat16"), ("int8-weights", "float32"), ("nvfp4-experts", "float32")])
-def test_disk_is_what_quantized_weights_take_on_a_cpu(tmp_path: Path, recipe: str, dtype: str, dialect: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [("mixed", "bfloat16"), ("int8-weights", "float32"), ("nvfp4-experts", "float32")],
+)
+def test_disk_is_what_quantized_weights_take_on_a_cpu(
+    tmp_path: Path, recipe: str, dtype: str, dialect: str
+) -> None:
     """Integers are written in the order products read; in the standard dialect they stay in the bundle."""
-    floats = export_bundle(Checkpoint.open(TINY_CHECKPOINT), tmp_path / "float", ExportConfig(dtype=dtype))
+    floats = export_bundle(
+        Checkpoint.open(TINY_CHECKPOINT), tmp_path / "float", ExportConfig(dtype=dtype)
+    )
     made = builtin_recipes()[recipe]
     bundle = quantize_bundle(floats, plan_quantization(floats, made), tmp_path / "few")
     build_engines(bundle, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect=dialect))
@@ -150,10 +182,19 @@ def test_disk_is_what_quantized_weights_take_on_a_cpu(tmp_path: Path, recipe: st
 @pytest.mark.parametrize("folder", ["hybrid-a", "hybrid-b"])
 def test_disk_is_what_tensorrt_s_engines_take(tmp_path: Path, folder: str) -> None:
     bundle = export_fixture(folder, tmp_path / "bundle", "float16")
-    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256, experts="dense"))
-    plan = plan_bundle(bundle.config, PlanOptions(dtype="float16", sms=(89,), max_context=256, expert_path="dense"))
+    record = build_engines(
+        bundle,
+        "rtx",
+        builder_for("rtx"),
+        config=BuildConfig(sms=(89,), max_context=256, experts="dense"),
+    )
+    plan = plan_bundle(
+        bundle.config, PlanOptions(dtype="float16", sms=(89,), max_context=256, expert_path="dense")
+    )
     assert {e.name for e in plan.engines} == set(record.files)
-    for engine in plan.engines:  # the figures are of published widths; a head of this one's is smaller
+    for (
+        engine
+    ) in plan.engines:  # the figures are of published widths; a head of this one's is smaller
         facts, size = record.report["engines"][engine.name], record.files[engine.name].size
         assert size <= engine.engine_bytes < 1.3 * size or engine.graph == "context_head"
         assert engine.build_peak_bytes is not None
@@ -163,7 +204,9 @@ def test_disk_is_what_tensorrt_s_engines_take(tmp_path: Path, folder: str) -> No
 def test_a_plan_is_plain_data() -> None:
     facts = plan_bundle(TINY, PlanOptions()).to_json()
     assert facts["parameters"] == sum(w["total"] for w in facts["weights"].values()) // 4
-    names = {e["name"] for e in plan_bundle(TINY, replace(DENSE, dtype="float32")).to_json()["engines"]}
+    names = {
+        e["name"] for e in plan_bundle(TINY, replace(DENSE, dtype="float32")).to_json()["engines"]
+    }
     assert names == {"context.engine", "context_head.engine", "denoiser.engine"}
     assert (facts["experts"]["name"], facts["passes"][1]["ar_step"]["tokens"]) == ("kernels", 1)
     assert facts["devices"][0]["total"] > facts["state"]["total"]

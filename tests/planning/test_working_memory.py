@@ -39,17 +39,35 @@ def test_the_published_state() -> None:
     path=st.sampled_from(["auto", "dense"]),
 )  # fmt: skip
 def test_memory_only_grows_with_rows_and_length(
-    *, rows: int, context: int, more_rows: int, more_context: int, devices: int, dtype: str, mode: str, path: str
+    *,
+    rows: int,
+    context: int,
+    more_rows: int,
+    more_context: int,
+    devices: int,
+    dtype: str,
+    mode: str,
+    path: str,
 ) -> None:
     """Where kernels end (16 rows) engines begin that compute all experts: they take more."""
-    small = replace(OPTIONS, expert_path=path, max_batch=rows, max_context=context, devices=devices, dtype=dtype, mode=mode)
+    small = replace(
+        OPTIONS,
+        expert_path=path,
+        max_batch=rows,
+        max_context=context,
+        devices=devices,
+        dtype=dtype,
+        mode=mode,
+    )
     large = replace(small, max_batch=rows + more_rows, max_context=context + more_context)
     before, after = device_needs(PUBLISHED, small), device_needs(PUBLISHED, large)
     assert len(before) == len(after) == devices
     assert max(d.total for d in after) >= max(d.total for d in before)
     if expert_path(PUBLISHED, small) == expert_path(PUBLISHED, large):
         assert all(a.total >= b.total for a, b in zip(after, before, strict=True))
-    assert pass_costs(PUBLISHED, large).ar_step.nbytes >= pass_costs(PUBLISHED, small).ar_step.nbytes
+    assert (
+        pass_costs(PUBLISHED, large).ar_step.nbytes >= pass_costs(PUBLISHED, small).ar_step.nbytes
+    )
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "ar"])
@@ -58,7 +76,8 @@ def test_devices_hold_all_weights_between_them(devices: int, mode: str) -> None:
     (alone,) = device_needs(PUBLISHED, replace(OPTIONS, mode=mode))
     spread = device_needs(PUBLISHED, replace(OPTIONS, devices=devices, mode=mode))
     assert sum(d.weights for d in spread) == alone.weights
-    # Of an odd number the context tower gets the smaller half; a layer of experts and the head or the embedding are 3.3 GB.
+    # Of an odd number the context tower gets the smaller half; a layer of experts and the head or
+    # the embedding are 3.3 GB.
     most = alone.weights / (2 * (devices // 2) if mode == "diffusion" else devices)
     assert max(d.weights for d in spread) < most + 3.3e9
     towers = 2 if mode == "diffusion" else 1
@@ -76,14 +95,22 @@ def test_more_devices_than_towers_take_segments() -> None:
     three = device_needs(PUBLISHED, replace(DENSE, devices=3))
     assert three[0].holds == "context tower"
     assert three[0].weights > 63e9 > three[1].weights
-    assert [segments_of(PUBLISHED, replace(DENSE, devices=n)) for n in (1, 2, 3, 4, 5)] == [1, 1, 2, 2, 3]
+    assert [segments_of(PUBLISHED, replace(DENSE, devices=n)) for n in (1, 2, 3, 4, 5)] == [
+        1,
+        1,
+        2,
+        2,
+        3,
+    ]
     assert segments_of(PUBLISHED, replace(DENSE, devices=4, mode="ar")) == 4
 
 
 def test_programs_between_experts_are_spread_without_segments() -> None:
     """As the runtime spreads them: experts are where the program before them is."""
     four = device_needs(PUBLISHED, replace(OPTIONS, devices=4))
-    layers = [d.holds.removeprefix("context layers ").removeprefix("denoiser layers ") for d in four]
+    layers = [
+        d.holds.removeprefix("context layers ").removeprefix("denoiser layers ") for d in four
+    ]
     starts, ends = ([int(text.split(" to ")[i]) for text in layers] for i in (0, 1))
     assert (starts[0], ends[1], starts[2], ends[3]) == (0, 51, 0, 51)
     for i in (0, 2):
@@ -125,8 +152,13 @@ def test_the_largest_tensors_are_those_the_graph_writes_out() -> None:
     long = replace(SHAPES, max_batch=4, capacity=65536)
     assert scratch(DENOISER, PUBLISHED, long).because == "scores [B,H,L,T] in float32"
     assert scratch(DENOISER, PUBLISHED, long).nbytes > 2 * 4 * 4 * 32 * 16 * 65536
-    assert scratch(CONTEXT, PUBLISHED, long).profiles["decode"] > 2 * 2 * 4 * 2 * 65536 * 128, "a copy of keys and of values"
-    assert scratch(CONTEXT, of_layers("*"), replace(SHAPES, dtype="float32")).nbytes > 2 * 4 * 8 * 32 * 256 * 4352
+    assert scratch(CONTEXT, PUBLISHED, long).profiles["decode"] > 2 * 2 * 4 * 2 * 65536 * 128, (
+        "a copy of keys and of values"
+    )
+    assert (
+        scratch(CONTEXT, of_layers("*"), replace(SHAPES, dtype="float32")).nbytes
+        > 2 * 4 * 8 * 32 * 256 * 4352
+    )
 
 
 @pytest.mark.parametrize("graph", [CONTEXT, DENOISER])
@@ -143,18 +175,28 @@ def test_layers_share_the_memory_of_their_tensors(graph: str, dtype: str) -> Non
 
 def test_expanded_experts_take_room_for_one_projection_at_a_time() -> None:
     for graph in (CONTEXT, DENOISER):
-        plain, copied = scratch(graph, PUBLISHED, SHAPES), scratch(graph, PUBLISHED, replace(SHAPES, expanded=True))
+        plain, copied = (
+            scratch(graph, PUBLISHED, SHAPES),
+            scratch(graph, PUBLISHED, replace(SHAPES, expanded=True)),
+        )
         copy = 128 * 1856 * 2688 * 2
         for name, size in plain.profiles.items():
-            assert 0.5 * copy < copied.profiles[name] - size <= copy, "it lies where something else lay before"
+            assert 0.5 * copy < copied.profiles[name] - size <= copy, (
+                "it lies where something else lay before"
+            )
     options = replace(DENSE, target="rtx", formats=(("routed_expert", "int8"),))
-    more = tower_scratch(PUBLISHED, options)[DENOISER].nbytes - tower_scratch(PUBLISHED, replace(options, formats=()))[DENOISER].nbytes
+    more = (
+        tower_scratch(PUBLISHED, options)[DENOISER].nbytes
+        - tower_scratch(PUBLISHED, replace(options, formats=()))[DENOISER].nbytes
+    )
     assert more > 0.9 * copy
 
 
 def test_engines_for_one_row_are_compiled_for_two() -> None:
     def planned(target: str, rows: int) -> int:
-        return tower_scratch(PUBLISHED, replace(OPTIONS, target=target, max_batch=rows))[DENOISER].nbytes
+        return tower_scratch(PUBLISHED, replace(OPTIONS, target=target, max_batch=rows))[
+            DENOISER
+        ].nbytes
 
     for target in ("rtx", "trt"):
         assert planned(target, 1) == planned(target, 2) < planned(target, 3)

@@ -51,7 +51,9 @@ def batch(model: TwoTower, rows: int, config: GenerationConfig = AUTO) -> list[G
     step=st.floats(0.1, 100),
     passes=st.floats(1, 16),
 )
-def test_the_mode_of_less_time_is_chosen(denoise: float, extend: float, step: float, passes: float) -> None:
+def test_the_mode_of_less_time_is_chosen(
+    denoise: float, extend: float, step: float, passes: float
+) -> None:
     times = PassTimes(denoise_ms=denoise, extend_ms=extend, step_ms=step)
     spent = {"diffusion": passes * denoise + extend, "ar": 16 * step}
     chosen = choose(times, SETTING, passes, tokens=16)
@@ -61,7 +63,13 @@ def test_the_mode_of_less_time_is_chosen(denoise: float, extend: float, step: fl
 
 
 def test_steps_bound_the_passes() -> None:
-    for steps, want in ((2, "diffusion"), (4, "diffusion"), (5, "diffusion"), (6, None), (16, None)):
+    for steps, want in (
+        (2, "diffusion"),
+        (4, "diffusion"),
+        (5, "diffusion"),
+        (6, None),
+        (16, None),
+    ):
         assert choose(EVEN_AT_FIVE, Setting(0.9, steps, 16), None, tokens=16) == want
     assert choose(EVEN_AT_FIVE, Setting(0.9, 99, 4), None, tokens=16) == "diffusion"
     assert choose(EVEN_AT_FIVE, SETTING, 5.0, tokens=16) == "diffusion"
@@ -105,7 +113,9 @@ def test_replaced_times_flip_the_mode_and_texts_are_the_modes_own(model: TwoTowe
         replace_times(model, {1: times})
         result = batch(model, 3)
         want = batch(model, 3, replace(AUTO, mode=mode))
-        assert [(r.mode, r.tokens, r.usage) for r in result] == [(mode, r.tokens, r.usage) for r in want]
+        assert [(r.mode, r.tokens, r.usage) for r in result] == [
+            (mode, r.tokens, r.usage) for r in want
+        ]
         assert result[0].to_json()["mode"] == mode
 
 
@@ -178,14 +188,18 @@ def test_first_use_measures_three_passes_of_each(model: TwoTower, fake: FakeTowe
         assert min(times.denoise_ms, times.extend_ms, times.step_ms) > 0
     assert RUNS == 3
     again = batch(model, 2, replace(config, mode="diffusion"))
-    assert [r.tokens for r in again] == [r.tokens for r in want], "scratch rows leave nothing behind"
+    assert [r.tokens for r in again] == [r.tokens for r in want], (
+        "scratch rows leave nothing behind"
+    )
     (result,) = batch(model, 1, config)
     alone = batch(model, 1, replace(config, mode=result.mode))
     assert result.tokens == alone[0].tokens
 
 
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
-def test_a_text_does_not_depend_on_its_neighbours_within_a_mode(model: TwoTower, temperature: float) -> None:
+def test_a_text_does_not_depend_on_its_neighbours_within_a_mode(
+    model: TwoTower, temperature: float
+) -> None:
     config = replace(AUTO, temperature=temperature, seed=4)
     for times in (FAST_STEPS, SLOW_STEPS):
         replace_times(model, {1: times})

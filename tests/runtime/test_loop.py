@@ -26,14 +26,18 @@ HOST = HostStream()
 
 
 def options(**changes: Any) -> GenerationConfig:
-    return GenerationConfig(**{"max_new_tokens": 24, "block_size": 8, "steps_per_block": 8, **changes})
+    return GenerationConfig(
+        **{"max_new_tokens": 24, "block_size": 8, "steps_per_block": 8, **changes}
+    )
 
 
 def prompt(seed: int, length: int) -> list[int]:
     return random.Random(seed).choices(range(4, 97), k=length)
 
 
-def run(requests: Sequence[Request], fake: FakeTowers | None = None, **session: Any) -> list[Generation]:
+def run(
+    requests: Sequence[Request], fake: FakeTowers | None = None, **session: Any
+) -> list[Generation]:
     fake = fake or fake_towers(eos_every=40)
     with TwoTower.from_towers(fake.towers, streams=fake.streams, **session) as model:
         return model.generate(list(requests))
@@ -55,11 +59,19 @@ class Naive:
         arrays = {}
         for t in state_tensors(self.config, "float32"):
             arrays[t.past.name] = np.zeros(t.past.shape(sizes), np.float32)
-            arrays[t.present.name] = arrays[t.past.name] if t.in_place else np.zeros(t.past.shape(sizes), np.float32)
-        arrays |= {TOKENS: np.array([text]), CHUNK_LENGTH: np.array([len(text)]), PAST_LENGTH: np.array([0])}
+            arrays[t.present.name] = (
+                arrays[t.past.name] if t.in_place else np.zeros(t.past.shape(sizes), np.float32)
+            )
+        arrays |= {
+            TOKENS: np.array([text]),
+            CHUNK_LENGTH: np.array([len(text)]),
+            PAST_LENGTH: np.array([0]),
+        }
         arrays[HIDDEN] = np.zeros((1, self.config.hidden_size), np.float32)
         self.fake.context.compute(arrays)
-        present = {t.past.name: arrays[t.present.name] for t in state_tensors(self.config, "float32")}
+        present = {
+            t.past.name: arrays[t.present.name] for t in state_tensors(self.config, "float32")
+        }
         return present | {HIDDEN: arrays[HIDDEN], "context_length": np.array([len(text)])}
 
     def block(self, text: list[int], config: GenerationConfig, index: int) -> tuple[list[int], int]:
@@ -75,7 +87,9 @@ class Naive:
             "masked_left": np.array([size]),
         }
         for step in range(config.steps_per_block):
-            a["commit_floor"][0] = commit_floor(int(a["masked_left"][0]), step, config.steps_per_block)
+            a["commit_floor"][0] = commit_floor(
+                int(a["masked_left"][0]), step, config.steps_per_block
+            )
             if config.temperature:
                 assert config.seed is not None
                 noise = gumbel_noise(config.seed, (step, index, DIFFUSION), size * k)
@@ -88,9 +102,16 @@ class Naive:
         return a["block"][0].tolist(), step + 1
 
     def token(self, text: list[int], config: GenerationConfig, index: int) -> list[int]:
-        a = self.context(text) | {"candidate_ids": np.zeros((1, 64), np.int64), "candidate_logprobs": np.zeros((1, 64), np.float32)}
+        a = self.context(text) | {
+            "candidate_ids": np.zeros((1, 64), np.int64),
+            "candidate_logprobs": np.zeros((1, 64), np.float32),
+        }
         self.fake.head.compute(a)
-        return [Sampling.from_config(config).choose(a["candidate_ids"][0], a["candidate_logprobs"][0], index=index)]
+        return [
+            Sampling.from_config(config).choose(
+                a["candidate_ids"][0], a["candidate_logprobs"][0], index=index
+            )
+        ]
 
     def generate(self, request: Request) -> tuple[list[int], str, int]:
         config, nfe, index = request.config, 0, 0
@@ -132,16 +153,27 @@ configs = st.builds(
     top_p=st.sampled_from([1.0, 0.8]),
     seed=st.integers(0, 3),
 )
-requests = st.builds(lambda seed, n, config: Request(prompt(seed, n), config), st.integers(0, 99), st.integers(0, 40), configs)
+requests = st.builds(
+    lambda seed, n, config: Request(prompt(seed, n), config),
+    st.integers(0, 99),
+    st.integers(0, 40),
+    configs,
+)
 
 
 @pytest.mark.slow
-@given(st.lists(requests, min_size=1, max_size=8), st.integers(1, 8), st.sampled_from([1, 3, 16, 256]))
+@given(
+    st.lists(requests, min_size=1, max_size=8), st.integers(1, 8), st.sampled_from([1, 3, 16, 256])
+)
 @settings(max_examples=60)
-def test_every_row_is_what_the_plain_algorithm_says(batch: list[Request], max_batch: int, max_chunk: int) -> None:
+def test_every_row_is_what_the_plain_algorithm_says(
+    batch: list[Request], max_batch: int, max_chunk: int
+) -> None:
     results = run(batch, max_batch=max_batch, max_chunk=max_chunk)
     naive = Naive(fake_towers(eos_every=40))
-    assert [(list(r.tokens), r.finish_reason, r.usage.nfe) for r in results] == [naive.generate(request) for request in batch]
+    assert [(list(r.tokens), r.finish_reason, r.usage.nfe) for r in results] == [
+        naive.generate(request) for request in batch
+    ]
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "ar"])
@@ -169,7 +201,12 @@ def test_any_chunk_size_gives_the_same_text(max_chunk: int, length: int) -> None
 
 
 def test_temperature_zero_is_greedy_and_top_k_one_is_too() -> None:
-    greedy, cold, one = run([Request(prompt(1, 9), options(temperature=t, top_k=k)) for t, k in ((0.0, 0), (1e-30, 0), (1.0, 1))])
+    greedy, cold, one = run(
+        [
+            Request(prompt(1, 9), options(temperature=t, top_k=k))
+            for t, k in ((0.0, 0), (1e-30, 0), (1.0, 1))
+        ]
+    )
     assert greedy.tokens == cold.tokens == one.tokens
 
 
@@ -178,37 +215,63 @@ def test_the_last_block_is_cut(most: int) -> None:
     whole = run([Request(prompt(2, 9), options(ignore_eos=True))])[0]
     cut = run([Request(prompt(2, 9), options(ignore_eos=True, max_new_tokens=most))])[0]
     assert cut.tokens == whole.tokens[:most]
-    assert (cut.finish_reason, cut.usage.blocks, cut.usage.completion_tokens) == ("length", -(-most // 8), most)
+    assert (cut.finish_reason, cut.usage.blocks, cut.usage.completion_tokens) == (
+        "length",
+        -(-most // 8),
+        most,
+    )
 
 
 def test_a_text_grows_through_the_buckets_and_stays_the_same() -> None:
-    request = Request(prompt(5, 250), options(max_new_tokens=600, ignore_eos=True, confidence_threshold=0.0))
+    request = Request(
+        prompt(5, 250), options(max_new_tokens=600, ignore_eos=True, confidence_threshold=0.0)
+    )
     fake = fake_towers()
     result = run([request], fake)[0]
     naive = Naive(fake_towers())
     text = [*request.prompt, *result.tokens[:592]]
     assert list(result.tokens[592:]) == naive.block(text, request.config, 74)[0]  # type: ignore[arg-type]
-    # 512 from the start, then 1024: one pair of bindings of each engine a bucket, and two of the context engine for the prompt.
+    # 512 from the start, then 1024: one pair of bindings of each engine a bucket, and two of the
+    # context engine for the prompt.
     assert (fake.context.binds, fake.denoiser.binds) == (5, 4)
     assert result.usage.nfe == fake.denoiser.runs == 75
 
 
 def test_a_row_that_ends_early_does_not_keep_the_cache_growing() -> None:
-    long, short = Request(prompt(1, 510), options(max_new_tokens=1)), Request(prompt(2, 3), options(max_new_tokens=200, ignore_eos=True))
+    long, short = (
+        Request(prompt(1, 510), options(max_new_tokens=1)),
+        Request(prompt(2, 3), options(max_new_tokens=200, ignore_eos=True)),
+    )
     assert what(run([long, short])) == what([*run([long]), *run([short])])
 
 
 def test_nothing_is_bound_in_a_step_and_every_buffer_stays_where_it_is() -> None:
     fake = fake_towers()
-    run([Request(prompt(i, 5), options(max_new_tokens=120, ignore_eos=True)) for i in range(4)], fake)
-    assert (fake.context.binds, fake.denoiser.binds) == (3, 2)  # the prompt's width, and the block's in both state sets
+    run(
+        [Request(prompt(i, 5), options(max_new_tokens=120, ignore_eos=True)) for i in range(4)],
+        fake,
+    )
+    assert (fake.context.binds, fake.denoiser.binds) == (
+        3,
+        2,
+    )  # the prompt's width, and the block's in both state sets
     assert fake.denoiser.runs > 15
     assert len(fake.denoiser.addresses) == 2
 
 
 def test_the_streams_wait_for_one_another() -> None:
     fake = fake_towers()
-    run([Request(prompt(0, 5), options(max_new_tokens=16, ignore_eos=True, steps_per_block=2, confidence_threshold=1.0))], fake)
+    run(
+        [
+            Request(
+                prompt(0, 5),
+                options(
+                    max_new_tokens=16, ignore_eos=True, steps_per_block=2, confidence_threshold=1.0
+                ),
+            )
+        ],
+        fake,
+    )
     assert fake.log == [
         "context stream runs context 1",
         "host waits for context 1",
@@ -270,7 +333,10 @@ def test_every_step_can_be_watched() -> None:
     fake = fake_towers()
     with TwoTower.from_towers(fake.towers, streams=Streams(HOST, HOST)) as model:
         short, long = model.generate(
-            [Request(prompt(0, 5), options(max_new_tokens=8)), Request(prompt(1, 9), options(ignore_eos=True, confidence_threshold=1.0))],
+            [
+                Request(prompt(0, 5), options(max_new_tokens=8)),
+                Request(prompt(1, 9), options(ignore_eos=True, confidence_threshold=1.0)),
+            ],
             on_step=seen.append,
         )
     assert [(r.block_index, r.step) for r in seen] == [(b, s) for b in range(3) for s in range(8)]
@@ -290,7 +356,11 @@ def test_progress_of_the_prompt() -> None:
     seen: list[tuple[int, int]] = []
     fake = fake_towers()
     with TwoTower.from_towers(fake.towers, max_chunk=4) as model:
-        model.generate([prompt(0, 10), prompt(1, 3)], options(max_new_tokens=1), on_prefill=lambda *at: seen.append(at))
+        model.generate(
+            [prompt(0, 10), prompt(1, 3)],
+            options(max_new_tokens=1),
+            on_prefill=lambda *at: seen.append(at),
+        )
     assert seen == [(4, 13), (8, 13), (13, 13)]
 
 
@@ -310,16 +380,28 @@ def test_padding_is_the_pad_token_and_greedy_rows_have_no_noise() -> None:
 
     fake.context.compute, fake.denoiser.compute = reading, denoising
     with TwoTower.from_towers(fake.towers, max_chunk=4) as model:
-        model.generate([[5, 6, 7, 8, 9, 10], [11, 12, 13]], options(max_new_tokens=8, temperature=1.0))
-        assert [c.tolist() for c in chunks[:2]] == [[[5, 6, 7, 8], [9, 9, 9, 9]], [[9, 10, 9], [11, 12, 13]]]
+        model.generate(
+            [[5, 6, 7, 8, 9, 10], [11, 12, 13]], options(max_new_tokens=8, temperature=1.0)
+        )
+        assert [c.tolist() for c in chunks[:2]] == [
+            [[5, 6, 7, 8], [9, 9, 9, 9]],
+            [[9, 10, 9], [11, 12, 13]],
+        ]
         assert noises[0].all()
         noises.clear()
         model.generate([[5], [6]], options(max_new_tokens=8))
-        assert not any(n.any() for n in noises), "buffers are reused, the last request's noise is not"
+        assert not any(n.any() for n in noises), (
+            "buffers are reused, the last request's noise is not"
+        )
 
 
 def test_mask_zero_does_not_confuse_ended_rows() -> None:
     config = fake_config(mask_token_id=0)
-    batch = [Request(prompt(0, 5), options(max_new_tokens=1)), Request(prompt(1, 9), options(ignore_eos=True))]
+    batch = [
+        Request(prompt(0, 5), options(max_new_tokens=1)),
+        Request(prompt(1, 9), options(ignore_eos=True)),
+    ]
     together = what(run(batch, fake_towers(config)))
-    assert together == what([*run(batch[:1], fake_towers(config)), *run(batch[1:], fake_towers(config))])
+    assert together == what(
+        [*run(batch[:1], fake_towers(config)), *run(batch[1:], fake_towers(config))]
+    )

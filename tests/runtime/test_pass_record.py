@@ -33,7 +33,9 @@ def test_it_reads_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", HERE)
-def test_one_of_something_else_is_ignored(tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_of_something_else_is_ignored(
+    tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
     write(tmp_path, RECORD.to_json())
     with caplog.at_level("INFO"):
         assert read_pass_record(tmp_path, {**HERE, key: "another"}) is None
@@ -52,7 +54,9 @@ def test_one_of_something_else_is_ignored(tmp_path: Path, key: str, caplog: pyte
         lambda r: r.update(passes=5),
     ],
 )
-def test_a_damaged_one_is_ignored(tmp_path: Path, harm: Callable[[dict[str, Any]], None], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_one_is_ignored(
+    tmp_path: Path, harm: Callable[[dict[str, Any]], None], caplog: pytest.LogCaptureFixture
+) -> None:
     record = RECORD.to_json()
     harm(record)
     write(tmp_path, record)

@@ -15,7 +15,9 @@ SIZES = st.lists(st.integers(1, 100), min_size=1, max_size=12)
 
 
 @given(SIZES, SIZES, st.integers(1, 6))
-def test_segments_keep_their_order_and_towers_their_devices(context: list[int], denoiser: list[int], count: int) -> None:
+def test_segments_keep_their_order_and_towers_their_devices(
+    context: list[int], denoiser: list[int], count: int
+) -> None:
     devices = list(range(10, 10 + count))
     placed = place_engines({CONTEXT: context, CONTEXT_HEAD: [1], DENOISER: denoiser}, devices)
     for name, sizes in ((CONTEXT, context), (DENOISER, denoiser)):
@@ -35,11 +37,17 @@ def test_equal_segments_are_spread_evenly(devices: int, each: int) -> None:
 
 
 def test_a_state_is_written_where_the_context_tower_is_and_needed_where_the_denoiser_is() -> None:
-    past, present, block = (TensorSpec(name, "float32", ("B",)) for name in ("past", "present", "block"))
+    past, present, block = (
+        TensorSpec(name, "float32", ("B",)) for name in ("past", "present", "block")
+    )
     engines = {
         CONTEXT: (EngineFile("c", (0, 1), (past,), (present,), ()),),
         CONTEXT_HEAD: (EngineFile("h", (0, 1), (), (), ()),),
         DENOISER: (EngineFile("d", (0, 1), (past, block), (), ()),),
     }
-    places = places_of_tensors(engines, {CONTEXT: (1,), CONTEXT_HEAD: (1,), DENOISER: (0,)}, [StateTensor(past, present, in_place=True)])
+    places = places_of_tensors(
+        engines,
+        {CONTEXT: (1,), CONTEXT_HEAD: (1,), DENOISER: (0,)},
+        [StateTensor(past, present, in_place=True)],
+    )
     assert places == {"past": (1, 0), "block": (0,)}

@@ -35,9 +35,13 @@ def test_greedy_takes_the_best() -> None:
 
 
 def test_sampling_follows_the_probabilities() -> None:
-    assert choices(temperature=1.0) == pytest.approx({10: 0.1, 20: 0.15, 30: 0.25, 40: 0.5}, abs=0.03)
+    assert choices(temperature=1.0) == pytest.approx(
+        {10: 0.1, 20: 0.15, 30: 0.25, 40: 0.5}, abs=0.03
+    )
     squared = np.array([0.01, 0.0225, 0.0625, 0.25])
-    assert choices(temperature=0.5) == pytest.approx(dict(zip((10, 20, 30, 40), squared / squared.sum(), strict=True)), abs=0.03)
+    assert choices(temperature=0.5) == pytest.approx(
+        dict(zip((10, 20, 30, 40), squared / squared.sum(), strict=True)), abs=0.03
+    )
 
 
 def test_top_k_and_top_p_cut_the_tail() -> None:

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower.runtime.schedule import CHUNK_WIDTHS, block_count, capacity_bucket, capacity_limit, commit_floor, prefill_plan, row_counts
+from twotower.runtime.schedule import (
+    CHUNK_WIDTHS,
+    block_count,
+    capacity_bucket,
+    capacity_limit,
+    commit_floor,
+    prefill_plan,
+    row_counts,
+)
 
 lengths = st.lists(st.integers(1, 700), min_size=1, max_size=8)
 
@@ -31,13 +39,18 @@ def test_numbers_of_rows(most: int, counts: tuple[int, ...]) -> None:
     assert row_counts(most) == counts
 
 
-@pytest.mark.parametrize(("masked", "step", "steps", "floor"), [(16, 0, 16, 1), (16, 0, 5, 4), (7, 3, 4, 7), (7, 9, 4, 7), (5, 0, 2, 3)])
+@pytest.mark.parametrize(
+    ("masked", "step", "steps", "floor"),
+    [(16, 0, 16, 1), (16, 0, 5, 4), (7, 3, 4, 7), (7, 9, 4, 7), (5, 0, 2, 3)],
+)
 def test_known_floors(masked: int, step: int, steps: int, floor: int) -> None:
     assert commit_floor(masked, step, steps) == floor
 
 
 @given(lengths, st.integers(1, 256))
-def test_a_plan_reads_every_token_once_in_order_and_its_peak_is_exact(prompts: list[int], max_chunk: int) -> None:
+def test_a_plan_reads_every_token_once_in_order_and_its_peak_is_exact(
+    prompts: list[int], max_chunk: int
+) -> None:
     plan = prefill_plan(prompts, max_chunk)
     read = [0] * len(prompts)
     highest = 0
@@ -58,7 +71,9 @@ def test_a_row_is_cut_the_same_way_whoever_is_beside_it(prompts: list[int], max_
     for i, n in enumerate(prompts):
         mine = [(s.starts[i], s.lengths[i]) for s in together.steps if s.lengths[i]]
         assert mine == [(s.starts[0], s.lengths[0]) for s in prefill_plan([n], max_chunk).steps]
-        assert all(s.starts[i] == 0 for s in together.steps if not s.lengths[i]), "a row without tokens needs no room"
+        assert all(s.starts[i] == 0 for s in together.steps if not s.lengths[i]), (
+            "a row without tokens needs no room"
+        )
 
 
 @given(lengths, st.integers(1, 256))
@@ -69,7 +84,14 @@ def test_the_limit_holds_every_plan(prompts: list[int], max_chunk: int) -> None:
 
 
 def test_buckets_double_up_to_the_limit() -> None:
-    assert [capacity_bucket(n, 1000) for n in (1, 256, 257, 512, 513, 1000)] == [256, 256, 512, 512, 1000, 1000]
+    assert [capacity_bucket(n, 1000) for n in (1, 256, 257, 512, 513, 1000)] == [
+        256,
+        256,
+        512,
+        512,
+        1000,
+        1000,
+    ]
     assert capacity_bucket(10, 100) == 100
 
 
@@ -83,5 +105,7 @@ def test_chunks_are_padded_to_the_next_width_of_a_device(prompts: list[int]) -> 
     for ours, step in zip(plain.steps, padded.steps, strict=True):
         assert (step.starts, step.lengths) == (ours.starts, ours.lengths)
         assert step.width == 1 << (ours.width - 1).bit_length(), "the next power of two"
-    assert [prefill_plan([n], widths=CHUNK_WIDTHS).steps[0].width for n in (3, 5, 9, 17, 33, 65, 129)] == [4, 8, 16, 32, 64, 128, 256]
+    assert [
+        prefill_plan([n], widths=CHUNK_WIDTHS).steps[0].width for n in (3, 5, 9, 17, 33, 65, 129)
+    ] == [4, 8, 16, 32, 64, 128, 256]
     assert padded.peak == max(start + step.width for step in padded.steps for start in step.starts)

@@ -24,7 +24,13 @@ from twotower.runtime import Score, TwoTower
 from twotower.runtime.sampling import Sampling
 from twotower.runtime.tokenizer import Tokenizer
 
-PAIRS = [([5, 6, 7], [8, 9, 10, 11]), ([40], [41]), (list(range(60, 90)), list(range(100, 109))), ([], [5, 6]), ([9, 9], [])]
+PAIRS = [
+    ([5, 6, 7], [8, 9, 10, 11]),
+    ([40], [41]),
+    (list(range(60, 90)), list(range(100, 109))),
+    ([], [5, 6]),
+    ([9, 9], []),
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +43,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def expected(context: list[int], continuation: list[int]) -> np.ndarray[Any, Any]:
     """Log-probabilities of every token at every place of the continuation, [N,V], from the torch tower."""
     checkpoint = Checkpoint.open(FIXTURES / "hybrid-a")
-    tower = load_context_tower(checkpoint.config, lambda name: torch.from_numpy(checkpoint.tensors[name].numpy().copy()))
+    tower = load_context_tower(
+        checkpoint.config, lambda name: torch.from_numpy(checkpoint.tensors[name].numpy().copy())
+    )
     tokens = [*(context or [checkpoint.config.bos_token_id]), *continuation]
     with torch.inference_mode():
-        hidden, _ = tower.extend(torch.tensor([tokens]), empty_state(checkpoint.config, 1, len(tokens)), past=torch.tensor([0]))
+        hidden, _ = tower.extend(
+            torch.tensor([tokens]),
+            empty_state(checkpoint.config, 1, len(tokens)),
+            past=torch.tensor([0]),
+        )
         logits = tower.logits(hidden[0, len(tokens) - len(continuation) - 1 : -1])
     out: np.ndarray[Any, Any] = logits.log_softmax(-1).numpy()
     return out
@@ -51,7 +63,9 @@ def test_scores_are_the_torch_towers(model: TwoTower, pair: tuple[list[int], lis
     score = model.score(pair)
     every = expected(*pair)
     want = every[np.arange(len(pair[1])), pair[1]]
-    inside = np.array([np.count_nonzero(row > row[token]) < 63 for row, token in zip(every, pair[1], strict=True)])
+    inside = np.array(
+        [np.count_nonzero(row > row[token]) < 63 for row, token in zip(every, pair[1], strict=True)]
+    )
     got = np.array(score.logprobs)
     np.testing.assert_allclose(got[inside], want[inside], atol=1e-4)
     assert (got[~inside] >= want[~inside] - 1e-4).all(), "an upper bound"
@@ -75,7 +89,9 @@ def test_a_score_does_not_depend_on_company_or_order(model: TwoTower) -> None:
             assert (score.greedy, score.bounded) == (alone[i].greedy, alone[i].bounded)
 
 
-def test_what_greedy_generation_writes_scores_as_greedy(model: TwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_greedy_generation_writes_scores_as_greedy(
+    model: TwoTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[float] = []
     real = Sampling.choose
 
@@ -84,7 +100,9 @@ def test_what_greedy_generation_writes_scores_as_greedy(model: TwoTower, monkeyp
         return real(self, ids, logprobs, index=index)
 
     monkeypatch.setattr(Sampling, "choose", noted)
-    written = model.generate([5, 6, 7], GenerationConfig(mode="ar", max_new_tokens=12, ignore_eos=True)).tokens
+    written = model.generate(
+        [5, 6, 7], GenerationConfig(mode="ar", max_new_tokens=12, ignore_eos=True)
+    ).tokens
     score = model.score(([5, 6, 7], list(written)))
     assert score.greedy
     assert score.bounded == 0
@@ -133,7 +151,9 @@ def test_the_longest_pair_that_fits_is_scored_and_the_next_refused_before_any_wo
     fake = fake_towers()
     with TwoTower.from_towers(fake.towers, max_context=64) as small:
         for refused in (([5] * 60, [6] * 5), ([], [6] * 64), ([5] * 65, [])):
-            with pytest.raises(RequestError, match=r"(?s)pair 1 is too long.*holds 64 tokens.*larger max_context"):
+            with pytest.raises(
+                RequestError, match=r"(?s)pair 1 is too long.*holds 64 tokens.*larger max_context"
+            ):
                 small.score([([5], [6]), refused])
         assert fake.log == []
         assert len(small.score(([5] * 60, [6] * 4)).logprobs) == 4
@@ -150,8 +170,14 @@ def test_every_candidate_gets_its_own_value_and_every_other_token_the_bound() ->
         assert [s.tokens for s in scores] == [(t,) for t in range(97)]
         assert [i for i, s in enumerate(scores) if s.greedy] == [int(values.argmax())]
         left = 1 - np.exp(values[~outside]).sum()
-        assert values[outside] == pytest.approx(min(values[~outside].min(), math.log(left)), abs=1e-3)
-        assert list(toy.generate([5, 6], GenerationConfig(mode="ar", max_new_tokens=1, ignore_eos=True)).tokens) == [int(values.argmax())]
+        assert values[outside] == pytest.approx(
+            min(values[~outside].min(), math.log(left)), abs=1e-3
+        )
+        assert list(
+            toy.generate(
+                [5, 6], GenerationConfig(mode="ar", max_new_tokens=1, ignore_eos=True)
+            ).tokens
+        ) == [int(values.argmax())]
 
 
 def test_batches_of_mixed_lengths_come_back_in_order() -> None:
@@ -165,7 +191,10 @@ def test_batches_of_mixed_lengths_come_back_in_order() -> None:
 def test_growing_changes_nothing() -> None:
     tokens = (np.arange(300) * 37 % 80 + 5).tolist()
     with TwoTower.from_towers(fake_towers().towers) as toy:
-        grown, roomy = toy.score([(tokens[:250], tokens[250:])])[0], toy.score([(tokens[:250], tokens[250:]), (tokens, [5] * 9)])[0]
+        grown, roomy = (
+            toy.score([(tokens[:250], tokens[250:])])[0],
+            toy.score([(tokens[:250], tokens[250:]), (tokens, [5] * 9)])[0],
+        )
         assert grown == roomy
 
 

@@ -34,7 +34,9 @@ def model(fake: FakeTowers) -> Iterator[TwoTower]:
 @pytest.fixture
 def speaking(tokenizer: Tokenizer) -> Iterator[TwoTower]:
     """A session with a tokenizer."""
-    with TwoTower.from_towers(fake_towers(fake_config(vocab_size=260)).towers, tokenizer=tokenizer) as session:
+    with TwoTower.from_towers(
+        fake_towers(fake_config(vocab_size=260)).towers, tokenizer=tokenizer
+    ) as session:
         yield session
 
 
@@ -79,7 +81,9 @@ def test_requests_bring_their_own_options_in_any_mix(model: TwoTower) -> None:
     ]
     batch = [Request([5 + i], wish) for i, wish in enumerate(wishes)]
     together = model.generate(batch)
-    assert [(r.tokens, r.usage) for r in together] == [(r.tokens, r.usage) for r in map(model.generate, batch)]
+    assert [(r.tokens, r.usage) for r in together] == [
+        (r.tokens, r.usage) for r in map(model.generate, batch)
+    ]
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "ar"])
@@ -109,7 +113,9 @@ def test_a_given_seed_is_every_prompts_and_greedy_has_none(model: TwoTower, mode
 
 
 def test_the_sessions_defaults_are_used() -> None:
-    with TwoTower.from_towers(fake_towers().towers, defaults=GenerationConfig(max_new_tokens=3, ignore_eos=True)) as session:
+    with TwoTower.from_towers(
+        fake_towers().towers, defaults=GenerationConfig(max_new_tokens=3, ignore_eos=True)
+    ) as session:
         assert session.generate([5]).usage.completion_tokens == 3
         assert session.defaults.max_new_tokens == 3
 
@@ -136,7 +142,12 @@ def test_the_mask_token_may_be_in_a_prompt(model: TwoTower) -> None:
             "100 tokens, and 401 new ones.*\n.*500 tokens a text.*\n.*to 400 or less.*max_context",
         ),
         ([5] * 600, {}, RequestError, "shorten the prompt"),
-        ([5], {"block_size": 64, "max_new_tokens": 64}, ConfigError, "(?s)64.*trained.*76.4 to 19.9"),
+        (
+            [5],
+            {"block_size": 64, "max_new_tokens": 64},
+            ConfigError,
+            "(?s)64.*trained.*76.4 to 19.9",
+        ),
         ([5], {"block_size": 257, "allow_untrained_block_size": True}, ConfigError, "256"),
     ],
 )
@@ -161,12 +172,21 @@ def test_the_longest_text_that_fits_is_served() -> None:
 
 
 def test_a_larger_block_needs_the_override(model: TwoTower) -> None:
-    config = GenerationConfig(max_new_tokens=40, block_size=40, allow_untrained_block_size=True, ignore_eos=True)
+    config = GenerationConfig(
+        max_new_tokens=40, block_size=40, allow_untrained_block_size=True, ignore_eos=True
+    )
     assert model.generate([5], config).usage.blocks == 1
-    assert model.generate([5], GenerationConfig(mode="ar", block_size=99, max_new_tokens=3)).usage.blocks == 0
+    assert (
+        model.generate(
+            [5], GenerationConfig(mode="ar", block_size=99, max_new_tokens=3)
+        ).usage.blocks
+        == 0
+    )
 
 
-@pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"max_context": 0}, {"max_context": 4097}, {"max_chunk": 257}])
+@pytest.mark.parametrize(
+    "wrong", [{"max_batch": 0}, {"max_context": 0}, {"max_context": 4097}, {"max_chunk": 257}]
+)
 def test_session_options_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(wrong))}=.* cannot be used"):
         TwoTower.from_towers(fake_towers().towers, **wrong)
@@ -175,20 +195,35 @@ def test_session_options_are_checked(wrong: dict[str, Any]) -> None:
 # Text
 
 
-def test_text_comes_with_a_tokenizer(speaking: TwoTower, model: TwoTower, tokenizer: Tokenizer) -> None:
+def test_text_comes_with_a_tokenizer(
+    speaking: TwoTower, model: TwoTower, tokenizer: Tokenizer
+) -> None:
     result = speaking.generate("hello", SHORT)
     assert result.text == tokenizer.decode(result.tokens)
     assert result.usage.prompt_tokens == 6
     data = result.to_json()
     assert list(data) == ["tokens", "text", "finish_reason", "mode", "seed", "usage", "timings_ms"]
-    assert list(data["usage"]) == ["prompt_tokens", "completion_tokens", "nfe", "blocks", "steps_per_block", "tokens_per_nfe"]
+    assert list(data["usage"]) == [
+        "prompt_tokens",
+        "completion_tokens",
+        "nfe",
+        "blocks",
+        "steps_per_block",
+        "tokens_per_nfe",
+    ]
     assert list(data["timings_ms"]) == ["prefill", "denoise", "extend", "total"]
     assert "text" not in model.generate([5], SHORT).to_json()
 
 
-def test_a_stop_string_across_blocks_ends_its_row_only(speaking: TwoTower, tokenizer: Tokenizer) -> None:
+def test_a_stop_string_across_blocks_ends_its_row_only(
+    speaking: TwoTower, tokenizer: Tokenizer
+) -> None:
     free = speaking.generate(["one", "two"], SHORT)
-    at = next(i for i in range(14, 18) if tokenizer.decode(free[0].tokens[i : i + 4]).isprintable() and i + 4 > 16)
+    at = next(
+        i
+        for i in range(14, 18)
+        if tokenizer.decode(free[0].tokens[i : i + 4]).isprintable() and i + 4 > 16
+    )
     stop = tokenizer.decode(free[0].tokens[at : at + 4])
     own = GenerationConfig(max_new_tokens=40, ignore_eos=True, stop=(stop,))
     stopped, other = speaking.generate([Request("one", own), Request("two")], SHORT)
@@ -255,7 +290,9 @@ def test_streams_and_calls_take_turns_without_disturbing_one_another(model: TwoT
 
 @pytest.mark.parametrize("mode", ["diffusion", "ar"])
 @pytest.mark.parametrize("at", [1, 2])
-def test_nan_is_an_error_and_poisons_nothing(model: TwoTower, fake: FakeTowers, mode: str, at: int) -> None:
+def test_nan_is_an_error_and_poisons_nothing(
+    model: TwoTower, fake: FakeTowers, mode: str, at: int
+) -> None:
     config = GenerationConfig(max_new_tokens=40, ignore_eos=True, mode=mode)
     good = model.generate([5, 6], config).tokens
     fake.context.nan_at = fake.context.runs + at
@@ -267,12 +304,15 @@ def test_nan_is_an_error_and_poisons_nothing(model: TwoTower, fake: FakeTowers, 
 def test_nan_of_the_denoiser_names_its_place(model: TwoTower, fake: FakeTowers) -> None:
     fake.denoiser.nan_at = 3
     with pytest.raises(
-        EngineOutputError, match=r"the denoiser engine .*row 0, block 0, step 2\)\n  found: confidence is nan at position 0"
+        EngineOutputError,
+        match=r"the denoiser engine .*row 0, block 0, step 2\)\n  found: confidence is nan at position 0",
     ):
         model.generate([5], GenerationConfig(confidence_threshold=1.0))
 
 
-def test_a_denoiser_that_never_finishes_is_an_error_and_not_a_hang(model: TwoTower, fake: FakeTowers) -> None:
+def test_a_denoiser_that_never_finishes_is_an_error_and_not_a_hang(
+    model: TwoTower, fake: FakeTowers
+) -> None:
     honest = fake.denoiser.compute
 
     def stubborn(arrays: Any) -> None:
@@ -287,8 +327,12 @@ def test_a_denoiser_that_never_finishes_is_an_error_and_not_a_hang(model: TwoTow
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "ar"])
-def test_tokens_outside_the_vocabulary_are_caught(model: TwoTower, fake: FakeTowers, mode: str) -> None:
-    engine, name = (fake.denoiser, "next_block") if mode == "diffusion" else (fake.head, "candidate_ids")
+def test_tokens_outside_the_vocabulary_are_caught(
+    model: TwoTower, fake: FakeTowers, mode: str
+) -> None:
+    engine, name = (
+        (fake.denoiser, "next_block") if mode == "diffusion" else (fake.head, "candidate_ids")
+    )
     honest = engine.compute
 
     def wild(arrays: Any) -> None:
@@ -301,7 +345,9 @@ def test_tokens_outside_the_vocabulary_are_caught(model: TwoTower, fake: FakeTow
 
 
 @pytest.mark.parametrize("engine", ["context", "denoiser"])
-def test_a_failed_run_surfaces_and_the_session_goes_on(model: TwoTower, fake: FakeTowers, engine: str) -> None:
+def test_a_failed_run_surfaces_and_the_session_goes_on(
+    model: TwoTower, fake: FakeTowers, engine: str
+) -> None:
     good = model.generate([5], SHORT).tokens
     broken = getattr(fake, engine)
     broken.fail_at = broken.runs + 2
@@ -310,12 +356,20 @@ def test_a_failed_run_surfaces_and_the_session_goes_on(model: TwoTower, fake: Fa
     assert model.generate([5], SHORT).tokens == good
 
 
-def test_cancelling_stops_between_passes_and_leaves_the_session_usable(model: TwoTower, fake: FakeTowers) -> None:
+def test_cancelling_stops_between_passes_and_leaves_the_session_usable(
+    model: TwoTower, fake: FakeTowers
+) -> None:
     good = model.generate([5], SHORT).tokens
     for phase in ("prefill", "denoise"):
         before = fake.denoiser.runs
         with pytest.raises(RequestCancelledError):
-            model.generate([5], SHORT, cancelled=lambda before=before, phase=phase: phase == "prefill" or fake.denoiser.runs >= before + 5)  # type: ignore[misc]
+            model.generate(
+                [5],
+                SHORT,
+                cancelled=lambda before=before, phase=phase: (
+                    phase == "prefill" or fake.denoiser.runs >= before + 5
+                ),
+            )  # type: ignore[misc]
         assert fake.denoiser.runs == before + (0 if phase == "prefill" else 5)
     assert model.generate([5], SHORT).tokens == good
 
@@ -366,6 +420,11 @@ def test_closing_frees_once_and_a_closed_session_says_so(fake: FakeTowers) -> No
     session.close()
     session.close()
     assert [e.closed for e in (fake.context, fake.head, fake.denoiser)] == [1, 1, 1]
-    for call in (lambda: session.generate([5]), lambda: session.stream([5]), session.__enter__, lambda: next(stream)):
+    for call in (
+        lambda: session.generate([5]),
+        lambda: session.stream([5]),
+        session.__enter__,
+        lambda: next(stream),
+    ):
         with pytest.raises(RequestError, match="this session is closed"):
             call()

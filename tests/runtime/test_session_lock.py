@@ -27,7 +27,9 @@ def test_inside_a_turn_it_waits_for_the_end_of_the_outermost() -> None:
 def test_another_thread_does_not_wait_and_the_owner_does_it() -> None:
     lock, done = SessionLock(), []
     with lock:
-        thread = threading.Thread(target=lambda: lock.at_the_end(lambda: done.append(threading.get_ident())))
+        thread = threading.Thread(
+            target=lambda: lock.at_the_end(lambda: done.append(threading.get_ident()))
+        )
         thread.start()
         thread.join(10)
         assert not thread.is_alive(), "it may hold a lock that this thread is about to ask for"

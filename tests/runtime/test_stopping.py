@@ -15,7 +15,9 @@ with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixtu
 EOS = frozenset({2})
 
 
-def run(tokenizer: Tokenizer | None, tokens: list[int], rule: StopRule, block: int = 4) -> tuple[Continuation, list[str | None]]:
+def run(
+    tokenizer: Tokenizer | None, tokens: list[int], rule: StopRule, block: int = 4
+) -> tuple[Continuation, list[str | None]]:
     """The row after reading tokens in blocks, and the text it handed out with each."""
     row = Continuation(rule, IncrementalText(tokenizer) if tokenizer else None)
     texts = []
@@ -41,9 +43,16 @@ def test_length_comes_before_an_eos_after_it() -> None:
     assert run(None, [5, 6, 2], StopRule(2, EOS))[0].finish_reason == "length"
 
 
-@given(tokens=st.lists(st.integers(0, 9), min_size=1, max_size=40), block=st.integers(1, 20), most=st.integers(1, 50))
+@given(
+    tokens=st.lists(st.integers(0, 9), min_size=1, max_size=40),
+    block=st.integers(1, 20),
+    most=st.integers(1, 50),
+)
 def test_blocks_do_not_matter(tokens: list[int], block: int, most: int) -> None:
-    in_blocks, at_once = run(None, tokens, StopRule(most, EOS), block)[0], run(None, tokens, StopRule(most, EOS), 1000)[0]
+    in_blocks, at_once = (
+        run(None, tokens, StopRule(most, EOS), block)[0],
+        run(None, tokens, StopRule(most, EOS), 1000)[0],
+    )
     assert (in_blocks.tokens, in_blocks.finish_reason) == (at_once.tokens, at_once.finish_reason)
     assert len(in_blocks.tokens) <= most
 
@@ -52,7 +61,9 @@ def test_a_stop_string_across_blocks_cuts_text_and_tokens(tokenizer: Tokenizer) 
     tokens = tokenizer.encode("one\nQ: two")[1:]
     row, texts = run(tokenizer, tokens, StopRule(100, EOS, ("\nQ:",)))
     assert row.text == "one"
-    assert tokenizer.decode(row.tokens) == "one\nQ:", "tokens end with the one that completed the stop string"
+    assert tokenizer.decode(row.tokens) == "one\nQ:", (
+        "tokens end with the one that completed the stop string"
+    )
     assert row.finish_reason == "stop"
     assert texts == ["one", ""], "what may become the stop string is held back"
 
@@ -73,11 +84,20 @@ ALPHABET = "ab\u20ac"
 
 
 @example(text="aab", stop=["aab"], block=1)
-@given(text=st.text(ALPHABET, max_size=30), stop=st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3), block=st.integers(1, 9))
+@given(
+    text=st.text(ALPHABET, max_size=30),
+    stop=st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3),
+    block=st.integers(1, 9),
+)
 @with_fixture
-def test_stop_strings_over_many_texts(tokenizer: Tokenizer, text: str, stop: list[str], block: int) -> None:
-    row, texts = run(tokenizer, [*tokenizer.encode(text)[1:], 2], StopRule(1000, EOS, tuple(stop)), block)
-    # The first stop string to be complete ends the text; of those complete at the same character, the longest begins first.
+def test_stop_strings_over_many_texts(
+    tokenizer: Tokenizer, text: str, stop: list[str], block: int
+) -> None:
+    row, texts = run(
+        tokenizer, [*tokenizer.encode(text)[1:], 2], StopRule(1000, EOS, tuple(stop)), block
+    )
+    # The first stop string to be complete ends the text; of those complete at the same character,
+    # the longest begins first.
     ends = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
     assert row.text == (text[: min(ends)[1]] if ends else text)
     assert row.finish_reason == ("stop" if ends else "eos")
@@ -92,14 +112,21 @@ class Words:
 
 
 @example(words=["bab", "a"], stop=["bab"])
-@given(words=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1), stop=st.lists(st.text("ab", min_size=1, max_size=4)))
+@given(
+    words=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1),
+    stop=st.lists(st.text("ab", min_size=1, max_size=4)),
+)
 def test_stop_strings_inside_and_across_words(words: list[str], stop: list[str]) -> None:
     """The word with which the first is complete ends the row; the text ends before the earliest in it."""
     row = Continuation(StopRule(1000, stop=tuple(stop)), cast(IncrementalText, Words(words)))
-    handed = [row.push([number]).text or "" for number in range(len(words)) if not row.finish_reason]
+    handed = [
+        row.push([number]).text or "" for number in range(len(words)) if not row.finish_reason
+    ]
     texts = ["".join(words[: n + 1]) for n in range(len(words))]
     ends = [(n, text.find(s)) for n, text in enumerate(texts) for s in stop if s in text]
-    assert (row.finish_reason, len(row.tokens)) == (("stop", min(ends)[0] + 1) if ends else (None, len(words)))
+    assert (row.finish_reason, len(row.tokens)) == (
+        ("stop", min(ends)[0] + 1) if ends else (None, len(words))
+    )
     assert row.text == (texts[-1][: min(ends)[1]] if ends else texts[-1])
     assert (row.text or "").startswith("".join(handed)), "nothing handed out is ever taken back"
 

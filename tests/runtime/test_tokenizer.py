@@ -21,7 +21,9 @@ from twotower.runtime.tokenizer import IncrementalText, Tokenizer
 with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def test_the_tokenizer_adds_its_own_special_tokens_and_leaves_them_out_of_text(tokenizer: Tokenizer) -> None:
+def test_the_tokenizer_adds_its_own_special_tokens_and_leaves_them_out_of_text(
+    tokenizer: Tokenizer,
+) -> None:
     ids = tokenizer.encode("héllo")
     assert ids[0] == 1
     assert tokenizer.decode([*ids, 2, 3]) == "héllo"
@@ -51,7 +53,9 @@ def test_a_piece_shows_every_token(tokenizer: Tokenizer) -> None:
     h, *euro = tokenizer.encode("h€")[1:]
     assert tokenizer.piece(h) == "h"
     assert tokenizer.piece(2) == "</s>"
-    assert all("\ufffd" not in tokenizer.piece(t) and tokenizer.piece(t) for t in euro), "parts of a character have names"
+    assert all("\ufffd" not in tokenizer.piece(t) and tokenizer.piece(t) for t in euro), (
+        "parts of a character have names"
+    )
     assert tokenizer.piece(9999) == "9999"
 
 
@@ -156,4 +160,8 @@ def test_text_that_is_no_unicode_is_refused(tokenizer: Tokenizer) -> None:
 
 def test_the_runtime_does_not_import_the_library() -> None:
     code = "import sys, twotower.runtime; assert not {'tokenizers', 'torch', 'onnx', 'onnxruntime'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))})
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env={"PYTHONPATH": ":".join(filter(None, sys.path))},
+    )

@@ -10,13 +10,23 @@ from twotower.errors import RequestError
 from twotower.runtime.buffers import ContextState
 from twotower.runtime.device import HostMemory, HostStream
 from twotower.runtime.workspace import Workspace
-from twotower.spec import TensorSpec, past_conv, past_key, past_ssm, present_key, present_ssm, state_tensors
+from twotower.spec import (
+    TensorSpec,
+    past_conv,
+    past_key,
+    past_ssm,
+    present_key,
+    present_ssm,
+    state_tensors,
+)
 
 STREAM = HostStream()
 
 
 def state(dtype: str = "float32", rows: int = 2, capacity: int = 256) -> ContextState:
-    return ContextState(HostMemory(), state_tensors(fake_config(), dtype), rows=rows, capacity=capacity)
+    return ContextState(
+        HostMemory(), state_tensors(fake_config(), dtype), rows=rows, capacity=capacity
+    )
 
 
 def read(work: Workspace, tokens: list[int], past: int) -> None:
@@ -30,7 +40,10 @@ def workspace() -> tuple[Workspace, FakeTowers]:
     return Workspace(fake.towers, rows=1, capacity=256), fake
 
 
-@pytest.mark.parametrize(("dtype", "kept_as"), [("float32", "float32"), ("float16", "float16"), ("bfloat16", "uint16"), ("int64", "int64")])
+@pytest.mark.parametrize(
+    ("dtype", "kept_as"),
+    [("float32", "float32"), ("float16", "float16"), ("bfloat16", "uint16"), ("int64", "int64")],
+)
 def test_buffers_have_the_dtype_of_the_contract(dtype: str, kept_as: str) -> None:
     assert carried_dtype(dtype) == kept_as
     buffer = HostMemory().state(TensorSpec("x", dtype, ("B", 3)), {"B": 2})
@@ -40,8 +53,13 @@ def test_buffers_have_the_dtype_of_the_contract(dtype: str, kept_as: str) -> Non
 
 
 def test_no_memory_is_named() -> None:
-    with pytest.raises(RequestError, match=r"not enough memory for 8 row\(s\) at a context capacity of 4503599627370496 tokens"):
-        HostMemory().state(TensorSpec("past_key_values.0.key", "float32", ("B", 2, "T", 4)), {"B": 8, "T": 2**52})
+    with pytest.raises(
+        RequestError,
+        match=r"not enough memory for 8 row\(s\) at a context capacity of 4503599627370496 tokens",
+    ):
+        HostMemory().state(
+            TensorSpec("past_key_values.0.key", "float32", ("B", 2, "T", 4)), {"B": 8, "T": 2**52}
+        )
 
 
 def test_keys_are_shared_and_mamba_states_alternate() -> None:
@@ -51,7 +69,10 @@ def test_keys_are_shared_and_mamba_states_alternate() -> None:
         assert reads[past_key(0)] is writes[present_key(0)] is s.reads(1 - which)[past_key(0)]
         assert reads[past_ssm(1)] is not writes[present_ssm(1)]
         assert writes[present_ssm(1)] is s.reads(1 - which)[past_ssm(1)]
-    assert [str(s.reads(0)[name].dtype) for name in (past_conv(1), past_ssm(1))] == ["float16", "float32"]
+    assert [str(s.reads(0)[name].dtype) for name in (past_conv(1), past_ssm(1))] == [
+        "float16",
+        "float32",
+    ]
 
 
 def test_growing_keeps_what_was_written_and_clearing_forgets_it() -> None:
@@ -99,7 +120,11 @@ def test_bindings_are_made_once_for_each_width_and_state_set() -> None:
         work.denoise(STREAM)
         work.head(STREAM)
     assert (fake.context.binds, fake.denoiser.binds, fake.head.binds) == (2, 2, 1)
-    assert (len(fake.context.addresses), len(fake.denoiser.addresses), len(fake.head.addresses)) == (2, 2, 1)
+    assert (
+        len(fake.context.addresses),
+        len(fake.denoiser.addresses),
+        len(fake.head.addresses),
+    ) == (2, 2, 1)
     work.denoiser(8)
     work.denoise(STREAM)
     assert fake.denoiser.binds == 3, "another block size has other arrays"

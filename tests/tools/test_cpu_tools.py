@@ -18,10 +18,17 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
 
 
-def test_a_layer_of_experts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_layer_of_experts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tool: Any = importlib.import_module("cpu_experts")
-    monkeypatch.setattr(tool, "published_slice", lambda pattern: {**published_slice(pattern), **SMALL_SLICE})
-    assert tool.main(["--experts", "4", "--tokens", "1,16", "--runs", "1", "--scratch", str(tmp_path)]) == 0
+    monkeypatch.setattr(
+        tool, "published_slice", lambda pattern: {**published_slice(pattern), **SMALL_SLICE}
+    )
+    assert (
+        tool.main(["--experts", "4", "--tokens", "1,16", "--runs", "1", "--scratch", str(tmp_path)])
+        == 0
+    )
     head, names, *rows = capsys.readouterr().out.splitlines()
     assert head.startswith("4 experts of 32 x 64")
     assert "chosen, int4" in names
@@ -32,7 +39,10 @@ def test_a_layer_of_experts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cap
 
 @pytest.mark.slow
 def test_what_auto_costs(
-    built_bundle: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    built_bundle: Path,
+    tiny_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     tool: Any = importlib.import_module("auto_choice")
     monkeypatch.setattr(tool, "SUITE_PROMPTS", 2)

@@ -27,7 +27,12 @@ def test_importers(modules: Any) -> None:
     imports = tool._imports(modules)
     assert imports["twotower.a"] == {"twotower.rooms.b"}
     assert imports["twotower.cli.verb"] == set(), "what is imported for types alone is not"
-    importers = {"twotower.a": 0, "twotower.rooms.a": 0, "twotower.rooms.b": 2, "twotower.cli.verb": 1}
+    importers = {
+        "twotower.a": 0,
+        "twotower.rooms.a": 0,
+        "twotower.rooms.b": 2,
+        "twotower.cli.verb": 1,
+    }
     assert tool._importers(modules, imports) == importers
     assert {module.name for module in tool._leaves(modules)} == set(importers)
 
@@ -41,12 +46,16 @@ def test_helpers_arguments_and_density(modules: Any) -> None:
     assert tool._used_once(modules) == (1, 2)
     assert sorted(tool._arguments(modules)) == [0, 1, 2]
     (a,) = (module for module in modules if module.name == "twotower.a")
-    # Lines: the import, the assignment, the definition, the return. Statements: these four. Expressions: x, the call, its name
+    # Lines: the import, the assignment, the definition, the return. Statements: these four.
+    # Expressions: x, the call, its name
     # and argument, and y.
     assert tool._density([a]) == pytest.approx(9 / 4)
     assert [*tool._function_lengths(a)] == [3]
 
 
-@pytest.mark.parametrize(("values", "percent", "want"), [([1, 2, 3, 4], 90, 4), ([1] * 95 + [9] * 5, 90, 1), ([7], 50, 7)])
+@pytest.mark.parametrize(
+    ("values", "percent", "want"),
+    [([1, 2, 3, 4], 90, 4), ([1] * 95 + [9] * 5, 90, 1), ([7], 50, 7)],
+)
 def test_percentiles(values: list[int], percent: int, want: int) -> None:
     assert tool._percentile(values, percent) == want

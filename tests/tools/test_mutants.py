@@ -48,7 +48,9 @@ every = mutants.mutants_of
 mutants.mutants_of = lambda source: [m for m in every(source) if m.change in keep]
 sys.exit(mutants.main(["builders/profiles"]))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1, done.stderr
     assert "1 of 2 noticed" in done.stdout
     assert "max(2, max_batch) -> min(2, max_batch)" in done.stdout
@@ -59,5 +61,8 @@ def test_what_is_listed_is_there() -> None:
     """Modules, their tests, and mutants that are said to be none."""
     for name, tests in SUBJECTS.items():
         assert all((ROOT / test.partition("::")[0]).exists() for test in tests)
-        changes = {mutant.change for mutant in mutants_of((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))}
+        changes = {
+            mutant.change
+            for mutant in mutants_of((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+        }
         assert set(EQUIVALENT.get(name, {})) <= changes, name

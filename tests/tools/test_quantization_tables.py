@@ -30,16 +30,22 @@ def bench(bundle: Bundle) -> Any:
     return SimpleNamespace(half=bundle, quantized=lambda *_, **__: bundle)
 
 
-def test_what_the_library_refuses_is_a_cell(tool: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_library_refuses_is_a_cell(
+    tool: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tool, "builder_for", lambda target: None)
     monkeypatch.setattr(tool, "build_engines", refuse)
     rows = tool.builds(bench(Bundle.open(tiny_bundle)))
     assert len(rows) == 2 + len(tool.builtin_recipes())
-    assert all(row.count("refused: fp8 weights (from SM 89 on)") == len(tool.SMS) for row in rows[2:])
+    assert all(
+        row.count("refused: fp8 weights (from SM 89 on)") == len(tool.SMS) for row in rows[2:]
+    )
 
 
 @pytest.mark.parametrize("code", [-signal.SIGKILL, -signal.SIGSEGV, 1])
-def test_a_build_whose_process_died_is_no_cell(tool: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_build_whose_process_died_is_no_cell(
+    tool: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     def died(*_: Any, **__: Any) -> None:
         raise job._died(code, [])
 

@@ -47,7 +47,9 @@ def test_every_pass_is_there_as_the_runtime_reported_it(model: TwoTower, trace: 
         assert step.predicted == record.predicted[0].tolist()
         assert step.confidence == pytest.approx(record.confidence[0].tolist(), abs=1e-6)
         mask = model.config.mask_token_id
-        assert step.committed == [i for i, (a, b) in enumerate(zip(step.tokens, step.next, strict=True)) if a == mask != b]
+        assert step.committed == [
+            i for i, (a, b) in enumerate(zip(step.tokens, step.next, strict=True)) if a == mask != b
+        ]
         assert step.t == pytest.approx(sum(t == mask for t in step.tokens) / 16)
         assert step.denoise_ms >= 0
     assert trace.end.tokens == list(result.tokens)
@@ -79,7 +81,9 @@ def test_the_times_of_the_parts_are_those_of_the_whole(tiny_bundle: Path) -> Non
 def test_a_watcher_sees_every_pass_as_it_comes(model: TwoTower, trace: Trace) -> None:
     seen: list[Any] = []
     record_trace(model, [5, 6, 7], CONFIG, watch=seen.append)
-    assert [replace(s, denoise_ms=0.0) for s in seen] == [replace(s, denoise_ms=0.0) for s in trace.steps]
+    assert [replace(s, denoise_ms=0.0) for s in seen] == [
+        replace(s, denoise_ms=0.0) for s in trace.steps
+    ]
 
 
 def test_autoregression_has_no_passes_to_trace(model: TwoTower) -> None:
@@ -100,12 +104,21 @@ def test_what_is_written_reads_back(trace: Trace, file: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "what"),
     [
-        (lambda lines: [lines[0].replace('"schema": 1', '"schema": 0'), *lines[1:]], "another schema"),
+        (
+            lambda lines: [lines[0].replace('"schema": 1', '"schema": 0'), *lines[1:]],
+            "another schema",
+        ),
         (lambda lines: lines[:-1], "truncated"),
         (lambda lines: [*lines[:3], lines[3][: len(lines[3]) // 2], *lines[4:]], "line 4"),
         (lambda lines: [*lines[:2], "[1, 2]", *lines[3:]], "line 3"),
-        (lambda lines: [*lines[:1], lines[1].replace('"predicted"', '"guessed"'), *lines[2:]], "line 2"),
-        (lambda lines: [*lines[:1], lines[1].replace('"t": 1.0', '"t": NaN'), *lines[2:]], "line 2"),
+        (
+            lambda lines: [*lines[:1], lines[1].replace('"predicted"', '"guessed"'), *lines[2:]],
+            "line 2",
+        ),
+        (
+            lambda lines: [*lines[:1], lines[1].replace('"t": 1.0', '"t": NaN'), *lines[2:]],
+            "line 2",
+        ),
         (lambda lines: ['{"kind": "diary"}'], "not a trace"),
         (lambda lines: [], "not a trace"),
     ],

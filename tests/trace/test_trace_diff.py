@@ -26,18 +26,33 @@ def test_confidences_may_differ_where_every_commit_is_the_same() -> None:
 
 
 def test_a_commit_on_one_side_only_is_measured_from_the_threshold() -> None:
-    other = changed(small_trace(), 0, confidence=[0.95, 0.8996, 0.41, 0.6], committed=[0], next=[10, MASK, MASK, MASK])
+    other = changed(
+        small_trace(),
+        0,
+        confidence=[0.95, 0.8996, 0.41, 0.6],
+        committed=[0],
+        next=[10, MASK, MASK, MASK],
+    )
     diff = diff_traces(small_trace(), other)
     assert (diff.block, diff.step, diff.position) == (0, 0, 1)
     assert (diff.margin, diff.margin_of) == (pytest.approx(0.09), "threshold")
     assert diff.sides is not None
-    assert [(s.committed, s.token, s.piece, s.confidence) for s in diff.sides] == [(True, 11, " ", 0.99), (False, 11, " ", 0.8996)]
+    assert [(s.committed, s.token, s.piece, s.confidence) for s in diff.sides] == [
+        (True, 11, " ", 0.99),
+        (False, 11, " ", 0.8996),
+    ]
     assert diff.tokens_equal, "the texts may end the same"
     assert not diff.equal
 
 
 def test_other_tokens_are_measured_from_one_another() -> None:
-    other = changed(small_trace(), 1, predicted=[10, 11, 12, 20], next=[10, 11, MASK, 20], confidence=[0.9, 0.9, 0.7, 0.91])
+    other = changed(
+        small_trace(),
+        1,
+        predicted=[10, 11, 12, 20],
+        next=[10, 11, MASK, 20],
+        confidence=[0.9, 0.9, 0.7, 0.91],
+    )
     other = replace(other, end=replace(other.end, tokens=[10, 11, 12, 20]))
     diff = diff_traces(small_trace(), other)
     assert (diff.block, diff.step, diff.position) == (0, 1, 3)
@@ -47,7 +62,10 @@ def test_other_tokens_are_measured_from_one_another() -> None:
 
 def test_a_pass_that_only_one_made_is_a_difference() -> None:
     shorter = replace(small_trace(), steps=small_trace().steps[:-1])
-    for pair, expected in (((small_trace(), shorter), [True, False]), ((shorter, small_trace()), [False, True])):
+    for pair, expected in (
+        ((small_trace(), shorter), [True, False]),
+        ((shorter, small_trace()), [False, True]),
+    ):
         diff = diff_traces(*pair)
         assert (diff.block, diff.step, diff.position, diff.margin) == (1, 2, 2, None)
         assert diff.sides is not None

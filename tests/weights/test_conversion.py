@@ -19,9 +19,25 @@ from twotower.weights.conversion import convert_chunks
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PAIRS = list(itertools.product(DTYPES, DTYPES))
 LARGEST_FLOAT16 = 65504.0
-# What follows the upper half of a float32: nothing, the last and the halfway bits of bfloat16 (16 dropped) and float16 (13
+# What follows the upper half of a float32: nothing, the last and the halfway bits of bfloat16 (16
+# dropped) and float16 (13
 # dropped), each with its neighbours.
-LOWER_HALVES = (0x0000, 0x0001, 0x0FFF, 0x1000, 0x1001, 0x1FFF, 0x2000, 0x2FFF, 0x3000, 0x3001, 0x7FFF, 0x8000, 0x8001, 0xFFFF)
+LOWER_HALVES = (
+    0x0000,
+    0x0001,
+    0x0FFF,
+    0x1000,
+    0x1001,
+    0x1FFF,
+    0x2000,
+    0x2FFF,
+    0x3000,
+    0x3001,
+    0x7FFF,
+    0x8000,
+    0x8001,
+    0xFFFF,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +54,9 @@ def stored(folder: Path, bits: np.ndarray, dtype: str) -> Tensor:
     """A tensor of these bits, behind bytes of something else."""
     path = folder / "shard"
     path.write_bytes(b"before" + bits.astype(unsigned(dtype)).tobytes())
-    return Tensor("tower.weight", dtype, bits.shape, path, len(b"before"), bits.size * DTYPES[dtype].itemsize)
+    return Tensor(
+        "tower.weight", dtype, bits.shape, path, len(b"before"), bits.size * DTYPES[dtype].itemsize
+    )
 
 
 def as_torch(bits: np.ndarray, dtype: str) -> torch.Tensor:
@@ -53,28 +71,42 @@ def in_range(bits: np.ndarray, source: str, target: str) -> np.ndarray:
     return bits[(before.to(torch.float16).isinf() <= before.isinf()).numpy()]
 
 
-def assert_converts_as_torch(folder: Path, bits: np.ndarray, source: str, target: str, *, chunk_bytes: int) -> None:
+def assert_converts_as_torch(
+    folder: Path, bits: np.ndarray, source: str, target: str, *, chunk_bytes: int
+) -> None:
     bits = in_range(bits, source, target)
-    got = b"".join(bytes(memoryview(p).cast("B")) for p in convert_chunks(stored(folder, bits, source), target, chunk_bytes=chunk_bytes))
+    got = b"".join(
+        bytes(memoryview(p).cast("B"))
+        for p in convert_chunks(stored(folder, bits, source), target, chunk_bytes=chunk_bytes)
+    )
     want = as_torch(bits, source).to(DTYPES[target])
     ours = np.frombuffer(got, unsigned(target))
     nan = want.isnan().numpy()
     np.testing.assert_array_equal(as_torch(ours, target).isnan().numpy(), nan)
-    # Which NaN it is has no meaning (torch itself gives different ones in its vector and its scalar code).
-    np.testing.assert_array_equal(ours[~nan], want.view(torch.from_numpy(ours[:0].copy()).dtype).numpy()[~nan])
+    # Which NaN it is has no meaning (torch itself gives different ones in its vector and its scalar
+    # code).
+    np.testing.assert_array_equal(
+        ours[~nan], want.view(torch.from_numpy(ours[:0].copy()).dtype).numpy()[~nan]
+    )
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_every_bit_pattern_converts_as_in_torch(folder: Path, source: str, target: str) -> None:
     """All of 16 bits; of 32 bits every upper half with the lower halves that decide a rounding."""
     upper = np.arange(1 << 16, dtype=np.uint32)
-    bits = upper if source != "float32" else ((upper[:, None] << 16) | np.array(LOWER_HALVES, np.uint32)).reshape(-1)
+    bits = (
+        upper
+        if source != "float32"
+        else ((upper[:, None] << 16) | np.array(LOWER_HALVES, np.uint32)).reshape(-1)
+    )
     assert_converts_as_torch(folder, bits, source, target, chunk_bytes=1 << 20)
 
 
 @settings(max_examples=100)
 @given(pair=st.sampled_from(PAIRS), chunk_bytes=st.integers(1, 300), data=st.data())
-def test_any_bits_convert_as_in_torch_in_any_pieces(folder: Path, pair: tuple[str, str], chunk_bytes: int, data: st.DataObject) -> None:
+def test_any_bits_convert_as_in_torch_in_any_pieces(
+    folder: Path, pair: tuple[str, str], chunk_bytes: int, data: st.DataObject
+) -> None:
     """A piece stands for whole elements, one at least, and for no more bytes than asked for."""
     source, target = pair
     pattern = st.integers(0, (1 << 8 * DTYPES[source].itemsize) - 1)
@@ -116,8 +148,14 @@ NAMED = [
 def test_rounding_goes_to_the_nearest_and_ties_to_even(folder: Path) -> None:
     """Written out, so that the comparison with torch does not rest on torch alone."""
     for source, target, value, becomes in NAMED:
-        (piece,) = convert_chunks(stored(folder, np.array([value]), source), target, chunk_bytes=100)
-        assert np.frombuffer(piece, unsigned(target)).tolist() == [becomes], (source, target, hex(value))
+        (piece,) = convert_chunks(
+            stored(folder, np.array([value]), source), target, chunk_bytes=100
+        )
+        assert np.frombuffer(piece, unsigned(target)).tolist() == [becomes], (
+            source,
+            target,
+            hex(value),
+        )
 
 
 def floats(*values: float) -> np.ndarray:
@@ -155,8 +193,17 @@ def test_overflow_names_the_tensor_and_its_largest_magnitude(
 def test_the_largest_values_that_fit_are_converted(folder: Path) -> None:
     """Up to halfway to the next power of two; an infinity that was stored as one is kept."""
     below = float(np.nextafter(np.float32(65520), np.float32(0)))
-    (piece,) = convert_chunks(stored(folder, floats(65504.0, below, -below, np.inf), "float32"), "float16", chunk_bytes=100)
-    assert np.frombuffer(piece, np.float16).tolist() == [LARGEST_FLOAT16, LARGEST_FLOAT16, -LARGEST_FLOAT16, np.inf]
+    (piece,) = convert_chunks(
+        stored(folder, floats(65504.0, below, -below, np.inf), "float32"),
+        "float16",
+        chunk_bytes=100,
+    )
+    assert np.frombuffer(piece, np.float16).tolist() == [
+        LARGEST_FLOAT16,
+        LARGEST_FLOAT16,
+        -LARGEST_FLOAT16,
+        np.inf,
+    ]
 
 
 @pytest.mark.parametrize("target", DTYPES)

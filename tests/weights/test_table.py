@@ -14,7 +14,11 @@ from twotower.errors import BundleError
 from twotower.weights.external import load_graph, weight_refs
 from twotower.weights.refs import WeightRef
 
-WEIGHTS = {"a": WeightRef("bfloat16", (2, 3), 0), "b": WeightRef("int4", (3, 3), 64), "c": WeightRef("float32", (), 128)}
+WEIGHTS = {
+    "a": WeightRef("bfloat16", (2, 3), 0),
+    "b": WeightRef("int4", (3, 3), 64),
+    "c": WeightRef("float32", (), 128),
+}
 END = 132
 
 

@@ -34,8 +34,9 @@ class Work:
     """A command and what its output shows when it has done its work.
 
     Attributes:
-        words: The command; {checkpoint} and {text} stand for checkpoints without and with a tokenizer, {bundle}, {tiny} and {few} for
-            bundles of them, the last one quantized, {prompts} for a file of prompts, {out} for an empty folder.
+        words: The command; {checkpoint} and {text} stand for checkpoints without and with a
+            tokenizer, {bundle}, {tiny} and {few} for bundles of them, the last one quantized,
+            {prompts} for a file of prompts, {out} for an empty folder.
         shows: A part of what it prints.
     """
 
@@ -51,29 +52,97 @@ WORK = {
     "plan a checkpoint": Work(("plan", "{checkpoint}", "--target", "ort-cpu"), "this machine"),
     "plan a bundle": Work(("plan", "{bundle}", "--gpu", "RTX 4090"), "RTX 4090"),
     "export": Work(("export", "{checkpoint}", "-o", "{out}/new"), "largest relative error"),
-    "export unverified": Work(("export", "{text}", "-o", "{out}/new", "--no-verify"), "not verified: not asked for"),
-    "calibrate": Work(("calibrate", "{tiny}", "--prompts", "{prompts}", "-o", "{out}/new", "--max-new-tokens", "16"), "1 prompts"),
+    "export unverified": Work(
+        ("export", "{text}", "-o", "{out}/new", "--no-verify"), "not verified: not asked for"
+    ),
+    "calibrate": Work(
+        (
+            "calibrate",
+            "{tiny}",
+            "--prompts",
+            "{prompts}",
+            "-o",
+            "{out}/new",
+            "--max-new-tokens",
+            "16",
+        ),
+        "1 prompts",
+    ),
     "calibrate undrawn": Work(
-        ("calibrate", "{tiny}", "--prompts", "{prompts}", "-o", "{out}/new", "--max-new-tokens", "16", "--no-plot"), "1 prompts"
+        (
+            "calibrate",
+            "{tiny}",
+            "--prompts",
+            "{prompts}",
+            "-o",
+            "{out}/new",
+            "--max-new-tokens",
+            "16",
+            "--no-plot",
+        ),
+        "1 prompts",
     ),
-    "quantize": Work(("quantize", "{tiny}", "--recipe", "int4-experts", "-o", "{out}/new"), "int4 in groups of 32"),
+    "quantize": Work(
+        ("quantize", "{tiny}", "--recipe", "int4-experts", "-o", "{out}/new"),
+        "int4 in groups of 32",
+    ),
     "quantize by measuring": Work(
-        ("quantize", "{tiny}", "--recipe", "auto", "--formats", "int8", *FEW[:4], "-o", "{out}/new"), "checked on the other half"
+        (
+            "quantize",
+            "{tiny}",
+            "--recipe",
+            "auto",
+            "--formats",
+            "int8",
+            *FEW[:4],
+            "-o",
+            "{out}/new",
+        ),
+        "checked on the other half",
     ),
-    "build for a CPU": Work(("build", "{bundle}", "--target", "ort-cpu", "--force"), "engines/ort-cpu"),
-    "build for RTX": Work(("build", "{bundle}", "--target", "rtx", "--sm", "89", *SMALL, "--no-cache", "--force"), "engines/rtx"),
+    "build for a CPU": Work(
+        ("build", "{bundle}", "--target", "ort-cpu", "--force"), "engines/ort-cpu"
+    ),
+    "build for RTX": Work(
+        ("build", "{bundle}", "--target", "rtx", "--sm", "89", *SMALL, "--no-cache", "--force"),
+        "engines/rtx",
+    ),
     "build for RTX, dense": Work(
-        ("build", "{bundle}", "--target", "rtx", "--sm", "89", *SMALL, "--no-cache", "--experts", "dense"), "engines/rtx"
+        (
+            "build",
+            "{bundle}",
+            "--target",
+            "rtx",
+            "--sm",
+            "89",
+            *SMALL,
+            "--no-cache",
+            "--experts",
+            "dense",
+        ),
+        "engines/rtx",
     ),
-    "generate": Work(("generate", "{tiny}", PROMPT, "--max-new-tokens", "32", "--seed", "0"), "tokens a pass"),
-    "trace": Work(("trace", "{tiny}", PROMPT, "--max-new-tokens", "32", "--html", "{out}/new.html"), "tokens a pass"),
+    "generate": Work(
+        ("generate", "{tiny}", PROMPT, "--max-new-tokens", "32", "--seed", "0"), "tokens a pass"
+    ),
+    "trace": Work(
+        ("trace", "{tiny}", PROMPT, "--max-new-tokens", "32", "--html", "{out}/new.html"),
+        "tokens a pass",
+    ),
     "evaluate": Work(("evaluate", "{tiny}", *FEW), "diffusion keeps"),
-    "evaluate with a page": Work(("evaluate", "{tiny}", *FEW, "--html", "{out}/new.html"), "new.png"),
-    "evaluate few bits": Work(("evaluate", "{few}", "--against", "{tiny}", *FEW[:4], "--no-note"), "routed_expert"),
+    "evaluate with a page": Work(
+        ("evaluate", "{tiny}", *FEW, "--html", "{out}/new.html"), "new.png"
+    ),
+    "evaluate few bits": Work(
+        ("evaluate", "{few}", "--against", "{tiny}", *FEW[:4], "--no-note"), "routed_expert"
+    ),
     "tune": Work(("tune", "{tiny}", *FEW, "-o", "{out}/new"), "balanced"),
     "doctor": Work(("doctor",), "known answer"),
     "doctor of a bundle": Work(("doctor", "{bundle}"), "a text does not depend on its neighbours"),
-    "bench": Work(("bench", "{bundle}", "--prompt-tokens", "8", "--max-new-tokens", "16", "--runs", "1"), "breaks even"),
+    "bench": Work(
+        ("bench", "{bundle}", "--prompt-tokens", "8", "--max-new-tokens", "16", "--runs", "1"),
+        "breaks even",
+    ),
     "bench an export": Work(("bench", "--export", "--scratch", "{out}"), "x the copy"),
 }
 
@@ -81,7 +150,7 @@ WORKS = "works"
 SINGLE = ("none", "cpu", "rtx", "export", "calibration", "evaluate")
 # Each work: what happens with each of SINGLE installed alone: it works, or names this extra.
 TABLE: dict[str, tuple[str, ...]] = {
-    #                         none           cpu            rtx            export             calibration        evaluate
+    # none           cpu            rtx            export             calibration        evaluate
     "inspect a checkpoint": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
     "inspect a bundle": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
     "inspect a graph": ("cpu", WORKS, WORKS, WORKS, WORKS, WORKS),
@@ -90,10 +159,31 @@ TABLE: dict[str, tuple[str, ...]] = {
     "plan a bundle": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
     "export": ("export", "export", "export", "export,cpu", "export,cpu", "export,cpu"),
     "export unverified": ("export", "export", "export", WORKS, WORKS, WORKS),
-    "calibrate": ("calibration", "calibration", "calibration", "calibration,cpu", "calibration,cpu", "calibration,cpu"),
-    "calibrate undrawn": ("calibration", "calibration", "calibration", "calibration,cpu", "calibration,cpu", "calibration,cpu"),
+    "calibrate": (
+        "calibration",
+        "calibration",
+        "calibration",
+        "calibration,cpu",
+        "calibration,cpu",
+        "calibration,cpu",
+    ),
+    "calibrate undrawn": (
+        "calibration",
+        "calibration",
+        "calibration",
+        "calibration,cpu",
+        "calibration,cpu",
+        "calibration,cpu",
+    ),
     "quantize": ("calibration", "calibration", "calibration", WORKS, WORKS, WORKS),
-    "quantize by measuring": ("calibration", "calibration", "calibration", "calibration,cpu", "calibration,cpu", "calibration,cpu"),
+    "quantize by measuring": (
+        "calibration",
+        "calibration",
+        "calibration",
+        "calibration,cpu",
+        "calibration,cpu",
+        "calibration,cpu",
+    ),
     "build for a CPU": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
     "build for RTX": ("rtx", "rtx", "kernels", "rtx", "rtx", "rtx"),
     "build for RTX, dense": ("rtx", "rtx", WORKS, "rtx", "rtx", "rtx"),
@@ -123,26 +213,43 @@ def environments(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Envir
 
 
 @pytest.fixture(scope="module")
-def things(tmp_path_factory: pytest.TempPathFactory, built_bundle: Path, tiny_bundle: Path) -> dict[str, str]:
+def things(
+    tmp_path_factory: pytest.TempPathFactory, built_bundle: Path, tiny_bundle: Path
+) -> dict[str, str]:
     """What the words stand for. The bundles are copies that `build for a CPU` may build again."""
 
     def make(folder: Path) -> None:
         for name, source in (("bundle", built_bundle), ("tiny", tiny_bundle)):
             shutil.copytree(source, folder / name)
-        words = ["quantize", str(folder / "tiny"), "--recipe", "int4-experts", "-o", str(folder / "few")]
+        words = [
+            "quantize",
+            str(folder / "tiny"),
+            "--recipe",
+            "int4-experts",
+            "-o",
+            str(folder / "few"),
+        ]
         for command in (words, ["build", str(folder / "few"), "--target", "ort-cpu"]):
             here(command)
         (folder / "prompts").write_text(json.dumps({"text": PROMPT}) + "\n", encoding="utf-8")
 
     folder = made_once(tmp_path_factory, "things", make)
-    return {"checkpoint": str(FIXTURE), "text": str(TINY), **{n: str(folder / n) for n in ("bundle", "tiny", "few", "prompts")}}
+    return {
+        "checkpoint": str(FIXTURE),
+        "text": str(TINY),
+        **{n: str(folder / n) for n in ("bundle", "tiny", "few", "prompts")},
+    }
 
 
 def here(words: list[str]) -> str:
     """Runs a command of this checkout, in this environment."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     return subprocess.run(
-        [sys.executable, "-m", "twotower.cli", *words], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "twotower.cli", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
 
 
@@ -156,14 +263,20 @@ def test_every_verb_has_its_rows() -> None:
 def test_following_the_advice_ends_at_an_environment_where_it_works(work: str) -> None:
     """The next extra that is named is installed beside the one that was there, or in its place, until the work is one shown to work."""
     outcome = dict(zip(SINGLE, TABLE[work], strict=True))
-    shown = [{extra} for extra in SINGLE if outcome[extra] == WORKS] + [set(e.split(",")) for e, works in TOGETHER.items() if work in works]
+    shown = [{extra} for extra in SINGLE if outcome[extra] == WORKS] + [
+        set(e.split(",")) for e, works in TOGETHER.items() if work in works
+    ]
     for start in SINGLE:
         extra = start
         for _ in SINGLE:
-            if outcome[extra] == WORKS or any(e <= included(extra, *outcome[extra].split(",")) for e in shown):
+            if outcome[extra] == WORKS or any(
+                e <= included(extra, *outcome[extra].split(",")) for e in shown
+            ):
                 break
             extra = outcome[extra]
-            assert extra in outcome, f"{work} with {start} ends at the advice to install {extra}, which is not shown to be enough"
+            assert extra in outcome, (
+                f"{work} with {start} ends at the advice to install {extra}, which is not shown to be enough"
+            )
 
 
 def included(*extras: str) -> set[str]:
@@ -182,8 +295,12 @@ def among(extras: str) -> pytest.MarkDecorator:
     return pytest.mark.xdist_group(extras)
 
 
-@pytest.mark.parametrize("extras", [pytest.param(extras, marks=among(extras)) for extras in (*SINGLE, *TOGETHER)])
-def test_an_environment_holds_what_the_wheel_asks_for_and_nothing_else(environments: Environments, extras: str) -> None:
+@pytest.mark.parametrize(
+    "extras", [pytest.param(extras, marks=among(extras)) for extras in (*SINGLE, *TOGETHER)]
+)
+def test_an_environment_holds_what_the_wheel_asks_for_and_nothing_else(
+    environments: Environments, extras: str
+) -> None:
     installed = environments.installed(extras)
     assert set(installed) == required(installed, "twotower", frozenset(extras.split(",")))
 
@@ -193,13 +310,22 @@ def test_an_environment_holds_what_the_wheel_asks_for_and_nothing_else(environme
     [
         pytest.param(extras, work, outcome, marks=among(extras))
         for extras, work, outcome in (
-            *((extra, work, row[i]) for i, extra in enumerate(SINGLE) for work, row in TABLE.items()),
+            *(
+                (extra, work, row[i])
+                for i, extra in enumerate(SINGLE)
+                for work, row in TABLE.items()
+            ),
             *((extras, work, WORKS) for extras, works in TOGETHER.items() for work in works),
         )
     ],
 )
 def test_a_verb_works_or_names_the_extra_it_needs(
-    environments: Environments, things: dict[str, str], tmp_path: Path, extras: str, work: str, outcome: str
+    environments: Environments,
+    things: dict[str, str],
+    tmp_path: Path,
+    extras: str,
+    work: str,
+    outcome: str,
 ) -> None:
     words = [word.format(**things, out=tmp_path) for word in WORK[work].words]
     done = environments.run(extras, *words)
@@ -208,7 +334,9 @@ def test_a_verb_works_or_names_the_extra_it_needs(
         assert WORK[work].shows in done.stdout + done.stderr
         return
     assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stdout == "" or WORK[work].words[0] == "doctor"  # which first tells what it knows of the machine
+    assert (
+        done.stdout == "" or WORK[work].words[0] == "doctor"
+    )  # which first tells what it knows of the machine
     what, found, do = done.stderr.strip().splitlines()
     assert what.split(":")[0].endswith("Error")
     assert found.startswith("  found: ")
@@ -218,7 +346,9 @@ def test_a_verb_works_or_names_the_extra_it_needs(
 
 
 @pytest.mark.parametrize("extras", [pytest.param(extras, marks=among(extras)) for extras in SINGLE])
-def test_the_model_of_lm_evaluation_harness_is_there_or_names_its_extra(environments: Environments, extras: str) -> None:
+def test_the_model_of_lm_evaluation_harness_is_there_or_names_its_extra(
+    environments: Environments, extras: str
+) -> None:
     done = environments.run_module(extras, "twotower.evaluate.lm_eval_model", "--help")
     if extras == "evaluate":
         assert done.returncode == 0, done.stderr
@@ -231,7 +361,9 @@ def test_the_model_of_lm_evaluation_harness_is_there_or_names_its_extra(environm
 
 @among("cpu")
 @pytest.mark.parametrize("mode", ("diffusion", "ar"))
-def test_the_text_is_the_same_wherever_it_is_generated(environments: Environments, things: dict[str, str], mode: str) -> None:
+def test_the_text_is_the_same_wherever_it_is_generated(
+    environments: Environments, things: dict[str, str], mode: str
+) -> None:
     words = [*(word.format(**things) for word in WORK["generate"].words), "--mode", mode, "--json"]
     there, ours = json.loads(environments.run("cpu", *words).stdout), json.loads(here(words))
     assert (there["tokens"], there["usage"]) == (ours["tokens"], ours["usage"])
@@ -240,11 +372,16 @@ def test_the_text_is_the_same_wherever_it_is_generated(environments: Environment
 
 @among("none")
 def test_the_public_names_need_no_extra(environments: Environments) -> None:
-    done = environments.run_code("none", "from twotower import GenerationConfig, TwoTower, __version__; print(__version__)")
+    done = environments.run_code(
+        "none", "from twotower import GenerationConfig, TwoTower, __version__; print(__version__)"
+    )
     assert done.stdout.strip() == __version__, done.stderr
 
 
 @among("export,cpu")
 def test_doctor_checks_the_whole_chain_where_it_can(environments: Environments) -> None:
-    assert "not checked, it needs the extras `export` and `cpu`" in environments.run("cpu", "doctor").stdout
+    assert (
+        "not checked, it needs the extras `export` and `cpu`"
+        in environments.run("cpu", "doctor").stdout
+    )
     assert "ok      known answer" in environments.run("export,cpu", "doctor").stdout

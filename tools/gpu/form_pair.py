@@ -172,10 +172,11 @@ def compared(one: OpenForm, other: OpenForm, same: tuple[Pass, Pass]) -> Differe
         finite = finite and not (is_float and not (np.isfinite(a).all() and np.isfinite(b).all()))
         if a.tobytes() == b.tobytes():
             continue
-        if is_float:
-            found = (_most(a.astype(np.float64) - b), _most(a))
-        else:
-            found = (float(np.count_nonzero(a != b)), float(a.size))
+        found = (
+            (_most(a.astype(np.float64) - b), _most(a))
+            if is_float
+            else (float(np.count_nonzero(a != b)), float(a.size))
+        )
         apart[name] = max(found, apart.get(name, found))  # a state has two buffers of one name
     return Difference(apart, finite)
 

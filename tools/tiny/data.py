@@ -38,7 +38,9 @@ class Blocks:
 
 def sequence_batch(rng: random.Random, *, every_kind: bool) -> list[Sequences]:
     """Whole texts for the context tower, in groups of like length: padding costs as much as text."""
-    kinds: Sequence[str | None] = [None] * RECIPE.context_rows if every_kind else _kinds(rng, RECIPE.context_rows)
+    kinds: Sequence[str | None] = (
+        [None] * RECIPE.context_rows if every_kind else _kinds(rng, RECIPE.context_rows)
+    )
     pairs = sorted(_pairs(rng, kinds), key=lambda pair: len(pair[0]) + len(pair[1]))
     size = RECIPE.context_rows // RECIPE.groups
     return [_sequences(pairs[i : i + size]) for i in range(0, len(pairs), size)]
@@ -67,7 +69,14 @@ def block_batch(rng: random.Random) -> Blocks:
         blocks[i, : len(answer)] = torch.tensor(answer)
     used = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
     lengths = torch.tensor([len(p) for p, _ in pairs])
-    return Blocks(prompts, lengths, blocks.view(len(pairs), -1, size), used, rng.uniform(0.5, 0.95), rng.getrandbits(62))
+    return Blocks(
+        prompts,
+        lengths,
+        blocks.view(len(pairs), -1, size),
+        used,
+        rng.uniform(0.5, 0.95),
+        rng.getrandbits(62),
+    )
 
 
 def _kinds(rng: random.Random, rows: int) -> list[str]:

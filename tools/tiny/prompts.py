@@ -23,7 +23,9 @@ def main() -> None:
     lines = []
     for kind in sorted(RECIPE.kinds):
         rng = random.Random(f"calibration {kind}")
-        lines += [json.dumps({"text": draw(rng, held_out=False, kind=kind).prompt}) for _ in range(EACH)]
+        lines += [
+            json.dumps({"text": draw(rng, held_out=False, kind=kind).prompt}) for _ in range(EACH)
+        ]
     args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{args.output}: {len(lines)} prompts")
 

@@ -21,18 +21,25 @@ from twotower.model.loading import published_name
 
 SHARDS = 2
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL}  # for libraries that look for a tokenizer of their own
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    **SPECIAL,
+}  # for libraries that look for a tokenizer of their own
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of the training")
-    parser.add_argument("--output", type=Path, required=True, help="the checkpoint; replaced if it is there")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="the checkpoint; replaced if it is there"
+    )
     args = parser.parse_args()
     weights = {}
     for file, tower in (("labelled.pt", Tower.CONTEXT), ("denoiser.pt", Tower.DENOISER)):
         average = torch.load(args.work / file)["average"]
-        weights.update({published_name(name, tower): value.contiguous() for name, value in average.items()})
+        weights.update(
+            {published_name(name, tower): value.contiguous() for name, value in average.items()}
+        )
     expected = expected_tensors(RECIPE.config)
     assert set(weights) == set(expected), sorted(set(weights) ^ set(expected))
     partial = args.output.with_name(f".{args.output.name}.{os.getpid()}")
@@ -54,7 +61,9 @@ def write_shards(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     for i in range(SHARDS):
         file = f"model-{i + 1:05d}-of-{SHARDS:05d}.safetensors"
         members = names[i * len(names) // SHARDS : (i + 1) * len(names) // SHARDS]
-        save_file({name: weights[name] for name in members}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: weights[name] for name in members}, folder / file, metadata={"format": "pt"}
+        )
         weight_map.update(dict.fromkeys(members, file))
     total = sum(w.numel() * w.element_size() for w in weights.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -68,8 +77,15 @@ def published_config() -> dict[str, object]:
     config["num_hidden_layers"] = len(RECIPE.config.layers)
     config["eos_token_id"] = config.pop("eos_token_ids")[0]
     config["torch_dtype"] = config.pop("dtype")
-    config["time_step_limit"] = [low if low is not None else float("inf") for low in config["time_step_limit"]]
-    return {"architectures": ["NemotronHTwoTowerForCausalLM"], "model_type": "nemotron_h", "tie_word_embeddings": False, **config}
+    config["time_step_limit"] = [
+        low if low is not None else float("inf") for low in config["time_step_limit"]
+    ]
+    return {
+        "architectures": ["NemotronHTwoTowerForCausalLM"],
+        "model_type": "nemotron_h",
+        "tie_word_embeddings": False,
+        **config,
+    }
 
 
 if __name__ == "__main__":

@@ -55,14 +55,30 @@ class Recipe:
     rate: float = 0.003
     balance_rate: float = 0.001
     prompt_weight: float = 0.1
-    # The context tower first learns ten kinds of task evenly, then these; the denoiser learns these alone. Left out are kinds in which
-    # what stands at a place depends on all before it (how often a word was repeated, say): a block of 16 at once is little help there.
+    # The context tower first learns ten kinds of task evenly, then these; the denoiser learns these
+    # alone. Left out are kinds in which
+    # what stands at a place depends on all before it (how often a word was repeated, say): a block
+    # of 16 at once is little help there.
     kinds: dict[str, float] = field(
-        default_factory=lambda: {"flip": 1.3, "json": 1.0, "letter": 0.4, "lookup": 0.8, "sort": 0.5, "sums": 1.3, "words": 1.2}
+        default_factory=lambda: {
+            "flip": 1.3,
+            "json": 1.0,
+            "letter": 0.4,
+            "lookup": 0.8,
+            "sort": 0.5,
+            "sums": 1.3,
+            "words": 1.2,
+        }
     )
-    # The published defaults; on this model they keep all of the quality, and `twotower tune` finds faster settings.
+    # The published defaults; on this model they keep all of the quality, and `twotower tune` finds
+    # faster settings.
     generation: dict[str, float | int] = field(
-        default_factory=lambda: {"block_size": 16, "steps_per_block": 16, "confidence_threshold": 0.9, "max_new_tokens": 128}
+        default_factory=lambda: {
+            "block_size": 16,
+            "steps_per_block": 16,
+            "confidence_threshold": 0.9,
+            "max_new_tokens": 128,
+        }
     )
 
 

@@ -13,8 +13,13 @@ from pathlib import Path
 from recipe import RECIPE
 from tasks import draw
 
-INSIDE, BEYOND = 96, 4  # problems of each kind; beyond trained lengths both modes mostly fail, which says little about either
-FEWER = {"sort": (23, 1)}  # the kind that suits diffusion least: enough to see it lose, not enough to be most of what is lost
+INSIDE, BEYOND = (
+    96,
+    4,
+)  # problems of each kind; beyond trained lengths both modes mostly fail, which says little about either
+FEWER = {
+    "sort": (23, 1)
+}  # the kind that suits diffusion least: enough to see it lose, not enough to be most of what is lost
 FIXED_LENGTH = {"letter"}
 
 
@@ -33,7 +38,11 @@ def main() -> None:
                 continue
             seen.add(problem.prompt)
             number += 1
-            facts = {"id": f"{kind}-{number:03d}", "kind": kind, "length": "out" if beyond else "in"}
+            facts = {
+                "id": f"{kind}-{number:03d}",
+                "kind": kind,
+                "length": "out" if beyond else "in",
+            }
             lines.append(json.dumps({**facts, "prompt": problem.prompt, "answer": problem.answer}))
     args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{args.output}: {len(lines)} problems")

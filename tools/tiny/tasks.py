@@ -1,7 +1,8 @@
 r"""Problems with exactly one right answer, in ten kinds, drawn without end and split by a hash into training and held-out ones.
 
-Every prompt is `Q: <question>\nA:` and every answer follows after one space. Nothing here is taken from a data set: names, words and
-numbers come from the short lists below, so that a text tells all that is needed to answer it (only `translate` must be known by heart).
+Every prompt is `Q: <question>\nA:` and every answer follows after one space. Nothing here is taken
+from a data set: names, words and numbers come from the short lists below, so that a text tells all
+that is needed to answer it (only `translate` must be known by heart).
 """
 
 from __future__ import annotations
@@ -14,7 +15,24 @@ from dataclasses import dataclass
 
 __all__ = ["KINDS", "LABELLED", "WORDS", "Problem", "draw", "is_held_out"]
 
-NAMES = ["Ann", "Bob", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivan", "Jane", "Kim", "Leo", "Mia", "Nora", "Omar", "Pia"]
+NAMES = [
+    "Ann",
+    "Bob",
+    "Cleo",
+    "Dan",
+    "Eva",
+    "Finn",
+    "Gus",
+    "Hana",
+    "Ivan",
+    "Jane",
+    "Kim",
+    "Leo",
+    "Mia",
+    "Nora",
+    "Omar",
+    "Pia",
+]
 CITIES = ["Rome", "Paris", "Oslo", "Lima", "Cairo", "Delhi", "Kyoto", "Quito", "Dakar", "Bern"]
 DRINKS = ["tea", "coffee", "milk", "juice", "water", "cocoa"]
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "grey", "pink"]
@@ -122,7 +140,19 @@ _TEMPLATE_WORDS = [
     "much",
     "first",
 ]
-WORDS = sorted({*NAMES, *CITIES, *DRINKS, *ANIMALS, *THINGS, *COLOURS, *DAYS, *DICTIONARY.values(), *_TEMPLATE_WORDS})
+WORDS = sorted(
+    {
+        *NAMES,
+        *CITIES,
+        *DRINKS,
+        *ANIMALS,
+        *THINGS,
+        *COLOURS,
+        *DAYS,
+        *DICTIONARY.values(),
+        *_TEMPLATE_WORDS,
+    }
+)
 """Every word of the problems; the tokenizer knows them whole."""
 
 
@@ -144,7 +174,14 @@ class Problem:
         return f"{self.prompt} {self.answer}"
 
 
-def draw(rng: random.Random, *, held_out: bool, kind: str | None = None, shots: int = 0, beyond: bool = False) -> Problem:
+def draw(
+    rng: random.Random,
+    *,
+    held_out: bool,
+    kind: str | None = None,
+    shots: int = 0,
+    beyond: bool = False,
+) -> Problem:
     """One random problem.
 
     Args:
@@ -169,7 +206,9 @@ def is_held_out(question: str) -> bool:
 def _beyond(rng: random.Random) -> Size:
     """A fifth of the trained range shorter than its shortest, or longer than its longest; the same way for all sizes of one problem."""
     longer = rng.random() < 0.5
-    return lambda low, high: (high + max(1, (high - low) // 5)) if longer else (low - max(1, (high - low) // 5))
+    return lambda low, high: (
+        (high + max(1, (high - low) // 5)) if longer else (low - max(1, (high - low) // 5))
+    )
 
 
 def _until(rng: random.Random, kind: str, held_out: bool, size: Size) -> tuple[str, str]:
@@ -182,10 +221,18 @@ def _until(rng: random.Random, kind: str, held_out: bool, size: Size) -> tuple[s
 def _json(rng: random.Random, size: Size) -> tuple[str, str]:
     """Extraction of two or three people from prose."""
     people = [
-        {"name": name, "age": rng.randint(20, 99), "city": rng.choice(CITIES), "drink": rng.choice(DRINKS)}
+        {
+            "name": name,
+            "age": rng.randint(20, 99),
+            "city": rng.choice(CITIES),
+            "drink": rng.choice(DRINKS),
+        }
         for name in rng.sample(NAMES, size(2, 3))
     ]
-    prose = " ".join(f"{p['name']} is {p['age']} years old, lives in {p['city']} and likes {p['drink']}." for p in people)
+    prose = " ".join(
+        f"{p['name']} is {p['age']} years old, lives in {p['city']} and likes {p['drink']}."
+        for p in people
+    )
     return f"json: {prose}", json.dumps(people)
 
 
@@ -194,7 +241,9 @@ def _letter(rng: random.Random, size: Size) -> tuple[str, str]:
     to, sender = rng.sample(NAMES, 2)
     slots = {"to": to, "sender": sender, "colour": rng.choice(COLOURS), "thing": rng.choice(THINGS)}
     slots |= {"city": rng.choice(CITIES), "day": rng.choice(DAYS), "animal": rng.choice(ANIMALS)}
-    question = "write from {sender} to {to}: {colour} {thing}, {city}, {day}, {animal}".format(**slots)
+    question = "write from {sender} to {to}: {colour} {thing}, {city}, {day}, {animal}".format(
+        **slots
+    )
     return question, _TEMPLATE.format(**slots)
 
 
@@ -215,18 +264,25 @@ def _lookup(rng: random.Random, size: Size) -> tuple[str, str]:
     ages = {name: rng.randint(20, 99) for name in rng.sample(NAMES, size(5, 8))}
     asked = rng.sample(sorted(ages), min(len(ages), size(4, 7)))
     table = ", ".join(f"{name} {age}" for name, age in ages.items())
-    return f"table: {table}. how old: {' '.join(asked)}", " ".join(f"{name} is {ages[name]} years old." for name in asked)
+    return f"table: {table}. how old: {' '.join(asked)}", " ".join(
+        f"{name} is {ages[name]} years old." for name in asked
+    )
 
 
 def _add(rng: random.Random, size: Size) -> tuple[str, str]:
     """Sums of two numbers of two digits below 100."""
     pairs = [(rng.randint(10, 49), rng.randint(10, 49)) for _ in range(size(4, 8))]
-    return f"add: {', '.join(f'{a}+{b}' for a, b in pairs)}", ", ".join(f"{a}+{b}={a + b}" for a, b in pairs)
+    return f"add: {', '.join(f'{a}+{b}' for a, b in pairs)}", ", ".join(
+        f"{a}+{b}={a + b}" for a, b in pairs
+    )
 
 
 def _animals(rng: random.Random, size: Size) -> tuple[str, str]:
     """The animals of a list, in its order."""
-    words = [rng.choice(ANIMALS if rng.random() < 0.7 else [*THINGS, *COLOURS]) for _ in range(size(24, 40))]
+    words = [
+        rng.choice(ANIMALS if rng.random() < 0.7 else [*THINGS, *COLOURS])
+        for _ in range(size(24, 40))
+    ]
     kept = [word for word in words if word in ANIMALS]
     return f"only animals: {' '.join(words)}", " ".join(kept) or "no"
 
@@ -244,13 +300,17 @@ def _count(rng: random.Random, size: Size) -> tuple[str, str]:
     numbers = [first + step * i for i in range(length)]
     if rng.random() < 0.5:
         return f"count up from {numbers[0]} by {step} to {numbers[-1]}", " ".join(map(str, numbers))
-    return f"count down from {numbers[-1]} by {step} to {numbers[0]}", " ".join(map(str, reversed(numbers)))
+    return f"count down from {numbers[-1]} by {step} to {numbers[0]}", " ".join(
+        map(str, reversed(numbers))
+    )
 
 
 def _repeat(rng: random.Random, size: Size) -> tuple[str, str]:
     """Words as often as their numbers say."""
     runs = [(rng.randint(2, 6), word) for word in rng.sample([*ANIMALS, *THINGS], size(6, 9))]
-    return f"repeat: {', '.join(f'{n} {word}' for n, word in runs)}", " ".join(" ".join([word] * n) for n, word in runs)
+    return f"repeat: {', '.join(f'{n} {word}' for n, word in runs)}", " ".join(
+        " ".join([word] * n) for n, word in runs
+    )
 
 
 KINDS: dict[str, Callable[[random.Random, Size], tuple[str, str]]] = {
@@ -274,13 +334,17 @@ def _labelled(items: list[str]) -> str:
 def _sums(rng: random.Random, size: Size) -> tuple[str, str]:
     """Sums of two numbers of two digits below 100, each under its letter."""
     pairs = [(rng.randint(10, 49), rng.randint(10, 49)) for _ in range(size(8, 16))]
-    return f"sums: {_labelled([f'{a}+{b}' for a, b in pairs])}", _labelled([str(a + b) for a, b in pairs])
+    return f"sums: {_labelled([f'{a}+{b}' for a, b in pairs])}", _labelled(
+        [str(a + b) for a, b in pairs]
+    )
 
 
 def _flip(rng: random.Random, size: Size) -> tuple[str, str]:
     """Labelled words from the last to the first."""
     words = _labelled(rng.choices([*ANIMALS, *THINGS, *COLOURS], k=size(10, 20))).split()
-    return f"flip: {' '.join(words)}", " ".join(f"{words[i]} {words[i + 1]}" for i in range(len(words) - 2, -1, -2))
+    return f"flip: {' '.join(words)}", " ".join(
+        f"{words[i]} {words[i + 1]}" for i in range(len(words) - 2, -1, -2)
+    )
 
 
 def _words(rng: random.Random, size: Size) -> tuple[str, str]:
@@ -289,5 +353,9 @@ def _words(rng: random.Random, size: Size) -> tuple[str, str]:
     return f"words: {_labelled(words)}", _labelled([DICTIONARY[word] for word in words])
 
 
-LABELLED: dict[str, Callable[[random.Random, Size], tuple[str, str]]] = {"flip": _flip, "sums": _sums, "words": _words}
+LABELLED: dict[str, Callable[[random.Random, Size], tuple[str, str]]] = {
+    "flip": _flip,
+    "sums": _sums,
+    "words": _words,
+}
 """Kinds whose items carry letters. What stands at a place of the answer can be looked up there without counting all before it."""

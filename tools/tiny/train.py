@@ -4,7 +4,8 @@
     python tools/tiny/train.py --work out/tiny --stage labelled
     python tools/tiny/train.py --work out/tiny --stage denoiser
 
-The towers are the product's own (`twotower.model`). A run that is interrupted goes on where it last saved.
+The towers are the product's own (`twotower.model`). A run that is interrupted goes on where it last
+saved.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    torch.set_flush_denormal(True)  # late in the training most second moments are denormal, and a CPU is a hundred times slower on those
+    torch.set_flush_denormal(
+        True
+    )  # late in the training most second moments are denormal, and a CPU is a hundred times slower on those
     torch.manual_seed(RECIPE.seed)
     context = ContextTower(RECIPE.config)
     if args.stage == "context":
@@ -71,9 +74,15 @@ class Trainer:
         self.file, self.log = work / f"{name}.pt", work / f"{name}.jsonl"
         self.tower, self.steps, self.step = tower, steps, 0
         matrices = [p for n, p in tower.named_parameters() if p.ndim == 2 and is_hidden(n)]
-        rest = [p for n, p in tower.named_parameters() if not (p.ndim == 2 and is_hidden(n)) and "e_score" not in n]
+        rest = [
+            p
+            for n, p in tower.named_parameters()
+            if not (p.ndim == 2 and is_hidden(n)) and "e_score" not in n
+        ]
         self.optimizers = [
-            torch.optim.Muon(matrices, lr=RECIPE.matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(
+                matrices, lr=RECIPE.matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+            ),
             torch.optim.AdamW(rest, lr=RECIPE.rate, betas=(0.9, 0.98), weight_decay=0.0),
         ]
         self.balance = Balance(tower)
@@ -85,7 +94,9 @@ class Trainer:
         base = [RECIPE.matrix_rate, RECIPE.rate]
         began, first, seen = time.perf_counter(), self.step, []
         while self.step < self.steps:
-            factor = min(1.0, (self.step + 1) / 100) * max(0.02, min(1.0, (self.steps - self.step) / (0.6 * self.steps)))
+            factor = min(1.0, (self.step + 1) / 100) * max(
+                0.02, min(1.0, (self.steps - self.step) / (0.6 * self.steps))
+            )
             for optimizer, rate in zip(self.optimizers, base, strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = rate * factor
@@ -101,7 +112,9 @@ class Trainer:
             if self.step % 50 == 0:
                 mean = {k: sum(f[k] for f in seen) / len(seen) for k in facts}
                 line = {"step": self.step, **{k: round(v, 4) for k, v in mean.items()}}
-                line["seconds_a_step"] = round((time.perf_counter() - began) / (self.step - first), 3)
+                line["seconds_a_step"] = round(
+                    (time.perf_counter() - began) / (self.step - first), 3
+                )
                 print(json.dumps(line), flush=True)
                 with self.log.open("a") as log:
                     log.write(json.dumps(line) + "\n")
@@ -116,7 +129,10 @@ class Trainer:
 
     def _save(self) -> None:
         state = {"step": self.step, "tower": self.tower.state_dict(), "average": self.average}
-        torch.save({**state, "optimizers": [o.state_dict() for o in self.optimizers]}, self.file.with_suffix(".part"))
+        torch.save(
+            {**state, "optimizers": [o.state_dict() for o in self.optimizers]},
+            self.file.with_suffix(".part"),
+        )
         os.replace(self.file.with_suffix(".part"), self.file)
 
     def _load(self, state) -> None:
@@ -145,7 +161,9 @@ def context_step(tower: ContextTower, groups: list[Sequences]) -> dict[str, floa
             hidden.append(h)
         logits = tower.logits(torch.cat(hidden, 1)[:, :-1])
         target, weight = group.tokens[:, 1:], group.weight[:, 1:]
-        losses = functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
+        losses = functional.cross_entropy(
+            logits.flatten(0, 1), target.flatten(), reduction="none"
+        ).view(target.shape)
         ((losses * weight).sum() / total).backward()
         with torch.no_grad():
             wrong = ((logits.argmax(-1) != target) & (weight == 1)).any(-1)
@@ -157,7 +175,8 @@ def context_step(tower: ContextTower, groups: list[Sequences]) -> dict[str, floa
 def denoiser_step(context: ContextTower, tower: DenoiserTower, batch: Blocks):
     """Cross-entropy of masked positions, once with the whole block masked and once with a part of it.
 
-    The part is random for half of the blocks. For the others it is what a generation would still have masked after its first
+    The part is random for half of the blocks. For the others it is what a generation would still
+    have masked after its first
     pass: the positions the tower itself is least sure of.
     """
     state, lengths, target = context_states(context, batch)
@@ -171,12 +190,18 @@ def denoiser_step(context: ContextTower, tower: DenoiserTower, batch: Blocks):
         generator = torch.Generator().manual_seed(batch.seed)
         share = torch.rand(rows, 1, generator=generator)
         chosen = torch.rand(rows, size, generator=generator) < share
-        own = (torch.rand(rows, 1, generator=generator) < 0.5) & unsure.any(-1, keepdim=True) & ~unsure.all(-1, keepdim=True)
+        own = (
+            (torch.rand(rows, 1, generator=generator) < 0.5)
+            & unsure.any(-1, keepdim=True)
+            & ~unsure.all(-1, keepdim=True)
+        )
         masked = torch.where(own, unsure, chosen)
         masked[~masked.any(-1), 0] = True
         sure_wrong = ((best != target) & ~unsure).float().mean()
     again = tower.logits(torch.where(masked, full, target), state, context_length=lengths)
-    losses = functional.cross_entropy(again.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
+    losses = functional.cross_entropy(again.flatten(0, 1), target.flatten(), reduction="none").view(
+        target.shape
+    )
     loss_part = losses[masked].mean()
     ((loss_full + loss_part) / 2).backward()
     facts = {
@@ -198,12 +223,19 @@ def context_states(context: ContextTower, batch: Blocks):
     for start in range(0, batch.prompts.shape[1], RECIPE.chunk):
         chunk = batch.prompts[:, start : start + RECIPE.chunk]
         valid = (batch.prompt_lengths - start).clamp(0, chunk.shape[1])
-        _, state = context.extend(chunk, state, past=torch.full((rows,), start).minimum(batch.prompt_lengths), lengths=valid)
+        _, state = context.extend(
+            chunk,
+            state,
+            past=torch.full((rows,), start).minimum(batch.prompt_lengths),
+            lengths=valid,
+        )
     before = []
     for j in range(blocks):
         before.append({k: v for k, v in state.items() if "key_values" not in k})
         if j + 1 < blocks:
-            _, state = context.extend(batch.blocks[:, j], state, past=batch.prompt_lengths + j * size)
+            _, state = context.extend(
+                batch.blocks[:, j], state, past=batch.prompt_lengths + j * size
+            )
     row, place = batch.used.nonzero(as_tuple=True)
     picked = {}
     for i, kind in enumerate(RECIPE.config.pattern):
@@ -235,7 +267,9 @@ class Balance:
 
     def step(self) -> None:
         for module, load in zip(self._routers, self._loads, strict=True):
-            module.gate.e_score_correction_bias.data += RECIPE.balance_rate * torch.sign(load.mean() - load)
+            module.gate.e_score_correction_bias.data += RECIPE.balance_rate * torch.sign(
+                load.mean() - load
+            )
             load.zero_()
 
 

@@ -17,15 +17,25 @@ _GLUED = ['": "', '", "', '": ', ', "', '"}, {"', '[{"', '"}]', "Q:", "\nA:", "\
 
 def make_tokenizer() -> Tokenizer:
     """A unigram model whose scores make the longest pieces win."""
-    pieces = [*_GLUED, *(f" {word}" for word in WORDS), *(f" {c}" for c in string.digits + string.ascii_lowercase)]
+    pieces = [
+        *_GLUED,
+        *(f" {word}" for word in WORDS),
+        *(f" {c}" for c in string.digits + string.ascii_lowercase),
+    ]
     pieces += [w for w in ("age", "name", "city", "drink") if w not in pieces]
     pieces += [p for p in (*string.printable[:95], " spare") if p not in pieces]
     pieces = list(dict.fromkeys(pieces))
     assert len(_SPECIAL) + len(pieces) <= SIZE, f"{len(_SPECIAL) + len(pieces)} pieces"
     filler = [f"<unused{i}>" for i in range(SIZE - len(_SPECIAL) - len(pieces))]
-    table = [(token, 0.0) for token in _SPECIAL] + [(p, -10.0 - 0.1 / len(p)) for p in pieces] + [(f, -100.0) for f in filler]
+    table = (
+        [(token, 0.0) for token in _SPECIAL]
+        + [(p, -10.0 - 0.1 / len(p)) for p in pieces]
+        + [(f, -100.0) for f in filler]
+    )
     tokenizer = Tokenizer(models.Unigram(table, unk_id=4))
     tokenizer.add_special_tokens(_SPECIAL)
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS)]
+    )
     return tokenizer

@@ -1,6 +1,7 @@
 """What a program does, layer by layer: the layer a kernel counts for, copies that a pass makes before it computes, and sums of both.
 
-A kernel counts for a layer by the ONNX nodes fused into it. Copies are of weights, and of keys and values.
+A kernel counts for a layer by the ONNX nodes fused into it. Copies are of weights, and of keys and
+values.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from twotower.builders.trt.rtx_program.records import (
     Tensor,
 )
 
-__all__ = ["SHARED", "copied_caches", "expanded_weights", "kind_of", "summarize_programs", "with_scopes"]
+__all__ = [
+    "SHARED",
+    "copied_caches",
+    "expanded_weights",
+    "kind_of",
+    "summarize_programs",
+    "with_scopes",
+]
 
 SHARED = "shared"
 """The scope of what several layers share: masks, positions, the modulation of all layers at once."""
@@ -38,8 +46,8 @@ def with_scopes(kernels: Sequence[Kernel]) -> tuple[Kernel, ...]:
     """The kernels with their scopes.
 
     A kernel counts for the layer most of its nodes belong to: the end of one layer and the norm of
-    the next are one kernel. One that serves more than three layers counts for the part outside of the
-    layers it belongs to, or as shared. One without nodes counts for the first kernel that reads
+    the next are one kernel. One that serves more than three layers counts for the part outside of
+    the layers it belongs to, or as shared. One without nodes counts for the first kernel that reads
     what it writes.
     """
     scopes = [_scope(kernel.nodes) for kernel in kernels]
@@ -105,7 +113,10 @@ def _by_kind(program: Program) -> dict[str, dict[str, int]]:
     kinds: dict[str, list[int]] = {}
     for scope, count in program.by_scope().items():
         kinds.setdefault(kind_of(scope), []).append(count)
-    return {kind: {"layers": len(n), "kernels": sum(n), "min": min(n), "max": max(n)} for kind, n in kinds.items()}
+    return {
+        kind: {"layers": len(n), "kernels": sum(n), "min": min(n), "max": max(n)}
+        for kind, n in kinds.items()
+    }
 
 
 def _fused(program: Program) -> dict[str, list[list[str]]]:
@@ -113,7 +124,10 @@ def _fused(program: Program) -> dict[str, list[list[str]]]:
     first: dict[str, str] = {}
     for kernel in program.kernels:
         first.setdefault(kind_of(kernel.scope), kernel.scope)
-    return {scope: [[k.name, *k.nodes] for k in program.kernels if k.scope == scope] for scope in first.values()}
+    return {
+        scope: [[k.name, *k.nodes] for k in program.kernels if k.scope == scope]
+        for scope in first.values()
+    }
 
 
 _CACHE = re.compile(r"(past_key_values|present)\.\d+\.(key|value)")
@@ -190,8 +204,12 @@ def copied_caches(program: Program) -> tuple[CopiedCache, ...]:
             size = cache.nbytes
             if not size or not _CACHE.fullmatch(cache.name):
                 continue
-            copies = [t.nbytes for t in writes if t.nbytes and t.nbytes % size == 0 and _holds(t, cache)]
-            out += [CopiedCache(kernel.name, kernel.scope, cache.name, n, n // size) for n in copies]
+            copies = [
+                t.nbytes for t in writes if t.nbytes and t.nbytes % size == 0 and _holds(t, cache)
+            ]
+            out += [
+                CopiedCache(kernel.name, kernel.scope, cache.name, n, n // size) for n in copies
+            ]
     return tuple(out)
 
 

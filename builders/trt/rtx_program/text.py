@@ -1,7 +1,9 @@
 """Finds the text of compiled programs in plan bytes, and takes it apart into sections and statements.
 
-Sizes that depend on the shapes of a call are worked out for the greatest shapes of a profile. A program computes them on the host, in
-its section `shape_main`: copies, constants and arithmetic on single numbers. What is not understood stays unknown.
+Sizes that depend on the shapes of a call are worked out for the greatest shapes of a profile. A
+program computes them on the host, in
+its section `shape_main`: copies, constants and arithmetic on single numbers. What is not understood
+stays unknown.
 """
 
 from __future__ import annotations
@@ -104,9 +106,13 @@ class ProgramText:
             elif _LABEL.fullmatch(line):
                 labels += 1
             elif line.strip():
-                raise unreadable(f"'{section}' has a line that is no statement: {line.strip()[:60]!r}")
+                raise unreadable(
+                    f"'{section}' has a line that is no statement: {line.strip()[:60]!r}"
+                )
         if labels > 1:
-            raise unreadable(f"'{section}' has {labels} labels: what a pass runs depends on its data")
+            raise unreadable(
+                f"'{section}' has {labels} labels: what a pass runs depends on its data"
+            )
 
     def host_statements(self) -> Iterator[Statement]:
         """The arithmetic on shapes that runs on the host; messages in it may take several lines."""
@@ -142,7 +148,9 @@ def program_texts(plan: PlanBytes) -> Iterator[str]:
     while at >= 0:
         start = at + _PREFIX
         if at < 8 or bytes(view[start : start + len(_BEGIN)]) != _BEGIN:
-            at = _find_mark(view, at + 1)  # four bytes of a weight: gigabytes of them hold such a word
+            at = _find_mark(
+                view, at + 1
+            )  # four bytes of a weight: gigabytes of them hold such a word
             continue
         size, length = (int.from_bytes(view[i : i + 8], "little") for i in (at - 8, start - 8))
         if at + size > len(view) or start + length > at + size:
@@ -198,7 +206,9 @@ def header_fields(header: str) -> Mapping[str, str]:
     return MappingProxyType(dict(re.findall(r"^  (\w+) ?= ?([^\s{}]+)$", header, re.MULTILINE)))
 
 
-_BOUNDS = re.compile(r'msg="([^"]*?): shape input value at index 0 is out of bounds \[(-?\d+), (\d+)\]')
+_BOUNDS = re.compile(
+    r'msg="([^"]*?): shape input value at index 0 is out of bounds \[(-?\d+), (\d+)\]'
+)
 _CONSTANT = re.compile(r"(-?\d+)i64")
 
 _ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {

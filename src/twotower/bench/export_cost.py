@@ -28,8 +28,9 @@ def run_measured(work: Callable[..., None], *arguments: Any) -> tuple[float, int
     """Runs `work(*arguments)` in a fresh process.
 
     Returns:
-        Seconds from the process's start to its end, and the peak of its anonymous memory in bytes: sampled every 10 ms,
-        without the file pages that the system can drop; 0 where /proc does not tell.
+        Seconds from the process's start to its end, and the peak of its anonymous memory in bytes:
+        sampled every 10 ms, without the file pages that the system can drop; 0 where /proc does not
+        tell.
 
     Raises:
         BuildError: the process failed.
@@ -43,7 +44,11 @@ def run_measured(work: Callable[..., None], *arguments: Any) -> tuple[float, int
         process.join(_EVERY)
     seconds = time.perf_counter() - began
     if process.exitcode:
-        raise BuildError("a measured process failed", found=f"exit code {process.exitcode}", do="read its message above")
+        raise BuildError(
+            "a measured process failed",
+            found=f"exit code {process.exitcode}",
+            do="read its message above",
+        )
     return seconds, peak
 
 
@@ -102,7 +107,11 @@ class ExportCost:
 
 
 def measure_export(
-    scratch: Path, pattern: str | None, *, verify: bool = False, say: Callable[[str], None] = lambda what: None
+    scratch: Path,
+    pattern: str | None,
+    *,
+    verify: bool = False,
+    say: Callable[[str], None] = lambda what: None,
 ) -> ExportCost:
     """Writes a synthetic BF16 checkpoint and measures a copy and an export of it.
 
@@ -113,7 +122,11 @@ def measure_export(
         say: Told what is being done.
     """
     say("writing a synthetic checkpoint")
-    source = write_checkpoint(scratch / "checkpoint", published_slice(pattern) if pattern else SMALL_CONFIG, SyntheticOptions())
+    source = write_checkpoint(
+        scratch / "checkpoint",
+        published_slice(pattern) if pattern else SMALL_CONFIG,
+        SyntheticOptions(),
+    )
     size = sum(p.stat().st_size for p in source.iterdir())
     say(f"copying {size / 1e9:.2f} GB")
     copy_seconds, _ = run_measured(_copy, source, scratch / "copy")
@@ -126,7 +139,9 @@ def measure_export(
         say("exporting it again, with verification")
         whole, _ = run_measured(_export, source, scratch / "bundle", True)
         verify_seconds = whole - export_seconds
-        error = json.loads((scratch / "bundle" / REPORT_FILE).read_text(encoding="utf-8")).get("largest_error")
+        error = json.loads((scratch / "bundle" / REPORT_FILE).read_text(encoding="utf-8")).get(
+            "largest_error"
+        )
     for name in ("checkpoint", "bundle"):
         shutil.rmtree(scratch / name)
     return ExportCost(size, copy_seconds, export_seconds, peak, verify_seconds, error)

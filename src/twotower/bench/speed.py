@@ -16,7 +16,14 @@ from twotower.errors import ConfigError
 from twotower.runtime import Generation, StepRecord, TwoTower
 from twotower.spec import CONTEXT, DENOISER
 
-__all__ = ["GenerationSpeed", "PassTimes", "measure_generation", "measure_in_turns", "measure_passes", "random_prompts"]
+__all__ = [
+    "GenerationSpeed",
+    "PassTimes",
+    "measure_generation",
+    "measure_in_turns",
+    "measure_passes",
+    "random_prompts",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +35,8 @@ class GenerationSpeed:
         tokens_per_second: New tokens of the whole batch over the whole time, prefill included.
         prefill_ms: Reading the prompts.
         pass_ms: One denoiser pass; in `ar` mode one token.
-        extend_ms: The context tower over a finished block, 0 where there is one block only; in `ar` mode as `pass_ms`.
+        extend_ms: The context tower over a finished block, 0 where there is one block only; in `ar`
+            mode as `pass_ms`.
         tokens_per_nfe: Tokens a pass of one row gave.
         steps_per_block: Passes a block took.
     """
@@ -45,12 +53,15 @@ class GenerationSpeed:
         return asdict(self)
 
 
-def measure_generation(model: TwoTower, config: GenerationConfig, *, prompt_tokens: int, rows: int, runs: int) -> list[GenerationSpeed]:
+def measure_generation(
+    model: TwoTower, config: GenerationConfig, *, prompt_tokens: int, rows: int, runs: int
+) -> list[GenerationSpeed]:
     """Measures diffusion and autoregression on the same random prompts.
 
     Args:
         model: An opened bundle.
-        config: Options; the mode is set here, and end-of-sequence tokens are ignored so that both modes make equally many tokens.
+        config: Options; the mode is set here, and end-of-sequence tokens are ignored so that both
+            modes make equally many tokens.
         prompt_tokens: Length of each prompt.
         rows: Prompts generated together.
         runs: Measured runs of each mode, after one that is not counted.
@@ -72,10 +83,16 @@ def measure_in_turns(
     """Measures several bundles of one vocabulary as `measure_generation` does one; of each its two modes."""
     for name, value in (("--prompt-tokens", prompt_tokens), ("--rows", rows), ("--runs", runs)):
         if value < 1:
-            raise ConfigError("nothing to measure", found=f"{name} {value}; allowed: 1 and more", do=f"name a larger {name}")
+            raise ConfigError(
+                "nothing to measure",
+                found=f"{name} {value}; allowed: 1 and more",
+                do=f"name a larger {name}",
+            )
     config = config.seeded()
     prompts = random_prompts(models[0].config, prompt_tokens, rows, seed=config.seed)
-    configs = [replace(config, mode=mode, ignore_eos=True, top_p=1.0) for mode in ("diffusion", "ar")]
+    configs = [
+        replace(config, mode=mode, ignore_eos=True, top_p=1.0) for mode in ("diffusion", "ar")
+    ]
     seen: list[dict[str, list[list[Generation]]]] = [{c.mode: [] for c in configs} for _ in models]
     for run in range(runs + 1):
         for options in configs:
@@ -86,10 +103,15 @@ def measure_in_turns(
     return [[_speed(mode, batches) for mode, batches in of_model.items()] for of_model in seen]
 
 
-def random_prompts(config: ModelConfig, length: int, rows: int, *, seed: int | None) -> list[list[int]]:
+def random_prompts(
+    config: ModelConfig, length: int, rows: int, *, seed: int | None
+) -> list[list[int]]:
     """Prompts of random tokens, special ones left out."""
     rng = np.random.default_rng(seed)
-    words = np.setdiff1d(np.arange(config.vocab_size), [config.mask_token_id, config.pad_token_id, *config.eos_token_ids])
+    words = np.setdiff1d(
+        np.arange(config.vocab_size),
+        [config.mask_token_id, config.pad_token_id, *config.eos_token_ids],
+    )
     return [rng.choice(words, length).tolist() for _ in range(rows)]
 
 
@@ -102,16 +124,22 @@ def _speed(mode: str, batches: list[list[Generation]]) -> GenerationSpeed:
 
     if mode == "diffusion":
         pass_ms = longest(lambda r: r.timings.denoise / r.usage.nfe)
-        extend_ms = longest(lambda r: r.timings.extend / max(r.usage.blocks - 1, 1))  # nobody reads the last block
+        extend_ms = longest(
+            lambda r: r.timings.extend / max(r.usage.blocks - 1, 1)
+        )  # nobody reads the last block
     else:
         pass_ms = extend_ms = longest(lambda r: r.timings.extend / r.usage.nfe)
     return GenerationSpeed(
         mode=mode,
-        tokens_per_second=per_batch(lambda b: 1000 * sum(len(r.tokens) for r in b) / max(r.timings.total for r in b)),
+        tokens_per_second=per_batch(
+            lambda b: 1000 * sum(len(r.tokens) for r in b) / max(r.timings.total for r in b)
+        ),
         prefill_ms=per_batch(lambda b: b[0].timings.prefill),
         pass_ms=pass_ms,
         extend_ms=extend_ms,
-        tokens_per_nfe=per_batch(lambda b: sum(r.usage.completion_tokens for r in b) / sum(r.usage.nfe for r in b)),
+        tokens_per_nfe=per_batch(
+            lambda b: sum(r.usage.completion_tokens for r in b) / sum(r.usage.nfe for r in b)
+        ),
         steps_per_block=per_batch(lambda b: sum(r.usage.steps_per_block for r in b) / len(b)),
     )
 
@@ -123,8 +151,10 @@ class PassTimes:
     Attributes:
         context: Tokens before the block.
         runs: Passes of each kind the medians are of.
-        denoise_ms: One denoiser pass over a block, from its launch until its tokens are on the host.
-        extend_ms: The context tower over one block's tokens and the head, until the next token is on the host.
+        denoise_ms: One denoiser pass over a block, from its launch until its tokens are on the
+            host.
+        extend_ms: The context tower over one block's tokens and the head, until the next token is
+            on the host.
         denoiser_bytes: Weights of the denoiser as the bundle stores them; likewise
         context_bytes: of the context tower.
     """
@@ -145,7 +175,9 @@ class PassTimes:
         return asdict(self) | rates
 
 
-def measure_passes(bundle: Bundle, model: TwoTower, *, context: int = 128, runs: int = 30) -> PassTimes:
+def measure_passes(
+    bundle: Bundle, model: TwoTower, *, context: int = 128, runs: int = 30
+) -> PassTimes:
     """Times passes by wall clock around work that is waited for; every first pass of a kind is not counted.
 
     Args:
@@ -155,13 +187,20 @@ def measure_passes(bundle: Bundle, model: TwoTower, *, context: int = 128, runs:
         runs: Passes of each kind.
     """
     size = bundle.trained_block_size
-    words = np.setdiff1d(np.arange(model.config.vocab_size), [model.config.mask_token_id, *model.config.eos_token_ids])
+    words = np.setdiff1d(
+        np.arange(model.config.vocab_size),
+        [model.config.mask_token_id, *model.config.eos_token_ids],
+    )
     rng = np.random.default_rng(0)
     prompt = rng.choice(words, context).tolist()
     # No prediction is surer than 1, so every block takes as many passes as it has positions.
     blocks = -(-runs // size) + 1
     options = GenerationConfig(
-        max_new_tokens=blocks * size, block_size=size, confidence_threshold=1.0, steps_per_block=size, ignore_eos=True
+        max_new_tokens=blocks * size,
+        block_size=size,
+        confidence_threshold=1.0,
+        steps_per_block=size,
+        ignore_eos=True,
     )
     steps: list[StepRecord] = []
     model.generate(prompt, options, on_step=steps.append)

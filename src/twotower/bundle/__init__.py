@@ -26,7 +26,17 @@ from twotower.bundle.manifest import (
     write_json,
 )
 from twotower.bundle.steps import EngineFile, ExpertsStep, Profile, Step
-from twotower.files import FileRecord, Progress, file_records, hash_file, hash_files, inside, link_file, require_room, unpublished
+from twotower.files import (
+    FileRecord,
+    Progress,
+    file_records,
+    hash_file,
+    hash_files,
+    inside,
+    link_file,
+    require_room,
+    unpublished,
+)
 from twotower.weights.table import TABLE_SUFFIX, read_weight_table, write_weight_table
 
 __all__ = [

@@ -37,7 +37,8 @@ class EngineLimits:
     Attributes:
         capacity: T, positions of the key and value caches.
         max_batch: Most rows.
-        sms: Compute capabilities the engines hold code for, e.g. 86; empty for a set the library chose.
+        sms: Compute capabilities the engines hold code for, e.g. 86; empty for a set the library
+            chose.
     """
 
     capacity: int
@@ -57,15 +58,16 @@ class EngineRecord:
         target: For example `ort-cpu`.
         library: Name and version of the inference library the engines were built with.
         dtype: Element type the engines keep their buffers in.
-        graphs: For each graph, SHA-256 of what it was built from, without its weights (`Bundle.program_identity`).
+        graphs: For each graph, SHA-256 of what it was built from, without its weights
+            (`Bundle.program_identity`).
         weights: For each graph, the weight file relative to the bundle.
-        holds: SHA-256 of the weights of every graph of which the engines hold some themselves; engines that hold none serve every
-            checkpoint of the same shapes.
+        holds: SHA-256 of the weights of every graph of which the engines hold some themselves;
+            engines that hold none serve every checkpoint of the same shapes.
         files: Every file in the folder besides `build.json`.
         report: What the build observed: seconds, bytes, operators.
         limits: What the build fixed; None where shapes are free (ONNX Runtime).
-        steps: For each graph what runs, in order: its engine, its segments, or programs with experts between them. Empty where every
-            file is a graph.
+        steps: For each graph what runs, in order: its engine, its segments, or programs with
+            experts between them. Empty where every file is a graph.
     """
 
     target: str
@@ -82,12 +84,18 @@ class EngineRecord:
     @property
     def engines(self) -> dict[str, tuple[EngineFile, ...]]:
         """For each graph its engines in the order they run."""
-        return {name: tuple(s for s in steps if isinstance(s, EngineFile)) for name, steps in self.steps.items()}
+        return {
+            name: tuple(s for s in steps if isinstance(s, EngineFile))
+            for name, steps in self.steps.items()
+        }
 
     @property
     def experts(self) -> dict[str, tuple[ExpertsStep, ...]]:
         """For each graph the experts that run between its engines, in order."""
-        return {name: tuple(s for s in steps if isinstance(s, ExpertsStep)) for name, steps in self.steps.items()}
+        return {
+            name: tuple(s for s in steps if isinstance(s, ExpertsStep))
+            for name, steps in self.steps.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that `read_engine_record` reads back."""
@@ -99,10 +107,14 @@ class EngineRecord:
             "graphs": self.graphs,
             "weights": self.weights,
             "holds": self.holds,
-            "files": {name: {"size": r.size, "sha256": r.sha256} for name, r in sorted(self.files.items())},
+            "files": {
+                name: {"size": r.size, "sha256": r.sha256} for name, r in sorted(self.files.items())
+            },
             "report": self.report,
             "limits": self.limits.to_json() if self.limits else None,
-            "engines": {name: [step.to_json() for step in steps] for name, steps in self.steps.items()},
+            "engines": {
+                name: [step.to_json() for step in steps] for name, steps in self.steps.items()
+            },
         }
 
 
@@ -137,7 +149,11 @@ def load_engine_record(bundle: Bundle, target: str) -> EngineRecord:
     file = engine_folder(bundle, target) / BUILD_FILE
     if not file.is_file():
         found = f"built targets: {', '.join(built_targets(bundle.path)) or 'none'}"
-        raise EngineMismatchError(f"bundle '{bundle.path}' has no engine for target {target}", found=found, do=_rebuild(bundle, target))
+        raise EngineMismatchError(
+            f"bundle '{bundle.path}' has no engine for target {target}",
+            found=found,
+            do=_rebuild(bundle, target),
+        )
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         if data["schema"] != SCHEMA:
@@ -149,11 +165,18 @@ def load_engine_record(bundle: Bundle, target: str) -> EngineRecord:
         return _parsed(data)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         found = f"{type(e).__name__}: {e}"
-        raise EngineMismatchError(f"{file} is not readable", found=found, do=_rebuild(bundle, target)) from e
+        raise EngineMismatchError(
+            f"{file} is not readable", found=found, do=_rebuild(bundle, target)
+        ) from e
 
 
 def record_problems(
-    record: EngineRecord, bundle: Bundle, target: str, *, library: Mapping[str, str] | None, sm: int | None = None
+    record: EngineRecord,
+    bundle: Bundle,
+    target: str,
+    *,
+    library: Mapping[str, str] | None,
+    sm: int | None = None,
 ) -> list[str]:
     """Why engines are not the ones asked for, from their record alone.
 
@@ -162,19 +185,26 @@ def record_problems(
         bundle: The bundle they lie in.
         target: What they are wanted for.
         library: Name and version of the library that is about to run them; None if it is not known.
-        sm: Compute capability of the GPU that is about to run them; None if there is none, or any will do.
+        sm: Compute capability of the GPU that is about to run them; None if there is none, or any
+            will do.
     """
     problems = []
     if record.target != target:
         problems.append(f"built for target {record.target}, asked for {target}")
     problems += [
-        f"{name}: built from another graph" for name in bundle.signatures if record.graphs.get(name) != bundle.program_identity(name)
+        f"{name}: built from another graph"
+        for name in bundle.signatures
+        if record.graphs.get(name) != bundle.program_identity(name)
     ]
     problems += [
-        f"{name}: holds weights of another checkpoint" for name, data in record.holds.items() if data != bundle.data_identity(name)
+        f"{name}: holds weights of another checkpoint"
+        for name, data in record.holds.items()
+        if data != bundle.data_identity(name)
     ]
     if library is not None and record.library != dict(library):
-        problems.append(f"built with {_label(record.library)}, this environment has {_label(library)}")
+        problems.append(
+            f"built with {_label(record.library)}, this environment has {_label(library)}"
+        )
     sms = record.limits.sms if record.limits is not None else ()
     if sm is not None and sms and sm not in sms:
         problems.append(f"built for SM {', '.join(map(str, sms))}, this GPU is SM {sm}")
@@ -182,7 +212,12 @@ def record_problems(
 
 
 def read_engine_record(
-    bundle: Bundle, target: str, *, library: dict[str, str], sm: int | None = None, progress: Progress | None = None
+    bundle: Bundle,
+    target: str,
+    *,
+    library: dict[str, str],
+    sm: int | None = None,
+    progress: Progress | None = None,
 ) -> EngineRecord:
     """Reads and checks the engines of one target.
 
@@ -194,14 +229,17 @@ def read_engine_record(
         progress: Called with (bytes hashed, bytes to hash).
 
     Raises:
-        EngineMismatchError: not built, damaged, or built from other graphs, for another target or GPU, or with another library.
+        EngineMismatchError: not built, damaged, or built from other graphs, for another target or
+            GPU, or with another library.
     """
     record = load_engine_record(bundle, target)
     problems = check_files(engine_folder(bundle, target), record.files, progress)
     problems += record_problems(record, bundle, target, library=library, sm=sm)
     if problems:
         raise EngineMismatchError(
-            f"the {target} engine of bundle '{bundle.path}' does not fit", found="; ".join(problems), do=_rebuild(bundle, target)
+            f"the {target} engine of bundle '{bundle.path}' does not fit",
+            found="; ".join(problems),
+            do=_rebuild(bundle, target),
         )
     return record
 
@@ -233,10 +271,14 @@ def _parsed(data: dict[str, Any]) -> EngineRecord:
         dtype=str(data["dtype"]),
         graphs=dict(data["graphs"]),
         weights=dict(data["weights"]),
-        files={str(k): FileRecord(int(v["size"]), str(v["sha256"])) for k, v in data["files"].items()},
+        files={
+            str(k): FileRecord(int(v["size"]), str(v["sha256"])) for k, v in data["files"].items()
+        },
         report=dict(data["report"]),
         limits=_limits(data["limits"]),
-        steps={str(name): tuple(map(step_from_json, steps)) for name, steps in data["engines"].items()},
+        steps={
+            str(name): tuple(map(step_from_json, steps)) for name, steps in data["engines"].items()
+        },
         holds=dict(data["holds"]),
     )
 
@@ -244,7 +286,9 @@ def _parsed(data: dict[str, Any]) -> EngineRecord:
 def _limits(data: dict[str, Any] | None) -> EngineLimits | None:
     if data is None:
         return None
-    return EngineLimits(int(data["capacity"]), int(data["max_batch"]), tuple(int(sm) for sm in data["sms"]))
+    return EngineLimits(
+        int(data["capacity"]), int(data["max_batch"]), tuple(int(sm) for sm in data["sms"])
+    )
 
 
 def _label(library: Mapping[str, str]) -> str:

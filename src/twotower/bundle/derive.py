@@ -1,6 +1,7 @@
 """Bundles changed without touching what they hold: a new one with other settings, and a note of what was measured of one.
 
-The new one has the same files under a new name, without copying 118 GB. Whoever opens a bundle learns what is noted in its `bundle.json`.
+The new one has the same files under a new name, without copying 118 GB. Whoever opens a bundle
+learns what is noted in its `bundle.json`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def derive_bundle(
 ) -> Bundle:
     """A bundle that differs in its presets and defaults only; its engines come along.
 
-    Files are hard links where the file system allows it (a bundle's files are never changed in place), copies elsewhere.
+    Files are hard links where the file system allows it (a bundle's files are never changed in
+    place), copies elsewhere.
 
     Args:
         bundle: The original; not changed.
@@ -42,7 +44,9 @@ def derive_bundle(
     """
     if output.exists() or output.is_symlink():
         raise BundleError(
-            f"the output folder '{output}' exists already", found="a bundle is never overwritten", do="name a new folder with -o"
+            f"the output folder '{output}' exists already",
+            found="a bundle is never overwritten",
+            do="name a new folder with -o",
         )
     manifest = json.loads((bundle.path / MANIFEST_FILE).read_text(encoding="utf-8"))
     manifest["generation"]["presets"] = {name: config.to_json() for name, config in presets.items()}
@@ -61,7 +65,9 @@ def derive_bundle(
             write_json(folder / MANIFEST_FILE, manifest)
     except OSError as e:
         raise BundleError(
-            f"the bundle '{output}' could not be written", found=str(e), do="free disk space or check permissions; nothing was left behind"
+            f"the bundle '{output}' could not be written",
+            found=str(e),
+            do="free disk space or check permissions; nothing was left behind",
         ) from e
     return Bundle.open(output, contents=False)
 
@@ -78,7 +84,11 @@ def note_measurement(bundle: Bundle, measured: Mapping[str, Any]) -> None:
         BundleError: the bundle is not quantized, or cannot be written.
     """
     if bundle.quantization is None:
-        raise BundleError(f"bundle '{bundle.path}' is not quantized", found="no recipe in its manifest", do="measure a quantized bundle")
+        raise BundleError(
+            f"bundle '{bundle.path}' is not quantized",
+            found="no recipe in its manifest",
+            do="measure a quantized bundle",
+        )
     file = bundle.path / MANIFEST_FILE
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -86,7 +96,9 @@ def note_measurement(bundle: Bundle, measured: Mapping[str, Any]) -> None:
         write_json(file, manifest)
     except OSError as e:
         raise BundleError(
-            f"cannot note the measurement in {file}", found=str(e), do="make the folder writable, or pass --no-note to measure only"
+            f"cannot note the measurement in {file}",
+            found=str(e),
+            do="make the folder writable, or pass --no-note to measure only",
         ) from e
 
 

@@ -17,11 +17,14 @@ logger = logging.getLogger(__name__)
 _SETTLED_SECONDS = 2.0
 
 
-def check_files(root: Path, records: Mapping[str, FileRecord], progress: Progress | None = None) -> list[str]:
+def check_files(
+    root: Path, records: Mapping[str, FileRecord], progress: Progress | None = None
+) -> list[str]:
     """Everything wrong with the files under `root`: missing, leading out of it, of another size or content.
 
-    Contents are hashed, four files at a time, the first time; the result is remembered for the user with the file's
-    identity (size, times, inode), so that opening the same unchanged bundle again only looks at the directory.
+    Contents are hashed, four files at a time, the first time; the result is remembered for the user
+    with the file's identity (size, times, inode), so that opening the same unchanged bundle again
+    only looks at the directory.
     """
     problems: list[str] = []
     to_hash: list[tuple[str, Path, FileRecord]] = []
@@ -57,7 +60,11 @@ def check_files(root: Path, records: Mapping[str, FileRecord], progress: Progres
 def unverified_files(root: Path, records: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
     """Those of the files whose content this user has not compared with its SHA-256 since they last changed."""
     remembered = _Remembered()
-    return {name: record for name, record in records.items() if not remembered.knows(root / name, record)}
+    return {
+        name: record
+        for name, record in records.items()
+        if not remembered.knows(root / name, record)
+    }
 
 
 def remember_files(root: Path, records: Mapping[str, FileRecord]) -> None:
@@ -86,7 +93,8 @@ class _Remembered:
         return self._known.get(str(path.resolve())) == _stamp(path, record)
 
     def add(self, path: Path, record: FileRecord) -> None:
-        # A file changed within the clock's tick of its stamp would keep the stamp: only settled files are remembered.
+        # A file changed within the clock's tick of its stamp would keep the stamp: only settled
+        # files are remembered.
         if time.time() - path.stat().st_mtime > _SETTLED_SECONDS:
             self._known[str(path.resolve())] = _stamp(path, record)
             self._changed = True

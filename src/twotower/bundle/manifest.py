@@ -33,12 +33,18 @@ __all__ = [
 SCHEMA = 2
 FEATURES = frozenset({"no-weights", "quantization"})
 """What a reader may be required to know: `no-weights` marks a bundle of graphs alone, `quantization` one with weights in few bits. A bundle
-lists in `requires` what it cannot be read without; any other field a reader does not know is left alone."""
+lists in `requires` what it cannot be read without; any other field a reader does not know is left
+alone.
+"""
 
 MANIFEST_FILE = "bundle.json"
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
 REPORT_FILE = "reports/export.json"
-GRAPH_FILES = {CONTEXT: "context/model.onnx", CONTEXT_HEAD: "context/head.onnx", DENOISER: "denoiser/model.onnx"}
+GRAPH_FILES = {
+    CONTEXT: "context/model.onnx",
+    CONTEXT_HEAD: "context/head.onnx",
+    DENOISER: "denoiser/model.onnx",
+}
 DATA_SUFFIX = ".data"
 """A graph's weights lie beside it under the graph's name plus this."""
 
@@ -68,8 +74,8 @@ class Bundle:
         source: Where it was exported from: name, and size and SHA-256 of every shard.
         files: Every file the manifest answers for.
         tools: Versions of what wrote it.
-        quantization: Of a quantized bundle: recipe, options, identity of the bundle it was made from, and what was measured of it. None
-            for a float bundle.
+        quantization: Of a quantized bundle: recipe, options, identity of the bundle it was made
+            from, and what was measured of it. None for a float bundle.
         requires: Features a reader must know, of `FEATURES`.
     """
 
@@ -88,12 +94,15 @@ class Bundle:
     requires: frozenset[str] = frozenset()
 
     @classmethod
-    def open(cls, path: str | Path, *, contents: bool = True, progress: Progress | None = None) -> Bundle:
+    def open(
+        cls, path: str | Path, *, contents: bool = True, progress: Progress | None = None
+    ) -> Bundle:
         """Opens a bundle and checks its files.
 
         Args:
             path: The folder.
-            contents: Also compare SHA-256 (once; see `check_files`); without it sizes alone are checked.
+            contents: Also compare SHA-256 (once; see `check_files`); without it sizes alone are
+                checked.
             progress: Called with (bytes hashed, bytes to hash).
 
         Raises:
@@ -101,7 +110,9 @@ class Bundle:
         """
         root = Path(path)
         bundle = _parsed(root, _manifest(root))
-        missing = [f"{name}: not listed" for name in bundle.required_files() if name not in bundle.files]
+        missing = [
+            f"{name}: not listed" for name in bundle.required_files() if name not in bundle.files
+        ]
         if contents and not missing:
             bundle.check(progress=progress)
         else:
@@ -112,13 +123,18 @@ class Bundle:
         """Compares the content of files with their SHA-256, once; see `check_files`.
 
         Args:
-            weights: Of data files too; False for a reader that is about to read every byte of them itself.
+            weights: Of data files too; False for a reader that is about to read every byte of them
+                itself.
             progress: Called with (bytes hashed, bytes to hash).
 
         Raises:
             BundleError: a file is missing, changed, or leads out of the folder.
         """
-        hashed = {name: record for name, record in self.files.items() if weights or not name.endswith(DATA_SUFFIX)}
+        hashed = {
+            name: record
+            for name, record in self.files.items()
+            if weights or not name.endswith(DATA_SUFFIX)
+        }
         rest = {name: record for name, record in self.files.items() if name not in hashed}
         self._refuse(check_files(self.path, hashed, progress) + self._misplaced(rest))
 
@@ -127,14 +143,17 @@ class Bundle:
         return [
             f"{name}: missing or of another size"
             for name, record in files.items()
-            if (file := inside(self.path, name)) is None or not file.is_file() or file.stat().st_size != record.size
+            if (file := inside(self.path, name)) is None
+            or not file.is_file()
+            or file.stat().st_size != record.size
         ]
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:
             raise BundleError(
                 f"bundle '{self.path}' is damaged: {len(problems)} file(s) are not what bundle.json says",
-                found="; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else ""),
+                found="; ".join(problems[:20])
+                + (f"; and {len(problems) - 20} more" if len(problems) > 20 else ""),
                 do="copy the bundle again from where it was made, or export the checkpoint again",
             )
 
@@ -217,10 +236,14 @@ def _manifest(root: Path) -> dict[str, Any]:
     except OSError as e:
         found = "the folder has no bundle.json" if root.is_dir() else "no such folder"
         raise BundleError(
-            f"'{root}' is not a bundle", found=found, do=f"make one with `twotower export CHECKPOINT -o {root}`, or name another folder"
+            f"'{root}' is not a bundle",
+            found=found,
+            do=f"make one with `twotower export CHECKPOINT -o {root}`, or name another folder",
         ) from e
     except ValueError as e:
-        raise BundleError(f"{file} is not JSON", found=str(e), do="copy or export the bundle again") from e
+        raise BundleError(
+            f"{file} is not JSON", found=str(e), do="copy or export the bundle again"
+        ) from e
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
         raise BundleError(
@@ -231,7 +254,9 @@ def _manifest(root: Path) -> dict[str, Any]:
     requires = data.get("requires", [])
     if not isinstance(requires, list) or not all(isinstance(feature, str) for feature in requires):
         found = f"`requires` is {requires!r}; allowed: a list of names"
-        raise BundleError(f"{file} is not complete", found=found, do="copy or export the bundle again")
+        raise BundleError(
+            f"{file} is not complete", found=found, do="copy or export the bundle again"
+        )
     unknown = sorted(set(requires) - FEATURES)
     if unknown:
         raise BundleError(
@@ -248,7 +273,11 @@ def _newer_or_older(data: Any, root: Path, schema: Any) -> str:
         return "`pip install --upgrade twotower`, or export the checkpoint with this version"
     facts = data if isinstance(data, dict) else {}
     source, few = facts.get("source"), facts.get("quantization")
-    name = f" (it was exported from {source['name']!r})" if isinstance(source, dict) and "name" in source else ""
+    name = (
+        f" (it was exported from {source['name']!r})"
+        if isinstance(source, dict) and "name" in source
+        else ""
+    )
     recipe = few.get("recipe", {}).get("name", "RECIPE") if isinstance(few, dict) else ""
     again = f", `twotower quantize NEW --recipe {recipe} -o QUANTIZED`" if recipe else ""
     return f"`twotower export CHECKPOINT -o NEW` with this version{name}{again}, then `twotower build`; or use the old version"
@@ -264,7 +293,11 @@ def _quantization(data: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     for name in data["formats"]:
         FORMATS[name]
-    return {**data, "recipe": {"name": str(data["recipe"]["name"]), **data["recipe"]}, "measured": data["measured"]}
+    return {
+        **data,
+        "recipe": {"name": str(data["recipe"]["name"]), **data["recipe"]},
+        "measured": data["measured"],
+    }
 
 
 def _parsed(root: Path, data: dict[str, Any]) -> Bundle:
@@ -285,9 +318,15 @@ def _parsed(root: Path, data: dict[str, Any]) -> Bundle:
             precision=dict(data["precision"]),
             trained_block_size=int(data["generation"]["trained_block_size"]),
             defaults=GenerationConfig.from_mapping(data["generation"]["defaults"]),
-            presets={str(k): GenerationConfig.from_mapping(v) for k, v in data["generation"].get("presets", {}).items()},
+            presets={
+                str(k): GenerationConfig.from_mapping(v)
+                for k, v in data["generation"].get("presets", {}).items()
+            },
             source=dict(data["source"]),
-            files={str(k): FileRecord(int(v["size"]), str(v["sha256"])) for k, v in data["files"].items()},
+            files={
+                str(k): FileRecord(int(v["size"]), str(v["sha256"]))
+                for k, v in data["files"].items()
+            },
             tools=dict(data["tools"]),
             signatures=all_signatures,
             quantization=_quantization(data.get("quantization")),
@@ -297,5 +336,7 @@ def _parsed(root: Path, data: dict[str, Any]) -> Bundle:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise BundleError(
-            f"{root / MANIFEST_FILE} is not complete", found=f"{type(e).__name__}: {e}", do="copy or export the bundle again"
+            f"{root / MANIFEST_FILE} is not complete",
+            found=f"{type(e).__name__}: {e}",
+            do="copy or export the bundle again",
         ) from e

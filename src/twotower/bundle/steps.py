@@ -34,16 +34,18 @@ class EngineFile:
 
     Attributes:
         file: Its name in the target's folder.
-        layers: The first layer and the one after the last; of a program between experts those whose mixers it computes.
-        inputs: What it reads: names of the graph, and from the segment before `residual_in` and (denoiser) `conditioning`;
-            after experts `experts_out`.
-        outputs: What it writes: names of the graph, and for the segment after `residual_out`; the first denoiser segment
-            writes `conditioning` for all others. Before experts `experts_in` and `shares`.
+        layers: The first layer and the one after the last; of a program between experts those whose
+            mixers it computes.
+        inputs: What it reads: names of the graph, and from the segment before `residual_in` and
+            (denoiser) `conditioning`; after experts `experts_out`.
+        outputs: What it writes: names of the graph, and for the segment after `residual_out`; the
+            first denoiser segment writes `conditioning` for all others. Before experts `experts_in`
+            and `shares`.
         profiles: In the order they were added to the engine.
         weights: Weights it reads as inputs, by their names in the bundle's weight table.
         constants: Names of the weights it holds inside.
-        names: The engine's own names of inputs, outputs and weights, where it has others: equal programs of a tower are one
-            file. All other attributes go by the tower's names.
+        names: The engine's own names of inputs, outputs and weights, where it has others: equal
+            programs of a tower are one file. All other attributes go by the tower's names.
     """
 
     file: str
@@ -66,7 +68,10 @@ class EngineFile:
             "layers": list(self.layers),
             "inputs": [s.to_json() for s in self.inputs],
             "outputs": [s.to_json() for s in self.outputs],
-            "profiles": [{"name": p.name, "axes": {k: list(v) for k, v in p.axes.items()}} for p in self.profiles],
+            "profiles": [
+                {"name": p.name, "axes": {k: list(v) for k, v in p.axes.items()}}
+                for p in self.profiles
+            ],
             "weights": [s.to_json() for s in self.weights],
             "constants": list(self.constants),
             "names": dict(self.names),
@@ -77,8 +82,8 @@ class EngineFile:
 class ExpertsStep:
     """The experts of one layer, computed by kernels: y = sum over experts of share * down(relu(up x)^2).
 
-    It reads `experts_in` [B,L,D] and `shares` [experts,N] of the program before it and writes `experts_out` [B,L,D] for the one
-    after it.
+    It reads `experts_in` [B,L,D] and `shares` [experts,N] of the program before it and writes
+    `experts_out` [B,L,D] for the one after it.
 
     Attributes:
         layer: Which.
@@ -88,10 +93,11 @@ class ExpertsStep:
         top: How many of them a token has.
         shared_intermediate: Width of the shared expert, which every token has besides; 0 for none.
         dtype: Of inputs and outputs, and of the weights that are not in few bits.
-        formats: By matrix that is in few bits (`up`, `down`, `shared_up`, `shared_down`) a name of `FORMATS`, and weights of a row
-            that share a scale, 0 for all of them.
+        formats: By matrix that is in few bits (`up`, `down`, `shared_up`, `shared_down`) a name of
+            `FORMATS`, and weights of a row that share a scale, 0 for all of them.
         code: Folder of the compiled kernels, in the target's folder; layers of one shape share it.
-        weights: By role (`up`, `up_scale`, `down`, ..., `shared_up`, ...), with their names in the bundle's weight table.
+        weights: By role (`up`, `up_scale`, `down`, ..., `shared_up`, ...), with their names in the
+            bundle's weight table.
     """
 
     layer: int
@@ -110,7 +116,15 @@ class ExpertsStep:
         numbers = {name: getattr(self, name) for name in _NUMBERS}
         weights = {role: spec.to_json() for role, spec in self.weights.items()}
         formats = {matrix: list(how) for matrix, how in self.formats.items()}
-        return {"experts": {**numbers, "dtype": self.dtype, "formats": formats, "code": self.code, "weights": weights}}
+        return {
+            "experts": {
+                **numbers,
+                "dtype": self.dtype,
+                "formats": formats,
+                "code": self.code,
+                "weights": weights,
+            }
+        }
 
 
 Step = EngineFile | ExpertsStep
@@ -130,8 +144,16 @@ def step_from_json(data: Mapping[str, Any]) -> Step:
 def _experts(data: Mapping[str, Any]) -> ExpertsStep:
     numbers = {name: int(data[name]) for name in _NUMBERS}
     weights = {str(role): _spec(spec) for role, spec in data["weights"].items()}
-    formats = {str(matrix): (str(name), int(group)) for matrix, (name, group) in data["formats"].items()}
-    return ExpertsStep(**numbers, dtype=str(data["dtype"]), formats=formats, code=str(data["code"]), weights=weights)
+    formats = {
+        str(matrix): (str(name), int(group)) for matrix, (name, group) in data["formats"].items()
+    }
+    return ExpertsStep(
+        **numbers,
+        dtype=str(data["dtype"]),
+        formats=formats,
+        code=str(data["code"]),
+        weights=weights,
+    )
 
 
 def _engine_file(data: Mapping[str, Any]) -> EngineFile:
@@ -141,7 +163,10 @@ def _engine_file(data: Mapping[str, Any]) -> EngineFile:
         layers=(int(first), int(end)),
         inputs=tuple(_spec(s) for s in data["inputs"]),
         outputs=tuple(_spec(s) for s in data["outputs"]),
-        profiles=tuple(Profile(str(p["name"]), {str(k): _three(v) for k, v in p["axes"].items()}) for p in data["profiles"]),
+        profiles=tuple(
+            Profile(str(p["name"]), {str(k): _three(v) for k, v in p["axes"].items()})
+            for p in data["profiles"]
+        ),
         weights=tuple(_spec(s) for s in data["weights"]),
         constants=tuple(map(str, data["constants"])),
         names={str(ours): str(own) for ours, own in data.get("names", {}).items()},

@@ -8,7 +8,14 @@ from enum import Enum
 
 from twotower.config.model import LayerKind, ModelConfig
 
-__all__ = ["TIMESTEP_FREQUENCIES", "CheckpointTensor", "Role", "Tower", "expected_tensors", "layer_tensors"]
+__all__ = [
+    "TIMESTEP_FREQUENCIES",
+    "CheckpointTensor",
+    "Role",
+    "Tower",
+    "expected_tensors",
+    "layer_tensors",
+]
 
 TIMESTEP_FREQUENCIES = 128
 """Sinusoids of the time-step embedding: the embedder's first layer reads twice as many values."""
@@ -70,7 +77,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, CheckpointTensor]:
     out: list[CheckpointTensor] = []
     v, d = config.vocab_size, config.hidden_size
     for tower in Tower:
-        out.append(CheckpointTensor(f"{tower.value}.embeddings.weight", (v, d), Role.EMBEDDING, tower))
+        out.append(
+            CheckpointTensor(f"{tower.value}.embeddings.weight", (v, d), Role.EMBEDDING, tower)
+        )
         for layer in range(len(config.layers)):
             out += layer_tensors(config, tower, layer)
         out.append(CheckpointTensor(f"{tower.value}.norm_f.weight", (d,), Role.NORM, tower))

@@ -48,13 +48,20 @@ class Checkpoint:
         Raises:
             ConfigError: config.json is missing or unusable, or generation_config.json names
                 end-of-sequence tokens that are.
-            CheckpointError: shards are missing, damaged or disagree with their index, or tensors are missing, extra,
-                mis-shaped or of a dtype other than BF16, F16 and F32; all problems are listed at once.
+            CheckpointError: shards are missing, damaged or disagree with their index, or tensors
+                are missing, extra, mis-shaped or of a dtype other than BF16, F16 and F32; all
+                problems are listed at once.
         """
         root = Path(folder)
-        if not os.path.isdir(root):  # os.path says no where pathlib raises: a name too long, a parent closed to this user
+        if not os.path.isdir(
+            root
+        ):  # os.path says no where pathlib raises: a name too long, a parent closed to this user
             found = "a file" if os.path.exists(root) else "no such folder"
-            raise CheckpointError(f"there is no checkpoint folder '{folder}'", found=found, do="name the folder that holds config.json")
+            raise CheckpointError(
+                f"there is no checkpoint folder '{folder}'",
+                found=found,
+                do="name the folder that holds config.json",
+            )
         config = read_model_config(root / "config.json")
         config = replace(config, eos_token_ids=read_eos_token_ids(root, config))
         problems: list[str] = []
@@ -67,13 +74,22 @@ class Checkpoint:
                 found="; ".join(problems[:_LISTED]) + more,
                 do="download the files named above again, or use the config.json that belongs to them",
             )
-        tensors = {name: Tensor(name, FLOAT_DTYPES[s.dtype], s.shape, file, s.offset, s.nbytes) for name, (file, s) in stored.items()}
+        tensors = {
+            name: Tensor(name, FLOAT_DTYPES[s.dtype], s.shape, file, s.offset, s.nbytes)
+            for name, (file, s) in stored.items()
+        }
         return cls(root, config, tensors)
 
     def identity(self, tick: Callable[[int], None] | None = None) -> dict[str, dict[str, Any]]:
         """Size and SHA-256 of every shard by its path in the folder; reads every byte."""
         files = sorted({t.file for t in self.tensors.values()})
-        return {f.relative_to(self.path).as_posix(): {"size": f.stat().st_size, "sha256": hash_file(f, tick)} for f in files}
+        return {
+            f.relative_to(self.path).as_posix(): {
+                "size": f.stat().st_size,
+                "sha256": hash_file(f, tick),
+            }
+            for f in files
+        }
 
 
 def locate_checkpoint(name: str) -> Path:
@@ -82,12 +98,18 @@ def locate_checkpoint(name: str) -> Path:
     Raises:
         CheckpointError: neither; says which was tried.
     """
-    path = Path(os.path.expanduser(name))  # os.path lets stand what pathlib raises for: no such user, a name too long
+    path = Path(
+        os.path.expanduser(name)
+    )  # os.path lets stand what pathlib raises for: no such user, a name too long
     if os.path.exists(path):
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         found = "no such folder, and not a hub id either (`owner/model`)"
-        raise CheckpointError(f"cannot find checkpoint '{name}'", found=found, do="name the folder that holds config.json, or a hub id")
+        raise CheckpointError(
+            f"cannot find checkpoint '{name}'",
+            found=found,
+            do="name the folder that holds config.json, or a hub id",
+        )
     try:
         from huggingface_hub import snapshot_download  # noqa: PLC0415 - only a hub id needs it
 
@@ -95,11 +117,17 @@ def locate_checkpoint(name: str) -> Path:
     except ImportError as e:
         found = f"no such folder, and huggingface_hub is not installed to look for the hub id ({e})"
         raise CheckpointError(
-            f"cannot find checkpoint '{name}'", found=found, do="name a local folder, or `pip install huggingface_hub`"
+            f"cannot find checkpoint '{name}'",
+            found=found,
+            do="name a local folder, or `pip install huggingface_hub`",
         ) from e
     except Exception as e:
         found = f"no such folder, and the hub answered: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-        raise CheckpointError(f"cannot find checkpoint '{name}'", found=found, do="download it yourself and name the folder") from e
+        raise CheckpointError(
+            f"cannot find checkpoint '{name}'",
+            found=found,
+            do="download it yourself and name the folder",
+        ) from e
 
 
 _Stored = dict[str, tuple[Path, StoredTensor]]
@@ -114,12 +142,18 @@ def _stored_tensors(root: Path, problems: list[str]) -> _Stored:
     for name in names:
         path = _shard(root, name)
         if path is None:
-            problems.append(f"the index names a path outside the folder, or none at all: {_short(name)}")
+            problems.append(
+                f"the index names a path outside the folder, or none at all: {_short(name)}"
+            )
             continue
         try:
             header = read_header(path)
         except FileNotFoundError:
-            problems.append(f"{name}: missing" if index is not None else f"neither {INDEX_FILE} nor {SINGLE_FILE} is there")
+            problems.append(
+                f"{name}: missing"
+                if index is not None
+                else f"neither {INDEX_FILE} nor {SINGLE_FILE} is there"
+            )
             continue
         except (HeaderError, OSError) as e:
             problems.append(f"{_short(name)}: {e.strerror if isinstance(e, OSError) else e}")
@@ -129,7 +163,9 @@ def _stored_tensors(root: Path, problems: list[str]) -> _Stored:
             if tensor in out:
                 problems.append(f"{tensor}: stored twice, in {out[tensor][0].name} and {name}")
             elif index is not None and index.get(tensor) != name:
-                problems.append(f"{tensor}: stored in {name}, but the index {_says(index.get(tensor))}")
+                problems.append(
+                    f"{tensor}: stored in {name}, but the index {_says(index.get(tensor))}"
+                )
             out[tensor] = (path, entry)
     problems += _not_held(index or {}, out, read)
     return out
@@ -146,7 +182,8 @@ def _shard(root: Path, name: str) -> Path | None:
     """The file of a shard, or None for a name that leads out of the folder or that no file system takes."""
     try:
         path = inside(root, name)
-        # A hub cache keeps its files as links to a store beside the snapshot: a plain name may be such a link.
+        # A hub cache keeps its files as links to a store beside the snapshot: a plain name may be
+        # such a link.
         if path is None and os.path.basename(name) == name and (root / name).is_symlink():
             path = root / name
     except (ValueError, OSError, RuntimeError):  # a zero byte, a lone surrogate; a link to itself
@@ -167,12 +204,17 @@ def _index(root: Path, problems: list[str]) -> dict[str, str] | None:
     if not path.is_file():
         return None
     try:
-        table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_repeats)["weight_map"]
+        table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_repeats)[
+            "weight_map"
+        ]
         wrong = [tensor for tensor, name in table.items() if not isinstance(name, str)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         problems.append(f"{INDEX_FILE}: not a readable index ({type(e).__name__}: {e})")
         return {}
-    problems += [f"{INDEX_FILE}: the file of {tensor} is not a name but {_short(repr(table[tensor]))}" for tensor in wrong]
+    problems += [
+        f"{INDEX_FILE}: the file of {tensor} is not a name but {_short(repr(table[tensor]))}"
+        for tensor in wrong
+    ]
     return {tensor: name for tensor, name in table.items() if isinstance(name, str)}
 
 

@@ -57,7 +57,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else None
         if length is None or length > min(_MAX_HEADER, size - 8):
-            raise HeaderError(f"truncated or not a safetensors file ({size} bytes, header says {length})")
+            raise HeaderError(
+                f"truncated or not a safetensors file ({size} bytes, header says {length})"
+            )
         try:
             raw = json.loads(file.read(length), object_pairs_hook=refuse_repeats)
         except (ValueError, RecursionError) as e:
@@ -73,7 +75,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise HeaderError(f"its tensors overlap or leave a hole at byte {end}")
         end += tensor.nbytes
     if end != size:
-        raise HeaderError(f"{'truncated' if size < end else 'oversized'}: {size} bytes, its header describes {end}")
+        raise HeaderError(
+            f"{'truncated' if size < end else 'oversized'}: {size} bytes, its header describes {end}"
+        )
     return out
 
 
@@ -94,8 +98,13 @@ def _stored(name: str, entry: Any, start: int) -> StoredTensor:
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         first, last = entry["data_offsets"]
-        # The bounds keep a hostile header from costing minutes in multiplying numbers of thousands of digits.
-        sound = dtype in ITEM_BYTES and len(shape) <= _MAX_AXES and all(type(d) is int and 0 <= d < 2**63 for d in (*shape, first, last))
+        # The bounds keep a hostile header from costing minutes in multiplying numbers of thousands
+        # of digits.
+        sound = (
+            dtype in ITEM_BYTES
+            and len(shape) <= _MAX_AXES
+            and all(type(d) is int and 0 <= d < 2**63 for d in (*shape, first, last))
+        )
     except (TypeError, KeyError, ValueError) as e:
         raise HeaderError(f"the entry of {name!r} is malformed") from e
     if not sound or last - first != math.prod(shape) * ITEM_BYTES[dtype]:
@@ -117,7 +126,8 @@ class Tensor:
         nbytes: Its size.
     """
 
-    # Plain reads and no mapping: pages of a mapping count as the process's own (RSS) until the kernel takes them back,
+    # Plain reads and no mapping: pages of a mapping count as the process's own (RSS) until the
+    # kernel takes them back,
     # and a shard cut short under a mapping kills the process (SIGBUS) where a read can say so.
 
     name: str
@@ -173,6 +183,8 @@ class Tensor:
             count = file.readinto(view[done:])
             if not count:
                 raise CheckpointError(
-                    f"tensor {self.name} could not be read", found=f"{self.file} ends too early", do="download the shard again"
+                    f"tensor {self.name} could not be read",
+                    found=f"{self.file} ends too early",
+                    do="download the shard again",
                 )
             done += count

@@ -28,10 +28,12 @@ class ModelSummary:
         by_tower: Weights of each tower.
         by_role: Weights of both towers by what they are for.
         routed: Weights of routed experts.
-        active: Weights one token uses in one tower: the chosen experts of each MoE layer, one row of the embedding, everything else whole.
+        active: Weights one token uses in one tower: the chosen experts of each MoE layer, one row
+            of the embedding, everything else whole.
         active_ratio: Share of a tower's weights that one token uses.
         weight_bytes: Size of all weights.
-        bytes_by_dtype: The same by element type: as stored, or all in `dtype` where nothing is stored.
+        bytes_by_dtype: The same by element type: as stored, or all in `dtype` where nothing is
+            stored.
         bytes_by_role: The same by what the weights are for.
         dtype: Element type of weights and state where none is stored.
         kv_bytes_per_token: Keys and values a row keeps for each token of its text.
@@ -62,12 +64,21 @@ class ModelSummary:
         rows = [
             ("towers", f"2 of {len(self.pattern)} layers each: {kinds}"),
             ("pattern", self.pattern),
-            ("parameters", f"{_count(self.parameters)} total, {100 * self.routed / self.parameters:.1f} % in routed experts"),
+            (
+                "parameters",
+                f"{_count(self.parameters)} total, {100 * self.routed / self.parameters:.1f} % in routed experts",
+            ),
             *(("", f"{_count(n)} {name}") for name, n in self.by_tower.items()),
             ("active", f"{_count(self.active)} a token in one tower"),
-            ("", f"{100 * self.active_ratio:.1f} % of a tower: the chosen experts, one embedding row, all the rest"),
+            (
+                "",
+                f"{100 * self.active_ratio:.1f} % of a tower: the chosen experts, one embedding row, all the rest",
+            ),
             ("weights", f"{_size(self.weight_bytes)} as {', '.join(self.bytes_by_dtype)}"),
-            *(("", self._role_line(role)) for role in sorted(self.by_role, key=self.by_role.__getitem__, reverse=True)),
+            *(
+                ("", self._role_line(role))
+                for role in sorted(self.by_role, key=self.by_role.__getitem__, reverse=True)
+            ),
             (
                 "state",
                 f"{_size(self.kv_bytes_per_token)} a token and {_size(self.state_bytes_per_row)} a row as {self.dtype} (SSM as float32)",
@@ -77,19 +88,26 @@ class ModelSummary:
 
     def _role_line(self, role: str) -> str:
         count, share = self.by_role[role], 100 * self.by_role[role] / self.parameters
-        return f"{role:<14}{_count(count):>8}  {share:5.1f} %  {_size(self.bytes_by_role[role]):>10}"
+        return (
+            f"{role:<14}{_count(count):>8}  {share:5.1f} %  {_size(self.bytes_by_role[role]):>10}"
+        )
 
 
-def summarize(config: ModelConfig, dtype: str | None = None, tensors: Mapping[str, Tensor] | None = None) -> ModelSummary:
+def summarize(
+    config: ModelConfig, dtype: str | None = None, tensors: Mapping[str, Tensor] | None = None
+) -> ModelSummary:
     """The numbers of a model.
 
     Args:
         config: The model.
-        dtype: Element type of the state, and of the weights where no tensors are given; None for the config's own.
+        dtype: Element type of the state, and of the weights where no tensors are given; None for
+            the config's own.
         tensors: The tensors of an opened checkpoint, whose dtypes may differ from one another.
     """
     kept = dtype or config.dtype
-    count: dict[str, Counter[str]] = {key: Counter() for key in ("tower", "role", "bytes_of_dtype", "bytes_of_role", "used")}
+    count: dict[str, Counter[str]] = {
+        key: Counter() for key in ("tower", "role", "bytes_of_dtype", "bytes_of_role", "used")
+    }
     for name, tensor in expected_tensors(config).items():
         size, stored_as = math.prod(tensor.shape), tensors[name].dtype if tensors else kept
         count["tower"][tensor.tower.value] += size
@@ -97,14 +115,22 @@ def summarize(config: ModelConfig, dtype: str | None = None, tensors: Mapping[st
         count["bytes_of_dtype"][stored_as] += size * item_bytes(stored_as)
         count["bytes_of_role"][tensor.role.value] += size * item_bytes(stored_as)
         if tensor.tower is Tower.CONTEXT:
-            count["used"][tensor.role.value] += tensor.shape[1] if tensor.role is Role.EMBEDDING else size
+            count["used"][tensor.role.value] += (
+                tensor.shape[1] if tensor.role is Role.EMBEDDING else size
+            )
     # Whole experts are chosen, all of one size: the division leaves nothing over.
     routed = count["used"].pop(Role.ROUTED_EXPERT.value, 0)
-    active = sum(count["used"].values()) + (routed * config.num_experts_per_tok // config.n_routed_experts if routed else 0)
+    active = sum(count["used"].values()) + (
+        routed * config.num_experts_per_tok // config.n_routed_experts if routed else 0
+    )
     state = state_tensors(config, kept)
     return ModelSummary(
         pattern=config.pattern,
-        layers={kind.name.lower(): len(config.indices(kind)) for kind in LayerKind if config.indices(kind)},
+        layers={
+            kind.name.lower(): len(config.indices(kind))
+            for kind in LayerKind
+            if config.indices(kind)
+        },
         parameters=sum(count["tower"].values()),
         by_tower=dict(count["tower"]),
         by_role=dict(count["role"]),

@@ -63,7 +63,9 @@ PUBLISHED_CONFIG: dict[str, Any] = {
 }
 """The published model's config.json."""
 
-_BLOCK = 1 << 24  # elements drawn once and repeated: drawing 30 billion numbers would take longer than writing them
+_BLOCK = (
+    1 << 24
+)  # elements drawn once and repeated: drawing 30 billion numbers would take longer than writing them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +75,8 @@ class SyntheticOptions:
     Attributes:
         seed: Names the weights.
         shards: Files to spread the tensors over.
-        headers_only: Give the files their full size without content (sparse): for what reads headers alone.
+        headers_only: Give the files their full size without content (sparse): for what reads
+            headers alone.
     """
 
     seed: int = 0
@@ -83,10 +86,16 @@ class SyntheticOptions:
 
 def published_slice(pattern: str) -> dict[str, Any]:
     """The published config with other layers: real widths at a fraction of the size."""
-    return {**PUBLISHED_CONFIG, "hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
+    return {
+        **PUBLISHED_CONFIG,
+        "hybrid_override_pattern": pattern,
+        "num_hidden_layers": len(pattern),
+    }
 
 
-def write_checkpoint(folder: Path, config_json: dict[str, Any], options: SyntheticOptions | None = None) -> Path:
+def write_checkpoint(
+    folder: Path, config_json: dict[str, Any], options: SyntheticOptions | None = None
+) -> Path:
     """Writes a checkpoint with random weights of sane magnitude; memory stays under 200 MB whatever its size.
 
     Args:
@@ -100,29 +109,47 @@ def write_checkpoint(folder: Path, config_json: dict[str, Any], options: Synthet
     """
     how = options or SyntheticOptions()
     if folder.exists():
-        raise CheckpointError(f"'{folder}' exists already", found="a synthetic checkpoint never overwrites", do="name a new folder")
+        raise CheckpointError(
+            f"'{folder}' exists already",
+            found="a synthetic checkpoint never overwrites",
+            do="name a new folder",
+        )
     config = parse_model_config(config_json, "the synthetic checkpoint's config")
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_json, indent=1))
     tensors = list(expected_tensors(config).values())
-    random = None if how.headers_only else np.random.default_rng(how.seed).standard_normal(_BLOCK, dtype=np.float32)
+    random = (
+        None
+        if how.headers_only
+        else np.random.default_rng(how.seed).standard_normal(_BLOCK, dtype=np.float32)
+    )
     weight_map = {}
     for shard in range(how.shards):
         name = f"model-{shard + 1:05d}-of-{how.shards:05d}.safetensors"
-        members = tensors[shard * len(tensors) // how.shards : (shard + 1) * len(tensors) // how.shards]
+        members = tensors[
+            shard * len(tensors) // how.shards : (shard + 1) * len(tensors) // how.shards
+        ]
         weight_map.update({t.name: name for t in members})
         _write_shard(folder / name, members, config.dtype, random)
     size = sum(math.prod(t.shape) for t in tensors) * item_bytes(config.dtype)
-    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}))
+    (folder / INDEX_FILE).write_text(
+        json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map})
+    )
     return folder
 
 
-def _write_shard(path: Path, members: list[CheckpointTensor], dtype: str, random: np.ndarray[Any, Any] | None) -> None:
+def _write_shard(
+    path: Path, members: list[CheckpointTensor], dtype: str, random: np.ndarray[Any, Any] | None
+) -> None:
     header: dict[str, Any] = {}
     end = 0
     for tensor in members:
         size = math.prod(tensor.shape) * item_bytes(dtype)
-        header[tensor.name] = {"dtype": DTYPES[dtype].safetensors, "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        header[tensor.name] = {
+            "dtype": DTYPES[dtype].safetensors,
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + size],
+        }
         end += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -136,7 +163,9 @@ def _write_shard(path: Path, members: list[CheckpointTensor], dtype: str, random
                 to_stored(piece, dtype).tofile(file)
 
 
-def _values(tensor: CheckpointTensor, random: np.ndarray[Any, Any], *, start: int) -> Iterator[np.ndarray[Any, Any]]:
+def _values(
+    tensor: CheckpointTensor, random: np.ndarray[Any, Any], *, start: int
+) -> Iterator[np.ndarray[Any, Any]]:
     """Float32 pieces: what trained weights look like, as far as it matters for finite and varied results."""
     count, last = math.prod(tensor.shape), tensor.name.rsplit(".", 1)[-1]
     if last == "A_log":
@@ -153,7 +182,9 @@ def _values(tensor: CheckpointTensor, random: np.ndarray[Any, Any], *, start: in
         elif tensor.role is Role.HEAD:  # sharp enough that some predictions are confident
             scale = 3.0 / math.sqrt(tensor.shape[-1])
         else:
-            scale = 1.0 / math.sqrt(math.prod(tensor.shape[1:]) or 1) if len(tensor.shape) > 1 else 0.02
+            scale = (
+                1.0 / math.sqrt(math.prod(tensor.shape[1:]) or 1) if len(tensor.shape) > 1 else 0.02
+            )
         at = start % len(random)
         while count:
             piece = random[at : at + count]

@@ -26,18 +26,42 @@ _D = GenerationConfig()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="BUNDLE", nargs="?", help="measure generation on this bundle")
-    parser.add_argument("--export", action="store_true", help="measure an export of a synthetic checkpoint beside a plain copy of it")
     parser.add_argument(
-        "--real-widths", action="store_true", help="the same with one layer of each kind at published widths: 8 GB, verified"
+        "bundle", metavar="BUNDLE", nargs="?", help="measure generation on this bundle"
     )
-    parser.add_argument("--scratch", metavar="DIR", help="with --export: where to write (default: the system's temporary folder)")
-    parser.add_argument("--target", metavar="T", help="engine to run (default: the best that is built and fits)")
-    parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="length of each prompt (64)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to generate (64)")
-    parser.add_argument("--threshold", type=float, default=0.8, metavar="X", help="commit threshold (0.8)")
-    parser.add_argument("--rows", type=int, default=1, metavar="N", help="prompts generated together (1)")
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="measured runs of each mode (5)")
+    parser.add_argument(
+        "--export",
+        action="store_true",
+        help="measure an export of a synthetic checkpoint beside a plain copy of it",
+    )
+    parser.add_argument(
+        "--real-widths",
+        action="store_true",
+        help="the same with one layer of each kind at published widths: 8 GB, verified",
+    )
+    parser.add_argument(
+        "--scratch",
+        metavar="DIR",
+        help="with --export: where to write (default: the system's temporary folder)",
+    )
+    parser.add_argument(
+        "--target", metavar="T", help="engine to run (default: the best that is built and fits)"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=64, metavar="N", help="length of each prompt (64)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="tokens to generate (64)"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=0.8, metavar="X", help="commit threshold (0.8)"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=1, metavar="N", help="prompts generated together (1)"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=5, metavar="N", help="measured runs of each mode (5)"
+    )
     parser.add_argument(
         "--beside",
         metavar="BUNDLE2",
@@ -76,16 +100,25 @@ def _generation(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from twotower.cli.progress import ProgressLine, opening
     from twotower.runtime import TwoTower
 
-    config = GenerationConfig(max_new_tokens=args.max_new_tokens, confidence_threshold=args.threshold)
-    peers = _opened_peers(args)  # first, so that a peer that is not there is said before minutes of work
+    config = GenerationConfig(
+        max_new_tokens=args.max_new_tokens, confidence_threshold=args.threshold
+    )
+    peers = _opened_peers(
+        args
+    )  # first, so that a peer that is not there is said before minutes of work
     line = ProgressLine()
     options = {"max_batch": max(args.rows, 1), **device_options(args), **opening(line)}
     with ExitStack() as opened:
         paths = [args.bundle, *([args.beside] if args.beside else [])]
-        models = [opened.enter_context(TwoTower.open(path, target=args.target, **options)) for path in paths]
+        models = [
+            opened.enter_context(TwoTower.open(path, target=args.target, **options))
+            for path in paths
+        ]
         line.end()
         _require_one_vocabulary(paths, models)
-        speeds = measure_in_turns(models, config, prompt_tokens=args.prompt_tokens, rows=args.rows, runs=args.runs)
+        speeds = measure_in_turns(
+            models, config, prompt_tokens=args.prompt_tokens, rows=args.rows, runs=args.runs
+        )
         beside = [_beside(args, models[0], peer) for peer in peers]
     diffusion, ar = speeds[0]
     ratio = diffusion.tokens_per_second / ar.tokens_per_second
@@ -99,7 +132,12 @@ def _generation(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     ]
     if args.beside:
         facts["beside"] = _beside_facts(args.beside, *speeds)
-        lines += ["", f"beside {args.beside}, in turns:", *_table(speeds[1]), _ratio_line(facts["beside"])]
+        lines += [
+            "",
+            f"beside {args.beside}, in turns:",
+            *_table(speeds[1]),
+            _ratio_line(facts["beside"]),
+        ]
     if beside:
         facts["peers"] = [speed.to_json() for speed in beside]
         lines += [
@@ -122,7 +160,9 @@ def _table(speeds: Sequence[GenerationSpeed]) -> list[str]:
     ]
 
 
-def _beside_facts(path: str, ours: Sequence[GenerationSpeed], theirs: Sequence[GenerationSpeed]) -> dict[str, Any]:
+def _beside_facts(
+    path: str, ours: Sequence[GenerationSpeed], theirs: Sequence[GenerationSpeed]
+) -> dict[str, Any]:
     """The other bundle's figures, and how much faster this one is."""
     (diffusion, ar), (other, other_ar) = ours, theirs
     return {
@@ -165,7 +205,9 @@ def _opened_peers(args: argparse.Namespace) -> list[Peer]:
     bundle = Bundle.open(args.bundle, contents=False)  # the session looks at its contents
     if bundle.quantization is not None and args.beside:
         bundle = Bundle.open(args.beside, contents=False)
-    return [open_peer(name.strip(), bundle, threads=usable_cores()) for name in args.peers.split(",")]
+    return [
+        open_peer(name.strip(), bundle, threads=usable_cores()) for name in args.peers.split(",")
+    ]
 
 
 def _beside(args: argparse.Namespace, model: TwoTower, peer: Peer) -> PeerSpeed:
@@ -174,19 +216,28 @@ def _beside(args: argparse.Namespace, model: TwoTower, peer: Peer) -> PeerSpeed:
     from twotower.processors import usable_cores
 
     prompts = random_prompts(model.config, args.prompt_tokens, args.rows, seed=0)
-    return measure_peer(model, peer, prompts, new_tokens=args.max_new_tokens, runs=args.runs, threads=usable_cores())
+    return measure_peer(
+        model, peer, prompts, new_tokens=args.max_new_tokens, runs=args.runs, threads=usable_cores()
+    )
 
 
 def _export(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from twotower.extras import require_libraries
 
-    require_libraries("export", "torch", "onnx", "onnx_ir", "safetensors", what="measuring an export")
+    require_libraries(
+        "export", "torch", "onnx", "onnx_ir", "safetensors", what="measuring an export"
+    )
     require_libraries("export,cpu", "onnxruntime", what="measuring an export")
     from twotower.bench import measure_export
 
     with tempfile.TemporaryDirectory(prefix="twotower-bench-", dir=args.scratch) as scratch:
         pattern = "ME*" if args.real_widths else None
-        cost = measure_export(Path(scratch), pattern, verify=args.real_widths, say=lambda what: print(f"... {what}", file=sys.stderr))
+        cost = measure_export(
+            Path(scratch),
+            pattern,
+            verify=args.real_widths,
+            say=lambda what: print(f"... {what}", file=sys.stderr),
+        )
     lines = [
         f"checkpoint     {cost.checkpoint_bytes / 1e9:.2f} GB",
         f"plain copy     {cost.copy_seconds:.1f} s",

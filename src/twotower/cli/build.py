@@ -17,7 +17,12 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by `twotower export`")
-    parser.add_argument("--target", default="ort-cpu", metavar="T", help="what to build for (default: ort-cpu, which runs on any machine)")
+    parser.add_argument(
+        "--target",
+        default="ort-cpu",
+        metavar="T",
+        help="what to build for (default: ort-cpu, which runs on any machine)",
+    )
     parser.add_argument(
         "--from-config",
         type=Path,
@@ -25,11 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="make BUNDLE first, of graphs alone, from a config.json: engines hold no weights, so none are needed to build them",
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="with --from-config: element type of the graphs (default: the config's)"
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="with --from-config: element type of the graphs (default: the config's)",
     )
-    parser.add_argument("--force", action="store_true", help="build everything again, whatever is there or cached")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be built and what it takes, then stop")
-    parser.add_argument("--json", action="store_true", help="print the build record as one JSON object on stdout")
+    parser.add_argument(
+        "--force", action="store_true", help="build everything again, whatever is there or cached"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be built and what it takes, then stop",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the build record as one JSON object on stdout"
+    )
     _add_shapes(parser.add_argument_group("what engines are built for"))
     _add_experts(parser.add_argument_group("what computes the experts, and where weights go"))
     _add_cache(parser.add_argument_group("engines that were built before, of rtx and trt"))
@@ -50,10 +65,17 @@ def _add_shapes(group: argparse._ArgumentGroup) -> None:
         "or these; of ort-cuda the GPUs here, or all there are kernels for)",
     )
     group.add_argument(
-        "--max-batch", type=int, default=8, metavar="N", help="of rtx, trt, and --experts kernels: most rows (default: %(default)s)"
+        "--max-batch",
+        type=int,
+        default=8,
+        metavar="N",
+        help="of rtx, trt, and --experts kernels: most rows (default: %(default)s)",
     )
     group.add_argument(
-        "--max-context", type=int, metavar="N", help="of rtx, trt: longest text, prompt and answer (default: 4096 or the model's)"
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="of rtx, trt: longest text, prompt and answer (default: 4096 or the model's)",
     )
     group.add_argument(
         "--segments",
@@ -115,7 +137,11 @@ def _add_cache(group: argparse._ArgumentGroup) -> None:
         metavar="SIZE",
         help="room for cached engines that no target uses; the least recently used go first (default: %(default)s)",
     )
-    group.add_argument("--no-cache", action="store_true", help="neither take engines from the cache nor keep them there")
+    group.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="neither take engines from the cache nor keep them there",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -125,15 +151,23 @@ def run(args: argparse.Namespace) -> int:
     from twotower.cli.progress import ProgressLine, human_bytes
 
     if args.dtype and not args.from_config:
-        raise ConfigError("--dtype is for --from-config", found="the bundle's own graphs are built", do="export with another --dtype")
+        raise ConfigError(
+            "--dtype is for --from-config",
+            found="the bundle's own graphs are built",
+            do="export with another --dtype",
+        )
     builder = builder_for(args.target)
     line = ProgressLine()
-    scratch = ExitStack()  # a dry run writes nothing: graphs it needs go to a folder that is gone at the end
+    scratch = (
+        ExitStack()
+    )  # a dry run writes nothing: graphs it needs go to a folder that is gone at the end
     try:
         bundle = (
             _of_graphs_alone(args, scratch)
             if args.from_config
-            else Bundle.open(args.bundle, progress=lambda done, total: line("checking the bundle", done, total))
+            else Bundle.open(
+                args.bundle, progress=lambda done, total: line("checking the bundle", done, total)
+            )
         )
         config = BuildConfig(
             force=args.force,
@@ -152,7 +186,9 @@ def run(args: argparse.Namespace) -> int:
         )
         if args.dry_run:
             library, plan = builder.library(), builder.plan(bundle, config)
-            print(f"{args.target}: {library['name']} {library['version']}, {human_bytes(plan.needed_bytes)} of disk")
+            print(
+                f"{args.target}: {library['name']} {library['version']}, {human_bytes(plan.needed_bytes)} of disk"
+            )
             print("\n".join(plan.describe()))
             return 0
         there = _stamp(file := engine_folder(bundle, args.target) / BUILD_FILE)
@@ -160,7 +196,10 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         line.end()
         if args.target in ("rtx", "trt") and not args.no_cache:
-            print("engines that were finished are in the cache: the same command goes on from there", file=sys.stderr)
+            print(
+                "engines that were finished are in the cache: the same command goes on from there",
+                file=sys.stderr,
+            )
         raise
     finally:
         line.end()
@@ -193,13 +232,23 @@ def _of_graphs_alone(args: argparse.Namespace, scratch: ExitStack) -> Bundle:
     dtype = args.dtype or config.dtype
     if not is_bundle(Path(args.bundle)):
         name = args.from_config.resolve().parent.name
-        folder = Path(scratch.enter_context(TemporaryDirectory())) / "bundle" if args.dry_run else Path(args.bundle)
+        folder = (
+            Path(scratch.enter_context(TemporaryDirectory())) / "bundle"
+            if args.dry_run
+            else Path(args.bundle)
+        )
         return export_programs(config, folder, ExportConfig(dtype=dtype), name=name)
     bundle = Bundle.open(args.bundle)
     if bundle.has_weights or (bundle.config, bundle.dtype) != (config, dtype):
-        found = "it holds weights" if bundle.has_weights else f"it is of another model, or {bundle.dtype}"
+        found = (
+            "it holds weights"
+            if bundle.has_weights
+            else f"it is of another model, or {bundle.dtype}"
+        )
         do = "name a new folder, or leave --from-config out to build for that bundle"
-        raise ConfigError(f"bundle '{args.bundle}' is not of {args.from_config}", found=found, do=do)
+        raise ConfigError(
+            f"bundle '{args.bundle}' is not of {args.from_config}", found=found, do=do
+        )
     return bundle
 
 

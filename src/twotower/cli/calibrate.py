@@ -15,14 +15,27 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from twotower.cli.options import add_generation_options
 
-    parser.add_argument("bundle", metavar="BUNDLE", help="a float bundle; its ort-cpu engine is built if it is not there")
     parser.add_argument(
-        "--prompts", required=True, metavar="F.jsonl", help='one {"text": ...} or {"tokens": [...]} a line, like --prompt-file of generate'
+        "bundle",
+        metavar="BUNDLE",
+        help="a float bundle; its ort-cpu engine is built if it is not there",
+    )
+    parser.add_argument(
+        "--prompts",
+        required=True,
+        metavar="F.jsonl",
+        help='one {"text": ...} or {"tokens": [...]} a line, like --prompt-file of generate',
     )
     parser.add_argument("-o", "--output", required=True, metavar="STATS", help="the folder to make")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
-    parser.add_argument("--no-plot", action="store_true", help="do not draw ranges against the masked fraction (needs no matplotlib)")
-    parser.add_argument("--json", action="store_true", help="print what was gathered as one JSON object on stdout")
+    parser.add_argument(
+        "--no-plot",
+        action="store_true",
+        help="do not draw ranges against the masked fraction (needs no matplotlib)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print what was gathered as one JSON object on stdout"
+    )
     add_generation_options(parser)
     parser.epilog = (
         "Generates from every prompt with the loop that ships, one after the other, and notes range and histogram of the inputs of every\n"
@@ -47,23 +60,51 @@ def run(args: argparse.Namespace) -> int:
     from twotower.runtime import Request
 
     if args.limit is not None and args.limit < 1:
-        raise ConfigError(f"--limit cannot be {args.limit}", found="allowed: 1 and more", do="pass a positive --limit")
+        raise ConfigError(
+            f"--limit cannot be {args.limit}",
+            found="allowed: 1 and more",
+            do="pass a positive --limit",
+        )
     if not args.no_plot:
-        require_libraries("calibration", "matplotlib", what="drawing the ranges (--no-plot leaves that out)")
+        require_libraries(
+            "calibration", "matplotlib", what="drawing the ranges (--no-plot leaves that out)"
+        )
     checking, line = ProgressLine(), ProgressLine("prompts")
-    bundle = Bundle.open(args.bundle, progress=lambda done, total: checking("checking the bundle", done, total))
+    bundle = Bundle.open(
+        args.bundle, progress=lambda done, total: checking("checking the bundle", done, total)
+    )
     checking.end()
     base = GenerationConfig.from_mapping(generation_overrides(args), base=bundle.defaults)
-    requests = [Request(prompt, config) for prompt, config in read_prompts(Path(args.prompts), base)][: args.limit]
+    requests = [
+        Request(prompt, config) for prompt, config in read_prompts(Path(args.prompts), base)
+    ][: args.limit]
     drawing = None if args.no_plot else draw_ranges
-    statistics = collect(bundle, requests, Path(args.output), CollectConfig(generation=base), draw=drawing, report=line)
+    statistics = collect(
+        bundle,
+        requests,
+        Path(args.output),
+        CollectConfig(generation=base),
+        draw=drawing,
+        report=line,
+    )
     line.end()
     facts = statistics.facts
     inputs = {tower: len(s.names) for tower, s in statistics.towers.items()}
     if args.json:
-        print(json.dumps({"output": args.output, "sha256": statistics.sha256, "inputs": inputs, **facts}))
+        print(
+            json.dumps(
+                {"output": args.output, "sha256": statistics.sha256, "inputs": inputs, **facts}
+            )
+        )
         return 0
-    print(f"{args.output}: {facts['prompts']} prompts, {facts['tokens']} tokens, {facts['blocks']} blocks in {facts['passes']} passes")
-    print(f"inputs of products watched: {inputs['context']} in the context tower, {inputs['denoiser']} in the denoiser")
-    print(f"next: twotower quantize {args.bundle} --recipe int8 --stats {args.output} -o quantized", file=sys.stderr)
+    print(
+        f"{args.output}: {facts['prompts']} prompts, {facts['tokens']} tokens, {facts['blocks']} blocks in {facts['passes']} passes"
+    )
+    print(
+        f"inputs of products watched: {inputs['context']} in the context tower, {inputs['denoiser']} in the denoiser"
+    )
+    print(
+        f"next: twotower quantize {args.bundle} --recipe int8 --stats {args.output} -o quantized",
+        file=sys.stderr,
+    )
     return 0

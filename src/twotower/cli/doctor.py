@@ -20,10 +20,15 @@ COMMAND = (sys.executable, "-m", "twotower.cli", "doctor")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "bundle", metavar="BUNDLE", nargs="?", help="also check this bundle and its engines (default: a small random model)"
+        "bundle",
+        metavar="BUNDLE",
+        nargs="?",
+        help="also check this bundle and its engines (default: a small random model)",
     )
     parser.add_argument(
-        "--target", metavar="T", help="the engines to check (default: the best that fits; with --report every one that does)"
+        "--target",
+        metavar="T",
+        help="the engines to check (default: the best that fits; with --report every one that does)",
     )
     parser.add_argument(
         "--report",
@@ -32,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "logs.tar.gz and <device>.md into FOLDER",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    for name in ("--section", "--answers", "--seconds"):  # how a report starts the process of a section
+    for name in (
+        "--section",
+        "--answers",
+        "--seconds",
+    ):  # how a report starts the process of a section
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.epilog = (
         "Exit code 1 if a check fails. Without BUNDLE a small model goes through the whole chain. The answers of a bundle's ort-cpu\n"
@@ -49,7 +58,11 @@ def run(args: argparse.Namespace) -> int:
     if args.section:
         return _section(args, machine)
     if args.report and not Path(args.report).is_dir():
-        raise ConfigError("the report cannot be written", found=f"no folder {args.report}", do="name a folder that exists with --report")
+        raise ConfigError(
+            "the report cannot be written",
+            found=f"no folder {args.report}",
+            do="name a folder that exists with --report",
+        )
     facts = machine_facts(machine)
     if not args.json:
         print("\n".join(_described(facts)))
@@ -80,39 +93,68 @@ def _checked(args: argparse.Namespace, machine: Machine) -> Iterator[dict[str, A
         say=lambda what: print(f"... {what}", file=sys.stderr) if sys.stderr.isatty() else None,
     )
     for result in checks.run():
-        yield {"name": result.name, "ok": result.ok, "detail": result.detail, "target": checks.target}
+        yield {
+            "name": result.name,
+            "ok": result.ok,
+            "detail": result.detail,
+            "target": checks.target,
+        }
 
 
-def _reported(args: argparse.Namespace, machine: Machine, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _reported(
+    args: argparse.Namespace, machine: Machine, facts: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
     """The checks of all sections of a report, whose archive is written as they come."""
     from twotower.doctor.report import make_report
 
     for answers in make_report(Path(args.report), machine, _options(args)):
         facts["passes"] += answers.get("passes", [])
         yield from answers.get("checks", [])
-    print(f"wrote results.json, logs.tar.gz and the page of the device into {args.report}", file=sys.stderr)
+    print(
+        f"wrote results.json, logs.tar.gz and the page of the device into {args.report}",
+        file=sys.stderr,
+    )
 
 
 def _section(args: argparse.Namespace, machine: Machine) -> int:
     """One section of a report, in the process that was started for it."""
     from twotower.doctor.report import answer_report_section
 
-    return answer_report_section(args.section, _options(args), machine=machine, file=Path(args.answers), seconds=float(args.seconds))
+    return answer_report_section(
+        args.section,
+        _options(args),
+        machine=machine,
+        file=Path(args.answers),
+        seconds=float(args.seconds),
+    )
 
 
 def _options(args: argparse.Namespace) -> Any:
     from twotower.doctor.report import ReportOptions
 
-    return ReportOptions(command=COMMAND, bundle=Path(args.bundle) if args.bundle else None, target=args.target)
+    return ReportOptions(
+        command=COMMAND, bundle=Path(args.bundle) if args.bundle else None, target=args.target
+    )
 
 
 def _described(facts: dict[str, Any]) -> list[str]:
-    gpus = ", ".join(f"{g['name']} (SM {g['sm']}, {g['memory_bytes'] / 2**30:.0f} GiB)" for g in facts["gpus"]) or "no NVIDIA GPU"
-    libraries = ", ".join(f"{k} {v}" for k, v in facts["libraries"].items()) or "no inference library"
+    gpus = (
+        ", ".join(
+            f"{g['name']} (SM {g['sm']}, {g['memory_bytes'] / 2**30:.0f} GiB)"
+            for g in facts["gpus"]
+        )
+        or "no NVIDIA GPU"
+    )
+    libraries = (
+        ", ".join(f"{k} {v}" for k, v in facts["libraries"].items()) or "no inference library"
+    )
     lines = [
         f"twotower    {facts['twotower']}, Python {facts['python']}, {facts['system']}",
         f"machine     {facts['cpus']} CPUs, {facts['memory_bytes'] / 2**30:.0f} GiB, {gpus}",
         f"libraries   {libraries}",
-        *(f"{'targets' if i == 0 else '':<12}{target}: {why}" for i, (target, why) in enumerate(facts["targets"].items())),
+        *(
+            f"{'targets' if i == 0 else '':<12}{target}: {why}"
+            for i, (target, why) in enumerate(facts["targets"].items())
+        ),
     ]
     return [*lines, f"CONFLICT    {facts['conflict']}"] if facts["conflict"] else lines

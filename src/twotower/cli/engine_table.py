@@ -18,14 +18,21 @@ _TYPES_SHOWN = 4
 
 def engine_facts(record: EngineRecord, state: str) -> dict[str, Any]:
     """All of a record as plain data, with whether it fits here."""
-    return {"state": state, "copied_bytes": copied_bytes(record), "launches": launch_facts(record), **record.to_json()}
+    return {
+        "state": state,
+        "copied_bytes": copied_bytes(record),
+        "launches": launch_facts(record),
+        **record.to_json(),
+    }
 
 
 def copied_bytes(record: EngineRecord) -> int:
     """Bytes of a target's engines that are weights, which the bundle's data files hold too: constants, or widened for a CPU."""
     engines = record.report.get("engines", {}).values()
     constants = sum(int(facts.get("weights", {}).get("inside_bytes", 0)) for facts in engines)
-    return constants + sum(file.size for name, file in record.files.items() if name.endswith(DATA_SUFFIX))
+    return constants + sum(
+        file.size for name, file in record.files.items() if name.endswith(DATA_SUFFIX)
+    )
 
 
 def engine_lines(record: EngineRecord, state: str) -> list[str]:
@@ -34,20 +41,43 @@ def engine_lines(record: EngineRecord, state: str) -> list[str]:
     size = human_bytes(sum(file.size for file in record.files.values()))
     for_what = "any number of rows, any length"
     if limits is not None:
-        sms = f"SM {', '.join(map(str, limits.sms))}" if limits.sms else "the library's own set of GPUs"
+        sms = (
+            f"SM {', '.join(map(str, limits.sms))}"
+            if limits.sms
+            else "the library's own set of GPUs"
+        )
         for_what = f"{sms}; up to {limits.max_batch} rows, {limits.capacity} positions"
     copies = copied_bytes(record)
     size += f" of which {human_bytes(copies)} weights that the bundle holds too" if copies else ""
     head = f"{record.target}: {record.library.get('name')} {record.library.get('version')}, {record.dtype}, {size}; {for_what}"
     observed = record.report.get("engines", {})
-    rows: list[tuple[str, ...]] = [("engine", "layers", "size", "build", "memory", "source", "warnings")]
+    rows: list[tuple[str, ...]] = [
+        ("engine", "layers", "size", "build", "memory", "source", "warnings")
+    ]
     uses = Counter(engine.file for parts in record.engines.values() for engine in parts)
-    # A program of ONNX Runtime is a graph: there are no profiles, and nothing was compiled that could be told.
-    every = [engine for parts in record.engines.values() for engine in _distinct(parts) if engine.profiles]
-    rows += [_row(engine, record, observed.get(engine.file, {}), uses[engine.file]) for engine in every]
+    # A program of ONNX Runtime is a graph: there are no profiles, and nothing was compiled that
+    # could be told.
+    every = [
+        engine
+        for parts in record.engines.values()
+        for engine in _distinct(parts)
+        if engine.profiles
+    ]
+    rows += [
+        _row(engine, record, observed.get(engine.file, {}), uses[engine.file]) for engine in every
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [f"  {state}", *(_aligned(row, widths) for row in rows)] if len(rows) > 1 else [f"  {state}"]
-    details = (*_details(record, observed), *step_lines(record), *_experts(record), *_on_a_cpu(record))
+    lines = (
+        [f"  {state}", *(_aligned(row, widths) for row in rows)]
+        if len(rows) > 1
+        else [f"  {state}"]
+    )
+    details = (
+        *_details(record, observed),
+        *step_lines(record),
+        *_experts(record),
+        *_on_a_cpu(record),
+    )
     return [head, *lines, *details, *_programs(record, observed)]
 
 
@@ -56,8 +86,12 @@ def _experts(record: EngineRecord) -> list[str]:
     choice = record.report.get("choice_of_experts", {})
     if choice.get("computed_by") == "fused":
         counts = [Counter(operators) for operators in record.report["operators"].values()]
-        named = [f"{count} {kind}" for kind in ("MoE", "QMoE") if (count := sum(c[kind] for c in counts))]
-        return [f"  experts are fused: {' and '.join(named)} of ONNX Runtime compute the chosen ones"]
+        named = [
+            f"{count} {kind}" for kind in ("MoE", "QMoE") if (count := sum(c[kind] for c in counts))
+        ]
+        return [
+            f"  experts are fused: {' and '.join(named)} of ONNX Runtime compute the chosen ones"
+        ]
     return [f"  experts are dense: {choice['why']}; {choice['cost']}"] if choice.get("why") else []
 
 
@@ -99,7 +133,9 @@ def _programs(record: EngineRecord, observed: dict[str, Any]) -> list[str]:
     return [*program_lines(inspected, profiles), *sorted(unread)]
 
 
-def _row(engine: EngineFile, record: EngineRecord, facts: dict[str, Any], uses: int) -> tuple[str, ...]:
+def _row(
+    engine: EngineFile, record: EngineRecord, facts: dict[str, Any], uses: int
+) -> tuple[str, ...]:
     first, end = engine.layers
     layers = f"{first}-{end - 1}" if end > first else "none"
     unexplained = sum(not line.get("explained") for line in facts.get("log", []))
@@ -125,9 +161,16 @@ def _details(record: EngineRecord, observed: dict[str, Any]) -> list[str]:
             facts = observed.get(engine.file, {})
             lines += _weights(engine, facts.get("weights"))
             if "by_type" in facts:
-                top = ", ".join(f"{count} {kind}" for kind, count in list(facts["by_type"].items())[:_TYPES_SHOWN])
-                kinds = ", ".join(f"{count} {kind}" for kind, count in facts["by_precision"].items())
-                lines.append(f"    {engine.file}: {facts['layers']} layers before fusion ({top}, ...); results {kinds}")
+                top = ", ".join(
+                    f"{count} {kind}"
+                    for kind, count in list(facts["by_type"].items())[:_TYPES_SHOWN]
+                )
+                kinds = ", ".join(
+                    f"{count} {kind}" for kind, count in facts["by_precision"].items()
+                )
+                lines.append(
+                    f"    {engine.file}: {facts['layers']} layers before fusion ({top}, ...); results {kinds}"
+                )
     return lines
 
 
@@ -140,7 +183,9 @@ def _weights(engine: EngineFile, told: dict[str, Any] | None) -> list[str]:
     if not told["inside"]:
         return [f"    {engine.file}: {read}; none inside"]
     held = "; ".join(f"{count}: {reason}" for reason, count in why.most_common())
-    return [f"    {engine.file}: {read}; {len(told['inside'])} inside, {human_bytes(told['inside_bytes'])} ({held})"]
+    return [
+        f"    {engine.file}: {read}; {len(told['inside'])} inside, {human_bytes(told['inside_bytes'])} ({held})"
+    ]
 
 
 def _kind(reason: str) -> str:
@@ -149,19 +194,25 @@ def _kind(reason: str) -> str:
 
 
 def _profile(profile: Profile) -> str:
-    axes = ", ".join(f"{axis} {low}" if low == high else f"{axis} {low} to {high}" for axis, (low, _, high) in profile.axes.items())
+    axes = ", ".join(
+        f"{axis} {low}" if low == high else f"{axis} {low} to {high}"
+        for axis, (low, _, high) in profile.axes.items()
+    )
     return f"{profile.name} ({axes})"
 
 
 def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
-    return "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    return (
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    )
 
 
 def launch_facts(record: EngineRecord) -> dict[str, dict[str, dict[str, Any]]]:
     """Launches of a pass by graph and profile, of graphs that have experts between programs.
 
-    Of each `programs` and `layers` of experts, `kernels` of all programs (None where they were not read), and launches of the
-    `experts` for one row and for the most rows.
+    Of each `programs` and `layers` of experts, `kernels` of all programs (None where they were not
+    read), and launches of the `experts` for one row and for the most rows.
     """
     return {name: _of_graph(record, name) for name, steps in record.experts.items() if steps}
 
@@ -175,7 +226,11 @@ def step_lines(record: EngineRecord) -> list[str]:
             experts = f"{least}" if least == most else f"{least} to {most}"
             kernels = told["kernels"]
             total = (
-                "" if kernels is None else f"; {kernels + least}" + (f" to {kernels + most}" if most > least else "") + " launches a pass"
+                ""
+                if kernels is None
+                else f"; {kernels + least}"
+                + (f" to {kernels + most}" if most > least else "")
+                + " launches a pass"
             )
             lines.append(
                 f"  {graph} {profile}: {told['programs']} programs ({'not read' if kernels is None else f'{kernels} kernels'}) and "
@@ -184,8 +239,12 @@ def step_lines(record: EngineRecord) -> list[str]:
     for graph, steps in record.experts.items():
         programs = record.engines[graph]
         if steps and not programs[0].profiles:
-            lines.append(f"  {graph}: {len(programs)} programs and {len(steps)} layers of experts between them")
-    lines += [f"  {code}: {_code(about)}" for code, about in record.report.get("experts", {}).items()]
+            lines.append(
+                f"  {graph}: {len(programs)} programs and {len(steps)} layers of experts between them"
+            )
+    lines += [
+        f"  {code}: {_code(about)}" for code, about in record.report.get("experts", {}).items()
+    ]
     return lines
 
 
@@ -196,7 +255,10 @@ def _of_graph(record: EngineRecord, name: str) -> dict[str, dict[str, Any]]:
     out = {}
     for number, profile in enumerate(programs[0].profiles):
         length = _positions(programs[0], profile)
-        counts = [sum(_launches(about[step.code]["launches"], rows * length) for step in experts) for rows in (1, record.limits.max_batch)]
+        counts = [
+            sum(_launches(about[step.code]["launches"], rows * length) for step in experts)
+            for rows in (1, record.limits.max_batch)
+        ]
         kernels = [_kernels(record, part.file, number) for part in programs]
         out[profile.name] = {
             "programs": len(programs),
@@ -219,7 +281,9 @@ def _launches(tiers: Sequence[Sequence[int]], tokens: int) -> int:
 
 def _kernels(record: EngineRecord, file: str, profile: int) -> int | None:
     told = record.report.get("engines", {}).get(file, {}).get("inspector", {}).get("programs", ())
-    return next((int(program["kernels"]) for program in told if program["profile"] == profile), None)
+    return next(
+        (int(program["kernels"]) for program in told if program["profile"] == profile), None
+    )
 
 
 def _code(about: Mapping[str, Any]) -> str:

@@ -19,7 +19,9 @@ EXIT_BELOW_BUDGET = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle with built engines and a tokenizer")
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", help="a bundle with built engines and a tokenizer"
+    )
     parser.add_argument(
         "--against",
         metavar="BUNDLE2",
@@ -27,21 +29,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "that costs: bytes, quality, passes a block, speed, layer kind by layer kind",
     )
     add_suite_arguments(parser)
-    sweep = parser.add_argument_group("what to measure beside the bundle's default preset and its own autoregression")
-    sweep.add_argument(
-        "--thresholds", default="0.5,0.7,0.8,0.9,0.95,0.98", metavar="X,Y", help="commit thresholds of the sweep (%(default)s)"
+    sweep = parser.add_argument_group(
+        "what to measure beside the bundle's default preset and its own autoregression"
     )
-    sweep.add_argument("--steps", default="2,4,16", metavar="N,M", help="most passes a block, each with every threshold (%(default)s)")
     sweep.add_argument(
-        "--no-likelihood", dest="likelihood", action="store_false", help="do not score the right answers with the context tower"
+        "--thresholds",
+        default="0.5,0.7,0.8,0.9,0.95,0.98",
+        metavar="X,Y",
+        help="commit thresholds of the sweep (%(default)s)",
+    )
+    sweep.add_argument(
+        "--steps",
+        default="2,4,16",
+        metavar="N,M",
+        help="most passes a block, each with every threshold (%(default)s)",
+    )
+    sweep.add_argument(
+        "--no-likelihood",
+        dest="likelihood",
+        action="store_false",
+        help="do not score the right answers with the context tower",
     )
     price = parser.add_argument_group("of a quantized bundle --against the float one")
-    price.add_argument("--no-sensitivity", action="store_true", help="do not measure one layer kind, and one tower, quantized at a time")
     price.add_argument(
-        "--max-inflation", type=float, default=5.0, metavar="P", help="percent of more passes a block to accept (%(default)s)"
+        "--no-sensitivity",
+        action="store_true",
+        help="do not measure one layer kind, and one tower, quantized at a time",
     )
     price.add_argument(
-        "--no-note", action="store_true", help="do not note the result, and its flags, in the quantized bundle's bundle.json"
+        "--max-inflation",
+        type=float,
+        default=5.0,
+        metavar="P",
+        help="percent of more passes a block to accept (%(default)s)",
+    )
+    price.add_argument(
+        "--no-note",
+        action="store_true",
+        help="do not note the result, and its flags, in the quantized bundle's bundle.json",
     )
     out = parser.add_argument_group("what to do with the result")
     out.add_argument(
@@ -50,9 +75,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="percent of autoregression's right answers to keep, of a quantized bundle those of the float one (98.7); exit code 3 below it",
     )
-    out.add_argument("--html", metavar="FILE", help="write a self-contained page, and beside it the curve as .png and the data as .json")
+    out.add_argument(
+        "--html",
+        metavar="FILE",
+        help="write a self-contained page, and beside it the curve as .png and the data as .json",
+    )
     out.add_argument("-o", "--output", metavar="FILE", help="write the data as JSON")
-    out.add_argument("--json", action="store_true", help="print the data as one JSON object on stdout")
+    out.add_argument(
+        "--json", action="store_true", help="print the data as one JSON object on stdout"
+    )
     parser.epilog = (
         "Every setting answers every problem, one at a time and in turn. Intervals are 95 % bootstrap intervals over the problems.\n"
         "example: twotower evaluate bundle --html report.html --budget 98.7"
@@ -69,10 +100,18 @@ def add_suite_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--kinds", metavar="A,B", help="only these kinds")
     group.add_argument("--limit", type=int, metavar="N", help="only N problems of each kind")
-    group.add_argument("--max-new-tokens", type=int, default=160, metavar="N", help="longest answer (%(default)s)")
-    group.add_argument("--target", metavar="T", help="engine to run (default: the best that is built and fits)")
     group.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="threads of a CPU engine (0: one a usable core, one for a small model)"
+        "--max-new-tokens", type=int, default=160, metavar="N", help="longest answer (%(default)s)"
+    )
+    group.add_argument(
+        "--target", metavar="T", help="engine to run (default: the best that is built and fits)"
+    )
+    group.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="threads of a CPU engine (0: one a usable core, one for a small model)",
     )
     add_device_options(parser)
 
@@ -95,22 +134,41 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         require_charts()
     line, checking, pair = ProgressLine("problems"), ProgressLine(), _pair(args)
-    options = {"target": args.target, "threads": args.threads, **device_options(args), **opening(checking)}
+    options = {
+        "target": args.target,
+        "threads": args.threads,
+        **device_options(args),
+        **opening(checking),
+    }
     with ExitStack() as stack:
-        opened = [stack.enter_context(TwoTower.open(b, **options)) for b in (args.bundle, args.against) if b]
+        opened = [
+            stack.enter_context(TwoTower.open(b, **options))
+            for b in (args.bundle, args.against)
+            if b
+        ]
         checking.end()
         if pair is not None:
             return _price(args, pair, opened, suite=suite, files=files)
-        result = evaluate(opened[0], suite, config, other=opened[1] if args.against else None, progress=line)
-        result.report["bundle"] = {"name": Path(args.bundle).resolve().name, "target": opened[0].target}
+        result = evaluate(
+            opened[0], suite, config, other=opened[1] if args.against else None, progress=line
+        )
+        result.report["bundle"] = {
+            "name": Path(args.bundle).resolve().name,
+            "target": opened[0].target,
+        }
         if args.against:
-            result.report["other"] = {"name": Path(args.against).resolve().name, "target": opened[1].target}
+            result.report["other"] = {
+                "name": Path(args.against).resolve().name,
+                "target": opened[1].target,
+            }
     line.end()
     _write(result.report, files)
     print(json.dumps(result.report) if args.json else "\n".join(_lines(result.report)))
     for file in files.values():
         print(f"wrote {file}", file=sys.stderr)
-    return EXIT_BELOW_BUDGET if args.budget is not None and not result.report["budget"]["met"] else 0
+    return (
+        EXIT_BELOW_BUDGET if args.budget is not None and not result.report["budget"]["met"] else 0
+    )
 
 
 def _pair(args: argparse.Namespace) -> Any:
@@ -124,13 +182,17 @@ def _pair(args: argparse.Namespace) -> Any:
         return None
     from twotower.extras import require_libraries
 
-    require_libraries("calibration", "onnx", "onnx_ir", "safetensors", what="measuring what quantization costs")
+    require_libraries(
+        "calibration", "onnx", "onnx_ir", "safetensors", what="measuring what quantization costs"
+    )
     from twotower.evaluate.quantization.variants import require_pair
 
     return require_pair(first, second)
 
 
-def _price(args: argparse.Namespace, pair: Any, opened: list[Any], *, suite: Any, files: dict[str, Path]) -> int:
+def _price(
+    args: argparse.Namespace, pair: Any, opened: list[Any], *, suite: Any, files: dict[str, Path]
+) -> int:
     from twotower.bundle import note_measurement
     from twotower.cli.progress import ProgressLine
     from twotower.evaluate.quantization.price import PriceConfig
@@ -138,10 +200,16 @@ def _price(args: argparse.Namespace, pair: Any, opened: list[Any], *, suite: Any
     from twotower.report.quantization_page import price_lines
 
     config = PriceConfig(
-        max_new_tokens=args.max_new_tokens, budget=98.7 if args.budget is None else args.budget, max_inflation=args.max_inflation
+        max_new_tokens=args.max_new_tokens,
+        budget=98.7 if args.budget is None else args.budget,
+        max_inflation=args.max_inflation,
     )
     line = ProgressLine("problems")
-    models = (opened[0], opened[1]) if pair.quantized.path == Path(args.bundle) else (opened[1], opened[0])
+    models = (
+        (opened[0], opened[1])
+        if pair.quantized.path == Path(args.bundle)
+        else (opened[1], opened[0])
+    )
     report = price_of(
         pair,
         models,
@@ -159,7 +227,9 @@ def _price(args: argparse.Namespace, pair: Any, opened: list[Any], *, suite: Any
     if not args.no_note:  # last: a bundle that cannot be written must not cost the figures
         note_measurement(pair.quantized, note_of(report))
     kept = report["compared"]["retention"]["value"]
-    return EXIT_BELOW_BUDGET if args.budget is not None and (kept is None or kept < args.budget) else 0
+    return (
+        EXIT_BELOW_BUDGET if args.budget is not None and (kept is None or kept < args.budget) else 0
+    )
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:
@@ -171,9 +241,17 @@ def numbers(text: str, option: str) -> tuple[float, ...]:
     try:
         out = tuple(dict.fromkeys(float(word) for word in text.split(",") if word.strip()))
     except ValueError as e:
-        raise ConfigError(f"{option} {text!r} is not a list of numbers", found=str(e), do=f"write it like {option} 4,16") from e
+        raise ConfigError(
+            f"{option} {text!r} is not a list of numbers",
+            found=str(e),
+            do=f"write it like {option} 4,16",
+        ) from e
     if not out:
-        raise ConfigError(f"{option} names nothing to measure", found=repr(text), do=f"write it like {option} 4,16")
+        raise ConfigError(
+            f"{option} names nothing to measure",
+            found=repr(text),
+            do=f"write it like {option} 4,16",
+        )
     return out
 
 
@@ -182,7 +260,9 @@ def chosen_suite(args: argparse.Namespace) -> Any:
     from twotower.evaluate.suite import load_suite
 
     suite = load_suite(Path(args.suite) if args.suite else None)
-    return suite.only(kinds=tuple(k.strip() for k in (args.kinds or "").split(",") if k.strip()), limit=args.limit)
+    return suite.only(
+        kinds=tuple(k.strip() for k in (args.kinds or "").split(",") if k.strip()), limit=args.limit
+    )
 
 
 def _outputs(args: argparse.Namespace) -> dict[str, Path]:
@@ -195,7 +275,9 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
     for file in out.values():
         if not file.absolute().parent.is_dir() or file.is_dir():
             raise ConfigError(
-                f"cannot write {file}", found="no such folder, or a folder of that name", do="name a file in a folder that exists"
+                f"cannot write {file}",
+                found="no such folder, or a folder of that name",
+                do="name a file in a folder that exists",
             )
     return out
 
@@ -227,12 +309,21 @@ def _lines(report: dict[str, Any]) -> list[str]:
     settings, suite = report["settings"], report["suite"]
     ar, diffusion = settings[AR]["total"], settings[DEFAULT]["total"]
     head = f"{'':<12}{'right':>8}{'kept':>9}{'speed':>8}{'tokens/s':>10}{'passes/block':>14}{'tokens/pass':>13}"
-    lines = [f"{suite['problems']} problems of {len(suite['kinds'])} kinds ({suite['name']} {suite['sha256'][:12]})", "", head]
+    lines = [
+        f"{suite['problems']} problems of {len(suite['kinds'])} kinds ({suite['name']} {suite['sha256'][:12]})",
+        "",
+        head,
+    ]
     for name, setting in settings.items():
-        lines.append(_row({AR: "ar", DEFAULT: "diffusion", OTHER: "other"}.get(name, name), setting["total"]))
+        lines.append(
+            _row({AR: "ar", DEFAULT: "diffusion", OTHER: "other"}.get(name, name), setting["total"])
+        )
     lines += ["", f"{'task':<12}{'ar':>8}{'right':>8}{'kept':>9}{'speed':>8}{'passes/block':>14}"]
     for kind, facts in settings[DEFAULT]["kinds"].items():
-        before, passes = settings[AR]["kinds"][kind]["exact"]["value"], facts["passes_per_block"] or 0.0
+        before, passes = (
+            settings[AR]["kinds"][kind]["exact"]["value"],
+            facts["passes_per_block"] or 0.0,
+        )
         figures = f"{before:>7.1f}%{facts['exact']['value']:>7.1f}%{_cell(facts['retention']['value'], 8, 1)}%"
         lines.append(f"{kind:<12}{figures}{_cell(facts['speedup']['value'], 7, 2)}x{passes:>14.2f}")
     loses = "; ".join(where_it_loses(report)) or "nowhere"

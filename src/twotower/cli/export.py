@@ -12,14 +12,30 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a local folder in the published layout, or a hub id")
-    parser.add_argument("-o", "--output", required=True, metavar="BUNDLE", help="the folder to make; it must not exist")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a local folder in the published layout, or a hub id",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="BUNDLE",
+        help="the folder to make; it must not exist",
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         help="element type of weights and residual stream (default: the checkpoint's); the SSM state is float32 in any case",
     )
-    parser.add_argument("--block-size", type=int, default=16, metavar="S", help="block size the denoiser was trained with (default: 16)")
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        default=16,
+        metavar="S",
+        help="block size the denoiser was trained with (default: 16)",
+    )
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -37,7 +53,11 @@ def run(args: argparse.Namespace) -> int:
 
     require_libraries("export", "torch", "onnx", "onnx_ir", "safetensors")
     if args.verify:
-        require_libraries("export,cpu", "onnxruntime", what="comparing the result with the torch towers (--no-verify leaves it out)")
+        require_libraries(
+            "export,cpu",
+            "onnxruntime",
+            what="comparing the result with the torch towers (--no-verify leaves it out)",
+        )
     from twotower.cli.progress import ProgressLine, human_bytes
     from twotower.export import Checkpoint, ExportConfig, export_bundle, locate_checkpoint
 
@@ -45,11 +65,20 @@ def run(args: argparse.Namespace) -> int:
     line = ProgressLine()
     try:
         checkpoint = Checkpoint.open(locate_checkpoint(args.checkpoint))
-        bundle = export_bundle(checkpoint, Path(args.output), config, verify=_verification() if args.verify else None, report=line)
+        bundle = export_bundle(
+            checkpoint,
+            Path(args.output),
+            config,
+            verify=_verification() if args.verify else None,
+            report=line,
+        )
     finally:
         line.end()
     size = sum(record.size for record in bundle.files.values())
-    print(f"{args.output}: {bundle.config.pattern}, {bundle.dtype}, {human_bytes(size)}", file=sys.stderr)
+    print(
+        f"{args.output}: {bundle.config.pattern}, {bundle.dtype}, {human_bytes(size)}",
+        file=sys.stderr,
+    )
     print(_verdict(bundle.path), file=sys.stderr)
     print(f"next: twotower build {args.output} --target ort-cpu", file=sys.stderr)
     return 0

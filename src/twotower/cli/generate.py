@@ -8,7 +8,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from twotower.cli.options import add_generation_options, add_session_options, device_options, generation_overrides, token_ids
+from twotower.cli.options import (
+    add_generation_options,
+    add_session_options,
+    device_options,
+    generation_overrides,
+    token_ids,
+)
 from twotower.cli.prompts import read_prompts
 from twotower.config import GenerationConfig
 
@@ -21,16 +27,33 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", help="a bundle with built engines")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to continue (needs a bundle with a tokenizer)")
-    source.add_argument("--tokens", metavar='"5 6 7"', help="token ids to continue, separated by spaces or commas")
     source.add_argument(
-        "--prompt-file", metavar="F.jsonl", help='one {"text": ...} or {"tokens": [...]} a line, with options of its own if wanted'
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        help="text to continue (needs a bundle with a tokenizer)",
+    )
+    source.add_argument(
+        "--tokens", metavar='"5 6 7"', help="token ids to continue, separated by spaces or commas"
+    )
+    source.add_argument(
+        "--prompt-file",
+        metavar="F.jsonl",
+        help='one {"text": ...} or {"tokens": [...]} a line, with options of its own if wanted',
     )
     add_generation_options(parser)
     add_session_options(parser)
-    parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="prompts generated together at most (8)")
+    parser.add_argument(
+        "--max-batch",
+        type=int,
+        default=8,
+        metavar="N",
+        help="prompts generated together at most (8)",
+    )
     parser.add_argument("--stream", action="store_true", help="print each block as it is committed")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a request on stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object a request on stdout"
+    )
     parser.epilog = 'example: twotower generate bundle "France is a country" --threshold 0.8 --max-new-tokens 64'
 
 
@@ -52,10 +75,14 @@ def run(args: argparse.Namespace) -> int:
     ) as model:
         checking.end()
         _warn(args.bundle)
-        requests = _requests(args, GenerationConfig.from_mapping(generation_overrides(args), base=model.defaults))
+        requests = _requests(
+            args, GenerationConfig.from_mapping(generation_overrides(args), base=model.defaults)
+        )
         if args.stream:
             return _stream(model, requests, as_json=args.json)
-        results = model.generate(requests, on_prefill=lambda done, total: line("reading the prompt", done, total))
+        results = model.generate(
+            requests, on_prefill=lambda done, total: line("reading the prompt", done, total)
+        )
         line.end()
     for result in results:
         print(json.dumps(result.to_json()) if args.json else _readable(result))
@@ -80,7 +107,9 @@ def _stream(model: TwoTower, requests: list[Request], *, as_json: bool) -> int:
                 print(json.dumps(event.result.to_json()), flush=True)
             continue
         piece = event.text if event.text is not None else "".join(f"{t} " for t in event.tokens)
-        print(f"[{event.row}] {piece}" if several else piece, end="\n" if several else "", flush=True)
+        print(
+            f"[{event.row}] {piece}" if several else piece, end="\n" if several else "", flush=True
+        )
         if event.result is not None:
             print("" if several else "\n", end="", flush=True)
             print(_summary(event.result), file=sys.stderr)
@@ -91,7 +120,9 @@ def _requests(args: argparse.Namespace, config: GenerationConfig) -> list[Reques
     from twotower.runtime import Request
 
     if args.prompt_file:
-        return [Request(prompt, own) for prompt, own in read_prompts(Path(args.prompt_file), config)]
+        return [
+            Request(prompt, own) for prompt, own in read_prompts(Path(args.prompt_file), config)
+        ]
     return [Request(args.prompt if args.tokens is None else token_ids(args.tokens), config)]
 
 

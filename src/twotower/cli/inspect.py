@@ -9,7 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from twotower.bundle import Bundle, EngineRecord, built_targets, is_bundle, load_engine_record, record_problems
+from twotower.bundle import (
+    Bundle,
+    EngineRecord,
+    built_targets,
+    is_bundle,
+    load_engine_record,
+    record_problems,
+)
 from twotower.cli.engine_table import engine_facts, engine_lines
 from twotower.cli.expert_words import expert_words
 from twotower.cli.program_table import fusion_lines, program_lines
@@ -26,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint (local folder or hub id), a bundle, an ONNX file or an engine of rtx",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    parser.add_argument("--verify", action="store_true", help="of a bundle: also compare every file's SHA-256")
+    parser.add_argument(
+        "--verify", action="store_true", help="of a bundle: also compare every file's SHA-256"
+    )
     parser.epilog = (
         "Reads headers only: two seconds for the published 118 GB. Of a bundle it shows every built engine: what for, at what cost, and\n"
         "whether it runs here; --json has all of each build.json: inputs, profiles, layers by type, and every warning with its reason.\n"
@@ -46,7 +55,11 @@ def run(args: argparse.Namespace) -> int:
         facts, lines = _engine(path)
         print(json.dumps(facts) if args.json else "\n".join(lines))
         return 0
-    facts, lines = _bundle(path, verify=args.verify) if is_bundle(path) or (path / "engines").is_dir() else _checkpoint(args.path)
+    facts, lines = (
+        _bundle(path, verify=args.verify)
+        if is_bundle(path) or (path / "engines").is_dir()
+        else _checkpoint(args.path)
+    )
     print(json.dumps(facts) if args.json else "\n".join(lines))
     return 0
 
@@ -57,7 +70,13 @@ def _checkpoint(name: str) -> tuple[dict[str, Any], list[str]]:
     checkpoint = Checkpoint.open(locate_checkpoint(name))
     summary = summarize(checkpoint.config, tensors=checkpoint.tensors)
     shards = {t.file for t in checkpoint.tensors.values()}
-    facts = {"kind": "checkpoint", "path": name, "shards": len(shards), "tensors": len(checkpoint.tensors), **summary.to_json()}
+    facts = {
+        "kind": "checkpoint",
+        "path": name,
+        "shards": len(shards),
+        "tensors": len(checkpoint.tensors),
+        **summary.to_json(),
+    }
     head = f"checkpoint  {name}: {len(checkpoint.tensors)} tensors in {len(shards)} file(s), all as published"
     return facts, [head, *summary.lines(), f"next        twotower export {name} -o BUNDLE"]
 
@@ -81,7 +100,9 @@ def _bundle(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:
         "tools": bundle.tools,
         "engines": fitness,
         "quantization": bundle.quantization,
-        "builds": {target: engine_facts(record, fitness[target]) for target, record in records.items()},
+        "builds": {
+            target: engine_facts(record, fitness[target]) for target, record in records.items()
+        },
         **summary.to_json(),
     }
     text = "text and token ids" if bundle.tokenizer_file else "token ids only (no tokenizer)"
@@ -90,8 +111,15 @@ def _bundle(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:
         *summary.lines(),
         *_quantization(bundle),
         f"block size  {bundle.trained_block_size} as trained; threshold {bundle.defaults.confidence_threshold} by default",
-        *(f"{'engines' if i == 0 else '':<12}{target}: {state}" for i, (target, state) in enumerate(fitness.items())),
-        *(line for target, record in records.items() for line in ("", *engine_lines(record, fitness[target]))),
+        *(
+            f"{'engines' if i == 0 else '':<12}{target}: {state}"
+            for i, (target, state) in enumerate(fitness.items())
+        ),
+        *(
+            line
+            for target, record in records.items()
+            for line in ("", *engine_lines(record, fitness[target]))
+        ),
     ]
 
 
@@ -104,7 +132,11 @@ def _quantization(bundle: Bundle) -> list[str]:
     if facts is None:
         return []
     size = sum(ref.nbytes for graph in GRAPH_FILES for ref in bundle.weights(graph).values())
-    kinds = ", ".join(f"{kind} {how}" for kind, how in bundle.precision.items() if kind in facts["recipe"]["weights"])
+    kinds = ", ".join(
+        f"{kind} {how}"
+        for kind, how in bundle.precision.items()
+        if kind in facts["recipe"]["weights"]
+    )
     kinds = f"{kinds}; {human_bytes(size)} of weights in all"
     words = expert_words(facts["recipe"], bundle.dtype)
     computed = [f"            {label}{': ' if label else ''}{line}" for label, line in words]
@@ -116,7 +148,11 @@ def _quantization(bundle: Bundle) -> list[str]:
             "            not measured: `twotower evaluate` it --against the float bundle",
         ]
     kept, passes = measured["retention"]["value"], measured["passes_per_block"]
-    figures = f"keeps {kept:.1f} % of the float bundle's right answers" if kept is not None else "keeps nothing"
+    figures = (
+        f"keeps {kept:.1f} % of the float bundle's right answers"
+        if kept is not None
+        else "keeps nothing"
+    )
     return [
         f"few bits    recipe {facts['recipe']['name']}: {kinds}",
         *computed,
@@ -140,15 +176,32 @@ def _graph(path: Path) -> tuple[dict[str, Any], list[str]]:
     except (OSError, DecodeError) as e:
         raise ConfigError(f"cannot read '{path}'", found=str(e), do="name an ONNX file") from e
     if not model.graph.node:
-        raise ConfigError(f"'{path}' is no ONNX graph", found="there is no operator in it", do="name an ONNX file")
+        raise ConfigError(
+            f"'{path}' is no ONNX graph", found="there is no operator in it", do="name an ONNX file"
+        )
     findings = lint(model)
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
-    graph = {"operators": len(model.graph.node), "inputs": len(model.graph.input), "outputs": len(model.graph.output)}
-    facts = {"kind": "graph", "path": str(path), "opset": opset, **graph, "findings": [f.to_json() for f in findings]}
+    opset = next(
+        (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None
+    )
+    graph = {
+        "operators": len(model.graph.node),
+        "inputs": len(model.graph.input),
+        "outputs": len(model.graph.output),
+    }
+    facts = {
+        "kind": "graph",
+        "path": str(path),
+        "opset": opset,
+        **graph,
+        "findings": [f.to_json() for f in findings],
+    }
     counts = ", ".join(f"{count} {name}" for name, count in graph.items())
     return facts, [
         f"graph       {path}: opset {opset}, {counts}",
-        *(f"{'TensorRT' if i == 0 else '':<12}{line}" for i, line in enumerate(explained(findings) or ["nothing to complain of"])),
+        *(
+            f"{'TensorRT' if i == 0 else '':<12}{line}"
+            for i, line in enumerate(explained(findings) or ["nothing to complain of"])
+        ),
     ]
 
 
@@ -208,8 +261,14 @@ def _with_record(bundle: Bundle, target: str, machine: Machine, *, state: str) -
         return f"{e.what}: {e.found}"
     version = installed_version(machine, target)
     library = {**record.library, "version": version} if version else None
-    problems = record_problems(record, bundle, target, library=library, sm=machine.gpus[0].sm if machine.gpus else None)
-    problems += [] if bundle.has_weights else ["the bundle holds no weights: its engines are for an export of the checkpoint"]
+    problems = record_problems(
+        record, bundle, target, library=library, sm=machine.gpus[0].sm if machine.gpus else None
+    )
+    problems += (
+        []
+        if bundle.has_weights
+        else ["the bundle holds no weights: its engines are for an export of the checkpoint"]
+    )
     if not problems:
         return state if state.startswith("built") else f"built; cannot run here: {state}"
     against = [] if state.startswith("built") else [state]

@@ -43,7 +43,9 @@ class Words:
 
     def block(self, step: TraceStep) -> str:
         """The block after a pass, with a low line for every mask."""
-        return (" " if self._numbers else "").join("_" if t == self._mask else self.one(t) for t in step.next)
+        return (" " if self._numbers else "").join(
+            "_" if t == self._mask else self.one(t) for t in step.next
+        )
 
     def cells(self, step: TraceStep) -> list[tuple[str, str]]:
         """(text, style) of every position after a pass; a masked one shows what was predicted and not taken."""
@@ -135,7 +137,10 @@ def _columns() -> int:
 
 def _width(text: str) -> int:
     """Columns that a text takes: East Asian characters take two, combining ones none."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in _WIDE else 1 for c in text)
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in _WIDE else 1
+        for c in text
+    )
 
 
 def _cut(text: str, columns: int) -> str:

@@ -38,7 +38,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     """The argument tree.
 
     Args:
-        only: Fill in the arguments of this verb alone (importing its module alone); None fills in all.
+        only: Fill in the arguments of this verb alone (importing its module alone); None fills in
+            all.
     """
     parser = argparse.ArgumentParser(
         prog="twotower",
@@ -47,7 +48,9 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"twotower {__version__}")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the stack of an error and debug logging")
+    common.add_argument(
+        "--debug", action="store_true", help="show the stack of an error and debug logging"
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, summary in VERBS.items():
         verb = verbs.add_parser(
@@ -69,16 +72,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     verb = next((w for w in words if w in VERBS), None)
     args = build_parser(verb).parse_args(words)
-    logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.DEBUG if args.debug else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
     try:
         with Interrupts():
             try:
                 return int(args.run(args))
             finally:
-                sys.stdout.flush()  # a reader that went away is noticed here and not by the interpreter's last breath
+                # a reader that went away is noticed here and not by the interpreter's last breath
+                sys.stdout.flush()
     except TwoTowerError as e:
         return _refused(e, e, debug=args.debug)
-    except ModuleNotFoundError as e:  # verbs say beforehand what they need; this is for a path that nobody thought of
+    except (
+        ModuleNotFoundError
+    ) as e:  # verbs say beforehand what they need; this is for a path that nobody thought of
         missing = missing_library(e, f"`twotower {args.verb}`")
         if missing is None:
             raise
@@ -87,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; nothing half-written was left behind", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in the buffer goes nowhere
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # what is still in the buffer goes nowhere
         return 0
 
 

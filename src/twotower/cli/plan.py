@@ -20,11 +20,26 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "path", metavar="CHECKPOINT|BUNDLE|CONFIG", help="a checkpoint (local folder or hub id), a bundle, or a config.json"
+        "path",
+        metavar="CHECKPOINT|BUNDLE|CONFIG",
+        help="a checkpoint (local folder or hub id), a bundle, or a config.json",
     )
-    parser.add_argument("--target", default="rtx", metavar="T", help=f"what would be built: {', '.join(TARGETS)} (default: %(default)s)")
-    parser.add_argument("--dtype", metavar="D", help="float32, float16 or bfloat16 (default: the checkpoint's or bundle's)")
-    parser.add_argument("--experts", metavar="R", help="routed experts in int8, fp8, int4 or nvfp4, as `twotower quantize` makes them")
+    parser.add_argument(
+        "--target",
+        default="rtx",
+        metavar="T",
+        help=f"what would be built: {', '.join(TARGETS)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        metavar="D",
+        help="float32, float16 or bfloat16 (default: the checkpoint's or bundle's)",
+    )
+    parser.add_argument(
+        "--experts",
+        metavar="R",
+        help="routed experts in int8, fp8, int4 or nvfp4, as `twotower quantize` makes them",
+    )
     parser.add_argument(
         "--expert-path",
         default="auto",
@@ -33,23 +48,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "those that a token chose, `dense` all of them; `auto` plans what `twotower build` takes by itself: the chosen "
         "ones where it can (default: %(default)s)",
     )
-    parser.add_argument("--mode", default="diffusion", metavar="M", help="diffusion: both towers; ar: the context tower alone")
-    parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="most rows (default: %(default)s)")
-    parser.add_argument("--max-context", type=int, metavar="N", help="longest text, prompt and answer (default: 4096 or the model's)")
+    parser.add_argument(
+        "--mode",
+        default="diffusion",
+        metavar="M",
+        help="diffusion: both towers; ar: the context tower alone",
+    )
+    parser.add_argument(
+        "--max-batch", type=int, default=8, metavar="N", help="most rows (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="longest text, prompt and answer (default: 4096 or the model's)",
+    )
     parser.add_argument(
         "--max-build-memory",
         metavar="SIZE",
         help="of rtx, trt: cut towers whose engines hold weights, so that the build of each stays below this, e.g. 16G",
     )
-    parser.add_argument("--sm", metavar="LIST", help="of rtx: compute capabilities to build for, e.g. 86,89,120")
-    parser.add_argument("--gpu", metavar="NAME", help="a GPU, e.g. 'RTX 4090' or '2x H100', or all (default: those here, or all)")
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="spread over N GPUs: a tower each, or segments of them")
+    parser.add_argument(
+        "--sm", metavar="LIST", help="of rtx: compute capabilities to build for, e.g. 86,89,120"
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="a GPU, e.g. 'RTX 4090' or '2x H100', or all (default: those here, or all)",
+    )
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="spread over N GPUs: a tower each, or segments of them",
+    )
     parser.add_argument(
         "--disk-rate",
         metavar="RATE",
         help="bytes a second the disk with the bundle is read at, e.g. 7G (default: 3G, assumed)",
     )
-    parser.add_argument("--fit", action="store_true", help="exit with 2 unless one of the GPUs that are looked at fits")
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="exit with 2 unless one of the GPUs that are looked at fits",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.epilog = (
         "Exits with 2, and with what would fit, if the plan fits no GPU of --gpu NAME, none of the GPUs at hand, or, with --fit, none\n"
@@ -64,7 +107,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from twotower.cli.options import byte_size, whole_numbers
     from twotower.hardware import probe_machine
-    from twotower.planning import PlanOptions, describe_fits, describe_plan, fit, on_gpus, plan_bundle, refusal
+    from twotower.planning import (
+        PlanOptions,
+        describe_fits,
+        describe_plan,
+        fit,
+        on_gpus,
+        plan_bundle,
+        refusal,
+    )
 
     asked = PlanOptions(
         target=args.target,
@@ -87,7 +138,9 @@ def run(args: argparse.Namespace) -> int:
     if (concrete or args.fit) and not any(f.fits for f in fits):
         raise refusal(plan, fits)
     if args.json:
-        print(json.dumps({"path": args.path, **plan.to_json(), "gpus": [f.to_json() for f in fits]}))
+        print(
+            json.dumps({"path": args.path, **plan.to_json(), "gpus": [f.to_json() for f in fits]})
+        )
     else:
         print("\n".join([*describe_plan(plan), *_here(plan, machine), *describe_fits(plan, fits)]))
     return 0
@@ -97,7 +150,11 @@ def _here(plan: Plan, machine: Machine) -> list[str]:
     """What this machine has for the build, where that is known."""
     if not plan.build_peak or not machine.available:
         return []
-    enough = "enough" if plan.build_peak <= machine.available else "not enough for the build; see --max-build-memory"
+    enough = (
+        "enough"
+        if plan.build_peak <= machine.available
+        else "not enough for the build; see --max-build-memory"
+    )
     return [f"this host   {machine.available / 1e9:.1f} GB of memory available: {enough}"]
 
 
@@ -129,14 +186,20 @@ def _source(name: str, options: PlanOptions) -> tuple[ModelConfig, PlanOptions]:
     return checkpoint.config, replace(options, checkpoint_bytes=known)
 
 
-def _gpus(name: str | None, options: PlanOptions, machine: Machine) -> tuple[tuple[GpuModel, ...], bool]:
+def _gpus(
+    name: str | None, options: PlanOptions, machine: Machine
+) -> tuple[tuple[GpuModel, ...], bool]:
     """What to hold the plan against, and whether that is a machine somebody means."""
     from twotower.errors import ConfigError
     from twotower.planning import GPUS, GpuModel, gpu_at_hand, gpus_named
 
     if options.target == "ort-cpu":
         if name:
-            raise ConfigError("target ort-cpu uses no GPU", found=f"--gpu {name!r}", do="leave --gpu out, or plan another --target")
+            raise ConfigError(
+                "target ort-cpu uses no GPU",
+                found=f"--gpu {name!r}",
+                do="leave --gpu out, or plan another --target",
+            )
         return (GpuModel("this machine", machine.memory, 0),), False
     if name:
         return gpus_named(name), name.strip().lower() != "all"

@@ -13,7 +13,9 @@ _HEAD = ("engine", "profile", "kernels", "streams", "events", "scratch", "captur
 _SHOWN = 4
 
 
-def program_lines(engines: Mapping[str, Mapping[str, Any]], profiles: Mapping[str, Sequence[str]]) -> list[str]:
+def program_lines(
+    engines: Mapping[str, Mapping[str, Any]], profiles: Mapping[str, Sequence[str]]
+) -> list[str]:
     """A table of all programs, and below it what they are made of; empty where none was read.
 
     Args:
@@ -33,7 +35,9 @@ def program_lines(engines: Mapping[str, Mapping[str, Any]], profiles: Mapping[st
             rows.append(_row(file, name, program))
             details += [f"  {file} {name}: {line}" for line in _details(program)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    table = [
+        "  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
+    ]
     return [*table, *details]
 
 
@@ -60,12 +64,18 @@ def _details(program: Mapping[str, Any]) -> list[str]:
     for times in sorted({c["times"] for c in program["copied"]}):
         sizes = [c["nbytes"] for c in program["copied"] if c["times"] == times]
         how = "transposed" if times == 1 else f"copied {times} times"
-        lines.append(f"keys and values {how} by {len(sizes)} kernels, {human_bytes(sum(sizes))} a pass")
+        lines.append(
+            f"keys and values {how} by {len(sizes)} kernels, {human_bytes(sum(sizes))} a pass"
+        )
     return lines
 
 
 def _kind(kind: str, counts: Mapping[str, int]) -> str:
-    each = f"{counts['min']}" if counts["min"] == counts["max"] else f"{counts['min']} to {counts['max']}"
+    each = (
+        f"{counts['min']}"
+        if counts["min"] == counts["max"]
+        else f"{counts['min']} to {counts['max']}"
+    )
     return f"{kind} {counts['kernels']}" + (f" ({each} a layer)" if counts["layers"] > 1 else "")
 
 

@@ -16,8 +16,9 @@ _FEWEST_BYTES = 10_000
 class Interrupts:
     """Ctrl-C and a polite end of the process as `KeyboardInterrupt`, for the length of a `with` statement.
 
-    Python drops an exception that is raised while it runs a finalizer, and an interrupt that falls there would be lost. So it is
-    remembered, and raised again at the next step of progress. Who started us deaf to Ctrl-C, as a shell does in the background, means it.
+    Python drops an exception that is raised while it runs a finalizer, and an interrupt that falls
+    there would be lost. So it is remembered, and raised again at the next step of progress. Who
+    started us deaf to Ctrl-C, as a shell does in the background, means it.
     """
 
     pending = False
@@ -25,7 +26,10 @@ class Interrupts:
     def __enter__(self) -> None:
         Interrupts.pending = False
         deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        self._before = {n: signal.signal(n, _interrupt) for n in (signal.SIGTERM, *(() if deaf else (signal.SIGINT,)))}
+        self._before = {
+            n: signal.signal(n, _interrupt)
+            for n in (signal.SIGTERM, *(() if deaf else (signal.SIGINT,)))
+        }
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -50,8 +54,9 @@ class ProgressLine:
     """Call it with (what, done, total); it redraws one line at most ten times a second.
 
     Args:
-        unit: `bytes` shows sizes and a rate, anything else is shown as a counted noun. Totals too small to be worth a line as bytes are
-            steps of a build or an export and are shown as they are.
+        unit: `bytes` shows sizes and a rate, anything else is shown as a counted noun. Totals too
+            small to be worth a line as bytes are steps of a build or an export and are shown as
+            they are.
     """
 
     def __init__(self, unit: str = "bytes") -> None:

@@ -11,7 +11,9 @@ from twotower.errors import RequestError
 
 __all__ = ["read_prompts"]
 
-_FORM = 'write {"text": "..."} or {"tokens": [5, 6, 7]}, with generation options beside it if wanted'
+_FORM = (
+    'write {"text": "..."} or {"tokens": [5, 6, 7]}, with generation options beside it if wanted'
+)
 
 
 def read_prompts(path: Path, base: GenerationConfig) -> list[tuple[Any, GenerationConfig]]:
@@ -24,10 +26,22 @@ def read_prompts(path: Path, base: GenerationConfig) -> list[tuple[Any, Generati
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise RequestError(f"cannot read the prompt file {path}", found=str(e), do="name a UTF-8 file with one JSON object a line") from e
-    out = [_prompt_line(f"{path}, line {number}", line, base) for number, line in enumerate(lines, 1) if line.strip()]
+        raise RequestError(
+            f"cannot read the prompt file {path}",
+            found=str(e),
+            do="name a UTF-8 file with one JSON object a line",
+        ) from e
+    out = [
+        _prompt_line(f"{path}, line {number}", line, base)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     if not out:
-        raise RequestError(f"the prompt file {path} has no prompts", found=f"{len(lines)} lines", do='write one {"text": ...} a line')
+        raise RequestError(
+            f"the prompt file {path} has no prompts",
+            found=f"{len(lines)} lines",
+            do='write one {"text": ...} a line',
+        )
     return out
 
 
@@ -39,7 +53,15 @@ def _prompt_line(where: str, line: str, base: GenerationConfig) -> tuple[Any, Ge
     if not isinstance(data, dict) or ("text" in data) == ("tokens" in data):
         raise RequestError(f"{where} is not one prompt", found=line[:80], do=_FORM)
     prompt = data.pop("text") if "text" in data else data.pop("tokens")
-    ids = isinstance(prompt, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt)
+    ids = isinstance(prompt, list) and all(
+        isinstance(t, int) and not isinstance(t, bool) for t in prompt
+    )
     if not isinstance(prompt, str) and not ids:
-        raise RequestError(f"{where}: the prompt is neither text nor a list of token ids", found=repr(prompt)[:80], do=_FORM)
-    return (prompt if isinstance(prompt, str) else tuple(prompt)), GenerationConfig.from_mapping(data, base=base)
+        raise RequestError(
+            f"{where}: the prompt is neither text nor a list of token ids",
+            found=repr(prompt)[:80],
+            do=_FORM,
+        )
+    return (prompt if isinstance(prompt, str) else tuple(prompt)), GenerationConfig.from_mapping(
+        data, base=base
+    )

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twotower.cli.live import LiveView, Words, pass_line
-from twotower.cli.options import add_generation_options, add_session_options, device_options, generation_overrides, token_ids
+from twotower.cli.options import (
+    add_generation_options,
+    add_session_options,
+    device_options,
+    generation_overrides,
+    token_ids,
+)
 from twotower.config import GenerationConfig
 from twotower.errors import RequestError
 
@@ -27,16 +33,41 @@ EXIT_DIFFERENT = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="BUNDLE|FILE.jsonl", nargs="?", help="a bundle with built engines, or a trace to show again; none with --diff"
+        "source",
+        metavar="BUNDLE|FILE.jsonl",
+        nargs="?",
+        help="a bundle with built engines, or a trace to show again; none with --diff",
     )
-    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to continue (needs a bundle with a tokenizer)")
-    parser.add_argument("--tokens", metavar='"5 6 7"', help="token ids to continue, separated by spaces or commas")
+    parser.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        help="text to continue (needs a bundle with a tokenizer)",
+    )
+    parser.add_argument(
+        "--tokens", metavar='"5 6 7"', help="token ids to continue, separated by spaces or commas"
+    )
     out = parser.add_argument_group("what to do with the trace (default: print a line a pass)")
-    out.add_argument("-o", "--output", metavar="FILE.jsonl", help="write the trace: a header, a line a pass, a line a block, an end")
-    out.add_argument("--html", metavar="FILE.html", help="write a self-contained page that plays it")
+    out.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE.jsonl",
+        help="write the trace: a header, a line a pass, a line a block, an end",
+    )
+    out.add_argument(
+        "--html", metavar="FILE.html", help="write a self-contained page that plays it"
+    )
     shown = out.add_mutually_exclusive_group()
-    shown.add_argument("--live", action="store_true", help="draw the block as it is written; of a trace file: replay it")
-    shown.add_argument("--json", action="store_true", help="print one JSON object on stdout: the result and a summary of the passes")
+    shown.add_argument(
+        "--live",
+        action="store_true",
+        help="draw the block as it is written; of a trace file: replay it",
+    )
+    shown.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object on stdout: the result and a summary of the passes",
+    )
     out.add_argument(
         "--diff",
         nargs=2,
@@ -63,10 +94,14 @@ def run(args: argparse.Namespace) -> int:
             check_output(Path(path))
     if args.source is None:
         raise RequestError(
-            "there is nothing to trace", found="neither a bundle nor a trace file was named", do='type twotower trace BUNDLE "PROMPT"'
+            "there is nothing to trace",
+            found="neither a bundle nor a trace file was named",
+            do='type twotower trace BUNDLE "PROMPT"',
         )
     if _is_trace_file(args.source):
-        _refuse_request(args, f"{args.source} is a trace and has a prompt and options of its own", args.prompt)
+        _refuse_request(
+            args, f"{args.source} is a trace and has a prompt and options of its own", args.prompt
+        )
         trace = read_trace(Path(args.source))
         if args.live:
             _replay(trace)
@@ -121,7 +156,9 @@ def _recorded(
         **opening(line),
     ) as model:
         line.end()
-        config = config or GenerationConfig.from_mapping(generation_overrides(args), base=model.defaults)
+        config = config or GenerationConfig.from_mapping(
+            generation_overrides(args), base=model.defaults
+        )
         view = LiveView(_model_words(model)) if live else None
         trace = record_trace(model, prompt, config, bundle=Path(folder).resolve().name, watch=view)
         if view:
@@ -132,7 +169,9 @@ def _recorded(
 def _prompt(text: str | None, tokens: str | None) -> str | tuple[int, ...]:
     if (text is None) == (tokens is None):
         found = "no prompt" if text is None else "both a text and --tokens"
-        raise RequestError("a trace is of one prompt", found=found, do='give either "PROMPT" or --tokens "5 6 7"')
+        raise RequestError(
+            "a trace is of one prompt", found=found, do='give either "PROMPT" or --tokens "5 6 7"'
+        )
     return token_ids(tokens) if tokens is not None else str(text)
 
 
@@ -147,10 +186,22 @@ def _folder_and_target(name: str) -> tuple[str, str | None]:
 
 
 def _refuse_request(args: argparse.Namespace, what: str, prompt: str | None) -> None:
-    given = [name for name, value in (("a prompt", prompt), ("--tokens", args.tokens), ("--preset", args.preset)) if value is not None]
+    given = [
+        name
+        for name, value in (
+            ("a prompt", prompt),
+            ("--tokens", args.tokens),
+            ("--preset", args.preset),
+        )
+        if value is not None
+    ]
     given += sorted(generation_overrides(args))
     if given:
-        raise RequestError(what, found=f"also given: {', '.join(given)}", do="leave these out, or name a bundle and record again")
+        raise RequestError(
+            what,
+            found=f"also given: {', '.join(given)}",
+            do="leave these out, or name a bundle and record again",
+        )
 
 
 def _words(trace: Trace) -> Words:
@@ -159,7 +210,9 @@ def _words(trace: Trace) -> Words:
 
 def _model_words(model: TwoTower) -> Words:
     tokenizer = model.tokenizer
-    return Words(tokenizer.piece if tokenizer else str, model.config.mask_token_id, numbers=tokenizer is None)
+    return Words(
+        tokenizer.piece if tokenizer else str, model.config.mask_token_id, numbers=tokenizer is None
+    )
 
 
 def _replay(trace: Trace) -> None:
@@ -185,7 +238,11 @@ def _summary(trace: Trace) -> dict[str, Any]:
         }
         for s in trace.steps
     ]
-    head = {"bundle": trace.header.bundle, "target": trace.header.target, "config": trace.header.config}
+    head = {
+        "bundle": trace.header.bundle,
+        "target": trace.header.target,
+        "config": trace.header.config,
+    }
     return {**head, **asdict(trace.end), "passes": passes}
 
 
@@ -211,7 +268,16 @@ def _diff(args: argparse.Namespace) -> int:
     diff = diff_traces(a, b)
     if args.json:
         names = [{"bundle": t.header.bundle, "target": t.header.target} for t in (a, b)]
-        print(json.dumps({"a": names[0], "b": names[1], "threshold": a.header.config["confidence_threshold"], **diff.to_json()}))
+        print(
+            json.dumps(
+                {
+                    "a": names[0],
+                    "b": names[1],
+                    "threshold": a.header.config["confidence_threshold"],
+                    **diff.to_json(),
+                }
+            )
+        )
     else:
         print("\n".join(_told(a, b, diff)))
     return 0 if diff.equal else EXIT_DIFFERENT
@@ -221,16 +287,22 @@ def _both(args: argparse.Namespace) -> tuple[Trace, Trace]:
     """Both traces; what a trace file was asked is asked of a bundle beside it, and one bundle's defaults serve for both."""
     from twotower.trace import read_trace
 
-    traces: list[Trace | None] = [read_trace(Path(name)) if _is_trace_file(name) else None for name in args.diff]
+    traces: list[Trace | None] = [
+        read_trace(Path(name)) if _is_trace_file(name) else None for name in args.diff
+    ]
     known = next((t for t in traces if t is not None), None)
     if known is not None:
-        _refuse_request(args, "a trace has a prompt and options of its own, which serve for both", args.source)
+        _refuse_request(
+            args, "a trace has a prompt and options of its own, which serve for both", args.source
+        )
         prompt: str | Sequence[int] = known.header.prompt_tokens
     else:
         prompt = _prompt(args.source, args.tokens)
     for i, name in enumerate(args.diff):
         if traces[i] is None:
-            config = GenerationConfig.from_mapping(known.header.config) if known is not None else None
+            config = (
+                GenerationConfig.from_mapping(known.header.config) if known is not None else None
+            )
             known = traces[i] = _recorded(args, name, prompt, config=config)
     a, b = traces
     assert a is not None
@@ -245,18 +317,37 @@ def _told(a: Trace, b: Trace, diff: TraceDiff) -> list[str]:
         for side, t in (("A", a), ("B", b))
     ]
     if diff.sides is None:
-        lines.append("every pass commits the same" if diff.equal else "every pass commits the same, but the texts end differently")
+        lines.append(
+            "every pass commits the same"
+            if diff.equal
+            else "every pass commits the same, but the texts end differently"
+        )
     else:
-        lines.append(f"first difference: block {diff.block}, step {diff.step}, position {diff.position}")
+        lines.append(
+            f"first difference: block {diff.block}, step {diff.step}, position {diff.position}"
+        )
         for name, side in zip("AB", diff.sides, strict=True):
             if side.token is None:
                 lines.append(f"  {name}  made no such pass")
             else:
                 done = "committed" if side.committed else "left     "
-                lines.append(f"  {name}  {done}  token {side.token} {side.piece!r}, confidence {side.confidence:.6f}")
+                lines.append(
+                    f"  {name}  {done}  token {side.token} {side.piece!r}, confidence {side.confidence:.6f}"
+                )
         threshold = a.header.config["confidence_threshold"]
-        of = {"threshold": f"from the threshold {threshold:g}", "confidence": "between the confidences"}
-        lines += [f"  margin {diff.margin:.6f} {of[diff.margin_of]}"] if diff.margin is not None and diff.margin_of else []
+        of = {
+            "threshold": f"from the threshold {threshold:g}",
+            "confidence": "between the confidences",
+        }
+        lines += (
+            [f"  margin {diff.margin:.6f} {of[diff.margin_of]}"]
+            if diff.margin is not None and diff.margin_of
+            else []
+        )
     lines.append(f"confidences {'before that ' if diff.sides else ''}agree to {diff.agreed_to:.1e}")
-    lines.append("final tokens: equal" if diff.tokens_equal else f"final tokens: different from token {diff.first_token} on")
+    lines.append(
+        "final tokens: equal"
+        if diff.tokens_equal
+        else f"final tokens: different from token {diff.first_token} on"
+    )
     return lines

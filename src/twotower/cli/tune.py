@@ -16,21 +16,43 @@ EXIT_NO_SETTING = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from twotower.cli.evaluate import add_suite_arguments
 
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle with built engines and a tokenizer; it is not changed")
     parser.add_argument(
-        "-o", "--output", required=True, metavar="BUNDLE2", help="the folder to make: the same bundle with presets (files are linked)"
+        "bundle",
+        metavar="BUNDLE",
+        help="a bundle with built engines and a tokenizer; it is not changed",
     )
     parser.add_argument(
-        "--budget", type=float, default=98.7, metavar="P", help="percent of autoregression's right answers to keep (%(default)s)"
+        "-o",
+        "--output",
+        required=True,
+        metavar="BUNDLE2",
+        help="the folder to make: the same bundle with presets (files are linked)",
     )
     parser.add_argument(
-        "--loose", type=float, default=5.0, metavar="P", help="points that the preset `fast` may lose beyond it (%(default)s)"
+        "--budget",
+        type=float,
+        default=98.7,
+        metavar="P",
+        help="percent of autoregression's right answers to keep (%(default)s)",
+    )
+    parser.add_argument(
+        "--loose",
+        type=float,
+        default=5.0,
+        metavar="P",
+        help="points that the preset `fast` may lose beyond it (%(default)s)",
     )
     add_suite_arguments(parser)
     grid = parser.add_argument_group("what to try")
-    grid.add_argument("--thresholds", metavar="X,Y", help="commit thresholds (default: 13 from 0.3 to 0.99)")
+    grid.add_argument(
+        "--thresholds", metavar="X,Y", help="commit thresholds (default: 13 from 0.3 to 0.99)"
+    )
     grid.add_argument("--steps", metavar="N,M", help="most passes a block (default: 3,4,6,16)")
-    parser.add_argument("--json", action="store_true", help="print the presets and all measurements as one JSON object on stdout")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the presets and all measurements as one JSON object on stdout",
+    )
     parser.epilog = (
         "Presets are chosen on one half of the problems and checked on the other. `balanced` becomes the default;\n"
         "`twotower generate BUNDLE2 --preset fast` uses another. Exit code 3: no setting keeps the budget.\n"
@@ -58,10 +80,17 @@ def run(args: argparse.Namespace) -> int:
     suite = chosen_suite(args)
     if output.exists():
         raise BundleError(
-            f"the output folder '{output}' exists already", found="a bundle is never overwritten", do="name a new folder with -o"
+            f"the output folder '{output}' exists already",
+            found="a bundle is never overwritten",
+            do="name a new folder with -o",
         )
     line, checking = ProgressLine("problems"), ProgressLine()
-    options = {"target": args.target, "threads": args.threads, **device_options(args), **opening(checking)}
+    options = {
+        "target": args.target,
+        "threads": args.threads,
+        **device_options(args),
+        **opening(checking),
+    }
     try:
         with TwoTower.open(args.bundle, **options) as model:
             checking.end()
@@ -73,14 +102,23 @@ def run(args: argparse.Namespace) -> int:
     finally:
         line.end()
     bundle = Bundle.open(args.bundle, contents=False)
-    derive_bundle(bundle, output, presets=tuned.presets, default="balanced", reports={"tune": tuned.report})
+    derive_bundle(
+        bundle, output, presets=tuned.presets, default="balanced", reports={"tune": tuned.report}
+    )
     if args.json:
         print(json.dumps(tuned.report))
         return 0
-    print(f"{'preset':<10}{'threshold':>10}{'steps':>7}   {'chosen on: kept, speed':<26}{'checked on: kept, speed':<26}")
+    print(
+        f"{'preset':<10}{'threshold':>10}{'steps':>7}   {'chosen on: kept, speed':<26}{'checked on: kept, speed':<26}"
+    )
     for name, facts in tuned.report["presets"].items():
-        how = f"{facts['config']['confidence_threshold']:>10g}{facts['config']['steps_per_block']:>7}"
-        figures = [f"{facts[half]['retention']['value']:.1f} %, {facts[half]['speedup']['value']:.2f}x" for half in ("choice", "check")]
+        how = (
+            f"{facts['config']['confidence_threshold']:>10g}{facts['config']['steps_per_block']:>7}"
+        )
+        figures = [
+            f"{facts[half]['retention']['value']:.1f} %, {facts[half]['speedup']['value']:.2f}x"
+            for half in ("choice", "check")
+        ]
         print(f"{name:<10}{how}   {figures[0]:<26}{figures[1]:<26}")
     if not tuned.holds:
         print(

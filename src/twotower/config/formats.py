@@ -32,10 +32,11 @@ class WeightFormat:
     Attributes:
         name: `int8`, `fp8`, `int4` or `nvfp4`.
         dtype: Element type of the values.
-        largest: Largest magnitude a value is used for; scales are made so that the greatest weight of a group lands there.
+        largest: Largest magnitude a value is used for; scales are made so that the greatest weight
+            of a group lands there.
         group: Neighbours along the last axis that share a scale; 0 for a whole row.
-        scale_dtype: Element type of the scales; None for the graph's own. With `float8e4m3fn` a second, global scale a tensor in the
-            graph's type multiplies them.
+        scale_dtype: Element type of the scales; None for the graph's own. With `float8e4m3fn` a
+            second, global scale a tensor in the graph's type multiplies them.
         first_sm: The first compute capability whose hardware has the type.
     """
 
@@ -58,7 +59,9 @@ class WeightFormat:
     def nbytes(self, shape: tuple[int, ...], dtype: str) -> int:
         """Bytes of a matrix with its scales, in a graph of element type `dtype`."""
         rows, scales = math.prod(shape[:-1]), self.groups(shape[-1])
-        return stored_bytes(self.dtype, rows * shape[-1]) + stored_bytes(self.scale_dtype or dtype, rows * scales)
+        return stored_bytes(self.dtype, rows * shape[-1]) + stored_bytes(
+            self.scale_dtype or dtype, rows * scales
+        )
 
     @property
     def label(self) -> str:
@@ -71,7 +74,9 @@ FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
         "int8": WeightFormat("int8", "int8", 127.0),
         "fp8": WeightFormat("fp8", "float8e4m3fn", 448.0, first_sm=89),
         "int4": WeightFormat("int4", "int4", 7.0, group=32, first_sm=80),
-        "nvfp4": WeightFormat("nvfp4", "float4e2m1", 6.0, group=16, scale_dtype="float8e4m3fn", first_sm=120),
+        "nvfp4": WeightFormat(
+            "nvfp4", "float4e2m1", 6.0, group=16, scale_dtype="float8e4m3fn", first_sm=120
+        ),
     }
 )
 """Formats the graphs can hold: what ONNX opset 24 has a type for and TensorRT reads (docs/quantization.md)."""
@@ -84,11 +89,14 @@ GROUPS = (128, 64, 32)
 _LONG_ROW, _INT8_GROUPS = 128, (64, 32)
 
 
-def stored_format(name: str, columns: int, *, stacked: bool, rounded_input: bool = False, group: int = 32) -> WeightFormat:
+def stored_format(
+    name: str, columns: int, *, stacked: bool, rounded_input: bool = False, group: int = 32
+) -> WeightFormat:
     """The format as a matrix takes it.
 
-    In 8-bit integers a row has one scale, but for stacked experts with long rows: their scales are blocks in any case, and groups of 64
-    make the error a third smaller. Not where the product's input is rounded too: TensorRT for RTX 1.7 builds no such product of blocks.
+    In 8-bit integers a row has one scale, but for stacked experts with long rows: their scales are
+    blocks in any case, and groups of 64 make the error a third smaller. Not where the product's
+    input is rounded too: TensorRT for RTX 1.7 builds no such product of blocks.
 
     Args:
         name: One of `FORMATS`.
@@ -116,7 +124,8 @@ def product_block(columns: int, group: int, *, even_rows: bool) -> int:
     Args:
         columns: Length of a row.
         group: Weights that share a scale as it is stored; the length of a row where all of it do.
-        even_rows: Whether the product always has an even number of rows (`builders/ort/few_bits.py`).
+        even_rows: Whether the product always has an even number of rows
+            (`builders/ort/few_bits.py`).
     """
     blocks = _BLOCKS if even_rows else (NARROW_BLOCK,)
     return next((block for block in blocks if columns % block == 0 and group % block == 0), 0)
@@ -129,9 +138,10 @@ FUSED_STACKS = "int4 (recipes mixed, int4-experts), or 8 bits with 8-bit inputs 
 def stack_is_expanded(target: str, name: str, *, rounded_input: bool) -> bool:
     """Whether a pass writes stacked experts of a format to device memory at full width before it multiplies them.
 
-    TensorRT for RTX 1.7 dequantizes inside the product only where it has a kernel for that: 4-bit integers, and 8 bits on both
-    sides. Tests hold this against the programs it compiles. TensorRT shares its compiler and is taken to do the same. ONNX
-    Runtime has no product of stacked few-bit weights: it dequantizes all of them with a kernel of its own.
+    TensorRT for RTX 1.7 dequantizes inside the product only where it has a kernel for that: 4-bit
+    integers, and 8 bits on both sides. Tests hold this against the programs it compiles. TensorRT
+    shares its compiler and is taken to do the same. ONNX Runtime has no product of stacked few-bit
+    weights: it dequantizes all of them with a kernel of its own.
 
     Args:
         target: `rtx`, `trt`, `ort-cuda` or `ort-cpu`.

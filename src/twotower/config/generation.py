@@ -25,9 +25,11 @@ class GenerationConfig:
         mode: `diffusion` (both towers), `ar` (context tower alone, token by token) or `auto`: the
             one that is expected to be faster for the batch. The result says which it was.
         max_new_tokens: Tokens to generate at most; the last block is cut to fit.
-        block_size: Tokens denoised together (S). Above the trained size quality collapses, so it needs the override.
+        block_size: Tokens denoised together (S). Above the trained size quality collapses, so it
+            needs the override.
         steps_per_block: Denoiser passes a block may take; 1 commits everything at once.
-        confidence_threshold: A prediction above it is committed; 0.8 is the published operating point.
+        confidence_threshold: A prediction above it is committed; 0.8 is the published operating
+            point.
         temperature: 0 is greedy. Confidence is always the un-tempered probability.
         top_k: Sample among the k best tokens, 0 for all kept candidates (at most 64).
         top_p: Nucleus sampling, `ar` mode only.
@@ -54,7 +56,9 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, (str, list)):
-            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+            object.__setattr__(
+                self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+            )
         for name, ok, allowed in self._checks():
             if not ok:
                 raise ConfigError(
@@ -66,15 +70,37 @@ class GenerationConfig:
     def _checks(self) -> list[tuple[str, bool, str]]:
         names = ("max_new_tokens", "block_size", "steps_per_block", "top_k")
         whole = {n: _is_whole(getattr(self, n)) for n in names}
-        real = {n: _is_real(getattr(self, n)) for n in ("confidence_threshold", "temperature", "top_p")}
+        real = {
+            n: _is_real(getattr(self, n)) for n in ("confidence_threshold", "temperature", "top_p")
+        }
         return [
             ("mode", self.mode in MODES, "'diffusion', 'ar' or 'auto'"),
-            ("max_new_tokens", whole["max_new_tokens"] and self.max_new_tokens > 0, "a whole number above 0"),
+            (
+                "max_new_tokens",
+                whole["max_new_tokens"] and self.max_new_tokens > 0,
+                "a whole number above 0",
+            ),
             ("block_size", whole["block_size"] and self.block_size > 0, "a whole number above 0"),
-            ("steps_per_block", whole["steps_per_block"] and self.steps_per_block > 0, "a whole number above 0"),
-            ("confidence_threshold", real["confidence_threshold"] and 0 <= self.confidence_threshold <= 1, "0 to 1"),
-            ("temperature", real["temperature"] and 0 <= self.temperature <= 100, "0 (greedy) to 100"),
-            ("top_k", whole["top_k"] and 0 <= self.top_k <= CANDIDATES, f"0 (all candidates) to {CANDIDATES}"),
+            (
+                "steps_per_block",
+                whole["steps_per_block"] and self.steps_per_block > 0,
+                "a whole number above 0",
+            ),
+            (
+                "confidence_threshold",
+                real["confidence_threshold"] and 0 <= self.confidence_threshold <= 1,
+                "0 to 1",
+            ),
+            (
+                "temperature",
+                real["temperature"] and 0 <= self.temperature <= 100,
+                "0 (greedy) to 100",
+            ),
+            (
+                "top_k",
+                whole["top_k"] and 0 <= self.top_k <= CANDIDATES,
+                f"0 (all candidates) to {CANDIDATES}",
+            ),
             ("top_p", real["top_p"] and 0 < self.top_p <= 1, "above 0, up to 1"),
             (
                 "top_p",
@@ -84,11 +110,17 @@ class GenerationConfig:
             ("seed", _is_seed(self.seed), "0 to 2**64 - 1, or none to have one drawn"),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"),
-            ("allow_untrained_block_size", isinstance(self.allow_untrained_block_size, bool), "true or false"),
+            (
+                "allow_untrained_block_size",
+                isinstance(self.allow_untrained_block_size, bool),
+                "true or false",
+            ),
         ]
 
     @classmethod
-    def from_mapping(cls, data: Mapping[str, Any], base: GenerationConfig | None = None) -> GenerationConfig:
+    def from_mapping(
+        cls, data: Mapping[str, Any], base: GenerationConfig | None = None
+    ) -> GenerationConfig:
         """A config from plain data (a prompt file's line, a bundle's defaults), on top of `base`.
 
         Raises:

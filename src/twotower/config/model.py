@@ -38,10 +38,22 @@ _KIND_OF_WORD = {
     "mlp": LayerKind.MLP,
 }
 # Only this value of each field has a defined meaning in the published model code.
-_FIXED = {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "use_bias": False, "attention_bias": False, "mlp_bias": False}
+_FIXED = {
+    "mlp_hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+    "use_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
 # Sizes that only some layer kinds need: a model without such a layer may leave them out.
 _NEEDED_BY = {
-    LayerKind.MAMBA: ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel"),
+    LayerKind.MAMBA: (
+        "mamba_num_heads",
+        "mamba_head_dim",
+        "ssm_state_size",
+        "n_groups",
+        "conv_kernel",
+    ),
     LayerKind.ATTENTION: ("num_attention_heads", "num_key_value_heads", "head_dim"),
     LayerKind.MOE: ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
     LayerKind.MLP: ("intermediate_size",),
@@ -143,7 +155,11 @@ class ModelConfig:
                 found=f"unknown keys {unknown}, layers {data.get('layers')!r}; allowed keys: {', '.join(sorted(known))}",
                 do="export the checkpoint again with this version of twotower",
             )
-        read = {"layers": _layers({"hybrid_override_pattern": data["layers"]}, "the model section of the bundle")}
+        read = {
+            "layers": _layers(
+                {"hybrid_override_pattern": data["layers"]}, "the model section of the bundle"
+            )
+        }
         if "time_step_limit" in data:
             read["time_step_limit"] = _interval(data["time_step_limit"])
         if "eos_token_ids" in data:
@@ -160,7 +176,9 @@ def read_model_config(path: Path) -> ModelConfig:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise ConfigError(f"cannot read {path}", found=str(e), do="name the folder that holds config.json") from e
+        raise ConfigError(
+            f"cannot read {path}", found=str(e), do="name the folder that holds config.json"
+        ) from e
     except (ValueError, RecursionError) as e:
         raise ConfigError(f"{path} is not JSON", found=str(e), do="download the file again") from e
     return parse_model_config(raw, str(path))
@@ -173,7 +191,11 @@ def parse_model_config(raw: object, name: str) -> ModelConfig:
         ConfigError: it is of another architecture or has unusable values.
     """
     if not isinstance(raw, dict):
-        raise ConfigError(f"{name} is not a model config", found=f"a {type(raw).__name__}", do="expect a JSON object")
+        raise ConfigError(
+            f"{name} is not a model config",
+            found=f"a {type(raw).__name__}",
+            do="expect a JSON object",
+        )
     architectures = raw.get("architectures")
     if not isinstance(architectures, list) or ARCHITECTURE not in architectures:
         raise ConfigError(
@@ -186,12 +208,16 @@ def parse_model_config(raw: object, name: str) -> ModelConfig:
 
 def _from_published(raw: dict[str, Any], path: str) -> ModelConfig:
     values: dict[str, Any] = {"layers": _layers(raw, path)}
-    wrong = [f"{k}={raw[k]!r} (only {v!r} is defined)" for k, v in _FIXED.items() if raw.get(k, v) != v]
+    wrong = [
+        f"{k}={raw[k]!r} (only {v!r} is defined)" for k, v in _FIXED.items() if raw.get(k, v) != v
+    ]
     if raw.get("tie_word_embeddings"):
         wrong.append("tie_word_embeddings=true (the towers are untied)")
     if wrong:
         raise ConfigError(
-            f"{path} asks for mathematics this model does not have", found="; ".join(wrong), do="use the published config.json"
+            f"{path} asks for mathematics this model does not have",
+            found="; ".join(wrong),
+            do="use the published config.json",
         )
     for f in fields(ModelConfig):
         if raw.get(f.name) is not None and f.name not in values:
@@ -201,7 +227,11 @@ def _from_published(raw: dict[str, Any], path: str) -> ModelConfig:
     values["dtype"] = raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"
     missing = [k for k in ("vocab_size", "hidden_size") if k not in values]
     if missing:
-        raise ConfigError(f"{path} lacks {', '.join(missing)}", found=f"{len(raw)} fields", do="use the published config.json")
+        raise ConfigError(
+            f"{path} lacks {', '.join(missing)}",
+            found=f"{len(raw)} fields",
+            do="use the published config.json",
+        )
     return ModelConfig(**values)
 
 
@@ -213,7 +243,11 @@ def _interval(value: Any) -> Any:
     """(lower, upper) with None for "no bound"; anything else comes back as it is, for the check to name."""
     if value is None:
         return 0.0, math.inf
-    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(x is None or _is_number(x) for x in value):
+    if (
+        not isinstance(value, (list, tuple))
+        or len(value) != 2
+        or not all(x is None or _is_number(x) for x in value)
+    ):
         return value
     low, high = value
     return float(low or 0.0), math.inf if high is None else float(high)
@@ -232,7 +266,11 @@ def _layers(raw: dict[str, Any], path: str) -> tuple[LayerKind, ...]:
             found="neither hybrid_override_pattern nor layers_block_type",
             do="use the published config.json",
         )
-    unknown = [f"{name!r} at layer {i}" for i, name in enumerate(names) if not isinstance(name, str) or name not in table]
+    unknown = [
+        f"{name!r} at layer {i}"
+        for i, name in enumerate(names)
+        if not isinstance(name, str) or name not in table
+    ]
     if unknown:
         raise ConfigError(
             f"{path} names layer kinds this tool does not know",
@@ -253,14 +291,22 @@ def _problems(c: ModelConfig) -> list[str]:
     needed = {"vocab_size", "hidden_size"}
     for kind in Counter(c.layers):
         needed.update(_NEEDED_BY[kind])
-    out = [f"{k}={getattr(c, k)!r} (a whole number above 0)" for k in sorted(needed) if not _is_positive(getattr(c, k))]
+    out = [
+        f"{k}={getattr(c, k)!r} (a whole number above 0)"
+        for k in sorted(needed)
+        if not _is_positive(getattr(c, k))
+    ]
     out += _mistyped(c, needed)
     if out:
         return out
     if c.num_key_value_heads and c.num_attention_heads % c.num_key_value_heads:
-        out.append(f"num_attention_heads={c.num_attention_heads} is not a multiple of num_key_value_heads={c.num_key_value_heads}")
+        out.append(
+            f"num_attention_heads={c.num_attention_heads} is not a multiple of num_key_value_heads={c.num_key_value_heads}"
+        )
     if LayerKind.MAMBA in c.layers and c.mamba_num_heads % c.n_groups:
-        out.append(f"mamba_num_heads={c.mamba_num_heads} is not a multiple of n_groups={c.n_groups}")
+        out.append(
+            f"mamba_num_heads={c.mamba_num_heads} is not a multiple of n_groups={c.n_groups}"
+        )
     if LayerKind.MOE in c.layers:
         out += _moe_problems(c)
     if not c.layers:
@@ -293,7 +339,12 @@ def _mistyped(c: ModelConfig, checked: set[str]) -> list[str]:
     if not all(_is_count(token) for token in c.eos_token_ids):
         out.append(f"eos_token_id={list(c.eos_token_ids)!r} (token ids, 0 or more)")
     limit = c.time_step_limit
-    if not (isinstance(limit, tuple) and len(limit) == 2 and all(_is_number(x) for x in limit) and 0 <= limit[0] <= limit[1]):
+    if not (
+        isinstance(limit, tuple)
+        and len(limit) == 2
+        and all(_is_number(x) for x in limit)
+        and 0 <= limit[0] <= limit[1]
+    ):
         out.append(f"time_step_limit={limit!r} is not an interval")
     return out
 
@@ -301,15 +352,23 @@ def _mistyped(c: ModelConfig, checked: set[str]) -> list[str]:
 def _moe_problems(c: ModelConfig) -> list[str]:
     out = []
     if c.num_experts_per_tok > c.n_routed_experts:
-        out.append(f"num_experts_per_tok={c.num_experts_per_tok} of only {c.n_routed_experts} experts")
+        out.append(
+            f"num_experts_per_tok={c.num_experts_per_tok} of only {c.n_routed_experts} experts"
+        )
     if c.n_group < 1 or c.n_routed_experts % c.n_group or not 1 <= c.topk_group <= c.n_group:
-        out.append(f"n_group={c.n_group}, topk_group={c.topk_group} do not divide {c.n_routed_experts} experts")
+        out.append(
+            f"n_group={c.n_group}, topk_group={c.topk_group} do not divide {c.n_routed_experts} experts"
+        )
     elif c.num_experts_per_tok > c.topk_group * (c.n_routed_experts // c.n_group):
-        out.append(f"num_experts_per_tok={c.num_experts_per_tok} is more than the {c.topk_group} chosen group(s) hold")
+        out.append(
+            f"num_experts_per_tok={c.num_experts_per_tok} is more than the {c.topk_group} chosen group(s) hold"
+        )
     if c.n_shared_experts not in (0, 1):
         out.append(f"n_shared_experts={c.n_shared_experts} (0 or 1)")
     elif c.n_shared_experts and not _is_positive(c.moe_shared_expert_intermediate_size):
-        out.append(f"moe_shared_expert_intermediate_size={c.moe_shared_expert_intermediate_size!r} (a whole number above 0)")
+        out.append(
+            f"moe_shared_expert_intermediate_size={c.moe_shared_expert_intermediate_size!r} (a whole number above 0)"
+        )
     return out
 
 

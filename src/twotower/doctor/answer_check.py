@@ -9,7 +9,15 @@ from contextlib import AbstractContextManager
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder
 from twotower.doctor.canary import CheckResult
 from twotower.doctor.diagnosis import Comparison, Observed, compare, symptoms_of
-from twotower.doctor.known_answer import Answer, KnownAnswer, answers_of, compute_answer, read_answer, tokens_in_company, write_answer
+from twotower.doctor.known_answer import (
+    Answer,
+    KnownAnswer,
+    answers_of,
+    compute_answer,
+    read_answer,
+    tokens_in_company,
+    write_answer,
+)
 from twotower.doctor.known_issues import Setting, Symptom, explain
 from twotower.errors import EngineMismatchError, EngineOutputError
 from twotower.runtime import TwoTower
@@ -37,21 +45,32 @@ def known_answer_of(bundle: Bundle, open_reference: Opener) -> tuple[KnownAnswer
         with open_reference() as model:
             answer = compute_answer(bundle, model)
     except EngineMismatchError as e:
-        return None, f"{e.what}; run `twotower build {bundle.path} --target {KEPT_BY}` and check again, on any machine"
+        return (
+            None,
+            f"{e.what}; run `twotower build {bundle.path} --target {KEPT_BY}` and check again, on any machine",
+        )
     written = write_answer(bundle, answer)
-    return answer, f"computed by {answer.made_by} and {'kept in the bundle' if written else 'not kept: the bundle cannot be written'}"
+    return (
+        answer,
+        f"computed by {answer.made_by} and {'kept in the bundle' if written else 'not kept: the bundle cannot be written'}",
+    )
 
 
 def setting_of(bundle: Bundle, target: str, sm: int | None = None) -> Setting:
     """Where an engine runs, from its build record; call it for an engine that has been opened, and so checked."""
     record = json.loads((engine_folder(bundle, target) / BUILD_FILE).read_text(encoding="utf-8"))
     report = record["report"]
-    graphs = [*report.get("operators", {}).values(), *(facts["operators"] for facts in report.get("engines", {}).values())]
+    graphs = [
+        *report.get("operators", {}).values(),
+        *(facts["operators"] for facts in report.get("engines", {}).values()),
+    ]
     operators = frozenset(op for graph in graphs for op in graph)
     return Setting(target=target, dtype=str(record["dtype"]), sm=sm, operators=operators)
 
 
-def check_answer(known: KnownAnswer, model: TwoTower, setting: Setting, *, open_plain: Opener | None = None) -> Iterator[CheckResult]:
+def check_answer(
+    known: KnownAnswer, model: TwoTower, setting: Setting, *, open_plain: Opener | None = None
+) -> Iterator[CheckResult]:
     """One check, and for an engine that fails it the known defects with its symptoms.
 
     Args:
@@ -62,8 +81,12 @@ def check_answer(known: KnownAnswer, model: TwoTower, setting: Setting, *, open_
     """
     needed = max(len(a.prompt) + len(a.tokens) for a in (known.short, known.long))
     if model.max_context < needed:
-        held = f"these engines hold texts of {model.max_context} tokens, the known answer has {needed}"
-        yield CheckResult("known answer", None, f"{held}: build them with --max-context {needed} or more")
+        held = (
+            f"these engines hold texts of {model.max_context} tokens, the known answer has {needed}"
+        )
+        yield CheckResult(
+            "known answer", None, f"{held}: build them with --max-context {needed} or more"
+        )
         return
     try:
         seen = _observed(known, model, setting.dtype, open_plain)
@@ -74,10 +97,14 @@ def check_answer(known: KnownAnswer, model: TwoTower, setting: Setting, *, open_
         symptoms = symptoms_of(seen)
         yield CheckResult("known answer", not symptoms, _detail(seen, symptoms))
     for issue in explain(symptoms, setting):
-        yield CheckResult("known issue with this symptom", None, f"{issue.name} ({issue.reference}); {issue.do}")
+        yield CheckResult(
+            "known issue with this symptom", None, f"{issue.name} ({issue.reference}); {issue.do}"
+        )
 
 
-def _observed(known: KnownAnswer, model: TwoTower, dtype: str, open_plain: Opener | None) -> Observed:
+def _observed(
+    known: KnownAnswer, model: TwoTower, dtype: str, open_plain: Opener | None
+) -> Observed:
     short, long = (answers_of(model, a.prompt, a) for a in (known.short, known.long))
     others = [known.short.prompt[::-1], tuple(sorted(known.short.prompt))]
     company = tokens_in_company(model, [known.short.prompt, *others])
@@ -105,7 +132,10 @@ def _same_text(tokens: tuple[int, ...], alone: Answer, dtype: str) -> bool | Non
 
 
 def _detail(seen: Observed, symptoms: tuple[Symptom, ...]) -> str:
-    texts = ", ".join(f"{name} text {_described(c, seen.dtype)}" for name, c in (("short", seen.short), ("long", seen.long)))
+    texts = ", ".join(
+        f"{name} text {_described(c, seen.dtype)}"
+        for name, c in (("short", seen.short), ("long", seen.long))
+    )
     return f"{'; '.join(symptoms)}: {texts}" if symptoms else texts
 
 

@@ -33,15 +33,28 @@ def check_bundle(model: TwoTower) -> Iterator[CheckResult]:
     """Generates with an opened bundle in ways that must agree with one another; a few seconds on a small model."""
     c = model.config
     rng = np.random.default_rng(0)
-    words = np.setdiff1d(np.arange(c.vocab_size), [c.mask_token_id, c.pad_token_id, *c.eos_token_ids])
+    words = np.setdiff1d(
+        np.arange(c.vocab_size), [c.mask_token_id, c.pad_token_id, *c.eos_token_ids]
+    )
     prompts = [rng.choice(words, n).tolist() for n in (9, 1, 33)]
-    diffusion = GenerationConfig(max_new_tokens=_NEW_TOKENS, confidence_threshold=0.8, ignore_eos=True)
+    diffusion = GenerationConfig(
+        max_new_tokens=_NEW_TOKENS, confidence_threshold=0.8, ignore_eos=True
+    )
     steps: list[StepRecord] = []
     try:
         alone = model.generate(prompts[0], diffusion, on_step=steps.append)
         together = model.generate(list(reversed(prompts)), diffusion)[-1]
-        texts = [model.generate(prompts[0], GenerationConfig(mode="ar", max_new_tokens=8, ignore_eos=True))]
-        texts.append(model.generate([*prompts[0], *texts[0].tokens[:4]], GenerationConfig(mode="ar", max_new_tokens=4, ignore_eos=True)))
+        texts = [
+            model.generate(
+                prompts[0], GenerationConfig(mode="ar", max_new_tokens=8, ignore_eos=True)
+            )
+        ]
+        texts.append(
+            model.generate(
+                [*prompts[0], *texts[0].tokens[:4]],
+                GenerationConfig(mode="ar", max_new_tokens=4, ignore_eos=True),
+            )
+        )
     except TwoTowerError as e:
         yield CheckResult("generation", False, str(e))
         return
@@ -49,18 +62,29 @@ def check_bundle(model: TwoTower) -> Iterator[CheckResult]:
     yield CheckResult("confidences are finite", finite, f"{len(steps)} denoiser passes")
     same = alone.tokens == together.tokens
     yield CheckResult(
-        "a text does not depend on its neighbours", same, "alone and in a batch of three" if same else _difference(alone, together)
+        "a text does not depend on its neighbours",
+        same,
+        "alone and in a batch of three" if same else _difference(alone, together),
     )
     joined = texts[0].tokens[4:] == texts[1].tokens
-    yield CheckResult("tokens read one by one and as a prompt give the same state", joined, "8 autoregressive tokens")
+    yield CheckResult(
+        "tokens read one by one and as a prompt give the same state",
+        joined,
+        "8 autoregressive tokens",
+    )
     masked = c.mask_token_id in alone.tokens
     yield CheckResult("no mask token in the text", not masked, f"mask token {c.mask_token_id}")
-    # Not a failure: random weights and hard texts stay near 1. A trained model at exactly 1.0 has lost its parallelism.
+    # Not a failure: random weights and hard texts stay near 1. A trained model at exactly 1.0 has
+    # lost its parallelism.
     rate = alone.usage.tokens_per_nfe
-    yield CheckResult("more than one token a pass", rate > 1 or None, f"{rate:.2f} tokens a pass at threshold 0.8")
+    yield CheckResult(
+        "more than one token a pass", rate > 1 or None, f"{rate:.2f} tokens a pass at threshold 0.8"
+    )
 
 
-def check_chain(progress: Callable[[str], None] | None = None, target: str = "ort-cpu") -> Iterator[CheckResult]:
+def check_chain(
+    progress: Callable[[str], None] | None = None, target: str = "ort-cpu"
+) -> Iterator[CheckResult]:
     """Known answer: a small random model through export, build and generation on one target, against the plain torch loop."""
     try:
         import torch  # noqa: F401, PLC0415 - the check is for environments that can export
@@ -72,16 +96,29 @@ def check_chain(progress: Callable[[str], None] | None = None, target: str = "or
     with tempfile.TemporaryDirectory(prefix="twotower-doctor-") as scratch:
         checkpoint = write_checkpoint(Path(scratch) / "checkpoint", _small_config())
         try:
-            yield from _known_answer(checkpoint, Path(scratch) / "bundle", target=target, progress=progress or (lambda what: None))
+            yield from _known_answer(
+                checkpoint,
+                Path(scratch) / "bundle",
+                target=target,
+                progress=progress or (lambda what: None),
+            )
         except (TwoTowerError, ImportError) as e:
-            yield _not_checked(e) if isinstance(e, ImportError) else CheckResult("known answer", False, str(e))
+            yield (
+                _not_checked(e)
+                if isinstance(e, ImportError)
+                else CheckResult("known answer", False, str(e))
+            )
 
 
 def _not_checked(missing: ImportError) -> CheckResult:
-    return CheckResult("known answer", None, f"not checked, it needs the extras `export` and `cpu`: {missing}")
+    return CheckResult(
+        "known answer", None, f"not checked, it needs the extras `export` and `cpu`: {missing}"
+    )
 
 
-def _known_answer(checkpoint: Path, bundle: Path, *, target: str, progress: Callable[[str], None]) -> Iterator[CheckResult]:
+def _known_answer(
+    checkpoint: Path, bundle: Path, *, target: str, progress: Callable[[str], None]
+) -> Iterator[CheckResult]:
     import torch  # noqa: PLC0415
 
     from twotower.builders import build_engines, builder_for  # noqa: PLC0415
@@ -99,7 +136,11 @@ def _known_answer(checkpoint: Path, bundle: Path, *, target: str, progress: Call
         return outcome
 
     exported = export_bundle(opened, bundle, verify=verify)
-    yield CheckResult("exported graphs compute the torch towers", True, f"error {outcome['largest_error']:.1e}, allowed {TOLERANCE:.0e}")
+    yield CheckResult(
+        "exported graphs compute the torch towers",
+        True,
+        f"error {outcome['largest_error']:.1e}, allowed {TOLERANCE:.0e}",
+    )
     progress("building and generating")
     build_engines(exported, target, builder_for(target))
 
@@ -110,9 +151,18 @@ def _known_answer(checkpoint: Path, bundle: Path, *, target: str, progress: Call
     prompt = list(range(5, 25))
     with TwoTower.open(bundle, target=target) as model:
         for mode in ("diffusion", "ar"):
-            config = GenerationConfig(mode=mode, max_new_tokens=40, confidence_threshold=0.5, ignore_eos=True)
-            got, want = model.generate(prompt, config).tokens, reference_generate(towers, prompt, config).tokens
-            yield CheckResult(f"known answer, {mode}", list(got) == want, "40 tokens, the shipped loop against plain torch")
+            config = GenerationConfig(
+                mode=mode, max_new_tokens=40, confidence_threshold=0.5, ignore_eos=True
+            )
+            got, want = (
+                model.generate(prompt, config).tokens,
+                reference_generate(towers, prompt, config).tokens,
+            )
+            yield CheckResult(
+                f"known answer, {mode}",
+                list(got) == want,
+                "40 tokens, the shipped loop against plain torch",
+            )
         yield from check_bundle(model)
 
 
@@ -145,5 +195,8 @@ def _small_config() -> dict[str, Any]:
 
 
 def _difference(a: Any, b: Any) -> str:
-    at = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y), min(len(a.tokens), len(b.tokens)))
+    at = next(
+        (i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y),
+        min(len(a.tokens), len(b.tokens)),
+    )
     return f"the texts part at token {at}"

@@ -88,7 +88,10 @@ def copy_rates(cuda: Cuda, *, size: int = 1 << 30) -> dict[str, float]:
             "to the device": (on.a, on.host, 1),
             "to the host": (on.host, on.b, 1),
         }
-        return {name: counted * size / _seconds(on, target, source) / 1e9 for name, (target, source, counted) in ways.items()}
+        return {
+            name: counted * size / _seconds(on, target, source) / 1e9
+            for name, (target, source, counted) in ways.items()
+        }
 
 
 def _seconds(on: _Bench, target: int, source: int) -> float:
@@ -138,7 +141,9 @@ def _replayed(on: _Bench) -> Iterator[CheckResult]:
     work()
     on.first.synchronize()
     graph = capture(cuda, stream, work, name="three copies")
-    yield CheckResult("copies are captured as a graph", graph is not None, "three copies, one of rows")
+    yield CheckResult(
+        "copies are captured as a graph", graph is not None, "three copies, one of rows"
+    )
     if graph is None:
         return
     try:

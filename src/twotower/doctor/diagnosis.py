@@ -15,9 +15,11 @@ __all__ = ["TOLERANCE", "Comparison", "Observed", "compare", "symptoms_of"]
 TOLERANCE = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.12}
 """Largest median difference of confidences, or of log-probabilities in nats, that rounding explains, by the engine's element type.
 
-float32 has room for another order of summation and not for TF32, whose products keep ten bits. The others have twice what rounding
-every result costs the models of this repository at worst (0.015 and 0.058, by twotower.evaluate.half_precision); one wrong token in a
-short prompt costs 0.11 to 0.27. An engine that is wrong in a few places only is not found by this, but by its tokens in float32."""
+float32 has room for another order of summation and not for TF32, whose products keep ten bits. The
+others have twice what rounding every result costs the models of this repository at worst (0.015 and
+0.058, by twotower.evaluate.half_precision); one wrong token in a short prompt costs 0.11 to 0.27.
+An engine that is wrong in a few places only is not found by this, but by its tokens in float32.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +27,10 @@ class Comparison:
     """One answer against the known one.
 
     Attributes:
-        first: The first token that differs, by diffusion or autoregressively; None if all are equal.
-        error: Median difference of the numbers behind them, as far as both computed them from the same tokens.
+        first: The first token that differs, by diffusion or autoregressively; None if all are
+            equal.
+        error: Median difference of the numbers behind them, as far as both computed them from the
+            same tokens.
         finite: Whether every number is one.
         zeros: Whether every confidence is zero, and
         constant: whether the text is one token over and over and the known one is not.
@@ -71,7 +75,14 @@ def compare(known: Answer, got: Answer) -> Comparison:
     """Holds an answer against the known one; `got` must have scored the known one's tokens."""
     numbers = [c for p in got.passes for c in p.confidence] + list(got.logprobs)
     finite = bool(np.isfinite(numbers).all())
-    firsts = [f for f in (_first_difference(known.tokens, got.tokens), _first_difference(known.ar_tokens, got.ar_tokens)) if f is not None]
+    firsts = [
+        f
+        for f in (
+            _first_difference(known.tokens, got.tokens),
+            _first_difference(known.ar_tokens, got.ar_tokens),
+        )
+        if f is not None
+    ]
     return Comparison(
         first=min(firsts, default=None),
         error=_typical_error(known, got) if finite else float("inf"),
@@ -109,14 +120,17 @@ def symptoms_of(seen: Observed) -> tuple[Symptom, ...]:
 def _first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     if a == b:
         return None
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def _typical_error(known: Answer, got: Answer) -> float:
     """The larger of the median differences: of log-probabilities, and of confidences in passes that began from the same blocks.
 
-    Medians, because experts are chosen: a close call between two of them goes the other way by rounding alone, and then this one
-    position is far off. An engine that is wrong is wrong at most positions.
+    Medians, because experts are chosen: a close call between two of them goes the other way by
+    rounding alone, and then this one position is far off. An engine that is wrong is wrong at most
+    positions.
     """
     confidences: list[float] = []
     for want, have in zip(known.passes, got.passes, strict=False):

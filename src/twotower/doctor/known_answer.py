@@ -34,7 +34,10 @@ ANSWER_FILE = Path("engines") / "known-answer.json"
 
 SCHEMA = 1
 _NEW_TOKENS, _AR_TOKENS = 48, 24
-_SHORT, _LONG = 9, 240  # the long text crosses position 256, where the first bucket of the cache ends
+_SHORT, _LONG = (
+    9,
+    240,
+)  # the long text crosses position 256, where the first bucket of the cache ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,10 @@ class KnownAnswer:
 def known_prompts(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The two prompts, the same for every bundle with this vocabulary and these texts lengths."""
     rng = np.random.default_rng(20)
-    words = np.setdiff1d(np.arange(config.vocab_size), [config.mask_token_id, config.pad_token_id, *config.eos_token_ids])
+    words = np.setdiff1d(
+        np.arange(config.vocab_size),
+        [config.mask_token_id, config.pad_token_id, *config.eos_token_ids],
+    )
     longest = min(_LONG, config.max_position_embeddings - _NEW_TOKENS)
     return tuple(rng.choice(words, _SHORT).tolist()), tuple(rng.choice(words, longest).tolist())
 
@@ -93,13 +99,19 @@ def answers_of(model: TwoTower, prompt: Sequence[int], given: Answer | None = No
     Args:
         model: An opened bundle.
         prompt: Token ids.
-        given: An answer whose autoregressive tokens are scored in place of the model's own, so that the numbers can be compared.
+        given: An answer whose autoregressive tokens are scored in place of the model's own, so that
+            the numbers can be compared.
     """
     steps: list[StepRecord] = []
     out = model.generate(list(prompt), diffusion_options(), on_step=steps.append)
-    ar = model.generate(list(prompt), GenerationConfig(mode="ar", max_new_tokens=_AR_TOKENS, ignore_eos=True))
+    ar = model.generate(
+        list(prompt), GenerationConfig(mode="ar", max_new_tokens=_AR_TOKENS, ignore_eos=True)
+    )
     score = model.score((list(prompt), list(given.ar_tokens if given else ar.tokens)))
-    passes = tuple(Pass(*(tuple(a[0].tolist()) for a in (s.block_in, s.predicted, s.confidence))) for s in steps)
+    passes = tuple(
+        Pass(*(tuple(a[0].tolist()) for a in (s.block_in, s.predicted, s.confidence)))
+        for s in steps
+    )
     return Answer(tuple(prompt), tuple(out.tokens), passes, tuple(ar.tokens), tuple(score.logprobs))
 
 
@@ -110,7 +122,9 @@ def diffusion_options() -> GenerationConfig:
 
 def tokens_in_company(model: TwoTower, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The first prompt's tokens when all are answered in one batch."""
-    return tuple(model.generate([Request(tuple(p), diffusion_options()) for p in prompts])[0].tokens)
+    return tuple(
+        model.generate([Request(tuple(p), diffusion_options()) for p in prompts])[0].tokens
+    )
 
 
 def compute_answer(bundle: Bundle, model: TwoTower) -> KnownAnswer:
@@ -124,10 +138,17 @@ def read_answer(bundle: Bundle) -> KnownAnswer | None:
     """The answer kept with a bundle; None if there is none, it is of other graphs, or it cannot be read."""
     try:
         data = json.loads((bundle.path / ANSWER_FILE).read_text(encoding="utf-8"))
-        answer = KnownAnswer(dict(data["graphs"]), str(data["made_by"]), _answer(data["short"]), _answer(data["long"]))
+        answer = KnownAnswer(
+            dict(data["graphs"]),
+            str(data["made_by"]),
+            _answer(data["short"]),
+            _answer(data["long"]),
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    fits = data.get("schema") == SCHEMA and answer.graphs == {name: bundle.graph_identity(name) for name in GRAPH_FILES}
+    fits = data.get("schema") == SCHEMA and answer.graphs == {
+        name: bundle.graph_identity(name) for name in GRAPH_FILES
+    }
     same = (answer.short.prompt, answer.long.prompt) == known_prompts(bundle.config)
     return answer if fits and same else None
 
@@ -135,7 +156,9 @@ def read_answer(bundle: Bundle) -> KnownAnswer | None:
 def write_answer(bundle: Bundle, answer: KnownAnswer) -> bool:
     """Keeps an answer with its bundle; False where the folder cannot be written."""
     try:
-        write_atomically(bundle.path / ANSWER_FILE, json.dumps({"schema": SCHEMA, **asdict(answer)}) + "\n")
+        write_atomically(
+            bundle.path / ANSWER_FILE, json.dumps({"schema": SCHEMA, **asdict(answer)}) + "\n"
+        )
     except OSError:
         return False
     return True
@@ -148,5 +171,14 @@ def _answer(data: dict[str, Any]) -> Answer:
     def real(values: list[Any]) -> tuple[float, ...]:
         return tuple(float(v) for v in values)
 
-    passes = tuple(Pass(whole(p["block_in"]), whole(p["predicted"]), real(p["confidence"])) for p in data["passes"])
-    return Answer(whole(data["prompt"]), whole(data["tokens"]), passes, whole(data["ar_tokens"]), real(data["logprobs"]))
+    passes = tuple(
+        Pass(whole(p["block_in"]), whole(p["predicted"]), real(p["confidence"]))
+        for p in data["passes"]
+    )
+    return Answer(
+        whole(data["prompt"]),
+        whole(data["tokens"]),
+        passes,
+        whole(data["ar_tokens"]),
+        real(data["logprobs"]),
+    )

@@ -49,7 +49,10 @@ def device_page(results: Mapping[str, Any]) -> str:
 
 
 def _overview(sections: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    return [(name, result["question"], _state(result["state"]), f"{result['seconds']:g}") for name, result in sections.items()]
+    return [
+        (name, result["question"], _state(result["state"]), f"{result['seconds']:g}")
+        for name, result in sections.items()
+    ]
 
 
 def _state(state: str) -> str:

@@ -89,17 +89,25 @@ def _report_sections(machine: Machine, options: ReportOptions) -> list[Section]:
     for target in _targets(machine, options):
         question = f"Does {target or 'the best target'} compute right, and how long is a pass?"
         words = ["--target", target] if target else []
-        out.append(_section(options, f"{TARGET}-{target or 'best'}", question, _TARGET_SECONDS, words=words))
+        out.append(
+            _section(
+                options, f"{TARGET}-{target or 'best'}", question, _TARGET_SECONDS, words=words
+            )
+        )
     return out
 
 
-def answer_report_section(name: str, options: ReportOptions, *, machine: Machine, file: Path, seconds: float) -> int:
+def answer_report_section(
+    name: str, options: ReportOptions, *, machine: Machine, file: Path, seconds: float
+) -> int:
     """Answers one section in the process that was started for it; see `answer_section`."""
     if name == MACHINE:
         return answer_section(lambda answers: put_machine(answers, machine), file, seconds)
     if name == CUDA:
         return answer_section(_ask_cuda, file, seconds)
-    checks = TargetChecks(machine=machine, bundle=options.bundle, target=options.target, report=True)
+    checks = TargetChecks(
+        machine=machine, bundle=options.bundle, target=options.target, report=True
+    )
     return answer_section(lambda answers: _ask_target(answers, checks), file, seconds)
 
 
@@ -122,15 +130,21 @@ def _ask_target(answers: Answers, checks: TargetChecks) -> None:
     _put_checks(answers, checks.run(), lambda: checks.target)
     answers.put(target=checks.target, passes=checks.passes)
     if checks.passes:
-        answers.table("Time of a pass", _PASS_HEAD, [_pass_row(p) for p in checks.passes], note=_PASSES_NOTE)
+        answers.table(
+            "Time of a pass", _PASS_HEAD, [_pass_row(p) for p in checks.passes], note=_PASSES_NOTE
+        )
 
 
-def _put_checks(answers: Answers, results: Iterator[CheckResult], target: Callable[[], str | None]) -> None:
+def _put_checks(
+    answers: Answers, results: Iterator[CheckResult], target: Callable[[], str | None]
+) -> None:
     """Writes each check as it is made, with its target, which may be known only once it is open."""
     made: list[dict[str, Any]] = []
 
     def put(result: CheckResult) -> None:
-        made.append({"name": result.name, "ok": result.ok, "detail": result.detail, "target": target()})
+        made.append(
+            {"name": result.name, "ok": result.ok, "detail": result.detail, "target": target()}
+        )
         answers.put(checks=made)
         answers.table(
             "Checks",
@@ -145,7 +159,9 @@ def _put_checks(answers: Answers, results: Iterator[CheckResult], target: Callab
         put(CheckResult("runs", False, str(e)))
 
 
-def _section(options: ReportOptions, name: str, question: str, seconds: float, *, words: Sequence[str] = ()) -> Section:
+def _section(
+    options: ReportOptions, name: str, question: str, seconds: float, *, words: Sequence[str] = ()
+) -> Section:
     bundle = [str(options.bundle)] if options.bundle else []
     command = (*options.command, *bundle, *words, "--section", name)
     return Section(name=name, question=question, seconds=seconds, command=command)
@@ -157,7 +173,9 @@ def _targets(machine: Machine, options: ReportOptions) -> list[str | None]:
         return [options.target]
     built: tuple[str, ...] = TARGETS
     if options.bundle:
-        built = tuple(t for t in TARGETS if (options.bundle / "engines" / t / "build.json").is_file())
+        built = tuple(
+            t for t in TARGETS if (options.bundle / "engines" / t / "build.json").is_file()
+        )
     return [t for t, why in targets_here(machine, built).items() if why == RUNS] or [None]
 
 

@@ -35,7 +35,9 @@ class Scrubber:
             Path.cwd(): "[here]",
             **(paths or {}),
         }
-        texts = {str(form): word for path, word in places.items() for form in (path, path.resolve())}
+        texts = {
+            str(form): word for path, word in places.items() for form in (path, path.resolve())
+        }
         # The longest first: a folder inside another keeps its own word. "/" is in every path.
         ordered = sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
         self._words = {text: texts[text] for text in ordered}
@@ -67,4 +69,6 @@ class Scrubber:
 
 
 def _people() -> dict[str, str]:
-    return {name: "[user]" for key in ("USER", "LOGNAME", "USERNAME") if (name := os.environ.get(key))}
+    return {
+        name: "[user]" for key in ("USER", "LOGNAME", "USERNAME") if (name := os.environ.get(key))
+    }

@@ -91,7 +91,9 @@ class Answers(dict[str, Any]):
         """Adds a sentence to the section's summary, which is what a reader sees first."""
         self.put(summary=[*self.get("summary", []), line])
 
-    def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[Any]], *, note: str = "") -> None:
+    def table(
+        self, title: str, head: Sequence[str], rows: Sequence[Sequence[Any]], *, note: str = ""
+    ) -> None:
         """Adds a table, or replaces the one of the same title."""
         made = {
             "title": title,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,11 @@ class TargetChecks:
         folder, bundle = self.bundle, Bundle.open(self.bundle, contents=False)
         known, source = known_answer_of(
             bundle,
-            lambda: nullcontext(model) if model.target == KEPT_BY else TwoTower.open(folder, target=KEPT_BY),
+            lambda: (
+                nullcontext(model)
+                if model.target == KEPT_BY
+                else TwoTower.open(folder, target=KEPT_BY)
+            ),
         )
         yield CheckResult("where the known answer comes from", None, source)
         if known is None:
@@ -88,7 +93,9 @@ class TargetChecks:
         on_gpu = model.target != KEPT_BY
         sm = self.machine.gpus[0].sm if on_gpu and self.machine.gpus else None
         plain = (lambda: self._opened(graphs=False)) if on_gpu else None
-        yield from check_answer(known, model, setting_of(bundle, model.target, sm), open_plain=plain)
+        yield from check_answer(
+            known, model, setting_of(bundle, model.target, sm), open_plain=plain
+        )
 
     def _passes(self, model: TwoTower) -> dict[str, Any]:
         assert self.bundle is not None
@@ -121,17 +128,23 @@ def check_execution(open_engine: OpenEngine, *, devices: int) -> Iterator[CheckR
             if record.step == 0:
                 model.relocate()
 
-        yield _same("keys and values in other memory for every block", wanted, lambda: _texts(model, prompts, on_step=relocate))
+        yield _same(
+            "keys and values in other memory for every block",
+            wanted,
+            lambda: _texts(model, prompts, on_step=relocate),
+        )
     ways: dict[str, dict[str, Any]] = {"passes launched piece by piece": {"graphs": False}}
     if devices > 1:
         ways["a tower on each of two GPUs"] = {"devices": (0, 1)}
     for name, options in ways.items():
-        yield _same(name, wanted, lambda options=options: _reopened(open_engine, prompts, **options))  # type: ignore[misc]
+        yield _same(name, wanted, partial(_reopened, open_engine, prompts, **options))
 
 
 def _prompts(model: TwoTower) -> list[list[int]]:
     c = model.config
-    words = np.setdiff1d(np.arange(c.vocab_size), [c.mask_token_id, c.pad_token_id, *c.eos_token_ids])
+    words = np.setdiff1d(
+        np.arange(c.vocab_size), [c.mask_token_id, c.pad_token_id, *c.eos_token_ids]
+    )
     return [np.random.default_rng(n).choice(words, n).tolist() for n in (9, 40)]
 
 
@@ -139,24 +152,32 @@ def _texts(model: TwoTower, prompts: list[list[int]], **options: Any) -> list[tu
     """Both modes: one prompt after the other, and together."""
     out: list[tuple[int, ...]] = []
     for mode in ("diffusion", "ar"):
-        config = GenerationConfig(mode=mode, max_new_tokens=_TOKENS, confidence_threshold=0.5, ignore_eos=True)
+        config = GenerationConfig(
+            mode=mode, max_new_tokens=_TOKENS, confidence_threshold=0.5, ignore_eos=True
+        )
         for some in ([prompts[0]], [prompts[1]], prompts):
             out += [result.tokens for result in model.generate(some, config, **options)]
     return out
 
 
 def _reopened(
-    open_engine: Callable[..., AbstractContextManager[TwoTower]], prompts: list[list[int]], **options: Any
+    open_engine: Callable[..., AbstractContextManager[TwoTower]],
+    prompts: list[list[int]],
+    **options: Any,
 ) -> list[tuple[int, ...]]:
     with open_engine(**options) as other:
         return _texts(other, prompts)
 
 
-def _same(name: str, wanted: list[tuple[int, ...]], run: Callable[[], list[tuple[int, ...]]]) -> CheckResult:
+def _same(
+    name: str, wanted: list[tuple[int, ...]], run: Callable[[], list[tuple[int, ...]]]
+) -> CheckResult:
     try:
         seen = run()
     except TwoTowerError as e:
         return CheckResult(name, False, str(e))
     parted = [i for i, (a, b) in enumerate(zip(wanted, seen, strict=True)) if a != b]
-    detail = f"{len(wanted)} texts of {_TOKENS} tokens" + (f", {len(parted)} of them differ" if parted else ", the same")
+    detail = f"{len(wanted)} texts of {_TOKENS} tokens" + (
+        f", {len(parted)} of them differ" if parted else ", the same"
+    )
     return CheckResult(name, not parted, detail)

@@ -59,7 +59,10 @@ def measure_agreement(
         partings: list[Parting] = []
         for first in range(0, len(problems), _ROWS):
             some = problems[first : first + _ROWS]
-            pairs = zip(*(model.generate([p.prompt for p in some], config) for model in (reference, other)), strict=True)
+            pairs = zip(
+                *(model.generate([p.prompt for p in some], config) for model in (reference, other)),
+                strict=True,
+            )
             for problem, (a, b) in zip(some, pairs, strict=True):
                 if a.tokens != b.tokens:
                     partings.append(Parting(problem.id, _first_difference(a.tokens, b.tokens)))
@@ -70,4 +73,6 @@ def measure_agreement(
 
 
 def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

@@ -89,7 +89,8 @@ def evaluate(
         model: The bundle.
         suite: The problems.
         config: What to measure.
-        other: A second bundle, whose default preset is compared with the first one's autoregression and default preset.
+        other: A second bundle, whose default preset is compared with the first one's autoregression
+            and default preset.
         progress: Called with (what, problems done, problems in all).
 
     Raises:
@@ -101,27 +102,48 @@ def evaluate(
     if other is not None:
         configs[OTHER] = _in_diffusion(other, config)
         contestants.append(Contestant(OTHER, other, configs[OTHER]))
-    measured = measure(suite.problems, contestants, lambda done, total: tell("answering", done, total))
+    measured = measure(
+        suite.problems, contestants, lambda done, total: tell("answering", done, total)
+    )
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": "twotower-evaluation",
         "twotower": __version__,
-        "machine": {"system": platform.system(), "processor": platform.machine(), "python": platform.python_version()},
-        "suite": {"name": suite.name, "sha256": suite.sha256, "problems": len(suite.problems), "kinds": list(suite.kinds)},
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "python": platform.python_version(),
+        },
+        "suite": {
+            "name": suite.name,
+            "sha256": suite.sha256,
+            "problems": len(suite.problems),
+            "kinds": list(suite.kinds),
+        },
         "settings": {
-            name: {"config": configs[name].to_json(), **summaries(suite.problems, measured[name], measured[AR])} for name in configs
+            name: {
+                "config": configs[name].to_json(),
+                **summaries(suite.problems, measured[name], measured[AR]),
+            }
+            for name in configs
         },
         "lost": _examples(suite.problems, measured),
     }
     if config.likelihood:
         report["likelihood"] = _likelihood(model, suite.problems, tell)
     if other is not None:
-        # Measured against the first bundle's diffusion too: that is what a changed bundle must keep.
+        # Measured against the first bundle's diffusion too: that is what a changed bundle must
+        # keep.
         report["other_to_default"] = summaries(suite.problems, measured[OTHER], measured[DEFAULT])
     if config.budget is not None:
         judged = OTHER if other is not None else DEFAULT
         kept = report["settings"][judged]["total"]["retention"]["value"]
-        report["budget"] = {"percent": config.budget, "setting": judged, "retention": kept, "met": bool(kept and kept >= config.budget)}
+        report["budget"] = {
+            "percent": config.budget,
+            "setting": judged,
+            "retention": kept,
+            "met": bool(kept and kept >= config.budget),
+        }
     return Evaluation(suite.problems, measured, configs, report)
 
 
@@ -131,7 +153,9 @@ def sweep_configs(model: TwoTower, config: EvaluationConfig) -> dict[str, Genera
     out = {AR: replace(base, mode="ar"), DEFAULT: base}
     for steps in config.steps:
         for threshold in config.thresholds:
-            out[setting_name(threshold, steps)] = replace(base, confidence_threshold=threshold, steps_per_block=steps)
+            out[setting_name(threshold, steps)] = replace(
+                base, confidence_threshold=threshold, steps_per_block=steps
+            )
     return out
 
 
@@ -141,7 +165,9 @@ def _in_diffusion(model: TwoTower, config: EvaluationConfig) -> GenerationConfig
     return replace(options, mode="diffusion", top_p=1.0, max_new_tokens=most)
 
 
-def summaries(problems: Sequence[Problem], measured: Measured, baseline: Measured) -> dict[str, Any]:
+def summaries(
+    problems: Sequence[Problem], measured: Measured, baseline: Measured
+) -> dict[str, Any]:
     """Figures in total, of each kind of task, and of each side of the trained lengths."""
 
     def of(chosen: npt.NDArray[np.bool_]) -> dict[str, Any]:
@@ -160,8 +186,15 @@ def summary(m: Measured, baseline: Measured) -> dict[str, Any]:
     draws = Resampler(len(m.right))
     exact = draws.interval(lambda right, count: 100 * right / count, m.right, np.ones(len(m.right)))
     retention = draws.interval(lambda a, b: 100 * a / b, m.right, baseline.right)
-    speedup = draws.interval(lambda t, ms, bt, bms: (t / ms) / (bt / bms), m.tokens, m.ms, baseline.tokens, baseline.ms)
-    seconds, blocks, nfe, tokens = m.ms.sum() / 1000, int(m.blocks.sum()), int(m.nfe.sum()), int(m.tokens.sum())
+    speedup = draws.interval(
+        lambda t, ms, bt, bms: (t / ms) / (bt / bms), m.tokens, m.ms, baseline.tokens, baseline.ms
+    )
+    seconds, blocks, nfe, tokens = (
+        m.ms.sum() / 1000,
+        int(m.blocks.sum()),
+        int(m.nfe.sum()),
+        int(m.tokens.sum()),
+    )
     return {
         "problems": len(m.right),
         "right": int(m.right.sum()),
@@ -186,13 +219,21 @@ def _examples(problems: Sequence[Problem], measured: dict[str, Measured]) -> lis
     ar, diffusion = measured[AR], measured[DEFAULT]
     lost = [i for i in range(len(problems)) if ar.right[i] and not diffusion.right[i]]
     return [
-        {"id": p.id, "kind": p.kind, "prompt": p.prompt, "answer": p.answer, "diffusion": diffusion.texts[i]}
+        {
+            "id": p.id,
+            "kind": p.kind,
+            "prompt": p.prompt,
+            "answer": p.answer,
+            "diffusion": diffusion.texts[i],
+        }
         for i in lost[:_EXAMPLES]
         for p in [problems[i]]
     ]
 
 
-def _likelihood(model: TwoTower, problems: Sequence[Problem], tell: Callable[[str, int, int], None]) -> dict[str, Any]:
+def _likelihood(
+    model: TwoTower, problems: Sequence[Problem], tell: Callable[[str, int, int], None]
+) -> dict[str, Any]:
     """Log-likelihood of the right answers under the context tower."""
     scores = []
     for i, p in enumerate(problems):
@@ -207,11 +248,23 @@ def _likelihood(model: TwoTower, problems: Sequence[Problem], tell: Callable[[st
         "bounded_tokens": sum(s.bounded for s in scores),
         "tokens": tokens,
         "greedy": round(100 * sum(s.greedy for s in scores) / len(scores), 2),
-        "kinds": {k: round(-sum(s.total for s in v) / max(sum(len(s.logprobs) for s in v), 1), 6) for k, v in of_kind.items()},
+        "kinds": {
+            k: round(-sum(s.total for s in v) / max(sum(len(s.logprobs) for s in v), 1), 6)
+            for k, v in of_kind.items()
+        },
     }
 
 
 def interval_text(data: dict[str, float | None], digits: int = 1, unit: str = "") -> str:
     """`98.9 [97.8, 99.7]`, or a dash where there is nothing to say."""
-    i = Interval(*(float("nan") if data[k] is None else float(data[k] or 0.0) for k in ("value", "low", "high")))
-    return "-" if np.isnan(i.value) else f"{i.value:.{digits}f}{unit} [{i.low:.{digits}f}, {i.high:.{digits}f}]"
+    i = Interval(
+        *(
+            float("nan") if data[k] is None else float(data[k] or 0.0)
+            for k in ("value", "low", "high")
+        )
+    )
+    return (
+        "-"
+        if np.isnan(i.value)
+        else f"{i.value:.{digits}f}{unit} [{i.low:.{digits}f}, {i.high:.{digits}f}]"
+    )

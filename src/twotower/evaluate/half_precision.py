@@ -1,9 +1,10 @@
 """What half precision does to a model, on a machine that has no arithmetic of that width: every result is rounded as it is made.
 
-A CPU runs a float16 graph in float32: ONNX Runtime puts casts around the operators it has no such kernel for, and takes away a cast
-down that is followed by a cast up, so that a chain of operators is rounded once at its end. Tokens of such a run say nothing about
-a GPU. The engine made here is the float16 (or bfloat16) graph in float32 with one rounding after every operator that computes: what
-a GPU does whose products accumulate in float32, fused kernels apart, which round less often.
+A CPU runs a float16 graph in float32: ONNX Runtime puts casts around the operators it has no such
+kernel for, and takes away a cast down that is followed by a cast up, so that a chain of operators
+is rounded once at its end. Tokens of such a run say nothing about a GPU. The engine made here is
+the float16 (or bfloat16) graph in float32 with one rounding after every operator that computes:
+what a GPU does whose products accumulate in float32, fused kernels apart, which round less often.
 """
 
 from __future__ import annotations
@@ -30,7 +31,17 @@ _HALVES = ("float16", "bfloat16")
 
 MOVES = frozenset(
     {
-        *("Concat", "Expand", "Gather", "GatherElements", "GatherND", "Identity", "Relu", "Reshape", "ScatterElements"),
+        *(
+            "Concat",
+            "Expand",
+            "Gather",
+            "GatherElements",
+            "GatherND",
+            "Identity",
+            "Relu",
+            "Reshape",
+            "ScatterElements",
+        ),
         *("Slice", "Split", "Squeeze", "TensorScatter", "Transpose", "Unsqueeze", "Where"),
     }
 )
@@ -92,8 +103,14 @@ class _RoundingPlan:
             graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
             holds={name: bundle.data_identity(name) for name in GRAPH_FILES},
             weights={name: f"engines/{TARGET}/{name}{DATA_SUFFIX}" for name in GRAPH_FILES},
-            files={p.name: FileRecord(p.stat().st_size, hash_file(p)) for p in sorted(folder.iterdir())},
-            report={"seconds": round(time.perf_counter() - started, 3), "rounded": rounded, "widened_from": bundle.dtype},
+            files={
+                p.name: FileRecord(p.stat().st_size, hash_file(p)) for p in sorted(folder.iterdir())
+            },
+            report={
+                "seconds": round(time.perf_counter() - started, 3),
+                "rounded": rounded,
+                "widened_from": bundle.dtype,
+            },
         )
 
 
@@ -119,8 +136,12 @@ def round_results(model: onnx.ModelProto, dtype: str) -> Counter[str]:
         for i, name in enumerate(node.output):
             if name in narrow:
                 node.output[i] = f"{name}/exact"
-                nodes.append(helper.make_node("Cast", [f"{name}/exact"], [f"{name}/narrow"], to=code))
-                nodes.append(helper.make_node("Cast", [f"{name}/narrow"], [name], to=TensorProto.FLOAT))
+                nodes.append(
+                    helper.make_node("Cast", [f"{name}/exact"], [f"{name}/narrow"], to=code)
+                )
+                nodes.append(
+                    helper.make_node("Cast", [f"{name}/narrow"], [name], to=TensorProto.FLOAT)
+                )
                 count[node.op_type] += 1
     del model.graph.node[:]
     model.graph.node.extend(nodes)
@@ -135,10 +156,17 @@ def _values_of(model: onnx.ModelProto, code: int) -> set[str]:
         BuildError: the type of a result cannot be told.
     """
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=False)
-    types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.graph.value_info, *inferred.graph.output)}
-    unknown = [name for node in model.graph.node for name in node.output if name and not types.get(name)]
+    types = {
+        v.name: v.type.tensor_type.elem_type
+        for v in (*inferred.graph.value_info, *inferred.graph.output)
+    }
+    unknown = [
+        name for node in model.graph.node for name in node.output if name and not types.get(name)
+    ]
     if unknown:
         raise BuildError(
-            "the graph has results whose type cannot be told", found=", ".join(unknown[:5]), do="use the onnx this version asks for"
+            "the graph has results whose type cannot be told",
+            found=", ".join(unknown[:5]),
+            do="use the onnx this version asks for",
         )
     return {name for name, kind in types.items() if kind == code}

@@ -1,7 +1,7 @@
 """A bundle as a model of lm-evaluation-harness: generation in either mode, likelihoods by the context tower.
 
-`python -m twotower.evaluate.lm_eval_model run --model twotower --model_args bundle=PATH --tasks ...` is that library's own command
-line with this model registered.
+`python -m twotower.evaluate.lm_eval_model run --model twotower --model_args bundle=PATH --tasks
+...` is that library's own command line with this model registered.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ __all__ = ["TwoTowerLM", "main"]
 
 # What the library passes to every model, and what some of its tasks read from the same list.
 _PASSED_TO_ALL = {"batch_size", "max_batch_size", "device", "tokenizer", "pretrained", "model"}
-# Names of the longest generation, the first one counts; the library's tasks use the first two, its command line any.
+# Names of the longest generation, the first one counts; the library's tasks use the first two, its
+# command line any.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _KNOWN_OPTIONS = {"do_sample", "until", "temperature", "top_p", "top_k", "num_beams", *_LENGTHS}
 
@@ -61,10 +62,11 @@ class TwoTowerLM(LM):  # type: ignore[misc]
 
     Args:
         bundle: The bundle's folder.
-        arguments: `target`, the engines to run; `mode`, `diffusion` or `ar`, for generation (likelihoods are the context tower's in
-            both); `preset` of the bundle to start from; `threshold` and `steps` instead of the preset's; `max_batch`, requests run
-            together; `max_gen_toks`, longest generation where the task names none; `seed` of what
-            is sampled, by default the preset's or 0: a run gives the same texts again.
+        arguments: `target`, the engines to run; `mode`, `diffusion` or `ar`, for generation
+            (likelihoods are the context tower's in both); `preset` of the bundle to start from;
+            `threshold` and `steps` instead of the preset's; `max_batch`, requests run together;
+            `max_gen_toks`, longest generation where the task names none; `seed` of what is sampled,
+            by default the preset's or 0: a run gives the same texts again.
 
     Raises:
         ConfigError: an argument is unknown or out of range, or the bundle has no tokenizer.
@@ -80,9 +82,15 @@ class TwoTowerLM(LM):  # type: ignore[misc]
             raise ConfigError("these model arguments cannot be used", found=found, do=do)
         given = _Arguments(**{k: v for k, v in arguments.items() if k in known})
         if not isinstance(given.max_batch, int):
-            raise ConfigError(f"max_batch={given.max_batch!r} cannot be used", found="allowed: 1 or more", do="choose another max_batch")
+            raise ConfigError(
+                f"max_batch={given.max_batch!r} cannot be used",
+                found="allowed: 1 or more",
+                do="choose another max_batch",
+            )
         self._max_batch = given.max_batch
-        self._model = TwoTower.open(str(bundle), target=given.target, preset=given.preset, max_batch=given.max_batch)
+        self._model = TwoTower.open(
+            str(bundle), target=given.target, preset=given.preset, max_batch=given.max_batch
+        )
         changes = {"mode": given.mode, "max_new_tokens": given.max_gen_toks}
         changes |= {"confidence_threshold": given.threshold} if given.threshold is not None else {}
         changes |= {"steps_per_block": given.steps} if given.steps is not None else {}
@@ -119,12 +127,17 @@ class TwoTowerLM(LM):  # type: ignore[misc]
         for event in self._model.stream(asked):
             if event.result is not None:
                 texts[event.row] = event.result.text or ""
-                self.cache_hook.add_partial("generate_until", requests[event.row].args, texts[event.row])
+                self.cache_hook.add_partial(
+                    "generate_until", requests[event.row].args, texts[event.row]
+                )
         return texts
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """(log-probability, whether greedy decoding would write it) of each continuation; see `Score` for what is bounded."""
-        # The longest first: one that is too long is refused at once and not hours later, and a batch has texts of a length.
+        # The longest first: one that is too long is refused at once and not hours later, and a
+        # batch has texts of a length.
         order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i].args)))
         out = [(0.0, True)] * len(requests)
         for part in self._parts(len(order)):
@@ -166,15 +179,29 @@ class TwoTowerLM(LM):  # type: ignore[misc]
             unknown.append("num_beams above 1")
         if unknown:
             found, do = f"known: {', '.join(sorted(_KNOWN_OPTIONS))}", "choose a task without them"
-            raise RequestError(f"generation option(s) {', '.join(unknown)} cannot be honoured", found=found, do=do)
+            raise RequestError(
+                f"generation option(s) {', '.join(unknown)} cannot be honoured", found=found, do=do
+            )
         sampled = options.get("do_sample") is not False
         until = options.get("until") or []
         stop = tuple(s for s in ([until] if isinstance(until, str) else until) if s)
         temperature = float(options.get("temperature") or 0.0) if sampled else 0.0
         top_p = float(options.get("top_p", 1.0)) if self._base.mode == "ar" and temperature else 1.0
-        top_k = max(int(options.get("top_k") or 0), 0) if temperature else 0  # other libraries write "all" as 0 or -1
-        most = next((int(options[name]) for name in _LENGTHS if options.get(name) is not None), self._base.max_new_tokens)
-        return replace(self._base, stop=stop, temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=most)
+        top_k = (
+            max(int(options.get("top_k") or 0), 0) if temperature else 0
+        )  # other libraries write "all" as 0 or -1
+        most = next(
+            (int(options[name]) for name in _LENGTHS if options.get(name) is not None),
+            self._base.max_new_tokens,
+        )
+        return replace(
+            self._base,
+            stop=stop,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            max_new_tokens=most,
+        )
 
 
 def _require_tokenizer(model: TwoTower, bundle: str) -> None:

@@ -55,7 +55,11 @@ class Measured:
     @classmethod
     def empty(cls, count: int) -> Measured:
         """Room for so many problems."""
-        flags, whole, real = np.zeros((2, count), bool), np.zeros((3, count), np.int64), np.zeros((2, count))
+        flags, whole, real = (
+            np.zeros((2, count), bool),
+            np.zeros((3, count), np.int64),
+            np.zeros((2, count)),
+        )
         return cls(flags[0], flags[1], whole[0], whole[1], whole[2], real[0], real[1], [""] * count)
 
     def take(self, chosen: npt.NDArray[Any]) -> Measured:
@@ -74,11 +78,14 @@ class Measured:
 
 
 def measure(
-    problems: Sequence[Problem], contestants: Sequence[Contestant], progress: Callable[[int, int], None] | None = None
+    problems: Sequence[Problem],
+    contestants: Sequence[Contestant],
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Measured]:
     """Answers every problem with every contestant, one request at a time.
 
-    The first problems are answered once without being counted: engines bind their buffers and pages are read then.
+    The first problems are answered once without being counted: engines bind their buffers and pages
+    are read then.
 
     Raises:
         RequestError: a model has no tokenizer, or a prompt does not fit.
@@ -95,7 +102,8 @@ def measure(
         for contestant in contestants:
             contestant.model.generate(problem.prompt, contestant.config)
     for i, problem in enumerate(problems):
-        # Each problem starts with another contestant: none is always the one that finds the caches cold.
+        # Each problem starts with another contestant: none is always the one that finds the caches
+        # cold.
         for j in range(len(contestants)):
             contestant = contestants[(i + j) % len(contestants)]
             _answer(problem, contestant, out[contestant.name], i)
@@ -109,6 +117,10 @@ def _answer(problem: Problem, contestant: Contestant, into: Measured, at: int) -
     assert result.text is not None
     verdict = judge(problem, result.text, result.tokens)
     into.right[at], into.degenerate[at] = verdict.right, verdict.degenerate
-    into.tokens[at], into.nfe[at], into.blocks[at] = len(result.tokens), result.usage.nfe, result.usage.blocks
+    into.tokens[at], into.nfe[at], into.blocks[at] = (
+        len(result.tokens),
+        result.usage.nfe,
+        result.usage.blocks,
+    )
     into.ms[at], into.prefill_ms[at] = result.timings.total, result.timings.prefill
     into.texts[at] = result.text

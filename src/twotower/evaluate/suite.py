@@ -62,8 +62,16 @@ class Suite:
         """
         unknown = sorted(set(kinds) - set(self.kinds))
         if unknown or (limit is not None and limit < 1):
-            what = f"the suite has no problems of kind {', '.join(unknown)}" if unknown else f"a limit of {limit} leaves no problems"
-            raise SuiteError(what, found=f"kinds: {', '.join(self.kinds)}", do="choose among them with --kinds, and 1 or more with --limit")
+            what = (
+                f"the suite has no problems of kind {', '.join(unknown)}"
+                if unknown
+                else f"a limit of {limit} leaves no problems"
+            )
+            raise SuiteError(
+                what,
+                found=f"kinds: {', '.join(self.kinds)}",
+                do="choose among them with --kinds, and 1 or more with --limit",
+            )
         kept: list[Problem] = []
         for kind in kinds or self.kinds:
             members = [p for p in self.problems if p.kind == kind]
@@ -74,7 +82,9 @@ class Suite:
     def halves(self) -> tuple[Suite, Suite]:
         """Every other problem of each kind: one half to choose with, one to check with."""
         ordered = sorted(self.problems, key=lambda p: p.kind)
-        return replace(self, problems=tuple(ordered[::2])), replace(self, problems=tuple(ordered[1::2]))
+        return replace(self, problems=tuple(ordered[::2])), replace(
+            self, problems=tuple(ordered[1::2])
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +99,39 @@ def load_suite(path: Path | None = None) -> Suite:
     """Reads a suite file, one JSON object a line; None reads the suite that comes with the package.
 
     Raises:
-        SuiteError: the file cannot be read, has no problems, or a line (named by its number) is not one.
+        SuiteError: the file cannot be read, has no problems, or a line (named by its number) is not
+            one.
     """
     name = "twotower-suite" if path is None else path.name
     try:
-        data = (resources.files("twotower.evaluate") / "data" / "suite.jsonl").read_bytes() if path is None else path.read_bytes()
+        data = (
+            (resources.files("twotower.evaluate") / "data" / "suite.jsonl").read_bytes()
+            if path is None
+            else path.read_bytes()
+        )
         lines = data.decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise SuiteError(f"cannot read the suite {path}", found=str(e), do=f"name a UTF-8 file; {_FORM}") from e
-    problems = [_problem(f"{name}, line {number}", line, number) for number, line in enumerate(lines, 1) if line.strip()]
+        raise SuiteError(
+            f"cannot read the suite {path}", found=str(e), do=f"name a UTF-8 file; {_FORM}"
+        ) from e
+    problems = [
+        _problem(f"{name}, line {number}", line, number)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     if not problems:
         raise SuiteError(f"the suite {name} has no problems", found=f"{len(lines)} lines", do=_FORM)
     twice = (
-        sorted({p.id for p in problems if sum(q.id == p.id for q in problems) > 1}) if len({p.id for p in problems}) < len(problems) else []
+        sorted({p.id for p in problems if sum(q.id == p.id for q in problems) > 1})
+        if len({p.id for p in problems}) < len(problems)
+        else []
     )
     if twice:
-        raise SuiteError(f"the suite {name} names problems twice", found=", ".join(twice[:5]), do="give every problem an id of its own")
+        raise SuiteError(
+            f"the suite {name} names problems twice",
+            found=", ".join(twice[:5]),
+            do="give every problem an id of its own",
+        )
     return Suite(name, hashlib.sha256(data).hexdigest(), tuple(problems))
 
 
@@ -124,8 +151,13 @@ def _problem(where: str, line: str, number: int) -> Problem:
 def _wrong_fields(data: dict[str, Any]) -> list[str]:
     known = Problem.__dataclass_fields__
     out = [f"no {name}" for name in ("kind", "prompt", "answer") if name not in data]
-    out += [f"unknown field {name!r} (known: {', '.join(known)})" for name in sorted(set(data) - set(known))]
-    out += [f"{k}={v!r} is not text" for k, v in data.items() if k in known and not isinstance(v, str)]
+    out += [
+        f"unknown field {name!r} (known: {', '.join(known)})"
+        for name in sorted(set(data) - set(known))
+    ]
+    out += [
+        f"{k}={v!r} is not text" for k, v in data.items() if k in known and not isinstance(v, str)
+    ]
     for name, allowed in (("match", MATCHES), ("length", LENGTHS)):
         if data.get(name, allowed[0]) not in allowed:
             out.append(f"{name}={data[name]!r} (allowed: {', '.join(allowed)})")
@@ -138,7 +170,9 @@ def judge(problem: Problem, text: str, tokens: Sequence[int]) -> Verdict:
     """Right is the answer and nothing else (`exact`), or the answer somewhere in a text that does not repeat itself (`contains`)."""
     exact = text.strip() == problem.answer.strip()
     degenerate = not exact and is_degenerate(tokens)
-    right = exact or (problem.match == "contains" and problem.answer.strip() in text and not degenerate)
+    right = exact or (
+        problem.match == "contains" and problem.answer.strip() in text and not degenerate
+    )
     return Verdict(right, degenerate)
 
 

@@ -35,14 +35,32 @@ class TuneConfig:
 
     budget: float = 98.7
     loose: float = 5.0
-    thresholds: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99)
+    thresholds: tuple[float, ...] = (
+        0.3,
+        0.4,
+        0.5,
+        0.6,
+        0.7,
+        0.8,
+        0.85,
+        0.9,
+        0.925,
+        0.95,
+        0.97,
+        0.98,
+        0.99,
+    )
     steps: tuple[int, ...] = (3, 4, 6, 16)
     max_new_tokens: int = 160
 
     def __post_init__(self) -> None:
         if not 0 < self.budget <= 100 or self.loose < 0:
             found = f"budget {self.budget}, loose {self.loose}"
-            raise ConfigError("this budget cannot be asked for", found=found, do="name a budget of more than 0, up to 100 percent")
+            raise ConfigError(
+                "this budget cannot be asked for",
+                found=found,
+                do="name a budget of more than 0, up to 100 percent",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +80,33 @@ class Tuned:
     @property
     def holds(self) -> bool:
         """Whether `balanced` is inside the budget on the problems it was not chosen with, too."""
-        return bool(self.report["presets"]["balanced"]["check"]["retention"]["value"] >= self.report["budget"])
+        return bool(
+            self.report["presets"]["balanced"]["check"]["retention"]["value"]
+            >= self.report["budget"]
+        )
 
 
-def tune(model: TwoTower, suite: Suite, config: TuneConfig | None = None, progress: Callable[[str, int, int], None] | None = None) -> Tuned:
+def tune(
+    model: TwoTower,
+    suite: Suite,
+    config: TuneConfig | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Tuned:
     """Measures every pair of the grid and names three of them.
 
-    `balanced` is the fastest inside the budget, `quality` the fastest of those that lose least, `fast` the fastest inside a looser budget.
-    A pair counts as inside only if every stricter threshold with as many steps is inside as well: a lucky one between two that
-    fail would not hold elsewhere.
+    `balanced` is the fastest inside the budget, `quality` the fastest of those that lose least,
+    `fast` the fastest inside a looser budget. A pair counts as inside only if every stricter
+    threshold with as many steps is inside as well: a lucky one between two that fail would not hold
+    elsewhere.
 
     Raises:
         BudgetError: no pair is inside the budget; names the best found.
         RequestError: the bundle has no tokenizer, or a problem does not fit.
     """
     options = config or TuneConfig()
-    grid = EvaluationConfig(thresholds=options.thresholds, steps=options.steps, max_new_tokens=options.max_new_tokens)
+    grid = EvaluationConfig(
+        thresholds=options.thresholds, steps=options.steps, max_new_tokens=options.max_new_tokens
+    )
     configs = sweep_configs(model, grid)
     tell = progress or (lambda what, done, total: None)
     contestants = [Contestant(name, model, c) for name, c in configs.items()]
@@ -90,7 +119,12 @@ def tune(model: TwoTower, suite: Suite, config: TuneConfig | None = None, progre
     found = _choose(chosen_on, options)
     report = {
         "budget": options.budget,
-        "suite": {"name": suite.name, "sha256": suite.sha256, "problems": len(problems), "chosen_on": int(first.sum())},
+        "suite": {
+            "name": suite.name,
+            "sha256": suite.sha256,
+            "problems": len(problems),
+            "chosen_on": int(first.sum()),
+        },
         "presets": {
             preset: {
                 "setting": name,
@@ -126,14 +160,20 @@ def _passes(
 def _choose(measured: dict[str, Measured], options: TuneConfig) -> dict[str, str]:
     ar = measured[AR]
     kept = {
-        (threshold, steps): 100 * float(measured[setting_name(threshold, steps)].right.sum()) / max(float(ar.right.sum()), 1.0)
+        (threshold, steps): 100
+        * float(measured[setting_name(threshold, steps)].right.sum())
+        / max(float(ar.right.sum()), 1.0)
         for threshold in options.thresholds
         for steps in options.steps
     }
     rate = {pair: _rate(measured[setting_name(*pair)]) for pair in kept}
 
     def inside(budget: float) -> list[tuple[float, int]]:
-        return [(t, s) for t, s in kept if all(v >= budget for (u, z), v in kept.items() if z == s and u >= t)]
+        return [
+            (t, s)
+            for t, s in kept
+            if all(v >= budget for (u, z), v in kept.items() if z == s and u >= t)
+        ]
 
     within = inside(options.budget)
     if not within:

@@ -24,7 +24,11 @@ def _nonpad(view: GraphView, node: onnx.NodeProto) -> str | None:
 
 def _past(view: GraphView, node: onnx.NodeProto) -> str | None:
     names = [view.operand(node, _PAST_KEY), view.operand(node, _PAST_VALUE), *node.output[1:]]
-    return f"past, present or the products as operands: {', '.join(filter(None, names))}" if any(names) else None
+    return (
+        f"past, present or the products as operands: {', '.join(filter(None, names))}"
+        if any(names)
+        else None
+    )
 
 
 def _softcap(view: GraphView, node: onnx.NodeProto) -> str | None:
@@ -32,7 +36,11 @@ def _softcap(view: GraphView, node: onnx.NodeProto) -> str | None:
 
 
 def _precision(view: GraphView, node: onnx.NodeProto) -> str | None:
-    return f"softmax_precision = {kind}" if (kind := view.attribute(node, "softmax_precision", 0)) else None
+    return (
+        f"softmax_precision = {kind}"
+        if (kind := view.attribute(node, "softmax_precision", 0))
+        else None
+    )
 
 
 def _no_mask(view: GraphView, node: onnx.NodeProto) -> str | None:
@@ -41,7 +49,11 @@ def _no_mask(view: GraphView, node: onnx.NodeProto) -> str | None:
 
 def _mask_type(view: GraphView, node: onnx.NodeProto) -> str | None:
     name = view.operand(node, _MASK)
-    return f"a mask of {dtype}" if name and (dtype := view.dtype(name)) not in ("bool", UNKNOWN) else None
+    return (
+        f"a mask of {dtype}"
+        if name and (dtype := view.dtype(name)) not in ("bool", UNKNOWN)
+        else None
+    )
 
 
 def _operand_types(view: GraphView, node: onnx.NodeProto) -> str | None:
@@ -52,8 +64,14 @@ def _operand_types(view: GraphView, node: onnx.NodeProto) -> str | None:
 def _head_size(view: GraphView, node: onnx.NodeProto) -> str | None:
     shape = view.shape(view.operand(node, 0))
     size = shape[3] if shape and len(shape) == 4 else None
-    taken_apart = view.dtype(view.operand(node, 0)) == "float32"  # the builder may then, and there is no kernel to lose
-    return f"heads of {size}" if isinstance(size, int) and size > _WIDEST_HEAD and not taken_apart else None
+    taken_apart = (
+        view.dtype(view.operand(node, 0)) == "float32"
+    )  # the builder may then, and there is no kernel to lose
+    return (
+        f"heads of {size}"
+        if isinstance(size, int) and size > _WIDEST_HEAD and not taken_apart
+        else None
+    )
 
 
 def _rank(view: GraphView, node: onnx.NodeProto) -> str | None:
@@ -70,7 +88,9 @@ def _float32(view: GraphView, node: onnx.NodeProto) -> str | None:
 
 
 def _circular(view: GraphView, node: onnx.NodeProto) -> str | None:
-    return f'mode="{mode}"' if (mode := view.attribute(node, "mode", "linear")) != "linear" else None
+    return (
+        f'mode="{mode}"' if (mode := view.attribute(node, "mode", "linear")) != "linear" else None
+    )
 
 
 def _axis(view: GraphView, node: onnx.NodeProto) -> str | None:
@@ -89,22 +109,36 @@ def _cache_length(view: GraphView, node: onnx.NodeProto) -> str | None:
 
 
 def _cache_input(view: GraphView, node: onnx.NodeProto) -> str | None:
-    return None if node.input[0] in view.inputs else f"cache {node.input[0]} is no input of the graph"
+    return (
+        None if node.input[0] in view.inputs else f"cache {node.input[0]} is no input of the graph"
+    )
 
 
 def _cache_output(view: GraphView, node: onnx.NodeProto) -> str | None:
-    return None if node.output[0] in view.outputs else f"result {node.output[0]} is no output of the graph"
+    return (
+        None
+        if node.output[0] in view.outputs
+        else f"result {node.output[0]} is no output of the graph"
+    )
 
 
 def _cache_readers(view: GraphView, node: onnx.NodeProto) -> str | None:
-    others = [n for n in view.readers[node.input[0]] if n is not node and n.op_type not in ("Shape", "Size")]
-    return f"cache {node.input[0]} is also read by {', '.join(map(where, others))}" if others else None
+    others = [
+        n
+        for n in view.readers[node.input[0]]
+        if n is not node and n.op_type not in ("Shape", "Size")
+    ]
+    return (
+        f"cache {node.input[0]} is also read by {', '.join(map(where, others))}" if others else None
+    )
 
 
 def _cache_type(view: GraphView, node: onnx.NodeProto) -> str | None:
     cache, update = view.dtype(node.input[0]), view.dtype(node.input[1])
     bad = cache != update or cache not in _CACHE_TYPES
-    return f"cache of {cache}, update of {update}" if bad and UNKNOWN not in (cache, update) else None
+    return (
+        f"cache of {cache}, update of {update}" if bad and UNKNOWN not in (cache, update) else None
+    )
 
 
 def _write_indices(view: GraphView, node: onnx.NodeProto) -> str | None:

@@ -29,11 +29,18 @@ def lint(model: onnx.ModelProto, *, fixed: bool = False) -> tuple[Finding, ...]:
         fixed: Whether its axes were fixed for a build; some rules hold only then.
     """
     view = GraphView(model, fixed=fixed)
-    found = [Finding(rule, where, what) for rule in RULES if fixed or not rule.built_only for where, what in rule.find(view)]
+    found = [
+        Finding(rule, where, what)
+        for rule in RULES
+        if fixed or not rule.built_only
+        for where, what in rule.find(view)
+    ]
     return tuple(sorted(found, key=lambda f: f.rule.severity is Severity.NOTE))
 
 
-def require_clean(model: onnx.ModelProto, name: str, *, error: type[TwoTowerError], do: str, fixed: bool = False) -> tuple[Finding, ...]:
+def require_clean(
+    model: onnx.ModelProto, name: str, *, error: type[TwoTowerError], do: str, fixed: bool = False
+) -> tuple[Finding, ...]:
     """The notes on a graph that has no errors.
 
     Args:
@@ -48,7 +55,11 @@ def require_clean(model: onnx.ModelProto, name: str, *, error: type[TwoTowerErro
     """
     findings = lint(model, fixed=fixed)
     if errors := [f for f in findings if f.rule.severity is Severity.ERROR]:
-        raise error(f"{name} has forms that TensorRT refuses or computes wrongly", found="; ".join(explained(errors)), do=do)
+        raise error(
+            f"{name} has forms that TensorRT refuses or computes wrongly",
+            found="; ".join(explained(errors)),
+            do=do,
+        )
     return findings
 
 
@@ -62,7 +73,9 @@ def explained(findings: Iterable[Finding]) -> list[str]:
 
 def _line(group: list[Finding]) -> str:
     rule, more = group[0].rule, len(group) - _SHOWN
-    places = ", ".join(f"{f.where}: {f.found}" for f in group[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    places = ", ".join(f"{f.where}: {f.found}" for f in group[:_SHOWN]) + (
+        f" and {more} more" if more > 0 else ""
+    )
     return f"{rule.severity} {rule.id}: {places} ({rule.reason}; instead: {rule.instead})"
 
 
@@ -71,11 +84,17 @@ def rules_table() -> str:
     rows = [
         "| rule | looks at | must not be | because | write | source |",
         "|---|---|---|---|---|---|",
-        *(f"| `{r.id}`{_kind(r)} | {r.subject} | {r.avoid} | {r.reason} | {r.instead} | {r.source} |" for r in RULES),
+        *(
+            f"| `{r.id}`{_kind(r)} | {r.subject} | {r.avoid} | {r.reason} | {r.instead} | {r.source} |"
+            for r in RULES
+        ),
     ]
     return "\n".join(rows) + "\n"
 
 
 def _kind(rule: Rule) -> str:
-    words = [*(["note"] if rule.severity is Severity.NOTE else []), *(["fixed axes"] if rule.built_only else [])]
+    words = [
+        *(["note"] if rule.severity is Severity.NOTE else []),
+        *(["fixed axes"] if rule.built_only else []),
+    ]
     return f" ({', '.join(words)})" if words else ""

@@ -30,7 +30,11 @@ ABSENT_OPERATORS = (
 
 _RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 _EXPONENTIALS = ("Exp", "Softplus", "Softmax", "LogSoftmax", "ReduceLogSumExp")
-_QUANTIZERS = ("TRT_FP4DynamicQuantize", "TRT_MXFP8DynamicQuantize", "TRT_MXFP8DequantizeLinear")  # there is no standard form of these
+_QUANTIZERS = (
+    "TRT_FP4DynamicQuantize",
+    "TRT_MXFP8DynamicQuantize",
+    "TRT_MXFP8DequantizeLinear",
+)  # there is no standard form of these
 
 
 def _present(view: GraphView, node: onnx.NodeProto) -> str:
@@ -128,7 +132,9 @@ _BOTH = (_QUANTIZE, _DEQUANTIZE)
 _SCALE, _ZERO = 1, 2
 _NARROW = ("int8", "int4", "float8e4m3fn", "float4e2m1")
 _FLOATS = _NARROW[1:]  # int8 is also a type to compute with
-_CARRIES = frozenset({"Concat", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Shape", "Identity"})
+_CARRIES = frozenset(
+    {"Concat", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Shape", "Identity"}
+)
 
 
 def _type(view: GraphView, node: onnx.NodeProto) -> str | None:
@@ -139,13 +145,21 @@ def _type(view: GraphView, node: onnx.NodeProto) -> str | None:
         dtype = view.dtype(zero)
     else:
         dtype = type_name(view.attribute(node, "output_dtype", 0))
-        dtype = "uint8, because neither zero point nor output_dtype is given" if dtype == UNKNOWN else dtype
+        dtype = (
+            "uint8, because neither zero point nor output_dtype is given"
+            if dtype == UNKNOWN
+            else dtype
+        )
     return None if dtype in (*_NARROW, UNKNOWN) else f"quantized as {dtype}"
 
 
 def _zero_point(view: GraphView, node: onnx.NodeProto) -> str | None:
     value = view.constant(view.operand(node, _ZERO))
-    return "a zero point that is not zero" if value is not None and np.any(value.astype(np.float32)) else None
+    return (
+        "a zero point that is not zero"
+        if value is not None and np.any(value.astype(np.float32))
+        else None
+    )
 
 
 def _scale(view: GraphView, node: onnx.NodeProto) -> str | None:
@@ -153,7 +167,11 @@ def _scale(view: GraphView, node: onnx.NodeProto) -> str | None:
     if value is None:
         return None
     wide = value.astype(np.float32)
-    return None if np.all(wide > 0) and np.all(np.isfinite(wide)) else f"a scale of {wide.reshape(-1)[np.argmin(wide)]:g}"
+    return (
+        None
+        if np.all(wide > 0) and np.all(np.isfinite(wide))
+        else f"a scale of {wide.reshape(-1)[np.argmin(wide)]:g}"
+    )
 
 
 def _blocks(view: GraphView, node: onnx.NodeProto) -> str | None:
@@ -169,7 +187,9 @@ def _stored(view: GraphView) -> Iterator[Complaint]:
     for name, tensor in view.initializers.items():
         if type_name(tensor.data_type) in _NARROW:
             wrong = {
-                node.op_type for node in view.readers.get(name, ()) if node.op_type not in _BOTH and not node.op_type.startswith("TRT_")
+                node.op_type
+                for node in view.readers.get(name, ())
+                if node.op_type not in _BOTH and not node.op_type.startswith("TRT_")
             }
             if wrong:
                 yield name, f"{type_name(tensor.data_type)}, read by {', '.join(sorted(wrong))}"
@@ -179,7 +199,11 @@ def _read(view: GraphView) -> Iterator[Complaint]:
     for name, nodes in view.readers.items():
         if name in view.initializers or view.dtype(name) not in _FLOATS:
             continue
-        wrong = {n.op_type for n in nodes if n.op_type not in (*_BOTH, *_CARRIES) and not n.op_type.startswith("TRT_")}
+        wrong = {
+            n.op_type
+            for n in nodes
+            if n.op_type not in (*_BOTH, *_CARRIES) and not n.op_type.startswith("TRT_")
+        }
         if wrong:
             yield name, f"{view.dtype(name)}, read by {', '.join(sorted(wrong))}"
 

@@ -69,10 +69,17 @@ class Finding:
 
     def to_json(self) -> dict[str, str]:
         """Plain data."""
-        return {"rule": self.rule.id, "severity": self.rule.severity.value, "where": self.where, "found": self.found}
+        return {
+            "rule": self.rule.id,
+            "severity": self.rule.severity.value,
+            "where": self.where,
+            "found": self.found,
+        }
 
 
-def each(op_types: tuple[str, ...] | str, check: Check) -> Callable[[GraphView], Iterator[Complaint]]:
+def each(
+    op_types: tuple[str, ...] | str, check: Check
+) -> Callable[[GraphView], Iterator[Complaint]]:
     """Asks every operator of some types; their domain does not matter, because TensorRT's parser does not read it either."""
     wanted = (op_types,) if isinstance(op_types, str) else op_types
 

@@ -14,14 +14,43 @@ __all__ = ["TENSOR_RULES"]
 
 _HALF = ("float16", "bfloat16")
 _LARGEST_FLOAT16 = 65504.0
-_TYPES = frozenset({"float32", "float16", "bfloat16", "int64", "int32", "bool", "int8", "int4", "float8e4m3fn", "float4e2m1"})
+_TYPES = frozenset(
+    {
+        "float32",
+        "float16",
+        "bfloat16",
+        "int64",
+        "int32",
+        "bool",
+        "int8",
+        "int4",
+        "float8e4m3fn",
+        "float4e2m1",
+    }
+)
 
 # Operands that must have one type; None for all.
 _ALIKE: Mapping[str, tuple[int, ...] | None] = {
     **dict.fromkeys(
-        ("Add", "Sub", "Mul", "Div", "Pow", "Mod", "MatMul", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"), (0, 1)
+        (
+            "Add",
+            "Sub",
+            "Mul",
+            "Div",
+            "Pow",
+            "Mod",
+            "MatMul",
+            "Equal",
+            "Less",
+            "LessOrEqual",
+            "Greater",
+            "GreaterOrEqual",
+        ),
+        (0, 1),
     ),
-    **dict.fromkeys(("Gemm", "Conv", "ConvTranspose", "LayerNormalization", "RotaryEmbedding"), (0, 1, 2)),
+    **dict.fromkeys(
+        ("Gemm", "Conv", "ConvTranspose", "LayerNormalization", "RotaryEmbedding"), (0, 1, 2)
+    ),
     **dict.fromkeys(("RMSNormalization", "PRelu"), (0, 1)),
     **dict.fromkeys(("ScatterElements", "ScatterND", "Pad"), (0, 2)),
     "Where": (1, 2),
@@ -31,7 +60,19 @@ _ALIKE: Mapping[str, tuple[int, ...] | None] = {
 # Operands that decide a shape. TopK's is in a rule of its own.
 _SHAPES: Mapping[str, tuple[int, ...]] = {
     **dict.fromkeys(("Reshape", "Expand", "Tile", "Unsqueeze", "Squeeze", "Split", "OneHot"), (1,)),
-    **dict.fromkeys(("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSumExp", "ReduceL1", "ReduceL2"), (1,)),
+    **dict.fromkeys(
+        (
+            "ReduceSum",
+            "ReduceMean",
+            "ReduceMax",
+            "ReduceMin",
+            "ReduceProd",
+            "ReduceLogSumExp",
+            "ReduceL1",
+            "ReduceL2",
+        ),
+        (1,),
+    ),
     "ConstantOfShape": (0,),
     "Range": (0, 1, 2),
     "Slice": (1, 2, 3, 4),
@@ -44,13 +85,21 @@ def _mixed(view: GraphView) -> Iterator[Complaint]:
     for node in view.nodes:
         if node.op_type in _ALIKE:
             indices = _ALIKE[node.op_type]
-            dtypes = [view.dtype(name) for i, name in enumerate(node.input) if name and (indices is None or i in indices)]
+            dtypes = [
+                view.dtype(name)
+                for i, name in enumerate(node.input)
+                if name and (indices is None or i in indices)
+            ]
             if len(set(dtypes) - {UNKNOWN}) > 1:
                 yield where(node), f"{node.op_type}({', '.join(dtypes)})"
 
 
 def _types(view: GraphView) -> Iterator[Complaint]:
-    names = {name for node in view.nodes for name in (*node.input, *node.output) if name} | view.inputs | view.outputs
+    names = (
+        {name for node in view.nodes for name in (*node.input, *node.output) if name}
+        | view.inputs
+        | view.outputs
+    )
     for name in sorted(names):
         dtype = view.dtype(name)
         passed_through = dtype == "uint8" and name in view.inputs | view.outputs
@@ -61,7 +110,9 @@ def _types(view: GraphView) -> Iterator[Complaint]:
 def _quantized(view: GraphView, name: str) -> bool:
     """Whether a value's type is the business of the rules about quantization."""
     maker, readers = view.producers.get(name), view.readers.get(name, ())
-    return (maker is not None and _quantizes(maker)) or (bool(readers) and all(map(_quantizes, readers)))
+    return (maker is not None and _quantizes(maker)) or (
+        bool(readers) and all(map(_quantizes, readers))
+    )
 
 
 def _quantizes(node: onnx.NodeProto) -> bool:
@@ -90,14 +141,21 @@ def _untyped(view: GraphView) -> Iterator[Complaint]:
     """Only where it begins: what follows from an unknown value is unknown too."""
     for node in view.nodes:
         unknown = [name for name in node.output if name and name not in view.inferred]
-        if unknown and not node.domain and all(view.dtype(name) != UNKNOWN for name in node.input if name):
+        if (
+            unknown
+            and not node.domain
+            and all(view.dtype(name) != UNKNOWN for name in node.input if name)
+        ):
             yield where(node), f"nothing is known of {', '.join(unknown)}"
 
 
 def _declared(view: GraphView) -> Iterator[Complaint]:
     for name, kind in view.declared.items():
         if name in view.inferred and view.inferred[name].elem_type != kind.elem_type:
-            yield name, f"declared {type_name(kind.elem_type)}, computed in {type_name(view.inferred[name].elem_type)}"
+            yield (
+                name,
+                f"declared {type_name(kind.elem_type)}, computed in {type_name(view.inferred[name].elem_type)}",
+            )
 
 
 def _unread(view: GraphView) -> Iterator[Complaint]:
@@ -115,7 +173,10 @@ def _shapes(view: GraphView) -> Iterator[Complaint]:
     for node in view.nodes:
         for index in _SHAPES.get(node.op_type, ()):
             if view.operand(node, index) in view.data_dependent:
-                yield where(node), f"{node.op_type} takes its shape from the values in {node.input[index]}"
+                yield (
+                    where(node),
+                    f"{node.op_type} takes its shape from the values in {node.input[index]}",
+                )
 
 
 def _unnamed(view: GraphView) -> Iterator[Complaint]:

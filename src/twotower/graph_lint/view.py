@@ -16,12 +16,18 @@ __all__ = ["UNKNOWN", "GraphView", "type_name"]
 UNKNOWN = "unknown"
 """The type of a value about which nothing is known."""
 
-_SHAPE_OF = frozenset({"Shape", "Size"})  # what leaves these depends on shapes only, never on values
+_SHAPE_OF = frozenset(
+    {"Shape", "Size"}
+)  # what leaves these depends on shapes only, never on values
 
 
 def type_name(code: int) -> str:
     """`float32`, `bfloat16`, ... of an ONNX element type."""
-    names: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.DOUBLE: "float64", TensorProto.UNDEFINED: UNKNOWN}
+    names: dict[int, str] = {
+        TensorProto.FLOAT: "float32",
+        TensorProto.DOUBLE: "float64",
+        TensorProto.UNDEFINED: UNKNOWN,
+    }
     return names.get(code) or str(TensorProto.DataType.Name(code)).lower()
 
 
@@ -30,14 +36,17 @@ class GraphView:
 
     Args:
         model: The model; it is not changed.
-        fixed: Whether it is about to be built: all axes but those of the profiles are constants, and nobody else reads it.
+        fixed: Whether it is about to be built: all axes but those of the profiles are constants,
+            and nobody else reads it.
     """
 
     def __init__(self, model: onnx.ModelProto, *, fixed: bool = False) -> None:
         self.model = model
         self.fixed = fixed
         graph = model.graph
-        self.nodes: Sequence[onnx.NodeProto] = list(graph.node)  # held, so that a node is one object
+        self.nodes: Sequence[onnx.NodeProto] = list(
+            graph.node
+        )  # held, so that a node is one object
         self.initializers = {t.name: t for t in graph.initializer}
         self.inputs = {i.name for i in graph.input} - set(self.initializers)
         self.outputs = {o.name for o in graph.output}
@@ -59,7 +68,9 @@ class GraphView:
         kind = self.declared.get(name) or self._values.get(name)
         if kind is None or not kind.HasField("shape"):
             return None
-        return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim)
+        return tuple(
+            d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim
+        )
 
     def constant(self, name: str) -> np.ndarray[Any, Any] | None:
         """The value of a constant that lies in the graph itself."""
@@ -77,7 +88,9 @@ class GraphView:
     @cached_property
     def data_dependent(self) -> frozenset[str]:
         """Values that depend on what is in an input or an external weight, not only on shapes and constants."""
-        out = set(self.inputs) | {name for name, t in self.initializers.items() if t.data_location == TensorProto.EXTERNAL}
+        out = set(self.inputs) | {
+            name for name, t in self.initializers.items() if t.data_location == TensorProto.EXTERNAL
+        }
         for node in self.nodes:
             if node.op_type not in _SHAPE_OF and any(name in out for name in node.input):
                 out.update(name for name in node.output if name)
@@ -113,7 +126,9 @@ def _infer(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
     bare.CopyFrom(model)
     for output in bare.graph.output:
         output.ClearField("type")
-    with suppress(onnx.shape_inference.InferenceError, ValueError):  # an operator without a definition: what is unknown is a finding
+    with suppress(
+        onnx.shape_inference.InferenceError, ValueError
+    ):  # an operator without a definition: what is unknown is a finding
         bare = onnx.shape_inference.infer_shapes(bare)
     values = (*bare.graph.input, *bare.graph.value_info, *bare.graph.output)
     return {v.name: v.type.tensor_type for v in values if v.type.tensor_type.elem_type}

@@ -1,8 +1,9 @@
 """Both towers in torch: the project's own reference, against which every exported graph is verified.
 
-Shape letters, here and everywhere: B rows in a batch, L tokens in a chunk, S block size, T context capacity, D hidden size,
-V vocabulary, H SSM heads, P SSM head dimension, N SSM state size, G SSM groups, C convolution channels (HP + 2GN), K convolution
-width, E routed experts, F expert width, KV key/value heads, hd attention head dimension.
+Shape letters, here and everywhere: B rows in a batch, L tokens in a chunk, S block size, T context
+capacity, D hidden size, V vocabulary, H SSM heads, P SSM head dimension, N SSM state size, G SSM
+groups, C convolution channels (HP + 2GN), K convolution width, E routed experts, F expert width, KV
+key/value heads, hd attention head dimension.
 """
 
 from twotower.model.context_tower import ContextTower

@@ -37,18 +37,27 @@ class Attention(nn.Module):
         mask = torch.arange(keys.shape[2]) <= slots[:, None, :, None]
         return self._attend(q, keys, values, mask), keys, values
 
-    def over_context(self, u: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    def over_context(
+        self, u: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, length: torch.Tensor
+    ) -> torch.Tensor:
         """The denoiser: every position of the block u [B,S,D] sees the first `length` [B] cache slots and the whole block."""
         q, k, v = self._heads(u)
         cached = torch.arange(keys.shape[2]) < length[:, None, None, None]
         block = torch.ones(u.shape[0], 1, 1, u.shape[1], dtype=torch.bool)
         mask = torch.cat([cached, block], -1).expand(-1, -1, u.shape[1], -1)
-        return self._attend(q, torch.cat([keys.to(k.dtype), k], 2), torch.cat([values.to(v.dtype), v], 2), mask)
+        return self._attend(
+            q, torch.cat([keys.to(k.dtype), k], 2), torch.cat([values.to(v.dtype), v], 2), mask
+        )
 
     def _heads(self, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
         size = self.config.head_dim
-        return tuple(p(u).unflatten(-1, (-1, size)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return tuple(
+            p(u).unflatten(-1, (-1, size)).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(-2))

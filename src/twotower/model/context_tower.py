@@ -48,7 +48,12 @@ class ContextTower(nn.Module):
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
     def extend(
-        self, tokens: torch.Tensor, state: ContextState, *, past: torch.Tensor, lengths: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        state: ContextState,
+        *,
+        past: torch.Tensor,
+        lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ContextState]:
         """Reads a right-padded chunk.
 
@@ -66,9 +71,13 @@ class ContextTower(nn.Module):
         for i, layer in enumerate(cast("Iterable[Layer]", self.layers)):
             u = layer.norm(h)
             if isinstance(layer.mixer, Mamba2):
-                y, new[past_conv(i)], new[past_ssm(i)] = layer.mixer(u, state[past_conv(i)], state[past_ssm(i)], lengths)
+                y, new[past_conv(i)], new[past_ssm(i)] = layer.mixer(
+                    u, state[past_conv(i)], state[past_ssm(i)], lengths
+                )
             elif isinstance(layer.mixer, Attention):
-                y, new[past_key(i)], new[past_value(i)] = layer.mixer.causal(u, state[past_key(i)], state[past_value(i)], past)
+                y, new[past_key(i)], new[past_value(i)] = layer.mixer.causal(
+                    u, state[past_key(i)], state[past_value(i)], past
+                )
             else:
                 y = layer.mixer(u)
             h = h + y

@@ -38,7 +38,9 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * TIMESTEP_FREQUENCIES, size), nn.SiLU(), nn.Linear(size, size))
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * TIMESTEP_FREQUENCIES, size), nn.SiLU(), nn.Linear(size, size)
+        )
 
 
 class DenoiserTower(nn.Module):
@@ -56,12 +58,18 @@ class DenoiserTower(nn.Module):
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(d, 3 * d))
         self.scale_shift_tables = nn.ParameterList(torch.empty(3, d) for _ in c.layers)
 
-    def logits(self, block: torch.Tensor, state: ContextState, *, context_length: torch.Tensor) -> torch.Tensor:
+    def logits(
+        self, block: torch.Tensor, state: ContextState, *, context_length: torch.Tensor
+    ) -> torch.Tensor:
         """Float32 logits [B,S,V] of a block [B,S] some of whose tokens are masks; the state is read only."""
         h = self.embeddings(block)
         shared = self._conditioning((block == self.config.mask_token_id).float().mean(-1))
-        for i, (layer, kind) in enumerate(zip(cast("Iterable[Layer]", self.layers), self.config.layers, strict=True)):
-            shift, scale, gate = (shared + self.scale_shift_tables[i]).unsqueeze(2).unbind(1)  # [B,1,D] each
+        for i, (layer, kind) in enumerate(
+            zip(cast("Iterable[Layer]", self.layers), self.config.layers, strict=True)
+        ):
+            shift, scale, gate = (
+                (shared + self.scale_shift_tables[i]).unsqueeze(2).unbind(1)
+            )  # [B,1,D] each
             if kind in (LayerKind.MAMBA, LayerKind.ATTENTION):
                 u = layer.norm(h * (1 + scale) + shift)
             else:
@@ -69,7 +77,9 @@ class DenoiserTower(nn.Module):
             h = h + gate * self._mix(layer.mixer, u, state, i, context_length)
         return self.lm_head(self.norm_f(h)).float()
 
-    def _mix(self, mixer: nn.Module, u: torch.Tensor, state: ContextState, i: int, length: torch.Tensor) -> torch.Tensor:
+    def _mix(
+        self, mixer: nn.Module, u: torch.Tensor, state: ContextState, i: int, length: torch.Tensor
+    ) -> torch.Tensor:
         if isinstance(mixer, Mamba2):
             return mixer(u, state[past_conv(i)], state[past_ssm(i)])[0]
         if isinstance(mixer, Attention):
@@ -80,8 +90,14 @@ class DenoiserTower(nn.Module):
     def _conditioning(self, t: torch.Tensor) -> torch.Tensor:
         """The conditioning [B,3,D] all layers share, from the masked fraction t [B]."""
         dtype = self.lm_head.weight.dtype
-        t = t.to(dtype).float()  # the published model rounds t to its own dtype before the factor 1000
-        rates = torch.exp(-math.log(10000.0) * torch.arange(TIMESTEP_FREQUENCIES, dtype=torch.float32) / TIMESTEP_FREQUENCIES)
+        t = t.to(
+            dtype
+        ).float()  # the published model rounds t to its own dtype before the factor 1000
+        rates = torch.exp(
+            -math.log(10000.0)
+            * torch.arange(TIMESTEP_FREQUENCIES, dtype=torch.float32)
+            / TIMESTEP_FREQUENCIES
+        )
         angles = (t * 1000.0)[:, None] * rates
         e = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(dtype))
         out: torch.Tensor = self.t_block(e).unflatten(-1, (3, -1))
@@ -123,4 +139,6 @@ def commit_step(
     order = torch.where(masked, confidence, -math.inf).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter(-1, order, torch.arange(block.shape[1]).expand_as(order))
     commit = masked & (rank < count[:, None])
-    return Step(torch.where(commit, predicted, block), predicted, confidence, (masked & ~commit).sum(-1))
+    return Step(
+        torch.where(commit, predicted, block), predicted, confidence, (masked & ~commit).sum(-1)
+    )

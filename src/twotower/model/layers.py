@@ -23,7 +23,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon) * self.weight.float()).to(x.dtype)
+        return (
+            wide
+            * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+            * self.weight.float()
+        ).to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -54,15 +58,23 @@ class MoE(nn.Module):
         super().__init__()
         self.config = c
         self.gate = Router(c.n_routed_experts, c.hidden_size)
-        self.experts = nn.ModuleList(MLP(c.hidden_size, c.moe_intermediate_size) for _ in range(c.n_routed_experts))
-        self.shared_experts = MLP(c.hidden_size, c.shared_intermediate) if c.shared_intermediate else None
+        self.experts = nn.ModuleList(
+            MLP(c.hidden_size, c.moe_intermediate_size) for _ in range(c.n_routed_experts)
+        )
+        self.shared_experts = (
+            MLP(c.hidden_size, c.shared_intermediate) if c.shared_intermediate else None
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.reshape(-1, x.shape[-1])
         weights, chosen = self.route(tokens)
-        # Results lie expert by expert and are put back by one gather: adding them up row by row is many times slower on a CPU.
+        # Results lie expert by expert and are put back by one gather: adding them up row by row is
+        # many times slower on a CPU.
         order = chosen.flatten().argsort(stable=True)
-        rows, counts = order // chosen.shape[1], chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        rows, counts = (
+            order // chosen.shape[1],
+            chosen.flatten().bincount(minlength=len(self.experts)).tolist(),
+        )
         parts = zip(self.experts, tokens[rows].split(counts), strict=True)
         results = torch.cat([expert(part) for expert, part in parts if len(part)]).float()
         out = (results[order.argsort()].unflatten(0, chosen.shape) * weights[..., None]).sum(1)
@@ -72,7 +84,8 @@ class MoE(nn.Module):
     def route(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights [N,k] float32 and chosen experts [N,k] of tokens [N,D].
 
-        In float64, like the published code, so that two correct implementations agree on borderline choices.
+        In float64, like the published code, so that two correct implementations agree on borderline
+        choices.
         """
         c = self.config
         scores = torch.sigmoid(tokens.double() @ self.gate.weight.double().T)
@@ -80,7 +93,9 @@ class MoE(nn.Module):
         if c.n_group > 1:
             groups = choice.unflatten(-1, (c.n_group, -1))
             best = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)
-            kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(c.topk_group, -1).indices, True)
+            kept = torch.zeros_like(best, dtype=torch.bool).scatter(
+                -1, best.topk(c.topk_group, -1).indices, True
+            )
             choice = groups.masked_fill(~kept[..., None], -math.inf).flatten(-2)
         chosen = choice.topk(c.num_experts_per_tok, -1).indices
         weights = scores.gather(-1, chosen)

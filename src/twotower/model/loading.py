@@ -21,40 +21,71 @@ Read = Callable[[str], torch.Tensor]
 """A checkpoint tensor by its published name."""
 
 # Used in float32 whatever the model's dtype, and so never rounded to it.
-_HIGH_PRECISION = ("A_log", "D", "dt_bias", "gate.weight", "e_score_correction_bias", "norm.weight", "norm_f.weight")
+_HIGH_PRECISION = (
+    "A_log",
+    "D",
+    "dt_bias",
+    "gate.weight",
+    "e_score_correction_bias",
+    "norm.weight",
+    "norm_f.weight",
+)
 
 
-def load_context_tower(config: ModelConfig, read: Read, dtype: str = "float32", *, rounded_to: str | None = None) -> ContextTower:
+def load_context_tower(
+    config: ModelConfig, read: Read, dtype: str = "float32", *, rounded_to: str | None = None
+) -> ContextTower:
     """The context tower with its head.
 
     Args:
         config: The model.
         read: Gives a checkpoint tensor by its published name.
         dtype: What the tower computes in.
-        rounded_to: Round the weights to this dtype first: the exact twin of a narrow model, computed in `dtype`.
+        rounded_to: Round the weights to this dtype first: the exact twin of a narrow model,
+            computed in `dtype`.
     """
-    return _filled(ContextTower, config, (dtype, rounded_to or dtype), lambda name: read(published_name(name, Tower.CONTEXT)))
+    return _filled(
+        ContextTower,
+        config,
+        (dtype, rounded_to or dtype),
+        lambda name: read(published_name(name, Tower.CONTEXT)),
+    )
 
 
-def load_denoiser_tower(config: ModelConfig, read: Read, dtype: str = "float32", *, rounded_to: str | None = None) -> DenoiserTower:
+def load_denoiser_tower(
+    config: ModelConfig, read: Read, dtype: str = "float32", *, rounded_to: str | None = None
+) -> DenoiserTower:
     """The denoiser tower with its conditioning and head; arguments as of `load_context_tower`."""
-    return _filled(DenoiserTower, config, (dtype, rounded_to or dtype), lambda name: read(published_name(name, Tower.DENOISER)))
+    return _filled(
+        DenoiserTower,
+        config,
+        (dtype, rounded_to or dtype),
+        lambda name: read(published_name(name, Tower.DENOISER)),
+    )
 
 
 def published_name(name: str, tower: Tower) -> str:
     """A parameter's published name: the head and the conditioning carry no tower prefix."""
     if name.startswith("lm_head."):
         return tower.head
-    return name if name.startswith(("t_embedder.", "t_block.", "scale_shift_tables.")) else f"{tower.value}.{name}"
+    return (
+        name
+        if name.startswith(("t_embedder.", "t_block.", "scale_shift_tables."))
+        else f"{tower.value}.{name}"
+    )
 
 
 def _filled(kind: type[T], config: ModelConfig, dtypes: tuple[str, str], read: Read) -> T:
-    with torch.device("meta"):  # shapes alone: random numbers for 30 billion weights would take minutes and all the memory
+    with torch.device(
+        "meta"
+    ):  # shapes alone: random numbers for 30 billion weights would take minutes and all the memory
         tower = kind(config)
     for name, parameter in list(tower.named_parameters()):
         kept, rounded = ("float32", "float32") if name.endswith(_HIGH_PRECISION) else dtypes
         value = read(name).to(TORCH_DTYPES[rounded]).to(TORCH_DTYPES[kept])
-        assert value.shape == parameter.shape, f"{name}: {tuple(value.shape)} instead of {tuple(parameter.shape)}"
+        assert value.shape == parameter.shape, (
+            f"{name}: {tuple(value.shape)} instead of {tuple(parameter.shape)}"
+        )
         owner_name, _, last = name.rpartition(".")
         owner = tower.get_submodule(owner_name) if owner_name else tower
         if isinstance(owner, nn.ParameterList):

@@ -27,8 +27,16 @@ class Mamba2(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.config = c
-        self.in_proj = nn.Linear(c.hidden_size, c.mamba_inner + c.conv_channels + c.mamba_num_heads, bias=False)
-        self.conv1d = nn.Conv1d(c.conv_channels, c.conv_channels, c.conv_kernel, groups=c.conv_channels, bias=c.use_conv_bias)
+        self.in_proj = nn.Linear(
+            c.hidden_size, c.mamba_inner + c.conv_channels + c.mamba_num_heads, bias=False
+        )
+        self.conv1d = nn.Conv1d(
+            c.conv_channels,
+            c.conv_channels,
+            c.conv_kernel,
+            groups=c.conv_channels,
+            bias=c.use_conv_bias,
+        )
         self.dt_bias = nn.Parameter(torch.empty(c.mamba_num_heads))
         self.A_log = nn.Parameter(torch.empty(c.mamba_num_heads))
         self.D = nn.Parameter(torch.empty(c.mamba_num_heads))
@@ -36,7 +44,11 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(c.mamba_inner, c.hidden_size, bias=False)
 
     def forward(
-        self, u: torch.Tensor, conv: torch.Tensor, ssm: torch.Tensor, lengths: torch.Tensor | None = None
+        self,
+        u: torch.Tensor,
+        conv: torch.Tensor,
+        ssm: torch.Tensor,
+        lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Runs a chunk.
 
@@ -44,7 +56,8 @@ class Mamba2(nn.Module):
             u: [B,L,D].
             conv: [B,K-1,C], the last raw inputs of the convolution.
             ssm: [B,H,P,N] float32.
-            lengths: [B] valid tokens of each row, None for all; what comes after leaves no trace in the states.
+            lengths: [B] valid tokens of each row, None for all; what comes after leaves no trace in
+                the states.
 
         Returns:
             The output [B,L,D] and both states after each row's last valid token.
@@ -64,26 +77,44 @@ class Mamba2(nn.Module):
         out = self.out_proj(self._gated_norm(y, z).to(u.dtype))
         return out, rows.gather(1, kept.expand(-1, -1, c.conv_channels)), after
 
-    def _scan(self, mixed: torch.Tensor, dt: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scan(
+        self, mixed: torch.Tensor, dt: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Y [B,L,HP] and the new state, from x, B and C side by side [B,L,C] and dt [B,L,H]."""
         c = self.config
-        x, b, cc = mixed.split([c.mamba_inner, c.n_groups * c.ssm_state_size, c.n_groups * c.ssm_state_size], -1)
+        x, b, cc = mixed.split(
+            [c.mamba_inner, c.n_groups * c.ssm_state_size, c.n_groups * c.ssm_state_size], -1
+        )
         x = x.unflatten(-1, (c.mamba_num_heads, -1)).transpose(1, 2)  # [B,H,L,P]
         share = c.mamba_num_heads // c.n_groups
-        b, cc = (t.unflatten(-1, (c.n_groups, -1)).transpose(1, 2).repeat_interleave(share, 1) for t in (b, cc))  # [B,H,L,N]
+        b, cc = (
+            t.unflatten(-1, (c.n_groups, -1)).transpose(1, 2).repeat_interleave(share, 1)
+            for t in (b, cc)
+        )  # [B,H,L,N]
         dt = dt.transpose(1, 2)
         decay = (dt * -torch.exp(self.A_log.float())[:, None]).cumsum(-1)
         causal = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool).tril()
-        within = torch.exp((decay[..., :, None] - decay[..., None, :]).masked_fill(~causal, -math.inf))
+        within = torch.exp(
+            (decay[..., :, None] - decay[..., None, :]).masked_fill(~causal, -math.inf)
+        )
         x_dt = x * dt[..., None]
         y = ((cc @ b.transpose(-1, -2)) * within) @ x_dt
-        y = y + (cc @ state.transpose(-1, -2)) * torch.exp(decay)[..., None] + x * self.D.float()[:, None, None]
+        y = (
+            y
+            + (cc @ state.transpose(-1, -2)) * torch.exp(decay)[..., None]
+            + x * self.D.float()[:, None, None]
+        )
         to_end = torch.exp(decay[..., -1:] - decay)[..., None]
-        after = state * torch.exp(decay[..., -1])[..., None, None] + (x_dt * to_end).transpose(-1, -2) @ b
+        after = (
+            state * torch.exp(decay[..., -1])[..., None, None]
+            + (x_dt * to_end).transpose(-1, -2) @ b
+        )
         return y.transpose(1, 2).flatten(-2), after
 
     def _gated_norm(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """RMSNorm of y * silu(z) within each group of channels, float32."""
         gated = (y * F.silu(z.float())).unflatten(-1, (self.config.n_groups, -1))
-        normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + self.config.layer_norm_epsilon)
+        normed = gated * torch.rsqrt(
+            gated.square().mean(-1, keepdim=True) + self.config.layer_norm_epsilon
+        )
         return normed.flatten(-2) * self.norm.weight.float()

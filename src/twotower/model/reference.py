@@ -31,7 +31,9 @@ class ReferenceText:
     steps: list[ReferenceStep] = field(default_factory=list)
 
 
-def reference_generate(towers: tuple[ContextTower, DenoiserTower], prompt: list[int], options: GenerationConfig) -> ReferenceText:
+def reference_generate(
+    towers: tuple[ContextTower, DenoiserTower], prompt: list[int], options: GenerationConfig
+) -> ReferenceText:
     """Greedy generation of one text, by diffusion or autoregressively, exactly `max_new_tokens` long."""
     context, denoiser = towers
     capacity = len(prompt) + options.max_new_tokens + options.block_size
@@ -50,8 +52,17 @@ def reference_generate(towers: tuple[ContextTower, DenoiserTower], prompt: list[
                     break
                 logits = denoiser.logits(block, state, context_length=past)
                 floor = -(-masked // (options.steps_per_block - step))
-                done = commit_step(logits, block, context.config, **_greedy(options, floor, candidate_count(context.config)))
-                out.steps.append(ReferenceStep(block[0].tolist(), done.predicted[0].tolist(), done.confidence[0].tolist()))
+                done = commit_step(
+                    logits,
+                    block,
+                    context.config,
+                    **_greedy(options, floor, candidate_count(context.config)),
+                )
+                out.steps.append(
+                    ReferenceStep(
+                        block[0].tolist(), done.predicted[0].tolist(), done.confidence[0].tolist()
+                    )
+                )
                 block = done.next_block
             new = block[0].tolist()
         out.tokens += new

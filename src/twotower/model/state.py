@@ -9,7 +9,12 @@ from twotower.spec import state_tensors
 
 __all__ = ["TORCH_DTYPES", "ContextState", "empty_state"]
 
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+}
 
 ContextState = dict[str, torch.Tensor]
 """Input name -> tensor.
@@ -18,7 +23,12 @@ ContextState = dict[str, torch.Tensor]
 """
 
 
-def empty_state(config: ModelConfig, rows: int, capacity: int, dtype: str = "float32") -> ContextState:
+def empty_state(
+    config: ModelConfig, rows: int, capacity: int, dtype: str = "float32"
+) -> ContextState:
     """The state before the first token."""
     sizes = {"B": rows, "T": capacity}
-    return {s.past.name: torch.zeros(s.past.shape(sizes), dtype=TORCH_DTYPES[s.past.dtype]) for s in state_tensors(config, dtype)}
+    return {
+        s.past.name: torch.zeros(s.past.shape(sizes), dtype=TORCH_DTYPES[s.past.dtype])
+        for s in state_tensors(config, dtype)
+    }

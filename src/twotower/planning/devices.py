@@ -58,15 +58,22 @@ def device_needs(config: ModelConfig, options: PlanOptions) -> tuple[DeviceNeed,
                 _described(pieces, weights),
                 sum(piece.weights for piece in pieces),
                 _state_of(config, state, layers),
-                room.with_scratch(scratch[graph] for graph in {p.graph for p in pieces}) if pieces else 0,
+                room.with_scratch(scratch[graph] for graph in {p.graph for p in pieces})
+                if pieces
+                else 0,
             )
         )
     return tuple(out)
 
 
-def _placed(config: ModelConfig, weights: Mapping[str, GraphWeights], options: PlanOptions) -> dict[int, list[_Piece]]:
+def _placed(
+    config: ModelConfig, weights: Mapping[str, GraphWeights], options: PlanOptions
+) -> dict[int, list[_Piece]]:
     """The engines on each device: towers are cut by `twotower build --segments`, or at their experts."""
-    pieces = {name: [_Piece(name, cut, nbytes) for cut, nbytes in placed_pieces(w, config, options)] for name, w in weights.items()}
+    pieces = {
+        name: [_Piece(name, cut, nbytes) for cut, nbytes in placed_pieces(w, config, options)]
+        for name, w in weights.items()
+    }
     sizes = {name: [piece.weights for piece in parts] for name, parts in pieces.items()}
     if DENOISER in weights:
         places = place_engines(sizes, range(options.devices))
@@ -90,12 +97,20 @@ def _described(pieces: list[_Piece], weights: Mapping[str, GraphWeights]) -> str
     if len(weights) > 2 and parts == whole:
         return "both towers"
     return ", ".join(
-        f"{graph} tower" if layers == whole[graph] else f"{graph} layers {layers[0]} to {layers[1] - 1}" for graph, layers in parts.items()
+        f"{graph} tower"
+        if layers == whole[graph]
+        else f"{graph} layers {layers[0]} to {layers[1] - 1}"
+        for graph, layers in parts.items()
     )
 
 
 def _state_of(config: ModelConfig, state: State, layers: set[int]) -> int:
     """Bytes of the state of some layers; both towers work on the same."""
     kinds = [config.layers[i] for i in layers]
-    cached, recurrent = (kinds.count(kind) / max(config.layers.count(kind), 1) for kind in (LayerKind.ATTENTION, LayerKind.MAMBA))
-    return round(state.rows * (state.per_token * state.capacity * cached + 2 * state.per_row * recurrent))
+    cached, recurrent = (
+        kinds.count(kind) / max(config.layers.count(kind), 1)
+        for kind in (LayerKind.ATTENTION, LayerKind.MAMBA)
+    )
+    return round(
+        state.rows * (state.per_token * state.capacity * cached + 2 * state.per_row * recurrent)
+    )

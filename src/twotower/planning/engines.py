@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from twotower.builders.base import DENSE, FUSED, KERNELS
-from twotower.builders.build_cost import LayerBytes, build_memory, build_seconds, program_bytes, require_bound
+from twotower.builders.build_cost import (
+    LayerBytes,
+    build_memory,
+    build_seconds,
+    program_bytes,
+    require_bound,
+)
 from twotower.builders.trt.cut import even_layers, tower_cuts
 from twotower.checkpoint.layout import Role
 from twotower.config.formats import FORMATS
@@ -70,7 +76,10 @@ def engine_plans(
         stored = own_bytes(config, options)[graph]
         pieces = placed_pieces(weights, config, options)
         if len(pieces) > 1:
-            return [EnginePlan(f"{graph}.{n}.onnx", graph, layers, size, 0, None, None, 0) for n, (layers, size) in enumerate(pieces)]
+            return [
+                EnginePlan(f"{graph}.{n}.onnx", graph, layers, size, 0, None, None, 0)
+                for n, (layers, size) in enumerate(pieces)
+            ]
         return [EnginePlan(f"{graph}.onnx", graph, layers, size, stored, None, None, stored)]
     if weights.layers and expert_path(config, options).name == KERNELS:
         return _programs(graph, weights, config, bound=options.max_build_memory)
@@ -100,7 +109,9 @@ def own_bytes(config: ModelConfig, options: PlanOptions) -> Mapping[str, int]:
     few = dict(formats).get(Role.ROUTED_EXPERT.value)
     fused = few is not None and expert_path(config, options).name == FUSED
     return {
-        graph: stored_bytes(FORMATS[few].dtype, counts.get(Role.ROUTED_EXPERT.value, 0)) if few and fused else 0
+        graph: stored_bytes(FORMATS[few].dtype, counts.get(Role.ROUTED_EXPERT.value, 0))
+        if few and fused
+        else 0
         for graph, counts in weight_counts(config).items()
     }
 

@@ -34,8 +34,8 @@ class ExpertRoom:
     Attributes:
         workspace: Of the kernels for the most tokens.
         handed: Of the buffers in which programs and experts hand over.
-        shared: Whether the workspace lies where engines have their scratch; sessions of ONNX Runtime
-            have an arena each.
+        shared: Whether the workspace lies where engines have their scratch; sessions of ONNX
+            Runtime have an arena each.
     """
 
     workspace: int = 0

@@ -36,7 +36,8 @@ class Alternative:
         flags: What to type; the rest of the command stays.
         needs: Bytes on the fullest device.
         fits: Whether that is within the device's memory.
-        recipe: The recipe of `twotower quantize` that makes its experts; empty where they are as they were.
+        recipe: The recipe of `twotower quantize` that makes its experts; empty where they are as
+            they were.
     """
 
     flags: str
@@ -54,10 +55,12 @@ class GpuFit:
         refused: Why the target cannot be run on it at all, or empty.
         devices: What each device holds.
         fits: Whether it runs and every device's memory suffices.
-        pass_seconds: Least time of a denoiser pass; None where the bandwidth is not known or there is no denoiser.
+        pass_seconds: Least time of a denoiser pass; None where the bandwidth is not known or there
+            is no denoiser.
         step_seconds: The same of a step of autoregression.
         extension_seconds: The same of the context tower over a block that is done.
-        by_arithmetic: Which of these the matrix units decide and not the memory: `pass`, `step`, `extension`.
+        by_arithmetic: Which of these the matrix units decide and not the memory: `pass`, `step`,
+            `extension`.
         break_even: Denoising passes a block at which both modes take equally long, by rows.
         load: Least time until the weights are there; None where they are not copied anywhere.
         alternatives: What else could be asked for, where it does not fit.
@@ -81,13 +84,20 @@ class GpuFit:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        load = self.load and {**asdict(self.load), "seconds": self.load.seconds, "bound": self.load.bound}
+        load = self.load and {
+            **asdict(self.load),
+            "seconds": self.load.seconds,
+            "bound": self.load.bound,
+        }
         return {**asdict(self), "title": self.gpu.title, "needs": self.fullest.total, "load": load}
 
 
 def fit(config: ModelConfig, options: PlanOptions, gpus: Sequence[GpuModel]) -> tuple[GpuFit, ...]:
     """The plan on each GPU; an entry of several GPUs sets the number of devices."""
-    return tuple(_fit(config, replace(options, devices=gpu.count if gpu.count > 1 else options.devices), gpu) for gpu in gpus)
+    return tuple(
+        _fit(config, replace(options, devices=gpu.count if gpu.count > 1 else options.devices), gpu)
+        for gpu in gpus
+    )
 
 
 def _fit(config: ModelConfig, asked: PlanOptions, gpu: GpuModel) -> GpuFit:
@@ -105,7 +115,9 @@ def _fit(config: ModelConfig, asked: PlanOptions, gpu: GpuModel) -> GpuFit:
         pass_seconds=seconds["pass"],
         step_seconds=seconds["step"],
         extension_seconds=seconds["extension"],
-        by_arithmetic=tuple(name for name, cost in passes.items() if cost and cost.bound_by_arithmetic(gpu)),
+        by_arithmetic=tuple(
+            name for name, cost in passes.items() if cost and cost.bound_by_arithmetic(gpu)
+        ),
         break_even=break_evens(config, options, gpu),
         load=_load(config, options, gpu),
         alternatives=() if fits or refused else tuple(_alternatives(config, options, gpu)),
@@ -126,7 +138,11 @@ def _load(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> LoadTime 
 def _refused(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> str:
     if options.target == "rtx" and gpu.sm not in RTX_SMS:
         return f"rtx does not list SM {gpu.sm}; plan --target trt"
-    if options.target == "rtx" and gpu.sm == HALF_ONLY_SM and engine_dtype(config, options) != "float16":
+    if (
+        options.target == "rtx"
+        and gpu.sm == HALF_ONLY_SM
+        and engine_dtype(config, options) != "float16"
+    ):
         return f"SM {HALF_ONLY_SM} has float16 only; plan --dtype float16"
     if options.sms and gpu.sm not in options.sms:
         return f"--sm does not list SM {gpu.sm}"
@@ -139,13 +155,21 @@ def _refused(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> str:
 
 def largest_batch(config: ModelConfig, options: PlanOptions, memory: int) -> int:
     """Most rows, up to those asked for, that fit so much memory a device; 0 if not even one does."""
-    return _largest(0, options.max_batch, lambda rows: _fullest(config, replace(options, max_batch=rows)) <= memory)
+    return _largest(
+        0,
+        options.max_batch,
+        lambda rows: _fullest(config, replace(options, max_batch=rows)) <= memory,
+    )
 
 
 def largest_context(config: ModelConfig, options: PlanOptions, memory: int) -> int:
     """Longest text, up to the one asked for, that fits so much memory a device; 0 if not even the shortest does."""
     asked = _asked_context(config, options)
-    found = _largest(LEAST_CONTEXT - 1, asked, lambda n: _fullest(config, replace(options, max_context=n)) <= memory)
+    found = _largest(
+        LEAST_CONTEXT - 1,
+        asked,
+        lambda n: _fullest(config, replace(options, max_context=n)) <= memory,
+    )
     return found if found >= LEAST_CONTEXT else 0
 
 
@@ -166,7 +190,9 @@ def _fullest(config: ModelConfig, options: PlanOptions) -> int:
     return max(d.total for d in device_needs(config, options))
 
 
-def _alternatives(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> Iterator[Alternative]:
+def _alternatives(
+    config: ModelConfig, options: PlanOptions, gpu: GpuModel
+) -> Iterator[Alternative]:
     enough: list[set[tuple[str, Any]]] = []  # changes that suffice alone: more of them is no news
     for changes in _changes(config, options, gpu):
         if any(few <= set(changes.items()) for few in enough):
@@ -178,7 +204,12 @@ def _alternatives(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> I
         needs = _fullest(config, shrunk)
         if shrunk == changed and needs <= gpu.memory:
             enough.append(set(changes.items()))
-        yield Alternative(_flags(options, shrunk), needs, needs <= gpu.memory, EXPERT_RECIPES.get(shrunk.experts or "", ""))
+        yield Alternative(
+            _flags(options, shrunk),
+            needs,
+            needs <= gpu.memory,
+            EXPERT_RECIPES.get(shrunk.experts or "", ""),
+        )
 
 
 def _changes(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> Iterator[dict[str, Any]]:
@@ -199,13 +230,16 @@ def _changes(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> Iterat
 def _formats_on(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> Iterator[str]:
     """Formats of experts that save memory on a GPU and cost no time.
 
-    Kernels read any format on any GPU. Where the engine multiplies, the hardware must have it, and for the recipes that round
+    Kernels read any format on any GPU. Where the engine multiplies, the hardware must have it, and
+    for the recipes that round
     inputs it must in any case: they narrow other layers too.
     """
     kernels = expert_path(config, options).name == KERNELS
     for name in EXPERT_FORMATS:
         free = kernels and name not in ("int8", "fp8")
-        if name not in left_out(config, options) and (free or not gpu.sm or gpu.sm >= FORMATS[name].first_sm):
+        if name not in left_out(config, options) and (
+            free or not gpu.sm or gpu.sm >= FORMATS[name].first_sm
+        ):
             yield name
 
 
@@ -221,4 +255,8 @@ def _shrunk(config: ModelConfig, options: PlanOptions, memory: int) -> PlanOptio
 
 def _flags(before: PlanOptions, after: PlanOptions) -> str:
     names = ("dtype", "experts", "devices", "mode", "max_batch", "max_context")
-    return " ".join(f"--{n.replace('_', '-')} {getattr(after, n)}" for n in names if getattr(after, n) != getattr(before, n))
+    return " ".join(
+        f"--{n.replace('_', '-')} {getattr(after, n)}"
+        for n in names
+        if getattr(after, n) != getattr(before, n)
+    )

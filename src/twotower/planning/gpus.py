@@ -43,8 +43,10 @@ class GpuModel:
 
 PCIE_4, PCIE_5 = 32 * 10**9, 64 * 10**9  # 16 lanes, one direction, before the protocol's own share
 
-# Memory, bandwidth and matrix products a second as public specifications of these cards give them, entered by hand. The published
-# memory is counted as 1e9 bytes a GB; a device reports a few percent more, so the table errs on the side of "does not fit".
+# Memory, bandwidth and matrix products a second as public specifications of these cards give them,
+# entered by hand. The published
+# memory is counted as 1e9 bytes a GB; a device reports a few percent more, so the table errs on the
+# side of "does not fit".
 GPUS = (
     GpuModel("RTX 4090", 24 * 10**9, 89, 1008 * 10**9, link=PCIE_4, flops=165.2e12),
     GpuModel("RTX 5090", 32 * 10**9, 120, 1792 * 10**9, link=PCIE_5, flops=209.5e12),
@@ -71,7 +73,13 @@ def gpus_named(name: str) -> tuple[GpuModel, ...]:
     exact = [gpu for gpu in single if _plain(gpu.name) == wanted]
     found = exact or [gpu for gpu in single if wanted and wanted in _plain(gpu.name)]
     if len(found) != 1 or count < 1:
-        which = "is unknown" if not found else f"could be {' or '.join(gpu.name for gpu in found)}" if len(found) > 1 else "is no GPU"
+        which = (
+            "is unknown"
+            if not found
+            else f"could be {' or '.join(gpu.name for gpu in found)}"
+            if len(found) > 1
+            else "is no GPU"
+        )
         raise ConfigError(
             f"--gpu {name!r} {which}",
             found=f"known: {', '.join(gpu.name for gpu in single)}; also all, or several as e.g. 2x H100",
@@ -92,11 +100,14 @@ def gpu_at_hand(gpus: Sequence[Gpu]) -> tuple[GpuModel, ...]:
 def _known(gpu: GpuModel) -> GpuModel:
     """The same with the rates of the table's card of that name.
 
-    Only where every word of a table's name is a word of the driver's: an RTX 4090 Laptop or an H100 PCIe is another card.
+    Only where every word of a table's name is a word of the driver's: an RTX 4090 Laptop or an H100
+    PCIe is another card.
     """
     words = set(gpu.name.lower().replace("-", " ").split())
     other = {"laptop", "pcie", "nvl", "max", "d", "mig", "server"}
-    fits = [g for g in GPUS if g.count == 1 and set(g.name.lower().replace("80gb", "").split()) <= words]
+    fits = [
+        g for g in GPUS if g.count == 1 and set(g.name.lower().replace("80gb", "").split()) <= words
+    ]
     if not fits or words & other:
         return gpu
     return replace(gpu, bandwidth=fits[0].bandwidth, link=fits[0].link, flops=fits[0].flops)

@@ -15,10 +15,24 @@ from twotower.hardware import RTX_SMS, TARGETS
 from twotower.planning.break_even import ROWS
 from twotower.planning.devices import DeviceNeed, device_needs
 from twotower.planning.engines import EnginePlan, engine_plans, own_bytes
-from twotower.planning.expert_path import ExpertPath, expert_path, left_out, outside_engines, require_path, segments_of
+from twotower.planning.expert_path import (
+    ExpertPath,
+    expert_path,
+    left_out,
+    outside_engines,
+    require_path,
+    segments_of,
+)
 from twotower.planning.expert_room import ExpertRoom, expert_room
 from twotower.planning.pass_cost import PassCosts, pass_costs
-from twotower.planning.plan_options import TENSORRT, PlanOptions, all_formats, capacity_of, engine_dtype, rounded_of
+from twotower.planning.plan_options import (
+    TENSORRT,
+    PlanOptions,
+    all_formats,
+    capacity_of,
+    engine_dtype,
+    rounded_of,
+)
 from twotower.planning.scratch import Scratch
 from twotower.planning.weights import GraphWeights, checkpoint_bytes, graph_weights
 from twotower.planning.working_memory import State, needed_weights, state_bytes, tower_scratch
@@ -65,7 +79,8 @@ class Plan:
         dense: The same if every expert computed every token; empty where that is so.
         disk: Files.
         segments: What `--segments` cuts a tower into.
-        left_out: Formats of experts that are no alternative here, because a pass would expand them in device memory.
+        left_out: Formats of experts that are no alternative here, because a pass would expand them
+            in device memory.
     """
 
     options: PlanOptions
@@ -106,7 +121,8 @@ class Plan:
             "dtype": self.dtype,
             "parameters": self.parameters,
             "weights": {
-                name: {"total": w.total, "by_kind": dict(w.by_kind), "by_dtype": dict(w.by_dtype)} for name, w in self.weights.items()
+                name: {"total": w.total, "by_kind": dict(w.by_kind), "by_dtype": dict(w.by_dtype)}
+                for name, w in self.weights.items()
             },
             "engines": [asdict(e) for e in self.engines],
             "state": {**asdict(self.state), "total": self.state.total},
@@ -123,7 +139,11 @@ class Plan:
                 "engines": dict(self.disk.engines),
                 "copies": dict(self.disk.copies),
             },
-            "host": {"export": EXPORT_MEMORY, "build_peak": self.build_peak, "build_seconds": self.build_seconds},
+            "host": {
+                "export": EXPORT_MEMORY,
+                "build_peak": self.build_peak,
+                "build_seconds": self.build_seconds,
+            },
         }
 
 
@@ -143,14 +163,22 @@ def plan_bundle(config: ModelConfig, options: PlanOptions | None = None) -> Plan
         dtype=engine_dtype(config, wanted),
         parameters=checkpoint_bytes(config) // item_bytes(config.dtype),
         weights=weights,
-        engines=tuple(engine for name, w in weights.items() for engine in engine_plans(config, wanted, graph=name, weights=w)),
+        engines=tuple(
+            engine
+            for name, w in weights.items()
+            for engine in engine_plans(config, wanted, graph=name, weights=w)
+        ),
         state=state_bytes(config, wanted),
         scratch=tower_scratch(config, wanted),
         room=expert_room(config, wanted),
         devices=device_needs(config, wanted),
         experts=path,
         passes={n: pass_costs(config, wanted, n) for n in rows},
-        dense={n: pass_costs(config, replace(wanted, expert_path=DENSE), n) for n in rows if path.chosen_only},
+        dense={
+            n: pass_costs(config, replace(wanted, expert_path=DENSE), n)
+            for n in rows
+            if path.chosen_only
+        },
         disk=_disk(config, wanted),
         segments=segments_of(config, wanted),
         left_out=left_out(config, wanted),
@@ -162,7 +190,9 @@ def _disk(config: ModelConfig, options: PlanOptions) -> Disk:
     dtype = options.dtype or config.dtype
     formats = all_formats(options)
     kept = graph_weights(config, dtype, formats, rounded_of(options))
-    others = {target: replace(options, target=target) for target in TARGETS if target not in TENSORRT}
+    others = {
+        target: replace(options, target=target) for target in TARGETS if target not in TENSORRT
+    }
     copies = {target: sum(own_bytes(config, o).values()) for target, o in others.items()}
     sizes = dict(copies)
     for target in TENSORRT:
@@ -180,8 +210,18 @@ def _disk(config: ModelConfig, options: PlanOptions) -> Disk:
 def _programs_of(target: str, config: ModelConfig, options: PlanOptions) -> list[EnginePlan]:
     """Engines of both towers, whole or cut at their experts."""
     o = replace(options, target=target, mode="diffusion", devices=1, max_build_memory=None)
-    held = graph_weights(config, engine_dtype(config, o), all_formats(o), rounded_of(o), outside=outside_engines(config, o))
-    return [engine for name, w in held.items() for engine in engine_plans(config, o, graph=name, weights=w)]
+    held = graph_weights(
+        config,
+        engine_dtype(config, o),
+        all_formats(o),
+        rounded_of(o),
+        outside=outside_engines(config, o),
+    )
+    return [
+        engine
+        for name, w in held.items()
+        for engine in engine_plans(config, o, graph=name, weights=w)
+    ]
 
 
 def require_sound(config: ModelConfig, options: PlanOptions) -> None:
@@ -195,7 +235,11 @@ def require_sound(config: ModelConfig, options: PlanOptions) -> None:
     unknown = [sm for sm in options.sms if target == "rtx" and sm not in RTX_SMS]
     if options.sms and target != "rtx" and options.expert_path != KERNELS:
         found = "trt builds for the GPU at hand, ort-cuda (without --expert-path kernels) and ort-cpu compile nothing ahead"
-        raise ConfigError(f"--sm is not for target {target}", found=found, do="leave --sm out, or plan --target rtx")
+        raise ConfigError(
+            f"--sm is not for target {target}",
+            found=found,
+            do="leave --sm out, or plan --target rtx",
+        )
     if unknown:
         raise ConfigError(
             f"target rtx does not build for SM {', '.join(map(str, unknown))}",
@@ -204,11 +248,21 @@ def require_sound(config: ModelConfig, options: PlanOptions) -> None:
         )
     if HALF_ONLY_SM in options.sms and dtype != "float16":
         raise ConfigError(
-            f"SM {HALF_ONLY_SM} has no products in {dtype}", found="float16 only", do="add --dtype float16, or leave 75 out of --sm"
+            f"SM {HALF_ONLY_SM} has no products in {dtype}",
+            found="float16 only",
+            do="add --dtype float16, or leave 75 out of --sm",
         )
     if options.experts and LayerKind.MOE not in config.layers:
-        raise ConfigError("--experts does not apply", found="the model has no routed experts", do="leave --experts out")
+        raise ConfigError(
+            "--experts does not apply",
+            found="the model has no routed experts",
+            do="leave --experts out",
+        )
     if options.experts and options.formats:
         found = f"in few bits: {', '.join(f'{k} {f}' for k, f in options.formats)}"
-        raise ConfigError("--experts does not apply: the bundle is quantized", found=found, do="leave --experts out")
+        raise ConfigError(
+            "--experts does not apply: the bundle is quantized",
+            found=found,
+            do="leave --experts out",
+        )
     require_path(config, options)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from twotower.builders.base import AUTO, DEFAULT_MAX_BATCH, DEFAULT_MAX_CONTEXT, EXPERTS, BuildConfig
+from twotower.builders.base import (
+    AUTO,
+    DEFAULT_MAX_BATCH,
+    DEFAULT_MAX_CONTEXT,
+    EXPERTS,
+    BuildConfig,
+)
 from twotower.builders.profiles import cache_capacity
 from twotower.config.generation import GenerationConfig
 from twotower.config.model import ModelConfig
@@ -43,7 +49,8 @@ class PlanOptions:
         run_on: Compute capabilities of the GPUs it is for, where they are known.
         devices: GPUs to spread over: with two one tower each, with more segments of both.
         experts: Few-bit format of the routed experts, None for `dtype`.
-        expert_path: What computes the experts, as `--experts` of a build says it; see `expert_path.expert_path`.
+        expert_path: What computes the experts, as `--experts` of a build says it; see
+            `expert_path.expert_path`.
         formats: Of a quantized bundle: its layer kinds in few bits, each with its format.
         rounded: Of a quantized bundle: its layer kinds whose products read few bits on both sides.
         mode: `diffusion` for both towers, `ar` for the context tower alone.
@@ -70,7 +77,12 @@ class PlanOptions:
     disk_rate: int | None = None
 
     def __post_init__(self) -> None:
-        BuildConfig(sms=self.sms, max_batch=self.max_batch, max_context=self.max_context, max_build_memory=self.max_build_memory)
+        BuildConfig(
+            sms=self.sms,
+            max_batch=self.max_batch,
+            max_context=self.max_context,
+            max_build_memory=self.max_build_memory,
+        )
         for flag, value, allowed in (
             ("--target", self.target, TARGETS),
             ("--dtype", self.dtype, (None, *DTYPES)),
@@ -80,19 +92,32 @@ class PlanOptions:
         ):
             if value not in allowed:
                 raise ConfigError(
-                    f"{flag} cannot be {value!r}", found=f"allowed: {', '.join(str(a) for a in allowed if a)}", do=f"choose another {flag}"
+                    f"{flag} cannot be {value!r}",
+                    found=f"allowed: {', '.join(str(a) for a in allowed if a)}",
+                    do=f"choose another {flag}",
                 )
         if self.disk_rate is not None and self.disk_rate < 1:
             found = "allowed: 1 byte a second and more"
             do = "pass e.g. --disk-rate 7G"
             raise ConfigError(f"--disk-rate cannot be {self.disk_rate}", found=found, do=do)
         if self.devices < 1:
-            raise ConfigError(f"--devices cannot be {self.devices}", found="allowed: 1 and more", do="pass a positive --devices")
+            raise ConfigError(
+                f"--devices cannot be {self.devices}",
+                found="allowed: 1 and more",
+                do="pass a positive --devices",
+            )
 
 
 def all_formats(options: PlanOptions) -> Formats:
     """Layer kinds in few bits as the bundle holds them."""
-    return tuple(sorted({**dict(options.formats), **({"routed_expert": options.experts} if options.experts else {})}.items()))
+    return tuple(
+        sorted(
+            {
+                **dict(options.formats),
+                **({"routed_expert": options.experts} if options.experts else {}),
+            }.items()
+        )
+    )
 
 
 def rounded_of(options: PlanOptions) -> tuple[str, ...]:
@@ -104,7 +129,11 @@ def rounded_of(options: PlanOptions) -> tuple[str, ...]:
 
 def formats_of(options: PlanOptions) -> Formats:
     """The same as the engines hold them: `ort-cpu` has no 4-bit floats and expands them."""
-    return tuple((kind, name) for kind, name in all_formats(options) if options.target != "ort-cpu" or name != "nvfp4")
+    return tuple(
+        (kind, name)
+        for kind, name in all_formats(options)
+        if options.target != "ort-cpu" or name != "nvfp4"
+    )
 
 
 def capacity_of(config: ModelConfig, options: PlanOptions) -> int:

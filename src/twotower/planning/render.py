@@ -12,7 +12,13 @@ from twotower.planning.fit import Alternative, GpuFit
 from twotower.planning.load_time import ASSUMED_DISK_RATE
 from twotower.planning.plan import EXPORT_MEMORY, Plan
 from twotower.planning.plan_options import all_formats
-from twotower.planning.render_passes import aligned, break_even_lines, expert_lines, pass_lines, pass_notes
+from twotower.planning.render_passes import (
+    aligned,
+    break_even_lines,
+    expert_lines,
+    pass_lines,
+    pass_notes,
+)
 
 __all__ = ["describe_fits", "describe_plan", "refusal"]
 
@@ -42,9 +48,18 @@ def describe_plan(plan: Plan) -> list[str]:
     few = all_formats(o)
     experts = f", {', '.join(f'{kind} in {name}' for kind, name in few)}" if few else ""
     rows = [
-        ("plan", f"target {o.target}, {plan.dtype}{experts}, {what}; up to {o.max_batch} rows of {state.capacity} positions"),
-        ("weights", f"{_gb(sum(w.total for w in plan.weights.values()))}; {_parameters(plan.parameters)} parameters in both towers"),
-        *(("", f"{name:<14}{_gb(w.total):>10}   {_kinds(plan, name)}") for name, w in plan.weights.items()),
+        (
+            "plan",
+            f"target {o.target}, {plan.dtype}{experts}, {what}; up to {o.max_batch} rows of {state.capacity} positions",
+        ),
+        (
+            "weights",
+            f"{_gb(sum(w.total for w in plan.weights.values()))}; {_parameters(plan.parameters)} parameters in both towers",
+        ),
+        *(
+            ("", f"{name:<14}{_gb(w.total):>10}   {_kinds(plan, name)}")
+            for name, w in plan.weights.items()
+        ),
         (
             "state",
             f"{_small(state.per_token)} a token and {_small(state.per_row)} a row; {_gb(state.total)} for all rows (the latter twice)",
@@ -56,7 +71,11 @@ def describe_plan(plan: Plan) -> list[str]:
         *(("", f"{name:<14}{_gb(s.nbytes):>10}   {s.because}") for name, s in plan.scratch.items()),
         *_room(plan),
         ("disk", f"checkpoint {_gb(plan.disk.checkpoint)}, bundle {_gb(plan.disk.bundle)}"),
-        ("", "engines " + ", ".join(f"{target} {_gb(size)}" for target, size in plan.disk.engines.items())),
+        (
+            "",
+            "engines "
+            + ", ".join(f"{target} {_gb(size)}" for target, size in plan.disk.engines.items()),
+        ),
         *_copies(plan),
         *_devices(plan),
         ("export", f"{_gb(EXPORT_MEMORY)} of memory: weights stream"),
@@ -89,7 +108,10 @@ def _devices(plan: Plan) -> list[tuple[str, str]]:
     """What lies where, and the cut it takes."""
     if len(plan.devices) == 1:
         return []
-    rows = [f"{number}: {_gb(d.weights):>8}  {d.holds or 'nothing'}" for number, d in enumerate(plan.devices)]
+    rows = [
+        f"{number}: {_gb(d.weights):>8}  {d.holds or 'nothing'}"
+        for number, d in enumerate(plan.devices)
+    ]
     cut = [f"built with --segments {plan.segments}"] if plan.segments > 1 else []
     return _under("devices", [*rows, *cut])
 
@@ -102,29 +124,57 @@ def _expanded(plan: Plan) -> list[tuple[str, str]]:
         return []
     half = _gb(expanded / 2)
     return [
-        ("", f"expanded in memory in every pass: {half} written and {half} read besides, slower than {plan.dtype} experts"),
+        (
+            "",
+            f"expanded in memory in every pass: {half} written and {half} read besides, slower than {plan.dtype} experts",
+        ),
         ("", f"multiplied as they are stored: {FUSED_STACKS}; by kernels, any"),
     ]
 
 
 def describe_fits(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
     """The table of GPUs, what would fit those it does not fit, and what the numbers rest on."""
-    head = ("GPU", "fits", "weights", "state", "scratch", "total", "of", "used", "pass", "AR step", "load")
+    head = (
+        "GPU",
+        "fits",
+        "weights",
+        "state",
+        "scratch",
+        "total",
+        "of",
+        "used",
+        "pass",
+        "AR step",
+        "load",
+    )
     rows = [head, *(_row(f) for f in fits)]
-    lines = ["", f"GB of 1e9 bytes, on the fullest device; times are lower bounds for {plan.options.max_batch} rows at full length:"]
+    lines = [
+        "",
+        f"GB of 1e9 bytes, on the fullest device; times are lower bounds for {plan.options.max_batch} rows at full length:",
+    ]
     lines += aligned(rows, left=(0, 1))
     lines += break_even_lines(plan, fits)
     for why in dict.fromkeys(f.refused for f in fits if f.refused):
         lines += ["", f"{', '.join(f.gpu.title for f in fits if f.refused == why)}: {why}"]
     for f in fits:
         lines += _instead(f)
-    lines += ["", *_left_out(plan, fits), *_NOTES, *(f"{'':<12}{line}" for line in pass_notes(plan))]
+    lines += [
+        "",
+        *_left_out(plan, fits),
+        *_NOTES,
+        *(f"{'':<12}{line}" for line in pass_notes(plan)),
+    ]
     if any(f.load for f in fits):
         lines += _load_notes(plan.options.disk_rate)
     if plan.build_peak:
         lines += _BUILD_NOTES
-    if any(f.gpu.count > 1 or len(f.devices) > 1 or any("--devices" in a.flags for a in f.alternatives) for f in fits):
-        lines.append("            several devices: one tower each on two, of more runs of layers; never run on GPUs")
+    if any(
+        f.gpu.count > 1 or len(f.devices) > 1 or any("--devices" in a.flags for a in f.alternatives)
+        for f in fits
+    ):
+        lines.append(
+            "            several devices: one tower each on two, of more runs of layers; never run on GPUs"
+        )
     return lines
 
 
@@ -162,7 +212,9 @@ def refusal(plan: Plan, fits: Sequence[GpuFit]) -> ConfigError:
             do += f"; the least that was tried on {least[1].gpu.title} is {_alternative(least[2])}"
     if plan.left_out:
         do += f"; left out: {_why_left_out(plan)}"
-    return ConfigError(f"the plan for target {plan.options.target} does not fit {names}", found=found, do=do)
+    return ConfigError(
+        f"the plan for target {plan.options.target} does not fit {names}", found=found, do=do
+    )
 
 
 def _found(f: GpuFit) -> str:
@@ -177,7 +229,10 @@ def _row(f: GpuFit) -> tuple[str, ...]:
     load = "-" if f.load is None else _time(f.load.seconds)
     verdict = "no (SM)" if f.refused else "yes" if f.fits else "no"
     stars = ["*" if name in f.by_arithmetic else "" for name in ("pass", "step")]
-    times = [_ms(seconds) + star for seconds, star in zip((f.pass_seconds, f.step_seconds), stars, strict=True)]
+    times = [
+        _ms(seconds) + star
+        for seconds, star in zip((f.pass_seconds, f.step_seconds), stars, strict=True)
+    ]
     return (f.gpu.title, verdict, *sizes, f"{100 * n.total / f.gpu.memory:.0f} %", *times, load)
 
 
@@ -187,7 +242,11 @@ def _instead(f: GpuFit) -> list[str]:
     possible = [a for a in f.alternatives if a.fits]
     if not possible:
         least = min(f.alternatives, key=lambda a: a.needs, default=None)
-        return ["", f"{f.gpu.title}: nothing tried fits" + (f"; least: {_alternative(least)}" if least else "")]
+        return [
+            "",
+            f"{f.gpu.title}: nothing tried fits"
+            + (f"; least: {_alternative(least)}" if least else ""),
+        ]
     width = max(len(a.flags) for a in possible)
     return ["", f"{f.gpu.title} would fit with", *(f"  {_alternative(a, width)}" for a in possible)]
 
@@ -196,7 +255,11 @@ def _alternative(a: Alternative, width: int = 0) -> str:
     remarks = [f"made by `twotower quantize --recipe {a.recipe}`"] if a.recipe else []
     remarks += ["the runtime loads both towers so far"] if "--mode ar" in a.flags else []
     later = f" ({'; '.join(remarks)})" if remarks else ""
-    return f"{a.flags:<{width}}  {_gb(a.needs)}{later}" if width else f"`{a.flags}` {_gb(a.needs)}{later}"
+    return (
+        f"{a.flags:<{width}}  {_gb(a.needs)}{later}"
+        if width
+        else f"`{a.flags}` {_gb(a.needs)}{later}"
+    )
 
 
 def _parameters(count: int) -> str:
@@ -209,19 +272,33 @@ def _build(plan: Plan) -> list[tuple[str, str]]:
         kernels = plan.experts.name == KERNELS
         return [("build", "kernels, which are not counted" if kernels else "nothing is compiled")]
     held = plan.held
-    inside = f"{_gb(held)} of weights inside, which TensorRT takes as constants only" if held else "programs that hold no weights"
+    inside = (
+        f"{_gb(held)} of weights inside, which TensorRT takes as constants only"
+        if held
+        else "programs that hold no weights"
+    )
     bound = "; --max-build-memory cuts towers" if held and not plan.options.max_build_memory else ""
     return [
         ("build", f"{_files(plan)}, one after the other: {inside}"),
-        ("", f"{_gb(plan.build_peak)} of memory at the peak, {_time(plan.build_seconds or 0.0)} of one processor{bound}"),
-        ("", _WHERE[plan.options.target] if not held else _WHERE[plan.options.target].replace(", a laptop will do", "")),
+        (
+            "",
+            f"{_gb(plan.build_peak)} of memory at the peak, {_time(plan.build_seconds or 0.0)} of one processor{bound}",
+        ),
+        (
+            "",
+            _WHERE[plan.options.target]
+            if not held
+            else _WHERE[plan.options.target].replace(", a laptop will do", ""),
+        ),
     ]
 
 
 def _files(plan: Plan) -> str:
     """`3 engines`, or `9 engines for 49 programs`; kernels are compiled besides."""
     programs = sum(e.programs for e in plan.engines)
-    said = f"{len(plan.engines)} engines" + (f" for {programs} programs" if programs > len(plan.engines) else "")
+    said = f"{len(plan.engines)} engines" + (
+        f" for {programs} programs" if programs > len(plan.engines) else ""
+    )
     return f"{said} and kernels, which are not counted" if plan.experts.name == KERNELS else said
 
 
@@ -243,7 +320,13 @@ def _small(size: int) -> str:
 
 
 def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1e3 * seconds:.1f} ms" if seconds >= 1e-4 else f"{1e6 * seconds:.1f} us"
+    return (
+        "-"
+        if seconds is None
+        else f"{1e3 * seconds:.1f} ms"
+        if seconds >= 1e-4
+        else f"{1e6 * seconds:.1f} us"
+    )
 
 
 def _time(seconds: float) -> str:

@@ -67,22 +67,31 @@ _Tensors = Sequence[tuple[str, int]]
 def scratch(graph: str, config: ModelConfig, shapes: Shapes) -> Scratch:
     """Activation memory of one graph, by profile.
 
-    Layers run one after another and share memory: the largest tensor of every layer lies in one place, the second largest in
-    another, and so on. A place is as large as the largest that ever lies there. This is how the compiler of TensorRT for RTX
-    lays them out; at published widths the sum is within 10 % of what its programs reserve. Other libraries were not held
-    against it.
+    Layers run one after another and share memory: the largest tensor of every layer lies in one
+    place, the second largest in another, and so on. A place is as large as the largest that ever
+    lies there. This is how the compiler of TensorRT for RTX lays them out; at published widths the
+    sum is within 10 % of what its programs reserve. Other libraries were not held against it.
     """
     found, parts = {}, Counter(_parts(graph, config, shapes))
     for profile in profiles(graph, max_batch=shapes.max_batch, block_size=shapes.block_size):
         length = profile.axes["L"][2] if "L" in profile.axes else shapes.block_size
-        found[profile.name] = {part: _laid_out(list(_moments(part, config, shapes, length))) for part in parts}
-    each = {part: max((made[part] for made in found.values()), key=lambda s: s.nbytes) for part in parts}
+        found[profile.name] = {
+            part: _laid_out(list(_moments(part, config, shapes, length))) for part in parts
+        }
+    each = {
+        part: max((made[part] for made in found.values()), key=lambda s: s.nbytes) for part in parts
+    }
     most = max(each.values(), key=lambda s: s.nbytes)
     if not shapes.arenas:
         largest = {name: max(s.nbytes for s in made.values()) for name, made in found.items()}
         return Scratch(most.nbytes, most.because, largest)
-    sums = {name: sum(count * made[part].nbytes for part, count in parts.items()) for name, made in found.items()}
-    return Scratch(sum(count * each[part].nbytes for part, count in parts.items()), most.because, sums)
+    sums = {
+        name: sum(count * made[part].nbytes for part, count in parts.items())
+        for name, made in found.items()
+    }
+    return Scratch(
+        sum(count * each[part].nbytes for part, count in parts.items()), most.because, sums
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +129,9 @@ def _parts(graph: str, config: ModelConfig, shapes: Shapes) -> Iterator[_Part]:
 def _laid_out(moments: Sequence[_Tensors]) -> Scratch:
     """Every place with the largest tensor of any moment that lies there."""
     ordered = [sorted(tensors, key=lambda t: -t[1]) for tensors in moments]
-    places = [max(tensors, key=lambda t: t[1]) for tensors in zip_longest(*ordered, fillvalue=("", 0))]
+    places = [
+        max(tensors, key=lambda t: t[1]) for tensors in zip_longest(*ordered, fillvalue=("", 0))
+    ]
     names = [name for name, _ in places if name != _WORKSPACE][:2]
     return Scratch(sum(size for _, size in places), " and ".join(dict.fromkeys(names)))
 
@@ -161,7 +172,10 @@ def _always(part: _Part, config: ModelConfig, shapes: Shapes, length: int) -> _T
     rows, item = shapes.max_batch, item_bytes(shapes.dtype)
     stream = ("residual [B,L,D]", rows * length * config.hidden_size * item)
     if part.graph == DENOISER:
-        modulation = ("modulation [B,3,D] of every layer", rows * 3 * config.hidden_size * item * len(part.layers))
+        modulation = (
+            "modulation [B,3,D] of every layer",
+            rows * 3 * config.hidden_size * item * len(part.layers),
+        )
         return stream, stream, modulation
     if LayerKind.ATTENTION in part.layers and shapes.dtype != "float32" and length > 1:
         heads = config.num_key_value_heads if splits_groups(config) else 1
@@ -188,7 +202,10 @@ def _chosen_experts(config: ModelConfig, shapes: Shapes, length: int) -> _Tensor
     A branch has one expert at a time, which all tokens may have chosen; one operator has all.
     """
     item, tokens = item_bytes(shapes.dtype), shapes.max_batch * length
-    pairs = ("rows of pairs [B*L*K,D]", tokens * config.num_experts_per_tok * config.hidden_size * item)
+    pairs = (
+        "rows of pairs [B*L*K,D]",
+        tokens * config.num_experts_per_tok * config.hidden_size * item,
+    )
     copy = config.moe_intermediate_size * config.hidden_size * item
     rows = tokens * (config.num_experts_per_tok if shapes.path == FUSED else 1)
     return [
@@ -209,7 +226,10 @@ def _scan(graph: str, config: ModelConfig, shapes: Shapes, length: int) -> Itera
         return
     decay = ("decay [B,H,L,L]", rows * heads * length * length * _FLOAT32)
     values = ("values [B,H,L,P]", rows * heads * length * config.mamba_head_dim * _FLOAT32)
-    states = ("states [B,G,L,N]", rows * config.n_groups * length * config.ssm_state_size * _FLOAT32)
+    states = (
+        "states [B,G,L,N]",
+        rows * config.n_groups * length * config.ssm_state_size * _FLOAT32,
+    )
     scan = (projection, values, values, values, states, _PRODUCT[0])
     yield [decay, decay, *scan]
     if graph == CONTEXT:
@@ -224,11 +244,20 @@ def _attention(graph: str, config: ModelConfig, shapes: Shapes, length: int) -> 
     row of its own, and otherwise, but for a single position, one for every query head.
     """
     rows, item = shapes.max_batch, item_bytes(shapes.dtype)
-    queries = ("queries [B,H,L,d]", rows * config.num_attention_heads * length * config.head_dim * item)
+    queries = (
+        "queries [B,H,L,d]",
+        rows * config.num_attention_heads * length * config.head_dim * item,
+    )
     yield [queries, *_PRODUCT]
-    keys = ("keys [B,KV,T,d]", rows * config.num_key_value_heads * shapes.capacity * config.head_dim * item)
+    keys = (
+        "keys [B,KV,T,d]",
+        rows * config.num_key_value_heads * shapes.capacity * config.head_dim * item,
+    )
     seen = shapes.capacity + (length if graph == DENOISER else 0)
-    scores = ("scores [B,H,L,T] in float32", rows * config.num_attention_heads * length * seen * _FLOAT32)
+    scores = (
+        "scores [B,H,L,T] in float32",
+        rows * config.num_attention_heads * length * seen * _FLOAT32,
+    )
     if graph == DENOISER:
         yield [scores, scores]
     elif shapes.dtype == "float32":

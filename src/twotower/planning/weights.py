@@ -29,14 +29,24 @@ __all__ = [
     "weight_counts",
 ]
 
-_FLOAT32 = ("norm.weight", "norm_f.weight", ".D", ".dt_bias", ".A_log", ".gate.weight", ".e_score_correction_bias")
+_FLOAT32 = (
+    "norm.weight",
+    "norm_f.weight",
+    ".D",
+    ".dt_bias",
+    ".A_log",
+    ".gate.weight",
+    ".e_score_correction_bias",
+)
 """Ends of the names that a graph keeps in float32 whatever the model's dtype."""
 
 
 EXPERT_FORMATS = ("int8", "fp8", "int4", "nvfp4")
 """What `--experts` can plan: formats of `twotower quantize` for the routed experts."""
 
-EXPERT_RECIPES: Mapping[str, str] = MappingProxyType({"int8": "int8", "fp8": "fp8", "int4": "int4-experts", "nvfp4": "nvfp4-experts"})
+EXPERT_RECIPES: Mapping[str, str] = MappingProxyType(
+    {"int8": "int8", "fp8": "fp8", "int4": "int4-experts", "nvfp4": "nvfp4-experts"}
+)
 """The recipe that stores the experts so; `int8` and `fp8` round the inputs of products too, which TensorRT needs to fuse them."""
 
 Formats = tuple[tuple[str, str], ...]
@@ -52,9 +62,11 @@ class GraphWeights:
         before: Of the embedding and, in the denoiser, the conditioning's own products.
         after: Of the final norm and the head.
         by_kind: The same bytes by what the weights are for.
-        by_dtype: The same bytes by element type; few-bit weights go by the format's name, scales included.
+        by_dtype: The same bytes by element type; few-bit weights go by the format's name, scales
+            included.
         stored: Bytes of the data file: every weight starts on a page, a small one on a cache line.
-        held: Those that an engine of TensorRT holds, because it takes few bits as constants only; kernels take them as they lie.
+        held: Those that an engine of TensorRT holds, because it takes few bits as constants only;
+            kernels take them as they lie.
         packed: Of these held the ones in 4 bits, scales included.
     """
 
@@ -84,7 +96,9 @@ class GraphWeights:
 
 def checkpoint_bytes(config: ModelConfig) -> int:
     """Bytes of the checkpoint's tensors if all are in the config's dtype."""
-    return sum(math.prod(t.shape) for t in expected_tensors(config).values()) * item_bytes(config.dtype)
+    return sum(math.prod(t.shape) for t in expected_tensors(config).values()) * item_bytes(
+        config.dtype
+    )
 
 
 @lru_cache(maxsize=64)
@@ -112,7 +126,9 @@ def graph_weights(
     for tensor in expected_tensors(config).values():
         graph, stack = _graph_of(tensor), _stack_of(tensor)
         kind = tensor.role.value
-        for size, kept in _stored(tensor, config, dtype, few.get(kind), rounded_input=kind in rounded):
+        for size, kept in _stored(
+            tensor, config, dtype, few.get(kind), rounded_input=kind in rounded
+        ):
             sums[graph].add(tensor, size, kept, inside=kind not in outside)
             stacks[graph, stack, kept] += size
             if _is_packed(kept) and kind not in outside:
@@ -121,7 +137,9 @@ def graph_weights(
         sums[graph].stored += aligned(size, size)
     for (graph, _), size in packed.items():
         sums[graph].largest_packed = max(sums[graph].largest_packed, size)
-    return MappingProxyType({name: s.frozen(with_layers=name != CONTEXT_HEAD) for name, s in sums.items()})
+    return MappingProxyType(
+        {name: s.frozen(with_layers=name != CONTEXT_HEAD) for name, s in sums.items()}
+    )
 
 
 AS_STORED = ("int4", "int8")
@@ -129,11 +147,14 @@ AS_STORED = ("int4", "int8")
 
 
 @lru_cache(maxsize=64)
-def cpu_bytes(config: ModelConfig, dtype: str, formats: Formats = (), *, as_stored: bool = True) -> Mapping[str, int]:
+def cpu_bytes(
+    config: ModelConfig, dtype: str, formats: Formats = (), *, as_stored: bool = True
+) -> Mapping[str, int]:
     """Bytes an `ort-cpu` engine writes beside each graph.
 
-    Half-width weights are widened to float32 and 4-bit floats expanded. What is float32 in the bundle stays there, and so do
-    quantized weights that products do not read as they are stored; their scales are widened.
+    Half-width weights are widened to float32 and 4-bit floats expanded. What is float32 in the
+    bundle stays there, and so do quantized weights that products do not read as they are stored;
+    their scales are widened.
 
     Args:
         config: The model.
@@ -181,7 +202,9 @@ def weight_counts(config: ModelConfig) -> Mapping[str, Mapping[str, int]]:
 
 def _count(tensor: CheckpointTensor, config: ModelConfig) -> int:
     """Weights of a tensor that are quantized where its kind is."""
-    rows = tensor.shape[0] - (config.mamba_num_heads if tensor.name.endswith("in_proj.weight") else 0)
+    rows = tensor.shape[0] - (
+        config.mamba_num_heads if tensor.name.endswith("in_proj.weight") else 0
+    )
     return rows * tensor.shape[-1]
 
 
@@ -225,7 +248,9 @@ class _Sums:
         self.by_dtype[dtype] += size
 
     def frozen(self, *, with_layers: bool) -> GraphWeights:
-        layers, held = (tuple(places.layers) if with_layers else () for places in (self.all, self.held))
+        layers, held = (
+            tuple(places.layers) if with_layers else () for places in (self.all, self.held)
+        )
         return GraphWeights(
             layers=layers,
             before=self.all.before,
@@ -263,15 +288,25 @@ def _stack_of(tensor: CheckpointTensor) -> str:
 
 
 def _stored(
-    tensor: CheckpointTensor, config: ModelConfig, dtype: str, few: str | None, *, rounded_input: bool = False
+    tensor: CheckpointTensor,
+    config: ModelConfig,
+    dtype: str,
+    few: str | None,
+    *,
+    rounded_input: bool = False,
 ) -> Iterator[tuple[int, str]]:
     """Bytes and type of a tensor, or of its parts: of Mamba's first product the rows that make dt are not quantized."""
     kept = "float32" if tensor.name.endswith(_FLOAT32) else dtype
-    if few is None or (tensor.role is Role.MAMBA and not tensor.name.endswith(("in_proj.weight", "out_proj.weight"))):
+    if few is None or (
+        tensor.role is Role.MAMBA
+        and not tensor.name.endswith(("in_proj.weight", "out_proj.weight"))
+    ):
         yield math.prod(tensor.shape) * item_bytes(kept), kept
         return
     columns = tensor.shape[-1]
     if tensor.name.endswith("in_proj.weight"):
         yield config.mamba_num_heads * columns * item_bytes(kept), kept
-    how = stored_format(few, columns, stacked=tensor.role is Role.ROUTED_EXPERT, rounded_input=rounded_input)
+    how = stored_format(
+        few, columns, stacked=tensor.role is Role.ROUTED_EXPERT, rounded_input=rounded_input
+    )
     yield how.nbytes((_count(tensor, config) // columns, columns), dtype), few

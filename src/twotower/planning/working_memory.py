@@ -10,7 +10,14 @@ from twotower.builders.profiles import greatest_rows
 from twotower.config.model import ModelConfig
 from twotower.dtypes import item_bytes
 from twotower.planning.expert_path import expert_path, experts_are_expanded, outside_engines
-from twotower.planning.plan_options import TENSORRT, PlanOptions, capacity_of, engine_dtype, formats_of, rounded_of
+from twotower.planning.plan_options import (
+    TENSORRT,
+    PlanOptions,
+    capacity_of,
+    engine_dtype,
+    formats_of,
+    rounded_of,
+)
 from twotower.planning.scratch import Scratch, Shapes, scratch
 from twotower.planning.weights import GraphWeights, graph_weights
 from twotower.spec import CONTEXT, CONTEXT_HEAD, state_tensors
@@ -53,7 +60,10 @@ class State:
 def state_bytes(config: ModelConfig, options: PlanOptions) -> State:
     """The context state in the engines' dtype, SSM in float32."""
     tensors = state_tensors(config, engine_dtype(config, options))
-    size = {s.past.name: math.prod(s.past.shape({"B": 1, "T": 1})) * item_bytes(s.past.dtype) for s in tensors}
+    size = {
+        s.past.name: math.prod(s.past.shape({"B": 1, "T": 1})) * item_bytes(s.past.dtype)
+        for s in tensors
+    }
     return State(
         per_token=sum(size[s.past.name] for s in tensors if s.in_place),
         per_row=sum(size[s.past.name] for s in tensors if not s.in_place),
@@ -66,7 +76,11 @@ def needed_weights(config: ModelConfig, options: PlanOptions) -> Mapping[str, Gr
     """Weights of the graphs the mode uses."""
     dtype, outside = engine_dtype(config, options), outside_engines(config, options)
     every = graph_weights(config, dtype, formats_of(options), rounded_of(options), outside=outside)
-    return every if options.mode == "diffusion" else {name: every[name] for name in (CONTEXT, CONTEXT_HEAD)}
+    return (
+        every
+        if options.mode == "diffusion"
+        else {name: every[name] for name in (CONTEXT, CONTEXT_HEAD)}
+    )
 
 
 def tower_scratch(config: ModelConfig, options: PlanOptions) -> dict[str, Scratch]:

@@ -23,13 +23,16 @@ def report_page(report: dict[str, Any], curve: str) -> str:
         "evaluation.html",
         report,
         title=escape(f"{report['bundle']['name']} on {report['bundle']['target']}"),
-        subtitle=escape(f"{suite['problems']} problems of {len(suite['kinds'])} kinds, one at a time, {machine['system']}"),
+        subtitle=escape(
+            f"{suite['problems']} problems of {len(suite['kinds'])} kinds, one at a time, {machine['system']}"
+        ),
         cards="".join(_cards(report)),
         curve=curve,
         kinds=table(_KIND_HEAD, _kind_rows(report)),
         loses=_sentence(where_it_loses(report)),
         sweep=table(_SWEEP_HEAD, _sweep_rows(report)),
-        lost="".join(examples(report["lost"])) or "<p>None: every problem that autoregression solved, diffusion solved too.</p>",
+        lost="".join(examples(report["lost"]))
+        or "<p>None: every problem that autoregression solved, diffusion solved too.</p>",
         method=escape(_method(report)),
     )
 
@@ -40,7 +43,9 @@ def where_it_loses(report: dict[str, Any]) -> list[str]:
     out = []
     for kind, facts in report["settings"][DEFAULT]["kinds"].items():
         retention, speedup = facts["retention"]["value"], facts["speedup"]["value"]
-        reasons = [f"keeps {retention:.1f} %"] if retention is not None and retention < wanted else []
+        reasons = (
+            [f"keeps {retention:.1f} %"] if retention is not None and retention < wanted else []
+        )
         reasons += [f"runs at {speedup:.2f}x"] if speedup is not None and speedup < 1 else []
         if reasons:
             out.append(f"{kind} ({', '.join(reasons)})")
@@ -50,23 +55,69 @@ def where_it_loses(report: dict[str, Any]) -> list[str]:
 def _cards(report: dict[str, Any]) -> list[str]:
     ar, diffusion = report["settings"][AR]["total"], report["settings"][DEFAULT]["total"]
     budget = report.get("budget")
-    state = "" if budget is None or budget["setting"] != DEFAULT else (" good" if budget["met"] else " bad")
+    state = (
+        ""
+        if budget is None or budget["setting"] != DEFAULT
+        else (" good" if budget["met"] else " bad")
+    )
     kept, faster = diffusion["retention"], diffusion["speedup"]
     figures = [
-        ("quality kept", number(kept["value"], 1, " %"), f"95 % interval {interval_text(kept)}", state),
-        ("faster than autoregression", number(faster["value"], 2, "x"), f"95 % interval {interval_text(faster, 2)}", ""),
-        ("tokens a pass", number(diffusion["tokens_per_pass"], 2), f"{number(diffusion['passes_per_block'], 2)} passes a block", ""),
-        ("right answers", number(diffusion["exact"]["value"], 1, " %"), f"autoregression {number(ar['exact']['value'], 1, ' %')}", ""),
-        ("tokens a second", number(diffusion["tokens_per_second"], 0), f"autoregression {number(ar['tokens_per_second'], 0)}", ""),
+        (
+            "quality kept",
+            number(kept["value"], 1, " %"),
+            f"95 % interval {interval_text(kept)}",
+            state,
+        ),
+        (
+            "faster than autoregression",
+            number(faster["value"], 2, "x"),
+            f"95 % interval {interval_text(faster, 2)}",
+            "",
+        ),
+        (
+            "tokens a pass",
+            number(diffusion["tokens_per_pass"], 2),
+            f"{number(diffusion['passes_per_block'], 2)} passes a block",
+            "",
+        ),
+        (
+            "right answers",
+            number(diffusion["exact"]["value"], 1, " %"),
+            f"autoregression {number(ar['exact']['value'], 1, ' %')}",
+            "",
+        ),
+        (
+            "tokens a second",
+            number(diffusion["tokens_per_second"], 0),
+            f"autoregression {number(ar['tokens_per_second'], 0)}",
+            "",
+        ),
     ]
     if OTHER in report["settings"]:
         other, change = report["settings"][OTHER]["total"], report["other_to_default"]["total"]
         note = f"{number(change['retention']['value'], 1, ' %')} of this bundle's, {number(change['speedup']['value'], 2, 'x')} its speed"
-        figures.append((f"{report['other']['name']} keeps", number(other["retention"]["value"], 1, " %"), note, ""))
+        figures.append(
+            (
+                f"{report['other']['name']} keeps",
+                number(other["retention"]["value"], 1, " %"),
+                note,
+                "",
+            )
+        )
     return [card(*figure) for figure in figures]
 
 
-_KIND_HEAD = ("task", "problems", "AR right", "diffusion right", "kept", "speed", "passes a block", "tokens a pass", "tokens")
+_KIND_HEAD = (
+    "task",
+    "problems",
+    "AR right",
+    "diffusion right",
+    "kept",
+    "speed",
+    "passes a block",
+    "tokens a pass",
+    "tokens",
+)
 _SWEEP_HEAD = (
     "threshold",
     "steps",
@@ -82,9 +133,14 @@ _SWEEP_HEAD = (
 
 def _kind_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
     ar, diffusion = report["settings"][AR], report["settings"][DEFAULT]
-    groups = [(kind, ar["kinds"][kind], diffusion["kinds"][kind], "") for kind in diffusion["kinds"]]
+    groups = [
+        (kind, ar["kinds"][kind], diffusion["kinds"][kind], "") for kind in diffusion["kinds"]
+    ]
     names = {"in": "of trained lengths", "out": "beyond trained lengths"}
-    groups += [(names[length], ar["lengths"][length], diffusion["lengths"][length], "group") for length in diffusion["lengths"]]
+    groups += [
+        (names[length], ar["lengths"][length], diffusion["lengths"][length], "group")
+        for length in diffusion["lengths"]
+    ]
     groups.append(("all", ar["total"], diffusion["total"], "total"))
     return [
         (
@@ -109,7 +165,9 @@ def _sweep_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
     rows = []
     for name, setting in report["settings"].items():
         config, total = setting["config"], setting["total"]
-        first = {AR: ["autoregression", "-"]}.get(name, [f"{config['confidence_threshold']:g}", str(config["steps_per_block"])])
+        first = {AR: ["autoregression", "-"]}.get(
+            name, [f"{config['confidence_threshold']:g}", str(config["steps_per_block"])]
+        )
         first[0] += {DEFAULT: " (default)", OTHER: " (other bundle)"}.get(name, "")
         cells = [
             number(total["exact"]["value"], 1, " %"),

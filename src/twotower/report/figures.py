@@ -18,7 +18,14 @@ if TYPE_CHECKING:  # calibration needs what an evaluation does not
 
 __all__ = ["draw_curve", "draw_ranges", "draw_sensitivity", "require_charts"]
 
-_COLOURS = ("#3b6fb6", "#c2571a", "#3f8f5b", "#8a5aa8", "#7a7a2a", "#a03c5a")  # told apart without red against green
+_COLOURS = (
+    "#3b6fb6",
+    "#c2571a",
+    "#3f8f5b",
+    "#8a5aa8",
+    "#7a7a2a",
+    "#a03c5a",
+)  # told apart without red against green
 _INK, _FAINT = "#26303c", "#8b95a1"
 _FAR = 1.6  # from this speedup on the baseline stands in a panel of its own
 
@@ -38,7 +45,14 @@ def draw_curve(report: dict[str, Any]) -> tuple[str, bytes]:
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     # The figure itself draws: pyplot would look for a screen and keep every figure alive.
-    with rc_context({"svg.hashsalt": "twotower", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}):
+    with rc_context(
+        {
+            "svg.hashsalt": "twotower",
+            "svg.fonttype": "none",
+            "font.family": "sans-serif",
+            "font.size": 10,
+        }
+    ):
         figure = Figure(figsize=(9.2, 4.6), layout="constrained")
         baseline, curve = _panels(figure, report)
         _draw_baseline(baseline)
@@ -53,7 +67,9 @@ def draw_curve(report: dict[str, Any]) -> tuple[str, bytes]:
 
 def _panels(figure: Any, report: dict[str, Any]) -> tuple[Any, Any]:
     """Axes of the baseline and of the curve: one and the same, unless the curve is so far away that it would shrink to a stroke."""
-    speeds = [s["total"]["speedup"]["value"] for name, s in report["settings"].items() if name != AR]
+    speeds = [
+        s["total"]["speedup"]["value"] for name, s in report["settings"].items() if name != AR
+    ]
     if min((x for x in speeds if x is not None), default=1.0) < _FAR:
         axes = figure.add_subplot()
         return axes, axes
@@ -75,22 +91,47 @@ def _draw_curve(axes: Any, report: dict[str, Any]) -> None:
     sweep: dict[int, list[tuple[float, dict[str, Any]]]] = {}
     for name, setting in settings.items():
         if name not in (AR, DEFAULT, OTHER):
-            sweep.setdefault(setting["config"]["steps_per_block"], []).append((setting["config"]["confidence_threshold"], setting["total"]))
+            sweep.setdefault(setting["config"]["steps_per_block"], []).append(
+                (setting["config"]["confidence_threshold"], setting["total"])
+            )
     for colour, (steps, points) in zip(_COLOURS * len(sweep), sorted(sweep.items()), strict=False):
         points.sort(key=lambda point: point[0])
-        x, y = [p["speedup"]["value"] for _, p in points], [p["retention"]["value"] for _, p in points]
-        axes.plot(x, y, "-o", color=colour, markersize=4, linewidth=1.5, label=f"at most {steps} passes a block")
+        x, y = (
+            [p["speedup"]["value"] for _, p in points],
+            [p["retention"]["value"] for _, p in points],
+        )
+        axes.plot(
+            x,
+            y,
+            "-o",
+            color=colour,
+            markersize=4,
+            linewidth=1.5,
+            label=f"at most {steps} passes a block",
+        )
         if steps != max(sweep):
             continue  # thresholds stand at one line only: the lines lie close together
         for (threshold, _), a, b in zip(points, x, y, strict=True):
-            axes.annotate(f"{threshold:g}", (a, b), xytext=(5, 5), textcoords="offset points", fontsize=8, color=colour)
+            axes.annotate(
+                f"{threshold:g}",
+                (a, b),
+                xytext=(5, 5),
+                textcoords="offset points",
+                fontsize=8,
+                color=colour,
+            )
     for name, marker, label in ((DEFAULT, "*", "default preset"), (OTHER, "D", "other bundle")):
         if name in settings:
             _mark(axes, settings[name]["total"], marker, label)
     if "budget" in report:
         percent = report["budget"]["percent"]
         axes.axhline(percent, color=_FAINT, linewidth=0.9, linestyle="--")
-        place = {"xytext": (-4, 4), "textcoords": "offset points", "xycoords": ("axes fraction", "data"), "ha": "right"}
+        place = {
+            "xytext": (-4, 4),
+            "textcoords": "offset points",
+            "xycoords": ("axes fraction", "data"),
+            "ha": "right",
+        }
         axes.annotate(f"budget {percent:g} %", (1, percent), fontsize=8, color=_FAINT, **place)
 
 
@@ -112,10 +153,22 @@ def _mark(axes: Any, total: dict[str, Any], marker: str, label: str) -> None:
     x, y = total["speedup"], total["retention"]
     if x["value"] is None or y["value"] is None:
         return
-    bars = {"xerr": [[x["value"] - x["low"]], [x["high"] - x["value"]]], "yerr": [[y["value"] - y["low"]], [y["high"] - y["value"]]]}
+    bars = {
+        "xerr": [[x["value"] - x["low"]], [x["high"] - x["value"]]],
+        "yerr": [[y["value"] - y["low"]], [y["high"] - y["value"]]],
+    }
     size = 13 if marker == "*" else 7
     axes.errorbar(
-        [x["value"]], [y["value"]], **bars, fmt=marker, color=_INK, markersize=size, capsize=3, linewidth=1, label=label, zorder=5
+        [x["value"]],
+        [y["value"]],
+        **bars,
+        fmt=marker,
+        color=_INK,
+        markersize=size,
+        capsize=3,
+        linewidth=1,
+        label=label,
+        zorder=5,
     )
 
 
@@ -129,10 +182,20 @@ def draw_sensitivity(report: Mapping[str, Any]) -> tuple[str, bytes]:
 
     rows = [*report["sensitivity"].items(), ("all together", report["compared"])][::-1]
     budget = report["budget"]
-    with rc_context({"svg.hashsalt": "twotower", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
+    with rc_context(
+        {
+            "svg.hashsalt": "twotower",
+            "svg.fonttype": "none",
+            "font.family": "sans-serif",
+            "font.size": 9,
+        }
+    ):
         figure = Figure(figsize=(9.2, 0.8 + 0.42 * len(rows)), layout="constrained")
         kept, passes = figure.subplots(1, 2, sharey=True)
-        limits = ((kept, "retention", 1.0, 0.0, budget["percent"]), (passes, "inflation", 100.0, -100.0, budget["max_inflation"]))
+        limits = (
+            (kept, "retention", 1.0, 0.0, budget["percent"]),
+            (passes, "inflation", 100.0, -100.0, budget["max_inflation"]),
+        )
         for axes, name, factor, shift, limit in limits:
             for y, (_, facts) in enumerate(rows):
                 value, low, high = (facts[name][k] for k in ("value", "low", "high"))
@@ -141,7 +204,16 @@ def draw_sensitivity(report: Mapping[str, Any]) -> tuple[str, bytes]:
                 x, ends = factor * value + shift, [factor * end + shift for end in (low, high)]
                 inside = x >= limit if name == "retention" else x <= limit
                 bars = [[x - ends[0]], [ends[1] - x]]
-                axes.errorbar([x], [y], xerr=bars, fmt="o", color=_GOOD if inside else _BAD, markersize=5, capsize=3, linewidth=1.2)
+                axes.errorbar(
+                    [x],
+                    [y],
+                    xerr=bars,
+                    fmt="o",
+                    color=_GOOD if inside else _BAD,
+                    markersize=5,
+                    capsize=3,
+                    linewidth=1.2,
+                )
             axes.axvline(limit, color=_FAINT, linewidth=0.9, linestyle="--")
             axes.set_yticks(range(len(rows)), [label for label, _ in rows])
             axes.set_ylim(-0.6, len(rows) - 0.4)
@@ -173,8 +245,9 @@ _LINE, _TEXT = "#3b6fb6", "#c2571a"
 def draw_ranges(statistics: Statistics) -> dict[str, bytes]:
     """The picture as `ranges.svg` and `ranges.png`; needs matplotlib.
 
-    One panel a kind of input; a thin line a layer, a thick one their median. The leftmost point is clean text in the denoiser, which no
-    step of generation ever sees, and the mark beside it the context tower on text.
+    One panel a kind of input; a thin line a layer, a thick one their median. The leftmost point is
+    clean text in the denoiser, which no step of generation ever sees, and the mark beside it the
+    context tower on text.
     """
     from matplotlib import rc_context  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -183,7 +256,14 @@ def draw_ranges(statistics: Statistics) -> dict[str, bytes]:
     denoiser, context = statistics.towers[DENOISER], statistics.towers[CONTEXT]
     panels = [(title, _of(denoiser, end), _of(context, end)) for end, title in _PANELS]
     panels = [panel for panel in panels if panel[1]]
-    with rc_context({"svg.hashsalt": "twotower", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
+    with rc_context(
+        {
+            "svg.hashsalt": "twotower",
+            "svg.fonttype": "none",
+            "font.family": "sans-serif",
+            "font.size": 9,
+        }
+    ):
         columns = min(3, len(panels))
         rows = -(-len(panels) // columns)
         figure = Figure(figsize=(3.3 * columns, 2.5 * rows + 0.4), layout="constrained")
@@ -194,20 +274,38 @@ def draw_ranges(statistics: Statistics) -> dict[str, bytes]:
             known = ~np.isnan(greatest).all(axis=0)  # of some fractions a run may have seen nothing
             shown = np.maximum(greatest[:, known], 1e-3)
             axes.plot(t[known], shown.T, color=_LINE, alpha=0.35, linewidth=0.9)
-            axes.plot(t[known], np.nanmedian(shown, axis=0), "-o", color=_LINE, linewidth=2.2, markersize=4)
+            axes.plot(
+                t[known],
+                np.nanmedian(shown, axis=0),
+                "-o",
+                color=_LINE,
+                linewidth=2.2,
+                markersize=4,
+            )
             axes.axvline(0, color=_FAINT, linewidth=0.8, linestyle=":")
             if outside:
                 seen = context.greatest[outside][:, 0]
-                axes.plot(np.full(len(seen), -0.06), np.maximum(seen, 1e-3), "_", color=_TEXT, markersize=9)
+                axes.plot(
+                    np.full(len(seen), -0.06),
+                    np.maximum(seen, 1e-3),
+                    "_",
+                    color=_TEXT,
+                    markersize=9,
+                )
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(LogFormatter())
-            axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.2, 0.5)))
+            axes.yaxis.set_minor_formatter(
+                LogFormatter(labelOnlyBase=False, minor_thresholds=(1.2, 0.5))
+            )
             axes.set_title(title, fontsize=9, color=_INK, loc="left")
             axes.grid(color="#d9dee4", linewidth=0.5)
             axes.spines[["top", "right"]].set_visible(False)
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
-        figure.supxlabel("t, masked fraction of the block (0: clean text in the denoiser; orange: the context tower)", fontsize=9)
+        figure.supxlabel(
+            "t, masked fraction of the block (0: clean text in the denoiser; orange: the context tower)",
+            fontsize=9,
+        )
         figure.supylabel("greatest magnitude", fontsize=9)
         svg, png = io.BytesIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None})

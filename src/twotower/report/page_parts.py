@@ -16,7 +16,9 @@ def page(name: str, report: dict[str, Any], **parts: str) -> str:
     pages = resources.files("twotower.report")
     style, sort = ((pages / file).read_text(encoding="utf-8") for file in ("report.css", "sort.js"))
     template = Template((pages / name).read_text(encoding="utf-8"))
-    return template.substitute(parts, style=style, sort=sort, data=json.dumps(report).replace("<", "\\u003c"))
+    return template.substitute(
+        parts, style=style, sort=sort, data=json.dumps(report).replace("<", "\\u003c")
+    )
 
 
 def card(label: str, figure: str, note: str, css: str = "") -> str:
@@ -49,7 +51,10 @@ def _marked(text: str, other: str) -> str:
     """The words of `text` that stand elsewhere, or not at all, in `other`, marked."""
     theirs = other.split()
     words = text.split()
-    return " ".join(f"<mark>{escape(w)}</mark>" if i >= len(theirs) or theirs[i] != w else escape(w) for i, w in enumerate(words))
+    return " ".join(
+        f"<mark>{escape(w)}</mark>" if i >= len(theirs) or theirs[i] != w else escape(w)
+        for i, w in enumerate(words)
+    )
 
 
 def number(value: float | None, digits: int, unit: str = "") -> str:

@@ -22,14 +22,24 @@ def price_page(report: dict[str, Any], picture: str) -> str:
         "quantization.html",
         report,
         title=escape(f"{facts['name']} against {report['reference']['name']}"),
-        subtitle=escape(f"recipe {facts['recipe']}, {suite['problems']} problems, target {facts['target']}, {machine['system']}"),
+        subtitle=escape(
+            f"recipe {facts['recipe']}, {suite['problems']} problems, target {facts['target']}, {machine['system']}"
+        ),
         verdict=flags or "<p>Inside the budget of quality and passes.</p>",
         cards="".join(_cards(report)),
         settings=table(_SETTINGS, _setting_rows(report)),
         bytes=table(_BYTES, _byte_rows(report)),
-        sensitivity=sensitivity + (table(_PARTS, _part_rows(report)) if report["sensitivity"] else f"<p>{escape(report['why_not'])}</p>"),
-        tasks=table(_TASKS, [("", [kind, *_figures(facts)]) for kind, facts in report["tasks"].items()]),
-        lost="".join(examples(report["lost"], "the quantized bundle")) or "<p>None: every problem solved before is solved after.</p>",
+        sensitivity=sensitivity
+        + (
+            table(_PARTS, _part_rows(report))
+            if report["sensitivity"]
+            else f"<p>{escape(report['why_not'])}</p>"
+        ),
+        tasks=table(
+            _TASKS, [("", [kind, *_figures(facts)]) for kind, facts in report["tasks"].items()]
+        ),
+        lost="".join(examples(report["lost"], "the quantized bundle"))
+        or "<p>None: every problem solved before is solved after.</p>",
         method=escape(_method(report)),
     )
 
@@ -47,10 +57,18 @@ def price_lines(report: Mapping[str, Any]) -> list[str]:
         t = report["settings"][name]["total"]
         passes = f"{number(t['passes_per_block'], 3):>14}" if "ar" not in name else f"{'-':>14}"
         kept = f"{number(t['retention']['value'], 1):>8}%"
-        lines.append(f"{name:<16}{t['exact']['value']:>8.1f}%{kept}{passes}{number(t['tokens_per_second'], 0):>10}")
+        lines.append(
+            f"{name:<16}{t['exact']['value']:>8.1f}%{kept}{passes}{number(t['tokens_per_second'], 0):>10}"
+        )
     if report["sensitivity"]:
-        lines += ["", f"{'quantized alone':<28}{'kept, 95 % interval':<26}{'more passes a block':<28}{'same text':>9}"]
-        lines += [f"{kind:<28}{_kept(facts):<26}{_more(facts):<28}{facts['same_text']:>9}" for kind, facts in report["sensitivity"].items()]
+        lines += [
+            "",
+            f"{'quantized alone':<28}{'kept, 95 % interval':<26}{'more passes a block':<28}{'same text':>9}",
+        ]
+        lines += [
+            f"{kind:<28}{_kept(facts):<26}{_more(facts):<28}{facts['same_text']:>9}"
+            for kind, facts in report["sensitivity"].items()
+        ]
     else:
         lines += ["", report["why_not"]]
     lines += [
@@ -61,7 +79,9 @@ def price_lines(report: Mapping[str, Any]) -> list[str]:
         f"speed here: a pass {interval_text(total['step_time'], 2)} times as fast, "
         f"with the passes it needs {interval_text(total['speedup'], 2)} times",
     ]
-    lines += [f"FLAGGED: {flag}" for flag in report["flags"]] or ["inside the budget of quality and passes"]
+    lines += [f"FLAGGED: {flag}" for flag in report["flags"]] or [
+        "inside the budget of quality and passes"
+    ]
     return lines
 
 
@@ -82,10 +102,27 @@ def _cards(report: dict[str, Any]) -> list[str]:
     before, after = total["passes_per_block"]
     return [
         card("quality kept", number(kept, 1, " %"), f"95 % interval {_kept(total)}", good),
-        card("more passes a block", _signed(more), f"{number(before, 3)} before, {number(after, 3)} after", steady),
-        card("a pass is", number(total["step_time"]["value"], 2, "x"), f"as fast, interval {interval_text(total['step_time'], 2)}"),
-        card("true speedup", number(total["speedup"]["value"], 2, "x"), "step-time ratio over pass ratio"),
-        card("of bfloat16's bytes", number(weights["after"] / weights["bfloat16"], 3, "x"), f"{weights['after'] / 1e6:.2f} MB of weights"),
+        card(
+            "more passes a block",
+            _signed(more),
+            f"{number(before, 3)} before, {number(after, 3)} after",
+            steady,
+        ),
+        card(
+            "a pass is",
+            number(total["step_time"]["value"], 2, "x"),
+            f"as fast, interval {interval_text(total['step_time'], 2)}",
+        ),
+        card(
+            "true speedup",
+            number(total["speedup"]["value"], 2, "x"),
+            "step-time ratio over pass ratio",
+        ),
+        card(
+            "of bfloat16's bytes",
+            number(weights["after"] / weights["bfloat16"], 3, "x"),
+            f"{weights['after'] / 1e6:.2f} MB of weights",
+        ),
     ]
 
 
@@ -113,7 +150,11 @@ def _setting_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
     for name in (FLOAT, QUANTIZED, FLOAT_AR, QUANTIZED_AR):
         t = report["settings"][name]["total"]
         cells = [number(t["exact"]["value"], 1, " %"), interval_text(t["retention"])]
-        rates = [number(t["passes_per_block"], 3), number(t["tokens_per_pass"], 2), number(t["tokens_per_second"], 0)]
+        rates = [
+            number(t["passes_per_block"], 3),
+            number(t["tokens_per_pass"], 2),
+            number(t["tokens_per_second"], 0),
+        ]
         rows.append(("total" if name == QUANTIZED else "", [name, *cells, *rates]))
     return rows
 
@@ -121,16 +162,34 @@ def _setting_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
 def _byte_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
     stored = report["quantized"]["precision"]
     kinds = report["bytes"]["kinds"]
-    rows = [("", [kind, stored.get(kind, "-"), *_sizes(b["before"], b["after"], b["bfloat16"])]) for kind, b in kinds.items()]
+    rows = [
+        ("", [kind, stored.get(kind, "-"), *_sizes(b["before"], b["after"], b["bfloat16"])])
+        for kind, b in kinds.items()
+    ]
     total = report["bytes"]["weights"]
-    rows.append(("total", ["all weights", "", *_sizes(total["before"], total["after"], total["bfloat16"])]))
+    rows.append(
+        ("total", ["all weights", "", *_sizes(total["before"], total["after"], total["bfloat16"])])
+    )
     files = report["bytes"]["files"]
-    rows.append(("total", ["bundle, graphs and tokenizer included", "", *_sizes(files["before"], files["after"], None)]))
+    rows.append(
+        (
+            "total",
+            [
+                "bundle, graphs and tokenizer included",
+                "",
+                *_sizes(files["before"], files["after"], None),
+            ],
+        )
+    )
     return rows
 
 
 def _sizes(before: int, after: int, half: int | None) -> list[str]:
-    return [f"{before / 1e6:.3f} MB", f"{after / 1e6:.3f} MB", "-" if not half else f"{after / half:.3f}"]
+    return [
+        f"{before / 1e6:.3f} MB",
+        f"{after / 1e6:.3f} MB",
+        "-" if not half else f"{after / half:.3f}",
+    ]
 
 
 def _part_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
@@ -140,7 +199,14 @@ def _part_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
 def _figures(facts: Mapping[str, Any]) -> list[str]:
     speeds = [number(facts[name]["value"], 2, "x") for name in ("step_time", "speedup")]
-    return [_kept(facts), _more(facts), *speeds, f"{facts['same_text']} of {facts['problems']}", str(facts["lost"]), str(facts["won"])]
+    return [
+        _kept(facts),
+        _more(facts),
+        *speeds,
+        f"{facts['same_text']} of {facts['problems']}",
+        str(facts["lost"]),
+        str(facts["won"]),
+    ]
 
 
 def _method(report: dict[str, Any]) -> str:
@@ -152,7 +218,9 @@ def _method(report: dict[str, Any]) -> str:
             "True speedup: how much faster a pass is, divided by how many more of them a block needs. Intervals are percentiles of 2000",
             "paired bootstrap draws of the problems. Speeds are of this target on this machine and say nothing of another.",
             *(
-                ["ONNX Runtime on a CPU expands few-bit weights in every pass: a quantized bundle is smaller there, not faster."]
+                [
+                    "ONNX Runtime on a CPU expands few-bit weights in every pass: a quantized bundle is smaller there, not faster."
+                ]
                 if report["quantized"]["target"] == "ort-cpu"
                 else []
             ),

@@ -36,14 +36,16 @@ class TraceDiff:
         tokens_equal: Whether the final tokens are the same.
         first_token: Number of the first final token that differs; None if they are the same.
         passes: Passes of either.
-        agreed_to: Largest difference of two confidences of a masked position before (and without) a difference.
+        agreed_to: Largest difference of two confidences of a masked position before (and without) a
+            difference.
         block: Where they part, and
         step: at which pass of it, and
         position: at which position of the block.
         sides: What either did there.
         margin: How close a call it was: see `margin_of`.
-        margin_of: `threshold`: the larger distance of the two confidences from the threshold that lies between them;
-            `confidence`: their difference, where no threshold decided; None where one made no such pass.
+        margin_of: `threshold`: the larger distance of the two confidences from the threshold that
+            lies between them; `confidence`: their difference, where no threshold decided; None
+            where one made no such pass.
     """
 
     tokens_equal: bool
@@ -88,10 +90,24 @@ def diff_traces(a: Trace, b: Trace) -> TraceDiff:
         if position is not None:
             sides = _side(a, pair[0], position), _side(b, pair[1], position)
             margin, of = _margin(*sides, a.header.config["confidence_threshold"])
-            return TraceDiff(first_token is None, first_token, passes, agreed_to, *place, position, sides, margin, of)
+            return TraceDiff(
+                first_token is None,
+                first_token,
+                passes,
+                agreed_to,
+                *place,
+                position,
+                sides,
+                margin,
+                of,
+            )
         if pair[0] and pair[1]:
             masked = [x == a.header.mask_token_id for x in pair[0].tokens]
-            apart = (abs(x - y) for x, y, m in zip(pair[0].confidence, pair[1].confidence, masked, strict=True) if m)
+            apart = (
+                abs(x - y)
+                for x, y, m in zip(pair[0].confidence, pair[1].confidence, masked, strict=True)
+                if m
+            )
             agreed_to = max(agreed_to, *apart, 0.0)
     return TraceDiff(first_token is None, first_token, passes, agreed_to)
 
@@ -99,9 +115,15 @@ def diff_traces(a: Trace, b: Trace) -> TraceDiff:
 def _check_comparable(a: Trace, b: Trace) -> None:
     reasons = []
     if a.header.prompt_tokens != b.header.prompt_tokens:
-        reasons.append(f"the prompts: {_short(a.header.prompt_tokens)} and {_short(b.header.prompt_tokens)}")
+        reasons.append(
+            f"the prompts: {_short(a.header.prompt_tokens)} and {_short(b.header.prompt_tokens)}"
+        )
     one, other = a.header.config, b.header.config
-    reasons += [f"{k}: {one.get(k)!r} and {other.get(k)!r}" for k in sorted({*one, *other}) if one.get(k) != other.get(k)]
+    reasons += [
+        f"{k}: {one.get(k)!r} and {other.get(k)!r}"
+        for k in sorted({*one, *other})
+        if one.get(k) != other.get(k)
+    ]
     if a.header.mask_token_id != b.header.mask_token_id:
         reasons.append(f"mask tokens: {a.header.mask_token_id} and {b.header.mask_token_id}")
     if reasons:
@@ -119,7 +141,9 @@ def _short(tokens: list[int]) -> str:
 def _first_position(a: TraceStep | None, b: TraceStep | None) -> int | None:
     """The first position that the two passes do not fill alike."""
     filled = [{p: s.next[p] for p in s.committed} if s else {} for s in (a, b)]
-    return min((p for p in {*filled[0], *filled[1]} if filled[0].get(p) != filled[1].get(p)), default=None)
+    return min(
+        (p for p in {*filled[0], *filled[1]} if filled[0].get(p) != filled[1].get(p)), default=None
+    )
 
 
 def _side(trace: Trace, step: TraceStep | None, position: int) -> Side:
@@ -133,5 +157,7 @@ def _margin(a: Side, b: Side, threshold: float) -> tuple[float | None, str | Non
     if a.confidence is None or b.confidence is None:
         return None, None
     if (a.confidence > threshold) != (b.confidence > threshold):
-        return round(max(abs(a.confidence - threshold), abs(b.confidence - threshold)), 6), "threshold"
+        return round(
+            max(abs(a.confidence - threshold), abs(b.confidence - threshold)), 6
+        ), "threshold"
     return round(abs(a.confidence - b.confidence), 6), "confidence"

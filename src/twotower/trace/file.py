@@ -47,7 +47,11 @@ def write_text(path: Path, text: str) -> None:
     try:
         write_atomically(path, text)
     except OSError as e:
-        raise TraceError(f"cannot write {path}", found=str(e), do="name a file in a folder that exists and can be written") from e
+        raise TraceError(
+            f"cannot write {path}",
+            found=str(e),
+            do="name a file in a folder that exists and can be written",
+        ) from e
 
 
 def check_output(path: Path) -> None:
@@ -58,7 +62,11 @@ def check_output(path: Path) -> None:
     """
     if path.is_dir() or not path.parent.is_dir():
         found = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise TraceError(f"cannot write {path}", found=found, do="name a file in a folder that exists and can be written")
+        raise TraceError(
+            f"cannot write {path}",
+            found=found,
+            do="name a file in a folder that exists and can be written",
+        )
 
 
 def read_trace(path: Path) -> Trace:
@@ -70,23 +78,39 @@ def read_trace(path: Path) -> Trace:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
-        raise TraceError(f"cannot read the trace {path}", found=str(e), do="name a file that `twotower trace -o` wrote") from e
-    entries = [_object(f"line {n} of {path}", line) for n, line in enumerate(lines, 1) if line.strip()]
+        raise TraceError(
+            f"cannot read the trace {path}",
+            found=str(e),
+            do="name a file that `twotower trace -o` wrote",
+        ) from e
+    entries = [
+        _object(f"line {n} of {path}", line) for n, line in enumerate(lines, 1) if line.strip()
+    ]
     if not entries or entries[0].get("kind") != KIND:
         found = f'its first line has no "kind": "{KIND}"' if entries else "the file is empty"
-        raise TraceError(f"{path} is not a trace", found=found, do="name a file that `twotower trace -o` wrote")
+        raise TraceError(
+            f"{path} is not a trace", found=found, do="name a file that `twotower trace -o` wrote"
+        )
     if entries[0].get("schema") != SCHEMA:
-        found = f"schema {entries[0].get('schema')!r}; this version of twotower reads schema {SCHEMA}"
+        found = (
+            f"schema {entries[0].get('schema')!r}; this version of twotower reads schema {SCHEMA}"
+        )
         raise TraceError(f"the trace {path} is of another schema", found=found, do=_AGAIN)
     numbers = [n for n, line in enumerate(lines, 1) if line.strip()]
-    return _Reader(str(path), TraceHeader(**_checked(f"line 1 of {path}", entries[0], _HEADER))).read(zip(numbers, entries, strict=True))
+    return _Reader(
+        str(path), TraceHeader(**_checked(f"line 1 of {path}", entries[0], _HEADER))
+    ).read(zip(numbers, entries, strict=True))
 
 
 def _object(where: str, line: str) -> dict[str, Any]:
     try:
         data = json.loads(line, parse_constant=_no_constant)
     except ValueError as e:
-        raise TraceError(f"{where} is not JSON", found=f"{e}: {line[:60]!r}", do=f"the file may have been cut or edited; {_AGAIN}") from e
+        raise TraceError(
+            f"{where} is not JSON",
+            found=f"{e}: {line[:60]!r}",
+            do=f"the file may have been cut or edited; {_AGAIN}",
+        ) from e
     if not isinstance(data, dict):
         raise _malformed(where, f"{line[:60]!r}, which is not an object")
     return data
@@ -124,7 +148,11 @@ class _Reader:
                 end = TraceEnd(**_checked(where, entry, _END))
             else:
                 raise _malformed(where, f"type {kind!r}; known: step, block, end")
-        if end is None or not self._blocks or len(self._blocks) != len({s.block for s in self._steps}):
+        if (
+            end is None
+            or not self._blocks
+            or len(self._blocks) != len({s.block for s in self._steps})
+        ):
             found = f"{len(self._blocks)} finished block(s), {len(self._steps)} pass(es) and {'no' if end is None else 'an'} end line"
             raise TraceError(f"the trace {self._path} is truncated", found=found, do=_AGAIN)
         return Trace(self._header, tuple(self._steps), tuple(self._blocks), end)
@@ -133,7 +161,10 @@ class _Reader:
         block = len(self._blocks)
         expected = (block, sum(s.block == block for s in self._steps))
         if (step.block, step.step) != expected:
-            raise _malformed(where, f"block {step.block}, step {step.step} where {expected[0]}, {expected[1]} was expected")
+            raise _malformed(
+                where,
+                f"block {step.block}, step {step.step} where {expected[0]}, {expected[1]} was expected",
+            )
         size = self._header.block_size
         lengths = {len(x) for x in (step.tokens, step.predicted, step.confidence, step.next)}
         if lengths != {size} or any(not 0 <= p < size for p in step.committed):
@@ -141,14 +172,24 @@ class _Reader:
         self._steps.append(step)
 
     def _block(self, where: str, block: TraceBlock) -> None:
-        if block.block != len(self._blocks) or not self._steps or self._steps[-1].block != block.block:
-            raise _malformed(where, f"block {block.block} where a pass of block {len(self._blocks)} was expected")
+        if (
+            block.block != len(self._blocks)
+            or not self._steps
+            or self._steps[-1].block != block.block
+        ):
+            raise _malformed(
+                where, f"block {block.block} where a pass of block {len(self._blocks)} was expected"
+            )
         if len(block.tokens) != self._header.block_size:
-            raise _malformed(where, f"{len(block.tokens)} tokens in a block of {self._header.block_size}")
+            raise _malformed(
+                where, f"{len(block.tokens)} tokens in a block of {self._header.block_size}"
+            )
         self._blocks.append(block)
 
 
-def _checked(where: str, entry: dict[str, Any], checks: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:
+def _checked(
+    where: str, entry: dict[str, Any], checks: Mapping[str, Callable[[Any], bool]]
+) -> dict[str, Any]:
     """The fields of a line that are known, each of its kind; others are left for later versions to mean something by."""
     for name, check in checks.items():
         if name not in entry:
@@ -224,6 +265,11 @@ _PLACE = "{{trace}}"
 
 def trace_page(trace: Trace) -> str:
     """The page; its script reads the trace from a JSON element and shows strings by `textContent` only."""
-    before, _, after = (resources.files("twotower.trace") / "trace.html").read_text(encoding="utf-8").partition(_PLACE)
-    # Not only "</": a "<!--" inside a script element would change where the browser sees the element's end.
+    before, _, after = (
+        (resources.files("twotower.trace") / "trace.html")
+        .read_text(encoding="utf-8")
+        .partition(_PLACE)
+    )
+    # Not only "</": a "<!--" inside a script element would change where the browser sees the
+    # element's end.
     return before + json.dumps(asdict(trace)).replace("<", "\\u003c") + after

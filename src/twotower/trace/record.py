@@ -14,7 +14,17 @@ from twotower.config import GenerationConfig
 from twotower.errors import TraceError
 from twotower.runtime import Generation, StepRecord, TwoTower
 
-__all__ = ["KIND", "SCHEMA", "Trace", "TraceBlock", "TraceEnd", "TraceHeader", "TraceStep", "record_trace", "token_pieces"]
+__all__ = [
+    "KIND",
+    "SCHEMA",
+    "Trace",
+    "TraceBlock",
+    "TraceEnd",
+    "TraceHeader",
+    "TraceStep",
+    "record_trace",
+    "token_pieces",
+]
 
 KIND = "twotower-trace"
 SCHEMA = 1
@@ -82,9 +92,9 @@ class TraceBlock:
     Attributes:
         block: Its number.
         tokens: Its S tokens; those of the last block may go on past the end of the text.
-        extend_ms: Milliseconds from the end of its last pass to the start of the next block's first one: the context tower reads the
-            block then. An engine that works beside the host may move some of it into that first pass. None for the last block, which
-            is never read.
+        extend_ms: Milliseconds from the end of its last pass to the start of the next block's first
+            one: the context tower reads the block then. An engine that works beside the host may
+            move some of it into that first pass. None for the last block, which is never read.
     """
 
     block: int
@@ -151,7 +161,11 @@ def record_trace(
             do="leave out `--mode`, or use `twotower generate`",
         )
     recorder = _Recorder(model.config.mask_token_id, watch)
-    result = model.generate(prompt if isinstance(prompt, str) else list(prompt) or [model.config.bos_token_id], config, on_step=recorder)
+    result = model.generate(
+        prompt if isinstance(prompt, str) else list(prompt) or [model.config.bos_token_id],
+        config,
+        on_step=recorder,
+    )
     if result.seed is not None:
         config = replace(config, seed=result.seed)  # as drawn: the trace can be made again
     blocks = recorder.blocks()
@@ -165,7 +179,14 @@ def record_trace(
         config=config.to_json(),
         block_size=config.block_size,
         mask_token_id=model.config.mask_token_id,
-        pieces=token_pieces(model, {*tokens, model.config.mask_token_id, *(t for s in recorder.steps for t in (*s.predicted, *s.next))}),
+        pieces=token_pieces(
+            model,
+            {
+                *tokens,
+                model.config.mask_token_id,
+                *(t for s in recorder.steps for t in (*s.predicted, *s.next)),
+            },
+        ),
     )
     return Trace(header, tuple(recorder.steps), blocks, _end(result))
 

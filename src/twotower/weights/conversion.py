@@ -21,10 +21,13 @@ _Floats = np.ndarray[Any, np.dtype[np.float32]]
 _Bytes = bytes | np.ndarray[Any, np.dtype[Any]]
 
 
-def read_weight(data: np.ndarray[Any, np.dtype[np.uint8]], ref: WeightRef) -> np.ndarray[Any, np.dtype[Any]]:
+def read_weight(
+    data: np.ndarray[Any, np.dtype[np.uint8]], ref: WeightRef
+) -> np.ndarray[Any, np.dtype[Any]]:
     """One weight out of a mapped data file: a view where a byte or more is an element, bfloat16 widened to float32 (a copy).
 
-    Types of 4 bits are unpacked (a copy): int4 to int8, float4e2m1 to the type of that name in ml_dtypes.
+    Types of 4 bits are unpacked (a copy): int4 to int8, float4e2m1 to the type of that name in
+    ml_dtypes.
     """
     raw = data[ref.offset : ref.offset + ref.nbytes]
     if ref.dtype == "bfloat16":

@@ -17,18 +17,22 @@ __all__ = ["Weight", "lay_out"]
 class Weight:
     """One initializer of a graph and the checkpoint tensors it is made of.
 
-    The data are the sources' elements one after another (stacking experts along a new first axis is exactly that),
-    converted to `dtype`, so a weight can be streamed without ever being whole in memory.
+    The data are the sources' elements one after another (stacking experts along a new first axis is
+    exactly that), converted to `dtype`, so a weight can be streamed without ever being whole in
+    memory.
 
     Attributes:
         name: The initializer's name; for a single source the checkpoint's own name.
         shape: Its shape.
-        dtype: `float32`, `float16` or `bfloat16`; of a quantized weight's parts any type of `twotower.config.formats`.
+        dtype: `float32`, `float16` or `bfloat16`; of a quantized weight's parts any type of
+            `twotower.config.formats`.
         sources: Checkpoint tensors in order.
         negated_exp: Store -exp(x) of a (small) source: the Mamba decay rate A of A_log.
         transposed: Store a (small) source with its last axis first: taps of a convolution.
-        rows: Only these rows of the (single) source: the first and the one after the last; None for all.
-        origin: Name of the whole weight this is a part of, as a float graph declares it; empty for a weight that is none.
+        rows: Only these rows of the (single) source: the first and the one after the last; None for
+            all.
+        origin: Name of the whole weight this is a part of, as a float graph declares it; empty for
+            a weight that is none.
         part: Of a quantized weight `values`, `scale` or `global_scale`; empty for plain numbers.
         format: How the weight is quantized that this is a part of.
     """

@@ -12,7 +12,14 @@ from onnx import TensorProto
 from twotower.dtypes import dtype_of_onnx, onnx_code
 from twotower.weights.refs import WeightRef
 
-__all__ = ["attach_weights", "detach_weights", "load_graph", "located_weights", "weight_refs", "widen_to_float32"]
+__all__ = [
+    "attach_weights",
+    "detach_weights",
+    "load_graph",
+    "located_weights",
+    "weight_refs",
+    "widen_to_float32",
+]
 
 _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
@@ -51,7 +58,9 @@ def detach_weights(model: onnx.ModelProto, refs: Mapping[str, WeightRef] | None 
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     for name, ref in refs.items():
-        model.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx_code(ref.dtype), list(ref.shape)))
+        model.graph.input.append(
+            onnx.helper.make_tensor_value_info(name, onnx_code(ref.dtype), list(ref.shape))
+        )
 
 
 def attach_weights(model: onnx.ModelProto, refs: dict[str, WeightRef], location: str) -> None:
@@ -63,7 +72,12 @@ def attach_weights(model: onnx.ModelProto, refs: dict[str, WeightRef], location:
     del model.graph.initializer[:]
     model.graph.initializer.extend(inline)
     for name, ref in refs.items():
-        tensor = TensorProto(name=name, data_type=onnx_code(ref.dtype), dims=ref.shape, data_location=TensorProto.EXTERNAL)
+        tensor = TensorProto(
+            name=name,
+            data_type=onnx_code(ref.dtype),
+            dims=ref.shape,
+            data_location=TensorProto.EXTERNAL,
+        )
         for key, value in (("location", location), ("offset", ref.offset), ("length", ref.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
         model.graph.initializer.append(tensor)
@@ -72,7 +86,8 @@ def attach_weights(model: onnx.ModelProto, refs: dict[str, WeightRef], location:
 def widen_to_float32(model: onnx.ModelProto) -> None:
     """Makes a float16 or bfloat16 graph compute in float32: types of inputs, outputs, weights and casts, in place.
 
-    For engines whose machine has no arithmetic of that width. The data of external weights must be widened by the caller.
+    For engines whose machine has no arithmetic of that width. The data of external weights must be
+    widened by the caller.
     """
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         if value.type.tensor_type.elem_type in _NARROW:
@@ -81,7 +96,11 @@ def widen_to_float32(model: onnx.ModelProto) -> None:
         if tensor.data_type not in _NARROW:
             continue
         if tensor.data_location != TensorProto.EXTERNAL:
-            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+            tensor.CopyFrom(
+                onnx.numpy_helper.from_array(
+                    onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name
+                )
+            )
             continue
         tensor.data_type = TensorProto.FLOAT
         for entry in tensor.external_data:

@@ -26,11 +26,16 @@ _PIECE = 4 << 20  # elements widened at a time
 
 
 def stream_weights(
-    path: Path, weights: Sequence[Weight], checkpoint: Checkpoint, *, tick: Callable[[int], None] | None = None
+    path: Path,
+    weights: Sequence[Weight],
+    checkpoint: Checkpoint,
+    *,
+    tick: Callable[[int], None] | None = None,
 ) -> FileRecord:
     """Writes a data file front to back and hashes it on the way.
 
-    Memory stays at a few chunks of 16 MiB whatever the model. `tick` gets the bytes of each piece written.
+    Memory stays at a few chunks of 16 MiB whatever the model. `tick` gets the bytes of each piece
+    written.
 
     Raises:
         OSError: the disk is full or fails.
@@ -43,7 +48,8 @@ def stream_weights(
         for weight in weights:
             padding = bytes(refs[weight.name].offset - end)
             for piece in _with(padding, _pieces(weight, checkpoint)):
-                # Hashing and writing both release the interpreter: the two run side by side on two cores.
+                # Hashing and writing both release the interpreter: the two run side by side on two
+                # cores.
                 hashed = hasher.submit(digest.update, piece)
                 view = memoryview(piece).cast("B")
                 written = 0
@@ -68,7 +74,9 @@ def _pieces(weight: Weight, checkpoint: Checkpoint) -> Iterator[Any]:
     for name in weight.sources:
         tensor = checkpoint.tensors[name]
         if weight.negated_exp:
-            yield np.negative(np.exp(tensor.numpy().astype(np.float64))).astype(np.float32).tobytes()
+            yield (
+                np.negative(np.exp(tensor.numpy().astype(np.float64))).astype(np.float32).tobytes()
+            )
         elif weight.transposed:
             pieces = convert_chunks(tensor, weight.dtype, chunk_bytes=_CHUNK)
             item = f"V{stored_bytes(weight.dtype, 1)}"
@@ -78,7 +86,12 @@ def _pieces(weight: Weight, checkpoint: Checkpoint) -> Iterator[Any]:
             yield from convert_chunks(tensor, weight.dtype, chunk_bytes=_CHUNK)
 
 
-def widen_data(source: Path, target: Path, refs: dict[str, WeightRef], tick: Callable[[int], None] | None = None) -> dict[str, WeightRef]:
+def widen_data(
+    source: Path,
+    target: Path,
+    refs: dict[str, WeightRef],
+    tick: Callable[[int], None] | None = None,
+) -> dict[str, WeightRef]:
     """Copies weights into a data file, in float32 what is of half width and as they are the quantized ones, 16 MiB at a time.
 
     Args:
@@ -106,7 +119,9 @@ def widen_data(source: Path, target: Path, refs: dict[str, WeightRef], tick: Cal
     return out
 
 
-def _widened_pieces(data: np.ndarray[Any, np.dtype[np.uint8]], ref: WeightRef) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
+def _widened_pieces(
+    data: np.ndarray[Any, np.dtype[np.uint8]], ref: WeightRef
+) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
     if not ref.narrow:
         for first in range(ref.offset, ref.offset + ref.nbytes, 4 * _PIECE):
             yield data[first : min(first + 4 * _PIECE, ref.offset + ref.nbytes)]

@@ -51,7 +51,9 @@ def config_of(experts: int = 16, top: int = 3) -> ModelConfig:
     )
 
 
-def layer(folder: Path, config: ModelConfig, dialect: str, *, packed: bool = True, **changed: Array) -> Layer:
+def layer(
+    folder: Path, config: ModelConfig, dialect: str, *, packed: bool = True, **changed: Array
+) -> Layer:
     """A mixture of experts alone as an engine has it, on random weights."""
     axes = ("B", "L", config.hidden_size)
     x, y = TensorSpec("x", "float32", axes), TensorSpec("y", "float32", axes)
@@ -63,18 +65,26 @@ def layer(folder: Path, config: ModelConfig, dialect: str, *, packed: bool = Tru
     random = np.random.default_rng(0)
     data = np.zeros(max(ref.end for ref in refs.values()), np.uint8)
     for name, ref in refs.items():
-        value = random.standard_normal(ref.shape, dtype=np.float32) / np.sqrt(ref.shape[-1], dtype=np.float32)
+        value = random.standard_normal(ref.shape, dtype=np.float32) / np.sqrt(
+            ref.shape[-1], dtype=np.float32
+        )
         parts = name.removeprefix(PREFIX).split(".")
         value = changed.get(parts[1] if parts[1] != "weight" else parts[0], value)
-        data[ref.offset : ref.end] = np.ascontiguousarray(value, np.float32).view(np.uint8).reshape(-1)
+        data[ref.offset : ref.end] = (
+            np.ascontiguousarray(value, np.float32).view(np.uint8).reshape(-1)
+        )
     (folder / "data").write_bytes(data.tobytes())
     point_to_data(recorded, refs, "data")
     top = None if dialect == "standard" else config.num_experts_per_tok
     located = {name: ("data", ref) for name, ref in refs.items()}
-    write_engine(ir.to_proto(recorded), located, folder / "moe.onnx", name="moe", top=top, packed=packed)
+    write_engine(
+        ir.to_proto(recorded), located, folder / "moe.onnx", name="moe", top=top, packed=packed
+    )
     options = session_options(folder, threads=2)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession((folder / "moe.onnx").read_bytes(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        (folder / "moe.onnx").read_bytes(), options, providers=["CPUExecutionProvider"]
+    )
 
     def run(values: Array) -> Array:
         return np.asarray(session.run(None, {"x": values})[0])
@@ -86,7 +96,9 @@ def tokens(rows: int, length: int) -> Array:
     return np.random.default_rng(7).standard_normal((rows, length, WIDTH), dtype=np.float32)
 
 
-both_ways = pytest.mark.parametrize("packed", [True, False], ids=["experts packed", "experts where they are"])
+both_ways = pytest.mark.parametrize(
+    "packed", [True, False], ids=["experts packed", "experts where they are"]
+)
 
 
 @pytest.mark.slow
@@ -95,21 +107,33 @@ both_ways = pytest.mark.parametrize("packed", [True, False], ids=["experts packe
 def test_it_is_the_exported_graph(tmp_path: Path, packed: bool, experts: int, top: int) -> None:
     """Products are cut into sums of their own by their sizes and by threads: some roundings of the largest number apart."""
     config = config_of(experts, top)
-    chosen, standard = (layer(tmp_path, config, dialect, packed=packed) for dialect in ("chosen", "standard"))
+    chosen, standard = (
+        layer(tmp_path, config, dialect, packed=packed) for dialect in ("chosen", "standard")
+    )
     for rows, length in ((1, 1), (1, 2), (1, 16), (3, 16), (2, 200)):
         x = tokens(rows, length)
         want = standard(x)
-        np.testing.assert_allclose(chosen(x), want, rtol=0, atol=4e-6 * float(abs(want).max()), err_msg=f"{rows} x {length}")
+        np.testing.assert_allclose(
+            chosen(x),
+            want,
+            rtol=0,
+            atol=4e-6 * float(abs(want).max()),
+            err_msg=f"{rows} x {length}",
+        )
 
 
 @pytest.mark.parametrize(("groups", "best"), [(1, 1), (4, 2)])
 def test_of_equal_scores_the_first_are_chosen(tmp_path: Path, groups: int, best: int) -> None:
     """TopK and comparing pairs agree where a router cannot decide, and on which groups of experts are open at all."""
     config = replace(config_of(), n_group=groups, topk_group=best)
-    gate = np.random.default_rng(9).standard_normal((config.n_routed_experts, WIDTH), dtype=np.float32)
+    gate = np.random.default_rng(9).standard_normal(
+        (config.n_routed_experts, WIDTH), dtype=np.float32
+    )
     gate[1::2] = gate[::2]  # pairs of experts that score alike for every token
     for changed in ({"gate": gate}, {"gate": np.zeros_like(gate)}):
-        chosen, standard = (layer(tmp_path, config, dialect, **changed) for dialect in ("chosen", "standard"))
+        chosen, standard = (
+            layer(tmp_path, config, dialect, **changed) for dialect in ("chosen", "standard")
+        )
         x = tokens(3, 16)
         want = standard(x)
         np.testing.assert_allclose(chosen(x), want, rtol=0, atol=4e-6 * float(abs(want).max()))
@@ -166,7 +190,9 @@ def test_weights_stay_where_they_are_and_keep_their_names(tmp_path: Path) -> Non
                 assert ref.shape == weights[weight].shape, weight
                 held = np.memmap(bundle.path / file, np.uint8, "r")
                 data = np.memmap(bundle.path / f"{name}/model.onnx.data", np.uint8, "r")
-                assert np.array_equal(read_weight(held, ref), read_weight(data, weights[weight])), weight
+                assert np.array_equal(read_weight(held, ref), read_weight(data, weights[weight])), (
+                    weight
+                )
     record = load_engine_record(Bundle.open(tmp_path / "float32"), "ort-cpu")
     operators = record.report["operators"]["denoiser"]
     assert operators["Split"] > 0 and "If" not in operators
@@ -179,11 +205,20 @@ def texts(bundle: Bundle, mode: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("length", [1, 15, 16])
-@pytest.mark.parametrize(("name", "group"), [("int4", 32), ("int4", 64), ("int4", 128), ("int8", 0)])
-def test_a_row_s_numbers_are_its_own_in_few_bits(tmp_path: Path, name: str, group: int, length: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "group"), [("int4", 32), ("int4", 64), ("int4", 128), ("int8", 0)]
+)
+def test_a_row_s_numbers_are_its_own_in_few_bits(
+    tmp_path: Path, name: str, group: int, length: int
+) -> None:
     """An expert of an odd number of rows computes one more where its products ask for it."""
     config = replace(config_of(), n_shared_experts=0)
-    few = {f"layer.mixer.experts.{part}_proj.weight": stored_format(name, WIDTH, stacked=True, group=group) for part in ("up", "down")}
+    few = {
+        f"layer.mixer.experts.{part}_proj.weight": stored_format(
+            name, WIDTH, stacked=True, group=group
+        )
+        for part in ("up", "down")
+    }
     run = form(tmp_path, config, Precision(weights=few), chosen=True)
     x = tokens(32, length)
     alone = np.concatenate([run(row[None]) for row in x])
@@ -197,13 +232,17 @@ def test_a_row_s_numbers_are_its_own_in_few_bits(tmp_path: Path, name: str, grou
 @pytest.mark.parametrize("recipe", [None, "nvfp4-experts"])
 def test_the_text_is_that_of_the_exported_graph(tmp_path: Path, recipe: str | None) -> None:
     """A branch expands its own expert only. Integers round their inputs besides: tests/calibration/test_quantize.py has their twin."""
-    bundle = export_bundle(Checkpoint.open(TINY), tmp_path / "float", ExportConfig(dtype="bfloat16"))
+    bundle = export_bundle(
+        Checkpoint.open(TINY), tmp_path / "float", ExportConfig(dtype="bfloat16")
+    )
     if recipe is not None:
         plan = plan_quantization(bundle, builtin_recipes()[recipe])
         bundle = quantize_bundle(bundle, plan, tmp_path / recipe)
     said = {}
     for dialect in ("chosen", "standard"):
-        build_engines(bundle, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect=dialect))
+        build_engines(
+            bundle, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect=dialect)
+        )
         record = load_engine_record(bundle, "ort-cpu")
         assert record.report["dialect"] == dialect, "another dialect is another engine"
         assert ("ScatterElements" in record.report["operators"]["context"]) == (dialect == "chosen")

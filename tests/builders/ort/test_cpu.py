@@ -66,7 +66,9 @@ def test_narrow_bundles_are_widened_once(tmp_path: Path, dtype: str) -> None:
         model = load_graph(engine_folder(bundle, TARGET) / f"{name}.onnx")
         refs = weight_refs(model)
         assert {ref.dtype for ref in refs.values()} == {"float32"}
-        assert (bundle.path / weights).stat().st_size == max(ref.offset + ref.nbytes for ref in refs.values())
+        assert (bundle.path / weights).stat().st_size == max(
+            ref.offset + ref.nbytes for ref in refs.values()
+        )
         kinds = {v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
         assert kinds <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
 
@@ -109,7 +111,13 @@ def test_foreign_engines_do_not_fit(copy: Bundle, change: dict[str, Any], found:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("", "not readable"), ("{}", "not readable"), ("[]", "not readable"), ('{"schema": 2}', "another version")]
+    ("text", "says"),
+    [
+        ("", "not readable"),
+        ("{}", "not readable"),
+        ("[]", "not readable"),
+        ('{"schema": 2}', "another version"),
+    ],
 )
 def test_unreadable_records_do_not_fit(copy: Bundle, text: str, says: str) -> None:
     (engine_folder(copy, TARGET) / BUILD_FILE).write_text(text)
@@ -126,7 +134,9 @@ def test_an_unbuilt_target_says_what_is_built(tmp_path: Path, copy: Bundle) -> N
         builder_for("tpu")
 
 
-def test_a_failed_build_leaves_the_old_engine(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_build_leaves_the_old_engine(
+    copy: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     builder = builder_for(TARGET)
 
     def full(*arguments: Any, **options: Any) -> Any:
@@ -136,7 +146,10 @@ def test_a_failed_build_leaves_the_old_engine(copy: Bundle, monkeypatch: pytest.
     with pytest.raises(BuildError, match="could not be written"):
         build_engines(copy, TARGET, builder, config=BuildConfig(force=True))
     record_of(copy)
-    assert {p.name for p in engine_folder(copy, TARGET).parent.iterdir()} == {TARGET, f".{TARGET}.lock"}
+    assert {p.name for p in engine_folder(copy, TARGET).parent.iterdir()} == {
+        TARGET,
+        f".{TARGET}.lock",
+    }
 
 
 def test_small_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +159,9 @@ def test_small_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
         build_engines(bundle, TARGET, builder_for(TARGET))
 
 
-def test_a_graph_the_library_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_the_library_refuses_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = export_fixture("hybrid-b", tmp_path / "b")
     path = bundle.graph_file("denoiser")
     model = load_graph(path)
@@ -163,7 +178,9 @@ def test_an_engine_that_cannot_be_loaded_says_how_to_get_one_that_can(
 ) -> None:
     """Damage is found by its hash; this is about a whole graph that the installed library will not take."""
     real = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda self: content if self.suffix == ".onnx" else real(self))
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda self: content if self.suffix == ".onnx" else real(self)
+    )
     with pytest.raises(EngineMismatchError, match="cannot load") as caught:
         open_ort_cpu(copy)
     assert "--force" in caught.value.do
@@ -173,19 +190,39 @@ def test_an_engine_that_cannot_be_loaded_says_how_to_get_one_that_can(
 def test_a_gpu_gets_the_graphs_as_they_were_exported(tmp_path: Path, dtype: str) -> None:
     """In the bundle's own precision: an optimisation on this CPU would insert casts to float32 that a GPU does not need."""
     bundle = export_fixture("hybrid-a", tmp_path / "b", dtype)
-    assert build_engines(bundle, "ort-cuda", builder_for("ort-cuda"), config=BuildConfig(experts="dense")).target == "ort-cuda"
+    assert (
+        build_engines(
+            bundle, "ort-cuda", builder_for("ort-cuda"), config=BuildConfig(experts="dense")
+        ).target
+        == "ort-cuda"
+    )
     record = read_engine_record(bundle, "ort-cuda", library=builder_for("ort-cuda").library())
     assert record.dtype == dtype
     assert record.weights == {name: f"{file}.data" for name, file in GRAPH_FILES.items()}
-    assert sorted(record.files) == sorted(f"{name}.onnx" for name in GRAPH_FILES), "graphs and no weights"
+    assert sorted(record.files) == sorted(f"{name}.onnx" for name in GRAPH_FILES), (
+        "graphs and no weights"
+    )
     for name in GRAPH_FILES:
-        engine, exported = load_graph(engine_folder(bundle, "ort-cuda") / f"{name}.onnx"), load_graph(bundle.graph_file(name))
+        engine, exported = (
+            load_graph(engine_folder(bundle, "ort-cuda") / f"{name}.onnx"),
+            load_graph(bundle.graph_file(name)),
+        )
         assert list(engine.graph.node) == list(exported.graph.node)
-        assert (engine.graph.input, engine.graph.output) == (exported.graph.input, exported.graph.output)
+        assert (engine.graph.input, engine.graph.output) == (
+            exported.graph.input,
+            exported.graph.output,
+        )
         assert weight_refs(engine) == weight_refs(exported)
         assert {ref.dtype for ref in weight_refs(engine).values()} <= {dtype, "float32"}
-        assert record.report["operators"][name]["MatMul"] == sum(node.op_type == "MatMul" for node in exported.graph.node)
-        locations = {e.value for t in engine.graph.initializer for e in t.external_data if e.key == "location"}
+        assert record.report["operators"][name]["MatMul"] == sum(
+            node.op_type == "MatMul" for node in exported.graph.node
+        )
+        locations = {
+            e.value
+            for t in engine.graph.initializer
+            for e in t.external_data
+            if e.key == "location"
+        }
         assert locations == {record.weights[name]}
 
 
@@ -196,11 +233,17 @@ def test_a_gpu_engine_computes_what_the_cpu_engine_computes(tmp_path: Path, buil
     texts = []
     for target in ("ort-cpu", "ort-cuda"):
         engines = [
-            OrtEngine(engine_folder(bundle, target) / f"{name}.onnx", bundle.path, signature, pack=False)
+            OrtEngine(
+                engine_folder(bundle, target) / f"{name}.onnx", bundle.path, signature, pack=False
+            )
             for name, signature in bundle.signatures.items()
         ]
         with TwoTower.from_towers(Towers(bundle.config, "float32", *engines)) as model:
-            texts.append(model.generate([5, 6, 7], GenerationConfig(max_new_tokens=32, ignore_eos=True)).tokens)
+            texts.append(
+                model.generate(
+                    [5, 6, 7], GenerationConfig(max_new_tokens=32, ignore_eos=True)
+                ).tokens
+            )
     assert texts[0] == texts[1]
 
 

@@ -65,7 +65,9 @@ class Graph:
         random, self.folder = np.random.default_rng(1), folder
         largest = {"int4": 7, "int8": 127}[dtype]
         self.values = random.integers(-largest - 1, largest + 1, (N, columns))
-        self.scales = random.uniform(0.01, 0.02, (N, -(-columns // group)) if group else (N,)).astype(np.float32)
+        self.scales = random.uniform(
+            0.01, 0.02, (N, -(-columns // group)) if group else (N,)
+        ).astype(np.float32)
         self.table = random.integers(-128, 128, (V, columns))
         self.table_scales = random.uniform(0.01, 0.02, V).astype(np.float32)
         each = np.repeat(self.scales.reshape(N, -1), group or columns, axis=1)[:, :columns]
@@ -86,20 +88,36 @@ class Graph:
             helper.make_node("DequantizeLinear", ["w", "w.scale"], ["wide"], name="read", **blocks),
             helper.make_node("Transpose", ["wide"], ["turned"], name="turn", perm=[1, 0]),
             helper.make_node("MatMul", ["x", "turned"], ["y"], name="product"),
-            helper.make_node("DequantizeLinear", ["t", "t.scale"], ["rows"], name="read_table", axis=0),
+            helper.make_node(
+                "DequantizeLinear", ["t", "t.scale"], ["rows"], name="read_table", axis=0
+            ),
             helper.make_node("Gather", ["rows", "ids"], ["e"], name="look_up"),
         ]
         ins = [
             helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "L", columns]),
             helper.make_tensor_value_info("ids", TensorProto.INT64, ["B", "L"]),
         ]
-        outs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", "L", None]) for name in ("y", "e")]
+        outs = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", "L", None])
+            for name in ("y", "e")
+        ]
         graph = helper.make_graph(nodes, "g", ins, outs)
-        self.model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+        self.model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11
+        )
         codes = {"int4": TensorProto.INT4, "int8": TensorProto.INT8, "float32": TensorProto.FLOAT}
         for name, ref in refs.items():
-            tensor = onnx.TensorProto(name=name, data_type=codes[ref.dtype], dims=ref.shape, data_location=TensorProto.EXTERNAL)
-            for key, value in (("location", "bundle.data"), ("offset", ref.offset), ("length", ref.nbytes)):
+            tensor = onnx.TensorProto(
+                name=name,
+                data_type=codes[ref.dtype],
+                dims=ref.shape,
+                data_location=TensorProto.EXTERNAL,
+            )
+            for key, value in (
+                ("location", "bundle.data"),
+                ("offset", ref.offset),
+                ("length", ref.nbytes),
+            ):
                 tensor.external_data.add(key=key, value=str(value))
             self.model.graph.initializer.append(tensor)
 
@@ -113,14 +131,20 @@ class Graph:
         model.CopyFrom(self.model)
         places = places_of(model, as_stored=as_stored, even_rows=even_rows)
         located = {name: ("bundle.data", ref) for name, ref in weight_refs(model).items()}
-        written = expand_data(self.folder / "bundle.data", self.folder / "own.data", places, lambda done: None)
+        written = expand_data(
+            self.folder / "bundle.data", self.folder / "own.data", places, lambda done: None
+        )
         located |= {name: ("own.data", ref) for name, ref in written.items()}
         file = self.folder / f"{as_stored}.onnx"
         write_engine(model, located, file, name="few bits", top=1 if as_stored else None)
         options = session_options(self.folder, threads=2)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = ort.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
-        return lambda x, ids: session.run(None, {"x": x, "ids": ids}), onnx.load(file, load_external_data=False)
+        session = ort.InferenceSession(
+            file.read_bytes(), options, providers=["CPUExecutionProvider"]
+        )
+        return lambda x, ids: session.run(None, {"x": x, "ids": ids}), onnx.load(
+            file, load_external_data=False
+        )
 
 
 def inputs(columns: int, rows: int, length: int) -> tuple[Array, Array]:
@@ -132,15 +156,21 @@ def inputs(columns: int, rows: int, length: int) -> tuple[Array, Array]:
 
 @pytest.mark.parametrize("even_rows", [False, True])
 @pytest.mark.parametrize(("dtype", "group", "columns"), FORMATS)
-def test_a_product_is_that_of_its_twin(tmp_path: Path, dtype: str, group: int, columns: int, even_rows: bool) -> None:
+def test_a_product_is_that_of_its_twin(
+    tmp_path: Path, dtype: str, group: int, columns: int, even_rows: bool
+) -> None:
     """The input in 8 bits for each block of values, sums exact: nothing is left but the rounding of float32."""
     run, model = Graph(tmp_path, dtype, group, columns).engine(as_stored=True, even_rows=even_rows)
     assert "DequantizeLinear" not in {node.op_type for node in model.graph.node}
     (product,) = (node for node in model.graph.node if node.op_type == "MatMulNBits")
-    assert not any(node.input[1] == "wide" for node in model.graph.node if len(node.input) > 1), product.name
+    assert not any(node.input[1] == "wide" for node in model.graph.node if len(node.input) > 1), (
+        product.name
+    )
     block = block_of(columns, group, even_rows=even_rows)
     assert block in {a.i for a in product.attribute if a.name == "block_size"}
-    assert (EVEN_ROWS in {entry.key for entry in model.metadata_props}) == (block > 32), "the engine's opener is told"
+    assert (EVEN_ROWS in {entry.key for entry in model.metadata_props}) == (block > 32), (
+        "the engine's opener is told"
+    )
     x, ids = inputs(columns, 3, 16)
     weight = Graph(tmp_path, dtype, group, columns).weight
     want = in_blocks(torch.from_numpy(x), block).double().numpy() @ weight.T
@@ -150,19 +180,25 @@ def test_a_product_is_that_of_its_twin(tmp_path: Path, dtype: str, group: int, c
 
 
 @pytest.mark.parametrize(("dtype", "group", "columns"), FORMATS)
-def test_a_lookup_expands_the_rows_it_looks_up(tmp_path: Path, dtype: str, group: int, columns: int) -> None:
+def test_a_lookup_expands_the_rows_it_looks_up(
+    tmp_path: Path, dtype: str, group: int, columns: int
+) -> None:
     graph = Graph(tmp_path, dtype, group, columns)
     x, ids = inputs(columns, 2, 16)
     (run, model), (standard, _) = (graph.engine(as_stored=as_stored) for as_stored in (True, False))
     assert np.array_equal(run(x, ids)[1], standard(x, ids)[1])
-    assert np.array_equal(run(x, ids)[1], (graph.table.astype(np.float32) * graph.table_scales[:, None])[ids])
+    assert np.array_equal(
+        run(x, ids)[1], (graph.table.astype(np.float32) * graph.table_scales[:, None])[ids]
+    )
     readers = [node.op_type for node in model.graph.node if "t" in node.input]
     assert readers == ["Gather"]
 
 
 @pytest.mark.parametrize("length", [1, 16])
 @pytest.mark.parametrize(("dtype", "group", "columns"), FORMATS)
-def test_a_row_s_numbers_are_its_own(tmp_path: Path, dtype: str, group: int, columns: int, length: int) -> None:
+def test_a_row_s_numbers_are_its_own(
+    tmp_path: Path, dtype: str, group: int, columns: int, length: int
+) -> None:
     run, _ = Graph(tmp_path, dtype, group, columns).engine(as_stored=True)
     x, ids = inputs(columns, 32, length)
     alone = np.concatenate([run(x[i : i + 1], ids[i : i + 1])[0] for i in range(32)])
@@ -172,15 +208,21 @@ def test_a_row_s_numbers_are_its_own(tmp_path: Path, dtype: str, group: int, col
     assert np.array_equal(run(x[order], ids[order])[0], alone[order])
 
 
-@pytest.mark.parametrize(("dtype", "group", "columns"), [f for f in FORMATS if block_of(*f[:0:-1], even_rows=True) > 32])
-def test_wide_blocks_compute_even_numbers_of_rows_alike(tmp_path: Path, dtype: str, group: int, columns: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "group", "columns"), [f for f in FORMATS if block_of(*f[:0:-1], even_rows=True) > 32]
+)
+def test_wide_blocks_compute_even_numbers_of_rows_alike(
+    tmp_path: Path, dtype: str, group: int, columns: int
+) -> None:
     run, _ = Graph(tmp_path, dtype, group, columns).engine(as_stored=True, even_rows=True)
     x, ids = inputs(columns, 32, 16)
     alone = np.concatenate([run(x[i : i + 1], ids[i : i + 1])[0] for i in range(32)])
     for rows in (2, 3, 8, 32):
         assert np.array_equal(run(x[:rows], ids[:rows])[0], alone[:rows]), rows
     order = np.random.default_rng(1).permutation(16)
-    assert np.array_equal(run(x[:1, order], ids[:1, order])[0], alone[:1, order]), "wherever a row stands"
+    assert np.array_equal(run(x[:1, order], ids[:1, order])[0], alone[:1, order]), (
+        "wherever a row stands"
+    )
 
 
 def test_rows_that_no_block_divides_are_expanded(tmp_path: Path) -> None:
@@ -228,11 +270,15 @@ def build(bundle: Bundle, dialect: str = "chosen") -> dict[str, Any]:
 
 def text(bundle: Bundle) -> list[int]:
     with TwoTower.open(bundle.path, target="ort-cpu") as model:
-        return model.generate([5, 6, 7], GenerationConfig(max_new_tokens=16, ignore_eos=True)).tokens
+        return model.generate(
+            [5, 6, 7], GenerationConfig(max_new_tokens=16, ignore_eos=True)
+        ).tokens
 
 
 @pytest.mark.parametrize("length", [1, 15])
-def test_a_pass_of_an_odd_number_of_positions_computes_a_row_alike(copy: Bundle, length: int) -> None:
+def test_a_pass_of_an_odd_number_of_positions_computes_a_row_alike(
+    copy: Bundle, length: int
+) -> None:
     """The denoiser's blocks are wide: its engine runs such a pass with one row more, and nobody sees that."""
     build(copy)
     with contextlib.closing(open_ort_cpu(copy).denoiser) as engine:
@@ -242,11 +288,15 @@ def test_a_pass_of_an_odd_number_of_positions_computes_a_row_alike(copy: Bundle,
             random, arrays = np.random.default_rng(3), {}
             for spec in (*engine.signature.inputs, *engine.signature.outputs):
                 shape = spec.shape({"B": 5, "S": length, "T": 32})
-                whole = random.integers(1, 9, shape) if spec.dtype == "int64" else random.random(shape)
+                whole = (
+                    random.integers(1, 9, shape) if spec.dtype == "int64" else random.random(shape)
+                )
                 arrays[spec.name] = np.ascontiguousarray(whole[first : first + rows], spec.dtype)
             given = {spec.name: arrays[spec.name].copy() for spec in engine.signature.inputs}
             engine.bind(arrays).run(HostStream())
-            assert all(np.array_equal(arrays[name], value) for name, value in given.items()), "inputs are only read"
+            assert all(np.array_equal(arrays[name], value) for name, value in given.items()), (
+                "inputs are only read"
+            )
             return {spec.name: arrays[spec.name] for spec in engine.signature.outputs}
 
         together = {rows: run(rows) for rows in (2, 3, 4)}
@@ -256,7 +306,9 @@ def test_a_pass_of_an_odd_number_of_positions_computes_a_row_alike(copy: Bundle,
                     assert np.array_equal(outputs[name][i], value[0]), (rows, i, name)
 
 
-def test_every_weight_of_few_bits_is_read_as_it_is_stored(copy: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_weight_of_few_bits_is_read_as_it_is_stored(
+    copy: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = build(copy)
     assert main(["inspect", str(copy.path)]) == 0
     told = capsys.readouterr().out
@@ -273,7 +325,9 @@ def test_every_weight_of_few_bits_is_read_as_it_is_stored(copy: Bundle, capsys: 
     assert PROBE_FILE not in load_engine_record(copy, "ort-cpu").files
 
 
-def test_where_a_processor_mixes_rows_weights_are_expanded(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_processor_mixes_rows_weights_are_expanded(
+    copy: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build(copy)
     monkeypatch.setattr(ort_builder, "_products_compute_rows_alike", lambda: False)
     report = build(copy)
@@ -282,7 +336,9 @@ def test_where_a_processor_mixes_rows_weights_are_expanded(copy: Bundle, monkeyp
     assert len(text(copy)) == 16
 
 
-def test_an_engine_that_comes_to_such_a_processor_is_refused(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_comes_to_such_a_processor_is_refused(
+    copy: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build(copy)
     asked: list[bytes] = []
 
@@ -297,7 +353,9 @@ def test_an_engine_that_comes_to_such_a_processor_is_refused(copy: Bundle, monke
     assert "twotower build" in caught.value.do
 
 
-def test_experts_are_packed_where_half_of_the_memory_holds_them(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_are_packed_where_half_of_the_memory_holds_them(
+    copy: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert build(copy)["form"]["experts"] == "packed"
     size = sum(p.stat().st_size for p in engine_folder(copy, "ort-cpu").glob("*.data"))
     monkeypatch.setattr(ort_engine, "usable_memory", lambda: size // 2)

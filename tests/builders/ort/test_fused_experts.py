@@ -79,7 +79,9 @@ def few_bits(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if key not in made:
             folder = tmp_path_factory.mktemp(recipe)
             sizes = {"hidden_size": width, "moe_intermediate_size": width, "torch_dtype": dtype}
-            checkpoint = Checkpoint.open(write_checkpoint(folder / "checkpoint", {**SLICE, **sizes}))
+            checkpoint = Checkpoint.open(
+                write_checkpoint(folder / "checkpoint", {**SLICE, **sizes})
+            )
             whole = export_bundle(checkpoint, folder / "float", ExportConfig(dtype=dtype))
             plan = plan_quantization(whole, builtin_recipes()[recipe])
             made[key] = quantize_bundle(whole, plan, folder / "few")
@@ -130,7 +132,9 @@ def widened(model: onnx.ModelProto, home: Path, folder: Path) -> onnx.ModelProto
     folder.mkdir(exist_ok=True)
     for number, location in enumerate(sorted({location for location, _ in located.values()})):
         refs = {name: ref for name, (where, ref) in located.items() if where == location}
-        attach_weights(model, widen_data(home / location, folder / f"{number}.data", refs), f"{number}.data")
+        attach_weights(
+            model, widen_data(home / location, folder / f"{number}.data", refs), f"{number}.data"
+        )
     return model
 
 
@@ -139,16 +143,22 @@ def widened(model: onnx.ModelProto, home: Path, folder: Path) -> onnx.ModelProto
     ("recipe", "width", "group"),
     [("int4-experts", 64, 32), ("int8-weights", 64, 0), ("int8-weights", 192, 64)],
 )
-def test_experts_in_few_bits(few_bits: Any, tmp_path: Path, recipe: str, width: int, group: int, graph: str) -> None:
+def test_experts_in_few_bits(
+    few_bits: Any, tmp_path: Path, recipe: str, width: int, group: int, graph: str
+) -> None:
     """The graph that dequantizes, in float32: what the operator reads are the same weights."""
     bundle = fused(few_bits(recipe, width))
     inputs = feed(signatures(bundle.config, "float32")[graph].inputs, bundle.config.vocab_size)
     file = bundle.graph_file(graph)
-    want = run(widened(load_graph(file), file.parent, tmp_path / "whole"), tmp_path / "whole", inputs)
+    want = run(
+        widened(load_graph(file), file.parent, tmp_path / "whole"), tmp_path / "whole", inputs
+    )
     model = widened(engine(bundle, graph), bundle.path, tmp_path / "fused")
     nodes = fused_nodes(model)
     assert [node.op_type for node in nodes] == ["QMoE"] * 2
-    assert [a.i for node in nodes for a in node.attribute if a.name == "block_size"] == ([group] * 2 if group else [])
+    assert [a.i for node in nodes for a in node.attribute if a.name == "block_size"] == (
+        [group] * 2 if group else []
+    )
     compare(run(with_bodies(model), tmp_path / "fused", inputs), want, 1e-5)
     if recipe == "int4-experts":  # of 8 bits the CPU's kernel rounds the tokens too
         ours = run(with_cpu_kernels(model, tmp_path / "fused"), tmp_path / "fused", inputs)
@@ -159,7 +169,9 @@ def resolved(bundle: Bundle, model: onnx.ModelProto) -> str:
     """What ONNX Runtime says when it opens a graph on a CPU: it checks operators by their schemas first, and then looks for kernels."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(bundle.path)
+    )
     with pytest.raises(Exception, match="ONNXRuntimeError") as error:
         ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return str(error.value)
@@ -208,7 +220,9 @@ INTEGERS = {**COMMON, "quant_type": b"int", "weights_prepacked": 0}
         ),
     ],
 )
-def test_operands_are_those_of_the_documentation(few_bits: Any, recipe: str, width: int, options: Any, shapes: Any) -> None:
+def test_operands_are_those_of_the_documentation(
+    few_bits: Any, recipe: str, width: int, options: Any, shapes: Any
+) -> None:
     """Unsigned integers [E,out,in*bits/8], scales [E,out,in/block] or [E,out] in the graph's type, no bias, no zero points."""
     model = engine(fused(few_bits(recipe, width)), DENOISER)
     tensors = {t.name: t for t in model.graph.initializer}
@@ -255,7 +269,9 @@ def test_this_library_s_cuda_kernels_take_the_activation() -> None:
         assert taken == (tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 32))
 
 
-def layer(config: ModelConfig, folder: Path, **changed: np.ndarray[Any, Any]) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+def layer(
+    config: ModelConfig, folder: Path, **changed: np.ndarray[Any, Any]
+) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """A layer of experts alone on random weights: as it is exported, and fused and written out."""
     axes = ("B", "L", config.hidden_size)
     x, y = TensorSpec("x", "float32", axes), TensorSpec("y", "float32", axes)
@@ -275,11 +291,16 @@ def layer(config: ModelConfig, folder: Path, **changed: np.ndarray[Any, Any]) ->
     for name, ref in refs.items():
         value = np.random.default_rng(len(name)).standard_normal(ref.shape, dtype=np.float32) / 8
         value = next((new for part, new in changed.items() if part in name), value)
-        data[ref.offset : ref.end] = np.broadcast_to(value, ref.shape).astype(np.float32).view(np.uint8).reshape(-1)
+        data[ref.offset : ref.end] = (
+            np.broadcast_to(value, ref.shape).astype(np.float32).view(np.uint8).reshape(-1)
+        )
     (folder / "data").write_bytes(data.tobytes())
     point_to_data(recorded, refs, "data")
     whole = ir.to_proto(recorded)
-    weights = {role: TensorSpec(f"layers.0.mixer.experts.{role}_proj.weight", "float32", ()) for role in ("up", "down")}
+    weights = {
+        role: TensorSpec(f"layers.0.mixer.experts.{role}_proj.weight", "float32", ())
+        for role in ("up", "down")
+    }
     step = ExpertsStep(
         layer=0,
         hidden=config.hidden_size,
@@ -359,22 +380,35 @@ def test_integers_are_unsigned_and_all_else_stays_in_the_bundle(few_bits: Any) -
     for recipe, middle in (("int4-experts", 8), ("int8-weights", 128)):
         bundle = fused(few_bits(recipe))
         record = load_engine_record(bundle, "ort-cuda")
-        assert set(record.files) == {f"{g}.onnx" for g in GRAPH_FILES} | {f"{g}.data" for g in TOWERS}
+        assert set(record.files) == {f"{g}.onnx" for g in GRAPH_FILES} | {
+            f"{g}.data" for g in TOWERS
+        }
         assert record.holds == {graph: bundle.data_identity(graph) for graph in TOWERS}
         for graph in TOWERS:
             own = f"engines/ort-cuda/{graph}.data"
-            moved = {name: ref for name, (where, ref) in located_weights(engine(bundle, graph)).items() if where == own}
+            moved = {
+                name: ref
+                for name, (where, ref) in located_weights(engine(bundle, graph)).items()
+                if where == own
+            }
             assert len(moved) == 2 * 2
             assert record.files[f"{graph}.data"].size == max(ref.end for ref in moved.values())
-            ours, theirs = (np.memmap(bundle.path / f, np.uint8, "r") for f in (own, f"{GRAPH_FILES[graph]}.data"))
+            ours, theirs = (
+                np.memmap(bundle.path / f, np.uint8, "r")
+                for f in (own, f"{GRAPH_FILES[graph]}.data")
+            )
             for name, ref in moved.items():
                 signed = read_weight(theirs, bundle.weights(graph)[name]).astype(np.int64)
                 raw = ours[ref.offset : ref.end].reshape(ref.shape)
-                unpacked = np.stack((raw & 15, raw >> 4), -1).reshape(signed.shape) if middle == 8 else raw
+                unpacked = (
+                    np.stack((raw & 15, raw >> 4), -1).reshape(signed.shape) if middle == 8 else raw
+                )
                 np.testing.assert_array_equal(unpacked.astype(np.int64) - middle, signed)
 
 
-def test_a_large_matrix_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_matrix_is_written_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(engine_weights, "_UNSIGNED_PIECE", 7)
     data = np.random.default_rng(0).integers(0, 256, 200, np.uint8)
     (tmp_path / "in").write_bytes(data.tobytes())
@@ -394,19 +428,28 @@ class TestBuilding:
         record = load_engine_record(bundle, "ort-cuda")
         assert record.report["choice_of_experts"] == {"computed_by": "fused"}
         assert record.holds == {}
-        assert set(record.files) == {f"{graph}.onnx" for graph in GRAPH_FILES}, "no weight is copied"
+        assert set(record.files) == {f"{graph}.onnx" for graph in GRAPH_FILES}, (
+            "no weight is copied"
+        )
         experts = bundle.config.pattern.count("E")
         for graph in TOWERS:
             operators = record.report["operators"][graph]
             assert operators["MoE"] == experts
-            assert operators["MatMul"] < Counter(n.op_type for n in load_graph(bundle.graph_file(graph)).graph.node)["MatMul"]
+            assert (
+                operators["MatMul"]
+                < Counter(n.op_type for n in load_graph(bundle.graph_file(graph)).graph.node)[
+                    "MatMul"
+                ]
+            )
 
     def test_another_choice_is_another_engine(self, tmp_path: Path) -> None:
         bundle = export_fixture("hybrid-a", tmp_path / "b")
         file = engine_folder(bundle, "ort-cuda") / BUILD_FILE
         stamps = []
         for experts in ("fused", "auto", "dense", "dense", "fused"):
-            build_engines(bundle, "ort-cuda", builder_for("ort-cuda"), config=BuildConfig(experts=experts))
+            build_engines(
+                bundle, "ort-cuda", builder_for("ort-cuda"), config=BuildConfig(experts=experts)
+            )
             stamps.append(file.stat().st_mtime_ns)
         assert (stamps[0] == stamps[1], stamps[2] == stamps[3]) == (True, True)
         assert stamps[1] < stamps[2] < stamps[4]
@@ -415,7 +458,9 @@ class TestBuilding:
         bundle, builder = few_bits("int4-experts"), builder_for("ort-cuda")
         fused(bundle)
         record = load_engine_record(bundle, "ort-cuda")
-        written = sum(file.size for name, file in record.files.items() if name.endswith(DATA_SUFFIX))
+        written = sum(
+            file.size for name, file in record.files.items() if name.endswith(DATA_SUFFIX)
+        )
         moved = 2 * 2 * 2 * 8 * 64 * 64 // 2
         assert moved <= written <= moved + 4 * 4096
         dense = builder.plan(bundle, BuildConfig(experts="dense")).needed_bytes
@@ -424,7 +469,10 @@ class TestBuilding:
 
     def test_inspect_says_so(self, few_bits: Any, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["inspect", str(fused(few_bits("int4-experts")).path)]) == 0
-        assert "experts are fused: 4 QMoE of ONNX Runtime compute the chosen ones" in capsys.readouterr().out
+        assert (
+            "experts are fused: 4 QMoE of ONNX Runtime compute the chosen ones"
+            in capsys.readouterr().out
+        )
 
 
 NVFP4 = "nvfp4 in groups of 16; it takes int4 and int8"
@@ -528,12 +576,17 @@ def test_an_earlier_library(version: str) -> None:
 
 
 def test_tensorrt_has_no_such_operator(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["build", str(bundle.path), "--target", "rtx", "--sm", "89", "--experts", "fused"]) == 2
+    assert (
+        main(["build", str(bundle.path), "--target", "rtx", "--sm", "89", "--experts", "fused"])
+        == 2
+    )
     check_error(capsys.readouterr().err, "TensorRT has no operator for these experts")
 
 
 @pytest.mark.parametrize(("recipe", "width"), [("int4-experts", 64), ("int8-weights", 192)])
-def test_the_second_copy_of_integers_is_what_a_plan_says(few_bits: Any, recipe: str, width: int) -> None:
+def test_the_second_copy_of_integers_is_what_a_plan_says(
+    few_bits: Any, recipe: str, width: int
+) -> None:
     bundle, made = fused(few_bits(recipe, width)), builtin_recipes()[recipe]
     options = PlanOptions(
         target="ort-cuda",
@@ -544,4 +597,6 @@ def test_the_second_copy_of_integers_is_what_a_plan_says(few_bits: Any, recipe: 
     planned = plan_bundle(bundle.config, options)
     assert planned.experts.name == "fused"
     written = sum(file.stat().st_size for file in engine_folder(bundle, "ort-cuda").glob("*.data"))
-    assert 0 < planned.disk.copies["ort-cuda"] <= written < planned.disk.copies["ort-cuda"] + 20 * PAGE
+    assert (
+        0 < planned.disk.copies["ort-cuda"] <= written < planned.disk.copies["ort-cuda"] + 20 * PAGE
+    )

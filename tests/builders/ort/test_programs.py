@@ -83,8 +83,12 @@ def test_a_program_is_a_graph_that_says_what_the_record_says(bundle: Bundle) -> 
             model = load_graph(engine_folder(bundle, "ort-cuda") / part.file)
             places = located_weights(model)
             assert tuple(places) == part.constants
-            assert [value.name for value in model.graph.input] == [spec.name for spec in part.inputs]
-            assert [value.name for value in model.graph.output] == [spec.name for spec in part.outputs]
+            assert [value.name for value in model.graph.input] == [
+                spec.name for spec in part.inputs
+            ]
+            assert [value.name for value in model.graph.output] == [
+                spec.name for spec in part.outputs
+            ]
             for name, (location, ref) in places.items():
                 assert (location, ref) == (f"{graph}/model.onnx.data", table[name])
             read += places
@@ -129,7 +133,9 @@ def test_kernels_are_for_the_gpus_at_hand(
     assert programs.kernel_limits(bundle, BuildConfig(experts="kernels", sms=(86,))).sms == (86,)
 
 
-def test_inspect_tells_programs_and_kernels(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_tells_programs_and_kernels(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["inspect", str(bundle.path)]) == 0
     out = capsys.readouterr().out
     assert "SM 90; up to 8 rows" in out
@@ -144,14 +150,21 @@ def test_inspect_tells_programs_and_kernels(bundle: Bundle, capsys: pytest.Captu
         (["--sm", "90", "--max-batch", "17"], "do not take so many rows"),
     ],
 )
-def test_what_no_kernel_takes(bundle: Bundle, options: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_no_kernel_takes(
+    bundle: Bundle, options: list[str], what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     stamp = (engine_folder(bundle, "ort-cuda") / BUILD_FILE).stat().st_mtime_ns
-    assert main(["build", str(bundle.path), "--target", "ort-cuda", "--experts", "kernels", *options]) == 2
+    assert (
+        main(["build", str(bundle.path), "--target", "ort-cuda", "--experts", "kernels", *options])
+        == 2
+    )
     check_error(capsys.readouterr().err, what)
     assert (engine_folder(bundle, "ort-cuda") / BUILD_FILE).stat().st_mtime_ns == stamp
 
 
-def test_a_missing_compiler_is_named_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = export_fixture("hybrid-a", tmp_path / "b")
 
     def missing(*names: Any, **about: Any) -> None:

@@ -50,7 +50,9 @@ def read(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         {"experts": "kernels"},
     ],
 )
-def test_every_graph_is_read_once_and_none_where_all_is_kept(bundle: Bundle, read: list[str], options: dict[str, Any]) -> None:
+def test_every_graph_is_read_once_and_none_where_all_is_kept(
+    bundle: Bundle, read: list[str], options: dict[str, Any]
+) -> None:
     build_stand_ins(bundle, **options)
     assert sorted(read) == GRAPHS
     read.clear()
@@ -61,7 +63,9 @@ def test_every_graph_is_read_once_and_none_where_all_is_kept(bundle: Bundle, rea
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
-def test_so_it_is_for_onnx_runtime(bundle: Bundle, read: list[str], tmp_path: Path, target: str) -> None:
+def test_so_it_is_for_onnx_runtime(
+    bundle: Bundle, read: list[str], tmp_path: Path, target: str
+) -> None:
     plan = builder_for(target).plan(bundle, BuildConfig())
     assert plan.describe()
     assert plan.needed_bytes > 0
@@ -71,7 +75,16 @@ def test_so_it_is_for_onnx_runtime(bundle: Bundle, read: list[str], tmp_path: Pa
     assert sorted(read) == GRAPHS
 
 
-@pytest.mark.parametrize("changed", [{"max_batch": 2}, {"max_context": 128}, {"sms": (86,)}, {"experts": "kernels"}, {"segments": 2}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"max_batch": 2},
+        {"max_context": 128},
+        {"sms": (86,)},
+        {"experts": "kernels"},
+        {"segments": 2},
+    ],
+)
 def test_another_wish_is_another_build(bundle: Bundle, changed: dict[str, Any]) -> None:
     build_stand_ins(bundle)
     before = load_engine_record(bundle, "rtx")
@@ -99,7 +112,9 @@ def test_other_code_looks_closer_and_keeps_what_it_would_make_again(
     assert "of another cut" not in file.read_text()
 
 
-def test_options_of_the_cache_decide_nothing(bundle: Bundle, read: list[str], tmp_path: Path) -> None:
+def test_options_of_the_cache_decide_nothing(
+    bundle: Bundle, read: list[str], tmp_path: Path
+) -> None:
     build_stand_ins(bundle)
     read.clear()
     build_stand_ins(bundle, cache=tmp_path / "cache", cache_bytes=10**6, use_cache=False)

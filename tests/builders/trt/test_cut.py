@@ -32,11 +32,15 @@ def test_pieces_cover_the_tower_and_no_two_neighbours_would_fit_together(
     assert groups[-1][1] == len(sizes)
     assert all(a[1] == b[0] for a, b in pairwise(groups))
     assert max(needed(held, *group) for group in groups) <= bound
-    assert all(needed(held, a[0], b[0] + 1) > bound for a, b in pairwise(groups)), "greedy: the next layer did not fit"
+    assert all(needed(held, a[0], b[0] + 1) > bound for a, b in pairwise(groups)), (
+        "greedy: the next layer did not fit"
+    )
 
 
 @given(SIZES, END, END, st.integers(0, GB), st.data())
-def test_a_piece_is_as_long_as_it_may_be_to_the_byte(sizes: list[int], before: int, after: int, packed: int, data: st.DataObject) -> None:
+def test_a_piece_is_as_long_as_it_may_be_to_the_byte(
+    sizes: list[int], before: int, after: int, packed: int, data: st.DataObject
+) -> None:
     held = LayerBytes(tuple(sizes), before, after, packed)
     whole = range(len(sizes))
     bounds = {needed(held, a, b + 1) for a in whole for b in whole[a:]}
@@ -59,7 +63,9 @@ def test_a_graph_without_layers_is_one_piece() -> None:
 
 
 @given(SIZES, END, END, st.integers(0, GB))
-def test_the_least_bound_is_the_least(sizes: list[int], before: int, after: int, packed: int) -> None:
+def test_the_least_bound_is_the_least(
+    sizes: list[int], before: int, after: int, packed: int
+) -> None:
     held = LayerBytes(tuple(sizes), before, after, packed)
     assert cut_layers(held, least_bound(held))
     with pytest.raises(BuildError):
@@ -73,8 +79,13 @@ def test_a_layer_that_is_too_large_is_named_with_the_bound_it_needs() -> None:
     assert "10G" in error.value.do
 
 
-@pytest.mark.parametrize(("sizes", "what"), [((3, 1, 1), "layer 0 with the embedding"), ((1, 1, 3), "layer 2 with the head")])
-def test_a_layer_at_an_end_is_too_large_with_what_is_beside_it(sizes: tuple[int, ...], what: str) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "what"),
+    [((3, 1, 1), "layer 0 with the embedding"), ((1, 1, 3), "layer 2 with the head")],
+)
+def test_a_layer_at_an_end_is_too_large_with_what_is_beside_it(
+    sizes: tuple[int, ...], what: str
+) -> None:
     with pytest.raises(BuildError, match=what):
         cut_layers(LayerBytes(tuple(n * GB for n in sizes), 0, 0), 6 * GB)
 
@@ -87,7 +98,9 @@ def test_a_layer_goes_where_its_middle_lies() -> None:
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=12), st.integers(1, 6))
-def test_even_groups_cover_the_tower_and_none_is_larger_than_a_share_and_a_layer(sizes: list[int], count: int) -> None:
+def test_even_groups_cover_the_tower_and_none_is_larger_than_a_share_and_a_layer(
+    sizes: list[int], count: int
+) -> None:
     groups = even_layers(sizes, count)
     assert len(groups) <= count
     assert (groups[0][0], groups[-1][1]) == (0, len(sizes))
@@ -100,7 +113,9 @@ def test_a_tower_is_one_engine_unless_it_is_cut() -> None:
     weights = (GB,) * 4
     assert tower_cuts((), LayerBytes((), 0, GB)) == ((0, 0),)
     assert tower_cuts(weights, some) == ((0, 4),)
-    assert tower_cuts(weights, none, bound=2 * GB) == ((0, 4),), "weights that are inputs cost no memory"
+    assert tower_cuts(weights, none, bound=2 * GB) == ((0, 4),), (
+        "weights that are inputs cost no memory"
+    )
     assert len(tower_cuts(weights, some, bound=4 * GB)) == 4
     assert tower_cuts(weights, some, segments=2) == ((0, 2), (2, 4))
     assert tower_cuts(weights, none, segments=2, bound=2 * GB) == ((0, 2), (2, 4))

@@ -21,36 +21,64 @@ def flavour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flavour:
 
 def test_fused_layers_are_counted(flavour: Flavour) -> None:
     told = inspect_plan(flavour, memoryview(b"plan"), machine_with(L4))
-    assert told == {"layers": 3, "by_type": {"kgen": 2, "gemm": 1}, "by_precision": {"Half": 1, "Float": 1, "none": 1}}
+    assert told == {
+        "layers": 3,
+        "by_type": {"kgen": 2, "gemm": 1},
+        "by_precision": {"Half": 1, "Float": 1, "none": 1},
+    }
 
 
 @pytest.mark.parametrize(
     ("plan", "gpus", "why"),
-    [(b"plan", (), "no GPU"), (b"damaged", (L4,), "the plan is not one"), (b"plan" * 9, (Gpu("small", 75, 71),), "may not fit")],
+    [
+        (b"plan", (), "no GPU"),
+        (b"damaged", (L4,), "the plan is not one"),
+        (b"plan" * 9, (Gpu("small", 75, 71),), "may not fit"),
+    ],
 )
-def test_what_cannot_be_inspected_says_why(flavour: Flavour, plan: bytes, gpus: tuple[Gpu, ...], why: str) -> None:
+def test_what_cannot_be_inspected_says_why(
+    flavour: Flavour, plan: bytes, gpus: tuple[Gpu, ...], why: str
+) -> None:
     assert why in inspect_plan(flavour, memoryview(plan), machine_with(*gpus))["why_not"]
 
 
-def test_a_library_that_fails_here_costs_no_engine(flavour: Flavour, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_fails_here_costs_no_engine(
+    flavour: Flavour, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*arguments: Any) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(flavour.module.Runtime, "deserialize_cuda_engine", fail)
-    assert inspect_plan(flavour, memoryview(b"plan"), machine_with(L4)) == {"why_not": "RuntimeError: out of memory"}
+    assert inspect_plan(flavour, memoryview(b"plan"), machine_with(L4)) == {
+        "why_not": "RuntimeError: out of memory"
+    }
 
 
 def test_layers_told_by_name_alone_are_counted_alone() -> None:
     """What the library writes for an engine without detailed profiling."""
-    assert summarize_layers({"Layers": ["a", "b"]}) == {"layers": 2, "by_type": {}, "by_precision": {}}
+    assert summarize_layers({"Layers": ["a", "b"]}) == {
+        "layers": 2,
+        "by_type": {},
+        "by_precision": {},
+    }
 
 
 def test_of_rtx_the_program_in_the_plan_is_told_without_a_gpu() -> None:
     rtx = Flavour(None, "rtx", "1.7", (89,), runtime_cache=True, capturable=True)
     plan = memoryview(plan_of(program().text()))
     (told,) = inspect_plan(rtx, plan, machine_with(), profiles=1)["programs"]
-    assert (told["kernels"], told["streams"], told["capturable"], told["scratch"], told["expanded"]) == (2, 1, True, 5120, [])
-    for damaged, profiles in ((plan[:-400], 1), (plan, 3), (memoryview(plan_of(program(layout=9).text())), 1)):
+    assert (
+        told["kernels"],
+        told["streams"],
+        told["capturable"],
+        told["scratch"],
+        told["expanded"],
+    ) == (2, 1, True, 5120, [])
+    for damaged, profiles in (
+        (plan[:-400], 1),
+        (plan, 3),
+        (memoryview(plan_of(program(layout=9).text())), 1),
+    ):
         told = inspect_plan(rtx, damaged, machine_with(L4), profiles=profiles)
         assert "not read" in told["why_not"]
         assert told.keys() == {"why_not"}, "a figure that may be wrong is none"

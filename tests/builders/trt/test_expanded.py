@@ -20,13 +20,24 @@ ENGINE = EngineFile("denoiser.engine", (0, 2), (), (), (Profile("denoise", {}),)
 def facts(*dims: int, layers: int = 1) -> dict[str, Any]:
     """What a build observes of an engine that dequantizes a weight of that shape in `layers` layers."""
     tensors = [Described("q", dims, "int8", "p-consts"), Described("w", dims, "bf16", "scratch_1")]
-    launches = [Launch("__myl_CastMul", ["q"], ["w"], [f"layers.{i}.moe/DequantizeLinear"]) for i in range(layers)]
+    launches = [
+        Launch("__myl_CastMul", ["q"], ["w"], [f"layers.{i}.moe/DequantizeLinear"])
+        for i in range(layers)
+    ]
     text = program(inputs=["tokens.1"], tensors=tensors, launches=launches).text()
     return {"inspector": summarize_programs([read_program_text(text)])}
 
 
 def record(observed: dict[str, Any]) -> EngineRecord:
-    return EngineRecord(target="rtx", library={}, dtype="bfloat16", graphs={}, weights={}, files={}, report={"engines": {"a": observed}})
+    return EngineRecord(
+        target="rtx",
+        library={},
+        dtype="bfloat16",
+        graphs={},
+        weights={},
+        files={},
+        report={"engines": {"a": observed}},
+    )
 
 
 def test_stacked_experts_are_named_with_what_they_cost_and_what_to_do() -> None:
@@ -34,7 +45,9 @@ def test_stacked_experts_are_named_with_what_they_cost_and_what_to_do() -> None:
     with pytest.raises(BuildError) as caught:
         require_fused(ENGINE, observed)
     assert "denoiser.engine expands the experts of 2 layer(s)" in caught.value.what
-    assert f"profile denoise writes {2 * 8 * 640 * 320 * 2 / 1e6:.4g} MB a pass" in caught.value.found
+    assert (
+        f"profile denoise writes {2 * 8 * 640 * 320 * 2 / 1e6:.4g} MB a pass" in caught.value.found
+    )
     assert "layers.0.moe, q int8 [8, 640, 320] as bf16" in caught.value.found
     assert "mixed" in caught.value.do
     assert "--allow-expanded" in caught.value.do
@@ -44,7 +57,12 @@ def test_stacked_experts_are_named_with_what_they_cost_and_what_to_do() -> None:
 @pytest.mark.parametrize(
     "observed",
     [facts(640, 320), {"inspector": {"why_not": "layout 9"}}, {"inspector": {"layers": 3}}, {}],
-    ids=["a matrix is reported only", "a program that was not read", "layers of another library", "nothing observed"],
+    ids=[
+        "a matrix is reported only",
+        "a program that was not read",
+        "layers of another library",
+        "nothing observed",
+    ],
 )
 def test_whatever_else_is_let_through(observed: dict[str, Any]) -> None:
     require_fused(ENGINE, observed)

@@ -24,7 +24,9 @@ LENGTHS = {"chunk_length": 17, "past_length": 30, "context_length": 40, "commit_
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     folder = tmp_path_factory.mktemp("sums")
-    return {dtype: export_fixture("hybrid-a", folder / dtype, dtype) for dtype in ("float32", "float16")}
+    return {
+        dtype: export_fixture("hybrid-a", folder / dtype, dtype) for dtype in ("float32", "float16")
+    }
 
 
 def results(model: Any, bundle: Bundle, graph: str) -> list[Any]:
@@ -33,19 +35,25 @@ def results(model: Any, bundle: Bundle, graph: str) -> list[Any]:
     for spec in bundle.signatures[graph].inputs:
         shape = spec.shape(SIZES)
         if spec.dtype == "int64":
-            given[spec.name] = rng.integers(1, LENGTHS.get(spec.name, bundle.config.vocab_size), shape)
+            given[spec.name] = rng.integers(
+                1, LENGTHS.get(spec.name, bundle.config.vocab_size), shape
+            )
         else:
             given[spec.name] = rng.normal(size=shape).astype(np.float32) * 0.3
     options = ort.SessionOptions()
     options.log_severity_level = 3
     place = str(bundle.graph_file(graph).parent)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", place)
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     return list(session.run(None, {i.name: given[i.name] for i in session.get_inputs()}))
 
 
 @pytest.mark.parametrize("graph", [CONTEXT, CONTEXT_HEAD, DENOISER])
-def test_every_product_of_a_float32_graph_can_be_a_sum(bundles: dict[str, Bundle], graph: str) -> None:
+def test_every_product_of_a_float32_graph_can_be_a_sum(
+    bundles: dict[str, Bundle], graph: str
+) -> None:
     bundle = bundles["float32"]
     model = load_graph(bundle.graph_file(graph))
     products = Counter(node.op_type for node in model.graph.node)["MatMul"]
@@ -54,7 +62,9 @@ def test_every_product_of_a_float32_graph_can_be_a_sum(bundles: dict[str, Bundle
     assert "MatMul" not in {node.op_type for node in model.graph.node}
     for one, other in zip(before, results(model, bundle, graph), strict=True):
         # Sums of at most some hundred products in another order: a few units in the last place.
-        np.testing.assert_allclose(other, one, rtol=2e-5, atol=2e-5 * max(1.0, float(np.abs(one).max())))
+        np.testing.assert_allclose(
+            other, one, rtol=2e-5, atol=2e-5 * max(1.0, float(np.abs(one).max()))
+        )
 
 
 @pytest.mark.parametrize("graph", [CONTEXT, DENOISER])
@@ -62,12 +72,16 @@ def test_products_in_half_precision_stay(bundles: dict[str, Bundle], graph: str)
     bundle = bundles["float16"]
     model = load_graph(bundle.graph_file(graph))
     view = GraphView(model)
-    types = Counter(view.dtype(node.output[0]) for node in model.graph.node if node.op_type == "MatMul")
+    types = Counter(
+        view.dtype(node.output[0]) for node in model.graph.node if node.op_type == "MatMul"
+    )
     assert types["float32"] > 0
     assert types["float16"] > 0
     assert sum_float32_products(model) == types["float32"]
     after = GraphView(model)
-    left = Counter(after.dtype(node.output[0]) for node in model.graph.node if node.op_type == "MatMul")
+    left = Counter(
+        after.dtype(node.output[0]) for node in model.graph.node if node.op_type == "MatMul"
+    )
     assert left == {"float16": types["float16"]}
     assert [f.rule.id for f in lint(model) if f.rule.severity.value == "error"] == []
 

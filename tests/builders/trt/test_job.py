@@ -25,8 +25,12 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def job(folder: Path, operator: str = "Relu", output: str | None = None) -> dict[str, Any]:
-    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["B", 4]) for name in "xy"]
-    graph = onnx.helper.make_graph([onnx.helper.make_node(operator, ["x"], ["y"])], "g", value[:1], value[1:])
+    value = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["B", 4]) for name in "xy"
+    ]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(operator, ["x"], ["y"])], "g", value[:1], value[1:]
+    )
     (folder / "graph.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
     return {
         "target": "trt",
@@ -53,7 +57,10 @@ def test_progress_and_facts_come_back(tmp_path: Path) -> None:
     assert "why_not" in facts["inspector"]
 
 
-@pytest.mark.parametrize(("operator", "found"), [("Refuse", "no importer"), ("RefuseBuild", "no kernel"), ("Crash", "SIGSEGV")])
+@pytest.mark.parametrize(
+    ("operator", "found"),
+    [("Refuse", "no importer"), ("RefuseBuild", "no kernel"), ("Crash", "SIGSEGV")],
+)
 def test_a_refusal_is_told_from_a_want(tmp_path: Path, operator: str, found: str) -> None:
     with pytest.raises(RefusedError) as caught:
         run_job(job(tmp_path, operator), tmp_path, tick=lambda *words: None)
@@ -68,10 +75,14 @@ def test_an_inspector_that_dies_costs_no_engine_and_says_why(tmp_path: Path) -> 
     (tmp_path / "site" / "sitecustomize.py").write_text(broken)
     facts = run_job(job(tmp_path), tmp_path, tick=lambda *words: None)
     assert facts["bytes"] == (tmp_path / "out.engine").stat().st_size
-    assert facts["inspector"] == {"why_not": "the process died while it looked; ValueError: an odd program"}
+    assert facts["inspector"] == {
+        "why_not": "the process died while it looked; ValueError: an odd program"
+    }
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="the system has no device that is always full"
+)
 def test_a_full_disk_is_no_fault_of_the_graph(tmp_path: Path) -> None:
     with pytest.raises(BuildAbortedError, match="could not be written") as caught:
         run_job(job(tmp_path, output="/dev/full"), tmp_path, tick=lambda *words: None)
@@ -80,7 +91,9 @@ def test_a_full_disk_is_no_fault_of_the_graph(tmp_path: Path) -> None:
     assert "free disk space" in caught.value.do
 
 
-def test_a_want_of_memory_says_how_to_need_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_want_of_memory_says_how_to_need_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The system's killer sends SIGKILL; here the tick does."""
     monkeypatch.setenv("FAKE_TENSORRT_SECONDS", "5")
 
@@ -96,14 +109,22 @@ def test_a_want_of_memory_says_how_to_need_less(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_timing_cache_that_cannot_be_kept_is_a_warning(tmp_path: Path) -> None:
-    facts = run_job({**job(tmp_path), "timing_cache": str(tmp_path / "nowhere" / "timing")}, tmp_path, tick=lambda *words: None)
+    facts = run_job(
+        {**job(tmp_path), "timing_cache": str(tmp_path / "nowhere" / "timing")},
+        tmp_path,
+        tick=lambda *words: None,
+    )
     (line,) = facts["log"]
     assert "timing cache is not kept" in line["message"]
     assert line["explained"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the closed pipe ends it, a step later")
-def test_a_build_dies_with_a_parent_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere the closed pipe ends it, a step later"
+)
+def test_a_build_dies_with_a_parent_that_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At once: a step takes 20 seconds here, so that the closed pipe is not what ends it."""
     monkeypatch.setenv("FAKE_TENSORRT_SECONDS", "200")
     code = (
@@ -120,7 +141,9 @@ def test_a_build_dies_with_a_parent_that_is_killed(tmp_path: Path, monkeypatch: 
     assert is_gone(child)
 
 
-def test_an_error_of_the_caller_ends_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_caller_ends_the_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FAKE_TENSORRT_SECONDS", "10")
 
     def stop(*words: Any) -> None:
@@ -131,4 +154,6 @@ def test_an_error_of_the_caller_ends_the_child(tmp_path: Path, monkeypatch: pyte
     pid = json.loads((tmp_path / "job.json").read_text())["parent"]
     assert pid == os.getpid()
     left = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    assert not [c for c in left if "twotower.builders.trt.child" in Path(f"/proc/{c}/cmdline").read_text()]
+    assert not [
+        c for c in left if "twotower.builders.trt.child" in Path(f"/proc/{c}/cmdline").read_text()
+    ]

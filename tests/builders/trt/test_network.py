@@ -16,7 +16,12 @@ from twotower.builders.trt.network import BuildLog, explain
 USED = {
     "": ("__version__",),
     "ILogger": ("log", "Severity"),
-    "Builder": ("create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network"),
+    "Builder": (
+        "create_network",
+        "create_builder_config",
+        "create_optimization_profile",
+        "build_serialized_network",
+    ),
     "OnnxParser": ("parse", "num_errors", "get_error"),
     "INetworkDefinition": ("num_layers", "get_layer"),
     "ILayer": ("type", "num_outputs", "get_output"),
@@ -44,7 +49,10 @@ USED = {
 }
 """Class -> what is used of it. `ComputeCapability` and its calls are only in TensorRT for RTX."""
 
-RTX_ONLY = {"ComputeCapability": ("SM86",), "IBuilderConfig": ("num_compute_capabilities", "set_compute_capability")}
+RTX_ONLY = {
+    "ComputeCapability": ("SM86",),
+    "IBuilderConfig": ("num_compute_capabilities", "set_compute_capability"),
+}
 
 
 def lacking(module: Any, used: dict[str, tuple[str, ...]]) -> list[str]:
@@ -62,9 +70,15 @@ def test_the_real_bindings_have_every_name() -> None:
     assert not lacking(module, RTX_ONLY)
 
 
-def test_the_stand_in_has_them_and_no_name_that_only_rtx_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stand_in_has_them_and_no_name_that_only_rtx_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = install_fake(tmp_path, monkeypatch)
-    on_instances = {"ILayer.type", "IAttentionBoundaryLayer.attention", "IBuilderConfig.profiling_verbosity"}
+    on_instances = {
+        "ILayer.type",
+        "IAttentionBoundaryLayer.attention",
+        "IBuilderConfig.profiling_verbosity",
+    }
     assert not set(lacking(module, USED)) - on_instances
     assert len(lacking(module, RTX_ONLY)) == 3
 
@@ -73,8 +87,14 @@ def test_the_list_is_complete() -> None:
     """What is read from the module itself; a new name must be added above, and so to the stand-in."""
     names = set()
     for file in ("network.py", "engine_inspector.py"):
-        for node in ast.walk(ast.parse((ROOT / "builders" / "trt" / file).read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "trt":
+        for node in ast.walk(
+            ast.parse((ROOT / "builders" / "trt" / file).read_text(encoding="utf-8"))
+        ):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "trt"
+            ):
                 names.add(node.attr)
     assert names - {"__name__"} <= USED.keys() | RTX_ONLY.keys()
     assert {"Builder", "OnnxParser", "ComputeCapability"} <= names, "or the walk sees nothing"
@@ -82,11 +102,18 @@ def test_the_list_is_complete() -> None:
 
 def test_no_line_of_the_library_is_lost() -> None:
     log = BuildLog()
-    for severity, message in (("WARNING", "odd  thing"), ("WARNING", "odd thing"), ("ERROR", "bad thing")):
+    for severity, message in (
+        ("WARNING", "odd  thing"),
+        ("WARNING", "odd thing"),
+        ("ERROR", "bad thing"),
+    ):
         log.add(severity, message)
     log.add("WARNING", "ModelImporter.cpp:1: Make sure input tokens has Int64 binding.")
     lines = log.to_json()
-    assert [(line["message"], line["count"]) for line in lines[:2]] == [("odd thing", 2), ("bad thing", 1)]
+    assert [(line["message"], line["count"]) for line in lines[:2]] == [
+        ("odd thing", 2),
+        ("bad thing", 1),
+    ]
     assert [bool(line["explained"]) for line in lines] == [False, False, True]
     assert log.errors() == ["bad thing"]
     assert explain("something nobody has seen") is None

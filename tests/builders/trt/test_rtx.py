@@ -12,19 +12,38 @@ from typing import Any
 import pytest
 
 from twotower.builders import BuildConfig, build_engines, builder_for
-from twotower.bundle import BUILD_FILE, Bundle, engine_folder, load_engine_record, read_engine_record
+from twotower.bundle import (
+    BUILD_FILE,
+    Bundle,
+    engine_folder,
+    load_engine_record,
+    read_engine_record,
+)
 from twotower.errors import BuildError, ConfigError, EngineMismatchError
 from twotower.hardware import RTX_SMS
 
 pytestmark = [pytest.mark.trt_rtx, pytest.mark.slow]
 ROOT = Path(__file__).parents[3]
-CHECKPOINTS = {"a": "tests/fixtures/hybrid-a", "b": "tests/fixtures/hybrid-b", "tiny": "assets/twotower-tiny"}
+CHECKPOINTS = {
+    "a": "tests/fixtures/hybrid-a",
+    "b": "tests/fixtures/hybrid-b",
+    "tiny": "assets/twotower-tiny",
+}
 SMS = (86, 89, 120)
-MOST_KERNELS = {  # of one layer, in any element type; what layers share counts for the first of them
+# of one layer, in any element type; what layers share counts for the first of them
+MOST_KERNELS = {
     "prefill": {"mamba": 20, "moe": 11, "attention": 18, "mlp": 4},
     "block": {"mamba": 14, "moe": 10, "attention": 17, "mlp": 3},
     "decode": {"mamba": 11, "moe": 11, "attention": 8, "mlp": 4},
-    "denoise": {"mamba": 9, "moe": 10, "attention": 15, "mlp": 3, "conditioning": 9, "sampler": 7, "lm_head": 1},
+    "denoise": {
+        "mamba": 9,
+        "moe": 10,
+        "attention": 15,
+        "mlp": 3,
+        "conditioning": 9,
+        "sampler": 7,
+        "lm_head": 1,
+    },
     "head": {"graph": 4},
 }
 MORE_FOR_SUMS = 3
@@ -35,7 +54,18 @@ def exported(folder: Path, name: str, dtype: str) -> Bundle:
     path = folder / f"{name}-{dtype}"
     if not path.exists():
         checkpoint = str(ROOT / CHECKPOINTS[name])
-        command = [sys.executable, "-m", "twotower.cli", "export", checkpoint, "-o", str(path), "--dtype", dtype, "--no-verify"]
+        command = [
+            sys.executable,
+            "-m",
+            "twotower.cli",
+            "export",
+            checkpoint,
+            "-o",
+            str(path),
+            "--dtype",
+            dtype,
+            "--no-verify",
+        ]
         subprocess.run(command, check=True, capture_output=True)
     return Bundle.open(path)
 
@@ -51,20 +81,42 @@ def unexplained(record: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("a", "float16"), ("b", "float16"), ("tiny", "float16"), ("tiny", "bfloat16"), ("tiny", "float32")]
+    ("name", "dtype"),
+    [
+        ("a", "float16"),
+        ("b", "float16"),
+        ("tiny", "float16"),
+        ("tiny", "bfloat16"),
+        ("tiny", "float32"),
+    ],
 )
 def test_the_graphs_build_without_an_unexplained_word(folder: Path, name: str, dtype: str) -> None:
     bundle = exported(folder, name, dtype)
-    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=SMS, max_context=256, experts="dense"))
+    record = build_engines(
+        bundle,
+        "rtx",
+        builder_for("rtx"),
+        config=BuildConfig(sms=SMS, max_context=256, experts="dense"),
+    )
     assert not unexplained(record)
     assert record.limits is not None
     assert (record.limits.sms, record.limits.capacity) == (SMS, 512)
-    assert [e.file for parts in record.engines.values() for e in parts] == ["context.engine", "context_head.engine", "denoiser.engine"]
+    assert [e.file for parts in record.engines.values() for e in parts] == [
+        "context.engine",
+        "context_head.engine",
+        "denoiser.engine",
+    ]
     layers = record.report["engines"]["context.engine"]["by_type"]
     attention = sum(kind.value == "*" for kind in bundle.config.layers)
     assert layers["KV_CACHE_UPDATE"] == 2 * attention, "keys and values are updated in place"
-    assert not [kind for kind in layers if "PLUGIN" in kind or kind in ("NON_ZERO", "CUMULATIVE", "TRIP_LIMIT")]
-    assert read_engine_record(bundle, "rtx", library=builder_for("rtx").library()) == record, "build.json holds all of it"
+    assert not [
+        kind
+        for kind in layers
+        if "PLUGIN" in kind or kind in ("NON_ZERO", "CUMULATIVE", "TRIP_LIMIT")
+    ]
+    assert read_engine_record(bundle, "rtx", library=builder_for("rtx").library()) == record, (
+        "build.json holds all of it"
+    )
     check_programs(bundle, record)
     for file in record.files:  # the compiled program is in the plan, as text
         program = (engine_folder(bundle, "rtx") / file).read_bytes()
@@ -80,23 +132,36 @@ def check_programs(bundle: Bundle, record: Any, sms: tuple[int, ...] = SMS) -> N
         told = record.report["engines"][engine.file]["inspector"]["programs"]
         assert [p["profile"] for p in told] == list(range(len(engine.profiles)))
         for program in told:
-            assert (program["sms"], program["streams"], program["events"], program["waits"]) == (list(sms), 1, 1, 0)
+            assert (program["sms"], program["streams"], program["events"], program["waits"]) == (
+                list(sms),
+                1,
+                1,
+                0,
+            )
             assert program["capturable"]
             assert program["expanded"] == []
-            assert sum(kind["kernels"] for kind in program["by_kind"].values()) == program["kernels"]
+            assert (
+                sum(kind["kernels"] for kind in program["by_kind"].values()) == program["kernels"]
+            )
             if graph != "context_head":
                 assert {kind: program["by_kind"][kind]["layers"] for kind in kinds} == kinds
             most = dict(MOST_KERNELS[engine.profiles[program["profile"]].name])
             if 75 in sms and "moe" in most:
                 most["moe"] += MORE_FOR_SUMS
             told = program["by_kind"]
-            assert {kind: told[kind]["max"] for kind in told.keys() & most.keys() if told[kind]["max"] > most[kind]} == {}
+            assert {
+                kind: told[kind]["max"]
+                for kind in told.keys() & most.keys()
+                if told[kind]["max"] > most[kind]
+            } == {}
 
 
 def test_programs_for_one_row_are_read(folder: Path) -> None:
     """No size depends on a call then, and they have no arithmetic on shapes."""
     bundle = exported(folder, "a", "float16")
-    config = BuildConfig(sms=SMS, max_context=256, experts="dense", max_batch=1, use_cache=False, force=True)
+    config = BuildConfig(
+        sms=SMS, max_context=256, experts="dense", max_batch=1, use_cache=False, force=True
+    )
     check_programs(bundle, build_engines(bundle, "rtx", builder_for("rtx"), config=config))
 
 
@@ -108,7 +173,9 @@ def test_the_library_chooses_its_own_set_of_gpus_when_it_is_asked_to(
     """Ahead of time and without a GPU. RTX 1.7 writes SM 80 into such programs, whatever else they run on."""
     bundle, builder = exported(folder, "b", "float16"), builder_for("rtx")
     monkeypatch.setenv("TWOTOWER_RTX_ANY_SM", "default")
-    record = build_engines(bundle, "rtx", builder, config=BuildConfig(max_context=256, experts="dense"))
+    record = build_engines(
+        bundle, "rtx", builder, config=BuildConfig(max_context=256, experts="dense")
+    )
     assert record.limits is not None
     assert record.limits.sms == ()
     programs = [p for e in record.report["engines"].values() for p in e["inspector"]["programs"]]
@@ -124,11 +191,18 @@ def test_the_library_chooses_its_own_set_of_gpus_when_it_is_asked_to(
 def test_float16_builds_for_every_compute_capability(folder: Path) -> None:
     """SM 75 has no products in float32: they are sums, and no product of single elements lies in memory."""
     bundle = exported(folder, "tiny", "float16")
-    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=RTX_SMS, max_context=256, experts="dense"))
+    record = build_engines(
+        bundle,
+        "rtx",
+        builder_for("rtx"),
+        config=BuildConfig(sms=RTX_SMS, max_context=256, experts="dense"),
+    )
     assert not unexplained(record)
     check_programs(bundle, record, RTX_SMS)
     config, chunk = bundle.config, 256
-    apart = 4 * 8 * config.mamba_num_heads * chunk * chunk * config.mamba_head_dim  # of one product of the scan, 8 rows
+    apart = (
+        4 * 8 * config.mamba_num_heads * chunk * chunk * config.mamba_head_dim
+    )  # of one product of the scan, 8 rows
     prefill = record.report["engines"]["context.engine"]["inspector"]["programs"][0]
     assert prefill["scratch"] < apart / 4
 
@@ -141,7 +215,9 @@ def test_a_second_build_is_instant_and_other_options_build_again(folder: Path) -
     before = file.stat().st_mtime_ns
     build_engines(bundle, "rtx", builder, config=config)
     assert file.stat().st_mtime_ns == before
-    build_engines(bundle, "rtx", builder, config=BuildConfig(sms=(86,), max_context=512, experts="dense"))
+    build_engines(
+        bundle, "rtx", builder, config=BuildConfig(sms=(86,), max_context=512, experts="dense")
+    )
     assert file.stat().st_mtime_ns > before
     engine = engine_folder(bundle, "rtx") / "denoiser.engine"
     engine.write_bytes(engine.read_bytes()[:-100])
@@ -150,19 +226,30 @@ def test_a_second_build_is_instant_and_other_options_build_again(folder: Path) -
 
 
 @pytest.mark.parametrize("how", ["a memory bound on what is inside", "a number of devices"])
-def test_towers_are_cut_and_every_piece_builds(folder: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_towers_are_cut_and_every_piece_builds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     from twotower.builders import build_cost
 
     bundle = exported(folder, "a", "bfloat16")
-    monkeypatch.setattr(build_cost, "_MEMORY_BASE", 0)  # tiny weights: the library itself would hide them
+    monkeypatch.setattr(
+        build_cost, "_MEMORY_BASE", 0
+    )  # tiny weights: the library itself would hide them
     monkeypatch.setattr(build_cost, "_MEMORY_LAYER", 0)
     weights = bundle.files["denoiser/model.onnx.data"].size
     asked: dict[str, Any] = {"segments": 3}
     if how.startswith("a memory"):
         asked = {"weights": "inside", "max_build_memory": 2 * weights}
-    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256, experts="dense", **asked))
+    record = build_engines(
+        bundle,
+        "rtx",
+        builder_for("rtx"),
+        config=BuildConfig(sms=(89,), max_context=256, experts="dense", **asked),
+    )
     assert len(record.engines["denoiser"]) > 1
-    assert [e.layers[0] for e in record.engines["denoiser"][1:]] == [e.layers[1] for e in record.engines["denoiser"][:-1]]
+    assert [e.layers[0] for e in record.engines["denoiser"][1:]] == [
+        e.layers[1] for e in record.engines["denoiser"][:-1]
+    ]
     assert not unexplained(record)
 
 
@@ -174,7 +261,9 @@ def test_towers_are_cut_and_every_piece_builds(folder: Path, monkeypatch: pytest
         ("float16", {"sms": (86,), "max_context": 10**9}, "1 to"),
     ],
 )
-def test_what_cannot_be_built_is_said_before_any_work(folder: Path, dtype: str, config: dict[str, Any], says: str) -> None:
+def test_what_cannot_be_built_is_said_before_any_work(
+    folder: Path, dtype: str, config: dict[str, Any], says: str
+) -> None:
     bundle = exported(folder, "b", dtype)
     with pytest.raises((BuildError, ConfigError)) as error:
         build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(**config, force=True))
@@ -189,7 +278,17 @@ def test_the_full_library_is_named_with_where_its_wheels_live() -> None:
 
 def test_the_command_describes_without_building(folder: Path) -> None:
     bundle = exported(folder, "tiny", "float16")
-    options = ["--target", "rtx", "--sm", "86", "--max-batch", "2", "--experts", "dense", "--dry-run"]
+    options = [
+        "--target",
+        "rtx",
+        "--sm",
+        "86",
+        "--max-batch",
+        "2",
+        "--experts",
+        "dense",
+        "--dry-run",
+    ]
     command = [sys.executable, "-m", "twotower.cli", "build", str(bundle.path), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "SM 86" in done.stdout
@@ -201,7 +300,16 @@ def test_without_a_word_on_experts_kernels_compute_the_chosen_ones(folder: Path)
     pytest.importorskip("triton")  # make EXTRAS=...,kernels
     bundle = exported(folder, "tiny", "bfloat16")
     command = [sys.executable, "-m", "twotower.cli"]
-    words = ["build", str(bundle.path), "--target", "rtx", "--sm", "80,89,120", "--max-context", "256"]
+    words = [
+        "build",
+        str(bundle.path),
+        "--target",
+        "rtx",
+        "--sm",
+        "80,89,120",
+        "--max-context",
+        "256",
+    ]
     for _ in range(2):
         done = subprocess.run([*command, *words], capture_output=True, text=True, check=True)
         assert "note:" not in done.stderr
@@ -209,24 +317,50 @@ def test_without_a_word_on_experts_kernels_compute_the_chosen_ones(folder: Path)
     record = read_engine_record(bundle, "rtx", library=builder_for("rtx").library())
     assert not unexplained(record)
     assert [len(record.experts[graph]) for graph in ("context", "denoiser")] == [3, 3]
-    programs = [p for engine in record.report["engines"].values() for p in engine["inspector"]["programs"]]
+    programs = [
+        p for engine in record.report["engines"].values() for p in engine["inspector"]["programs"]
+    ]
     assert {(p["streams"], p["capturable"], len(p["expanded"])) for p in programs} == {(1, True, 0)}
-    done = subprocess.run([*command, "inspect", str(bundle.path)], capture_output=True, text=True, check=True)
-    assert re.search(r"denoiser denoise: 4 programs \(\d+ kernels\) and 3 layers of experts .*; \d+ launches a pass", done.stdout)
+    done = subprocess.run(
+        [*command, "inspect", str(bundle.path)], capture_output=True, text=True, check=True
+    )
+    assert re.search(
+        r"denoiser denoise: 4 programs \(\d+ kernels\) and 3 layers of experts .*; \d+ launches a pass",
+        done.stdout,
+    )
     assert "kernels for SM 80, 89, 120, up to 4096 tokens, by Triton" in done.stdout
 
 
 def test_a_config_alone_is_built_for_and_its_engines_serve_the_checkpoint(folder: Path) -> None:
-    words = ["--target", "rtx", "--sm", "89", "--max-context", "256", "--experts", "dense", "--cache", str(folder / "shared")]
+    words = [
+        "--target",
+        "rtx",
+        "--sm",
+        "89",
+        "--max-context",
+        "256",
+        "--experts",
+        "dense",
+        "--cache",
+        str(folder / "shared"),
+    ]
     config = str(ROOT / CHECKPOINTS["b"] / "config.json")
     command = [sys.executable, "-m", "twotower.cli", "build"]
     bundle = exported(folder, "b", "bfloat16")
     start = ["--from-config", config, "--dtype", "bfloat16"]
-    for path, more in ((folder / "programs", start), (folder / "programs", start), (bundle.path, [])):
-        subprocess.run([*command, str(path), *more, *words], check=True, capture_output=True, text=True)
+    for path, more in (
+        (folder / "programs", start),
+        (folder / "programs", start),
+        (bundle.path, []),
+    ):
+        subprocess.run(
+            [*command, str(path), *more, *words], check=True, capture_output=True, text=True
+        )
     record = load_engine_record(bundle, "rtx")
     assert all(engine["cached"] for engine in record.report["engines"].values())
     assert record.holds == {}
-    done = subprocess.run([*command, str(bundle.path), *start, *words], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, str(bundle.path), *start, *words], check=False, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "it holds weights" in done.stderr

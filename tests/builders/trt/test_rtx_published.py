@@ -31,7 +31,9 @@ MOST_KERNELS = {"denoise": 570, "block": 640}
 def record(tmp_path_factory: pytest.TempPathFactory) -> EngineRecord:
     folder = tmp_path_factory.mktemp("published")
     bundle = export_programs(SLICE, folder / "bundle", ExportConfig(dtype="bfloat16"), name="slice")
-    return build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), experts="dense"))
+    return build_engines(
+        bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), experts="dense")
+    )
 
 
 def programs(record: EngineRecord) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -43,9 +45,14 @@ def programs(record: EngineRecord) -> Iterator[tuple[str, str, Mapping[str, Any]
 
 def in_all_layers(program: Mapping[str, Any], config: ModelConfig) -> int:
     """Kernels of a pass through a whole model: more layers of every kind; what layers share is in the first of them."""
-    more = {kind.name.lower(): config.layers.count(kind) - SLICE.layers.count(kind) for kind in set(SLICE.layers)}
+    more = {
+        kind.name.lower(): config.layers.count(kind) - SLICE.layers.count(kind)
+        for kind in set(SLICE.layers)
+    }
     kinds = program["by_kind"]
-    return int(program["kernels"]) + sum(count * kinds[kind]["min"] for kind, count in more.items() if kind in kinds)
+    return int(program["kernels"]) + sum(
+        count * kinds[kind]["min"] for kind, count in more.items() if kind in kinds
+    )
 
 
 def test_a_pass_of_the_published_towers_launches_no_more_than_it_must(record: EngineRecord) -> None:
@@ -54,14 +61,28 @@ def test_a_pass_of_the_published_towers_launches_no_more_than_it_must(record: En
     assert {name: found[name] for name, most in MOST_KERNELS.items() if found[name] > most} == {}
 
 
-def test_a_pass_uses_one_stream_that_can_be_captured_and_expands_no_weight(record: EngineRecord) -> None:
+def test_a_pass_uses_one_stream_that_can_be_captured_and_expands_no_weight(
+    record: EngineRecord,
+) -> None:
     for graph, name, program in programs(record):
-        told = {key: program[key] for key in ("streams", "events", "signals", "waits", "capturable", "expanded")}
-        assert told == {"streams": 1, "events": 1, "signals": 0, "waits": 0, "capturable": True, "expanded": []}, (graph, name)
+        told = {
+            key: program[key]
+            for key in ("streams", "events", "signals", "waits", "capturable", "expanded")
+        }
+        assert told == {
+            "streams": 1,
+            "events": 1,
+            "signals": 0,
+            "waits": 0,
+            "capturable": True,
+            "expanded": [],
+        }, (graph, name)
 
 
 def test_activations_take_what_is_planned(record: EngineRecord) -> None:
-    planned = plan_bundle(SLICE, PlanOptions(target="rtx", dtype="bfloat16", expert_path="dense")).scratch
+    planned = plan_bundle(
+        SLICE, PlanOptions(target="rtx", dtype="bfloat16", expert_path="dense")
+    ).scratch
     off = {}
     for graph, name, program in programs(record):
         said = planned[graph].profiles[name]
@@ -75,18 +96,27 @@ def test_activations_take_what_is_planned(record: EngineRecord) -> None:
 def cut(tmp_path_factory: pytest.TempPathFactory) -> EngineRecord:
     """The whole published towers as programs with experts between them; kernels are compiled by `make kernels`."""
     folder = tmp_path_factory.mktemp("cut")
-    bundle = export_programs(PUBLISHED, folder / "bundle", ExportConfig(dtype="bfloat16"), name="published")
+    bundle = export_programs(
+        PUBLISHED, folder / "bundle", ExportConfig(dtype="bfloat16"), name="published"
+    )
     builder = TensorRTBuilder(flavour_from_module(tensorrt_rtx), stand_in_kernels)
     return build_engines(bundle, "rtx", builder, config=BuildConfig(sms=(89,), experts="kernels"))
 
 
 def test_programs_with_experts_between_launch_no_more_than_they_may(cut: EngineRecord) -> None:
     told = launch_facts(cut)
-    most = {name: passes["kernels"] + passes["experts"][-1] for graph in told.values() for name, passes in graph.items()}
+    most = {
+        name: passes["kernels"] + passes["experts"][-1]
+        for graph in told.values()
+        for name, passes in graph.items()
+    }
     assert most["denoise"] <= 610
     assert most["decode"] <= 610
     assert most["block"] <= 640
-    assert {graph: len({part.file for part in cut.engines[graph]}) for graph in told} == {"context": 4, "denoiser": 4}
+    assert {graph: len({part.file for part in cut.engines[graph]}) for graph in told} == {
+        "context": 4,
+        "denoiser": 4,
+    }
     assert {graph: len(cut.engines[graph]) for graph in told} == {"context": 24, "denoiser": 24}
     assert sum(file.size for file in cut.files.values()) < 50e6
 
@@ -94,9 +124,22 @@ def test_programs_with_experts_between_launch_no_more_than_they_may(cut: EngineR
 def test_a_boundary_costs_no_launch_of_its_own(cut: EngineRecord) -> None:
     """What experts gave is added where the next layer is normed, and the stream is handed over by the kernel that adds to it."""
     (program,) = cut.report["engines"][cut.engines["denoiser"][1].file]["inspector"]["programs"]
-    assert {kind: counts["kernels"] for kind, counts in program["by_kind"].items()} == {"mamba": 9, "moe": 5}
-    told = {key: program[key] for key in ("streams", "events", "signals", "waits", "capturable", "expanded")}
-    assert told == {"streams": 1, "events": 1, "signals": 0, "waits": 0, "capturable": True, "expanded": []}
+    assert {kind: counts["kernels"] for kind, counts in program["by_kind"].items()} == {
+        "mamba": 9,
+        "moe": 5,
+    }
+    told = {
+        key: program[key]
+        for key in ("streams", "events", "signals", "waits", "capturable", "expanded")
+    }
+    assert told == {
+        "streams": 1,
+        "events": 1,
+        "signals": 0,
+        "waits": 0,
+        "capturable": True,
+        "expanded": [],
+    }
 
 
 def test_programs_with_experts_between_take_what_is_planned(cut: EngineRecord) -> None:
@@ -107,10 +150,15 @@ def test_programs_with_experts_between_take_what_is_planned(cut: EngineRecord) -
             for program in cut.report["engines"][part.file]["inspector"]["programs"]:
                 key = graph, part.profiles[program["profile"]].name
                 found[key] = max(found.get(key, 0), program["scratch"])
-    assert found == {key: pytest.approx(plan.scratch[key[0]].profiles[key[1]], rel=0.1) for key in found}
+    assert found == {
+        key: pytest.approx(plan.scratch[key[0]].profiles[key[1]], rel=0.1) for key in found
+    }
     assert len(found) == 5
     counts = {engine.name: engine.programs for engine in plan.engines}
-    assert {file: sum(part.file == file for parts in cut.engines.values() for part in parts) for file in counts} == counts
+    assert {
+        file: sum(part.file == file for parts in cut.engines.values() for part in parts)
+        for file in counts
+    } == counts
     for engine in plan.engines:
         facts = cut.report["engines"][engine.name]
         assert cut.files[engine.name].size <= engine.engine_bytes

@@ -20,7 +20,14 @@ from twotower.export import Checkpoint, ExportConfig, export_bundle
 
 pytestmark = [pytest.mark.trt_rtx, pytest.mark.slow]
 SMS = (86, 89, 120)
-FIRST = {"int8-weights": 86, "int8": 86, "fp8": 89, "int4-experts": 86, "nvfp4-experts": 120, "mixed": 86}
+FIRST = {
+    "int8-weights": 86,
+    "int8": 86,
+    "fp8": 89,
+    "int4-experts": 86,
+    "nvfp4-experts": 120,
+    "mixed": 86,
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +40,9 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, tiny_statistics: Path) -
         path = folder / recipe
         if path.exists():
             return Bundle.open(path)
-        plan = plan_quantization(half, builtin_recipes()[recipe], None, read_statistics(tiny_statistics))
+        plan = plan_quantization(
+            half, builtin_recipes()[recipe], None, read_statistics(tiny_statistics)
+        )
         return quantize_bundle(half, plan, path)
 
     return of
@@ -48,7 +57,9 @@ def expanded(record: Any, *, stacked: bool) -> list[str]:
     """Scopes of the weights that passes expand in device memory, as the plans' own programs say."""
     engines = record.report["engines"].values()
     programs = [program for engine in engines for program in engine["inspector"]["programs"]]
-    return [w["scope"] for program in programs for w in program["expanded"] if w["stacked"] == stacked]
+    return [
+        w["scope"] for program in programs for w in program["expanded"] if w["stacked"] == stacked
+    ]
 
 
 @pytest.mark.parametrize("recipe", FIRST)
@@ -71,46 +82,71 @@ def test_experts_stay_in_their_product_or_the_build_is_refused(quantized: Any, r
     """`stack_is_expanded` is what `plan` recommends by; the compiled programs are the truth."""
     bundle, sms = quantized(recipe), tuple(sm for sm in SMS if sm >= FIRST[recipe])
     made = builtin_recipes()[recipe]
-    told = stack_is_expanded("rtx", made.weights["routed_expert"], rounded_input="routed_expert" in made.activations)
-    assert told == (recipe in ("int8-weights", "nvfp4-experts")), "or plans recommend what is slower"
+    told = stack_is_expanded(
+        "rtx", made.weights["routed_expert"], rounded_input="routed_expert" in made.activations
+    )
+    assert told == (recipe in ("int8-weights", "nvfp4-experts")), (
+        "or plans recommend what is slower"
+    )
     record = build(bundle, sms, allow_expanded=True)
     moe = [f"layers.{i}.moe" for i, kind in enumerate(bundle.config.layers) if kind.name == "MOE"]
-    profiles = sum(len(engine.profiles) for graph in ("context", "denoiser") for engine in record.engines[graph])
+    profiles = sum(
+        len(engine.profiles)
+        for graph in ("context", "denoiser")
+        for engine in record.engines[graph]
+    )
     assert sorted(expanded(record, stacked=True)) == sorted(moe * 2 * profiles if told else [])
     if not told:
         assert build(bundle, sms) == record
-        # At this width, and not at published ones, decode joins the rows of dt to the other rows of Mamba's first projection.
+        # At this width, and not at published ones, decode joins the rows of dt to the other rows of
+        # Mamba's first projection.
         assert {scope.rpartition(".")[2] for scope in expanded(record, stacked=False)} <= {"mamba"}
         return
-    with pytest.raises(BuildError, match=r"context\.engine expands the experts of 3 layer\(s\)") as caught:
+    with pytest.raises(
+        BuildError, match=r"context\.engine expands the experts of 3 layer\(s\)"
+    ) as caught:
         build(bundle, sms)
     assert "MB a pass: layers.2.moe, " in caught.value.found
     assert "recipes mixed" in caught.value.do
     assert "--allow-expanded" in caught.value.do
-    assert build(bundle, sms, allow_expanded=True) == record, "the refusal left the engines that somebody insisted on"
+    assert build(bundle, sms, allow_expanded=True) == record, (
+        "the refusal left the engines that somebody insisted on"
+    )
 
 
 @pytest.mark.parametrize("recipe", FIRST)
 def test_kernels_between_programs_read_experts_of_every_recipe(quantized: Any, recipe: str) -> None:
     """Nothing of them is in an engine, and no format of theirs keeps a GPU out: the others' may."""
     recipes = builtin_recipes()[recipe].weights
-    others = [FORMATS[name].first_sm for kind, name in recipes.items() if not kind.endswith("_expert")]
+    others = [
+        FORMATS[name].first_sm for kind, name in recipes.items() if not kind.endswith("_expert")
+    ]
     builder = TensorRTBuilder(builder_for("rtx").flavour, stand_in_kernels)  # type: ignore[attr-defined]
     config = BuildConfig(sms=(max(86, *others, 0),), max_context=256, force=True)
     record = build_engines(quantized(recipe), "rtx", builder, config=config)
     assert record.report["choice_of_experts"] == {"computed_by": "kernels"}
-    assert not [name for parts in record.engines.values() for part in parts for name in part.constants if "experts" in name]
+    assert not [
+        name
+        for parts in record.engines.values()
+        for part in parts
+        for name in part.constants
+        if "experts" in name
+    ]
     assert not expanded(record, stacked=True)
 
 
 @pytest.mark.parametrize("recipe", [name for name, first in FIRST.items() if first > 86])
-def test_other_hardware_is_refused_before_and_would_be_by_the_library(quantized: Any, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_hardware_is_refused_before_and_would_be_by_the_library(
+    quantized: Any, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = quantized(recipe)
     for sm in (sm for sm in SMS if sm < FIRST[recipe]):
         with pytest.raises(BuildError, match=f"SM {sm} has no hardware for the formats") as caught:
             build(bundle, (sm,))
         assert f"from SM {FIRST[recipe]}" in caught.value.found
-        with monkeypatch.context() as patched:  # the rule is not stricter than the library it stands for
+        with (
+            monkeypatch.context() as patched
+        ):  # the rule is not stricter than the library it stands for
             patched.setattr(Bundle, "formats", property(lambda self: ()))
             with pytest.raises(BuildError, match="cannot build this graph") as caught:
                 build(bundle, (sm,))
@@ -118,5 +154,7 @@ def test_other_hardware_is_refused_before_and_would_be_by_the_library(quantized:
 
 
 def test_without_a_choice_it_is_built_for_all_that_can(quantized: Any) -> None:
-    plan = TensorRTBuilder(builder_for("rtx").flavour).plan(quantized("fp8"), BuildConfig(max_context=256, experts="dense"))  # type: ignore[attr-defined]
+    plan = TensorRTBuilder(builder_for("rtx").flavour).plan(
+        quantized("fp8"), BuildConfig(max_context=256, experts="dense")
+    )  # type: ignore[attr-defined]
     assert plan.limits.sms == (89, 120)

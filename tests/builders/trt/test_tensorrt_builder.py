@@ -38,15 +38,31 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[onnx.ModelProto]:
 
 def build(bundle: Bundle, folder: Path) -> Any:
     module = SimpleNamespace(__name__="tensorrt_rtx")
-    flavour = Flavour(module=module, target="rtx", version="0", sms=(86, 89, 120), runtime_cache=True, capturable=True)
+    flavour = Flavour(
+        module=module,
+        target="rtx",
+        version="0",
+        sms=(86, 89, 120),
+        runtime_cache=True,
+        capturable=True,
+    )
     folder.mkdir()
     return TensorRTBuilder(flavour).plan(bundle, CONFIG).build(folder, report=lambda *_: None)
 
 
-def test_notes_are_in_the_report_of_their_engine(tmp_path: Path, given: list[onnx.ModelProto]) -> None:
+def test_notes_are_in_the_report_of_their_engine(
+    tmp_path: Path, given: list[onnx.ModelProto]
+) -> None:
     record = build(export_fixture("hybrid-b", tmp_path / "b", "float32"), tmp_path / "engines")
-    notes = {file: [n["rule"] for n in engine["notes"]] for file, engine in record.report["engines"].items()}
-    assert notes == {"context.engine": ["attention-float32"], "context_head.engine": [], "denoiser.engine": []}
+    notes = {
+        file: [n["rule"] for n in engine["notes"]]
+        for file, engine in record.report["engines"].items()
+    }
+    assert notes == {
+        "context.engine": ["attention-float32"],
+        "context_head.engine": [],
+        "denoiser.engine": [],
+    }
     assert len(given) == 3
 
 
@@ -64,9 +80,16 @@ def summed(model: onnx.ModelProto) -> None:
     node.input.append("axis")
 
 
-@pytest.mark.parametrize(("graph", "harm", "rule"), [("context", circular, "cache-mode"), ("denoiser", summed, "no-cumsum")])
+@pytest.mark.parametrize(
+    ("graph", "harm", "rule"),
+    [("context", circular, "cache-mode"), ("denoiser", summed, "no-cumsum")],
+)
 def test_a_bundle_that_breaks_a_rule_is_refused_before_anything_is_built(
-    graph: str, harm: Callable[[onnx.ModelProto], None], rule: str, tmp_path: Path, given: list[onnx.ModelProto]
+    graph: str,
+    harm: Callable[[onnx.ModelProto], None],
+    rule: str,
+    tmp_path: Path,
+    given: list[onnx.ModelProto],
 ) -> None:
     bundle = export_fixture("hybrid-b", tmp_path / "b", "bfloat16")
     file = bundle.graph_file(graph)

@@ -33,9 +33,16 @@ def timings(bundle: Bundle) -> list[str]:
     return list(json.loads((bundle.path / "engines" / ".trt.timing").read_text()))
 
 
-def test_the_flavour_is_told_by_what_it_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_flavour_is_told_by_what_it_can_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flavour = flavour_from_module(install_fake(tmp_path, monkeypatch))
-    assert (flavour.target, flavour.sms, flavour.runtime_cache, flavour.capturable) == ("trt", (), False, False)
+    assert (flavour.target, flavour.sms, flavour.runtime_cache, flavour.capturable) == (
+        "trt",
+        (),
+        False,
+        False,
+    )
     assert flavour.library == {"name": "tensorrt", "version": "11.4.0.106"}
 
 
@@ -47,9 +54,15 @@ def test_engines_are_built_for_the_gpu_at_hand(bundle: Bundle, builder: EngineBu
     assert plan["flags"] == [], "TF32 is on by default and must be cleared"
     assert plan["verbosity"] == "DETAILED"
     assert plan["max_aux_streams"] == 0, "a pass runs on the stream it is given and on no other"
-    assert [p["tokens"] for p in plan["profiles"]] == [[[1, 1], [2, 256], [2, 256]], [[1, 16], [2, 16], [2, 16]], [[1, 1], [2, 1], [2, 1]]]
+    assert [p["tokens"] for p in plan["profiles"]] == [
+        [[1, 1], [2, 256], [2, 256]],
+        [[1, 16], [2, 16], [2, 16]],
+        [[1, 1], [2, 1], [2, 1]],
+    ]
     facts = record.report["engines"]["context.engine"]
-    assert facts["by_type"]["KV_CACHE_UPDATE"] == 2 * sum(kind.value == "*" for kind in bundle.config.layers)
+    assert facts["by_type"]["KV_CACHE_UPDATE"] == 2 * sum(
+        kind.value == "*" for kind in bundle.config.layers
+    )
     assert facts["layers_from"] == "walk"
     assert "no GPU" in facts["inspector"]["why_not"], "the child sees the true machine"
     library = builder.library()
@@ -66,14 +79,23 @@ def test_timings_are_kept_and_used_again(bundle: Bundle, builder: EngineBuilder)
     build_engines(bundle, "trt", builder, config=BuildConfig(max_context=512, experts="dense"))
     assert len(timings(bundle)) == 6, "the second build started from the first one's"
     (bundle.path / "engines" / ".trt.timing").write_text("garbage")
-    build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense", force=True))
+    build_engines(
+        bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense", force=True)
+    )
     assert len(timings(bundle)) == 3, "what the library does not take is replaced"
     assert not list((bundle.path / "engines").glob(".trt.timing.*"))
 
 
-@pytest.mark.parametrize(("gpus", "sms", "found"), [((), (), "no NVIDIA GPU"), ((L4,), (89,), "--sm was given")])
+@pytest.mark.parametrize(
+    ("gpus", "sms", "found"), [((), (), "no NVIDIA GPU"), ((L4,), (89,), "--sm was given")]
+)
 def test_it_builds_for_no_other_machine(
-    bundle: Bundle, builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch, gpus: tuple[Gpu, ...], sms: tuple[int, ...], found: str
+    bundle: Bundle,
+    builder: EngineBuilder,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: tuple[Gpu, ...],
+    sms: tuple[int, ...],
+    found: str,
 ) -> None:
     see_gpu(monkeypatch, *gpus)
     with pytest.raises(BuildError, match="for the GPU at hand only") as caught:
@@ -117,7 +139,12 @@ def test_a_graph_the_library_refuses_is_an_error_and_the_graph_is_kept(
     build_engines(bundle, "trt", builder, config=CONFIG)
     plant(bundle, "denoiser", operator)
     with pytest.raises(BuildError, match=what) as caught:
-        build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense", max_batch=2, force=True))
+        build_engines(
+            bundle,
+            "trt",
+            builder,
+            config=BuildConfig(max_context=256, experts="dense", max_batch=2, force=True),
+        )
     assert type(caught.value) is (BuildAbortedError if operator == "Crash" else BuildError)
     assert found in caught.value.found
     assert "denoiser.engine" in caught.value.found
@@ -126,24 +153,48 @@ def test_a_graph_the_library_refuses_is_an_error_and_the_graph_is_kept(
     assert "polygraphy debug reduce" in caught.value.do
     assert {p.name for p in folder.iterdir()} == {"graph.onnx", "job.json", "log.json", "README.md"}
     assert "Its weights are inputs." in (folder / "README.md").read_text()
-    assert "denoiser.engine" in {p.name for p in engine_folder(bundle, "trt").iterdir()}, "the old engines are still there"
+    assert "denoiser.engine" in {p.name for p in engine_folder(bundle, "trt").iterdir()}, (
+        "the old engines are still there"
+    )
     plant(bundle, "denoiser", "Identity")
-    build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense", max_batch=2, force=True))
+    build_engines(
+        bundle,
+        "trt",
+        builder,
+        config=BuildConfig(max_context=256, experts="dense", max_batch=2, force=True),
+    )
     assert not folder.exists(), "it builds now"
 
 
-def test_weights_a_refused_graph_holds_are_beside_it(bundle: Bundle, builder: EngineBuilder) -> None:
+def test_weights_a_refused_graph_holds_are_beside_it(
+    bundle: Bundle, builder: EngineBuilder
+) -> None:
     plant(bundle, "denoiser", "Refuse")
     with pytest.raises(BuildError, match="refuses the graph"):
-        build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense", weights="inside"))
+        build_engines(
+            bundle,
+            "trt",
+            builder,
+            config=BuildConfig(max_context=256, experts="dense", weights="inside"),
+        )
     folder = bundle.path / "engines" / ".failed" / "trt-denoiser"
-    assert {p.name for p in folder.iterdir()} == {"graph.onnx", "model.onnx.data", "job.json", "log.json", "README.md"}
+    assert {p.name for p in folder.iterdir()} == {
+        "graph.onnx",
+        "model.onnx.data",
+        "job.json",
+        "log.json",
+        "README.md",
+    }
     data = bundle.path / "denoiser" / "model.onnx.data"
     assert (folder / data.name).samefile(data), "weights are not copied"
-    assert data.stat().st_nlink == 1, "nor given a second hard name, with which onnx would refuse to load them"
+    assert data.stat().st_nlink == 1, (
+        "nor given a second hard name, with which onnx would refuse to load them"
+    )
 
 
-def test_a_defect_of_ours_is_not_blamed_on_the_graph(bundle: Bundle, builder: EngineBuilder) -> None:
+def test_a_defect_of_ours_is_not_blamed_on_the_graph(
+    bundle: Bundle, builder: EngineBuilder
+) -> None:
     plant(bundle, "context", "Raise")
     with pytest.raises(BuildError, match="died") as caught:
         build_engines(bundle, "trt", builder, config=CONFIG)

@@ -13,7 +13,10 @@ from twotower.errors import DeviceError
 from twotower.runtime.cuda import calls
 from twotower.runtime.cuda.calls import Cuda
 
-NAMES = sorted(set(re.findall(r'_call\("(cuda\w+)"', inspect.getsource(calls))) | {"cudaGetErrorString", "cudaGetLastError"})
+NAMES = sorted(
+    set(re.findall(r'_call\("(cuda\w+)"', inspect.getsource(calls)))
+    | {"cudaGetErrorString", "cudaGetLastError"}
+)
 
 
 @pytest.mark.trt_rtx

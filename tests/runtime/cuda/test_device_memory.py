@@ -16,7 +16,11 @@ from twotower.runtime.device import HostMemory, Span
 from twotower.spec import TensorSpec, TowerSignature
 
 KV = TensorSpec("past_key_values.0.key", "float32", ("B", 2, "T", 3))
-IDS, LENGTHS, OUT = TensorSpec("ids", "int64", ("B", "L")), TensorSpec("lengths", "int64", ("B",)), TensorSpec("out", "float32", ("B", 5))
+IDS, LENGTHS, OUT = (
+    TensorSpec("ids", "int64", ("B", "L")),
+    TensorSpec("lengths", "int64", ("B",)),
+    TensorSpec("out", "float32", ("B", 5)),
+)
 
 
 SIZE = 1 << 20
@@ -29,7 +33,9 @@ def memory(places: dict[str, tuple[int, ...]] | None = None) -> tuple[DeviceMemo
 
 def on_device(buffer: DeviceBuffer, device: int = 0) -> np.ndarray:
     raw = (ctypes.c_ubyte * buffer.nbytes).from_address(buffer.addresses[device])
-    return np.frombuffer(raw, {"float32": np.float32, "int64": np.int64}[buffer.dtype]).reshape(buffer.shape)
+    return np.frombuffer(raw, {"float32": np.float32, "int64": np.int64}[buffer.dtype]).reshape(
+        buffer.shape
+    )
 
 
 def test_spans_are_cleared_and_copied_as_on_the_host() -> None:

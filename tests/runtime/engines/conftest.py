@@ -40,7 +40,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
     """
     made: dict[tuple[str, int, str, str], Bundle] = {}
 
-    def build(folder: str | Path = "hybrid-a", pieces: int = 1, *, dtype: str = "float32", experts: str = "dense") -> Bundle:
+    def build(
+        folder: str | Path = "hybrid-a",
+        pieces: int = 1,
+        *,
+        dtype: str = "float32",
+        experts: str = "dense",
+    ) -> Bundle:
         key = (str(folder), pieces, dtype, experts)
         if key not in made:
             target = tmp_path_factory.mktemp("stand-in") / "bundle"
@@ -55,13 +61,21 @@ def opened() -> Callable[..., Any]:
     """Opens a bundle on the stand-ins: `opened(bundle, devices=(0,), graphs=True, seed=None)`; on a sound end everything must be freed."""
 
     @contextmanager
-    def open_(bundle: Bundle, *, devices: tuple[int, ...] = (0,), graphs: bool = True, seed: int | None = None) -> Iterator[StandIn]:
+    def open_(
+        bundle: Bundle,
+        *,
+        devices: tuple[int, ...] = (0,),
+        graphs: bool = True,
+        seed: int | None = None,
+    ) -> Iterator[StandIn]:
         api = CudaStandIn(devices=4, seed=seed, sm=GPUS[0].sm)
         trt = TensorRTStandIn(api)
         options = TensorRTOptions(devices=devices, graphs=graphs, gpus=GPUS)
         towers = open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), options)
         tokenizer = Tokenizer.from_file(bundle.tokenizer_file) if bundle.tokenizer_file else None
-        with TwoTower.from_towers(towers, tokenizer=tokenizer, trained_block_size=bundle.trained_block_size) as model:
+        with TwoTower.from_towers(
+            towers, tokenizer=tokenizer, trained_block_size=bundle.trained_block_size
+        ) as model:
             yield StandIn(model, towers, api, trt)
         assert not api.leaked
         assert not api.loaded, "libraries of kernels"

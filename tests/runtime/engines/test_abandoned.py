@@ -23,7 +23,9 @@ def freed(it: Any) -> int:
     return sum(it.cuda.counts[name] for name in FREES)
 
 
-@pytest.mark.parametrize("how", ["closed in another thread", "dropped in another thread", "closed in a callback"])
+@pytest.mark.parametrize(
+    "how", ["closed in another thread", "dropped in another thread", "closed in a callback"]
+)
 def test_an_iterator_goes_when_the_pass_at_work_is_done(
     built: Callable[..., Any],
     opened: Callable[..., Any],
@@ -94,7 +96,9 @@ def test_the_collector_may_run_inside_a_capture(
 
 
 @pytest.mark.parametrize("devices", [(1,), (1, 0)])
-def test_threads_take_turns(built: Callable[..., Any], opened: Callable[..., Any], devices: tuple[int, ...]) -> None:
+def test_threads_take_turns(
+    built: Callable[..., Any], opened: Callable[..., Any], devices: tuple[int, ...]
+) -> None:
     """Calls and iterators of several threads, some let go of half way: each text is what it is alone."""
     prompts = [[5, 6, 7], [8, 9], [7] * 20]
     with opened(built()) as it:

@@ -29,7 +29,9 @@ LAYOUTS = {
 
 def requests(folder: str) -> list[Request]:
     cases = golden_cases(folder)
-    return [Request(c["prompt"], golden_config(c)) for c in cases] + [Request(c["prompt"], AR) for c in cases]
+    return [Request(c["prompt"], golden_config(c)) for c in cases] + [
+        Request(c["prompt"], AR) for c in cases
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,9 @@ def test_the_text_is_that_of_a_cpu(
 
 @pytest.mark.trained
 @pytest.mark.parametrize("experts", ["dense", "kernels"])
-def test_the_trained_model_answers(built: Callable[..., Any], opened: Callable[..., Any], experts: str) -> None:
+def test_the_trained_model_answers(
+    built: Callable[..., Any], opened: Callable[..., Any], experts: str
+) -> None:
     """Problems with exact answers measure the arithmetic from outside; one may be lost to rounding."""
     problems = load_suite().only(limit=1).problems
     bundle = built(TINY, dtype="bfloat16", experts=experts)

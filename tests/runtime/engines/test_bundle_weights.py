@@ -71,7 +71,9 @@ def open_(bundle: Bundle, api: CudaStandIn | None = None) -> Any:
         raise
 
 
-def test_one_engine_serves_every_checkpoint_of_its_shapes(copied: Bundle, opened: Callable[..., Any]) -> None:
+def test_one_engine_serves_every_checkpoint_of_its_shapes(
+    copied: Bundle, opened: Callable[..., Any]
+) -> None:
     with opened(copied) as it:
         before = it.model.generate(PROMPT, OPTIONS).tokens
     other = fine_tuned(copied)
@@ -129,7 +131,9 @@ def forgotten(engine: dict[str, Any]) -> None:
         (forgotten, "neither an input nor inside"),
     ],
 )
-def test_weights_the_program_was_not_made_for_are_named(copied: Bundle, change: Callable[[dict[str, Any]], None], says: str) -> None:
+def test_weights_the_program_was_not_made_for_are_named(
+    copied: Bundle, change: Callable[[dict[str, Any]], None], says: str
+) -> None:
     changed(copied, change)
     with pytest.raises(EngineMismatchError, match="do not fit the weights") as caught:
         open_(copied)
@@ -156,7 +160,9 @@ def test_an_engine_whose_inputs_are_not_the_recorded_weights_is_refused(copied: 
     assert not api.leaked
 
 
-def test_data_files_are_read_once_and_compared_on_their_way(copied: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_files_are_read_once_and_compared_on_their_way(
+    copied: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     files = {name: r for name, r in copied.files.items() if name.endswith(".data")}
     assert set(unverified_files(copied.path, files)) == set(files)
@@ -182,7 +188,9 @@ def test_loading_is_told_apart_from_checking(copied: Bundle) -> None:
     assert all(total < weights for _, total in checked), "engines are programs without weights"
 
 
-def test_a_file_nobody_reads_is_not_taken_for_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_nobody_reads_is_not_taken_for_sound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Engines that hold all weights read no data file, and so cannot vouch for one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bundle = stand_in_bundle("hybrid-b", tmp_path / "b", experts="dense", weights="inside")
@@ -193,7 +201,9 @@ def test_a_file_nobody_reads_is_not_taken_for_sound(tmp_path: Path, monkeypatch:
     assert set(unverified_files(bundle.path, files)) == set(files)
 
 
-def test_only_what_is_new_is_hashed_again(copied: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_new_is_hashed_again(
+    copied: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     files = {name: r for name, r in copied.files.items() if name.endswith(".data")}
     for name in files:

@@ -44,9 +44,16 @@ def cut(built: Callable[..., Any]) -> Callable[[str], Bundle]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("folder", "layout"), [*(("hybrid-a", layout) for layout in WHERE), ("hybrid-b", "plain launches"), ("hybrid-b", "four devices")]
+    ("folder", "layout"),
+    [
+        *(("hybrid-a", layout) for layout in WHERE),
+        ("hybrid-b", "plain launches"),
+        ("hybrid-b", "four devices"),
+    ],
 )
-def test_the_goldens(cut: Callable[[str], Bundle], opened: Callable[..., Any], folder: str, layout: str) -> None:
+def test_the_goldens(
+    cut: Callable[[str], Bundle], opened: Callable[..., Any], folder: str, layout: str
+) -> None:
     cases = golden_cases(folder)
     with opened(cut(folder), **WHERE[layout]) as it:
         for case in cases:
@@ -62,12 +69,19 @@ def test_the_record_is_one_list_of_steps(cut: Callable[[str], Bundle]) -> None:
     bundle = cut("hybrid-a")
     record = load_engine_record(bundle, "rtx")
     for graph in (CONTEXT, DENOISER):
-        kinds = ["experts" if isinstance(step, ExpertsStep) else "program" for step in record.steps[graph]]
+        kinds = [
+            "experts" if isinstance(step, ExpertsStep) else "program"
+            for step in record.steps[graph]
+        ]
         assert kinds == ["program", *["experts", "program"] * bundle.config.pattern.count("E")]
-        assert not [w.name for part in record.engines[graph] for w in part.weights if "experts" in w.name]
+        assert not [
+            w.name for part in record.engines[graph] for w in part.weights if "experts" in w.name
+        ]
     (code,) = {step.code for steps in record.experts.values() for step in steps}
     files = {part.file for parts in record.engines.values() for part in parts}
-    assert set(record.files) - files == {f"{code}/{file.name}" for file in (engine_folder(bundle, "rtx") / code).iterdir()}
+    assert set(record.files) - files == {
+        f"{code}/{file.name}" for file in (engine_folder(bundle, "rtx") / code).iterdir()
+    }
     assert f"{code}/manifest.json" in record.files
 
 
@@ -78,7 +92,11 @@ def test_equal_programs_are_one_file_loaded_once(
     """Three equal pieces of the pattern, each with weights and states of its own."""
     loaded: list[int] = []
     load = TensorRTStandIn._engine
-    monkeypatch.setattr(TensorRTStandIn, "_engine", lambda trt, data, log: loaded.append(len(data)) or load(trt, data, log))
+    monkeypatch.setattr(
+        TensorRTStandIn,
+        "_engine",
+        lambda trt, data, log: loaded.append(len(data)) or load(trt, data, log),
+    )
     bundle = built(TINY, experts="kernels")  # M*EM*EM*E
     record = load_engine_record(bundle, "rtx")
     files = [part.file for part in record.engines[DENOISER]]
@@ -90,26 +108,42 @@ def test_equal_programs_are_one_file_loaded_once(
         expected = [it.model.generate(prompt, options).tokens for options in (DIFFUSION, AR)]
     loaded.clear()
     with opened(bundle) as it:
-        assert len(loaded) == len({part.file for parts in record.engines.values() for part in parts})
-        assert [it.model.generate(prompt, options).tokens for options in (DIFFUSION, AR)] == expected
+        assert len(loaded) == len(
+            {part.file for parts in record.engines.values() for part in parts}
+        )
+        assert [
+            it.model.generate(prompt, options).tokens for options in (DIFFUSION, AR)
+        ] == expected
     with opened(bundle, devices=(0, 1, 2, 3), seed=3) as it:
-        assert [it.model.generate(prompt, options).tokens for options in (DIFFUSION, AR)] == expected
+        assert [
+            it.model.generate(prompt, options).tokens for options in (DIFFUSION, AR)
+        ] == expected
 
 
 @pytest.fixture(scope="module")
 def float_tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_bundle(Checkpoint.open(TINY), tmp_path_factory.mktemp("tiny") / "bundle", ExportConfig())
+    return export_bundle(
+        Checkpoint.open(TINY), tmp_path_factory.mktemp("tiny") / "bundle", ExportConfig()
+    )
 
 
 @pytest.mark.trained
 @pytest.mark.parametrize("recipe", ["int4-experts", "int8-weights", "nvfp4-experts"])
-def test_experts_in_few_bits_are_read_from_the_bundle(float_tiny: Bundle, opened: Callable[..., Any], tmp_path: Path, recipe: str) -> None:
+def test_experts_in_few_bits_are_read_from_the_bundle(
+    float_tiny: Bundle, opened: Callable[..., Any], tmp_path: Path, recipe: str
+) -> None:
     """No program holds any of them; the text is that of ONNX Runtime, which computes all experts and rounds no inputs."""
     bundle = quantized(float_tiny.path, tmp_path, recipe)
     build_engines(bundle, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect="standard"))
     build_stand_ins(bundle, experts="kernels")
     record = load_engine_record(bundle, "rtx")
-    assert not [name for parts in record.engines.values() for part in parts for name in part.constants if "experts" in name]
+    assert not [
+        name
+        for parts in record.engines.values()
+        for part in parts
+        for name in part.constants
+        if "experts" in name
+    ]
     assert all(step.formats["up"] for step in record.experts[DENOISER])
     prompts = ["12 + 7 =", "The capital"]
     options = GenerationConfig(max_new_tokens=24, ignore_eos=True)
@@ -119,16 +153,28 @@ def test_experts_in_few_bits_are_read_from_the_bundle(float_tiny: Bundle, opened
         assert [out.tokens for out in it.model.generate(prompts, options)] == expected
 
 
-def test_a_step_is_one_launch_and_sets_nothing(cut: Callable[[str], Bundle], opened: Callable[..., Any]) -> None:
+def test_a_step_is_one_launch_and_sets_nothing(
+    cut: Callable[[str], Bundle], opened: Callable[..., Any]
+) -> None:
     """Programs and experts are captured together: once warm, neither is enqueued again."""
-    options = GenerationConfig(max_new_tokens=64, confidence_threshold=1.0, steps_per_block=16, ignore_eos=True)
+    options = GenerationConfig(
+        max_new_tokens=64, confidence_threshold=1.0, steps_per_block=16, ignore_eos=True
+    )
     marks: list[tuple[int, ...]] = []
     with opened(cut("hybrid-a")) as it:
 
         def on_step(record: Any) -> None:
             counts = it.cuda.counts
             made = counts["cudaMalloc"] + counts["cudaHostAlloc"]
-            marks.append((it.trt.changes, made, counts["cudaGraphLaunch"], it.trt.executions, len(it.cuda.launched)))
+            marks.append(
+                (
+                    it.trt.changes,
+                    made,
+                    counts["cudaGraphLaunch"],
+                    it.trt.executions,
+                    len(it.cuda.launched),
+                )
+            )
 
         it.model.generate([5, 6, 7], options, on_step=on_step)
         steady = np.diff(np.array(marks[33:48]), axis=0)
@@ -143,19 +189,26 @@ def test_rows_are_independent(cut: Callable[[str], Bundle], opened: Callable[...
         assert [out.tokens for out in it.model.generate(prompts, DIFFUSION)] == alone
 
 
-def test_a_refused_program_surfaces_and_the_session_goes_on(cut: Callable[[str], Bundle], opened: Callable[..., Any]) -> None:
+def test_a_refused_program_surfaces_and_the_session_goes_on(
+    cut: Callable[[str], Bundle], opened: Callable[..., Any]
+) -> None:
     case = golden_cases("hybrid-a")[0]
     with opened(cut("hybrid-a"), graphs=False) as it:
         it.trt.refuse_at = 5
         with pytest.raises(DeviceError, match="was not run"):
             it.model.generate(case["prompt"], golden_config(case))
-        assert list(it.model.generate(case["prompt"], golden_config(case)).tokens) == case["diffusion_tokens"]
+        assert (
+            list(it.model.generate(case["prompt"], golden_config(case)).tokens)
+            == case["diffusion_tokens"]
+        )
 
 
 def test_kernels_for_another_gpu_are_refused(cut: Callable[[str], Bundle]) -> None:
     api = CudaStandIn(sm=120)
     with pytest.raises(EngineMismatchError, match="SM 120"):
-        open_tensorrt(cut("hybrid-a"), flavour_from_module(TensorRTStandIn(api)), Cuda(api), TensorRTOptions())
+        open_tensorrt(
+            cut("hybrid-a"), flavour_from_module(TensorRTStandIn(api)), Cuda(api), TensorRTOptions()
+        )
     assert not api.leaked
 
 
@@ -165,17 +218,28 @@ def test_a_damaged_kernel_is_refused(cut: Callable[[str], Bundle], tmp_path: Pat
     file.write_bytes(b"?" * file.stat().st_size)
     api = CudaStandIn(sm=89)
     with pytest.raises(EngineMismatchError, match="does not fit") as error:
-        open_tensorrt(bundle, flavour_from_module(TensorRTStandIn(api)), Cuda(api), TensorRTOptions())
+        open_tensorrt(
+            bundle, flavour_from_module(TensorRTStandIn(api)), Cuda(api), TensorRTOptions()
+        )
     assert file.name in error.value.found
     assert not api.leaked
 
 
 @pytest.mark.parametrize("call", ["cuLibraryLoadData", "cuLaunchKernel"])
-def test_a_driver_that_refuses_leaves_nothing(cut: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_a_driver_that_refuses_leaves_nothing(
+    cut: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     api = CudaStandIn(sm=89)
-    monkeypatch.setattr(api, call, lambda *args: (700, 0) if call == "cuLibraryLoadData" else (700,))
+    monkeypatch.setattr(
+        api, call, lambda *args: (700, 0) if call == "cuLibraryLoadData" else (700,)
+    )
     with pytest.raises(DeviceError, match=r"kernel|cuLaunchKernel"), ExitStack() as stack:
-        towers = open_tensorrt(cut("hybrid-a"), flavour_from_module(TensorRTStandIn(api)), Cuda(api), TensorRTOptions(graphs=False))
+        towers = open_tensorrt(
+            cut("hybrid-a"),
+            flavour_from_module(TensorRTStandIn(api)),
+            Cuda(api),
+            TensorRTOptions(graphs=False),
+        )
         stack.enter_context(TwoTower.from_towers(towers)).generate([5, 6, 7], DIFFUSION)
     assert not api.leaked
     assert not api.loaded

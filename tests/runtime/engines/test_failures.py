@@ -30,7 +30,12 @@ CALLS = (
     "cudaMalloc",
     "cudaFree",
 )
-CAPTURE = ("cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphLaunch")
+CAPTURE = (
+    "cudaStreamBeginCapture",
+    "cudaStreamEndCapture",
+    "cudaGraphInstantiate",
+    "cudaGraphLaunch",
+)
 ONE = [((0,), 1, call) for call in (*CALLS, *CAPTURE)]
 TWO = [((0, 1), 4, call) for call in CALLS]
 

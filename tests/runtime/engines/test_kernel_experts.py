@@ -34,7 +34,12 @@ class Device:
         self.code = ExpertCode.open(manifest.folder, self.cuda, 0)
         self.stream = self.cuda.create_stream()
         x = tokens(layer.shape, count)
-        self.arrays = {"x": x, "shares": routing(layer.shape, count), "out": x.copy(), **layer.stored}
+        self.arrays = {
+            "x": x,
+            "shares": routing(layer.shape, count),
+            "out": x.copy(),
+            **layer.stored,
+        }
         self.addresses = {name: self.put(array) for name, array in self.arrays.items()}
         self.scratch = self.cuda.allocate(scratch_bytes(layer.shape, count))
         self.step = ExpertStep(self.code, count, self.addresses, self.scratch)
@@ -63,7 +68,10 @@ def host_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
         try:
             return known(self, address, size)
         except AssertionError:
-            if any(start <= address < start + block.nbytes for start, (block, _) in self._blocks.items()):
+            if any(
+                start <= address < start + block.nbytes
+                for start, (block, _) in self._blocks.items()
+            ):
                 raise  # it begins in an allocation and runs out of it
             return None
 
@@ -71,13 +79,26 @@ def host_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def device(tmp_path: Path, count: int = 5, **options: Any) -> tuple[Layer, Device]:
-    shape = make_shape(64, 64, 8, 2, **{"shared": 96, "dtype": "bfloat16", "routed": "int4-32", **options})
+    shape = make_shape(
+        64, 64, 8, 2, **{"shared": 96, "dtype": "bfloat16", "routed": "int4-32", **options}
+    )
     layer = random_layer(shape)
-    return layer, Device(layer, count, CudaStandIn(), write_kernels(tmp_path / "k", shape, (80, 90)))
+    return layer, Device(
+        layer, count, CudaStandIn(), write_kernels(tmp_path / "k", shape, (80, 90))
+    )
 
 
 @pytest.mark.parametrize(
-    ("routed", "count"), [("float", 1), ("int8", 16), ("fp8", 9), ("int4-64", 70), ("nvfp4", 16), ("mxfp4", 3), ("float", 520)]
+    ("routed", "count"),
+    [
+        ("float", 1),
+        ("int8", 16),
+        ("fp8", 9),
+        ("int4-64", 70),
+        ("nvfp4", 16),
+        ("mxfp4", 3),
+        ("float", 520),
+    ],
 )
 def test_a_step_computes_the_layer(tmp_path: Path, routed: str, count: int) -> None:
     layer, d = device(tmp_path, count, routed=routed)
@@ -197,7 +218,9 @@ def test_parameters_are_packed_once(idle: tuple[ExpertStep, Recorded]) -> None:
     assert len(recorded.tables) == len(step)
 
 
-def test_a_launch_costs_little_of_our_own_time(idle: tuple[ExpertStep, Recorded], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_costs_little_of_our_own_time(
+    idle: tuple[ExpertStep, Recorded], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The best of some rounds: what others do on this machine is not ours."""
     step, _ = idle
     best = min(_microseconds(step) for _ in range(20))

@@ -44,9 +44,17 @@ class CpuLibrary:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(folder)
+        )
         model = with_bodies(load_graph(graph))  # a CPU's fused experts know no squared ReLU
-        return _Deferred(ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]), self.cuda, stream)
+        return _Deferred(
+            ort.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            ),
+            self.cuda,
+            stream,
+        )
 
     def run_options(self) -> Any:
         return CudaLibrary().run_options()
@@ -82,9 +90,13 @@ def opened_ort(built: Callable[..., Any]) -> Callable[..., Any]:
         experts: str = "fused",
     ) -> Iterator[Any]:
         bundle, api = built(folder), CudaStandIn(devices=4, seed=seed, memory=memory)
-        record = build_engines(bundle, "ort-cuda", kernel_builder(), config=BuildConfig(experts=experts))
+        record = build_engines(
+            bundle, "ort-cuda", kernel_builder(), config=BuildConfig(experts=experts)
+        )
         assert record.report["choice_of_experts"]["computed_by"] == experts
-        with TwoTower.from_towers(open_ort_cuda(bundle, CpuLibrary(api), Cuda(api), OrtDeviceOptions(devices=devices))) as model:
+        with TwoTower.from_towers(
+            open_ort_cuda(bundle, CpuLibrary(api), Cuda(api), OrtDeviceOptions(devices=devices))
+        ) as model:
             yield model, api
         assert not api.leaked
         assert not api.loaded, "libraries of kernels"
@@ -92,28 +104,49 @@ def opened_ort(built: Callable[..., Any]) -> Callable[..., Any]:
     return open_
 
 
-@pytest.mark.parametrize(("devices", "seed"), [((0,), None), ((0,), 1), ((0, 1), 2), ((1, 0), None)])
+@pytest.mark.parametrize(
+    ("devices", "seed"), [((0,), None), ((0,), 1), ((0, 1), 2), ((1, 0), None)]
+)
 @pytest.mark.parametrize("folder", ["hybrid-a", "hybrid-b"])
 @pytest.mark.parametrize("experts", ["fused", "dense"])
-def test_the_goldens(opened_ort: Callable[..., Any], experts: str, folder: str, devices: tuple[int, ...], seed: int | None) -> None:
+def test_the_goldens(
+    opened_ort: Callable[..., Any],
+    experts: str,
+    folder: str,
+    devices: tuple[int, ...],
+    seed: int | None,
+) -> None:
     cases = golden_cases(folder)
     with opened_ort(folder, devices=devices, seed=seed, experts=experts) as (model, _):
         for case in cases:
-            assert list(model.generate(case["prompt"], golden_config(case)).tokens) == case["diffusion_tokens"]
+            assert (
+                list(model.generate(case["prompt"], golden_config(case)).tokens)
+                == case["diffusion_tokens"]
+            )
             assert list(model.generate(case["prompt"], AR).tokens) == case["ar_greedy_tokens"]
         together = model.generate([Request(c["prompt"], golden_config(c)) for c in cases])
         assert [list(out.tokens) for out in together] == [c["diffusion_tokens"] for c in cases]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("folder", "devices", "seed"), [("hybrid-a", (0,), None), ("hybrid-b", (1, 0), 2), ("hybrid-a", (0, 1, 2, 3), 3)])
-def test_the_goldens_with_kernels_between(opened_ort: Callable[..., Any], folder: str, devices: tuple[int, ...], seed: int | None) -> None:
+@pytest.mark.parametrize(
+    ("folder", "devices", "seed"),
+    [("hybrid-a", (0,), None), ("hybrid-b", (1, 0), 2), ("hybrid-a", (0, 1, 2, 3), 3)],
+)
+def test_the_goldens_with_kernels_between(
+    opened_ort: Callable[..., Any], folder: str, devices: tuple[int, ...], seed: int | None
+) -> None:
     """Programs and experts on the towers' streams; on four devices each tower is spread over two."""
     case = golden_cases(folder)[0]
     with opened_ort(folder, devices=devices, seed=seed, experts="kernels") as (model, api):
-        assert list(model.generate(case["prompt"], golden_config(case)).tokens) == case["diffusion_tokens"]
+        assert (
+            list(model.generate(case["prompt"], golden_config(case)).tokens)
+            == case["diffusion_tokens"]
+        )
         assert list(model.generate(case["prompt"], AR).tokens) == case["ar_greedy_tokens"]
-        together = model.generate([Request(case["prompt"], golden_config(case)), Request([5, 6, 7], AR)])
+        together = model.generate(
+            [Request(case["prompt"], golden_config(case)), Request([5, 6, 7], AR)]
+        )
         assert list(together[0].tokens) == case["diffusion_tokens"]
         assert api.launched, "kernels"
 
@@ -132,7 +165,9 @@ def test_kernels_between_have_limits(opened_ort: Callable[..., Any]) -> None:
 def test_experts_in_a_format_onnx_runtime_has_no_kernel_for(tmp_path: Path) -> None:
     """NVFP4 between float32 programs: the text is that of the graph that expands them."""
     whole = export_bundle(Checkpoint.open(TINY), tmp_path / "float", ExportConfig(dtype="float32"))
-    bundle = quantize_bundle(whole, plan_quantization(whole, builtin_recipes()["nvfp4-experts"]), tmp_path / "nvfp4")
+    bundle = quantize_bundle(
+        whole, plan_quantization(whole, builtin_recipes()["nvfp4-experts"]), tmp_path / "nvfp4"
+    )
     build_engines(bundle, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect="standard"))
     build_engines(bundle, "ort-cuda", kernel_builder(), config=BuildConfig(experts="kernels"))
     config = GenerationConfig(max_new_tokens=16, ignore_eos=True)
@@ -140,7 +175,12 @@ def test_experts_in_a_format_onnx_runtime_has_no_kernel_for(tmp_path: Path) -> N
     texts = []
     for towers in (open_ort_cpu(bundle), open_ort_cuda(bundle, CpuLibrary(api), Cuda(api))):
         with TwoTower.from_towers(towers, trained_block_size=bundle.trained_block_size) as model:
-            texts.append([list(model.generate([5, 6, 7], replace(config, mode=mode)).tokens) for mode in ("diffusion", "ar")])
+            texts.append(
+                [
+                    list(model.generate([5, 6, 7], replace(config, mode=mode)).tokens)
+                    for mode in ("diffusion", "ar")
+                ]
+            )
     assert texts[0] == texts[1]
 
 

@@ -90,7 +90,9 @@ def test_nothing_is_compiled_while_requests_wait(copied: Bundle, open_: Callable
         serve(model)
         assert trt.kernels == before
         one = model._workspaces._bound(1)
-        assert (one, model._workspaces._bound(2), model._workspaces._bound(3)) == (1, 4, 4), "2 is not ready"
+        assert (one, model._workspaces._bound(2), model._workspaces._bound(3)) == (1, 4, 4), (
+            "2 is not ready"
+        )
         model.warm_up([2])
         before = list(trt.kernels)
         assert model._workspaces._bound(2) == 2
@@ -201,7 +203,9 @@ def test_text_is_the_same_with_and_without(copied: Bundle, open_: Callable[..., 
     texts = []
     for options in ({"warm_up": ()}, {}, {"warm_up": (1, 2, 4)}):
         with open_(copied, **options) as (model, _):
-            texts.append([r.tokens for r in model.generate([[5, 6, 7], [8, 9], [7] * 30], DIFFUSION)])
+            texts.append(
+                [r.tokens for r in model.generate([[5, 6, 7], [8, 9], [7] * 30], DIFFUSION)]
+            )
     assert texts[0] == texts[1] == texts[2]
 
 

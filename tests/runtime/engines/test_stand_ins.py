@@ -136,7 +136,9 @@ def test_what_the_library_refuses(
         writes = ContextState.writes
 
         def elsewhere(state: ContextState, which: int) -> dict[str, Any]:
-            made = {n: b for n, b in writes(state, which).items() if "conv" not in n and "ssm" not in n}
+            made = {
+                n: b for n, b in writes(state, which).items() if "conv" not in n and "ssm" not in n
+            }
             first, second = list(made)[:2]
             return {**writes(state, which), first: made[second]}
 
@@ -144,10 +146,16 @@ def test_what_the_library_refuses(
     elif fault == "a profile that is not waited for":
         monkeypatch.setattr(Cuda, "synchronize", lambda cuda, stream: None)
     elif fault == "one buffer to hand over in":
-        monkeypatch.setattr(Handover, "address", lambda it, name, _: it.addresses.get(name, it.addresses[RESIDUAL_IN])[0])
+        monkeypatch.setattr(
+            Handover,
+            "address",
+            lambda it, name, _: it.addresses.get(name, it.addresses[RESIDUAL_IN])[0],
+        )
     else:
         rows = [[5, 6, 7]] * 5
-        monkeypatch.setattr("twotower.runtime.engines.tensorrt_engine._profile", lambda plan, sizes: 0)
+        monkeypatch.setattr(
+            "twotower.runtime.engines.tensorrt_engine._profile", lambda plan, sizes: 0
+        )
     with opened(built(pieces=4)) as it:
         it.model._max_batch = 8
         with pytest.raises(DeviceError, match=says):

@@ -39,14 +39,23 @@ def copied(built: Callable[..., Any], tmp_path: Path) -> Bundle:
 
 
 def open_(
-    bundle: Bundle, *, cuda: CudaStandIn | None = None, change: Callable[[TensorRTStandIn], None] | None = None, **options: Any
+    bundle: Bundle,
+    *,
+    cuda: CudaStandIn | None = None,
+    change: Callable[[TensorRTStandIn], None] | None = None,
+    **options: Any,
 ) -> Any:
     api = cuda or CudaStandIn()
     trt = TensorRTStandIn(api)
     if change:
         change(trt)
     try:
-        return open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), TensorRTOptions(**{"gpus": (GPU,), **options}))
+        return open_tensorrt(
+            bundle,
+            flavour_from_module(trt),
+            Cuda(api),
+            TensorRTOptions(**{"gpus": (GPU,), **options}),
+        )
     except TwoTowerError:
         assert not api.leaked, "a failed opening leaves nothing"
         raise
@@ -76,7 +85,9 @@ def of_another_graph(bundle: Bundle) -> None:
         (None, {"cuda": CudaStandIn(memory=10_000)}, "do not fit on GPU 0"),
     ],
 )
-def test_what_does_not_fit_is_named(copied: Bundle, harm: Any, options: dict[str, Any], says: str) -> None:
+def test_what_does_not_fit_is_named(
+    copied: Bundle, harm: Any, options: dict[str, Any], says: str
+) -> None:
     if harm:
         harm(copied)
     with pytest.raises(EngineMismatchError, match=says) as error:
@@ -91,7 +102,9 @@ def test_the_command_that_mends_a_foreign_engine_keeps_what_was_built_for(copied
 
 
 @pytest.mark.parametrize("how", ["default", "current"])
-def test_a_gpu_that_is_not_listed_is_tried_when_it_is_asked_for(copied: Bundle, how: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gpu_that_is_not_listed_is_tried_when_it_is_asked_for(
+    copied: Bundle, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
     h100 = replace(GPU, sm=90, name="H100")
     with TwoTower.from_towers(open_(copied, gpus=(h100,), any_sm=how)) as model:
         assert model.generate([5], GenerationConfig(max_new_tokens=1)).tokens
@@ -103,7 +116,9 @@ def test_a_file_the_library_refuses_is_named_with_its_words(copied: Bundle) -> N
     """Hashes fit, so the build itself was of something else."""
 
     def refuse(trt: TensorRTStandIn) -> None:
-        trt._engine = lambda data, logger: logger.log(logger.Severity.ERROR, "the magic tag does not match")
+        trt._engine = lambda data, logger: logger.log(
+            logger.Severity.ERROR, "the magic tag does not match"
+        )
 
     with pytest.raises(EngineMismatchError, match="cannot load") as error:
         open_(copied, change=refuse)
@@ -162,7 +177,9 @@ def test_no_driver_and_no_gpu_are_told_apart(copied: Bundle, code: int, says: st
     assert (code == 35) == ("supports CUDA 12.4, this environment needs 13.5" in error.value.found)
 
 
-def test_what_an_engine_takes_of_a_gpu_is_logged(copied: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_an_engine_takes_of_a_gpu_is_logged(
+    copied: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
     """A library may hold more than the file has; only a GPU shows what."""
     api = CudaStandIn()
 
@@ -187,8 +204,13 @@ def test_limits_of_the_engines_are_limits_of_the_session(copied: Bundle) -> None
         assert "256 tokens a text" in error.value.found
         with pytest.raises(ConfigError, match="block_size=8 cannot be used"):
             model.generate([5], GenerationConfig(block_size=8))
-        assert len(model.generate([[5]] * 6, GenerationConfig(max_new_tokens=1))) == 6, "more rows than the engines take run in turns"
-    with pytest.raises(ConfigError, match="max_context=512"), TwoTower.from_towers(towers := open_(copied), max_context=512):
+        assert len(model.generate([[5]] * 6, GenerationConfig(max_new_tokens=1))) == 6, (
+            "more rows than the engines take run in turns"
+        )
+    with (
+        pytest.raises(ConfigError, match="max_context=512"),
+        TwoTower.from_towers(towers := open_(copied), max_context=512),
+    ):
         pass
     towers.close()
 
@@ -201,7 +223,9 @@ def test_capacity_beyond_memory_is_said_with_what_is_free(copied: Bundle) -> Non
         with pytest.raises(RequestError, match="not enough memory for 4 row") as error:
             model.generate([[5], [6], [7]], GenerationConfig(max_new_tokens=1))
         assert "are free on device 0" in error.value.found
-        assert api.leaked["memory"] == before["memory"], "what was allocated before the failure is given back at once"
+        assert api.leaked["memory"] == before["memory"], (
+            "what was allocated before the failure is given back at once"
+        )
         api._memory = 1 << 34
         assert model.generate([5], GenerationConfig(max_new_tokens=1)).tokens, "the session goes on"
     assert not api.leaked
@@ -211,7 +235,9 @@ def test_compiled_kernels_are_kept_for_the_next_opening(copied: Bundle) -> None:
     compiled: list[str] = []
     counts = []
     for _ in range(2):
-        with TwoTower.from_towers(open_(copied, change=lambda trt: setattr(trt, "kernels", compiled))) as model:
+        with TwoTower.from_towers(
+            open_(copied, change=lambda trt: setattr(trt, "kernels", compiled))
+        ) as model:
             model.generate([5], GenerationConfig(max_new_tokens=1))
         counts.append(len(compiled))
     made_by = f"{load_engine_record(copied, 'rtx').library['version']}-sm89"
@@ -243,7 +269,9 @@ def test_kernels_that_are_the_same_are_not_written_again(copied: Bundle) -> None
     assert {f: f.stat().st_ino for f in before} == before
 
 
-def test_a_full_disk_leaves_no_part_of_kernels(copied: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_part_of_kernels(
+    copied: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(path: Path, data: bytes) -> int:
         path.touch()
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -274,7 +302,12 @@ def test_the_real_library_gets_as_far_as_the_driver(tmp_path: Path) -> None:
     if probe_machine().gpus:
         pytest.skip("there is a GPU here")
     bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
-    build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256, experts="dense"))
+    build_engines(
+        bundle,
+        "rtx",
+        builder_for("rtx"),
+        config=BuildConfig(sms=(89,), max_context=256, experts="dense"),
+    )
     with pytest.raises(EngineMismatchError, match="driver is missing") as error:
         open_towers(bundle, "rtx")
     assert error.value.found == "no driver"

@@ -28,7 +28,13 @@ CONTEXT = (
     "execute_async_v3",
     "is_stream_capturable",
 )
-ENGINE = ("create_runtime_config", "create_execution_context", "get_tensor_dtype", "get_tensor_name", "get_aliased_input_tensor")
+ENGINE = (
+    "create_runtime_config",
+    "create_execution_context",
+    "get_tensor_dtype",
+    "get_tensor_name",
+    "get_aliased_input_tensor",
+)
 ENGINE_DATA = ("num_io_tensors", "device_memory_size_v2")
 CONFIG = (
     "set_execution_context_allocation_strategy",
@@ -73,8 +79,15 @@ def test_a_real_engine_is_mapped_and_refused_for_want_of_a_driver(tmp_path: Path
     import tensorrt_rtx as trt
 
     bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
-    record = build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), max_context=256, experts="dense"))
+    record = build_engines(
+        bundle,
+        "rtx",
+        builder_for("rtx"),
+        config=BuildConfig(sms=(89,), max_context=256, experts="dense"),
+    )
     (part,) = record.engines["context_head"]
     with pytest.raises(EngineMismatchError, match="cannot load") as error:
-        PlanLoader(flavour_from_module(trt), {}).load(engine_folder(bundle, "rtx") / part.file, part, 0)
+        PlanLoader(flavour_from_module(trt), {}).load(
+            engine_folder(bundle, "rtx") / part.file, part, 0
+        )
     assert "35" in error.value.found, "cudaErrorInsufficientDriver"

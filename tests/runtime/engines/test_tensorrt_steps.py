@@ -90,7 +90,9 @@ def test_a_context_goes_before_what_made_it(
     assert not it.trt.faults
 
 
-def test_a_second_session_hears_the_library_too(built: Callable[..., Any], opened: Callable[..., Any]) -> None:
+def test_a_second_session_hears_the_library_too(
+    built: Callable[..., Any], opened: Callable[..., Any]
+) -> None:
     """It has one logger a process, the first: what it says of another session's engines must not be lost."""
     with opened(built()) as first, opened(built()) as second:
         for it in (second, first):

@@ -35,7 +35,9 @@ def test_an_empty_file_has_nothing_to_read(tmp_path: Path) -> None:
     cache.close()
 
 
-def test_where_the_system_cannot_tell_everything_counts_as_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_system_cannot_tell_everything_counts_as_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(4 * PAGE))
     os.truncate(path, 8 * PAGE)

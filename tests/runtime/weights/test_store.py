@@ -60,7 +60,9 @@ class File:
                 assert api.device_of(address) == device
                 there = bytes_on_device(address, weight.nbytes)
                 same = there == self.content[weight.offset : weight.end]
-                assert same, name  # not the comparison itself: pytest would describe megabytes of difference
+                assert same, (
+                    name
+                )  # not the comparison itself: pytest would describe megabytes of difference
 
 
 def files_in(folder: Path, *names: str) -> list[File]:

@@ -73,14 +73,26 @@ def open_peer(name: str, bundle: Bundle, *, threads: int) -> Peer:
         BundleError: the bundle is quantized.
     """
     if name not in PEERS:
-        raise ConfigError(f"there is no peer {name!r}", found=f"allowed: {', '.join(PEERS)}", do="choose one of them")
+        raise ConfigError(
+            f"there is no peer {name!r}",
+            found=f"allowed: {', '.join(PEERS)}",
+            do="choose one of them",
+        )
     require_libraries("peers", "torch", "transformers", what=f"the peer {name}")
     from twotower.bench.peers.hugging_face import TransformersPeer
 
     return TransformersPeer(bundle, threads=threads)
 
 
-def measure_peer(model: TwoTower, peer: Peer, prompts: Sequence[Sequence[int]], *, new_tokens: int, runs: int, threads: int) -> PeerSpeed:
+def measure_peer(
+    model: TwoTower,
+    peer: Peer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    runs: int,
+    threads: int,
+) -> PeerSpeed:
     """Times both in turns, after one run of each that is not counted.
 
     Args:
@@ -108,7 +120,9 @@ def measure_peer(model: TwoTower, peer: Peer, prompts: Sequence[Sequence[int]], 
     count = len(prompts) * new_tokens
     ours, other = count / median(mine), count / median(theirs)
     agreed = sum(_agreed(a, b) for a, b in zip(*texts, strict=True))
-    return PeerSpeed(peer.name, peer.version, peer.form, threads, other, ours, ours / other, agreed / count)
+    return PeerSpeed(
+        peer.name, peer.version, peer.form, threads, other, ours, ours / other, agreed / count
+    )
 
 
 def _agreed(a: Sequence[int], b: Sequence[int]) -> int:

@@ -20,7 +20,12 @@ from twotower.weights.conversion import read_weight
 __all__ = ["TransformersPeer"]
 
 _FORMS = ("grouped_mm", "eager", "batched_mm")
-_KINDS = {LayerKind.MAMBA: "mamba", LayerKind.MOE: "moe", LayerKind.ATTENTION: "attention", LayerKind.MLP: "mlp"}
+_KINDS = {
+    LayerKind.MAMBA: "mamba",
+    LayerKind.MOE: "moe",
+    LayerKind.ATTENTION: "attention",
+    LayerKind.MLP: "mlp",
+}
 
 
 class TransformersPeer:
@@ -53,7 +58,9 @@ class TransformersPeer:
             model: Any = transformers.NemotronHForCausalLM(_config_of(bundle.config))
         self._model = model.eval()
         wanted = {name: value.shape for name, value in self._model.state_dict().items()}
-        state = {name: value.reshape(wanted[name]) for name, value in _state(bundle) if name in wanted}
+        state = {
+            name: value.reshape(wanted[name]) for name, value in _state(bundle) if name in wanted
+        }
         if missing := sorted(wanted.keys() - state.keys()):
             raise ConfigError(
                 f"transformers {self.version} has other weights of this model than twotower knows",
@@ -96,7 +103,9 @@ class TransformersPeer:
 
 def _config_of(config: ModelConfig) -> Any:
     c = config
-    sizes: dict[str, Any] = {"num_hidden_layers": len(c.layers)}  # which the library takes from the layers, and does not declare
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": len(c.layers)
+    }  # which the library takes from the layers, and does not declare
     return transformers.NemotronHConfig(
         **sizes,
         vocab_size=c.vocab_size,
@@ -123,7 +132,8 @@ def _config_of(config: ModelConfig) -> Any:
         topk_group=c.topk_group,
         mlp_hidden_act="relu2",
         layer_norm_epsilon=c.layer_norm_epsilon,
-        time_step_min=1e-9,  # transformers clamps dt from below here, where the published code does not
+        # transformers clamps dt from below here, where the published code does not
+        time_step_min=1e-9,
         time_step_limit=(0.0, float("inf")),
         tie_word_embeddings=False,
         pad_token_id=c.pad_token_id,
@@ -138,7 +148,9 @@ def _state(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
         data = np.memmap(bundle.path / (GRAPH_FILES[graph] + DATA_SUFFIX), dtype=np.uint8, mode="c")
         for name, ref in bundle.weights(graph).items():
             value = torch.from_numpy(np.asarray(read_weight(data, ref), np.float32))
-            key = name.replace("context_tower.", "model.", 1).replace("context_lm_head.", "lm_head.", 1)
+            key = name.replace("context_tower.", "model.", 1).replace(
+                "context_lm_head.", "lm_head.", 1
+            )
             if key.endswith(".A_log.negated_exp"):
                 yield key.removesuffix(".negated_exp"), torch.log(-value)
             elif key.endswith(".conv1d.weight.transposed"):
@@ -146,7 +158,9 @@ def _state(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
             elif key.endswith(".qkv_proj.weight"):
                 heads, groups = bundle.config.num_attention_heads, bundle.config.num_key_value_heads
                 rows = [count * bundle.config.head_dim for count in (heads, groups, groups)]
-                for part, (first, end) in zip("qkv", pairwise(accumulate(rows, initial=0)), strict=True):
+                for part, (first, end) in zip(
+                    "qkv", pairwise(accumulate(rows, initial=0)), strict=True
+                ):
                     yield key.replace(".qkv_proj.", f".{part}_proj."), value[first:end]
             elif ".experts." in key:
                 yield key.removesuffix(".weight"), value

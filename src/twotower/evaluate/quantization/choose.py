@@ -17,7 +17,12 @@ from twotower.calibration.streaming import rounding_error
 from twotower.config.formats import ACTIVATIONS, FORMATS
 from twotower.errors import BudgetError
 from twotower.evaluate.measure import Contestant, Measured, measure
-from twotower.evaluate.quantization.format_ladders import KEPT, Candidate, ChooseConfig, FormatLadders
+from twotower.evaluate.quantization.format_ladders import (
+    KEPT,
+    Candidate,
+    ChooseConfig,
+    FormatLadders,
+)
 from twotower.evaluate.quantization.price import compared, flags_of
 from twotower.evaluate.quantization.variants import Mixer
 from twotower.evaluate.suite import Problem, Suite
@@ -50,9 +55,10 @@ def choose(
 ) -> Choice:
     """Chooses on one half of the problems and checks on the other.
 
-    Every kind is first measured alone in every format. Then all kinds take the smallest format that is inside the budget alone; while they
-    are outside together, the kind that costs most gives way. Last, of kinds that had to, as many layers as the budget allows go back to the
-    smaller format, those first whose weights lose least by it.
+    Every kind is first measured alone in every format. Then all kinds take the smallest format that
+    is inside the budget alone; while they are outside together, the kind that costs most gives way.
+    Last, of kinds that had to, as many layers as the budget allows go back to the smaller format,
+    those first whose weights lose least by it.
 
     Args:
         bundle: The float bundle; its `ort-cpu` engine is built if it is not there.
@@ -86,7 +92,9 @@ def choose(
 class _Search:
     """The measurements of one search; contestants are opened when they are asked for and closed after."""
 
-    def __init__(self, bundle: Bundle, suite: Suite, config: ChooseConfig, stack: ExitStack) -> None:
+    def __init__(
+        self, bundle: Bundle, suite: Suite, config: ChooseConfig, stack: ExitStack
+    ) -> None:
         self._bundle, self._config, self._stack = bundle, config, stack
         self._halves = suite.halves()
         self._suite = suite
@@ -95,51 +103,85 @@ class _Search:
         self.formats = FormatLadders(self._parts, config)
         self._trail: list[dict[str, Any]] = []
 
-    def prepare(self, scratch: Path, statistics: Statistics | None, tell: Callable[[str, int, int], None]) -> None:
+    def prepare(
+        self, scratch: Path, statistics: Statistics | None, tell: Callable[[str, int, int], None]
+    ) -> None:
         """Every format once, as a bundle that mixtures take their weights from."""
         build_engines(self._bundle, _TARGET, builder_for(_TARGET), report=tell)
         made: list[Bundle] = []
         held: list[Precision] = []
         self._activations: dict[str, dict[str, ActivationFormat]] = {}
         for name in self._config.formats:
-            for inputs in (False, True) if statistics is not None and FORMATS[name].dtype in ACTIVATIONS else (False,):
+            for inputs in (
+                (False, True)
+                if statistics is not None and FORMATS[name].dtype in ACTIVATIONS
+                else (False,)
+            ):
                 recipe = self.formats.everything(name, inputs=inputs)
                 plan = plan_quantization(self._bundle, recipe, self._config.quantize, statistics)
                 self._activations.setdefault(name, {}).update(plan.precision.activations)
                 if any(other.weights == plan.precision.weights for other in held):
                     continue  # the same weights: mixtures take them from the one that is there
                 held.append(plan.precision)
-                made.append(quantize_bundle(self._bundle, plan, scratch / f"{name}{'-inputs' if inputs else ''}", report=tell))
+                made.append(
+                    quantize_bundle(
+                        self._bundle,
+                        plan,
+                        scratch / f"{name}{'-inputs' if inputs else ''}",
+                        report=tell,
+                    )
+                )
                 build_engines(made[-1], _TARGET, builder_for(_TARGET))
         graphs = scratch / "graphs"
         graphs.mkdir()
         self._mixer = Mixer(self._bundle, made, graphs, threads=self._config.threads)
-        self._float = self._stack.enter_context(TwoTower.open(self._bundle.path, _TARGET, threads=self._config.threads))
+        self._float = self._stack.enter_context(
+            TwoTower.open(self._bundle.path, _TARGET, threads=self._config.threads)
+        )
         price = self._config.price
         options, most = self._float.defaults.seeded(), price.max_new_tokens
         self._generation = replace(options, mode="diffusion", top_p=1.0, max_new_tokens=most)
-        self._ladders = {kind: self.formats.ladder(kind, inputs=statistics is not None) for kind in self.formats.kinds}
+        self._ladders = {
+            kind: self.formats.ladder(kind, inputs=statistics is not None)
+            for kind in self.formats.kinds
+        }
 
-    def alone(self, tell: Callable[[str, int, int], None]) -> dict[tuple[str, Candidate], dict[str, Any]]:
+    def alone(
+        self, tell: Callable[[str, int, int], None]
+    ) -> dict[tuple[str, Candidate], dict[str, Any]]:
         """Every kind in every format, everything else as it is."""
         wanted = {(kind, c): {kind: c} for kind, ladder in self._ladders.items() for c in ladder}
-        return self._measured(wanted, self._halves[0].problems, lambda done, total: tell("measuring kinds alone", done, total))
+        return self._measured(
+            wanted,
+            self._halves[0].problems,
+            lambda done, total: tell("measuring kinds alone", done, total),
+        )
 
     def together(
-        self, alone: Mapping[tuple[str, Candidate], dict[str, Any]], tell: Callable[[str, int, int], None]
+        self,
+        alone: Mapping[tuple[str, Candidate], dict[str, Any]],
+        tell: Callable[[str, int, int], None],
     ) -> dict[str, Candidate]:
         """The smallest formats whose mixture is inside the budget."""
-        chosen = {kind: next((c for c in ladder if self._inside(alone[kind, c])), KEPT) for kind, ladder in self._ladders.items()}
+        chosen = {
+            kind: next((c for c in ladder if self._inside(alone[kind, c])), KEPT)
+            for kind, ladder in self._ladders.items()
+        }
         while any(c != KEPT for c in chosen.values()):
             facts = self._of(chosen, {}, "measuring the mixture", tell)
             if self._inside(facts):
                 break
-            worst = max((kind for kind, c in chosen.items() if c != KEPT), key=lambda kind: self._cost(alone[kind, chosen[kind]]))
+            worst = max(
+                (kind for kind, c in chosen.items() if c != KEPT),
+                key=lambda kind: self._cost(alone[kind, chosen[kind]]),
+            )
             ladder = self._ladders[worst]
             chosen[worst] = (*ladder, KEPT)[ladder.index(chosen[worst]) + 1]
         return chosen
 
-    def by_layer(self, chosen: Mapping[str, Candidate], tell: Callable[[str, int, int], None]) -> dict[tuple[str, int, str], str]:
+    def by_layer(
+        self, chosen: Mapping[str, Candidate], tell: Callable[[str, int, int], None]
+    ) -> dict[tuple[str, int, str], str]:
         """Layers that take the smallest format of their kind though the kind as a whole could not: (tower, layer, kind) -> format."""
         lowered: dict[tuple[str, int, str], str] = {}
         for kind, ladder in self._ladders.items():
@@ -169,10 +211,20 @@ class _Search:
         """Everything measured, and the check on the half that was not chosen on."""
         check = self._of(chosen, lowered, "checking on the other half", tell, half=1)
         return {
-            "suite": {"name": self._suite.name, "sha256": self._suite.sha256, "problems": len(self._suite.problems)},
-            "budget": {"percent": self._config.price.budget, "max_inflation": self._config.price.max_inflation},
+            "suite": {
+                "name": self._suite.name,
+                "sha256": self._suite.sha256,
+                "problems": len(self._suite.problems),
+            },
+            "budget": {
+                "percent": self._config.price.budget,
+                "max_inflation": self._config.price.max_inflation,
+            },
             "generation": self._generation.to_json(),
-            "alone": [{"kind": kind, "candidate": c.label, **_short(facts)} for (kind, c), facts in alone.items()],
+            "alone": [
+                {"kind": kind, "candidate": c.label, **_short(facts)}
+                for (kind, c), facts in alone.items()
+            ],
             "tried": self._trail,
             "chosen": {kind: c.label for kind, c in chosen.items()},
             "layers": [e.to_json() for e in recipe.exceptions],
@@ -180,7 +232,9 @@ class _Search:
             "flags": flags_of(check, self._config.price),
         }
 
-    def _precision(self, chosen: Mapping[str, Candidate], lowered: Mapping[tuple[str, int, str], str]) -> Precision:
+    def _precision(
+        self, chosen: Mapping[str, Candidate], lowered: Mapping[tuple[str, int, str], str]
+    ) -> Precision:
         plain = self.formats.recipe(chosen, lowered)
         weights = {part.name: how for part in self._parts if (how := plain.format_of(part))}
         activations: dict[str, ActivationFormat] = {}
@@ -202,26 +256,46 @@ class _Search:
         """Figures of one mixture on one half of the problems."""
         model = self._mixer.open(self._precision(chosen, lowered))
         try:
-            facts = self._against_float({"it": model}, self._halves[half].problems, lambda done, total: tell(what, done, total))["it"]
+            facts = self._against_float(
+                {"it": model},
+                self._halves[half].problems,
+                lambda done, total: tell(what, done, total),
+            )["it"]
         finally:
             model.close()
-        tried = {"kinds": {k: c.label for k, c in chosen.items()}, "layers": len(lowered), "half": half, **_short(facts)}
+        tried = {
+            "kinds": {k: c.label for k, c in chosen.items()},
+            "layers": len(lowered),
+            "half": half,
+            **_short(facts),
+        }
         self._trail.append(tried)
         return facts
 
     def _measured(
-        self, wanted: Mapping[Any, Mapping[str, Candidate]], problems: Sequence[Problem], tick: Callable[[int, int], None]
+        self,
+        wanted: Mapping[Any, Mapping[str, Candidate]],
+        problems: Sequence[Problem],
+        tick: Callable[[int, int], None],
     ) -> dict[Any, dict[str, Any]]:
         with ExitStack() as stack:
-            models = {key: stack.enter_context(self._mixer.open(self._precision(chosen, {}))) for key, chosen in wanted.items()}
+            models = {
+                key: stack.enter_context(self._mixer.open(self._precision(chosen, {})))
+                for key, chosen in wanted.items()
+            }
             return self._against_float(models, problems, tick)
 
     def _against_float(
-        self, models: Mapping[Any, TwoTower], problems: Sequence[Problem], tick: Callable[[int, int], None]
+        self,
+        models: Mapping[Any, TwoTower],
+        problems: Sequence[Problem],
+        tick: Callable[[int, int], None],
     ) -> dict[Any, dict[str, Any]]:
         names = {key: str(i) for i, key in enumerate(models)}
         contestants = [Contestant(_FLOAT, self._float, self._generation)]
-        contestants += [Contestant(names[key], model, self._generation) for key, model in models.items()]
+        contestants += [
+            Contestant(names[key], model, self._generation) for key, model in models.items()
+        ]
         measured: dict[str, Measured] = measure(problems, contestants, tick)
         return {key: compared(measured[names[key]], measured[_FLOAT]) for key in models}
 
@@ -231,7 +305,10 @@ class _Search:
     def _cost(self, facts: Mapping[str, Any]) -> float:
         """Shares of the budgets that are used up, added."""
         price = self._config.price
-        lost, more = 100 - (facts["retention"]["value"] or 0.0), 100 * ((facts["inflation"]["value"] or 1.0) - 1)
+        lost, more = (
+            100 - (facts["retention"]["value"] or 0.0),
+            100 * ((facts["inflation"]["value"] or 1.0) - 1),
+        )
         return float(lost / max(100 - price.budget, 0.1) + more / max(price.max_inflation, 0.1))
 
     def _layers_by_error(self, kind: str, name: str) -> list[tuple[str, int, str]]:
@@ -243,7 +320,9 @@ class _Search:
                 how = recipe.format_of(part)
                 assert how is not None
                 key = (part.tower, part.layer, kind)
-                error = rounding_error(self._bundle, part.name, how, rounding=self._config.quantize.rounding)
+                error = rounding_error(
+                    self._bundle, part.name, how, rounding=self._config.quantize.rounding
+                )
                 errors[key] = max(errors.get(key, 0.0), error)
         return sorted(errors, key=errors.__getitem__)
 

@@ -60,10 +60,18 @@ class ChooseConfig:
         unknown = [name for name in self.formats if name not in FORMATS]
         if unknown or not self.formats:
             found = f"{', '.join(unknown) or 'none'}; allowed: {', '.join(FORMATS)}"
-            raise ConfigError("--formats names a format there is not", found=found, do="write it like --formats int4,int8")
+            raise ConfigError(
+                "--formats names a format there is not",
+                found=found,
+                do="write it like --formats int4,int8",
+            )
         if not 0 < self.price.budget <= 100 or self.price.max_inflation < 0:
             found = f"budget {self.price.budget}, inflation {self.price.max_inflation}"
-            raise ConfigError("this budget cannot be asked for", found=found, do="name a budget of more than 0, up to 100 percent")
+            raise ConfigError(
+                "this budget cannot be asked for",
+                found=found,
+                do="name a budget of more than 0, up to 100 percent",
+            )
 
 
 class FormatLadders:
@@ -81,8 +89,17 @@ class FormatLadders:
     def everything(self, name: str, *, inputs: bool) -> Recipe:
         """All that can be, in one format; with the inputs of products where the format allows."""
         kinds = [kind for kind in self.kinds if self.fits(kind, name)]
-        rounded = [k for k in kinds if k not in _EIGHT_BITS_AT_LEAST] if inputs and FORMATS[name].dtype in ACTIVATIONS else []
-        return Recipe(name=name, weights=dict.fromkeys(kinds, name), activations=tuple(rounded), group=self._config.group)
+        rounded = (
+            [k for k in kinds if k not in _EIGHT_BITS_AT_LEAST]
+            if inputs and FORMATS[name].dtype in ACTIVATIONS
+            else []
+        )
+        return Recipe(
+            name=name,
+            weights=dict.fromkeys(kinds, name),
+            activations=tuple(rounded),
+            group=self._config.group,
+        )
 
     def fits(self, kind: str, name: str) -> bool:
         """Whether a kind can, and may, be stored in a format."""
@@ -90,7 +107,9 @@ class FormatLadders:
         group = self._config.group if name == "int4" else how.group
         if kind in _EIGHT_BITS_AT_LEAST and how.bits < 8:
             return False
-        return not group or all(part.columns % group == 0 for part in self._parts if part.kind == kind)
+        return not group or all(
+            part.columns % group == 0 for part in self._parts if part.kind == kind
+        )
 
     def ladder(self, kind: str, *, inputs: bool) -> tuple[Candidate, ...]:
         """From the smallest up; of two as small the one whose products are faster first."""
@@ -103,7 +122,9 @@ class FormatLadders:
             out.append(Candidate(name))
         return tuple(out)
 
-    def recipe(self, chosen: Mapping[str, Candidate], lowered: Mapping[tuple[str, int, str], str]) -> Recipe:
+    def recipe(
+        self, chosen: Mapping[str, Candidate], lowered: Mapping[tuple[str, int, str], str]
+    ) -> Recipe:
         """The choice as a recipe."""
         price = self._config.price
         return Recipe(
@@ -112,5 +133,8 @@ class FormatLadders:
             weights={kind: c.format for kind, c in chosen.items() if c != KEPT},
             activations=tuple(kind for kind, c in chosen.items() if c.inputs),
             group=self._config.group,
-            exceptions=tuple(RecipeException(tower=t, layer=i, kind=kind, format=f) for (t, i, kind), f in sorted(lowered.items())),
+            exceptions=tuple(
+                RecipeException(tower=t, layer=i, kind=kind, format=f)
+                for (t, i, kind), f in sorted(lowered.items())
+            ),
         )

@@ -17,7 +17,16 @@ from twotower.evaluate.resampling import Resampler
 from twotower.evaluate.suite import Problem, Suite
 from twotower.runtime import TwoTower
 
-__all__ = ["FLOAT", "FLOAT_AR", "QUANTIZED", "QUANTIZED_AR", "PriceConfig", "compared", "flags_of", "measure_price"]
+__all__ = [
+    "FLOAT",
+    "FLOAT_AR",
+    "QUANTIZED",
+    "QUANTIZED_AR",
+    "PriceConfig",
+    "compared",
+    "flags_of",
+    "measure_price",
+]
 
 FLOAT, QUANTIZED, FLOAT_AR, QUANTIZED_AR = "float", "quantized", "float ar", "quantized ar"
 KIND = "twotower-quantization"
@@ -81,8 +90,17 @@ def measure_price(
         "schema": SCHEMA,
         "kind": KIND,
         "twotower": __version__,
-        "machine": {"system": platform.system(), "processor": platform.machine(), "python": platform.python_version()},
-        "suite": {"name": suite.name, "sha256": suite.sha256, "problems": len(suite.problems), "kinds": list(suite.kinds)},
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "python": platform.python_version(),
+        },
+        "suite": {
+            "name": suite.name,
+            "sha256": suite.sha256,
+            "problems": len(suite.problems),
+            "kinds": list(suite.kinds),
+        },
         "generation": base.to_json(),
         "budget": {"percent": config.budget, "max_inflation": config.max_inflation},
         "settings": {
@@ -102,14 +120,19 @@ def measure_price(
 def compared(after: Measured, before: Measured) -> dict[str, Any]:
     """Ratios of a changed model to the original one on the same problems, each with its interval.
 
-    `inflation` is passes a block over passes a block; `step_time` how much faster a pass is, the context tower's share and everything
-    but the prompt counted in; `speedup` their quotient: what is left of a faster pass when more of them are needed. Tokens a second, which
-    texts of another length move too, are in `tokens_per_second`.
+    `inflation` is passes a block over passes a block; `step_time` how much faster a pass is, the
+    context tower's share and everything but the prompt counted in; `speedup` their quotient: what
+    is left of a faster pass when more of them are needed. Tokens a second, which texts of another
+    length move too, are in `tokens_per_second`.
     """
     draws = Resampler(len(after.right))
     spent, spent_before = after.ms - after.prefill_ms, before.ms - before.prefill_ms
-    inflation = draws.interval(lambda n, b, m, c: (n / b) / (m / c), after.nfe, after.blocks, before.nfe, before.blocks)
-    step = draws.interval(lambda t, n, u, m: (u / m) / (t / n), spent, after.nfe, spent_before, before.nfe)
+    inflation = draws.interval(
+        lambda n, b, m, c: (n / b) / (m / c), after.nfe, after.blocks, before.nfe, before.blocks
+    )
+    step = draws.interval(
+        lambda t, n, u, m: (u / m) / (t / n), spent, after.nfe, spent_before, before.nfe
+    )
     speed = draws.interval(
         lambda t, n, b, u, m, c: ((u / m) / (t / n)) / ((n / b) / (m / c)),
         *(spent, after.nfe, after.blocks, spent_before, before.nfe, before.blocks),
@@ -121,7 +144,10 @@ def compared(after: Measured, before: Measured) -> dict[str, Any]:
         "won": figures["won"],
         "same_text": sum(a == b for a, b in zip(after.texts, before.texts, strict=True)),
         "problems": len(after.right),
-        "passes_per_block": [summary(before, before)["passes_per_block"], figures["passes_per_block"]],
+        "passes_per_block": [
+            summary(before, before)["passes_per_block"],
+            figures["passes_per_block"],
+        ],
         "inflation": inflation.to_json(),
         "step_time": step.to_json(),
         "speedup": speed.to_json(),
@@ -134,10 +160,14 @@ def flags_of(result: Mapping[str, Any], config: PriceConfig) -> list[str]:
     out = []
     kept, inflation = result["retention"]["value"], result["inflation"]["value"]
     if kept is None or kept < config.budget:
-        out.append(f"keeps {_percent(kept)} of the float bundle's right answers, below the budget of {config.budget:g} %")
+        out.append(
+            f"keeps {_percent(kept)} of the float bundle's right answers, below the budget of {config.budget:g} %"
+        )
     if inflation is None or inflation > 1 + config.max_inflation / 100 + 1e-9:
         more = math.nan if inflation is None else 100 * (inflation - 1)
-        out.append(f"needs {more:.1f} % more passes a block than the float bundle, above the accepted {config.max_inflation:g} %")
+        out.append(
+            f"needs {more:.1f} % more passes a block than the float bundle, above the accepted {config.max_inflation:g} %"
+        )
     return out
 
 
@@ -147,13 +177,24 @@ def _percent(value: float | None) -> str:
 
 def _tasks(problems: Sequence[Problem], after: Measured, before: Measured) -> dict[str, Any]:
     kinds = np.array([p.kind for p in problems])
-    return {kind: compared(after.take(kinds == kind), before.take(kinds == kind)) for kind in sorted(set(kinds.tolist()))}
+    return {
+        kind: compared(after.take(kinds == kind), before.take(kinds == kind))
+        for kind in sorted(set(kinds.tolist()))
+    }
 
 
-def _examples(problems: Sequence[Problem], after: Measured, before: Measured) -> list[dict[str, str]]:
+def _examples(
+    problems: Sequence[Problem], after: Measured, before: Measured
+) -> list[dict[str, str]]:
     lost = [i for i in range(len(problems)) if before.right[i] and not after.right[i]]
     return [
-        {"id": p.id, "kind": p.kind, "prompt": p.prompt, "answer": p.answer, "diffusion": after.texts[i]}
+        {
+            "id": p.id,
+            "kind": p.kind,
+            "prompt": p.prompt,
+            "answer": p.answer,
+            "diffusion": after.texts[i],
+        }
         for i in lost[:_EXAMPLES]
         for p in [problems[i]]
     ]

@@ -33,7 +33,16 @@ from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, signatures
 from twotower.weights.declared import Weight, lay_out
 from twotower.weights.refs import WeightRef
 
-__all__ = ["Mixer", "Pair", "bytes_by_kind", "bytes_report", "note_of", "parts_alone", "price_of", "require_pair"]
+__all__ = [
+    "Mixer",
+    "Pair",
+    "bytes_by_kind",
+    "bytes_report",
+    "note_of",
+    "parts_alone",
+    "price_of",
+    "require_pair",
+]
 
 
 class Mixer:
@@ -41,18 +50,24 @@ class Mixer:
 
     Args:
         reference: A float bundle with a built `ort-cpu` engine.
-        quantized: Bundles made from it, with built `ort-cpu` engines; together they must hold every format a mixture asks for.
+        quantized: Bundles made from it, with built `ort-cpu` engines; together they must hold every
+            format a mixture asks for.
         scratch: A folder for the graphs.
         threads: Threads of the engines, 0 for as many as the bundle's own would take.
     """
 
-    def __init__(self, reference: Bundle, quantized: Sequence[Bundle], scratch: Path, *, threads: int = 0) -> None:
+    def __init__(
+        self, reference: Bundle, quantized: Sequence[Bundle], scratch: Path, *, threads: int = 0
+    ) -> None:
         self._reference, self._scratch, self._threads = reference, scratch, threads
         self._bundles = (reference, *quantized)
         self._precisions = [precision_of(bundle) for bundle in quantized]
-        self._places = [{name: engine_places(bundle, name) for name in GRAPH_FILES} for bundle in self._bundles]
+        self._places = [
+            {name: engine_places(bundle, name) for name in GRAPH_FILES} for bundle in self._bundles
+        ]
         self._numbers = count()
-        # ONNX Runtime reads weights of one folder only, links resolved: the nearest one that holds all bundles.
+        # ONNX Runtime reads weights of one folder only, links resolved: the nearest one that holds
+        # all bundles.
         paths = [bundle.path.resolve() for bundle in self._bundles]
         self._root = Path(os.path.commonpath(paths))
         self._folders = [path.relative_to(self._root).as_posix() for path in paths]
@@ -64,7 +79,9 @@ class Mixer:
             ConfigError: a weight is wanted in a format none of the bundles holds it in.
         """
         number = next(self._numbers)
-        context, head, denoiser = (self._engine(name, precision, number) for name in (CONTEXT, CONTEXT_HEAD, DENOISER))
+        context, head, denoiser = (
+            self._engine(name, precision, number) for name in (CONTEXT, CONTEXT_HEAD, DENOISER)
+        )
         bundle = self._reference
         return TwoTower.from_towers(
             Towers(bundle.config, "float32", context, head, denoiser),
@@ -79,13 +96,24 @@ class Mixer:
         located: dict[str, tuple[str, WeightRef]] = {}
         for weight in graph.weights:
             source = self._source(weight)
-            if weight.name in self._places[source][name]:  # scales that were expanded with their weight are not
+            if (
+                weight.name in self._places[source][name]
+            ):  # scales that were expanded with their weight are not
                 location, ref = self._places[source][name][weight.name]
                 located[weight.name] = (f"{self._folders[source]}/{location}", ref)
-        path, signature = self._scratch / f"{number}.{name}.onnx", signatures(self._reference.config, "float32")[name]
+        path, signature = (
+            self._scratch / f"{number}.{name}.onnx",
+            signatures(self._reference.config, "float32")[name],
+        )
         top = self._reference.config.num_experts_per_tok or None
         return composed_engine(
-            ir.to_proto(graph.model), located, path, root=self._root, signature=signature, top=top, threads=self._threads
+            ir.to_proto(graph.model),
+            located,
+            path,
+            root=self._root,
+            signature=signature,
+            top=top,
+            threads=self._threads,
         )
 
     def _source(self, weight: Weight) -> int:
@@ -155,15 +183,23 @@ def price_of(
         progress: Called with (problems done, problems in all).
     """
     quantized, reference = opened
-    why_not = _why_no_parts(pair, opened) if sensitivity else "parts were not measured alone: not asked for"
+    why_not = (
+        _why_no_parts(pair, opened)
+        if sensitivity
+        else "parts were not measured alone: not asked for"
+    )
     with ExitStack() as stack:
         variants: dict[str, TwoTower] = {}
         if not why_not:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="twotower-parts-")))
+            scratch = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="twotower-parts-"))
+            )
             mixer = Mixer(pair.reference, [pair.quantized], scratch, threads=threads)
             for name, precision in parts_alone(pair.quantized):
                 variants[name] = stack.enter_context(mixer.open(precision))
-        report = measure_price(reference, quantized, suite, config, variants=variants, progress=progress)
+        report = measure_price(
+            reference, quantized, suite, config, variants=variants, progress=progress
+        )
     facts = pair.quantized.quantization
     assert facts is not None
     report["quantized"] = {
@@ -187,7 +223,10 @@ def note_of(report: dict[str, Any]) -> dict[str, Any]:
         "target": report["quantized"]["target"],
         "generation": report["generation"],
         "budget": report["budget"],
-        **{name: total[name] for name in ("retention", "passes_per_block", "inflation", "step_time", "speedup")},
+        **{
+            name: total[name]
+            for name in ("retention", "passes_per_block", "inflation", "step_time", "speedup")
+        },
         "flags": report["flags"],
     }
 
@@ -196,16 +235,26 @@ def parts_alone(bundle: Bundle) -> Iterator[tuple[str, Precision]]:
     """Every layer kind of a quantized bundle alone, then every tower."""
     whole = precision_of(bundle)
     graphs = (build_graph(name, bundle.config, bundle.dtype) for name in GRAPH_FILES)
-    parts = {p.name: p for graph in graphs for p in parts_of(bundle.config, graph.weights) if p.name in whole.weights}
+    parts = {
+        p.name: p
+        for graph in graphs
+        for p in parts_of(bundle.config, graph.weights)
+        if p.name in whole.weights
+    }
     for kind in dict.fromkeys(part.kind for part in parts.values()):
         yield kind, _restricted(whole, {name for name, part in parts.items() if part.kind == kind})
     for tower in ("context", "denoiser"):
-        yield f"{tower} tower", _restricted(whole, {name for name, part in parts.items() if part.tower == tower})
+        yield (
+            f"{tower} tower",
+            _restricted(whole, {name for name, part in parts.items() if part.tower == tower}),
+        )
 
 
 def _restricted(whole: Precision, chosen: set[str]) -> Precision:
     weights = {name: how for name, how in whole.weights.items() if name in chosen}
-    return Precision(weights, {name: how for name, how in whole.activations.items() if name in weights})
+    return Precision(
+        weights, {name: how for name, how in whole.activations.items() if name in weights}
+    )
 
 
 def _why_no_parts(pair: Pair, opened: tuple[TwoTower, TwoTower]) -> str:
@@ -231,13 +280,27 @@ def bytes_by_kind(bundle: Bundle, dtype: str | None = None) -> dict[str, int]:
 
 def bytes_report(quantized: Bundle, reference: Bundle) -> dict[str, Any]:
     """Before, after, and in bfloat16; the files of engines, which can be built again, are not counted."""
-    after, before, half = bytes_by_kind(quantized), bytes_by_kind(reference), bytes_by_kind(reference, "bfloat16")
+    after, before, half = (
+        bytes_by_kind(quantized),
+        bytes_by_kind(reference),
+        bytes_by_kind(reference, "bfloat16"),
+    )
     return {
         "files": {"before": _files(reference), "after": _files(quantized)},
-        "weights": {"before": sum(before.values()), "after": sum(after.values()), "bfloat16": sum(half.values())},
-        "kinds": {kind: {"before": before[kind], "after": after[kind], "bfloat16": half[kind]} for kind in sorted(before)},
+        "weights": {
+            "before": sum(before.values()),
+            "after": sum(after.values()),
+            "bfloat16": sum(half.values()),
+        },
+        "kinds": {
+            kind: {"before": before[kind], "after": after[kind], "bfloat16": half[kind]}
+            for kind in sorted(before)
+        },
     }
 
 
 def _files(bundle: Bundle) -> int:
-    return sum(record.size for record in bundle.files.values()) + (bundle.path / MANIFEST_FILE).stat().st_size
+    return (
+        sum(record.size for record in bundle.files.values())
+        + (bundle.path / MANIFEST_FILE).stat().st_size
+    )

@@ -16,7 +16,9 @@ X = Described("tokens.1", ["rows.1", 64])
 Y = Described("y.1", ["rows.1", 32])
 MATRIX = Described("tower.layers.0.mixer.up.weight.1", [32, 64])
 NODES = ["layers.0.moe/DequantizeLinear", "layers.0.moe/Transpose"]
-PRODUCT = Launch("MatMul", ["tokens.1", "copy"], ["y.1"], ["layers.0.moe/MatMul"], "fully_connected")
+PRODUCT = Launch(
+    "MatMul", ["tokens.1", "copy"], ["y.1"], ["layers.0.moe/MatMul"], "fully_connected"
+)
 
 
 def read(tensors: list[Described], launches: list[Launch]) -> Program:
@@ -29,9 +31,20 @@ def found(tensors: list[Described], launches: list[Launch]) -> list[ExpandedWeig
 
 
 def test_a_stack_dequantized_in_a_kernel_of_its_own() -> None:
-    (copy,) = found([STACK, SCALES, COPY], [Launch("__myl_CastMulCast", ["s", "q"], ["copy"], NODES), PRODUCT])
-    assert (copy.kernel, copy.scope, copy.nodes) == ("__myl_CastMulCast", "layers.0.moe", tuple(NODES))
-    assert (copy.dims, copy.dtype, copy.nbytes, copy.stacked) == ((8, 64, 32), "bf16", 8 * 64 * 32 * 2, True)
+    (copy,) = found(
+        [STACK, SCALES, COPY], [Launch("__myl_CastMulCast", ["s", "q"], ["copy"], NODES), PRODUCT]
+    )
+    assert (copy.kernel, copy.scope, copy.nodes) == (
+        "__myl_CastMulCast",
+        "layers.0.moe",
+        tuple(NODES),
+    )
+    assert (copy.dims, copy.dtype, copy.nbytes, copy.stacked) == (
+        (8, 64, 32),
+        "bf16",
+        8 * 64 * 32 * 2,
+        True,
+    )
     assert copy.weights == ("s bf16 [8, 1, 32]", "q int8 [8, 64, 32]")
 
 
@@ -42,15 +55,25 @@ def test_dequantization_inside_the_product_is_none() -> None:
 
 def test_a_weight_that_is_an_input_and_is_turned_round() -> None:
     turned = Described("copy", [64, 32], "bf16", "scratch_1")
-    (copy,) = found([turned], [Launch("__myl_Tran", [MATRIX.name], ["copy"], ["layers.0.moe/Transpose"]), PRODUCT])
+    (copy,) = found(
+        [turned],
+        [Launch("__myl_Tran", [MATRIX.name], ["copy"], ["layers.0.moe/Transpose"]), PRODUCT],
+    )
     assert copy.weights == ("tower.layers.0.mixer.up.weight bf16 [32, 64]",)
     assert not copy.stacked
 
 
 def test_in_two_steps_each_copy_counts() -> None:
     scales = Described("t", [8, 64, 32], "bf16", "scratch_0")
-    steps = [Launch("__myl_Repl", ["s"], ["t"]), Launch("__myl_Mul", ["q", "t"], ["copy"], NODES), PRODUCT]
-    assert [c.kernel for c in found([STACK, SCALES, COPY, scales], steps)] == ["__myl_Repl", "__myl_Mul"]
+    steps = [
+        Launch("__myl_Repl", ["s"], ["t"]),
+        Launch("__myl_Mul", ["q", "t"], ["copy"], NODES),
+        PRODUCT,
+    ]
+    assert [c.kernel for c in found([STACK, SCALES, COPY, scales], steps)] == [
+        "__myl_Repl",
+        "__myl_Mul",
+    ]
 
 
 def test_memory_that_held_a_copy_and_holds_activations_later_is_none() -> None:
@@ -66,7 +89,9 @@ def test_memory_that_held_a_copy_and_holds_activations_later_is_none() -> None:
 
 
 def test_a_copy_beside_other_work_is_found_by_its_shape_and_its_reader() -> None:
-    mixed = Launch("__myl_MulCastAdd", ["q", "tokens.1"], ["copy", "h"], [*NODES, "layers.0.moe/Add"])
+    mixed = Launch(
+        "__myl_MulCastAdd", ["q", "tokens.1"], ["copy", "h"], [*NODES, "layers.0.moe/Add"]
+    )
     other = Described("h", ["rows.1", 64], "bf16", "scratch_0")
     assert [c.nbytes for c in found([STACK, COPY, other], [mixed, PRODUCT])] == [8 * 64 * 32 * 2]
     unread = Launch("MatMul", ["tokens.1", "h"], ["y.1"], operation="fully_connected")
@@ -76,9 +101,18 @@ def test_a_copy_beside_other_work_is_found_by_its_shape_and_its_reader() -> None
 @pytest.mark.parametrize(
     ("tensors", "launch"),
     [
-        ([Described("b", [32], "float", "scratch_0")], Launch("__myl_Resh", ["tower.bias.1"], ["b"])),
-        ([Described("e", ["rows.1", 64], "bf16", "scratch_0")], Launch("__myl_Gath", ["tokens.1", MATRIX.name], ["e"])),
-        ([Described("c", [8, 32], "bf16", "p-consts")], Launch("__myl_Cast", ["tower.bias.1"], ["c"])),
+        (
+            [Described("b", [32], "float", "scratch_0")],
+            Launch("__myl_Resh", ["tower.bias.1"], ["b"]),
+        ),
+        (
+            [Described("e", ["rows.1", 64], "bf16", "scratch_0")],
+            Launch("__myl_Gath", ["tokens.1", MATRIX.name], ["e"]),
+        ),
+        (
+            [Described("c", [8, 32], "bf16", "p-consts")],
+            Launch("__myl_Cast", ["tower.bias.1"], ["c"]),
+        ),
         ([Described("m", [32, 32], "float", "scratch_0")], Launch("__myl_Iota", [], ["m"])),
     ],
     ids=["a bias", "a row of an embedding", "no memory for activations", "made of nothing"],
@@ -92,9 +126,15 @@ KEYS = Described("present.5.key.1", ["rows.1", 2, 512, 16])
 
 @pytest.mark.parametrize(
     ("name", "dims", "times"),
-    [("__myl_ReshReplReshMove", ["rows.1", 8, 512, 16], 4), ("__myl_Tran", ["rows.1", 2, 16, 512], 1), ("__myl_Move", [16, 512, 16], 1)],
+    [
+        ("__myl_ReshReplReshMove", ["rows.1", 8, 512, 16], 4),
+        ("__myl_Tran", ["rows.1", 2, 16, 512], 1),
+        ("__myl_Move", [16, 512, 16], 1),
+    ],
 )
-def test_keys_written_again_before_attention_reads_them(name: str, dims: list[int | str], times: int) -> None:
+def test_keys_written_again_before_attention_reads_them(
+    name: str, dims: list[int | str], times: int
+) -> None:
     copy = Described("k", dims, "bf16", "scratch_0")
     made = read([KEYS, copy], [Launch(name, [KEYS.name], ["k"], ["layers.5.attention/Attention"])])
     (found,) = made.copied
@@ -106,7 +146,9 @@ def test_keys_that_are_updated_or_read_where_they_are() -> None:
     scores = Described("h", ["rows.1", 8, 16], "bf16", "scratch_0")
     same_size = Described("m", ["rows.1", 2, 32, 256], "bf16", "scratch_0")
     launches = [
-        Launch("__myl_Scat", ["tokens.1", KEYS.name], [KEYS.name], ["layers.5.attention/TensorScatter"]),
+        Launch(
+            "__myl_Scat", ["tokens.1", KEYS.name], [KEYS.name], ["layers.5.attention/TensorScatter"]
+        ),
         Launch("_gemv_mha_v1", [KEYS.name], ["h"], ["layers.5.attention/Attention"]),
         Launch("MatMul", ["tokens.1", KEYS.name], ["m"], operation="fully_connected"),
         Launch("__myl_Add", [KEYS.name], ["m"], ["layers.5.attention/Add"]),

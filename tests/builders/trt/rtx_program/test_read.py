@@ -24,12 +24,24 @@ def read(**changes: object) -> Program:
 def test_kernels_are_told_with_their_nodes_and_tensors() -> None:
     made = read()
     product, after = made.kernels
-    assert (product.operation, product.name, product.nodes) == ("fully_connected", "MatMul", ("layers.0.moe/MatMul",))
+    assert (product.operation, product.name, product.nodes) == (
+        "fully_connected",
+        "MatMul",
+        ("layers.0.moe/MatMul",),
+    )
     assert product.is_product
-    assert product.reads == ("tokens.1", "tower.layers.0.mixer.up.weight.1"), "a view stands for what it views"
+    assert product.reads == ("tokens.1", "tower.layers.0.mixer.up.weight.1"), (
+        "a view stands for what it views"
+    )
     assert after.reads == ("h",), "a size is no tensor"
     assert not after.is_product
-    assert (made.profile, made.sms, made.streams, made.events, made.capturable) == (0, (89,), 1, 1, True)
+    assert (made.profile, made.sms, made.streams, made.events, made.capturable) == (
+        0,
+        (89,),
+        1,
+        1,
+        True,
+    )
     assert (made.scratch, made.host) == (5120, 640)
     assert made.by_scope() == {"layers.0.moe": 2}
     assert not made.expanded
@@ -39,7 +51,11 @@ def test_kernels_are_told_with_their_nodes_and_tensors() -> None:
 def test_a_program_whose_shapes_are_all_fixed_works_out_none_on_the_host() -> None:
     """Engines for one row have no section of arithmetic on shapes."""
     text = program(inputs=["tokens.1", "tower.layers.0.mixer.up.weight.1"]).text()
-    fixed = text[: text.index("shape_main {")].replace('"rows.1" 64', "1 64").replace('"rows.1" 32', "1 32")
+    fixed = (
+        text[: text.index("shape_main {")]
+        .replace('"rows.1" 64', "1 64")
+        .replace('"rows.1" 32', "1 32")
+    )
     made = read_program_text(fixed.replace('"rows_shapeInput.1"', ""))
     assert len(made.kernels) == 2
     assert made.tensors["h"].dims == (1, 32)
@@ -84,7 +100,13 @@ def test_events_are_no_kernels() -> None:
         Launch("b", ["h"], ["y.1"], ["layers.0.moe/Mul"], stream=1),
     ]
     made = read(launches=launches, streams=2, capturable=0)
-    assert (len(made.kernels), made.signals, made.waits, made.streams, made.capturable) == (2, 1, 1, 2, False)
+    assert (len(made.kernels), made.signals, made.waits, made.streams, made.capturable) == (
+        2,
+        1,
+        1,
+        2,
+        False,
+    )
     assert [k.stream for k in made.kernels] == [0, 1]
 
 
@@ -96,9 +118,25 @@ def test_a_statement_of_an_unknown_kind_that_computes_is_a_kernel() -> None:
 def test_an_output_that_the_compiler_named_tells_no_profile() -> None:
     """A residual stream that a program both hands over and reads on itself is called by a name of the compiler's."""
     mark = " [profile 1]"
-    tensors = [Described(f"tokens{mark}.1", [8]), Described("__mye30868", [8]), Described(f"y{mark}.1", [8])]
-    launches = [Launch(f"__myl_Add{mark}", [f"tokens{mark}.1"], ["__mye30868", f"y{mark}.1"], [f"layers.0.moe/Add{mark}"])]
-    made = read(inputs=[f"tokens{mark}.1"], tensors=tensors, launches=launches, outputs=["__mye30868", f"y{mark}.1"])
+    tensors = [
+        Described(f"tokens{mark}.1", [8]),
+        Described("__mye30868", [8]),
+        Described(f"y{mark}.1", [8]),
+    ]
+    launches = [
+        Launch(
+            f"__myl_Add{mark}",
+            [f"tokens{mark}.1"],
+            ["__mye30868", f"y{mark}.1"],
+            [f"layers.0.moe/Add{mark}"],
+        )
+    ]
+    made = read(
+        inputs=[f"tokens{mark}.1"],
+        tensors=tensors,
+        launches=launches,
+        outputs=["__mye30868", f"y{mark}.1"],
+    )
     assert made.profile == 1
 
 
@@ -107,7 +145,11 @@ def test_programs_come_in_the_order_of_their_profiles() -> None:
         mark = f" [profile {profile}]" if profile else ""
         names = {"inputs": [f"tokens{mark}.1"], "outputs": [f"y{mark}.1"]}
         tensors = [Described(f"tokens{mark}.1", [4]), Described(f"y{mark}.1", [4])]
-        launches = [Launch(f"__myl_Add{mark}", [f"tokens{mark}.1"], [f"y{mark}.1"], [f"layers.0.moe/Add{mark}"])] * (profile + 1)
+        launches = [
+            Launch(
+                f"__myl_Add{mark}", [f"tokens{mark}.1"], [f"y{mark}.1"], [f"layers.0.moe/Add{mark}"]
+            )
+        ] * (profile + 1)
         return program(**names, tensors=tensors, launches=launches).text()
 
     programs = read_programs(plan_of(of(2), of(0), of(1)))
@@ -119,7 +161,10 @@ def test_programs_come_in_the_order_of_their_profiles() -> None:
 @pytest.mark.parametrize("graph", ["context", "context_head", "denoiser"])
 def test_inputs_of_our_graphs_are_data_and_everything_else_is_a_weight(graph: str) -> None:
     config = read_model_config(ROOT / "assets/twotower-tiny/config.json")
-    data = [spec.name for spec in signatures(config, "bfloat16")[graph].inputs] + [RESIDUAL_IN, EXPERTS_OUT]
+    data = [spec.name for spec in signatures(config, "bfloat16")[graph].inputs] + [
+        RESIDUAL_IN,
+        EXPERTS_OUT,
+    ]
     weights = [weight.name for weight in build_graph(graph, config, "bfloat16").weights]
     # The compiler names an input by its output where both share memory.
     names = [name.replace("past_key_values", "present") for name in data] + data + weights

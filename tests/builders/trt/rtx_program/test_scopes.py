@@ -9,16 +9,34 @@ from twotower.builders.trt.rtx_program.records import Kernel
 
 
 def kernel(nodes: str, *, reads: str = "", writes: str = "y") -> Kernel:
-    return Kernel("function", "k", 0, tuple(nodes.split()), "", "", tuple(reads.split()), tuple(writes.split()))
+    return Kernel(
+        "function",
+        "k",
+        0,
+        tuple(nodes.split()),
+        "",
+        "",
+        tuple(reads.split()),
+        tuple(writes.split()),
+    )
 
 
 @pytest.mark.parametrize(
     ("nodes", "scope"),
     [
         ("layers.3.moe/MatMul layers.3.moe/Relu", "layers.3.moe"),
-        ("layers.2.mamba/Add layers.3.moe/Cast layers.3.moe/RMSNormalization shared/Cast", "layers.3.moe"),
-        ("layers.1.moe/Add_2 layers.1.moe/Cast layers.2.mamba/Cast layers.0.mamba/Add", "layers.1.moe"),
-        ("conditioning/Reshape " + " ".join(f"layers.{i}.moe/Add" for i in range(9)), "conditioning"),
+        (
+            "layers.2.mamba/Add layers.3.moe/Cast layers.3.moe/RMSNormalization shared/Cast",
+            "layers.3.moe",
+        ),
+        (
+            "layers.1.moe/Add_2 layers.1.moe/Cast layers.2.mamba/Cast layers.0.mamba/Add",
+            "layers.1.moe",
+        ),
+        (
+            "conditioning/Reshape " + " ".join(f"layers.{i}.moe/Add" for i in range(9)),
+            "conditioning",
+        ),
         (" ".join(f"layers.{i}.moe/Add" for i in range(9)), SHARED),
         ("sampler/Add lm_head/Cast sampler/TopK", "sampler"),
         ("MatMul Cast", "graph"),
@@ -39,8 +57,18 @@ def test_a_kernel_without_nodes_counts_for_its_reader_and_else_for_the_one_befor
             kernel("", writes="e"),
         ]
     )
-    assert [k.scope for k in found] == ["layers.1.moe", "layers.1.moe", "layers.0.mamba", "layers.1.moe", "layers.1.moe"]
+    assert [k.scope for k in found] == [
+        "layers.1.moe",
+        "layers.1.moe",
+        "layers.0.mamba",
+        "layers.1.moe",
+        "layers.1.moe",
+    ]
 
 
 def test_kinds() -> None:
-    assert [kind_of(s) for s in ("layers.12.attention", "sampler", "graph")] == ["attention", "sampler", "graph"]
+    assert [kind_of(s) for s in ("layers.12.attention", "sampler", "graph")] == [
+        "attention",
+        "sampler",
+        "graph",
+    ]

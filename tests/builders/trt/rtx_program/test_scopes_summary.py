@@ -12,7 +12,13 @@ from twotower.builders.trt.rtx_program.read import read_program_text
 def test_kernels_are_counted_by_kind_and_fusions_told_once_a_kind() -> None:
     launches = [
         Launch("__myl_Gath", ["tokens.1"], ["h"], ["embed/Gather"]),
-        Launch("__myl_FcMul", ["h"], ["h"], ["layers.0.moe/MatMul", "layers.0.moe/Mul"], "runtime_fusion"),
+        Launch(
+            "__myl_FcMul",
+            ["h"],
+            ["h"],
+            ["layers.0.moe/MatMul", "layers.0.moe/Mul"],
+            "runtime_fusion",
+        ),
         Launch("__myl_Add", ["h"], ["h"], ["layers.1.mamba/Add"]),
         Launch("__myl_FcMul", ["h"], ["h"], ["layers.2.moe/MatMul"], "runtime_fusion"),
         Launch("__myl_Tran", ["h"], ["y.1"], ["layers.2.moe/Transpose"]),
@@ -30,9 +36,14 @@ def test_kernels_are_counted_by_kind_and_fusions_told_once_a_kind() -> None:
 
 
 def test_copies_are_told_and_all_of_it_is_json() -> None:
-    tensors = [Described("q", [8, 64, 32], "int8", "p-consts"), Described("copy", [8, 64, 32], "bf16", "scratch_1")]
+    tensors = [
+        Described("q", [8, 64, 32], "int8", "p-consts"),
+        Described("copy", [8, 64, 32], "bf16", "scratch_1"),
+    ]
     launches = [Launch("__myl_Cast", ["q"], ["copy"], ["layers.3.moe/DequantizeLinear"])]
-    told = summarize_programs([read_program_text(program(inputs=["tokens.1"], tensors=tensors, launches=launches).text())])
+    told = summarize_programs(
+        [read_program_text(program(inputs=["tokens.1"], tensors=tensors, launches=launches).text())]
+    )
     assert json.loads(json.dumps(told))["programs"][0]["expanded"] == [
         {
             "kernel": "__myl_Cast",

@@ -22,7 +22,9 @@ SECOND = program(
 
 
 @pytest.mark.parametrize("chunk", [5, 64, 1 << 20])
-def test_programs_are_found_whatever_pieces_the_plan_is_searched_in(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_are_found_whatever_pieces_the_plan_is_searched_in(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(text, "_CHUNK", chunk)
     assert list(text.program_texts(plan_of(TEXT, SECOND))) == [TEXT, SECOND]
     assert list(text.program_texts(memoryview(plan_of(TEXT)))) == [TEXT]
@@ -36,7 +38,9 @@ def test_a_plan_without_a_program_is_not_read() -> None:
 
 
 @pytest.mark.parametrize("chunk", [5, 1 << 20])
-def test_the_mark_among_the_bytes_of_weights_is_no_program(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mark_among_the_bytes_of_weights_is_no_program(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some gigabytes of packed weights hold such a word by chance."""
     monkeypatch.setattr(text, "_CHUNK", chunk)
     weights = b"NLYM" + bytes(range(256)) + b"NLYMNLYM" + bytes(64)
@@ -49,14 +53,21 @@ def test_the_mark_among_the_bytes_of_weights_is_no_program(chunk: int, monkeypat
 
 def test_fewer_programs_than_profiles_are_no_figures() -> None:
     assert len(read_programs(plan_of(TEXT, SECOND), profiles=2)) == 2
-    for plan, profiles in ((plan_of(TEXT), 2), (plan_of(SECOND), 1), (plan_of(TEXT, TEXT), 2), (plan_of(TEXT, SECOND), 1)):
+    for plan, profiles in (
+        (plan_of(TEXT), 2),
+        (plan_of(SECOND), 1),
+        (plan_of(TEXT, TEXT), 2),
+        (plan_of(TEXT, SECOND), 1),
+    ):
         with pytest.raises(ProgramTextError):
             read_programs(plan, profiles=profiles)
 
 
 def test_a_plan_cut_off_anywhere_is_refused() -> None:
     plan = plan_of(TEXT, SECOND)
-    end = plan.index(b"\xb0", plan.index(SECOND.encode())) - 3  # what follows the last program is not its part
+    end = (
+        plan.index(b"\xb0", plan.index(SECOND.encode())) - 3
+    )  # what follows the last program is not its part
     for cut in range(0, end, 97):
         with pytest.raises(ProgramTextError):
             read_programs(plan[:cut], profiles=2)
@@ -69,7 +80,9 @@ def test_a_garbled_plan_is_read_or_refused_and_never_a_crash(seed: int) -> None:
     alphabet = range(256) if seed % 2 else range(32, 127)
     for _ in range(drawn.choice((1, 3, 30))):
         at = drawn.randrange(len(plan))
-        plan[at : at + drawn.choice((0, 1, 4))] = bytes(drawn.choices(alphabet, k=drawn.choice((0, 1, 4))))
+        plan[at : at + drawn.choice((0, 1, 4))] = bytes(
+            drawn.choices(alphabet, k=drawn.choice((0, 1, 4)))
+        )
     try:
         programs = read_programs(bytes(plan))
     except ProgramTextError as e:
@@ -89,19 +102,35 @@ def test_a_garbled_plan_is_read_or_refused_and_never_a_crash(seed: int) -> None:
         (lambda t: t.replace("descriptors {", "descriptors ["), "outside of its sections"),
         (lambda t: t.replace("  function={", "  function<"), "no statement"),
         (lambda t: t.replace(" label bb1: ", " label bb1: \n label bb7: "), "2 labels"),
-        (lambda t: t.replace("  fully_connected={", "  branch={ name=b }\n  fully_connected={"), "'branch' writes nothing"),
-        (lambda t: t.replace('input={ "tokens.1"', 'input={ "other.1"'), "not described: 'other.1'"),
+        (
+            lambda t: t.replace("  fully_connected={", "  branch={ name=b }\n  fully_connected={"),
+            "'branch' writes nothing",
+        ),
+        (
+            lambda t: t.replace('input={ "tokens.1"', 'input={ "other.1"'),
+            "not described: 'other.1'",
+        ),
         (lambda t: t.replace("stream=0", "stream=1"), "more streams than the 1"),
-        (lambda t: t.replace('region="scratch_0"', 'region="scratch_7"'), "unknown region 'scratch_7'"),
+        (
+            lambda t: t.replace('region="scratch_0"', 'region="scratch_7"'),
+            "unknown region 'scratch_7'",
+        ),
         (lambda t: t.replace("n_streams = 1", "n_streams = many"), "'n_streams'"),
         (lambda t: t.replace("size=4096", "size=4k"), "no number 'size'"),
-        (lambda t: t[: t.index("  function")] + "}\n" + t[t.index("shape_main") :].replace("fully", ""), ""),
+        (
+            lambda t: (
+                t[: t.index("  function")] + "}\n" + t[t.index("shape_main") :].replace("fully", "")
+            ),
+            "",
+        ),
         (lambda t: t + "}", "goes on"),
         (lambda t: t[:-3], "breaks off"),
         (lambda t: t.replace("y.1", "y.\x00"), "no text"),
     ],
 )
-def test_a_text_of_another_form_says_why_it_is_not_read(damage: Callable[[str], str], why: str) -> None:
+def test_a_text_of_another_form_says_why_it_is_not_read(
+    damage: Callable[[str], str], why: str
+) -> None:
     damaged = damage(TEXT)
     assert damaged != TEXT
     if not why:  # a program without its last kernel is a sound text: this is what cannot be seen
