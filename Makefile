@@ -90,11 +90,11 @@ gpu-page: $(STAMP) ## docs/gpu/<device>.md from results that came home: make gpu
 fp16-check: $(STAMP) ## tokens of the small model with every result rounded to float16, against float32; under a minute, no GPU
 	$(BIN)/python tools/fp16_check.py $(ARGS)
 
-quantization-tables: $(STAMP) ## the tables and the picture of docs/quantization.md, measured: ten minutes, no GPU
+quantization-tables: $(STAMP) ## the tables and the picture of docs/measurements/quantization.md, measured: ten minutes, no GPU
 	$(BIN)/python tools/quantization_tables.py $(ARGS)
 
 quantize-real: $(STAMP) ## one expert layer at published widths through every format: seconds, memory, error; five minutes, 4 GB of disk
-	$(BIN)/python tools/quantize_real.py --output docs/quantization.md $(ARGS)
+	$(BIN)/python tools/quantize_real.py --output docs/measurements/quantization.md $(ARGS)
 
 wheel: $(STAMP) ## dist/: sdist, and the wheel built from it
 	rm -rf dist

@@ -38,7 +38,7 @@ from twotower.weights.external import load_graph, weight_refs
 from twotower.weights.refs import WeightRef
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENT = ROOT / "docs" / "engines.md"
+DOCUMENT = ROOT / "docs" / "measurements" / "engines.md"
 MARKS = (
     "<!-- engines-inside: written by `make engines-inside`, begin -->",
     "<!-- engines-inside: end -->",
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None, config: dict[str, Any] | None = None) ->
         nargs="?",
         const=DOCUMENT,
         metavar="FILE",
-        help="put the table into docs/engines.md",
+        help="put the table into docs/measurements/engines.md",
     )
     args = parser.parse_args(argv)
     model = parse_model_config(

@@ -27,7 +27,7 @@ from twotower.hardware import RTX_SMS
 from twotower.planning import PlanOptions, plan_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENT = ROOT / "docs" / "engines.md"
+DOCUMENT = ROOT / "docs" / "measurements" / "engines.md"
 MARKS = (
     "<!-- engines-published: written by `make engines-published`, begin -->",
     "<!-- engines-published: end -->",
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None, cases: Sequence[Case] | None = None) -> 
         nargs="?",
         const=DOCUMENT,
         metavar="FILE",
-        help="put the figures into docs/engines.md",
+        help="put the figures into docs/measurements/engines.md",
     )
     args = parser.parse_args(argv)
     shutil.rmtree(args.output, ignore_errors=True)

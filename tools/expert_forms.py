@@ -1,6 +1,6 @@
 """Which forms of quantized experts TensorRT for RTX multiplies as they are stored, and which it expands in memory in every pass.
 
-    python tools/expert_forms.py --output docs/quantization.md
+    python tools/expert_forms.py --output docs/measurements/quantization.md
 
 An expert layer at published widths (2688 x 1856) with 8 of its 128 experts is built in the
 denoiser, without a GPU, once for every form; the table is what the compiled programs say. Values

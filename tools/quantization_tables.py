@@ -1,4 +1,4 @@
-"""The tables of docs/quantization.md: every recipe on the small model, what calibration changes, and what TensorRT for RTX builds.
+"""The tables of docs/measurements/quantization.md: every recipe on the small model, what calibration changes, and what TensorRT for RTX builds.
 
     python tools/quantization_tables.py                 writes them into the document
     python tools/quantization_tables.py --only builds   one of them
@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        default=ROOT / "docs" / "quantization.md",
+        default=ROOT / "docs" / "measurements" / "quantization.md",
         help="the document (%(default)s)",
     )
     parser.add_argument("--only", choices=TABLES, help="one table")

@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        help="a document whose table is exchanged, docs/quantization.md for instance",
+        help="a document whose table is exchanged, docs/measurements/quantization.md for instance",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     args = parser.parse_args()

@@ -61,7 +61,7 @@ def test_a_plan_that_is_too_low_or_far_too_high_is_found(tool: Any) -> None:
 
 
 def test_the_table_in_the_documents_is_one_the_tool_wrote(tool: Any) -> None:
-    text = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "measurements" / "engines.md").read_text(encoding="utf-8")
     table = text.partition(tool.MARKS[0])[2].partition(tool.MARKS[1])[0].strip().splitlines()
     assert table[:2] == tool.table([]).splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == ["`int4-experts`"] * 2 + [

@@ -184,7 +184,7 @@ def test_a_command_is_watched(tools: Any) -> None:
 
 def test_the_figures_in_the_documents_are_of_these_cases(tools: Any, tmp_path: Path) -> None:
     tool = tools("engines_published")
-    text = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "measurements" / "engines.md").read_text(encoding="utf-8")
     figures = text.partition(tool.MARKS[0])[2].partition(tool.MARKS[1])[0]
     for case in (tool.published(tmp_path), tool.with_experts_between(tmp_path), tool.SMALL_CASE):
         assert f"Of {case.name} in {case.dtype} " in figures
