@@ -28,7 +28,7 @@ DOORS = {
     "cuda": ("runtime/cuda/door.py",),
     "modelopt": (),  # an oracle of tests too
     "lm_eval": ("src/twotower/evaluate/lm_eval_model.py",),
-    "matplotlib": ("src/twotower/report/figures.py",),
+    "matplotlib": ("src/twotower/evaluate/figures.py",),
     "triton": (
         "kernels/compile.py",
         "kernels/device/formats.py",

@@ -28,12 +28,12 @@ from twotower.calibration.statistics_file import Statistics
 from twotower.cli.prompts import read_prompts
 from twotower.errors import BuildAbortedError, BuildError
 from twotower.evaluate.evaluation import interval_text
+from twotower.evaluate.figures import draw_ranges
 from twotower.evaluate.measure import Contestant, measure
 from twotower.evaluate.quantization.price import compared
 from twotower.evaluate.quantization.variants import Mixer, bytes_by_kind, parts_alone
 from twotower.evaluate.suite import load_suite
 from twotower.export import Checkpoint, ExportConfig, export_bundle
-from twotower.report.figures import draw_ranges
 from twotower.runtime import Request, TwoTower
 
 ROOT = Path(__file__).parents[1]

@@ -21,9 +21,9 @@ from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config import GenerationConfig, read_model_config
 from twotower.config.model import parse_model_config
 from twotower.errors import CalibrationError, RequestError
+from twotower.evaluate.figures import draw_ranges
 from twotower.model.loading import load_context_tower, load_denoiser_tower
 from twotower.model.reference import reference_generate
-from twotower.report.figures import draw_ranges
 from twotower.runtime import Request, TwoTower
 
 CONFIG = CollectConfig(generation=GenerationConfig(max_new_tokens=32, ignore_eos=True))

@@ -15,12 +15,12 @@ from tests.helpers.quantized import quantized
 from twotower.bundle import Bundle
 from twotower.config import GenerationConfig
 from twotower.evaluate.evaluation import EvaluationConfig, evaluate
+from twotower.evaluate.evaluation_page import report_page
+from twotower.evaluate.figures import draw_curve, draw_sensitivity
 from twotower.evaluate.quantization.price import PriceConfig
+from twotower.evaluate.quantization.quantization_page import price_page
 from twotower.evaluate.quantization.variants import Pair, price_of
 from twotower.evaluate.suite import Suite, load_suite
-from twotower.report.evaluation_page import report_page
-from twotower.report.figures import draw_curve, draw_sensitivity
-from twotower.report.quantization_page import price_page
 from twotower.runtime import TwoTower
 from twotower.trace import Trace, record_trace, trace_page
 

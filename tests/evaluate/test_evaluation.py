@@ -20,11 +20,11 @@ from twotower.evaluate.evaluation import (
     evaluate,
     setting_name,
 )
+from twotower.evaluate.evaluation_page import report_page, where_it_loses
 from twotower.evaluate.measure import Contestant, measure
 from twotower.evaluate.resampling import Resampler
 from twotower.evaluate.suite import Suite
 from twotower.evaluate.tune import TuneConfig, tune
-from twotower.report.evaluation_page import report_page, where_it_loses
 
 PROBLEMS = tuple(
     problem(kind, i, "out" if i % 10 == 9 else "in")

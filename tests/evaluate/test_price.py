@@ -14,10 +14,12 @@ from tests.helpers.quantized import quantized
 from twotower.bundle import Bundle, flags_of_bundle, note_measurement
 from twotower.calibration.quantize import precision_of
 from twotower.errors import BudgetError, BundleError, ConfigError
+from twotower.evaluate.figures import draw_sensitivity
 from twotower.evaluate.measure import Measured
 from twotower.evaluate.quantization.choose import choose
 from twotower.evaluate.quantization.format_ladders import Candidate, ChooseConfig
 from twotower.evaluate.quantization.price import PriceConfig, compared, flags_of
+from twotower.evaluate.quantization.quantization_page import price_lines, price_page
 from twotower.evaluate.quantization.variants import (
     Mixer,
     Pair,
@@ -29,8 +31,6 @@ from twotower.evaluate.quantization.variants import (
 )
 from twotower.evaluate.suite import load_suite
 from twotower.export.graphs.precision import Precision
-from twotower.report.figures import draw_sensitivity
-from twotower.report.quantization_page import price_lines, price_page
 from twotower.runtime import GenerationConfig, TwoTower
 
 PROMPT = "Q: flip: a cat b red c lamp d owl e blue f kite g fox h bell i green j boat\nA:"

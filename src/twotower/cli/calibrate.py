@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from twotower.cli.progress import ProgressLine
     from twotower.cli.prompts import read_prompts
     from twotower.errors import ConfigError
-    from twotower.report.figures import draw_ranges
+    from twotower.evaluate.figures import draw_ranges
     from twotower.runtime import Request
 
     if args.limit is not None and args.limit < 1:

@@ -119,7 +119,7 @@ def add_suite_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from twotower.cli.progress import ProgressLine, opening
     from twotower.evaluate.evaluation import EvaluationConfig, evaluate
-    from twotower.report.figures import require_charts
+    from twotower.evaluate.figures import require_charts
     from twotower.runtime import TwoTower
 
     config = EvaluationConfig(
@@ -196,8 +196,8 @@ def _price(
     from twotower.bundle import note_measurement
     from twotower.cli.progress import ProgressLine
     from twotower.evaluate.quantization.price import PriceConfig
+    from twotower.evaluate.quantization.quantization_page import price_lines
     from twotower.evaluate.quantization.variants import note_of, price_of
-    from twotower.report.quantization_page import price_lines
 
     config = PriceConfig(
         max_new_tokens=args.max_new_tokens,
@@ -285,14 +285,14 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
 def _write(report: dict[str, Any], files: dict[str, Path]) -> None:
     contents: dict[str, bytes] = {}
     if "html" in files and "compared" in report:
-        from twotower.report.figures import draw_sensitivity
-        from twotower.report.quantization_page import price_page
+        from twotower.evaluate.figures import draw_sensitivity
+        from twotower.evaluate.quantization.quantization_page import price_page
 
         svg, contents["png"] = draw_sensitivity(report)
         contents["html"] = price_page(report, svg).encode()
     elif "html" in files:
-        from twotower.report.evaluation_page import report_page
-        from twotower.report.figures import draw_curve
+        from twotower.evaluate.evaluation_page import report_page
+        from twotower.evaluate.figures import draw_curve
 
         svg, contents["png"] = draw_curve(report)
         contents["html"] = report_page(report, svg).encode()
@@ -304,7 +304,7 @@ def _write(report: dict[str, Any], files: dict[str, Path]) -> None:
 
 def _lines(report: dict[str, Any]) -> list[str]:
     from twotower.evaluate.evaluation import AR, DEFAULT, OTHER, interval_text
-    from twotower.report.evaluation_page import where_it_loses
+    from twotower.evaluate.evaluation_page import where_it_loses
 
     settings, suite = report["settings"], report["suite"]
     ar, diffusion = settings[AR]["total"], settings[DEFAULT]["total"]

@@ -1,1 +1,1 @@
-"""Reports as pages and pictures: HTML that stands alone, SVG and PNG."""
+"""What every report is made of: tables for terminals, pages and documents, and the frame of a page."""

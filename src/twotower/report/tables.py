@@ -1,0 +1,120 @@
+"""A table with three views: aligned text, HTML and Markdown.
+
+`number` writes a figure outside a table the way a column writes it, and `labelled` lists lines
+under a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+__all__ = ["Cell", "Column", "Table", "labelled", "number"]
+
+Cell = str | float | None
+"""Text, which is shown as it is, a number, a truth value, or None where there is no figure."""
+
+
+def number(value: Cell, spec: str = "", unit: str = "") -> str:
+    """A cell as text: `98.7 %` of 98.7, `.1f` and ` %`; `-` for None.
+
+    Args:
+        value: What to write. `unit` and `spec` are for numbers alone.
+        spec: As in `format`, e.g. `.1f` or `+.1f`.
+        unit: Follows the number, with its space if it has one.
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:{spec}}{unit}"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """How the cells of a column are written; see `number` for `spec` and `unit`."""
+
+    heading: str
+    spec: str = ""
+    unit: str = ""
+    left: bool = False
+    """Flush left, for words; numbers stand flush right."""
+
+
+class Table:
+    """Columns and rows.
+
+    Args:
+        columns: A heading alone is a column of words, flush left.
+        rows: As many cells each as there are columns; see `add`.
+    """
+
+    def __init__(
+        self, columns: Sequence[Column | str], rows: Iterable[Sequence[Cell]] = ()
+    ) -> None:
+        self._columns = [Column(c, left=True) if isinstance(c, str) else c for c in columns]
+        self._rows: list[list[str]] = []
+        self._kinds: list[str] = []
+        for row in rows:
+            self.add(*row)
+
+    def add(self, *cells: Cell, kind: str = "") -> None:
+        """Appends a row.
+
+        Args:
+            cells: One for each column.
+            kind: `total` or `group` sets the row off in HTML, where it also keeps its place when
+                a reader sorts the others.
+        """
+        pairs = zip(self._columns, cells, strict=True)
+        self._rows.append([number(cell, column.spec, column.unit) for column, cell in pairs])
+        self._kinds.append(kind)
+
+    def text(self, indent: str = "") -> list[str]:
+        """Lines of aligned text; without a heading line where no column has a heading."""
+        headings = [column.heading for column in self._columns]
+        rows = [headings, *self._rows] if any(headings) else self._rows
+        widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            aligned = [
+                cell.ljust(width) if column.left else cell.rjust(width)
+                for column, cell, width in zip(self._columns, row, widths, strict=True)
+            ]
+            lines.append((indent + "  ".join(aligned)).rstrip())
+        return lines
+
+    def html(self) -> str:
+        """A `<table>` in the style of `report.css`; the first cell of a row is its heading."""
+        css = [' class="words"' if column.left else "" for column in self._columns]
+        head = "".join(
+            f'<th scope="col"{kind}>{escape(column.heading)}</th>'
+            for column, kind in zip(self._columns, css, strict=True)
+        )
+        body = []
+        for row, kind in zip(self._rows, self._kinds, strict=True):
+            name, *figures = (escape(cell) for cell in row)
+            cells = "".join(f"<td{k}>{c}</td>" for k, c in zip(css[1:], figures, strict=True))
+            body.append(f'<tr class="{kind}"><th scope="row">{name}</th>{cells}</tr>')
+        return (
+            f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
+            f"<tbody>{''.join(body)}</tbody></table></div>"
+        )
+
+    def markdown(self) -> list[str]:
+        """Lines of a Markdown table; a cell may hold Markdown, but no line break and no bare bar."""
+        rules = ["---" if column.left else "---:" for column in self._columns]
+        rows = [[column.heading for column in self._columns], rules, *self._rows]
+        return [f"| {' | '.join(map(_markdown_cell, row))} |" for row in rows]
+
+
+def _markdown_cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def labelled(label: str, lines: Iterable[str], width: int = 12) -> list[str]:
+    """Lines in a column of their own, with a label before the first of them."""
+    return [f"{'' if i else label:<{width}}{line}" for i, line in enumerate(lines)]
