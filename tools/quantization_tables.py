@@ -1,4 +1,6 @@
-"""The tables of docs/measurements/quantization.md: every recipe on the small model, what calibration changes, and what TensorRT for RTX builds.
+"""The tables of docs/measurements/quantization.md.
+
+Every recipe on the small model, what calibration changes, and what TensorRT for RTX builds.
 
     python tools/quantization_tables.py                 writes them into the document
     python tools/quantization_tables.py --only builds   one of them
