@@ -25,8 +25,8 @@ from twotower.builders import builder_for
 from twotower.builders.profiles import profiles
 from twotower.builders.segment import fix_axes
 from twotower.builders.trt.network import BuildLog, NetworkOptions, build_network
+from twotower.builders.trt.rtx_program.program import Program
 from twotower.builders.trt.rtx_program.read import read_programs
-from twotower.builders.trt.rtx_program.records import Program
 from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
 from twotower.calibration.recipes import Recipe, builtin_recipes, parts_of
 from twotower.checkpoint.synthetic import published_slice

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from twotower.builders.trt.rtx_program.records import (
+from twotower.builders.trt.rtx_program.program import (
     CopiedCache,
     ExpandedWeight,
     Kernel,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from twotower.builders.trt.rtx_program.analysis import copied_caches, expanded_weights, with_scopes
-from twotower.builders.trt.rtx_program.records import Kernel, Program, Region, Tensor
+from twotower.builders.trt.rtx_program.program import Kernel, Program, Region, Tensor
 from twotower.builders.trt.rtx_program.text import (
     LAYOUT,
     PlanBytes,

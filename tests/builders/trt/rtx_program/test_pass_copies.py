@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers.program_text import Described, Launch, program
+from twotower.builders.trt.rtx_program.program import ExpandedWeight, Program
 from twotower.builders.trt.rtx_program.read import read_program_text
-from twotower.builders.trt.rtx_program.records import ExpandedWeight, Program
 
 STACK = Described("q", [8, 64, 32], "int8", "p-consts")
 SCALES = Described("s", [8, 1, 32], "bf16", "p-consts")

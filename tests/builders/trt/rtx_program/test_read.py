@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.program_text import Described, Launch, plan_of, program
+from twotower.builders.trt.rtx_program.program import Program
 from twotower.builders.trt.rtx_program.read import _weight_inputs, read_program_text, read_programs
-from twotower.builders.trt.rtx_program.records import Program
 from twotower.builders.trt.rtx_program.text import ProgramText
 from twotower.config.model import read_model_config
 from twotower.export.graphs.tower_graphs import build_graph

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from twotower.builders.trt.rtx_program.analysis import SHARED, kind_of, with_scopes
-from twotower.builders.trt.rtx_program.records import Kernel
+from twotower.builders.trt.rtx_program.program import Kernel
 
 
 def kernel(nodes: str, *, reads: str = "", writes: str = "y") -> Kernel:
