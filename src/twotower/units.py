@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+__all__ = ["format_bytes"]
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
