@@ -1,0 +1,240 @@
+"""Dataclasses as JSON values and back, strictly: an error names the path of what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from twotower.errors import TwoTowerError
+
+__all__ = ["RecordError", "decode", "encode", "stored"]
+
+T = TypeVar("T")
+
+_SCALARS = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    NoneType: "null",
+}
+
+
+class RecordError(ValueError):
+    """A JSON value that does not fit its type.
+
+    Args:
+        path: Where, from the outermost value: `files["a.onnx"].sha256`; empty for that value.
+        problem: What is wrong there.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}" if path else problem)
+        self.path = path
+        self.problem = problem
+
+
+def stored(key: str = "", *, omit_default: bool = False) -> dict[str, Any]:
+    """Metadata of a dataclass field whose JSON form differs from the usual one.
+
+    Args:
+        key: Its key in the JSON object, where that is not the field's name.
+        omit_default: Whether the key is left out where the field has its default.
+    """
+    return {"key": key, "omit_default": omit_default}
+
+
+def encode(value: object, *, leave_out: Collection[str] = ()) -> Any:
+    """The JSON value of a dataclass, or of a container or scalar.
+
+    Args:
+        value: Its nested values with a `to_json` of their own are encoded by that. The `to_json`
+            of `value` itself is not asked, so that it can be built on this function.
+        leave_out: Fields of `value` that are not stored.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        out = {}
+        for field in fields(value):
+            content = getattr(value, field.name)
+            omitted = field.metadata.get("omit_default") and content == _default(field)
+            if field.name not in leave_out and not omitted:
+                out[_key(field)] = _encoded(content)
+        return out
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _encoded(content) for key, content in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_encoded(content) for content in value)
+    if isinstance(value, (list, tuple)):
+        return [_encoded(content) for content in value]
+    return value
+
+
+def _encoded(value: Any) -> Any:
+    return value.to_json() if hasattr(value, "to_json") else encode(value)
+
+
+def decode(kind: type[T], data: object, *, strict: bool = True, **given: object) -> T:
+    """The inverse of `encode`.
+
+    Args:
+        kind: A dataclass, or a type made of dataclasses, `str`, `int`, `float`, `bool`, `None`,
+            `Any`, enums, literals, paths, tuples, lists, sets, mappings with keys of text or whole
+            numbers, and unions. Nested classes with a `from_json` of their own are decoded by
+            that; that of `kind` itself is not asked.
+        data: What `json.loads` returned. Numbers stay what they are: 1 is a `float` too.
+        strict: Whether a key that no field has is an error, at any depth.
+        given: Fields of `kind` that are not stored, with their values.
+
+    Raises:
+        RecordError: a key is missing or unknown, or a value is of another type or refused by its
+            class with a ValueError. A TwoTowerError of a class is raised as it is.
+    """
+    decoder = _Decoder(strict)
+    if is_dataclass(kind):
+        return cast(T, decoder.record(kind, data, given))
+    return cast(T, decoder.value(kind, data))
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoder:
+    strict: bool
+
+    def record(self, kind: Any, data: Any, given: Mapping[str, object]) -> Any:
+        entries = _require(data, Mapping, "an object")
+        hints, by_key = _hints(kind), {}
+        for field in fields(kind):
+            if field.init and field.name not in given:
+                by_key[_key(field)] = field
+        values = dict(given)
+        for key, field in by_key.items():
+            if key in entries:
+                with _at(key):
+                    values[field.name] = self.value(hints[field.name], entries[key])
+            elif field.default is MISSING and field.default_factory is MISSING:
+                raise RecordError(key, "missing")
+        unknown = [str(key) for key in entries if key not in by_key]
+        if self.strict and unknown:
+            raise RecordError(unknown[0], f"unknown key; known: {', '.join(by_key)}")
+        with _at(""):
+            return kind(**values)
+
+    def value(self, kind: Any, data: Any) -> Any:
+        origin, arguments = get_origin(kind), get_args(kind)
+        if kind is Any:
+            return data
+        if kind in _SCALARS:
+            return _scalar(kind, data)
+        if origin in (Union, UnionType):
+            return self._union(arguments, data)
+        if origin is Literal:
+            return _one_of(arguments, data)
+        if origin is tuple and Ellipsis not in arguments:
+            entries = _require(data, Sequence, f"a list of {len(arguments)}")
+            if len(entries) != len(arguments):
+                raise RecordError("", f"{len(entries)} entries, expected {len(arguments)}")
+            return tuple(self._entries(arguments, entries))
+        if origin in (tuple, list, set, frozenset):
+            entries = _require(data, Sequence, "a list")
+            return origin(self._entries([arguments[0]] * len(entries), entries))
+        if isinstance(origin, type) and issubclass(origin, Mapping):
+            return self._mapping(arguments[0], arguments[1], data)
+        with _at(""):
+            if hasattr(kind, "from_json"):
+                return kind.from_json(data)
+            if is_dataclass(kind):
+                return self.record(kind, data, {})
+            if issubclass(kind, Enum):
+                return kind(_one_of([member.value for member in kind], data))
+            if issubclass(kind, Path):
+                return kind(_scalar(str, data))
+        raise TypeError(f"no JSON form of {kind}")
+
+    def _entries(self, kinds: Sequence[Any], entries: Sequence[Any]) -> Iterator[Any]:
+        for i, (kind, entry) in enumerate(zip(kinds, entries, strict=True)):
+            with _at(f"[{i}]"):
+                yield self.value(kind, entry)
+
+    def _mapping(self, key_kind: type, kind: Any, data: Any) -> dict[Any, Any]:
+        out = {}
+        for key, content in _require(data, Mapping, "an object").items():
+            with _at(f'["{key}"]'):
+                out[key_kind(key)] = self.value(kind, content)
+        return out
+
+    def _union(self, kinds: Sequence[Any], data: Any) -> Any:
+        """The first type that fits; the error is that of the last one."""
+        if data is None and NoneType in kinds:
+            return None
+        *others, last = [kind for kind in kinds if kind is not NoneType]
+        for kind in others:
+            try:
+                return self.value(kind, data)
+            except RecordError:
+                continue
+        try:
+            return self.value(last, data)
+        except RecordError as e:
+            if not others or not all(kind in _SCALARS for kind in (*others, last)):
+                raise
+            names = " or ".join(_SCALARS[kind] for kind in (*others, last))
+            raise RecordError("", f"{data!r}, expected {names}") from e
+
+
+@contextmanager
+def _at(step: str) -> Iterator[None]:
+    """Puts a key or an index before the path of an error; other ValueErrors become such ones."""
+    try:
+        yield
+    except RecordError as e:
+        separator = "." if step and e.path and not e.path.startswith("[") else ""
+        raise RecordError(f"{step}{separator}{e.path}", e.problem) from e
+    except TwoTowerError:
+        raise
+    except ValueError as e:
+        raise RecordError(step, str(e)) from e
+
+
+def _require(data: Any, kind: type | tuple[type, ...], expected: str) -> Any:
+    text = isinstance(data, str) and kind is Sequence
+    if text or not isinstance(data, kind):
+        shown = repr(data)
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        raise RecordError("", f"{shown}, expected {expected}")
+    return data
+
+
+def _scalar(kind: type, data: Any) -> Any:
+    accepted: tuple[type, ...] = (int, float) if kind is float else (kind,)
+    if isinstance(data, bool) and kind is not bool:
+        accepted = ()
+    return _require(data, accepted, _SCALARS[kind])
+
+
+def _one_of(allowed: Sequence[Any], data: Any) -> Any:
+    for value in allowed:
+        if type(value) is type(data) and value == data:
+            return value
+    raise RecordError("", f"{data!r}, expected {' or '.join(map(repr, allowed))}")
+
+
+def _key(field: Field[Any]) -> str:
+    return field.metadata.get("key") or field.name
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
