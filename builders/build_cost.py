@@ -1,4 +1,4 @@
-"""What a build takes by measured formulas, memory, time and disk of an engine, and whether this machine has it: asked before it starts."""
+"""What a build takes, by measured formulas: memory, time and disk; and whether this machine has it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from twotower.errors import BuildError
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
+from twotower.units import format_bytes
 
 __all__ = [
     "LayerBytes",
@@ -16,12 +17,12 @@ __all__ = [
     "program_bytes",
     "require_bound",
     "require_build_memory",
+    "too_little_memory",
 ]
 
-# Programs that hold no weights, to begin with and for each layer: TensorRT for RTX 1.7, all
-# profiles, published widths, 6 to 52
-# layers in the published order. How many compute capabilities are listed makes no difference;
-# smaller widths take a little less.
+# Programs that hold no weights: bytes to begin with, and for each layer. TensorRT for RTX 1.7, all
+# profiles, published widths, 6 to 52 layers in the published order. How many compute capabilities
+# are listed makes no difference; smaller widths take a little less.
 _PROGRAM_BYTES: Mapping[str, tuple[int, int]] = MappingProxyType(
     {CONTEXT: (13_000_000, 700_000), CONTEXT_HEAD: (700_000, 0), DENOISER: (4_600_000, 250_000)}
 )
@@ -37,7 +38,7 @@ _MEMORY_FACTOR = 3.05
 """Of the weights an engine holds: the mapped file, the compiler's copy and the engine."""
 
 _UNPACKED_FACTOR = 5.8
-"""Of the largest weight of 4 bits: the compiler expands one at a time to full width.
+"""Of the largest 4-bit weight: the compiler expands one at a time to full width.
 
 With this, and 300 MB for the library, the memory of 20 engines at published widths that hold 0.4 to
 4.2 GB in bfloat16, int8 or int4 was planned 2 to 23 % too high, and none too low; the process of a
@@ -45,7 +46,7 @@ build has lost more than 25 MB since, in modules it no longer imports.
 """
 
 _SECONDS_BYTE, _SECONDS_BYTE_PACKED = 4.5e-9, 23e-9
-"""Of weights an engine holds, in the page cache; those of 4 bits are laid out anew for every profile."""
+"""Of weights an engine holds, in the page cache; 4-bit ones are laid out anew for every profile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class LayerBytes:
         layers: Of each layer.
         before: Of the embedding and, in the denoiser, the conditioning.
         after: Of the final norm and the head.
-        largest_packed: Of the largest weight of 4 bits.
+        largest_packed: Of the largest 4-bit weight.
     """
 
     layers: tuple[int, ...]
@@ -66,12 +67,21 @@ class LayerBytes:
 
     @property
     def total(self) -> int:
-        return sum(self.layers) + self.before + self.after
+        return self.between(0, len(self.layers))
 
     def between(self, first: int, end: int) -> int:
         """Bytes of the layers [first, end), with what comes before the first and after the last."""
-        ends = (self.before if first == 0 else 0) + (self.after if end == len(self.layers) else 0)
-        return sum(self.layers[first:end]) + ends
+        out = sum(self.layers[first:end])
+        if first == 0:
+            out += self.before
+        if end >= len(self.layers):
+            out += self.after
+        return out
+
+    def build_memory(self, first: int, end: int) -> int:
+        """Peak bytes of memory the build of an engine of the layers [first, end) needs."""
+        held = self.between(first, end)
+        return build_memory(held, end - first, largest_packed=self.largest_packed)
 
 
 def build_memory(held: int, layers: int, *, largest_packed: int = 0) -> int:
@@ -80,7 +90,7 @@ def build_memory(held: int, layers: int, *, largest_packed: int = 0) -> int:
     Args:
         held: Bytes of the weights it holds; those it reads as inputs cost nothing.
         layers: Its layers.
-        largest_packed: Bytes of the largest weight of 4 bits among them.
+        largest_packed: Bytes of the largest 4-bit weight among them.
     """
     inside = _MEMORY_FACTOR * held + (_UNPACKED_FACTOR * largest_packed if held else 0)
     return round(_MEMORY_BASE + _MEMORY_LAYER * layers + inside)
@@ -107,7 +117,7 @@ def program_bytes(graph: str, layers: int) -> int:
 
 
 def require_bound(needed: Mapping[str, int], bound: int | None) -> None:
-    """Refuses a bound that programs between experts do not keep: they are cut as small as they are.
+    """Refuses a bound below what programs between experts need: they are not cut any further.
 
     Args:
         needed: Bytes of memory each program's build takes, by file.
@@ -118,25 +128,32 @@ def require_bound(needed: Mapping[str, int], bound: int | None) -> None:
     """
     file = max(needed, key=needed.__getitem__, default=None)
     if file is not None and bound is not None and needed[file] > bound:
-        raise BuildError(
-            f"{file} cannot be built in so little memory",
-            found=f"about {needed[file] / 1e9:.1f} GB needed, {bound / 1e9:.1f} GB are allowed; "
-            "programs between experts are cut no further",
-            do=f"raise --max-build-memory to {-(-needed[file] // 10**8) / 10:g}G or more, or leave it out",
-        )
+        more = f"{-(-needed[file] // 10**8) / 10:g}G or more, or leave it out"
+        why = "; programs between experts are cut no further"
+        raise too_little_memory(file, needed[file], bound, more=more, why=why)
+
+
+def too_little_memory(
+    what: str, needed: int, bound: int, *, more: str, inside: str = "", why: str = ""
+) -> BuildError:
+    """The error for a bound that cannot be kept, with the one that can as `more`."""
+    about = f"about {format_bytes(needed)}" + ("" if inside else " needed")
+    return BuildError(
+        f"{what} cannot be built in so little memory",
+        found=f"{inside}{about}, {format_bytes(bound)} are allowed{why}",
+        do=f"raise --max-build-memory to {more}",
+    )
 
 
 def require_build_memory(
     needed: Mapping[str, int], *, least: int, available: int, bound: int | None
 ) -> None:
-    """Refuses a build that the kernel would kill; who gives a bound of their own is trusted with it.
-
-    Programs fit nearly everywhere; engines that hold many weights may not.
+    """Refuses a build that the kernel would kill; an explicit bound is trusted.
 
     Args:
         needed: Bytes of memory each engine's build takes, by file.
         least: The smallest `--max-build-memory` under which every graph can be cut.
-        available: Bytes of memory to be had, 0 if nobody knows.
+        available: Bytes of memory to be had, 0 if unknown.
         bound: `--max-build-memory`.
 
     Raises:
@@ -153,11 +170,13 @@ def require_build_memory(
         do = f"add --max-build-memory {cut:g}G, which cuts towers into several engines"
     else:
         do = (
-            f"build on a machine with {least / 1e9:.1f} GB of free memory or more (the largest single layer needs that), "
-            f"or add --max-build-memory {-(-least // 10**9)}G to build with swap all the same"
+            f"build on a machine with {format_bytes(least)} of free memory or more (the largest "
+            f"single layer needs that), or add --max-build-memory {-(-least // 10**9)}G to build "
+            "with swap all the same"
         )
+    have = f"{format_bytes(available)} available"
     raise BuildError(
         f"the build of {file} does not fit this machine's memory",
-        found=f"about {needed[file] / 1e9:.1f} GB needed at its peak, {available / 1e9:.1f} GB available",
+        found=f"about {format_bytes(needed[file])} needed at its peak, {have}",
         do=do,
     )

@@ -1,11 +1,11 @@
-"""Where a tower is cut: for several devices, or so that the build of each piece stays under a memory bound."""
+"""Where a tower is cut: for several devices, or so that each piece's build stays under a bound."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from twotower.builders.build_cost import LayerBytes, build_memory
-from twotower.errors import BuildError
+from twotower.builders.build_cost import LayerBytes, too_little_memory
+from twotower.units import format_bytes
 
 __all__ = ["cut_layers", "even_layers", "least_bound", "tower_cuts"]
 
@@ -33,15 +33,10 @@ def tower_cuts(
         return ((0, len(weights)),) if bound is None else cut_layers(held, bound)
     cuts = even_layers(weights, segments)
     for first, end in cuts:
-        needed = build_memory(
-            held.between(first, end), end - first, largest_packed=held.largest_packed
-        )
+        needed = held.build_memory(first, end)
         if bound is not None and needed > bound:
-            raise BuildError(
-                f"layers {first} to {end - 1} cannot be built in so little memory",
-                found=f"about {needed / 1e9:.1f} GB needed, {bound / 1e9:.1f} GB are allowed",
-                do=f"raise --max-build-memory to {-(-needed // 10**9)}G or more, or cut into more --segments",
-            )
+            more = f"{-(-needed // 10**9)}G or more, or cut into more --segments"
+            raise too_little_memory(f"layers {first} to {end - 1}", needed, bound, more=more)
     return cuts
 
 
@@ -54,23 +49,20 @@ def cut_layers(held: LayerBytes, bound: int) -> Cuts:
     Raises:
         BuildError: a single layer needs more already.
     """
-    sizes = _with_ends(held)
+    count = max(len(held.layers), 1)
     groups: list[tuple[int, int]] = []
-    start, filled = 0, 0
-    for i, size in enumerate(sizes):
-        needed = build_memory(size, 1, largest_packed=held.largest_packed)
+    start = 0
+    for i in range(count):
+        needed = held.build_memory(i, i + 1)
         if needed > bound:
-            with_it = {0: " with the embedding", len(sizes) - 1: " with the head"}.get(i, "")
-            raise BuildError(
-                f"layer {i}{with_it} cannot be built in so little memory",
-                found=f"{size / 1e9:.2f} GB of weights inside need about {needed / 1e9:.1f} GB, {bound / 1e9:.1f} GB are allowed",
-                do=f"raise --max-build-memory to {-(-needed // 10**9)}G or more; a layer is the smallest piece",
-            )
-        if build_memory(filled + size, i + 1 - start, largest_packed=held.largest_packed) > bound:
+            place = {0: " with the embedding", count - 1: " with the head"}.get(i, "")
+            more = f"{-(-needed // 10**9)}G or more; a layer is the smallest piece"
+            inside = f"{format_bytes(held.between(i, i + 1))} of weights inside need "
+            raise too_little_memory(f"layer {i}{place}", needed, bound, more=more, inside=inside)
+        if held.build_memory(start, i + 1) > bound:
             groups.append((start, i))
-            start, filled = i, 0
-        filled += size
-    return (*groups, (start, len(sizes)))
+            start = i
+    return (*groups, (start, count))
 
 
 def even_layers(weights: Sequence[int], count: int) -> Cuts:
@@ -91,13 +83,5 @@ def even_layers(weights: Sequence[int], count: int) -> Cuts:
 def least_bound(held: LayerBytes) -> int:
     """The smallest memory bound under which a graph can be cut."""
     if not held.layers:
-        return build_memory(held.total, 0, largest_packed=held.largest_packed)
-    return build_memory(max(_with_ends(held)), 1, largest_packed=held.largest_packed)
-
-
-def _with_ends(held: LayerBytes) -> list[int]:
-    """Bytes of each layer, the first with what comes before it and the last with what comes after."""
-    sizes = list(held.layers) or [0]
-    sizes[0] += held.before
-    sizes[-1] += held.after
-    return sizes
+        return held.build_memory(0, 0)
+    return max(held.build_memory(i, i + 1) for i in range(len(held.layers)))

@@ -19,6 +19,7 @@ from twotower.builders.trt.cut import cut_layers, least_bound
 from twotower.bundle import Bundle, engine_folder
 from twotower.cli.options import byte_size
 from twotower.errors import BuildError
+from twotower.units import format_bytes
 
 GB = 10**9
 HELD = LayerBytes((2 * GB, GB, 2 * GB), GB // 2, 0)
@@ -41,7 +42,7 @@ def test_what_it_says_to_type_can_be_built(available: int) -> None:
     with pytest.raises(BuildError) as caught:
         require_build_memory(NEEDED, least=LEAST, available=available, bound=None)
     assert "context.engine" in caught.value.what
-    assert f"{NEEDED['context.engine'] / 1e9:.1f} GB needed" in caught.value.found
+    assert f"{format_bytes(NEEDED['context.engine'])} needed" in caught.value.found
     bound = byte_size(caught.value.do.split("--max-build-memory ")[1].split("G")[0] + "G")
     assert bound is not None
     assert cut_layers(HELD, bound)
