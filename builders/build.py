@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from twotower.builders.base import BuildConfig, BuildPlan, EngineBuilder, Report, silent
-from twotower.builders.cache_store import EngineCache, open_cache
+from twotower.builders.cache import EngineCache, open_cache
 from twotower.bundle import (
     BUILD_FILE,
     Bundle,

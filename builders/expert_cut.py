@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import onnx
 
 from twotower.builders.segment import (
+    BundleGraphs,
     Segment,
     conditioning_of,
     extracted,
@@ -25,6 +26,7 @@ from twotower.errors import BuildError
 from twotower.kernels import ExpertShape
 from twotower.kernels.shape import shape_of
 from twotower.spec import (
+    CONTEXT,
     DENOISER,
     EXPERTS_IN,
     EXPERTS_OUT,
@@ -36,7 +38,7 @@ from twotower.spec import (
 )
 from twotower.weights.external import weight_refs
 
-__all__ = ["ExpertCut", "common_form"]
+__all__ = ["ExpertCut", "common_form", "experts_of", "exported_cut"]
 
 _NUMBERED = re.compile(
     r"\b(layers|scale_shift_tables|past_key_values|past_conv|past_ssm|present|present_conv|present_ssm)\.(\d+)"
@@ -168,6 +170,26 @@ class ExpertCut:
                 found=f"it was exported by an earlier version, which did not name {missing[0]}",
                 do="export the checkpoint again, or build with --experts dense",
             )
+
+
+def exported_cut(graphs: BundleGraphs, name: str) -> ExpertCut:
+    """A tower of a bundle, its axes as they were exported."""
+    bundle = graphs.bundle
+    return ExpertCut(
+        graphs.shared(name), bundle.signatures[name], bundle.config, dtype=bundle.dtype
+    )
+
+
+def experts_of(graphs: BundleGraphs) -> Iterator[ExpertsStep]:
+    """The experts of both towers, as the kernels compute them.
+
+    Raises:
+        BuildError: a graph cannot be cut at them, or the kernels do not tile them.
+    """
+    for name in (CONTEXT, DENOISER):
+        cut = exported_cut(graphs, name)
+        for number in range(cut.programs - 1):
+            yield cut.experts(number)
 
 
 def common_form(model: onnx.ModelProto, first: int) -> tuple[onnx.ModelProto, dict[str, str]]:

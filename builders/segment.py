@@ -1,4 +1,4 @@
-"""The graph TensorRT is given: constant capacity and block, and of a cut tower the nodes and weights of some layers only."""
+"""A bundle's graphs during a build, with constant capacity and block, and segments of their layers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import partial
 import onnx
 
 from twotower.builders.build_cost import LayerBytes
+from twotower.bundle import Bundle
 from twotower.dtypes import DTYPES, dtype_of_onnx, onnx_code
 from twotower.spec import (
     CONDITIONING,
@@ -20,8 +21,10 @@ from twotower.spec import (
     TensorSpec,
     TowerSignature,
 )
+from twotower.weights.external import load_graph
 
 __all__ = [
+    "BundleGraphs",
     "Segment",
     "conditioning_of",
     "extracted",
@@ -35,6 +38,26 @@ __all__ = [
 ]
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+class BundleGraphs:
+    """The graphs of a bundle without their weights, some megabytes each, read from the disk once."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self._read: dict[str, onnx.ModelProto] = {}
+
+    def shared(self, name: str) -> onnx.ModelProto:
+        """A graph as it was exported, the same one every time: not to be changed."""
+        if name not in self._read:
+            self._read[name] = load_graph(self.bundle.graph_file(name))
+        return self._read[name]
+
+    def copied(self, name: str) -> onnx.ModelProto:
+        """A graph of the caller's own."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.shared(name))
+        return model
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,6 @@ def hardware_free(package: str) -> list[str]:
             "trt.make_engine",
             "trt.tensorrt_builder",
             "feed_graph",
-            "expert_choice",
         )
     }
     inside = {

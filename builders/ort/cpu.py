@@ -23,7 +23,6 @@ from pathlib import Path
 import onnx
 
 from twotower.builders.base import STANDARD, BuildConfig, Report
-from twotower.builders.bundle_graphs import BundleGraphs
 from twotower.builders.ort.chosen_experts import choose_experts, stacked_places
 from twotower.builders.ort.cuda import OrtCudaBuilder
 from twotower.builders.ort.engine_weights import (
@@ -37,6 +36,7 @@ from twotower.builders.ort.engine_weights import (
 from twotower.builders.ort.few_bits import UNSIGNED, from_blocks, probe_graph, read_as_stored
 from twotower.builders.ort.products import compute_rows_alike, experts_are_packed, with_branches
 from twotower.builders.ort.routing import choose_by_topk
+from twotower.builders.segment import BundleGraphs
 from twotower.bundle import (
     DATA_SUFFIX,
     GRAPH_FILES,

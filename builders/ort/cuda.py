@@ -21,15 +21,21 @@ from pathlib import Path
 import onnx
 
 from twotower.builders.base import DENSE, FUSED, KERNELS, BuildConfig, Report
-from twotower.builders.bundle_graphs import BundleGraphs
-from twotower.builders.expert_choice import ASKED, DENSE_COST, ExpertChoice, require_compiler
-from twotower.builders.expert_code import Compile, compile_code
-from twotower.builders.expert_cut import ExpertCut
+from twotower.builders.cache import kernel_source
+from twotower.builders.expert_cut import exported_cut
+from twotower.builders.experts import (
+    ASKED,
+    DENSE_COST,
+    Compile,
+    ExpertChoice,
+    compile_code,
+    require_compiler,
+)
 from twotower.builders.ort.engine_weights import unsigned_data
 from twotower.builders.ort.fusable import require_fusable
 from twotower.builders.ort.fused_experts import fuse_experts
 from twotower.builders.ort.programs import kernel_limits, require_programs, write_programs
-from twotower.builders.own_code import kernel_source
+from twotower.builders.segment import BundleGraphs
 from twotower.bundle import (
     DATA_SUFFIX,
     GRAPH_FILES,
@@ -42,7 +48,7 @@ from twotower.bundle import (
 from twotower.config import LayerKind
 from twotower.errors import BuildError
 from twotower.kernels.compile import compile_kernels
-from twotower.spec import CONTEXT_HEAD, MAX_CHUNK
+from twotower.spec import CONTEXT_HEAD
 from twotower.weights.external import attach_weights, weight_refs
 from twotower.weights.refs import WeightRef
 
@@ -185,7 +191,7 @@ class OrtCudaPlan:
             written.experts,
             limits.sms,
             folder,
-            max_tokens=limits.max_batch * MAX_CHUNK,
+            max_batch=limits.max_batch,
             compiler=self._compiler or compile_kernels,
             report=report,
         )
@@ -256,10 +262,7 @@ class OrtCudaPlan:
         """The layers of experts of a graph."""
         if name == CONTEXT_HEAD:
             return []
-        bundle = self._bundle
-        cut = ExpertCut(
-            self._graphs.shared(name), bundle.signatures[name], bundle.config, dtype=bundle.dtype
-        )
+        cut = exported_cut(self._graphs, name)
         return [cut.found(number) for number in range(cut.programs - 1)]
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import onnx
 
 from twotower.builders.base import BuildConfig, Report
-from twotower.builders.bundle_graphs import BundleGraphs
-from twotower.builders.expert_code import require_kernels
-from twotower.builders.expert_cut import ExpertCut
+from twotower.builders.expert_cut import experts_of, exported_cut
+from twotower.builders.experts import require_kernels
 from twotower.builders.profiles import cache_capacity
+from twotower.builders.segment import BundleGraphs
 from twotower.bundle import (
     DATA_SUFFIX,
     GRAPH_FILES,
@@ -29,7 +29,7 @@ from twotower.bundle import (
 )
 from twotower.hardware import probe_machine
 from twotower.kernels.tilings import BUILDABLE_SMS
-from twotower.spec import CONTEXT_HEAD, MAX_CHUNK
+from twotower.spec import CONTEXT_HEAD
 from twotower.weights.external import attach_weights, weight_refs
 
 __all__ = ["WrittenPrograms", "kernel_limits", "require_programs", "write_programs"]
@@ -72,12 +72,8 @@ def require_programs(graphs: BundleGraphs, limits: EngineLimits) -> None:
         BuildError: a graph cannot be cut, or there are no kernels for its experts, so many rows or
             a compute capability.
     """
-    for name in GRAPH_FILES:
-        cut = _cut(graphs, name)
-        for number in range(0 if cut is None else cut.programs - 1):
-            assert cut is not None
-            step = cut.experts(number)
-            require_kernels(step, limits.sms, max_tokens=limits.max_batch * MAX_CHUNK)
+    for step in experts_of(graphs):
+        require_kernels(step, limits.sms, max_batch=limits.max_batch)
 
 
 def write_programs(graphs: BundleGraphs, folder: Path, report: Report) -> WrittenPrograms:
@@ -86,7 +82,8 @@ def write_programs(graphs: BundleGraphs, folder: Path, report: Report) -> Writte
     steps: dict[str, tuple[Step, ...]] = {}
     operators: dict[str, dict[str, int]] = {}
     for name in GRAPH_FILES:
-        cut, some = _cut(graphs, name), list[Step]()
+        cut = None if name == CONTEXT_HEAD else exported_cut(graphs, name)  # it has no layers
+        some: list[Step] = []
         count = 1 if cut is None else cut.programs
         for number in range(count):
             file = f"{name}.onnx" if count == 1 else f"{name}.{number}.onnx"
@@ -111,16 +108,6 @@ def write_programs(graphs: BundleGraphs, folder: Path, report: Report) -> Writte
                 some.append(cut.experts(number))
         steps[name] = tuple(some)
     return WrittenPrograms(steps, operators)
-
-
-def _cut(graphs: BundleGraphs, name: str) -> ExpertCut | None:
-    """A tower's cut; None for the head, which has no layers."""
-    if name == CONTEXT_HEAD:
-        return None
-    bundle = graphs.bundle
-    return ExpertCut(
-        graphs.shared(name), bundle.signatures[name], bundle.config, dtype=bundle.dtype
-    )
 
 
 def _counted(model: onnx.ModelProto) -> dict[str, int]:

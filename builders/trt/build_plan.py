@@ -15,19 +15,20 @@ import onnx
 
 from twotower.builders.base import AUTO, DEFAULT_MAX_CONTEXT, KERNELS, BuildConfig, Report
 from twotower.builders.build_cost import require_bound, require_build_memory
-from twotower.builders.bundle_graphs import BundleGraphs
+from twotower.builders.cache import EngineCache, kernel_source, open_cache
 from twotower.builders.cache_keys import GpuIdentity
-from twotower.builders.cache_store import EngineCache, open_cache
-from twotower.builders.expert_choice import (
+from twotower.builders.expert_cut import common_form, experts_of
+from twotower.builders.experts import (
     DENSE_COST,
+    Compile,
     ExpertChoice,
-    choose_experts,
+    choose_path,
+    compile_code,
     require_compiler,
+    require_kernels,
 )
-from twotower.builders.expert_code import Compile, compile_code, require_kernels
-from twotower.builders.expert_cut import common_form
-from twotower.builders.own_code import kernel_source
 from twotower.builders.profiles import cache_capacity, profiles
+from twotower.builders.segment import BundleGraphs
 from twotower.builders.trt.capabilities import Capabilities, chosen_capabilities
 from twotower.builders.trt.engine_inspector import expands_experts, require_fused
 from twotower.builders.trt.engine_plan import EnginePlan, plan_key
@@ -49,7 +50,6 @@ from twotower.graph_lint import require_clean
 from twotower.hardware import Machine, untried
 from twotower.kernels.compile import compile_kernels
 from twotower.kernels.tilings import BUILDABLE_SMS
-from twotower.spec import MAX_CHUNK
 from twotower.tensorrt_library import Flavour
 
 __all__ = ["TensorRTPlan"]
@@ -89,7 +89,7 @@ class TensorRTPlan:
         sms: tuple[int, ...] = ()
         if self._asked_for.experts == AUTO:
             sms = self._kernel_sms(replace(self._asked_for, experts=KERNELS, segments=1))
-        return choose_experts(self._graphs, self._asked_for, sms)
+        return choose_path(self._bundle, self._asked_for, sms, experts_of(self._graphs))
 
     @cached_property
     def config(self) -> BuildConfig:
@@ -202,7 +202,7 @@ class TensorRTPlan:
             [plan.experts for plan in self.engines if plan.experts is not None],
             self.kernel_sms,
             folder,
-            max_tokens=self.limits.max_batch * MAX_CHUNK,
+            max_batch=self.limits.max_batch,
             compiler=self._compiler or compile_kernels,
             report=report,
         )
@@ -311,9 +311,7 @@ class TensorRTPlan:
         sizes = {"T": self.limits.capacity, "S": self._bundle.trained_block_size}
         for piece in pieces_of(self._graphs, self.config, sizes):
             if piece.experts is not None:
-                require_kernels(
-                    piece.experts, self.kernel_sms, max_tokens=self.limits.max_batch * MAX_CHUNK
-                )
+                require_kernels(piece.experts, self.kernel_sms, max_batch=self.limits.max_batch)
             plan = self._engine(piece, chosen, gpu)
             known = files[piece.graph]
             file = known.setdefault(plan.key, piece.name or f"{piece.graph}.{len(known)}.engine")

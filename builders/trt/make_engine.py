@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 
 from twotower.builders.base import Report
-from twotower.builders.cache_store import EngineCache
+from twotower.builders.cache import EngineCache
 from twotower.builders.trt.engine_plan import EnginePlan
 from twotower.builders.trt.job import RefusedError, run_job
 from twotower.bundle import Bundle, FileRecord, hash_file, write_json

@@ -14,9 +14,8 @@ import onnx
 
 from twotower.builders.base import KERNELS, BuildConfig
 from twotower.builders.build_cost import LayerBytes
-from twotower.builders.bundle_graphs import BundleGraphs
 from twotower.builders.expert_cut import ExpertCut
-from twotower.builders.segment import Segment, fix_axes, layer_bytes, segment
+from twotower.builders.segment import BundleGraphs, Segment, fix_axes, layer_bytes, segment
 from twotower.builders.trt.cut import least_bound, tower_cuts
 from twotower.builders.weight_inputs import place_weights
 from twotower.bundle import GRAPH_FILES, ExpertsStep

@@ -8,13 +8,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from twotower.builders.base import BuildConfig, BuildPlan
-from twotower.builders.own_code import kernel_source, planning_source
+from twotower.builders.cache import kernel_source, planning_source
 from twotower.bundle import GRAPH_FILES, Bundle
 from twotower.hardware import Machine, probe_machine
 from twotower.tensorrt_library import Flavour
 
 if TYPE_CHECKING:
-    from twotower.builders.expert_code import Compile
+    from twotower.builders.experts import Compile
 
 __all__ = ["TensorRTBuilder"]
 

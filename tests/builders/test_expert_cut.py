@@ -13,7 +13,6 @@ from tests.builders.test_segment import SIZES, feed, run
 from tests.helpers.bundles import export_fixture
 from tests.helpers.errors import check_error
 from tests.helpers.experts_by_hand import experts_by_hand
-from twotower.builders import BuildConfig
 from twotower.builders.expert_cut import ExpertCut, common_form
 from twotower.builders.segment import fix_axes
 from twotower.builders.weight_inputs import place_weights
@@ -22,7 +21,7 @@ from twotower.bundle.steps import step_from_json
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.config import ModelConfig
 from twotower.config.model import parse_model_config
-from twotower.errors import BuildError, ConfigError
+from twotower.errors import BuildError
 from twotower.export import ExportConfig, export_programs
 from twotower.spec import (
     CONDITIONING,
@@ -189,9 +188,3 @@ def test_a_graph_of_an_earlier_export_is_refused(bundle: Bundle) -> None:
     with pytest.raises(BuildError) as error:
         ExpertCut(model, bundle.signatures[CONTEXT], bundle.config, dtype="float32")
     check_error(str(error.value), "cannot be cut at its experts")
-
-
-@pytest.mark.parametrize("options", [{"experts": "sparse"}, {"experts": "kernels", "segments": 2}])
-def test_options_that_do_not_go_together(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
-        BuildConfig(**options)

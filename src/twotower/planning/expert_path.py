@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from twotower.builders.base import DENSE, FUSED, KERNELS
-from twotower.builders.expert_code import require_kernels
+from twotower.builders.experts import require_kernels
 from twotower.builders.ort.fusable import RELU2_SINCE, require_fusable
 from twotower.bundle import ExpertsStep
 from twotower.checkpoint.layout import Role
@@ -22,7 +22,6 @@ from twotower.planning.plan_options import (
     rounded_of,
 )
 from twotower.planning.weights import AS_STORED, EXPERT_FORMATS
-from twotower.spec import MAX_CHUNK
 
 __all__ = [
     "CHOSEN",
@@ -119,7 +118,7 @@ def _require_kernels(config: ModelConfig, options: PlanOptions) -> None:
     """What the build asks before it cuts a tower at its experts."""
     step = expert_step(config, options)
     sms = (*options.sms, *options.run_on)
-    require_kernels(step, sms, max_tokens=options.max_batch * MAX_CHUNK)
+    require_kernels(step, sms, max_batch=options.max_batch)
 
 
 def on_gpus(options: PlanOptions, sms: Sequence[int]) -> PlanOptions:

@@ -1,7 +1,12 @@
-"""Engines that were built before, by key: a folder of files that appear whole, are checked when used, and cost no bytes while in use."""
+"""Engines that were built before, by key, and the code they were made by, as a digest.
+
+The cache is a folder of files that appear whole, are checked when they are used, and take no space
+of their own while they are in use.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -10,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +24,12 @@ from twotower.bundle import Bundle, FileRecord, hash_file, write_json
 from twotower.errors import BuildError
 from twotower.files import locked
 
-__all__ = ["CACHE_FOLDER", "EngineCache", "Entry", "open_cache"]
+__all__ = ["CACHE_FOLDER", "EngineCache", "Entry", "kernel_source", "open_cache", "planning_source"]
 
 logger = logging.getLogger(__name__)
 
 CACHE_FOLDER = ".cache"
-"""In a bundle's `engines`: on the same file system, so that an engine and its entry are one file with two names."""
+"""In a bundle's `engines`: on one file system, an engine and its entry are one file with two names."""
 
 _ABANDONED_SECONDS = 24 * 3600.0  # a half-written entry that old has no writer any more
 
@@ -37,6 +43,31 @@ class Entry:
 
     record: FileRecord
     facts: dict[str, Any]
+
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def kernel_source() -> str:
+    """SHA-256 of what kernels are made from: another version of twotower may have others."""
+    return _digest_of("kernels")
+
+
+def planning_source() -> str:
+    """SHA-256 of what decides into which engines a bundle is built, and how."""
+    return _digest_of("builders", "config", "graph_lint", "weights", "spec.py")
+
+
+@cache
+def _digest_of(*names: str) -> str:
+    """SHA-256 of source files of this package, and of all in its folders of these names."""
+    # Read and not imported: engines that are kept need none of it.
+    digest = hashlib.sha256()
+    for name in names:
+        path = _PACKAGE / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 class EngineCache:

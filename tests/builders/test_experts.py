@@ -1,4 +1,4 @@
-"""What computes experts where nobody said: kernels where there are such, else a reason in words."""
+"""What computes a build's experts: kernels where there are such, else a stated reason."""
 
 from __future__ import annotations
 
@@ -13,26 +13,44 @@ import pytest
 from tests.helpers.bundles import copy_of, export_fixture
 from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.errors import check_error
-from tests.helpers.tensorrt import machine_with
-from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_job
+from tests.helpers.stand_ins import stand_in_bundle
+from tests.helpers.tensorrt import L4, machine_with
+from tests.helpers.tensorrt_stand_in import (
+    StandInBuilder,
+    TensorRTStandIn,
+    stand_in_job,
+    stand_in_kernels,
+)
 from twotower import builders
-from twotower.builders import BuildConfig, build_engines
-from twotower.builders.bundle_graphs import BundleGraphs
-from twotower.builders.expert_choice import choose_experts
-from twotower.builders.trt import make_engine, tensorrt_builder
+from twotower.builders import BuildConfig, EngineBuilder, build_engines, cache
+from twotower.builders.base import silent
+from twotower.builders.expert_cut import experts_of
+from twotower.builders.experts import ExpertChoice, choose_path
+from twotower.builders.segment import BundleGraphs
+from twotower.builders.trt import build_plan, make_engine, tensorrt_builder
 from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
-from twotower.bundle import BUILD_FILE, Bundle, engine_folder
+from twotower.bundle import BUILD_FILE, Bundle, engine_folder, load_engine_record
 from twotower.cli.main import main
-from twotower.errors import ConfigError
+from twotower.errors import BuildError, ConfigError
 from twotower.hardware import Gpu
+from twotower.kernels import read_manifest
+from twotower.kernels.shape import shape_of
 from twotower.kernels.tilings import BUILDABLE_SMS
 
 CONFIG = BuildConfig(sms=(89,), max_context=256, max_batch=4)
+KERNELS = replace(CONFIG, experts="kernels")
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export_fixture("hybrid-b", tmp_path_factory.mktemp("choice") / "bundle", "float16")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return stand_in_bundle(
+        "hybrid-a", tmp_path_factory.mktemp("code") / "bundle", experts="kernels"
+    )
 
 
 @pytest.fixture
@@ -45,9 +63,15 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> StandInBuilder:
     """Of the target rtx; the command `twotower build` has the same."""
     monkeypatch.setattr(make_engine, "run_job", stand_in_job)
     made = StandInBuilder(TensorRTStandIn(CudaStandIn()))
-    made.flavour = replace(made.flavour, sms=(75, 80, 89, 120))
+    made.flavour = replace(made.flavour, sms=(75, 80, 86, 89, 120))
     monkeypatch.setitem(builders.BUILDERS, "rtx", lambda: made)
     return made
+
+
+def choice_for(
+    bundle: Bundle, sms: tuple[int, ...] = (89,), config: BuildConfig = CONFIG
+) -> ExpertChoice:
+    return choose_path(bundle, config, sms, experts_of(BundleGraphs(bundle)))
 
 
 def quantized(bundle: Bundle, group: int, dtype: int = onnx.TensorProto.INT4) -> Bundle:
@@ -65,12 +89,6 @@ def quantized(bundle: Bundle, group: int, dtype: int = onnx.TensorProto.INT4) ->
     return bundle
 
 
-def without_marks(bundle: Bundle) -> Bundle:
-    file = bundle.graph_file("context")
-    file.write_bytes(file.read_bytes().replace(b"moe/shares", b"moe/sharez"))
-    return bundle
-
-
 @pytest.mark.parametrize(
     ("options", "sms", "why"),
     [
@@ -80,55 +98,49 @@ def without_marks(bundle: Bundle) -> Bundle:
         ({}, (103,), "not made for SM 103"),
         ({"max_batch": 17}, (89,), "at most 4096"),
         ({"segments": 2}, (89,), "--segments 2"),
+        ({"experts": "dense"}, (), "--experts dense asked for it"),
+        ({"experts": "kernels"}, (), ""),
     ],
 )
 def test_kernels_are_taken_where_every_capability_and_row_has_them(
     exported: Bundle, options: dict[str, Any], sms: tuple[int, ...], why: str
 ) -> None:
-    choice = choose_experts(BundleGraphs(exported), replace(CONFIG, **options), sms)
+    choice = choice_for(exported, sms, replace(CONFIG, **options))
     assert choice.experts == ("dense" if why else "kernels")
     assert why in choice.why
     assert bool(choice.why) == bool(why)
 
 
 def test_groups_not_tiled_and_old_graphs_are_named(bundle: Bundle, tmp_path: Path) -> None:
-    assert choose_experts(BundleGraphs(bundle), CONFIG, (89,)).experts == "kernels"
-    few = quantized(Bundle.open(copy_of(bundle, tmp_path / "q")), 8)
-    choice = choose_experts(BundleGraphs(few), CONFIG, (89,))
-    assert choice.experts == "dense"
-    assert "int4 in groups of 8" in choice.why
-    assert "the nearest is 16" in choice.why
-    other = quantized(Bundle.open(copy_of(bundle, tmp_path / "u")), 32, onnx.TensorProto.UINT8)
-    choice = choose_experts(BundleGraphs(other), CONFIG, (89,))
-    assert choice.experts == "dense"
-    assert "no kernel computes experts stored as uint8" in choice.why
-    assert "float8e4m3fn (fp8)" in choice.why
-    choice = choose_experts(BundleGraphs(without_marks(bundle)), CONFIG, (89,))
-    assert choice.experts == "dense"
-    assert "exported by an earlier version" in choice.why
+    low_bit = quantized(Bundle.open(copy_of(bundle, tmp_path / "q")), 8)
+    unknown = quantized(Bundle.open(copy_of(bundle, tmp_path / "u")), 32, onnx.TensorProto.UINT8)
+    file = bundle.graph_file("context")
+    file.write_bytes(file.read_bytes().replace(b"moe/shares", b"moe/sharez"))
+    for damaged, words in (
+        (low_bit, ("int4 in groups of 8", "the nearest is 16")),
+        (unknown, ("no kernel computes experts stored as uint8", "float8e4m3fn (fp8)")),
+        (bundle, ("exported by an earlier version",)),
+    ):
+        choice = choice_for(damaged)
+        assert choice.experts == "dense"
+        assert all(word in choice.why for word in words)
 
 
 def test_without_experts_there_is_no_reason(
-    bundle: Bundle,
-    monkeypatch: pytest.MonkeyPatch,
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(bundle.config), "indices", lambda *_: ())
-    choice = choose_experts(BundleGraphs(bundle), CONFIG, (75,))
-    assert (choice.experts, choice.why) == ("dense", "")
+    assert choice_for(bundle, (75,)) == ExpertChoice("dense", "")
 
 
-def test_what_is_asked_for_is_built(exported: Bundle) -> None:
-    assert (
-        choose_experts(BundleGraphs(exported), replace(CONFIG, experts="kernels"), ()).experts
-        == "kernels"
-    )
-    choice = choose_experts(BundleGraphs(exported), replace(CONFIG, experts="dense"), ())
-    assert choice.to_json()["why"] == "--experts dense asked for it"
+@pytest.mark.parametrize("options", [{"experts": "sparse"}, {"experts": "kernels", "segments": 2}])
+def test_options_that_do_not_go_together(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        BuildConfig(**options)
 
 
 def test_a_second_build_keeps_everything_and_another_choice_builds(
-    bundle: Bundle,
-    builder: StandInBuilder,
+    bundle: Bundle, builder: StandInBuilder
 ) -> None:
     file = engine_folder(bundle, "rtx") / BUILD_FILE
 
@@ -150,10 +162,18 @@ def test_a_second_build_keeps_everything_and_another_choice_builds(
     assert stamp(sms=(75, 89)) == without
 
 
-def test_dense_engines_are_never_built_without_a_word(
-    bundle: Bundle,
-    builder: StandInBuilder,
-    capsys: pytest.CaptureFixture[str],
+def test_engines_fit_until_kernels_are_others(
+    built: Bundle, builder: StandInBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = load_engine_record(built, "rtx")
+    assert builder.plan(built, KERNELS).keeps(record)
+    assert not builder.plan(built, replace(KERNELS, sms=(86, 89))).keeps(record)
+    monkeypatch.setattr(build_plan, "kernel_source", lambda: "of another version")
+    assert not builder.plan(built, KERNELS).keeps(record)
+
+
+def test_the_reason_for_dense_engines_is_always_shown(
+    bundle: Bundle, builder: StandInBuilder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command says it, each time; so do a dry run, build.json and `inspect`."""
     words = ["build", str(bundle.path), "--target", "rtx", "--sm", "75,89", "--max-context", "256"]
@@ -186,20 +206,29 @@ def test_a_library_that_chooses_its_gpus_gets_kernels_for_all(
 
 
 def test_kernels_are_for_a_gpu_that_engines_are_tried_on(
-    bundle: Bundle,
-    builder: StandInBuilder,
-    monkeypatch: pytest.MonkeyPatch,
+    bundle: Bundle, builder: StandInBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Engines for SM 80 on Hopper, which they hold no code for: a kernel for SM 80 does not run."""
-    config = replace(CONFIG, sms=(80,))
     made = []
     for how in ("", "default"):
         machine = replace(machine_with(Gpu("NVIDIA H100", 90, 80 << 30)), rtx_any_sm=how)
         monkeypatch.setattr(tensorrt_builder, "probe_machine", lambda machine=machine: machine)
-        record = build_engines(bundle, "rtx", builder, config=config)
+        record = build_engines(bundle, "rtx", builder, config=replace(CONFIG, sms=(80,)))
         made += [code["sms"] for code in record.report["experts"].values()]
         assert record.limits is not None and record.limits.sms == (80,)
     assert made == [[80], [80, 90]]
+
+
+@pytest.mark.slow
+def test_kernels_for_full_tensorrt_are_those_of_the_gpu_at_hand(
+    bundle: Bundle, stand_in_builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stand_in_builder, "_compiler", stand_in_kernels)
+    record = build_engines(bundle, "trt", stand_in_builder, config=replace(KERNELS, sms=()))
+    (code,) = record.report["experts"].values()
+    assert code["sms"] == [L4.sm]
+    kinds = [type(step).__name__ for step in record.steps["denoiser"]]
+    assert kinds == ["EngineFile", "ExpertsStep", "EngineFile"]
 
 
 @pytest.mark.parametrize("experts", ["auto", "kernels"])
@@ -223,3 +252,60 @@ def test_a_missing_compiler_is_an_error_and_not_a_slow_engine(
     assert not (bundle.path / "engines" / "rtx").exists()
     made = build_engines(bundle, "rtx", builder, config=config)
     assert build_engines(bundle, "rtx", plain, config=config) == made
+
+
+def test_layers_and_towers_of_one_shape_share_their_kernels(built: Bundle) -> None:
+    record = load_engine_record(built, "rtx")
+    steps = [step for steps in record.experts.values() for step in steps]
+    assert len(steps) == 6
+    (code,) = {step.code for step in steps}
+    manifest = read_manifest(engine_folder(built, "rtx") / code)
+    shape = manifest.shape
+    assert shape == shape_of(steps[0])
+    assert (manifest.sms, shape.hidden, shape.shared_intermediate) == ((89,), 64, 96)
+    assert record.report["experts"][code]["launches"][0] == [8, 4]
+
+
+def test_a_dry_run_counts_equal_programs(built: Bundle, builder: StandInBuilder) -> None:
+    lines = builder.plan(built, KERNELS).describe()
+    files = {p.file for p in load_engine_record(built, "rtx").engines["denoiser"]}
+    assert sum(line.startswith("denoiser.") for line in lines) == len(files)
+    assert any("6 layers of experts" in line and "SM 89" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [({"max_batch": 17}, "do not take so many rows"), ({"sms": (75,)}, "not made for SM 75")],
+)
+def test_what_no_kernel_computes_is_refused_before_anything_is_built(
+    exported: Bundle, builder: StandInBuilder, options: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(BuildError) as error:
+        _ = builder.plan(exported, replace(KERNELS, **options)).needed_bytes
+    check_error(str(error.value), what)
+
+
+def test_a_bound_on_memory_is_kept_or_refused(
+    exported: Bundle, tmp_path: Path, builder: StandInBuilder
+) -> None:
+    """Programs are cut no further; the error names a bound that can be kept."""
+    with pytest.raises(BuildError) as error:
+        plan = builder.plan(exported, replace(KERNELS, max_build_memory=10**8))
+        plan.build(tmp_path, report=silent)
+    check_error(str(error.value), "cannot be built in so little memory")
+    assert "--max-build-memory to 0.4G" in error.value.do
+
+
+def test_another_version_of_a_kernel_is_another_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "kernels" / "device" / "product.py"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setattr(cache, "_PACKAGE", tmp_path)
+    seen = []
+    for text in ("a", "b"):
+        file.write_text(text)
+        cache._digest_of.cache_clear()
+        seen.append(cache.kernel_source())
+    cache._digest_of.cache_clear()
+    assert seen[0] != seen[1]

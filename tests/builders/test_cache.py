@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.bundles import flip_byte
-from twotower.builders import cache_store
-from twotower.builders.cache_store import EngineCache
+from twotower.builders import cache as cache_module
+from twotower.builders.cache import EngineCache
 from twotower.errors import BuildError
 
 KEY = "a" * 32
@@ -64,7 +64,7 @@ def test_another_file_system_gets_a_copy(
     def refuse(source: Any, target: Any) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(cache_store.os, "link", refuse)
+    monkeypatch.setattr(cache_module.os, "link", refuse)
     made = engine(tmp_path / "new")
     record = cache.put(KEY, made, {}, tick=quiet)
     entry = cache.take(KEY, tmp_path / "taken", tick=quiet)
@@ -136,7 +136,7 @@ def test_what_killed_processes_left_is_swept(
         "somebody may still be writing it"
     )
     later = time.time() + 2 * 24 * 3600
-    monkeypatch.setattr(cache_store.time, "time", lambda: later)
+    monkeypatch.setattr(cache_module.time, "time", lambda: later)
     cache.trim()
     assert names(cache) == {f"{KEY}.engine", f"{KEY}.json"}
 
@@ -157,8 +157,8 @@ def test_a_full_cache_loses_the_entry_and_not_the_engine(
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_store.os, "link", full)
-    monkeypatch.setattr(cache_store.shutil, "copyfile", full)
+    monkeypatch.setattr(cache_module.os, "link", full)
+    monkeypatch.setattr(cache_module.shutil, "copyfile", full)
     made = engine(tmp_path / "new")
     assert cache.put(KEY, made, {}, tick=quiet).size == 300
     assert "No space left" in caplog.text
@@ -168,7 +168,7 @@ def test_a_full_cache_loses_the_entry_and_not_the_engine(
 def test_writers_at_once_leave_one_sound_entry(cache: EngineCache, tmp_path: Path) -> None:
     """Four processes put different content under one key, over and over, while this one takes it."""
     script = (
-        "import sys; from pathlib import Path; from twotower.builders.cache_store import EngineCache\n"
+        "import sys; from pathlib import Path; from twotower.builders.cache import EngineCache\n"
         "folder, who = Path(sys.argv[1]), sys.argv[2]\n"
         "cache = EngineCache(folder / 'cache', 1000)\n"
         "for i in range(30):\n"

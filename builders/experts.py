@@ -1,0 +1,180 @@
+"""What computes a build's experts: kernels where there are such, compiled into the target's folder.
+
+Kernels compute the chosen experts; where there are none the engine computes all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twotower.builders.base import AUTO, DENSE, FUSED, KERNELS, BuildConfig, Report
+from twotower.builders.cache import kernel_source
+from twotower.bundle import Bundle, ExpertsStep, FileRecord, hash_file
+from twotower.config import LayerKind
+from twotower.errors import BuildError, ConfigError
+from twotower.extras import require_libraries
+from twotower.kernels import MOST_TOKENS, Manifest, launches
+from twotower.kernels.shape import shape_of
+from twotower.kernels.signatures import refuse_sm
+from twotower.kernels.tilings import TIERS
+from twotower.spec import MAX_CHUNK
+
+__all__ = [
+    "ASKED",
+    "DENSE_COST",
+    "Compile",
+    "ExpertChoice",
+    "choose_path",
+    "compile_code",
+    "require_compiler",
+    "require_kernels",
+]
+
+Compile = Callable[..., Manifest]
+"""`compile_kernels`, or something like it."""
+
+DENSE_COST = (
+    "every expert computes for every token: "
+    "one token at a time takes about 10 times as long at published size, by arithmetic"
+)
+"""Of engines that compute their experts."""
+
+ASKED = "--experts dense asked for it"
+"""Why experts are dense where `dense` was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertChoice:
+    """What computes the experts of a build.
+
+    Attributes:
+        experts: `dense`, `kernels` or `fused`.
+        why: Of `dense`, why not the others; empty for them, and for a model without experts.
+    """
+
+    experts: str
+    why: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        """Plain data, as `build.json` keeps it."""
+        out = {"computed_by": self.experts}
+        return {**out, "why": self.why, "cost": DENSE_COST} if self.why else out
+
+
+def choose_path(
+    bundle: Bundle, config: BuildConfig, sms: Sequence[int], steps: Iterable[ExpertsStep]
+) -> ExpertChoice:
+    """What computes the experts in engines of TensorRT.
+
+    Args:
+        bundle: The model.
+        config: What is asked for.
+        sms: Compute capabilities that kernels would be compiled for.
+        steps: The experts of both towers, looked at only where that decides.
+
+    Raises:
+        ConfigError: what was asked for is of another target.
+    """
+    if config.experts == FUSED:
+        raise ConfigError(
+            "TensorRT has no operator for these experts",
+            found=f"--experts {FUSED}, which is of ort-cuda; allowed: {AUTO}, {KERNELS}, {DENSE}",
+            do=f"leave --experts out, or build with --experts {KERNELS}",
+        )
+    if not bundle.config.indices(LayerKind.MOE):
+        return ExpertChoice(DENSE if config.experts == AUTO else config.experts)
+    if config.experts != AUTO:
+        return ExpertChoice(config.experts, ASKED if config.experts == DENSE else "")
+    if config.segments > 1:
+        why = f"--segments {config.segments} cuts engines that compute their experts"
+        return ExpertChoice(DENSE, why)
+    try:
+        for step in steps:
+            require_kernels(step, sms, max_batch=config.max_batch)
+    except BuildError as e:
+        return ExpertChoice(DENSE, f"{e.what} ({e.found})")
+    return ExpertChoice(KERNELS)
+
+
+def require_kernels(step: ExpertsStep, sms: Sequence[int], *, max_batch: int) -> None:
+    """Refuses experts that no kernel computes, before anything is built.
+
+    Raises:
+        BuildError: there are no kernels for a compute capability, or not for so many rows.
+    """
+    shape = shape_of(step)
+    if max_batch * MAX_CHUNK > MOST_TOKENS:
+        tokens = f"{max_batch * MAX_CHUNK} tokens in a chunk of a prompt; at most {MOST_TOKENS}"
+        most = MOST_TOKENS // MAX_CHUNK
+        raise BuildError(
+            "the kernels of experts do not take so many rows",
+            found=f"--max-batch {max_batch}, {tokens}",
+            do=f"build with --max-batch {most} or less, or with --experts dense",
+        )
+    for sm in sms:
+        refuse_sm(shape, sm)
+
+
+def require_compiler() -> None:
+    """Refuses a build of kernels without their compiler: dense engines instead would be slow.
+
+    Raises:
+        ConfigError: Triton is not installed.
+    """
+    try:
+        require_libraries("kernels", "triton", what="compiling the kernels of experts")
+    except ConfigError as e:
+        do = f"{e.do}; or build with --experts dense, where {DENSE_COST}"
+        raise ConfigError(e.what, found=e.found, do=do) from e
+
+
+def compile_code(
+    steps: Iterable[ExpertsStep],
+    sms: Sequence[int],
+    folder: Path,
+    *,
+    max_batch: int,
+    compiler: Compile,
+    report: Report,
+) -> tuple[dict[str, FileRecord], dict[str, Any]]:
+    """Compiles the kernels of every shape of experts there is, each into a folder of its own.
+
+    Args:
+        steps: The experts of all towers.
+        sms: Compute capabilities.
+        folder: The target's folder.
+        max_batch: Most rows of a pass.
+        compiler: What compiles.
+        report: Called with the progress.
+
+    Returns:
+        The files, and what the build record keeps of them, by folder.
+
+    Raises:
+        BuildError: there are no kernels for a shape or a compute capability.
+    """
+    files: dict[str, FileRecord] = {}
+    facts: dict[str, Any] = {}
+    for code, shape in {step.code: shape_of(step) for step in steps}.items():
+
+        def tell(file: str, code: str = code) -> None:
+            report(f"{code}: {file}", 0, 0)
+
+        tokens = max_batch * MAX_CHUNK
+        manifest = compiler(shape, sms, folder / code, max_tokens=tokens, report=tell)
+        for file in sorted((folder / code).iterdir()):
+            files[f"{code}/{file.name}"] = FileRecord(file.stat().st_size, hash_file(file))
+        tiers = [tier.tokens for tier in TIERS if tier.tokens <= manifest.max_tokens]
+        facts[code] = {
+            "triton": manifest.triton,
+            "fp_fusion": manifest.fp_fusion,
+            "sms": list(manifest.sms),
+            "max_tokens": manifest.max_tokens,
+            "kernels": len(manifest.cubins),
+            "launches": [[n, len(launches(shape, n, sms[0], manifest))] for n in tiers],
+            "source": kernel_source(),
+        }
+    return files, facts
