@@ -23,7 +23,7 @@ import onnx
 from twotower.builders.base import DENSE, FUSED, KERNELS, BuildConfig, Report
 from twotower.builders.cache import kernel_source
 from twotower.builders.expert_cut import exported_cut
-from twotower.builders.experts import (
+from twotower.builders.expert_kernels import (
     ASKED,
     DENSE_COST,
     Compile,

@@ -15,7 +15,7 @@ import onnx
 
 from twotower.builders.base import BuildConfig, Report
 from twotower.builders.expert_cut import experts_of, exported_cut
-from twotower.builders.experts import require_kernels
+from twotower.builders.expert_kernels import require_kernels
 from twotower.builders.profiles import cache_capacity
 from twotower.builders.segment import BundleGraphs
 from twotower.bundle import (

@@ -18,7 +18,7 @@ from twotower.builders.build_cost import require_bound, require_build_memory
 from twotower.builders.cache import EngineCache, kernel_source, open_cache
 from twotower.builders.cache_keys import GpuIdentity
 from twotower.builders.expert_cut import common_form, experts_of
-from twotower.builders.experts import (
+from twotower.builders.expert_kernels import (
     DENSE_COST,
     Compile,
     ExpertChoice,

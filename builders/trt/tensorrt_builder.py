@@ -14,7 +14,7 @@ from twotower.hardware import Machine, probe_machine
 from twotower.tensorrt_library import Flavour
 
 if TYPE_CHECKING:
-    from twotower.builders.experts import Compile
+    from twotower.builders.expert_kernels import Compile
 
 __all__ = ["TensorRTBuilder"]
 

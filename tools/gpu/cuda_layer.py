@@ -26,7 +26,7 @@ from tools.gpu.torch_engine import TorchTensorRT, torch_job
 from tools.gpu.unpack import unpack
 from twotower import TwoTower
 from twotower.builders.base import DENSE, KERNELS
-from twotower.builders.experts import Compile
+from twotower.builders.expert_kernels import Compile
 from twotower.bundle import Bundle
 from twotower.doctor import Answers
 from twotower.doctor.cuda_layer import check_cuda

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from twotower.builders.base import DENSE, FUSED, KERNELS
-from twotower.builders.experts import require_kernels
+from twotower.builders.expert_kernels import require_kernels
 from twotower.builders.ort.fusable import RELU2_SINCE, require_fusable
 from twotower.bundle import ExpertsStep
 from twotower.checkpoint.layout import Role

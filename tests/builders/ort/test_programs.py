@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.bundles import export_fixture
 from tests.helpers.errors import check_error
 from tests.helpers.tensorrt_stand_in import stand_in_kernels
-from twotower.builders import BuildConfig, build_engines, builder_for, experts
+from twotower.builders import BuildConfig, build_engines, builder_for, expert_kernels
 from twotower.builders.ort import programs
 from twotower.builders.ort.cuda import OrtCudaBuilder
 from twotower.bundle import (
@@ -170,7 +170,7 @@ def test_a_missing_compiler_is_named_before_anything_is_written(
     def missing(*names: Any, **about: Any) -> None:
         raise ConfigError("compiling needs triton", found="it is not installed", do="install it")
 
-    monkeypatch.setattr(experts, "require_libraries", missing)
+    monkeypatch.setattr(expert_kernels, "require_libraries", missing)
     with pytest.raises(ConfigError, match="triton"):
         build_engines(bundle, "ort-cuda", builder_for("ort-cuda"), config=KERNELS)
     assert not engine_folder(bundle, "ort-cuda").exists()

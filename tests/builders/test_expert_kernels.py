@@ -25,7 +25,7 @@ from twotower import builders
 from twotower.builders import BuildConfig, EngineBuilder, build_engines, cache
 from twotower.builders.base import silent
 from twotower.builders.expert_cut import experts_of
-from twotower.builders.experts import ExpertChoice, choose_path
+from twotower.builders.expert_kernels import ExpertChoice, choose_path
 from twotower.builders.segment import BundleGraphs
 from twotower.builders.trt import build_plan, make_engine, tensorrt_builder
 from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
