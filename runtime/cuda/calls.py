@@ -1,4 +1,4 @@
-"""The few CUDA calls the runtime makes, each with its result checked; the library is a value, so that a stand-in can take its place."""
+"""The few CUDA calls the runtime makes, each with its result checked; the library is a value, so that a fake can take its place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts between programs, as the runtime asks for them: what launches their kernels is a value, and may be a stand-in."""
+"""Experts between programs, as the runtime asks for them: what launches their kernels is a value, and may be a fake."""
 
 from __future__ import annotations
 

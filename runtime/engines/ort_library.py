@@ -1,4 +1,4 @@
-"""What is needed of ONNX Runtime on a GPU: the library is a value, and may be a stand-in."""
+"""What is needed of ONNX Runtime on a GPU: the library is a value, and may be a fake."""
 
 from __future__ import annotations
 

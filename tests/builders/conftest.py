@@ -1,4 +1,4 @@
-"""A bundle that a test may damage, and the builder of the stand-in for TensorRT."""
+"""A bundle that a test may damage, and the builder of the fake for TensorRT."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.bundles import copy_of, export_fixture
-from tests.helpers.tensorrt import L4, install_fake, see_gpu
+from tests.helpers.trt.install import L4, install_fake, see_gpu
 from twotower.builders import EngineBuilder, builder_for
 from twotower.bundle import Bundle
 
@@ -23,7 +23,7 @@ def damageable(exported_half: Bundle, tmp_path: Path) -> Bundle:
 
 
 @pytest.fixture
-def stand_in_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineBuilder:
+def fake_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineBuilder:
     """Of target `trt`, on a machine with one GPU: what is tested with it is not the library."""
     install_fake(tmp_path, monkeypatch)
     see_gpu(monkeypatch, L4)

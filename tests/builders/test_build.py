@@ -17,7 +17,7 @@ from tests.helpers.bundles import copy_of, flip_byte
 from tests.helpers.errors import check_error
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.processes import child_of, is_gone
-from tests.helpers.tensorrt import plant
+from tests.helpers.trt.install import plant
 from twotower.builders import BuildConfig, EngineBuilder, build_engines
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder, read_engine_record
 from twotower.cli.main import main
@@ -32,8 +32,8 @@ def bundle(damageable: Bundle) -> Bundle:
 
 
 @pytest.fixture
-def builder(stand_in_builder: EngineBuilder) -> EngineBuilder:
-    return stand_in_builder
+def builder(fake_builder: EngineBuilder) -> EngineBuilder:
+    return fake_builder
 
 
 def engines(bundle: Bundle) -> set[str]:

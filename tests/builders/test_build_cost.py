@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.bundles import export_fixture
-from tests.helpers.tensorrt import L4, machine_with
+from tests.helpers.trt.install import L4, machine_with
 from twotower.builders import BuildConfig, EngineBuilder, build_engines, builder_for
 from twotower.builders.build_cost import LayerBytes, build_memory, require_build_memory
 from twotower.builders.trt import tensorrt_builder
@@ -74,23 +74,23 @@ def test_a_build_asks_before_it_starts(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_engines_of_the_cache_need_no_memory(
-    damageable: Bundle, stand_in_builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch
+    damageable: Bundle, fake_builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_engines(
-        damageable, "trt", stand_in_builder, config=BuildConfig(max_context=256, experts="dense")
+        damageable, "trt", fake_builder, config=BuildConfig(max_context=256, experts="dense")
     )
     shutil.rmtree(engine_folder(damageable, "trt"))
     monkeypatch.setattr(
         tensorrt_builder, "probe_machine", lambda: replace(machine_with(L4), available=10**7)
     )
     record = build_engines(
-        damageable, "trt", stand_in_builder, config=BuildConfig(max_context=256, experts="dense")
+        damageable, "trt", fake_builder, config=BuildConfig(max_context=256, experts="dense")
     )
     assert all(facts["cached"] for facts in record.report["engines"].values())
     with pytest.raises(BuildError, match="does not fit this machine"):
         build_engines(
             damageable,
             "trt",
-            stand_in_builder,
+            fake_builder,
             config=BuildConfig(max_context=256, experts="dense", force=True),
         )

@@ -11,16 +11,15 @@ import onnx
 import pytest
 
 from tests.helpers.bundles import copy_of, export_fixture
-from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.errors import check_error
-from tests.helpers.stand_ins import stand_in_bundle
-from tests.helpers.tensorrt import L4, machine_with
-from tests.helpers.tensorrt_stand_in import (
-    StandInBuilder,
-    TensorRTStandIn,
-    stand_in_job,
-    stand_in_kernels,
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.trt.execution import (
+    FakeBuilder,
+    FakeTensorRT,
+    fake_job,
+    fake_kernels,
 )
+from tests.helpers.trt.install import L4, bundle_with_engines, machine_with
 from twotower import builders
 from twotower.builders import BuildConfig, EngineBuilder, build_engines, cache
 from twotower.builders.base import silent
@@ -48,7 +47,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return stand_in_bundle(
+    return bundle_with_engines(
         "hybrid-a", tmp_path_factory.mktemp("code") / "bundle", experts="kernels"
     )
 
@@ -59,10 +58,10 @@ def bundle(exported: Bundle, tmp_path: Path) -> Bundle:
 
 
 @pytest.fixture
-def builder(monkeypatch: pytest.MonkeyPatch) -> StandInBuilder:
+def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
     """Of the target rtx; the command `twotower build` has the same."""
-    monkeypatch.setattr(make_engine, "run_job", stand_in_job)
-    made = StandInBuilder(TensorRTStandIn(CudaStandIn()))
+    monkeypatch.setattr(make_engine, "run_job", fake_job)
+    made = FakeBuilder(FakeTensorRT(FakeCuda()))
     made.flavour = replace(made.flavour, sms=(75, 80, 86, 89, 120))
     monkeypatch.setitem(builders.BUILDERS, "rtx", lambda: made)
     return made
@@ -140,7 +139,7 @@ def test_options_that_do_not_go_together(options: dict[str, Any]) -> None:
 
 
 def test_a_second_build_keeps_everything_and_another_choice_builds(
-    bundle: Bundle, builder: StandInBuilder
+    bundle: Bundle, builder: FakeBuilder
 ) -> None:
     file = engine_folder(bundle, "rtx") / BUILD_FILE
 
@@ -163,7 +162,7 @@ def test_a_second_build_keeps_everything_and_another_choice_builds(
 
 
 def test_engines_fit_until_kernels_are_others(
-    built: Bundle, builder: StandInBuilder, monkeypatch: pytest.MonkeyPatch
+    built: Bundle, builder: FakeBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = load_engine_record(built, "rtx")
     assert builder.plan(built, KERNELS).keeps(record)
@@ -173,7 +172,7 @@ def test_engines_fit_until_kernels_are_others(
 
 
 def test_the_reason_for_dense_engines_is_always_shown(
-    bundle: Bundle, builder: StandInBuilder, capsys: pytest.CaptureFixture[str]
+    bundle: Bundle, builder: FakeBuilder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command says it, each time; so do a dry run, build.json and `inspect`."""
     words = ["build", str(bundle.path), "--target", "rtx", "--sm", "75,89", "--max-context", "256"]
@@ -196,7 +195,7 @@ def test_the_reason_for_dense_engines_is_always_shown(
 
 
 def test_a_library_that_chooses_its_gpus_gets_kernels_for_all(
-    bundle: Bundle, builder: StandInBuilder, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, builder: FakeBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TWOTOWER_RTX_ANY_SM", "default")
     record = build_engines(bundle, "rtx", builder, config=replace(CONFIG, sms=()))
@@ -206,7 +205,7 @@ def test_a_library_that_chooses_its_gpus_gets_kernels_for_all(
 
 
 def test_kernels_are_for_a_gpu_that_engines_are_tried_on(
-    bundle: Bundle, builder: StandInBuilder, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, builder: FakeBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Engines for SM 80 on Hopper, which they hold no code for: a kernel for SM 80 does not run."""
     made = []
@@ -221,10 +220,10 @@ def test_kernels_are_for_a_gpu_that_engines_are_tried_on(
 
 @pytest.mark.slow
 def test_kernels_for_full_tensorrt_are_those_of_the_gpu_at_hand(
-    bundle: Bundle, stand_in_builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, fake_builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stand_in_builder, "_compiler", stand_in_kernels)
-    record = build_engines(bundle, "trt", stand_in_builder, config=replace(KERNELS, sms=()))
+    monkeypatch.setattr(fake_builder, "_compiler", fake_kernels)
+    record = build_engines(bundle, "trt", fake_builder, config=replace(KERNELS, sms=()))
     (code,) = record.report["experts"].values()
     assert code["sms"] == [L4.sm]
     kinds = [type(step).__name__ for step in record.steps["denoiser"]]
@@ -233,7 +232,7 @@ def test_kernels_for_full_tensorrt_are_those_of_the_gpu_at_hand(
 
 @pytest.mark.parametrize("experts", ["auto", "kernels"])
 def test_a_missing_compiler_is_an_error_and_not_a_slow_engine(
-    bundle: Bundle, builder: StandInBuilder, monkeypatch: pytest.MonkeyPatch, experts: str
+    bundle: Bundle, builder: FakeBuilder, monkeypatch: pytest.MonkeyPatch, experts: str
 ) -> None:
     """Engines with kernels that are there are kept all the same: they need no compiler."""
     config = replace(CONFIG, experts=experts)
@@ -266,7 +265,7 @@ def test_layers_and_towers_of_one_shape_share_their_kernels(built: Bundle) -> No
     assert record.report["experts"][code]["launches"][0] == [8, 4]
 
 
-def test_a_dry_run_counts_equal_programs(built: Bundle, builder: StandInBuilder) -> None:
+def test_a_dry_run_counts_equal_programs(built: Bundle, builder: FakeBuilder) -> None:
     lines = builder.plan(built, KERNELS).describe()
     files = {p.file for p in load_engine_record(built, "rtx").engines["denoiser"]}
     assert sum(line.startswith("denoiser.") for line in lines) == len(files)
@@ -278,7 +277,7 @@ def test_a_dry_run_counts_equal_programs(built: Bundle, builder: StandInBuilder)
     [({"max_batch": 17}, "do not take so many rows"), ({"sms": (75,)}, "not made for SM 75")],
 )
 def test_what_no_kernel_computes_is_refused_before_anything_is_built(
-    exported: Bundle, builder: StandInBuilder, options: dict[str, Any], what: str
+    exported: Bundle, builder: FakeBuilder, options: dict[str, Any], what: str
 ) -> None:
     with pytest.raises(BuildError) as error:
         _ = builder.plan(exported, replace(KERNELS, **options)).needed_bytes
@@ -286,7 +285,7 @@ def test_what_no_kernel_computes_is_refused_before_anything_is_built(
 
 
 def test_a_bound_on_memory_is_kept_or_refused(
-    exported: Bundle, tmp_path: Path, builder: StandInBuilder
+    exported: Bundle, tmp_path: Path, builder: FakeBuilder
 ) -> None:
     """Programs are cut no further; the error names a bound that can be kept."""
     with pytest.raises(BuildError) as error:

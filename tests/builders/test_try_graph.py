@@ -17,7 +17,7 @@ import onnx
 import pytest
 
 from tests.helpers.bundles import export_fixture
-from tests.helpers.tensorrt import install_fake
+from tests.helpers.trt.install import install_fake
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.trt import build_plan
 from twotower.builders.try_graph import BUILDS, NOT_TRIED, REFUSED, job_of_graph, main

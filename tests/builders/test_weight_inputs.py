@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.bundles import export_fixture
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.quantized import TINY
-from tests.helpers.stand_ins import stand_in_bundle
+from tests.helpers.trt.install import bundle_with_engines
 from twotower.builders.weight_inputs import place_weights
 from twotower.bundle import GRAPH_FILES, Bundle, EngineRecord, load_engine_record
 from twotower.calibration import load_recipe
@@ -180,13 +180,15 @@ def test_build_json_says_what_is_read_and_what_is_held(tmp_path: Path) -> None:
     def engines(record: EngineRecord) -> dict[str, Any]:
         return {part.file: part for parts in record.engines.values() for part in parts}
 
-    bundle = stand_in_bundle(FIXTURES / "hybrid-b", tmp_path / "b", experts="dense")
+    bundle = bundle_with_engines(FIXTURES / "hybrid-b", tmp_path / "b", experts="dense")
     record = load_engine_record(bundle, "rtx")
     for name, graph in (("context", "context.engine"), ("denoiser", "denoiser.engine")):
         assert {w.name for w in engines(record)[graph].weights} == set(bundle.weights(name))
         assert record.report["engines"][graph]["weights"]["inside"] == {}
     held = load_engine_record(
-        stand_in_bundle(FIXTURES / "hybrid-b", tmp_path / "c", experts="dense", weights="inside"),
+        bundle_with_engines(
+            FIXTURES / "hybrid-b", tmp_path / "c", experts="dense", weights="inside"
+        ),
         "rtx",
     )
     assert set(engines(held)["denoiser.engine"].constants) == set(bundle.weights("denoiser"))

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from tests.helpers.stand_ins import stand_in_bundle
+from tests.helpers.trt.install import bundle_with_engines
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder
 from twotower.cli.main import main
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return stand_in_bundle(
+    return bundle_with_engines(
         "hybrid-a", tmp_path_factory.mktemp("steps") / "bundle", experts="kernels"
     )
 

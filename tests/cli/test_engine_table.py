@@ -12,7 +12,7 @@ import pytest
 from tests.helpers.bundles import copy_of, export_fixture
 from tests.helpers.errors import check_error
 from tests.helpers.program_text import Described, Launch, plan_of, program
-from tests.helpers.tensorrt import L4, install_fake, machine_with, see_gpu
+from tests.helpers.trt.install import L4, install_fake, machine_with, see_gpu
 from twotower.builders.trt.rtx_program.analysis import summarize_programs
 from twotower.builders.trt.rtx_program.read import read_programs
 from twotower.bundle import BUILD_FILE, GRAPH_FILES, Bundle, engine_folder
@@ -22,7 +22,7 @@ from twotower.cli.main import main
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """With engines of the stand-in: several segments a tower."""
+    """With engines of the fake: several segments a tower."""
     folder = tmp_path_factory.mktemp("table")
     bundle = export_fixture("hybrid-a", folder / "bundle", "float16")
     with pytest.MonkeyPatch.context() as monkeypatch:

@@ -1,4 +1,4 @@
-"""The commands on a machine with two GPUs, which are stand-ins: generate, inspect, and the report of the doctor."""
+"""The commands on a machine with two GPUs, which are fakes: generate, inspect, and the report of the doctor."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.cuda_stand_in import CudaStandIn
-from tests.helpers.stand_ins import GPUS, stand_in_bundle
-from tests.helpers.tensorrt_stand_in import TensorRTStandIn
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.trt.execution import FakeTensorRT
+from tests.helpers.trt.install import GPUS, bundle_with_engines
 from twotower.builders import build_engines, builder_for
 from twotower.cli.doctor import COMMAND
 from twotower.cli.main import main
@@ -38,7 +38,7 @@ MACHINE = Machine(
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made = stand_in_bundle(
+    made = bundle_with_engines(
         "hybrid-b", tmp_path_factory.mktemp("gpu-commands") / "bundle", max_context=512
     )
     build_engines(made, "ort-cpu", builder_for("ort-cpu"))
@@ -47,17 +47,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[engines.OpenOptions]:
-    """Puts the stand-ins in the place of TensorRT for RTX; returns the options of every opening."""
+    """Puts the fakes in the place of TensorRT for RTX; returns the options of every opening."""
     seen: list[engines.OpenOptions] = []
 
     def opener() -> Callable[..., Any]:
         def open_(bundle: Any, options: engines.OpenOptions) -> Any:
             seen.append(options)
-            api = CudaStandIn(devices=2, sm=GPUS[0].sm)
+            api = FakeCuda(devices=2, sm=GPUS[0].sm)
             given = TensorRTOptions(devices=options.devices, graphs=options.graphs, gpus=GPUS[:2])
-            return open_tensorrt(
-                bundle, flavour_from_module(TensorRTStandIn(api)), Cuda(api), given
-            )
+            return open_tensorrt(bundle, flavour_from_module(FakeTensorRT(api)), Cuda(api), given)
 
         return open_
 
@@ -109,7 +107,7 @@ def test_the_operators_of_an_engine_are_known_to_the_diagnosis(bundle: Any) -> N
 
 @pytest.fixture
 def sections_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sections are answered in this process, which alone knows the stand-ins."""
+    """Sections are answered in this process, which alone knows the fakes."""
 
     def ask(section: Section, work: Path) -> dict[str, Any]:
         file = work / f"{section.name}.json"
@@ -127,10 +125,10 @@ def sections_here(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr("twotower.doctor.sections.faulthandler", nothing)
     monkeypatch.setattr(report, "ask_section", ask)
-    monkeypatch.setattr(report, "open_cuda", lambda: Cuda(CudaStandIn(devices=2, sm=GPUS[0].sm)))
+    monkeypatch.setattr(report, "open_cuda", lambda: Cuda(FakeCuda(devices=2, sm=GPUS[0].sm)))
     monkeypatch.setattr(
         report, "copy_rates", lambda cuda: {}
-    )  # of a GiB, which takes the stand-in seconds
+    )  # of a GiB, which takes the fake seconds
 
 
 @pytest.mark.slow
@@ -151,13 +149,13 @@ def test_the_report_of_a_device(
         "passes launched piece by piece": True,
         "a tower on each of two GPUs": True,
     }.items()
-    assert "Time of a pass" in (tmp_path / "stand-in-0.md").read_text()
+    assert "Time of a pass" in (tmp_path / "fake-0.md").read_text()
 
 
 def test_a_known_answer_too_long_for_the_engines_is_a_note(
     tmp_path: Path, opened: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = stand_in_bundle("hybrid-b", tmp_path / "bundle", max_context=256)
+    made = bundle_with_engines("hybrid-b", tmp_path / "bundle", max_context=256)
     build_engines(made, "ort-cpu", builder_for("ort-cpu"))
     assert main(["doctor", str(made.path)]) == 0
     out = capsys.readouterr().out

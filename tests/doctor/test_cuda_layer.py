@@ -1,4 +1,4 @@
-"""The CUDA layer's own checks hold on the stand-in, and find what it is made to do wrong."""
+"""The CUDA layer's own checks hold on the fake, and find what it is made to do wrong."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.fake_cuda import FakeCuda
 from twotower.doctor.cuda_layer import check_cuda, copy_rates
 from twotower.runtime.cuda.calls import Cuda
 
 
-def outcomes(api: CudaStandIn) -> dict[str, bool | None]:
+def outcomes(api: FakeCuda) -> dict[str, bool | None]:
     return {result.name: result.ok for result in check_cuda(Cuda(api))}
 
 
 @pytest.mark.parametrize("seed", [None, 1, 2])
 def test_a_sound_layer_passes_every_check(seed: int | None) -> None:
-    api = CudaStandIn(seed=seed)
+    api = FakeCuda(seed=seed)
     seen = outcomes(api)
     assert len(seen) == 4
     assert set(seen.values()) == {True}
@@ -26,13 +26,13 @@ def test_a_sound_layer_passes_every_check(seed: int | None) -> None:
 
 
 def test_an_event_that_holds_nothing_back_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    api = CudaStandIn()
+    api = FakeCuda()
     monkeypatch.setattr(api, "cudaStreamWaitEvent", lambda stream, event, flags: (0,))
     assert outcomes(api)["copies on two streams in the order of an event"] is False
 
 
 def test_a_graph_that_replays_what_was_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    api = CudaStandIn()
+    api = FakeCuda()
     copy = api.cudaMemcpyAsync
 
     def frozen(target: int, source: int, size: int, kind: int, stream: int) -> Any:
@@ -49,7 +49,7 @@ def test_a_graph_that_replays_what_was_is_found(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_no_capture_is_a_failed_check() -> None:
-    api = CudaStandIn()
+    api = FakeCuda()
     api.fail["cudaGraphInstantiate"] = (1, 900)
     seen = outcomes(api)
     assert seen["copies are captured as a graph"] is False
@@ -58,7 +58,7 @@ def test_no_capture_is_a_failed_check() -> None:
 
 
 def test_rates_are_of_bytes_that_moved() -> None:
-    api = CudaStandIn()
+    api = FakeCuda()
     rates = copy_rates(Cuda(api), size=1 << 16)
     assert set(rates) == {"within the device", "to the device", "to the host"}
     assert min(rates.values()) > 0

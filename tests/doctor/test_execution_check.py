@@ -11,28 +11,28 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.cuda_stand_in import CudaStandIn
-from tests.helpers.stand_ins import GPUS, stand_in_bundle
-from tests.helpers.tensorrt_stand_in import TensorRTStandIn
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.trt.execution import FakeTensorRT
+from tests.helpers.trt.install import GPUS, bundle_with_engines
 from twotower.doctor.target_checks import check_execution
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
 from twotower.tensorrt_library import flavour_from_module
 
-Plant = Callable[[CudaStandIn, TensorRTStandIn], None]
+Plant = Callable[[FakeCuda, FakeTensorRT], None]
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return stand_in_bundle("hybrid-b", tmp_path_factory.mktemp("execution") / "bundle")
+    return bundle_with_engines("hybrid-b", tmp_path_factory.mktemp("execution") / "bundle")
 
 
 def outcome(bundle: Any, plant: Plant | None = None) -> dict[str, bool | None]:
     @contextmanager
     def open_(**options: Any) -> Iterator[TwoTower]:
-        api = CudaStandIn(devices=2)
-        trt = TensorRTStandIn(api)
+        api = FakeCuda(devices=2)
+        trt = FakeTensorRT(api)
         if plant:
             plant(api, trt)
         with TwoTower.from_towers(
@@ -64,7 +64,7 @@ def test_graphs_that_replay_old_numbers_are_found(bundle: Any, graph: str, found
     Those of the context tower (`hidden`) or of all.
     """
 
-    def plant(api: CudaStandIn, trt: TensorRTStandIn) -> None:
+    def plant(api: FakeCuda, trt: FakeTensorRT) -> None:
         recorded = api.cudaStreamEndCapture
 
         def empty(stream: int) -> tuple[int, int]:
@@ -85,7 +85,7 @@ def test_a_cache_that_is_kept_elsewhere_is_found(bundle: Any) -> None:
     The library's own copy lasts as long as its context.
     """
 
-    def plant(api: CudaStandIn, trt: TensorRTStandIn) -> None:
+    def plant(api: FakeCuda, trt: FakeTensorRT) -> None:
         api.cudaMemcpy2DAsync = lambda *_: (0, None)  # what is moved to other memory is not there
 
     assert outcome(bundle, plant)[COPIED] is False

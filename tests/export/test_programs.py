@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.bundles import export_fixture
-from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.graphs import FIXTURES
-from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_job
+from tests.helpers.trt.execution import FakeBuilder, FakeTensorRT, fake_job
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.trt import make_engine
 from twotower.bundle import GRAPH_FILES, Bundle, EngineRecord
@@ -29,11 +29,9 @@ def programs(folder: Path, dtype: str = "float32") -> Bundle:
 
 
 def build(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, **options: object) -> EngineRecord:
-    monkeypatch.setattr(make_engine, "run_job", stand_in_job)
+    monkeypatch.setattr(make_engine, "run_job", fake_job)
     config = BuildConfig(sms=(89,), max_context=256, **options)  # type: ignore[arg-type]
-    return build_engines(
-        bundle, "rtx", StandInBuilder(TensorRTStandIn(CudaStandIn())), config=config
-    )
+    return build_engines(bundle, "rtx", FakeBuilder(FakeTensorRT(FakeCuda())), config=config)
 
 
 def test_the_graphs_are_those_of_an_export_to_the_byte(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Data files as an export lays them out, and what of them is on a stand-in's device."""
+"""Data files as an export lays them out, and what of them is on a fake's device."""
 
 from __future__ import annotations
 

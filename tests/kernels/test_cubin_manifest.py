@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.errors import check_error
-from tests.helpers.kernel_stand_in import write_kernels
+from tests.helpers.fake_kernels import write_kernels
 from tests.helpers.layers_of_experts import make_shape
 from twotower.cli.main import build_parser
 from twotower.errors import BundleError

@@ -11,9 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.fake_kernels import write_kernels
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.interpreted import run_interpreted
-from tests.helpers.kernel_stand_in import write_kernels
 from tests.helpers.layers_of_experts import (
     FORMAT_NAMES,
     ROUTINGS,

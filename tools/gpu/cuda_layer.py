@@ -2,7 +2,7 @@
 
 Both fixtures' recorded tokens are written with captured graphs and without, by towers in one piece,
 in segments, and as programs with the expert kernels between them, one prompt at a time and in a
-batch. Over the tests' stand-in for CUDA the same runs on a CPU.
+batch. Over the tests' fake for CUDA the same runs on a CPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Passes of the small models for the section `rtx`: a graph, its inputs, and what comes out of it.
 
 The graph with one product is computed with NumPy, the towers' passes by the torch engine while it
-writes a recorded text over the tests' stand-in for CUDA. Neither knows TensorRT.
+writes a recorded text over the tests' fake for CUDA. Neither knows TensorRT.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.fake_cuda import FakeCuda
 from tools.gpu.counted import CountedCuda
 from tools.gpu.cuda_layer import Case, tokens_of_case, torch_bundle
 from tools.gpu.torch_engine import Arrays, TorchTensorRT
@@ -45,7 +45,7 @@ def recorded_passes() -> dict[str, Pass]:
         elif "chunk_length" in given:  # the last one starts from a state that is not empty
             passes["context"] = Pass(graph, given, wanted)
 
-    api = CudaStandIn()
+    api = FakeCuda()
     trt = TorchTensorRT("cpu", api)
     with tempfile.TemporaryDirectory() as scratch:
         bundle = torch_bundle(CASE, Path(scratch) / "bundle")

@@ -3,7 +3,7 @@
 With it the runtime's CUDA layer (memory, streams, events, passes, captured graphs) runs on any
 NVIDIA GPU, whatever TensorRT makes of that GPU. An "engine" is the ONNX graph that TensorRT would
 have been given, its constants inside, walked node by node. On `device="cpu"` the same engine runs
-over the tests' stand-in for CUDA, and so it is tested where there is no GPU.
+over the tests' fake for CUDA, and so it is tested where there is no GPU.
 
 A context has fixed shapes. Its first run works out what depends on shapes and constants alone,
 moves constants to the device, and notes the rest as a list of calls; later runs make those only.
@@ -55,8 +55,8 @@ class TorchTensorRT(SimpleNamespace):
     """The module, in the place of TensorRT for RTX.
 
     Args:
-        device: `cuda:0`, or `cpu` over the tests' stand-in.
-        stand_in: The stand-in for CUDA; None on a GPU.
+        device: `cuda:0`, or `cpu` over the tests' fake.
+        fake_cuda: The fake of CUDA; None on a GPU.
 
     Attributes:
         failures: What executions raised; each was then refused, as the library refuses.
@@ -77,9 +77,9 @@ class TorchTensorRT(SimpleNamespace):
     IRuntimeCache = object
     IExecutionContext = SimpleNamespace(is_stream_capturable=None)
 
-    def __init__(self, device: str = "cuda:0", stand_in: Any = None) -> None:
+    def __init__(self, device: str = "cuda:0", fake_cuda: Any = None) -> None:
         super().__init__()
-        self.device, self.cuda = torch.device(device), stand_in
+        self.device, self.cuda = torch.device(device), fake_cuda
         self.failures: list[str] = []
         self.executions = self.captures = 0
         self.record: Record | None = None

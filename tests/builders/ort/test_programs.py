@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.bundles import export_fixture
 from tests.helpers.errors import check_error
-from tests.helpers.tensorrt_stand_in import stand_in_kernels
+from tests.helpers.trt.execution import fake_kernels
 from twotower.builders import BuildConfig, build_engines, builder_for, expert_kernels
 from twotower.builders.ort import programs
 from twotower.builders.ort.cuda import OrtCudaBuilder
@@ -44,7 +44,7 @@ KERNELS = BuildConfig(experts="kernels", sms=(90,))
 
 
 def built(bundle: Bundle, config: BuildConfig = KERNELS) -> EngineRecord:
-    builder = OrtCudaBuilder(builder_for("ort-cuda").library(), stand_in_kernels)
+    builder = OrtCudaBuilder(builder_for("ort-cuda").library(), fake_kernels)
     return build_engines(bundle, "ort-cuda", builder, config=config)
 
 

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from tests.helpers.bundles import export_fixture
-from tests.helpers.stand_ins import build_stand_ins
+from tests.helpers.trt.install import build_fake_engines
 from twotower.builders import BuildConfig, builder_for
 from twotower.builders.trt import tensorrt_builder
 from twotower.bundle import BUILD_FILE, GRAPH_FILES, Bundle, engine_folder, load_engine_record
@@ -53,11 +53,11 @@ def read(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_every_graph_is_read_once_and_none_where_all_is_kept(
     bundle: Bundle, read: list[str], options: dict[str, Any]
 ) -> None:
-    build_stand_ins(bundle, **options)
+    build_fake_engines(bundle, **options)
     assert sorted(read) == GRAPHS
     read.clear()
     before = load_engine_record(bundle, "rtx")
-    build_stand_ins(bundle, **options)
+    build_fake_engines(bundle, **options)
     assert read == []
     assert load_engine_record(bundle, "rtx") == before
 
@@ -86,9 +86,9 @@ def test_so_it_is_for_onnx_runtime(
     ],
 )
 def test_another_wish_is_another_build(bundle: Bundle, changed: dict[str, Any]) -> None:
-    build_stand_ins(bundle)
+    build_fake_engines(bundle)
     before = load_engine_record(bundle, "rtx")
-    build_stand_ins(bundle, **changed)
+    build_fake_engines(bundle, **changed)
     assert load_engine_record(bundle, "rtx").report["asked"] != before.report["asked"]
     assert load_engine_record(bundle, "rtx").to_json() != before.to_json()
 
@@ -96,26 +96,26 @@ def test_another_wish_is_another_build(bundle: Bundle, changed: dict[str, Any]) 
 def test_other_code_looks_closer_and_keeps_what_it_would_make_again(
     bundle: Bundle, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build_stand_ins(bundle)
+    build_fake_engines(bundle)
     file = engine_folder(bundle, "rtx") / BUILD_FILE
     before = file.stat().st_mtime_ns
     read.clear()
     monkeypatch.setattr(tensorrt_builder, "planning_source", lambda: "of another version")
-    build_stand_ins(bundle)
+    build_fake_engines(bundle)
     assert sorted(read) == GRAPHS
     assert file.stat().st_mtime_ns == before
     record = json.loads(file.read_text())
     for engine in record["report"]["engines"].values():
         engine["key"] = "of another cut"
     file.write_text(json.dumps(record))
-    build_stand_ins(bundle)
+    build_fake_engines(bundle)
     assert "of another cut" not in file.read_text()
 
 
 def test_options_of_the_cache_decide_nothing(
     bundle: Bundle, read: list[str], tmp_path: Path
 ) -> None:
-    build_stand_ins(bundle)
+    build_fake_engines(bundle)
     read.clear()
-    build_stand_ins(bundle, cache=tmp_path / "cache", cache_bytes=10**6, use_cache=False)
+    build_fake_engines(bundle, cache=tmp_path / "cache", cache_bytes=10**6, use_cache=False)
     assert read == []

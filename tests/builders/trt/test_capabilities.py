@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.cuda_stand_in import CudaStandIn
-from tests.helpers.tensorrt import machine_with
-from tests.helpers.tensorrt_stand_in import StandInBuilder, TensorRTStandIn, stand_in_job
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.trt.execution import FakeBuilder, FakeTensorRT, fake_job
+from tests.helpers.trt.install import machine_with
 from twotower.builders import BuildConfig, build_engines
 from twotower.builders.trt import make_engine, tensorrt_builder
 from twotower.builders.trt.capabilities import Capabilities, chosen_capabilities
@@ -89,10 +89,10 @@ def test_another_choice_builds_again_and_is_named(
 
     def noted(job: dict[str, Any], scratch: Path, *, tick: Any) -> dict[str, Any]:
         jobs.append(job)
-        return stand_in_job(job, scratch, tick=tick)
+        return fake_job(job, scratch, tick=tick)
 
     monkeypatch.setattr(make_engine, "run_job", noted)
-    builder = StandInBuilder(TensorRTStandIn(CudaStandIn()))
+    builder = FakeBuilder(FakeTensorRT(FakeCuda()))
     seen = []
     for how, asked in (("", (89,)), ("default", ()), ("current", ()), ("current", ())):
         monkeypatch.setattr(tensorrt_builder, "probe_machine", lambda how=how: tried(how, H100))

@@ -1,4 +1,4 @@
-"""What is told of an engine: of RTX from its plan; of TensorRT by its inspector, which needs a GPU: a stand-in tells it here."""
+"""What is told of an engine: of RTX from its plan; of TensorRT by its inspector, which needs a GPU: a fake tells it here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.program_text import plan_of, program
-from tests.helpers.tensorrt import L4, install_fake, machine_with
+from tests.helpers.trt.install import L4, install_fake, machine_with
 from twotower.builders.trt.engine_inspector import inspect_plan, summarize_layers
 from twotower.hardware import Gpu
 from twotower.tensorrt_library import Flavour, flavour_from_module

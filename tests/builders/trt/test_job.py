@@ -14,7 +14,7 @@ import onnx
 import pytest
 
 from tests.helpers.processes import child_of, is_gone
-from tests.helpers.tensorrt import install_fake
+from tests.helpers.trt.install import install_fake
 from twotower.builders.trt.job import RefusedError, run_job
 from twotower.errors import BuildAbortedError
 

@@ -1,4 +1,4 @@
-"""Every name of the library that builders use is one the real bindings have, and the stand-in lacks none of them."""
+"""Every name of the library that builders use is one the real bindings have, and the fake lacks none of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.source import ROOT
-from tests.helpers.tensorrt import install_fake
+from tests.helpers.trt.install import install_fake
 from twotower.builders.trt.network import BuildLog, explain
 
 USED = {
@@ -70,7 +70,7 @@ def test_the_real_bindings_have_every_name() -> None:
     assert not lacking(module, RTX_ONLY)
 
 
-def test_the_stand_in_has_them_and_no_name_that_only_rtx_has(
+def test_the_fake_has_them_and_no_name_that_only_rtx_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = install_fake(tmp_path, monkeypatch)
@@ -84,7 +84,7 @@ def test_the_stand_in_has_them_and_no_name_that_only_rtx_has(
 
 
 def test_the_list_is_complete() -> None:
-    """What is read from the module itself; a new name must be added above, and so to the stand-in."""
+    """What is read from the module itself; a new name must be added above, and so to the fake."""
     names = set()
     for file in ("network.py", "engine_inspector.py"):
         for node in ast.walk(

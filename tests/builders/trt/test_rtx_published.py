@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.tensorrt_stand_in import stand_in_kernels
+from tests.helpers.trt.execution import fake_kernels
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
 from twotower.bundle import EngineRecord
@@ -99,7 +99,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> EngineRecord:
     bundle = export_programs(
         PUBLISHED, folder / "bundle", ExportConfig(dtype="bfloat16"), name="published"
     )
-    builder = TensorRTBuilder(flavour_from_module(tensorrt_rtx), stand_in_kernels)
+    builder = TensorRTBuilder(flavour_from_module(tensorrt_rtx), fake_kernels)
     return build_engines(bundle, "rtx", builder, config=BuildConfig(sms=(89,), experts="kernels"))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.quantized import TINY
-from tests.helpers.tensorrt_stand_in import stand_in_kernels
+from tests.helpers.trt.execution import fake_kernels
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
 from twotower.bundle import GRAPH_FILES, Bundle
@@ -121,7 +121,7 @@ def test_kernels_between_programs_read_experts_of_every_recipe(quantized: Any, r
     others = [
         FORMATS[name].first_sm for kind, name in recipes.items() if not kind.endswith("_expert")
     ]
-    builder = TensorRTBuilder(builder_for("rtx").flavour, stand_in_kernels)  # type: ignore[attr-defined]
+    builder = TensorRTBuilder(builder_for("rtx").flavour, fake_kernels)  # type: ignore[attr-defined]
     config = BuildConfig(sms=(max(86, *others, 0),), max_context=256, force=True)
     record = build_engines(quantized(recipe), "rtx", builder, config=config)
     assert record.report["choice_of_experts"] == {"computed_by": "kernels"}

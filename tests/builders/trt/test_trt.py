@@ -1,4 +1,4 @@
-"""The door to TensorRT, tried with a stand-in: for the GPU at hand, with timings that are kept, in processes that may die."""
+"""The door to TensorRT, tried with a fake: for the GPU at hand, with timings that are kept, in processes that may die."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.tensorrt import L4, install_fake, plant, see_gpu
+from tests.helpers.trt.install import L4, install_fake, plant, see_gpu
 from twotower.builders import BuildConfig, EngineBuilder, build_engines
 from twotower.bundle import Bundle, engine_folder, read_engine_record
 from twotower.errors import BuildAbortedError, BuildError, EngineMismatchError
@@ -25,8 +25,8 @@ def bundle(damageable: Bundle) -> Bundle:
 
 
 @pytest.fixture
-def builder(stand_in_builder: EngineBuilder) -> EngineBuilder:
-    return stand_in_builder
+def builder(fake_builder: EngineBuilder) -> EngineBuilder:
+    return fake_builder
 
 
 def timings(bundle: Bundle) -> list[str]:

@@ -1,4 +1,4 @@
-"""The calls fit NVIDIA's own bindings, which can be imported without a driver, and the stand-in fits them too."""
+"""The calls fit NVIDIA's own bindings, which can be imported without a driver, and the fake fits them too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.fake_cuda import FakeCuda
 from twotower.errors import DeviceError
 from twotower.runtime.cuda import calls
 from twotower.runtime.cuda.calls import Cuda
@@ -26,8 +26,8 @@ def test_every_call_exists_with_as_many_arguments(name: str) -> None:
 
     signature = getattr(runtime, name).__doc__.splitlines()[0]
     arguments = [a for a in signature.split("(", 1)[1].rstrip(")").split(",") if a.strip()]
-    stand_in = inspect.signature(getattr(CudaStandIn(), name))
-    assert len(stand_in.parameters) == len(arguments), signature
+    fake = inspect.signature(getattr(FakeCuda(), name))
+    assert len(fake.parameters) == len(arguments), signature
 
 
 @pytest.mark.trt_rtx
@@ -55,7 +55,7 @@ def test_the_real_bindings_take_plain_numbers() -> None:
 
 
 def test_an_error_survives_the_way_to_another_process() -> None:
-    api = CudaStandIn()
+    api = FakeCuda()
     api.fail["cudaMalloc"] = (1, 700)
     with pytest.raises(DeviceError) as error:
         Cuda(api).allocate(8)
@@ -64,13 +64,13 @@ def test_an_error_survives_the_way_to_another_process() -> None:
 
 @pytest.mark.parametrize(("cores", "sleeps"), [(1, True), (2, True), (3, False), (64, False)])
 def test_whoever_waits_sleeps_where_cores_are_few(cores: int, sleeps: bool) -> None:
-    api = CudaStandIn()
+    api = FakeCuda()
     event = Cuda(api, cores=cores).create_event()
     assert bool(api._events[event].flags & 1) is sleeps
     assert api._events[event].flags & 2, "without timing"
 
 
 def test_no_memory_is_a_memory_error_and_others_are_not() -> None:
-    api = CudaStandIn(memory=100)
+    api = FakeCuda(memory=100)
     with pytest.raises(MemoryError):
         Cuda(api).allocate(1000)

@@ -7,7 +7,7 @@ import ctypes
 import numpy as np
 import pytest
 
-from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.fake_cuda import FakeCuda
 from twotower.errors import DeviceError, RequestError
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.device_memory import DeviceBuffer, DeviceMemory
@@ -26,8 +26,8 @@ IDS, LENGTHS, OUT = (
 SIZE = 1 << 20
 
 
-def memory(places: dict[str, tuple[int, ...]] | None = None) -> tuple[DeviceMemory, CudaStandIn]:
-    api = CudaStandIn(devices=2, memory=SIZE)
+def memory(places: dict[str, tuple[int, ...]] | None = None) -> tuple[DeviceMemory, FakeCuda]:
+    api = FakeCuda(devices=2, memory=SIZE)
     return DeviceMemory(Cuda(api), (0, 1), places or {}), api
 
 

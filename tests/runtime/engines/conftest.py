@@ -1,4 +1,4 @@
-"""Bundles with engines of the TensorRT stand-in, and sessions on them."""
+"""Bundles with engines of the fake TensorRT, and sessions on them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.cuda_stand_in import CudaStandIn
-from tests.helpers.stand_ins import GPUS, stand_in_bundle
-from tests.helpers.tensorrt_stand_in import TensorRTStandIn
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.trt.execution import FakeTensorRT
+from tests.helpers.trt.install import GPUS, bundle_with_engines
 from twotower.bundle import Bundle
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
@@ -23,18 +23,18 @@ from twotower.tensorrt_library import flavour_from_module
 
 
 @dataclass(frozen=True)
-class StandIn:
-    """A session with the stand-ins beneath it."""
+class Session:
+    """A session with the fakes beneath it."""
 
     model: TwoTower
     towers: Towers
-    cuda: CudaStandIn
-    trt: TensorRTStandIn
+    cuda: FakeCuda
+    trt: FakeTensorRT
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
-    """A bundle of a fixture or checkpoint with stand-in engines; `pieces` > 1 cuts each tower into about so many.
+    """A bundle of a fixture or checkpoint with fake engines; `pieces` > 1 cuts each tower into about so many.
 
     With `experts="kernels"` it is cut at every layer of experts.
     """
@@ -49,8 +49,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
     ) -> Bundle:
         key = (str(folder), pieces, dtype, experts)
         if key not in made:
-            target = tmp_path_factory.mktemp("stand-in") / "bundle"
-            made[key] = stand_in_bundle(folder, target, pieces, dtype=dtype, experts=experts)
+            target = tmp_path_factory.mktemp("fake") / "bundle"
+            made[key] = bundle_with_engines(folder, target, pieces, dtype=dtype, experts=experts)
         return made[key]
 
     return build
@@ -58,7 +58,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
 
 @pytest.fixture
 def opened() -> Callable[..., Any]:
-    """Opens a bundle on the stand-ins: `opened(bundle, devices=(0,), graphs=True, seed=None)`; on a sound end everything must be freed."""
+    """Opens a bundle on the fakes: `opened(bundle, devices=(0,), graphs=True, seed=None)`; on a sound end everything must be freed."""
 
     @contextmanager
     def open_(
@@ -67,16 +67,16 @@ def opened() -> Callable[..., Any]:
         devices: tuple[int, ...] = (0,),
         graphs: bool = True,
         seed: int | None = None,
-    ) -> Iterator[StandIn]:
-        api = CudaStandIn(devices=4, seed=seed, sm=GPUS[0].sm)
-        trt = TensorRTStandIn(api)
+    ) -> Iterator[Session]:
+        api = FakeCuda(devices=4, seed=seed, sm=GPUS[0].sm)
+        trt = FakeTensorRT(api)
         options = TensorRTOptions(devices=devices, graphs=graphs, gpus=GPUS)
         towers = open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), options)
         tokenizer = Tokenizer.from_file(bundle.tokenizer_file) if bundle.tokenizer_file else None
         with TwoTower.from_towers(
             towers, tokenizer=tokenizer, trained_block_size=bundle.trained_block_size
         ) as model:
-            yield StandIn(model, towers, api, trt)
+            yield Session(model, towers, api, trt)
         assert not api.leaked
         assert not api.loaded, "libraries of kernels"
         assert not trt.faults

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.stand_in_engine import Context
 from tests.helpers.towers import golden_config
+from tests.helpers.trt.execution import Context
 from tests.runtime.engines.test_tensorrt_engine import golden_cases
 from twotower import GenerationConfig
 

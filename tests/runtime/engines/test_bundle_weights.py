@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.bundles import copy_of, flip_byte
-from tests.helpers.cuda_stand_in import CudaStandIn
-from tests.helpers.stand_ins import GPUS, stand_in_bundle
-from tests.helpers.tensorrt_stand_in import TensorRTStandIn
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.trt.execution import FakeTensorRT
+from tests.helpers.trt.install import GPUS, bundle_with_engines
 from twotower import GenerationConfig
 from twotower.builders import build_engines, builder_for
 from twotower.bundle import (
@@ -60,9 +60,9 @@ def fine_tuned(bundle: Bundle) -> Bundle:
     return Bundle.open(bundle.path)
 
 
-def open_(bundle: Bundle, api: CudaStandIn | None = None) -> Any:
-    api = api or CudaStandIn()
-    trt = TensorRTStandIn(api)
+def open_(bundle: Bundle, api: FakeCuda | None = None) -> Any:
+    api = api or FakeCuda()
+    trt = FakeTensorRT(api)
     try:
         options = TensorRTOptions(gpus=GPUS)
         return open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), options)
@@ -89,7 +89,7 @@ def test_one_engine_serves_every_checkpoint_of_its_shapes(
 
 
 def test_engines_that_hold_weights_are_tied_to_their_checkpoint(tmp_path: Path) -> None:
-    bundle = stand_in_bundle("hybrid-b", tmp_path / "b", experts="dense", weights="inside")
+    bundle = bundle_with_engines("hybrid-b", tmp_path / "b", experts="dense", weights="inside")
     record = json.loads((engine_folder(bundle, "rtx") / BUILD_FILE).read_text())
     assert all(part["weights"] == [] for parts in record["engines"].values() for part in parts)
     open_(bundle).close()
@@ -143,8 +143,8 @@ def test_weights_the_program_was_not_made_for_are_named(
 
 def test_an_engine_whose_inputs_are_not_the_recorded_weights_is_refused(copied: Bundle) -> None:
     """The file was exchanged: it reads weights of another shape than build.json says."""
-    api = CudaStandIn()
-    trt = TensorRTStandIn(api)
+    api = FakeCuda()
+    trt = FakeTensorRT(api)
     make = trt._engine
 
     def other(data: bytes, logger: Any) -> Any:
@@ -180,8 +180,8 @@ def test_loading_is_told_apart_from_checking(copied: Bundle) -> None:
         progress=lambda *step: checked.append(step),
         loading=lambda *step: loaded.append(step),
     )
-    api = CudaStandIn()
-    trt = TensorRTStandIn(api)
+    api = FakeCuda()
+    trt = FakeTensorRT(api)
     open_tensorrt(copied, flavour_from_module(trt), Cuda(api), options).close()
     weights = sum(ref.nbytes for name in GRAPH_FILES for ref in copied.weights(name).values())
     assert loaded[-1][0] == loaded[-1][1] >= weights
@@ -193,7 +193,7 @@ def test_a_file_nobody_reads_is_not_taken_for_sound(
 ) -> None:
     """Engines that hold all weights read no data file, and so cannot vouch for one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    bundle = stand_in_bundle("hybrid-b", tmp_path / "b", experts="dense", weights="inside")
+    bundle = bundle_with_engines("hybrid-b", tmp_path / "b", experts="dense", weights="inside")
     files = {name: r for name, r in bundle.files.items() if name.endswith(".data")}
     for name in files:  # settled: what changed a moment ago is not remembered anyway
         os.utime(bundle.path / name, (1_700_000_000, 1_700_000_000))

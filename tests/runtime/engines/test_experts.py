@@ -1,4 +1,4 @@
-"""Towers as programs with experts between them, on stand-ins: the references' tokens on any number of devices, replayed and plain."""
+"""Towers as programs with experts between them, on fakes: the references' tokens on any number of devices, replayed and plain."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from tests.helpers.bundles import copy_of
-from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.quantized import TINY, quantized
-from tests.helpers.stand_ins import build_stand_ins
-from tests.helpers.tensorrt_stand_in import TensorRTStandIn
 from tests.helpers.towers import golden_config
+from tests.helpers.trt.execution import FakeTensorRT
+from tests.helpers.trt.install import build_fake_engines
 from tests.runtime.engines.test_tensorrt_engine import AR, DIFFUSION, LAYOUTS, golden_cases
 from twotower import GenerationConfig
 from twotower.builders import BuildConfig, build_engines, builder_for
@@ -91,9 +91,9 @@ def test_equal_programs_are_one_file_loaded_once(
 ) -> None:
     """Three equal pieces of the pattern, each with weights and states of its own."""
     loaded: list[int] = []
-    load = TensorRTStandIn._engine
+    load = FakeTensorRT._engine
     monkeypatch.setattr(
-        TensorRTStandIn,
+        FakeTensorRT,
         "_engine",
         lambda trt, data, log: loaded.append(len(data)) or load(trt, data, log),
     )
@@ -135,7 +135,7 @@ def test_experts_in_few_bits_are_read_from_the_bundle(
     """No program holds any of them; the text is that of ONNX Runtime, which computes all experts and rounds no inputs."""
     bundle = quantized(float_tiny.path, tmp_path, recipe)
     build_engines(bundle, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect="standard"))
-    build_stand_ins(bundle, experts="kernels")
+    build_fake_engines(bundle, experts="kernels")
     record = load_engine_record(bundle, "rtx")
     assert not [
         name
@@ -204,10 +204,10 @@ def test_a_refused_program_surfaces_and_the_session_goes_on(
 
 
 def test_kernels_for_another_gpu_are_refused(cut: Callable[[str], Bundle]) -> None:
-    api = CudaStandIn(sm=120)
+    api = FakeCuda(sm=120)
     with pytest.raises(EngineMismatchError, match="SM 120"):
         open_tensorrt(
-            cut("hybrid-a"), flavour_from_module(TensorRTStandIn(api)), Cuda(api), TensorRTOptions()
+            cut("hybrid-a"), flavour_from_module(FakeTensorRT(api)), Cuda(api), TensorRTOptions()
         )
     assert not api.leaked
 
@@ -216,11 +216,9 @@ def test_a_damaged_kernel_is_refused(cut: Callable[[str], Bundle], tmp_path: Pat
     bundle = Bundle.open(copy_of(cut("hybrid-a"), tmp_path / "bundle"))
     file = next(engine_folder(bundle, "rtx").glob("experts-*/up-block.*.cubin"))
     file.write_bytes(b"?" * file.stat().st_size)
-    api = CudaStandIn(sm=89)
+    api = FakeCuda(sm=89)
     with pytest.raises(EngineMismatchError, match="does not fit") as error:
-        open_tensorrt(
-            bundle, flavour_from_module(TensorRTStandIn(api)), Cuda(api), TensorRTOptions()
-        )
+        open_tensorrt(bundle, flavour_from_module(FakeTensorRT(api)), Cuda(api), TensorRTOptions())
     assert file.name in error.value.found
     assert not api.leaked
 
@@ -229,14 +227,14 @@ def test_a_damaged_kernel_is_refused(cut: Callable[[str], Bundle], tmp_path: Pat
 def test_a_driver_that_refuses_leaves_nothing(
     cut: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    api = CudaStandIn(sm=89)
+    api = FakeCuda(sm=89)
     monkeypatch.setattr(
         api, call, lambda *args: (700, 0) if call == "cuLibraryLoadData" else (700,)
     )
     with pytest.raises(DeviceError, match=r"kernel|cuLaunchKernel"), ExitStack() as stack:
         towers = open_tensorrt(
             cut("hybrid-a"),
-            flavour_from_module(TensorRTStandIn(api)),
+            flavour_from_module(FakeTensorRT(api)),
             Cuda(api),
             TensorRTOptions(graphs=False),
         )

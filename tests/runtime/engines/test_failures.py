@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.cuda_stand_in import CudaStandIn
-from tests.helpers.stand_ins import GPUS
-from tests.helpers.tensorrt_stand_in import TensorRTStandIn
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.trt.execution import FakeTensorRT
+from tests.helpers.trt.install import GPUS
 from twotower import GenerationConfig
 from twotower.errors import DeviceError
 from twotower.runtime import cleanup
@@ -40,7 +40,7 @@ ONE = [((0,), 1, call) for call in (*CALLS, *CAPTURE)]
 TWO = [((0, 1), 4, call) for call in CALLS]
 
 
-def fail_third_wait(cuda: CudaStandIn, code: int) -> None:
+def fail_third_wait(cuda: FakeCuda, code: int) -> None:
     """Lets the third wait for an event from now on fail; loading the weights has waited too."""
     done = cuda.counts["cudaEventSynchronize"]
     cuda.fail["cudaEventSynchronize"] = (done + 3, code)
@@ -97,13 +97,13 @@ def test_an_opening_that_fails_leaves_nothing(
     """Whichever of its calls it is."""
     bundle, made = built("hybrid-a", 4), 0
     for number in range(1, 200):
-        api = CudaStandIn(devices=2)
+        api = FakeCuda(devices=2)
         api.fail[call] = (number, code)
         options = TensorRTOptions(devices=(0, 1), gpus=GPUS)
         try:
             towers = open_tensorrt(
                 bundle,
-                flavour_from_module(TensorRTStandIn(api)),
+                flavour_from_module(FakeTensorRT(api)),
                 Cuda(api),
                 options,
             )
@@ -122,7 +122,7 @@ def test_a_clean_up_that_ends_at_the_first_failure_is_found(
     opened: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Planted: frees in a plain loop. The stand-in notices what was never tried."""
+    """Planted: frees in a plain loop. The fake notices what was never tried."""
 
     def plain(actions: Iterable[Callable[[], object]]) -> None:
         for action in actions:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.cuda_stand_in import CudaStandIn
 from tests.helpers.errors import check_error
-from tests.helpers.kernel_stand_in import write_kernels
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.fake_kernels import write_kernels
 from tests.helpers.layers_of_experts import Layer, make_shape, random_layer, routing, tokens
 from twotower.errors import BundleError, DeviceError, EngineMismatchError, RequestError
 from twotower.kernels import Manifest, experts_twin, scratch_bytes
@@ -27,9 +27,9 @@ LAUNCH_US = 3.0
 
 
 class Device:
-    """A layer's arrays in a stand-in's memory."""
+    """A layer's arrays in a fake's memory."""
 
-    def __init__(self, layer: Layer, count: int, api: CudaStandIn, manifest: Manifest) -> None:
+    def __init__(self, layer: Layer, count: int, api: FakeCuda, manifest: Manifest) -> None:
         self.api, self.cuda = api, Cuda(api)
         self.code = ExpertCode.open(manifest.folder, self.cuda, 0)
         self.stream = self.cuda.create_stream()
@@ -62,9 +62,9 @@ class Device:
 @pytest.fixture(autouse=True)
 def host_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrays of NumPy's own count as host memory."""
-    known = CudaStandIn.device_of
+    known = FakeCuda.device_of
 
-    def device_of(self: CudaStandIn, address: int, size: int = 1) -> int | None:
+    def device_of(self: FakeCuda, address: int, size: int = 1) -> int | None:
         try:
             return known(self, address, size)
         except AssertionError:
@@ -75,7 +75,7 @@ def host_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise  # it begins in an allocation and runs out of it
             return None
 
-    monkeypatch.setattr(CudaStandIn, "device_of", device_of)
+    monkeypatch.setattr(FakeCuda, "device_of", device_of)
 
 
 def device(tmp_path: Path, count: int = 5, **options: Any) -> tuple[Layer, Device]:
@@ -83,9 +83,7 @@ def device(tmp_path: Path, count: int = 5, **options: Any) -> tuple[Layer, Devic
         64, 64, 8, 2, **{"shared": 96, "dtype": "bfloat16", "routed": "int4-32", **options}
     )
     layer = random_layer(shape)
-    return layer, Device(
-        layer, count, CudaStandIn(), write_kernels(tmp_path / "k", shape, (80, 90))
-    )
+    return layer, Device(layer, count, FakeCuda(), write_kernels(tmp_path / "k", shape, (80, 90)))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +126,7 @@ def test_one_captured_graph_serves_every_routing(tmp_path: Path) -> None:
 def test_each_device_loads_the_files_of_its_own_capability(tmp_path: Path) -> None:
     shape = make_shape(64, 64, 8, 2)
     manifest = write_kernels(tmp_path / "k", shape, (80, 90))
-    api = CudaStandIn(devices=2, sm=80)
+    api = FakeCuda(devices=2, sm=80)
     code = ExpertCode.open(manifest.folder, Cuda(api), 1)
     assert code.sm == 80
     assert {loaded["sm"] for loaded in api.loaded.values()} == {80}
@@ -140,18 +138,18 @@ def test_each_device_loads_the_files_of_its_own_capability(tmp_path: Path) -> No
 def test_a_gpu_without_kernels_is_refused(tmp_path: Path) -> None:
     manifest = write_kernels(tmp_path / "k", make_shape(64, 64, 8, 2), (80, 90))
     with pytest.raises(EngineMismatchError, match="SM 120") as e:
-        ExpertCode.open(manifest.folder, Cuda(CudaStandIn(sm=120)), 0)
+        ExpertCode.open(manifest.folder, Cuda(FakeCuda(sm=120)), 0)
     check_error(str(e.value), "not compiled for this GPU")
     assert "80, 90" in e.value.found
     assert "--sm 80,90,120 --experts kernels --force" in e.value.do
     with pytest.raises(EngineMismatchError, match="SM 103") as e:
-        ExpertCode.open(manifest.folder, Cuda(CudaStandIn(sm=103)), 0)
+        ExpertCode.open(manifest.folder, Cuda(FakeCuda(sm=103)), 0)
     assert "--experts dense" in e.value.do
 
 
 def test_more_tokens_than_kernels_were_compiled_for_are_refused(tmp_path: Path) -> None:
     manifest = write_kernels(tmp_path / "k", make_shape(64, 64, 8, 2), (90,))
-    code = ExpertCode(replace(manifest, max_tokens=64), Cuda(CudaStandIn()), 0)
+    code = ExpertCode(replace(manifest, max_tokens=64), Cuda(FakeCuda()), 0)
     assert code.launches(64)
     for count, most in ((65, 64), (5000, 4096)):
         with pytest.raises(RequestError, match=f"{count} tokens") as e:
@@ -166,7 +164,7 @@ def test_more_tokens_than_kernels_were_compiled_for_are_refused(tmp_path: Path) 
 def test_a_damaged_file_is_refused_and_nothing_stays_loaded(tmp_path: Path) -> None:
     manifest = write_kernels(tmp_path / "k", make_shape(64, 64, 8, 2), (90,))
     (manifest.folder / manifest.cubins[-1].file).write_bytes(b"\0")
-    api = CudaStandIn()
+    api = FakeCuda()
     with pytest.raises(BundleError, match="damaged"):
         ExpertCode.open(manifest.folder, Cuda(api), 0)
     assert not api.loaded
@@ -174,7 +172,7 @@ def test_a_damaged_file_is_refused_and_nothing_stays_loaded(tmp_path: Path) -> N
 
 def test_what_the_driver_does_not_load_is_named(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match=r"does not load the compiled kernel up\.cubin") as e:
-        KernelDriver(CudaStandIn()).load(b"not a cubin", "up.cubin")
+        KernelDriver(FakeCuda()).load(b"not a cubin", "up.cubin")
     check_error(str(e.value), "up.cubin")
     assert "200" in e.value.found
 
@@ -235,7 +233,7 @@ def _microseconds(step: ExpertStep, rounds: int = 200) -> float:
 
 
 def test_scratch_memory_is_large_enough_to_the_byte(tmp_path: Path) -> None:
-    """The stand-in refuses reads and writes beyond an allocation: with less memory than said there are some."""
+    """The fake refuses reads and writes beyond an allocation: with less memory than said there are some."""
     layer, d = device(tmp_path, 9)
     small: Mapping[str, int] = d.addresses
     scratch = d.cuda.allocate(scratch_bytes(layer.shape, 9) - 2048)

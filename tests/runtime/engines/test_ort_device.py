@@ -1,4 +1,4 @@
-"""The ONNX Runtime GPU engines on the CUDA stand-in: real sessions on the CPU, run when the stream's turn comes."""
+"""The ONNX Runtime GPU engines on the fake CUDA: real sessions on the CPU, run when the stream's turn comes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import onnxruntime as ort
 import pytest
 
-from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.fused_experts import with_bodies
 from tests.helpers.quantized import TINY
-from tests.helpers.tensorrt_stand_in import stand_in_kernels
 from tests.helpers.towers import golden_config
+from tests.helpers.trt.execution import fake_kernels
 from tests.runtime.engines.test_tensorrt_engine import AR, golden_cases
 from twotower import GenerationConfig
 from twotower.builders import BuildConfig, build_engines, builder_for
@@ -37,7 +37,7 @@ class CpuLibrary:
     version = ort.__version__
     device_type = "cpu"
 
-    def __init__(self, cuda: CudaStandIn) -> None:
+    def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
 
     def session(self, graph: Path, folder: Path, *, device: int, stream: int) -> Any:
@@ -63,7 +63,7 @@ class CpuLibrary:
 class _Deferred:
     """A session whose passes are work on a stream."""
 
-    def __init__(self, session: Any, cuda: CudaStandIn, stream: int) -> None:
+    def __init__(self, session: Any, cuda: FakeCuda, stream: int) -> None:
         self.session, self.cuda, self.stream = session, cuda, stream
         self.io_binding = session.io_binding
 
@@ -72,13 +72,13 @@ class _Deferred:
 
 
 def kernel_builder() -> OrtCudaBuilder:
-    """The builder that ships, with a stand-in for what compiles kernels."""
-    return OrtCudaBuilder(builder_for("ort-cuda").library(), stand_in_kernels)
+    """The builder that ships, with a fake for what compiles kernels."""
+    return OrtCudaBuilder(builder_for("ort-cuda").library(), fake_kernels)
 
 
 @pytest.fixture
 def opened_ort(built: Callable[..., Any]) -> Callable[..., Any]:
-    """`opened_ort(folder, devices=(0,), seed=None, experts="fused")`: a session and the stand-in beneath it."""
+    """`opened_ort(folder, devices=(0,), seed=None, experts="fused")`: a session and the fake beneath it."""
 
     @contextmanager
     def open_(
@@ -89,7 +89,7 @@ def opened_ort(built: Callable[..., Any]) -> Callable[..., Any]:
         memory: int = 1 << 34,
         experts: str = "fused",
     ) -> Iterator[Any]:
-        bundle, api = built(folder), CudaStandIn(devices=4, seed=seed, memory=memory)
+        bundle, api = built(folder), FakeCuda(devices=4, seed=seed, memory=memory)
         record = build_engines(
             bundle, "ort-cuda", kernel_builder(), config=BuildConfig(experts=experts)
         )
@@ -171,7 +171,7 @@ def test_experts_in_a_format_onnx_runtime_has_no_kernel_for(tmp_path: Path) -> N
     build_engines(bundle, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect="standard"))
     build_engines(bundle, "ort-cuda", kernel_builder(), config=BuildConfig(experts="kernels"))
     config = GenerationConfig(max_new_tokens=16, ignore_eos=True)
-    api = CudaStandIn()
+    api = FakeCuda()
     texts = []
     for towers in (open_ort_cpu(bundle), open_ort_cuda(bundle, CpuLibrary(api), Cuda(api))):
         with TwoTower.from_towers(towers, trained_block_size=bundle.trained_block_size) as model:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.cuda_stand_in import CudaStandIn
-from tests.helpers.stand_ins import GPUS
-from tests.helpers.tensorrt_stand_in import TensorRTStandIn
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.trt.execution import FakeTensorRT
+from tests.helpers.trt.install import GPUS
 from twotower import GenerationConfig
 from twotower.bundle import Bundle, engine_folder
 from twotower.errors import ConfigError, RequestError
@@ -36,7 +36,7 @@ def copied(built: Callable[..., Any], tmp_path: Path) -> Bundle:
 
 @pytest.fixture
 def open_(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """`TwoTower.open` on the stand-ins, and what is beneath it."""
+    """`TwoTower.open` on the fakes, and what is beneath it."""
 
     @contextmanager
     def opened(
@@ -44,9 +44,9 @@ def open_(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         *,
         memory: int = 1 << 34,
         **options: Any,
-    ) -> Iterator[tuple[TwoTower, TensorRTStandIn]]:
-        api = CudaStandIn(memory=memory)
-        trt = TensorRTStandIn(api)
+    ) -> Iterator[tuple[TwoTower, FakeTensorRT]]:
+        api = FakeCuda(memory=memory)
+        trt = FakeTensorRT(api)
 
         def opener() -> Callable[..., Any]:
             given = TensorRTOptions(gpus=GPUS[:1])
@@ -160,17 +160,17 @@ def test_kernels_are_saved_when_there_are_new_ones_only(
     open_: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tests.helpers import stand_in_engine
+    from tests.helpers.trt import execution
 
     count = 0
-    serialize = stand_in_engine._Cache.serialize
+    serialize = execution._Cache.serialize
 
     def counted(cache: Any) -> memoryview:
         nonlocal count
         count += 1
         return serialize(cache)
 
-    monkeypatch.setattr(stand_in_engine._Cache, "serialize", counted)
+    monkeypatch.setattr(execution._Cache, "serialize", counted)
     with open_(copied) as (model, _):
         model.generate([5], DIFFUSION)
         before = count

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.cuda_stand_in import CudaStandIn
-from tests.helpers.stand_ins import GPUS, stand_in_bundle
-from tests.helpers.tensorrt_stand_in import TensorRTStandIn
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.trt.execution import FakeTensorRT
+from tests.helpers.trt.install import GPUS, bundle_with_engines
 from twotower import GenerationConfig
 from twotower.runtime import Request, TwoTower
 from twotower.runtime.cuda.calls import Cuda
@@ -122,9 +122,9 @@ def test_a_workspace_serves_fewer_rows_after_more(
 
 def test_engines_for_many_rows(tmp_path: Path) -> None:
     """Of 32: nine rows run as sixteen, and are what each is alone."""
-    bundle = stand_in_bundle("hybrid-b", tmp_path / "bundle", max_batch=32)
-    api = CudaStandIn()
-    trt = TensorRTStandIn(api)
+    bundle = bundle_with_engines("hybrid-b", tmp_path / "bundle", max_batch=32)
+    api = FakeCuda()
+    trt = FakeTensorRT(api)
     towers = open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), TensorRTOptions(gpus=GPUS))
     options = GenerationConfig(max_new_tokens=20, confidence_threshold=0.5, ignore_eos=True)
     prompts = [np.random.default_rng(n).integers(4, 250, 3 + 2 * n).tolist() for n in range(9)]

@@ -1,4 +1,4 @@
-"""The TensorRT runtime on stand-ins: the references' tokens whatever the order of the device's work, and nothing done twice in a pass."""
+"""The TensorRT runtime on fakes: the references' tokens whatever the order of the device's work, and nothing done twice in a pass."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.graphs import FIXTURES
-from tests.helpers.stand_in_engine import Context
 from tests.helpers.towers import golden_config
+from tests.helpers.trt.execution import Context
 from twotower import GenerationConfig, TwoTower
 from twotower.builders import build_engines, builder_for
 from twotower.errors import DeviceError

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.bundles import export_fixture, flip_byte
-from tests.helpers.cuda_stand_in import CudaStandIn
-from tests.helpers.tensorrt_stand_in import TensorRTStandIn
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.trt.execution import FakeTensorRT
 from twotower import GenerationConfig
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder, load_engine_record
@@ -41,12 +41,12 @@ def copied(built: Callable[..., Any], tmp_path: Path) -> Bundle:
 def open_(
     bundle: Bundle,
     *,
-    cuda: CudaStandIn | None = None,
-    change: Callable[[TensorRTStandIn], None] | None = None,
+    cuda: FakeCuda | None = None,
+    change: Callable[[FakeTensorRT], None] | None = None,
     **options: Any,
 ) -> Any:
-    api = cuda or CudaStandIn()
-    trt = TensorRTStandIn(api)
+    api = cuda or FakeCuda()
+    trt = FakeTensorRT(api)
     if change:
         change(trt)
     try:
@@ -82,7 +82,7 @@ def of_another_graph(bundle: Bundle) -> None:
         (of_another_graph, {}, "does not fit"),
         (None, {"change": lambda trt: setattr(trt, "__version__", "2.0")}, "does not fit"),
         (None, {"gpus": (replace(GPU, sm=90, name="H100"),)}, "no code for H100"),
-        (None, {"cuda": CudaStandIn(memory=10_000)}, "do not fit on GPU 0"),
+        (None, {"cuda": FakeCuda(memory=10_000)}, "do not fit on GPU 0"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -115,7 +115,7 @@ def test_a_gpu_that_is_not_listed_is_tried_when_it_is_asked_for(
 def test_a_file_the_library_refuses_is_named_with_its_words(copied: Bundle) -> None:
     """Hashes fit, so the build itself was of something else."""
 
-    def refuse(trt: TensorRTStandIn) -> None:
+    def refuse(trt: FakeTensorRT) -> None:
         trt._engine = lambda data, logger: logger.log(
             logger.Severity.ERROR, "the magic tag does not match"
         )
@@ -127,7 +127,7 @@ def test_a_file_the_library_refuses_is_named_with_its_words(copied: Bundle) -> N
 
 @pytest.mark.parametrize("fault", ["missing", "dtype", "not aliased"])
 def test_an_engine_with_other_tensors_is_refused(copied: Bundle, fault: str) -> None:
-    def change(trt: TensorRTStandIn) -> None:
+    def change(trt: FakeTensorRT) -> None:
         make = trt._engine
 
         def other(data: bytes, logger: Any) -> Any:
@@ -147,7 +147,7 @@ def test_an_engine_with_other_tensors_is_refused(copied: Bundle, fault: str) -> 
 
 
 def test_no_room_for_activations_is_named(copied: Bundle) -> None:
-    def change(trt: TensorRTStandIn) -> None:
+    def change(trt: FakeTensorRT) -> None:
         make = trt._engine
 
         def huge(data: bytes, logger: Any) -> Any:
@@ -169,7 +169,7 @@ def test_devices_that_are_not_there(copied: Bundle, devices: tuple[int, ...]) ->
 
 @pytest.mark.parametrize(("code", "says"), [(35, "driver"), (100, "no NVIDIA GPU")])
 def test_no_driver_and_no_gpu_are_told_apart(copied: Bundle, code: int, says: str) -> None:
-    api = CudaStandIn()
+    api = FakeCuda()
     api.fail["cudaGetDeviceCount"] = (1, code)
     with pytest.raises(EngineMismatchError, match=says) as error:
         open_(copied, cuda=api)
@@ -181,9 +181,9 @@ def test_what_an_engine_takes_of_a_gpu_is_logged(
     copied: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A library may hold more than the file has; only a GPU shows what."""
-    api = CudaStandIn()
+    api = FakeCuda()
 
-    def change(trt: TensorRTStandIn) -> None:
+    def change(trt: FakeTensorRT) -> None:
         make = trt._engine
 
         def larger(data: bytes, logger: Any) -> Any:
@@ -216,7 +216,7 @@ def test_limits_of_the_engines_are_limits_of_the_session(copied: Bundle) -> None
 
 
 def test_capacity_beyond_memory_is_said_with_what_is_free(copied: Bundle) -> None:
-    api = CudaStandIn()
+    api = FakeCuda()
     with TwoTower.from_towers(open_(copied, cuda=api)) as model:
         api._memory = (1 << 34) - api._free(0) + 5000
         before = dict(api.leaked)
@@ -284,7 +284,7 @@ def test_a_full_disk_leaves_no_part_of_kernels(
 
 def test_kernels_of_another_gpu_or_library_lie_beside(copied: Bundle) -> None:
     def kept_at(version: str, sm: int) -> Path | None:
-        known = flavour_from_module(TensorRTStandIn(CudaStandIn()))
+        known = flavour_from_module(FakeTensorRT(FakeCuda()))
         flavour = replace(known, version=version)
         (part,) = load_engine_record(copied, "rtx").engines["context"]
         file = engine_folder(copied, "rtx") / part.file

@@ -1,4 +1,4 @@
-"""What is asked of TensorRT is there, in the real library and in the stand-in; loading goes as far as a driver would be needed."""
+"""What is asked of TensorRT is there, in the real library and in the fake; loading goes as far as a driver would be needed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.bundles import export_fixture
-from tests.helpers.cuda_stand_in import CudaStandIn
-from tests.helpers.stand_in_engine import Context, Engine
-from tests.helpers.tensorrt_stand_in import TensorRTStandIn
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.trt.execution import Context, Engine, FakeTensorRT
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.bundle import engine_folder
 from twotower.errors import EngineMismatchError
@@ -64,10 +63,10 @@ def test_every_name_is_in_the_real_library() -> None:
         assert [name for name in names if not hasattr(owner, name)] == [], owner
 
 
-def test_every_name_is_in_the_stand_in() -> None:
+def test_every_name_is_in_the_fake() -> None:
     assert [name for name in CONTEXT if not hasattr(Context, name)] == []
     assert [name for name in ENGINE if not hasattr(Engine, name)] == []
-    assert hasattr(TensorRTStandIn(CudaStandIn()), "Runtime")
+    assert hasattr(FakeTensorRT(FakeCuda()), "Runtime")
 
 
 @pytest.mark.trt_rtx

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.stand_in_engine import SCRATCH, Context
+from tests.helpers.trt.execution import SCRATCH, Context
 from twotower import GenerationConfig
 from twotower.errors import DeviceError
 
@@ -78,7 +78,7 @@ def test_a_context_goes_before_what_made_it(
     built: Callable[..., Any],
     opened: Callable[..., Any],
 ) -> None:
-    """With and without an error while it is bound; the stand-in notes contexts that outlive their cache."""
+    """With and without an error while it is bound; the fake notes contexts that outlive their cache."""
     with opened(built("hybrid-a", 4)) as it:
         it.trt.scratch_for_shapes = SCRATCH + 1
         error_of(it)

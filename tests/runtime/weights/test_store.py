@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.weight_files import bytes_on_device, record_of, write_weights
 from twotower.bundle import FileRecord
 from twotower.errors import BundleError, DeviceError, EngineMismatchError
@@ -48,7 +48,7 @@ class File:
     def check(
         self,
         weights: WeightStore,
-        api: CudaStandIn,
+        api: FakeCuda,
         device: int = 0,
         only: slice = ALL,
     ) -> None:
@@ -86,7 +86,7 @@ def nothing_is_left() -> Iterator[None]:
 @pytest.mark.parametrize("hashed", [False, True])
 @pytest.mark.parametrize("seed", [None, 1, 2, 3])
 def test_weights_arrive_whenever_copies_run(file: File, seed: int | None, hashed: bool) -> None:
-    api = CudaStandIn(seed=seed)
+    api = FakeCuda(seed=seed)
     weights = WeightStore(Cuda(api), SMALL)
     loaded = weights.load([file.request()], hashed=hashed)
     assert api.pending == 0
@@ -102,7 +102,7 @@ def test_weights_arrive_whenever_copies_run(file: File, seed: int | None, hashed
 def test_slots_reused_too_early_are_found(file: File, monkeypatch: Patch, seed: int | None) -> None:
     """The injected fault: nobody waits for the event of a slot. The comparison above sees it."""
     monkeypatch.setattr(Cuda, "wait_event", lambda self, event: None)
-    api = CudaStandIn(seed=seed)
+    api = FakeCuda(seed=seed)
     weights = WeightStore(Cuda(api), SMALL)
     weights.load([file.request()])
     with pytest.raises(AssertionError, match="w0"):
@@ -111,7 +111,7 @@ def test_slots_reused_too_early_are_found(file: File, monkeypatch: Patch, seed: 
 
 
 def test_defaults_do_as_well(file: File) -> None:
-    api = CudaStandIn(seed=5)
+    api = FakeCuda(seed=5)
     weights = WeightStore(Cuda(api))
     weights.load([file.request()])
     file.check(weights, api)
@@ -132,7 +132,7 @@ def bytes_read(monkeypatch: Patch) -> list[int]:
 
 def test_what_several_engines_share_is_read_and_kept_once(file: File, monkeypatch: Patch) -> None:
     sizes = bytes_read(monkeypatch)
-    api = CudaStandIn()
+    api = FakeCuda()
     weights = WeightStore(Cuda(api), SMALL)
     weights.load([file.request(only=slice(0, 6)), file.request(only=slice(4, 10)), file.request()])
     file.check(weights, api)
@@ -146,7 +146,7 @@ def test_what_several_engines_share_is_read_and_kept_once(file: File, monkeypatc
 def test_two_devices_take_their_layers(tmp_path: Path, monkeypatch: Patch) -> None:
     files = files_in(tmp_path, "context", "denoiser")
     sizes = bytes_read(monkeypatch)
-    api = CudaStandIn(devices=2, seed=7)
+    api = FakeCuda(devices=2, seed=7)
     weights = WeightStore(Cuda(api), SMALL)
     first, last = slice(0, 5), slice(3, 10)
     requests = [f.request(device, only) for f in files for device, only in ((0, first), (1, last))]
@@ -163,7 +163,7 @@ def test_two_devices_take_their_layers(tmp_path: Path, monkeypatch: Patch) -> No
 
 
 def test_only_the_weights_of_a_segment_are_read(file: File) -> None:
-    api = CudaStandIn()
+    api = FakeCuda()
     weights = WeightStore(Cuda(api), SMALL)
     loaded = weights.load([file.request(only=slice(6, 8))])
     wanted = sum(w.nbytes for w in file.some(slice(6, 8)).values())
@@ -191,14 +191,14 @@ def test_threads_read_ahead_while_copies_run(file: File, monkeypatch: Patch) -> 
         really(self, event)
 
     monkeypatch.setattr(Cuda, "wait_event", waited)
-    weights = WeightStore(Cuda(CudaStandIn()), SMALL)
+    weights = WeightStore(Cuda(FakeCuda()), SMALL)
     weights.load([file.request()])
     assert waits > chunks - 8
     weights.close()
 
 
 def test_progress_counts_what_has_arrived(file: File) -> None:
-    api, seen = CudaStandIn(), []
+    api, seen = FakeCuda(), []
     weights = WeightStore(Cuda(api), SMALL)
 
     def tick(done: int, total: int) -> None:
@@ -218,7 +218,7 @@ def test_changed_bytes_are_found_by_the_hash(file: File, weight: str, at: int) -
     content = bytearray(file.path.read_bytes())
     content[file.weights[weight].offset + at] ^= 1
     file.path.write_bytes(content)
-    api = CudaStandIn(seed=1)
+    api = FakeCuda(seed=1)
     weights = WeightStore(Cuda(api), SMALL)
     with pytest.raises(BundleError, match="has changed"):
         weights.load([file.request()], hashed=True)
@@ -240,7 +240,7 @@ def test_files_are_hashed_at_the_same_time(tmp_path: Path, monkeypatch: Patch) -
         really(self, data)
 
     monkeypatch.setattr(DataFile, "hash", hash_piece)
-    api = CudaStandIn(seed=1)
+    api = FakeCuda(seed=1)
     weights = WeightStore(Cuda(api), SMALL)
     weights.load([file.request() for file in files], hashed=True)
     for file in files:
@@ -254,7 +254,7 @@ def test_of_several_files_the_changed_one_is_named(tmp_path: Path) -> None:
     content = bytearray(files[1].content)
     content[-1] ^= 1
     files[1].path.write_bytes(content)
-    api = CudaStandIn(seed=1)
+    api = FakeCuda(seed=1)
     weights = WeightStore(Cuda(api), SMALL)
     with pytest.raises(BundleError, match=r"denoiser/model\.onnx\.data has changed"):
         weights.load([file.request() for file in files], hashed=True)
@@ -262,7 +262,7 @@ def test_of_several_files_the_changed_one_is_named(tmp_path: Path) -> None:
 
 
 def test_a_table_that_does_not_fit_its_file(file: File) -> None:
-    api = CudaStandIn()
+    api = FakeCuda()
     weights = WeightStore(Cuda(api), SMALL)
     beyond = WeightRef("int8", (65,), file.record.size - 64)
     request = LoadRequest(file.path, file.record, {**file.weights, "beyond": beyond}, 0)
@@ -287,7 +287,7 @@ def touched(path: Path) -> None:
 
 @pytest.mark.parametrize("act", [shortened, touched])
 def test_a_file_that_changes_while_it_is_read(file: File, act: Callable[[Path], None]) -> None:
-    api = CudaStandIn()
+    api = FakeCuda()
     weights = WeightStore(Cuda(api), SMALL)
     with pytest.raises(BundleError, match="while it was read"):
         weights.load([file.request()], progress=lambda done, total: act(file.path))
@@ -305,7 +305,7 @@ def test_an_error_in_a_thread_is_the_error(file: File, monkeypatch: Patch) -> No
         return really(*args)
 
     monkeypatch.setattr(os, "preadv", broken)
-    api = CudaStandIn(seed=2)
+    api = FakeCuda(seed=2)
     with pytest.raises(BundleError, match="Input/output error"):
         WeightStore(Cuda(api), SMALL).load([file.request()])
     assert not api.leaked
@@ -330,7 +330,7 @@ def test_an_interrupt_frees_everything(file: File, monkeypatch: Patch) -> None:
 
     monkeypatch.setattr(os, "preadv", slow)
     monkeypatch.setattr(Cuda, "free_pinned", freed)
-    api = CudaStandIn(seed=3)
+    api = FakeCuda(seed=3)
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -341,7 +341,7 @@ def test_an_interrupt_frees_everything(file: File, monkeypatch: Patch) -> None:
 
 
 def test_too_little_memory_is_said_before_anything_is_allocated(file: File) -> None:
-    api = CudaStandIn(memory=4_000_000)
+    api = FakeCuda(memory=4_000_000)
     with pytest.raises(EngineMismatchError) as error:
         WeightStore(Cuda(api), SMALL).load([file.request()])
     assert error.value.what == "the weights do not fit on GPU 0"
@@ -353,7 +353,7 @@ def test_too_little_memory_is_said_before_anything_is_allocated(file: File) -> N
 def test_memory_that_ends_meanwhile_takes_back_what_was_had(tmp_path: Path) -> None:
     """Another program may take what was free; what an earlier call loaded stays."""
     files = files_in(tmp_path, *"abc")
-    api = CudaStandIn(devices=2)
+    api = FakeCuda(devices=2)
     weights = WeightStore(Cuda(api), SMALL)
     weights.load([files[0].request()])
     kept = api.leaked
@@ -382,7 +382,7 @@ def test_memory_that_ends_meanwhile_takes_back_what_was_had(tmp_path: Path) -> N
     ),
 )
 def test_an_error_of_the_device_leaves_nothing(file: File, call: str, number: int) -> None:
-    api = CudaStandIn(devices=2, seed=number)
+    api = FakeCuda(devices=2, seed=number)
     api.fail[call] = (number, 700)
     weights = WeightStore(Cuda(api), SMALL)
     if number > {"cudaMalloc": 2, "cudaHostAlloc": 1, "cudaStreamCreateWithFlags": 2}.get(call, 10):
@@ -400,7 +400,7 @@ ENDINGS = ("cudaStreamSynchronize", "cudaEventDestroy", "cudaStreamDestroy", "cu
 
 @pytest.mark.parametrize("call", ENDINGS)
 def test_an_error_at_the_end_does_not_hide_the_first_one(file: File, call: str) -> None:
-    api = CudaStandIn()
+    api = FakeCuda()
     api.fail |= {"cudaMemcpyAsync": (2, 1), call: (1, 1)}
     with pytest.raises(DeviceError, match="cudaMemcpyAsync"):
         WeightStore(Cuda(api), SMALL).load([file.request()])
@@ -409,7 +409,7 @@ def test_an_error_at_the_end_does_not_hide_the_first_one(file: File, call: str) 
 
 def test_closing_goes_on_where_freeing_fails(tmp_path: Path) -> None:
     files = files_in(tmp_path, *"abc")
-    api = CudaStandIn()
+    api = FakeCuda()
     weights = WeightStore(Cuda(api), SMALL)
     weights.load([f.request() for f in files])
     api.fail["cudaFree"] = (1, 1)
@@ -419,7 +419,7 @@ def test_closing_goes_on_where_freeing_fails(tmp_path: Path) -> None:
     weights.close()
 
 
-class Drain(CudaStandIn):
+class Drain(FakeCuda):
     """A device of any size: what is copied to it goes into one small piece of memory."""
 
     SINK = 64 << 20

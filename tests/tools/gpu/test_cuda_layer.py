@@ -1,4 +1,4 @@
-"""The CUDA layer writes recorded tokens with torch as its engine, over the stand-in for CUDA."""
+"""The CUDA layer writes recorded tokens with torch as its engine, over the fake for CUDA."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cuda_stand_in import CudaStandIn
-from tests.helpers.tensorrt_stand_in import stand_in_kernels
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.trt.execution import fake_kernels
 from tools.gpu.counted import CountedCuda
 from tools.gpu.cuda_layer import Case, tokens_of_case, torch_bundle
 from tools.gpu.torch_engine import TorchTensorRT
@@ -37,9 +37,9 @@ def test_torch_computes_every_operator_of_the_graphs() -> None:
     ids=lambda c: c.name,
 )
 def test_recorded_tokens_are_written(tmp_path: Path, case: Case) -> None:
-    bundle = torch_bundle(case, tmp_path / "bundle", stand_in_kernels)
+    bundle = torch_bundle(case, tmp_path / "bundle", fake_kernels)
     for graphs in (True, False):
-        api = CudaStandIn(sm=90)
+        api = FakeCuda(sm=90)
         trt, cuda = TorchTensorRT("cpu", api), CountedCuda(api)
         facts = tokens_of_case(bundle, case, trt, cuda=cuda, graphs=graphs, most=1)
         assert facts["right"] is True, facts
@@ -55,7 +55,7 @@ def test_a_wrong_engine_is_not_right(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     case = Case("hybrid-b")
     bundle = torch_bundle(case, tmp_path / "bundle")
-    api = CudaStandIn()
+    api = FakeCuda()
     monkeypatch.setitem(torch_operators.OPERATORS, "Sigmoid", lambda a, x: x * 0)
     facts = tokens_of_case(
         bundle, case, TorchTensorRT("cpu", api), cuda=CountedCuda(api), graphs=False, most=1

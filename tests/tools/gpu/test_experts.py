@@ -1,4 +1,4 @@
-"""The experts' section over the stand-ins: right is taken for right, a wrong row is seen."""
+"""The experts' section over the fakes: right is taken for right, a wrong row is seen."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.cuda_stand_in import CudaStandIn
-from tests.helpers.kernel_stand_in import write_kernels
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.fake_kernels import write_kernels
 from tools.gpu import experts
 from tools.gpu.expert_cubins import FORMS, compile_layers, published
 from tools.gpu.experts import ARCHIVE, FOLDER, Layer, code_folder, measured
@@ -26,7 +26,7 @@ SMALL = {"hidden": 64, "width": 96, "experts": 8, "top": 3, "shared_intermediate
 
 
 class HostTorch:
-    """torch, whose current stream is one of the stand-in's."""
+    """torch, whose current stream is one of the fake's."""
 
     def __init__(self, cuda: Cuda) -> None:
         stream = cuda.create_stream()
@@ -43,9 +43,9 @@ class HostTorch:
 def test_a_layer_is_right_and_its_rows_alone_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
-    monkeypatch.setattr(CudaStandIn, "device_of", lambda *_: None)  # torch's memory is the host's
+    monkeypatch.setattr(FakeCuda, "device_of", lambda *_: None)  # torch's memory is the host's
     shape = replace(published(form), **SMALL)
-    api = CudaStandIn()
+    api = FakeCuda()
     cuda = Cuda(api)
     code = ExpertCode(write_kernels(tmp_path / "k", shape), cuda, 0)
     layer = Layer(HostTorch(cuda), shape, device="cpu")
@@ -66,12 +66,12 @@ def small(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Layer, ExpertCode]:
-    """A small layer in bfloat16 over the stand-in; a pass takes 2 ms."""
-    monkeypatch.setattr(CudaStandIn, "device_of", lambda *_: None)
+    """A small layer in bfloat16 over the fake; a pass takes 2 ms."""
+    monkeypatch.setattr(FakeCuda, "device_of", lambda *_: None)
     monkeypatch.setattr(experts, "captured", lambda _, run: SimpleNamespace(replay=run))
     monkeypatch.setattr(experts, "median_ms", lambda _, run: (run(), 2.0)[1])
     shape = replace(published("bfloat16"), **SMALL)
-    cuda = Cuda(CudaStandIn())
+    cuda = Cuda(FakeCuda())
     code = ExpertCode(write_kernels(tmp_path / "k", shape), cuda, 0)
     return Layer(HostTorch(cuda), shape, device="cpu"), code
 

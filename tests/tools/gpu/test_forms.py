@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.small_slice import SMALL_SLICE
 from tools.gpu import form_pair, forms, passes
 from tools.gpu.form_pair import Difference
@@ -28,9 +28,9 @@ ORDER = [(name, rows, how) for how in ("replayed", "launched") for rows in ROWS 
 
 
 @pytest.fixture
-def api(monkeypatch: pytest.MonkeyPatch) -> CudaStandIn:
-    """The stand-in for CUDA; under it the section builds with torch, small."""
-    api = CudaStandIn()
+def api(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """The fake for CUDA; under it the section builds with torch, small."""
+    api = FakeCuda()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", TorchTensorRT("cpu", api))
     monkeypatch.setattr(make_engine, "run_job", torch_job)
     monkeypatch.setattr(forms, "set_up_rtx", lambda given: ("--sm", "89"))
@@ -59,7 +59,7 @@ def table(answers: Answers, title: str) -> list[list[Any]]:
 
 
 @pytest.mark.slow
-def test_both_forms_are_built_run_and_found_equal(api: CudaStandIn, tmp_path: Path) -> None:
+def test_both_forms_are_built_run_and_found_equal(api: FakeCuda, tmp_path: Path) -> None:
     answers = ask(tmp_path)
     assert not api.leaked
     builds = table(answers, "Builds")
@@ -85,7 +85,7 @@ def test_both_forms_are_built_run_and_found_equal(api: CudaStandIn, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("graph", ["denoiser", "context"])
 def test_a_weight_that_differs_is_found(
-    api: CudaStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str
+    api: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str
 ) -> None:
     """One number of the last norm before the results is another in the engines that hold it."""
     monkeypatch.setattr(forms, "ROWS", (1,))

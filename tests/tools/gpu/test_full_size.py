@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers.cuda_stand_in import CudaStandIn
-from tests.helpers.tensorrt_stand_in import stand_in_kernels
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.trt.execution import fake_kernels
 from tools.gpu import full_size, passes
 from tools.gpu.counted import CountedCuda
 from tools.gpu.cuda_layer import Case, torch_bundle
@@ -26,7 +26,7 @@ from twotower.tensorrt_library import flavour_from_module
 @pytest.fixture(scope="module", params=["kernels", "dense"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     case = Case("hybrid-b", experts=request.param)
-    return torch_bundle(case, tmp_path_factory.mktemp("full") / "bundle", stand_in_kernels)
+    return torch_bundle(case, tmp_path_factory.mktemp("full") / "bundle", fake_kernels)
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_a_tower_is_timed_replayed_and_launched(
     monkeypatch.setattr(passes, "TOKENS", 100)
     block = {"prefill": 256, "block": bundle.trained_block_size, "decode": 1}
     monkeypatch.setattr(passes, "WIDTHS", block)
-    api = CudaStandIn(sm=90)
+    api = FakeCuda(sm=90)
     cuda = CountedCuda(api)
     trt = TorchTensorRT("cpu", api)
     tower = OneTower(bundle, graph, flavour_from_module(trt), cuda)
@@ -73,7 +73,7 @@ def test_a_tower_is_timed_replayed_and_launched(
 
 
 def test_random_weights_are_small_in_either_type() -> None:
-    api = CudaStandIn()
+    api = FakeCuda()
     cuda = Cuda(api)
     specs = [
         TensorSpec("a", "bfloat16", (333, 7)),
@@ -96,7 +96,7 @@ def test_random_weights_are_small_in_either_type() -> None:
 
 def test_more_weights_than_are_drawn_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.gpu.one_tower._PERIOD", 512)
-    cuda = Cuda(CudaStandIn())
+    cuda = Cuda(FakeCuda())
     size = 5 * 512 + 256
     weights = RandomWeights(cuda, [TensorSpec("a", "bfloat16", (size // 2,))])
     data = np.frombuffer(cuda.bytes_at(weights.address(Path(), "a", 0), size), np.uint8)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.fake_cuda import FakeCuda
 from tools.gpu import rtx, rtx_setup
 from tools.gpu.library import split_file
 from tools.gpu.plans import PlanOptions, build_plan, make_logger
@@ -30,13 +30,13 @@ Tried = Callable[..., tuple[bool, dict[str, Any]]]
 
 @pytest.fixture
 def tried(tmp_path: Path) -> Tried:
-    """Tries the product on the stand-in; `spoil` changes the folder or the library before."""
+    """Tries the product on the fake; `spoil` changes the folder or the library before."""
     write_pass(tmp_path, "product", product_pass())
     trial = Trial(tmp_path, "product", "default")
     plan_file(trial).write_bytes(lzma.compress(HEADER + product_pass().graph))
 
     def run(spoil: Callable[[Path, Any], None] = lambda folder, trt: None) -> Any:
-        api, said = CudaStandIn(), {}
+        api, said = FakeCuda(), {}
         trt = TorchTensorRT("cpu", api)
         spoil(tmp_path, trt)
         done = try_plan(trt, Cuda(api), trial, lambda name, value: said.update({name: value}))

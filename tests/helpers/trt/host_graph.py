@@ -1,4 +1,4 @@
-"""What an engine of the TensorRT stand-in computes: its graph in ONNX Runtime, over memory by address."""
+"""What an engine of the fake TensorRT computes: its graph in ONNX Runtime, over memory by address."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import onnxruntime as ort
 
 from twotower.evaluate.half_precision import round_results
 
-__all__ = ["StandInGraph", "view"]
+__all__ = ["HostGraph", "view"]
 
 _NUMPY: dict[str, Any] = {
     "FLOAT": np.float32,
@@ -25,7 +25,7 @@ _NUMPY: dict[str, Any] = {
 }
 
 
-class StandInGraph:
+class HostGraph:
     """A graph ready to compute.
 
     A CPU has no bfloat16: such a graph computes in float32 and rounds every result to bfloat16.

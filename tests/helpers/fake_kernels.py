@@ -19,7 +19,7 @@ from twotower.kernels.shape import MOST_TOKENS, ExpertShape
 from twotower.kernels.signatures import KernelSpec, kernel_specs, slot_tokens
 from twotower.kernels.twin import combine_twin, down_twin, pairs_twin, up_twin
 
-__all__ = ["KernelStandIn", "write_kernels"]
+__all__ = ["FakeKernels", "write_kernels"]
 
 _C_TYPES = {"i32": ctypes.c_int32}
 _POINTED = {
@@ -52,8 +52,8 @@ def write_kernels(folder: Path, shape: ExpertShape, sms: Sequence[int] = (90,)) 
     return manifest
 
 
-class KernelStandIn:
-    """The driver's functions for kernels; `CudaStandIn` is one too.
+class FakeKernels:
+    """The driver's functions for kernels; `FakeCuda` is one too.
 
     Attributes:
         launched: Kernels by name, in the order in which they were put on streams.
@@ -145,7 +145,7 @@ class _Run:
 
     def __init__(
         self,
-        cuda: KernelStandIn,
+        cuda: FakeKernels,
         shape: ExpertShape,
         spec: KernelSpec,
         grid: tuple[int, int],

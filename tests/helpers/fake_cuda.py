@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from tests.helpers.kernel_stand_in import KernelStandIn
+from tests.helpers.fake_kernels import FakeKernels
 
-__all__ = ["STICKY", "CudaRefusedError", "CudaStandIn"]
+__all__ = ["STICKY", "CudaRefusedError", "FakeCuda"]
 
 Op = Callable[[], None]
 _OK, _OUT_OF_MEMORY = 0, 2
@@ -80,8 +80,8 @@ class _Mode(IntEnum):
     GLOBAL, THREAD_LOCAL, RELAXED = range(3)
 
 
-class CudaStandIn(KernelStandIn):
-    """The stand-in.
+class FakeCuda(FakeKernels):
+    """The fake.
 
     Args:
         devices: GPUs.

@@ -1,4 +1,4 @@
-"""The stand-ins notice what a GPU would punish: each test plants a fault in sound code and sees it found."""
+"""The fakes notice what a GPU would punish: each test plants a fault in sound code and sees it found."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.cuda_stand_in import CudaStandIn
+from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.towers import golden_config
 from tests.runtime.engines.test_tensorrt_engine import golden_cases
 from twotower.errors import DeviceError
@@ -50,9 +50,9 @@ def test_a_captured_launch_keeps_the_addresses_it_was_captured_with(
 
 
 def test_work_beside_a_stream_is_joined() -> None:
-    """In any order the stand-in may choose: after what was before it, before what comes after."""
+    """In any order the fake may choose: after what was before it, before what comes after."""
     for seed in (None, 1, 2, 3):
-        api, done = CudaStandIn(seed=seed), []
+        api, done = FakeCuda(seed=seed), []
         _, stream = api.cudaStreamCreateWithFlags(1)
         for n in range(6):
             enqueue = api.enqueue_aside if n % 2 else api.enqueue

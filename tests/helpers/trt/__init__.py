@@ -1,0 +1,1 @@
+"""A TensorRT without a GPU: the fake compiler that builders call, and the fake execution API that engines run on."""
