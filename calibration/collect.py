@@ -179,7 +179,7 @@ class _Run:
 
     def _of_products(self, name: str) -> list[Tap]:
         graph = self._graphs[name]
-        known = {part.name for part in parts_of(self._bundle.config, graph.weights)}
+        known = {part.name for part in parts_of(self._bundle.config, name)}
         return [tap for tap in graph.taps if tap.weight in known]
 
     def opened(self) -> TwoTower:

@@ -139,7 +139,7 @@ def plan_quantization(
     require_float(bundle)
     bundle.require_weights("quantization")
     plain = {name: build_graph(name, bundle.config, bundle.dtype) for name in GRAPH_FILES}
-    parts = {p.name: p for graph in plain.values() for p in parts_of(bundle.config, graph.weights)}
+    parts = {p.name: p for name in plain for p in parts_of(bundle.config, name)}
     _require_weights(bundle, plain)
     recipe.check(tuple(parts.values()))
     weights = {name: how for name, part in parts.items() if (how := recipe.format_of(part))}
@@ -271,11 +271,7 @@ def _manifest(
     bundle: Bundle, plan: Plan, files: Mapping[str, FileRecord], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     manifest = json.loads((bundle.path / MANIFEST_FILE).read_text(encoding="utf-8"))
-    parts = {
-        p.name: p
-        for name in GRAPH_FILES
-        for p in parts_of(bundle.config, build_graph(name, bundle.config, bundle.dtype).weights)
-    }
+    parts = {p.name: p for name in GRAPH_FILES for p in parts_of(bundle.config, name)}
     labels: dict[str, set[str]] = {}
     for part in parts.values():
         how = plan.recipe.format_of(part)
@@ -334,11 +330,7 @@ def precision_of(bundle: Bundle) -> Precision:
     recipe = Recipe.from_mapping(
         facts["recipe"]["name"], {k: v for k, v in facts["recipe"].items() if k != "name"}
     )
-    parts = (
-        p
-        for name in GRAPH_FILES
-        for p in parts_of(bundle.config, build_graph(name, bundle.config, bundle.dtype).weights)
-    )
+    parts = (p for name in GRAPH_FILES for p in parts_of(bundle.config, name))
     weights = {part.name: how for part in parts if (how := recipe.format_of(part))}
     return Precision(
         weights,

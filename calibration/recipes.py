@@ -9,15 +9,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from twotower.checkpoint.layout import CheckpointTensor, Role, Tower, expected_tensors
+from twotower.checkpoint.layout import Role
 from twotower.config import ModelConfig
 from twotower.config.formats import ACTIVATIONS, FORMATS, GROUPS, WeightFormat, stored_format
 from twotower.errors import RecipeError
-from twotower.weights.declared import Weight
+from twotower.spec import DENOISER
+from twotower.weights.declared import QUANTIZABLE, declared_weights
 
 __all__ = [
     "KEEP",
-    "QUANTIZABLE",
     "Part",
     "Recipe",
     "RecipeException",
@@ -28,21 +28,8 @@ __all__ = [
 
 KEEP = "keep"
 
-QUANTIZABLE = (
-    Role.EMBEDDING,
-    Role.HEAD,
-    Role.MAMBA,
-    Role.ATTENTION,
-    Role.ROUTED_EXPERT,
-    Role.SHARED_EXPERT,
-    Role.MLP,
-)
-"""Layer kinds a recipe may name. Router, norms and conditioning are small and decide everything after them: they stay as they are, and
-so do convolution, dt, A and D of the Mamba layers.
-"""
-
 KINDS = tuple(role.value for role in QUANTIZABLE)
-_MAMBA_MATRICES = ("in_proj.weight", "out_proj.weight")
+"""Layer kinds a recipe may name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,25 +295,14 @@ def load_recipe(wanted: str) -> Recipe:
     return Recipe.from_mapping(chosen, tables[chosen])
 
 
-def parts_of(config: ModelConfig, weights: Iterable[Weight]) -> list[Part]:
-    """The weights of a float graph that recipes are about: embeddings and matrices of products, router and conditioning left out."""
-    known = expected_tensors(config)
-    out = []
-    for weight in weights:
-        source = known[weight.sources[0]]
-        if source.role in QUANTIZABLE and (
-            source.role is not Role.MAMBA or weight.name.endswith(_MAMBA_MATRICES)
-        ):
-            tower = "context" if source.tower is Tower.CONTEXT else "denoiser"
-            out.append(
-                Part(weight.name, tower, _layer_of(source), source.role.value, weight.shape[-1])
-            )
-    return out
-
-
-def _layer_of(tensor: CheckpointTensor) -> int | None:
-    words = tensor.name.split(".")
-    return int(words[2]) if words[1] == "layers" else None
+def parts_of(config: ModelConfig, graph: str) -> list[Part]:
+    """The weights of a float graph that recipes are about: embeddings and matrices of products."""
+    tower = "denoiser" if graph == DENOISER else "context"
+    return [
+        Part(weight.name, tower, weight.layer, weight.role.value, weight.shape[-1])
+        for weight in declared_weights(config, graph, config.dtype)
+        if weight.quantizable
+    ]
 
 
 def _require(good: bool, what: str, found: Any, allowed: Iterable[Any]) -> None:

@@ -22,19 +22,19 @@ from twotower.builders.ort.cpu import write_engine
 from twotower.builders.ort.engine_weights import expand_data, places_of
 from twotower.checkpoint.synthetic import published_slice
 from twotower.config.formats import stored_format
-from twotower.config.model import ModelConfig, parse_model_config
+from twotower.config.model import LayerKind, ModelConfig, parse_model_config
 from twotower.export.graph_files import point_to_data
-from twotower.export.graphs.layers import LayerWeights, moe
+from twotower.export.graphs.layers import moe
 from twotower.export.graphs.precision import Precision
-from twotower.export.graphs.recorder import GraphBuilder
+from twotower.export.graphs.recorder import GraphBuilder, Layer
 from twotower.onnx_runtime import ort, session_options
 from twotower.processors import usable_cores
-from twotower.spec import TensorSpec, TowerSignature
-from twotower.weights.declared import lay_out
+from twotower.spec import CONTEXT, TensorSpec, TowerSignature
+from twotower.weights.declared import declared_weights, lay_out
 from twotower.weights.external import located_weights
 from twotower.weights.refs import WeightRef
 
-PREFIX = "layer.mixer."
+PREFIX = "context_tower.layers.0.mixer."
 _FEW = "chosen, int4"
 MATRICES = tuple(
     f"{PREFIX}{kind}.{name}_proj.weight"
@@ -138,9 +138,12 @@ def form(
     """
     axes = ("B", "L", config.hidden_size)
     x, y = TensorSpec("x", "float32", axes), TensorSpec("y", "float32", axes)
-    graph = GraphBuilder(TowerSignature("moe", (x,), (y,)), "float32", precision)
+    declared = declared_weights(config, CONTEXT, "float32", precision.weights)
+    signature = TowerSignature("moe", (x,), (y,))
+    graph = GraphBuilder(signature, "float32", declared, precision.activations)
+    prefix = f"context_tower.layers.{config.indices(LayerKind.MOE)[0]}.mixer."
     with graph.scope("layer.moe"):
-        graph.output("y", moe(graph, graph.input("x"), LayerWeights(graph, PREFIX), config))
+        graph.output("y", moe(Layer(graph, config, prefix), graph.input("x")))
     recorded, refs = graph.finish(), lay_out(graph.weights)
     kind = f"{'chosen' if chosen else 'all'}{len(precision.weights)}{'even' if even_rows else ''}"
     write_random(folder / f"{len(precision.weights)}.data", refs)

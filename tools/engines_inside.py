@@ -184,7 +184,7 @@ def _write_graph(recipe: str, graph: str, config: ModelConfig, file: Path) -> No
     """A graph as the recipe records it, and random weights beside it: values of any bits, and one scale for all."""
     chosen = builtin_recipes()[recipe].only(["routed_expert"])
     plain = build_graph(graph, config, DTYPE)
-    parts = {part.name: part for part in parts_of(config, plain.weights)}
+    parts = {part.name: part for part in parts_of(config, graph)}
     few = {name: how for name, part in parts.items() if (how := chosen.format_of(part))}
     rounded = {
         tap.weight

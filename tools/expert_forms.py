@@ -77,7 +77,7 @@ def cases() -> list[tuple[str, Recipe]]:
 def graph_of(config: ModelConfig, recipe: Recipe) -> tuple[onnx.ModelProto, str]:
     """The denoiser as the recipe records it, float weights as inputs; and in words how its experts are stored."""
     plain = build_graph(DENOISER, config, DTYPE)
-    parts = {part.name: part for part in parts_of(config, plain.weights)}
+    parts = {part.name: part for part in parts_of(config, DENOISER)}
     few = {name: how for name, part in parts.items() if (how := recipe.format_of(part))}
     rounded = {
         tap.weight

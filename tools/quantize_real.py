@@ -47,8 +47,7 @@ def layer_config(experts: int) -> ModelConfig:
 
 def weights_of(config: ModelConfig, recipe: Recipe | None) -> list[Weight]:
     """What the graph declares for the layer's routed experts."""
-    plain = build_graph(CONTEXT, config, DTYPE)
-    parts = [part for part in parts_of(config, plain.weights) if part.kind == "routed_expert"]
+    parts = [part for part in parts_of(config, CONTEXT) if part.kind == "routed_expert"]
     few = {part.name: how for part in parts if recipe and (how := recipe.format_of(part))}
     names = {part.name for part in parts}
     return [

@@ -1,22 +1,19 @@
-"""What layers are made of besides attention and Mamba: norms, weights by name, the conditioning, the MLP, and experts."""
+"""What layers are made of besides attention and Mamba: norms, conditioning, MLP and experts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from twotower.checkpoint.layout import TIMESTEP_FREQUENCIES
-from twotower.config import LayerKind, ModelConfig
-from twotower.export.graphs.recorder import GraphBuilder
+from twotower.config import LayerKind
+from twotower.export.graphs.recorder import GraphBuilder, Layer
 from twotower.spec import EXPERTS_IN, EXPERTS_OUT, SHARES
-from twotower.weights.declared import Weight
 
 __all__ = [
-    "LayerWeights",
     "Modulation",
     "conditioning",
     "mlp",
@@ -24,85 +21,27 @@ __all__ = [
     "moe",
     "normed_input",
     "rms_norm",
-    "squared_relu",
+    "routing",
+    "within_best_groups",
 ]
 
 
-class LayerWeights:
-    """Declares the weights below one checkpoint prefix.
-
-    Args:
-        graph: Where they are declared.
-        prefix: For example `context_tower.layers.3.mixer.`.
-    """
-
-    def __init__(self, graph: GraphBuilder, prefix: str) -> None:
-        self._graph = graph
-        self._prefix = prefix
-
-    def __call__(self, name: str, *shape: int, dtype: str | None = None) -> ir.Value:
-        """One checkpoint tensor, in the model's dtype unless another is named."""
-        full = self._prefix + name
-        return self._graph.weight(Weight(full, shape, dtype or self._graph.dtype, (full,)))
-
-    def rows(self, name: str, first: int, end: int, columns: int, *, suffix: str = "") -> ir.Value:
-        """Rows [first, end) of a matrix, under its own name; with a suffix under that, and never quantized."""
-        full = self._prefix + name
-        origin = f"{full}{suffix}"
-        return self._graph.weight(
-            Weight(
-                origin,
-                (end - first, columns),
-                self._graph.dtype,
-                (full,),
-                rows=(first, end),
-                origin=origin,
-            )
-        )
-
-    def is_quantized(self, name: str) -> bool:
-        """Whether the weight is to be stored in few bits."""
-        return self._prefix + name in self._graph.precision.weights
-
-    def negated_exp(self, name: str, *shape: int) -> ir.Value:
-        """-exp of a tensor in float32: the decay rates A, computed once at export."""
-        full = self._prefix + name
-        return self._graph.weight(
-            Weight(f"{full}.negated_exp", shape, "float32", (full,), negated_exp=True)
-        )
-
-    def transposed(self, name: str, *shape: int) -> ir.Value:
-        """A small tensor with its last axis first, reordered at export; `shape` is the result's."""
-        full = self._prefix + name
-        weight = Weight(f"{full}.transposed", shape, self._graph.dtype, (full,), transposed=True)
-        return self._graph.weight(weight)
-
-    def joined(self, name: str, parts: Sequence[str], *shape: int) -> ir.Value:
-        """Matrices with equally long rows, one below the other as one weight."""
-        sources = tuple(self._prefix + part for part in parts)
-        return self._graph.weight(Weight(self._prefix + name, shape, self._graph.dtype, sources))
-
-    def stacked(self, pattern: str, count: int, *shape: int) -> ir.Value:
-        """The tensors `pattern.format(0..count-1)` along a new first axis."""
-        sources = tuple(self._prefix + pattern.format(j) for j in range(count))
-        name = self._prefix + pattern.replace("{}.", "")
-        return self._graph.weight(Weight(name, (count, *shape), self._graph.dtype, sources))
-
-
-def rms_norm(graph: GraphBuilder, x: ir.Value, weight: ir.Value, epsilon: float) -> ir.Value:
-    """RMSNorm over the last axis, in float32 (`weight` is float32), cast back to the model's dtype."""
-    normed = graph.op("RMSNormalization", graph.to_float32(x), weight, axis=-1, epsilon=epsilon)
+def rms_norm(layer: Layer, x: ir.Value, weight: str = "norm.weight") -> ir.Value:
+    """RMSNorm over the last axis, in float32, cast back to the model's dtype."""
+    graph, scale, epsilon = layer.graph, layer.weight(weight), layer.config.layer_norm_epsilon
+    wide = graph.to_float32(x)
+    normed = graph.op("RMSNormalization", wide, scale, axis=-1, epsilon=epsilon)
     return graph.to_model_dtype(normed)
 
 
-def mlp(graph: GraphBuilder, x: ir.Value, weights: tuple[ir.Value, ir.Value]) -> ir.Value:
+def mlp(layer: Layer, x: ir.Value, name: str = "") -> ir.Value:
     """down(relu(up(x))^2), the non-gated MLP of dense layers and of the shared expert."""
-    up, down = weights
-    return graph.linear(squared_relu(graph, graph.linear(x, up)), down)
+    up = layer.weight(f"{name}up_proj.weight")
+    down = layer.weight(f"{name}down_proj.weight")
+    return layer.graph.linear(_squared_relu(layer.graph, layer.graph.linear(x, up)), down)
 
 
-def squared_relu(graph: GraphBuilder, x: ir.Value) -> ir.Value:
-    """relu(x)^2, elementwise."""
+def _squared_relu(graph: GraphBuilder, x: ir.Value) -> ir.Value:
     positive = graph.op("Relu", x)
     return graph.op("Mul", positive, positive)
 
@@ -116,77 +55,56 @@ class Modulation:
     gate: ir.Value
 
 
-def conditioning(graph: GraphBuilder, masked_fraction: ir.Value, config: ModelConfig) -> ir.Value:
+def conditioning(model: Layer, masked_fraction: ir.Value) -> ir.Value:
     """The conditioning [B,3,D] all layers share, from t [B] float32 in [0,1]."""
-    d, weights = config.hidden_size, LayerWeights(graph, "")
+    graph = model.graph
+
+    def affine(x: ir.Value, name: str) -> ir.Value:
+        weight, bias = model.weight(f"{name}.weight"), model.weight(f"{name}.bias")
+        return graph.op("Gemm", x, weight, bias, transB=1)
+
     # The published model rounds t to its own dtype before the factor 1000, and multiplies in this
-    # order: angles reach
-    # 1000, where another order of rounding moves the embedding by more than the rest of the float32
-    # arithmetic does.
+    # order: angles reach 1000, where another order of rounding moves the embedding by more than the
+    # rest of the float32 arithmetic does.
     t = graph.to_float32(graph.to_model_dtype(masked_fraction))
-    scaled = graph.op(
-        "Mul", graph.op("Unsqueeze", t, graph.constant([1])), graph.constant(1000.0, "float32")
-    )
-    exponents = (
-        np.arange(TIMESTEP_FREQUENCIES, dtype=np.float32)
-        * np.float32(-math.log(10000.0))
-        / np.float32(TIMESTEP_FREQUENCIES)
-    )
-    rates = np.exp(
-        exponents.astype(np.float64)
-    )  # correctly rounded below; numpy's float32 exp is off by an ulp in half the places
+    t = graph.op("Unsqueeze", t, graph.constant([1]))
+    scaled = graph.op("Mul", t, graph.constant(1000.0, "float32"))
+    count = np.float32(TIMESTEP_FREQUENCIES)
+    exponents = np.arange(TIMESTEP_FREQUENCIES, dtype=np.float32)
+    exponents = exponents * np.float32(-math.log(10000.0)) / count
+    # In float64 and rounded after: numpy's float32 exp is off by an ulp in half the places.
+    rates = np.exp(exponents.astype(np.float64))
     angles = graph.op("Mul", scaled, graph.constant(rates[None], "float32"))
     waves = graph.op("Concat", graph.op("Cos", angles), graph.op("Sin", angles), axis=-1)
-    e = _affine(
-        graph,
-        graph.to_model_dtype(waves),
-        weights,
-        ("t_embedder.mlp.0", d, 2 * TIMESTEP_FREQUENCIES),
-    )
-    e = _affine(graph, graph.silu(e), weights, ("t_embedder.mlp.2", d, d))
-    m = _affine(graph, graph.silu(e), weights, ("t_block.1", 3 * d, d))
-    return graph.reshape(m, 0, 3, d)
+    e = affine(graph.to_model_dtype(waves), "t_embedder.mlp.0")
+    e = affine(graph.silu(e), "t_embedder.mlp.2")
+    return graph.reshape(affine(graph.silu(e), "t_block.1"), 0, 3, model.config.hidden_size)
 
 
-def modulation(
-    graph: GraphBuilder, shared: ir.Value, config: ModelConfig, layer: int
-) -> Modulation:
+def modulation(model: Layer, shared: ir.Value, layer: int) -> Modulation:
     """Shift, scale and gate of one layer: its table plus the shared conditioning."""
-    table = LayerWeights(graph, "")(f"scale_shift_tables.{layer}", 3, config.hidden_size)
-    shift, scale, gate = graph.ops(
-        "Split", 3, graph.op("Add", shared, table), axis=1, num_outputs=3
-    )
+    graph, table = model.graph, model.weight(f"scale_shift_tables.{layer}")
+    summed = graph.op("Add", shared, table)
+    shift, scale, gate = graph.ops("Split", 3, summed, axis=1, num_outputs=3)
     return Modulation(shift, graph.op("Add", scale, graph.scalar(1.0)), gate)
 
 
-def normed_input(
-    graph: GraphBuilder,
-    h: ir.Value,
-    norm: ir.Value,
-    kind: LayerKind,
-    *,
-    by: Modulation,
-    epsilon: float,
-) -> ir.Value:
-    """What a denoiser layer's mixer reads: Mamba and attention modulate and then norm, MoE and MLP the other way round."""
+def normed_input(layer: Layer, h: ir.Value, by: Modulation) -> ir.Value:
+    """What a denoiser layer's mixer reads.
+
+    Mamba and attention modulate and then norm, MoE and MLP the other way round.
+    """
+    graph, kind = layer.graph, layer.config.layers[layer.number]
+
+    def modulated(x: ir.Value) -> ir.Value:
+        return graph.op("Add", graph.op("Mul", x, by.scale), by.shift)
+
     if kind in (LayerKind.MAMBA, LayerKind.ATTENTION):
-        return rms_norm(graph, _modulated(graph, h, by), norm, epsilon)
-    return _modulated(graph, rms_norm(graph, h, norm, epsilon), by)
+        return rms_norm(layer, modulated(h))
+    return modulated(rms_norm(layer, h))
 
 
-def _modulated(graph: GraphBuilder, x: ir.Value, by: Modulation) -> ir.Value:
-    return graph.op("Add", graph.op("Mul", x, by.scale), by.shift)
-
-
-def _affine(
-    graph: GraphBuilder, x: ir.Value, weights: LayerWeights, layer: tuple[str, int, int]
-) -> ir.Value:
-    name, out, into = layer
-    weight, bias = weights(f"{name}.weight", out, into), weights(f"{name}.bias", 1, out)
-    return graph.op("Gemm", x, weight, bias, transB=1)
-
-
-def moe(graph: GraphBuilder, x: ir.Value, weights: LayerWeights, config: ModelConfig) -> ir.Value:
+def moe(layer: Layer, x: ir.Value) -> ir.Value:
     """The mixture-of-experts mixer on x [B,L,D].
 
     Every expert computes every token and a dense routing matrix [N,E] weighs the results: exact, of
@@ -196,48 +114,40 @@ def moe(graph: GraphBuilder, x: ir.Value, weights: LayerWeights, config: ModelCo
     Three values have names, by which a builder can take the experts out: the mixer's input, the
     shares, and the result.
     """
+    graph, config = layer.graph, layer.config
     graph.mark(EXPERTS_IN, x)
-    e, f, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
-    tokens = graph.reshape(x, 1, -1, d)
-    chosen, share = _routing(graph, tokens, weights, config)
-    up = weights.stacked("experts.{}.up_proj.weight", e, f, d)
-    down = weights.stacked("experts.{}.down_proj.weight", e, d, f)
-    hidden = squared_relu(graph, graph.linear(tokens, up))
+    tokens = graph.reshape(x, 1, -1, config.hidden_size)
+    chosen, share = routing(layer, tokens)
+    up = layer.weight("experts.up_proj.weight")
+    down = layer.weight("experts.down_proj.weight")
+    hidden = _squared_relu(graph, graph.linear(tokens, up))
     each = graph.linear(hidden, down, visited=share)  # [E,N,D]
     # Selected and not only multiplied: what nobody chose may overflow, and infinity times 0 is NaN.
     weighed = graph.op("Mul", graph.to_float32(each), share)
     weighed = graph.op("Where", chosen, weighed, graph.constant(0.0, "float32"))
     routed = graph.to_model_dtype(graph.op("ReduceSum", weighed, graph.constant([0]), keepdims=0))
     routed = graph.op("Reshape", routed, graph.op("Shape", x))
-    if not config.shared_intermediate:
-        return graph.mark(EXPERTS_OUT, routed)
-    width = config.shared_intermediate
-    up = weights("shared_experts.up_proj.weight", width, d)
-    down = weights("shared_experts.down_proj.weight", d, width)
-    return graph.mark(EXPERTS_OUT, graph.op("Add", routed, mlp(graph, x, (up, down))))
+    if config.shared_intermediate:
+        routed = graph.op("Add", routed, mlp(layer, x, "shared_experts."))
+    return graph.mark(EXPERTS_OUT, routed)
 
 
-def _routing(
-    graph: GraphBuilder,
-    tokens: ir.Value,
-    weights: LayerWeights,
-    config: ModelConfig,
-) -> tuple[ir.Value, ir.Value]:
+def routing(layer: Layer, tokens: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Which experts each of `tokens` [1,N,D] visits, [E,N,1] bool, and their shares, float32.
 
     Shares are 0 where an expert is not visited.
     """
-    e, zero = config.n_routed_experts, graph.constant(0.0, "float32")
-    gate = weights("gate.weight", e, config.hidden_size, dtype="float32")
-    bias = weights("gate.e_score_correction_bias", e, 1, dtype="float32")
+    graph, config = layer.graph, layer.config
+    zero = graph.constant(0.0, "float32")
+    gate = layer.weight("gate.weight")
+    bias = layer.weight("gate.e_score_correction_bias")
     rows = graph.reshape(graph.to_float32(tokens), -1, config.hidden_size)
-    scores = graph.op(
-        "Transpose", graph.op("Sigmoid", graph.linear(rows, gate)), perm=[1, 0]
-    )  # [E,N]
+    scores = graph.op("Sigmoid", graph.linear(rows, gate))
+    scores = graph.op("Transpose", scores, perm=[1, 0])  # [E,N]
     choice = graph.op("Add", scores, bias)
     if config.n_group > 1:
-        choice = _within_best_groups(graph, choice, config)
-    places = _places(graph, choice, choice, count=e)
+        choice = within_best_groups(layer, choice)
+    places = _places(graph, choice, choice, config.n_routed_experts)
     chosen = graph.op("Less", places, graph.constant(config.num_experts_per_tok, "float32"))
     share = graph.op("Where", chosen, scores, zero)
     if config.norm_topk_prob:
@@ -249,7 +159,7 @@ def _routing(
     return graph.op("Unsqueeze", chosen, last), graph.op("Unsqueeze", share, last)
 
 
-def _places(graph: GraphBuilder, x: ir.Value, other: ir.Value, *, count: int) -> ir.Value:
+def _places(graph: GraphBuilder, x: ir.Value, other: ir.Value, count: int) -> ir.Value:
     """How many come before each of x [...,count,N] in descending order along its last axis but one.
 
     Of equal values the first comes first, as with TopK. On a GPU comparing all pairs is part of
@@ -272,17 +182,17 @@ def _places(graph: GraphBuilder, x: ir.Value, other: ir.Value, *, count: int) ->
     return graph.op("ReduceSum", ahead, graph.constant([-2]), keepdims=0)
 
 
-def _within_best_groups(graph: GraphBuilder, choice: ir.Value, config: ModelConfig) -> ir.Value:
+def within_best_groups(layer: Layer, choice: ir.Value) -> ir.Value:
     """Scores [E,N] with -inf outside the `topk_group` groups whose two best scores sum highest."""
+    graph, config = layer.graph, layer.config
     groups, size = config.n_group, config.n_routed_experts // config.n_group
     by_group = graph.reshape(choice, groups, size, -1)
     other = graph.op("Unsqueeze", by_group, graph.constant([1]))  # [groups,1,size,N]
-    best = graph.op(
-        "Less", _places(graph, by_group, other, count=size), graph.constant(2.0, "float32")
-    )
+    places = _places(graph, by_group, other, size)
+    best = graph.op("Less", places, graph.constant(2.0, "float32"))
     best = graph.op("Where", best, by_group, graph.constant(0.0, "float32"))
     of_group = graph.op("ReduceSum", best, graph.constant([1]), keepdims=0)  # [groups,N]
-    places = _places(graph, of_group, of_group, count=groups)
+    places = _places(graph, of_group, of_group, groups)
     kept = graph.op("Less", places, graph.constant(config.topk_group, "float32"))
     kept = graph.op("Unsqueeze", kept, graph.constant([1]))
     limited = graph.op("Where", kept, by_group, graph.constant(-math.inf, "float32"))

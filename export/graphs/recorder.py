@@ -1,27 +1,27 @@
-"""A thin recorder over onnx-ir: operators by name, constants shared, weights declared but never loaded."""
+"""A thin recorder over onnx-ir: operators by name, constants shared, weights declared but not loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
-from twotower.config.formats import WeightFormat
+from twotower.config import ModelConfig
 from twotower.dtypes import numpy_dtype, onnx_code
-from twotower.export.graphs.precision import Precision, Tap
+from twotower.export.graphs.precision import ActivationFormat, Tap
 from twotower.spec import TensorSpec, TowerSignature
 from twotower.weights.declared import Weight
 
-__all__ = ["OPSET", "GraphBuilder", "ir_dtype"]
+__all__ = ["OPSET", "ChunkInfo", "GraphBuilder", "Layer", "ir_dtype"]
 
-# the newest opset every reader of these graphs (ONNX Runtime, TensorRT 11, TensorRT-RTX 1.7)
-# accepts
 OPSET = 24
+"""The newest opset that every reader of these graphs accepts: ONNX Runtime, TensorRT 11 and
+TensorRT for RTX 1.7."""
 IR_VERSION = 12
 
 
@@ -36,19 +36,27 @@ class GraphBuilder:
     Args:
         signature: Names, dtypes and axes of the graph's inputs and outputs.
         dtype: Element type of weights and of the residual stream.
-        precision: Which weights are quantized, and the inputs of which products; None for none.
+        declared: The weights the graph may declare, quantized ones in their parts.
+        activations: Quantized inputs of products, by the name of the first weight of the product.
     """
 
     def __init__(
-        self, signature: TowerSignature, dtype: str, precision: Precision | None = None
+        self,
+        signature: TowerSignature,
+        dtype: str,
+        declared: Iterable[Weight] = (),
+        activations: Mapping[str, ActivationFormat] | None = None,
     ) -> None:
         self.signature = signature
         self.dtype = dtype
-        self.precision = precision or Precision()
         self.weights: list[Weight] = []
         self.taps: dict[str, Tap] = {}
+        self._parts: dict[str, list[Weight]] = {}
+        for weight in declared:
+            self._parts.setdefault(weight.origin or weight.name, []).append(weight)
+        self._activations = activations or {}
         self._tape = tape.Tape()
-        self._inputs = {s.name: _value(s) for s in signature.inputs}
+        self._inputs = {spec.name: _value(spec) for spec in signature.inputs}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._initializers: dict[str, ir.Value] = {}
         self._shared: dict[str, ir.Value] = {}
@@ -57,34 +65,39 @@ class GraphBuilder:
         self._values = 0
         self._counts: dict[str, int] = {}
         self._weight_names: dict[ir.Value, str] = {}
-        self._rounded: dict[ir.Value, ir.Value] = {}
+        self._quantized: dict[ir.Value, ir.Value] = {}
 
     def input(self, name: str) -> ir.Value:
         return self._inputs[name]
 
     def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """Appends one node with one output. A node's name carries the current scope, for profilers and viewers; values are numbered."""
-        name = self._name(op_type)
-        out = self._tape.op(op_type, inputs, attributes, name=name)
-        out.name = self._next_value()
-        return out
+        """Appends one node with one output.
+
+        A node's name carries the current scope, for profilers and viewers; values are numbered.
+        """
+        return self.ops(op_type, 1, *inputs, **attributes)[0]
 
     def ops(
         self, op_type: str, outputs: int, *inputs: ir.Value | None, **attributes: Any
     ) -> Sequence[ir.Value]:
         """Appends one node with several outputs."""
-        name = self._name(op_type)
+        stem = f"{self._scope}{op_type}"
+        count = self._counts.get(stem, 0)
+        self._counts[stem] = count + 1
+        name = f"{stem}_{count}" if count else stem
         values = self._tape.op_multi_out(
             op_type, inputs, attributes, num_outputs=outputs, name=name
         )
         for value in values:
-            value.name = self._next_value()
+            self._values += 1
+            value.name = f"v{self._values}"
         return values
 
     def mark(self, name: str, value: ir.Value) -> ir.Value:
-        """Names a value within the current scope, so that builders find it; to be called before anything notes its name.
+        """Names a value within the current scope, so that builders find it.
 
-        An input of the graph keeps the name it has by contract.
+        To be called before anything notes its name. An input of the graph keeps the name it has by
+        contract.
         """
         if value.producer() is not None:
             value.name = f"{self._scope}{name}"
@@ -92,7 +105,7 @@ class GraphBuilder:
 
     def constant(self, data: Any, dtype: str = "int64") -> ir.Value:
         """A small constant; equal constants are stored once."""
-        array = np.asarray(data, dtype=np.dtype(dtype))
+        array = np.asarray(data).astype(numpy_dtype(dtype))
         key = (dtype, array.shape, array.tobytes())
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"
@@ -101,77 +114,50 @@ class GraphBuilder:
 
     def scalar(self, value: float) -> ir.Value:
         """A scalar of the model's dtype."""
-        if self.dtype == "float32":
-            return self.constant(value, "float32")
-        return self.shared(
-            f"scalar {value!r}",
-            lambda: self.op("Cast", self.constant(value, "float32"), to=ir_dtype(self.dtype)),
-        )
 
-    def shared(self, key: str, make: Any) -> ir.Value:
-        """The value `make()` recorded the first time this key was asked for: masks and ranges serve every layer."""
+        def cast() -> ir.Value:
+            return self.to_model_dtype(self.constant(value, "float32"))
+
+        return self.shared(f"scalar {value!r}", cast)
+
+    def shared(self, key: str, make: Callable[[], ir.Value]) -> ir.Value:
+        """What `make()` recorded the first time this key was asked for.
+
+        Masks and ranges serve every layer.
+        """
         if key not in self._shared:
             with self.scope("shared"):
                 self._shared[key] = make()
         return self._shared[key]
 
-    def weight(self, weight: Weight) -> ir.Value:
-        """Declares an initializer whose data will be streamed in later, and what reads it back where it is quantized."""
-        how = self.precision.weights.get(weight.origin or weight.name)
-        value = (
-            self._declared(weight)
-            if how is None or len(weight.shape) < 2
-            else self._quantized(weight, how)
-        )
-        self._weight_names[value] = weight.origin or weight.name
-        return value
+    def has(self, name: str) -> bool:
+        """Whether a weight of that name is to be declared."""
+        return name in self._parts
 
-    def _declared(self, weight: Weight) -> ir.Value:
-        self.weights.append(weight)
-        placeholder = ir.ExternalTensor(
-            "", None, None, ir_dtype(weight.dtype), shape=ir.Shape(weight.shape), name=weight.name
-        )
-        return self._initializer(weight.name, placeholder)
+    def weight(self, name: str) -> ir.Value:
+        """Declares a weight by its name in a float graph; its data is streamed into a file later.
 
-    def _quantized(self, weight: Weight, how: WeightFormat) -> ir.Value:
-        """Values and scales, and the DequantizeLinear that must come before anything else: TensorRT takes no other reader of few bits.
-
-        A scale a row is one axis of scales for a matrix and blocks as long as a row for stacked
-        ones; groups are blocks.
+        A quantized one is read by DequantizeLinear at once: TensorRT takes no other reader.
         """
-        whole = replace(weight, origin=weight.origin or weight.name, format=how)
-        columns = weight.shape[-1]
-        blocked = bool(how.group) or len(weight.shape) > 2
-        shape = (*weight.shape[:-1], how.groups(columns)) if blocked else weight.shape[:1]
-        values = self._declared(replace(whole, dtype=how.dtype, part="values"))
-        scales = replace(
-            whole,
-            name=f"{weight.name}.scale",
-            shape=shape,
-            dtype=how.scale_dtype or self.dtype,
-            part="scale",
-        )
-        scale = self._declared(scales)
-        if how.scale_dtype:
-            shared = self._declared(
-                replace(
-                    whole,
-                    name=f"{weight.name}.global_scale",
-                    shape=(),
-                    dtype=self.dtype,
-                    part="global_scale",
-                )
-            )
-            scale = self.op("DequantizeLinear", scale, shared)
-        if blocked:
-            return self.op(
-                "DequantizeLinear",
-                values,
-                scale,
-                axis=len(weight.shape) - 1,
-                block_size=how.group or columns,
-            )
-        return self.op("DequantizeLinear", values, scale, axis=0)
+        values = []
+        for part in self._parts[name]:
+            self.weights.append(part)
+            dtype, shape = ir_dtype(part.dtype), ir.Shape(part.shape)
+            tensor = ir.ExternalTensor("", None, None, dtype, shape=shape, name=part.name)
+            values.append(self._initializer(part.name, tensor))
+        out = values[0]
+        if len(values) > 1:
+            whole, scales = self._parts[name][:2]
+            scale, blocks = values[1], {}
+            if len(values) > 2:
+                scale = self.op("DequantizeLinear", scale, values[2])
+            if len(scales.shape) > 1:
+                assert whole.format is not None
+                blocks["block_size"] = whole.format.group or whole.shape[-1]
+            axis = len(scales.shape) - 1
+            out = self.op("DequantizeLinear", out, scale, axis=axis, **blocks)
+        self._weight_names[out] = name
+        return out
 
     def to_float32(self, x: ir.Value) -> ir.Value:
         return x if self.dtype == "float32" else self.op("Cast", x, to=ir.DataType.FLOAT)
@@ -184,61 +170,48 @@ class GraphBuilder:
 
         A size that is a value, [1] int64, is known when the graph runs.
         """
-        fixed = [size for size in shape if isinstance(size, int)]
-        if len(fixed) == len(shape):
-            return self.op("Reshape", x, self.constant(fixed))
+        if all(isinstance(size, int) for size in shape):
+            return self.op("Reshape", x, self.constant(shape))
         parts = [self.constant([size]) if isinstance(size, int) else size for size in shape]
         key = ",".join(str(size) if isinstance(size, int) else str(size.name) for size in shape)
         target = self.shared(f"shape {key}", lambda: self.op("Concat", *parts, axis=0))
         return self.op("Reshape", x, target)
 
     def linear(self, x: ir.Value, weight: ir.Value, *, visited: ir.Value | None = None) -> ir.Value:
-        """X W^T with W as the checkpoint stores it, [out, in], or stacked [E, out, in]; readers fold the transpose into the product.
+        """X W^T with W as the checkpoint stores it, [out, in], or stacked [E, out, in].
 
-        `visited` [E,N,1] float32 is above 0 where a row of x is used at all: rows nobody reads say
-        nothing about its range.
+        Readers fold the transpose into the product. `visited` [E,N,1] float32 is above 0 where a
+        row of x is used at all: rows nobody reads say nothing about its range.
         """
-        x = self._as_input(x, self._weight_names[weight], visited)
-        perm = [0, 2, 1] if self._rank(weight) == 3 else [1, 0]
+        name = self._weight_names[weight]
+        x = self._product_input(x, name, visited)
+        stacked = len(self._parts[name][0].shape) == 3
+        perm = [0, 2, 1] if stacked else [1, 0]
         return self.op("MatMul", x, self.op("Transpose", weight, perm=perm))
 
     def linear_exact(self, x: ir.Value, weight: ir.Value) -> ir.Value:
         """The same with x as it is, whatever other products of x read."""
         return self.op("MatMul", x, self.op("Transpose", weight, perm=[1, 0]))
 
-    def _rank(self, weight: ir.Value) -> int:
-        node = weight.producer()
-        values = weight if node is None else node.inputs[0]
-        assert values is not None and values.shape is not None
-        return len(values.shape)
+    def _product_input(self, x: ir.Value, name: str, visited: ir.Value | None) -> ir.Value:
+        """X as a product with that weight reads it: noted as a tap, and quantized where wanted.
 
-    def _as_input(self, x: ir.Value, name: str, visited: ir.Value | None) -> ir.Value:
-        """X as a product with that weight reads it: noted for those who watch ranges, and rounded to few bits if that is wanted.
-
-        Products of one input share its rounding, and its name is that of the first.
+        Products of one input share its quantization, and its name is that of the first.
         """
-        if x in self._rounded:
-            return self._rounded[x]
+        if x in self._quantized:
+            return self._quantized[x]
         assert x.name is not None
         known = next((tap for tap in self.taps.values() if tap.value == x.name), None)
         if known is None:
-            self.taps[name] = Tap(name, x.name, visited.name if visited is not None else None)
-        how = self.precision.activations.get(known.weight if known else name)
+            known = Tap(name, x.name, visited.name if visited is not None else None)
+            self.taps[name] = known
+        how = self._activations.get(known.weight)
         if how is None:
             return x
-        scale = self._typed(how.scale, self.dtype)
-        few = self.op("QuantizeLinear", x, scale, output_dtype=ir_dtype(how.dtype))
-        self._rounded[x] = self.op("DequantizeLinear", few, scale)
-        return self._rounded[x]
-
-    def _typed(self, value: float, dtype: str) -> ir.Value:
-        """A scalar initializer of a type numpy may not know: readers want a quantization's scale to be a constant."""
-        array = np.asarray(value, dtype=np.float64).astype(numpy_dtype(dtype))
-        key = (dtype, array.shape, array.tobytes())
-        if key not in self._constants:
-            name = f"constant_{len(self._constants)}"
-            self._constants[key] = self._initializer(name, ir.tensor(array, name=name))
-        return self._constants[key]
+        scale = self.constant(how.scale, self.dtype)
+        narrow = self.op("QuantizeLinear", x, scale, output_dtype=ir_dtype(how.dtype))
+        self._quantized[x] = self.op("DequantizeLinear", narrow, scale)
+        return self._quantized[x]
 
     def silu(self, x: ir.Value) -> ir.Value:
         return self.op("Mul", x, self.op("Sigmoid", x))
@@ -284,18 +257,54 @@ class GraphBuilder:
         self._initializers[name] = value
         return value
 
-    def _next_value(self) -> str:
-        self._values += 1
-        return f"v{self._values}"
-
-    def _name(self, op_type: str) -> str:
-        stem = f"{self._scope}{op_type}"
-        count = self._counts.get(stem, 0)
-        self._counts[stem] = count + 1
-        return f"{stem}_{count}" if count else stem
-
 
 def _value(spec: TensorSpec) -> ir.Value:
     return ir.Value(
         name=spec.name, type=ir.TensorType(ir_dtype(spec.dtype)), shape=ir.Shape(spec.axes)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Where a part of the model is recorded.
+
+    Attributes:
+        graph: The graph.
+        config: The model.
+        prefix: What the names of its weights begin with: `context_tower.layers.3.mixer.`.
+        number: Of a layer.
+    """
+
+    graph: GraphBuilder
+    config: ModelConfig
+    prefix: str = ""
+    number: int = -1
+
+    def weight(self, name: str) -> ir.Value:
+        return self.graph.weight(self.prefix + name)
+
+    def has(self, name: str) -> bool:
+        return self.graph.has(self.prefix + name)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkInfo:
+    """What the mixers need to know of a chunk.
+
+    Attributes:
+        length: L, [1] int64.
+        future: [L,L] float32, -inf where the second position is after the first and 0 elsewhere.
+        until: [L,L] float32, 1 where the second position is not after the first and 0 elsewhere.
+        seen: What attention may see: of the context [B,1,L,T] bool; of the denoiser [B*KV,1,T]
+            float32, no score exceeds it. None for a model without attention.
+        valid: [B,1,L] float32, 1 for a token and 0 for padding; None where nothing is padded (the
+            denoiser's block).
+        lengths: [B] int64 valid tokens; None where the state after the chunk is not wanted.
+    """
+
+    length: ir.Value
+    future: ir.Value
+    until: ir.Value
+    seen: ir.Value | None
+    valid: ir.Value | None = None
+    lengths: ir.Value | None = None

@@ -66,7 +66,7 @@ def test_all_stay_inside_where_that_is_asked_for(bundle: Bundle) -> None:
 def test_weights_in_few_bits_stay_inside_with_their_scales(tmp_path: Path, recipe: str) -> None:
     config = read_model_config(TINY / "config.json")
     named = load_recipe(recipe)
-    parts = parts_of(config, build_graph(DENOISER, config, "float32").weights)
+    parts = parts_of(config, DENOISER)
     precision = Precision({p.name: how for p in parts if (how := named.format_of(p))})
     graph = build_graph(DENOISER, config, "float32", precision)
     save_program(tmp_path / "model.onnx", graph, lay_out(graph.weights))

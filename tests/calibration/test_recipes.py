@@ -17,7 +17,7 @@ from twotower.calibration.recipes import (
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.config.model import parse_model_config
 from twotower.errors import RecipeError
-from twotower.export.graphs.tower_graphs import build_graph
+from twotower.weights.declared import declared_weights
 
 ALWAYS_HIGH = (
     "gate.",
@@ -48,13 +48,14 @@ def test_the_recipes_that_come_along() -> None:
 def test_a_recipe_fits_the_published_model_and_leaves_high_what_must_be(recipe: Recipe) -> None:
     config = parse_model_config(PUBLISHED_CONFIG, "published")
     for graph in ("context", "context_head", "denoiser"):
-        weights = build_graph(graph, config, "bfloat16").weights
-        parts = parts_of(config, weights)
+        parts = parts_of(config, graph)
         few = {p.name for p in parts if recipe.format_of(p)}
         assert not [name for name in few if any(part in name for part in ALWAYS_HIGH)]
         if graph != "context_head":
             recipe.check(parts)
-            named = {w.name for w in weights} - {p.name for p in parts}
+            named = {w.name for w in declared_weights(config, graph, "bfloat16")} - {
+                p.name for p in parts
+            }
             assert all(any(part in name for part in ALWAYS_HIGH) for name in named), (
                 "every matrix of a product can be quantized"
             )
@@ -130,12 +131,10 @@ def test_unknown_names_and_files(tmp_path: Path) -> None:
 
 def test_what_a_model_s_shapes_do_not_allow() -> None:
     config = parse_model_config({**published_slice("E*"), "moe_intermediate_size": 1864}, "odd")
-    parts = parts_of(config, build_graph("context", config, "bfloat16").weights)
+    parts = parts_of(config, "context")
     with pytest.raises(RecipeError, match="cannot be divided into groups of 32") as caught:
         builtin_recipes()["int4-experts"].check(parts)
     assert "1864" in caught.value.found
     dense = parse_model_config(published_slice("M*"), "dense")
     with pytest.raises(RecipeError, match="changes nothing"):
-        builtin_recipes()["int4-experts"].check(
-            parts_of(dense, build_graph("context", dense, "bfloat16").weights)
-        )
+        builtin_recipes()["int4-experts"].check(parts_of(dense, "context"))

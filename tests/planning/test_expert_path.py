@@ -50,10 +50,9 @@ def options_of(recipe: str) -> PlanOptions:
 def cut_towers(folder: Path, config: ModelConfig, recipe: str) -> Iterator[ExpertCut]:
     """Both towers' graphs as an export writes them, cut as a build cuts them."""
     for graph in (CONTEXT, DENOISER):
-        weights = build_graph(graph, config, "bfloat16").weights
         few = {
             part.name: how
-            for part in parts_of(config, weights)
+            for part in parts_of(config, graph)
             if (how := RECIPES[recipe].format_of(part))
         }
         made = build_graph(graph, config, "bfloat16", Precision(few))

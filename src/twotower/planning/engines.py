@@ -90,7 +90,7 @@ def engine_plans(
         _engine(
             _Piece(f"{graph}{number}.engine", graph, layers, layers[1] - layers[0]),
             weights,
-            size=weights.between(*layers),
+            size=weights.all.between(*layers),
             held=weights.held.between(*layers),
         )
         for number, layers in zip(numbers, cuts, strict=True)
@@ -126,9 +126,9 @@ def placed_pieces(
         return (((0, 0), weights.total),)
     if expert_path(config, options).name == KERNELS:
         programs = program_layers(config)
-        return tuple((layers, _of_program(weights, layers, config)) for layers in programs)
+        return tuple((layers, _of_program(weights.all, layers, config)) for layers in programs)
     cuts = even_layers(weights.layers, segments_of(config, options))
-    return tuple((layers, weights.between(*layers)) for layers in cuts)
+    return tuple((layers, weights.all.between(*layers)) for layers in cuts)
 
 
 def program_layers(config: ModelConfig) -> tuple[Layers, ...]:
@@ -159,14 +159,14 @@ def _programs(
         first = programs[0]
         mixers = sum(kind is not LayerKind.MOE for kind in config.layers[slice(*first)])
         piece = _Piece(f"{graph}.{number}.engine", graph, first, mixers, len(programs))
-        size = sum(_of_program(weights, layers, config) for layers in programs)
+        size = sum(_of_program(weights.all, layers, config) for layers in programs)
         held = _of_program(weights.held, first, config)
         made.append(_engine(piece, weights, size=size, held=held))
     require_bound({e.name: e.build_peak_bytes or 0 for e in made}, bound)
     return made
 
 
-def _of_program(places: GraphWeights | LayerBytes, layers: Layers, config: ModelConfig) -> int:
+def _of_program(places: LayerBytes, layers: Layers, config: ModelConfig) -> int:
     """Bytes of a program and the experts after it.
 
     What comes after all layers is the last program's, which has no layer where a tower ends with

@@ -24,19 +24,20 @@ from twotower.config.formats import stored_format
 from twotower.errors import ConfigError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.export.graph_files import point_to_data
-from twotower.export.graphs.layers import LayerWeights, moe
+from twotower.export.graphs.layers import moe
 from twotower.export.graphs.precision import Precision
 from twotower.export.graphs.recorder import GraphBuilder
+from twotower.export.graphs.recorder import Layer as RecordedLayer
 from twotower.onnx_runtime import ort, session_options
 from twotower.runtime import GenerationConfig, TwoTower
-from twotower.spec import TensorSpec, TowerSignature
+from twotower.spec import CONTEXT, TensorSpec, TowerSignature
 from twotower.weights.conversion import read_weight
-from twotower.weights.declared import lay_out
+from twotower.weights.declared import declared_weights, lay_out
 from twotower.weights.external import load_graph
 
 Array = np.ndarray[Any, Any]
 Layer = Callable[[Array], Array]
-PREFIX, WIDTH, FEATURES = "layers.0.mixer.", 768, 256
+PREFIX, WIDTH, FEATURES = "context_tower.layers.1.mixer.", 768, 256
 
 
 def config_of(experts: int = 16, top: int = 3) -> ModelConfig:
@@ -57,9 +58,10 @@ def layer(
     """A mixture of experts alone as an engine has it, on random weights."""
     axes = ("B", "L", config.hidden_size)
     x, y = TensorSpec("x", "float32", axes), TensorSpec("y", "float32", axes)
-    graph = GraphBuilder(TowerSignature("moe", (x,), (y,)), "float32")
+    declared = declared_weights(config, CONTEXT, "float32")
+    graph = GraphBuilder(TowerSignature("moe", (x,), (y,)), "float32", declared)
     with graph.scope("layers.0.moe"):
-        graph.output("y", moe(graph, graph.input("x"), LayerWeights(graph, PREFIX), config))
+        graph.output("y", moe(RecordedLayer(graph, config, PREFIX), graph.input("x")))
     recorded = graph.finish()
     refs = lay_out(graph.weights)
     random = np.random.default_rng(0)
@@ -214,9 +216,7 @@ def test_a_row_s_numbers_are_its_own_in_few_bits(
     """An expert of an odd number of rows computes one more where its products ask for it."""
     config = replace(config_of(), n_shared_experts=0)
     few = {
-        f"layer.mixer.experts.{part}_proj.weight": stored_format(
-            name, WIDTH, stacked=True, group=group
-        )
+        f"{PREFIX}experts.{part}_proj.weight": stored_format(name, WIDTH, stacked=True, group=group)
         for part in ("up", "down")
     }
     run = form(tmp_path, config, Precision(weights=few), chosen=True)

@@ -40,12 +40,12 @@ from twotower.config import ModelConfig, read_model_config
 from twotower.errors import BuildError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.export.graph_files import point_to_data
-from twotower.export.graphs.layers import LayerWeights, moe
-from twotower.export.graphs.recorder import GraphBuilder
+from twotower.export.graphs.layers import moe
+from twotower.export.graphs.recorder import GraphBuilder, Layer
 from twotower.planning import PlanOptions, plan_bundle
 from twotower.spec import CONTEXT, DENOISER, TensorSpec, TowerSignature, signatures
 from twotower.weights.conversion import read_weight
-from twotower.weights.declared import lay_out
+from twotower.weights.declared import declared_weights, lay_out
 from twotower.weights.external import attach_weights, load_graph, located_weights, widen_to_float32
 from twotower.weights.refs import PAGE, WeightRef
 from twotower.weights.writer import widen_data
@@ -269,23 +269,21 @@ def test_this_library_s_cuda_kernels_take_the_activation() -> None:
         assert taken == (tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 32))
 
 
+PREFIX = "context_tower.layers.1.mixer."
+"""Of the first layer of experts."""
+
+
 def layer(
     config: ModelConfig, folder: Path, **changed: np.ndarray[Any, Any]
 ) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """A layer of experts alone on random weights: as it is exported, and fused and written out."""
     axes = ("B", "L", config.hidden_size)
     x, y = TensorSpec("x", "float32", axes), TensorSpec("y", "float32", axes)
-    graph = GraphBuilder(TowerSignature("moe", (x,), (y,)), "float32")
+    declared = declared_weights(config, CONTEXT, "float32")
+    graph = GraphBuilder(TowerSignature("moe", (x,), (y,)), "float32", declared)
     with graph.scope("layers.0.moe"):
-        graph.output(
-            "y",
-            moe(
-                graph,
-                graph.op("Identity", graph.input("x")),
-                LayerWeights(graph, "layers.0.mixer."),
-                config,
-            ),
-        )
+        recorded_layer = Layer(graph, config, PREFIX)
+        graph.output("y", moe(recorded_layer, graph.op("Identity", graph.input("x"))))
     recorded, refs = graph.finish(), lay_out(graph.weights)
     data = np.zeros(max(ref.end for ref in refs.values()), np.uint8)
     for name, ref in refs.items():
@@ -298,7 +296,7 @@ def layer(
     point_to_data(recorded, refs, "data")
     whole = ir.to_proto(recorded)
     weights = {
-        role: TensorSpec(f"layers.0.mixer.experts.{role}_proj.weight", "float32", ())
+        role: TensorSpec(f"{PREFIX}experts.{role}_proj.weight", "float32", ())
         for role in ("up", "down")
     }
     step = ExpertsStep(

@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from tests.helpers.graphs import FIXTURES
 from twotower.config import ModelConfig, read_model_config
 from twotower.evaluate.half_precision import round_results
-from twotower.export.graphs.layers import LayerWeights, _routing, _within_best_groups, moe
-from twotower.export.graphs.recorder import GraphBuilder
+from twotower.export.graphs.layers import moe, routing, within_best_groups
+from twotower.export.graphs.recorder import GraphBuilder, Layer
 from twotower.model.layers import MoE
-from twotower.spec import TensorSpec, TowerSignature
+from twotower.spec import CONTEXT, TensorSpec, TowerSignature
+from twotower.weights.declared import declared_weights
 from twotower.weights.external import detach_weights
 
-PREFIX = "moe."
+PREFIX = "context_tower.layers.1.mixer."
+"""Of the first layer of experts."""
 
 
 def small_moe() -> tuple[ModelConfig, MoE]:
@@ -63,8 +65,9 @@ def run_moe(config: ModelConfig, mixer: MoE, dtype: str, x: torch.Tensor) -> tor
     """The recorded mixer in `dtype`, every result rounded to it as a GPU does."""
     axes = ("B", "L", config.hidden_size)
     specs = (TensorSpec("x", dtype, axes), TensorSpec("y", dtype, axes))
-    graph = GraphBuilder(TowerSignature("moe", specs[:1], specs[1:]), dtype)
-    graph.output("y", moe(graph, graph.input("x"), LayerWeights(graph, PREFIX), config))
+    declared = declared_weights(config, CONTEXT, dtype)
+    graph = GraphBuilder(TowerSignature("moe", specs[:1], specs[1:]), dtype, declared)
+    graph.output("y", moe(Layer(graph, config, PREFIX), graph.input("x")))
     feeds = {"x": x.numpy()}
     tensors = {PREFIX + name: value.detach().numpy() for name, value in mixer.named_parameters()}
     for weight in graph.weights:
@@ -119,8 +122,9 @@ def routing_session(groups: int, kept: int, chosen: int) -> ort.InferenceSession
     tokens = TensorSpec("tokens", "float32", (1, "N", EXPERTS))
     axes = (EXPERTS, "N", 1)
     outputs = TensorSpec("chosen", "bool", axes), TensorSpec("share", "float32", axes)
-    graph = GraphBuilder(TowerSignature("routing", (tokens,), outputs), "float32")
-    made = _routing(graph, graph.input("tokens"), LayerWeights(graph, ""), config)
+    declared = declared_weights(config, CONTEXT, "float32")
+    graph = GraphBuilder(TowerSignature("routing", (tokens,), outputs), "float32", declared)
+    made = routing(Layer(graph, config, PREFIX), graph.input("tokens"))
     graph.output("chosen", made[0])
     graph.output("share", made[1])
     return session_of(graph)
@@ -161,8 +165,8 @@ def test_routing_is_its_definition(
     """Scores repeat on purpose: of equal ones the first is chosen, and no more than asked for."""
     feeds = {
         "tokens": np.float32([tokens]),
-        "gate.weight": np.eye(EXPERTS, dtype=np.float32),
-        "gate.e_score_correction_bias": np.float32(bias)[:, None],
+        f"{PREFIX}gate.weight": np.eye(EXPERTS, dtype=np.float32),
+        f"{PREFIX}gate.e_score_correction_bias": np.float32(bias)[:, None],
     }
     chosen, share = routing_session(*case).run(["chosen", "share"], feeds)
     for row, score in enumerate(sigmoid_session().run(None, {"x": np.float32(tokens)})[0]):
@@ -183,7 +187,7 @@ def test_group_limited_routing_keeps_to_the_best_groups() -> None:
     )
     spec = TensorSpec("x", "float32", (EXPERTS, "N")), TensorSpec("y", "float32", (EXPERTS, "N"))
     graph = GraphBuilder(TowerSignature("groups", spec[:1], spec[1:]), "float32")
-    graph.output("y", _within_best_groups(graph, graph.input("x"), config))
+    graph.output("y", within_best_groups(Layer(graph, config), graph.input("x")))
     x = np.float32([0.9, 0.0, 0.6, 0.5, 0.1, 0.1, 0.2, 0.3])[:, None]
     y = session_of(graph).run(None, {"x": x})[0]
     assert np.isfinite(y[:, 0]).nonzero()[0].tolist() == [2, 3]

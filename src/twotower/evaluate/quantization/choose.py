@@ -27,7 +27,6 @@ from twotower.evaluate.quantization.price import compared, flags_of
 from twotower.evaluate.quantization.variants import Mixer
 from twotower.evaluate.suite import Problem, Suite
 from twotower.export.graphs.precision import ActivationFormat, Precision
-from twotower.export.graphs.tower_graphs import build_graph
 from twotower.runtime import TwoTower
 
 __all__ = ["Choice", "choose"]
@@ -98,8 +97,7 @@ class _Search:
         self._bundle, self._config, self._stack = bundle, config, stack
         self._halves = suite.halves()
         self._suite = suite
-        graphs = [build_graph(name, bundle.config, bundle.dtype) for name in GRAPH_FILES]
-        self._parts = [part for graph in graphs for part in parts_of(bundle.config, graph.weights)]
+        self._parts = [part for name in GRAPH_FILES for part in parts_of(bundle.config, name)]
         self.formats = FormatLadders(self._parts, config)
         self._trail: list[dict[str, Any]] = []
 

@@ -18,7 +18,6 @@ from twotower.bundle import GRAPH_FILES, MANIFEST_FILE, Bundle
 from twotower.calibration.quantize import precision_of, source_identity
 from twotower.calibration.recipes import parts_of
 from twotower.calibration.watched_engine import composed_engine, engine_places
-from twotower.checkpoint.layout import expected_tensors
 from twotower.errors import ConfigError
 from twotower.evaluate.quantization.price import PriceConfig, measure_price
 from twotower.evaluate.suite import Suite
@@ -30,7 +29,7 @@ from twotower.runtime.engines.tower_engine import TowerEngine
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.tokenizer import Tokenizer
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, signatures
-from twotower.weights.declared import Weight, lay_out
+from twotower.weights.declared import Weight, declared_weights, lay_out
 from twotower.weights.refs import WeightRef
 
 __all__ = [
@@ -234,11 +233,10 @@ def note_of(report: dict[str, Any]) -> dict[str, Any]:
 def parts_alone(bundle: Bundle) -> Iterator[tuple[str, Precision]]:
     """Every layer kind of a quantized bundle alone, then every tower."""
     whole = precision_of(bundle)
-    graphs = (build_graph(name, bundle.config, bundle.dtype) for name in GRAPH_FILES)
     parts = {
         p.name: p
-        for graph in graphs
-        for p in parts_of(bundle.config, graph.weights)
+        for name in GRAPH_FILES
+        for p in parts_of(bundle.config, name)
         if p.name in whole.weights
     }
     for kind in dict.fromkeys(part.kind for part in parts.values()):
@@ -270,11 +268,11 @@ def bytes_by_kind(bundle: Bundle, dtype: str | None = None) -> dict[str, int]:
     """Bytes of the weights of all graphs by layer kind; with a dtype those of a float bundle in that type."""
     quantized = dtype is None and bundle.quantization is not None
     precision = precision_of(bundle) if quantized else Precision()
-    known = expected_tensors(bundle.config)
+    kept = dtype or bundle.dtype
     out: Counter[str] = Counter()
     for name in GRAPH_FILES:
-        for weight in build_graph(name, bundle.config, dtype or bundle.dtype, precision).weights:
-            out[known[weight.sources[0]].role.value] += weight.nbytes
+        for weight in declared_weights(bundle.config, name, kept, precision.weights):
+            out[weight.role.value] += weight.nbytes
     return dict(out)
 
 
