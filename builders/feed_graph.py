@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from twotower.builders.base import DEFAULT_MAX_CONTEXT, INPUTS
+from twotower.builders.base import INPUTS
 from twotower.builders.profiles import cache_capacity
 from twotower.builders.segment import fix_axes, segment
 from twotower.builders.weight_inputs import place_weights
@@ -105,7 +105,7 @@ def feed_graph(bundle: Bundle, name: str, folder: Path, options: FeedOptions | N
             do="export the checkpoint with --dtype float16 or float32 for the comparison",
         )
     longest = bundle.config.max_position_embeddings
-    capacity = cache_capacity(chosen.max_context or min(DEFAULT_MAX_CONTEXT, longest), longest)
+    capacity = cache_capacity(chosen.max_context, longest)
     fixed = {"T": capacity, "S": bundle.trained_block_size}
     model: onnx.ModelProto = load_graph(bundle.graph_file(name))
     fix_axes(model, fixed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from twotower.builders.base import DEFAULT_MAX_CONTEXT
 from twotower.bundle import Profile
 from twotower.errors import ConfigError
 from twotower.spec import CONTEXT, CONTEXT_HEAD, MAX_CHUNK
@@ -11,12 +12,18 @@ __all__ = ["cache_capacity", "greatest_rows", "profiles"]
 _ALIGNED = 64  # positions of a key-value cache: rows of whole cache lines in every dtype
 
 
-def cache_capacity(max_context: int, longest: int) -> int:
-    """T for texts of up to `max_context` tokens: a chunk more, because a padded chunk is written whole, rounded up.
+def cache_capacity(max_context: int | None, longest: int) -> int:
+    """T for texts of up to so many tokens: room for a padded chunk more, rounded up.
+
+    Args:
+        max_context: Tokens of a text; None for 4096, or `longest` if that is less.
+        longest: The model's own limit.
 
     Raises:
         ConfigError: the model itself cannot read such texts.
     """
+    if max_context is None:
+        max_context = min(DEFAULT_MAX_CONTEXT, longest)
     if max_context > longest:
         raise ConfigError(
             f"--max-context {max_context} is longer than the model's texts",
@@ -30,15 +37,14 @@ def greatest_rows(max_batch: int) -> int:
     """The most rows a profile admits: two at least, although only `max_batch` are ever run.
 
     Of a profile that admits one row alone TensorRT for RTX 1.7 makes a program that transposes
-    every
-    dense weight in every pass: it is read, written and read again. With two rows it does not,
+    every dense weight in every pass: it is read, written and read again. With two rows it does not,
     whether their number is fixed or not.
     """
     return max(2, max_batch)
 
 
 def profiles(graph: str, *, max_batch: int, block_size: int) -> tuple[Profile, ...]:
-    """The optimization profiles of one graph; a later one is the narrower and is preferred where it admits a shape.
+    """The optimization profiles of one graph; a later one is narrower, and preferred where it fits.
 
     The context graph has one for each of its three uses, so that a step of autoregression and the
     extension by a block are tuned for their own length; T and the denoiser's S are constants of the

@@ -20,7 +20,7 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
-from twotower.builders.trt.job import RefusedError, run_job
+from twotower.builders.trt.make_engine import RefusedError, run_job
 from twotower.dtypes import dtype_of_onnx, onnx_code
 from twotower.errors import TwoTowerError
 from twotower.weights.external import load_graph

@@ -23,7 +23,7 @@ from document import write_between
 from twotower.builders.build_cost import build_memory, build_seconds
 from twotower.builders.profiles import profiles
 from twotower.builders.segment import fix_axes, layer_bytes
-from twotower.builders.trt.job import run_job
+from twotower.builders.trt.make_engine import run_job
 from twotower.builders.weight_inputs import place_weights
 from twotower.bundle import DATA_SUFFIX, EngineFile
 from twotower.calibration.recipes import builtin_recipes, parts_of

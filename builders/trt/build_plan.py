@@ -1,23 +1,20 @@
-"""The plan of one build of TensorRT or TensorRT for RTX: every engine with its key, what it costs, and the build itself."""
+"""The plan of one build of TensorRT or TensorRT for RTX: its engines, what they cost, and the build."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import onnx
-
-from twotower.builders.base import AUTO, DEFAULT_MAX_CONTEXT, KERNELS, BuildConfig, Report
+from twotower.builders.base import AUTO, KERNELS, BuildConfig, Report
 from twotower.builders.build_cost import require_bound, require_build_memory
 from twotower.builders.cache import EngineCache, kernel_source, open_cache
-from twotower.builders.cache_keys import GpuIdentity
-from twotower.builders.expert_cut import common_form, experts_of
+from twotower.builders.expert_cut import experts_of
 from twotower.builders.expert_kernels import (
     DENSE_COST,
     Compile,
@@ -27,30 +24,27 @@ from twotower.builders.expert_kernels import (
     require_compiler,
     require_kernels,
 )
-from twotower.builders.profiles import cache_capacity, profiles
+from twotower.builders.profiles import cache_capacity
 from twotower.builders.segment import BundleGraphs
 from twotower.builders.trt.capabilities import Capabilities, chosen_capabilities
 from twotower.builders.trt.engine_inspector import expands_experts, require_fused
-from twotower.builders.trt.engine_plan import EnginePlan, plan_key
+from twotower.builders.trt.engine_plan import EnginePlan, EnginePlanner, least_build_memory
 from twotower.builders.trt.make_engine import EngineMaker
-from twotower.builders.trt.pieces import Piece, least_build_memory, pieces_of, sum_float32_products
-from twotower.builders.weight_inputs import WeightPlaces, place_weights
 from twotower.bundle import (
     DATA_SUFFIX,
     GRAPH_FILES,
     Bundle,
-    EngineFile,
     EngineLimits,
     EngineRecord,
+    ExpertsStep,
     FileRecord,
     Step,
 )
-from twotower.errors import BuildError
-from twotower.graph_lint import require_clean
 from twotower.hardware import Machine, untried
 from twotower.kernels.compile import compile_kernels
 from twotower.kernels.tilings import BUILDABLE_SMS
 from twotower.tensorrt_library import Flavour
+from twotower.units import format_bytes
 
 __all__ = ["TensorRTPlan"]
 
@@ -58,10 +52,10 @@ logger = logging.getLogger(__name__)
 
 
 class TensorRTPlan:
-    """What one build makes of a bundle: decided when it is first asked for, once, each graph read once.
+    """What one build makes of a bundle: decided once, when it is first asked for.
 
     Args:
-        bundle: The graphs.
+        bundle: The graphs, each of which is read once.
         config: What is asked for.
         flavour: The library.
         compiler: What compiles the kernels of experts; None for Triton, which may be missing.
@@ -104,89 +98,128 @@ class TensorRTPlan:
             BuildError: the library does not build for what is asked for.
         """
         longest = self._bundle.config.max_position_embeddings
-        capacity = cache_capacity(
-            self.config.max_context or min(DEFAULT_MAX_CONTEXT, longest), longest
-        )
+        capacity = cache_capacity(self.config.max_context, longest)
         return EngineLimits(capacity, self.config.max_batch, self._capabilities(self.config).sms)
 
     @cached_property
     def kernel_sms(self) -> tuple[int, ...]:
-        """Compute capabilities that kernels are compiled for: the engines', or all where the library chooses."""
+        """Compute capabilities of kernels: the engines', or all where the library chooses."""
         return self._kernel_sms(self.config)
 
     @cached_property
     def engines(self) -> tuple[EnginePlan, ...]:
-        """Every engine of the build, in the order they run; equal programs of a tower have one file. All graphs are checked.
+        """Every engine in the order they run; equal programs of a tower have one file.
 
         Raises:
             BuildError: a graph cannot be built as it is asked for.
         """
-        return tuple(self._planned())
+        limits, chosen = self.limits, self._capabilities(self.config)
+        gpu = None
+        if self._machine.gpus and (chosen.current or not self._flavour.sms):
+            first = self._machine.gpus[0]  # a library builds for the driver's first
+            gpu = {"name": first.name, "sm": first.sm, "driver": self._machine.driver}
+        planner = EnginePlanner(
+            self._graphs,
+            self.config,
+            flavour=self._flavour,
+            limits=limits,
+            chosen=chosen,
+            gpu=gpu,
+        )
+        engines = []
+        for plan in planner.engines():
+            if plan.experts is not None:
+                require_kernels(plan.experts, self.kernel_sms, max_batch=limits.max_batch)
+            engines.append(plan)
+        return tuple(engines)
+
+    @cached_property
+    def _files(self) -> list[EnginePlan]:
+        """One plan a file."""
+        out: dict[str, EnginePlan] = {}
+        for plan in self.engines:
+            out.setdefault(plan.engine.file, plan)
+        return list(out.values())
+
+    @cached_property
+    def _experts(self) -> list[ExpertsStep]:
+        return [plan.experts for plan in self.engines if plan.experts is not None]
 
     @cached_property
     def _cache(self) -> EngineCache | None:
         return open_cache(self._bundle, self.config)
 
     def keeps(self, record: EngineRecord) -> bool:
-        """Whether sound engines that are already there are what is asked for."""
-        if (
-            record.report.get("choice_of_experts") != self.choice.to_json()
-            or record.limits != self.limits
-        ):
+        """Whether sound engines that are already there are what is asked for.
+
+        Another version of twotower may cut or configure differently, which keys tell. Those of
+        engines for the GPU at hand are not compared: they hold the driver, which engines outlive.
+        """
+        report = record.report
+        if report.get("choice_of_experts") != self.choice.to_json() or record.limits != self.limits:
             return False
         if expands_experts(record) and not self.config.allow_expanded:
             return False
         made = [
             (e.file, e.layers, set(e.constants)) for parts in record.engines.values() for e in parts
         ]
-        wanted = [
-            (plan.engine.file, plan.engine.layers, set(plan.engine.constants))
-            for plan in self.engines
-        ]
+        wanted = [(p.engine.file, p.engine.layers, set(p.engine.constants)) for p in self.engines]
         experts = [step for steps in record.experts.values() for step in steps]
-        if made != wanted or experts != [
-            plan.experts for plan in self.engines if plan.experts is not None
-        ]:
+        if made != wanted or experts != self._experts:
             return False
         code = {"source": kernel_source(), "sms": list(self.kernel_sms)}
-        if any(about | code != about for about in record.report.get("experts", {}).values()):
+        if any(about | code != about for about in report.get("experts", {}).values()):
             return False
-        return not self._flavour.sms or _same_keys(record, self.engines)
+        facts = report.get("engines", {})
+        keys = {file: about.get("key") for file, about in facts.items()}
+        return not self._flavour.sms or all(
+            keys.get(plan.engine.file) == plan.key for plan in self.engines
+        )
 
     def describe(self) -> list[str]:
         """What a build would do, a line each, without doing any of it."""
-        for_what = (
-            ", ".join(f"SM {sm}" for sm in self.limits.sms) or "the library's own set of GPUs"
-        )
-        rows = f"up to {self.limits.max_batch} rows, {self.limits.capacity} positions of keys and values"
-        lines = [f"for         {for_what}; {self._bundle.dtype}; {rows}"]
+        sms = ", ".join(f"SM {sm}" for sm in self.limits.sms) or "the library's own set of GPUs"
+        rows = f"up to {self.limits.max_batch} rows"
+        capacity = f"{self.limits.capacity} positions of keys and values"
+        lines = [f"for         {sms}; {self._bundle.dtype}; {rows}, {capacity}"]
         uses = Counter(plan.engine.file for plan in self.engines)
-        lines += [self._line(plan, uses[plan.engine.file]) for plan in _distinct(self.engines)]
-        if experts := sum(plan.experts is not None for plan in self.engines):
-            sms = ", ".join(map(str, self.kernel_sms))
+        lines += [self._line(plan, uses[plan.engine.file]) for plan in self._files]
+        if self._experts:
             self._require_compiler()
-            lines.append(
-                f"{'experts':<22}{experts} layers of experts between programs; kernels for SM {sms}"
-            )
+            what = f"{len(self._experts)} layers of experts between programs"
+            kernels = f"kernels for SM {', '.join(map(str, self.kernel_sms))}"
+            lines.append(f"{'experts':<22}{what}; {kernels}")
         if self.choice.why:
             lines.append(f"{'experts':<22}dense: {self.choice.why}; {DENSE_COST}")
         return lines
 
+    def _line(self, plan: EnginePlan, count: int) -> str:
+        """One engine, as `--dry-run` shows it."""
+        (first, end), places = plan.engine.layers, plan.places
+        parts = []
+        if places.inputs:
+            parts.append(f"{format_bytes(places.input_bytes)} of weights as inputs")
+        if places.inside:
+            parts.append(f"{format_bytes(places.inside_bytes)} inside")
+        if self._cached(plan):
+            parts.append("in the cache")
+        else:
+            parts.append(f"about {format_bytes(plan.build_memory)} of memory to build")
+        what = ""
+        if count > 1:
+            what = f"{count} programs; "
+        elif end > first:
+            what = f"layers {first} to {end - 1}; "
+        shapes = ", ".join(p.name for p in plan.engine.profiles)
+        return f"{plan.engine.file:<22}{what}{', '.join(parts)}; profiles {shapes}"
+
     @property
     def needed_bytes(self) -> int:
-        """Disk space the engines will take."""
-        _ = self.limits  # what cannot be built is said before space is asked for
-        cache = self._cache
-        shared = (
-            cache is not None
-            and not self.config.force
-            and self.config.cache is None
-            and cache.folder.is_dir()
-        )
-        if any(plan.experts is not None for plan in self.engines):
+        """Disk space the engines will take; those in the bundle's own cache are linked."""
+        if self._experts:
             self._require_compiler()
-        found = cache.find if shared and cache is not None else lambda key: None
-        return sum(plan.nbytes for plan in _distinct(self.engines) if not found(plan.key))
+        linked = self.config.cache is None
+        return sum(p.nbytes for p in self._files if not (linked and self._cached(p)))
 
     def build(self, folder: Path, *, report: Report) -> EngineRecord:
         """Writes the engines into an empty folder and describes them."""
@@ -194,12 +227,11 @@ class TensorRTPlan:
         if self._cache is not None:
             self._cache.prepare()
         if self._machine.rtx_any_sm and self._flavour.sms:
-            logger.warning(
-                "%s", untried(self._machine.rtx_any_sm, [gpu.sm for gpu in self._machine.gpus])
-            )
+            gpus = [gpu.sm for gpu in self._machine.gpus]
+            logger.warning("%s", untried(self._machine.rtx_any_sm, gpus))
         self._require_memory()
         code, about_code = compile_code(
-            [plan.experts for plan in self.engines if plan.experts is not None],
+            self._experts,
             self.kernel_sms,
             folder,
             max_batch=self.limits.max_batch,
@@ -207,14 +239,15 @@ class TensorRTPlan:
             report=report,
         )
         files, facts = self._made(folder, report)
+        bundle = self._bundle
         return EngineRecord(
             target=self._flavour.target,
             library=self._flavour.library,
-            dtype=self._bundle.dtype,
-            graphs={name: self._bundle.program_identity(name) for name in GRAPH_FILES},
+            dtype=bundle.dtype,
+            graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
             weights={name: GRAPH_FILES[name] + DATA_SUFFIX for name in GRAPH_FILES},
             holds={
-                plan.graph: self._bundle.data_identity(plan.graph)
+                plan.graph: bundle.data_identity(plan.graph)
                 for plan in self.engines
                 if plan.engine.constants
             },
@@ -231,13 +264,13 @@ class TensorRTPlan:
         )
 
     def _made(self, folder: Path, report: Report) -> tuple[dict[str, FileRecord], dict[str, Any]]:
-        """Builds every engine, or takes it from the cache; what each is and what its build observed."""
+        """Makes every engine; the files, and what the build of each observed."""
         maker = EngineMaker(
             self._bundle, folder, self._cache, force=self.config.force, report=report
         )
         files: dict[str, FileRecord] = {}
         facts: dict[str, Any] = {}
-        for plan in _distinct(self.engines):
+        for plan in self._files:
             file = plan.engine.file
             files[file], made = maker.make(plan)
             if not self.config.allow_expanded:
@@ -250,43 +283,20 @@ class TensorRTPlan:
             }
         return files, facts
 
-    def _line(self, plan: EnginePlan, count: int) -> str:
-        """One engine, as `--dry-run` shows it."""
-        shapes = ", ".join(p.name for p in plan.engine.profiles)
-        first, end = plan.engine.layers
-        layers = f"layers {first} to {end - 1}; " if end > first else ""
-        what = f"{count} programs; " if count > 1 else layers
-        cost = (
-            "in the cache"
-            if self._cached(plan)
-            else f"about {_gigabytes(plan.build_memory)} of memory to build"
-        )
-        return f"{plan.engine.file:<22}{what}{_described(plan.places)}{cost}; profiles {shapes}"
-
     def _cached(self, plan: EnginePlan) -> bool:
-        return (
-            self._cache is not None
-            and not self.config.force
-            and self._cache.find(plan.key) is not None
-        )
+        cache = None if self.config.force else self._cache
+        return cache is not None and cache.find(plan.key) is not None
 
     def _require_memory(self) -> None:
         """Refuses a build that does not fit this machine's memory, or the bound that was given."""
-        needed = {
-            plan.engine.file: plan.build_memory for plan in self.engines if not self._cached(plan)
-        }
-        programs = self.config.experts == KERNELS
-        if programs:
-            require_bound(needed, self.config.max_build_memory)
+        needed = {p.engine.file: p.build_memory for p in self.engines if not self._cached(p)}
+        bound = self.config.max_build_memory
+        if self.config.experts == KERNELS:
+            require_bound(needed, bound)
             least = max(plan.build_memory for plan in self.engines)
         else:
             least = least_build_memory(self._graphs, self.config.weights)
-        require_build_memory(
-            needed,
-            least=least,
-            available=self._machine.available,
-            bound=self.config.max_build_memory,
-        )
+        require_build_memory(needed, least=least, available=self._machine.available, bound=bound)
 
     def _require_compiler(self) -> None:
         if self._compiler is None:
@@ -296,98 +306,12 @@ class TensorRTPlan:
         return chosen_capabilities(self._flavour, self._bundle, config, self._machine)
 
     def _kernel_sms(self, config: BuildConfig) -> tuple[int, ...]:
-        """Where engines are tried on GPUs they hold no code for, kernels have to have it all the same."""
+        """Engines tried on a GPU they hold no code for still need kernels that have it."""
         sms = self._capabilities(config).sms or BUILDABLE_SMS
         if not (self._flavour.sms and self._machine.rtx_any_sm):
             return sms
-        return tuple(
-            sorted({*sms, *(gpu.sm for gpu in self._machine.gpus if gpu.sm in BUILDABLE_SMS)})
-        )
-
-    def _planned(self) -> Iterator[EnginePlan]:
-        chosen = self._capabilities(self.config)
-        gpu = self._gpu() if chosen.current or not self._flavour.sms else None
-        files: dict[str, dict[str, str]] = {name: {} for name in GRAPH_FILES}
-        sizes = {"T": self.limits.capacity, "S": self._bundle.trained_block_size}
-        for piece in pieces_of(self._graphs, self.config, sizes):
-            if piece.experts is not None:
-                require_kernels(piece.experts, self.kernel_sms, max_batch=self.limits.max_batch)
-            plan = self._engine(piece, chosen, gpu)
-            known = files[piece.graph]
-            file = known.setdefault(plan.key, piece.name or f"{piece.graph}.{len(known)}.engine")
-            yield replace(plan, engine=replace(plan.engine, file=file))
-
-    def _engine(self, piece: Piece, chosen: Capabilities, gpu: GpuIdentity | None) -> EnginePlan:
-        """One engine; its file has no name yet."""
-        bundle, made = self._bundle, piece.segment
-        if chosen.half_only:
-            sum_float32_products(made.model)
-        notes, operators = (
-            _notes(made.model, piece),
-            Counter(node.op_type for node in made.model.graph.node),
-        )
-        places = place_weights(made.model, self.config.weights)
-        if places.inside:
-            bundle.require_weights(f"an engine that holds weights ({piece.name or piece.graph})")
-        model, names = made.model, dict[str, str]()
-        if piece.shared_from is not None:
-            model, names = common_form(made.model, piece.shared_from)
-        shapes = profiles(
-            piece.graph, max_batch=self.limits.max_batch, block_size=bundle.trained_block_size
-        )
-        constants = tuple(places.inside)
-        engine = EngineFile(
-            piece.name,
-            made.layers,
-            made.inputs,
-            made.outputs,
-            shapes,
-            places.inputs,
-            constants,
-            names,
-        )
-        job, data = self._job(engine, chosen), model.SerializeToString()
-        holds = bundle.data_identity(piece.graph) if places.inside else ""
-        return EnginePlan(
-            graph=piece.graph,
-            engine=engine,
-            model=data,
-            beside=bundle.graph_file(piece.graph),
-            places=places,
-            key=plan_key(job, data, holds=holds, library=self._flavour.library, gpu=gpu),
-            job=job,
-            notes=notes,
-            operators=dict(operators.most_common()),
-            experts=piece.experts,
-        )
-
-    def _job(self, engine: EngineFile, chosen: Capabilities) -> dict[str, Any]:
-        target = self._flavour.target
-        timings = (
-            None if self._flavour.sms else str(self._bundle.path / "engines" / f".{target}.timing")
-        )
-        described = engine.to_json()
-        return {
-            "target": target,
-            "inputs": [
-                [engine.own(name), dtype, axes] for name, dtype, axes in described["inputs"]
-            ],
-            "profiles": described["profiles"],
-            "sms": list(chosen.named),
-            "current": chosen.current,
-            "dtype": self._bundle.dtype,
-            "timing_cache": timings,
-        }
-
-    def _gpu(self) -> GpuIdentity | None:
-        """The GPU a library that builds for the one at hand builds for: the driver's first."""
-        return next(
-            (
-                GpuIdentity(name=gpu.name, sm=gpu.sm, driver=self._machine.driver)
-                for gpu in self._machine.gpus
-            ),
-            None,
-        )
+        here = {gpu.sm for gpu in self._machine.gpus}.intersection(BUILDABLE_SMS)
+        return tuple(sorted({*sms, *here}))
 
 
 def _steps(plans: Iterable[EnginePlan]) -> dict[str, tuple[Step, ...]]:
@@ -397,40 +321,3 @@ def _steps(plans: Iterable[EnginePlan]) -> dict[str, tuple[Step, ...]]:
         after = () if plan.experts is None else (plan.experts,)
         steps[plan.graph] = (*steps.get(plan.graph, ()), plan.engine, *after)
     return steps
-
-
-def _same_keys(record: EngineRecord, plans: Iterable[EnginePlan]) -> bool:
-    """Whether a build would make just these engines: another version of twotower may cut or configure differently.
-
-    Not asked of an engine for the GPU at hand: its key holds the driver, and an engine outlives a
-    driver.
-    """
-    observed = record.report.get("engines", {})
-    return all(observed.get(plan.engine.file, {}).get("key") == plan.key for plan in plans)
-
-
-def _distinct(plans: Iterable[EnginePlan]) -> list[EnginePlan]:
-    """One plan a file: several programs of a tower may be equal."""
-    out: dict[str, EnginePlan] = {}
-    for plan in plans:
-        out.setdefault(plan.engine.file, plan)
-    return list(out.values())
-
-
-def _notes(model: onnx.ModelProto, piece: Piece) -> tuple[dict[str, str], ...]:
-    """What the very graph TensorRT is given costs there; an error in it refuses the build."""
-    do = "export the checkpoint again with this version of twotower (docs/graph-rules.md explains each rule)"
-    what = f"the graph of {piece.name or piece.graph}"
-    return tuple(
-        n.to_json() for n in require_clean(model, what, error=BuildError, do=do, fixed=True)
-    )
-
-
-def _described(places: WeightPlaces) -> str:
-    parts = [f"{_gigabytes(places.input_bytes)} of weights as inputs"] if places.inputs else []
-    parts += [f"{_gigabytes(places.inside_bytes)} inside"] if places.inside else []
-    return "".join(f"{part}, " for part in parts)
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 10**8 else f"{count / 1e6:.1f} MB"

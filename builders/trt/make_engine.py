@@ -1,4 +1,7 @@
-"""One engine, out of the cache or out of a child process; a graph the library refuses is kept, with what it said and how to cut it down."""
+"""One engine, out of the cache or out of a child process.
+
+A graph the library refuses is kept, with what the library said and how to cut the graph down.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,11 @@ import json
 import logging
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,96 +22,12 @@ import onnx
 from twotower.builders.base import Report
 from twotower.builders.cache import EngineCache
 from twotower.builders.trt.engine_plan import EnginePlan
-from twotower.builders.trt.job import RefusedError, run_job
 from twotower.bundle import Bundle, FileRecord, hash_file, write_json
 from twotower.errors import BuildAbortedError, BuildError
 
-__all__ = ["FAILED_FOLDER", "EngineMaker", "failed_folder", "forget_failed", "keep_failed"]
-
-
-class EngineMaker:
-    """Makes engines in a folder, one after another. Each is kept in the cache at once, so that an interrupted build goes on from there.
-
-    Args:
-        bundle: Where the graphs and weights are.
-        folder: Gets the engines.
-        cache: Engines that were built before; None for none.
-        force: Take none from the cache.
-        report: Called with the progress.
-    """
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        folder: Path,
-        cache: EngineCache | None,
-        *,
-        force: bool,
-        report: Report,
-    ) -> None:
-        self._bundle = bundle
-        self._folder = folder
-        self._cache = cache
-        self._force = force
-        self._report = report
-
-    def make(self, plan: EnginePlan) -> tuple[FileRecord, dict[str, Any]]:
-        """The engine's size and SHA-256, and what its build observed.
-
-        Raises:
-            BuildError: it cannot be built.
-        """
-        file = plan.engine.file
-        output = self._folder / file
-        if self._cache is not None and not self._force:
-            found = self._cache.take(
-                plan.key,
-                output,
-                tick=lambda done, total: self._report(f"{file}: from the cache", done, total),
-            )
-            if found is not None:
-                return found.record, {**found.facts, "key": plan.key, "cached": True}
-        facts = self._built(plan, output)
-        forget_failed(self._bundle, plan)
-
-        def tick(done: int, total: int) -> None:
-            self._report(f"{file}: checksum", done, total)
-
-        if self._cache is not None:
-            record = self._cache.put(plan.key, output, facts, tick=tick)
-        else:
-            record = FileRecord(output.stat().st_size, hash_file(output))
-        return record, {**facts, "key": plan.key, "cached": False}
-
-    def _built(self, plan: EnginePlan, output: Path) -> dict[str, Any]:
-        """Builds in a child process."""
-        started = time.perf_counter()
-        scratch = self._folder / "scratch"
-        scratch.mkdir()
-        (scratch / "graph.onnx").write_bytes(plan.model)
-        places = {
-            "graph": str(scratch / "graph.onnx"),
-            "beside": str(plan.beside),
-            "output": str(output),
-        }
-        try:
-            facts = run_job(
-                {**plan.job, **places},
-                scratch,
-                tick=lambda phase, step, steps: self._report(
-                    f"{output.name}: {phase}", step, steps
-                ),
-            )
-        except RefusedError as e:
-            raise keep_failed(self._bundle, plan, e) from e
-        finally:
-            shutil.rmtree(scratch)
-        return {**facts, "seconds": round(time.perf_counter() - started, 2)}
-
+__all__ = ["CrashedError", "EngineMaker", "RefusedError", "run_job"]
 
 logger = logging.getLogger(__name__)
-
-FAILED_FOLDER = ".failed"
 
 _README = """# A graph that could not be built
 
@@ -136,76 +59,225 @@ _WEIGHTS_BESIDE = (
 )
 
 
-def keep_failed(bundle: Bundle, plan: EnginePlan, error: RefusedError) -> BuildError:
+class RefusedError(BuildError):
+    """The library does not make an engine of this graph.
+
+    Attributes:
+        log: What it said: lines as `BuildLog.to_json` writes them, or text on stderr.
+    """
+
+    log: tuple[Any, ...] = ()
+
+
+class CrashedError(RefusedError, BuildAbortedError):
+    """The library crashed over a graph: it is kept like a refused one, but may yet build."""
+
+
+class EngineMaker:
+    """Makes engines in a folder, one after another.
+
+    Each is put into the cache at once, so that an interrupted build goes on from there.
+
+    Args:
+        bundle: Where the graphs and weights are.
+        folder: Gets the engines.
+        cache: Engines that were built before; None for none.
+        force: Take none from the cache.
+        report: Called with the progress.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        folder: Path,
+        cache: EngineCache | None,
+        *,
+        force: bool,
+        report: Report,
+    ) -> None:
+        self._failed = bundle.path / "engines" / ".failed"
+        self._folder, self._cache, self._force, self._report = folder, cache, force, report
+
+    def make(self, plan: EnginePlan) -> tuple[FileRecord, dict[str, Any]]:
+        """The engine's size and SHA-256, and what its build observed.
+
+        Raises:
+            BuildError: it cannot be built.
+        """
+        file = plan.engine.file
+        output = self._folder / file
+
+        def tick(what: str) -> Callable[[int, int], None]:
+            return lambda done, total: self._report(f"{file}: {what}", done, total)
+
+        if self._cache is not None and not self._force:
+            found = self._cache.take(plan.key, output, tick=tick("from the cache"))
+            if found is not None:
+                return found.record, {**found.facts, "key": plan.key, "cached": True}
+        facts = self._built(plan, output)
+        if self._cache is not None:
+            record = self._cache.put(plan.key, output, facts, tick=tick("checksum"))
+        else:
+            record = FileRecord(output.stat().st_size, hash_file(output))
+        return record, {**facts, "key": plan.key, "cached": False}
+
+    def _built(self, plan: EnginePlan, output: Path) -> dict[str, Any]:
+        """Builds in a child process. An earlier failure of the same engine is forgotten then."""
+        started = time.perf_counter()
+        name = f"{plan.job['target']}-{plan.engine.file.removesuffix('.engine')}"
+        failed = self._failed / name
+        scratch = self._folder / "scratch"
+        scratch.mkdir()
+        (scratch / "graph.onnx").write_bytes(plan.model)
+        places = {
+            "graph": str(scratch / "graph.onnx"),
+            "beside": str(plan.beside),
+            "output": str(output),
+        }
+
+        def tick(phase: str, step: int, steps: int) -> None:
+            self._report(f"{output.name}: {phase}", step, steps)
+
+        try:
+            facts = run_job({**plan.job, **places}, scratch, tick=tick)
+        except RefusedError as e:
+            raise _keep_failed(failed, plan, e) from e
+        finally:
+            shutil.rmtree(scratch)
+        if failed.is_dir():
+            shutil.rmtree(failed, ignore_errors=True)
+            logger.info("removed %s: the engine builds now", failed)
+        return {**facts, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def _keep_failed(folder: Path, plan: EnginePlan, error: RefusedError) -> BuildError:
     """Keeps the graph of a failed build.
 
     Returns:
         The error with the folder and the next commands, a `BuildAbortedError` still if it was one.
     """
     kind = BuildAbortedError if isinstance(error, BuildAbortedError) else BuildError
-    folder = failed_folder(bundle, plan)
+    found = f"{plan.engine.file}: {error.found}"
     data = plan.beside.with_name(f"{plan.beside.name}.data")
-    check = f"python -m twotower.builders.try_graph graph.onnx --target {plan.job['target']} --job job.json"
+    script = "python -m twotower.builders.try_graph"
+    options = f"--target {plan.job['target']} --job job.json"
+    check = f"{script} graph.onnx {options}"
     inspect = "polygraphy inspect model graph.onnx --show layers --ignore-external-data"
-    # where polygraphy puts what it wants checked
-    on_part = check.replace("graph.onnx", "polygraphy_debug.onnx")
     reduce = (
         "polygraphy debug reduce graph.onnx -o reduced.onnx --ignore-external-data "
-        f"--no-shape-inference --fail-code 1 --check {on_part}"
+        # where polygraphy puts what it wants checked
+        f"--no-shape-inference --fail-code 1 --check {script} polygraphy_debug.onnx {options}"
     )
-    weights = _WEIGHTS_BESIDE.format(data=data.name) if plan.places.inside else _WEIGHTS_ARE_INPUTS
-    words = {
-        "check": check,
-        "inspect": inspect,
-        "reduce": reduce,
-        "what": error.what,
-        "found": error.found,
-        "weights": weights,
-    }
+    readme = _README.format(
+        check=check,
+        inspect=inspect,
+        reduce=reduce,
+        what=error.what,
+        found=error.found,
+        weights=(_WEIGHTS_BESIDE if plan.places.inside else _WEIGHTS_ARE_INPUTS).format(
+            data=data.name
+        ),
+    )
+    # A part that is cut out of the graph knows its inputs by the shapes that are written down here.
+    graph = onnx.shape_inference.infer_shapes(onnx.load_from_string(plan.model), data_prop=True)
+    job = {key: value for key, value in plan.job.items() if key != "timing_cache"}
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        (folder / "graph.onnx").write_bytes(_with_shapes(plan.model))
+        (folder / "graph.onnx").write_bytes(graph.SerializeToString())
         if plan.places.inside:
             (folder / data.name).symlink_to(os.path.relpath(data.resolve(), folder.resolve()))
-        write_json(
-            folder / "job.json",
-            {key: value for key, value in plan.job.items() if key != "timing_cache"},
-        )
+        write_json(folder / "job.json", job)
         (folder / "log.json").write_text(json.dumps(error.log, indent=1) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_README.format(**words), encoding="utf-8")
+        (folder / "README.md").write_text(readme, encoding="utf-8")
     except OSError as e:
-        return kind(
-            error.what,
-            found=f"{plan.engine.file}: {error.found}",
-            do=f"{error.do}; the graph could not be kept: {e}",
+        do = f"{error.do}; the graph could not be kept: {e}"
+        return kind(error.what, found=found, do=do)
+    do = f"`cd {folder}`, then `{inspect}` shows the graph and `{reduce}` cuts it down (README.md)"
+    return kind(error.what, found=found, do=do)
+
+
+def run_job(
+    job: dict[str, Any], scratch: Path, *, tick: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """Builds one engine in a child process, which dies with this call.
+
+    Args:
+        job: What to build; see `child.main`.
+        scratch: A folder for the job's file.
+        tick: Called with (phase, step, steps).
+
+    Returns:
+        What the build observed.
+
+    Raises:
+        RefusedError: the library refused the graph, or crashed over it (`CrashedError`).
+        BuildAbortedError: there was no memory or no space for it.
+    """
+    job = {**job, "parent": os.getpid()}
+    file = scratch / "job.json"
+    file.write_text(json.dumps(job), encoding="utf-8")
+    # The package is found where this very file was found, whatever the child's working directory.
+    package = Path(str(sys.modules["twotower"].__file__)).parent
+    paths = os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "twotower.builders.trt.child", str(file)]
+    environment = {**os.environ, "PYTHONPATH": paths}
+    with (scratch / "stderr.txt").open("w+b") as errors:
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
         )
-    do = f"`cd {folder}`, then `{inspect}` shows the graph and `{reduce}` cuts it down (README.md there)"
-    return kind(error.what, found=f"{plan.engine.file}: {error.found}", do=do)
+        try:
+            result = _followed(child, tick)
+        finally:
+            child.kill()
+            child.wait()
+        errors.seek(0)
+        said = errors.read().decode(errors="replace").strip().splitlines()
+    if "error" in result and not result["refused"]:
+        raise BuildAbortedError(**result["error"])
+    if "error" in result:
+        refused = RefusedError(**result["error"])
+        refused.log = tuple(result["log"])
+        raise refused
+    if "done" not in result:
+        raise _died(child.returncode, said)
+    died = {"why_not": "; ".join(["the process died while it looked", *said[-1:]])}
+    return {**result["done"], "inspector": result.get("inspected", died)}
 
 
-def forget_failed(bundle: Bundle, plan: EnginePlan) -> None:
-    """Removes what an earlier failure of the same engine left: it builds now."""
-    folder = failed_folder(bundle, plan)
-    if folder.is_dir():
-        shutil.rmtree(folder, ignore_errors=True)
-        logger.info("removed %s: the engine builds now", folder)
+def _followed(
+    child: subprocess.Popen[str], tick: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """What the child said in the end, all its lines as one; empty if it died before that."""
+    assert child.stdout is not None
+    result: dict[str, Any] = {}
+    for text in child.stdout:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict):
+            continue  # something a library printed
+        if "phase" in line:
+            tick(line["phase"], line["step"], line["steps"])
+        else:
+            result |= line
+    child.wait()
+    return result
 
 
-def failed_folder(bundle: Bundle, plan: EnginePlan) -> Path:
-    """Where the graph of a failed build is kept."""
-    return (
-        bundle.path
-        / "engines"
-        / FAILED_FOLDER
-        / f"{plan.job['target']}-{plan.engine.file.removesuffix('.engine')}"
+def _died(code: int, said: list[str]) -> BuildError:
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    what, found = "the process that built the engine died", "; ".join([name, *said[-2:]])
+    if code == -signal.SIGKILL:
+        do = "free memory; a lower --max-build-memory cuts towers whose engines hold weights"
+        return BuildAbortedError(what, found=f"{found}: most likely for want of memory", do=do)
+    if code >= 0:  # not the library: an exception of ours
+        return BuildAbortedError(
+            what, found=found, do="this is a defect of twotower: report it with what --debug shows"
+        )
+    crashed = CrashedError(
+        what, found=found, do="build again; if it fails again, try another dtype"
     )
-
-
-def _with_shapes(serialized: bytes) -> bytes:
-    """The graph with the type and shape of every value written down: a part that is cut out of it then knows its inputs."""
-    return bytes(
-        onnx.shape_inference.infer_shapes(
-            onnx.load_from_string(serialized), data_prop=True
-        ).SerializeToString()
-    )
+    crashed.log = tuple(said)
+    return crashed

@@ -10,14 +10,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twotower.builders.cache_keys import SETTINGS
 from twotower.bundle import Profile
 from twotower.errors import BuildError
 from twotower.files import write_atomically
 from twotower.spec import TensorSpec
 from twotower.tensorrt_library import Flavour
 
-__all__ = ["EXPLAINED", "BuildLog", "NetworkOptions", "build_network", "explain", "make_logger"]
+__all__ = [
+    "EXPLAINED",
+    "SETTINGS",
+    "BuildLog",
+    "NetworkOptions",
+    "build_network",
+    "explain",
+    "make_logger",
+]
+
+SETTINGS: dict[str, Any] = {
+    "cleared_flags": ["TF32"],  # float32 means float32
+    "set_flags": ["REQUIRE_USER_ALLOCATION"],  # where the library has it: capture needs it
+    "max_aux_streams": 0,  # one stream a pass: more cost hundreds of events and gain no bandwidth
+    "profiling_verbosity": "DETAILED",
+    # No fused kernel computes attention in these types: it may be taken apart.
+    "decomposable_attention": ["float32"],
+}
+"""How the library is configured whatever is built; a part of every engine's key in the cache."""
 
 EXPLAINED: tuple[tuple[str, str], ...] = (
     (r"Make sure (input|output) \S+ has Int64 binding", "token ids and lengths are int64 by contract, and that is how they are bound"),

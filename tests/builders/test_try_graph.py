@@ -19,7 +19,7 @@ import pytest
 from tests.helpers.bundles import export_fixture
 from tests.helpers.trt.install import install_fake
 from twotower.builders import BuildConfig, build_engines, builder_for
-from twotower.builders.trt import build_plan
+from twotower.builders.trt import engine_plan
 from twotower.builders.try_graph import BUILDS, NOT_TRIED, REFUSED, job_of_graph, main
 from twotower.bundle import Bundle
 from twotower.errors import BuildError
@@ -154,7 +154,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BuildError]:
     bundle = export_fixture("hybrid-b", tmp_path_factory.mktemp("failed") / "b", "float16")
     plant_top_k(bundle)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(BuildError) as caught:
-        patch.setattr(build_plan, "require_clean", lambda *_, **__: ())
+        patch.setattr(engine_plan, "require_clean", lambda *_, **__: ())
         build_engines(
             bundle,
             "rtx",

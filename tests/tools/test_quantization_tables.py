@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.source import ROOT
-from twotower.builders.trt import job
+from twotower.builders.trt import make_engine
 from twotower.bundle import Bundle
 from twotower.errors import BuildAbortedError, BuildError
 
@@ -47,7 +47,7 @@ def test_a_build_whose_process_died_is_no_cell(
     tool: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     def died(*_: Any, **__: Any) -> None:
-        raise job._died(code, [])
+        raise make_engine._died(code, [])
 
     monkeypatch.setattr(tool, "builder_for", lambda target: None)
     monkeypatch.setattr(tool, "build_engines", died)

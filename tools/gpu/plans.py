@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from twotower.builders.cache_keys import SETTINGS
+from twotower.builders.trt.network import SETTINGS
 
 __all__ = ["PlanOptions", "Ranges", "build_plan", "make_logger"]
 

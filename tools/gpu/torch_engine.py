@@ -92,7 +92,7 @@ class TorchTensorRT(SimpleNamespace):
 
 
 def torch_job(job: dict[str, Any], scratch: Path, *, tick: Any) -> dict[str, Any]:
-    """In the place of `builders.job.run_job`: writes the graph with its constants as an engine."""
+    """In the place of `make_engine.run_job`: writes the graph with its constants as an engine."""
     model = onnx.load_from_string(Path(job["graph"]).read_bytes())
     onnx.load_external_data_for_model(model, str(Path(job["beside"]).parent))
     data = HEADER + model.SerializeToString()

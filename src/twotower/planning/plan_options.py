@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from twotower.builders.base import (
     AUTO,
     DEFAULT_MAX_BATCH,
-    DEFAULT_MAX_CONTEXT,
     EXPERTS,
     BuildConfig,
 )
@@ -138,8 +137,7 @@ def formats_of(options: PlanOptions) -> Formats:
 
 def capacity_of(config: ModelConfig, options: PlanOptions) -> int:
     """Positions of keys and values a row gets."""
-    longest = config.max_position_embeddings
-    return cache_capacity(options.max_context or min(DEFAULT_MAX_CONTEXT, longest), longest)
+    return cache_capacity(options.max_context, config.max_position_embeddings)
 
 
 def engine_dtype(config: ModelConfig, options: PlanOptions) -> str:

@@ -397,7 +397,7 @@ def fake_kernels(shape: ExpertShape, sms: Sequence[int], folder: Path, **_: Any)
 
 
 def fake_job(job: dict[str, Any], scratch: Path, *, tick: Any) -> dict[str, Any]:
-    """In the place of `builders.job.run_job`: the "engine" is the graph and where its weights lie."""
+    """In the place of `make_engine.run_job`: the "engine" is the graph and where its weights lie."""
     about = {key: job[key] for key in ("beside", "inputs", "profiles")}
     Path(job["output"]).write_bytes(
         _HEADER + json.dumps(about).encode() + b"\n" + Path(job["graph"]).read_bytes()

@@ -16,7 +16,7 @@ from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.trt.execution import FakeBuilder, FakeTensorRT, fake_job
 from twotower.builders import BuildConfig, build_engines
-from twotower.builders.trt import build_plan, make_engine, tensorrt_builder
+from twotower.builders.trt import engine_plan, make_engine, tensorrt_builder
 from twotower.bundle import Bundle
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.hardware import Gpu, Machine
@@ -54,7 +54,7 @@ def install_fake(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     del sys.modules["tensorrt"]
     # What the fake acts upon are operators that do not exist: the graph rules would stop them
     # first.
-    monkeypatch.setattr(build_plan, "require_clean", lambda *_, **__: ())
+    monkeypatch.setattr(engine_plan, "require_clean", lambda *_, **__: ())
     return importlib.import_module("tensorrt")
 
 

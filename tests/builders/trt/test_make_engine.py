@@ -15,7 +15,7 @@ import pytest
 
 from tests.helpers.processes import child_of, is_gone
 from tests.helpers.trt.install import install_fake
-from twotower.builders.trt.job import RefusedError, run_job
+from twotower.builders.trt.make_engine import RefusedError, run_job
 from twotower.errors import BuildAbortedError
 
 
@@ -128,7 +128,7 @@ def test_a_build_dies_with_a_parent_that_is_killed(
     """At once: a step takes 20 seconds here, so that the closed pipe is not what ends it."""
     monkeypatch.setenv("FAKE_TENSORRT_SECONDS", "200")
     code = (
-        "import json, sys; from pathlib import Path; from twotower.builders.trt.job import run_job\n"
+        "import json, sys; from pathlib import Path; from twotower.builders.trt.make_engine import run_job\n"
         "run_job(json.loads(sys.argv[1]), Path(sys.argv[2]), tick=lambda *words: None)"
     )
     words = [sys.executable, "-c", code, json.dumps(job(tmp_path)), str(tmp_path)]

@@ -1,4 +1,4 @@
-"""Products in float32 written as sums compute the same, and no others are touched."""
+"""The key of an engine; products in float32 written as sums compute the same, no others change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import onnxruntime as ort
 import pytest
 
 from tests.helpers.bundles import export_fixture
-from twotower.builders.trt.pieces import sum_float32_products
+from twotower.builders.trt import engine_plan
+from twotower.builders.trt.engine_plan import engine_key, sum_float32_products
 from twotower.bundle import Bundle
 from twotower.graph_lint import lint
 from twotower.graph_lint.view import GraphView
@@ -92,3 +93,47 @@ def test_a_graph_without_such_products_is_left_alone(bundles: dict[str, Bundle])
     before = model.SerializeToString()
     assert sum_float32_products(model) == 0
     assert model.SerializeToString() == before
+
+
+L4 = {"name": "NVIDIA L4", "sm": 89, "driver": "580.1"}
+JOB: dict[str, Any] = {
+    "target": "rtx",
+    "dtype": "float16",
+    "inputs": [["tokens", "int64", ["B", "L"]]],
+    "profiles": [{"name": "decode", "axes": {"B": [1, 8, 8], "L": [1, 1, 1]}}],
+    "sms": [86, 89],
+    "timing_cache": None,
+}
+LIBRARY = {"name": "tensorrt_rtx", "version": "1.7.1"}
+
+
+def key(model: bytes = b"g", **changes: Any) -> str:
+    given = {"holds": "w", "library": LIBRARY, "gpu": None}
+    given |= {name: changes.pop(name) for name in given.keys() & changes.keys()}
+    return engine_key({**JOB, **changes}, model, **given)
+
+
+def test_whatever_changes_an_engine_changes_its_key_and_nothing_else_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    profiles = [{"name": "decode", "axes": {"B": [1, 4, 8], "L": [1, 1, 1]}}]
+    others = [
+        key(b"other"),
+        key(holds="other"),
+        key(library={**LIBRARY, "version": "1.7.2"}),
+        key(dtype="bfloat16"),
+        key(inputs=[["tokens", "int64", ["B", 1]]]),
+        key(profiles=profiles),
+        key(sms=[86]),
+        key(gpu=L4),
+        key(gpu={**L4, "driver": "590.1"}),
+        key(gpu={**L4, "sm": 90}),
+        key(gpu={**L4, "name": "NVIDIA L40"}),
+    ]
+    assert len({key(), *others}) == len(others) + 1
+    assert len(key()) == 32
+    assert key(target="other", timing_cache="elsewhere") == key()
+    assert key(library={"version": "1.7.1", "name": "tensorrt_rtx"}) == key()
+    before = key()
+    monkeypatch.setitem(engine_plan.SETTINGS, "cleared_flags", [])
+    assert key() != before
