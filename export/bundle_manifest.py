@@ -12,6 +12,7 @@ from twotower import __version__
 from twotower.bundle import MANIFEST_FILE, SCHEMA, FileRecord, hash_file, write_json
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.export.graphs.recorder import OPSET
+from twotower.records import encode
 from twotower.spec import signatures
 
 __all__ = ["base_manifest", "write_manifest"]
@@ -48,7 +49,7 @@ def base_manifest(
             "trained_block_size": trained_block_size,
             "defaults": defaults.to_json(),
         },
-        "signatures": {name: s.to_json() for name, s in signatures(config, dtype).items()},
+        "signatures": encode(signatures(config, dtype)),
         "tools": {
             "opset": str(OPSET),
             "python": platform.python_version(),
@@ -72,7 +73,7 @@ def write_manifest(
         relative = path.relative_to(folder).as_posix()
         if relative not in files:
             files[relative] = FileRecord(path.stat().st_size, hash_file(path))
-    listed = {name: {"size": r.size, "sha256": r.sha256} for name, r in sorted(files.items())}
+    listed = encode(dict(sorted(files.items())))
     write_json(folder / MANIFEST_FILE, {**manifest, "files": listed})
 
 

@@ -32,6 +32,7 @@ from twotower.config.model import ModelConfig, parse_model_config
 from twotower.export.graph_files import save_program
 from twotower.export.graphs.precision import ActivationFormat, Precision
 from twotower.export.graphs.tower_graphs import build_graph
+from twotower.records import encode
 from twotower.spec import CONTEXT, DENOISER, signatures
 from twotower.weights.declared import lay_out
 from twotower.weights.external import load_graph, weight_refs
@@ -149,7 +150,7 @@ def measure(recipe: str, graph: str, config: ModelConfig, folder: Path) -> Row:
         places.inputs,
         tuple(places.inside),
     )
-    given = engine.to_json()
+    given = encode(engine)
     (folder / "graph.onnx").write_bytes(model.SerializeToString())
     job = {
         "target": "rtx",

@@ -28,6 +28,7 @@ from twotower.bundle import GRAPH_FILES, EngineFile, EngineLimits, ExpertsStep
 from twotower.errors import BuildError
 from twotower.graph_lint import require_clean
 from twotower.graph_lint.view import GraphView
+from twotower.records import encode
 from twotower.spec import CONTEXT_HEAD
 from twotower.tensorrt_library import Flavour
 
@@ -223,7 +224,7 @@ class EnginePlanner:
         target, timings = self._flavour.target, None
         if not self._flavour.sms:
             timings = str(self._bundle.path / "engines" / f".{target}.timing")
-        described = engine.to_json()
+        described = encode(engine)
         inputs = [[engine.own(name), dtype, axes] for name, dtype, axes in described["inputs"]]
         return {
             "target": target,

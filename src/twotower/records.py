@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from twotower.errors import TwoTowerError
 
-__all__ = ["RecordError", "decode", "encode", "stored"]
+__all__ = ["RecordError", "at_path", "decode", "encode", "stored"]
 
 T = TypeVar("T")
 
@@ -40,14 +40,15 @@ class RecordError(ValueError):
         self.problem = problem
 
 
-def stored(key: str = "", *, omit_default: bool = False) -> dict[str, Any]:
+def stored(key: str = "", *, omit_default: bool = False, required: bool = False) -> dict[str, Any]:
     """Metadata of a dataclass field whose JSON form differs from the usual one.
 
     Args:
         key: Its key in the JSON object, where that is not the field's name.
         omit_default: Whether the key is left out where the field has its default.
+        required: Whether the key must be there although the field has a default.
     """
-    return {"key": key, "omit_default": omit_default}
+    return {"key": key, "omit_default": omit_default, "required": required}
 
 
 def encode(value: object, *, leave_out: Collection[str] = ()) -> Any:
@@ -118,14 +119,14 @@ class _Decoder:
         values = dict(given)
         for key, field in by_key.items():
             if key in entries:
-                with _at(key):
+                with at_path(key):
                     values[field.name] = self.value(hints[field.name], entries[key])
-            elif field.default is MISSING and field.default_factory is MISSING:
+            elif field.metadata.get("required") or _default(field) is MISSING:
                 raise RecordError(key, "missing")
         unknown = [str(key) for key in entries if key not in by_key]
         if self.strict and unknown:
             raise RecordError(unknown[0], f"unknown key; known: {', '.join(by_key)}")
-        with _at(""):
+        with at_path(""):
             return kind(**values)
 
     def value(self, kind: Any, data: Any) -> Any:
@@ -148,7 +149,7 @@ class _Decoder:
             return origin(self._entries([arguments[0]] * len(entries), entries))
         if isinstance(origin, type) and issubclass(origin, Mapping):
             return self._mapping(arguments[0], arguments[1], data)
-        with _at(""):
+        with at_path(""):
             if hasattr(kind, "from_json"):
                 return kind.from_json(data)
             if is_dataclass(kind):
@@ -161,38 +162,35 @@ class _Decoder:
 
     def _entries(self, kinds: Sequence[Any], entries: Sequence[Any]) -> Iterator[Any]:
         for i, (kind, entry) in enumerate(zip(kinds, entries, strict=True)):
-            with _at(f"[{i}]"):
+            with at_path(f"[{i}]"):
                 yield self.value(kind, entry)
 
     def _mapping(self, key_kind: type, kind: Any, data: Any) -> dict[Any, Any]:
         out = {}
         for key, content in _require(data, Mapping, "an object").items():
-            with _at(f'["{key}"]'):
+            with at_path(f'["{key}"]'):
                 out[key_kind(key)] = self.value(kind, content)
         return out
 
     def _union(self, kinds: Sequence[Any], data: Any) -> Any:
-        """The first type that fits; the error is that of the last one."""
+        """The first type that fits, or the error of the one that fitted most deeply."""
         if data is None and NoneType in kinds:
             return None
-        *others, last = [kind for kind in kinds if kind is not NoneType]
+        errors, others = [], [kind for kind in kinds if kind is not NoneType]
         for kind in others:
             try:
                 return self.value(kind, data)
-            except RecordError:
-                continue
-        try:
-            return self.value(last, data)
-        except RecordError as e:
-            if not others or not all(kind in _SCALARS for kind in (*others, last)):
-                raise
-            names = " or ".join(_SCALARS[kind] for kind in (*others, last))
-            raise RecordError("", f"{data!r}, expected {names}") from e
+            except RecordError as e:
+                errors.append(e)
+        if len(others) > 1 and all(kind in _SCALARS for kind in others):
+            expected = " or ".join(_SCALARS[kind] for kind in others)
+            raise RecordError("", f"{data!r}, expected {expected}")
+        raise max(errors, key=lambda e: e.path.count(".") + e.path.count("["))
 
 
 @contextmanager
-def _at(step: str) -> Iterator[None]:
-    """Puts a key or an index before the path of an error; other ValueErrors become such ones."""
+def at_path(step: str) -> Iterator[None]:
+    """Puts a key or an index before the path of a RecordError; other ValueErrors become one."""
     try:
         yield
     except RecordError as e:

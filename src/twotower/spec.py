@@ -12,6 +12,7 @@ from typing import Any
 
 from twotower.config.generation import CANDIDATES
 from twotower.config.model import LayerKind, ModelConfig
+from twotower.records import decode
 
 __all__ = [
     "BLOCK",
@@ -146,6 +147,11 @@ class TensorSpec:
         """Name, dtype and axes, as stored in a bundle."""
         return [self.name, self.dtype, list(self.axes)]
 
+    @classmethod
+    def from_json(cls, data: Any) -> TensorSpec:
+        """The inverse of `to_json`."""
+        return cls(*decode(tuple[str, str, tuple[Axis, ...]], data))
+
 
 @dataclass(frozen=True, slots=True)
 class StateTensor:
@@ -197,14 +203,6 @@ class TowerSignature:
             )
 
         return TowerSignature(self.name, fixed(self.inputs), fixed(self.outputs))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, as stored in a bundle."""
-        return {
-            "name": self.name,
-            "inputs": [s.to_json() for s in self.inputs],
-            "outputs": [s.to_json() for s in self.outputs],
-        }
 
 
 def candidate_count(config: ModelConfig) -> int:

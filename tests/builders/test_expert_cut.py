@@ -17,7 +17,6 @@ from twotower.builders.expert_cut import ExpertCut, common_form
 from twotower.builders.segment import fix_axes
 from twotower.builders.weight_inputs import place_weights
 from twotower.bundle import Bundle, ExpertsStep
-from twotower.bundle.steps import step_from_json
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.config import ModelConfig
 from twotower.config.model import parse_model_config
@@ -177,7 +176,7 @@ def test_the_published_programs_end_with_the_routing(tmp_path: Path) -> None:
         step.top,
         step.shared_intermediate,
     ) == (4, 2688, 1856, 128, 6, 3712)
-    assert step_from_json(step.to_json()) == step
+    assert ExpertsStep.from_json(step.to_json()) == step
 
 
 def test_a_graph_of_an_earlier_export_is_refused(bundle: Bundle) -> None:

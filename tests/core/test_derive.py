@@ -115,7 +115,7 @@ def test_what_exists_is_not_touched_and_failures_leave_nothing(
     def full(*args: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("twotower.bundle.derive.write_json", full)
+    monkeypatch.setattr("twotower.bundle.manifest.write_json", full)
     with pytest.raises(BundleError, match="could not be written"):
         derive_bundle(original, tmp_path / "d", presets=PRESETS, default="fast")
     assert not list(tmp_path.iterdir())

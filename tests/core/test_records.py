@@ -55,7 +55,7 @@ class Record:
     mode: Literal["ar", "auto"] = "auto"
     by_rows: dict[int, float | None] = field(default_factory=dict)
     others: frozenset[str] = frozenset()
-    facts: Any = None
+    facts: Any = field(default=None, metadata=stored(required=True))
     exceptions: tuple[str, ...] = field(default=(), metadata=stored("except", omit_default=True))
 
 
@@ -82,7 +82,7 @@ STORED = {
     "facts": {"any": [1, None]},
     "except": ["none"],
 }
-LEAST = {"files": {}, "pair": [0, 0]}
+LEAST = {"files": {}, "pair": [0, 0], "facts": None}
 
 
 def test_a_record_is_stored_as_written_here_and_read_back() -> None:
@@ -96,6 +96,8 @@ def test_defaults_may_be_missing_and_are_left_out_where_a_field_says_so() -> Non
     record = decode(Record, LEAST, folder="")
     assert record == Record("", {}, (0, 0))
     assert "except" not in encode(record) and encode(record)["mode"] == "auto"
+    with pytest.raises(RecordError, match=r"^facts: missing$"):
+        decode(Record, {"files": {}, "pair": [0, 0]}, folder="")
 
 
 @pytest.mark.parametrize(
@@ -137,8 +139,18 @@ def test_what_is_no_object_has_no_path() -> None:
 
 
 def test_unknown_keys_are_left_alone_where_asked() -> None:
-    data = {"files": {"a": {"size": 1, "later": 0}}, "pair": [0, 0], "later": 0}
+    data = {**LEAST, "files": {"a": {"size": 1, "later": 0}}, "later": 0}
     assert decode(Record, data, strict=False, folder="").files == {"a": File(size=1)}
+
+
+def test_of_a_union_the_type_that_fits_most_deeply_gives_the_error() -> None:
+    kinds = tuple[Record | File, ...]
+    assert decode(kinds, [{"size": 1}]) == (File(size=1),)
+    with pytest.raises(RecordError) as caught:
+        decode(kinds, [{"size": "x"}, LEAST])
+    assert caught.value.path == "[0].folder"
+    with pytest.raises(RecordError, match="pair"):
+        decode(kinds, [LEAST | {"folder": "", "pair": [1, "x"]}])
 
 
 def test_an_error_in_three_parts_stays_one() -> None:

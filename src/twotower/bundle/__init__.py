@@ -2,8 +2,12 @@
 
 from twotower.bundle.build_record import (
     BUILD_FILE,
+    EngineFile,
     EngineLimits,
     EngineRecord,
+    ExpertsStep,
+    Profile,
+    Step,
     built_targets,
     engine_folder,
     load_engine_record,
@@ -11,7 +15,6 @@ from twotower.bundle.build_record import (
     record_problems,
     weight_bytes,
 )
-from twotower.bundle.derive import derive_bundle, flags_of_bundle, note_measurement
 from twotower.bundle.integrity import check_files, remember_files, unverified_files
 from twotower.bundle.manifest import (
     DATA_SUFFIX,
@@ -22,10 +25,12 @@ from twotower.bundle.manifest import (
     SCHEMA,
     TOKENIZER_FILE,
     Bundle,
+    derive_bundle,
+    flags_of_bundle,
     is_bundle,
+    note_measurement,
     write_json,
 )
-from twotower.bundle.steps import EngineFile, ExpertsStep, Profile, Step
 from twotower.files import (
     FileRecord,
     Progress,

@@ -1,23 +1,29 @@
-"""What `builders` leave behind for `runtime`: one folder a target with its engines and a `build.json`."""
+"""What `builders` leave for `runtime`: a folder for each target, with engines and `build.json`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from twotower.bundle.integrity import check_files
 from twotower.bundle.manifest import Bundle
-from twotower.bundle.steps import EngineFile, ExpertsStep, Step, step_from_json
 from twotower.errors import EngineMismatchError
 from twotower.files import FileRecord, Progress, inside
+from twotower.records import at_path, decode, encode, stored
+from twotower.spec import TensorSpec
 
 __all__ = [
     "BUILD_FILE",
+    "EngineFile",
     "EngineLimits",
     "EngineRecord",
+    "ExpertsStep",
+    "Profile",
+    "Step",
     "built_targets",
     "engine_folder",
     "load_engine_record",
@@ -28,6 +34,105 @@ __all__ = [
 
 BUILD_FILE = "build.json"
 SCHEMA = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Shapes an engine is tuned for.
+
+    Attributes:
+        name: `prefill`, `block`, `decode`, `denoise` or `head`.
+        axes: For each dynamic axis letter the least, the best and the most.
+    """
+
+    name: str
+    axes: dict[str, tuple[int, int, int]]
+
+    def admits(self, sizes: Mapping[str, int]) -> bool:
+        """Whether every axis of this profile may take its size."""
+        return all(least <= sizes[letter] <= most for letter, (least, _, most) in self.axes.items())
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFile:
+    """One engine: a graph, or some consecutive layers of it, a segment on the same stream.
+
+    Attributes:
+        file: Its name in the target's folder.
+        layers: The first layer and the one after the last; of a program between experts those whose
+            mixers it computes.
+        inputs: What it reads: names of the graph, and from the segment before `residual_in` and
+            (denoiser) `conditioning`; after experts `experts_out`.
+        outputs: What it writes: names of the graph, and for the segment after `residual_out`; the
+            first denoiser segment writes `conditioning` for all others. Before experts `experts_in`
+            and `shares`.
+        profiles: In the order they were added to the engine.
+        weights: Weights it reads as inputs, by their names in the bundle's weight table.
+        constants: Names of the weights it holds inside.
+        names: The engine's own names of inputs, outputs and weights, where it has others: equal
+            programs of a tower are one file. All other attributes go by the tower's names.
+    """
+
+    file: str
+    layers: tuple[int, int]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Profile, ...]
+    weights: tuple[TensorSpec, ...] = ()
+    constants: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def own(self, name: str) -> str:
+        """The engine's own name of an input, an output or a weight."""
+        return self.names.get(name, name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsStep:
+    """The experts of one layer, computed by kernels.
+
+    y = sum over experts of share * down(relu(up x)^2). The step reads `experts_in` [B,L,D] and
+    `shares` [experts,N] of the program before it, and writes `experts_out` [B,L,D] for the one
+    after it.
+
+    Attributes:
+        layer: Which.
+        hidden: D.
+        width: Of an expert.
+        experts: Routed ones.
+        top: How many of them a token has.
+        shared_intermediate: Width of the shared expert, which every token has besides; 0 for none.
+        dtype: Of inputs and outputs, and of the weights that are not quantized.
+        formats: By quantized matrix (`up`, `down`, `shared_up`, `shared_down`) a name of
+            `FORMATS`, and weights of a row that share a scale, 0 for all of them.
+        code: Folder of the compiled kernels, in the target's folder; layers of one shape share it.
+        weights: By role (`up`, `up_scale`, `down`, ..., `shared_up`, ...), with their names in the
+            bundle's weight table.
+    """
+
+    layer: int
+    hidden: int
+    width: int
+    experts: int
+    top: int
+    shared_intermediate: int
+    dtype: str
+    formats: Mapping[str, tuple[str, int]]
+    code: str
+    weights: Mapping[str, TensorSpec]
+
+    def to_json(self) -> dict[str, Any]:
+        """As an entry of `engines`, where it stands beside `EngineFile`."""
+        return {"experts": encode(self)}
+
+    @classmethod
+    def from_json(cls, data: Any) -> ExpertsStep:
+        """The inverse of `to_json`."""
+        with at_path("experts"):
+            return decode(cls, decode(dict[str, Any], data).get("experts"), strict=False)
+
+
+Step = EngineFile | ExpertsStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +150,8 @@ class EngineLimits:
     max_batch: int
     sms: tuple[int, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"capacity": self.capacity, "max_batch": self.max_batch, "sms": list(self.sms)}
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRecord:
     """A `build.json`.
 
@@ -75,11 +176,13 @@ class EngineRecord:
     dtype: str
     graphs: dict[str, str]
     weights: dict[str, str]
+    holds: dict[str, str] = field(default_factory=dict, metadata=stored(required=True))
     files: dict[str, FileRecord]
-    report: dict[str, Any] = field(default_factory=dict)
-    limits: EngineLimits | None = None
-    steps: dict[str, tuple[Step, ...]] = field(default_factory=dict)
-    holds: dict[str, str] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict, metadata=stored(required=True))
+    limits: EngineLimits | None = field(default=None, metadata=stored(required=True))
+    steps: dict[str, tuple[Step, ...]] = field(
+        default_factory=dict, metadata=stored("engines", required=True)
+    )
 
     @property
     def engines(self) -> dict[str, tuple[EngineFile, ...]]:
@@ -98,24 +201,9 @@ class EngineRecord:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data that `read_engine_record` reads back."""
-        return {
-            "schema": SCHEMA,
-            "target": self.target,
-            "library": self.library,
-            "dtype": self.dtype,
-            "graphs": self.graphs,
-            "weights": self.weights,
-            "holds": self.holds,
-            "files": {
-                name: {"size": r.size, "sha256": r.sha256} for name, r in sorted(self.files.items())
-            },
-            "report": self.report,
-            "limits": self.limits.to_json() if self.limits else None,
-            "engines": {
-                name: [step.to_json() for step in steps] for name, steps in self.steps.items()
-            },
-        }
+        """Plain data that `load_engine_record` reads back."""
+        files = dict(sorted(self.files.items()))
+        return {"schema": SCHEMA, **encode(replace(self, files=files))}
 
 
 def engine_folder(bundle: Bundle, target: str) -> Path:
@@ -124,19 +212,22 @@ def engine_folder(bundle: Bundle, target: str) -> Path:
 
 
 def built_targets(path: Path) -> dict[str, tuple[int, ...]]:
-    """Targets the bundle in a folder has engines for, with the compute capabilities they hold code for, none for any; nothing is checked.
+    """Targets the bundle in a folder has engines for; nothing is checked.
 
     Half-built engines have hidden names and do not count.
+
+    Returns:
+        By target the compute capabilities its engines hold code for; empty for any.
     """
     out: dict[str, tuple[int, ...]] = {}
     for file in sorted((path / "engines").glob(f"*/{BUILD_FILE}")):
         if file.parent.name.startswith("."):
             continue
-        try:
+        out[file.parent.name] = ()
+        # An unreadable record counts as one for any GPU: whoever opens it says what is wrong.
+        with suppress(OSError, ValueError, KeyError, TypeError):
             limits = json.loads(file.read_text(encoding="utf-8"))["limits"]
-            out[file.parent.name] = tuple(int(sm) for sm in limits["sms"]) if limits else ()
-        except (OSError, ValueError, KeyError, TypeError):
-            out[file.parent.name] = ()  # whoever opens it says what is wrong with it
+            out[file.parent.name] = tuple(limits["sms"])
     return out
 
 
@@ -155,18 +246,18 @@ def load_engine_record(bundle: Bundle, target: str) -> EngineRecord:
             do=_rebuild(bundle, target),
         )
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        if data["schema"] != SCHEMA:
+        data = decode(dict[str, Any], json.loads(file.read_text(encoding="utf-8")))
+        if data.get("schema") != SCHEMA:
             raise EngineMismatchError(
-                f"the {target} engine of bundle '{bundle.path}' was built by another version of twotower",
-                found=f"build.json has schema {data['schema']!r}, this version reads {SCHEMA}",
+                f"the {target} engine of bundle '{bundle.path}' was built by another version of "
+                "twotower",
+                found=f"build.json has schema {data.get('schema')!r}, this version reads {SCHEMA}",
                 do=f"{_rebuild(bundle, target)}; engines without weights take seconds",
             )
-        return _parsed(data)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        found = f"{type(e).__name__}: {e}"
+        return decode(EngineRecord, data, strict=False)
+    except (OSError, ValueError) as e:
         raise EngineMismatchError(
-            f"{file} is not readable", found=found, do=_rebuild(bundle, target)
+            f"{file} is not readable", found=str(e), do=_rebuild(bundle, target)
         ) from e
 
 
@@ -262,33 +353,6 @@ def weight_bytes(bundle: Bundle, record: EngineRecord, name: str) -> int:
 
 def _rebuild(bundle: Bundle, target: str) -> str:
     return f"run `twotower build {bundle.path} --target {target}`"
-
-
-def _parsed(data: dict[str, Any]) -> EngineRecord:
-    return EngineRecord(
-        target=str(data["target"]),
-        library=dict(data["library"]),
-        dtype=str(data["dtype"]),
-        graphs=dict(data["graphs"]),
-        weights=dict(data["weights"]),
-        files={
-            str(k): FileRecord(int(v["size"]), str(v["sha256"])) for k, v in data["files"].items()
-        },
-        report=dict(data["report"]),
-        limits=_limits(data["limits"]),
-        steps={
-            str(name): tuple(map(step_from_json, steps)) for name, steps in data["engines"].items()
-        },
-        holds=dict(data["holds"]),
-    )
-
-
-def _limits(data: dict[str, Any] | None) -> EngineLimits | None:
-    if data is None:
-        return None
-    return EngineLimits(
-        int(data["capacity"]), int(data["max_batch"]), tuple(int(sm) for sm in data["sms"])
-    )
 
 
 def _label(library: Mapping[str, str]) -> str:

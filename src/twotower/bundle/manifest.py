@@ -11,8 +11,9 @@ from typing import Any
 from twotower.bundle.integrity import check_files
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.config.formats import FORMATS, WeightFormat
-from twotower.errors import BundleError, ConfigError
-from twotower.files import FileRecord, Progress, inside, write_atomically
+from twotower.errors import BundleError
+from twotower.files import FileRecord, Progress, inside, link_file, unpublished, write_atomically
+from twotower.records import RecordError, at_path, decode, encode, stored
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TowerSignature, signatures
 from twotower.weights.refs import WeightRef
 from twotower.weights.table import TABLE_SUFFIX, read_weight_table
@@ -26,7 +27,10 @@ __all__ = [
     "SCHEMA",
     "TOKENIZER_FILE",
     "Bundle",
+    "derive_bundle",
+    "flags_of_bundle",
     "is_bundle",
+    "note_measurement",
     "write_json",
 ]
 
@@ -60,6 +64,25 @@ def write_json(path: Path, data: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class _Recipe:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Quantization:
+    """What every reader of a quantized bundle relies on."""
+
+    recipe: _Recipe
+    formats: tuple[str, ...]
+    measured: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        unknown = sorted({*self.formats} - FORMATS.keys())
+        if unknown:
+            raise ValueError(f"formats {', '.join(unknown)} are of another version")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
     """An opened and checked bundle.
 
@@ -80,18 +103,21 @@ class Bundle:
     """
 
     path: Path
-    config: ModelConfig
+    config: ModelConfig = field(metadata=stored("model"))
     dtype: str
     precision: dict[str, str]
     trained_block_size: int
     defaults: GenerationConfig
-    presets: dict[str, GenerationConfig]
+    presets: dict[str, GenerationConfig] = field(default_factory=dict)
     source: dict[str, Any]
     files: dict[str, FileRecord]
     tools: dict[str, str]
-    signatures: dict[str, TowerSignature] = field(repr=False)
     quantization: dict[str, Any] | None = None
     requires: frozenset[str] = frozenset()
+    signatures: dict[str, TowerSignature] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "signatures", signatures(self.config, self.dtype))
 
     @classmethod
     def open(
@@ -109,7 +135,7 @@ class Bundle:
             BundleError: not a bundle, another schema, or missing, changed or escaping files.
         """
         root = Path(path)
-        bundle = _parsed(root, _manifest(root))
+        bundle = cls._parsed(root, _manifest(root))
         missing = [
             f"{name}: not listed" for name in bundle.required_files() if name not in bundle.files
         ]
@@ -117,6 +143,39 @@ class Bundle:
             bundle.check(progress=progress)
         else:
             bundle._refuse(missing + bundle._misplaced(bundle.files))
+        return bundle
+
+    @classmethod
+    def _parsed(cls, root: Path, data: dict[str, Any]) -> Bundle:
+        try:
+            with at_path("requires"):
+                needed = decode(frozenset[str], data.get("requires", []))
+            if not needed <= FEATURES:
+                raise BundleError(
+                    f"bundle '{root}' needs a newer version of twotower",
+                    found=f"it requires {', '.join(sorted(needed - FEATURES))}; this version knows "
+                    f"{', '.join(sorted(FEATURES))}",
+                    do="`pip install --upgrade twotower`, or export the checkpoint with this "
+                    "version",
+                )
+            with at_path("generation"):
+                settings = decode(dict[str, Any], data.get("generation"))
+            bundle = decode(cls, {**data, **settings}, strict=False, path=root)
+            if bundle.quantization is not None:
+                with at_path("quantization"):
+                    decode(_Quantization, bundle.quantization, strict=False)
+        except RecordError as e:
+            raise BundleError(
+                f"{root / MANIFEST_FILE} is not complete",
+                found=str(e),
+                do="copy or export the bundle again",
+            ) from e
+        if data.get("signatures") != encode(bundle.signatures):
+            raise BundleError(
+                f"bundle '{root}' has other graph inputs or outputs than this version expects",
+                found="the stored signatures differ from the contract",
+                do="export the checkpoint again with this version of twotower",
+            )
         return bundle
 
     def check(self, *, weights: bool = True, progress: Progress | None = None) -> None:
@@ -251,19 +310,6 @@ def _manifest(root: Path) -> dict[str, Any]:
             found=f"schema {schema!r}; this version reads schema {SCHEMA}",
             do=_newer_or_older(data, root, schema),
         )
-    requires = data.get("requires", [])
-    if not isinstance(requires, list) or not all(isinstance(feature, str) for feature in requires):
-        found = f"`requires` is {requires!r}; allowed: a list of names"
-        raise BundleError(
-            f"{file} is not complete", found=found, do="copy or export the bundle again"
-        )
-    unknown = sorted(set(requires) - FEATURES)
-    if unknown:
-        raise BundleError(
-            f"bundle '{root}' needs a newer version of twotower",
-            found=f"it requires {', '.join(unknown)}; this version knows {', '.join(sorted(FEATURES))}",
-            do="`pip install --upgrade twotower`, or export the checkpoint with this version",
-        )
     return dict(data)
 
 
@@ -272,71 +318,107 @@ def _newer_or_older(data: Any, root: Path, schema: Any) -> str:
     if isinstance(schema, int) and schema > SCHEMA:
         return "`pip install --upgrade twotower`, or export the checkpoint with this version"
     facts = data if isinstance(data, dict) else {}
-    source, few = facts.get("source"), facts.get("quantization")
-    name = (
-        f" (it was exported from {source['name']!r})"
-        if isinstance(source, dict) and "name" in source
-        else ""
+    source, quantized = facts.get("source"), facts.get("quantization")
+    name = again = ""
+    if isinstance(source, dict) and "name" in source:
+        name = f" (it was exported from {source['name']!r})"
+    if isinstance(quantized, dict):
+        recipe = quantized.get("recipe", {}).get("name", "RECIPE")
+        again = f", `twotower quantize NEW --recipe {recipe} -o QUANTIZED`"
+    return (
+        f"`twotower export CHECKPOINT -o NEW` with this version{name}{again}, then "
+        "`twotower build`; or use the old version"
     )
-    recipe = few.get("recipe", {}).get("name", "RECIPE") if isinstance(few, dict) else ""
-    again = f", `twotower quantize NEW --recipe {recipe} -o QUANTIZED`" if recipe else ""
-    return f"`twotower export CHECKPOINT -o NEW` with this version{name}{again}, then `twotower build`; or use the old version"
 
 
-def _quantization(data: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What a manifest says of few bits, with what everybody reads of it there.
+def derive_bundle(
+    bundle: Bundle,
+    output: Path,
+    *,
+    presets: Mapping[str, GenerationConfig],
+    default: str,
+    reports: Mapping[str, Any] | None = None,
+) -> Bundle:
+    """A bundle that differs in its presets and defaults only; its engines come along.
+
+    Files are hard links where the file system allows it (a bundle's files are never changed in
+    place), copies elsewhere.
+
+    Args:
+        bundle: The original; not changed.
+        output: The folder to make.
+        presets: Named settings to store.
+        default: The one that becomes the bundle's default.
+        reports: JSON reports to store, by name; how the presets were found, for instance.
 
     Raises:
-        KeyError, TypeError: it is not complete, or names a format of another version.
+        BundleError: the folder exists, or cannot be written.
     """
-    if not data:
-        return None
-    for name in data["formats"]:
-        FORMATS[name]
-    return {
-        **data,
-        "recipe": {"name": str(data["recipe"]["name"]), **data["recipe"]},
-        "measured": data["measured"],
-    }
-
-
-def _parsed(root: Path, data: dict[str, Any]) -> Bundle:
-    try:
-        config = ModelConfig.from_json(data["model"])
-        dtype = str(data["dtype"])
-        all_signatures = signatures(config, dtype)
-        if data["signatures"] != {name: s.to_json() for name, s in all_signatures.items()}:
-            raise BundleError(
-                f"bundle '{root}' has other graph inputs or outputs than this version expects",
-                found="the stored signatures differ from the contract",
-                do="export the checkpoint again with this version of twotower",
-            )
-        return Bundle(
-            path=root,
-            config=config,
-            dtype=dtype,
-            precision=dict(data["precision"]),
-            trained_block_size=int(data["generation"]["trained_block_size"]),
-            defaults=GenerationConfig.from_mapping(data["generation"]["defaults"]),
-            presets={
-                str(k): GenerationConfig.from_mapping(v)
-                for k, v in data["generation"].get("presets", {}).items()
-            },
-            source=dict(data["source"]),
-            files={
-                str(k): FileRecord(int(v["size"]), str(v["sha256"]))
-                for k, v in data["files"].items()
-            },
-            tools=dict(data["tools"]),
-            signatures=all_signatures,
-            quantization=_quantization(data.get("quantization")),
-            requires=frozenset(map(str, data.get("requires", ()))),
-        )
-    except ConfigError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    if output.exists() or output.is_symlink():
         raise BundleError(
-            f"{root / MANIFEST_FILE} is not complete",
-            found=f"{type(e).__name__}: {e}",
-            do="copy or export the bundle again",
+            f"the output folder '{output}' exists already",
+            found="a bundle is never overwritten",
+            do="name a new folder with -o",
+        )
+    manifest = json.loads((bundle.path / MANIFEST_FILE).read_text(encoding="utf-8"))
+    manifest["generation"]["presets"] = encode(presets)
+    manifest["generation"]["defaults"] = presets[default].to_json()
+    try:
+        with unpublished(output) as folder:
+            for source in sorted(p for p in bundle.path.rglob("*") if p.is_file()):
+                relative = source.relative_to(bundle.path)
+                if relative.as_posix() != MANIFEST_FILE and not _hidden_engine(relative):
+                    (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+                    link_file(source, folder / relative)
+            for name, report in (reports or {}).items():
+                file = folder / "reports" / f"{name}.json"
+                file.unlink(missing_ok=True)  # a link to the original's must not be written through
+                write_json(file, report)
+            write_json(folder / MANIFEST_FILE, manifest)
+    except OSError as e:
+        raise BundleError(
+            f"the bundle '{output}' could not be written",
+            found=str(e),
+            do="free disk space or check permissions; nothing was left behind",
         ) from e
+    return Bundle.open(output, contents=False)
+
+
+def _hidden_engine(relative: Path) -> bool:
+    """Locks, the cache, half-built engines and graphs that failed belong to the bundle they came about in."""
+    return relative.parts[0] == "engines" and any(part.startswith(".") for part in relative.parts)
+
+
+def note_measurement(bundle: Bundle, measured: Mapping[str, Any]) -> None:
+    """Replaces the note of an earlier measurement. The manifest is written whole or not at all; no other file changes.
+
+    Raises:
+        BundleError: the bundle is not quantized, or cannot be written.
+    """
+    if bundle.quantization is None:
+        raise BundleError(
+            f"bundle '{bundle.path}' is not quantized",
+            found="no recipe in its manifest",
+            do="measure a quantized bundle",
+        )
+    file = bundle.path / MANIFEST_FILE
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest["quantization"]["measured"] = dict(measured)
+        write_json(file, manifest)
+    except OSError as e:
+        raise BundleError(
+            f"cannot note the measurement in {file}",
+            found=str(e),
+            do="make the folder writable, or pass --no-note to measure only",
+        ) from e
+
+
+def flags_of_bundle(bundle: Bundle) -> list[str]:
+    """Sentences a user must read before trusting the bundle; empty for a float one, and for one that is inside its budget."""
+    if bundle.quantization is None:
+        return []
+    measured = bundle.quantization.get("measured")
+    if measured is None:
+        return []
+    return [str(flag) for flag in measured["flags"]]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeGuard
 
 from twotower.errors import ConfigError
+from twotower.records import decode, encode
 
 __all__ = ["CANDIDATES", "MODES", "GenerationConfig"]
 
@@ -142,7 +143,12 @@ class GenerationConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that `from_mapping` reads back."""
-        return {**asdict(self), "stop": list(self.stop)}
+        return dict(encode(self))
+
+    @classmethod
+    def from_json(cls, data: Any) -> GenerationConfig:
+        """What `to_json` wrote, or a part of it."""
+        return cls.from_mapping(decode(dict[str, Any], data))
 
 
 def _is_whole(value: object) -> TypeGuard[int]:
