@@ -134,7 +134,7 @@ def test_the_evaluation_page_sorts_its_tables_and_needs_no_network(
     report["bundle"] = {"name": "b", "target": "fake"}
     curve, png = draw_curve(report)
     assert png.startswith(b"\x89PNG")
-    page = opened(browser, tmp_path, report_page(report, curve))
+    page = opened(browser, tmp_path, report_page(report, curve, model="m"))
     assert page.find_elements("css selector", ".picture svg")
     requested = page.execute_script(
         "return performance.getEntriesByType('resource').map(e => e.name)"
@@ -167,7 +167,7 @@ def test_the_price_of_quantization_is_shown_and_sorts(
         report = price_of(
             Pair(few, exact), (changed, model), load_suite().only(limit=1), PriceConfig()
         )
-    page = opened(browser, tmp_path, price_page(report, draw_sensitivity(report)[0]))
+    page = opened(browser, tmp_path, price_page(report, draw_sensitivity(report)[0], model="m"))
     assert len(page.find_elements("css selector", ".card")) == 5
     assert page.find_elements("css selector", ".picture svg")
     assert (

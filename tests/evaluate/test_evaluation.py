@@ -214,7 +214,7 @@ def test_the_page_holds_every_setting_and_no_markup_of_its_content(tmp_path: Pat
     model = FakeModel(hostile, wrong_below=-1.0)
     report = evaluate(model, Suite("s", "0" * 64, hostile), CONFIG).report  # type: ignore[arg-type]
     report["bundle"] = {"name": "b<b>", "target": "fake"}
-    page = report_page(report, "<svg></svg>")
+    page = report_page(report, "<svg></svg>", model="m")
     assert "<script>alert" not in page
     assert "b&lt;b&gt;" in page
     for threshold in CONFIG.thresholds:

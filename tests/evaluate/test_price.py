@@ -178,12 +178,12 @@ def test_lines_and_page_show_it(report: dict[str, Any]) -> None:
     ):
         assert word in lines
     svg, png = draw_sensitivity(report)
-    page = price_page(report, svg)
+    page = price_page(report, svg, model="m")
     assert png.startswith(b"\x89PNG") and "all together" in svg
     for word in ("true speedup", "Bytes of the weights", "int4 in groups of 32", "By task", "<svg"):
         assert word in page
     assert "$" not in page.split("<script")[0], "every part of the page is filled in"
-    flagged = price_page({**report, "flags": ["keeps <nothing>"]}, "")
+    flagged = price_page({**report, "flags": ["keeps <nothing>"]}, "", model="m")
     assert "<b>Flagged:</b> keeps &lt;nothing&gt;" in flagged
 
 

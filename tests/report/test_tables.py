@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from twotower.report.tables import Column, Table, labelled, number
+from twotower.units import format_bytes
 
 
 @pytest.mark.parametrize(
@@ -18,9 +21,10 @@ from twotower.report.tables import Column, Table, labelled, number
         (None, ".1f", " %", "-"),
         (True, ".1f", " %", "yes"),
         (False, "", "", "no"),
+        (2048, format_bytes, "/s", "2 KiB/s"),
     ],
 )
-def test_a_cell(cell: str | float | None, spec: str, unit: str, text: str) -> None:
+def test_a_cell(cell: str | float | None, spec: Any, unit: str, text: str) -> None:
     assert number(cell, spec, unit) == text
 
 
@@ -51,6 +55,12 @@ def test_html_escapes_its_cells_and_marks_its_rows() -> None:
     assert '<tr class=""><th scope="row">a|b &lt;i&gt;</th><td>98.7 %</td>' in html
     assert '<td class="words">for two\nlines</td>' in html
     assert '<tr class="total"><th scope="row">all together</th><td>-</td>' in html
+
+
+def test_sizes_in_html_sort_by_their_bytes() -> None:
+    html = Table(["", Column("size", format_bytes)], [("a", 2048), ("b", 900)]).html()
+    assert '<td data-value="2048">2 KiB</td>' in html
+    assert '<td data-value="900">900 B</td>' in html
 
 
 def test_markdown_keeps_a_cell_on_its_line_and_in_its_column() -> None:

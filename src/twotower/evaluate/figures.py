@@ -1,9 +1,10 @@
-"""Pictures as SVG for a page and PNG for a slide: quality against speed, what each part costs, ranges of activations."""
+"""Pictures of evaluations, the impact of quantization and activation ranges, as SVG and PNG."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,15 +19,10 @@ if TYPE_CHECKING:  # calibration needs what an evaluation does not
 
 __all__ = ["draw_curve", "draw_ranges", "draw_sensitivity", "require_charts"]
 
-_COLOURS = (
-    "#3b6fb6",
-    "#c2571a",
-    "#3f8f5b",
-    "#8a5aa8",
-    "#7a7a2a",
-    "#a03c5a",
-)  # told apart without red against green
-_INK, _FAINT = "#26303c", "#8b95a1"
+# Told apart without red against green.
+_COLOURS = ("#3b6fb6", "#c2571a", "#3f8f5b", "#8a5aa8", "#7a7a2a", "#a03c5a")
+_BLUE, _ORANGE = _COLOURS[:2]
+_INK, _FAINT, _GRID = "#26303c", "#8b95a1", "#d9dee4"
 _FAR = 1.6  # from this speedup on the baseline stands in a panel of its own
 
 
@@ -39,37 +35,89 @@ def require_charts() -> None:
     require_libraries("evaluate", "matplotlib", what="a report with a picture")
 
 
-def draw_curve(report: dict[str, Any]) -> tuple[str, bytes]:
-    """Retention against speed, one line for each limit of steps: the curve as SVG text and as PNG."""
+@contextmanager
+def _figure(width: float, height: float, font: int = 9) -> Iterator[Any]:
+    """An empty figure, to be drawn and saved inside."""
     from matplotlib import rc_context  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    # The figure itself draws: pyplot would look for a screen and keep every figure alive.
     with rc_context(
         {
             "svg.hashsalt": "twotower",
             "svg.fonttype": "none",
             "font.family": "sans-serif",
-            "font.size": 10,
+            "font.size": font,
         }
     ):
-        figure = Figure(figsize=(9.2, 4.6), layout="constrained")
+        # The figure itself draws: pyplot would look for a screen and keep every figure alive.
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def _saved(figure: Any, *, dpi: int = 150, transparent: bool = True) -> tuple[str, bytes]:
+    """The figure as SVG and as PNG."""
+    svg, png = io.StringIO(), io.BytesIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=transparent)
+    figure.savefig(png, format="png", dpi=dpi, facecolor="white")
+    return svg.getvalue(), png.getvalue()
+
+
+def _for_a_page(figure: Any) -> tuple[str, bytes]:
+    """The same, the SVG without what stands before its element."""
+    svg, png = _saved(figure)
+    return svg[svg.index("<svg") :], png
+
+
+def _frame(axes: Any, grid: str = "both") -> None:
+    axes.grid(axis=grid, color=_GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_curve(report: Mapping[str, Any]) -> tuple[str, bytes]:
+    """Retention against speed, a line for each limit of steps, as SVG text and as PNG."""
+    with _figure(9.2, 4.6, font=10) as figure:
         baseline, curve = _panels(figure, report)
-        _draw_baseline(baseline)
-        _draw_curve(curve, report)
-        _frame(figure, baseline, curve)
-        svg, png = io.StringIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
-        figure.savefig(png, format="png", dpi=150, facecolor="white")
-    text = svg.getvalue()
-    return text[text.index("<svg") :], png.getvalue()
+        baseline.plot([1], [100], "s", color=_INK, markersize=7, label="autoregression")
+        baseline.axvline(1, color=_FAINT, linewidth=0.8)
+        _draw_sweep(curve, report["settings"])
+        for name, marker, label in (
+            (DEFAULT, "*", "default preset"),
+            (OTHER, "D", "other bundle"),
+        ):
+            if name in report["settings"]:
+                _draw_preset(curve, report["settings"][name]["total"], marker, label)
+        if "budget" in report:
+            percent = report["budget"]["percent"]
+            curve.axhline(percent, color=_FAINT, linewidth=0.9, linestyle="--")
+            curve.annotate(
+                f"budget {percent:g} %",
+                (1, percent),
+                fontsize=8,
+                color=_FAINT,
+                xytext=(-4, 4),
+                textcoords="offset points",
+                xycoords=("axes fraction", "data"),
+                ha="right",
+            )
+        figure.supxlabel("speed: times the tokens per second of autoregression", fontsize=10)
+        baseline.set_ylabel("right answers kept, % of autoregression's")
+        handles: dict[str, Any] = {}
+        for axes in (curve, baseline):
+            _frame(axes)
+            handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        curve.legend(
+            handles.values(), handles.keys(), frameon=False, fontsize=8.5, loc="lower left"
+        )
+        return _for_a_page(figure)
 
 
-def _panels(figure: Any, report: dict[str, Any]) -> tuple[Any, Any]:
-    """Axes of the baseline and of the curve: one and the same, unless the curve is so far away that it would shrink to a stroke."""
-    speeds = [
-        s["total"]["speedup"]["value"] for name, s in report["settings"].items() if name != AR
-    ]
+def _panels(figure: Any, report: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Axes of the baseline and of the curve.
+
+    They are one, unless the curve is so far away that it would shrink to a stroke.
+    """
+    totals = [setting["total"] for name, setting in report["settings"].items() if name != AR]
+    speeds = [total["speedup"]["value"] for total in totals]
     if min((x for x in speeds if x is not None), default=1.0) < _FAR:
         axes = figure.add_subplot()
         return axes, axes
@@ -81,90 +129,38 @@ def _panels(figure: Any, report: dict[str, Any]) -> tuple[Any, Any]:
     return baseline, curve
 
 
-def _draw_baseline(axes: Any) -> None:
-    axes.plot([1], [100], "s", color=_INK, markersize=7, label="autoregression")
-    axes.axvline(1, color=_FAINT, linewidth=0.8)
-
-
-def _draw_curve(axes: Any, report: dict[str, Any]) -> None:
-    settings = report["settings"]
+def _draw_sweep(axes: Any, settings: Mapping[str, Any]) -> None:
     sweep: dict[int, list[tuple[float, dict[str, Any]]]] = {}
     for name, setting in settings.items():
         if name not in (AR, DEFAULT, OTHER):
-            sweep.setdefault(setting["config"]["steps_per_block"], []).append(
-                (setting["config"]["confidence_threshold"], setting["total"])
-            )
+            config = setting["config"]
+            point = (config["confidence_threshold"], setting["total"])
+            sweep.setdefault(config["steps_per_block"], []).append(point)
     for colour, (steps, points) in zip(_COLOURS * len(sweep), sorted(sweep.items()), strict=False):
         points.sort(key=lambda point: point[0])
-        x, y = (
-            [p["speedup"]["value"] for _, p in points],
-            [p["retention"]["value"] for _, p in points],
-        )
-        axes.plot(
-            x,
-            y,
-            "-o",
-            color=colour,
-            markersize=4,
-            linewidth=1.5,
-            label=f"at most {steps} passes a block",
-        )
+        x = [total["speedup"]["value"] for _, total in points]
+        y = [total["retention"]["value"] for _, total in points]
+        label = f"at most {steps} passes a block"
+        axes.plot(x, y, "-o", color=colour, markersize=4, linewidth=1.5, label=label)
         if steps != max(sweep):
             continue  # thresholds stand at one line only: the lines lie close together
+        place = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8, "color": colour}
         for (threshold, _), a, b in zip(points, x, y, strict=True):
-            axes.annotate(
-                f"{threshold:g}",
-                (a, b),
-                xytext=(5, 5),
-                textcoords="offset points",
-                fontsize=8,
-                color=colour,
-            )
-    for name, marker, label in ((DEFAULT, "*", "default preset"), (OTHER, "D", "other bundle")):
-        if name in settings:
-            _mark(axes, settings[name]["total"], marker, label)
-    if "budget" in report:
-        percent = report["budget"]["percent"]
-        axes.axhline(percent, color=_FAINT, linewidth=0.9, linestyle="--")
-        place = {
-            "xytext": (-4, 4),
-            "textcoords": "offset points",
-            "xycoords": ("axes fraction", "data"),
-            "ha": "right",
-        }
-        axes.annotate(f"budget {percent:g} %", (1, percent), fontsize=8, color=_FAINT, **place)
+            axes.annotate(f"{threshold:g}", (a, b), **place)
 
 
-def _frame(figure: Any, baseline: Any, curve: Any) -> None:
-    both = (baseline,) if baseline is curve else (baseline, curve)
-    for axes in both:
-        axes.grid(color="#d9dee4", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("speed: times the tokens per second of autoregression", fontsize=10)
-    baseline.set_ylabel("right answers kept, % of autoregression's")
-    handles = dict(zip(*reversed(curve.get_legend_handles_labels()), strict=True)) | dict(
-        zip(*reversed(baseline.get_legend_handles_labels()), strict=True)
-    )
-    curve.legend(handles.values(), handles.keys(), frameon=False, fontsize=8.5, loc="lower left")
-
-
-def _mark(axes: Any, total: dict[str, Any], marker: str, label: str) -> None:
+def _draw_preset(axes: Any, total: Mapping[str, Any], marker: str, label: str) -> None:
     x, y = total["speedup"], total["retention"]
     if x["value"] is None or y["value"] is None:
         return
-    bars = {
-        "xerr": [[x["value"] - x["low"]], [x["high"] - x["value"]]],
-        "yerr": [[y["value"] - y["low"]], [y["high"] - y["value"]]],
-    }
-    size = 13 if marker == "*" else 7
     axes.errorbar(
         [x["value"]],
         [y["value"]],
-        **bars,
+        xerr=[[x["value"] - x["low"]], [x["high"] - x["value"]]],
+        yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]],
         fmt=marker,
         color=_INK,
-        markersize=size,
+        markersize=13 if marker == "*" else 7,
         capsize=3,
         linewidth=1,
         label=label,
@@ -172,60 +168,43 @@ def _mark(axes: Any, total: dict[str, Any], marker: str, label: str) -> None:
     )
 
 
-_GOOD, _BAD = "#3b6fb6", "#c2571a"
-
-
 def draw_sensitivity(report: Mapping[str, Any]) -> tuple[str, bytes]:
-    """Quality and passes with one part quantized at a time, with intervals: as SVG text and PNG; needs matplotlib."""
-    from matplotlib import rc_context  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
+    """Quality and passes with one part quantized at a time, with intervals, as SVG and PNG."""
     rows = [*report["sensitivity"].items(), ("all together", report["compared"])][::-1]
     budget = report["budget"]
-    with rc_context(
-        {
-            "svg.hashsalt": "twotower",
-            "svg.fonttype": "none",
-            "font.family": "sans-serif",
-            "font.size": 9,
-        }
-    ):
-        figure = Figure(figsize=(9.2, 0.8 + 0.42 * len(rows)), layout="constrained")
+    with _figure(9.2, 0.8 + 0.42 * len(rows)) as figure:
         kept, passes = figure.subplots(1, 2, sharey=True)
-        limits = (
-            (kept, "retention", 1.0, 0.0, budget["percent"]),
-            (passes, "inflation", 100.0, -100.0, budget["max_inflation"]),
-        )
-        for axes, name, factor, shift, limit in limits:
-            for y, (_, facts) in enumerate(rows):
-                value, low, high = (facts[name][k] for k in ("value", "low", "high"))
-                if value is None:
-                    continue
-                x, ends = factor * value + shift, [factor * end + shift for end in (low, high)]
-                inside = x >= limit if name == "retention" else x <= limit
-                bars = [[x - ends[0]], [ends[1] - x]]
-                axes.errorbar(
-                    [x],
-                    [y],
-                    xerr=bars,
-                    fmt="o",
-                    color=_GOOD if inside else _BAD,
-                    markersize=5,
-                    capsize=3,
-                    linewidth=1.2,
-                )
+        for y, (_, facts) in enumerate(rows):
+            points = [facts["retention"][k] for k in ("value", "low", "high")]
+            if points[0] is not None:
+                _draw_interval(kept, y, points, inside=points[0] >= budget["percent"])
+            ratios = [facts["inflation"][k] for k in ("value", "low", "high")]
+            if ratios[0] is not None:
+                more = [100 * (ratio - 1) for ratio in ratios]
+                _draw_interval(passes, y, more, inside=more[0] <= budget["max_inflation"])
+        for axes, limit in ((kept, budget["percent"]), (passes, budget["max_inflation"])):
             axes.axvline(limit, color=_FAINT, linewidth=0.9, linestyle="--")
             axes.set_yticks(range(len(rows)), [label for label, _ in rows])
             axes.set_ylim(-0.6, len(rows) - 0.4)
-            axes.grid(axis="x", color="#d9dee4", linewidth=0.6)
-            axes.spines[["top", "right"]].set_visible(False)
+            _frame(axes, "x")
         kept.set_xlabel("right answers kept, %")
         passes.set_xlabel("more passes a block, %")
-        svg, png = io.StringIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
-        figure.savefig(png, format="png", dpi=150, facecolor="white")
-    text = svg.getvalue()
-    return text[text.index("<svg") :], png.getvalue()
+        return _for_a_page(figure)
+
+
+def _draw_interval(axes: Any, y: int, points: list[float], *, inside: bool) -> None:
+    """A value, and the low and the high end of its interval, which are the `points`."""
+    value, low, high = points
+    axes.errorbar(
+        [value],
+        [y],
+        xerr=[[value - low], [high - value]],
+        fmt="o",
+        color=_BLUE if inside else _ORANGE,
+        markersize=5,
+        capsize=3,
+        linewidth=1.2,
+    )
 
 
 _PANELS = (
@@ -239,7 +218,6 @@ _PANELS = (
     ("shared_experts.down_proj.weight", "shared expert, hidden"),
     ("lm_head.weight", "head, in"),
 )
-_LINE, _TEXT = "#3b6fb6", "#c2571a"
 
 
 def draw_ranges(statistics: Statistics) -> dict[str, bytes]:
@@ -249,68 +227,45 @@ def draw_ranges(statistics: Statistics) -> dict[str, bytes]:
     clean text in the denoiser, which no step of generation ever sees, and the mark beside it the
     context tower on text.
     """
-    from matplotlib import rc_context  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
-    from matplotlib.ticker import LogFormatter  # noqa: PLC0415
-
     denoiser, context = statistics.towers[DENOISER], statistics.towers[CONTEXT]
     panels = [(title, _of(denoiser, end), _of(context, end)) for end, title in _PANELS]
     panels = [panel for panel in panels if panel[1]]
-    with rc_context(
-        {
-            "svg.hashsalt": "twotower",
-            "svg.fonttype": "none",
-            "font.family": "sans-serif",
-            "font.size": 9,
-        }
-    ):
-        columns = min(3, len(panels))
-        rows = -(-len(panels) // columns)
-        figure = Figure(figsize=(3.3 * columns, 2.5 * rows + 0.4), layout="constrained")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    with _figure(3.3 * columns, 2.5 * rows + 0.4) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True).reshape(-1)
         t = np.arange(len(denoiser.buckets)) / 8
         for axes, (title, inside, outside) in zip(grid, panels, strict=False):
-            greatest = denoiser.greatest[inside]
-            known = ~np.isnan(greatest).all(axis=0)  # of some fractions a run may have seen nothing
-            shown = np.maximum(greatest[:, known], 1e-3)
-            axes.plot(t[known], shown.T, color=_LINE, alpha=0.35, linewidth=0.9)
-            axes.plot(
-                t[known],
-                np.nanmedian(shown, axis=0),
-                "-o",
-                color=_LINE,
-                linewidth=2.2,
-                markersize=4,
-            )
-            axes.axvline(0, color=_FAINT, linewidth=0.8, linestyle=":")
-            if outside:
-                seen = context.greatest[outside][:, 0]
-                axes.plot(
-                    np.full(len(seen), -0.06),
-                    np.maximum(seen, 1e-3),
-                    "_",
-                    color=_TEXT,
-                    markersize=9,
-                )
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(LogFormatter())
-            axes.yaxis.set_minor_formatter(
-                LogFormatter(labelOnlyBase=False, minor_thresholds=(1.2, 0.5))
-            )
+            _draw_panel(axes, t, denoiser.greatest[inside], context.greatest[outside][:, 0])
             axes.set_title(title, fontsize=9, color=_INK, loc="left")
-            axes.grid(color="#d9dee4", linewidth=0.5)
-            axes.spines[["top", "right"]].set_visible(False)
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
         figure.supxlabel(
-            "t, masked fraction of the block (0: clean text in the denoiser; orange: the context tower)",
+            "t, masked fraction of the block "
+            "(0: clean text in the denoiser; orange: the context tower)",
             fontsize=9,
         )
-        figure.supylabel("greatest magnitude", fontsize=9)
-        svg, png = io.BytesIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-        figure.savefig(png, format="png", dpi=130, facecolor="white")
-    return {"ranges.svg": svg.getvalue(), "ranges.png": png.getvalue()}
+        figure.supylabel("largest magnitude (amax)", fontsize=9)
+        svg, png = _saved(figure, dpi=130, transparent=False)
+    return {"ranges.svg": svg.encode(), "ranges.png": png}
+
+
+def _draw_panel(axes: Any, t: Any, denoiser: Any, context: Any) -> None:
+    """Largest magnitudes of inputs by t, [inputs, t], and in the context tower, [inputs]."""
+    from matplotlib.ticker import LogFormatter  # noqa: PLC0415
+
+    known = ~np.isnan(denoiser).all(axis=0)  # of some fractions a run may have seen nothing
+    shown = np.maximum(denoiser[:, known], 1e-3)
+    median = np.nanmedian(shown, axis=0)
+    axes.plot(t[known], shown.T, color=_BLUE, alpha=0.35, linewidth=0.9)
+    axes.plot(t[known], median, "-o", color=_BLUE, linewidth=2.2, markersize=4)
+    axes.axvline(0, color=_FAINT, linewidth=0.8, linestyle=":")
+    left = np.full(len(context), -0.06)
+    axes.plot(left, np.maximum(context, 1e-3), "_", color=_ORANGE, markersize=9)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.2, 0.5)))
+    _frame(axes)
 
 
 def _of(tower: TowerStatistics, end: str) -> list[int]:

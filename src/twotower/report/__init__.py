@@ -1,1 +1,1 @@
-"""What every report is made of: tables for terminals, pages and documents, and the frame of a page."""
+"""What reports are made of: tables for terminals, pages and documents, and the frame of a page."""

@@ -3,7 +3,7 @@ for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[0];
   [...table.tHead.rows[0].cells].forEach((cell, column) => {
     cell.tabIndex = 0;
-    const value = row => { const text = row.cells[column].textContent; const n = parseFloat(text); return isNaN(n) ? text : n; };
+    const value = row => { const c = row.cells[column], text = c.dataset.value ?? c.textContent; const n = parseFloat(text); return isNaN(n) ? text : n; };
     const sort = () => {
       const down = cell.getAttribute("aria-sort") !== "descending";
       for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");

@@ -6,7 +6,7 @@ under a name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -16,12 +16,15 @@ Cell = str | float | None
 """Text, which is shown as it is, a number, a truth value, or None where there is no figure."""
 
 
-def number(value: Cell, spec: str = "", unit: str = "") -> str:
+Spec = str | Callable[[float], str]
+
+
+def number(value: Cell, spec: Spec = "", unit: str = "") -> str:
     """A cell as text: `98.7 %` of 98.7, `.1f` and ` %`; `-` for None.
 
     Args:
         value: What to write. `unit` and `spec` are for numbers alone.
-        spec: As in `format`, e.g. `.1f` or `+.1f`.
+        spec: As in `format`, e.g. `.1f` or `+.1f`; or a function that writes the number.
         unit: Follows the number, with its space if it has one.
     """
     if value is None:
@@ -30,7 +33,7 @@ def number(value: Cell, spec: str = "", unit: str = "") -> str:
         return value
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:{spec}}{unit}"
+    return (spec(value) if callable(spec) else f"{value:{spec}}") + unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class Column:
     """How the cells of a column are written; see `number` for `spec` and `unit`."""
 
     heading: str
-    spec: str = ""
+    spec: Spec = ""
     unit: str = ""
     left: bool = False
     """Flush left, for words; numbers stand flush right."""
@@ -57,6 +60,7 @@ class Table:
     ) -> None:
         self._columns = [Column(c, left=True) if isinstance(c, str) else c for c in columns]
         self._rows: list[list[str]] = []
+        self._figures: list[Sequence[Cell]] = []
         self._kinds: list[str] = []
         for row in rows:
             self.add(*row)
@@ -71,6 +75,7 @@ class Table:
         """
         pairs = zip(self._columns, cells, strict=True)
         self._rows.append([number(cell, column.spec, column.unit) for column, cell in pairs])
+        self._figures.append(cells)
         self._kinds.append(kind)
 
     def text(self, indent: str = "") -> list[str]:
@@ -88,27 +93,36 @@ class Table:
         return lines
 
     def html(self) -> str:
-        """A `<table>` in the style of `report.css`; the first cell of a row is its heading."""
-        css = [' class="words"' if column.left else "" for column in self._columns]
+        """A `<table>` in the style of `report.css`; the first cell of a row is its heading.
+
+        Numbers that a function writes are in the attribute `data-value`, for those who sort.
+        """
         head = "".join(
-            f'<th scope="col"{kind}>{escape(column.heading)}</th>'
-            for column, kind in zip(self._columns, css, strict=True)
+            f'<th scope="col"{_css(column)}>{escape(column.heading)}</th>'
+            for column in self._columns
         )
         body = []
-        for row, kind in zip(self._rows, self._kinds, strict=True):
-            name, *figures = (escape(cell) for cell in row)
-            cells = "".join(f"<td{k}>{c}</td>" for k, c in zip(css[1:], figures, strict=True))
-            body.append(f'<tr class="{kind}"><th scope="row">{name}</th>{cells}</tr>')
+        for texts, figures, kind in zip(self._rows, self._figures, self._kinds, strict=True):
+            cells = [f'<th scope="row">{escape(texts[0])}</th>']
+            for column, text, figure in zip(self._columns[1:], texts[1:], figures[1:], strict=True):
+                written = callable(column.spec) and figure is not None
+                value = f' data-value="{figure}"' if written else ""
+                cells.append(f"<td{_css(column)}{value}>{escape(text)}</td>")
+            body.append(f'<tr class="{kind}">{"".join(cells)}</tr>')
         return (
             f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
             f"<tbody>{''.join(body)}</tbody></table></div>"
         )
 
     def markdown(self) -> list[str]:
-        """Lines of a Markdown table; a cell may hold Markdown, but no line break and no bare bar."""
+        """Lines of a Markdown table, whose cells may hold Markdown."""
         rules = ["---" if column.left else "---:" for column in self._columns]
         rows = [[column.heading for column in self._columns], rules, *self._rows]
         return [f"| {' | '.join(map(_markdown_cell, row))} |" for row in rows]
+
+
+def _css(column: Column) -> str:
+    return ' class="words"' if column.left else ""
 
 
 def _markdown_cell(text: str) -> str:

@@ -1,229 +1,246 @@
-"""The price of quantization as one HTML file and as lines for a terminal."""
+"""The impact of quantization for people: one HTML file, and lines for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
 from twotower.evaluate.evaluation import interval_text
 from twotower.evaluate.quantization.price import FLOAT, FLOAT_AR, QUANTIZED, QUANTIZED_AR
-from twotower.report.page_parts import card, examples, number, page, table
+from twotower.report.pages import Card, Page, paragraphs, picture, unfolding_examples
+from twotower.report.tables import Column, Table, number
+from twotower.units import format_bytes
 
-__all__ = ["price_lines", "price_page"]
+__all__ = ["choice_lines", "price_lines", "price_page"]
 
 
-def price_page(report: dict[str, Any], picture: str) -> str:
-    """The page; `picture` is the sensitivity as SVG, or empty."""
-    suite, machine, facts = report["suite"], report["machine"], report["quantized"]
-    flags = "".join(f"<p><b>Flagged:</b> {escape(flag)}.</p>" for flag in report["flags"])
-    sensitivity = f'<div class="picture">{picture}</div>' if picture else ""
-    return page(
-        "quantization.html",
-        report,
-        title=escape(f"{facts['name']} against {report['reference']['name']}"),
-        subtitle=escape(
-            f"recipe {facts['recipe']}, {suite['problems']} problems, target {facts['target']}, {machine['system']}"
-        ),
-        verdict=flags or "<p>Inside the budget of quality and passes.</p>",
-        cards="".join(_cards(report)),
-        settings=table(_SETTINGS, _setting_rows(report)),
-        bytes=table(_BYTES, _byte_rows(report)),
-        sensitivity=sensitivity
-        + (
-            table(_PARTS, _part_rows(report))
-            if report["sensitivity"]
-            else f"<p>{escape(report['why_not'])}</p>"
-        ),
-        tasks=table(
-            _TASKS, [("", [kind, *_figures(facts)]) for kind, facts in report["tasks"].items()]
-        ),
-        lost="".join(examples(report["lost"], "the quantized bundle"))
-        or "<p>None: every problem solved before is solved after.</p>",
-        method=escape(_method(report)),
+def price_page(report: Mapping[str, Any], sensitivity: str, *, model: str) -> str:
+    """The page.
+
+    Args:
+        report: What `price_of` returned.
+        sensitivity: The picture as SVG, or empty.
+        model: The checkpoint's name.
+    """
+    suite, facts = report["suite"], report["quantized"]
+    flags = "".join(
+        paragraphs(f"Flagged: {flag}.").replace("Flagged:", "<b>Flagged:</b>", 1)
+        for flag in report["flags"]
     )
+    alone = (
+        _parts("quantized alone", {**report["sensitivity"], "all together": report["compared"]})
+        if report["sensitivity"]
+        else None
+    )
+    return Page(
+        title=f"{model}: impact of quantization by recipe {facts['recipe']}",
+        subtitle=f"{facts['name']} against {report['reference']['name']}, {suite['problems']} "
+        f"problems, target {facts['target']}, {report['machine']['system']}",
+        verdict=flags or paragraphs("Inside the budget of quality and passes."),
+        cards=_cards(report),
+        sections={
+            "Before and after": _settings(report).html(),
+            "Bytes of the weights": _sizes(report).html(),
+            "One part at a time": (picture(sensitivity) if sensitivity else "")
+            + (alone.html() if alone else paragraphs(report["why_not"])),
+            "By task": _parts("task", report["tasks"]).html(),
+            "Solved before, lost by quantization": unfolding_examples(
+                report["lost"],
+                "the quantized bundle",
+                "None: every problem solved before is solved after.",
+            ),
+        },
+        method=_method(report),
+        data=report,
+    ).html()
 
 
 def price_lines(report: Mapping[str, Any]) -> list[str]:
     """The same for a terminal."""
     suite, total, weights = report["suite"], report["compared"], report["bytes"]["weights"]
-    lines = [
-        f"{report['quantized']['name']} ({report['quantized']['recipe']}) against {report['reference']['name']}: "
-        f"{suite['problems']} problems of {len(suite['kinds'])} kinds on {report['quantized']['target']}",
+    facts = report["quantized"]
+    return [
+        f"{facts['name']} ({facts['recipe']}) against {report['reference']['name']}: "
+        f"{suite['problems']} problems of {len(suite['kinds'])} kinds on {facts['target']}",
         "",
-        f"{'':<16}{'right':>9}{'kept':>9}{'passes/block':>14}{'tokens/s':>10}",
-    ]
-    for name in (FLOAT, QUANTIZED, FLOAT_AR, QUANTIZED_AR):
-        t = report["settings"][name]["total"]
-        passes = f"{number(t['passes_per_block'], 3):>14}" if "ar" not in name else f"{'-':>14}"
-        kept = f"{number(t['retention']['value'], 1):>8}%"
-        lines.append(
-            f"{name:<16}{t['exact']['value']:>8.1f}%{kept}{passes}{number(t['tokens_per_second'], 0):>10}"
-        )
-    if report["sensitivity"]:
-        lines += [
-            "",
-            f"{'quantized alone':<28}{'kept, 95 % interval':<26}{'more passes a block':<28}{'same text':>9}",
-        ]
-        lines += [
-            f"{kind:<28}{_kept(facts):<26}{_more(facts):<28}{facts['same_text']:>9}"
-            for kind, facts in report["sensitivity"].items()
-        ]
-    else:
-        lines += ["", report["why_not"]]
-    lines += [
+        *_settings(report).text(),
         "",
-        f"weights: {weights['after'] / 1e6:.2f} MB, {weights['after'] / weights['before']:.3f} of before, "
+        *(
+            _parts("quantized alone", report["sensitivity"]).text()
+            if report["sensitivity"]
+            else [report["why_not"]]
+        ),
+        "",
+        f"weights: {format_bytes(weights['after'])}, "
+        f"{weights['after'] / weights['before']:.3f} of before, "
         f"{weights['after'] / weights['bfloat16']:.3f} of bfloat16",
-        f"quality: keeps {_kept(total)} %; passes a block: {_more(total)} %",
+        f"quality: keeps {interval_text(total['retention'])} %; "
+        f"passes a block: {_inflation(total)} %",
         f"speed here: a pass {interval_text(total['step_time'], 2)} times as fast, "
         f"with the passes it needs {interval_text(total['speedup'], 2)} times",
+        *(
+            [f"FLAGGED: {flag}" for flag in report["flags"]]
+            or ["inside the budget of quality and passes"]
+        ),
     ]
-    lines += [f"FLAGGED: {flag}" for flag in report["flags"]] or [
-        "inside the budget of quality and passes"
+
+
+def choice_lines(report: Mapping[str, Any]) -> list[str]:
+    """What recipe `auto` measured and chose; `report` is that of `choose`."""
+    table = Table(["alone", "in", "kept, 95 % interval", "more passes a block, %"])
+    for facts in report["alone"]:
+        kept = interval_text(facts["retention"])
+        table.add(facts["kind"], facts["candidate"], kept, _inflation(facts))
+    check = report["check"]
+    return [
+        "",
+        *table.text(),
+        f"{len(report['tried'])} mixed-precision variants measured; "
+        f"{len(report['layers'])} layers in another format than their kind",
+        f"checked on the other half: keeps {interval_text(check['retention'])} %, "
+        f"{_inflation(check)} % more passes a block",
     ]
-    return lines
 
 
-def _kept(facts: Mapping[str, Any]) -> str:
-    return interval_text(facts["retention"])
-
-
-def _more(facts: Mapping[str, Any]) -> str:
+def _inflation(facts: Mapping[str, Any]) -> str:
+    """Percent of more passes a block, with the interval."""
     moved = {k: None if v is None else 100 * (v - 1) for k, v in facts["inflation"].items()}
     return interval_text(moved)
 
 
-def _cards(report: dict[str, Any]) -> list[str]:
+def _cards(report: Mapping[str, Any]) -> list[Card]:
     total, weights, budget = report["compared"], report["bytes"]["weights"], report["budget"]
-    kept, more = total["retention"]["value"], total["inflation"]["value"]
-    good = " good" if kept is not None and kept >= budget["percent"] else " bad"
-    steady = " good" if more is not None and 100 * (more - 1) <= budget["max_inflation"] else " bad"
+    kept, ratio = total["retention"]["value"], total["inflation"]["value"]
+    more = None if ratio is None else 100 * (ratio - 1)
     before, after = total["passes_per_block"]
     return [
-        card("quality kept", number(kept, 1, " %"), f"95 % interval {_kept(total)}", good),
-        card(
-            "more passes a block",
-            _signed(more),
-            f"{number(before, 3)} before, {number(after, 3)} after",
-            steady,
+        Card(
+            "quality kept",
+            number(kept, ".1f", " %"),
+            f"95 % interval {interval_text(total['retention'])}",
+            kept is not None and kept >= budget["percent"],
         ),
-        card(
+        Card(
+            "more passes a block",
+            number(more, "+.1f", " %"),
+            f"{number(before, '.3f')} before, {number(after, '.3f')} after",
+            more is not None and more <= budget["max_inflation"],
+        ),
+        Card(
             "a pass is",
-            number(total["step_time"]["value"], 2, "x"),
+            number(total["step_time"]["value"], ".2f", "x"),
             f"as fast, interval {interval_text(total['step_time'], 2)}",
         ),
-        card(
+        Card(
             "true speedup",
-            number(total["speedup"]["value"], 2, "x"),
+            number(total["speedup"]["value"], ".2f", "x"),
             "step-time ratio over pass ratio",
         ),
-        card(
+        Card(
             "of bfloat16's bytes",
-            number(weights["after"] / weights["bfloat16"], 3, "x"),
-            f"{weights['after'] / 1e6:.2f} MB of weights",
+            number(weights["after"] / weights["bfloat16"], ".3f", "x"),
+            f"{format_bytes(weights['after'])} of weights",
         ),
     ]
 
 
-def _signed(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{100 * (ratio - 1):+.1f} %"
-
-
-_SETTINGS = ("", "right", "kept, 95 % interval", "passes a block", "tokens a pass", "tokens/s")
-_BYTES = ("layer kind", "stored as", "before", "after", "of bfloat16")
-_PARTS = (
-    "quantized alone",
-    "kept, 95 % interval",
-    "more passes a block, 95 % interval",
-    "a pass is",
-    "true speedup",
-    "same text",
-    "lost",
-    "won",
-)
-_TASKS = ("task", *_PARTS[1:])
-
-
-def _setting_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    rows = []
-    for name in (FLOAT, QUANTIZED, FLOAT_AR, QUANTIZED_AR):
-        t = report["settings"][name]["total"]
-        cells = [number(t["exact"]["value"], 1, " %"), interval_text(t["retention"])]
-        rates = [
-            number(t["passes_per_block"], 3),
-            number(t["tokens_per_pass"], 2),
-            number(t["tokens_per_second"], 0),
-        ]
-        rows.append(("total" if name == QUANTIZED else "", [name, *cells, *rates]))
-    return rows
-
-
-def _byte_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    stored = report["quantized"]["precision"]
-    kinds = report["bytes"]["kinds"]
-    rows = [
-        ("", [kind, stored.get(kind, "-"), *_sizes(b["before"], b["after"], b["bfloat16"])])
-        for kind, b in kinds.items()
-    ]
-    total = report["bytes"]["weights"]
-    rows.append(
-        ("total", ["all weights", "", *_sizes(total["before"], total["after"], total["bfloat16"])])
-    )
-    files = report["bytes"]["files"]
-    rows.append(
-        (
-            "total",
-            [
-                "bundle, graphs and tokenizer included",
-                "",
-                *_sizes(files["before"], files["after"], None),
-            ],
-        )
-    )
-    return rows
-
-
-def _sizes(before: int, after: int, half: int | None) -> list[str]:
-    return [
-        f"{before / 1e6:.3f} MB",
-        f"{after / 1e6:.3f} MB",
-        "-" if not half else f"{after / half:.3f}",
-    ]
-
-
-def _part_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    rows = [("", [kind, *_figures(facts)]) for kind, facts in report["sensitivity"].items()]
-    return [*rows, ("total", ["all together", *_figures(report["compared"])])]
-
-
-def _figures(facts: Mapping[str, Any]) -> list[str]:
-    speeds = [number(facts[name]["value"], 2, "x") for name in ("step_time", "speedup")]
-    return [
-        _kept(facts),
-        _more(facts),
-        *speeds,
-        f"{facts['same_text']} of {facts['problems']}",
-        str(facts["lost"]),
-        str(facts["won"]),
-    ]
-
-
-def _method(report: dict[str, Any]) -> str:
-    suite, machine = report["suite"], report["machine"]
-    return " ".join(
+def _settings(report: Mapping[str, Any]) -> Table:
+    """Both bundles in both modes."""
+    table = Table(
         [
-            "Every problem is answered by every model in turn, one request at a time: all share the machine's moods. Kept: right answers",
-            "of the quantized bundle over those of the float bundle. A pass is timed with the context tower's share, without the prompt.",
-            "True speedup: how much faster a pass is, divided by how many more of them a block needs. Intervals are percentiles of 2000",
-            "paired bootstrap draws of the problems. Speeds are of this target on this machine and say nothing of another.",
-            *(
-                [
-                    "ONNX Runtime on a CPU expands few-bit weights in every pass: a quantized bundle is smaller there, not faster."
-                ]
-                if report["quantized"]["target"] == "ort-cpu"
-                else []
-            ),
-            f"Suite {suite['name']} {suite['sha256'][:12]}, twotower {report['twotower']}, Python {machine['python']}.",
+            "",
+            Column("right", ".1f", " %"),
+            Column("kept, 95 % interval"),
+            Column("passes/block", ".3f"),
+            Column("tokens/pass", ".2f"),
+            Column("tokens/s", ".0f"),
         ]
     )
+    for name in (FLOAT, QUANTIZED, FLOAT_AR, QUANTIZED_AR):
+        total = report["settings"][name]["total"]
+        table.add(
+            name,
+            total["exact"]["value"],
+            interval_text(total["retention"]),
+            total["passes_per_block"],
+            total["tokens_per_pass"],
+            total["tokens_per_second"],
+            kind="total" if name == QUANTIZED else "",
+        )
+    return table
+
+
+def _sizes(report: Mapping[str, Any]) -> Table:
+    """Bytes by layer kind, of all weights and of all files."""
+    table = Table(
+        [
+            "layer kind",
+            Column("stored as"),
+            Column("before", format_bytes),
+            Column("after", format_bytes),
+            Column("of bfloat16", ".3f"),
+        ]
+    )
+
+    def add(name: str, stored: str, size: Mapping[str, int], kind: str = "") -> None:
+        half = size.get("bfloat16")
+        share = size["after"] / half if half else None
+        table.add(name, stored, size["before"], size["after"], share, kind=kind)
+
+    stored, sizes = report["quantized"]["precision"], report["bytes"]
+    for name, size in sizes["kinds"].items():
+        add(name, stored.get(name, "-"), size)
+    add("all weights", "", sizes["weights"], "total")
+    add("bundle, graphs and tokenizer included", "", sizes["files"], "total")
+    return table
+
+
+def _parts(heading: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Quality, passes and speed of every part that was quantized alone, or of every task."""
+    table = Table(
+        [
+            heading,
+            Column("kept, 95 % interval"),
+            Column("more passes a block, %"),
+            Column("a pass is", ".2f", "x"),
+            Column("true speedup", ".2f", "x"),
+            Column("same text"),
+            Column("lost"),
+            Column("won"),
+        ]
+    )
+    for name, facts in rows.items():
+        table.add(
+            name,
+            interval_text(facts["retention"]),
+            _inflation(facts),
+            facts["step_time"]["value"],
+            facts["speedup"]["value"],
+            f"{facts['same_text']} of {facts['problems']}",
+            facts["lost"],
+            facts["won"],
+            kind="total" if name == "all together" else "",
+        )
+    return table
+
+
+def _method(report: Mapping[str, Any]) -> str:
+    suite, machine = report["suite"], report["machine"]
+    sentences = [
+        "Every problem is answered by every model in turn, one request at a time, so that system "
+        "noise affects all equally. Kept: right answers of the quantized bundle over those of the "
+        "float bundle. A pass is timed with the context tower's share, without the prompt. "
+        "True speedup: how much faster a pass is, divided by how many more of them a block needs. "
+        "Intervals are percentiles of 2000 paired bootstrap draws of the problems. Speeds are of "
+        "this target on this machine and say nothing of another."
+    ]
+    if report["quantized"]["target"] == "ort-cpu":
+        sentences.append(
+            "ONNX Runtime on a CPU expands quantized weights in every pass: a quantized bundle is "
+            "smaller there, not faster."
+        )
+    sentences.append(
+        f"Suite {suite['name']} {suite['sha256'][:12]}, twotower {report['twotower']}, "
+        f"Python {machine['python']}."
+    )
+    return " ".join(sentences)
