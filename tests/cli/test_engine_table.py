@@ -209,7 +209,7 @@ def test_inspect_shows_what_the_engines_run(
             "2",
             "1",
             "1",
-            "5.12 kB",
+            "5 KiB",
             "no",
             "none",
         ],
@@ -218,13 +218,13 @@ def test_inspect_shows_what_the_engines_run(
             "2",
             "1",
             "1",
-            "5.12 kB",
+            "5 KiB",
             "yes",
-            "1 weights, 32.8 kB a pass",
+            "1 weights, 32 KiB a pass",
         ],
     }
     assert "kernels moe 2" in text
-    assert "expanded in memory layers.2.moe experts as bf16 (32.8 kB)" in text
+    assert "expanded in memory layers.2.moe experts as bf16 (32 KiB)" in text
     assert (
         facts["builds"]["trt"]["report"]["engines"]["denoiser.0.engine"]["inspector"]["programs"][
             0

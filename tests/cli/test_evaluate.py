@@ -34,23 +34,24 @@ def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
 
 
 def test_the_table_and_the_files_say_the_same(
-    model: FakeModel, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: FakeModel,
+    suite: Path,
+    built_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    page = tmp_path / "report.html"
-    assert (
-        main(
-            ["evaluate", "b", "--suite", str(suite), *FEW, "--html", str(page), "--budget", "98.7"]
-        )
-        == 0
-    )
+    page, bundle = tmp_path / "report.html", str(built_bundle)
+    words = ["evaluate", bundle, "--suite", str(suite), *FEW, "--html", str(page)]
+    assert main([*words, "--budget", "98.7"]) == 0
     captured = capsys.readouterr()
     assert "40 problems of 2 kinds" in captured.out
     assert "diffusion keeps 100.0 [100.0, 100.0] %" in captured.out
     assert "budget of 98.7 %: kept" in captured.out
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["bundle"] == {"name": "b", "target": "fake"}
+    assert report["bundle"] == {"name": built_bundle.name, "target": "fake"}
     assert report["budget"]["met"] is True
     assert "100.0 %" in page.read_text()
+    assert f"<title>{Bundle.open(built_bundle).source['name']}: quality" in page.read_text()
     assert "<svg" in page.read_text()
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     for file in ("report.html", "report.json", "report.png"):

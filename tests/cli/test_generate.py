@@ -175,7 +175,7 @@ def test_prompt_files_give_each_line_its_own_options(
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (["--tokens", "5 x"], "not a list of token ids"),
+        (["--tokens", "5 x"], "not a list of numbers"),
         (["--tokens", "5 999999"], "999999"),
         (["--tokens", "-4"], "-4"),
         (["some text"], "tokenizer"),

@@ -58,7 +58,7 @@ def test_the_published_config_alone_gives_the_table(
     assert "63.2 billion" in out
     assert "--experts int4" in out
     assert "programs that hold no weights" in out
-    assert "8.0 GB of memory available: enough" in out
+    assert "7.45 GiB of memory available: enough" in out
 
 
 def test_a_build_that_this_host_has_no_memory_for_is_told(
@@ -76,7 +76,7 @@ def test_a_build_that_this_host_has_no_memory_for_is_told(
     out = capsys.readouterr().out
     assert "9 engines for 49 programs" in out
     assert "programs that hold no weights" in out
-    assert "8.0 GB of memory available: enough" in out
+    assert "7.45 GiB of memory available: enough" in out
 
 
 def test_several_devices_are_told_with_the_cut_they_take(

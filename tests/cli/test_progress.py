@@ -14,7 +14,7 @@ from twotower.cli.progress import Interrupts, ProgressLine, opening
 @pytest.mark.parametrize(
     ("unit", "done", "total", "shown"),
     [
-        ("bytes", 500_000_000, 2_000_000_000, "25 %  500 MB of 2 GB"),
+        ("bytes", 512 << 20, 2 << 30, "25 %  512 MiB of 2 GiB"),
         ("bytes", 3, 10, "30 %  3 of 10"),
         ("problems", 3, 12_000, "0 %  3/12000 problems"),
         ("bytes", 0, 0, "denoiser.engine: waiting  "),
@@ -87,9 +87,9 @@ def test_weights_that_are_loaded_have_a_rate_of_their_own(
     told = opening(ProgressLine())
     told["progress"](1_000_000, 2_000_000)
     now = 150.0
-    told["loading"](0, 60_000_000_000)
+    told["loading"](0, 60 << 30)
     capsys.readouterr()
     now = 160.0
-    told["loading"](30_000_000_000, 60_000_000_000)
+    told["loading"](30 << 30, 60 << 30)
     shown = capsys.readouterr().err
-    assert "loading weights   50 %  30 GB of 60 GB  3 GB/s  0:10 left" in shown
+    assert "loading weights   50 %  30 GiB of 60 GiB  3 GiB/s  0:10 left" in shown

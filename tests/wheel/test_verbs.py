@@ -47,7 +47,7 @@ class Work:
 WORK = {
     "inspect a checkpoint": Work(("inspect", "{checkpoint}"), "pattern"),
     "inspect a bundle": Work(("inspect", "{bundle}"), "ort-cpu: built"),
-    "inspect a graph": Work(("inspect", "{bundle}/denoiser/model.onnx"), "nothing to complain of"),
+    "inspect a graph": Work(("inspect", "{bundle}/denoiser/model.onnx"), "no issues found"),
     "plan a config": Work(("plan", "{checkpoint}/config.json"), "this host"),
     "plan a checkpoint": Work(("plan", "{checkpoint}", "--target", "ort-cpu"), "this machine"),
     "plan a bundle": Work(("plan", "{bundle}", "--gpu", "RTX 4090"), "RTX 4090"),

@@ -1,4 +1,4 @@
-"""What an export costs beside a plain copy of the same bytes, and whether the result computes the same."""
+"""Time and memory of an export beside a plain copy of the same bytes, and its error if verified."""
 
 from __future__ import annotations
 

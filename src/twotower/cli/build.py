@@ -8,9 +8,17 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from twotower.bundle import Bundle, is_bundle
+from twotower.cli.options import byte_size, checked_bundle, number_list
+from twotower.cli.progress import ProgressLine
 from twotower.errors import ConfigError
+from twotower.units import format_bytes
+
+if TYPE_CHECKING:
+    from twotower.builders import BuildConfig
+    from twotower.bundle import EngineRecord
 
 __all__ = ["add_arguments", "run"]
 
@@ -27,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from-config",
         type=Path,
         metavar="FILE",
-        help="make BUNDLE first, of graphs alone, from a config.json: engines hold no weights, so none are needed to build them",
+        help="make BUNDLE first, of graphs alone, from a config.json: engines hold no weights, so "
+        "none are needed to build them",
     )
     parser.add_argument(
         "--dtype",
@@ -35,25 +44,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --from-config: element type of the graphs (default: the config's)",
     )
     parser.add_argument(
-        "--force", action="store_true", help="build everything again, whatever is there or cached"
+        "--force", action="store_true", help="rebuild everything, even what is there or cached"
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="say what would be built and what it takes, then stop",
+        help="print what would be built and what it takes, then stop",
     )
     parser.add_argument(
         "--json", action="store_true", help="print the build record as one JSON object on stdout"
     )
     _add_shapes(parser.add_argument_group("what engines are built for"))
     _add_experts(parser.add_argument_group("what computes the experts, and where weights go"))
-    _add_cache(parser.add_argument_group("engines that were built before, of rtx and trt"))
+    _add_cache(parser.add_argument_group("cached engines, of rtx and trt"))
     parser.epilog = (
-        "The result lies in BUNDLE/engines/<target>. A fitting engine is kept; a killed build leaves the old one, and the same command\n"
-        "goes on with the engines it had finished. `twotower inspect BUNDLE` shows what was built.\n"
+        "The result lies in BUNDLE/engines/<target>. A fitting engine is kept; a killed build\n"
+        "leaves the old one, and the same command resumes after the engines it had finished.\n"
+        "`twotower inspect BUNDLE` shows what was built.\n"
         "example: twotower build bundle --target ort-cpu\n"
         "example: twotower build bundle --target rtx --sm 86,89 --dry-run\n"
-        "example: twotower build programs --from-config config.json --target rtx --sm 89,120 --cache engines"
+        "example: twotower build programs --from-config config.json --target rtx --sm 89,120 "
+        "--cache engines"
     )
 
 
@@ -61,8 +72,9 @@ def _add_shapes(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--sm",
         metavar="LIST",
-        help="of rtx, and of ort-cuda with --experts kernels: compute capabilities to build for, e.g. 86,89,120 (default: the GPU here, "
-        "or these; of ort-cuda the GPUs here, or all there are kernels for)",
+        help="of rtx, and of ort-cuda with --experts kernels: compute capabilities to build for, "
+        "e.g. 86,89,120 (default: the GPU here, or these; of ort-cuda the GPUs here, or all there "
+        "are kernels for)",
     )
     group.add_argument(
         "--max-batch",
@@ -82,12 +94,14 @@ def _add_shapes(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="of rtx, trt: cut towers into N engines with dense experts, to spread them over GPUs (default: 1)",
+        help="of rtx, trt: cut towers into N engines with dense experts, to spread them over GPUs "
+        "(default: 1)",
     )
     group.add_argument(
         "--max-build-memory",
         metavar="SIZE",
-        help="of rtx, trt: cut towers whose engines hold weights, so that the build of each stays below this, e.g. 16G; rarely needed",
+        help="of rtx, trt: cut towers whose engines hold weights, so that the build of each stays "
+        "below this, e.g. 16G; rarely needed",
     )
 
 
@@ -96,30 +110,33 @@ def _add_experts(group: argparse._ArgumentGroup) -> None:
         "--experts",
         default="auto",
         choices=("auto", "kernels", "fused", "dense"),
-        help="of rtx, trt, ort-cuda: `kernels` cuts towers at every layer of experts and computes the chosen "
-        "ones between the programs (SM 80 and later; needs the extra `kernels`); `fused`, of ort-cuda alone, "
-        "makes each layer one operator that computes the chosen ones; `dense` computes "
-        "every expert for every token in the engine; `auto` takes what computes the chosen ones where "
-        "there is such for these experts, and says why where there is none (default: %(default)s)",
+        help="of rtx, trt, ort-cuda: `kernels` cuts towers at every layer of experts and computes "
+        "the chosen ones between the programs (SM 80 and later; needs the extra `kernels`); "
+        "`fused`, of ort-cuda alone, makes each layer one operator that computes the chosen ones; "
+        "`dense` computes every expert for every token in the engine; `auto` takes what computes "
+        "the chosen ones if these experts allow it, and otherwise reports why not "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--weights",
         default="inputs",
         choices=("inputs", "inside"),
-        help="of rtx, trt: `inputs` makes programs that read the bundle's weights and holds only what the "
-        "library takes as constants; `inside` puts all weights into the engines (default: %(default)s)",
+        help="of rtx, trt: `inputs` builds programs that read the bundle's weights and hold only "
+        "what the library takes as constants; `inside` puts all weights into the engines "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--allow-expanded",
         action="store_true",
-        help="of rtx: keep engines that expand quantized experts in device memory in every pass, which is slower than float experts",
+        help="of rtx: keep engines that expand quantized experts in device memory in every pass, "
+        "which is slower than float experts",
     )
     group.add_argument(
         "--dialect",
         default="chosen",
         choices=("chosen", "standard"),
-        help="of ort-cpu: in engines that are `chosen` only the experts that a token chose compute; `standard` keeps the exported graph, "
-        "in which all do (default: %(default)s)",
+        help="of ort-cpu: `chosen` engines compute only the experts that a token chose; "
+        "`standard` ones keep the exported graph, which computes all (default: %(default)s)",
     )
 
 
@@ -128,14 +145,15 @@ def _add_cache(group: argparse._ArgumentGroup) -> None:
         "--cache",
         type=Path,
         metavar="DIR",
-        help="keep built engines here, to share them between bundles (default: in the bundle, where an engine in use and its "
-        "entry are one file)",
+        help="keep built engines here, to share them between bundles (default: in the bundle, "
+        "where an engine in use and its entry are one file)",
     )
     group.add_argument(
         "--cache-size",
         default="20G",
         metavar="SIZE",
-        help="room for cached engines that no target uses; the least recently used go first (default: %(default)s)",
+        help="room for cached engines that no target uses; the least recently used are deleted "
+        "first (default: %(default)s)",
     )
     group.add_argument(
         "--no-cache",
@@ -145,10 +163,8 @@ def _add_cache(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from twotower.builders import BuildConfig, build_engines, builder_for
+    from twotower.builders import build_engines, builder_for
     from twotower.bundle import BUILD_FILE, engine_folder
-    from twotower.cli.options import byte_size, whole_numbers
-    from twotower.cli.progress import ProgressLine, human_bytes
 
     if args.dtype and not args.from_config:
         raise ConfigError(
@@ -158,66 +174,56 @@ def run(args: argparse.Namespace) -> int:
         )
     builder = builder_for(args.target)
     line = ProgressLine()
-    scratch = (
-        ExitStack()
-    )  # a dry run writes nothing: graphs it needs go to a folder that is gone at the end
     try:
-        bundle = (
-            _of_graphs_alone(args, scratch)
-            if args.from_config
-            else Bundle.open(
-                args.bundle, progress=lambda done, total: line("checking the bundle", done, total)
+        # A dry run writes nothing: graphs it needs go to a folder that is gone at the end.
+        with ExitStack() as scratch:
+            bundle = (
+                _of_graphs_alone(args, scratch) if args.from_config else checked_bundle(args.bundle)
             )
-        )
-        config = BuildConfig(
-            force=args.force,
-            sms=whole_numbers(args.sm),
-            max_batch=args.max_batch,
-            max_context=args.max_context,
-            max_build_memory=byte_size(args.max_build_memory),
-            weights=args.weights,
-            segments=args.segments,
-            experts=args.experts,
-            allow_expanded=args.allow_expanded,
-            dialect=args.dialect,
-            use_cache=not args.no_cache,
-            cache=args.cache,
-            cache_bytes=byte_size(args.cache_size, "--cache-size") or 0,
-        )
-        if args.dry_run:
-            library, plan = builder.library(), builder.plan(bundle, config)
-            print(
-                f"{args.target}: {library['name']} {library['version']}, {human_bytes(plan.needed_bytes)} of disk"
-            )
-            print("\n".join(plan.describe()))
-            return 0
-        there = _stamp(file := engine_folder(bundle, args.target) / BUILD_FILE)
-        record = build_engines(bundle, args.target, builder, config=config, report=line)
+            config = _config(args)
+            if args.dry_run:
+                library, plan = builder.library(), builder.plan(bundle, config)
+                size = format_bytes(plan.needed_bytes)
+                print(f"{args.target}: {library['name']} {library['version']}, {size} of disk")
+                print("\n".join(plan.describe()))
+                return 0
+            file = engine_folder(bundle, args.target) / BUILD_FILE
+            before = file.stat().st_mtime_ns if file.is_file() else None
+            record = build_engines(bundle, args.target, builder, config=config, report=line)
     except KeyboardInterrupt:
         line.end()
         if args.target in ("rtx", "trt") and not args.no_cache:
             print(
-                "engines that were finished are in the cache: the same command goes on from there",
+                "finished engines are in the cache: the same command resumes after them",
                 file=sys.stderr,
             )
         raise
     finally:
         line.end()
-        scratch.close()
     if args.json:
         print(json.dumps(record.to_json()))
-    size = sum(file.size for file in record.files.values())
-    made = f"built in {record.report.get('seconds')} s with {record.library['name']} {record.library['version']}"
-    observed = record.report.get("engines", {}).values()
-    if there is not None and there == _stamp(file):
-        made += "; kept, because it fits"
-    elif cached := sum(bool(facts["cached"]) for facts in observed):
-        made += f", {cached} of {len(observed)} engines from the cache"
-    print(f"{args.bundle}/engines/{args.target}: {human_bytes(size)}, {made}", file=sys.stderr)
-    choice = record.report.get("choice_of_experts", {})
-    if args.experts == "auto" and choice.get("why"):
-        print(f"note: experts are dense: {choice['why']}; {choice['cost']}", file=sys.stderr)
+    _report(args, record, kept=file.stat().st_mtime_ns == before)
     return 0
+
+
+def _config(args: argparse.Namespace) -> BuildConfig:
+    from twotower.builders import BuildConfig
+
+    return BuildConfig(
+        force=args.force,
+        sms=number_list(args.sm, "--sm", "86,89,120", int),
+        max_batch=args.max_batch,
+        max_context=args.max_context,
+        max_build_memory=byte_size(args.max_build_memory, "--max-build-memory"),
+        weights=args.weights,
+        segments=args.segments,
+        experts=args.experts,
+        allow_expanded=args.allow_expanded,
+        dialect=args.dialect,
+        use_cache=not args.no_cache,
+        cache=args.cache,
+        cache_bytes=byte_size(args.cache_size, "--cache-size") or 0,
+    )
 
 
 def _of_graphs_alone(args: argparse.Namespace, scratch: ExitStack) -> Bundle:
@@ -230,28 +236,38 @@ def _of_graphs_alone(args: argparse.Namespace, scratch: ExitStack) -> Bundle:
 
     config = read_model_config(args.from_config)
     dtype = args.dtype or config.dtype
-    if not is_bundle(Path(args.bundle)):
+    folder = Path(args.bundle)
+    if not is_bundle(folder):
+        if args.dry_run:
+            folder = Path(scratch.enter_context(TemporaryDirectory())) / "bundle"
         name = args.from_config.resolve().parent.name
-        folder = (
-            Path(scratch.enter_context(TemporaryDirectory())) / "bundle"
-            if args.dry_run
-            else Path(args.bundle)
-        )
         return export_programs(config, folder, ExportConfig(dtype=dtype), name=name)
-    bundle = Bundle.open(args.bundle)
-    if bundle.has_weights or (bundle.config, bundle.dtype) != (config, dtype):
-        found = (
-            "it holds weights"
-            if bundle.has_weights
-            else f"it is of another model, or {bundle.dtype}"
-        )
-        do = "name a new folder, or leave --from-config out to build for that bundle"
-        raise ConfigError(
-            f"bundle '{args.bundle}' is not of {args.from_config}", found=found, do=do
-        )
-    return bundle
+    bundle = Bundle.open(folder)
+    if bundle.has_weights:
+        found = "it holds weights"
+    elif (bundle.config, bundle.dtype) != (config, dtype):
+        found = f"it is of another model, or {bundle.dtype}"
+    else:
+        return bundle
+    raise ConfigError(
+        f"bundle '{args.bundle}' is not of {args.from_config}",
+        found=found,
+        do="name a new folder, or leave --from-config out to build for that bundle",
+    )
 
 
-def _stamp(file: Path) -> int | None:
-    """When a file was written; None if it is not there."""
-    return file.stat().st_mtime_ns if file.is_file() else None
+def _report(args: argparse.Namespace, record: EngineRecord, *, kept: bool) -> None:
+    """Prints what was built, and why experts are dense if nobody asked for that."""
+    size = format_bytes(sum(file.size for file in record.files.values()))
+    library = f"{record.library['name']} {record.library['version']}"
+    made = f"built in {record.report.get('seconds')} s with {library}"
+    observed = record.report.get("engines", {}).values()
+    cached = sum(bool(facts["cached"]) for facts in observed)
+    if kept:
+        made += "; kept, because it fits"
+    elif cached:
+        made += f", {cached} of {len(observed)} engines from the cache"
+    print(f"{args.bundle}/engines/{args.target}: {size}, {made}", file=sys.stderr)
+    choice = record.report.get("choice_of_experts", {})
+    if args.experts == "auto" and choice.get("why"):
+        print(f"note: experts are dense: {choice['why']}; {choice['cost']}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`twotower calibrate`: ranges of the inputs of every product, from real denoising."""
+"""`twotower calibrate`: activation ranges of every matrix product, from real denoising."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 import sys
 from pathlib import Path
 
+from twotower.cli.options import add_generation_options, checked_bundle, generation_overrides
+from twotower.cli.progress import ProgressLine
 from twotower.config import GenerationConfig
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from twotower.cli.options import add_generation_options
-
     parser.add_argument(
         "bundle",
         metavar="BUNDLE",
@@ -38,9 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_generation_options(parser)
     parser.epilog = (
-        "Generates from every prompt with the loop that ships, one after the other, and notes range and histogram of the inputs of every\n"
-        "product: in the context tower on text, in the denoiser by masked fraction of the block, finished blocks apart. An interrupted\n"
-        "run goes on where it was when the same command is given again. Only int8 and fp8 recipes need statistics.\n"
+        "Generates from every prompt with the runtime's own loop, one after the other, and\n"
+        "records range and histogram of the input of every matrix product: in the context tower\n"
+        "on text, in the denoiser by masked fraction of the block, finished blocks apart. An\n"
+        "interrupted run resumes when the same command is given again. Only int8 and fp8 recipes\n"
+        "need statistics.\n"
         "example: twotower calibrate bundle --prompts prompts.jsonl -o stats"
     )
 
@@ -50,10 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     require_libraries("calibration", "onnx", "onnx_ir", "safetensors")
     require_libraries("calibration,cpu", "onnxruntime", what="generating from the prompts")
-    from twotower.bundle import Bundle
     from twotower.calibration.collect import CollectConfig, collect
-    from twotower.cli.options import generation_overrides
-    from twotower.cli.progress import ProgressLine
     from twotower.cli.prompts import read_prompts
     from twotower.errors import ConfigError
     from twotower.evaluate.figures import draw_ranges
@@ -66,42 +65,34 @@ def run(args: argparse.Namespace) -> int:
             do="pass a positive --limit",
         )
     if not args.no_plot:
-        require_libraries(
-            "calibration", "matplotlib", what="drawing the ranges (--no-plot leaves that out)"
-        )
-    checking, line = ProgressLine(), ProgressLine("prompts")
-    bundle = Bundle.open(
-        args.bundle, progress=lambda done, total: checking("checking the bundle", done, total)
-    )
-    checking.end()
+        what = "drawing the ranges (--no-plot leaves that out)"
+        require_libraries("calibration", "matplotlib", what=what)
+    bundle = checked_bundle(args.bundle)
     base = GenerationConfig.from_mapping(generation_overrides(args), base=bundle.defaults)
-    requests = [
-        Request(prompt, config) for prompt, config in read_prompts(Path(args.prompts), base)
-    ][: args.limit]
-    drawing = None if args.no_plot else draw_ranges
+    prompts = read_prompts(Path(args.prompts), base)[: args.limit]
+    line = ProgressLine("prompts")
     statistics = collect(
         bundle,
-        requests,
+        [Request(prompt, config) for prompt, config in prompts],
         Path(args.output),
         CollectConfig(generation=base),
-        draw=drawing,
+        draw=None if args.no_plot else draw_ranges,
         report=line,
     )
     line.end()
     facts = statistics.facts
     inputs = {tower: len(s.names) for tower, s in statistics.towers.items()}
     if args.json:
-        print(
-            json.dumps(
-                {"output": args.output, "sha256": statistics.sha256, "inputs": inputs, **facts}
-            )
-        )
+        head = {"output": args.output, "sha256": statistics.sha256, "inputs": inputs}
+        print(json.dumps({**head, **facts}))
         return 0
     print(
-        f"{args.output}: {facts['prompts']} prompts, {facts['tokens']} tokens, {facts['blocks']} blocks in {facts['passes']} passes"
+        f"{args.output}: {facts['prompts']} prompts, {facts['tokens']} tokens, "
+        f"{facts['blocks']} blocks in {facts['passes']} passes"
     )
     print(
-        f"inputs of products watched: {inputs['context']} in the context tower, {inputs['denoiser']} in the denoiser"
+        f"inputs of matrix products observed: {inputs['context']} in the context tower, "
+        f"{inputs['denoiser']} in the denoiser"
     )
     print(
         f"next: twotower quantize {args.bundle} --recipe int8 --stats {args.output} -o quantized",

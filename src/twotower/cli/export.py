@@ -1,12 +1,11 @@
-"""`twotower export`: a checkpoint becomes a bundle of ONNX graphs, verified against the torch towers."""
+"""`twotower export`: a checkpoint becomes a bundle of ONNX graphs, verified against torch."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 __all__ = ["add_arguments", "run"]
 
@@ -27,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
-        help="element type of weights and residual stream (default: the checkpoint's); the SSM state is float32 in any case",
+        help="element type of weights and residual stream (default: the checkpoint's); the SSM "
+        "state is float32 in any case",
     )
     parser.add_argument(
         "--block-size",
@@ -40,10 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compare ONNX Runtime with the torch towers before publishing; of a model too large for this machine one layer of each kind",
+        help="compare ONNX Runtime with the torch towers before publishing; of a model too large "
+        "for this machine one layer of each kind",
     )
     parser.epilog = (
-        "Weights are streamed: memory stays small and the disk needs the size of the weights. A killed export leaves no bundle.\n"
+        "Weights are streamed: memory stays small and the disk needs the size of the weights.\n"
+        "A killed export leaves no bundle.\n"
         "example: twotower export ./Nemotron-Labs-TwoTower-30B-A3B-Base-BF16 -o bundle"
     )
 
@@ -52,50 +54,38 @@ def run(args: argparse.Namespace) -> int:
     from twotower.extras import require_libraries
 
     require_libraries("export", "torch", "onnx", "onnx_ir", "safetensors")
+    verify = None
     if args.verify:
-        require_libraries(
-            "export,cpu",
-            "onnxruntime",
-            what="comparing the result with the torch towers (--no-verify leaves it out)",
-        )
-    from twotower.cli.progress import ProgressLine, human_bytes
+        what = "comparing the result with the torch towers (--no-verify leaves it out)"
+        require_libraries("export,cpu", "onnxruntime", what=what)
+        from twotower.export.verify import verify_bundle
+
+        verify = verify_bundle
+    from twotower.bundle import REPORT_FILE
+    from twotower.cli.progress import ProgressLine
     from twotower.export import Checkpoint, ExportConfig, export_bundle, locate_checkpoint
+    from twotower.units import format_bytes
 
     config = ExportConfig(dtype=args.dtype, trained_block_size=args.block_size)
     line = ProgressLine()
     try:
         checkpoint = Checkpoint.open(locate_checkpoint(args.checkpoint))
-        bundle = export_bundle(
-            checkpoint,
-            Path(args.output),
-            config,
-            verify=_verification() if args.verify else None,
-            report=line,
-        )
+        bundle = export_bundle(checkpoint, Path(args.output), config, verify=verify, report=line)
     finally:
         line.end()
-    size = sum(record.size for record in bundle.files.values())
+    size = format_bytes(sum(record.size for record in bundle.files.values()))
+    report = json.loads((bundle.path / REPORT_FILE).read_text(encoding="utf-8"))
+    verdict = (
+        f"verified: {report['layers']}; largest relative error {report['largest_error']:.1e} "
+        f"(allowed {report['tolerance']:.0e})"
+        if report["verified"]
+        else f"not verified: {report['why']}"
+    )
     print(
-        f"{args.output}: {bundle.config.pattern}, {bundle.dtype}, {human_bytes(size)}",
+        f"{args.output}: {bundle.config.pattern}, {bundle.dtype}, {size}",
+        verdict,
+        f"next: twotower build {args.output} --target ort-cpu",
+        sep="\n",
         file=sys.stderr,
     )
-    print(_verdict(bundle.path), file=sys.stderr)
-    print(f"next: twotower build {args.output} --target ort-cpu", file=sys.stderr)
     return 0
-
-
-def _verification() -> Callable[..., dict[str, Any]]:
-    from twotower.export.verify import verify_bundle
-
-    return verify_bundle
-
-
-def _verdict(path: Path) -> str:
-    import json
-
-    from twotower.bundle import REPORT_FILE
-
-    report = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
-    if not report["verified"]:
-        return f"not verified: {report['why']}"
-    return f"verified: {report['layers']}; largest relative error {report['largest_error']:.1e} (allowed {report['tolerance']:.0e})"

@@ -1,4 +1,4 @@
-"""`twotower generate`: text or tokens from a bundle, by block diffusion or by the context tower alone."""
+"""`twotower generate`: text or tokens from a bundle."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from twotower.cli.options import (
     add_generation_options,
     add_session_options,
-    device_options,
     generation_overrides,
-    token_ids,
+    number_list,
+    opened_session,
 )
+from twotower.cli.progress import ProgressLine
 from twotower.cli.prompts import read_prompts
 from twotower.config import GenerationConfig
 
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--prompt-file",
         metavar="F.jsonl",
-        help='one {"text": ...} or {"tokens": [...]} a line, with options of its own if wanted',
+        help='one {"text": ...} or {"tokens": [...]} a line, if wanted with options of its own',
     )
     add_generation_options(parser)
     add_session_options(parser)
@@ -54,52 +55,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object a request on stdout"
     )
-    parser.epilog = 'example: twotower generate bundle "France is a country" --threshold 0.8 --max-new-tokens 64'
+    parser.epilog = (
+        'example: twotower generate bundle "France is a country" '
+        "--threshold 0.8 --max-new-tokens 64"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    from twotower.cli.progress import ProgressLine, opening
-    from twotower.runtime import TwoTower
+    from twotower.bundle import Bundle, flags_of_bundle
+    from twotower.runtime import Request
 
-    line = ProgressLine()
-    checking = ProgressLine()
-    with TwoTower.open(
-        args.bundle,
-        target=args.target,
-        max_batch=args.max_batch,
-        max_context=args.max_context,
-        threads=args.threads,
-        preset=args.preset,
-        **device_options(args),
-        **opening(checking),
-    ) as model:
-        checking.end()
-        _warn(args.bundle)
-        requests = _requests(
-            args, GenerationConfig.from_mapping(generation_overrides(args), base=model.defaults)
-        )
+    with opened_session(args, args.bundle) as model:
+        for flag in flags_of_bundle(Bundle.open(args.bundle, contents=False)):
+            print(f"warning: this quantized bundle {flag}", file=sys.stderr)
+        config = GenerationConfig.from_mapping(generation_overrides(args), base=model.defaults)
+        if args.prompt_file:
+            prompts = read_prompts(Path(args.prompt_file), config)
+            requests = [Request(prompt, own) for prompt, own in prompts]
+        elif args.tokens is not None:
+            tokens = number_list(args.tokens, "--tokens", '"5 6 7"', int)
+            requests = [Request(tokens, config)]
+        else:
+            requests = [Request(args.prompt, config)]
         if args.stream:
-            return _stream(model, requests, as_json=args.json)
+            _stream(model, requests, as_json=args.json)
+            return 0
+        line = ProgressLine()
         results = model.generate(
             requests, on_prefill=lambda done, total: line("reading the prompt", done, total)
         )
         line.end()
     for result in results:
-        print(json.dumps(result.to_json()) if args.json else _readable(result))
-        if not args.json:
+        if args.json:
+            print(json.dumps(result.to_json()))
+        else:
+            print(" ".join(map(str, result.tokens)) if result.text is None else result.text)
             print(_summary(result), file=sys.stderr)
     return 0
 
 
-def _warn(path: str) -> None:
-    """Says of a quantized bundle what its measurement found wrong."""
-    from twotower.bundle import Bundle, flags_of_bundle
-
-    for flag in flags_of_bundle(Bundle.open(path, contents=False)):
-        print(f"warning: this quantized bundle {flag}", file=sys.stderr)
-
-
-def _stream(model: TwoTower, requests: list[Request], *, as_json: bool) -> int:
+def _stream(model: TwoTower, requests: list[Request], *, as_json: bool) -> None:
     several = len(requests) > 1
     for event in model.stream(requests):
         if as_json:
@@ -107,34 +102,23 @@ def _stream(model: TwoTower, requests: list[Request], *, as_json: bool) -> int:
                 print(json.dumps(event.result.to_json()), flush=True)
             continue
         piece = event.text if event.text is not None else "".join(f"{t} " for t in event.tokens)
-        print(
-            f"[{event.row}] {piece}" if several else piece, end="\n" if several else "", flush=True
-        )
+        if several:
+            print(f"[{event.row}] {piece}", flush=True)
+        else:
+            print(piece, end="\n" if event.result is not None else "", flush=True)
         if event.result is not None:
-            print("" if several else "\n", end="", flush=True)
             print(_summary(event.result), file=sys.stderr)
-    return 0
-
-
-def _requests(args: argparse.Namespace, config: GenerationConfig) -> list[Request]:
-    from twotower.runtime import Request
-
-    if args.prompt_file:
-        return [
-            Request(prompt, own) for prompt, own in read_prompts(Path(args.prompt_file), config)
-        ]
-    return [Request(args.prompt if args.tokens is None else token_ids(args.tokens), config)]
-
-
-def _readable(result: Generation) -> str:
-    return result.text if result.text is not None else " ".join(map(str, result.tokens))
 
 
 def _summary(result: Generation) -> str:
     usage, ms = result.usage, result.timings.total
     rate = 1000 * usage.completion_tokens / ms if ms else 0.0
-    passes = f"{usage.nfe} passes, {usage.tokens_per_nfe:.2f} tokens a pass"
-    tokens = f"{usage.completion_tokens} tokens ({result.finish_reason})"
-    facts = [tokens, f"mode {result.mode}", passes, f"{rate:.1f} tokens/s"]
-    facts += [f"seed {result.seed}"] if result.seed is not None else []
+    facts = [
+        f"{usage.completion_tokens} tokens ({result.finish_reason})",
+        f"mode {result.mode}",
+        f"{usage.nfe} passes, {usage.tokens_per_nfe:.2f} tokens a pass",
+        f"{rate:.1f} tokens/s",
+    ]
+    if result.seed is not None:
+        facts.append(f"seed {result.seed}")
     return f"-- {', '.join(facts)}"

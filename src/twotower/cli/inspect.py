@@ -1,4 +1,4 @@
-"""`twotower inspect`: what a checkpoint, a bundle, an ONNX graph or an engine is, without loading it."""
+"""`twotower inspect`: what a checkpoint, bundle, graph or engine contains, without loading it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from twotower.bundle import (
     load_engine_record,
     record_problems,
 )
-from twotower.cli.engine_table import engine_facts, engine_lines
+from twotower.cli.engine_table import EngineReport, fusion_lines, program_lines
 from twotower.cli.expert_words import expert_words
-from twotower.cli.program_table import fusion_lines, program_lines
-from twotower.errors import EngineMismatchError
+from twotower.errors import ConfigError, EngineMismatchError
 from twotower.hardware import TARGETS, Machine, installed_version, probe_machine, select_target
+from twotower.report.tables import labelled
+from twotower.units import format_bytes
 
 __all__ = ["add_arguments", "run"]
 
@@ -37,10 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify", action="store_true", help="of a bundle: also compare every file's SHA-256"
     )
     parser.epilog = (
-        "Reads headers only: two seconds for the published 118 GB. Of a bundle it shows every built engine: what for, at what cost, and\n"
-        "whether it runs here; --json has all of each build.json: inputs, profiles, layers by type, and every warning with its reason.\n"
-        "Of an ONNX file it lists what TensorRT would refuse or compute wrongly (docs/graph-rules.md); exit code 1 if there is any.\n"
-        "Of an engine of TensorRT for RTX it shows the compiled program: kernels, what is fused into each, memory; no GPU is needed.\n"
+        "Reads headers only: two seconds for the 110 GiB of the published checkpoint.\n"
+        "Of a bundle it shows every built engine: what it is for, what the build took, and\n"
+        "whether it runs here; --json has all of each build.json: inputs, profiles, layers by\n"
+        "type, and every warning with its reason. Of an ONNX file it lists what TensorRT would\n"
+        "refuse or compute wrongly (docs/graph-rules.md); exit code 1 if there is any. Of an\n"
+        "engine of TensorRT for RTX it shows the compiled program: kernels, what is fused into\n"
+        "each, memory; no GPU is needed.\n"
         "example: twotower inspect bundle"
     )
 
@@ -49,19 +53,14 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.path)
     if path.suffix == ".onnx":
         facts, lines = _graph(path)
-        print(json.dumps(facts) if args.json else "\n".join(lines))
-        return int(any(f["severity"] == "error" for f in facts["findings"]))
-    if path.suffix == ".engine":
+    elif path.suffix == ".engine":
         facts, lines = _engine(path)
-        print(json.dumps(facts) if args.json else "\n".join(lines))
-        return 0
-    facts, lines = (
-        _bundle(path, verify=args.verify)
-        if is_bundle(path) or (path / "engines").is_dir()
-        else _checkpoint(args.path)
-    )
+    elif is_bundle(path) or (path / "engines").is_dir():
+        facts, lines = _bundle(path, verify=args.verify)
+    else:
+        facts, lines = _checkpoint(args.path)
     print(json.dumps(facts) if args.json else "\n".join(lines))
-    return 0
+    return int(any(f["severity"] == "error" for f in facts.get("findings", ())))
 
 
 def _checkpoint(name: str) -> tuple[dict[str, Any], list[str]]:
@@ -77,8 +76,12 @@ def _checkpoint(name: str) -> tuple[dict[str, Any], list[str]]:
         "tensors": len(checkpoint.tensors),
         **summary.to_json(),
     }
-    head = f"checkpoint  {name}: {len(checkpoint.tensors)} tensors in {len(shards)} file(s), all as published"
-    return facts, [head, *summary.lines(), f"next        twotower export {name} -o BUNDLE"]
+    tensors = f"{len(checkpoint.tensors)} tensors in {len(shards)} file(s), all as published"
+    return facts, [
+        f"checkpoint  {name}: {tensors}",
+        *summary.lines(),
+        f"next        twotower export {name} -o BUNDLE",
+    ]
 
 
 def _bundle(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:
@@ -86,9 +89,7 @@ def _bundle(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:
 
     bundle = Bundle.open(path, contents=verify)
     summary = summarize(bundle.config, bundle.dtype)
-    machine = probe_machine()
-    fitness = _fitness(bundle, machine)
-    records = _records(bundle)
+    states, reports = _engines(bundle, probe_machine())
     facts = {
         "kind": "bundle",
         "path": str(path),
@@ -98,71 +99,48 @@ def _bundle(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:
         "tokenizer": bundle.tokenizer_file is not None,
         "source": bundle.source,
         "tools": bundle.tools,
-        "engines": fitness,
+        "engines": states,
         "quantization": bundle.quantization,
-        "builds": {
-            target: engine_facts(record, fitness[target]) for target, record in records.items()
-        },
+        "builds": {target: report.facts() for target, report in reports.items()},
         **summary.to_json(),
     }
     text = "text and token ids" if bundle.tokenizer_file else "token ids only (no tokenizer)"
-    return facts, [
+    threshold = bundle.defaults.confidence_threshold
+    lines = [
         f"bundle      {path}: from checkpoint {bundle.source['name']}, {text}",
         *summary.lines(),
-        *_quantization(bundle),
-        f"block size  {bundle.trained_block_size} as trained; threshold {bundle.defaults.confidence_threshold} by default",
-        *(
-            f"{'engines' if i == 0 else '':<12}{target}: {state}"
-            for i, (target, state) in enumerate(fitness.items())
-        ),
-        *(
-            line
-            for target, record in records.items()
-            for line in ("", *engine_lines(record, fitness[target]))
-        ),
+        *labelled("quantized", _quantization(bundle)),
+        f"block size  {bundle.trained_block_size} as trained; threshold {threshold} by default",
+        *labelled("engines", (f"{target}: {state}" for target, state in states.items())),
     ]
+    for report in reports.values():
+        lines += ["", *report.lines()]
+    return facts, lines
 
 
 def _quantization(bundle: Bundle) -> list[str]:
-    """What of a bundle is in few bits, and what was measured of it."""
+    """What of a bundle is quantized, what computes it, and what was measured of it."""
     from twotower.bundle import GRAPH_FILES, flags_of_bundle
-    from twotower.cli.progress import human_bytes
 
     facts = bundle.quantization
     if facts is None:
         return []
+    recipe, measured = facts["recipe"], facts["measured"]
     size = sum(ref.nbytes for graph in GRAPH_FILES for ref in bundle.weights(graph).values())
-    kinds = ", ".join(
-        f"{kind} {how}"
-        for kind, how in bundle.precision.items()
-        if kind in facts["recipe"]["weights"]
-    )
-    kinds = f"{kinds}; {human_bytes(size)} of weights in all"
-    words = expert_words(facts["recipe"], bundle.dtype)
-    computed = [f"            {label}{': ' if label else ''}{line}" for label, line in words]
-    measured = facts["measured"]
+    precision = bundle.precision.items()
+    kinds = ", ".join(f"{kind} {how}" for kind, how in precision if kind in recipe["weights"])
+    lines = [f"recipe {recipe['name']}: {kinds}; {format_bytes(size)} of weights in all"]
+    for label, line in expert_words(recipe, bundle.dtype):
+        lines.append(f"{label}: {line}" if label else line)
     if measured is None:
-        return [
-            f"few bits    recipe {facts['recipe']['name']}: {kinds}",
-            *computed,
-            "            not measured: `twotower evaluate` it --against the float bundle",
-        ]
+        return [*lines, "not measured: `twotower evaluate` it --against the float bundle"]
     kept, passes = measured["retention"]["value"], measured["passes_per_block"]
-    figures = (
-        f"keeps {kept:.1f} % of the float bundle's right answers"
-        if kept is not None
-        else "keeps nothing"
-    )
-    return [
-        f"few bits    recipe {facts['recipe']['name']}: {kinds}",
-        *computed,
-        f"            {figures}, passes a block {passes[0]} before and {passes[1]} after",
-        *(f"            FLAGGED: {flag}" for flag in flags_of_bundle(bundle)),
-    ]
+    of = "nothing" if kept is None else f"{kept:.1f} % of the float bundle's right answers"
+    lines.append(f"keeps {of}, passes a block {passes[0]} before and {passes[1]} after")
+    return lines + [f"FLAGGED: {flag}" for flag in flags_of_bundle(bundle)]
 
 
 def _graph(path: Path) -> tuple[dict[str, Any], list[str]]:
-    from twotower.errors import ConfigError
     from twotower.extras import require_libraries
 
     require_libraries("cpu", "onnx", what="inspecting an ONNX file")
@@ -180,9 +158,8 @@ def _graph(path: Path) -> tuple[dict[str, Any], list[str]]:
             f"'{path}' is no ONNX graph", found="there is no operator in it", do="name an ONNX file"
         )
     findings = lint(model)
-    opset = next(
-        (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None
-    )
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    opset = opsets.get("", opsets.get("ai.onnx"))
     graph = {
         "operators": len(model.graph.node),
         "inputs": len(model.graph.input),
@@ -198,10 +175,7 @@ def _graph(path: Path) -> tuple[dict[str, Any], list[str]]:
     counts = ", ".join(f"{count} {name}" for name, count in graph.items())
     return facts, [
         f"graph       {path}: opset {opset}, {counts}",
-        *(
-            f"{'TensorRT' if i == 0 else '':<12}{line}"
-            for i, line in enumerate(explained(findings) or ["nothing to complain of"])
-        ),
+        *labelled("TensorRT", explained(findings) or ["no issues found"]),
     ]
 
 
@@ -209,7 +183,6 @@ def _engine(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The compiled programs of an engine file; one of another library is refused."""
     from twotower.builders.trt.rtx_program.analysis import summarize_programs
     from twotower.builders.trt.rtx_program.read import read_programs
-    from twotower.errors import ConfigError
 
     try:
         with path.open("rb") as file:
@@ -220,56 +193,55 @@ def _engine(path: Path) -> tuple[dict[str, Any], list[str]]:
     told = summarize_programs(programs)
     kernels = [[asdict(kernel) for kernel in program.kernels] for program in programs]
     facts = {"kind": "engine", "path": str(path), **told, "kernels": kernels}
+    profiles = ", ".join(str(program.profile) for program in programs)
     return facts, [
-        f"engine      {path}: TensorRT for RTX, profiles {', '.join(str(p.profile) for p in programs)}",
+        f"engine      {path}: TensorRT for RTX, profiles {profiles}",
         *program_lines({path.name: told}, {}),
         *fusion_lines(told["programs"]),
     ]
 
 
-def _records(bundle: Bundle) -> dict[str, EngineRecord]:
-    """Every `build.json` that can be read; one that cannot is told among the fitness."""
-    out = {}
-    for target in built_targets(bundle.path):
-        try:
-            out[target] = load_engine_record(bundle, target)
-        except EngineMismatchError:
-            continue
-    return {target: record for target, record in out.items() if target in TARGETS}
+def _engines(bundle: Bundle, machine: Machine) -> tuple[dict[str, str], dict[str, EngineReport]]:
+    """For every target, whether this machine would run it and why not, and of those built a report.
 
-
-def _fitness(bundle: Bundle, machine: Machine) -> dict[str, str]:
-    """For every target, whether this machine would run it and why not."""
+    One whose `build.json` cannot be read has no report: its state says why.
+    """
     built = built_targets(bundle.path)
-    out = {}
+    states: dict[str, str] = {}
+    reports = {}
     for target in TARGETS:
         try:
             select_target(machine, built, wanted=target)
-            out[target] = "built, fits this machine"
+            reason = ""
         except EngineMismatchError as e:
-            out[target] = e.found.removeprefix(f"{target}: ")
-        if target in built:
-            out[target] = _with_record(bundle, target, machine, state=out[target])
-    return out
+            reason = e.found.removeprefix(f"{target}: ")
+        if target not in built:
+            states[target] = reason
+            continue
+        try:
+            record = load_engine_record(bundle, target)
+        except EngineMismatchError as e:
+            states[target] = f"{e.what}: {e.found}"
+            continue
+        problems = _problems(bundle, record, machine)
+        if problems:
+            states[target] = f"built; does not fit: {'; '.join(filter(None, [*problems, reason]))}"
+        else:
+            states[target] = (
+                f"built; cannot run here: {reason}" if reason else "built, fits this machine"
+            )
+        reports[target] = EngineReport(record, states[target])
+    return states, reports
 
 
-def _with_record(bundle: Bundle, target: str, machine: Machine, *, state: str) -> str:
-    """The state with what the record itself says against it. Contents are not hashed: that is for whoever opens the engine."""
-    try:
-        record = load_engine_record(bundle, target)
-    except EngineMismatchError as e:
-        return f"{e.what}: {e.found}"
-    version = installed_version(machine, target)
+def _problems(bundle: Bundle, record: EngineRecord, machine: Machine) -> list[str]:
+    """What a record says against its engines; contents are hashed by whoever opens them."""
+    version = installed_version(machine, record.target)
     library = {**record.library, "version": version} if version else None
-    problems = record_problems(
-        record, bundle, target, library=library, sm=machine.gpus[0].sm if machine.gpus else None
-    )
-    problems += (
-        []
-        if bundle.has_weights
-        else ["the bundle holds no weights: its engines are for an export of the checkpoint"]
-    )
-    if not problems:
-        return state if state.startswith("built") else f"built; cannot run here: {state}"
-    against = [] if state.startswith("built") else [state]
-    return f"built; does not fit: {'; '.join([*problems, *against])}"
+    sm = machine.gpus[0].sm if machine.gpus else None
+    problems = record_problems(record, bundle, record.target, library=library, sm=sm)
+    if not bundle.has_weights:
+        problems.append(
+            "the bundle holds no weights: its engines are for an export of the checkpoint"
+        )
+    return problems

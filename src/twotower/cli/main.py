@@ -17,18 +17,18 @@ from twotower.extras import missing_library
 __all__ = ["VERBS", "build_parser", "main"]
 
 VERBS = {
-    "inspect": "what a checkpoint, bundle or ONNX graph is: towers, layers, parameters, state, engines",
-    "plan": "memory, disk and time a model will take on a GPU, before anything is started",
-    "export": "checkpoint -> bundle of ONNX graphs",
-    "calibrate": "ranges of activations from real denoising runs",
-    "quantize": "bundle -> bundle with weights, and inputs of products, in few bits",
-    "build": "bundle -> engines of a target",
-    "generate": "text (or tokens) from a bundle",
-    "trace": "one text pass by pass: a file, a page that plays it, a live picture, a comparison",
-    "evaluate": "quality and speed of diffusion against the bundle's own autoregression",
-    "tune": "the fastest settings inside a quality budget, as presets of a new bundle",
-    "doctor": "what this machine can run, and whether it computes right",
-    "bench": "time and memory of export and generation, as ratios",
+    "inspect": "show what a checkpoint, bundle, ONNX graph or engine contains",
+    "plan": "estimate the memory, disk and time a model takes on a GPU, before building anything",
+    "export": "export a checkpoint to a bundle of ONNX graphs",
+    "calibrate": "record activation ranges while generating, for int8 and fp8 quantization",
+    "quantize": "quantize a bundle by a recipe, or search formats within a quality budget",
+    "build": "build a bundle's engines for a target: ONNX Runtime or TensorRT",
+    "generate": "generate text (or tokens) from a bundle",
+    "trace": "record a generation step by step; save, replay as HTML, watch live or diff",
+    "evaluate": "measure quality and speed of diffusion against autoregression",
+    "tune": "find the fastest settings within a quality budget, stored as presets of a new bundle",
+    "doctor": "check what this machine can run, and whether it computes correctly",
+    "bench": "benchmark export and generation",
 }
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -38,13 +38,14 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     """The argument tree.
 
     Args:
-        only: Fill in the arguments of this verb alone (importing its module alone); None fills in
-            all.
+        only: The verb whose module is imported to fill in its arguments; None fills in all.
     """
     parser = argparse.ArgumentParser(
         prog="twotower",
-        description="Deploy Nemotron-Labs-TwoTower: export each tower to ONNX, build engines, generate with block diffusion.",
-        epilog="Start with `twotower inspect CHECKPOINT`; `twotower VERB --help` explains one verb.",
+        description="Deploy Nemotron-Labs-TwoTower: export each tower to ONNX, build engines, "
+        "generate with block diffusion.",
+        epilog="Start with `twotower inspect CHECKPOINT`. The usual order is export, build, "
+        "generate; `twotower VERB --help` explains one verb.",
     )
     parser.add_argument("--version", action="version", version=f"twotower {__version__}")
     common = argparse.ArgumentParser(add_help=False)
@@ -68,7 +69,12 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 for an error the user can mend, 130 when interrupted."""
+    """Runs one command.
+
+    Returns:
+        The exit code: 0, 2 for an error the user can mend, 130 when interrupted, or one of the
+        verb's own.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     verb = next((w for w in words if w in VERBS), None)
     args = build_parser(verb).parse_args(words)
@@ -81,13 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 return int(args.run(args))
             finally:
-                # a reader that went away is noticed here and not by the interpreter's last breath
+                # So that a closed pipe raises inside our handler and not at shutdown.
                 sys.stdout.flush()
     except TwoTowerError as e:
         return _refused(e, e, debug=args.debug)
-    except (
-        ModuleNotFoundError
-    ) as e:  # verbs say beforehand what they need; this is for a path that nobody thought of
+    except ModuleNotFoundError as e:
+        # Verbs say beforehand what they need; this is for a path that nobody thought of.
         missing = missing_library(e, f"`twotower {args.verb}`")
         if missing is None:
             raise
@@ -96,9 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; nothing half-written was left behind", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # what is still in the buffer goes nowhere
+        # What is still in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 

@@ -9,103 +9,106 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twotower.hardware import TARGETS
+from twotower.units import format_bytes
 
 if TYPE_CHECKING:
     from twotower.config import ModelConfig
     from twotower.hardware import Machine
-    from twotower.planning import GpuModel, Plan, PlanOptions
+    from twotower.planning import GpuModel, PlanOptions
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "path",
         metavar="CHECKPOINT|BUNDLE|CONFIG",
         help="a checkpoint (local folder or hub id), a bundle, or a config.json",
     )
-    parser.add_argument(
+    add(
         "--target",
         default="rtx",
         metavar="T",
         help=f"what would be built: {', '.join(TARGETS)} (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--dtype",
         metavar="D",
         help="float32, float16 or bfloat16 (default: the checkpoint's or bundle's)",
     )
-    parser.add_argument(
+    add(
         "--experts",
         metavar="R",
         help="routed experts in int8, fp8, int4 or nvfp4, as `twotower quantize` makes them",
     )
-    parser.add_argument(
+    add(
         "--expert-path",
         default="auto",
         metavar="P",
-        help="what computes experts: `kernels` of our own (rtx, trt; SM 80 and later) or a `fused` operator (ort-cuda) "
-        "those that a token chose, `dense` all of them; `auto` plans what `twotower build` takes by itself: the chosen "
-        "ones where it can (default: %(default)s)",
+        help="what computes experts: `kernels` of our own (rtx, trt; SM 80 and later) or a `fused` "
+        "operator (ort-cuda) compute those that a token chose, `dense` engines all of them; `auto` "
+        "plans what `twotower build` takes by itself: the chosen ones where it can "
+        "(default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--mode",
         default="diffusion",
         metavar="M",
         help="diffusion: both towers; ar: the context tower alone",
     )
-    parser.add_argument(
-        "--max-batch", type=int, default=8, metavar="N", help="most rows (default: %(default)s)"
-    )
-    parser.add_argument(
+    add("--max-batch", type=int, default=8, metavar="N", help="most rows (default: %(default)s)")
+    add(
         "--max-context",
         type=int,
         metavar="N",
         help="longest text, prompt and answer (default: 4096 or the model's)",
     )
-    parser.add_argument(
+    add(
         "--max-build-memory",
         metavar="SIZE",
-        help="of rtx, trt: cut towers whose engines hold weights, so that the build of each stays below this, e.g. 16G",
+        help="of rtx, trt: cut towers whose engines hold weights, so that the build of each stays "
+        "below this, e.g. 16G",
     )
-    parser.add_argument(
-        "--sm", metavar="LIST", help="of rtx: compute capabilities to build for, e.g. 86,89,120"
-    )
-    parser.add_argument(
+    add("--sm", metavar="LIST", help="of rtx: compute capabilities to build for, e.g. 86,89,120")
+    add(
         "--gpu",
         metavar="NAME",
         help="a GPU, e.g. 'RTX 4090' or '2x H100', or all (default: those here, or all)",
     )
-    parser.add_argument(
+    add(
         "--devices",
         type=int,
         default=1,
         metavar="N",
         help="spread over N GPUs: a tower each, or segments of them",
     )
-    parser.add_argument(
+    add(
         "--disk-rate",
         metavar="RATE",
         help="bytes a second the disk with the bundle is read at, e.g. 7G (default: 3G, assumed)",
     )
-    parser.add_argument(
+    add(
         "--fit",
         action="store_true",
-        help="exit with 2 unless one of the GPUs that are looked at fits",
+        help="exit with 2 unless the plan fits one of the GPUs it is compared with",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    add("--json", action="store_true", help="print one JSON object on stdout")
     parser.epilog = (
-        "Exits with 2, and with what would fit, if the plan fits no GPU of --gpu NAME, none of the GPUs at hand, or, with --fit, none\n"
-        "of the table. Without a GPU at hand and without these options the table is information and the exit code is 0.\n"
-        "Passes and the number of denoising passes a block at which AR is as fast are arithmetic, for 1, 8, 32 and --max-batch rows: of E\n"
-        "experts N tokens that choose k each read E (1 - (1 - k/E)^N), if routing is even; times are lower bounds of a GPU.\n"
-        "Target ort-cpu is held against this machine's memory, and refused with --fit only. Nothing is started, nothing is written.\n"
+        "Exits with 2, and with what would fit, if the plan fits no GPU of --gpu NAME, none of\n"
+        "the GPUs of this machine, or, with --fit, none of the table. On a machine without a GPU\n"
+        "and without these options the table is information and the exit code is 0.\n"
+        "Times of passes, and the number of denoising passes a block at which AR is as fast, are\n"
+        "arithmetic, for 1, 8, 32 and --max-batch rows: of E experts N tokens that choose k each\n"
+        "read E (1 - (1 - k/E)^N), if routing is even; times are lower bounds of a GPU.\n"
+        "Target ort-cpu is compared with this machine's memory, and refused with --fit only.\n"
+        "Nothing is started, nothing is written.\n"
         "example: twotower plan CHECKPOINT --target trt --gpu H200"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    from twotower.cli.options import byte_size, whole_numbers
+    from twotower.cli.options import byte_size, number_list
     from twotower.hardware import probe_machine
     from twotower.planning import (
         PlanOptions,
@@ -122,8 +125,8 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         max_batch=args.max_batch,
         max_context=args.max_context,
-        max_build_memory=byte_size(args.max_build_memory),
-        sms=whole_numbers(args.sm),
+        max_build_memory=byte_size(args.max_build_memory, "--max-build-memory"),
+        sms=number_list(args.sm, "--sm", "86,89,120", int),
         devices=args.devices,
         experts=args.experts,
         expert_path=args.expert_path,
@@ -138,28 +141,21 @@ def run(args: argparse.Namespace) -> int:
     if (concrete or args.fit) and not any(f.fits for f in fits):
         raise refusal(plan, fits)
     if args.json:
-        print(
-            json.dumps({"path": args.path, **plan.to_json(), "gpus": [f.to_json() for f in fits]})
-        )
-    else:
-        print("\n".join([*describe_plan(plan), *_here(plan, machine), *describe_fits(plan, fits)]))
+        facts = {"path": args.path, **plan.to_json(), "gpus": [f.to_json() for f in fits]}
+        print(json.dumps(facts))
+        return 0
+    lines = describe_plan(plan)
+    if plan.build_peak and machine.available:
+        enough = plan.build_peak <= machine.available
+        verdict = "enough" if enough else "not enough for the build; see --max-build-memory"
+        size = format_bytes(machine.available)
+        lines.append(f"this host   {size} of memory available: {verdict}")
+    print("\n".join([*lines, *describe_fits(plan, fits)]))
     return 0
 
 
-def _here(plan: Plan, machine: Machine) -> list[str]:
-    """What this machine has for the build, where that is known."""
-    if not plan.build_peak or not machine.available:
-        return []
-    enough = (
-        "enough"
-        if plan.build_peak <= machine.available
-        else "not enough for the build; see --max-build-memory"
-    )
-    return [f"this host   {machine.available / 1e9:.1f} GB of memory available: {enough}"]
-
-
 def _source(name: str, options: PlanOptions) -> tuple[ModelConfig, PlanOptions]:
-    """The model, and the options with what its files say; only headers are read."""
+    """The model, and the options completed from its files; only headers are read."""
     from twotower.bundle import Bundle, is_bundle
     from twotower.config.model import read_model_config
 
@@ -189,7 +185,7 @@ def _source(name: str, options: PlanOptions) -> tuple[ModelConfig, PlanOptions]:
 def _gpus(
     name: str | None, options: PlanOptions, machine: Machine
 ) -> tuple[tuple[GpuModel, ...], bool]:
-    """What to hold the plan against, and whether that is a machine somebody means."""
+    """The GPUs to compare the plan with, and whether they are those of a certain machine."""
     from twotower.errors import ConfigError
     from twotower.planning import GPUS, GpuModel, gpu_at_hand, gpus_named
 

@@ -1,4 +1,4 @@
-"""A progress line on stderr: bytes, rate and time left; silent unless stderr is a terminal. Who reports here ends when told to."""
+"""A progress line on stderr, silent unless that is a terminal, and interrupts that end the work."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ import time
 from types import FrameType
 from typing import Any
 
-__all__ = ["Interrupts", "ProgressLine", "human_bytes", "opening"]
+from twotower.units import format_bytes
+
+__all__ = ["Interrupts", "ProgressLine", "opening"]
 
 _FEWEST_BYTES = 10_000
 
 
 class Interrupts:
-    """Ctrl-C and a polite end of the process as `KeyboardInterrupt`, for the length of a `with` statement.
+    """SIGINT and SIGTERM as `KeyboardInterrupt`, for the length of a `with` statement.
 
     Python drops an exception that is raised while it runs a finalizer, and an interrupt that falls
-    there would be lost. So it is remembered, and raised again at the next step of progress. Who
-    started us deaf to Ctrl-C, as a shell does in the background, means it.
+    there would be lost. So it is remembered, and raised again at the next step of progress. If
+    SIGINT was ignored at start-up, as in a background job of a shell, it stays ignored.
     """
 
     pending = False
 
     def __enter__(self) -> None:
         Interrupts.pending = False
-        deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        self._before = {
-            n: signal.signal(n, _interrupt)
-            for n in (signal.SIGTERM, *(() if deaf else (signal.SIGINT,)))
-        }
+        numbers = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            numbers.append(signal.SIGINT)
+        self._before = {number: signal.signal(number, _interrupt) for number in numbers}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -39,15 +40,6 @@ class Interrupts:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     Interrupts.pending = True
     raise KeyboardInterrupt
-
-
-def human_bytes(count: float) -> str:
-    """A byte count with three significant digits and a decimal unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}" if unit != "B" else f"{int(count)} B"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 class ProgressLine:
@@ -95,8 +87,11 @@ class ProgressLine:
         if total < _FEWEST_BYTES:
             return f"{share}  {done} of {total}"
         rate = done / seconds if seconds > 0.2 else 0.0
-        left = f"  {human_bytes(rate)}/s  {_clock((total - done) / rate)} left" if rate else ""
-        return f"{share}  {human_bytes(done)} of {human_bytes(total)}{left}"
+        figures = f"{share}  {format_bytes(done)} of {format_bytes(total)}"
+        if not rate:
+            return figures
+        minutes, rest = divmod(round((total - done) / rate), 60)
+        return f"{figures}  {format_bytes(rate)}/s  {minutes}:{rest:02d} left"
 
 
 def opening(line: ProgressLine) -> dict[str, Any]:
@@ -105,8 +100,3 @@ def opening(line: ProgressLine) -> dict[str, Any]:
         "progress": lambda done, total: line("checking the bundle", done, total),
         "loading": lambda done, total: line("loading weights", done, total),
     }
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"

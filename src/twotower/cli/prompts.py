@@ -17,7 +17,7 @@ _FORM = (
 
 
 def read_prompts(path: Path, base: GenerationConfig) -> list[tuple[Any, GenerationConfig]]:
-    """The prompts of a file, text or token ids, each with its options: the line's own on top of `base`.
+    """The prompts of a file, text or token ids, each with its options, set on top of `base`.
 
     Raises:
         RequestError: the file cannot be read, has no prompts, or a line is not one; names the line.

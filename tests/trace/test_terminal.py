@@ -1,4 +1,4 @@
-"""The live picture: drawn over itself on a terminal, one line a pass elsewhere, and no character of a model moves the cursor."""
+"""The live view: drawn over itself on a terminal, a line a pass elsewhere, and no escape codes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 import pytest
 
 from tests.helpers.traces import MASK, small_trace
-from twotower.cli.live import LiveView, Words, visible
 from twotower.trace import Trace
+from twotower.trace.terminal import LiveView, Words, visible
 
 
 class Terminal(io.StringIO):
