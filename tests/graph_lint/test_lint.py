@@ -57,20 +57,13 @@ def test_every_rule_has_a_planted_fault() -> None:
 
 
 @pytest.mark.parametrize("rule", PLANTED)
-def test_a_planted_fault_breaks_its_rule_alone(rule: str) -> None:
+def test_a_planted_fault_breaks_its_rule_alone_and_without_it_none_is_broken(rule: str) -> None:
     assert broken(PLANTED[rule](True)) == {rule} | ALSO.get(rule, set())
-
-
-@pytest.mark.parametrize("rule", PLANTED)
-def test_without_the_fault_no_rule_is_broken(rule: str) -> None:
     healthy = PLANTED[rule](False)
     onnx.checker.check_model(healthy, full_check=True)
     assert not broken(healthy)
-
-
-@pytest.mark.parametrize("rule", [rule.id for rule in RULES if rule.built_only])
-def test_some_rules_hold_only_once_axes_are_fixed(rule: str) -> None:
-    assert not broken(PLANTED[rule](True), fixed=False)
+    if BY_ID[rule].built_only:
+        assert not broken(PLANTED[rule](True), fixed=False)
 
 
 def computed_k() -> onnx.ModelProto:

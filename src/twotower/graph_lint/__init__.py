@@ -1,4 +1,4 @@
-"""What a graph must not contain, because TensorRT refuses it or, worse, computes something else without a word.
+"""What a graph must not contain, because TensorRT refuses it or silently computes something else.
 
 A table of rules, each with its reason and the source of that reason; docs/graph-rules.md shows it.
 ONNX Runtime computes most of these forms as ONNX says, so no comparison with it finds them.

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 import onnx
 
 from twotower.errors import TwoTowerError
-from twotower.graph_lint.attention_rules import ATTENTION_RULES
-from twotower.graph_lint.operator_rules import OPERATOR_RULES, QUANTIZATION_RULES
+from twotower.graph_lint.operator_rules import ATTENTION_RULES, OPERATOR_RULES, QUANTIZATION_RULES
 from twotower.graph_lint.rule import Finding, Rule, Severity
 from twotower.graph_lint.tensor_rules import TENSOR_RULES
 from twotower.graph_lint.view import GraphView
@@ -68,15 +67,15 @@ def explained(findings: Iterable[Finding]) -> list[str]:
     by_rule: dict[str, list[Finding]] = {}
     for finding in findings:
         by_rule.setdefault(finding.rule.id, []).append(finding)
-    return [_line(group) for group in by_rule.values()]
-
-
-def _line(group: list[Finding]) -> str:
-    rule, more = group[0].rule, len(group) - _SHOWN
-    places = ", ".join(f"{f.where}: {f.found}" for f in group[:_SHOWN]) + (
-        f" and {more} more" if more > 0 else ""
-    )
-    return f"{rule.severity} {rule.id}: {places} ({rule.reason}; instead: {rule.instead})"
+    lines = []
+    for group in by_rule.values():
+        rule, more = group[0].rule, len(group) - _SHOWN
+        places = ", ".join(f"{f.where}: {f.found}" for f in group[:_SHOWN])
+        if more > 0:
+            places += f" and {more} more"
+        why = f"({rule.reason}; instead: {rule.instead})"
+        lines.append(f"{rule.severity} {rule.id}: {places} {why}")
+    return lines
 
 
 def rules_table() -> str:
@@ -84,17 +83,11 @@ def rules_table() -> str:
     rows = [
         "| rule | looks at | must not be | because | write | source |",
         "|---|---|---|---|---|---|",
-        *(
-            f"| `{r.id}`{_kind(r)} | {r.subject} | {r.avoid} | {r.reason} | {r.instead} | {r.source} |"
-            for r in RULES
-        ),
     ]
+    for rule in RULES:
+        words = ["note"] if rule.severity is Severity.NOTE else []
+        words += ["fixed axes"] if rule.built_only else []
+        kind = f" ({', '.join(words)})" if words else ""
+        cells = (rule.subject, rule.avoid, rule.reason, rule.instead, rule.source)
+        rows.append(f"| `{rule.id}`{kind} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
-
-
-def _kind(rule: Rule) -> str:
-    words = [
-        *(["note"] if rule.severity is Severity.NOTE else []),
-        *(["fixed axes"] if rule.built_only else []),
-    ]
-    return f" ({', '.join(words)})" if words else ""

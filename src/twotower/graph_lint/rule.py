@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import onnx
 
 from twotower.graph_lint.view import GraphView
 
-__all__ = ["BUILT", "Check", "Complaint", "Finding", "Rule", "Severity", "each", "where"]
+__all__ = [
+    "BUILT",
+    "Check",
+    "Complaint",
+    "Finding",
+    "Rule",
+    "Severity",
+    "absent",
+    "attribute",
+    "each",
+    "where",
+]
 
 BUILT = "tested with TensorRT for RTX 1.7.1"
 """The source of a reason that a test of this project repeats with the library itself."""
@@ -23,7 +35,7 @@ Check = Callable[[GraphView, onnx.NodeProto], str | None]
 
 
 class Severity(StrEnum):
-    """How bad it is: an error is a graph TensorRT refuses or computes wrongly, a note one that costs something."""
+    """An error is a graph TensorRT refuses or computes wrongly, a note one that costs something."""
 
     ERROR = "error"
     NOTE = "note"
@@ -80,7 +92,10 @@ class Finding:
 def each(
     op_types: tuple[str, ...] | str, check: Check
 ) -> Callable[[GraphView], Iterator[Complaint]]:
-    """Asks every operator of some types; their domain does not matter, because TensorRT's parser does not read it either."""
+    """Asks every operator of some types.
+
+    Their domain does not matter, because TensorRT's parser does not read it either.
+    """
     wanted = (op_types,) if isinstance(op_types, str) else op_types
 
     def find(view: GraphView) -> Iterator[Complaint]:
@@ -89,6 +104,23 @@ def each(
                 yield where(node), found
 
     return find
+
+
+def absent(op_types: tuple[str, ...] | str) -> Callable[[GraphView], Iterator[Complaint]]:
+    """Finds every operator of some types."""
+    return each(op_types, lambda view, node: f"operator {node.op_type}")
+
+
+def attribute(
+    op_types: tuple[str, ...] | str, name: str, *allowed: Any
+) -> Callable[[GraphView], Iterator[Complaint]]:
+    """Finds operators whose attribute is none of `allowed`, the first of which is its default."""
+
+    def check(view: GraphView, node: onnx.NodeProto) -> str | None:
+        value = view.attribute(node, name, allowed[0])
+        return None if value in allowed else f"{name} = {value}"
+
+    return each(op_types, check)
 
 
 def where(node: onnx.NodeProto) -> str:

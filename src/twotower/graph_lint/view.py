@@ -1,4 +1,4 @@
-"""An ONNX graph as rules want to ask it: types, shapes, constants, producers, and what depends on the values of inputs."""
+"""An ONNX graph as rules ask it: types, shapes, constants, producers and readers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ __all__ = ["UNKNOWN", "GraphView", "type_name"]
 UNKNOWN = "unknown"
 """The type of a value about which nothing is known."""
 
-_SHAPE_OF = frozenset(
-    {"Shape", "Size"}
-)  # what leaves these depends on shapes only, never on values
+_SHAPE_OF = ("Shape", "Size")
+"""What leaves these depends on shapes only, never on values."""
 
 
 def type_name(code: int) -> str:
@@ -44,16 +43,27 @@ class GraphView:
         self.model = model
         self.fixed = fixed
         graph = model.graph
-        self.nodes: Sequence[onnx.NodeProto] = list(
-            graph.node
-        )  # held, so that a node is one object
+        # Held, so that a node is one object.
+        self.nodes: Sequence[onnx.NodeProto] = list(graph.node)
         self.initializers = {t.name: t for t in graph.initializer}
         self.inputs = {i.name for i in graph.input} - set(self.initializers)
         self.outputs = {o.name for o in graph.output}
         self.producers = {name: node for node in graph.node for name in node.output if name}
         self.declared = {v.name: v.type.tensor_type for v in graph.output}
-        self.inferred = _infer(model)
+        self.inferred = self._infer()
         self._values = {**self.declared, **self.inferred}
+
+    def _infer(self) -> dict[str, onnx.TypeProto.Tensor]:
+        """What ONNX infers of every value; what the model declares of outputs is not believed."""
+        bare = onnx.ModelProto()
+        bare.CopyFrom(self.model)
+        for output in bare.graph.output:
+            output.ClearField("type")
+        # An operator without a definition raises: what is unknown is a finding.
+        with suppress(onnx.shape_inference.InferenceError, ValueError):
+            bare = onnx.shape_inference.infer_shapes(bare)
+        values = (*bare.graph.input, *bare.graph.value_info, *bare.graph.output)
+        return {v.name: v.type.tensor_type for v in values if v.type.tensor_type.elem_type}
 
     def dtype(self, name: str) -> str:
         """The element type of a value."""
@@ -62,7 +72,10 @@ class GraphView:
         return type_name(self._values[name].elem_type) if name in self._values else UNKNOWN
 
     def shape(self, name: str) -> tuple[int | str | None, ...] | None:
-        """Whole numbers, letters of dynamic axes, None for an unknown axis; None where even the rank is unknown."""
+        """Whole numbers, letters of dynamic axes, None for an unknown axis.
+
+        None where even the rank is unknown.
+        """
         if name in self.initializers:
             return tuple(self.initializers[name].dims)
         kind = self.declared.get(name) or self._values.get(name)
@@ -87,10 +100,11 @@ class GraphView:
 
     @cached_property
     def data_dependent(self) -> frozenset[str]:
-        """Values that depend on what is in an input or an external weight, not only on shapes and constants."""
-        out = set(self.inputs) | {
-            name for name, t in self.initializers.items() if t.data_location == TensorProto.EXTERNAL
-        }
+        """Values that depend on an input or an external weight, and not on shapes alone."""
+        out = set(self.inputs)
+        for name, tensor in self.initializers.items():
+            if tensor.data_location == TensorProto.EXTERNAL:
+                out.add(name)
         for node in self.nodes:
             if node.op_type not in _SHAPE_OF and any(name in out for name in node.input):
                 out.update(name for name in node.output if name)
@@ -118,17 +132,3 @@ class GraphView:
     def operand(node: onnx.NodeProto, index: int) -> str:
         """The name of an operand; empty where it is left out."""
         return node.input[index] if index < len(node.input) else ""
-
-
-def _infer(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
-    """What ONNX itself knows of every value; what the model declares of its outputs is not believed."""
-    bare = onnx.ModelProto()
-    bare.CopyFrom(model)
-    for output in bare.graph.output:
-        output.ClearField("type")
-    with suppress(
-        onnx.shape_inference.InferenceError, ValueError
-    ):  # an operator without a definition: what is unknown is a finding
-        bare = onnx.shape_inference.infer_shapes(bare)
-    values = (*bare.graph.input, *bare.graph.value_info, *bare.graph.output)
-    return {v.name: v.type.tensor_type for v in values if v.type.tensor_type.elem_type}
