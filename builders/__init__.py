@@ -8,7 +8,7 @@ from twotower.builders.base import BuildConfig, EngineBuilder
 from twotower.builders.build import build_engines
 from twotower.errors import BuildError
 from twotower.extras import TARGET_EXTRA, install_command
-from twotower.tensorrt_library import load_tensorrt, load_tensorrt_rtx
+from twotower.tensorrt_library import Flavour, load_tensorrt, load_tensorrt_rtx
 
 __all__ = ["BUILDERS", "BuildConfig", "EngineBuilder", "build_engines", "builder_for"]
 
@@ -25,15 +25,8 @@ def _ort_cuda() -> EngineBuilder:
     return make_cuda_builder()
 
 
-def _rtx() -> EngineBuilder:
-    library = load_tensorrt_rtx()
-    from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
-
-    return TensorRTBuilder(library)
-
-
-def _trt() -> EngineBuilder:
-    library = load_tensorrt()
+def _tensorrt(load: Callable[[], Flavour]) -> EngineBuilder:
+    library = load()  # what is missing is the library, not the builder
     from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
 
     return TensorRTBuilder(library)
@@ -42,15 +35,10 @@ def _trt() -> EngineBuilder:
 BUILDERS: dict[str, Callable[[], EngineBuilder]] = {
     "ort-cpu": _ort_cpu,
     "ort-cuda": _ort_cuda,
-    "rtx": _rtx,
-    "trt": _trt,
+    "rtx": lambda: _tensorrt(load_tensorrt_rtx),
+    "trt": lambda: _tensorrt(load_tensorrt),
 }
 """Target name -> creator of its builder."""
-
-
-_NOTES = {
-    "trt": ": the wheels fetch the library itself from NVIDIA's own package index, pypi.nvidia.com"
-}
 
 
 def builder_for(target: str) -> EngineBuilder:
@@ -68,8 +56,9 @@ def builder_for(target: str) -> EngineBuilder:
     try:
         return BUILDERS[target]()
     except (ImportError, OSError) as e:  # OSError: the bindings are there and the library is not
+        do = install_command(TARGET_EXTRA[target])
+        if target == "trt":
+            do += ": the wheels fetch the library from NVIDIA's own package index, pypi.nvidia.com"
         raise BuildError(
-            f"target {target} cannot be built here",
-            found=f"a library is missing: {e}",
-            do=install_command(TARGET_EXTRA[target]) + _NOTES.get(target, ""),
+            f"target {target} cannot be built here", found=f"a library is missing: {e}", do=do
         ) from e

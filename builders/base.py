@@ -41,7 +41,7 @@ DEFAULT_CACHE_BYTES = 20 * 10**9
 
 INPUTS, INSIDE = "inputs", "inside"
 PLACES = (INPUTS, INSIDE)
-"""Where weights go: into the engine's inputs, but for those that must be constants; or all inside."""
+"""Where weights go: to the engine's inputs, but for those that must be constants; or inside."""
 
 AUTO, DENSE, FUSED, KERNELS = "auto", "dense", "fused", "kernels"
 EXPERTS = (AUTO, KERNELS, FUSED, DENSE)
@@ -50,7 +50,7 @@ ones; or the engine, all of them."""
 
 CHOSEN, STANDARD = "chosen", "standard"
 DIALECTS = (CHOSEN, STANDARD)
-"""How `ort-cpu` writes experts: only those that are chosen compute; or the graph as it was exported."""
+"""How `ort-cpu` writes experts: only the chosen ones compute; or as they were exported."""
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -70,15 +70,13 @@ class BuildConfig:
             whichever is less.
         max_build_memory: Bytes the build of one engine may need at its peak, None for no bound; a
             tower that holds more weights inside is cut into segments.
-        weights: `inputs` for engines that are programs and read their weights from the bundle's
-            data files, but for those that the library takes as constants only; `inside` for engines
-            that hold them all.
+        weights: `inputs` for engines that read their weights from the bundle's data files, but for
+            those that the library takes as constants only; `inside` for engines that hold them all.
         segments: Engines a tower is cut into, so that it can be spread over so many devices.
         experts: `kernels` for programs that end where experts begin, with kernels for the chosen
-            ones between them: a list of steps that is spread over devices as it is; `dense` for
-            engines that compute every expert for every token; `auto` for kernels wherever there
-            are such for these experts and every compute capability, else dense with the reason in
-            the record.
+            ones between them; `dense` for engines that compute every expert for every token; `auto`
+            for kernels where there are such for these experts and every compute capability, else
+            dense with the reason in the record.
         allow_expanded: Keep engines of `rtx` whose passes expand stacked experts in device memory.
         dialect: Of `ort-cpu`: `chosen` for engines in which only the chosen experts compute,
             `standard` for the exported graph.
@@ -112,29 +110,19 @@ class BuildConfig:
                     found=f"{value}; allowed: 1 and more",
                     do=f"pass a positive {flag}",
                 )
-        if self.weights not in PLACES:
-            raise ConfigError(
-                f"--weights cannot be {self.weights!r}",
-                found=f"allowed: {', '.join(PLACES)}",
-                do="choose one of them",
-            )
-        if self.experts not in EXPERTS:
-            raise ConfigError(
-                f"--experts cannot be {self.experts!r}",
-                found=f"allowed: {', '.join(EXPERTS)}",
-                do="choose one of them",
-            )
+        for name, allowed in (("weights", PLACES), ("experts", EXPERTS), ("dialect", DIALECTS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"--{name} cannot be {getattr(self, name)!r}",
+                    found=f"allowed: {', '.join(allowed)}",
+                    do="choose one of them",
+                )
         if self.experts == KERNELS and self.segments > 1:
             raise ConfigError(
                 "--segments is for engines that compute their experts",
-                found=f"--experts {KERNELS} with --segments {self.segments}; towers are cut at every layer of experts already",
+                found=f"--experts {KERNELS} with --segments {self.segments}; "
+                "towers are cut at every layer of experts already",
                 do="leave --segments out: the programs are spread over any number of devices",
-            )
-        if self.dialect not in DIALECTS:
-            raise ConfigError(
-                f"--dialect cannot be {self.dialect!r}",
-                found=f"allowed: {', '.join(DIALECTS)}",
-                do="choose one of them",
             )
         if self.cache_bytes < 0:
             raise ConfigError(
@@ -145,7 +133,7 @@ class BuildConfig:
 
 
 class BuildPlan(Protocol):
-    """What one build would make of a bundle on this machine: decided once, for the dry run and for the build."""
+    """What one build would make of a bundle on this machine: decided once, for dry run and build."""
 
     def keeps(self, record: EngineRecord) -> bool:
         """Whether sound engines that are already there are what is asked for."""
@@ -169,7 +157,7 @@ class BuildPlan(Protocol):
         ...
 
     def build(self, folder: Path, *, report: Report) -> EngineRecord:
-        """Writes the engines into an empty folder and describes them; publishing the folder is the caller's part."""
+        """Writes the engines into an empty folder, which the caller publishes, and describes them."""
         ...
 
 
@@ -181,12 +169,12 @@ class EngineBuilder(Protocol):
         ...
 
     def asked(self, bundle: Bundle, config: BuildConfig) -> str:
-        """A number for all that decides a build, told without reading graphs; empty where only the plan knows.
+        """A digest of all that decides a build, without reading graphs; empty if only a plan can tell.
 
         Where `build.json` says the same, its engines are kept.
         """
         ...
 
     def plan(self, bundle: Bundle, config: BuildConfig) -> BuildPlan:
-        """What a build would make. Nothing is read or refused before something is asked of the plan."""
+        """What a build would make. Nothing is read or refused before the plan is asked."""
         ...

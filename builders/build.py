@@ -1,4 +1,4 @@
-"""One build from start to publication: nothing half-written is ever seen under the target's name."""
+"""One build from start to publication: nothing half-written is seen under the target's name."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from twotower.bundle import (
 )
 from twotower.errors import BuildAbortedError, EngineMismatchError
 from twotower.files import locked
+from twotower.units import format_bytes
 
 __all__ = ["build_engines"]
 
@@ -56,11 +57,13 @@ def build_engines(
         ):
             _recover(folder)
             record = None if config.force else _there(bundle, target, builder.library())
-            if record is not None and _says(record, builder.asked(bundle, config)):
-                return record
+            if record is not None:
+                asked = builder.asked(bundle, config)
+                if asked and record.report.get("asked") == asked:
+                    return record
             plan = builder.plan(bundle, config)
             if record is None or not plan.keeps(record):
-                record = _built(bundle, folder, plan, report=report)
+                record = _publish(bundle, folder, plan, report)
                 _trim(bundle, config)
             return record
     except OSError as e:
@@ -80,39 +83,34 @@ def _there(bundle: Bundle, target: str, library: dict[str, str]) -> EngineRecord
         return None
 
 
-def _says(record: EngineRecord, asked: str) -> bool:
-    """Whether a record says of itself that it is what is asked for."""
-    return bool(asked) and record.report.get("asked") == asked
-
-
-def _built(bundle: Bundle, folder: Path, plan: BuildPlan, *, report: Report) -> EngineRecord:
-    _require_space(bundle, plan.needed_bytes)
+def _publish(bundle: Bundle, folder: Path, plan: BuildPlan, report: Report) -> EngineRecord:
+    """Builds beside `folder` and renames it into its place; the old one goes last."""
+    needed, free = plan.needed_bytes, shutil.disk_usage(bundle.path).free
+    if needed > free:
+        raise BuildAbortedError(
+            f"not enough disk space under '{bundle.path}'",
+            found=f"{format_bytes(needed)} needed, {format_bytes(free)} free",
+            do="free space, or move the bundle to a larger disk",
+        )
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
     try:
         record = plan.build(partial, report=report)
         write_json(partial / BUILD_FILE, record.to_json())
         os.chmod(partial, 0o755)  # mkdtemp is private; an engine is as readable as its bundle
-        _replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return record
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    """Puts `partial` in the place of `folder`; the old one goes last."""
-    old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
-    try:
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
     finally:
-        if not folder.exists() and old.exists():  # interrupted between the two
+        if not folder.exists() and old.exists():  # interrupted between the two renames
             old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+    return record
 
 
 def _recover(folder: Path) -> None:
-    """Mends what a build that was killed outright left: nobody else writes here, because the lock is held."""
+    """Mends what a killed build left: nobody else writes here, because the lock is held."""
     for left in sorted(p for p in folder.parent.glob(f".{folder.name}.*") if p.is_dir()):
         if left.name.startswith(f".{folder.name}.old.") and not folder.exists():
             logger.warning("a build was killed between two renames; %s is the engine again", left)
@@ -123,22 +121,11 @@ def _recover(folder: Path) -> None:
 
 
 def _trim(bundle: Bundle, config: BuildConfig) -> None:
-    """Keeps the cache within its bound. The engine is published by now: what goes wrong here is a warning."""
+    """Keeps the cache within its bound; the engine is published, so that failing is a warning."""
     cache = open_cache(bundle, config)
+    if cache is None:
+        return
     try:
-        if cache is not None:
-            cache.trim()
+        cache.trim()
     except OSError as e:
-        logger.warning(
-            "the engine cache '%s' could not be trimmed: %s", cache.folder if cache else "", e
-        )
-
-
-def _require_space(bundle: Bundle, needed: int) -> None:
-    free = shutil.disk_usage(bundle.path).free
-    if needed > free:
-        raise BuildAbortedError(
-            f"not enough disk space under '{bundle.path}'",
-            found=f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
-            do="free space, or move the bundle to a larger disk",
-        )
+        logger.warning("the engine cache '%s' could not be trimmed: %s", cache.folder, e)

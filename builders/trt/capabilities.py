@@ -20,12 +20,6 @@ DEFAULT_SMS = (86, 89, 120)
 HALF_ONLY_SM = 75
 """TensorRT for RTX has matrix products in float16 only for this compute capability."""
 
-_OTHER = "choose others with --sm; for Hopper and data-centre Blackwell use `--target trt` or `--target ort-cuda`"
-_AT_HAND = "build on the machine that will run it, or use `--target rtx`, which builds ahead of time for RTX GPUs"
-_FORMATS = (
-    "leave it out of --sm, or quantize with a recipe of formats it has (docs/quantization.md)"
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
@@ -48,10 +42,7 @@ class Capabilities:
 
 
 def chosen_capabilities(
-    flavour: Flavour,
-    bundle: Bundle,
-    config: BuildConfig,
-    machine: Machine,
+    flavour: Flavour, bundle: Bundle, config: BuildConfig, machine: Machine
 ) -> Capabilities:
     """What a library builds for.
 
@@ -76,10 +67,17 @@ def chosen_capabilities(
         raise BuildError(
             f"{_name(flavour)} does not build for SM {', '.join(map(str, unknown))}",
             found=f"supported: {', '.join(map(str, flavour.sms))}",
-            do=_OTHER,
+            do="choose others with --sm; for Hopper and data-centre Blackwell use `--target trt` "
+            "or `--target ort-cuda`",
         )
     _require_formats(bundle, chosen, formats)
-    _require_products(bundle, chosen, flavour)
+    if HALF_ONLY_SM in chosen and bundle.dtype != "float16":
+        others = ", ".join(str(sm) for sm in flavour.sms if sm != HALF_ONLY_SM)
+        raise BuildError(
+            f"SM {HALF_ONLY_SM} has no products in {bundle.dtype}",
+            found=f"supported in {bundle.dtype}: {others}",
+            do="export with --dtype float16, or leave it out of --sm",
+        )
     return Capabilities(chosen, named=chosen)
 
 
@@ -89,22 +87,20 @@ def _at_hand(flavour: Flavour, config: BuildConfig, present: tuple[int, ...]) ->
         raise BuildError(
             f"{_name(flavour)} builds for the GPU at hand only",
             found="--sm was given" if config.sms else "there is no NVIDIA GPU here",
-            do=_AT_HAND,
+            do="build on the machine that will run it, or use `--target rtx`, which builds "
+            "ahead of time for RTX GPUs",
         )
     return present[:1]
 
 
 def _formats_of_programs(bundle: Bundle, config: BuildConfig) -> tuple[WeightFormat, ...]:
-    """The few-bit formats the library has to multiply: kernels read those of experts on any hardware."""
+    """The quantized formats the library multiplies: kernels read those of experts on any GPU."""
     if config.experts != KERNELS:
         return bundle.formats
-    kinds = (bundle.quantization or {}).get("recipe", {}).get("weights", {})
-    names = {
-        name
-        for kind, name in kinds.items()
-        if kind not in (Role.ROUTED_EXPERT.value, Role.SHARED_EXPERT.value)
-    }
-    return tuple(f for f in bundle.formats if f.name in names)
+    kinds = dict((bundle.quantization or {}).get("recipe", {}).get("weights", {}))
+    for expert in (Role.ROUTED_EXPERT, Role.SHARED_EXPERT):
+        kinds.pop(expert.value, None)
+    return tuple(f for f in bundle.formats if f.name in kinds.values())
 
 
 def _require_formats(
@@ -115,17 +111,8 @@ def _require_formats(
         raise BuildError(
             f"SM {old[0]} has no hardware for the formats of '{bundle.path}'",
             found=", ".join(f"{f.name} from SM {f.first_sm}" for f in formats),
-            do=_FORMATS,
-        )
-
-
-def _require_products(bundle: Bundle, sms: tuple[int, ...], flavour: Flavour) -> None:
-    if HALF_ONLY_SM in sms and bundle.dtype != "float16":
-        others = ", ".join(str(sm) for sm in flavour.sms if sm != HALF_ONLY_SM)
-        raise BuildError(
-            f"SM {HALF_ONLY_SM} has no products in {bundle.dtype}",
-            found=f"supported in {bundle.dtype}: {others}",
-            do="export with --dtype float16, or leave it out of --sm",
+            do="leave it out of --sm, or quantize with a recipe of formats it has "
+            "(docs/quantization.md)",
         )
 
 

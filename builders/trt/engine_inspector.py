@@ -1,7 +1,7 @@
-"""What an engine became: the program of an RTX plan, or layers as TensorRT's inspector tells them on a GPU (never run).
+"""What an engine became: programs of TensorRT for RTX, or layers as TensorRT's inspector lists them.
 
-Engines whose passes expand stacked experts in device memory are refused: they are slower than float
-ones.
+The latter needs a GPU and has never run. Engines whose passes expand stacked experts in device
+memory are refused: they are slower than float ones.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from twotower.config.formats import FUSED_STACKS
 from twotower.errors import BuildError
 from twotower.hardware import Machine
 from twotower.tensorrt_library import Flavour
+from twotower.units import format_bytes
 
 __all__ = ["expands_experts", "inspect_plan", "require_fused", "summarize_layers"]
 
@@ -45,64 +46,51 @@ def inspect_plan(
             return summarize_programs(read_programs(plan, profiles=profiles))
         except ProgramTextError as e:
             return {"why_not": f"{e.what}: {e.found}"}
-    return _loaded(flavour, plan, machine)
-
-
-def _loaded(flavour: Flavour, plan: Any, machine: Machine) -> dict[str, Any]:
-    """Layers of an engine that is loaded on the GPU at hand."""
     trt = flavour.module
     if not machine.gpus:
         return {"why_not": "no GPU: the inspector reads an engine that was loaded on one"}
     if machine.gpus[0].memory < 2 * plan.nbytes:
-        return {
-            "why_not": f"the engine may not fit this GPU's {machine.gpus[0].memory / 1e9:.1f} GB"
-        }
+        memory = format_bytes(machine.gpus[0].memory)
+        return {"why_not": f"the engine may not fit this GPU's {memory}"}
     log = BuildLog()
     try:
         engine = trt.Runtime(make_logger(trt, log)).deserialize_cuda_engine(plan)
         if engine is None:
-            return {
-                "why_not": "; ".join(log.errors()[-2:])
-                or "the library does not load the engine on this GPU"
-            }
-        text = engine.create_engine_inspector().get_engine_information(
-            trt.LayerInformationFormat.JSON
-        )
-        return summarize_layers(json.loads(text))
+            unknown = "the library does not load the engine on this GPU"
+            return {"why_not": "; ".join(log.errors()[-2:]) or unknown}
+        inspector = engine.create_engine_inspector()
+        told = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        return summarize_layers(json.loads(told))
     except (AttributeError, RuntimeError, MemoryError, TypeError, ValueError) as e:
         return {"why_not": f"{type(e).__name__}: {e}"}
 
 
 def summarize_layers(told: dict[str, Any]) -> dict[str, Any]:
-    """The inspector's JSON as counts. A layer is a name alone where the engine was not built with detailed profiling."""
-    layers = [layer for layer in told.get("Layers", []) if isinstance(layer, dict)]
-    types = Counter(str(layer.get("LayerType", "unknown")) for layer in layers)
+    """The inspector's JSON as counts; a layer is a mere name without detailed profiling."""
+    types: Counter[str] = Counter()
+    precisions: Counter[str] = Counter()
+    for layer in told.get("Layers", []):
+        if isinstance(layer, dict):
+            types[str(layer.get("LayerType", "unknown"))] += 1
+            first = (layer.get("Outputs") or [{}])[0]
+            output = first if isinstance(first, dict) else {}
+            precisions[output.get("Datatype") or output.get("Format/Datatype") or "none"] += 1
     return {
         "layers": len(told.get("Layers", [])),
         "by_type": dict(types.most_common()),
-        "by_precision": dict(Counter(_output_type(layer) for layer in layers).most_common()),
+        "by_precision": dict(precisions.most_common()),
     }
 
 
-def _output_type(layer: dict[str, Any]) -> str:
-    outputs = layer.get("Outputs") or [{}]
-    first = outputs[0] if isinstance(outputs[0], dict) else {}
-    return str(first.get("Datatype") or first.get("Format/Datatype") or "none")
-
-
 def expands_experts(record: EngineRecord) -> bool:
-    """Whether a pass of any of the engines writes stacked experts to device memory, as far as their programs were read."""
-    return any(
-        _stacks(program)
-        for facts in record.report.get("engines", {}).values()
-        for program in _programs(facts)
-    )
+    """Whether a pass of any engine whose program was read writes stacked experts to device memory."""
+    return any(_stacks(facts) for facts in record.report.get("engines", {}).values())
 
 
 def require_fused(engine: EngineFile, facts: Mapping[str, Any], *, readable: bool = False) -> None:
-    """Refuses an engine that writes a dequantized copy of stacked experts to device memory in every pass.
+    """Refuses an engine that dequantizes stacked experts in device memory in every pass.
 
-    Such a pass reads the experts in few bits, writes them at full width and reads them again: more
+    Such a pass reads the quantized experts, writes them at full width and reads them again: more
     bytes than the float experts have.
 
     Args:
@@ -117,33 +105,32 @@ def require_fused(engine: EngineFile, facts: Mapping[str, Any], *, readable: boo
     why_not = facts.get("inspector", {}).get("why_not")
     if readable and why_not and any("experts" in name for name in engine.constants):
         raise BuildError(
-            f"nobody can tell whether {engine.file} expands its experts in device memory in every pass",
+            f"nobody can tell whether {engine.file} expands its experts in device memory "
+            "in every pass",
             found=f"its compiled program was not read: {why_not}",
-            do="build with the version of TensorRT for RTX that twotower asks for, or add --allow-expanded",
+            do="build with the version of TensorRT for RTX that twotower asks for, "
+            "or add --allow-expanded",
         )
-    programs = [(p, _stacks(p)) for p in _programs(facts)]
-    program, stacks = max(
-        programs, key=lambda found: sum(w["nbytes"] for w in found[1]), default=({}, [])
-    )
-    if not stacks:
+    found = _stacks(facts)
+    if not found:
         return
+    number, stacks = max(found.items(), key=lambda item: sum(w["nbytes"] for w in item[1]))
     layers, first = len({w["scope"] for w in stacks}), stacks[0]
-    size = sum(w["nbytes"] for w in stacks)
-    profile = engine.profiles[program["profile"]].name
+    size = format_bytes(sum(w["nbytes"] for w in stacks))
     more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""
     raise BuildError(
         f"{engine.file} expands the experts of {layers} layer(s) in device memory in every pass",
-        found=f"profile {profile} writes {size / 1e6:.4g} MB a pass: {first['scope']}, {', '.join(first['weights'])} "
-        f"as {first['dtype']} {first['dims']}{more}; that is slower than float experts",
+        found=f"profile {engine.profiles[number].name} writes {size} a pass: {first['scope']}, "
+        f"{', '.join(first['weights'])} as {first['dtype']} {first['dims']}{more}; "
+        "that is slower than float experts",
         do="build with --experts kernels, which read them as they are stored; "
         f"or quantize with experts that stay inside their product: {FUSED_STACKS} "
         "(docs/quantization.md); or build it as it is with --allow-expanded",
     )
 
 
-def _programs(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return list(facts.get("inspector", {}).get("programs", ()))
-
-
-def _stacks(program: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [weight for weight in program["expanded"] if weight["stacked"]]
+def _stacks(facts: Mapping[str, Any]) -> dict[int, list[dict[str, Any]]]:
+    """By profile, the stacked experts that its passes write to device memory; none where none are."""
+    programs = facts.get("inspector", {}).get("programs", ())
+    stacks = {p["profile"]: [w for w in p["expanded"] if w["stacked"]] for p in programs}
+    return {profile: found for profile, found in stacks.items() if found}

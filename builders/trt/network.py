@@ -1,11 +1,14 @@
-"""From an ONNX graph to serialized engine with a TensorRT library that is passed as a value: parse, check, configure, build."""
+"""From an ONNX graph to a serialized engine: parse, check, configure, build.
+
+The TensorRT library is a value.
+"""
 
 from __future__ import annotations
 
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,9 @@ EXPLAINED: tuple[tuple[str, str], ...] = (
 """Warnings that are understood: pattern and why it is harmless here. Any other is reported as unexplained."""
 
 _DROPPED = re.compile(r"Unused Input:|\[RemoveDeadLayers\] Input Tensor")
-"""A graph input the parser silently ignored: the engine would compute something else."""
+"""A graph input that was silently ignored."""
+
+_NEXT = "read the reason; the graph is kept (docs/engines.md)"
 
 
 @dataclass(slots=True)
@@ -147,89 +152,67 @@ def build_network(
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, sink)
     started = time.perf_counter()
-    parsed = parser.parse(graph[0], path=str(graph[1]))
-    _check_parsed(parsed, [parser.get_error(i).desc() for i in range(parser.num_errors)], log)
-    if options.dtype in SETTINGS["decomposable_attention"]:
-        _allow_decomposition(trt, network)
-    parse_seconds = time.perf_counter() - started
-    facts = _walked(network)
-    config = _configured(flavour, builder, options, tick=tick)
-    started = time.perf_counter()
-    plan = builder.build_serialized_network(network, config)
-    facts |= {
-        "parse_seconds": round(parse_seconds, 3),
-        "build_seconds": round(time.perf_counter() - started, 2),
-    }
-    if plan is None:
-        found = (
-            "; ".join(log.errors()[-3:])
-            or "it gives no reason (a cancelled build gives none either)"
-        )
-        raise BuildError(
-            f"{trt.__name__} {flavour.version} cannot build this graph", found=found, do=_NEXT
-        )
-    _check_inputs(log)
-    if options.timing_cache is not None and (cache := config.get_timing_cache()) is not None:
-        _keep_timings(options.timing_cache, cache.serialize(), log)
-    return plan, facts
-
-
-def _walked(network: Any) -> dict[str, Any]:
-    """Layers of the network as it was parsed, before the compiler fuses them: what can be known without a GPU."""
-    layers = [network.get_layer(i) for i in range(network.num_layers)]
-    return {
-        "layers_from": "walk",
-        "layers": len(layers),
-        "by_type": dict(Counter(layer.type.name for layer in layers).most_common()),
-        "by_precision": dict(Counter(_precision(layer) for layer in layers).most_common()),
-    }
-
-
-def _recall_timings(config: Any, file: Path) -> None:
-    """Starts from the measurements of earlier builds, or from none if the library does not take those."""
-    for known in ([file.read_bytes()] if file.is_file() else []) + [b""]:
-        timings = config.create_timing_cache(known)
-        if timings is not None and config.set_timing_cache(timings, False):
-            return
-
-
-def _keep_timings(file: Path, timings: Any, log: BuildLog) -> None:
-    """Writes the timing cache, whole or not at all; losing it costs time only, so an engine is not lost over it."""
-    try:
-        write_atomically(file, memoryview(timings))
-    except OSError as e:
-        log.add("WARNING", f"the timing cache is not kept: {e}")
-
-
-_NEXT = "read the reason; the graph is kept (docs/engines.md)"
-
-
-def _check_parsed(parsed: bool, errors: Sequence[str], log: BuildLog) -> None:
-    if not parsed:
+    if not parser.parse(graph[0], path=str(graph[1])):
+        errors = [parser.get_error(i).desc() for i in range(min(parser.num_errors, 3))]
         raise BuildError(
             "the ONNX parser refuses the graph",
-            found="; ".join(errors[:3]) or "no reason given",
+            found="; ".join(errors) or "no reason given",
             do=_NEXT,
         )
     _check_inputs(log)
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    if options.dtype in SETTINGS["decomposable_attention"]:
+        # No fused kernel computes attention in float32: it may be taken apart. In half precision
+        # losing the fused kernel is an error.
+        for layer in layers:
+            if layer.type == trt.LayerType.ATTENTION_INPUT:
+                layer.__class__ = trt.IAttentionBoundaryLayer
+                layer.attention.decomposable = True
+    parsed = time.perf_counter()
+    facts = _counted(network)
+    config = _configured(flavour, builder, options, tick=tick)
+    begun = time.perf_counter()
+    plan = builder.build_serialized_network(network, config)
+    facts["parse_seconds"] = round(parsed - started, 3)
+    facts["build_seconds"] = round(time.perf_counter() - begun, 2)
+    if plan is None:
+        unknown = "it gives no reason (a cancelled build gives none either)"
+        raise BuildError(
+            f"{trt.__name__} {flavour.version} cannot build this graph",
+            found="; ".join(log.errors()[-3:]) or unknown,
+            do=_NEXT,
+        )
+    _check_inputs(log)
+    if options.timing_cache is not None and (cache := config.get_timing_cache()) is not None:
+        try:
+            write_atomically(options.timing_cache, memoryview(cache.serialize()))
+        except OSError as e:  # losing it costs time only: no engine is lost over it
+            log.add("WARNING", f"the timing cache is not kept: {e}")
+    return plan, facts
+
+
+def _counted(network: Any) -> dict[str, Any]:
+    """Layers of the parsed network, before the compiler fuses them: known without a GPU."""
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    types = Counter(layer.type.name for layer in layers)
+    outputs = Counter(
+        str(layer.get_output(0).dtype.name) if layer.num_outputs else "none" for layer in layers
+    )
+    return {
+        "layers_from": "walk",
+        "layers": len(layers),
+        "by_type": dict(types.most_common()),
+        "by_precision": dict(outputs.most_common()),
+    }
 
 
 def _check_inputs(log: BuildLog) -> None:
-    """A graph input that is dropped, at parsing or while building, means that something else than the graph would be computed."""
+    """Refuses a graph an input of which was dropped: the engine would compute something else."""
     dropped = [message for (_, message) in log.lines if _DROPPED.search(message)]
     if dropped:
         raise BuildError(
             "the library ignores an input of the graph", found="; ".join(dropped), do=_NEXT
         )
-
-
-def _allow_decomposition(trt: Any, network: Any) -> None:
-    """No fused kernel computes attention in float32: it may be taken apart. In half precision losing the fused kernel is an error."""
-    for i in range(network.num_layers):
-        layer = network.get_layer(i)
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionBoundaryLayer
-            layer.attention.decomposable = True
 
 
 def _configured(
@@ -249,55 +232,51 @@ def _configured(
     config.max_aux_streams = SETTINGS["max_aux_streams"]
     config.profiling_verbosity = getattr(trt.ProfilingVerbosity, SETTINGS["profiling_verbosity"])
     for profile in options.profiles:
-        _add_profile(builder, config, options.inputs, profile=profile)
+        _add_profile(builder, config, options.inputs, profile)
     _set_capabilities(flavour, config, options)
     if options.timing_cache is not None:
-        _recall_timings(config, options.timing_cache)
+        # The measurements of earlier builds, or none where the library does not take those.
+        known = [options.timing_cache.read_bytes()] if options.timing_cache.is_file() else []
+        for measured in (*known, b""):
+            timings = config.create_timing_cache(measured)
+            if timings is not None and config.set_timing_cache(timings, False):
+                break
     config.progress_monitor = _monitor(trt, tick)
     return config
 
 
 def _set_capabilities(flavour: Flavour, config: Any, options: NetworkOptions) -> None:
-    """Tells the library which GPUs to build for; told nothing, it takes the one at hand or a set of its own."""
+    """Tells the library which GPUs to build for; by default it takes the one at hand or its own set."""
     trt = flavour.module
     names = ["CURRENT"] if options.current else [f"SM{sm}" for sm in options.sms]
-    if names:
-        config.num_compute_capabilities = len(
-            names
-        )  # the count first: a slot does not exist before
+    if names:  # the count first: a slot does not exist before
+        config.num_compute_capabilities = len(names)
     for slot, name in enumerate(names):
         if not config.set_compute_capability(getattr(trt.ComputeCapability, name), slot):
+            what, do = name, "choose others with --sm"
+            if options.current:
+                what, do = "the GPU at hand", f"{do}, or TWOTOWER_RTX_ANY_SM=default"
             raise BuildError(
-                f"{trt.__name__} does not build for {'the GPU at hand' if options.current else name}",
+                f"{trt.__name__} does not build for {what}",
                 found=f"it lists {', '.join(map(str, flavour.sms))}",
-                do="choose others with --sm"
-                + (", or TWOTOWER_RTX_ANY_SM=default" if options.current else ""),
+                do=do,
             )
 
 
-def _add_profile(
-    builder: Any, config: Any, inputs: Sequence[TensorSpec], *, profile: Profile
-) -> None:
+def _add_profile(builder: Any, config: Any, inputs: Sequence[TensorSpec], profile: Profile) -> None:
     made = builder.create_optimization_profile()
     for spec in inputs:
-        if any(letter in spec.axes for letter in profile.axes):
-            made.set_shape(spec.name, *(_shape(spec, profile.axes, which) for which in range(3)))
+        if not any(letter in spec.axes for letter in profile.axes):
+            continue
+        # Least, optimal and greatest sizes.
+        sizes = [profile.axes[a] if isinstance(a, str) else (a, a, a) for a in spec.axes]
+        made.set_shape(spec.name, *(tuple(size[which] for size in sizes) for which in range(3)))
     if config.add_optimization_profile(made) < 0:
         raise BuildError(
             "an optimization profile is refused",
             found=f"{profile}",
             do="report this: it is a defect of twotower",
         )
-
-
-def _shape(
-    spec: TensorSpec, axes: Mapping[str, tuple[int, int, int]], which: int
-) -> tuple[int, ...]:
-    return tuple(axes[axis][which] if isinstance(axis, str) else axis for axis in spec.axes)
-
-
-def _precision(layer: Any) -> str:
-    return str(layer.get_output(0).dtype.name) if layer.num_outputs else "none"
 
 
 def _monitor(trt: Any, tick: Callable[[str, int, int], bool]) -> Any:

@@ -106,7 +106,7 @@ def test_experts_stay_in_their_product_or_the_build_is_refused(quantized: Any, r
         BuildError, match=r"context\.engine expands the experts of 3 layer\(s\)"
     ) as caught:
         build(bundle, sms)
-    assert "MB a pass: layers.2.moe, " in caught.value.found
+    assert "iB a pass: layers.2.moe, " in caught.value.found
     assert "recipes mixed" in caught.value.do
     assert "--allow-expanded" in caught.value.do
     assert build(bundle, sms, allow_expanded=True) == record, (
