@@ -1,6 +1,7 @@
-"""Fewer bits for a model that denoises: ranges from real denoising runs, recipes, and quantized bundles."""
+"""Quantization: activation ranges from real denoising, recipes, and quantized bundles."""
 
-from twotower.calibration.quantize import QuantizeConfig, plan_quantization, quantize_bundle
+from twotower.calibration.quantization_plan import QuantizeConfig, plan_quantization
+from twotower.calibration.quantize import quantize_bundle
 from twotower.calibration.recipes import Recipe, builtin_recipes, load_recipe
 
 __all__ = [

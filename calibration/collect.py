@@ -19,20 +19,18 @@ import onnx_ir as ir
 
 from twotower.builders import build_engines, builder_for
 from twotower.bundle import GRAPH_FILES, Bundle, engine_folder, unpublished, write_json
-from twotower.calibration.quantize import require_float
-from twotower.calibration.recipes import parts_of
-from twotower.calibration.statistics import (
+from twotower.calibration.activation_statistics import (
     CONTEXT_BUCKETS,
     DENOISER_BUCKETS,
+    Statistics,
     TowerStatistics,
     bucket_of,
-)
-from twotower.calibration.statistics_file import (
-    Statistics,
     identity_of,
     read_statistics,
     write_statistics,
 )
+from twotower.calibration.quantization_plan import require_float
+from twotower.calibration.recipes import quantizable_weights
 from twotower.calibration.watched_engine import (
     WatchedEngine,
     engine_places,
@@ -179,7 +177,7 @@ class _Run:
 
     def _of_products(self, name: str) -> list[Tap]:
         graph = self._graphs[name]
-        known = {part.name for part in parts_of(self._bundle.config, name)}
+        known = {part.name for part in quantizable_weights(self._bundle.config, name)}
         return [tap for tap in graph.taps if tap.weight in known]
 
     def opened(self) -> TwoTower:

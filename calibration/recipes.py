@@ -18,12 +18,12 @@ from twotower.weights.declared import QUANTIZABLE, declared_weights
 
 __all__ = [
     "KEEP",
-    "Part",
+    "QuantizableWeight",
     "Recipe",
-    "RecipeException",
+    "RecipeOverride",
     "builtin_recipes",
     "load_recipe",
-    "parts_of",
+    "quantizable_weights",
 ]
 
 KEEP = "keep"
@@ -33,7 +33,7 @@ KINDS = tuple(role.value for role in QUANTIZABLE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecipeException:
+class RecipeOverride:
     """Weights that are treated otherwise; what is None matches everything.
 
     Attributes:
@@ -48,7 +48,7 @@ class RecipeException:
     kind: str | None = None
     format: str = KEEP
 
-    def matches(self, part: Part) -> bool:
+    def matches(self, part: QuantizableWeight) -> bool:
         """Whether it is about that weight."""
         return (
             self.tower in (None, part.tower)
@@ -71,7 +71,7 @@ class RecipeException:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class QuantizableWeight:
     """A weight a recipe may quantize.
 
     Attributes:
@@ -107,7 +107,7 @@ class Recipe:
     weights: Mapping[str, str] = field(default_factory=dict)
     activations: tuple[str, ...] = ()
     group: int = 32
-    exceptions: tuple[RecipeException, ...] = ()
+    exceptions: tuple[RecipeOverride, ...] = ()
 
     def __post_init__(self) -> None:
         for kind in (
@@ -162,7 +162,7 @@ class Recipe:
         for key in data:
             _require(key in known, f"recipe {name!r} has a key there is not", key, known)
         try:
-            exceptions = tuple(RecipeException(**entry) for entry in data.get("except", ()))
+            exceptions = tuple(RecipeOverride(**entry) for entry in data.get("except", ()))
             return cls(
                 name=name,
                 summary=str(data.get("summary", "")),
@@ -188,7 +188,7 @@ class Recipe:
             "except": [e.to_json() for e in self.exceptions],
         }
 
-    def format_of(self, part: Part) -> WeightFormat | None:
+    def format_of(self, part: QuantizableWeight) -> WeightFormat | None:
         """The format of a weight; None where it stays as it is."""
         name = self._name_of(part)
         if name == KEEP:
@@ -198,16 +198,16 @@ class Recipe:
             name,
             part.columns,
             stacked=stacked,
-            rounded_input=self.rounds_input_of(part),
+            rounded_input=self.quantizes_input_of(part),
             group=self.group,
         )
 
-    def rounds_input_of(self, part: Part) -> bool:
+    def quantizes_input_of(self, part: QuantizableWeight) -> bool:
         """Whether the product with that weight reads few bits on both sides."""
         name = self._name_of(part)
         return part.kind in self.activations and name != KEEP and FORMATS[name].dtype in ACTIVATIONS
 
-    def _name_of(self, part: Part) -> str:
+    def _name_of(self, part: QuantizableWeight) -> str:
         name = self.weights.get(part.kind, KEEP)
         for exception in self.exceptions:
             if exception.matches(part):
@@ -223,7 +223,7 @@ class Recipe:
             activations=tuple(k for k in self.activations if k in chosen),
         )
 
-    def check(self, parts: Sequence[Part]) -> None:
+    def check(self, parts: Sequence[QuantizableWeight]) -> None:
         """Refuses what this model's shapes do not allow.
 
         Raises:
@@ -295,11 +295,11 @@ def load_recipe(wanted: str) -> Recipe:
     return Recipe.from_mapping(chosen, tables[chosen])
 
 
-def parts_of(config: ModelConfig, graph: str) -> list[Part]:
+def quantizable_weights(config: ModelConfig, graph: str) -> list[QuantizableWeight]:
     """The weights of a float graph that recipes are about: embeddings and matrices of products."""
     tower = "denoiser" if graph == DENOISER else "context"
     return [
-        Part(weight.name, tower, weight.layer, weight.role.value, weight.shape[-1])
+        QuantizableWeight(weight.name, tower, weight.layer, weight.role.value, weight.shape[-1])
         for weight in declared_weights(config, graph, config.dtype)
         if weight.quantizable
     ]

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from twotower.builders.ort.cpu import engine_places, write_engine
-from twotower.builders.ort.products import experts_are_packed
+from twotower.builders.ort.cpu import engine_places, experts_are_packed, write_engine
 from twotower.bundle import GRAPH_FILES
 from twotower.onnx_runtime import ort
 from twotower.processors import usable_memory

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from twotower.builders.ort.cpu import write_engine
-from twotower.builders.ort.engine_weights import expand_data, places_of
+from twotower.builders.ort.engine_weights import cpu_weights, write_engine_data
 from twotower.checkpoint.synthetic import published_slice
 from twotower.config.formats import stored_format
 from twotower.config.model import LayerKind, ModelConfig, parse_model_config
@@ -149,12 +149,10 @@ def form(
     write_random(folder / f"{len(precision.weights)}.data", refs)
     point_to_data(recorded, refs, f"{len(precision.weights)}.data")
     model = ir.to_proto(recorded)
-    places, located = (
-        places_of(model, as_stored=chosen, even_rows=even_rows),
-        dict(located_weights(model)),
-    )
-    own = expand_data(
-        folder / f"{len(precision.weights)}.data", folder / f"{kind}.own", places, lambda done: None
+    weights = cpu_weights(model, as_stored=chosen, even_rows=even_rows)
+    located = dict(located_weights(model))
+    own, _ = write_engine_data(
+        folder / f"{len(precision.weights)}.data", folder / f"{kind}.own", weights
     )
     located |= {name: (f"{kind}.own", ref) for name, ref in own.items()}
     write_engine(

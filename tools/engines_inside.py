@@ -26,7 +26,7 @@ from twotower.builders.segment import fix_axes, layer_bytes
 from twotower.builders.trt.make_engine import run_job
 from twotower.builders.weight_inputs import place_weights
 from twotower.bundle import DATA_SUFFIX, EngineFile
-from twotower.calibration.recipes import builtin_recipes, parts_of
+from twotower.calibration.recipes import builtin_recipes, quantizable_weights
 from twotower.checkpoint.synthetic import published_slice
 from twotower.config.model import ModelConfig, parse_model_config
 from twotower.export.graph_files import save_program
@@ -185,12 +185,12 @@ def _write_graph(recipe: str, graph: str, config: ModelConfig, file: Path) -> No
     """A graph as the recipe records it, and random weights beside it: values of any bits, and one scale for all."""
     chosen = builtin_recipes()[recipe].only(["routed_expert"])
     plain = build_graph(graph, config, DTYPE)
-    parts = {part.name: part for part in parts_of(config, graph)}
+    parts = {part.name: part for part in quantizable_weights(config, graph)}
     few = {name: how for name, part in parts.items() if (how := chosen.format_of(part))}
     rounded = {
         tap.weight
         for tap in plain.taps
-        if tap.weight in few and chosen.rounds_input_of(parts[tap.weight])
+        if tap.weight in few and chosen.quantizes_input_of(parts[tap.weight])
     }
     inputs = {name: ActivationFormat(few[name].dtype, 0.0625) for name in rounded}
     made = build_graph(graph, config, DTYPE, Precision(few, inputs))

@@ -28,7 +28,7 @@ from twotower.builders.trt.network import BuildLog, NetworkOptions, build_networ
 from twotower.builders.trt.rtx_program.program import Program
 from twotower.builders.trt.rtx_program.read import read_programs
 from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
-from twotower.calibration.recipes import Recipe, builtin_recipes, parts_of
+from twotower.calibration.recipes import Recipe, builtin_recipes, quantizable_weights
 from twotower.checkpoint.synthetic import published_slice
 from twotower.config.formats import FORMATS
 from twotower.config.model import ModelConfig, parse_model_config
@@ -77,12 +77,12 @@ def cases() -> list[tuple[str, Recipe]]:
 def graph_of(config: ModelConfig, recipe: Recipe) -> tuple[onnx.ModelProto, str]:
     """The denoiser as the recipe records it, float weights as inputs; and in words how its experts are stored."""
     plain = build_graph(DENOISER, config, DTYPE)
-    parts = {part.name: part for part in parts_of(config, DENOISER)}
+    parts = {part.name: part for part in quantizable_weights(config, DENOISER)}
     few = {name: how for name, part in parts.items() if (how := recipe.format_of(part))}
     rounded = {
         tap.weight
         for tap in plain.taps
-        if tap.weight in few and recipe.rounds_input_of(parts[tap.weight])
+        if tap.weight in few and recipe.quantizes_input_of(parts[tap.weight])
     }
     inputs = {name: ActivationFormat(few[name].dtype, 0.0625) for name in rounded}
     graph = build_graph(DENOISER, config, DTYPE, Precision(few, inputs))

@@ -38,7 +38,7 @@ SUBJECTS: Mapping[str, Sequence[str]] = {
     "runtime/schedule": ["tests/runtime/test_schedule.py"],
     "runtime/sampling": ["tests/runtime/test_sampling.py"],
     "runtime/stopping": ["tests/runtime/test_stopping.py"],
-    "calibration/ranges": ["tests/calibration/test_statistics.py"],
+    "calibration/ranges": ["tests/calibration/test_activation_statistics.py"],
     "planning/fit": ["tests/planning/test_fit.py"],
     "planning/scratch": ["tests/planning/test_scratch.py"],
     "builders/trt/cut": ["tests/builders/trt/test_cut.py"],

@@ -25,8 +25,8 @@ from twotower.builders.base import CHOSEN, STANDARD
 from twotower.builders.trt.engine_inspector import expands_experts
 from twotower.bundle import Bundle
 from twotower.calibration import QuantizeConfig, builtin_recipes, plan_quantization, quantize_bundle
+from twotower.calibration.activation_statistics import Statistics
 from twotower.calibration.collect import CollectConfig, collect
-from twotower.calibration.statistics_file import Statistics
 from twotower.cli.prompts import read_prompts
 from twotower.errors import BuildAbortedError, BuildError
 from twotower.evaluate.evaluation import interval_text
@@ -186,7 +186,7 @@ def calibration(bench: Bench) -> list[str]:
 def _outside(bench: Bench) -> list[str]:
     """By how much real steps leave the range that finished text shows."""
     seen = bench.statistics.towers["denoiser"]
-    text, steps = seen.greatest[:, 0], seen.greatest[:, 1:]
+    text, steps = seen.amax[:, 0], seen.amax[:, 1:]
     most = np.nanmax(steps, axis=1) / text
     order = most.argsort()[::-1][:4]
     named = ", ".join(

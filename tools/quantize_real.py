@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from twotower.bench.export_cost import run_measured
-from twotower.calibration.recipes import Recipe, parts_of
-from twotower.calibration.rounding import expand_rows
-from twotower.calibration.streaming import stream_quantized
+from twotower.calibration.quantized_data import FloatWeights, stream_quantized
+from twotower.calibration.recipes import Recipe, quantizable_weights
+from twotower.calibration.weight_quantization import expand_rows
 from twotower.checkpoint.synthetic import published_slice
 from twotower.config.model import ModelConfig, parse_model_config
 from twotower.export.graphs.precision import Precision
 from twotower.export.graphs.tower_graphs import build_graph
 from twotower.spec import CONTEXT
-from twotower.weights.conversion import read_weight
 from twotower.weights.declared import Weight, lay_out
+from twotower.weights.mapped import read_weight
 from twotower.weights.refs import WeightRef
 
 CASES = (("int8", 32, "plain"), ("int8", 32, "mse"), ("int4", 32, "plain"), ("int4", 32, "mse"), ("int4", 64, "mse"),
@@ -47,7 +47,7 @@ def layer_config(experts: int) -> ModelConfig:
 
 def weights_of(config: ModelConfig, recipe: Recipe | None) -> list[Weight]:
     """What the graph declares for the layer's routed experts."""
-    parts = [part for part in parts_of(config, CONTEXT) if part.kind == "routed_expert"]
+    parts = [part for part in quantizable_weights(config, CONTEXT) if part.kind == "routed_expert"]
     few = {part.name: how for part in parts if recipe and (how := recipe.format_of(part))}
     names = {part.name for part in parts}
     return [
@@ -85,8 +85,7 @@ def quantize(source: str, target: str, experts: int, name: str, group: int, roun
     stream_quantized(
         Path(target),
         weights_of(config, recipe_of(name, group)),
-        (Path(source), refs),
-        DTYPE,
+        FloatWeights(Path(source), refs, DTYPE),
         rounding=rounding,
     )
 

@@ -3,11 +3,11 @@
 The graph is optimised once and saved. Saving ONNX Runtime's own optimised model would copy every
 weight. Here the weights are taken out of the graph first, so that optimisation sees structure only
 (it fuses the transposes into the products, which is what matters), and the runtime maps the
-bundle's own data file. Exceptions go into a data file of the engine: half-width weights, because a
-CPU has no arithmetic for them; 4-bit floats, which ONNX Runtime has no kernel for; and integers in
-few bits, which its products read in another form (`few_bits`). Of the experts only those are
-computed, and read, that a token chose (`chosen_experts`), unless the graph is wanted as it was
-exported: then quantized weights stay in the bundle and every pass expands them.
+bundle's own data file. Exceptions go into a data file of the engine: half-precision weights,
+because a CPU has no arithmetic for them; 4-bit floats, which ONNX Runtime has no kernel for; and
+quantized integers, which its products read in another form (`quantized_products`). Of the experts
+only those are computed, and read, that a token chose (`chosen_experts`), unless the graph is wanted
+as it was exported: then quantized weights stay in the bundle and every pass expands them.
 """
 
 from __future__ import annotations
@@ -15,33 +15,36 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 import onnx
 
 from twotower.builders.base import STANDARD, BuildConfig, Report
-from twotower.builders.ort.chosen_experts import choose_experts, stacked_places
-from twotower.builders.ort.cuda import OrtCudaBuilder
-from twotower.builders.ort.engine_weights import (
-    Place,
-    expand_data,
+from twotower.builders.ort.chosen_experts import Located, choose_experts, stacked_places
+from twotower.builders.ort.cpu_graph import (
+    choose_by_topk,
+    compute_rows_alike,
     expand_float4,
     hide_dequantization,
-    places_of,
     show_dequantization,
 )
-from twotower.builders.ort.few_bits import UNSIGNED, from_blocks, probe_graph, read_as_stored
-from twotower.builders.ort.products import compute_rows_alike, experts_are_packed, with_branches
-from twotower.builders.ort.routing import choose_by_topk
+from twotower.builders.ort.cuda import OrtCudaBuilder
+from twotower.builders.ort.engine_weights import EngineWeight, cpu_weights, write_engine_data
+from twotower.builders.ort.nodes import with_branches
+from twotower.builders.ort.quantized_products import (
+    UNSIGNED,
+    as_matrices,
+    probe_graph,
+    read_as_stored,
+)
 from twotower.builders.segment import BundleGraphs
 from twotower.bundle import (
     DATA_SUFFIX,
     GRAPH_FILES,
     Bundle,
     EngineRecord,
+    FileRecord,
     engine_folder,
     file_records,
 )
@@ -58,14 +61,22 @@ from twotower.weights.external import (
     widen_to_float32,
 )
 from twotower.weights.refs import WeightRef
+from twotower.weights.writer import byte_counter
 
-__all__ = ["OrtCpuBuilder", "OrtCpuPlan", "engine_places", "make_cuda_builder", "write_engine"]
+__all__ = [
+    "OrtCpuBuilder",
+    "OrtCpuPlan",
+    "engine_places",
+    "experts_are_packed",
+    "make_cuda_builder",
+    "write_engine",
+]
 
 CPU = "ort-cpu"
 PACKED, MAPPED = "packed", "mapped"
 AS_STORED, EXPANDED = "as stored", "expanded"
 
-Located = Mapping[str, tuple[str, WeightRef]]
+_SHARE_OF_MEMORY = 2
 
 
 def make_cuda_builder() -> OrtCudaBuilder:
@@ -73,8 +84,12 @@ def make_cuda_builder() -> OrtCudaBuilder:
     return OrtCudaBuilder(_library())
 
 
+def _library() -> dict[str, str]:
+    return {"name": "onnxruntime", "version": ort.__version__}
+
+
 class OrtCpuBuilder:
-    """Builds the `ort-cpu` target: shapes stay free, so any sound engine of the dialect fits any config."""
+    """Builds the `ort-cpu` target: shapes stay free, so any sound engine of the dialect fits."""
 
     def library(self) -> dict[str, str]:
         return _library()
@@ -95,69 +110,86 @@ class OrtCpuPlan:
     """
 
     def __init__(self, bundle: Bundle, config: BuildConfig) -> None:
-        self._bundle, self._config, self._graphs = bundle, config, BundleGraphs(bundle)
+        self._bundle, self._graphs = bundle, BundleGraphs(bundle)
+        self._dialect, self._is_standard = config.dialect, config.dialect == STANDARD
 
     @cached_property
-    def _form(self) -> _Form:
-        return _form_of(self._bundle, self._config)
+    def _form(self) -> dict[str, str]:
+        """What suits the bundle on this machine, as the record has it.
+
+        `products` of quantized weights are `as stored`, or `expanded` by every pass; empty where
+        there are none. `experts` are `packed` or `mapped`, see `experts_are_packed`; empty where
+        every expert computes every token.
+        """
+        if self._is_standard:
+            return {"products": EXPANDED if self._bundle.quantization else "", "experts": ""}
+        refs = [ref for name in GRAPH_FILES for ref in self._bundle.weights(name).values()]
+        products = ""
+        if any(ref.dtype in UNSIGNED for ref in refs):
+            products = AS_STORED if _products_compute_rows_alike() else EXPANDED
+        wide = sum(4 * math.prod(r.shape) if r.half_precision else r.nbytes for r in refs)
+        packed = experts_are_packed(wide, usable_memory())
+        return {"products": products, "experts": PACKED if packed else MAPPED}
 
     @cached_property
-    def _places(self) -> dict[str, dict[str, Place]]:
+    def _weights(self) -> dict[str, dict[str, EngineWeight]]:
         """By graph, what becomes of its weights."""
-        as_stored = self._form.products == AS_STORED
-        return {
-            name: places_of(
-                self._graphs.shared(name), as_stored=as_stored, even_rows=name == DENOISER
-            )
-            for name in GRAPH_FILES
-        }
+        as_stored = self._form["products"] == AS_STORED
+        out = {}
+        for name in GRAPH_FILES:
+            graph = self._graphs.shared(name)
+            out[name] = cpu_weights(graph, as_stored=as_stored, even_rows=name == DENOISER)
+        return out
 
     def keeps(self, record: EngineRecord) -> bool:
-        return bool(
-            record.report.get("dialect") == self._config.dialect
-            and record.report.get("form") == self._form.to_json()
-        )
+        report = record.report
+        return report.get("dialect") == self._dialect and report.get("form") == self._form
 
     def describe(self) -> list[str]:
-        bundle = self._bundle
-        how = (
-            "weights stay in the bundle"
-            if bundle.dtype == "float32"
-            else f"weights widened from {bundle.dtype} to float32"
-        )
-        if bundle.quantization is not None:
-            as_stored = self._form.products == AS_STORED
-            few = (
-                "integers in few bits are multiplied as they are stored"
-                if as_stored
-                else "quantized ones are expanded by every pass"
-            )
-            how = f"{how}; {few}, 4-bit floats are expanded once"
-        standard = self._config.dialect == STANDARD
-        experts = (
-            "every expert computes every token"
-            if standard
-            else "of experts only the chosen ones compute"
-        )
+        dtype = self._bundle.dtype
+        how = "weights stay in the bundle"
+        if dtype != "float32":
+            how = f"weights widened from {dtype} to float32"
+        if self._bundle.quantization is not None:
+            quantized = "quantized ones are expanded by every pass"
+            if self._form["products"] == AS_STORED:
+                quantized = "quantized integers are multiplied as they are stored"
+            how = f"{how}; {quantized}, 4-bit floats are expanded once"
+        experts = "of experts only the chosen ones compute"
+        if self._is_standard:
+            experts = "every expert computes every token"
         return [f"three optimised graphs, {how}; {experts}; any number of rows, any length"]
 
     @property
     def needed_bytes(self) -> int:
-        written = sum(
-            place.written for places in self._places.values() for place in places.values()
-        )
+        written = sum(w.written for weights in self._weights.values() for w in weights.values())
         return written + sum(self._bundle.files[graph].size for graph in GRAPH_FILES.values())
 
     def build(self, folder: Path, *, report: Report) -> EngineRecord:
         bundle = self._bundle
         bundle.require_weights("an engine of ONNX Runtime")
         started = time.perf_counter()
+        written: dict[str, FileRecord] = {}
         weights: dict[str, str] = {}
+        holds: dict[str, str] = {}
         operators: dict[str, dict[str, int]] = {}
         for step, name in enumerate(GRAPH_FILES):
             report(f"optimising {name}", step, len(GRAPH_FILES))
-            weights[name], ops = self._build_graph(name, folder, report)
-            operators[name] = dict(ops.most_common())
+            data, own = GRAPH_FILES[name] + DATA_SUFFIX, f"{name}{DATA_SUFFIX}"
+            located, record = self._place_weights(name, folder / own, report)
+            weights[name] = data
+            if record is not None:
+                weights[name], written[own] = f"engines/{CPU}/{own}", record
+                holds[name] = bundle.data_identity(name)
+            counts = write_engine(
+                self._graphs.copied(name),
+                located,
+                folder / f"{name}.onnx",
+                name=name,
+                top=None if self._is_standard else bundle.config.num_experts_per_tok,
+                packed=self._form["experts"] == PACKED,
+            )
+            operators[name] = dict(counts.most_common())
         if any("MatMulNBits" in counts for counts in operators.values()):
             (folder / PROBE_FILE).write_bytes(probe_graph())
         return EngineRecord(
@@ -166,77 +198,50 @@ class OrtCpuPlan:
             dtype="float32",
             graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
             weights=weights,
-            holds={
-                name: bundle.data_identity(name)
-                for name, file in weights.items()
-                if file.startswith("engines/")
-            },
-            files=file_records(folder),
+            holds=holds,
+            files=file_records(folder, written),
             report={
                 "seconds": round(time.perf_counter() - started, 3),
                 "operators": operators,
-                "widened_from": _widened_from(bundle),
-                "dialect": self._config.dialect,
-                "form": self._form.to_json(),
+                "widened_from": None if bundle.dtype == "float32" else bundle.dtype,
+                "dialect": self._dialect,
+                "form": self._form,
             },
         )
 
-    def _build_graph(self, name: str, folder: Path, report: Report) -> tuple[str, Counter[str]]:
-        """One engine file; returns the file of the bundle its weights lie in, and its operators."""
-        bundle, places = self._bundle, self._places[name]
-        own, data = f"engines/{CPU}/{name}{DATA_SUFFIX}", GRAPH_FILES[name] + DATA_SUFFIX
-        located = {
-            weight: (data, place.ref)
-            for weight, place in places.items()
-            if not place.stored and not place.dropped
-        }
-        if any(place.stored for place in places.values()):
-            total, done = sum(place.written for place in places.values()), 0
-
-            def tick(count: int) -> None:
-                nonlocal done
-                done += count
-                report(f"writing weights of {name}", done, total)
-
-            written = expand_data(bundle.path / data, folder / f"{name}{DATA_SUFFIX}", places, tick)
-            located |= {weight: (own, ref) for weight, ref in written.items()}
-        top = None if self._config.dialect == STANDARD else bundle.config.num_experts_per_tok
-        packed = self._form.experts == PACKED
-        model = self._graphs.copied(name)
-        operators = write_engine(
-            model, located, folder / f"{name}.onnx", name=name, top=top, packed=packed
-        )
-        return own if (folder / f"{name}{DATA_SUFFIX}").is_file() else data, operators
+    def _place_weights(
+        self, name: str, own: Path, report: Report
+    ) -> tuple[dict[str, tuple[str, WeightRef]], FileRecord | None]:
+        """Writes what the engine of a graph keeps itself, if anything, and says where each lies."""
+        data, weights = GRAPH_FILES[name] + DATA_SUFFIX, self._weights[name]
+        located = {}
+        for weight, made in weights.items():
+            if not made.stored and not made.dropped:
+                located[weight] = (data, made.ref)
+        if not any(made.stored for made in weights.values()):
+            return located, None
+        total = sum(made.written for made in weights.values())
+        tick = byte_counter(report, f"writing weights of {name}", total)
+        places, record = write_engine_data(self._bundle.path / data, own, weights, tick)
+        for weight, ref in places.items():
+            located[weight] = (f"engines/{CPU}/{own.name}", ref)
+        return located, record
 
 
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """How an engine for a CPU computes.
+def experts_are_packed(weight_bytes: int, memory: int) -> bool:
+    """Whether experts are packed for the product when an engine is opened.
 
-    Attributes:
-        products: Of weights in few bits: `as stored`, or `expanded` by every pass; empty where
-            there are none.
-        experts: `packed` or `mapped`, see `experts_are_packed`; empty where every expert computes
-            every token.
+    That is twice as fast, and a copy in anonymous memory. They are where all weights take half of
+    the memory or less; else they are read where they lie, in the mapped file. All other matrices
+    always are packed. A packed product is cut into sums of its own in one way only; one that is not
+    packed in a way that depends on the columns each thread computes, where these are fewer than
+    128: a router has so few, an expert has not.
+
+    Args:
+        weight_bytes: Of the three engines of a bundle, float32.
+        memory: Bytes this process may use, 0 where nobody knows.
     """
-
-    products: str
-    experts: str
-
-    def to_json(self) -> dict[str, str]:
-        return asdict(self)
-
-
-def _form_of(bundle: Bundle, config: BuildConfig) -> _Form:
-    """What suits a bundle on this machine."""
-    if config.dialect == STANDARD:
-        return _Form("" if bundle.quantization is None else EXPANDED, "")
-    refs = [ref for name in GRAPH_FILES for ref in bundle.weights(name).values()]
-    wide = sum(4 * math.prod(ref.shape) if ref.narrow else ref.nbytes for ref in refs)
-    products = ""
-    if any(ref.dtype in UNSIGNED for ref in refs):
-        products = AS_STORED if _products_compute_rows_alike() else EXPANDED
-    return _Form(products, PACKED if experts_are_packed(wide, usable_memory()) else MAPPED)
+    return _SHARE_OF_MEMORY * weight_bytes <= memory
 
 
 @cache
@@ -278,27 +283,29 @@ def write_engine(
     show_dequantization(optimised, hidden)
     if top is not None:
         choose_by_topk(optimised)
-        located = read_as_stored(
-            optimised, choose_experts(optimised, located, top, matrices=packed)
-        )
-    compute_rows_alike(
-        optimised,
-        [w for w, (_, ref) in located.items() if len(ref.shape) != 2 or ref.dtype != "float32"],
-    )
-    for location in {location for location, _ in located.values()}:
-        attach_weights(
-            optimised,
-            {w: ref for w, (where, ref) in located.items() if where == location},
-            location,
-        )
+        located = choose_experts(optimised, located, top, matrices=packed)
+        located = read_as_stored(optimised, located)
+    unpacked = set()
+    by_file: dict[str, dict[str, WeightRef]] = {}
+    for weight, (file, ref) in located.items():
+        by_file.setdefault(file, {})[weight] = ref
+        if len(ref.shape) != 2 or ref.dtype != "float32":
+            unpacked.add(weight)
+    compute_rows_alike(optimised, unpacked)
+    for file, refs in by_file.items():
+        attach_weights(optimised, refs, file)
     path.write_bytes(optimised.SerializeToString())
     return Counter(node.op_type for graph in with_branches(optimised.graph) for node in graph.node)
 
 
 def engine_places(bundle: Bundle, name: str) -> dict[str, tuple[str, WeightRef]]:
-    """Where the weights of a built engine lie: by name in the exported graph the file, relative to the bundle, and the place in it."""
+    """Where the weights of a built engine lie, by their names in the exported graph.
+
+    Returns:
+        The file, relative to the bundle, and the place in it.
+    """
     model = load_graph(engine_folder(bundle, CPU) / f"{name}.onnx")
-    return stacked_places(from_blocks(model, located_weights(model)))
+    return stacked_places(as_matrices(model, located_weights(model)))
 
 
 def _optimised(model: onnx.ModelProto, scratch: Path, name: str) -> onnx.ModelProto:
@@ -307,9 +314,8 @@ def _optimised(model: onnx.ModelProto, scratch: Path, name: str) -> onnx.ModelPr
     # run on another.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(scratch)
-    options.add_session_config_entry(
-        "session.disable_quant_qdq", "1"
-    )  # inputs are rounded where the graph says, and products stay float32
+    # Inputs are quantized where the graph says, and products stay float32.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as e:
@@ -319,11 +325,3 @@ def _optimised(model: onnx.ModelProto, scratch: Path, name: str) -> onnx.ModelPr
             do="use the ONNX Runtime this version of twotower asks for",
         ) from e
     return load_graph(scratch)
-
-
-def _library() -> dict[str, str]:
-    return {"name": "onnxruntime", "version": ort.__version__}
-
-
-def _widened_from(bundle: Bundle) -> str | None:
-    return None if bundle.dtype == "float32" else bundle.dtype

@@ -4,25 +4,26 @@ Weights stay in the bundle's data files.
 
 Which fusions the CUDA provider knows, and between which operators a copy or a cast must stand, is
 decided where the provider is: ONNX Runtime on this machine's CPU would insert casts around every
-half-width operator that a CPU lacks, and a GPU would then compute in float32. The session optimises
-when it is opened. What no optimiser does is done here: experts that nobody chose are left out
-(`fused_experts`, `programs`).
+half-precision operator that a CPU lacks, and a GPU would then compute in float32. The session
+optimises when it is opened. What no optimiser does is done here: experts that nobody chose are left
+out. They are one operator a layer (`fused_experts`), or our kernels between programs: the list of
+steps is then that of the TensorRT targets, and each program is a graph of its own.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import onnx
 
 from twotower.builders.base import DENSE, FUSED, KERNELS, BuildConfig, Report
 from twotower.builders.cache import kernel_source
-from twotower.builders.expert_cut import exported_cut
+from twotower.builders.expert_cut import ExpertCut, experts_of, exported_cut
 from twotower.builders.expert_kernels import (
     ASKED,
     DENSE_COST,
@@ -30,29 +31,39 @@ from twotower.builders.expert_kernels import (
     ExpertChoice,
     compile_code,
     require_compiler,
+    require_kernels,
 )
-from twotower.builders.ort.engine_weights import unsigned_data
+from twotower.builders.ort.engine_weights import EngineWeight, write_engine_data
 from twotower.builders.ort.fusable import require_fusable
 from twotower.builders.ort.fused_experts import fuse_experts
-from twotower.builders.ort.programs import kernel_limits, require_programs, write_programs
+from twotower.builders.ort.quantized_products import UNSIGNED
+from twotower.builders.profiles import cache_capacity
 from twotower.builders.segment import BundleGraphs
 from twotower.bundle import (
     DATA_SUFFIX,
     GRAPH_FILES,
     Bundle,
+    EngineFile,
     EngineLimits,
     EngineRecord,
     ExpertsStep,
+    FileRecord,
+    Step,
     file_records,
 )
 from twotower.config import LayerKind
+from twotower.dtypes import DTYPES
 from twotower.errors import BuildError
+from twotower.hardware import probe_machine
 from twotower.kernels.compile import compile_kernels
+from twotower.kernels.tilings import BUILDABLE_SMS
 from twotower.spec import CONTEXT_HEAD
+from twotower.units import format_bytes
 from twotower.weights.external import attach_weights, weight_refs
 from twotower.weights.refs import WeightRef
+from twotower.weights.writer import byte_counter
 
-__all__ = ["OrtCudaBuilder", "OrtCudaPlan"]
+__all__ = ["OrtCudaBuilder", "OrtCudaPlan", "kernel_limits"]
 
 CUDA = "ort-cuda"
 
@@ -69,7 +80,8 @@ class OrtCudaBuilder:
     """
 
     def __init__(self, library: dict[str, str], compiler: Compile | None = None) -> None:
-        self._library, self._compiler = library, compiler
+        self._library = library
+        self.compiler = compiler
 
     def library(self) -> dict[str, str]:
         return dict(self._library)
@@ -78,33 +90,21 @@ class OrtCudaBuilder:
         return ""
 
     def plan(self, bundle: Bundle, config: BuildConfig) -> OrtCudaPlan:
-        return OrtCudaPlan(bundle, config, library=self.library(), compiler=self._compiler)
+        return OrtCudaPlan(self, bundle, config)
 
 
 class OrtCudaPlan:
     """What one build makes of a bundle; see `BuildPlan`.
 
     Args:
+        builder: Library and compiler.
         bundle: The graphs.
         config: What is asked for.
-        library: Name and version of ONNX Runtime.
-        compiler: What compiles the kernels of experts; None for Triton, which may be missing.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        config: BuildConfig,
-        *,
-        library: dict[str, str],
-        compiler: Compile | None,
-    ) -> None:
-        self._bundle, self._config, self._library, self._compiler = (
-            bundle,
-            config,
-            library,
-            compiler,
-        )
+    def __init__(self, builder: OrtCudaBuilder, bundle: Bundle, config: BuildConfig) -> None:
+        self._bundle, self._config = bundle, config
+        self._library, self._compiler = builder.library(), builder.compiler
         self._graphs = BundleGraphs(bundle)
 
     def keeps(self, record: EngineRecord) -> bool:
@@ -118,37 +118,29 @@ class OrtCudaPlan:
 
     def describe(self) -> list[str]:
         choice = self._choice
-        graphs = (
-            f"the three graphs in {self._bundle.dtype}, optimised when they are opened on the GPU"
-        )
+        lines = [f"the three graphs in {self._bundle.dtype}, optimised when opened on the GPU"]
+        experts = ""
         if choice.why:
-            return [graphs, f"{'experts':<22}dense: {choice.why}; {DENSE_COST}"]
-        if choice.experts == KERNELS:
+            experts = f"dense: {choice.why}; {DENSE_COST}"
+        elif choice.experts == KERNELS:
             self._require_compiler()
-            limits = self._limits
-            sms = ", ".join(map(str, limits.sms))
-            return [
-                graphs,
-                f"{'experts':<22}kernels between programs for SM {sms}, {limits.max_batch} rows",
-            ]
-        if choice.experts != FUSED:
-            return [graphs]
-        copied = sum(ref.nbytes for ref in self._moved)
-        data = f"; {copied / 1e9:.2f} GB of integers are written anew" if copied else ""
-        return [
-            graphs,
-            f"{'experts':<22}one operator a layer, which computes the chosen ones{data}",
-        ]
+            sms = ", ".join(map(str, self._limits.sms))
+            experts = f"kernels between programs for SM {sms}, {self._limits.max_batch} rows"
+        elif choice.experts == FUSED:
+            experts = "one operator a layer, which computes the chosen ones"
+            if self._moved:
+                copied = sum(ref.nbytes for ref in self._moved)
+                experts += f"; {format_bytes(copied)} of integers are written anew"
+        return [*lines, f"{'experts':<22}{experts}"] if experts else lines
 
     @property
     def needed_bytes(self) -> int:
         graphs = sum(self._bundle.files[graph].size for graph in GRAPH_FILES.values())
-        choice = self._choice
-        if choice.experts == KERNELS:
+        if self._choice.experts == KERNELS:
             self._require_compiler()
-        if choice.experts != FUSED:
-            return graphs
-        return graphs + sum(ref.nbytes for ref in self._moved)
+        if self._choice.experts == FUSED:
+            graphs += sum(ref.nbytes for ref in self._moved)
+        return graphs
 
     def build(self, folder: Path, *, report: Report) -> EngineRecord:
         self._bundle.require_weights("an engine of ONNX Runtime")
@@ -163,57 +155,99 @@ class OrtCudaPlan:
 
     def _whole(self, folder: Path, report: Report, *, fused: bool) -> EngineRecord:
         """Every graph in one piece."""
-        bundle = self._bundle
         operators: dict[str, dict[str, int]] = {}
         holds: dict[str, str] = {}
+        written: dict[str, FileRecord] = {}
         for step, name in enumerate(GRAPH_FILES):
             report(f"writing {name}", step, len(GRAPH_FILES))
             model = self._graphs.copied(name)
             moved = fuse_experts(model, self._experts_of(name)) if fused else {}
-            _place_weights(bundle, model, moved, name=name, folder=folder, report=report)
-            (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
-            operators[name] = dict(Counter(n.op_type for n in model.graph.node).most_common())
-            holds |= {name: bundle.data_identity(name)} if moved else {}
-        return replace(
-            self._record(),
-            holds=holds,
-            files=file_records(folder),
-            report={"operators": operators},
+            refs = weight_refs(model)
+            kept = {weight: ref for weight, ref in refs.items() if weight not in moved}
+            attach_weights(model, kept, GRAPH_FILES[name] + DATA_SUFFIX)
+            if moved:
+                own = f"{name}{DATA_SUFFIX}"
+                places, written[own] = self._write_unsigned(name, moved, folder / own, report)
+                attach_weights(model, places, f"engines/{CUDA}/{own}")
+                holds[name] = self._bundle.data_identity(name)
+            operators[name] = _write_graph(model, folder / f"{name}.onnx")
+        files = file_records(folder, written)
+        return self._record(holds=holds, files=files, report={"operators": operators})
+
+    def _write_unsigned(
+        self, name: str, moved: dict[str, WeightRef], path: Path, report: Report
+    ) -> tuple[dict[str, WeightRef], FileRecord]:
+        """Writes integers as the fused operators read them; their places, as bytes."""
+        weights = {weight: EngineWeight(ref, UNSIGNED[ref.dtype]) for weight, ref in moved.items()}
+        tick = byte_counter(
+            report, f"writing experts of {name}", sum(ref.nbytes for ref in moved.values())
         )
+        source = self._bundle.data_file(name)
+        places, record = write_engine_data(source, path, weights, tick)
+        for weight, ref in places.items():
+            columns = ref.shape[-1] * DTYPES[ref.dtype].bits // 8
+            places[weight] = replace(ref, dtype="uint8", shape=(*ref.shape[:-1], columns))
+        return places, record
 
     def _with_kernels(self, folder: Path, report: Report) -> EngineRecord:
         """Programs, and kernels for the experts between them."""
         self._require_compiler()
         limits = self._limits
-        written = write_programs(self._graphs, folder, report)
+        steps: dict[str, tuple[Step, ...]] = {}
+        operators: dict[str, dict[str, int]] = {}
+        for name in GRAPH_FILES:
+            steps[name] = tuple(self._write_programs(name, folder, operators, report))
         files = file_records(folder)
+        every = [step for some in steps.values() for step in some]
         code, about = compile_code(
-            written.experts,
+            [step for step in every if isinstance(step, ExpertsStep)],
             limits.sms,
             folder,
             max_batch=limits.max_batch,
             compiler=self._compiler or compile_kernels,
             report=report,
         )
-        facts = {"operators": written.operators, "experts": about}
-        return replace(
-            self._record(),
-            files=files | code,
-            report=facts,
-            limits=limits,
-            steps=written.steps,
-        )
+        facts = {"operators": operators, "experts": about}
+        return self._record(files=files | code, report=facts, limits=limits, steps=steps)
 
-    def _record(self) -> EngineRecord:
-        """What is the same of all engines."""
+    def _write_programs(
+        self, name: str, folder: Path, operators: dict[str, dict[str, int]], report: Report
+    ) -> list[Step]:
+        """Writes the programs of a graph, whose weights a session finds in the bundle; its steps.
+
+        Operators are noted by file.
+        """
+        cut = self._cut(name)
+        count = 1 if cut is None else cut.programs
+        steps: list[Step] = []
+        for number in range(count):
+            file = f"{name}.onnx" if count == 1 else f"{name}.{number}.onnx"
+            report(f"writing {file}", number, count)
+            if cut is None:
+                model, signature = self._graphs.copied(name), self._bundle.signatures[name]
+                layers = (0, len(self._bundle.config.layers))
+                inputs, outputs = signature.inputs, signature.outputs
+            else:
+                made = cut.program(number)
+                model, layers, inputs, outputs = made.model, made.layers, made.inputs, made.outputs
+            weights = weight_refs(model)
+            attach_weights(model, weights, GRAPH_FILES[name] + DATA_SUFFIX)
+            operators[file] = _write_graph(model, folder / file)
+            steps.append(EngineFile(file, layers, inputs, outputs, (), constants=tuple(weights)))
+            if cut is not None and number < count - 1:
+                steps.append(cut.experts(number))
+        return steps
+
+    def _record(self, *, files: dict[str, FileRecord], **facts: Any) -> EngineRecord:
         bundle = self._bundle
         return EngineRecord(
             target=CUDA,
-            library=dict(self._library),
+            library=self._library,
             dtype=bundle.dtype,
             graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
             weights={name: file + DATA_SUFFIX for name, file in GRAPH_FILES.items()},
-            files={},
+            files=files,
+            **facts,
         )
 
     def _require_compiler(self) -> None:
@@ -237,7 +271,9 @@ class OrtCudaPlan:
         if config.experts == DENSE:
             return ExpertChoice(DENSE, ASKED)
         if config.experts == KERNELS:
-            require_programs(self._graphs, self._limits)
+            limits = self._limits
+            for step in experts_of(self._graphs):
+                require_kernels(step, limits.sms, max_batch=limits.max_batch)
             return ExpertChoice(KERNELS)
         try:
             for name in GRAPH_FILES:
@@ -260,36 +296,26 @@ class OrtCudaPlan:
 
     def _experts_of(self, name: str) -> list[ExpertsStep]:
         """The layers of experts of a graph."""
-        if name == CONTEXT_HEAD:
-            return []
-        cut = exported_cut(self._graphs, name)
-        return [cut.found(number) for number in range(cut.programs - 1)]
+        cut = self._cut(name)
+        return [] if cut is None else [cut.found(number) for number in range(cut.programs - 1)]
+
+    def _cut(self, name: str) -> ExpertCut | None:
+        """A tower's cut at its experts; None for the head, which has no layers."""
+        return None if name == CONTEXT_HEAD else exported_cut(self._graphs, name)
 
 
-def _place_weights(
-    bundle: Bundle,
-    model: onnx.ModelProto,
-    moved: Mapping[str, WeightRef],
-    *,
-    name: str,
-    folder: Path,
-    report: Report,
-) -> None:
-    """Says where a graph's weights lie, relative to the bundle.
+def kernel_limits(bundle: Bundle, config: BuildConfig) -> EngineLimits:
+    """What kernels fix: rows, because they take so many tokens, and GPUs.
 
-    That is its data file, and one of the engine, which is written here.
+    GPUs are those at hand, or all there are kernels for. Sessions take texts of any length.
     """
-    data = GRAPH_FILES[name] + DATA_SUFFIX
-    attach_weights(model, {w: ref for w, ref in weight_refs(model).items() if w not in moved}, data)
-    if not moved:
-        return
-    total, done = sum(ref.nbytes for ref in moved.values()), 0
+    longest = bundle.config.max_position_embeddings
+    capacity = cache_capacity(config.max_context or longest, longest)
+    here = tuple(sorted({gpu.sm for gpu in probe_machine().gpus}.intersection(BUILDABLE_SMS)))
+    return EngineLimits(capacity, config.max_batch, config.sms or here or BUILDABLE_SMS)
 
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        report(f"writing experts of {name}", done, total)
 
-    own = f"{name}{DATA_SUFFIX}"
-    placed = unsigned_data(bundle.path / data, folder / own, moved, tick)
-    attach_weights(model, placed, f"engines/{CUDA}/{own}")
+def _write_graph(model: onnx.ModelProto, path: Path) -> dict[str, int]:
+    """Writes a graph; how many operators of each kind it has, the most frequent first."""
+    path.write_bytes(model.SerializeToString())
+    return dict(Counter(node.op_type for node in model.graph.node).most_common())

@@ -1,6 +1,6 @@
 """Only the chosen experts, for ONNX Runtime on a GPU: one `com.microsoft.MoE` or `QMoE` a layer.
 
-QMoE is for weights in few bits. Both operators choose experts by themselves, by softmax over
+QMoE is for quantized weights. Both operators choose experts by themselves, by softmax over
 `router_probs`. This model chooses otherwise (sigmoid, a bias that counts for the choice alone,
 groups, a factor), so its routing stays in the graph. Left to the operator is to find experts and to
 multiply: each pair of a token and an expert it chose is a row of its own, which has this one expert
@@ -32,7 +32,7 @@ import onnx
 from onnx import TensorProto
 from onnx.helper import make_opsetid
 
-from twotower.builders.ort.node_writer import NodeWriter
+from twotower.builders.ort.nodes import NodeWriter, drop_values, makers_of, replace_nodes
 from twotower.builders.segment import needed_nodes
 from twotower.bundle import ExpertsStep
 from twotower.config.formats import FORMATS
@@ -44,6 +44,7 @@ from twotower.weights.refs import WeightRef
 __all__ = ["fuse_experts"]
 
 _DOMAIN = "com.microsoft"
+_MATRICES = ("up", "down")
 _CERTAIN = 10000.0
 """By how much a row's expert is above the others: exp(-10000) is 0, and any type holds it."""
 
@@ -59,28 +60,28 @@ def fuse_experts(model: onnx.ModelProto, layers: Iterable[ExpertsStep]) -> dict[
         Weights that the operators read from other bytes than the bundle's, and where those lie: an
         operator reads each as unsigned integers, two of 4 bits in a byte.
     """
-    steps = list(layers)
-    found = [_Mixture.of(model, step) for step in steps]
-    at = {id(m.total): _written(m) for m in found}
-    nodes: list[onnx.NodeProto] = []
-    for node in model.graph.node:
-        nodes += at.get(id(node), [node])
-    kept = [nodes[i] for i in needed_nodes(nodes, [v.name for v in model.graph.output])]
+    found = [_ExpertLayer.of(model, step) for step in layers]
+    if not found:
+        return {}
+    graph = model.graph
+    fused = {layer.total.name: layer.fused() for layer in found}
+    nodes = [new for node in graph.node for new in fused.get(node.name, [node])]
+    kept = [nodes[i] for i in needed_nodes(nodes, [v.name for v in graph.output])]
+    replace_nodes(graph, kept)
     read = {name for node in kept for name in node.input}
-    constants = [tensor for tensor in model.graph.initializer if tensor.name in read]
-    del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(kept)
-    model.graph.initializer.extend(constants)
-    if found and all(entry.domain != _DOMAIN for entry in model.opset_import):
+    drop_values(graph, {t.name for t in graph.initializer} - read)
+    if all(entry.domain != _DOMAIN for entry in model.opset_import):
         model.opset_import.append(make_opsetid(_DOMAIN, 1))
-    for m in found:
-        _drop_axis(model, m.row_scales)
+    row_scales = {name for layer in found for name in layer.row_scales}
+    for tensor in graph.initializer:
+        if tensor.name in row_scales:  # [E,out,1] in the bundle, [E,out] to the operator
+            del tensor.dims[-1]
     places = weight_refs(model)
-    return {name: places[name] for m in found for name in m.integers}
+    return {name: places[name] for layer in found for name in layer.integers}
 
 
 @dataclass(frozen=True)
-class _Mixture:
+class _ExpertLayer:
     """A layer of experts in an exported graph.
 
     Attributes:
@@ -98,86 +99,73 @@ class _Mixture:
     total: onnx.NodeProto
 
     @classmethod
-    def of(cls, model: onnx.ModelProto, step: ExpertsStep) -> _Mixture:
+    def of(cls, model: onnx.ModelProto, step: ExpertsStep) -> _ExpertLayer:
         """The one of a layer: from its shares on, results are weighed, selected and added up."""
         scope = f"layers.{step.layer}.moe"
         mine = [node for node in model.graph.node if node.name.startswith(scope)]
         users = {name: node for node in mine for name in node.input}
-        makers = {name: node for node in model.graph.node for name in node.output}
         node = users[f"{scope}/{SHARES}"]
         for kind in ("Unsqueeze", "Mul", "Where"):
             assert node.op_type == kind, f"{node.name}: {node.op_type}, expected {kind}"
             select, node = node, users[node.output[0]]
         assert node.op_type == "ReduceSum", node.name
-        chosen = makers[select.input[0]].input[0]
+        chosen = makers_of(model.graph.node)[select.input[0]].input[0]
         return cls(step, f"{scope}/{EXPERTS_IN}", f"{scope}/{SHARES}", chosen, node)
 
-    def weight(self, role: str) -> str:
-        """The name of a weight."""
+    def _weight(self, role: str) -> str:
         return self.step.weights[role].name
 
     @property
-    def integers(self) -> tuple[str, ...]:
-        """Matrices in few bits."""
-        few = self.step.formats
-        return tuple(self.weight(matrix) for matrix in ("up", "down") if matrix in few)
+    def integers(self) -> list[str]:
+        """Quantized matrices."""
+        return [self._weight(matrix) for matrix in _MATRICES if matrix in self.step.formats]
 
     @property
-    def row_scales(self) -> tuple[str, ...]:
-        """Scales of whole rows: [E,out,1] in the bundle, and [E,out] to the operator."""
-        few = self.step.formats
-        rows = [matrix for matrix in ("up", "down") if matrix in few and few[matrix][1] == 0]
-        return tuple(self.weight(f"{matrix}_scale") for matrix in rows)
+    def row_scales(self) -> list[str]:
+        """Scales of whole rows."""
+        formats = self.step.formats
+        rows = [matrix for matrix in _MATRICES if matrix in formats and formats[matrix][1] == 0]
+        return [self._weight(f"{matrix}_scale") for matrix in rows]
 
+    def fused(self) -> list[onnx.NodeProto]:
+        """The nodes up to the sum over experts, which keeps its name."""
+        step, w = self.step, NodeWriter(f"layers.{self.step.layer}.moe/fused")
+        descending = w.constant(np.arange(step.experts, 0, -1, dtype=np.float32)[:, None])
+        order = w.op("Where", self.chosen, descending, w.constant(np.zeros((), np.float32)))
+        # Exactly `top` of each token, even of one that is not a number and compares with nothing.
+        _, experts = w.several("TopK", 2, order, w.ints([step.top]), axis=0)
+        share = w.op("GatherElements", self.share, experts, axis=0)
+        tokens = w.op("Reshape", self.tokens, w.ints([-1, step.hidden]))
+        rows = w.op("Concat", *[tokens] * step.top, axis=0)
+        certain = w.constant((_CERTAIN * np.eye(step.experts)).astype(numpy_dtype(step.dtype)))
+        probs = w.op("Gather", certain, experts, axis=0)
+        probs = w.op("Reshape", probs, w.ints([-1, step.experts]))
+        results = self._operator(w, rows, probs)
+        results = w.op("Reshape", results, w.ints([step.top, -1, step.hidden]))
+        if step.dtype != "float32":
+            results = w.op("Cast", results, to=TensorProto.FLOAT)
+        weighed = w.op("Mul", results, w.op("Unsqueeze", share, w.ints([-1])))
+        # Not ReduceSum, which may add in an order of its own.
+        total = w.op("Sum", *w.split(weighed, step.top))
+        w.op("Squeeze", total, w.ints([0]), named=self.total.output[0])
+        return w.nodes
 
-def _written(m: _Mixture) -> list[onnx.NodeProto]:
-    """The nodes up to the sum over experts, which keeps its name."""
-    step, w = m.step, NodeWriter(f"layers.{m.step.layer}.moe/fused")
-    descending = w.constant(np.arange(step.experts, 0, -1, dtype=np.float32)[:, None])
-    order = w.op("Where", m.chosen, descending, w.constant(np.zeros((), np.float32)))
-    # Exactly `top` of each token, even of one that is not a number and compares with nothing.
-    _, experts = w.several("TopK", 2, order, w.ints([step.top]), axis=0)
-    share = w.op("GatherElements", m.share, experts, axis=0)
-    tokens = w.op("Reshape", m.tokens, w.ints([-1, step.hidden]))
-    rows = w.op("Concat", *[tokens] * step.top, axis=0)
-    certain = w.constant((_CERTAIN * np.eye(step.experts)).astype(numpy_dtype(step.dtype)))
-    probs = w.op("Gather", certain, experts, axis=0)
-    results = _operator(w, m, rows, w.op("Reshape", probs, w.ints([-1, step.experts])))
-    results = w.op("Reshape", results, w.ints([step.top, -1, step.hidden]))
-    if step.dtype != "float32":
-        results = w.op("Cast", results, to=TensorProto.FLOAT)
-    weighed = w.op("Mul", results, w.op("Unsqueeze", share, w.ints([-1])))
-    # Not ReduceSum, which may add in an order of its own.
-    total = w.op("Sum", *w.split(weighed, step.top))
-    w.op("Squeeze", total, w.ints([0]), named=m.total.output[0])
-    return w.nodes
-
-
-def _operator(w: NodeWriter, m: _Mixture, rows: str, probs: str) -> str:
-    """The one operator: results of rows [R,D] by the experts of `probs` [R,E]."""
-    common: dict[str, Any] = {
-        "domain": _DOMAIN,
-        "k": 1,
-        "activation_type": "relu2",
-        "normalize_routing_weights": 1,
-    }
-    if not m.integers:
-        return w.op("MoE", rows, probs, m.weight("up"), "", m.weight("down"), **common)
-    name, group = m.step.formats["up"]
-    few: dict[str, Any] = {
-        "quant_type": "int",
-        "expert_weight_bits": FORMATS[name].bits,
-        "weights_prepacked": 0,
-    }
-    if group:
-        few["block_size"] = group
-    up, up_scale, down, down_scale = (m.weight(r) for r in ("up", "up_scale", "down", "down_scale"))
-    return w.op("QMoE", rows, probs, up, up_scale, "", down, down_scale, **common, **few)
-
-
-def _drop_axis(model: onnx.ModelProto, names: Iterable[str]) -> None:
-    """Takes a last axis of 1 off external weights."""
-    wanted = set(names)
-    for tensor in model.graph.initializer:
-        if tensor.name in wanted:
-            del tensor.dims[-1]
+    def _operator(self, w: NodeWriter, rows: str, probs: str) -> str:
+        """The one operator: results of rows [R,D] by the experts of `probs` [R,E]."""
+        up, down = (self._weight(matrix) for matrix in _MATRICES)
+        options: dict[str, Any] = {
+            "domain": _DOMAIN,
+            "k": 1,
+            "activation_type": "relu2",
+            "normalize_routing_weights": 1,
+        }
+        if not self.integers:
+            return w.op("MoE", rows, probs, up, "", down, **options)
+        name, group = self.step.formats["up"]
+        options["quant_type"] = "int"
+        options["expert_weight_bits"] = FORMATS[name].bits
+        options["weights_prepacked"] = 0
+        if group:
+            options["block_size"] = group
+        up_scale, down_scale = (self._weight(f"{matrix}_scale") for matrix in _MATRICES)
+        return w.op("QMoE", rows, probs, up, up_scale, "", down, down_scale, **options)

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -58,12 +58,15 @@ def hash_file(path: Path, tick: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
-def file_records(folder: Path) -> dict[str, FileRecord]:
-    """Every file of a folder, hashed, by name."""
-    return {
-        path.name: FileRecord(path.stat().st_size, hash_file(path))
-        for path in sorted(folder.iterdir())
-    }
+def file_records(
+    folder: Path, known: Mapping[str, FileRecord] | None = None
+) -> dict[str, FileRecord]:
+    """Every file of a folder by name, hashed unless its record is known."""
+    out = dict(known or {})
+    for path in folder.iterdir():
+        if path.name not in out:
+            out[path.name] = FileRecord(path.stat().st_size, hash_file(path))
+    return dict(sorted(out.items()))
 
 
 def hash_files(paths: Sequence[Path], tick: Callable[[int], None] | None = None) -> list[str]:

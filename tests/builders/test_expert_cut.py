@@ -32,8 +32,8 @@ from twotower.spec import (
     RESIDUAL_OUT,
     SHARES,
 )
-from twotower.weights.conversion import read_weight
 from twotower.weights.external import load_graph, weight_refs
+from twotower.weights.mapped import read_weight
 
 FIXED = {"T": SIZES["T"], "S": SIZES["S"]}
 HANDED = {CONDITIONING, RESIDUAL_OUT, EXPERTS_IN, SHARES}

@@ -17,7 +17,7 @@ from tests.helpers.trt.install import bundle_with_engines
 from twotower.builders.weight_inputs import place_weights
 from twotower.bundle import GRAPH_FILES, Bundle, EngineRecord, load_engine_record
 from twotower.calibration import load_recipe
-from twotower.calibration.recipes import parts_of
+from twotower.calibration.recipes import quantizable_weights
 from twotower.checkpoint.synthetic import published_slice, write_checkpoint
 from twotower.config import read_model_config
 from twotower.config.formats import FORMATS
@@ -26,9 +26,9 @@ from twotower.export.graph_files import save_program
 from twotower.export.graphs.precision import Precision
 from twotower.export.graphs.tower_graphs import build_graph
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TensorSpec
-from twotower.weights.conversion import read_weight
 from twotower.weights.declared import lay_out
 from twotower.weights.external import load_graph, weight_refs
+from twotower.weights.mapped import read_weight
 
 SIZES = {"B": 2, "L": 16, "S": 16, "T": 64}
 
@@ -66,7 +66,7 @@ def test_all_stay_inside_where_that_is_asked_for(bundle: Bundle) -> None:
 def test_weights_in_few_bits_stay_inside_with_their_scales(tmp_path: Path, recipe: str) -> None:
     config = read_model_config(TINY / "config.json")
     named = load_recipe(recipe)
-    parts = parts_of(config, DENOISER)
+    parts = quantizable_weights(config, DENOISER)
     precision = Precision({p.name: how for p in parts if (how := named.format_of(p))})
     graph = build_graph(DENOISER, config, "float32", precision)
     save_program(tmp_path / "model.onnx", graph, lay_out(graph.weights))

@@ -15,8 +15,8 @@ from tests.helpers.few_bits import stack_of, weights_of
 from tests.helpers.quantized import TINY, suite_prompts
 from twotower.bundle import Bundle
 from twotower.calibration import collect as collect_module
+from twotower.calibration.activation_statistics import Statistics
 from twotower.calibration.collect import CollectConfig, collect, watched_chunk
-from twotower.calibration.statistics_file import Statistics
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config import GenerationConfig, read_model_config
 from twotower.config.model import parse_model_config
@@ -80,9 +80,7 @@ def test_ranges_are_those_torch_sees(tiny_bundle: Path, whole: Statistics) -> No
     watched = whole.towers["denoiser"]
     for i, name in enumerate(watched.names):
         if name in seen:
-            assert np.nanmax(watched.greatest[i, 1:]) == pytest.approx(max(seen[name]), rel=1e-4), (
-                name
-            )
+            assert np.nanmax(watched.amax[i, 1:]) == pytest.approx(max(seen[name]), rel=1e-4), name
     assert len([n for n in watched.names if n in seen]) >= 10
 
 
@@ -121,7 +119,7 @@ def test_any_chunking_of_the_prompts_gives_the_same_numbers(
     for tower in ("context", "denoiser"):
         a, b = whole.towers[tower], chunked.towers[tower]
         np.testing.assert_array_equal(a.count, b.count)
-        np.testing.assert_allclose(b.greatest, a.greatest, rtol=1e-4)
+        np.testing.assert_allclose(b.amax, a.amax, rtol=1e-4)
         np.testing.assert_allclose(b.squares, a.squares, rtol=1e-4)
 
 

@@ -18,7 +18,7 @@ from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.base import CHOSEN, STANDARD
 from twotower.bundle import GRAPH_FILES, Bundle
 from twotower.calibration import QuantizeConfig, load_recipe, plan_quantization, quantize_bundle
-from twotower.calibration.quantize import precision_of
+from twotower.calibration.quantization_plan import precision_of
 from twotower.calibration.recipes import builtin_recipes
 from twotower.config import GenerationConfig
 from twotower.errors import BundleError, CalibrationError, ConfigError
@@ -26,8 +26,8 @@ from twotower.evaluate.quantization.variants import bytes_by_kind
 from twotower.graph_lint import lint
 from twotower.model.reference import reference_generate
 from twotower.runtime import TwoTower
-from twotower.weights.conversion import read_weight
 from twotower.weights.external import load_graph, weight_refs
+from twotower.weights.mapped import read_weight
 
 RECIPES = tuple(builtin_recipes())
 HIGH = (
@@ -194,7 +194,7 @@ def test_a_second_quantization_is_refused(few: Any) -> None:
 def test_recipes_with_inputs_need_statistics_of_this_checkpoint(
     tiny_bundle: Path, tiny_statistics: Path, tmp_path: Path
 ) -> None:
-    from twotower.calibration.statistics_file import read_statistics
+    from twotower.calibration.activation_statistics import read_statistics
 
     bundle = Bundle.open(tiny_bundle)
     with pytest.raises(CalibrationError, match="needs their ranges"):
@@ -245,13 +245,13 @@ def test_a_bundle_laid_out_by_another_version(
 ) -> None:
     """Every weight on a page of its own, as it once was: the tower that is kept and the one that is not read what they should."""
     from twotower.builders import build_engines, builder_for
-    from twotower.calibration.recipes import Recipe, RecipeException
+    from twotower.calibration.recipes import Recipe, RecipeOverride
     from twotower.export import Checkpoint, export_bundle
 
     recipe = Recipe(
         name="one",
         weights={"routed_expert": "int4"},
-        exceptions=(RecipeException(tower="context"),),
+        exceptions=(RecipeOverride(tower="context"),),
     )
     texts = []
     for name, large in (("old", 0), ("new", 1 << 20)):

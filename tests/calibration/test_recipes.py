@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from twotower.calibration.recipes import (
-    Part,
+    QuantizableWeight,
     Recipe,
-    RecipeException,
+    RecipeOverride,
     builtin_recipes,
     load_recipe,
-    parts_of,
+    quantizable_weights,
 )
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.config.model import parse_model_config
@@ -48,7 +48,7 @@ def test_the_recipes_that_come_along() -> None:
 def test_a_recipe_fits_the_published_model_and_leaves_high_what_must_be(recipe: Recipe) -> None:
     config = parse_model_config(PUBLISHED_CONFIG, "published")
     for graph in ("context", "context_head", "denoiser"):
-        parts = parts_of(config, graph)
+        parts = quantizable_weights(config, graph)
         few = {p.name for p in parts if recipe.format_of(p)}
         assert not [name for name in few if any(part in name for part in ALWAYS_HIGH)]
         if graph != "context_head":
@@ -68,18 +68,18 @@ def test_a_recipe_survives_being_stored() -> None:
         activations=("mamba",),
         group=64,
         exceptions=(
-            RecipeException(tower="denoiser", layer=3, format="keep"),
-            RecipeException(kind="mamba", layer=0, format="int4"),
+            RecipeOverride(tower="denoiser", layer=3, format="keep"),
+            RecipeOverride(kind="mamba", layer=0, format="int4"),
         ),
     )
     assert Recipe.from_mapping("mine", recipe.to_json()) == recipe
 
 
 def test_the_last_exception_that_matches_decides() -> None:
-    part = Part("x", "denoiser", 3, "mamba", 128)
+    part = QuantizableWeight("x", "denoiser", 3, "mamba", 128)
     base = {"name": "r", "weights": {"mamba": "int8"}}
     assert Recipe(**base).format_of(part).name == "int8"  # type: ignore[union-attr, arg-type]
-    both = (RecipeException(layer=3), RecipeException(tower="denoiser", format="int4"))
+    both = (RecipeOverride(layer=3), RecipeOverride(tower="denoiser", format="int4"))
     assert Recipe(**base, exceptions=both).format_of(part).name == "int4"  # type: ignore[union-attr, arg-type]
     assert Recipe(**base, exceptions=both[::-1]).format_of(part) is None  # type: ignore[arg-type]
 
@@ -131,10 +131,10 @@ def test_unknown_names_and_files(tmp_path: Path) -> None:
 
 def test_what_a_model_s_shapes_do_not_allow() -> None:
     config = parse_model_config({**published_slice("E*"), "moe_intermediate_size": 1864}, "odd")
-    parts = parts_of(config, "context")
+    parts = quantizable_weights(config, "context")
     with pytest.raises(RecipeError, match="cannot be divided into groups of 32") as caught:
         builtin_recipes()["int4-experts"].check(parts)
     assert "1864" in caught.value.found
     dense = parse_model_config(published_slice("M*"), "dense")
     with pytest.raises(RecipeError, match="changes nothing"):
-        builtin_recipes()["int4-experts"].check(parts_of(dense, "context"))
+        builtin_recipes()["int4-experts"].check(quantizable_weights(dense, "context"))

@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.quantized import quantized
 from twotower.bundle import Bundle, flags_of_bundle, note_measurement
-from twotower.calibration.quantize import precision_of
+from twotower.calibration.quantization_plan import precision_of
 from twotower.errors import BudgetError, BundleError, ConfigError
 from twotower.evaluate.figures import draw_sensitivity
 from twotower.evaluate.measure import Measured

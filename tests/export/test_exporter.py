@@ -30,8 +30,8 @@ from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.export import exporter as exporter_module
 from twotower.export import verify as verify_module
 from twotower.export.verify import layers_that_fit, verify_bundle
-from twotower.weights.conversion import read_weight
 from twotower.weights.external import load_graph, weight_refs
+from twotower.weights.mapped import read_weight
 
 TOKENIZER = ROOT / "assets" / "twotower-tiny" / "tokenizer.json"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from twotower.calibration.rounding import expand_rows, global_scale, pack, quantize_rows
+from twotower.calibration.weight_quantization import expand_rows, global_scale, pack, quantize_rows
 from twotower.config.formats import WeightFormat, stored_format
 from twotower.dtypes import carried_dtype, numpy_dtype, to_float32, to_stored
 from twotower.kernels.shape import MATRICES, ExpertFormats, ExpertShape

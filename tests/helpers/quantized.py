@@ -10,7 +10,7 @@ from tests.helpers.source import ROOT
 from twotower.builders import build_engines, builder_for
 from twotower.bundle import Bundle
 from twotower.calibration import QuantizeConfig, load_recipe, plan_quantization, quantize_bundle
-from twotower.calibration.statistics_file import Statistics, read_statistics
+from twotower.calibration.activation_statistics import Statistics, read_statistics
 
 TINY = ROOT / "assets" / "twotower-tiny"
 SUITE = ROOT / "src" / "twotower" / "evaluate" / "data" / "suite.jsonl"

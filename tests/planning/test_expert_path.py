@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.source import ROOT
 from twotower.builders.expert_cut import ExpertCut
 from twotower.bundle import EngineFile
-from twotower.calibration.recipes import Recipe, builtin_recipes, parts_of
+from twotower.calibration.recipes import Recipe, builtin_recipes, quantizable_weights
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.config.model import ModelConfig, parse_model_config, read_model_config
 from twotower.errors import ConfigError
@@ -52,7 +52,7 @@ def cut_towers(folder: Path, config: ModelConfig, recipe: str) -> Iterator[Exper
     for graph in (CONTEXT, DENOISER):
         few = {
             part.name: how
-            for part in parts_of(config, graph)
+            for part in quantizable_weights(config, graph)
             if (how := RECIPES[recipe].format_of(part))
         }
         made = build_graph(graph, config, "bfloat16", Precision(few))

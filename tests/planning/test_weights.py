@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from twotower.builders.segment import layer_bytes
 from twotower.builders.weight_inputs import place_weights
-from twotower.calibration.recipes import Recipe, builtin_recipes, parts_of
+from twotower.calibration.recipes import Recipe, builtin_recipes, quantizable_weights
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.formats import FORMATS, stored_format
 from twotower.config.model import ModelConfig, parse_model_config, read_model_config
@@ -80,7 +80,9 @@ def test_what_engines_hold_is_what_the_builder_leaves_inside(
     formats = tuple(sorted(chosen.weights.items()))
     rounded = tuple(chosen.activations)
     for graph, planned in graph_weights(config, "bfloat16", formats, rounded).items():
-        few = {p.name: how for p in parts_of(config, graph) if (how := chosen.format_of(p))}
+        few = {
+            p.name: how for p in quantizable_weights(config, graph) if (how := chosen.format_of(p))
+        }
         made = build_graph(graph, config, "bfloat16", Precision(few))
         save_program(tmp_path / "model.onnx", made, lay_out(made.weights))
         model = load_graph(tmp_path / "model.onnx")

@@ -17,8 +17,8 @@ from twotower.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
     from twotower.bundle import Bundle
-    from twotower.calibration.quantize import QuantizeConfig
-    from twotower.calibration.statistics_file import Statistics
+    from twotower.calibration.activation_statistics import Statistics
+    from twotower.calibration.quantization_plan import QuantizeConfig
 
 __all__ = ["add_arguments", "run"]
 
@@ -119,14 +119,14 @@ def run(args: argparse.Namespace) -> int:
     from twotower.extras import require_libraries
 
     require_libraries("calibration", "onnx", "onnx_ir", "safetensors")
-    from twotower.calibration.quantize import (
+    from twotower.calibration.activation_statistics import read_statistics
+    from twotower.calibration.quantization_plan import (
         QuantizeConfig,
         plan_quantization,
-        quantize_bundle,
         require_float,
     )
+    from twotower.calibration.quantize import quantize_bundle
     from twotower.calibration.recipes import load_recipe
-    from twotower.calibration.statistics_file import read_statistics
     from twotower.errors import BundleError, ConfigError
     from twotower.files import require_room
 
@@ -206,7 +206,8 @@ def _auto(
 
     require_libraries("calibration,cpu", "onnxruntime", what="measuring candidates (recipe auto)")
     from twotower.bundle import note_measurement
-    from twotower.calibration.quantize import plan_quantization, quantize_bundle
+    from twotower.calibration.quantization_plan import plan_quantization
+    from twotower.calibration.quantize import quantize_bundle
     from twotower.errors import BudgetError
     from twotower.evaluate.quantization.choose import choose
     from twotower.evaluate.quantization.format_ladders import ChooseConfig

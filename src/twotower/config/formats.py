@@ -125,7 +125,7 @@ def product_block(columns: int, group: int, *, even_rows: bool) -> int:
         columns: Length of a row.
         group: Weights that share a scale as it is stored; the length of a row where all of it do.
         even_rows: Whether the product always has an even number of rows
-            (`builders/ort/few_bits.py`).
+            (`builders/ort/quantized_products.py`).
     """
     blocks = _BLOCKS if even_rows else (NARROW_BLOCK,)
     return next((block for block in blocks if columns % block == 0 and group % block == 0), 0)

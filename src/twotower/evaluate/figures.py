@@ -14,8 +14,7 @@ from twotower.extras import require_libraries
 from twotower.spec import CONTEXT, DENOISER
 
 if TYPE_CHECKING:  # calibration needs what an evaluation does not
-    from twotower.calibration.statistics import TowerStatistics
-    from twotower.calibration.statistics_file import Statistics
+    from twotower.calibration.activation_statistics import Statistics, TowerStatistics
 
 __all__ = ["draw_curve", "draw_ranges", "draw_sensitivity", "require_charts"]
 
@@ -236,7 +235,7 @@ def draw_ranges(statistics: Statistics) -> dict[str, bytes]:
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True).reshape(-1)
         t = np.arange(len(denoiser.buckets)) / 8
         for axes, (title, inside, outside) in zip(grid, panels, strict=False):
-            _draw_panel(axes, t, denoiser.greatest[inside], context.greatest[outside][:, 0])
+            _draw_panel(axes, t, denoiser.amax[inside], context.amax[outside][:, 0])
             axes.set_title(title, fontsize=9, color=_INK, loc="left")
         for axes in grid[len(panels) :]:
             axes.set_visible(False)

@@ -22,7 +22,7 @@ from twotower.config.formats import WeightFormat
 from twotower.config.model import ModelConfig
 from twotower.dtypes import stored_bytes
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
-from twotower.weights.refs import WeightRef, aligned
+from twotower.weights.refs import WeightRef, place
 
 __all__ = ["QUANTIZABLE", "Weight", "declared_weights", "lay_out"]
 
@@ -207,10 +207,5 @@ def _tensors(config: ModelConfig, graph: str) -> Iterator[tuple[int | None, Chec
 
 
 def lay_out(weights: Sequence[Weight]) -> dict[str, WeightRef]:
-    """Aligned places in one data file, in declaration order: a reader that runs the layers in turn reads forward."""
-    out: dict[str, WeightRef] = {}
-    end = 0
-    for weight in weights:
-        out[weight.name] = WeightRef(weight.dtype, weight.shape, aligned(end, weight.nbytes))
-        end = out[weight.name].offset + weight.nbytes
-    return out
+    """Places in one data file, in declaration order: running layer by layer reads forward."""
+    return place((w.name, w.dtype, w.shape) for w in weights)

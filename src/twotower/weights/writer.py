@@ -1,28 +1,94 @@
-"""Data files written front to back in bounded memory: from a checkpoint, or from a data file whose weights are widened."""
+"""Data files, written front to back in bounded memory, aligned, and hashed on the way.
+
+`write_data` is the one writer. What differs is where the bytes of a weight come from: here a
+checkpoint, or a data file whose half-precision weights are widened.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from twotower.checkpoint.reader import Checkpoint
-from twotower.dtypes import stored_bytes
+from twotower.checkpoint.shard import Tensor
+from twotower.dtypes import stored_bytes, to_float32, to_stored
+from twotower.errors import ExportError
 from twotower.files import FileRecord
-from twotower.weights.conversion import convert_chunks, read_weight
 from twotower.weights.declared import Weight, lay_out
-from twotower.weights.refs import WeightRef, aligned
+from twotower.weights.mapped import PIECE_BYTES, float32_pieces, raw_pieces
+from twotower.weights.refs import WeightRef, place
 
-__all__ = ["stream_weights", "widen_data"]
+__all__ = ["Piece", "byte_counter", "convert_chunks", "stream_weights", "widen_data", "write_data"]
 
-_CHUNK = 16 << 20
-_PIECE = 4 << 20  # elements widened at a time
+Piece = bytes | npt.NDArray[Any]
+
+
+def write_data(
+    path: Path,
+    places: Mapping[str, WeightRef],
+    pieces: Callable[[str], Iterable[Piece]],
+    tick: Callable[[int], None] | None = None,
+) -> FileRecord:
+    """Writes the weights of a data file.
+
+    Args:
+        path: The file.
+        places: Where each weight lies, ascending.
+        pieces: The contents of a weight by its name, contiguous, one after another. Asked for in
+            the order of the file, and consumed before the next is asked for.
+        tick: Called with the bytes of each piece written; padding is not counted.
+
+    Returns:
+        Size and SHA-256.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    digest = hashlib.sha256()
+    end = 0
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+
+        def write(piece: Any) -> int:
+            # Hashing and writing both release the interpreter: they run side by side on two cores.
+            view = memoryview(piece).cast("B")
+            hashed = hasher.submit(digest.update, view)
+            written = 0
+            while written < len(view):
+                written += file.write(view[written:]) or 0
+            hashed.result()
+            return len(view)
+
+        for name, ref in places.items():
+            if ref.offset > end:
+                write(bytes(ref.offset - end))
+            for piece in pieces(name):
+                size = write(piece)
+                if tick:
+                    tick(size)
+            end = file.tell()
+            assert end == ref.end, f"{path.name}: {name} ends at {end}, laid out to {ref.end}"
+    return FileRecord(end, digest.hexdigest())
+
+
+def byte_counter(
+    report: Callable[[str, int, int], None], what: str, total: int
+) -> Callable[[int], None]:
+    """A `tick` that adds up and reports (what, bytes done, bytes in all)."""
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        report(what, done, total)
+
+    return tick
 
 
 def stream_weights(
@@ -32,101 +98,89 @@ def stream_weights(
     *,
     tick: Callable[[int], None] | None = None,
 ) -> FileRecord:
-    """Writes a data file front to back and hashes it on the way.
-
-    Memory stays at a few chunks of 16 MiB whatever the model. `tick` gets the bytes of each piece
-    written.
+    """Writes what a graph declares from a checkpoint; memory stays at a few pieces of 16 MiB.
 
     Raises:
         OSError: the disk is full or fails.
         ExportError: a value does not fit the wanted dtype.
     """
-    refs = lay_out(weights)
-    digest = hashlib.sha256()
-    end = 0
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
-        for weight in weights:
-            padding = bytes(refs[weight.name].offset - end)
-            for piece in _with(padding, _pieces(weight, checkpoint)):
-                # Hashing and writing both release the interpreter: the two run side by side on two
-                # cores.
-                hashed = hasher.submit(digest.update, piece)
-                view = memoryview(piece).cast("B")
-                written = 0
-                while written < len(view):
-                    written += file.write(view[written:]) or 0
-                hashed.result()
-                if tick:
-                    tick(len(view))
-            end = refs[weight.name].offset + weight.nbytes
-        size = file.tell()
-    assert size == end, f"{path.name}: wrote {size} bytes, laid out {end}"
-    return FileRecord(size, digest.hexdigest())
+    declared = {weight.name: weight for weight in weights}
+
+    def pieces(name: str) -> Iterator[Piece]:
+        weight = declared[name]
+        for source in weight.sources:
+            yield from _from_tensor(weight, checkpoint.tensors[source])
+
+    return write_data(path, lay_out(weights), pieces, tick)
 
 
-def _with(padding: bytes, pieces: Iterable[Any]) -> Iterator[Any]:
-    if padding:
-        yield padding
-    yield from pieces
+def _from_tensor(weight: Weight, tensor: Tensor) -> Iterator[Piece]:
+    if weight.negated_exp:
+        values = np.exp(tensor.numpy().astype(np.float64))
+        yield np.negative(values).astype(np.float32)
+        return
+    converted = convert_chunks(tensor, weight.dtype, chunk_bytes=PIECE_BYTES)
+    if not weight.transposed:
+        yield from converted
+        return
+    item = f"V{stored_bytes(weight.dtype, 1)}"
+    elements = np.frombuffer(b"".join(map(bytes, converted)), item)
+    yield elements.reshape(-1, weight.shape[0]).T.tobytes()
 
 
-def _pieces(weight: Weight, checkpoint: Checkpoint) -> Iterator[Any]:
-    for name in weight.sources:
-        tensor = checkpoint.tensors[name]
-        if weight.negated_exp:
-            yield (
-                np.negative(np.exp(tensor.numpy().astype(np.float64))).astype(np.float32).tobytes()
-            )
-        elif weight.transposed:
-            pieces = convert_chunks(tensor, weight.dtype, chunk_bytes=_CHUNK)
-            item = f"V{stored_bytes(weight.dtype, 1)}"
-            elements = np.frombuffer(b"".join(map(bytes, pieces)), item)
-            yield elements.reshape(-1, weight.shape[0]).T.tobytes()
-        else:
-            yield from convert_chunks(tensor, weight.dtype, chunk_bytes=_CHUNK)
-
-
-def widen_data(
-    source: Path,
-    target: Path,
-    refs: dict[str, WeightRef],
-    tick: Callable[[int], None] | None = None,
-) -> dict[str, WeightRef]:
-    """Copies weights into a data file, in float32 what is of half width and as they are the quantized ones, 16 MiB at a time.
+def widen_data(source: Path, target: Path, refs: Mapping[str, WeightRef]) -> dict[str, WeightRef]:
+    """Copies weights into a data file: half precision as float32, all else as it is.
 
     Args:
         source: The data file `refs` points into.
         target: The file to write.
         refs: The weights to take.
-        tick: Called with the bytes read for each piece.
 
     Returns:
         Where the weights lie in the new file.
     """
     data = np.memmap(source, dtype=np.uint8, mode="r")
-    out: dict[str, WeightRef] = {}
-    end = 0
-    with target.open("wb") as file:
-        for name, ref in sorted(refs.items(), key=lambda item: item[1].offset):
-            kept = WeightRef("float32" if ref.narrow else ref.dtype, ref.shape, 0)
-            out[name] = replace(kept, offset=aligned(end, kept.nbytes))
-            file.seek(out[name].offset)
-            for piece in _widened_pieces(data, ref):
-                piece.tofile(file)
-                if tick:
-                    tick(piece.nbytes // 2 if ref.narrow else piece.nbytes)
-            end = out[name].offset + out[name].nbytes
-    return out
+    ordered = sorted(refs.items(), key=lambda item: item[1].offset)
+    places = place(
+        (name, "float32" if ref.half_precision else ref.dtype, ref.shape) for name, ref in ordered
+    )
+
+    def pieces(name: str) -> Iterator[Piece]:
+        ref = refs[name]
+        return float32_pieces(data, ref) if ref.half_precision else raw_pieces(data, ref)
+
+    write_data(target, places, pieces)
+    return places
 
 
-def _widened_pieces(
-    data: np.ndarray[Any, np.dtype[np.uint8]], ref: WeightRef
-) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
-    if not ref.narrow:
-        for first in range(ref.offset, ref.offset + ref.nbytes, 4 * _PIECE):
-            yield data[first : min(first + 4 * _PIECE, ref.offset + ref.nbytes)]
+def convert_chunks(tensor: Tensor, dtype: str, *, chunk_bytes: int) -> Iterator[Piece]:
+    """The tensor's elements in order as little-endian `dtype`.
+
+    Each piece stands for at most `chunk_bytes` of the source, one element at least.
+
+    Raises:
+        ExportError: a finite value is too large for float16.
+    """
+    chunks = tensor.chunks(chunk_bytes)
+    if tensor.dtype == dtype:
+        yield from chunks
         return
-    count = math.prod(ref.shape)
-    for first in range(0, count, _PIECE):
-        piece = WeightRef(ref.dtype, (min(_PIECE, count - first),), ref.offset + first * 2)
-        yield read_weight(data, piece).astype(np.float32, copy=False)
+    for raw in chunks:
+        values = to_float32(np.frombuffer(raw, np.uint8), tensor.dtype)
+        converted = to_stored(values, dtype)
+        if dtype == "float16" and (np.isinf(converted) & np.isfinite(values)).any():
+            raise _overflow(tensor, chain([raw], chunks))
+        yield converted
+
+
+def _overflow(tensor: Tensor, chunks: Iterable[bytes]) -> ExportError:
+    """Names the largest magnitude of all that is left to read: it decides what to do."""
+    largest = 0.0
+    for raw in chunks:
+        values = to_float32(np.frombuffer(raw, np.uint8), tensor.dtype)
+        largest = max(largest, float(np.abs(values[np.isfinite(values)]).max(initial=0)))
+    return ExportError(
+        f"tensor {tensor.name} does not fit float16",
+        found=f"a value of magnitude {largest:g}; float16 ends at 65504",
+        do="export with --dtype bfloat16 (same size) or float32",
+    )

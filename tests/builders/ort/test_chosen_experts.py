@@ -31,9 +31,9 @@ from twotower.export.graphs.recorder import Layer as RecordedLayer
 from twotower.onnx_runtime import ort, session_options
 from twotower.runtime import GenerationConfig, TwoTower
 from twotower.spec import CONTEXT, TensorSpec, TowerSignature
-from twotower.weights.conversion import read_weight
 from twotower.weights.declared import declared_weights, lay_out
 from twotower.weights.external import load_graph
+from twotower.weights.mapped import read_weight
 
 Array = np.ndarray[Any, Any]
 Layer = Callable[[Array], Array]

@@ -21,16 +21,19 @@ from tests.helpers.fused_experts import fused_nodes, with_bodies, with_cpu_kerne
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.small_slice import SMALL_SLICE
 from twotower.builders import BuildConfig, build_engines, builder_for
-from twotower.builders.ort import engine_weights
+from twotower.builders.ort.engine_weights import EngineWeight, write_engine_data
 from twotower.builders.ort.fusable import require_fusable
 from twotower.builders.ort.fused_experts import fuse_experts
+from twotower.builders.ort.quantized_products import UNSIGNED
 from twotower.bundle import (
     BUILD_FILE,
     DATA_SUFFIX,
     GRAPH_FILES,
     Bundle,
     ExpertsStep,
+    FileRecord,
     engine_folder,
+    hash_file,
     load_engine_record,
 )
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
@@ -44,9 +47,10 @@ from twotower.export.graphs.layers import moe
 from twotower.export.graphs.recorder import GraphBuilder, Layer
 from twotower.planning import PlanOptions, plan_bundle
 from twotower.spec import CONTEXT, DENOISER, TensorSpec, TowerSignature, signatures
-from twotower.weights.conversion import read_weight
+from twotower.weights import mapped
 from twotower.weights.declared import declared_weights, lay_out
 from twotower.weights.external import attach_weights, load_graph, located_weights, widen_to_float32
+from twotower.weights.mapped import read_weight
 from twotower.weights.refs import PAGE, WeightRef
 from twotower.weights.writer import widen_data
 
@@ -407,14 +411,16 @@ def test_integers_are_unsigned_and_all_else_stays_in_the_bundle(few_bits: Any) -
 def test_a_large_matrix_is_written_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_weights, "_UNSIGNED_PIECE", 7)
+    monkeypatch.setattr(mapped, "PIECE_BYTES", 7)
     data = np.random.default_rng(0).integers(0, 256, 200, np.uint8)
     (tmp_path / "in").write_bytes(data.tobytes())
     told: list[int] = []
     refs = {"b": WeightRef("int8", (4, 10), 150), "a": WeightRef("int4", (2, 5, 6), 64)}
-    places = engine_weights.unsigned_data(tmp_path / "in", tmp_path / "out", refs, told.append)
+    weights = {name: EngineWeight(ref, UNSIGNED[ref.dtype]) for name, ref in refs.items()}
+    places, record = write_engine_data(tmp_path / "in", tmp_path / "out", weights, told.append)
     made = np.frombuffer((tmp_path / "out").read_bytes(), np.uint8)
-    assert places == {"a": WeightRef("uint8", (2, 5, 3), 0), "b": WeightRef("uint8", (4, 10), 64)}
+    assert places == {"a": WeightRef("uint4", (2, 5, 6), 0), "b": WeightRef("uint8", (4, 10), 64)}
+    assert record == FileRecord(made.size, hash_file(tmp_path / "out"))
     np.testing.assert_array_equal(made[:30], data[64:94] ^ 0x88)
     np.testing.assert_array_equal(made[64:104], data[150:190] ^ 0x80)
     assert (sum(told), max(told)) == (70, 7)

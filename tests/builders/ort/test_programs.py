@@ -14,8 +14,8 @@ from tests.helpers.bundles import export_fixture
 from tests.helpers.errors import check_error
 from tests.helpers.trt.execution import fake_kernels
 from twotower.builders import BuildConfig, build_engines, builder_for, expert_kernels
-from twotower.builders.ort import programs
-from twotower.builders.ort.cuda import OrtCudaBuilder
+from twotower.builders.ort import cuda
+from twotower.builders.ort.cuda import OrtCudaBuilder, kernel_limits
 from twotower.bundle import (
     BUILD_FILE,
     Bundle,
@@ -128,9 +128,9 @@ def test_kernels_are_for_the_gpus_at_hand(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, gpus: tuple[int, ...], sms: tuple[int, ...]
 ) -> None:
     here = SimpleNamespace(gpus=tuple(Gpu(f"GPU {n}", sm, 1 << 34) for n, sm in enumerate(gpus)))
-    monkeypatch.setattr(programs, "probe_machine", lambda: here)
-    assert programs.kernel_limits(bundle, BuildConfig(experts="kernels")).sms == sms
-    assert programs.kernel_limits(bundle, BuildConfig(experts="kernels", sms=(86,))).sms == (86,)
+    monkeypatch.setattr(cuda, "probe_machine", lambda: here)
+    assert kernel_limits(bundle, BuildConfig(experts="kernels")).sms == sms
+    assert kernel_limits(bundle, BuildConfig(experts="kernels", sms=(86,))).sms == (86,)
 
 
 def test_inspect_tells_programs_and_kernels(

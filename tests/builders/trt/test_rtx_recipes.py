@@ -13,7 +13,7 @@ from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
 from twotower.bundle import GRAPH_FILES, Bundle
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
-from twotower.calibration.statistics_file import read_statistics
+from twotower.calibration.activation_statistics import read_statistics
 from twotower.config.formats import FORMATS, stack_is_expanded
 from twotower.errors import BuildError
 from twotower.export import Checkpoint, ExportConfig, export_bundle

@@ -15,7 +15,7 @@ from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.errors import BundleError, ConfigError
 from twotower.spec import CONTEXT, CONTEXT_HEAD
-from twotower.weights.conversion import read_weight
+from twotower.weights.mapped import read_weight
 
 __all__ = ["TransformersPeer"]
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from twotower.builders import build_engines, builder_for
-from twotower.bundle import GRAPH_FILES, Bundle
-from twotower.calibration.quantize import plan_quantization, quantize_bundle
-from twotower.calibration.recipes import Recipe, parts_of
-from twotower.calibration.statistics_file import Statistics
-from twotower.calibration.streaming import rounding_error
+from twotower.bundle import Bundle
+from twotower.calibration.activation_statistics import Statistics
+from twotower.calibration.quantization_plan import plan_quantization, quantizable_of
+from twotower.calibration.quantize import quantize_bundle
+from twotower.calibration.quantized_data import quantization_error
+from twotower.calibration.recipes import Recipe
 from twotower.config.formats import ACTIVATIONS, FORMATS
 from twotower.errors import BudgetError
 from twotower.evaluate.measure import Contestant, Measured, measure
@@ -97,7 +98,7 @@ class _Search:
         self._bundle, self._config, self._stack = bundle, config, stack
         self._halves = suite.halves()
         self._suite = suite
-        self._parts = [part for name in GRAPH_FILES for part in parts_of(bundle.config, name)]
+        self._parts = list(quantizable_of(bundle).values())
         self.formats = FormatLadders(self._parts, config)
         self._trail: list[dict[str, Any]] = []
 
@@ -237,7 +238,7 @@ class _Search:
         weights = {part.name: how for part in self._parts if (how := plain.format_of(part))}
         activations: dict[str, ActivationFormat] = {}
         for part in self._parts:
-            if plain.rounds_input_of(part):
+            if plain.quantizes_input_of(part):
                 known = self._activations[weights[part.name].name]
                 activations |= {name: how for name, how in known.items() if name == part.name}
         return Precision(weights, activations)
@@ -318,7 +319,7 @@ class _Search:
                 how = recipe.format_of(part)
                 assert how is not None
                 key = (part.tower, part.layer, kind)
-                error = rounding_error(
+                error = quantization_error(
                     self._bundle, part.name, how, rounding=self._config.quantize.rounding
                 )
                 errors[key] = max(errors.get(key, 0.0), error)

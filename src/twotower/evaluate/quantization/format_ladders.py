@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from twotower.calibration.quantize import QuantizeConfig
-from twotower.calibration.recipes import KEEP, Part, Recipe, RecipeException
+from twotower.calibration.quantization_plan import QuantizeConfig
+from twotower.calibration.recipes import KEEP, QuantizableWeight, Recipe, RecipeOverride
 from twotower.config.formats import ACTIVATIONS, FORMATS
 from twotower.errors import ConfigError
 from twotower.evaluate.quantization.price import PriceConfig
@@ -82,7 +82,7 @@ class FormatLadders:
         config: Formats to try, and the group of int4.
     """
 
-    def __init__(self, parts: Sequence[Part], config: ChooseConfig) -> None:
+    def __init__(self, parts: Sequence[QuantizableWeight], config: ChooseConfig) -> None:
         self._parts, self._config = parts, config
         self.kinds = tuple(dict.fromkeys(part.kind for part in parts))
 
@@ -134,7 +134,7 @@ class FormatLadders:
             activations=tuple(kind for kind, c in chosen.items() if c.inputs),
             group=self._config.group,
             exceptions=tuple(
-                RecipeException(tower=t, layer=i, kind=kind, format=f)
+                RecipeOverride(tower=t, layer=i, kind=kind, format=f)
                 for (t, i, kind), f in sorted(lowered.items())
             ),
         )

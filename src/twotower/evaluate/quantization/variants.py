@@ -15,8 +15,8 @@ from typing import Any
 import onnx_ir as ir
 
 from twotower.bundle import GRAPH_FILES, MANIFEST_FILE, Bundle
-from twotower.calibration.quantize import precision_of, source_identity
-from twotower.calibration.recipes import parts_of
+from twotower.calibration.quantization_plan import precision_of, quantizable_of
+from twotower.calibration.quantize import source_identity
 from twotower.calibration.watched_engine import composed_engine, engine_places
 from twotower.errors import ConfigError
 from twotower.evaluate.quantization.price import PriceConfig, measure_price
@@ -233,12 +233,7 @@ def note_of(report: dict[str, Any]) -> dict[str, Any]:
 def parts_alone(bundle: Bundle) -> Iterator[tuple[str, Precision]]:
     """Every layer kind of a quantized bundle alone, then every tower."""
     whole = precision_of(bundle)
-    parts = {
-        p.name: p
-        for name in GRAPH_FILES
-        for p in parts_of(bundle.config, name)
-        if p.name in whole.weights
-    }
+    parts = {name: part for name, part in quantizable_of(bundle).items() if name in whole.weights}
     for kind in dict.fromkeys(part.kind for part in parts.values()):
         yield kind, _restricted(whole, {name for name, part in parts.items() if part.kind == kind})
     for tower in ("context", "denoiser"):

@@ -11,21 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower.calibration.ranges import activation_scales, range_of
-from twotower.calibration.statistics import (
+from twotower.calibration.activation_statistics import (
     BINS,
+    DATA_FILE,
     DENOISER_BUCKETS,
+    DESCRIPTION_FILE,
+    Statistics,
     TowerStatistics,
     bin_edges,
     bucket_of,
-)
-from twotower.calibration.statistics_file import (
-    DATA_FILE,
-    DESCRIPTION_FILE,
-    Statistics,
     read_statistics,
     write_statistics,
 )
+from twotower.calibration.ranges import activation_range, activation_ranges
 from twotower.errors import CalibrationError
 
 
@@ -34,6 +32,12 @@ def of(*values: Any, bucket: int = 0) -> TowerStatistics:
     for x in values:
         s.add(0, bucket, np.asarray(x, np.float32))
     return s
+
+
+def chosen_range(seen: TowerStatistics, ranges: str, dtype: str = "int8") -> float:
+    """Of the one input, over all buckets."""
+    counts = seen.histogram[0].sum(axis=0)
+    return activation_range(counts, float(np.nanmax(seen.amax)), dtype=dtype, ranges=ranges)
 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=50))
@@ -77,18 +81,14 @@ def test_ranges() -> None:
     bulk = np.random.default_rng(0).standard_normal(200_000)
     s = of(bulk, [80.0])
     greatest = float(np.abs(bulk).max())
-    assert range_of(s, 0, slice(None), dtype="int8", ranges="max") == 80.0
-    assert range_of(s, 0, slice(None), dtype="int8", ranges="percentile") == pytest.approx(
-        3.9, rel=0.13
-    )
-    clipped = range_of(s, 0, slice(None), dtype="int8", ranges="mse")
+    assert chosen_range(s, "max") == 80.0
+    assert chosen_range(s, "percentile") == pytest.approx(3.9, rel=0.13)
+    clipped = chosen_range(s, "mse")
     assert greatest < clipped <= 40, (
         "one value of 200001 is worth some of the steps of all others, not half of them"
     )
-    assert range_of(s, 0, slice(None), dtype="float8e4m3fn", ranges="mse") == 80.0
-    assert range_of(of([0.0, 0.0]), 0, slice(None), dtype="int8", ranges="mse") > 0, (
-        "zeros alone still make a scale"
-    )
+    assert chosen_range(s, "mse", "float8e4m3fn") == 80.0
+    assert chosen_range(of([0.0, 0.0]), "mse") > 0, "zeros alone still make a scale"
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -101,7 +101,7 @@ def test_the_chosen_range_is_near_the_best_of_all(seed: int) -> None:
         step = clip / 127
         return float(np.square(np.clip(np.round(x / step), -127, 127) * step - x).sum())
 
-    chosen = cost(range_of(of(x), 0, slice(None), dtype="int8", ranges="mse"))
+    chosen = cost(chosen_range(of(x), "mse"))
     assert chosen <= 1.10 * min(cost(c) for c in np.geomspace(0.05, 1.0, 60) * np.abs(x).max())
 
 
@@ -128,16 +128,14 @@ def test_the_chosen_range_is_the_best_edge_by_hand(seed: int) -> None:
         return total
 
     best = min((min(edge, most) for edge in edges[1:].tolist() if edge > most / 128), key=cost)
-    assert range_of(of(x), 0, slice(None), dtype="int8", ranges="mse") == pytest.approx(
-        best, rel=1e-6
-    )
+    assert chosen_range(of(x), "mse") == pytest.approx(best, rel=1e-6)
 
 
 def test_exactly_the_percentile_is_kept() -> None:
     """9999 of 10 000 values, and the upper edge of their bin; of zeros the least range there is."""
     s = of([1.0] * 9999, [80.0])
-    assert range_of(s, 0, slice(None), dtype="int8", ranges="percentile") == 1.125
-    assert range_of(of([0.0]), 0, slice(None), dtype="int8", ranges="max") == 2.0**-20
+    assert chosen_range(s, "percentile") == 1.125
+    assert chosen_range(of([0.0]), "max") == 2.0**-20
 
 
 @pytest.mark.parametrize("bucket", range(1, len(DENOISER_BUCKETS)))
@@ -148,22 +146,22 @@ def test_trajectories_and_clean_text_read_other_buckets(bucket: int) -> None:
     context.add(0, 0, np.asarray([2.0]))
     statistics = Statistics(Path(), "s", {"context": context, "denoiser": denoiser})
     wanted = {"w": "int8", "c": "int8"}
-    assert activation_scales(statistics, wanted, ranges="max", clean_text=False) == {
+    assert activation_ranges(statistics, wanted, ranges="max", clean_text=False) == {
         "w": 5.0,
         "c": 2.0,
     }
-    assert activation_scales(statistics, wanted, ranges="max", clean_text=True) == {
+    assert activation_ranges(statistics, wanted, ranges="max", clean_text=True) == {
         "w": 1.0,
         "c": 2.0,
     }
     with pytest.raises(CalibrationError, match="nothing about 1 inputs"):
-        activation_scales(statistics, {"other": "int8"}, ranges="max", clean_text=False)
+        activation_ranges(statistics, {"other": "int8"}, ranges="max", clean_text=False)
 
 
 def test_an_input_that_was_not_seen_where_it_is_looked_for_is_missing() -> None:
     statistics = Statistics(Path(), "s", {"denoiser": of([1.0])})
     with pytest.raises(CalibrationError, match="nothing about 1 inputs"):
-        activation_scales(statistics, {"w": "int8"}, ranges="max", clean_text=False)
+        activation_ranges(statistics, {"w": "int8"}, ranges="max", clean_text=False)
 
 
 @pytest.fixture
@@ -182,7 +180,7 @@ def stored(tmp_path: Path) -> Path:
 def test_what_is_written_is_read(stored: Path) -> None:
     back = read_statistics(stored)
     assert back.source == "source" and back.facts == {"prompts": 1} and len(back.sha256) == 64
-    assert back.towers["context"].greatest.tolist() == [[3.0]]
+    assert back.towers["context"].amax.tolist() == [[3.0]]
     assert back.towers["denoiser"].names == ("w",)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.few_bits import fake_quantize
-from twotower.calibration.rounding import (
+from twotower.calibration.weight_quantization import (
     expand_rows,
     global_scale,
     numpy_dtype,
@@ -19,7 +19,7 @@ from twotower.calibration.rounding import (
     quantize_rows,
 )
 from twotower.config.formats import FORMATS, WeightFormat, stored_format
-from twotower.weights.conversion import read_weight
+from twotower.weights.mapped import read_weight
 from twotower.weights.refs import WeightRef
 
 FORMS = {name: stored_format(name, 256, stacked=True, rounded_input=True) for name in FORMATS}

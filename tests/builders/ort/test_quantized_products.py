@@ -20,8 +20,8 @@ from tests.helpers.quantized import TINY
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.ort import cpu as ort_builder
 from twotower.builders.ort.cpu import write_engine
-from twotower.builders.ort.engine_weights import expand_data, places_of
-from twotower.builders.ort.few_bits import probe_graph
+from twotower.builders.ort.engine_weights import cpu_weights, write_engine_data
+from twotower.builders.ort.quantized_products import probe_graph
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder, load_engine_record
 from twotower.calibration import QuantizeConfig, builtin_recipes, plan_quantization, quantize_bundle
 from twotower.cli.main import main
@@ -129,10 +129,10 @@ class Graph:
     ) -> tuple[Callable[[Array, Array], list[Array]], onnx.ModelProto]:
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
-        places = places_of(model, as_stored=as_stored, even_rows=even_rows)
+        weights = cpu_weights(model, as_stored=as_stored, even_rows=even_rows)
         located = {name: ("bundle.data", ref) for name, ref in weight_refs(model).items()}
-        written = expand_data(
-            self.folder / "bundle.data", self.folder / "own.data", places, lambda done: None
+        written, _ = write_engine_data(
+            self.folder / "bundle.data", self.folder / "own.data", weights
         )
         located |= {name: ("own.data", ref) for name, ref in written.items()}
         file = self.folder / f"{as_stored}.onnx"
@@ -227,8 +227,8 @@ def test_wide_blocks_compute_even_numbers_of_rows_alike(
 
 def test_rows_that_no_block_divides_are_expanded(tmp_path: Path) -> None:
     model = Graph(tmp_path, "int8", 0, 100).model
-    assert not places_of(model, as_stored=True)["w"].stored
-    assert places_of(Graph(tmp_path, "int8", 0, 160).model, as_stored=True)["w"].stored == "uint8"
+    assert not cpu_weights(model, as_stored=True)["w"].stored
+    assert cpu_weights(Graph(tmp_path, "int8", 0, 160).model, as_stored=True)["w"].stored == "uint8"
 
 
 def test_a_processor_is_asked() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from twotower.checkpoint.shard import Tensor
 from twotower.errors import CheckpointError, ExportError
-from twotower.weights.conversion import convert_chunks
+from twotower.weights.writer import convert_chunks
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PAIRS = list(itertools.product(DTYPES, DTYPES))
