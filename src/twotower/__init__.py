@@ -1,4 +1,4 @@
-"""twotower: Nemotron-Labs-TwoTower from a checkpoint to ONNX graphs, engines and a block-diffusion runtime."""
+"""Nemotron-Labs-TwoTower: from a checkpoint to ONNX graphs, engines and a runtime."""
 
 from __future__ import annotations
 

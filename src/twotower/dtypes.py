@@ -1,4 +1,4 @@
-"""Element types: the name each has in this project, what other formats call it, and NumPy's side of it.
+"""Element types: their names here, in other formats, and in NumPy.
 
 NumPy and ml_dtypes are imported when they are asked for: `twotower VERB --help` reads this table
 too.
@@ -79,7 +79,7 @@ _OF_ONNX = {dtype.onnx: name for name, dtype in DTYPES.items()}
 
 @cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy type that elements are computed in; types of 4 bits take a byte an element there."""
+    """The NumPy type that elements are computed in; 4-bit types take a byte an element there."""
     import ml_dtypes
     import numpy as np
 

@@ -1,6 +1,8 @@
-"""What can go wrong for a user of twotower, in three parts: what happened, what was found, what to do."""
+"""Errors of users, in three parts: what happened, what was found, what to do."""
 
 from __future__ import annotations
+
+from functools import partial
 
 __all__ = [
     "BudgetError",
@@ -43,11 +45,7 @@ class TwoTowerError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Keyword-only parts do not survive the default pickling across processes."""
-        return _rebuild, (type(self), self.what, self.found, self.do)
-
-
-def _rebuild(kind: type[TwoTowerError], what: str, found: str, do: str) -> TwoTowerError:
-    return kind(what, found=found, do=do)
+        return partial(type(self), found=self.found, do=self.do), (self.what,)
 
 
 class ConfigError(TwoTowerError, ValueError):
@@ -71,9 +69,9 @@ class BuildError(TwoTowerError):
 
 
 class BuildAbortedError(BuildError):
-    """A build that ended before the library's verdict: its process died, or memory or disk space ran out.
+    """A build that ended without telling whether the library can build the graph.
 
-    It does not tell whether the library can build the graph.
+    Its process died, or memory or disk space ran out.
     """
 
 

@@ -1,4 +1,4 @@
-"""Optional libraries: which extra brings each, which are installed, and the error that says so where one is missing."""
+"""Optional libraries: which extra brings each, which are installed, and what to say of others."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXTRA_OF: Mapping[str, str] = {
     "transformers": "peers",
     "triton": "kernels",
 }
-"""First name of an import -> the extra to install for it where nothing else says which (several extras bring some of them)."""
+"""First name of an import -> the extra to install for it (several extras bring some of them)."""
 
 
 TARGET_EXTRA: Mapping[str, str] = {"trt": "gpu", "rtx": "rtx", "ort-cuda": "gpu", "ort-cpu": "cpu"}
@@ -66,7 +66,7 @@ def require_libraries(extra: str, *modules: str, what: str = "this command") -> 
 
 
 def missing_library(error: ModuleNotFoundError, what: str = "this command") -> ConfigError | None:
-    """The same for an import that has failed; None if the module is of no extra, which is then our own mistake."""
+    """The same for an import that has failed; None if the module is of no extra."""
     name = (error.name or "").split(".")[0]
     if name not in EXTRA_OF:
         return None
@@ -108,7 +108,7 @@ def installed_libraries(names: Iterable[str]) -> dict[str, str]:
 
 
 def _owners(module: str, names: Iterable[str]) -> dict[str, str]:
-    """Those of the distributions, with their versions, that the file belongs to which `import module` would load."""
+    """Versions of those distributions that own the file `import module` would load."""
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         return {}

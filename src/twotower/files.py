@@ -1,4 +1,4 @@
-"""Files and folders: hashed, kept inside a root, locked, and written so that they appear whole or not at all."""
+"""Files and folders: hashed, kept inside a root, locked, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from twotower.errors import TwoTowerError
+from twotower.units import format_bytes
 
 __all__ = [
     "FileRecord",
@@ -26,6 +27,7 @@ __all__ = [
     "link_file",
     "locked",
     "replacing",
+    "require_new",
     "require_room",
     "unpublished",
     "write_atomically",
@@ -105,7 +107,7 @@ class _EndedError(Exception):
 
 
 def inside(root: Path, relative: str) -> Path | None:
-    """The path of a file below `root`, or None for one that leads out of it (also by way of a link)."""
+    """The path of a file below `root`; None for one that leads out of it, or that is a link out."""
     pure = PurePosixPath(relative)
     if (
         not relative
@@ -121,7 +123,7 @@ def inside(root: Path, relative: str) -> Path | None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A hidden file beside `path` that takes its place if the block succeeds and disappears if it does not.
+    """A hidden file beside `path` that takes its place if the block succeeds and is removed if not.
 
     The name is the process's own: of several that write one file the last one counts, whole.
     """
@@ -151,7 +153,7 @@ _SLACK_BYTES = 64 << 20  # graphs, manifest, tokenizer and the file system's own
 
 @contextmanager
 def unpublished(output: Path) -> Iterator[Path]:
-    """A hidden folder beside `output` that becomes it if the block succeeds and disappears if it does not.
+    """A hidden folder that becomes `output` if the block succeeds and is removed if not.
 
     What killed processes left behind under that name is removed; what a living one is writing is
     left alone.
@@ -173,6 +175,16 @@ def unpublished(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def require_new(output: Path, *, error: type[TwoTowerError]) -> None:
+    """Refuses a folder that exists, with an error of a class."""
+    if output.exists() or output.is_symlink():
+        raise error(
+            f"the output folder '{output}' exists already",
+            found="a bundle is never overwritten",
+            do="name a new folder with -o, or remove that one",
+        )
+
+
 def require_room(output: Path, nbytes: int, *, error: type[TwoTowerError], smaller: str) -> None:
     """Refuses a folder that exists, and a disk without room for so many bytes and some more.
 
@@ -185,12 +197,7 @@ def require_room(output: Path, nbytes: int, *, error: type[TwoTowerError], small
     Raises:
         TwoTowerError: of the class `error`.
     """
-    if output.exists() or output.is_symlink():
-        raise error(
-            f"the output folder '{output}' exists already",
-            found="a bundle is never overwritten",
-            do="name a new folder with -o, or remove that one",
-        )
+    require_new(output, error=error)
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -198,13 +205,13 @@ def require_room(output: Path, nbytes: int, *, error: type[TwoTowerError], small
     if needed > free:
         raise error(
             f"not enough disk space for '{output}'",
-            found=f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on {parent}",
+            found=f"{format_bytes(needed)} needed, {format_bytes(free)} free on {parent}",
             do=f"free space, {smaller}",
         )
 
 
 def link_file(source: Path, target: Path) -> None:
-    """A second name for a file of a bundle, which is never changed in place; a copy where the file system has no links."""
+    """A second name for a file that is never changed in place; a copy where there are no links."""
     try:
         os.link(source.resolve(), target)
     except OSError:  # another file system, or one without links
@@ -216,8 +223,8 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # it lives, and is another user's
+        pass
     return True
 
 

@@ -1,4 +1,4 @@
-"""What this machine has (probed once) and which target fits it (decided by a pure function, with its reasons)."""
+"""What this machine has, probed once, and which target fits it, with the reasons."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from twotower.errors import ConfigError, EngineMismatchError
 from twotower.extras import TARGET_EXTRA, install_command, installed_libraries
+from twotower.processors import installed_memory, read_text
 
 __all__ = [
     "ANY_SM",
@@ -40,9 +41,10 @@ RTX_SMS = (75, 80, 86, 89, 120, 121)
 """Compute capabilities that TensorRT for RTX lists."""
 
 ANY_SM = "TWOTOWER_RTX_ANY_SM"
-"""Environment variable that lets a person try TensorRT for RTX on a GPU it does not list: `default` builds for the
-library's own set of GPUs, `current` for the GPU at hand; either opens and runs what was built.
-Unset, neither is tried.
+"""Environment variable that lets a person try TensorRT for RTX on a GPU it does not list.
+
+`default` builds for the library's own set of GPUs, `current` for the GPU at hand; either opens and
+runs what was built. Unset, neither is tried.
 """
 
 _ANY_SM_VALUES = ("default", "current")
@@ -87,8 +89,9 @@ class Machine:
         """What is wrong with the set of installed libraries, if anything."""
         if {"onnxruntime", "onnxruntime-gpu"} <= set(self.libraries):
             return (
-                "onnxruntime and onnxruntime-gpu are installed in the same folder; they hold the same files and overwrite one another: "
-                "`pip uninstall onnxruntime onnxruntime-gpu`, then install exactly one of the extras `cpu` and `gpu`"
+                "onnxruntime and onnxruntime-gpu are installed in the same folder; they hold the "
+                "same files and overwrite one another: `pip uninstall onnxruntime onnxruntime-gpu`,"
+                " then install exactly one of the extras `cpu` and `gpu`"
             )
         return None
 
@@ -102,21 +105,29 @@ class Selection:
 
 
 def probe_machine() -> Machine:
-    """Looks at the machine: processors, memory, GPUs by the CUDA driver, installed libraries (none is imported)."""
-    libraries = installed_libraries(_LIBRARIES)
-    memory = (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    )
+    """Looks at the machine: processors, memory, GPUs, installed libraries (none is imported).
+
+    Raises:
+        ConfigError: the environment variable `ANY_SM` has another value than it may.
+    """
+    any_sm = os.environ.get(ANY_SM, "")
+    if any_sm and any_sm not in _ANY_SM_VALUES:
+        raise ConfigError(
+            f"{ANY_SM}={any_sm} cannot be used",
+            found=f"allowed: {', '.join(_ANY_SM_VALUES)}, or nothing",
+            do=f"`unset {ANY_SM}`, or set it to one of them",
+        )
+    processor = _found(r"^model name\s*: (.+)$", "/proc/cpuinfo").strip()
     return Machine(
-        platform.platform(terse=True),
-        os.cpu_count() or 1,
-        memory,
-        _gpus(),
-        libraries,
-        processor=_processor(),
-        driver=_driver(),
-        available=_available(),
-        rtx_any_sm=_rtx_any_sm(),
+        system=platform.platform(terse=True),
+        cpus=os.cpu_count() or 1,
+        memory=installed_memory(),
+        gpus=_gpus(),
+        libraries=installed_libraries(_LIBRARIES),
+        processor=processor or platform.processor() or platform.machine(),
+        driver=_found(r"NVRM version: .*?(\d+(?:\.\d+)+)", "/proc/driver/nvidia/version"),
+        available=1024 * int(_found(r"^MemAvailable:\s+(\d+) kB$", "/proc/meminfo") or 0),
+        rtx_any_sm=any_sm,
     )
 
 
@@ -129,13 +140,16 @@ def untried(how: str, sms: Sequence[int]) -> str:
     """
     unlisted = [str(sm) for sm in sms if sm not in RTX_SMS]
     where = f"SM {', '.join(unlisted)}" if unlisted else "a GPU beyond its list"
-    return f"{ANY_SM}={how} lets TensorRT for RTX be tried on {where}: NVIDIA does not support it there, and it was never tried by us"
+    return (
+        f"{ANY_SM}={how} lets TensorRT for RTX be tried on {where}: NVIDIA does not support it "
+        "there, and it was never tried by us"
+    )
 
 
 def select_target(
     machine: Machine, built: Collection[str], *, wanted: str | None = None
 ) -> Selection:
-    """Picks the target to run: the wanted one, or the first of `TARGETS` that is built and can run here.
+    """Picks the wanted target, or the first of `TARGETS` that is built and can run here.
 
     Args:
         machine: What `probe_machine` found.
@@ -150,35 +164,38 @@ def select_target(
     candidates = (wanted,) if wanted else TARGETS
     for target in candidates:
         if target in reasons and reasons[target] is None:
-            return Selection(
-                target, {t: r or "less preferred" for t, r in reasons.items() if t != target}
-            )
+            others = {t: r or "less preferred" for t, r in reasons.items() if t != target}
+            return Selection(target, others)
     if wanted and wanted not in reasons:
         raise EngineMismatchError(
             f"unknown target {wanted!r}",
             found=f"known targets: {', '.join(TARGETS)}",
             do="choose one with --target",
         )
-    trace = "; ".join(f"{t}: {reasons[t]}" for t in candidates)
+    gpus = ", ".join(f"{gpu.name} SM {gpu.sm}" for gpu in machine.gpus)
+    remedy = "`twotower build BUNDLE --target ort-cpu` works on any machine"
+    for target in candidates:  # of one that is built the library may be all that is missing
+        able = target in built and (target == "ort-cpu" or machine.gpus)
+        if able and installed_version(machine, target) is None:
+            remedy = f"{install_command(TARGET_EXTRA[target])} for the built {target} engines"
+            break
     raise EngineMismatchError(
-        f"no engine fits this machine ({_describe(machine)})",
-        found=trace,
-        do=_remedy(machine, [t for t in candidates if t in built]),
+        f"no engine fits this machine ({gpus or f'{machine.cpus} CPUs, no NVIDIA GPU'})",
+        found="; ".join(f"{t}: {reasons[t]}" for t in candidates),
+        do=remedy,
     )
 
 
 def installed_version(machine: Machine, target: str) -> str | None:
     """Version of the library a target runs on; None if it is not installed."""
-    return next(
-        (machine.libraries[name] for name in _NEEDS.get(target, ()) if name in machine.libraries),
-        None,
-    )
+    found = [machine.libraries[n] for n in _NEEDS.get(target, ()) if n in machine.libraries]
+    return found[0] if found else None
 
 
 def _reason_against(target: str, machine: Machine, built: Collection[str]) -> str | None:
     if target not in built:
         return "not built"
-    if not any(name in machine.libraries for name in _NEEDS[target]):
+    if installed_version(machine, target) is None:
         return f"{_NEEDS[target][0]} is not installed"
     if target.startswith("ort") and machine.conflict:
         return machine.conflict
@@ -190,65 +207,24 @@ def _reason_against(target: str, machine: Machine, built: Collection[str]) -> st
         return None
     if target == "rtx" and all(gpu.sm not in RTX_SMS for gpu in machine.gpus):
         listed = ", ".join(map(str, RTX_SMS))
-        return f"TensorRT-RTX does not list SM {machine.gpus[0].sm} (it lists {listed}; {ANY_SM}=current tries it all the same)"
+        return (
+            f"TensorRT-RTX does not list SM {machine.gpus[0].sm} (it lists {listed}; "
+            f"{ANY_SM}=current tries it all the same)"
+        )
     sms = built.get(target, ()) if isinstance(built, Mapping) else ()
     if sms and all(gpu.sm not in sms for gpu in machine.gpus):
         return f"built for SM {', '.join(map(str, sms))}, the GPU is SM {machine.gpus[0].sm}"
     return None
 
 
-def _remedy(machine: Machine, built: Sequence[str]) -> str:
-    """What to do where no target runs: the library of one that is built, if this machine lacks that alone."""
-    for target in built:
-        able = target == "ort-cpu" or bool(machine.gpus)
-        if able and not any(name in machine.libraries for name in _NEEDS[target]):
-            return f"{install_command(TARGET_EXTRA[target])} for the built {target} engines"
-    return "`twotower build BUNDLE --target ort-cpu` works on any machine"
-
-
-def _describe(machine: Machine) -> str:
-    return (
-        ", ".join(f"{g.name} SM {g.sm}" for g in machine.gpus)
-        or f"{machine.cpus} CPUs, no NVIDIA GPU"
-    )
-
-
-def _processor() -> str:
-    names = re.findall(r"^model name\s*: (.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
-    return names[0].strip() if names else platform.processor() or platform.machine()
-
-
-def _driver() -> str:
-    found = re.search(r"NVRM version: .*?(\d+(?:\.\d+)+)", _text("/proc/driver/nvidia/version"))
-    return found[1] if found else ""
-
-
-def _available() -> int:
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE)
-    return 1024 * int(found[1]) if found else 0
-
-
-def _rtx_any_sm() -> str:
-    value = os.environ.get(ANY_SM, "")
-    if value and value not in _ANY_SM_VALUES:
-        raise ConfigError(
-            f"{ANY_SM}={value} cannot be used",
-            found=f"allowed: {', '.join(_ANY_SM_VALUES)}, or nothing",
-            do=f"`unset {ANY_SM}`, or set it to one of them",
-        )
-    return value
-
-
-def _text(file: str) -> str:
-    """A file of the kernel's; empty where there is none."""
-    try:
-        return Path(file).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+def _found(pattern: str, file: str) -> str:
+    """The first match's group in a file of the kernel; empty where there is none."""
+    match = re.search(pattern, read_text(Path(file)), re.MULTILINE)
+    return match[1] if match else ""
 
 
 def _gpus() -> tuple[Gpu, ...]:
-    """GPUs as the CUDA driver lists them; none where there is no driver. The driver's C interface needs no package."""
+    """GPUs as the CUDA driver lists them, by its C interface, which needs no package."""
     try:
         cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError:
@@ -256,17 +232,15 @@ def _gpus() -> tuple[Gpu, ...]:
     count = ctypes.c_int()
     if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return ()
-    return tuple(_gpu(cuda, index) for index in range(count.value))
-
-
-def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
-    device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
-    cuda.cuDeviceGet(ctypes.byref(device), index)
-    cuda.cuDeviceGetName(name, len(name), device)
-    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-    parts = []
-    for attribute in (_CC_MAJOR, _CC_MINOR):
-        value = ctypes.c_int()
-        cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-        parts.append(value.value)
-    return Gpu(name.value.decode(errors="replace"), 10 * parts[0] + parts[1], memory.value)
+    out = []
+    for index in range(count.value):
+        device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+        memory, major, minor = ctypes.c_size_t(), ctypes.c_int(), ctypes.c_int()
+        cuda.cuDeviceGet(ctypes.byref(device), index)
+        cuda.cuDeviceGetName(name, len(name), device)
+        cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+        cuda.cuDeviceGetAttribute(ctypes.byref(major), _CC_MAJOR, device)
+        cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CC_MINOR, device)
+        shown = name.value.decode(errors="replace")
+        out.append(Gpu(shown, 10 * major.value + minor.value, memory.value))
+    return tuple(out)

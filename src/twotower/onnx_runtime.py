@@ -1,4 +1,4 @@
-"""The door to ONNX Runtime: the one module that imports it, with its telemetry off, and the options every session starts from.
+"""Import adapter of ONNX Runtime: its telemetry is off, and all sessions share their options.
 
 From version 1.29 on the library's official builds for Linux and macOS send usage data to its
 vendor: importing it writes an identifier of the machine and a database under the user's cache
@@ -26,9 +26,8 @@ __all__ = ["SWITCH", "ort", "session_options"]
 
 _SPIN_MICROSECONDS = 100
 
-if (
-    _LOADED_BEFORE and os.environ[SWITCH] == "1"
-):  # by the application, too late for the variable: what can still be stopped is
+# Loaded by the application, too late for the variable: what can still be stopped is.
+if _LOADED_BEFORE and os.environ[SWITCH] == "1":
     ort.disable_telemetry_events()
 
 

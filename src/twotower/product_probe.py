@@ -1,4 +1,4 @@
-"""Whether ONNX Runtime's products of few bits compute a row alike on this processor, alone and beside others."""
+"""Whether ONNX Runtime's quantized products compute a row alike, alone and beside others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from twotower.onnx_runtime import ort, session_options
 __all__ = ["EVEN_ROWS", "PROBE_FILE", "rows_are_alike"]
 
 EVEN_ROWS = "even_rows"
-"""Among the properties of an engine's model: its products compute rows alike if a pass has an even number of positions."""
+"""Property of an engine's model: its products compute rows alike if their number is even."""
 
 PROBE_FILE = "products.onnx"
 """In the folder of an engine that has such products: the graph to run."""

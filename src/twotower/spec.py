@@ -64,31 +64,23 @@ __all__ = [
 CONTEXT, CONTEXT_HEAD, DENOISER = "context", "context_head", "denoiser"
 TOKENS, CHUNK_LENGTH, PAST_LENGTH, HIDDEN = "tokens", "chunk_length", "past_length", "hidden"
 CANDIDATE_IDS, CANDIDATE_LOGPROBS = "candidate_ids", "candidate_logprobs"
-BLOCK, CONTEXT_LENGTH, THRESHOLD, COMMIT_FLOOR = (
-    "block",
-    "context_length",
-    "threshold",
-    "commit_floor",
-)
+BLOCK, CONTEXT_LENGTH = "block", "context_length"
+THRESHOLD, COMMIT_FLOOR = "threshold", "commit_floor"
 TEMPERATURE, NOISE = "temperature", "noise"
-NEXT_BLOCK, PREDICTED, CONFIDENCE, MASKED_LEFT = (
-    "next_block",
-    "predicted",
-    "confidence",
-    "masked_left",
-)
+NEXT_BLOCK, PREDICTED = "next_block", "predicted"
+CONFIDENCE, MASKED_LEFT = "confidence", "masked_left"
 
 # Between the segments of a tower that was cut into several engines: the residual stream, and the
 # denoiser's conditioning.
 RESIDUAL_IN, RESIDUAL_OUT, CONDITIONING = "residual_in", "residual_out", "conditioning"
 
 # Between a program and the kernels of the experts after it: the mixer's input [B,L,D], every
-# expert's share of every
-# token [experts,N], and the sum that the kernels write [B,L,D], the shared expert included.
+# expert's share of every token [experts,N], and the sum that the kernels write [B,L,D], the shared
+# expert included.
 EXPERTS_IN, SHARES, EXPERTS_OUT = "experts_in", "shares", "experts_out"
 
 MAX_CHUNK = 256
-"""Longest chunk the context graph is asked to read: the masked decay matrix of a chunk is L x L a head."""
+"""Longest chunk the context graph reads: the masked decay matrix of a chunk is L x L a head."""
 
 Axis = str | int
 
@@ -143,6 +135,11 @@ class TensorSpec:
         """The concrete shape when the letters take these sizes."""
         return tuple(sizes[a] if isinstance(a, str) else a for a in self.axes)
 
+    def with_sizes(self, sizes: Mapping[str, int]) -> TensorSpec:
+        """The same with these axes made constants."""
+        axes = tuple(sizes.get(a, a) if isinstance(a, str) else a for a in self.axes)
+        return TensorSpec(self.name, self.dtype, axes)
+
     def to_json(self) -> list[Any]:
         """Name, dtype and axes, as stored in a bundle."""
         return [self.name, self.dtype, list(self.axes)]
@@ -191,18 +188,10 @@ class TowerSignature:
 
     def with_sizes(self, sizes: Mapping[str, int]) -> TowerSignature:
         """The same with these axes made constants."""
-
-        def fixed(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-            return tuple(
-                TensorSpec(
-                    s.name,
-                    s.dtype,
-                    tuple(sizes.get(a, a) if isinstance(a, str) else a for a in s.axes),
-                )
-                for s in specs
-            )
-
-        return TowerSignature(self.name, fixed(self.inputs), fixed(self.outputs))
+        inputs = tuple(spec.with_sizes(sizes) for spec in self.inputs)
+        return TowerSignature(
+            self.name, inputs, tuple(spec.with_sizes(sizes) for spec in self.outputs)
+        )
 
 
 def candidate_count(config: ModelConfig) -> int:
@@ -222,41 +211,27 @@ def splits_groups(config: ModelConfig) -> bool:
 
 def state_tensors(config: ModelConfig, dtype: str) -> tuple[StateTensor, ...]:
     """The context state in layer order: keys, values and conv in `dtype`, SSM always float32."""
-    out: list[StateTensor] = []
+    out = []
     kv: tuple[Axis, ...] = ("B", config.num_key_value_heads, "T", config.head_dim)
     conv: tuple[Axis, ...] = ("B", config.conv_kernel - 1, config.conv_channels)
-    ssm: tuple[Axis, ...] = (
-        "B",
-        config.mamba_num_heads,
-        config.mamba_head_dim,
-        config.ssm_state_size,
-    )
+    heads = config.mamba_num_heads
+    ssm: tuple[Axis, ...] = ("B", heads, config.mamba_head_dim, config.ssm_state_size)
     for i, kind in enumerate(config.layers):
+        tensors: list[tuple[str, str, str, tuple[Axis, ...]]] = []
         if kind is LayerKind.ATTENTION:
-            for past, present in ((past_key(i), present_key(i)), (past_value(i), present_value(i))):
-                out.append(
-                    StateTensor(
-                        TensorSpec(past, dtype, kv), TensorSpec(present, dtype, kv), in_place=True
-                    )
-                )
+            tensors.append((past_key(i), present_key(i), dtype, kv))
+            tensors.append((past_value(i), present_value(i), dtype, kv))
         elif kind is LayerKind.MAMBA:
-            pairs = (
-                (past_conv(i), present_conv(i), dtype, conv),
-                (past_ssm(i), present_ssm(i), "float32", ssm),
-            )
-            for past, present, kept_as, axes in pairs:
-                out.append(
-                    StateTensor(
-                        TensorSpec(past, kept_as, axes),
-                        TensorSpec(present, kept_as, axes),
-                        in_place=False,
-                    )
-                )
+            tensors.append((past_conv(i), present_conv(i), dtype, conv))
+            tensors.append((past_ssm(i), present_ssm(i), "float32", ssm))
+        for past, present, stored_as, axes in tensors:
+            pair = TensorSpec(past, stored_as, axes), TensorSpec(present, stored_as, axes)
+            out.append(StateTensor(*pair, in_place=kind is LayerKind.ATTENTION))
     return tuple(out)
 
 
 def context_signature(config: ModelConfig, dtype: str) -> TowerSignature:
-    """The context graph: a right-padded chunk of tokens in, the state moved on and each row's last hidden vector out."""
+    """The context graph: a right-padded chunk in, the next state and last hidden vectors out."""
     state = state_tensors(config, dtype)
     return TowerSignature(
         CONTEXT,
@@ -271,7 +246,7 @@ def context_signature(config: ModelConfig, dtype: str) -> TowerSignature:
 
 
 def head_signature(config: ModelConfig, dtype: str) -> TowerSignature:
-    """The context head: hidden vectors in, the K best tokens and their log-probabilities out, best first."""
+    """The context head: hidden vectors in, the K best tokens and their log-probabilities out."""
     k = candidate_count(config)
     return TowerSignature(
         CONTEXT_HEAD,
@@ -284,7 +259,7 @@ def head_signature(config: ModelConfig, dtype: str) -> TowerSignature:
 
 
 def denoiser_signature(config: ModelConfig, dtype: str) -> TowerSignature:
-    """The denoiser graph: one whole denoising step, sampler included; the context state is read, never written."""
+    """The denoiser graph: a denoising step with its sampler; the context state is only read."""
     return TowerSignature(
         DENOISER,
         (
@@ -307,9 +282,5 @@ def denoiser_signature(config: ModelConfig, dtype: str) -> TowerSignature:
 
 def signatures(config: ModelConfig, dtype: str) -> dict[str, TowerSignature]:
     """All three graphs by name."""
-    all_three = (
-        context_signature(config, dtype),
-        head_signature(config, dtype),
-        denoiser_signature(config, dtype),
-    )
-    return {s.name: s for s in all_three}
+    made = context_signature, head_signature, denoiser_signature
+    return {s.name: s for s in (make(config, dtype) for make in made)}

@@ -1,4 +1,4 @@
-"""The door to TensorRT and TensorRT for RTX, each as one value: the same API, and what only one of them has.
+"""Import adapter of TensorRT and TensorRT for RTX: one API, and what only one of them has.
 
 That is probed and never inferred from a version. Either library is imported when it is asked for,
 and nowhere else. What goes through TensorRT is written against its API and has never run; no engine
@@ -43,11 +43,7 @@ class Flavour:
 def flavour_from_module(module: Any) -> Flavour:
     """Probes an imported library for what it can do."""
     capability = getattr(module, "ComputeCapability", None)
-    names = (
-        [name for name in dir(capability) if name.startswith("SM") and name[2:].isdigit()]
-        if capability is not None
-        else []
-    )
+    names = [n for n in dir(capability) if n.startswith("SM") and n[2:].isdigit()]
     return Flavour(
         module=module,
         target="rtx" if capability is not None else "trt",

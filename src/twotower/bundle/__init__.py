@@ -1,4 +1,4 @@
-"""The bundle: one folder with all a deployment needs, described and checked by its `bundle.json`."""
+"""The bundle: a folder with all a deployment needs, described and checked by `bundle.json`."""
 
 from twotower.bundle.build_record import (
     BUILD_FILE,

@@ -1,4 +1,4 @@
-"""Whether the files of a folder are the ones it says it holds; a file is read once and then trusted until it changes."""
+"""Whether a folder's files are those it lists; each is read once, then trusted until it changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SETTLED_SECONDS = 2.0
 def check_files(
     root: Path, records: Mapping[str, FileRecord], progress: Progress | None = None
 ) -> list[str]:
-    """Everything wrong with the files under `root`: missing, leading out of it, of another size or content.
+    """Files under `root` that are missing, lead out of it, or have another size or content.
 
     Contents are hashed, four files at a time, the first time; the result is remembered for the user
     with the file's identity (size, times, inode), so that opening the same unchanged bundle again
@@ -58,17 +58,13 @@ def check_files(
 
 
 def unverified_files(root: Path, records: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
-    """Those of the files whose content this user has not compared with its SHA-256 since they last changed."""
+    """Those of the files that this user has not hashed since they last changed."""
     remembered = _Remembered()
-    return {
-        name: record
-        for name, record in records.items()
-        if not remembered.knows(root / name, record)
-    }
+    return {n: record for n, record in records.items() if not remembered.knows(root / n, record)}
 
 
 def remember_files(root: Path, records: Mapping[str, FileRecord]) -> None:
-    """Notes that the content of these files was compared with its SHA-256: by who read them for another purpose."""
+    """Notes that these files have the SHA-256 listed: of who read them otherwise."""
     remembered = _Remembered()
     for name, record in records.items():
         remembered.add(root / name, record)
@@ -76,7 +72,7 @@ def remember_files(root: Path, records: Mapping[str, FileRecord]) -> None:
 
 
 class _Remembered:
-    """Files already hashed by this user, by absolute path. Losing this file costs time, never correctness."""
+    """Files this user has hashed, by absolute path. Losing it costs time, never correctness."""
 
     _LIMIT = 1000
 

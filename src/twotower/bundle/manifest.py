@@ -1,4 +1,4 @@
-"""Reading `bundle.json`: schema, model, defaults, and whether every file it lists is there and unchanged."""
+"""`bundle.json`: what a bundle is, whether its files are unchanged, and derived bundles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from twotower.bundle.integrity import check_files
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.config.formats import FORMATS, WeightFormat
 from twotower.errors import BundleError
-from twotower.files import FileRecord, Progress, inside, link_file, unpublished, write_atomically
+from twotower.files import (
+    FileRecord,
+    Progress,
+    inside,
+    link_file,
+    require_new,
+    unpublished,
+    write_atomically,
+)
 from twotower.records import RecordError, at_path, decode, encode, stored
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TowerSignature, signatures
 from twotower.weights.refs import WeightRef
@@ -36,9 +44,10 @@ __all__ = [
 
 SCHEMA = 2
 FEATURES = frozenset({"no-weights", "quantization"})
-"""What a reader may be required to know: `no-weights` marks a bundle of graphs alone, `quantization` one with weights in few bits. A bundle
-lists in `requires` what it cannot be read without; any other field a reader does not know is left
-alone.
+"""What a reader may be required to know.
+
+`no-weights` marks a bundle of graphs alone, `quantization` one with low-bit weights. A bundle lists
+in `requires` what it cannot be read without; other fields that a reader does not know are ignored.
 """
 
 MANIFEST_FILE = "bundle.json"
@@ -209,10 +218,11 @@ class Bundle:
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:
+            more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
             raise BundleError(
-                f"bundle '{self.path}' is damaged: {len(problems)} file(s) are not what bundle.json says",
-                found="; ".join(problems[:20])
-                + (f"; and {len(problems) - 20} more" if len(problems) > 20 else ""),
+                f"bundle '{self.path}' is damaged: {len(problems)} file(s) are not what bundle.json "
+                "says",
+                found="; ".join(problems[:20] + more),
                 do="copy the bundle again from where it was made, or export the checkpoint again",
             )
 
@@ -254,8 +264,10 @@ class Bundle:
         if not self.has_weights:
             raise BundleError(
                 f"{what} needs weights, and bundle '{self.path}' holds none",
-                found="it was made from a config.json alone (`requires` lists no-weights); engines can be built from it",
-                do="export a checkpoint with `twotower export CHECKPOINT -o BUNDLE`; engines of the same shapes are taken from the cache",
+                found="it was made from a config.json alone (`requires` lists no-weights); engines "
+                "can be built from it",
+                do="export a checkpoint with `twotower export CHECKPOINT -o BUNDLE`; engines of "
+                "the same shapes are taken from the cache",
             )
 
     def weights(self, name: str) -> Mapping[str, WeightRef]:
@@ -275,7 +287,7 @@ class Bundle:
         return self.path / (GRAPH_FILES[name] + DATA_SUFFIX)
 
     def program_identity(self, name: str) -> str:
-        """SHA-256 of a graph without its weights: the same for every checkpoint of one shape and dtype."""
+        """SHA-256 of a graph without its weights: equal for checkpoints of one shape and dtype."""
         return self.files[GRAPH_FILES[name]].sha256
 
     def data_identity(self, name: str) -> str:
@@ -354,12 +366,7 @@ def derive_bundle(
     Raises:
         BundleError: the folder exists, or cannot be written.
     """
-    if output.exists() or output.is_symlink():
-        raise BundleError(
-            f"the output folder '{output}' exists already",
-            found="a bundle is never overwritten",
-            do="name a new folder with -o",
-        )
+    require_new(output, error=BundleError)
     manifest = json.loads((bundle.path / MANIFEST_FILE).read_text(encoding="utf-8"))
     manifest["generation"]["presets"] = encode(presets)
     manifest["generation"]["defaults"] = presets[default].to_json()
@@ -367,7 +374,10 @@ def derive_bundle(
         with unpublished(output) as folder:
             for source in sorted(p for p in bundle.path.rglob("*") if p.is_file()):
                 relative = source.relative_to(bundle.path)
-                if relative.as_posix() != MANIFEST_FILE and not _hidden_engine(relative):
+                # Locks, the cache, half-built engines and failed graphs stay with the original.
+                hidden = any(part.startswith(".") for part in relative.parts)
+                stays = relative.parts[0] == "engines" and hidden
+                if relative.as_posix() != MANIFEST_FILE and not stays:
                     (folder / relative).parent.mkdir(parents=True, exist_ok=True)
                     link_file(source, folder / relative)
             for name, report in (reports or {}).items():
@@ -384,13 +394,8 @@ def derive_bundle(
     return Bundle.open(output, contents=False)
 
 
-def _hidden_engine(relative: Path) -> bool:
-    """Locks, the cache, half-built engines and graphs that failed belong to the bundle they came about in."""
-    return relative.parts[0] == "engines" and any(part.startswith(".") for part in relative.parts)
-
-
 def note_measurement(bundle: Bundle, measured: Mapping[str, Any]) -> None:
-    """Replaces the note of an earlier measurement. The manifest is written whole or not at all; no other file changes.
+    """Notes in the manifest what was measured of a bundle, in place of an earlier measurement.
 
     Raises:
         BundleError: the bundle is not quantized, or cannot be written.
@@ -415,10 +420,6 @@ def note_measurement(bundle: Bundle, measured: Mapping[str, Any]) -> None:
 
 
 def flags_of_bundle(bundle: Bundle) -> list[str]:
-    """Sentences a user must read before trusting the bundle; empty for a float one, and for one that is inside its budget."""
-    if bundle.quantization is None:
-        return []
-    measured = bundle.quantization.get("measured")
-    if measured is None:
-        return []
-    return [str(flag) for flag in measured["flags"]]
+    """Warnings of a quantized bundle that was measured and is not inside its quality budget."""
+    measured = (bundle.quantization or {}).get("measured")
+    return [str(flag) for flag in measured["flags"]] if measured else []

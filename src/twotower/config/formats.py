@@ -1,4 +1,4 @@
-"""Few-bit number formats as data: what a weight is stored as, how many weights share a scale, and what that takes."""
+"""Low-bit number formats as data: what a weight is stored as, and how many share a scale."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = [
 ]
 
 ACTIVATIONS: Mapping[str, float] = MappingProxyType({"int8": 127.0, "float8e4m3fn": 448.0})
-"""Types the input of a product can be rounded to, and the largest value each is used for."""
+"""Types the input of a product can be quantized to, and the largest value each is used for."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
-    """How a matrix [..., out, in] is stored in few bits.
+    """How a quantized matrix [..., out, in] is stored.
 
     Attributes:
         name: `int8`, `fp8`, `int4` or `nvfp4`.
@@ -79,7 +79,7 @@ FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
         ),
     }
 )
-"""Formats the graphs can hold: what ONNX opset 24 has a type for and TensorRT reads (docs/quantization.md)."""
+"""Formats the graphs can hold: those ONNX opset 24 and TensorRT have (docs/quantization.md)."""
 
 
 GROUPS = (128, 64, 32)
@@ -96,13 +96,13 @@ def stored_format(
 
     In 8-bit integers a row has one scale, but for stacked experts with long rows: their scales are
     blocks in any case, and groups of 64 make the error a third smaller. Not where the product's
-    input is rounded too: TensorRT for RTX 1.7 builds no such product of blocks.
+    input is quantized too: TensorRT for RTX 1.7 builds no such product of blocks.
 
     Args:
         name: One of `FORMATS`.
         columns: Length of a row.
         stacked: Whether it is a stack of experts.
-        rounded_input: Whether the product reads few bits on both sides.
+        rounded_input: Whether the product's input is quantized too.
         group: Of int4.
     """
     if name == "int4":
@@ -119,7 +119,9 @@ _BLOCKS = (128, 64, NARROW_BLOCK)
 
 
 def product_block(columns: int, group: int, *, even_rows: bool) -> int:
-    """Weights that share a scale in a product of ONNX Runtime on a CPU, 0 where it cannot read the weight as it is stored.
+    """Weights that share a scale in a product of ONNX Runtime on a CPU.
+
+    0 where it cannot read the weight as it is stored.
 
     Args:
         columns: Length of a row.
@@ -136,17 +138,17 @@ FUSED_STACKS = "int4 (recipes mixed, int4-experts), or 8 bits with 8-bit inputs 
 
 
 def stack_is_expanded(target: str, name: str, *, rounded_input: bool) -> bool:
-    """Whether a pass writes stacked experts of a format to device memory at full width before it multiplies them.
+    """Whether a pass dequantizes stacked experts to device memory before it multiplies them.
 
     TensorRT for RTX 1.7 dequantizes inside the product only where it has a kernel for that: 4-bit
     integers, and 8 bits on both sides. Tests hold this against the programs it compiles. TensorRT
-    shares its compiler and is taken to do the same. ONNX Runtime has no product of stacked few-bit
-    weights: it dequantizes all of them with a kernel of its own.
+    shares its compiler and is taken to do the same. ONNX Runtime has no product of stacked
+    low-bit weights: it dequantizes all of them with a kernel of its own.
 
     Args:
         target: `rtx`, `trt`, `ort-cuda` or `ort-cpu`.
         name: One of `FORMATS`.
-        rounded_input: Whether the product reads few bits on both sides.
+        rounded_input: Whether the product's input is quantized too.
     """
     fused = name == "int4" or (rounded_input and FORMATS[name].dtype in ACTIVATIONS)
     return not (fused and target in ("rtx", "trt"))

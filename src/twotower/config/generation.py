@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeGuard
 
@@ -15,7 +15,7 @@ MODES = ("diffusion", "ar", "auto")
 """How a request may ask to be generated."""
 
 CANDIDATES = 64
-"""Best tokens a position keeps for sampling (K): the width of `noise` and of the context head's outputs."""
+"""Best tokens a position keeps for sampling (K): width of `noise` and of the head's outputs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +56,10 @@ class GenerationConfig:
     allow_untrained_block_size: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, (str, list)):
-            object.__setattr__(
-                self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-            )
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        elif isinstance(self.stop, list):
+            object.__setattr__(self, "stop", tuple(self.stop))
         for name, ok, allowed in self._checks():
             if not ok:
                 raise ConfigError(
@@ -68,55 +68,26 @@ class GenerationConfig:
                     do=f"choose another {name.replace('_', ' ')}",
                 )
 
-    def _checks(self) -> list[tuple[str, bool, str]]:
-        names = ("max_new_tokens", "block_size", "steps_per_block", "top_k")
-        whole = {n: _is_whole(getattr(self, n)) for n in names}
-        real = {
-            n: _is_real(getattr(self, n)) for n in ("confidence_threshold", "temperature", "top_p")
-        }
-        return [
-            ("mode", self.mode in MODES, "'diffusion', 'ar' or 'auto'"),
-            (
-                "max_new_tokens",
-                whole["max_new_tokens"] and self.max_new_tokens > 0,
-                "a whole number above 0",
-            ),
-            ("block_size", whole["block_size"] and self.block_size > 0, "a whole number above 0"),
-            (
-                "steps_per_block",
-                whole["steps_per_block"] and self.steps_per_block > 0,
-                "a whole number above 0",
-            ),
-            (
-                "confidence_threshold",
-                real["confidence_threshold"] and 0 <= self.confidence_threshold <= 1,
-                "0 to 1",
-            ),
-            (
-                "temperature",
-                real["temperature"] and 0 <= self.temperature <= 100,
-                "0 (greedy) to 100",
-            ),
-            (
-                "top_k",
-                whole["top_k"] and 0 <= self.top_k <= CANDIDATES,
-                f"0 (all candidates) to {CANDIDATES}",
-            ),
-            ("top_p", real["top_p"] and 0 < self.top_p <= 1, "above 0, up to 1"),
-            (
-                "top_p",
-                self.mode == "ar" or self.top_p == 1,
-                f"1 in {self.mode} mode: top-p is defined for `ar` only",
-            ),
-            ("seed", _is_seed(self.seed), "0 to 2**64 - 1, or none to have one drawn"),
-            ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
-            ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"),
-            (
-                "allow_untrained_block_size",
-                isinstance(self.allow_untrained_block_size, bool),
-                "true or false",
-            ),
-        ]
+    def _checks(self) -> Iterator[tuple[str, bool, str]]:
+        """For each option its name, whether its value can be used, and what is allowed."""
+        yield "mode", self.mode in MODES, "'diffusion', 'ar' or 'auto'"
+        for name in ("max_new_tokens", "block_size", "steps_per_block"):
+            value = getattr(self, name)
+            yield name, _is_whole(value) and value > 0, "a whole number above 0"
+        threshold, heat = self.confidence_threshold, self.temperature
+        yield "confidence_threshold", _is_real(threshold) and 0 <= threshold <= 1, "0 to 1"
+        yield "temperature", _is_real(heat) and 0 <= heat <= 100, "0 (greedy) to 100"
+        k, p, seed = self.top_k, self.top_p, self.seed
+        allowed = f"0 (all candidates) to {CANDIDATES}"
+        yield "top_k", _is_whole(k) and 0 <= k <= CANDIDATES, allowed
+        yield "top_p", _is_real(p) and 0 < p <= 1, "above 0, up to 1"
+        allowed = f"1 in {self.mode} mode: top-p is defined for `ar` only"
+        yield "top_p", self.mode == "ar" or p == 1, allowed
+        drawn = seed is None or (_is_whole(seed) and 0 <= seed < 2**64)
+        yield "seed", drawn, "0 to 2**64 - 1, or none to have one drawn"
+        yield "stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"
+        for name in ("ignore_eos", "allow_untrained_block_size"):
+            yield name, isinstance(getattr(self, name), bool), "true or false"
 
     @classmethod
     def from_mapping(
@@ -153,10 +124,6 @@ class GenerationConfig:
 
 def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_seed(value: object) -> bool:
-    return value is None or (_is_whole(value) and 0 <= value < 2**64)
 
 
 def _is_real(value: object) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from twotower.dtypes import FLOATS
 from twotower.errors import ConfigError
+from twotower.records import decode, encode
 
 __all__ = ["LayerKind", "ModelConfig", "parse_model_config", "read_model_config"]
 
@@ -101,12 +101,13 @@ class ModelConfig:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        problems = list(_problems(self))
+        problems = _problems(self)
         if problems:
             raise ConfigError(
                 f"the model config has {len(problems)} unusable value(s)",
                 found="; ".join(problems),
-                do="use the config.json published with the checkpoint, or correct the fields named above",
+                do="use the config.json published with the checkpoint, or correct the fields "
+                "named above",
             )
 
     @property
@@ -135,36 +136,29 @@ class ModelConfig:
 
     def truncated(self, layers: int) -> ModelConfig:
         """The same model with only its first `layers` layers."""
-        return ModelConfig(**{**_plain(self), "layers": self.layers[:layers]})
+        return replace(self, layers=self.layers[:layers])
 
     def to_json(self) -> dict[str, Any]:
         """A strict-JSON form that `from_json` reads back."""
-        out = _plain(self)
-        out["layers"] = self.pattern
-        out["time_step_limit"] = [None if math.isinf(x) else x for x in self.time_step_limit]
-        return out
+        limit = [None if math.isinf(x) else x for x in self.time_step_limit]
+        return {**encode(self), "layers": self.pattern, "time_step_limit": limit}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> ModelConfig:
+    def from_json(cls, data: Any) -> ModelConfig:
         """The inverse of `to_json`; unknown keys are an error."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(data) - known)
-        if unknown or not isinstance(data.get("layers"), str):
+        where, known = "the model section of the bundle", {f.name for f in fields(cls)}
+        entries = decode(dict[str, Any], data)
+        unusable = sorted(key for key in entries if key not in known or entries[key] is None)
+        if unusable:
             raise ConfigError(
-                "the model section of the bundle is not readable",
-                found=f"unknown keys {unknown}, layers {data.get('layers')!r}; allowed keys: {', '.join(sorted(known))}",
+                f"{where} is not readable",
+                found=f"unknown or empty keys {unusable}; allowed: {', '.join(sorted(known))}",
                 do="export the checkpoint again with this version of twotower",
             )
-        read = {
-            "layers": _layers(
-                {"hybrid_override_pattern": data["layers"]}, "the model section of the bundle"
-            )
-        }
-        if "time_step_limit" in data:
-            read["time_step_limit"] = _interval(data["time_step_limit"])
-        if "eos_token_ids" in data:
-            read["eos_token_ids"] = _as_tuple(data["eos_token_ids"])
-        return cls(**{**data, **read})
+        published = {"hybrid_override_pattern": entries.get("layers")}
+        if "eos_token_ids" in entries:
+            published["eos_token_id"] = entries["eos_token_ids"]
+        return _from_published(entries | published, where)
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -208,21 +202,23 @@ def parse_model_config(raw: object, name: str) -> ModelConfig:
 
 def _from_published(raw: dict[str, Any], path: str) -> ModelConfig:
     values: dict[str, Any] = {"layers": _layers(raw, path)}
-    wrong = [
-        f"{k}={raw[k]!r} (only {v!r} is defined)" for k, v in _FIXED.items() if raw.get(k, v) != v
-    ]
+    wrong = []
+    for name, value in _FIXED.items():
+        if raw.get(name, value) != value:
+            wrong.append(f"{name}={raw[name]!r} (only {value!r} is defined)")
     if raw.get("tie_word_embeddings"):
         wrong.append("tie_word_embeddings=true (the towers are untied)")
     if wrong:
         raise ConfigError(
-            f"{path} asks for mathematics this model does not have",
+            f"{path} sets options this architecture does not support",
             found="; ".join(wrong),
             do="use the published config.json",
         )
     for f in fields(ModelConfig):
         if raw.get(f.name) is not None and f.name not in values:
             values[f.name] = raw[f.name]
-    values["eos_token_ids"] = _as_tuple(raw.get("eos_token_id", 2))
+    ends = raw.get("eos_token_id", 2)
+    values["eos_token_ids"] = tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
     values["time_step_limit"] = _interval(raw.get("time_step_limit"))
     values["dtype"] = raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"
     missing = [k for k in ("vocab_size", "hidden_size") if k not in values]
@@ -235,19 +231,12 @@ def _from_published(raw: dict[str, Any], path: str) -> ModelConfig:
     return ModelConfig(**values)
 
 
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
 def _interval(value: Any) -> Any:
-    """(lower, upper) with None for "no bound"; anything else comes back as it is, for the check to name."""
+    """(lower, upper) with None for "no bound"; what is no interval comes back for the check."""
     if value is None:
         return 0.0, math.inf
-    if (
-        not isinstance(value, (list, tuple))
-        or len(value) != 2
-        or not all(x is None or _is_number(x) for x in value)
-    ):
+    pair = isinstance(value, (list, tuple)) and len(value) == 2
+    if not pair or not all(x is None or _is_number(x) for x in value):
         return value
     low, high = value
     return float(low or 0.0), math.inf if high is None else float(high)
@@ -266,11 +255,10 @@ def _layers(raw: dict[str, Any], path: str) -> tuple[LayerKind, ...]:
             found="neither hybrid_override_pattern nor layers_block_type",
             do="use the published config.json",
         )
-    unknown = [
-        f"{name!r} at layer {i}"
-        for i, name in enumerate(names)
-        if not isinstance(name, str) or name not in table
-    ]
+    unknown = []
+    for i, name in enumerate(names):
+        if not isinstance(name, str) or name not in table:
+            unknown.append(f"{name!r} at layer {i}")
     if unknown:
         raise ConfigError(
             f"{path} names layer kinds this tool does not know",
@@ -288,87 +276,78 @@ def _layers(raw: dict[str, Any], path: str) -> tuple[LayerKind, ...]:
 
 
 def _problems(c: ModelConfig) -> list[str]:
-    needed = {"vocab_size", "hidden_size"}
-    for kind in Counter(c.layers):
-        needed.update(_NEEDED_BY[kind])
-    out = [
-        f"{k}={getattr(c, k)!r} (a whole number above 0)"
-        for k in sorted(needed)
-        if not _is_positive(getattr(c, k))
-    ]
-    out += _mistyped(c, needed)
+    """Values that are of no use, or contradict one another."""
+    out = _mistyped(c)
     if out:
         return out
     if c.num_key_value_heads and c.num_attention_heads % c.num_key_value_heads:
         out.append(
-            f"num_attention_heads={c.num_attention_heads} is not a multiple of num_key_value_heads={c.num_key_value_heads}"
+            f"num_attention_heads={c.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads={c.num_key_value_heads}"
         )
     if LayerKind.MAMBA in c.layers and c.mamba_num_heads % c.n_groups:
-        out.append(
-            f"mamba_num_heads={c.mamba_num_heads} is not a multiple of n_groups={c.n_groups}"
-        )
+        heads = c.mamba_num_heads
+        out.append(f"mamba_num_heads={heads} is not a multiple of n_groups={c.n_groups}")
     if LayerKind.MOE in c.layers:
         out += _moe_problems(c)
     if not c.layers:
         out.append("no layers")
+    vocabulary = f"is outside the vocabulary of {c.vocab_size}"
     if not 0 <= c.mask_token_id < c.vocab_size:
-        out.append(f"mask_token_id={c.mask_token_id} is outside the vocabulary of {c.vocab_size}")
+        out.append(f"mask_token_id={c.mask_token_id} {vocabulary}")
     outside = [token for token in c.eos_token_ids if token >= c.vocab_size]
     if outside:
-        out.append(f"eos_token_id={outside} is outside the vocabulary of {c.vocab_size}")
+        out.append(f"eos_token_id={outside} {vocabulary}")
     if c.dtype not in FLOATS:
         out.append(f"dtype={c.dtype!r} (allowed: {', '.join(FLOATS)})")
     return out
 
 
-def _mistyped(c: ModelConfig, checked: set[str]) -> list[str]:
+def _mistyped(c: ModelConfig) -> list[str]:
     """Values no arithmetic should be tried on: JSON gives any type to any field."""
+    positive = {"vocab_size", "hidden_size"}.union(*(_NEEDED_BY[kind] for kind in c.layers))
     out = []
     for f in fields(c):
-        value = getattr(c, f.name)
-        if f.name in checked:
+        value, number = getattr(c, f.name), "a whole number above 0"
+        if f.name in positive:
+            fits, expected = _is_count(value) and value > 0, number
+        elif f.type == "int":
+            fits, expected = _is_count(value), "a whole number, 0 or more"
+        elif f.type == "float":
+            fits, expected = _is_number(value) and math.isfinite(value), "a number"
+        elif f.type == "bool":
+            fits, expected = isinstance(value, bool), "true or false"
+        elif f.type == "str":
+            fits, expected = isinstance(value, str), "a word"
+        else:
             continue
-        if f.type == "int" and not _is_count(value):
-            out.append(f"{f.name}={value!r} (a whole number, 0 or more)")
-        elif f.type == "float" and not (_is_number(value) and math.isfinite(value)):
-            out.append(f"{f.name}={value!r} (a number)")
-        elif f.type == "bool" and not isinstance(value, bool):
-            out.append(f"{f.name}={value!r} (true or false)")
-        elif f.type == "str" and not isinstance(value, str):
-            out.append(f"{f.name}={value!r} (a word)")
+        if not fits:
+            out.append(f"{f.name}={value!r} ({expected})")
     if not all(_is_count(token) for token in c.eos_token_ids):
         out.append(f"eos_token_id={list(c.eos_token_ids)!r} (token ids, 0 or more)")
-    limit = c.time_step_limit
-    if not (
-        isinstance(limit, tuple)
-        and len(limit) == 2
-        and all(_is_number(x) for x in limit)
-        and 0 <= limit[0] <= limit[1]
-    ):
+    limit: Any = c.time_step_limit
+    interval = isinstance(limit, tuple) and len(limit) == 2 and all(map(_is_number, limit))
+    if not interval or not 0 <= limit[0] <= limit[1]:
         out.append(f"time_step_limit={limit!r} is not an interval")
     return out
 
 
 def _moe_problems(c: ModelConfig) -> list[str]:
     out = []
-    if c.num_experts_per_tok > c.n_routed_experts:
-        out.append(
-            f"num_experts_per_tok={c.num_experts_per_tok} of only {c.n_routed_experts} experts"
-        )
-    if c.n_group < 1 or c.n_routed_experts % c.n_group or not 1 <= c.topk_group <= c.n_group:
-        out.append(
-            f"n_group={c.n_group}, topk_group={c.topk_group} do not divide {c.n_routed_experts} experts"
-        )
-    elif c.num_experts_per_tok > c.topk_group * (c.n_routed_experts // c.n_group):
-        out.append(
-            f"num_experts_per_tok={c.num_experts_per_tok} is more than the {c.topk_group} chosen group(s) hold"
-        )
+    chosen, experts = c.num_experts_per_tok, c.n_routed_experts
+    if chosen > experts:
+        out.append(f"num_experts_per_tok={chosen} of only {experts} experts")
+    if c.n_group < 1 or experts % c.n_group or not 1 <= c.topk_group <= c.n_group:
+        groups = f"n_group={c.n_group}, topk_group={c.topk_group}"
+        out.append(f"{groups} do not divide {experts} experts")
+    elif chosen > c.topk_group * (experts // c.n_group):
+        held = f"the {c.topk_group} chosen group(s) hold"
+        out.append(f"num_experts_per_tok={chosen} is more than {held}")
+    width = c.moe_shared_expert_intermediate_size
     if c.n_shared_experts not in (0, 1):
         out.append(f"n_shared_experts={c.n_shared_experts} (0 or 1)")
-    elif c.n_shared_experts and not _is_positive(c.moe_shared_expert_intermediate_size):
-        out.append(
-            f"moe_shared_expert_intermediate_size={c.moe_shared_expert_intermediate_size!r} (a whole number above 0)"
-        )
+    elif c.n_shared_experts and not width:
+        out.append(f"moe_shared_expert_intermediate_size={width!r} (a whole number above 0)")
     return out
 
 
@@ -376,15 +355,5 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_positive(value: object) -> bool:
-    return _is_count(value) and bool(value)
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _plain(config: ModelConfig) -> dict[str, Any]:
-    out = asdict(config)
-    out["layers"] = config.layers
-    return out
