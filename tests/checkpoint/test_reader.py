@@ -1,4 +1,4 @@
-"""Opening a checkpoint finds everything that is wrong with it before any work, and what it hands out is what the shards hold."""
+"""Opening a checkpoint finds all that is wrong with it; what it gives is what the shards hold."""
 
 from __future__ import annotations
 
@@ -70,6 +70,14 @@ def edit_index(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
+def move_second(folder: Path, name: str) -> None:
+    """Says in the index that the second shard has another name."""
+    edit_index(
+        folder,
+        lambda table: table.update({t: name for t, file in table.items() if file == SECOND}),
+    )
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     config = {**json.loads((folder / "config.json").read_text()), **changes}
     (folder / "config.json").write_text(
@@ -77,10 +85,10 @@ def edit_config(folder: Path, **changes: Any) -> None:
     )
 
 
-def shard(path: Path, header: Any, data: bytes = b"", *, length: int | None = None) -> Path:
+def shard(path: Path, header: Any, data: bytes) -> Path:
     """A safetensors file with any header, sound or not."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
 
 
@@ -98,7 +106,7 @@ def entry(
 
 
 def test_a_sound_checkpoint_opens_with_every_tensor_in_its_shard(copy: Path) -> None:
-    opened, want = Checkpoint.open(copy), all_tensors()
+    opened, want = Checkpoint.open(str(copy)), all_tensors()
     assert opened.path == copy
     assert set(opened.tensors) == set(want)
     assert {n: t.shape for n, t in opened.tensors.items()} == {
@@ -116,10 +124,6 @@ def test_one_file_without_an_index_is_the_same_model(copy: Path, tmp_path: Path)
     assert set(single.tensors) == set(split.tensors)
     assert {t.file.name for t in single.tensors.values()} == {SINGLE}
     assert list(single.identity()) == [SINGLE]
-
-
-def test_a_folder_may_be_named_by_a_string(copy: Path) -> None:
-    assert Checkpoint.open(str(copy)).path == copy
 
 
 def test_identity_is_size_and_hash_of_every_shard(copy: Path) -> None:
@@ -204,105 +208,68 @@ def test_a_checkpoint_of_another_size_is_refused(copy: Path) -> None:
 # --- shards that are damaged
 
 ONE = {"w": entry(0, 8)}
-DAMAGE = {
-    "empty": (b"", b"", None, "truncated"),
-    "shorter than its header": (ONE, b"", 1000, "header says 1000"),
-    "header length of exabytes": (ONE, bytes(8), 2**63, f"header says {2**63}"),
-    "data cut": (ONE, bytes(7), None, "truncated"),
-    "data left over": (ONE, bytes(9), None, "oversized"),
-    "not JSON": (b"{]", b"", None, "not JSON"),
-    "not UTF-8": (b'{"\xff\xfe": 1}', b"", None, "not JSON"),
-    "nested too deeply": (b"[" * 100_000, b"", None, "not JSON"),
-    "a list": ([ONE], bytes(8), None, "not a JSON object"),
-    "a name twice": (
-        b'{"w": %s, "w": %s}' % ((json.dumps(entry(0, 8)).encode(),) * 2),
-        bytes(8),
-        None,
-        "'w' is there twice",
-    ),
-    "a key twice": (
-        b'{"w": {"dtype": "F32", "dtype": "F16", "shape": [2], "data_offsets": [0, 8]}}',
-        bytes(8),
-        None,
-        "'dtype' is there twice",
-    ),
-    "overlap": (
-        {"a": entry(0, 8), "b": entry(4, 12)},
-        bytes(12),
-        None,
-        "overlap or leave a hole at byte",
-    ),
-    "hole": (
-        {"a": entry(0, 8), "b": entry(12, 16)},
-        bytes(16),
-        None,
-        "overlap or leave a hole at byte",
-    ),
-    "beyond the end": ({"a": entry(0, 8), "b": entry(8, 1 << 40)}, bytes(16), None, "truncated"),
-    "not from the start": ({"a": entry(4, 12)}, bytes(12), None, "overlap or leave a hole at byte"),
-    "negative offset": (
-        {"w": {**entry(0, 8), "data_offsets": [-8, 0]}},
-        bytes(8),
-        None,
-        "'w' is malformed",
-    ),
-    "offsets reversed": (
-        {"w": {**entry(0, 8), "data_offsets": [8, 0]}},
-        bytes(8),
-        None,
-        "'w' is malformed",
-    ),
-    "offsets of huge numbers": (
-        {"w": {**entry(0, 8), "data_offsets": [10**4000, 10**4000 + 8]}},
-        bytes(8),
-        None,
-        "'w' is malformed",
-    ),
-    "offsets that are no whole numbers": (
-        {"w": {**entry(0, 8), "data_offsets": [0.0, 8.0]}},
-        bytes(8),
-        None,
-        "'w' is malformed",
-    ),
-    "three offsets": (
-        {"w": {**entry(0, 8), "data_offsets": [0, 4, 8]}},
-        bytes(8),
-        None,
-        "'w' is malformed",
-    ),
-    "shape of another size": ({"w": entry(0, 8, shape=[3])}, bytes(8), None, "'w' is malformed"),
-    "negative shape": ({"w": entry(0, 8, shape=[-1, -2])}, bytes(8), None, "'w' is malformed"),
-    "shape that is no list": (
-        {"w": {**entry(0, 8), "shape": 2}},
-        bytes(8),
-        None,
-        "'w' is malformed",
-    ),
-    "unknown dtype": ({"w": entry(0, 8, dtype="F31")}, bytes(8), None, "'F31'"),
-    "dtype that is no name": (
-        {"w": {**entry(0, 8), "dtype": ["F32"]}},
-        bytes(8),
-        None,
-        "'w' is malformed",
-    ),
-    "no dtype": ({"w": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8), None, "'w' is malformed"),
-    "entry that is no object": ({"w": [0, 8]}, bytes(8), None, "'w' is malformed"),
+TWICE = b'{"w": %s, "w": %s}' % ((json.dumps(entry(0, 8)).encode(),) * 2)
+KEY_TWICE = b'{"w": {"dtype": "F32", "dtype": "F16", "shape": [2], "data_offsets": [0, 8]}}'
+GAP = "overlap or leave a hole at byte"
+# What an entry of 8 bytes says instead of what it should.
+MALFORMED: dict[str, dict[str, Any]] = {
+    "negative offset": {"data_offsets": [-8, 0]},
+    "offsets reversed": {"data_offsets": [8, 0]},
+    "offsets of huge numbers": {"data_offsets": [10**4000, 10**4000 + 8]},
+    "offsets that are no whole numbers": {"data_offsets": [0.0, 8.0]},
+    "three offsets": {"data_offsets": [0, 4, 8]},
+    "shape of another size": {"shape": [3]},
+    "negative shape": {"shape": [-1, -2]},
+    "shape that is no list": {"shape": 2},
+    "unknown dtype": {"dtype": "F31"},
+    "dtype that is no name": {"dtype": ["F32"]},
+}
+# Header, data behind it, and what is said; the length is the header's own.
+DAMAGE: dict[str, tuple[Any, bytes, str]] = {
+    "data cut": (ONE, bytes(7), "truncated"),
+    "data left over": (ONE, bytes(9), "oversized"),
+    "not JSON": (b"{]", b"", "not JSON"),
+    "not UTF-8": (b'{"\xff\xfe": 1}', b"", "not JSON"),
+    "nested too deeply": (b"[" * 100_000, b"", "not JSON"),
+    "a list": ([ONE], bytes(8), "not a JSON object"),
+    "a name twice": (TWICE, bytes(8), "'w' is there twice"),
+    "a key twice": (KEY_TWICE, bytes(8), "'dtype' is there twice"),
+    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12), GAP),
+    "hole": ({"a": entry(0, 8), "b": entry(12, 16)}, bytes(16), GAP),
+    "beyond the end": ({"a": entry(0, 8), "b": entry(8, 1 << 40)}, bytes(16), "truncated"),
+    "not from the start": ({"a": entry(4, 12)}, bytes(12), GAP),
+    "no dtype": ({"w": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8), "'w' is malformed"),
+    "entry that is no object": ({"w": [0, 8]}, bytes(8), "'w' is malformed"),
+    **{
+        what: ({"w": {**entry(0, 8), **says}}, bytes(8), "'w' is malformed")
+        for what, says in MALFORMED.items()
+    },
+}
+WRONG_LENGTHS = {
+    b"": "truncated",
+    struct.pack("<Q", 1000) + b"{}": "header says 1000",
+    struct.pack("<Q", 2**63) + b"{}": f"header says {2**63}",
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_shard_is_named_with_what_is_wrong(copy: Path, damage: str) -> None:
-    header, data, length, says = DAMAGE[damage]
-    if damage == "empty":
-        (copy / SECOND).write_bytes(b"")
-    else:
-        shard(copy / SECOND, header, data, length=length)
+    header, data, says = DAMAGE[damage]
+    shard(copy / SECOND, header, data)
+    check_damaged(copy, says)
+
+
+@pytest.mark.parametrize("content", WRONG_LENGTHS, ids=WRONG_LENGTHS.values())
+def test_a_header_of_an_impossible_length_is_not_read(copy: Path, content: bytes) -> None:
+    (copy / SECOND).write_bytes(content)
+    check_damaged(copy, WRONG_LENGTHS[content])
+
+
+def check_damaged(copy: Path, says: str) -> None:
     with pytest.raises(HeaderError):
         read_header(copy / SECOND)
     error = refused(copy)
-    assert "has 1 problem(s)" in error.what, (
-        "the tensors of a damaged shard are not listed on top of it"
-    )
+    assert "has 1 problem(s)" in error.what, "its tensors are not listed on top of it"
     assert error.found.startswith(f"{SECOND!r}: ")
     assert says in error.found
     assert len(error.found) < 600, "a hostile header does not fill the screen"
@@ -310,7 +277,7 @@ def test_a_damaged_shard_is_named_with_what_is_wrong(copy: Path, damage: str) ->
 
 
 def test_a_sound_header_gives_places_in_the_file(tmp_path: Path) -> None:
-    """Metadata are no tensor; order in the header is not order in the file; an empty tensor takes no place."""
+    """Metadata are no tensor, the header has an order of its own, an empty tensor has no place."""
     header = {
         "b": entry(8, 12),
         "__metadata__": {"format": "pt"},
@@ -372,23 +339,26 @@ def test_an_index_naming_a_missing_file_says_so_once(copy: Path) -> None:
     assert refused(copy).found == f"{SECOND}: missing"
 
 
-def test_a_tensor_the_index_does_not_list_is_found(copy: Path) -> None:
-    edit_index(copy, lambda table: table.pop("t_block.1.bias"))
-    assert (
-        refused(copy).found == f"t_block.1.bias: stored in {SECOND}, but the index does not list it"
-    )
-
-
-def test_a_tensor_the_index_puts_in_the_other_shard_is_found(copy: Path) -> None:
-    edit_index(copy, lambda table: table.update({"t_block.1.bias": FIRST}))
-    assert (
-        f"t_block.1.bias: stored in {SECOND}, but the index says '{FIRST}'" in refused(copy).found
-    )
-
-
-def test_a_tensor_that_only_the_index_knows_is_found(copy: Path) -> None:
-    edit_index(copy, lambda table: table.update(phantom=FIRST))
-    assert refused(copy).found == f"phantom: the index says {FIRST}, which does not hold it"
+@pytest.mark.parametrize(
+    ("edit", "found"),
+    [
+        (
+            lambda table: table.pop("t_block.1.bias"),
+            f"t_block.1.bias: stored in {SECOND}, but the index does not list it",
+        ),
+        (
+            lambda table: table.update({"t_block.1.bias": FIRST}),
+            f"t_block.1.bias: stored in {SECOND}, but the index says '{FIRST}'",
+        ),
+        (
+            lambda table: table.update(phantom=FIRST),
+            f"phantom: the index says {FIRST}, which does not hold it",
+        ),
+    ],
+)
+def test_an_index_that_differs_from_the_shards(copy: Path, edit: Any, found: str) -> None:
+    edit_index(copy, edit)
+    assert refused(copy).found == found
 
 
 def test_a_tensor_stored_twice_is_found(copy: Path) -> None:
@@ -397,25 +367,15 @@ def test_a_tensor_stored_twice_is_found(copy: Path) -> None:
     assert f"t_block.1.bias: stored twice, in {FIRST} and {SECOND}" in refused(copy).found
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "../outside.safetensors",
-        "a/../../outside.safetensors",
-        "{absolute}",
-        "",
-        "..",
-        "a\0b",
-        "\ud800",
-    ],
-)
+OUTSIDE = "../outside.safetensors", "a/../../outside.safetensors", "{absolute}"
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "", "..", "a\0b", "\ud800"])
 def test_an_index_may_not_lead_out_of_the_folder(copy: Path, name: str) -> None:
     """The file outside is a sound shard: only its place is wrong."""
     outside = shutil.copyfile(copy / SECOND, copy.parent / "outside.safetensors")
     name = name.format(absolute=outside)
-    edit_index(
-        copy, lambda table: table.update({t: name for t, file in table.items() if file == SECOND})
-    )
+    move_second(copy, name)
     assert refused(copy).found.startswith(
         f"the index names a path outside the folder, or none at all: {name[:80]!r}"[:-1]
     )
@@ -426,40 +386,32 @@ def test_a_linked_subfolder_may_not_lead_out(copy: Path) -> None:
     (copy.parent / "elsewhere").mkdir()
     shutil.move(copy / SECOND, copy.parent / "elsewhere" / SECOND)
     (copy / "sub").symlink_to("../elsewhere")
-    edit_index(
-        copy,
-        lambda table: table.update(
-            {t: f"sub/{SECOND}" for t, file in table.items() if file == SECOND}
-        ),
-    )
+    move_second(copy, f"sub/{SECOND}")
     assert "outside the folder" in refused(copy).found
 
 
 def test_a_shard_in_a_subfolder_is_allowed(copy: Path) -> None:
     (copy / "sub").mkdir()
     shutil.move(copy / SECOND, copy / "sub" / SECOND)
-    edit_index(
-        copy,
-        lambda table: table.update(
-            {t: f"sub/{SECOND}" for t, file in table.items() if file == SECOND}
-        ),
-    )
+    move_second(copy, f"sub/{SECOND}")
     assert sorted(Checkpoint.open(copy).identity()) == [FIRST, f"sub/{SECOND}"]
+
+
+NO_INDEX = [
+    "",
+    "{",
+    "[]",
+    "null",
+    "{}",
+    '{"weight_map": []}',
+    '{"weight_map": null}',
+    "[" * 100_000,
+]
 
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "",
-        "{",
-        "[]",
-        "null",
-        "{}",
-        '{"weight_map": []}',
-        '{"weight_map": null}',
-        '{"weight_map": {"a": "x", "a": "y"}}',
-        "[" * 100_000,
-    ],
+    [*NO_INDEX, '{"weight_map": {"a": "x", "a": "y"}}'],
     ids=lambda text: text[:40] or "empty",
 )
 def test_an_index_of_another_form_is_refused(copy: Path, text: str) -> None:
@@ -559,17 +511,10 @@ def test_a_hub_id_is_downloaded_without_other_formats(
     assert locate_checkpoint("owner/model") == copy
     ((name, patterns),) = asked
     assert name == "owner/model"
-    wanted = set(
-        huggingface_hub.utils.filter_repo_objects(
-            [FIRST, INDEX, "config.json", "tokenizer.json"], allow_patterns=patterns
-        )
-    )
-    assert wanted == {FIRST, INDEX, "config.json", "tokenizer.json"}
-    assert not list(
-        huggingface_hub.utils.filter_repo_objects(
-            ["pytorch_model.bin", "consolidated.pth"], allow_patterns=patterns
-        )
-    )
+    wanted = {FIRST, INDEX, "config.json", "tokenizer.json"}
+    offered = [*wanted, "pytorch_model.bin", "consolidated.pth"]
+    taken = huggingface_hub.utils.filter_repo_objects(offered, allow_patterns=patterns)
+    assert set(taken) == wanted
 
 
 @pytest.mark.parametrize(
@@ -605,21 +550,11 @@ def test_a_hub_id_without_the_hub_library_says_what_to_install(
     assert "pip install huggingface_hub" in caught.value.do
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "nowhere",
-        "./owner/model",
-        "../model",
-        "/no/such",
-        "~/model-of-nobody",
-        "~no-such-user/model",
-        "a/b/c",
-        "owner/",
-        "\0",
-        "n" * 5000,
-    ],
-)
+NO_FOLDERS = ["nowhere", "./owner/model", "../model", "/no/such", "~/model-of-nobody"]
+NO_HUB_IDS = ["~no-such-user/model", "a/b/c", "owner/", "\0", "n" * 5000]
+
+
+@pytest.mark.parametrize("name", [*NO_FOLDERS, *NO_HUB_IDS])
 def test_what_is_neither_a_folder_nor_a_hub_id_is_not_looked_for(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

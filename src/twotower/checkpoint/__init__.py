@@ -1,1 +1,1 @@
-"""A published checkpoint: its layout as data, its files read with neither torch nor safetensors, and made-up ones for tests and benches."""
+"""A published checkpoint: layout, files read without torch or safetensors, synthetic ones."""

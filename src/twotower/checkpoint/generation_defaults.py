@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json says: options of block diffusion, and the tokens that end a text."""
+"""A checkpoint's generation_config.json: block-diffusion options and end-of-text tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published checkpoint's tensors as data: every name and shape a two-tower checkpoint must hold."""
+"""The published layout as data: every name and shape a two-tower checkpoint must hold."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointTensor:
-    """One tensor of the published layout; the conditioning belongs to the denoiser though no prefix says so."""
+    """One tensor of the published layout; conditioning is the denoiser's, though no prefix says so."""
 
     name: str
     shape: tuple[int, ...]
@@ -62,13 +62,7 @@ def layer_tensors(config: ModelConfig, tower: Tower, layer: int) -> Iterator[Che
     """The tensors under `<tower>.layers.<layer>.`, in a fixed order."""
     prefix = f"{tower.value}.layers.{layer}."
     yield CheckpointTensor(f"{prefix}norm.weight", (config.hidden_size,), Role.NORM, tower)
-    kinds = {
-        LayerKind.MAMBA: _mamba,
-        LayerKind.ATTENTION: _attention,
-        LayerKind.MOE: _moe,
-        LayerKind.MLP: _mlp,
-    }
-    for name, shape, role in kinds[config.layers[layer]](config):
+    for name, shape, role in _MIXERS[config.layers[layer]](config):
         yield CheckpointTensor(f"{prefix}mixer.{name}", shape, role, tower)
 
 
@@ -135,3 +129,11 @@ def _moe(c: ModelConfig) -> Iterator[_Row]:
 def _mlp(c: ModelConfig) -> Iterator[_Row]:
     yield "up_proj.weight", (c.intermediate_size, c.hidden_size), Role.MLP
     yield "down_proj.weight", (c.hidden_size, c.intermediate_size), Role.MLP
+
+
+_MIXERS = {
+    LayerKind.MAMBA: _mamba,
+    LayerKind.ATTENTION: _attention,
+    LayerKind.MOE: _moe,
+    LayerKind.MLP: _mlp,
+}

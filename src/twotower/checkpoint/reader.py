@@ -1,10 +1,10 @@
-"""A published checkpoint, opened by its headers: every tensor's place known and checked before any work."""
+"""A published checkpoint, opened by its headers: every tensor is checked before any work."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,8 @@ class Checkpoint:
                 problems are listed at once.
         """
         root = Path(folder)
-        if not os.path.isdir(
-            root
-        ):  # os.path says no where pathlib raises: a name too long, a parent closed to this user
+        # os.path says no where pathlib raises: a name too long, a parent closed to this user
+        if not os.path.isdir(root):
             found = "a file" if os.path.exists(root) else "no such folder"
             raise CheckpointError(
                 f"there is no checkpoint folder '{folder}'",
@@ -64,20 +63,20 @@ class Checkpoint:
             )
         config = read_model_config(root / "config.json")
         config = replace(config, eos_token_ids=read_eos_token_ids(root, config))
-        problems: list[str] = []
-        stored = _stored_tensors(root, problems)
-        problems += _against_layout(config, stored) if not problems else []
+        shards = _Shards(root)
+        shards.read()
+        problems = shards.problems or list(shards.against_layout(config))
         if problems:
             more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
             raise CheckpointError(
                 f"checkpoint '{folder}' has {len(problems)} problem(s)",
                 found="; ".join(problems[:_LISTED]) + more,
-                do="download the files named above again, or use the config.json that belongs to them",
+                do="download the files named above again, or use their own config.json",
             )
-        tensors = {
-            name: Tensor(name, FLOAT_DTYPES[s.dtype], s.shape, file, s.offset, s.nbytes)
-            for name, (file, s) in stored.items()
-        }
+        tensors = {}
+        for name, (file, stored) in shards.stored.items():
+            dtype = FLOAT_DTYPES[stored.dtype]
+            tensors[name] = Tensor(name, dtype, stored.shape, file, stored.offset, stored.nbytes)
         return cls(root, config, tensors)
 
     def identity(self, tick: Callable[[int], None] | None = None) -> dict[str, dict[str, Any]]:
@@ -93,21 +92,22 @@ class Checkpoint:
 
 
 def locate_checkpoint(name: str) -> Path:
-    """The folder of a checkpoint given as a local folder or as a hub id (`owner/model`), which is downloaded or found in the cache.
+    """The folder of a checkpoint: a local one, or of a hub id (`owner/model`) in the hub's cache.
+
+    What the cache does not hold is downloaded.
 
     Raises:
         CheckpointError: neither; says which was tried.
     """
-    path = Path(
-        os.path.expanduser(name)
-    )  # os.path lets stand what pathlib raises for: no such user, a name too long
+    # os.path lets stand what pathlib raises for: no such user, a name too long
+    path = Path(os.path.expanduser(name))
     if os.path.exists(path):
         return path
+    what = f"cannot find checkpoint '{name}'"
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
-        found = "no such folder, and not a hub id either (`owner/model`)"
         raise CheckpointError(
-            f"cannot find checkpoint '{name}'",
-            found=found,
+            what,
+            found="no such folder, and not a hub id either (`owner/model`)",
             do="name the folder that holds config.json, or a hub id",
         )
     try:
@@ -115,118 +115,131 @@ def locate_checkpoint(name: str) -> Path:
 
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except ImportError as e:
-        found = f"no such folder, and huggingface_hub is not installed to look for the hub id ({e})"
         raise CheckpointError(
-            f"cannot find checkpoint '{name}'",
-            found=found,
+            what,
+            found=f"no such folder, and huggingface_hub for hub ids is not installed ({e})",
             do="name a local folder, or `pip install huggingface_hub`",
         ) from e
     except Exception as e:
-        found = f"no such folder, and the hub answered: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+        first_line = str(e).partition("\n")[0]
         raise CheckpointError(
-            f"cannot find checkpoint '{name}'",
-            found=found,
+            what,
+            found=f"no such folder, and the hub answered: {type(e).__name__}: {first_line}",
             do="download it yourself and name the folder",
         ) from e
 
 
-_Stored = dict[str, tuple[Path, StoredTensor]]
+class _Shards:
+    """The headers of a folder's shards, held against their index.
 
+    Args:
+        root: The folder.
 
-def _stored_tensors(root: Path, problems: list[str]) -> _Stored:
-    """Every tensor of every shard; what is wrong with the shards goes to `problems`."""
-    index = _index(root, problems)
-    names = sorted(set(index.values())) if index is not None else [SINGLE_FILE]
-    out: _Stored = {}
-    read: set[str] = set()
-    for name in names:
-        path = _shard(root, name)
+    Attributes:
+        stored: Every tensor, with its shard.
+        problems: What is wrong with the shards.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.stored: dict[str, tuple[Path, StoredTensor]] = {}
+        self.problems: list[str] = []
+
+    def read(self) -> None:
+        index = self._index()
+        if index is None:
+            if (self._root / SINGLE_FILE).exists():
+                self._read_shard(SINGLE_FILE, None)
+            else:
+                self.problems.append(f"neither {INDEX_FILE} nor {SINGLE_FILE} is there")
+            return
+        read = set()
+        for name in sorted(set(index.values())):
+            if self._read_shard(name, index):
+                read.add(name)
+        # A shard that could not be read is one problem, not one a tensor.
+        for tensor, name in index.items():
+            if tensor not in self.stored and name in read:
+                self.problems.append(f"{tensor}: the index says {name}, which does not hold it")
+
+    def _index(self) -> dict[str, str] | None:
+        """The shard of each tensor; None where there is no index."""
+        path = self._root / INDEX_FILE
+        if not path.is_file():
+            return None
+        try:
+            text = path.read_text(encoding="utf-8")
+            table = dict(json.loads(text, object_pairs_hook=refuse_repeats)["weight_map"].items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            self.problems.append(f"{INDEX_FILE}: not a readable index ({type(e).__name__}: {e})")
+            return {}
+        for tensor, name in list(table.items()):
+            if not isinstance(name, str):
+                shown = _short(repr(table.pop(tensor)))
+                self.problems.append(
+                    f"{INDEX_FILE}: the file of {tensor} is not a name but {shown}"
+                )
+        return table
+
+    def _read_shard(self, name: str, index: Mapping[str, str] | None) -> bool:
+        """Takes in a shard's tensors, or what is wrong with it; whether it could be read."""
+        path = self._path_of(name)
         if path is None:
-            problems.append(
-                f"the index names a path outside the folder, or none at all: {_short(name)}"
-            )
-            continue
+            outside = "the index names a path outside the folder, or none at all"
+            self.problems.append(f"{outside}: {_short(name)}")
+            return False
         try:
             header = read_header(path)
         except FileNotFoundError:
-            problems.append(
-                f"{name}: missing"
-                if index is not None
-                else f"neither {INDEX_FILE} nor {SINGLE_FILE} is there"
-            )
-            continue
+            self.problems.append(f"{name}: missing")
+            return False
         except (HeaderError, OSError) as e:
-            problems.append(f"{_short(name)}: {e.strerror if isinstance(e, OSError) else e}")
-            continue
-        read.add(name)
+            self.problems.append(f"{_short(name)}: {e.strerror if isinstance(e, OSError) else e}")
+            return False
         for tensor, entry in header.items():
-            if tensor in out:
-                problems.append(f"{tensor}: stored twice, in {out[tensor][0].name} and {name}")
+            if tensor in self.stored:
+                first = self.stored[tensor][0].name
+                self.problems.append(f"{tensor}: stored twice, in {first} and {name}")
             elif index is not None and index.get(tensor) != name:
-                problems.append(
-                    f"{tensor}: stored in {name}, but the index {_says(index.get(tensor))}"
-                )
-            out[tensor] = (path, entry)
-    problems += _not_held(index or {}, out, read)
-    return out
+                listed = index.get(tensor)
+                says = "does not list it" if listed is None else f"says {_short(listed)}"
+                self.problems.append(f"{tensor}: stored in {name}, but the index {says}")
+            self.stored[tensor] = (path, entry)
+        return True
 
+    def _path_of(self, name: str) -> Path | None:
+        """The file of a shard; None for a name outside the folder, or that no file system takes."""
+        try:
+            path = inside(self._root, name)
+            # A hub cache keeps its files as links to a store beside the snapshot: a plain name may
+            # be such a link.
+            linked = self._root / name
+            if path is None and os.path.basename(name) == name and linked.is_symlink():
+                return linked
+        except (
+            ValueError,
+            OSError,
+            RuntimeError,
+        ):  # a zero byte, a lone surrogate; a link to itself
+            return None
+        return path
 
-def _not_held(index: Mapping[str, str], stored: _Stored, read: Collection[str]) -> Iterator[str]:
-    """What the index promises of the shards that could be read; a shard that could not is one problem, not one a tensor."""
-    for tensor, name in index.items():
-        if tensor not in stored and name in read:
-            yield f"{tensor}: the index says {name}, which does not hold it"
-
-
-def _shard(root: Path, name: str) -> Path | None:
-    """The file of a shard, or None for a name that leads out of the folder or that no file system takes."""
-    try:
-        path = inside(root, name)
-        # A hub cache keeps its files as links to a store beside the snapshot: a plain name may be
-        # such a link.
-        if path is None and os.path.basename(name) == name and (root / name).is_symlink():
-            path = root / name
-    except (ValueError, OSError, RuntimeError):  # a zero byte, a lone surrogate; a link to itself
-        return None
-    return path
+    def against_layout(self, config: ModelConfig) -> Iterator[str]:
+        """What does not fit the model."""
+        expected = expected_tensors(config)
+        for name, want in expected.items():
+            if name not in self.stored:
+                yield f"{name}: missing"
+                continue
+            got = self.stored[name][1]
+            if got.shape != want.shape:
+                yield f"{name}: shape {list(got.shape)} instead of {list(want.shape)}"
+            if got.dtype not in FLOAT_DTYPES:
+                yield f"{name}: dtype {got.dtype} instead of one of {', '.join(FLOAT_DTYPES)}"
+        yield from (
+            f"{name}: not part of this model" for name in self.stored if name not in expected
+        )
 
 
 def _short(name: str) -> str:
     return repr(name if len(name) <= _NAME else f"{name[:_NAME]}...")
-
-
-def _says(name: str | None) -> str:
-    return "does not list it" if name is None else f"says {_short(name)}"
-
-
-def _index(root: Path, problems: list[str]) -> dict[str, str] | None:
-    path = root / INDEX_FILE
-    if not path.is_file():
-        return None
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_repeats)[
-            "weight_map"
-        ]
-        wrong = [tensor for tensor, name in table.items() if not isinstance(name, str)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        problems.append(f"{INDEX_FILE}: not a readable index ({type(e).__name__}: {e})")
-        return {}
-    problems += [
-        f"{INDEX_FILE}: the file of {tensor} is not a name but {_short(repr(table[tensor]))}"
-        for tensor in wrong
-    ]
-    return {tensor: name for tensor, name in table.items() if isinstance(name, str)}
-
-
-def _against_layout(config: ModelConfig, stored: _Stored) -> Iterator[str]:
-    expected = expected_tensors(config)
-    for name, want in expected.items():
-        if name not in stored:
-            yield f"{name}: missing"
-            continue
-        got = stored[name][1]
-        if got.shape != want.shape:
-            yield f"{name}: shape {list(got.shape)} instead of {list(want.shape)}"
-        if got.dtype not in FLOAT_DTYPES:
-            yield f"{name}: dtype {got.dtype} instead of one of {', '.join(FLOAT_DTYPES)}"
-    yield from (f"{name}: not part of this model" for name in stored if name not in expected)

@@ -1,4 +1,4 @@
-"""One shard of a checkpoint: its header, refused unless the file is exactly what it says, and its tensors, read on demand."""
+"""One shard of a checkpoint: its checked header, and its tensors, read on demand."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from twotower.dtypes import carried_dtype, item_bytes, to_float32
 from twotower.errors import CheckpointError
 
-__all__ = ["ITEM_BYTES", "HeaderError", "StoredTensor", "Tensor", "read_header", "refuse_repeats"]
+__all__ = ["HeaderError", "StoredTensor", "Tensor", "read_header", "refuse_repeats"]
 
-ITEM_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-    "F8_E4M3": 1, "F8_E5M2": 1,
-}  # fmt: skip
+_TYPES_BY_BYTES = {
+    8: ("F64", "I64", "U64"),
+    4: ("F32", "I32", "U32"),
+    2: ("F16", "BF16", "I16", "U16"),
+    1: ("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"),
+}
+_ITEM_BYTES = {name: size for size, names in _TYPES_BY_BYTES.items() for name in names}
 _MAX_HEADER = 100_000_000  # the format's own bound
 _MAX_AXES = 64
 _SHOWN = 200
@@ -75,14 +79,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise HeaderError(f"its tensors overlap or leave a hole at byte {end}")
         end += tensor.nbytes
     if end != size:
-        raise HeaderError(
-            f"{'truncated' if size < end else 'oversized'}: {size} bytes, its header describes {end}"
-        )
+        wrong = "truncated" if size < end else "oversized"
+        raise HeaderError(f"{wrong}: {size} bytes, its header describes {end}")
     return out
 
 
 def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys differ: of two entries of one name, which one is meant would be a guess.
+    """A JSON object whose keys differ; which of two equal ones is meant would be a guess.
 
     Raises:
         ValueError: a key is there twice.
@@ -101,13 +104,13 @@ def _stored(name: str, entry: Any, start: int) -> StoredTensor:
         # The bounds keep a hostile header from costing minutes in multiplying numbers of thousands
         # of digits.
         sound = (
-            dtype in ITEM_BYTES
+            dtype in _ITEM_BYTES
             and len(shape) <= _MAX_AXES
             and all(type(d) is int and 0 <= d < 2**63 for d in (*shape, first, last))
         )
     except (TypeError, KeyError, ValueError) as e:
         raise HeaderError(f"the entry of {name!r} is malformed") from e
-    if not sound or last - first != math.prod(shape) * ITEM_BYTES[dtype]:
+    if not sound or last - first != math.prod(shape) * _ITEM_BYTES[dtype]:
         shown = f"dtype {dtype!r}, shape {list(shape)}, bytes {first!r} to {last!r}"
         raise HeaderError(f"the entry of {name!r} is malformed: {shown[:_SHOWN]}")
     return StoredTensor(dtype, shape, start + first, last - first)
@@ -127,8 +130,8 @@ class Tensor:
     """
 
     # Plain reads and no mapping: pages of a mapping count as the process's own (RSS) until the
-    # kernel takes them back,
-    # and a shard cut short under a mapping kills the process (SIGBUS) where a read can say so.
+    # kernel takes them back, and a shard cut short under a mapping kills the process (SIGBUS) where
+    # a read can say so.
 
     name: str
     dtype: str
@@ -144,15 +147,20 @@ class Tensor:
             ValueError: the buffer is not of `nbytes` bytes.
             CheckpointError: the shard became shorter since it was opened.
         """
-        view = memoryview(buffer).cast("B") if self.nbytes else memoryview(bytearray())
-        if len(view) != self.nbytes:
-            raise ValueError(f"{self.name} has {self.nbytes} bytes, the buffer {len(view)}")
+        view = memoryview(buffer)
+        if view.nbytes != self.nbytes:
+            raise ValueError(f"{self.name} has {self.nbytes} bytes, the buffer {view.nbytes}")
+        if not view.nbytes:
+            return
+        view = view.cast("B")
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.offset)
             self._fill(file, view)
 
-    def chunks(self, chunk_bytes: int) -> Iterator[bytes]:
-        """Its raw little-endian bytes in pieces of whole elements, none larger than `chunk_bytes` (at least one element).
+    def chunks(self, chunk_bytes: int) -> Iterator[npt.NDArray[np.uint8]]:
+        """Its raw little-endian bytes in pieces of whole elements, at most `chunk_bytes` each.
+
+        A piece has one element at least.
 
         Raises:
             CheckpointError: the shard became shorter since it was opened.
@@ -162,17 +170,12 @@ class Tensor:
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.offset)
             for start in range(0, self.nbytes, step):
-                count = min(step, self.nbytes - start)
-                piece = file.read(count)
-                if len(piece) < count:  # a short read is allowed, a cut element is not
-                    whole = bytearray(count)
-                    whole[: len(piece)] = piece
-                    self._fill(file, memoryview(whole)[len(piece) :])
-                    piece = bytes(whole)
+                piece = np.empty(min(step, self.nbytes - start), np.uint8)
+                self._fill(file, memoryview(piece))
                 yield piece
 
-    def numpy(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """The whole tensor in an array of its own: float16 and float32 as they are, bfloat16 widened to float32."""
+    def numpy(self) -> npt.NDArray[Any]:
+        """The whole tensor in an array of its own, bfloat16 widened to float32."""
         out = np.empty(self.shape, carried_dtype(self.dtype))
         self.read_into(out.reshape(-1))
         return to_float32(out, self.dtype) if self.dtype == "bfloat16" else out

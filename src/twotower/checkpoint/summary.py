@@ -1,4 +1,4 @@
-"""What a model is, in numbers: layers, parameters, bytes, state. From the config and the headers alone."""
+"""A model in numbers (layers, parameters, bytes, state), from config and headers alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from twotower.checkpoint.shard import Tensor
 from twotower.config import LayerKind, ModelConfig
 from twotower.dtypes import item_bytes
 from twotower.spec import TensorSpec, state_tensors
+from twotower.units import format_bytes
 
 __all__ = ["ModelSummary", "summarize"]
 
@@ -61,36 +62,23 @@ class ModelSummary:
     def lines(self) -> list[str]:
         """The summary as aligned text."""
         kinds = ", ".join(f"{n} {kind}" for kind, n in self.layers.items())
+        share = f"{100 * self.routed / self.parameters:.1f} % in routed experts"
+        used = "the chosen experts, one embedding row, all the rest"
         rows = [
             ("towers", f"2 of {len(self.pattern)} layers each: {kinds}"),
             ("pattern", self.pattern),
-            (
-                "parameters",
-                f"{_count(self.parameters)} total, {100 * self.routed / self.parameters:.1f} % in routed experts",
-            ),
+            ("parameters", f"{_count(self.parameters)} total, {share}"),
             *(("", f"{_count(n)} {name}") for name, n in self.by_tower.items()),
             ("active", f"{_count(self.active)} a token in one tower"),
-            (
-                "",
-                f"{100 * self.active_ratio:.1f} % of a tower: the chosen experts, one embedding row, all the rest",
-            ),
-            ("weights", f"{_size(self.weight_bytes)} as {', '.join(self.bytes_by_dtype)}"),
-            *(
-                ("", self._role_line(role))
-                for role in sorted(self.by_role, key=self.by_role.__getitem__, reverse=True)
-            ),
-            (
-                "state",
-                f"{_size(self.kv_bytes_per_token)} a token and {_size(self.state_bytes_per_row)} a row as {self.dtype} (SSM as float32)",
-            ),
+            ("", f"{100 * self.active_ratio:.1f} % of a tower: {used}"),
+            ("weights", f"{format_bytes(self.weight_bytes)} as {', '.join(self.bytes_by_dtype)}"),
         ]
-        return [f"{name:<12}{value}" for name, value in rows]
-
-    def _role_line(self, role: str) -> str:
-        count, share = self.by_role[role], 100 * self.by_role[role] / self.parameters
-        return (
-            f"{role:<14}{_count(count):>8}  {share:5.1f} %  {_size(self.bytes_by_role[role]):>10}"
-        )
+        for role, count in sorted(self.by_role.items(), key=lambda item: item[1], reverse=True):
+            part, size = 100 * count / self.parameters, format_bytes(self.bytes_by_role[role])
+            rows.append(("", f"{role:<14}{_count(count):>8}  {part:5.1f} %  {size:>10}"))
+        token, row = format_bytes(self.kv_bytes_per_token), format_bytes(self.state_bytes_per_row)
+        state = f"{token} a token and {row} a row as {self.dtype} (SSM as float32)"
+        return [f"{name:<12}{value}" for name, value in [*rows, ("state", state)]]
 
 
 def summarize(
@@ -105,41 +93,39 @@ def summarize(
         tensors: The tensors of an opened checkpoint, whose dtypes may differ from one another.
     """
     kept = dtype or config.dtype
-    count: dict[str, Counter[str]] = {
-        key: Counter() for key in ("tower", "role", "bytes_of_dtype", "bytes_of_role", "used")
-    }
+    by_tower: Counter[str] = Counter()
+    by_role: Counter[str] = Counter()
+    bytes_by_dtype: Counter[str] = Counter()
+    bytes_by_role: Counter[str] = Counter()
+    used: Counter[str] = Counter()
     for name, tensor in expected_tensors(config).items():
-        size, stored_as = math.prod(tensor.shape), tensors[name].dtype if tensors else kept
-        count["tower"][tensor.tower.value] += size
-        count["role"][tensor.role.value] += size
-        count["bytes_of_dtype"][stored_as] += size * item_bytes(stored_as)
-        count["bytes_of_role"][tensor.role.value] += size * item_bytes(stored_as)
+        role, size = tensor.role.value, math.prod(tensor.shape)
+        stored_as = tensors[name].dtype if tensors else kept
+        nbytes = size * item_bytes(stored_as)
+        by_tower[tensor.tower.value] += size
+        by_role[role] += size
+        bytes_by_dtype[stored_as] += nbytes
+        bytes_by_role[role] += nbytes
         if tensor.tower is Tower.CONTEXT:
-            count["used"][tensor.role.value] += (
-                tensor.shape[1] if tensor.role is Role.EMBEDDING else size
-            )
-    # Whole experts are chosen, all of one size: the division leaves nothing over.
-    routed = count["used"].pop(Role.ROUTED_EXPERT.value, 0)
-    active = sum(count["used"].values()) + (
-        routed * config.num_experts_per_tok // config.n_routed_experts if routed else 0
-    )
+            used[role] += tensor.shape[1] if tensor.role is Role.EMBEDDING else size
+    active = used.total()
+    routed = used[Role.ROUTED_EXPERT.value]
+    if routed:  # whole experts are chosen, all of one size: the division leaves nothing over
+        active += routed * config.num_experts_per_tok // config.n_routed_experts - routed
     state = state_tensors(config, kept)
+    layers = {kind.name.lower(): len(config.indices(kind)) for kind in LayerKind}
     return ModelSummary(
         pattern=config.pattern,
-        layers={
-            kind.name.lower(): len(config.indices(kind))
-            for kind in LayerKind
-            if config.indices(kind)
-        },
-        parameters=sum(count["tower"].values()),
-        by_tower=dict(count["tower"]),
-        by_role=dict(count["role"]),
-        routed=count["role"][Role.ROUTED_EXPERT.value],
+        layers={kind: count for kind, count in layers.items() if count},
+        parameters=by_tower.total(),
+        by_tower=dict(by_tower),
+        by_role=dict(by_role),
+        routed=by_role[Role.ROUTED_EXPERT.value],
         active=active,
-        active_ratio=active / count["tower"][Tower.CONTEXT.value],
-        weight_bytes=sum(count["bytes_of_dtype"].values()),
-        bytes_by_dtype=dict(count["bytes_of_dtype"]),
-        bytes_by_role=dict(count["bytes_of_role"]),
+        active_ratio=active / by_tower[Tower.CONTEXT.value],
+        weight_bytes=bytes_by_dtype.total(),
+        bytes_by_dtype=dict(bytes_by_dtype),
+        bytes_by_role=dict(bytes_by_role),
         dtype=kept,
         kv_bytes_per_token=sum(_bytes(s.past) for s in state if s.in_place),
         state_bytes_per_row=sum(_bytes(s.past) for s in state if not s.in_place),
@@ -155,10 +141,3 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.1f} {unit}"
     return str(number)
-
-
-def _size(number: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number} B"

@@ -1,4 +1,4 @@
-"""Checkpoints with random weights in the published layout: any size, written in one stream, for tests, benches and checks."""
+"""Checkpoints with random weights in the published layout, of any size, written in one stream."""
 
 from __future__ import annotations
 
@@ -63,9 +63,8 @@ PUBLISHED_CONFIG: dict[str, Any] = {
 }
 """The published model's config.json."""
 
-_BLOCK = (
-    1 << 24
-)  # elements drawn once and repeated: drawing 30 billion numbers would take longer than writing them
+# Elements drawn once and repeated: to draw 30 billion numbers takes longer than to write them.
+_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +95,7 @@ def published_slice(pattern: str) -> dict[str, Any]:
 def write_checkpoint(
     folder: Path, config_json: dict[str, Any], options: SyntheticOptions | None = None
 ) -> Path:
-    """Writes a checkpoint with random weights of sane magnitude; memory stays under 200 MB whatever its size.
+    """Writes a checkpoint with random weights of sane magnitude in less than 200 MiB of memory.
 
     Args:
         folder: A folder to make.
@@ -118,17 +117,14 @@ def write_checkpoint(
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_json, indent=1))
     tensors = list(expected_tensors(config).values())
-    random = (
-        None
-        if how.headers_only
-        else np.random.default_rng(how.seed).standard_normal(_BLOCK, dtype=np.float32)
-    )
+    random = None
+    if not how.headers_only:
+        random = np.random.default_rng(how.seed).standard_normal(_BLOCK, dtype=np.float32)
     weight_map = {}
+    ends = [shard * len(tensors) // how.shards for shard in range(how.shards + 1)]
     for shard in range(how.shards):
         name = f"model-{shard + 1:05d}-of-{how.shards:05d}.safetensors"
-        members = tensors[
-            shard * len(tensors) // how.shards : (shard + 1) * len(tensors) // how.shards
-        ]
+        members = tensors[ends[shard] : ends[shard + 1]]
         weight_map.update({t.name: name for t in members})
         _write_shard(folder / name, members, config.dtype, random)
     size = sum(math.prod(t.shape) for t in tensors) * item_bytes(config.dtype)
@@ -166,7 +162,7 @@ def _write_shard(
 def _values(
     tensor: CheckpointTensor, random: np.ndarray[Any, Any], *, start: int
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """Float32 pieces: what trained weights look like, as far as it matters for finite and varied results."""
+    """Float32 pieces, like trained weights as far as finite and varied results need it."""
     count, last = math.prod(tensor.shape), tensor.name.rsplit(".", 1)[-1]
     if last == "A_log":
         yield np.log(np.linspace(1, 16, count, dtype=np.float32))
@@ -181,10 +177,10 @@ def _values(
             scale = 1.0
         elif tensor.role is Role.HEAD:  # sharp enough that some predictions are confident
             scale = 3.0 / math.sqrt(tensor.shape[-1])
+        elif len(tensor.shape) > 1:
+            scale = 1.0 / math.sqrt(math.prod(tensor.shape[1:]) or 1)
         else:
-            scale = (
-                1.0 / math.sqrt(math.prod(tensor.shape[1:]) or 1) if len(tensor.shape) > 1 else 0.02
-            )
+            scale = 0.02
         at = start % len(random)
         while count:
             piece = random[at : at + count]

@@ -166,18 +166,18 @@ def convert_chunks(tensor: Tensor, dtype: str, *, chunk_bytes: int) -> Iterator[
         yield from chunks
         return
     for raw in chunks:
-        values = to_float32(np.frombuffer(raw, np.uint8), tensor.dtype)
+        values = to_float32(raw, tensor.dtype)
         converted = to_stored(values, dtype)
         if dtype == "float16" and (np.isinf(converted) & np.isfinite(values)).any():
             raise _overflow(tensor, chain([raw], chunks))
         yield converted
 
 
-def _overflow(tensor: Tensor, chunks: Iterable[bytes]) -> ExportError:
+def _overflow(tensor: Tensor, chunks: Iterable[npt.NDArray[np.uint8]]) -> ExportError:
     """Names the largest magnitude of all that is left to read: it decides what to do."""
     largest = 0.0
     for raw in chunks:
-        values = to_float32(np.frombuffer(raw, np.uint8), tensor.dtype)
+        values = to_float32(raw, tensor.dtype)
         largest = max(largest, float(np.abs(values[np.isfinite(values)]).max(initial=0)))
     return ExportError(
         f"tensor {tensor.name} does not fit float16",
