@@ -28,7 +28,7 @@ def test_transformers_says_what_we_say(built_bundle: Path, peer: object) -> None
     """Greedy, every layer kind, two rows; a different token would be a different model."""
     prompts = [[5, 6, 7, 8, 9], [20, 21, 22, 23, 24]]
     with TwoTower.open(built_bundle, target="ort-cpu") as model:
-        speed = measure_peer(model, peer, prompts, new_tokens=12, runs=1, threads=1)  # type: ignore[arg-type]
+        speed = measure_peer(model, peer, prompts, new_tokens=12, runs=1)  # type: ignore[arg-type]
     assert speed.equal_tokens == 1.0
     assert speed.ratio == pytest.approx(speed.ours / speed.tokens_per_second)
     assert speed.form.startswith("experts ")

@@ -18,6 +18,7 @@ from twotower.checkpoint.synthetic import SyntheticOptions, published_slice, wri
 from twotower.errors import BuildError
 from twotower.export.exporter import export_bundle
 from twotower.export.verify import verify_bundle
+from twotower.units import format_bytes
 
 __all__ = ["SMALL_CONFIG", "ExportCost", "measure_export", "run_measured"]
 
@@ -29,8 +30,7 @@ def run_measured(work: Callable[..., None], *arguments: Any) -> tuple[float, int
 
     Returns:
         Seconds from the process's start to its end, and the peak of its anonymous memory in bytes:
-        sampled every 10 ms, without the file pages that the system can drop; 0 where /proc does not
-        tell.
+        sampled every 10 ms, without the file pages that the system can drop; 0 without /proc.
 
     Raises:
         BuildError: the process failed.
@@ -128,8 +128,8 @@ def measure_export(
         SyntheticOptions(),
     )
     size = sum(p.stat().st_size for p in source.iterdir())
-    say(f"copying {size / 1e9:.2f} GB")
-    copy_seconds, _ = run_measured(_copy, source, scratch / "copy")
+    say(f"copying {format_bytes(size)}")
+    copy_seconds, _ = run_measured(shutil.copytree, source, scratch / "copy")
     shutil.rmtree(scratch / "copy")
     say("exporting it")
     export_seconds, peak = run_measured(_export, source, scratch / "bundle", False)
@@ -139,16 +139,11 @@ def measure_export(
         say("exporting it again, with verification")
         whole, _ = run_measured(_export, source, scratch / "bundle", True)
         verify_seconds = whole - export_seconds
-        error = json.loads((scratch / "bundle" / REPORT_FILE).read_text(encoding="utf-8")).get(
-            "largest_error"
-        )
+        report = (scratch / "bundle" / REPORT_FILE).read_text(encoding="utf-8")
+        error = json.loads(report).get("largest_error")
     for name in ("checkpoint", "bundle"):
         shutil.rmtree(scratch / name)
     return ExportCost(size, copy_seconds, export_seconds, peak, verify_seconds, error)
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copytree(source, target)
 
 
 def _export(source: Path, target: Path, verified: bool) -> None:

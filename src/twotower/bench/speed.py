@@ -1,4 +1,4 @@
-"""Tokens a second of both modes on bundles, measured in turns so that system noise affects all alike, and the time of single passes."""
+"""Tokens a second of both modes, interleaved so that system noise affects all alike, and passes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def measure_in_turns(
     rows: int,
     runs: int,
 ) -> list[list[GenerationSpeed]]:
-    """Measures several bundles of one vocabulary as `measure_generation` does one; of each its two modes."""
+    """Measures both modes of several bundles of one vocabulary; see `measure_generation`."""
     for name, value in (("--prompt-tokens", prompt_tokens), ("--rows", rows), ("--runs", runs)):
         if value < 1:
             raise ConfigError(
@@ -124,9 +124,8 @@ def _speed(mode: str, batches: list[list[Generation]]) -> GenerationSpeed:
 
     if mode == "diffusion":
         pass_ms = longest(lambda r: r.timings.denoise / r.usage.nfe)
-        extend_ms = longest(
-            lambda r: r.timings.extend / max(r.usage.blocks - 1, 1)
-        )  # nobody reads the last block
+        # The last block is never read.
+        extend_ms = longest(lambda r: r.timings.extend / max(r.usage.blocks - 1, 1))
     else:
         pass_ms = extend_ms = longest(lambda r: r.timings.extend / r.usage.nfe)
     return GenerationSpeed(
@@ -155,7 +154,7 @@ class PassTimes:
             host.
         extend_ms: The context tower over one block's tokens and the head, until the next token is
             on the host.
-        denoiser_bytes: Weights of the denoiser as the bundle stores them; likewise
+        denoiser_bytes: Weights of the denoiser as the bundle stores them, and
         context_bytes: of the context tower.
     """
 
@@ -178,7 +177,7 @@ class PassTimes:
 def measure_passes(
     bundle: Bundle, model: TwoTower, *, context: int = 128, runs: int = 30
 ) -> PassTimes:
-    """Times passes by wall clock around work that is waited for; every first pass of a kind is not counted.
+    """Times passes by wall clock around work that is waited for, the first of a kind left out.
 
     Args:
         bundle: What the model was opened from.
@@ -187,12 +186,8 @@ def measure_passes(
         runs: Passes of each kind.
     """
     size = bundle.trained_block_size
-    words = np.setdiff1d(
-        np.arange(model.config.vocab_size),
-        [model.config.mask_token_id, *model.config.eos_token_ids],
-    )
-    rng = np.random.default_rng(0)
-    prompt = rng.choice(words, context).tolist()
+    (prompt,) = random_prompts(model.config, context, 1, seed=0)
+    (chunk,) = random_prompts(model.config, size, 1, seed=1)
     # No prediction is surer than 1, so every block takes as many passes as it has positions.
     blocks = -(-runs // size) + 1
     options = GenerationConfig(
@@ -205,7 +200,6 @@ def measure_passes(
     steps: list[StepRecord] = []
     model.generate(prompt, options, on_step=steps.append)
     one = GenerationConfig(mode="ar", max_new_tokens=1, ignore_eos=True)
-    chunk = rng.choice(words, size).tolist()
     seconds = []
     for _ in range(runs + 2):
         started = time.perf_counter()

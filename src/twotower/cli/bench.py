@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twotower.cli.options import add_device_options, opened_session
+from twotower.cli.options import add_device_options, adder, opened_session
 from twotower.config import GenerationConfig
 from twotower.errors import ConfigError
 from twotower.report.tables import Column, Table
@@ -25,44 +25,33 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("bundle", metavar="BUNDLE", nargs="?", help="measure generation on this bundle")
-    add(
-        "--export",
-        action="store_true",
-        help="measure an export of a synthetic checkpoint beside a plain copy of it",
-    )
+    add = adder(parser)
+    add("bundle BUNDLE", "measure generation on this bundle", nargs="?")
+    add("--export", "measure an export of a synthetic checkpoint beside a plain copy of it")
     add(
         "--real-widths",
-        action="store_true",
-        help="the same with one layer of each kind at published widths: 7.5 GiB, verified",
+        "the same with one layer of each kind at published widths: 7.5 GiB, verified",
     )
+    add("--scratch DIR", "with --export: where to write (default: the system's temporary folder)")
+    add("--target T", "engine to run (default: the best that is built and fits)")
+    add("--prompt-tokens N", "length of each prompt", default=64)
+    add("--max-new-tokens N", "tokens to generate", default=64)
+    add("--threshold X", "commit threshold", default=0.8)
+    add("--rows N", "prompts generated together", default=1)
+    add("--runs N", "measured runs of each mode", default=5)
     add(
-        "--scratch",
-        metavar="DIR",
-        help="with --export: where to write (default: the system's temporary folder)",
-    )
-    add("--target", metavar="T", help="engine to run (default: the best that is built and fits)")
-    add("--prompt-tokens", type=int, default=64, metavar="N", help="length of each prompt (64)")
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to generate (64)")
-    add("--threshold", type=float, default=0.8, metavar="X", help="commit threshold (0.8)")
-    add("--rows", type=int, default=1, metavar="N", help="prompts generated together (1)")
-    add("--runs", type=int, default=5, metavar="N", help="measured runs of each mode (5)")
-    add(
-        "--beside",
-        metavar="BUNDLE2",
-        help="another bundle to measure interleaved with this one: the float bundle a quantized "
+        "--beside BUNDLE2",
+        "another bundle to measure interleaved with this one: the float bundle a quantized "
         "one was made from, or a copy with other engines; ratios are of one run",
     )
     add(
-        "--peers",
-        metavar="LIST",
-        help="also time other programs on the context tower's weights, greedy, interleaved with "
+        "--peers LIST",
+        "also time other programs on the context tower's weights, greedy, interleaved with "
         "our autoregression: transformers. Of a quantized bundle they run the float bundle of "
         "--beside",
     )
     add_device_options(parser)
-    add("--json", action="store_true", help="print one JSON object on stdout")
+    add("--json", "print one JSON object on stdout")
     parser.epilog = (
         "example: twotower bench bundle --rows 4\n"
         "example: twotower bench bundle --peers transformers --json\n"
@@ -89,7 +78,6 @@ def _generation(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from twotower.bench import measure_in_turns
     from twotower.bench.peers import measure_peer
     from twotower.bench.speed import random_prompts
-    from twotower.processors import usable_cores
 
     config = GenerationConfig(
         max_new_tokens=args.max_new_tokens, confidence_threshold=args.threshold
@@ -121,7 +109,6 @@ def _generation(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
                 prompts,
                 new_tokens=args.max_new_tokens,
                 runs=args.runs,
-                threads=usable_cores(),
             )
             for peer in peers
         ]

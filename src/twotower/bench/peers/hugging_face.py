@@ -29,9 +29,10 @@ _KINDS = {
 
 
 class TransformersPeer:
-    """`NemotronHForCausalLM` on a bundle's weights, in float32; where they are float32 its tensors are the bundle's mapped file.
+    """`NemotronHForCausalLM` on a bundle's weights, in float32.
 
-    Of the forms in which the library computes experts, the one that is fastest here is taken.
+    Where they are stored in float32 its tensors are the bundle's mapped file. Of the forms in which
+    the library computes experts, the one that is fastest here is taken.
 
     Args:
         bundle: A float bundle.
@@ -49,9 +50,11 @@ class TransformersPeer:
             raise BundleError(
                 f"transformers cannot run bundle '{bundle.path}'",
                 found=f"it is quantized, recipe {bundle.quantization['recipe']['name']}",
-                do="name the bundle it was made from: `twotower bench BUNDLE --beside FLOAT_BUNDLE --peers transformers`",
+                do="name the bundle it was made from: "
+                "`twotower bench BUNDLE --beside FLOAT_BUNDLE --peers transformers`",
             )
         self.version = str(transformers.__version__)
+        self.threads = threads
         self._config = bundle.config
         torch.set_num_threads(threads)
         with torch.device("meta"):
@@ -103,9 +106,8 @@ class TransformersPeer:
 
 def _config_of(config: ModelConfig) -> Any:
     c = config
-    sizes: dict[str, Any] = {
-        "num_hidden_layers": len(c.layers)
-    }  # which the library takes from the layers, and does not declare
+    # Which the library takes from the layers, and does not declare.
+    sizes: dict[str, Any] = {"num_hidden_layers": len(c.layers)}
     return transformers.NemotronHConfig(
         **sizes,
         vocab_size=c.vocab_size,
@@ -143,14 +145,13 @@ def _config_of(config: ModelConfig) -> Any:
 
 
 def _state(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights under transformers' names, in the shapes of the bundle but for what the export had rearranged."""
+    """Weights under transformers' names, with what the export had rearranged put back."""
     for graph in (CONTEXT, CONTEXT_HEAD):
         data = np.memmap(bundle.path / (GRAPH_FILES[graph] + DATA_SUFFIX), dtype=np.uint8, mode="c")
         for name, ref in bundle.weights(graph).items():
             value = torch.from_numpy(np.asarray(read_weight(data, ref), np.float32))
-            key = name.replace("context_tower.", "model.", 1).replace(
-                "context_lm_head.", "lm_head.", 1
-            )
+            key = name.replace("context_tower.", "model.", 1)
+            key = key.replace("context_lm_head.", "lm_head.", 1)
             if key.endswith(".A_log.negated_exp"):
                 yield key.removesuffix(".negated_exp"), torch.log(-value)
             elif key.endswith(".conv1d.weight.transposed"):
@@ -158,9 +159,8 @@ def _state(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
             elif key.endswith(".qkv_proj.weight"):
                 heads, groups = bundle.config.num_attention_heads, bundle.config.num_key_value_heads
                 rows = [count * bundle.config.head_dim for count in (heads, groups, groups)]
-                for part, (first, end) in zip(
-                    "qkv", pairwise(accumulate(rows, initial=0)), strict=True
-                ):
+                ends = pairwise(accumulate(rows, initial=0))
+                for part, (first, end) in zip("qkv", ends, strict=True):
                     yield key.replace(".qkv_proj.", f".{part}_proj."), value[first:end]
             elif ".experts." in key:
                 yield key.removesuffix(".weight"), value
