@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from twotower.bundle import Bundle, is_bundle
-from twotower.cli.options import byte_size, checked_bundle, number_list
+from twotower.cli.options import Adder, adder, byte_size, checked_bundle, number_list
 from twotower.cli.progress import ProgressLine
 from twotower.errors import ConfigError
 from twotower.units import format_bytes
@@ -24,39 +24,26 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by `twotower export`")
-    parser.add_argument(
-        "--target",
-        default="ort-cpu",
-        metavar="T",
-        help="what to build for (default: ort-cpu, which runs on any machine)",
-    )
-    parser.add_argument(
-        "--from-config",
-        type=Path,
-        metavar="FILE",
-        help="make BUNDLE first, of graphs alone, from a config.json: engines hold no weights, so "
+    add = adder(parser)
+    add("bundle BUNDLE", "a folder made by `twotower export`")
+    add("--target T", "what to build for; ort-cpu runs on any machine", default="ort-cpu")
+    add(
+        "--from-config FILE",
+        "make BUNDLE first, of graphs alone, from a config.json: engines hold no weights, so "
         "none are needed to build them",
+        type=Path,
     )
-    parser.add_argument(
+    add(
         "--dtype",
+        "with --from-config: element type of the graphs (default: the config's)",
         choices=("float32", "float16", "bfloat16"),
-        help="with --from-config: element type of the graphs (default: the config's)",
     )
-    parser.add_argument(
-        "--force", action="store_true", help="rebuild everything, even what is there or cached"
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print what would be built and what it takes, then stop",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print the build record as one JSON object on stdout"
-    )
-    _add_shapes(parser.add_argument_group("what engines are built for"))
-    _add_experts(parser.add_argument_group("what computes the experts, and where weights go"))
-    _add_cache(parser.add_argument_group("cached engines, of rtx and trt"))
+    add("--force", "rebuild everything, even what is there or cached")
+    add("--dry-run", "print what would be built and what it takes, then stop")
+    add("--json", "print the build record as one JSON object on stdout")
+    _add_shapes(adder(parser, "what engines are built for"))
+    _add_experts(adder(parser, "what computes the experts, and where weights go"))
+    _add_cache(adder(parser, "cached engines, of rtx and trt"))
     parser.epilog = (
         "The result lies in BUNDLE/engines/<target>. A fitting engine is kept; a killed build\n"
         "leaves the old one, and the same command resumes after the engines it had finished.\n"
@@ -68,98 +55,76 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_shapes(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--sm",
-        metavar="LIST",
-        help="of rtx, and of ort-cuda with --experts kernels: compute capabilities to build for, "
+def _add_shapes(add: Adder) -> None:
+    add(
+        "--sm LIST",
+        "of rtx, and of ort-cuda with --experts kernels: compute capabilities to build for, "
         "e.g. 86,89,120 (default: the GPU here, or these; of ort-cuda the GPUs here, or all there "
         "are kernels for)",
     )
-    group.add_argument(
-        "--max-batch",
+    add("--max-batch N", "of rtx, trt, and --experts kernels: most rows", default=8)
+    add(
+        "--max-context N",
+        "of rtx, trt: longest text, prompt and answer (default: 4096 or the model's)",
         type=int,
-        default=8,
-        metavar="N",
-        help="of rtx, trt, and --experts kernels: most rows (default: %(default)s)",
     )
-    group.add_argument(
-        "--max-context",
-        type=int,
-        metavar="N",
-        help="of rtx, trt: longest text, prompt and answer (default: 4096 or the model's)",
-    )
-    group.add_argument(
-        "--segments",
-        type=int,
+    add(
+        "--segments N",
+        "of rtx, trt: cut towers into N engines with dense experts, to spread them over GPUs",
         default=1,
-        metavar="N",
-        help="of rtx, trt: cut towers into N engines with dense experts, to spread them over GPUs "
-        "(default: 1)",
     )
-    group.add_argument(
-        "--max-build-memory",
-        metavar="SIZE",
-        help="of rtx, trt: cut towers whose engines hold weights, so that the build of each stays "
+    add(
+        "--max-build-memory SIZE",
+        "of rtx, trt: cut towers whose engines hold weights, so that the build of each stays "
         "below this, e.g. 16G; rarely needed",
     )
 
 
-def _add_experts(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+def _add_experts(add: Adder) -> None:
+    add(
         "--experts",
-        default="auto",
-        choices=("auto", "kernels", "fused", "dense"),
-        help="of rtx, trt, ort-cuda: `kernels` cuts towers at every layer of experts and computes "
+        "of rtx, trt, ort-cuda: `kernels` cuts towers at every layer of experts and computes "
         "the chosen ones between the programs (SM 80 and later; needs the extra `kernels`); "
         "`fused`, of ort-cuda alone, makes each layer one operator that computes the chosen ones; "
         "`dense` computes every expert for every token in the engine; `auto` takes what computes "
-        "the chosen ones if these experts allow it, and otherwise reports why not "
-        "(default: %(default)s)",
+        "the chosen ones if these experts allow it, and otherwise reports why not",
+        default="auto",
+        choices=("auto", "kernels", "fused", "dense"),
     )
-    group.add_argument(
+    add(
         "--weights",
+        "of rtx, trt: `inputs` builds programs that read the bundle's weights and hold only "
+        "what the library takes as constants; `inside` puts all weights into the engines",
         default="inputs",
         choices=("inputs", "inside"),
-        help="of rtx, trt: `inputs` builds programs that read the bundle's weights and hold only "
-        "what the library takes as constants; `inside` puts all weights into the engines "
-        "(default: %(default)s)",
     )
-    group.add_argument(
+    add(
         "--allow-expanded",
-        action="store_true",
-        help="of rtx: keep engines that expand quantized experts in device memory in every pass, "
+        "of rtx: keep engines that expand quantized experts in device memory in every pass, "
         "which is slower than float experts",
     )
-    group.add_argument(
+    add(
         "--dialect",
+        "of ort-cpu: `chosen` engines compute only the experts that a token chose; "
+        "`standard` ones keep the exported graph, which computes all",
         default="chosen",
         choices=("chosen", "standard"),
-        help="of ort-cpu: `chosen` engines compute only the experts that a token chose; "
-        "`standard` ones keep the exported graph, which computes all (default: %(default)s)",
     )
 
 
-def _add_cache(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--cache",
-        type=Path,
-        metavar="DIR",
-        help="keep built engines here, to share them between bundles (default: in the bundle, "
+def _add_cache(add: Adder) -> None:
+    add(
+        "--cache DIR",
+        "keep built engines here, to share them between bundles (default: in the bundle, "
         "where an engine in use and its entry are one file)",
+        type=Path,
     )
-    group.add_argument(
-        "--cache-size",
+    add(
+        "--cache-size SIZE",
+        "room for cached engines that no target uses; the least recently used are deleted first",
         default="20G",
-        metavar="SIZE",
-        help="room for cached engines that no target uses; the least recently used are deleted "
-        "first (default: %(default)s)",
     )
-    group.add_argument(
-        "--no-cache",
-        action="store_true",
-        help="neither take engines from the cache nor keep them there",
-    )
+    add("--no-cache", "neither take engines from the cache nor keep them there")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from twotower.cli.options import add_generation_options, checked_bundle, generation_overrides
+from twotower.cli.options import add_generation_options, adder, checked_bundle, generation_overrides
 from twotower.cli.progress import ProgressLine
 from twotower.config import GenerationConfig
 
@@ -15,27 +15,17 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "bundle",
-        metavar="BUNDLE",
-        help="a float bundle; its ort-cpu engine is built if it is not there",
-    )
-    parser.add_argument(
-        "--prompts",
+    add = adder(parser)
+    add("bundle BUNDLE", "a float bundle; its ort-cpu engine is built if it is not there")
+    add(
+        "--prompts F.jsonl",
+        'one {"text": ...} or {"tokens": [...]} a line, like --prompt-file of generate',
         required=True,
-        metavar="F.jsonl",
-        help='one {"text": ...} or {"tokens": [...]} a line, like --prompt-file of generate',
     )
-    parser.add_argument("-o", "--output", required=True, metavar="STATS", help="the folder to make")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
-    parser.add_argument(
-        "--no-plot",
-        action="store_true",
-        help="do not draw ranges against the masked fraction (needs no matplotlib)",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print what was gathered as one JSON object on stdout"
-    )
+    add("-o --output STATS", "the folder to make", required=True)
+    add("--limit N", "only the first N prompts", type=int)
+    add("--no-plot", "do not draw ranges against the masked fraction (needs no matplotlib)")
+    add("--json", "print what was gathered as one JSON object on stdout")
     add_generation_options(parser)
     parser.epilog = (
         "Generates from every prompt with the runtime's own loop, one after the other, and\n"

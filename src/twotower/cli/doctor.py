@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from twotower.cli.options import adder
 from twotower.errors import ConfigError
 from twotower.hardware import Machine, probe_machine
 from twotower.report.tables import labelled
@@ -22,25 +23,22 @@ _MARKS = {True: "ok    ", False: "FAILED", None: "note  "}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "bundle",
-        metavar="BUNDLE",
+    add = adder(parser)
+    add(
+        "bundle BUNDLE",
+        "also check this bundle and its engines (default: a small random model)",
         nargs="?",
-        help="also check this bundle and its engines (default: a small random model)",
     )
-    parser.add_argument(
-        "--target",
-        metavar="T",
-        help="the engines to check (default: the best that fits; with --report every one that "
-        "does)",
+    add(
+        "--target T",
+        "the engines to check (default: the best that fits; with --report every one that does)",
     )
-    parser.add_argument(
-        "--report",
-        metavar="FOLDER",
-        help="check every target that runs here, each in a process of its own, time its passes, "
+    add(
+        "--report FOLDER",
+        "check every target that runs here, each in a process of its own, time its passes, "
         "and write results.json, logs.tar.gz and <device>.md into FOLDER",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    add("--json", "print one JSON object on stdout")
     # How a report starts the process of a section.
     for name in ("--section", "--answers", "--seconds"):
         parser.add_argument(name, help=argparse.SUPPRESS)

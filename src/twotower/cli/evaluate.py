@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twotower.cli.options import add_suite_options, chosen_suite, number_list, opened_session
+from twotower.cli.options import add_suite_options, adder, chosen_suite, number_list, opened_session
 from twotower.cli.progress import ProgressLine
 from twotower.errors import ConfigError
 from twotower.files import write_atomically
@@ -26,74 +26,41 @@ EXIT_BELOW_BUDGET = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "bundle", metavar="BUNDLE", help="a bundle with built engines and a tokenizer"
-    )
-    parser.add_argument(
-        "--against",
-        metavar="BUNDLE2",
-        help="a second bundle, measured on the same problems in the same run; if one of the two is "
+    add = adder(parser)
+    add("bundle BUNDLE", "a bundle with built engines and a tokenizer")
+    add(
+        "--against BUNDLE2",
+        "a second bundle, measured on the same problems in the same run; if one of the two is "
         "quantized, the report is about the impact of that: bytes, quality, passes a block and "
         "speed, layer kind by layer kind",
     )
     add_suite_options(parser)
-    sweep = parser.add_argument_group(
-        "what to measure beside the bundle's default preset and its own autoregression"
+    add = adder(
+        parser, "what to measure beside the bundle's default preset and its own autoregression"
     )
-    sweep.add_argument(
-        "--thresholds",
-        default="0.5,0.7,0.8,0.9,0.95,0.98",
-        metavar="X,Y",
-        help="commit thresholds of the sweep (%(default)s)",
-    )
-    sweep.add_argument(
-        "--steps",
-        default="2,4,16",
-        metavar="N,M",
-        help="most passes a block, each with every threshold (%(default)s)",
-    )
-    sweep.add_argument(
-        "--no-likelihood",
-        dest="likelihood",
-        action="store_false",
-        help="do not score the right answers with the context tower",
-    )
-    impact = parser.add_argument_group("of a quantized bundle --against the float one")
-    impact.add_argument(
-        "--no-sensitivity",
-        dest="sensitivity",
-        action="store_false",
-        help="do not measure one layer kind, and one tower, quantized at a time",
-    )
-    impact.add_argument(
-        "--max-inflation",
-        type=float,
-        default=5.0,
-        metavar="P",
-        help="percent of more passes a block to accept (%(default)s)",
-    )
-    impact.add_argument(
+    add("--thresholds X,Y", "commit thresholds of the sweep", default="0.5,0.7,0.8,0.9,0.95,0.98")
+    add("--steps N,M", "most passes a block, each with every threshold", default="2,4,16")
+    add("--no-likelihood", "do not score the right answers with the context tower")
+    add = adder(parser, "of a quantized bundle --against the float one")
+    add("--no-sensitivity", "do not measure one layer kind, and one tower, quantized at a time")
+    add("--max-inflation P", "percent of more passes a block to accept", default=5.0)
+    add(
         "--no-note",
-        action="store_true",
-        help="do not write the result, and its flags, into the quantized bundle's bundle.json",
+        "do not write the result, and its flags, into the quantized bundle's bundle.json",
     )
-    out = parser.add_argument_group("what to do with the result")
-    out.add_argument(
-        "--budget",
-        type=float,
-        metavar="P",
-        help="percent of autoregression's right answers to keep, of a quantized bundle those of "
+    add = adder(parser, "what to do with the result")
+    add(
+        "--budget P",
+        "percent of autoregression's right answers to keep, of a quantized bundle those of "
         "the float one (98.7); exit code 3 below it",
+        type=float,
     )
-    out.add_argument(
-        "--html",
-        metavar="FILE",
-        help="write a self-contained page, and beside it the curve as .png and the data as .json",
+    add(
+        "--html FILE",
+        "write a self-contained page, and beside it the curve as .png and the data as .json",
     )
-    out.add_argument("-o", "--output", metavar="FILE", help="write the data as JSON")
-    out.add_argument(
-        "--json", action="store_true", help="print the data as one JSON object on stdout"
-    )
+    add("-o --output FILE", "write the data as JSON")
+    add("--json", "print the data as one JSON object on stdout")
     parser.epilog = (
         "Every setting answers every problem, one at a time and in turn. Intervals are 95 %\n"
         "bootstrap intervals over the problems.\n"
@@ -110,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         steps=_swept(args.steps, "--steps", int),
         max_new_tokens=args.max_new_tokens,
         budget=args.budget,
-        likelihood=args.likelihood,
+        likelihood=not args.no_likelihood,
     )
     suite = chosen_suite(args)
     files = _outputs(args)
@@ -225,7 +192,7 @@ def _impact(
         (first, second) if pair.quantized.path == Path(args.bundle) else (second, first),
         suite,
         config,
-        sensitivity=args.sensitivity,
+        sensitivity=not args.no_sensitivity,
         threads=args.threads,
         progress=lambda done, total: line("answering", done, total),
     )

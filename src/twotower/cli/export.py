@@ -7,41 +7,28 @@ import json
 import sys
 from pathlib import Path
 
+from twotower.cli.options import adder
+
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="a local folder in the published layout, or a hub id",
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        required=True,
-        metavar="BUNDLE",
-        help="the folder to make; it must not exist",
-    )
-    parser.add_argument(
+    add = adder(parser)
+    add("checkpoint CHECKPOINT", "a local folder in the published layout, or a hub id")
+    add("-o --output BUNDLE", "the folder to make; it must not exist", required=True)
+    add(
         "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="element type of weights and residual stream (default: the checkpoint's); the SSM "
+        "element type of weights and residual stream (default: the checkpoint's); the SSM "
         "state is float32 in any case",
+        choices=("float32", "float16", "bfloat16"),
     )
-    parser.add_argument(
-        "--block-size",
-        type=int,
-        default=16,
-        metavar="S",
-        help="block size the denoiser was trained with (default: 16)",
-    )
-    parser.add_argument(
+    add("--block-size S", "block size the denoiser was trained with", default=16)
+    add(
         "--verify",
+        "compare ONNX Runtime with the torch towers before publishing; of a model too large "
+        "for this machine one layer of each kind",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compare ONNX Runtime with the torch towers before publishing; of a model too large "
-        "for this machine one layer of each kind",
     )
     parser.epilog = (
         "Weights are streamed: memory stays small and the disk needs the size of the weights.\n"

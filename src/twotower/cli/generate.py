@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from twotower.cli.options import (
     add_generation_options,
     add_session_options,
+    adder,
     generation_overrides,
     number_list,
     opened_session,
@@ -26,35 +27,20 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle with built engines")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "prompt",
-        metavar="PROMPT",
-        nargs="?",
-        help="text to continue (needs a bundle with a tokenizer)",
-    )
-    source.add_argument(
-        "--tokens", metavar='"5 6 7"', help="token ids to continue, separated by spaces or commas"
-    )
-    source.add_argument(
-        "--prompt-file",
-        metavar="F.jsonl",
-        help='one {"text": ...} or {"tokens": [...]} a line, if wanted with options of its own',
+    add = adder(parser)
+    add("bundle BUNDLE", "a bundle with built engines")
+    prompt = adder(parser.add_mutually_exclusive_group(required=True))
+    prompt("prompt PROMPT", "text to continue (needs a bundle with a tokenizer)", nargs="?")
+    prompt('--tokens "5 6 7"', "token ids to continue, separated by spaces or commas")
+    prompt(
+        "--prompt-file F.jsonl",
+        'one {"text": ...} or {"tokens": [...]} a line, if wanted with options of its own',
     )
     add_generation_options(parser)
     add_session_options(parser)
-    parser.add_argument(
-        "--max-batch",
-        type=int,
-        default=8,
-        metavar="N",
-        help="prompts generated together at most (8)",
-    )
-    parser.add_argument("--stream", action="store_true", help="print each block as it is committed")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object a request on stdout"
-    )
+    add("--max-batch N", "prompts generated together at most", default=8)
+    add("--stream", "print each block as it is committed")
+    add("--json", "print one JSON object a request on stdout")
     parser.epilog = (
         'example: twotower generate bundle "France is a country" '
         "--threshold 0.8 --max-new-tokens 64"

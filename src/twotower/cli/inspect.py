@@ -19,6 +19,7 @@ from twotower.bundle import (
 )
 from twotower.cli.engine_table import EngineReport, fusion_lines, program_lines
 from twotower.cli.expert_words import expert_words
+from twotower.cli.options import adder
 from twotower.errors import ConfigError, EngineMismatchError
 from twotower.hardware import TARGETS, Machine, installed_version, probe_machine, select_target
 from twotower.report.tables import labelled
@@ -28,15 +29,13 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "path",
-        metavar="CHECKPOINT|BUNDLE|GRAPH.onnx|RTX.engine",
-        help="a checkpoint (local folder or hub id), a bundle, an ONNX file or an engine of rtx",
+    add = adder(parser)
+    add(
+        "path CHECKPOINT|BUNDLE|GRAPH.onnx|RTX.engine",
+        "a checkpoint (local folder or hub id), a bundle, an ONNX file or an engine of rtx",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    parser.add_argument(
-        "--verify", action="store_true", help="of a bundle: also compare every file's SHA-256"
-    )
+    add("--json", "print one JSON object on stdout")
+    add("--verify", "of a bundle: also compare every file's SHA-256")
     parser.epilog = (
         "Reads headers only: two seconds for the 110 GiB of the published checkpoint.\n"
         "Of a bundle it shows every built engine: what it is for, what the build took, and\n"

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from twotower.runtime import TwoTower
 
 __all__ = [
+    "Adder",
     "add_device_options",
     "add_generation_options",
     "add_session_options",
     "add_suite_options",
+    "adder",
     "byte_size",
     "checked_bundle",
     "chosen_suite",
@@ -36,138 +38,129 @@ _D = GenerationConfig()
 _Number = TypeVar("_Number", int, float)
 
 
+Adder = Callable[..., None]
+
+
+def adder(container: argparse._ActionsContainer, group: str = "") -> Adder:
+    """A function that adds an option to a parser, or to a new group of it.
+
+    It takes the names as a usage line shows them, `-o --output FILE`, the help, and what else
+    `add_argument` takes. An option without a word for its value is a switch; a default is shown and
+    gives the type.
+    """
+    if group:
+        container = container.add_argument_group(group)
+
+    def add(names: str, text: str, **how: Any) -> None:
+        words = names.split()
+        flags = [word for word in words if word.startswith("-")] or words[:1]
+        value = " ".join(words[len(flags) :])
+        if value:
+            how["metavar"] = value
+        elif not how.keys() & {"action", "choices", "nargs"}:
+            how["action"] = "store_true"
+        if "action" not in how and how.get("default") is not None:
+            how.setdefault("type", type(how["default"]))
+            text += " (default: %(default)s)"
+        container.add_argument(*flags, help=text, **how)
+
+    return add
+
+
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     """One option a field of `GenerationConfig`; those not given stay None."""
-    group = parser.add_argument_group(
-        "how to generate (defaults: the bundle's, which start as the ones shown)"
-    )
-    add = group.add_argument
+    add = adder(parser, "how to generate (defaults: the bundle's, which start as the ones shown)")
     add(
         "--mode",
-        choices=MODES,
-        help="diffusion: both towers; ar: the context tower alone; auto: the one expected to be "
+        "diffusion: both towers; ar: the context tower alone; auto: the one expected to be "
         f"faster for each batch, which the result names ({_D.mode})",
+        choices=MODES,
     )
+    add("--max-new-tokens N", f"tokens to generate at most ({_D.max_new_tokens})", type=int)
+    add("--block-size S", f"tokens denoised together ({_D.block_size})", type=int)
     add(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help=f"tokens to generate at most ({_D.max_new_tokens})",
-    )
-    add("--block-size", type=int, metavar="S", help=f"tokens denoised together ({_D.block_size})")
-    add(
-        "--steps",
+        "--steps N",
+        f"denoiser passes a block at most ({_D.steps_per_block})",
         dest="steps_per_block",
         type=int,
-        metavar="N",
-        help=f"denoiser passes a block at most ({_D.steps_per_block})",
     )
     add(
-        "--threshold",
+        "--threshold X",
+        f"commit predictions more confident than this ({_D.confidence_threshold}; "
+        "0.8 is the published operating point)",
         dest="confidence_threshold",
         type=float,
-        metavar="X",
-        help=f"commit predictions more confident than this ({_D.confidence_threshold}; "
-        "0.8 is the published operating point)",
     )
-    add("--temperature", type=float, metavar="X", help="0 is greedy (0)")
+    add("--temperature X", "0 is greedy (0)", type=float)
+    add("--top-k N", "sample among the N best tokens, 0 for all 64 kept candidates (0)", type=int)
+    add("--top-p X", "nucleus sampling, ar mode only (1)", type=float)
     add(
-        "--top-k",
-        type=int,
-        metavar="N",
-        help="sample among the N best tokens, 0 for all 64 kept candidates (0)",
-    )
-    add("--top-p", type=float, metavar="X", help="nucleus sampling, ar mode only (1)")
-    add(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="seed of the noise at a temperature above 0: with it the same prompt gives the same "
+        "--seed N",
+        "seed of the noise at a temperature above 0: with it the same prompt gives the same "
         "text, in any batch (default: drawn for each prompt, and reported with its text)",
+        type=int,
     )
-    add(
-        "--stop",
-        action="append",
-        metavar="STR",
-        help="end the text before this string; may be repeated",
-    )
-    switch: dict[str, Any] = {"action": "store_true", "default": None}
-    add("--ignore-eos", **switch, help="go on past the end-of-sequence token")
+    add("--stop STR", "end the text before this string; may be repeated", action="append")
+    add("--ignore-eos", "go on past the end-of-sequence token", default=None)
     add(
         "--allow-untrained-block-size",
-        **switch,
-        help="permit a block size above the trained one (quality collapses)",
+        "permit a block size above the trained one (quality collapses)",
+        default=None,
     )
 
 
 def add_session_options(parser: argparse.ArgumentParser) -> None:
     """What `TwoTower.open` takes, the size of a batch left out."""
-    parser.add_argument(
-        "--preset",
-        metavar="NAME",
-        help="start from this preset of the bundle instead of its default (see `twotower tune`)",
+    add = adder(parser)
+    add(
+        "--preset NAME",
+        "start from this preset of the bundle instead of its default (see `twotower tune`)",
     )
-    _add_engine_options(parser)
-    parser.add_argument(
-        "--max-context",
-        type=int,
-        metavar="N",
-        help="longest text, prompt and answer (default: the model's)",
-    )
+    _add_engine_options(add)
+    add("--max-context N", "longest text, prompt and answer (default: the model's)", type=int)
     add_device_options(parser)
 
 
-def _add_engine_options(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--target",
-        metavar="T",
-        help="engine to run (default: the best that is built and fits this machine)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
+def _add_engine_options(add: Adder) -> None:
+    add("--target T", "engine to run (default: the best that is built and fits this machine)")
+    add(
+        "--threads N",
+        "threads of a CPU engine, 0 for each usable core, or one for a small model",
         default=0,
-        metavar="N",
-        help="threads of a CPU engine (0: one for each usable core, one for a small model)",
     )
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Where a GPU engine runs, and how its passes are launched."""
-    parser.add_argument(
-        "--devices",
-        metavar="LIST",
-        help="GPUs by number (default: 0); of two, the first takes the context tower, e.g. 0,1; "
+    add = adder(parser)
+    add(
+        "--devices LIST",
+        "GPUs by number (default: 0); of two, the first takes the context tower, e.g. 0,1; "
         "segments are spread over more",
     )
-    parser.add_argument(
+    add(
         "--no-cuda-graphs",
-        action="store_true",
-        help="launch every kernel of a pass by itself instead of replaying a captured CUDA graph",
+        "launch every kernel of a pass by itself instead of replaying a captured CUDA graph",
     )
-    parser.add_argument(
-        "--warm-up",
-        metavar="LIST",
-        help="batch sizes whose kernels are compiled while the engines are opened, e.g. 1,8 "
+    add(
+        "--warm-up LIST",
+        "batch sizes whose kernels are compiled while the engines are opened, e.g. 1,8 "
         "(default: none; they are compiled when they first run, and cached)",
     )
 
 
 def add_suite_options(parser: argparse.ArgumentParser) -> None:
     """Which problems are answered, and with which engine."""
-    group = parser.add_argument_group("which problems")
-    group.add_argument(
-        "--suite",
-        metavar="F.jsonl",
-        help='a problem a line: {"kind": ..., "prompt": ..., "answer": ...} '
+    add = adder(parser, "which problems")
+    add(
+        "--suite F.jsonl",
+        'a problem a line: {"kind": ..., "prompt": ..., "answer": ...} '
         "(default: the suite of this package)",
     )
-    group.add_argument("--kinds", metavar="A,B", help="only these kinds")
-    group.add_argument("--limit", type=int, metavar="N", help="only N problems of each kind")
-    group.add_argument(
-        "--max-new-tokens", type=int, default=160, metavar="N", help="longest answer (%(default)s)"
-    )
-    _add_engine_options(group)
+    add("--kinds A,B", "only these kinds")
+    add("--limit N", "only N problems of each kind", type=int)
+    add("--max-new-tokens N", "longest answer", default=160)
+    _add_engine_options(add)
     add_device_options(parser)
 
 

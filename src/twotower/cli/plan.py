@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from twotower.cli.options import adder
 from twotower.hardware import TARGETS
 from twotower.units import format_bytes
 
@@ -20,80 +21,45 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = adder(parser)
     add(
-        "path",
-        metavar="CHECKPOINT|BUNDLE|CONFIG",
-        help="a checkpoint (local folder or hub id), a bundle, or a config.json",
+        "path CHECKPOINT|BUNDLE|CONFIG",
+        "a checkpoint (local folder or hub id), a bundle, or a config.json",
+    )
+    add("--target T", f"what would be built: {', '.join(TARGETS)}", default="rtx")
+    add("--dtype D", "float32, float16 or bfloat16 (default: the checkpoint's or bundle's)")
+    add(
+        "--experts R",
+        "routed experts in int8, fp8, int4 or nvfp4, as `twotower quantize` makes them",
     )
     add(
-        "--target",
-        default="rtx",
-        metavar="T",
-        help=f"what would be built: {', '.join(TARGETS)} (default: %(default)s)",
-    )
-    add(
-        "--dtype",
-        metavar="D",
-        help="float32, float16 or bfloat16 (default: the checkpoint's or bundle's)",
-    )
-    add(
-        "--experts",
-        metavar="R",
-        help="routed experts in int8, fp8, int4 or nvfp4, as `twotower quantize` makes them",
-    )
-    add(
-        "--expert-path",
-        default="auto",
-        metavar="P",
-        help="what computes experts: `kernels` of our own (rtx, trt; SM 80 and later) or a `fused` "
+        "--expert-path P",
+        "what computes experts: `kernels` of our own (rtx, trt; SM 80 and later) or a `fused` "
         "operator (ort-cuda) compute those that a token chose, `dense` engines all of them; `auto` "
-        "plans what `twotower build` takes by itself: the chosen ones where it can "
-        "(default: %(default)s)",
+        "plans what `twotower build` takes by itself: the chosen ones where it can",
+        default="auto",
     )
+    add("--mode M", "diffusion: both towers; ar: the context tower alone", default="diffusion")
+    add("--max-batch N", "most rows", default=8)
     add(
-        "--mode",
-        default="diffusion",
-        metavar="M",
-        help="diffusion: both towers; ar: the context tower alone",
-    )
-    add("--max-batch", type=int, default=8, metavar="N", help="most rows (default: %(default)s)")
-    add(
-        "--max-context",
+        "--max-context N",
+        "longest text, prompt and answer (default: 4096 or the model's)",
         type=int,
-        metavar="N",
-        help="longest text, prompt and answer (default: 4096 or the model's)",
     )
     add(
-        "--max-build-memory",
-        metavar="SIZE",
-        help="of rtx, trt: cut towers whose engines hold weights, so that the build of each stays "
+        "--max-build-memory SIZE",
+        "of rtx, trt: cut towers whose engines hold weights, so that the build of each stays "
         "below this, e.g. 16G",
     )
-    add("--sm", metavar="LIST", help="of rtx: compute capabilities to build for, e.g. 86,89,120")
+    add("--sm LIST", "of rtx: compute capabilities to build for, e.g. 86,89,120")
+    add("--gpu NAME", "a GPU, e.g. 'RTX 4090' or '2x H100', or all (default: those here, or all)")
+    add("--devices N", "spread over N GPUs: a tower each, or segments of them", default=1)
     add(
-        "--gpu",
-        metavar="NAME",
-        help="a GPU, e.g. 'RTX 4090' or '2x H100', or all (default: those here, or all)",
+        "--disk-rate RATE",
+        "bytes a second the disk with the bundle is read at, e.g. 7G (default: 3G, assumed)",
     )
-    add(
-        "--devices",
-        type=int,
-        default=1,
-        metavar="N",
-        help="spread over N GPUs: a tower each, or segments of them",
-    )
-    add(
-        "--disk-rate",
-        metavar="RATE",
-        help="bytes a second the disk with the bundle is read at, e.g. 7G (default: 3G, assumed)",
-    )
-    add(
-        "--fit",
-        action="store_true",
-        help="exit with 2 unless the plan fits one of the GPUs it is compared with",
-    )
-    add("--json", action="store_true", help="print one JSON object on stdout")
+    add("--fit", "exit with 2 unless the plan fits one of the GPUs it is compared with")
+    add("--json", "print one JSON object on stdout")
     parser.epilog = (
         "Exits with 2, and with what would fit, if the plan fits no GPU of --gpu NAME, none of\n"
         "the GPUs of this machine, or, with --fit, none of the table. On a machine without a GPU\n"

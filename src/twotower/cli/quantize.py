@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twotower.cli.options import add_suite_options, checked_bundle, chosen_suite
+from twotower.cli.options import add_suite_options, adder, checked_bundle, chosen_suite
 from twotower.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -27,82 +27,42 @@ EXIT_BELOW_BUDGET = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = adder(parser)
     # The libraries that quantize are not needed for the help.
     file = resources.files("twotower") / "calibration" / "data" / "recipes.toml"
     recipes = tomllib.loads(file.read_text(encoding="utf-8"))
-    parser.add_argument("bundle", metavar="BUNDLE", help="a float bundle; it is not changed")
-    parser.add_argument(
-        "--recipe",
-        required=True,
-        metavar="R",
-        help=f"{', '.join(recipes)}, auto, or a .toml file of your own",
+    add("bundle BUNDLE", "a float bundle; it is not changed")
+    add("--recipe R", f"{', '.join(recipes)}, auto, or a .toml file of your own", required=True)
+    add("-o --output BUNDLE2", "the folder to make; not needed with --dry-run")
+    add(
+        "--stats STATS",
+        "statistics of `twotower calibrate`; int8 and fp8 need them, auto uses them",
     )
-    parser.add_argument(
-        "-o", "--output", metavar="BUNDLE2", help="the folder to make; not needed with --dry-run"
-    )
-    parser.add_argument(
-        "--stats",
-        metavar="STATS",
-        help="statistics of `twotower calibrate`; int8 and fp8 need them, auto uses them",
-    )
-    parser.add_argument(
-        "--group",
-        type=int,
-        metavar="N",
-        help="int4: weights that share a scale, 32, 64 or 128 (the recipe's)",
-    )
-    parser.add_argument(
-        "--rounding",
+    add("--group N", "int4: weights that share a scale, 32, 64 or 128 (the recipe's)", type=int)
+    add(
+        "--rounding W",
+        "how weights are quantized: plain, or mse, which clips where that lowers the error",
         default="mse",
-        metavar="W",
-        help="how weights are quantized: plain, or mse, which clips where that lowers the error "
-        "(%(default)s)",
     )
-    parser.add_argument(
-        "--ranges",
-        default="mse",
-        metavar="W",
-        help="how activation ranges are chosen: max, percentile or mse (%(default)s)",
-    )
-    parser.add_argument(
-        "--calibrated-on",
+    add("--ranges W", "how activation ranges are chosen: max, percentile or mse", default="mse")
+    add(
+        "--calibrated-on W",
+        "statistics to use: trajectories, those of all denoising passes, or text, those of "
+        "finished blocks only, to compare",
         default="trajectories",
-        metavar="W",
-        help="statistics to use: trajectories, those of all denoising passes, or text, those of "
-        "finished blocks only, to compare (%(default)s)",
     )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the format of each layer kind and the size of the result; write nothing",
+    add(
+        "--dry-run", "print the format of each layer kind and the size of the result; write nothing"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print the result as one JSON object on stdout"
-    )
-    auto = parser.add_argument_group(
+    add("--json", "print the result as one JSON object on stdout")
+    add = adder(
+        parser,
         "--recipe auto: the smallest formats within a budget of quality and passes, found by "
-        "measuring"
+        "measuring",
     )
-    auto.add_argument(
-        "--budget",
-        type=float,
-        default=98.7,
-        metavar="P",
-        help="percent of the float bundle's right answers to keep (%(default)s)",
-    )
-    auto.add_argument(
-        "--max-inflation",
-        type=float,
-        default=5.0,
-        metavar="P",
-        help="percent of more passes a block to accept (%(default)s)",
-    )
-    auto.add_argument(
-        "--formats",
-        default="int4,int8",
-        metavar="A,B",
-        help="formats to try, of int4, nvfp4, int8 and fp8 (%(default)s)",
-    )
+    add("--budget P", "percent of the float bundle's right answers to keep", default=98.7)
+    add("--max-inflation P", "percent of more passes a block to accept", default=5.0)
+    add("--formats A,B", "formats to try, of int4, nvfp4, int8 and fp8", default="int4,int8")
     add_suite_options(parser)
     parser.epilog = "\n".join(
         [

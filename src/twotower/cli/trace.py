@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from twotower.cli.options import (
     add_generation_options,
     add_session_options,
+    adder,
     generation_overrides,
     number_list,
     opened_session,
@@ -30,48 +31,29 @@ EXIT_DIFFERENT = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source",
-        metavar="BUNDLE|FILE.jsonl",
+    add = adder(parser)
+    add(
+        "source BUNDLE|FILE.jsonl",
+        "a bundle with built engines, or a trace to show again; none with --diff",
         nargs="?",
-        help="a bundle with built engines, or a trace to show again; none with --diff",
     )
-    parser.add_argument(
-        "prompt",
-        metavar="PROMPT",
-        nargs="?",
-        help="text to continue (needs a bundle with a tokenizer)",
-    )
-    parser.add_argument(
-        "--tokens", metavar='"5 6 7"', help="token ids to continue, separated by spaces or commas"
-    )
+    add("prompt PROMPT", "text to continue (needs a bundle with a tokenizer)", nargs="?")
+    add('--tokens "5 6 7"', "token ids to continue, separated by spaces or commas")
     out = parser.add_argument_group("what to do with the trace (default: print a line a pass)")
-    out.add_argument(
-        "-o",
-        "--output",
-        metavar="FILE.jsonl",
-        help="write the trace: a header, a line a pass, a line a block, an end",
+    add = adder(out)
+    add(
+        "-o --output FILE.jsonl", "write the trace: a header, a line a pass, a line a block, an end"
     )
-    out.add_argument(
-        "--html", metavar="FILE.html", help="write a self-contained page that replays it"
-    )
-    shown = out.add_mutually_exclusive_group()
-    shown.add_argument(
-        "--live",
-        action="store_true",
-        help="draw the block while it is generated; of a trace file: replay it",
-    )
-    shown.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object on stdout: the result and a summary of the passes",
-    )
-    out.add_argument(
+    add("--html FILE.html", "write a self-contained page that replays it")
+    shown = adder(out.add_mutually_exclusive_group())
+    shown("--live", "draw the block while it is generated; of a trace file: replay it")
+    shown("--json", "print one JSON object on stdout: the result and a summary of the passes")
+    add(
         "--diff",
+        "compare two traces, or two bundles (BUNDLE or BUNDLE@TARGET) given PROMPT, and show "
+        "where they diverge first",
         nargs=2,
         metavar=("A", "B"),
-        help="compare two traces, or two bundles (BUNDLE or BUNDLE@TARGET) given PROMPT, and show "
-        "where they diverge first",
     )
     add_generation_options(parser)
     add_session_options(parser)

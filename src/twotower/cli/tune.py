@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from twotower.cli.options import add_suite_options, chosen_suite, number_list, opened_session
+from twotower.cli.options import add_suite_options, adder, chosen_suite, number_list, opened_session
 from twotower.cli.progress import ProgressLine
 
 __all__ = ["add_arguments", "run"]
@@ -17,43 +17,22 @@ EXIT_NO_SETTING = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "bundle",
-        metavar="BUNDLE",
-        help="a bundle with built engines and a tokenizer; it is not changed",
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
+    add = adder(parser)
+    add("bundle BUNDLE", "a bundle with built engines and a tokenizer; it is not changed")
+    add(
+        "-o --output BUNDLE2",
+        "the folder to make: the same bundle with presets (files are hard links)",
         required=True,
-        metavar="BUNDLE2",
-        help="the folder to make: the same bundle with presets (files are hard links)",
     )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=98.7,
-        metavar="P",
-        help="percent of autoregression's right answers to keep (%(default)s)",
-    )
-    parser.add_argument(
-        "--loose",
-        type=float,
-        default=5.0,
-        metavar="P",
-        help="percentage points below the budget that the preset `fast` may go (%(default)s)",
+    add("--budget P", "percent of autoregression's right answers to keep", default=98.7)
+    add(
+        "--loose P", "percentage points below the budget that the preset `fast` may go", default=5.0
     )
     add_suite_options(parser)
-    grid = parser.add_argument_group("what to try")
-    grid.add_argument(
-        "--thresholds", metavar="X,Y", help="commit thresholds (default: 13 from 0.3 to 0.99)"
-    )
-    grid.add_argument("--steps", metavar="N,M", help="most passes a block (default: 3,4,6,16)")
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print the presets and all measurements as one JSON object on stdout",
-    )
+    grid = adder(parser, "what to try")
+    grid("--thresholds X,Y", "commit thresholds (default: 13 from 0.3 to 0.99)")
+    grid("--steps N,M", "most passes a block (default: 3,4,6,16)")
+    add("--json", "print the presets and all measurements as one JSON object on stdout")
     parser.epilog = (
         "Presets are chosen on one half of the problems and checked on the other. `balanced`\n"
         "becomes the default; `twotower generate BUNDLE2 --preset fast` uses another.\n"
