@@ -171,7 +171,7 @@ class Tensor:
             file.seek(self.offset)
             for start in range(0, self.nbytes, step):
                 piece = np.empty(min(step, self.nbytes - start), np.uint8)
-                self._fill(file, memoryview(piece))
+                self._fill(file, piece.data)
                 yield piece
 
     def numpy(self) -> npt.NDArray[Any]:
