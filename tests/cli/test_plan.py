@@ -44,7 +44,7 @@ def test_a_small_model_fits_every_gpu_rtx_lists(capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     assert out.count("  yes  ") == 3
     assert "rtx does not list SM 90" in out
-    for word in ("exact ", "estimated ", "1e9 bytes"):
+    for word in ("exact ", "estimated ", "GiB"):
         assert word in out
 
 
@@ -69,8 +69,8 @@ def test_a_build_that_this_host_has_no_memory_for_is_told(
         == 0
     )
     out = capsys.readouterr().out
-    assert "33.0 GB of weights inside" in out
-    assert "weights the bundle holds too: trt 33.0 GB, rtx 33.0 GB" in out
+    assert "30.8 GiB of weights inside" in out
+    assert "weights the bundle holds too: trt 30.8 GiB, rtx 30.8 GiB" in out
     assert "not enough for the build; see --max-build-memory" in out
     assert main(["plan", published, "--target", "rtx", "--experts", "int4"]) == 0
     out = capsys.readouterr().out
@@ -87,7 +87,7 @@ def test_several_devices_are_told_with_the_cut_they_take(
         == 0
     )
     out = capsys.readouterr().out
-    assert "3:  32.8 GB  denoiser layers 27 to 51" in out
+    assert "3: 30.5 GiB  denoiser layers 27 to 51" in out
     assert "built with --segments 2" in out
     assert main(["plan", published, "--target", "trt", "--devices", "4"]) == 0
     out = capsys.readouterr().out
@@ -203,7 +203,7 @@ def test_experts_that_a_pass_expands_are_told_and_not_recommended(
     assert "`twotower quantize --recipe int8`" in out
     assert main([*dense, "--experts", "nvfp4", "--gpu", "RTX PRO 6000"]) == 0
     out = capsys.readouterr().out
-    assert "58.7 GB written and 58.7 GB read besides, slower than bfloat16 experts" in out
+    assert "54.7 GiB written and 54.7 GiB read besides, slower than bfloat16 experts" in out
     assert (
         main(["plan", published, "--target", "ort-cuda", "--gpu", "H100", "--expert-path", "dense"])
         == 2
@@ -220,7 +220,7 @@ def test_experts_that_a_pass_expands_are_told_and_not_recommended(
     assert main(["plan", published, "--target", "ort-cuda", "--experts", "int4"]) == 0
     out = capsys.readouterr().out
     assert "one operator of ONNX Runtime a layer computes those that a token chose" in out
-    assert "weights the bundle holds too: ort-cuda 29.4 GB" in out
+    assert "weights the bundle holds too: ort-cuda 27.4 GiB" in out
 
 
 def test_kernels_expand_no_experts_and_every_format_is_recommended(
@@ -230,11 +230,11 @@ def test_kernels_expand_no_experts_and_every_format_is_recommended(
     assert main(["plan", published, "--target", "rtx", "--gpu", "RTX PRO 6000"]) == 2
     err = capsys.readouterr().err
     for words in (
-        "`--experts int8` 70.2 GB",
-        "`--experts fp8` 70.2 GB",
-        "`--experts int4` 44.5 GB",
-        "`--experts nvfp4` 44.5 GB",
-        "`--devices 2` 65.7 GB",
+        "`--experts int8` 65.4 GiB",
+        "`--experts fp8` 65.4 GiB",
+        "`--experts int4` 41.4 GiB",
+        "`--experts nvfp4` 41.4 GiB",
+        "`--devices 2` 61.2 GiB",
     ):
         assert words in err
     assert "left out" not in err

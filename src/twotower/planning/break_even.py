@@ -8,9 +8,10 @@ from twotower.builders.base import DENSE
 from twotower.config.model import ModelConfig
 from twotower.planning.expert_path import distinct_experts, expert_path
 from twotower.planning.gpus import GpuModel
-from twotower.planning.pass_cost import PassCost, PassCosts, pass_costs
+from twotower.planning.pass_cost import PassCost, pass_costs
 from twotower.planning.plan_options import PlanOptions
 from twotower.runtime.auto import PassTimes, break_even
+from twotower.units import format_bytes
 
 __all__ = ["ROWS", "break_even_table", "break_evens"]
 
@@ -30,18 +31,14 @@ def break_evens(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> dic
     """
     out = {}
     for rows in ROWS:
-        times = _times(pass_costs(config, options, rows), gpu)
-        if times is not None:
-            out[rows] = break_even(times, options.block_size)
+        costs = pass_costs(config, options, rows)
+        if costs.denoising is None or not gpu.bandwidth:
+            return {}
+        floors = (costs.denoising, costs.extension, costs.ar_step)
+        denoise, extend, step = (1e3 * (cost.seconds(gpu) or 0.0) for cost in floors)
+        times = PassTimes(denoise_ms=denoise, extend_ms=extend, step_ms=step)
+        out[rows] = break_even(times, options.block_size)
     return out
-
-
-def _times(costs: PassCosts, gpu: GpuModel) -> PassTimes | None:
-    if costs.denoising is None or not gpu.bandwidth:
-        return None
-    floors = (costs.denoising, costs.extension, costs.ar_step)
-    denoise, extend, step = (1e3 * (cost.seconds(gpu) or 0.0) for cost in floors)
-    return PassTimes(denoise_ms=denoise, extend_ms=extend, step_ms=step)
 
 
 def break_even_table(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> list[str]:
@@ -84,7 +81,7 @@ def break_even_table(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -
 
 
 def _told(cost: PassCost, gpu: GpuModel) -> str:
-    """`35.3 GB, 0.11 TFLOP: 7.4 ms`, with a star where arithmetic and not memory decides."""
+    """`32.9 GiB, 0.11 TFLOP: 7.4 ms`, with a star where arithmetic and not memory decides."""
     star = "\\*" if cost.bound_by_arithmetic(gpu) else ""
     ms = 1e3 * (cost.seconds(gpu) or 0.0)
-    return f"{cost.nbytes / 1e9:.1f} GB, {cost.flops / 1e12:.3g} TFLOP: {ms:.2f} ms{star}"
+    return f"{format_bytes(cost.nbytes)}, {cost.flops / 1e12:.3g} TFLOP: {ms:.2f} ms{star}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.planning.engines import placed_pieces
 from twotower.planning.expert_room import expert_room
 from twotower.planning.plan_options import PlanOptions
 from twotower.planning.weights import GraphWeights
-from twotower.planning.working_memory import State, needed_weights, state_bytes, tower_scratch
+from twotower.planning.working_memory import needed_weights, state_bytes, tower_scratch
 from twotower.runtime.placement import place_engines
 from twotower.spec import CONTEXT_HEAD, DENOISER
 
@@ -30,6 +31,10 @@ class DeviceNeed:
     scratch: int
     overhead: int = LIBRARY_OVERHEAD
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with the total."""
+        return {**asdict(self), "total": self.total}
+
     @property
     def total(self) -> int:
         return self.weights + self.state + self.scratch + self.overhead
@@ -45,31 +50,37 @@ class _Piece:
 
 
 def device_needs(config: ModelConfig, options: PlanOptions) -> tuple[DeviceNeed, ...]:
-    """What each device holds. Scratch is shared: one graph runs at a time on a device, and kernels use its memory."""
+    """What each device holds.
+
+    Scratch is shared: one graph runs at a time on a device, and kernels use its memory.
+    """
     weights, state = needed_weights(config, options), state_bytes(config, options)
     scratch = {name: s.nbytes for name, s in tower_scratch(config, options).items()}
     placed, room = _placed(config, weights, options), expert_room(config, options)
     out = []
-    for device in range(options.devices):
-        pieces = placed.get(device, [])
+    for pieces in placed:
+        # Of the state that of its layers; both towers work on the same.
         layers = {i for piece in pieces for i in range(*piece.layers)}
-        out.append(
-            DeviceNeed(
-                _described(pieces, weights),
-                sum(piece.weights for piece in pieces),
-                _state_of(config, state, layers),
-                room.with_scratch(scratch[graph] for graph in {p.graph for p in pieces})
-                if pieces
-                else 0,
-            )
+        kinds = [config.layers[i] for i in layers]
+        cached, recurrent = (
+            kinds.count(kind) / max(config.layers.count(kind), 1)
+            for kind in (LayerKind.ATTENTION, LayerKind.MAMBA)
         )
+        row = state.per_token * state.capacity * cached + 2 * state.per_row * recurrent
+        graphs = {piece.graph for piece in pieces}
+        shared = room.with_scratch(scratch[graph] for graph in graphs) if pieces else 0
+        size = sum(piece.weights for piece in pieces)
+        out.append(DeviceNeed(_described(pieces, weights), size, round(state.rows * row), shared))
     return tuple(out)
 
 
 def _placed(
     config: ModelConfig, weights: Mapping[str, GraphWeights], options: PlanOptions
-) -> dict[int, list[_Piece]]:
-    """The engines on each device: towers are cut by `twotower build --segments`, or at their experts."""
+) -> list[list[_Piece]]:
+    """The engines on each device.
+
+    Towers are cut by `twotower build --segments`, or at their experts.
+    """
     pieces = {
         name: [_Piece(name, cut, nbytes) for cut, nbytes in placed_pieces(w, config, options)]
         for name, w in weights.items()
@@ -79,10 +90,10 @@ def _placed(
         places = place_engines(sizes, range(options.devices))
     else:  # as if the devices were the first half of twice as many
         places = place_engines({**sizes, DENOISER: []}, range(2 * options.devices))
-    out: dict[int, list[_Piece]] = {}
+    out: list[list[_Piece]] = [[] for _ in range(options.devices)]
     for name, parts in pieces.items():
         for piece, device in zip(parts, places[name], strict=True):
-            out.setdefault(device, []).append(piece)
+            out[device].append(piece)
     return out
 
 
@@ -96,21 +107,8 @@ def _described(pieces: list[_Piece], weights: Mapping[str, GraphWeights]) -> str
     whole = {name: (0, len(w.layers)) for name, w in weights.items() if w.layers}
     if len(weights) > 2 and parts == whole:
         return "both towers"
-    return ", ".join(
-        f"{graph} tower"
-        if layers == whole[graph]
-        else f"{graph} layers {layers[0]} to {layers[1] - 1}"
-        for graph, layers in parts.items()
-    )
-
-
-def _state_of(config: ModelConfig, state: State, layers: set[int]) -> int:
-    """Bytes of the state of some layers; both towers work on the same."""
-    kinds = [config.layers[i] for i in layers]
-    cached, recurrent = (
-        kinds.count(kind) / max(config.layers.count(kind), 1)
-        for kind in (LayerKind.ATTENTION, LayerKind.MAMBA)
-    )
-    return round(
-        state.rows * (state.per_token * state.capacity * cached + 2 * state.per_row * recurrent)
-    )
+    words = []
+    for graph, (first, end) in parts.items():
+        all_of_it = (first, end) == whole[graph]
+        words.append(f"{graph} tower" if all_of_it else f"{graph} layers {first} to {end - 1}")
+    return ", ".join(words)

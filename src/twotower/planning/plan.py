@@ -1,9 +1,9 @@
-"""A plan: whether a build could make it, and engines, memory, disk and time of a bundle for one target, by arithmetic on the config."""
+"""A plan: engines, memory, disk and time of a bundle for one target, by arithmetic alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from twotower.builders.base import DENSE, KERNELS
@@ -19,7 +19,6 @@ from twotower.planning.expert_path import (
     ExpertPath,
     expert_path,
     left_out,
-    outside_engines,
     require_path,
     segments_of,
 )
@@ -36,11 +35,13 @@ from twotower.planning.plan_options import (
 from twotower.planning.scratch import Scratch
 from twotower.planning.weights import GraphWeights, checkpoint_bytes, graph_weights
 from twotower.planning.working_memory import State, needed_weights, state_bytes, tower_scratch
+from twotower.records import encode
 
 __all__ = ["EXPORT_MEMORY", "Disk", "Plan", "plan_bundle", "require_sound"]
 
 EXPORT_MEMORY = 200_000_000
-"""Anonymous bytes an export needs at most, whatever the model: it streams (103 MB were measured on a slice of published widths)."""
+"""Anonymous bytes an export needs at most, whatever the model: it streams. 103 MB were measured on a
+slice of published widths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,10 @@ class Plan:
 
     @property
     def build_peak(self) -> int:
-        """Host memory of the most demanding build; engines are built one after the other. 0 where nothing is compiled."""
+        """Host memory of the most demanding build, 0 where nothing is compiled.
+
+        Engines are built one after the other.
+        """
         return max((e.build_peak_bytes or 0 for e in self.engines), default=0)
 
     @property
@@ -117,28 +121,8 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
-            "options": asdict(self.options),
-            "dtype": self.dtype,
-            "parameters": self.parameters,
-            "weights": {
-                name: {"total": w.total, "by_kind": dict(w.by_kind), "by_dtype": dict(w.by_dtype)}
-                for name, w in self.weights.items()
-            },
-            "engines": [asdict(e) for e in self.engines],
-            "state": {**asdict(self.state), "total": self.state.total},
-            "scratch": {name: asdict(s) for name, s in self.scratch.items()},
-            "expert_room": asdict(self.room),
-            "devices": [{**asdict(d), "total": d.total} for d in self.devices],
-            "experts": asdict(self.experts),
-            "passes": {rows: asdict(costs) for rows, costs in self.passes.items()},
-            "dense": {rows: asdict(costs) for rows, costs in self.dense.items()},
-            "left_out": list(self.left_out),
-            "disk": {
-                "checkpoint": self.disk.checkpoint,
-                "bundle": self.disk.bundle,
-                "engines": dict(self.disk.engines),
-                "copies": dict(self.disk.copies),
-            },
+            **encode(self, leave_out=("room", "segments")),
+            "expert_room": encode(self.room),
             "host": {
                 "export": EXPORT_MEMORY,
                 "build_peak": self.build_peak,
@@ -156,29 +140,25 @@ def plan_bundle(config: ModelConfig, options: PlanOptions | None = None) -> Plan
     """
     wanted = options or PlanOptions()
     require_sound(config, wanted)
-    weights, path = needed_weights(config, wanted), expert_path(config, wanted)
-    rows = sorted({*ROWS, wanted.max_batch})
+    path = expert_path(config, wanted)
+    passes, dense = {}, {}
+    for rows in sorted({*ROWS, wanted.max_batch}):
+        passes[rows] = pass_costs(config, wanted, rows)
+        if path.chosen_only:
+            dense[rows] = pass_costs(config, replace(wanted, expert_path=DENSE), rows)
     return Plan(
         options=wanted,
         dtype=engine_dtype(config, wanted),
         parameters=checkpoint_bytes(config) // item_bytes(config.dtype),
-        weights=weights,
-        engines=tuple(
-            engine
-            for name, w in weights.items()
-            for engine in engine_plans(config, wanted, graph=name, weights=w)
-        ),
+        weights=needed_weights(config, wanted),
+        engines=_engines(config, wanted),
         state=state_bytes(config, wanted),
         scratch=tower_scratch(config, wanted),
         room=expert_room(config, wanted),
         devices=device_needs(config, wanted),
         experts=path,
-        passes={n: pass_costs(config, wanted, n) for n in rows},
-        dense={
-            n: pass_costs(config, replace(wanted, expert_path=DENSE), n)
-            for n in rows
-            if path.chosen_only
-        },
+        passes=passes,
+        dense=dense,
         disk=_disk(config, wanted),
         segments=segments_of(config, wanted),
         left_out=left_out(config, wanted),
@@ -188,40 +168,25 @@ def plan_bundle(config: ModelConfig, options: PlanOptions | None = None) -> Plan
 def _disk(config: ModelConfig, options: PlanOptions) -> Disk:
     """Graphs and tokenizer, a few megabytes, are left out."""
     dtype = options.dtype or config.dtype
-    formats = all_formats(options)
-    kept = graph_weights(config, dtype, formats, rounded_of(options))
-    others = {
-        target: replace(options, target=target) for target in TARGETS if target not in TENSORRT
-    }
-    copies = {target: sum(own_bytes(config, o).values()) for target, o in others.items()}
-    sizes = dict(copies)
-    for target in TENSORRT:
-        made = _programs_of(target, config, options)
-        copies[target] = sum(engine.held_bytes for engine in made)
-        sizes[target] = sum(engine.engine_bytes for engine in made)
-    return Disk(
-        options.checkpoint_bytes or checkpoint_bytes(config),
-        sum(w.stored for w in kept.values()),
-        {target: sizes[target] for target in TARGETS},
-        {target: copies[target] for target in TARGETS},
-    )
+    kept = graph_weights(config, dtype, all_formats(options), rounded_of(options))
+    sizes, copies = {}, {}
+    for target in TARGETS:
+        o = replace(options, target=target, mode="diffusion", devices=1, max_build_memory=None)
+        if target not in TENSORRT:
+            sizes[target] = copies[target] = sum(own_bytes(config, o).values())
+            continue
+        engines = _engines(config, o)
+        copies[target] = sum(engine.held_bytes for engine in engines)
+        sizes[target] = sum(engine.engine_bytes for engine in engines)
+    stored = sum(w.stored for w in kept.values())
+    return Disk(options.checkpoint_bytes or checkpoint_bytes(config), stored, sizes, copies)
 
 
-def _programs_of(target: str, config: ModelConfig, options: PlanOptions) -> list[EnginePlan]:
-    """Engines of both towers, whole or cut at their experts."""
-    o = replace(options, target=target, mode="diffusion", devices=1, max_build_memory=None)
-    held = graph_weights(
-        config,
-        engine_dtype(config, o),
-        all_formats(o),
-        rounded_of(o),
-        outside=outside_engines(config, o),
-    )
-    return [
-        engine
-        for name, w in held.items()
-        for engine in engine_plans(config, o, graph=name, weights=w)
-    ]
+def _engines(config: ModelConfig, options: PlanOptions) -> tuple[EnginePlan, ...]:
+    out: list[EnginePlan] = []
+    for name, weights in needed_weights(config, options).items():
+        out += engine_plans(config, options, graph=name, weights=weights)
+    return tuple(out)
 
 
 def require_sound(config: ModelConfig, options: PlanOptions) -> None:
@@ -234,7 +199,10 @@ def require_sound(config: ModelConfig, options: PlanOptions) -> None:
     dtype, target = engine_dtype(config, options), options.target
     unknown = [sm for sm in options.sms if target == "rtx" and sm not in RTX_SMS]
     if options.sms and target != "rtx" and options.expert_path != KERNELS:
-        found = "trt builds for the GPU at hand, ort-cuda (without --expert-path kernels) and ort-cpu compile nothing ahead"
+        found = (
+            "trt builds for the GPU at hand, ort-cuda (without --expert-path kernels) "
+            "and ort-cpu compile nothing ahead"
+        )
         raise ConfigError(
             f"--sm is not for target {target}",
             found=found,
@@ -243,7 +211,8 @@ def require_sound(config: ModelConfig, options: PlanOptions) -> None:
     if unknown:
         raise ConfigError(
             f"target rtx does not build for SM {', '.join(map(str, unknown))}",
-            found=f"it lists {', '.join(map(str, RTX_SMS))}: not Hopper (90), not data-centre Blackwell (100)",
+            found=f"it lists {', '.join(map(str, RTX_SMS))}: not Hopper (90), "
+            "not data-centre Blackwell (100)",
             do="choose others with --sm, or plan --target trt or --target ort-cuda",
         )
     if HALF_ONLY_SM in options.sms and dtype != "float16":
@@ -259,10 +228,10 @@ def require_sound(config: ModelConfig, options: PlanOptions) -> None:
             do="leave --experts out",
         )
     if options.experts and options.formats:
-        found = f"in few bits: {', '.join(f'{k} {f}' for k, f in options.formats)}"
+        kinds = ", ".join(f"{kind} {name}" for kind, name in options.formats)
         raise ConfigError(
             "--experts does not apply: the bundle is quantized",
-            found=found,
+            found=f"quantized: {kinds}",
             do="leave --experts out",
         )
     require_path(config, options)

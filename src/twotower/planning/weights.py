@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
+from typing import Any
 
 from twotower.builders.build_cost import LayerBytes
 from twotower.checkpoint.layout import Role
@@ -77,6 +78,11 @@ class GraphWeights:
     @property
     def total(self) -> int:
         return self.all.total
+
+    def to_json(self) -> dict[str, Any]:
+        """The sums that a plan prints."""
+        by_kind, by_dtype = dict(self.by_kind), dict(self.by_dtype)
+        return {"total": self.total, "by_kind": by_kind, "by_dtype": by_dtype}
 
     @property
     def read(self) -> int:

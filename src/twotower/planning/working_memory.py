@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from twotower.builders.profiles import greatest_rows
 from twotower.config.model import ModelConfig
@@ -46,6 +46,10 @@ class State:
     capacity: int
     rows: int
 
+    def to_json(self) -> dict[str, int]:
+        """Plain data, with the total."""
+        return {**asdict(self), "total": self.total}
+
     @property
     def read(self) -> int:
         """One copy of all of it."""
@@ -53,7 +57,10 @@ class State:
 
     @property
     def total(self) -> int:
-        """As it lies in memory: the states of fixed size alternate between two buffers, keys and values are updated in place."""
+        """As it lies in memory.
+
+        States of fixed size alternate between two buffers, keys and values are updated in place.
+        """
         return self.rows * (self.per_token * self.capacity + 2 * self.per_row)
 
 
