@@ -12,7 +12,7 @@ import pytest
 from tests.builders.test_segment import SIZES, feed, run
 from tests.helpers.bundles import export_fixture
 from tests.helpers.errors import check_error
-from tests.helpers.experts_by_hand import experts_by_hand
+from tests.helpers.reference_experts import reference_experts
 from twotower.builders.expert_cut import ExpertCut, common_form
 from twotower.builders.segment import fix_axes
 from twotower.builders.weight_inputs import place_weights
@@ -83,7 +83,7 @@ def test_programs_with_experts_between_are_the_tower(bundle: Bundle, graph: str)
         }
         step, x = cut.experts(number), made[EXPERTS_IN]
         assert (np.count_nonzero(made[SHARES], axis=0) == step.top).all()
-        out = experts_by_hand(
+        out = reference_experts(
             step, x.reshape(-1, step.hidden), made[SHARES], weights_of(bundle, graph, step)
         )
         inputs[EXPERTS_OUT] = out.reshape(x.shape)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.few_bits import stack_of, weights_of
+from tests.helpers.fake_quantization import stack_of, weights_of
 from tests.helpers.quantized import TINY, suite_prompts
 from twotower.bundle import Bundle
 from twotower.calibration import collect as collect_module

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.bundles import copy_of
-from tests.helpers.few_bits import quantized_towers
+from tests.helpers.fake_quantization import quantized_towers
 from tests.helpers.quantized import TINY, quantized, suite_prompts
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.base import CHOSEN, STANDARD

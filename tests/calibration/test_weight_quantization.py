@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers.few_bits import fake_quantize
+from tests.helpers.fake_quantization import fake_quantize
 from twotower.calibration.weight_quantization import (
     expand_rows,
     global_scale,

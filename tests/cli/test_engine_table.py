@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.bundles import copy_of, export_fixture
 from tests.helpers.errors import check_error
-from tests.helpers.program_text import Described, Launch, plan_of, program
+from tests.helpers.rtx_program_text import Described, Launch, plan_of, program
 from tests.helpers.trt.install import L4, install_fake, machine_with, see_gpu
 from twotower.builders.trt.rtx_program.analysis import summarize_programs
 from twotower.builders.trt.rtx_program.read import read_programs

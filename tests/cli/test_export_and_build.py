@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers.errors import check_error
+from tests.helpers.graph_faults import FAULTS
 from tests.helpers.graphs import FIXTURES
-from tests.helpers.planted import PLANTED
 from twotower.cli.main import main
 
 SOURCE = FIXTURES / "hybrid-a"
@@ -192,8 +192,8 @@ def test_inspect_of_a_graph_lists_what_tensorrt_would_do_wrongly(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad, good = tmp_path / "bad.onnx", tmp_path / "good.onnx"
-    onnx.save(PLANTED["attention-causal"](True), bad)
-    onnx.save(PLANTED["attention-float32"](True), good)
+    onnx.save(FAULTS["attention-causal"](True), bad)
+    onnx.save(FAULTS["attention-float32"](True), good)
     assert main(["inspect", str(bad)]) == 1
     assert "attention-causal" in capsys.readouterr().out
     assert main(["inspect", str(good)]) == 0, "a note is no error"

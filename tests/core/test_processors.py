@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,135 +31,64 @@ def eight_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
 
 
+def version_2(own: str, file: str = "cpu.max", **limits: str) -> dict[str, str]:
+    """A machine with control groups of version 2: a limit by the group's folder, `top` for /."""
+    files = {"proc/self/cgroup": f"0::{own}", "proc/self/mountinfo": V2}
+    for folder, text in limits.items():
+        below = "" if folder == "top" else folder.replace("_", "/") + "/"
+        files[f"sys/fs/cgroup/{below}{file}"] = text
+    return files
+
+
+def version_1(own: str, mounts: str, **quotas: tuple[int, int]) -> dict[str, str]:
+    """A machine with control groups of version 1: quota and period by folder."""
+    files = {"proc/self/cgroup": own, "proc/self/mountinfo": mounts}
+    for controller, (quota, period) in quotas.items():
+        folder = "sys/fs/cgroup/" + controller.replace("_", "/").replace("cpu", "cpu,cpuacct")
+        files[f"{folder}/cpu.cfs_quota_us"] = str(quota)
+        files[f"{folder}/cpu.cfs_period_us"] = str(period)
+    return files
+
+
+def siblings(text: Callable[[int], str]) -> dict[str, str]:
+    """Eight logical processors, each with the list of those on its core."""
+    folder = "sys/devices/system/cpu"
+    return {f"{folder}/cpu{n}/topology/thread_siblings_list": text(n) for n in range(8)}
+
+
 @pytest.mark.parametrize(
     ("files", "want"),
     [
         ({}, 8),
-        (
-            {
-                "proc/self/cgroup": "0::/a",
-                "proc/self/mountinfo": V2,
-                "sys/fs/cgroup/a/cpu.max": "max 100000",
-            },
-            8,
-        ),
-        (
-            {
-                "proc/self/cgroup": "0::/a",
-                "proc/self/mountinfo": V2,
-                "sys/fs/cgroup/a/cpu.max": "300000 100000",
-            },
-            3,
-        ),
-        (
-            {
-                "proc/self/cgroup": "0::/a",
-                "proc/self/mountinfo": V2,
-                "sys/fs/cgroup/a/cpu.max": "150000 100000",
-            },
-            2,
-        ),
-        (
-            {
-                "proc/self/cgroup": "0::/a",
-                "proc/self/mountinfo": V2,
-                "sys/fs/cgroup/a/cpu.max": "10000 100000",
-            },
-            1,
-        ),
-        (
-            {
-                "proc/self/cgroup": "0::/a",
-                "proc/self/mountinfo": V2,
-                "sys/fs/cgroup/a/cpu.max": "6400000 100000",
-            },
-            8,
-        ),
+        (version_2("/a", a="max 100000"), 8),
+        (version_2("/a", a="300000 100000"), 3),
+        (version_2("/a", a="150000 100000"), 2),
+        (version_2("/a", a="10000 100000"), 1),
+        (version_2("/a", a="6400000 100000"), 8),
         # The tightest of a group and the groups above it counts.
-        (
-            {
-                "proc/self/cgroup": "0::/pod/box/task",
-                "proc/self/mountinfo": V2,
-                "sys/fs/cgroup/pod/cpu.max": "200000 100000",
-                "sys/fs/cgroup/pod/box/cpu.max": "500000 100000",
-                "sys/fs/cgroup/pod/box/task/cpu.max": "max 100000",
-            },
-            2,
-        ),
+        (version_2("/p/b/t", p="200000 100000", p_b="500000 100000", p_b_t="max 100000"), 2),
         # In a container: a namespace of its own, or the host's path, of which the container sees
         # nothing.
-        (
-            {
-                "proc/self/cgroup": "0::/",
-                "proc/self/mountinfo": V2,
-                "sys/fs/cgroup/cpu.max": "400000 100000",
-            },
-            4,
-        ),
-        (
-            {
-                "proc/self/cgroup": "0::/system/box",
-                "proc/self/mountinfo": V2,
-                "sys/fs/cgroup/cpu.max": "400000 100000",
-            },
-            4,
-        ),
-        (
-            {
-                "proc/self/cgroup": "0::/../../box",
-                "proc/self/mountinfo": V2,
-                "sys/fs/cgroup/cpu.max": "400000 100000",
-            },
-            4,
-        ),
+        (version_2("/", top="400000 100000"), 4),
+        (version_2("/system/box", top="400000 100000"), 4),
+        (version_2("/../../box", top="400000 100000"), 4),
         # Version 1: the hierarchy with the controller `cpu`, whatever its folder is called.
         (
-            {
-                "proc/self/cgroup": "3:memory:/a\n2:cpu,cpuacct:/a\n0::/",
-                "proc/self/mountinfo": f"{MEMORY}\n{V1.format(top='/')}",
-                "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "250000",
-                "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "100000",
-                "sys/fs/cgroup/memory/a/cpu.cfs_quota_us": "100000",
-                "sys/fs/cgroup/memory/a/cpu.cfs_period_us": "100000",
-            },
+            version_1(
+                "3:memory:/a\n2:cpu,cpuacct:/a\n0::/",
+                f"{MEMORY}\n{V1.format(top='/')}",
+                cpu_a=(250000, 100000),
+                memory_a=(100000, 100000),
+            ),
             3,
         ),
-        (
-            {
-                "proc/self/cgroup": "2:cpu,cpuacct:/docker/box",
-                "proc/self/mountinfo": V1.format(top="/docker/box"),
-                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "50000",
-                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "25000",
-            },
-            2,
-        ),
-        (
-            {
-                "proc/self/cgroup": "2:cpu,cpuacct:/",
-                "proc/self/mountinfo": V1.format(top="/"),
-                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1",
-                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
-            },
-            8,
-        ),
+        (version_1("2:cpu,cpuacct:/d/box", V1.format(top="/d/box"), cpu=(50000, 25000)), 2),
+        (version_1("2:cpu,cpuacct:/", V1.format(top="/"), cpu=(-1, 100000)), 8),
         # Two logical processors a core.
+        (siblings(lambda n: f"{n % 4},{n % 4 + 4}"), 4),
         (
-            {
-                f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n % 4},{n % 4 + 4}"
-                for n in range(8)
-            },
-            4,
-        ),
-        (
-            {
-                **{
-                    f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n // 2 * 2}-{n // 2 * 2 + 1}"
-                    for n in range(8)
-                },
-                "proc/self/cgroup": "0::/",
-                "proc/self/mountinfo": V2,
-                "sys/fs/cgroup/cpu.max": "200000 100000",
-            },
+            siblings(lambda n: f"{n // 2 * 2}-{n // 2 * 2 + 1}")
+            | version_2("/", top="200000 100000"),
             2,
         ),
     ],
@@ -171,15 +101,12 @@ def test_a_narrower_affinity_counts_its_own_processors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
-    files = {
-        f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": str(n) for n in range(8)
-    }
-    assert usable_cores(machine(tmp_path, files)) == 2
+    assert usable_cores(machine(tmp_path, siblings(str))) == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
 def test_a_session_on_one_processor_starts_no_second_thread() -> None:
-    """As `taskset -c 0` starts it: ONNX Runtime by itself would start one thread for every core of the machine."""
+    """As `taskset -c 0` starts it: ONNX Runtime by itself would start one thread for every core."""
     code = """
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -204,7 +131,6 @@ print(started(), started(threads=3))
     assert done.stdout.split() == ["0", "2"]
 
 
-MEMORY_V2 = {"proc/self/cgroup": "0::/pod/box", "proc/self/mountinfo": V2}
 MEMORY_V1 = {
     "proc/self/cgroup": "3:memory:/a\n2:cpu,cpuacct:/a",
     "proc/self/mountinfo": f"{MEMORY}\n{V1.format(top='/')}",
@@ -215,16 +141,9 @@ MEMORY_V1 = {
     ("files", "want"),
     [
         ({}, None),
-        ({**MEMORY_V2, "sys/fs/cgroup/pod/box/memory.max": "max"}, None),
-        ({**MEMORY_V2, "sys/fs/cgroup/pod/box/memory.max": "4096000"}, 4096000),
-        (
-            {
-                **MEMORY_V2,
-                "sys/fs/cgroup/pod/memory.max": "8192",
-                "sys/fs/cgroup/pod/box/memory.max": "4096000",
-            },
-            8192,
-        ),
+        (version_2("/pod/box", "memory.max", pod_box="max"), None),
+        (version_2("/pod/box", "memory.max", pod_box="4096000"), 4096000),
+        (version_2("/pod/box", "memory.max", pod="8192", pod_box="4096000"), 8192),
         # Version 1 writes a number near 2**63 where there is no limit.
         (
             {**MEMORY_V1, "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "9223372036854771712"},

@@ -12,11 +12,10 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto as T
 
-from tests.helpers.graphs import FIXTURES
-from tests.helpers.planted import (
+from tests.helpers.graph_faults import (
     ALSO,
+    FAULTS,
     LEGITIMATE,
-    PLANTED,
     activations_in_four_bits,
     attention,
     cache,
@@ -28,6 +27,7 @@ from tests.helpers.planted import (
     two,
     value,
 )
+from tests.helpers.graphs import FIXTURES
 from tests.helpers.source import ROOT
 from twotower.builders.segment import fix_axes, layer_bytes, segment
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
@@ -52,22 +52,22 @@ def broken(made: onnx.ModelProto, *, fixed: bool = True) -> set[str]:
 
 
 def test_every_rule_has_a_planted_fault() -> None:
-    assert list(PLANTED) == [rule.id for rule in RULES]
-    assert set(ALSO) <= set(PLANTED)
+    assert list(FAULTS) == [rule.id for rule in RULES]
+    assert set(ALSO) <= set(FAULTS)
 
 
-@pytest.mark.parametrize("rule", PLANTED)
+@pytest.mark.parametrize("rule", FAULTS)
 def test_a_planted_fault_breaks_its_rule_alone_and_without_it_none_is_broken(rule: str) -> None:
-    assert broken(PLANTED[rule](True)) == {rule} | ALSO.get(rule, set())
-    healthy = PLANTED[rule](False)
+    assert broken(FAULTS[rule](True)) == {rule} | ALSO.get(rule, set())
+    healthy = FAULTS[rule](False)
     onnx.checker.check_model(healthy, full_check=True)
     assert not broken(healthy)
     if BY_ID[rule].built_only:
-        assert not broken(PLANTED[rule](True), fixed=False)
+        assert not broken(FAULTS[rule](True), fixed=False)
 
 
 def computed_k() -> onnx.ModelProto:
-    made = PLANTED["topk-limit"](False)
+    made = FAULTS["topk-limit"](False)
     made.graph.initializer.pop()
     made.graph.input.append(value("k", T.INT64, [1]))
     return made
@@ -97,7 +97,7 @@ def cast_constant(number: float) -> onnx.ModelProto:
 
 
 def behind_identity() -> onnx.ModelProto:
-    made = PLANTED["cache-is-input"](True)
+    made = FAULTS["cache-is-input"](True)
     made.graph.node[0].op_type = "Identity"
     return made
 
@@ -235,7 +235,7 @@ def test_notes_are_returned() -> None:
 
 
 def test_a_fault_of_every_layer_is_one_line() -> None:
-    findings = lint(PLANTED["no-cumsum"](True)) * 52
+    findings = lint(FAULTS["no-cumsum"](True)) * 52
     (line,) = explained(findings)
     assert "and 47 more" in line
 
@@ -267,7 +267,7 @@ def test_constants_of_every_kind_are_seen() -> None:
 
 
 def test_the_model_is_not_changed() -> None:
-    made = PLANTED["declared-types"](True)
+    made = FAULTS["declared-types"](True)
     before = made.SerializeToString()
     lint(made)
     assert made.SerializeToString() == before

@@ -11,7 +11,16 @@ import onnx
 import pytest
 from onnx import TensorProto as T
 
-from tests.helpers.planted import LEGITIMATE, PLANTED, attention, constant, model, node, two, value
+from tests.helpers.graph_faults import (
+    FAULTS,
+    LEGITIMATE,
+    attention,
+    constant,
+    model,
+    node,
+    two,
+    value,
+)
 from twotower.graph_lint import RULES
 from twotower.graph_lint.operator_rules import ABSENT_OPERATORS
 from twotower.graph_lint.rule import BUILT
@@ -143,20 +152,20 @@ def test_every_claim_that_is_said_to_be_tested_is_tested() -> None:
 
 @pytest.mark.parametrize("rule", STAGES)
 def test_the_fault_is_refused(rule: str, outcome: Build) -> None:
-    result = outcome(PLANTED[rule](True))
+    result = outcome(FAULTS[rule](True))
     assert result.stage == STAGES[rule], result.said
 
 
 @pytest.mark.parametrize("rule", SILENT)
 def test_the_fault_is_built_into_something_else(rule: str, outcome: Build) -> None:
-    result = outcome(PLANTED[rule](True))
+    result = outcome(FAULTS[rule](True))
     assert result.stage == "built", result.said
     assert SILENT[rule](result), result
 
 
 @pytest.mark.parametrize("rule", [*STAGES, *SILENT])
 def test_without_the_fault_it_builds(rule: str, outcome: Build) -> None:
-    result = outcome(PLANTED[rule](False))
+    result = outcome(FAULTS[rule](False))
     assert result.stage == "built", result.said
 
 
@@ -180,7 +189,7 @@ def test_two_operators_convert_what_others_refuse(outcome: Build) -> None:
 
 def test_a_plain_attention_is_eight_layers(outcome: Build) -> None:
     """The number that rules about its form compare with."""
-    assert len(outcome(PLANTED["attention-scale"](False)).layers) == 8
+    assert len(outcome(FAULTS["attention-scale"](False)).layers) == 8
 
 
 def test_a_mask_and_is_causal_exclude_each_other(outcome: Build) -> None:

@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.helpers.layers_of_experts import make_shape
+from tests.helpers.expert_layers import make_shape
 from twotower.kernels.compile import compile_kernel
 from twotower.kernels.signatures import kernel_specs
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.errors import check_error
-from tests.helpers.layers_of_experts import make_shape
+from tests.helpers.expert_layers import make_shape
 from tests.helpers.source import ROOT
 from twotower.errors import BuildError
 from twotower.kernels import read_manifest
@@ -105,7 +105,7 @@ def matrix_unit(cubin: dict[str, Any]) -> tuple[str, str]:
 COMPILE = """
 import sys
 from pathlib import Path
-from tests.helpers.layers_of_experts import make_shape
+from tests.helpers.expert_layers import make_shape
 from twotower.kernels.compile import compile_kernels
 sizes = {"shared": 3712, "dtype": "bfloat16", "routed": "int4-32"}
 shape = make_shape(2688, 1856, 128, 6, **sizes)
@@ -139,7 +139,7 @@ def test_a_layer_is_compiled_whole_and_alike_each_time(tmp_path: Path) -> None:
 PAIRS = """
 import sys
 from pathlib import Path
-from tests.helpers.layers_of_experts import make_shape
+from tests.helpers.expert_layers import make_shape
 from twotower.kernels.compile import compile_kernel
 from twotower.kernels.signatures import kernel_specs
 for experts in (8, 128, 512, 1024):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.errors import check_error
+from tests.helpers.expert_layers import make_shape
 from tests.helpers.fake_kernels import write_kernels
-from tests.helpers.layers_of_experts import make_shape
 from twotower.cli.main import build_parser
 from twotower.errors import BundleError
 from twotower.kernels import Manifest, read_manifest

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.errors import check_error
-from tests.helpers.layers_of_experts import make_shape
+from tests.helpers.expert_layers import make_shape
 from twotower.errors import BuildError, ConfigError, RequestError
 from twotower.kernels import compile as compiler
 from twotower.kernels import read_manifest

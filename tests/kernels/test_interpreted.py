@@ -11,10 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.fake_kernels import write_kernels
-from tests.helpers.graphs import FIXTURES
-from tests.helpers.interpreted import run_interpreted
-from tests.helpers.layers_of_experts import (
+from tests.helpers.expert_layers import (
     FORMAT_NAMES,
     ROUTINGS,
     Layer,
@@ -24,6 +21,9 @@ from tests.helpers.layers_of_experts import (
     routing,
     tokens,
 )
+from tests.helpers.fake_kernels import write_kernels
+from tests.helpers.graphs import FIXTURES
+from tests.helpers.interpreted import run_interpreted
 from twotower.config import read_model_config
 from twotower.dtypes import to_float32, to_stored
 from twotower.kernels import experts_twin

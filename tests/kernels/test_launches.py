@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.errors import check_error
+from tests.helpers.expert_layers import make_shape, routing
 from tests.helpers.fake_kernels import write_kernels
-from tests.helpers.layers_of_experts import make_shape, routing
 from twotower.errors import EngineMismatchError, RequestError
 from twotower.kernels import launches, scratch_bytes, weight_names
 from twotower.kernels.launches import most_blocks

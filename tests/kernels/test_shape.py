@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.errors import check_error
-from tests.helpers.layers_of_experts import FORMAT_NAMES, make_shape
+from tests.helpers.expert_layers import FORMAT_NAMES, make_shape
 from twotower.config.formats import FORMATS, GROUPS
 from twotower.errors import BuildError
 from twotower.kernels import ExpertFormats, ExpertShape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.helpers.layers_of_experts import (
+from tests.helpers.expert_layers import (
     FORMAT_NAMES,
     ROUTINGS,
     exact,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,8 +26,15 @@ pytestmark = [pytest.mark.wheel, pytest.mark.slow]
 
 FIXTURE, TINY = ROOT / "tests" / "fixtures" / "hybrid-a", ROOT / "assets" / "twotower-tiny"
 PROMPT = "Q: flip: a cat b dog c owl d fish\nA:"
-FEW = ("--kinds", "sums,flip", "--limit", "2", "--thresholds", "0.8", "--steps", "16")
-SMALL = ("--max-batch", "1", "--max-context", "64")
+PROBLEMS = "--kinds sums,flip --limit 2"
+RUNS = PROBLEMS + " --thresholds 0.8 --steps 16"
+SMALL = "--sm 89 --max-batch 1 --max-context 64 --no-cache"
+WORKS = "works"
+SINGLE = ("none", "cpu", "rtx", "export", "calibration", "evaluate")
+EVERYWHERE = "works works works works works works"
+WITH_CPU = "cpu works cpu cpu cpu cpu"
+EXPORTING = "export export export export,cpu export,cpu export,cpu"
+CALIBRATING = "calibration calibration calibration calibration,cpu calibration,cpu calibration,cpu"
 
 
 @dataclass(frozen=True)
@@ -34,170 +42,101 @@ class Work:
     """A command and what its output shows when it has done its work.
 
     Attributes:
-        words: The command; {checkpoint} and {text} stand for checkpoints without and with a
-            tokenizer, {bundle}, {tiny} and {few} for bundles of them, the last one quantized,
-            {prompts} for a file of prompts, {out} for an empty folder.
+        command: {checkpoint} and {text} stand for checkpoints without and with a tokenizer,
+            {bundle}, {tiny} and {few} for bundles of them, the last one quantized, {prompt} for a
+            prompt, {prompts} for a file of some, {out} for an empty folder.
         shows: A part of what it prints.
+        outcomes: What happens with each of SINGLE installed alone: it works, or names this extra.
     """
 
-    words: tuple[str, ...]
+    command: str
     shows: str
+    outcomes: str
+
+    @property
+    def verb(self) -> str:
+        return self.command.split()[0]
+
+    def words(self, **things: object) -> list[str]:
+        return [word.format(prompt=PROMPT, **things) for word in shlex.split(self.command)]
 
 
 WORK = {
-    "inspect a checkpoint": Work(("inspect", "{checkpoint}"), "pattern"),
-    "inspect a bundle": Work(("inspect", "{bundle}"), "ort-cpu: built"),
-    "inspect a graph": Work(("inspect", "{bundle}/denoiser/model.onnx"), "no issues found"),
-    "plan a config": Work(("plan", "{checkpoint}/config.json"), "this host"),
-    "plan a checkpoint": Work(("plan", "{checkpoint}", "--target", "ort-cpu"), "this machine"),
-    "plan a bundle": Work(("plan", "{bundle}", "--gpu", "RTX 4090"), "RTX 4090"),
-    "export": Work(("export", "{checkpoint}", "-o", "{out}/new"), "largest relative error"),
+    "inspect a checkpoint": Work("inspect {checkpoint}", "pattern", EVERYWHERE),
+    "inspect a bundle": Work("inspect {bundle}", "ort-cpu: built", EVERYWHERE),
+    "inspect a graph": Work(
+        "inspect {bundle}/denoiser/model.onnx",
+        "no issues found",
+        "cpu works works works works works",
+    ),
+    "plan a config": Work("plan {checkpoint}/config.json", "this host", EVERYWHERE),
+    "plan a checkpoint": Work("plan {checkpoint} --target ort-cpu", "this machine", EVERYWHERE),
+    "plan a bundle": Work("plan {bundle} --gpu 'RTX 4090'", "RTX 4090", EVERYWHERE),
+    "export": Work("export {checkpoint} -o {out}/new", "largest relative error", EXPORTING),
     "export unverified": Work(
-        ("export", "{text}", "-o", "{out}/new", "--no-verify"), "not verified: not asked for"
+        "export {text} -o {out}/new --no-verify",
+        "not verified: not asked for",
+        "export export export works works works",
     ),
     "calibrate": Work(
-        (
-            "calibrate",
-            "{tiny}",
-            "--prompts",
-            "{prompts}",
-            "-o",
-            "{out}/new",
-            "--max-new-tokens",
-            "16",
-        ),
+        "calibrate {tiny} --prompts {prompts} -o {out}/new --max-new-tokens 16",
         "1 prompts",
+        CALIBRATING,
     ),
     "calibrate undrawn": Work(
-        (
-            "calibrate",
-            "{tiny}",
-            "--prompts",
-            "{prompts}",
-            "-o",
-            "{out}/new",
-            "--max-new-tokens",
-            "16",
-            "--no-plot",
-        ),
+        "calibrate {tiny} --prompts {prompts} -o {out}/new --max-new-tokens 16 --no-plot",
         "1 prompts",
+        CALIBRATING,
     ),
     "quantize": Work(
-        ("quantize", "{tiny}", "--recipe", "int4-experts", "-o", "{out}/new"),
+        "quantize {tiny} --recipe int4-experts -o {out}/new",
         "int4 in groups of 32",
+        "calibration calibration calibration works works works",
     ),
     "quantize by measuring": Work(
-        (
-            "quantize",
-            "{tiny}",
-            "--recipe",
-            "auto",
-            "--formats",
-            "int8",
-            *FEW[:4],
-            "-o",
-            "{out}/new",
-        ),
+        "quantize {tiny} --recipe auto --formats int8 " + PROBLEMS + " -o {out}/new",
         "checked on the other half",
+        CALIBRATING,
     ),
-    "build for a CPU": Work(
-        ("build", "{bundle}", "--target", "ort-cpu", "--force"), "engines/ort-cpu"
-    ),
+    "build for a CPU": Work("build {bundle} --target ort-cpu --force", "engines/ort-cpu", WITH_CPU),
     "build for RTX": Work(
-        ("build", "{bundle}", "--target", "rtx", "--sm", "89", *SMALL, "--no-cache", "--force"),
+        "build {bundle} --target rtx " + SMALL + " --force",
         "engines/rtx",
+        "rtx rtx kernels rtx rtx rtx",
     ),
     "build for RTX, dense": Work(
-        (
-            "build",
-            "{bundle}",
-            "--target",
-            "rtx",
-            "--sm",
-            "89",
-            *SMALL,
-            "--no-cache",
-            "--experts",
-            "dense",
-        ),
+        "build {bundle} --target rtx " + SMALL + " --experts dense",
         "engines/rtx",
+        "rtx rtx works rtx rtx rtx",
     ),
     "generate": Work(
-        ("generate", "{tiny}", PROMPT, "--max-new-tokens", "32", "--seed", "0"), "tokens a pass"
+        "generate {tiny} {prompt} --max-new-tokens 32 --seed 0", "tokens a pass", WITH_CPU
     ),
     "trace": Work(
-        ("trace", "{tiny}", PROMPT, "--max-new-tokens", "32", "--html", "{out}/new.html"),
-        "tokens a pass",
+        "trace {tiny} {prompt} --max-new-tokens 32 --html {out}/new.html", "tokens a pass", WITH_CPU
     ),
-    "evaluate": Work(("evaluate", "{tiny}", *FEW), "diffusion keeps"),
+    "evaluate": Work("evaluate {tiny} " + RUNS, "diffusion keeps", WITH_CPU),
     "evaluate with a page": Work(
-        ("evaluate", "{tiny}", *FEW, "--html", "{out}/new.html"), "new.png"
+        "evaluate {tiny} " + RUNS + " --html {out}/new.html",
+        "new.png",
+        "evaluate evaluate evaluate evaluate cpu cpu",
     ),
     "evaluate few bits": Work(
-        ("evaluate", "{few}", "--against", "{tiny}", *FEW[:4], "--no-note"), "routed_expert"
+        "evaluate {few} --against {tiny} " + PROBLEMS + " --no-note",
+        "routed_expert",
+        "calibration calibration calibration cpu cpu cpu",
     ),
-    "tune": Work(("tune", "{tiny}", *FEW, "-o", "{out}/new"), "balanced"),
-    "doctor": Work(("doctor",), "known answer"),
-    "doctor of a bundle": Work(("doctor", "{bundle}"), "a text does not depend on its neighbours"),
+    "tune": Work("tune {tiny} " + RUNS + " -o {out}/new", "balanced", WITH_CPU),
+    "doctor": Work("doctor", "known answer", EVERYWHERE),
+    "doctor of a bundle": Work(
+        "doctor {bundle}", "a text does not depend on its neighbours", WITH_CPU
+    ),
     "bench": Work(
-        ("bench", "{bundle}", "--prompt-tokens", "8", "--max-new-tokens", "16", "--runs", "1"),
-        "breaks even",
+        "bench {bundle} --prompt-tokens 8 --max-new-tokens 16 --runs 1", "breaks even", WITH_CPU
     ),
-    "bench an export": Work(("bench", "--export", "--scratch", "{out}"), "x the copy"),
+    "bench an export": Work("bench --export --scratch {out}", "x the copy", EXPORTING),
 }
-
-WORKS = "works"
-SINGLE = ("none", "cpu", "rtx", "export", "calibration", "evaluate")
-# Each work: what happens with each of SINGLE installed alone: it works, or names this extra.
-TABLE: dict[str, tuple[str, ...]] = {
-    # none           cpu            rtx            export             calibration        evaluate
-    "inspect a checkpoint": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
-    "inspect a bundle": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
-    "inspect a graph": ("cpu", WORKS, WORKS, WORKS, WORKS, WORKS),
-    "plan a config": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
-    "plan a checkpoint": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
-    "plan a bundle": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
-    "export": ("export", "export", "export", "export,cpu", "export,cpu", "export,cpu"),
-    "export unverified": ("export", "export", "export", WORKS, WORKS, WORKS),
-    "calibrate": (
-        "calibration",
-        "calibration",
-        "calibration",
-        "calibration,cpu",
-        "calibration,cpu",
-        "calibration,cpu",
-    ),
-    "calibrate undrawn": (
-        "calibration",
-        "calibration",
-        "calibration",
-        "calibration,cpu",
-        "calibration,cpu",
-        "calibration,cpu",
-    ),
-    "quantize": ("calibration", "calibration", "calibration", WORKS, WORKS, WORKS),
-    "quantize by measuring": (
-        "calibration",
-        "calibration",
-        "calibration",
-        "calibration,cpu",
-        "calibration,cpu",
-        "calibration,cpu",
-    ),
-    "build for a CPU": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
-    "build for RTX": ("rtx", "rtx", "kernels", "rtx", "rtx", "rtx"),
-    "build for RTX, dense": ("rtx", "rtx", WORKS, "rtx", "rtx", "rtx"),
-    "generate": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
-    "trace": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
-    "evaluate": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
-    "evaluate with a page": ("evaluate", "evaluate", "evaluate", "evaluate", "cpu", "cpu"),
-    "evaluate few bits": ("calibration", "calibration", "calibration", "cpu", "cpu", "cpu"),
-    "tune": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
-    "doctor": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
-    "doctor of a bundle": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
-    "bench": ("cpu", WORKS, "cpu", "cpu", "cpu", "cpu"),
-    "bench an export": ("export", "export", "export", "export,cpu", "export,cpu", "export,cpu"),
-}
+TABLE = {name: tuple(work.outcomes.split()) for name, work in WORK.items()}
 # What takes two extras to do, with exactly those that it names.
 TOGETHER = {
     "export,cpu": ("export", "bench an export", "calibrate undrawn", "evaluate few bits"),
@@ -221,16 +160,9 @@ def things(
     def make(folder: Path) -> None:
         for name, source in (("bundle", built_bundle), ("tiny", tiny_bundle)):
             shutil.copytree(source, folder / name)
-        words = [
-            "quantize",
-            str(folder / "tiny"),
-            "--recipe",
-            "int4-experts",
-            "-o",
-            str(folder / "few"),
-        ]
-        for command in (words, ["build", str(folder / "few"), "--target", "ort-cpu"]):
-            here(command)
+        few = str(folder / "few")
+        here(["quantize", str(folder / "tiny"), "--recipe", "int4-experts", "-o", few])
+        here(["build", few, "--target", "ort-cpu"])
         (folder / "prompts").write_text(json.dumps({"text": PROMPT}) + "\n", encoding="utf-8")
 
     folder = made_once(tmp_path_factory, "things", make)
@@ -254,8 +186,7 @@ def here(words: list[str]) -> str:
 
 
 def test_every_verb_has_its_rows() -> None:
-    assert {work.words[0] for work in WORK.values()} == set(VERBS)
-    assert set(TABLE) == set(WORK)
+    assert {work.verb for work in WORK.values()} == set(VERBS)
     assert {len(row) for row in TABLE.values()} == {len(SINGLE)}
 
 
@@ -327,7 +258,7 @@ def test_a_verb_works_or_names_the_extra_it_needs(
     work: str,
     outcome: str,
 ) -> None:
-    words = [word.format(**things, out=tmp_path) for word in WORK[work].words]
+    words = WORK[work].words(**things, out=tmp_path)
     done = environments.run(extras, *words)
     if outcome == WORKS:
         assert done.returncode == 0, done.stderr
@@ -335,7 +266,7 @@ def test_a_verb_works_or_names_the_extra_it_needs(
         return
     assert done.returncode == 2, done.stdout + done.stderr
     assert (
-        done.stdout == "" or WORK[work].words[0] == "doctor"
+        done.stdout == "" or WORK[work].verb == "doctor"
     )  # which first tells what it knows of the machine
     what, found, do = done.stderr.strip().splitlines()
     assert what.split(":")[0].endswith("Error")
@@ -364,7 +295,7 @@ def test_the_model_of_lm_evaluation_harness_is_there_or_names_its_extra(
 def test_the_text_is_the_same_wherever_it_is_generated(
     environments: Environments, things: dict[str, str], mode: str
 ) -> None:
-    words = [*(word.format(**things) for word in WORK["generate"].words), "--mode", mode, "--json"]
+    words = [*WORK["generate"].words(**things), "--mode", mode, "--json"]
     there, ours = json.loads(environments.run("cpu", *words).stdout), json.loads(here(words))
     assert (there["tokens"], there["usage"]) == (ours["tokens"], ours["usage"])
     assert len(there["tokens"]) > 16

@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, helper
 
 from tests.helpers.bundles import copy_of
-from tests.helpers.few_bits import block_of, in_blocks
+from tests.helpers.fake_quantization import block_of, in_blocks
 from tests.helpers.quantized import TINY
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.ort import cpu as ort_builder

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.program_text import plan_of, program
+from tests.helpers.rtx_program_text import plan_of, program
 from tests.helpers.trt.install import L4, install_fake, machine_with
 from twotower.builders.trt.engine_inspector import inspect_plan, summarize_layers
 from twotower.hardware import Gpu

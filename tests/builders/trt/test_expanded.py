@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.program_text import Described, Launch, program
+from tests.helpers.rtx_program_text import Described, Launch, program
 from twotower.builders.trt.engine_inspector import expands_experts, require_fused
 from twotower.builders.trt.rtx_program.analysis import summarize_programs
 from twotower.builders.trt.rtx_program.read import read_program_text

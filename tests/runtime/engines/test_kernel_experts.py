@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.errors import check_error
+from tests.helpers.expert_layers import Layer, make_shape, random_layer, routing, tokens
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.fake_kernels import write_kernels
-from tests.helpers.layers_of_experts import Layer, make_shape, random_layer, routing, tokens
 from twotower.errors import BundleError, DeviceError, EngineMismatchError, RequestError
 from twotower.kernels import Manifest, experts_twin, scratch_bytes
 from twotower.runtime.cuda.calls import Cuda

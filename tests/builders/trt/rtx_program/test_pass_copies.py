@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.program_text import Described, Launch, program
+from tests.helpers.rtx_program_text import Described, Launch, program
 from twotower.builders.trt.rtx_program.program import ExpandedWeight, Program
 from twotower.builders.trt.rtx_program.read import read_program_text
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.program_text import Described, Launch, plan_of, program
+from tests.helpers.rtx_program_text import Described, Launch, plan_of, program
 from twotower.builders.trt.rtx_program.program import Program
 from twotower.builders.trt.rtx_program.read import _weight_inputs, read_program_text, read_programs
 from twotower.builders.trt.rtx_program.text import ProgramText

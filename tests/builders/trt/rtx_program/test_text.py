@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.helpers.program_text import Launch, plan_of, program
+from tests.helpers.rtx_program_text import Launch, plan_of, program
 from twotower.builders.trt.rtx_program import text
 from twotower.builders.trt.rtx_program.read import read_programs
 from twotower.builders.trt.rtx_program.text import ProgramTextError

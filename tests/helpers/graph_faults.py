@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import onnx
 from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
-__all__ = ["ALSO", "LEGITIMATE", "PLANTED"]
+__all__ = ["ALSO", "FAULTS", "LEGITIMATE"]
 
 OPSET = 24
 node = helper.make_node
@@ -20,20 +21,33 @@ def value(name: str, dtype: int, shape: Sequence[Any] | None) -> onnx.ValueInfoP
     return helper.make_tensor_value_info(name, dtype, shape)
 
 
+def values(text: str | Sequence[onnx.ValueInfoProto]) -> list[onnx.ValueInfoProto]:
+    """Those of a text, each as `name:TYPE[4,rows]`."""
+    if not isinstance(text, str):
+        return list(text)
+    out = []
+    for name, dtype, dims in re.findall(r"(\w+):(\w+)\[([^]]*)\]", text):
+        shape = [int(d) if d.isdigit() else d for d in dims.split(",") if d]
+        out.append(value(name, T.DataType.Value(dtype), shape))
+    return out
+
+
 def constant(name: str, data: Any) -> onnx.TensorProto:
     return numpy_helper.from_array(np.asarray(data), name)
 
 
 def model(
     nodes: Sequence[onnx.NodeProto],
-    inputs: Sequence[onnx.ValueInfoProto],
-    outputs: Sequence[onnx.ValueInfoProto],
+    inputs: str | Sequence[onnx.ValueInfoProto],
+    outputs: str | Sequence[onnx.ValueInfoProto],
     *,
     weights: Sequence[onnx.TensorProto] = (),
     domains: Sequence[str] = (),
     opset: int = OPSET,
 ) -> onnx.ModelProto:
-    graph = helper.make_graph(list(nodes), "planted", list(inputs), list(outputs), list(weights))
+    graph = helper.make_graph(
+        list(nodes), "planted", values(inputs), values(outputs), list(weights)
+    )
     opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in domains)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=12)
 
@@ -97,9 +111,7 @@ def function(bad: bool) -> onnx.ModelProto:
 def cumsum(bad: bool) -> onnx.ModelProto:
     weights = [constant("w", np.int64(1) if bad else np.tri(64, dtype=np.float32).T)]
     nodes = [node("CumSum" if bad else "MatMul", ["x", "w"], ["y"])]
-    return model(
-        nodes, [value("x", T.FLOAT, [4, 64])], [value("y", T.FLOAT, [4, 64])], weights=weights
-    )
+    return model(nodes, "x:FLOAT[4,64]", "y:FLOAT[4,64]", weights=weights)
 
 
 def data_dependent(bad: bool) -> onnx.ModelProto:
@@ -113,72 +125,34 @@ def data_dependent(bad: bool) -> onnx.ModelProto:
 def loop(bad: bool) -> onnx.ModelProto:
     if not bad:
         return one("Sigmoid", shape=(4,))
-    carried = [value("i", T.INT64, []), value("go", T.BOOL, []), value("s", T.FLOAT, ["a"])]
+    carried = "i:INT64[] go:BOOL[] s:FLOAT[a]"
     nodes = [node("Identity", ["go"], ["go_on"]), node("Concat", ["s", "s"], ["longer"], axis=0)]
-    body = helper.make_graph(
-        nodes, "body", carried, [value("go_on", T.BOOL, []), value("longer", T.FLOAT, ["b"])]
-    )
+    made = values("go_on:BOOL[] longer:FLOAT[b]")
+    body = helper.make_graph(nodes, "body", values(carried), made)
     weights = [constant("n", np.int64(3)), constant("t", np.array(True))]
     nodes = [node("Loop", ["n", "t", "x"], ["y"], body=body)]
-    return model(nodes, [value("x", T.FLOAT, [4])], [value("y", T.FLOAT, ["c"])], weights=weights)
-
-
-def plugin(bad: bool) -> onnx.ModelProto:
-    return one("CausalConvWithState" if bad else "Sigmoid")
-
-
-def absent(bad: bool) -> onnx.ModelProto:
-    return two("BitwiseAnd" if bad else "Mod", (T.INT64, T.INT64))
-
-
-def random(bad: bool) -> onnx.ModelProto:
-    return one("RandomUniformLike" if bad else "Sigmoid")
+    return model(nodes, "x:FLOAT[4]", "y:FLOAT[c]", weights=weights)
 
 
 def scatter(bad: bool) -> onnx.ModelProto:
-    given = [value("x", T.FLOAT, [4, 64]), value("u", T.FLOAT, [1, 64])]
+    given = "x:FLOAT[4,64] u:FLOAT[1,64]"
     nodes = [node("ScatterND", ["x", "i", "u"], ["y"], reduction="add" if bad else "none")]
-    return model(
-        nodes,
-        given,
-        [value("y", T.FLOAT, [4, 64])],
-        weights=[constant("i", np.array([[1]], np.int64))],
-    )
+    return model(nodes, given, "y:FLOAT[4,64]", weights=[constant("i", np.array([[1]], np.int64))])
 
 
 def topk(bad: bool) -> onnx.ModelProto:
     k = 3841 if bad else 3840
-    made = [value("y", T.FLOAT, [2, k]), value("i", T.INT64, [2, k])]
+    made = f"y:FLOAT[2,{k}] i:INT64[2,{k}]"
     nodes = [node("TopK", ["x", "k"], ["y", "i"])]
-    return model(
-        nodes,
-        [value("x", T.FLOAT, [2, 8192])],
-        made,
-        weights=[constant("k", np.array([k], np.int64))],
-    )
-
-
-def trilu(bad: bool) -> onnx.ModelProto:
-    return one("Trilu" if bad else "Sigmoid", shape=(16, 16))
+    return model(nodes, "x:FLOAT[2,8192]", made, weights=[constant("k", np.array([k], np.int64))])
 
 
 def stash(bad: bool) -> onnx.ModelProto:
     kind = T.FLOAT16 if bad else T.FLOAT
     nodes = [node("RMSNormalization", ["x", "s"], ["y"], stash_type=kind)]
     return model(
-        nodes,
-        [value("x", T.FLOAT, [4, 64])],
-        [value("y", T.FLOAT, [4, 64])],
-        weights=[constant("s", np.ones(64, np.float32))],
+        nodes, "x:FLOAT[4,64]", "y:FLOAT[4,64]", weights=[constant("s", np.ones(64, np.float32))]
     )
-
-
-def exponential(bad: bool) -> onnx.ModelProto:
-    return one("Softplus", dtype=T.FLOAT16 if bad else T.FLOAT)
-
-
-def reduce_max(bad: bool) -> onnx.ModelProto:
-    return one("ReduceMax" if bad else "ReduceSum", out_shape=[1, 1])
 
 
 # --- attention and its cache
@@ -216,12 +190,8 @@ def attention_past(bad: bool) -> onnx.ModelProto:
     if bad:
         made.graph.node[0].input.extend(["pk", "pv"])
         made.graph.node[0].output.extend(["k_out", "v_out"])
-        made.graph.input.extend(
-            [value("pk", T.FLOAT16, [1, 2, 3, 16]), value("pv", T.FLOAT16, [1, 2, 3, 16])]
-        )
-        made.graph.output.extend(
-            [value("k_out", T.FLOAT16, [1, 2, 11, 16]), value("v_out", T.FLOAT16, [1, 2, 11, 16])]
-        )
+        made.graph.input.extend(values("pk:FLOAT16[1,2,3,16] pv:FLOAT16[1,2,3,16]"))
+        made.graph.output.extend(values("k_out:FLOAT16[1,2,11,16] v_out:FLOAT16[1,2,11,16]"))
         made.graph.input[3].CopyFrom(value("m", T.BOOL, [1, 1, 4, 11]))
     return made
 
@@ -229,17 +199,11 @@ def attention_past(bad: bool) -> onnx.ModelProto:
 def attention_rank(bad: bool) -> onnx.ModelProto:
     if not bad:
         return attention()
-    given = [
-        value("q", T.FLOAT16, [1, 4, 32]),
-        value("k", T.FLOAT16, [1, 8, 32]),
-        value("v", T.FLOAT16, [1, 8, 32]),
-    ]
+    given = "q:FLOAT16[1,4,32] k:FLOAT16[1,8,32] v:FLOAT16[1,8,32] m:BOOL[1,1,4,8]"
     nodes = [
         node("Attention", ["q", "k", "v", "m"], ["y"], scale=0.25, q_num_heads=2, kv_num_heads=2)
     ]
-    return model(
-        nodes, [*given, value("m", T.BOOL, [1, 1, 4, 8])], [value("y", T.FLOAT16, [1, 4, 32])]
-    )
+    return model(nodes, given, "y:FLOAT16[1,4,32]")
 
 
 def cache(
@@ -301,17 +265,11 @@ def quantized(
         node("DequantizeLinear", ["q", *operands], ["y"]),
     ]
     weights = [constant("s", np.float32(scale)), *([] if zero is None else [zero])]
-    return model(
-        nodes, [value("x", T.FLOAT, [8, 8])], [value("y", T.FLOAT, [8, 8])], weights=weights
-    )
+    return model(nodes, "x:FLOAT[8,8]", "y:FLOAT[8,8]", weights=weights)
 
 
 def int8_zero(number: int = 0) -> onnx.TensorProto:
     return helper.make_tensor("z", T.INT8, [], [number])
-
-
-def quantized_type(bad: bool) -> onnx.ModelProto:
-    return quantized(None) if bad else quantized(None, output_dtype=T.INT8)
 
 
 def blocks(bad: bool) -> onnx.ModelProto:
@@ -324,9 +282,7 @@ def blocks(bad: bool) -> onnx.ModelProto:
         node("DequantizeLinear", ["w", "s"], ["d"], axis=0, block_size=16),
         node("MatMul", ["x", "d"], ["y"]),
     ]
-    return model(
-        nodes, [value("x", T.FLOAT16, [4, rows])], [value("y", T.FLOAT16, [4, 32])], weights=weights
-    )
+    return model(nodes, f"x:FLOAT16[4,{rows}]", "y:FLOAT16[4,32]", weights=weights)
 
 
 def stored(bad: bool) -> onnx.ModelProto:
@@ -339,9 +295,7 @@ def stored(bad: bool) -> onnx.ModelProto:
     if not bad:
         first, second = node("DequantizeLinear", ["w", "s"], ["t"]), node("Transpose", ["t"], ["d"])
     nodes = [first, second, node("MatMul", ["x", "d"], ["y"])]
-    return model(
-        nodes, [value("x", T.FLOAT, [4, 8])], [value("y", T.FLOAT, [4, 8])], weights=weights
-    )
+    return model(nodes, "x:FLOAT[4,8]", "y:FLOAT[4,8]", weights=weights)
 
 
 def narrow_value(bad: bool) -> onnx.ModelProto:
@@ -355,20 +309,15 @@ def narrow_value(bad: bool) -> onnx.ModelProto:
 
 
 def infinite(bad: bool) -> onnx.ModelProto:
-    given, number = (
-        [value("x", T.FLOAT16, [4, 64]), value("m", T.BOOL, [4, 64])],
-        np.float16(-np.inf if bad else -60000),
-    )
+    given, number = ("x:FLOAT16[4,64] m:BOOL[4,64]", np.float16(-np.inf if bad else -60000))
     nodes = [node("Where", ["m", "x", "c"], ["y"])]
-    return model(nodes, given, [value("y", T.FLOAT16, [4, 64])], weights=[constant("c", number)])
+    return model(nodes, given, "y:FLOAT16[4,64]", weights=[constant("c", number)])
 
 
 def inferable(bad: bool) -> onnx.ModelProto:
     weights = [constant("w", np.ones((63 if bad else 64, 64), np.float32))]
     nodes = [node("MatMul", ["x", "w"], ["m"]), node("Sigmoid", ["m"], ["y"])]
-    return model(
-        nodes, [value("x", T.FLOAT, [4, 64])], [value("y", T.FLOAT, [4, 64])], weights=weights
-    )
+    return model(nodes, "x:FLOAT[4,64]", "y:FLOAT[4,64]", weights=weights)
 
 
 def declared(bad: bool) -> onnx.ModelProto:
@@ -390,27 +339,17 @@ def shape_only(bad: bool) -> onnx.ModelProto:
     ]
     if bad:
         nodes[1].output[0] = "y"
-    return model(
-        nodes,
-        [value("x", T.FLOAT, [4]), value("z", T.FLOAT, [2, 2])],
-        [value("y", T.FLOAT, [2, 2])],
-    )
+    return model(nodes, "x:FLOAT[4] z:FLOAT[2,2]", "y:FLOAT[2,2]")
 
 
 def shape_from_value(bad: bool) -> onnx.ModelProto:
-    given = [value("x", T.FLOAT, [4, 64]), value("s", T.INT64, [2])]
+    given = "x:FLOAT[4,64] s:" + ("INT64[2]" if bad else "INT64[1,1]")
     nodes = [
         node("Abs", ["s"], ["a"]),
         *([] if bad else [node("Shape", ["a"], ["b"])]),
         node("Expand", ["x", "a" if bad else "b"], ["y"]),
     ]
-    if not bad:
-        given[1] = value("s", T.INT64, [1, 1])
-    return model(nodes, given, [value("y", T.FLOAT, ["n", "k"])])
-
-
-def unnamed(bad: bool) -> onnx.ModelProto:
-    return one("Sigmoid", shape=[None, 4] if bad else ["B", 4])
+    return model(nodes, given, "y:FLOAT[n,k]")
 
 
 def weights_in(dtype: int, *, block: int) -> onnx.ModelProto:
@@ -422,12 +361,7 @@ def weights_in(dtype: int, *, block: int) -> onnx.ModelProto:
         node("DequantizeLinear", ["w", "s"], ["d"], axis=0, block_size=block),
         node("MatMul", ["x", "d"], ["y"]),
     ]
-    return model(
-        nodes,
-        [value("x", T.FLOAT16, [4, 64])],
-        [value("y", T.FLOAT16, [4, 32])],
-        weights=[stored, scale],
-    )
+    return model(nodes, "x:FLOAT16[4,64]", "y:FLOAT16[4,32]", weights=[stored, scale])
 
 
 def twice_scaled() -> onnx.ModelProto:
@@ -443,9 +377,7 @@ def twice_scaled() -> onnx.ModelProto:
         node("Transpose", ["d"], ["t"], perm=[1, 0]),
         node("MatMul", ["x", "t"], ["y"]),
     ]
-    return model(
-        nodes, [value("x", T.FLOAT16, [4, 64])], [value("y", T.FLOAT16, [4, 32])], weights=weights
-    )
+    return model(nodes, "x:FLOAT16[4,64]", "y:FLOAT16[4,32]", weights=weights)
 
 
 def activations_in_four_bits() -> onnx.ModelProto:
@@ -496,22 +428,22 @@ LEGITIMATE: dict[str, Callable[[], onnx.ModelProto]] = {
 }
 """Few bits as they should be: no rule complains, and they build."""
 
-PLANTED: dict[str, Callable[[bool], onnx.ModelProto]] = {
+FAULTS: dict[str, Callable[[bool], onnx.ModelProto]] = {
     "opset": opset,
     "standard-operators": domain,
     "no-functions": function,
     "no-cumsum": cumsum,
     "no-data-dependent-output": data_dependent,
     "no-control-flow": loop,
-    "no-plugin-operators": plugin,
-    "no-absent-operators": absent,
-    "no-randomness": random,
+    "no-plugin-operators": lambda bad: one("CausalConvWithState" if bad else "Sigmoid"),
+    "no-absent-operators": lambda bad: two("BitwiseAnd" if bad else "Mod", (T.INT64, T.INT64)),
+    "no-randomness": lambda bad: one("RandomUniformLike" if bad else "Sigmoid"),
     "no-scatter-reduction": scatter,
     "topk-limit": topk,
-    "no-trilu": trilu,
+    "no-trilu": lambda bad: one("Trilu" if bad else "Sigmoid", shape=(16, 16)),
     "wide-normalization": stash,
-    "wide-exponentials": exponential,
-    "reductions-drop-nan": reduce_max,
+    "wide-exponentials": lambda bad: one("Softplus", dtype=T.FLOAT16 if bad else T.FLOAT),
+    "reductions-drop-nan": lambda bad: one("ReduceMax" if bad else "ReduceSum", out_shape=[1, 1]),
     "attention-causal": lambda bad: attention(is_causal=int(bad), mask=None if bad else T.BOOL),
     "attention-lengths": lambda bad: attention(nonpad=bad),
     "attention-past": attention_past,
@@ -533,7 +465,7 @@ PLANTED: dict[str, Callable[[bool], onnx.ModelProto]] = {
     "cache-readers": cache_readers,
     "cache-types": lambda bad: cache(update=T.FLOAT if bad else T.FLOAT16),
     "cache-indices": lambda bad: cache(indices=not bad),
-    "quantized-type": quantized_type,
+    "quantized-type": lambda bad: quantized(None) if bad else quantized(None, output_dtype=T.INT8),
     "quantized-symmetric": lambda bad: quantized(int8_zero(3 if bad else 0)),
     "quantized-scale": lambda bad: quantized(int8_zero(), scale=0.0 if bad else 0.1),
     "quantized-blocks": blocks,
@@ -547,13 +479,13 @@ PLANTED: dict[str, Callable[[bool], onnx.ModelProto]] = {
     "inputs-are-read": unread,
     "inputs-are-values": shape_only,
     "shapes-from-shapes": shape_from_value,
-    "named-axes": unnamed,
+    "named-axes": lambda bad: one("Sigmoid", shape=[None, 4] if bad else ["B", 4]),
 }
 """Rule -> the model with the fault (True) or without it (False)."""
 
 ALSO: dict[str, frozenset[str]] = {
     "no-plugin-operators": frozenset(
         {"inferable"}
-    ),  # opset 24 has no such operator, so ONNX knows nothing of its result
+    )  # opset 24 has no such operator, so ONNX knows nothing of its result
 }
-"""Rule -> other rules that its planted fault breaks too, each with its reason."""
+"""Rule -> other rules that its fault breaks too, each with its reason."""

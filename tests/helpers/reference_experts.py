@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from twotower.bundle import ExpertsStep
+from twotower.dtypes import numpy_dtype
 
-__all__ = ["experts_by_hand"]
-
-_NUMPY: dict[str, Any] = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-}
+__all__ = ["reference_experts"]
 
 
-def experts_by_hand(
+def reference_experts(
     step: ExpertsStep, x: np.ndarray, shares: np.ndarray, weights: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-    """What the experts of a layer give, token by token, so that none depends on its neighbours.
+    """What the experts of a layer give, token by token, so that none depends on the others of its batch.
 
     Args:
         step: Sizes and types.
@@ -30,7 +23,7 @@ def experts_by_hand(
         shares: [experts,N] float32.
         weights: By role, as `read_weight` gives them.
     """
-    dtype = _NUMPY[step.dtype]
+    dtype = numpy_dtype(step.dtype)
 
     def rounded(value: np.ndarray) -> np.ndarray:
         return value.astype(dtype).astype(np.float32)
