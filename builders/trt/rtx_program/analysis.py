@@ -1,4 +1,4 @@
-"""What a program does, layer by layer: the layer a kernel counts for, copies that a pass makes before it computes, and sums of both.
+"""What a program does, layer by layer, and the copies that a pass makes before it computes.
 
 A kernel counts for a layer by the ONNX nodes fused into it. Copies are of weights, and of keys and
 values.
@@ -30,14 +30,15 @@ __all__ = [
 ]
 
 SHARED = "shared"
-"""The scope of what several layers share: masks, positions, the modulation of all layers at once."""
+"""The scope of what several layers share: masks, positions, the modulation of all layers."""
 
 _LAYER = re.compile(r"layers\.\d+\.(\w+)")
+_CACHE = re.compile(r"(past_key_values|present)\.\d+\.(key|value)")
 _MOST_LAYERS = 3  # a residual addition joins the layer before, its own and the next one's norm
 
 
 def kind_of(scope: str) -> str:
-    """The kind of a scope: `moe` of `layers.3.moe`; a part outside of the layers is its own kind."""
+    """The kind of a scope: `moe` of `layers.3.moe`; a part outside of layers is its own kind."""
     found = _LAYER.fullmatch(scope)
     return found[1] if found else scope
 
@@ -48,11 +49,16 @@ def with_scopes(kernels: Sequence[Kernel]) -> tuple[Kernel, ...]:
     A kernel counts for the layer most of its nodes belong to: the end of one layer and the norm of
     the next are one kernel. One that serves more than three layers counts for the part outside of
     the layers it belongs to, or as shared. One without nodes counts for the first kernel that reads
-    what it writes.
+    what it writes, or for the one before it.
     """
     scopes = [_scope(kernel.nodes) for kernel in kernels]
     for i in reversed(range(len(kernels))):
-        scopes[i] = scopes[i] or _reader(kernels, scopes, i)
+        for later in range(i + 1, len(kernels)):
+            if scopes[i]:
+                break
+            if not set(kernels[i].writes).isdisjoint(kernels[later].reads):
+                scopes[i] = scopes[later]
+                break
     last = ""
     for i, scope in enumerate(scopes):
         last = scopes[i] = scope or last or SHARED
@@ -60,21 +66,21 @@ def with_scopes(kernels: Sequence[Kernel]) -> tuple[Kernel, ...]:
 
 
 def _scope(nodes: Sequence[str]) -> str:
-    counts = Counter(node.rpartition("/")[0] for node in nodes)
-    layers = [scope for scope in counts if _LAYER.fullmatch(scope)]
-    parts = Counter({scope: n for scope, n in counts.items() if scope not in layers and scope})
-    if len(layers) > _MOST_LAYERS:
-        return parts.most_common(1)[0][0] if parts else SHARED
+    layers: Counter[str] = Counter()
+    parts: Counter[str] = Counter()
+    for node in nodes:
+        scope = node.rpartition("/")[0]
+        if _LAYER.fullmatch(scope):
+            layers[scope] += 1
+        elif scope:
+            parts[scope] += 1
+    if 0 < len(layers) <= _MOST_LAYERS:
+        return layers.most_common(1)[0][0]
+    if parts:
+        return parts.most_common(1)[0][0]
     if layers:
-        return max(layers, key=counts.__getitem__)
-    return parts.most_common(1)[0][0] if parts else "graph" if nodes else ""
-
-
-def _reader(kernels: Sequence[Kernel], scopes: Sequence[str], i: int) -> str:
-    """The scope of the first later kernel that reads what kernel `i` writes."""
-    written = set(kernels[i].writes)
-    later = range(i + 1, len(kernels))
-    return next((scopes[j] for j in later if written & set(kernels[j].reads)), "")
+        return SHARED
+    return "graph" if nodes else ""
 
 
 def summarize_programs(programs: Sequence[Program]) -> dict[str, Any]:
@@ -83,12 +89,22 @@ def summarize_programs(programs: Sequence[Program]) -> dict[str, Any]:
 
 
 def _summary(program: Program) -> dict[str, Any]:
+    counts: dict[str, list[int]] = {}  # kernels of each layer, by kind
+    fused: dict[str, list[list[str]]] = {}  # by kernel, the ONNX nodes of a kind's first layer
+    for scope, count in program.by_scope().items():
+        kind = kind_of(scope)
+        if kind not in counts:
+            fused[scope] = [[k.name, *k.nodes] for k in program.kernels if k.scope == scope]
+        counts.setdefault(kind, []).append(count)
     products = [k for k in program.kernels if k.operation == "runtime_fusion"]
     return {
         "profile": program.profile,
         "sms": list(program.sms),
         "kernels": len(program.kernels),
-        "by_kind": _by_kind(program),
+        "by_kind": {
+            kind: {"layers": len(n), "kernels": sum(n), "min": min(n), "max": max(n)}
+            for kind, n in counts.items()
+        },
         "by_operation": _counts(k.operation for k in program.kernels),
         "by_backbone": _counts(k.backbone or "none" for k in products),
         "streams": program.streams,
@@ -100,37 +116,12 @@ def _summary(program: Program) -> dict[str, Any]:
         "host": program.host,
         "expanded": [{**asdict(w), "stacked": w.stacked} for w in program.expanded],
         "copied": [asdict(c) for c in program.copied],
-        "fused": _fused(program),
+        "fused": fused,
     }
 
 
 def _counts(values: Iterable[str]) -> dict[str, int]:
     return dict(Counter(values).most_common())
-
-
-def _by_kind(program: Program) -> dict[str, dict[str, int]]:
-    """Kernels by layer kind: how many layers, kernels of all, and of the layers with fewest and most."""
-    kinds: dict[str, list[int]] = {}
-    for scope, count in program.by_scope().items():
-        kinds.setdefault(kind_of(scope), []).append(count)
-    return {
-        kind: {"layers": len(n), "kernels": sum(n), "min": min(n), "max": max(n)}
-        for kind, n in kinds.items()
-    }
-
-
-def _fused(program: Program) -> dict[str, list[list[str]]]:
-    """For the first layer of every kind, the ONNX nodes each of its kernels carries out."""
-    first: dict[str, str] = {}
-    for kernel in program.kernels:
-        first.setdefault(kind_of(kernel.scope), kernel.scope)
-    return {
-        scope: [[k.name, *k.nodes] for k in program.kernels if k.scope == scope]
-        for scope in first.values()
-    }
-
-
-_CACHE = re.compile(r"(past_key_values|present)\.\d+\.(key|value)")
 
 
 def expanded_weights(program: Program, weights: Collection[str]) -> tuple[ExpandedWeight, ...]:
@@ -151,50 +142,47 @@ def expanded_weights(program: Program, weights: Collection[str]) -> tuple[Expand
     derived: set[str] = set()  # what holds values made of weights alone, at this point of the pass
     out = []
     for kernel in program.kernels:
-        reads = {name: program.tensors[name] for name in kernel.reads}
-        sources = [t for n, t in reads.items() if n in derived or _is_weight(t, constant, weights)]
-        alone = bool(sources) and len(sources) == len(reads) and not kernel.is_product
+        sources = []
+        for name in dict.fromkeys(kernel.reads):
+            tensor = program.tensors[name]
+            held = tensor.region in constant if tensor.region else tensor.name in weights
+            if held or name in derived:
+                sources.append(tensor)
+        alone = bool(sources) and len(sources) == len(set(kernel.reads)) and not kernel.is_product
+        shapes = [sorted(source.matrix_dims) for source in sources]
         for name in kernel.writes:
             tensor = program.tensors[name]
             (derived.add if alone else derived.discard)(name)
             if tensor.region not in scratch or len(tensor.matrix_dims) < 2 or kernel.is_product:
                 continue
-            if alone or (name in operands and _is_copy(tensor, sources)):
+            # A weight matrix in another form, beside other work.
+            copied = tensor.fixed and sorted(tensor.matrix_dims) in shapes
+            if alone or (name in operands and copied):
                 out.append(_expanded(kernel, tensor, sources))
     return tuple(out)
 
 
-def _is_weight(tensor: Tensor, constant: Collection[str], weights: Collection[str]) -> bool:
-    return tensor.region in constant if tensor.region else tensor.name in weights
-
-
-def _is_copy(tensor: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether a result is a weight matrix in another form."""
-    shape = sorted(tensor.matrix_dims)
-    return tensor.fixed and any(shape == sorted(weight.matrix_dims) for weight in weights)
-
-
 def _expanded(kernel: Kernel, tensor: Tensor, weights: Sequence[Tensor]) -> ExpandedWeight:
-    dims = tuple(d for d in tensor.dims if d is not None)
+    labels = []
+    for weight in weights:
+        if len(weight.matrix_dims) > 1:
+            label = f"{weight.dtype} [{', '.join(map(str, weight.dims))}]"
+            if not weight.name.startswith("__"):  # the compiler has not given it a name of its own
+                label = f"{weight.name} {label}"
+            labels.append(label)
     return ExpandedWeight(
         kernel=kernel.name,
         scope=kernel.scope,
         nodes=kernel.nodes,
-        weights=tuple(dict.fromkeys(_label(w) for w in weights if len(w.matrix_dims) > 1)),
-        dims=dims,
+        weights=tuple(dict.fromkeys(labels)),
+        dims=tuple(d for d in tensor.dims if d is not None),
         dtype=tensor.dtype,
         nbytes=tensor.nbytes or 0,
     )
 
 
-def _label(weight: Tensor) -> str:
-    """A weight's name, or its type and shape where the compiler gave it a name of its own."""
-    shape = f"{weight.dtype} [{', '.join(map(str, weight.dims))}]"
-    return shape if weight.name.startswith("__") else f"{weight.name} {shape}"
-
-
 def copied_caches(program: Program) -> tuple[CopiedCache, ...]:
-    """Kernels that read keys or values and write all of them again, into memory for activations."""
+    """Kernels that read keys or values and write all of them again, into scratch memory."""
     out = []
     for kernel in program.kernels:
         writes = [program.tensors[name] for name in kernel.writes]
@@ -204,15 +192,11 @@ def copied_caches(program: Program) -> tuple[CopiedCache, ...]:
             size = cache.nbytes
             if not size or not _CACHE.fullmatch(cache.name):
                 continue
-            copies = [
-                t.nbytes for t in writes if t.nbytes and t.nbytes % size == 0 and _holds(t, cache)
-            ]
-            out += [
-                CopiedCache(kernel.name, kernel.scope, cache.name, n, n // size) for n in copies
-            ]
+            for copy in writes:
+                # It has the positions and the width of the heads of a cache [B, heads, T, width].
+                holds = set(cache.dims[-2:]) <= set(copy.dims)
+                if holds and copy.nbytes and copy.nbytes % size == 0:
+                    times = copy.nbytes // size
+                    made = CopiedCache(kernel.name, kernel.scope, cache.name, copy.nbytes, times)
+                    out.append(made)
     return tuple(out)
-
-
-def _holds(copy: Tensor, cache: Tensor) -> bool:
-    """Whether a tensor has the positions and the width of the heads of a cache [B, heads, T, width]."""
-    return set(cache.dims[-2:]) <= set(copy.dims)

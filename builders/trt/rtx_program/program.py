@@ -9,19 +9,10 @@ from dataclasses import dataclass
 
 __all__ = ["CopiedCache", "ExpandedWeight", "Kernel", "Program", "Region", "Tensor"]
 
-_BITS = {
-    "float": 32,
-    "half": 16,
-    "bf16": 16,
-    "fp8_e4m3": 8,
-    "fp4_e2m1": 4,
-    "int4": 4,
-    "int8": 8,
-    "uint8": 8,
-    "bool": 8,
-    "int32": 32,
-    "int64": 64,
-}
+_BITS = (
+    {"float": 32, "int32": 32, "int64": 64, "half": 16, "bf16": 16, "fp4_e2m1": 4, "int4": 4}
+    | {"fp8_e4m3": 8, "int8": 8, "uint8": 8, "bool": 8}
+)  # fmt: skip
 """Bits of one element by the compiler's name of its type."""
 
 
@@ -31,8 +22,7 @@ class Region:
 
     Attributes:
         name: The compiler's name.
-        nbytes: Its size, at the greatest shapes of the profile; of constants the text does not
-            state it in bytes.
+        nbytes: At the greatest shapes of the profile; of constants not in bytes.
         place: `accelerator` or `host`.
         constant: Whether it holds constants, which are part of the engine and no scratch.
     """
@@ -81,9 +71,9 @@ class Kernel:
     """One statement that launches work: a kernel, or a product the library may split in two.
 
     Attributes:
-        operation: `function` (generated kernel), `fully_connected` (product of the kernel
-            library), `runtime_fusion` (product with what was fused into it) and others.
-        name: The compiler's name, which tells its steps: `__myl_CastMulCast`.
+        operation: `function` (generated), `fully_connected` (product of the kernel library),
+            `runtime_fusion` (product with what was fused into it) and others.
+        name: The compiler's, which tells its steps: `__myl_CastMulCast`.
         stream: The stream it runs on.
         nodes: The ONNX nodes fused into it, by the names of our scopes.
         scope: The layer or part it counts for, for instance `layers.3.moe` or `sampler`.

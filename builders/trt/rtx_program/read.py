@@ -142,7 +142,10 @@ def _profile(parts: ProgramText) -> int:
     """Names of all but the first profile carry its number; those the compiler gave do not."""
     given = [*_names_of(parts, "inputs"), *_names_of(parts, "outputs")]
     names = [name for name in given if not name.startswith(_COMPILERS_OWN)]
-    found = {int(m[1]) if (m := _PROFILE.search(name)) else 0 for name in names}
+    found = set()
+    for name in names:
+        mark = _PROFILE.search(name)
+        found.add(int(mark[1]) if mark else 0)
     if len(found) != 1:
         raise unreadable(f"its inputs belong to profiles {', '.join(map(str, sorted(found)))}")
     return found.pop()

@@ -1,9 +1,8 @@
-"""Finds the text of compiled programs in plan bytes, and takes it apart into sections and statements.
+"""Finds the text of compiled programs in plan bytes, and splits it into sections and statements.
 
 Sizes that depend on the shapes of a call are worked out for the greatest shapes of a profile. A
-program computes them on the host, in
-its section `shape_main`: copies, constants and arithmetic on single numbers. What is not understood
-stays unknown.
+program computes them on the host, in its section `shape_main`: copies, constants and arithmetic on
+single numbers. What is not understood stays unknown.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ _SECTIONS = ("header", "descriptors", "main", "shape_main")
 
 
 class ProgramTextError(BuildError):
-    """A plan whose compiled program is missing, damaged, or of a layout this version does not know."""
+    """A plan whose compiled program is missing, damaged, or of an unknown layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,9 @@ class Statement:
     def word(self, key: str) -> str | None:
         """The value of a key, quotes taken off; None where the key is missing."""
         found = re.search(rf'(?<![\w"]){key} ?= ?(?:"([^"]*)"|([^\s"{{}}]+))', self.body)
-        return None if found is None else found[1] if found[1] is not None else found[2]
+        if found is None:
+            return None
+        return found[2] if found[1] is None else found[1]
 
     def number(self, key: str) -> int:
         """A key's whole number.
@@ -106,13 +107,11 @@ class ProgramText:
             elif _LABEL.fullmatch(line):
                 labels += 1
             elif line.strip():
-                raise unreadable(
-                    f"'{section}' has a line that is no statement: {line.strip()[:60]!r}"
-                )
+                shown = line.strip()[:60]
+                raise unreadable(f"'{section}' has a line that is no statement: {shown!r}")
         if labels > 1:
-            raise unreadable(
-                f"'{section}' has {labels} labels: what a pass runs depends on its data"
-            )
+            why = "what a pass runs depends on its data"
+            raise unreadable(f"'{section}' has {labels} labels: {why}")
 
     def host_statements(self) -> Iterator[Statement]:
         """The arithmetic on shapes that runs on the host; messages in it may take several lines."""
@@ -135,7 +134,7 @@ def program_texts(plan: PlanBytes) -> Iterator[str]:
     """The text of every whole program in a plan; texts of single fusions lie inside and are skipped.
 
     A program is one block: its size, a mark, a version, the length of its text, the text, code.
-    Plans are searched in pieces of 64 MB: one that holds its weights may have tens of GB.
+    Plans are searched in pieces of 64 MiB: one that holds its weights may have tens of GiB.
 
     Args:
         plan: The serialized engine.
@@ -148,11 +147,10 @@ def program_texts(plan: PlanBytes) -> Iterator[str]:
     while at >= 0:
         start = at + _PREFIX
         if at < 8 or bytes(view[start : start + len(_BEGIN)]) != _BEGIN:
-            at = _find_mark(
-                view, at + 1
-            )  # four bytes of a weight: gigabytes of them hold such a word
+            at = _find_mark(view, at + 1)  # gigabytes of weights hold such four bytes by chance
             continue
-        size, length = (int.from_bytes(view[i : i + 8], "little") for i in (at - 8, start - 8))
+        size = int.from_bytes(view[at - 8 : at], "little")
+        length = int.from_bytes(view[start - 8 : start], "little")
         if at + size > len(view) or start + length > at + size:
             raise unreadable(f"the program at byte {at} is cut off or damaged")
         text = bytes(view[start : start + length])
@@ -180,25 +178,21 @@ def split_text(text: str) -> ProgramText:
         ProgramTextError: a section is unknown, missing, there twice, or has no end.
     """
     sections: dict[str, str] = {}
-    end = 0
+    last, end = "nothing", 0
     for match in _SECTION.finditer(text):
         name = match[1]
         if text[end : match.start()].strip():
-            raise unreadable(f"there is text outside of its sections, after '{_last(sections)}'")
+            raise unreadable(f"there is text outside of its sections, after '{last}'")
         if name not in _SECTIONS or name in sections:
             raise unreadable(f"it has an unexpected section '{name}'")
         sections[name] = match[2]
-        end = match.end()
+        last, end = name, match.end()
     missing = [name for name in _SECTIONS[:3] if name not in sections]
     if missing:
         raise unreadable(f"its section '{missing[0]}' is missing or has no end")
     if text[end:].strip():
-        raise unreadable(f"it goes on after '{_last(sections)}', or breaks off there")
+        raise unreadable(f"it goes on after '{last}', or breaks off there")
     return ProgramText(**{name: sections.get(name, "") for name in _SECTIONS})
-
-
-def _last(sections: dict[str, str]) -> str:
-    return next(reversed(sections), "nothing")
 
 
 def header_fields(header: str) -> Mapping[str, str]:
