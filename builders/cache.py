@@ -98,12 +98,28 @@ class EngineCache:
             raise BuildError(
                 f"the engine cache '{self.folder}' cannot be written",
                 found=str(e),
-                do="check permissions and disk space, name another folder with --cache, or go without with --no-cache",
+                do="check permissions and disk space, name another folder with --cache, "
+                "or go without with --no-cache",
             ) from e
 
     def find(self, key: str) -> Entry | None:
-        """The entry of a key; its content is not looked at."""
-        return _entry(self._note(key), self._engine(key))
+        """The entry of a key if both its files are there; its content is not looked at."""
+        note, engine = self._note(key), self._engine(key)
+        try:
+            data = json.loads(note.read_text(encoding="utf-8"))
+            entry = Entry(FileRecord(int(data["size"]), str(data["sha256"])), dict(data["facts"]))
+            size = engine.stat().st_size
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            what = f"{type(e).__name__}: {e}"
+            logger.warning("the cache entry %s is not readable (%s); built again", note, what)
+            return None
+        if size != entry.record.size:
+            what = f"{size} bytes instead of {entry.record.size}"
+            logger.warning("the cached engine %s is damaged (%s); built again", engine, what)
+            return None
+        return entry
 
     def take(self, key: str, target: Path, *, tick: Tick) -> Entry | None:
         """Puts a cached engine at `target`, as a link where that is possible, and checks it.
@@ -125,10 +141,8 @@ class EngineCache:
                     shutil.copyfileobj(source, file, 8 << 20)
         if _hashed(target, entry.record.size, tick) != entry.record.sha256:
             target.unlink()
-            logger.warning(
-                "the cached engine %s is damaged (its SHA-256 differs); it is dropped and built again",
-                self._engine(key),
-            )
+            what = f"{self._engine(key)} is damaged (its SHA-256 differs)"
+            logger.warning("the cached engine %s; it is dropped and built again", what)
             self.drop(key)
             return None
         try:
@@ -138,7 +152,7 @@ class EngineCache:
         return entry
 
     def put(self, key: str, engine: Path, facts: dict[str, Any], *, tick: Tick) -> FileRecord:
-        """Keeps an engine that was just built. Without the space for it the engine is not kept, and a warning says so.
+        """Keeps an engine that was just built; a warning says where there is no space for it.
 
         Returns:
             The engine's size and SHA-256.
@@ -149,17 +163,14 @@ class EngineCache:
             if not _linked(engine, partial):
                 shutil.copyfile(engine, partial)
             with self._locked():
-                self._note(key).unlink(
-                    missing_ok=True
-                )  # no moment at which a note speaks of another's engine
+                # At no moment does a note speak of another's engine.
+                self._note(key).unlink(missing_ok=True)
                 partial.replace(self._engine(key))
-                write_json(
-                    self._note(key), {"size": record.size, "sha256": record.sha256, "facts": facts}
-                )
+                note = {"size": record.size, "sha256": record.sha256, "facts": facts}
+                write_json(self._note(key), note)
         except OSError as e:
-            logger.warning(
-                "%s is not kept in the engine cache '%s': %s", engine.name, self.folder, e
-            )
+            what = f"{engine.name} is not kept in the engine cache '{self.folder}'"
+            logger.warning("%s: %s", what, e)
         finally:
             partial.unlink(missing_ok=True)
         return record
@@ -176,11 +187,13 @@ class EngineCache:
         dropped: list[str] = []
         with self._locked():
             self._sweep()
-            unused = sorted(
-                (used, key, size) for key, size, used, links in self._entries() if links == 1
-            )
+            unused: list[tuple[float, str, int]] = []  # time of last use, key, bytes
+            for note in self.folder.glob("*.json"):
+                engine = self._engine(note.stem).stat()
+                if engine.st_nlink == 1:
+                    unused.append((note.stat().st_mtime, note.stem, engine.st_size))
             total = sum(size for _, _, size in unused)
-            for _, key, size in unused:
+            for _, key, size in sorted(unused):
                 if total <= self._most:
                     break
                 self._remove(key)
@@ -190,17 +203,8 @@ class EngineCache:
             logger.info("dropped %d unused engines from '%s'", len(dropped), self.folder)
         return dropped
 
-    def _entries(self) -> list[tuple[str, int, float, int]]:
-        """(key, bytes, time of last use, links) of every entry."""
-        out = []
-        for note in self.folder.glob("*.json"):
-            stat = self._engine(note.stem).stat() if self._engine(note.stem).is_file() else None
-            if stat is not None:
-                out.append((note.stem, stat.st_size, note.stat().st_mtime, stat.st_nlink))
-        return out
-
     def _sweep(self) -> None:
-        """Halves of entries: an engine without a note, a note without an engine, a file somebody died writing."""
+        """Removes halves of entries, and files whose writer was killed."""
         now = time.time()
         for file in self.folder.iterdir():
             if file.suffix in (".engine", ".json") and not file.name.startswith("."):
@@ -229,38 +233,12 @@ def open_cache(bundle: Bundle, config: BuildConfig) -> EngineCache | None:
     """The cache a build uses, not yet made; None for none."""
     if not config.use_cache:
         return None
-    return EngineCache(config.cache or bundle.path / "engines" / CACHE_FOLDER, config.cache_bytes)
-
-
-def _entry(note: Path, engine: Path) -> Entry | None:
-    """The entry if both halves are there and the engine has its size."""
-    try:
-        data = json.loads(note.read_text(encoding="utf-8"))
-        entry = Entry(FileRecord(int(data["size"]), str(data["sha256"])), dict(data["facts"]))
-        size = engine.stat().st_size
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        logger.warning(
-            "the cache entry %s is not readable (%s: %s); the engine is built again",
-            note,
-            type(e).__name__,
-            e,
-        )
-        return None
-    if size != entry.record.size:
-        logger.warning(
-            "the cached engine %s is damaged (%d bytes instead of %d); it is built again",
-            engine,
-            size,
-            entry.record.size,
-        )
-        return None
-    return entry
+    folder = config.cache or bundle.path / "engines" / CACHE_FOLDER
+    return EngineCache(folder, config.cache_bytes)
 
 
 def _linked(source: Path, target: Path) -> bool:
-    """Whether `target` could be made a second name of `source`; False on another file system or one without links."""
+    """Whether `target` could be made a second name of `source`, which not every file system has."""
     try:
         os.link(source, target)
     except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from twotower.builders.build_cost import LayerBytes
 from twotower.bundle import Bundle
 from twotower.dtypes import DTYPES, dtype_of_onnx, onnx_code
 from twotower.spec import (
+    BLOCK,
     CONDITIONING,
     CONTEXT,
     DENOISER,
@@ -71,7 +73,10 @@ class Segment:
 
 
 def fix_axes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
-    """Makes named axes constants, in place: TensorRT wants the capacity of a cache static, and tunes a static block better."""
+    """Makes named axes constants, in place.
+
+    TensorRT wants the capacity of a cache static, and tunes a static block better.
+    """
     for value in (*model.graph.input, *model.graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in sizes:
@@ -80,20 +85,25 @@ def fix_axes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
 
 def layer_bytes(model: onnx.ModelProto) -> LayerBytes:
     """Weight bytes by layer: a weight belongs to the layer whose node reads it."""
-    sizes = {t.name: _nbytes(t) for t in model.graph.initializer}
-    packed = [sizes[t.name] for t in model.graph.initializer if _bits(t) == 4]
+    sizes: dict[str, int] = {}
+    packed = 0
+    for tensor in model.graph.initializer:
+        bits = _bits(tensor)
+        sizes[tensor.name] = -(-math.prod(tensor.dims) * bits // 8)
+        if bits == 4:
+            packed = max(packed, sizes[tensor.name])
     layers: dict[int, int] = {}
-    ends = [0, 0]
+    before = after = 0
     for node in model.graph.node:
         nbytes = sum(sizes.pop(name, 0) for name in node.input)
         index = _layer_of(node)
         if index is not None:
             layers[index] = layers.get(index, 0) + nbytes
+        elif node.name.startswith(("norm_f", "lm_head", "sampler")):
+            after += nbytes
         else:
-            ends[_is_after(node)] += nbytes
-    return LayerBytes(
-        tuple(layers[i] for i in sorted(layers)), ends[0], ends[1], max(packed, default=0)
-    )
+            before += nbytes
+    return LayerBytes(tuple(layers[i] for i in sorted(layers)), before, after, packed)
 
 
 def segment(
@@ -112,7 +122,7 @@ def segment(
         dtype: Element type of the residual stream.
     """
     first, end = layers
-    last_layer = max((i for i in map(_layer_of, model.graph.node) if i is not None), default=-1)
+    last_layer = _last_layer(model)
     if first == 0 and end > last_layer:
         return Segment(model, layers, signature.inputs, signature.outputs)
     nodes = list(model.graph.node)
@@ -131,8 +141,10 @@ def segment(
 
 def stream_axes(model: onnx.ModelProto, signature: TowerSignature) -> tuple[str | int, ...]:
     """[B,L,D] of a tower's residual stream: L as a letter, or the constant length of a block."""
-    length: str | int = "L" if signature.name == CONTEXT else _block_length(model) or "S"
-    return ("B", length, _width(model))
+    if signature.name == CONTEXT:
+        return ("B", "L", _width(model))
+    block = next(value for value in model.graph.input if value.name == BLOCK)
+    return ("B", block.type.tensor_type.shape.dim[1].dim_value or "S", _width(model))
 
 
 def stream_before(nodes: Sequence[onnx.NodeProto], layer: int) -> str:
@@ -152,7 +164,7 @@ def outputs_of(
     """Outputs of a tower that layers [first, end) make; what comes after all layers belongs to the last."""
     first, end = layers
     makers = {name: _layer_of(node) for node in model.graph.node for name in node.output}
-    last_layer = max((i for i in map(_layer_of, model.graph.node) if i is not None), default=-1)
+    last_layer = _last_layer(model)
     out = {}
     for spec in signature.outputs:
         index = makers[spec.name]
@@ -203,10 +215,11 @@ def extracted(
 def _settle_shapes(
     nodes: list[onnx.NodeProto], signature: TowerSignature, given: tuple[TensorSpec, ...]
 ) -> list[onnx.TensorProto]:
-    """Lets no input be read for its shape alone, in place: the compiler would report it as dropped, and a real loss would go unnoticed.
+    """Lets no input be read for its shape alone, in place.
 
-    A constant axis becomes a constant; a dynamic one is asked of the residual stream, which every
-    segment but the first reads.
+    The compiler would report it as dropped, and a real loss would go unnoticed. A constant axis
+    becomes a constant; a dynamic one is asked of the residual stream, which every segment but the
+    first reads.
 
     Returns:
         The constants.
@@ -270,37 +283,19 @@ def _layer_of(node: onnx.NodeProto) -> int | None:
     return int(found[1]) if found else None
 
 
-def _is_after(node: onnx.NodeProto) -> bool:
-    return node.name.startswith(("norm_f", "lm_head", "sampler"))
-
-
-def _nbytes(tensor: onnx.TensorProto) -> int:
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    return -(-count * _bits(tensor) // 8)
+def _last_layer(model: onnx.ModelProto) -> int:
+    return max((i for i in map(_layer_of, model.graph.node) if i is not None), default=-1)
 
 
 def _bits(tensor: onnx.TensorProto) -> int:
     """Of one element."""
     name = dtype_of_onnx(tensor.data_type)
-    return (
-        DTYPES[name].bits
-        if name
-        else 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    )
+    if name is None:
+        return 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return DTYPES[name].bits
 
 
 def _width(model: onnx.ModelProto) -> int:
     """D, the residual stream's width: the second axis of the embedding table."""
     table = next(t for t in model.graph.initializer if t.name.endswith("embeddings.weight"))
     return int(table.dims[1])
-
-
-def _block_length(model: onnx.ModelProto) -> int | None:
-    """S where it is constant already."""
-    for value in model.graph.input:
-        if value.name == "block":
-            dim = value.type.tensor_type.shape.dim[1]
-            return dim.dim_value if dim.HasField("dim_value") else None
-    return None

@@ -59,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="job.json of a failed build: its shapes, type and compute capabilities",
     )
     args = parser.parse_args(argv)
+    axes: dict[str, tuple[int, int, int]] = {}
     try:
         given = json.loads(args.job.read_text(encoding="utf-8")) if args.job else {}
-        axes = {
-            name: (int(size),) * 3
-            for name, size in (pair.split("=") for pair in args.axes.split(",") if pair)
-        }
+        for pair in filter(None, args.axes.split(",")):
+            name, size = pair.split("=")
+            axes[name] = (int(size),) * 3
         job = job_of_graph(load_graph(args.graph), args.target, given, axes=axes)
         if args.sm and args.target == "rtx":
             job["sms"] = [int(sm) for sm in args.sm.split(",")]
@@ -92,29 +92,25 @@ def job_of_graph(
     if not graph.graph.node:
         raise ValueError("it has no nodes")
     inputs = [_input(value) for value in graph.graph.input]
-    whole = {
-        "target": target,
-        "dtype": _narrowest(graph),
+    job = {
+        "dtype": _product_type(graph),
         "timing_cache": None,
         "sms": [89] if target == "rtx" else [],
         **given,
+        "target": target,
     }
-    whole["target"] = target
-    if not axes and _is_whole(inputs, given.get("inputs")):
-        return whole
+    # The graph that was built has its own inputs, and weights of constant shape besides.
+    built = given.get("inputs")
+    weights = [i for i in inputs if built is not None and i not in built]
+    fixed = all(not isinstance(axis, str) for _, _, axes in weights for axis in axes)
+    if not axes and built is not None and fixed and len(inputs) - len(weights) == len(built):
+        return job
     letters = {axis for _, _, shape in inputs for axis in shape if isinstance(axis, str)}
-    known = {**(whole["profiles"][0]["axes"] if whole.get("profiles") else {}), **axes}
+    known = {**(job["profiles"][0]["axes"] if job.get("profiles") else {}), **axes}
     if letters - known.keys():
         known = {letter: axes.get(letter, (1, 1, 1)) for letter in letters}
     profile = {"name": "whole", "axes": {letter: list(known[letter]) for letter in letters}}
-    return {**whole, "inputs": inputs, "profiles": [profile] if letters else []}
-
-
-def _is_whole(inputs: list[list[Any]], built: list[list[Any]] | None) -> bool:
-    """Whether these are the inputs of the graph that was built: its own, and weights of constant shape."""
-    weights = [i for i in inputs if built is not None and i not in built]
-    fixed = all(not isinstance(axis, str) for _, _, axes in weights for axis in axes)
-    return built is not None and fixed and len(inputs) - len(weights) == len(built)
+    return {**job, "inputs": inputs, "profiles": [profile] if letters else []}
 
 
 def _tried(graph: Path, job: dict[str, Any]) -> int:
@@ -141,19 +137,17 @@ def _input(value: onnx.ValueInfoProto) -> list[Any]:
     dtype = dtype_of_onnx(tensor.elem_type)
     if dtype is None or not tensor.HasField("shape"):
         raise ValueError(f"input {value.name!r} has no type or rank this check knows")
-    dims = tensor.shape.dim
-    axes = [
-        d.dim_value if d.HasField("dim_value") else d.dim_param or f"{value.name}.{i}"
-        for i, d in enumerate(dims)
-    ]
+    axes: list[int | str] = []
+    for i, dim in enumerate(tensor.shape.dim):
+        name = dim.dim_param or f"{value.name}.{i}"
+        axes.append(dim.dim_value if dim.HasField("dim_value") else name)
     return [value.name, dtype, axes]
 
 
-def _narrowest(graph: onnx.ModelProto) -> str:
+def _product_type(graph: onnx.ModelProto) -> str:
     """The element type of the graph's products, as far as its weights show it."""
-    kinds = {t.data_type for t in graph.graph.initializer} | {
-        v.type.tensor_type.elem_type for v in graph.graph.input
-    }
+    kinds = {t.data_type for t in graph.graph.initializer}
+    kinds |= {v.type.tensor_type.elem_type for v in graph.graph.input}
     return next((name for name in ("float16", "bfloat16") if onnx_code(name) in kinds), "float32")
 
 

@@ -1,4 +1,4 @@
-"""Weights as inputs of the graph TensorRT is given: an engine is then a program, and weights live once, in the bundle."""
+"""Weights as inputs of the graph TensorRT is given: they are stored once, in the bundle."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class WeightPlaces:
         inputs: Those that are inputs, in the order of the graph.
         inside: Those that stay in the engine, each with the reason.
         inside_bytes: Bytes of the latter.
-        largest_packed: Bytes of the largest weight of 4 bits that stays inside.
+        largest_packed: Bytes of the largest 4-bit weight that stays inside.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -70,30 +70,26 @@ def place_weights(model: onnx.ModelProto, places: str) -> WeightPlaces:
 
 
 def why_inside(model: onnx.ModelProto) -> dict[str, str]:
-    """The weights that TensorRT takes as constants only, each with the reason: those in few bits.
+    """The weights that TensorRT takes as constants only, each with the reason: quantized ones.
 
     4-bit types have no network input. An 8-bit input is taken, but the compiler transposes it in
     device memory in every pass, which a constant it transposes once, while it builds. A scale goes
     with its weight: the product of packed weights is chosen for constant scales.
     """
     refs = weight_refs(model)
+    makers = {output: node for node in model.graph.node for output in node.output}
     out: dict[str, str] = {}
     for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in refs:
-            values = node.input[0]
-            four = DTYPES[refs[values].dtype].bits == 4
-            out.setdefault(values, _NO_INPUT.format(refs[values].dtype) if four else _TRANSPOSED)
-            scales = [scale for scale in _scales(model, node) if scale in refs]
-            out.update((scale, f"a scale of {values}, which is a constant") for scale in scales)
+        if node.op_type != "DequantizeLinear" or node.input[0] not in refs:
+            continue
+        values, scale = node.input[:2]
+        dtype = refs[values].dtype
+        why = "as an input it would be transposed in device memory in every pass"
+        if DTYPES[dtype].bits == 4:
+            why = f"TensorRT takes no network input of type {dtype}"
+        out.setdefault(values, why)
+        # Scales may be quantized themselves, with a scale of their own.
+        for name in makers[scale].input if scale in makers else [scale]:
+            if name in refs:
+                out[name] = f"a scale of {values}, which is a constant"
     return out
-
-
-_NO_INPUT = "TensorRT takes no network input of type {}"
-_TRANSPOSED = "as an input it would be transposed in device memory in every pass"
-
-
-def _scales(model: onnx.ModelProto, node: onnx.NodeProto) -> list[str]:
-    """The scales of a dequantization, and the scale of those where they are quantized themselves."""
-    scale = node.input[1]
-    maker = next((n for n in model.graph.node if scale in n.output), None)
-    return [scale] if maker is None else list(maker.input)

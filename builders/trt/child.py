@@ -1,4 +1,4 @@
-"""One engine in a process of its own: its memory goes back to the system, and a crash of the compiler is an error and not the end.
+"""One engine in a process of its own: its memory is given back, and a crash is only an error.
 
     python -m twotower.builders.trt.child JOB
 
@@ -24,6 +24,7 @@ from twotower.bundle import Profile
 from twotower.errors import BuildError, TwoTowerError
 from twotower.hardware import probe_machine
 from twotower.spec import TensorSpec
+from twotower.units import format_bytes
 
 __all__ = ["main", "options_from_job"]
 
@@ -43,25 +44,12 @@ def main(job_file: str) -> int:
         )
         _write(Path(job["output"]), plan)
     except TwoTowerError as e:
+        error = {"what": e.what, "found": e.found, "do": e.do}
         refused = not isinstance(e.__cause__, OSError)
-        _say(
-            {
-                "error": {"what": e.what, "found": e.found, "do": e.do},
-                "refused": refused,
-                "log": log.to_json(),
-            }
-        )
+        _say({"error": error, "refused": refused, "log": log.to_json()})
         return 2
-    _say(
-        {
-            "done": {
-                **facts,
-                "bytes": plan.nbytes,
-                "peak_memory": _peak_memory(),
-                "log": log.to_json(),
-            }
-        }
-    )
+    facts |= {"bytes": plan.nbytes, "peak_memory": _peak_memory(), "log": log.to_json()}
+    _say({"done": facts})
     # The engine is written and reported: whatever the inspector does now cannot lose it.
     profiles = len(job["profiles"])
     _say({"inspected": inspect_plan(builder.flavour, plan, probe_machine(), profiles=profiles)})
@@ -84,7 +72,7 @@ def options_from_job(job: dict[str, Any]) -> NetworkOptions:
 
 
 def _write(output: Path, plan: Any) -> None:
-    """Writes the library's buffer as it is: an engine of tens of gigabytes is not copied first.
+    """Writes the library's buffer as it is: an engine of many gigabytes is not copied first.
 
     Raises:
         BuildError: there is no space, or no permission.
@@ -92,18 +80,19 @@ def _write(output: Path, plan: Any) -> None:
     try:
         with output.open("wb", buffering=0) as file:
             rest = memoryview(plan)
-            while rest.nbytes:  # one call writes 2 GB at most
+            while rest.nbytes:  # one call writes 2 GiB at most
                 rest = rest[file.write(rest) :]
     except OSError as e:
         raise BuildError(
-            f"the engine of {plan.nbytes / 1e9:.3g} GB could not be written to '{output}'",
+            f"the engine of {format_bytes(plan.nbytes)} could not be written to '{output}'",
             found=str(e),
-            do="free disk space or check permissions, then build again; engines that were finished are kept in the cache",
+            do="free disk space or check permissions, then build again; "
+            "engines that were finished are kept in the cache",
         ) from e
 
 
 def _peak_memory() -> int:
-    """Most bytes this process had in memory. On Linux `ru_maxrss` begins with what the parent had, so its own count is asked first."""
+    """Most bytes this process had in memory. On Linux `ru_maxrss` begins with what the parent had."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
@@ -120,10 +109,9 @@ def _tick(phase: str, step: int, steps: int) -> bool:
 
 
 def _die_with(parent: int) -> None:
-    """Lets no build outlive the process that wanted it. Where the system cannot promise that, the closed pipe ends it a step later."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent ends its child itself
+    """Lets no build outlive its parent; outside of Linux the closed pipe ends it a step later."""
+    # Ctrl-C reaches the whole group; the parent ends its child itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before this was set

@@ -1,4 +1,4 @@
-"""Engines of TensorRT and TensorRT for RTX from a bundle's graphs: the library is a value, the rest is the same."""
+"""The builder of TensorRT and TensorRT for RTX: the library is a value, the rest is the same."""
 
 from __future__ import annotations
 
@@ -41,9 +41,8 @@ class TensorRTBuilder:
 
     def plan(self, bundle: Bundle, config: BuildConfig) -> BuildPlan:
         """What a build would make, for this machine as it is now."""
-        from twotower.builders.trt.build_plan import (
-            TensorRTPlan,
-        )  # engines that are kept need nothing of it
+        # Engines that are kept need nothing of it.
+        from twotower.builders.trt.build_plan import TensorRTPlan
 
         machine = probe_machine()
         return TensorRTPlan(
@@ -56,10 +55,9 @@ class TensorRTBuilder:
         )
 
     def _asked(self, bundle: Bundle, config: BuildConfig, machine: Machine) -> str:
+        options = {name: v for name, v in asdict(config).items() if name not in _WITHOUT_EFFECT}
         facts = {
-            "config": {
-                key: value for key, value in asdict(config).items() if key not in _WITHOUT_EFFECT
-            },
+            "config": options,
             "graphs": {name: bundle.program_identity(name) for name in GRAPH_FILES},
             "model": repr(bundle.config),
             "block": bundle.trained_block_size,

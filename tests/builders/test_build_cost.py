@@ -43,7 +43,9 @@ def test_what_it_says_to_type_can_be_built(available: int) -> None:
         require_build_memory(NEEDED, least=LEAST, available=available, bound=None)
     assert "context.engine" in caught.value.what
     assert f"{format_bytes(NEEDED['context.engine'])} needed" in caught.value.found
-    bound = byte_size(caught.value.do.split("--max-build-memory ")[1].split("G")[0] + "G")
+    bound = byte_size(
+        caught.value.do.split("--max-build-memory ")[1].split("G")[0] + "G", "--max-build-memory"
+    )
     assert bound is not None
     assert cut_layers(HELD, bound)
     if available - GB // 10 >= LEAST:
