@@ -85,16 +85,13 @@ def engine_plans(
         return _programs(graph, weights, config, bound=options.max_build_memory)
     segments, bound = segments_of(config, options), options.max_build_memory
     cuts = tower_cuts(weights.layers, weights.held, segments=segments, bound=bound)
-    numbers = [f".{n}" for n in range(len(cuts))] if len(cuts) > 1 else [""]
-    return [
-        _engine(
-            _Piece(f"{graph}{number}.engine", graph, layers, layers[1] - layers[0]),
-            weights,
-            size=weights.all.between(*layers),
-            held=weights.held.between(*layers),
-        )
-        for number, layers in zip(numbers, cuts, strict=True)
-    ]
+    made = []
+    for number, layers in enumerate(cuts):
+        name = f"{graph}.{number}.engine" if len(cuts) > 1 else f"{graph}.engine"
+        piece = _Piece(name, graph, layers, layers[1] - layers[0])
+        size, held = weights.all.between(*layers), weights.held.between(*layers)
+        made.append(_engine(piece, weights, size=size, held=held))
+    return made
 
 
 def own_bytes(config: ModelConfig, options: PlanOptions) -> Mapping[str, int]:
@@ -107,13 +104,11 @@ def own_bytes(config: ModelConfig, options: PlanOptions) -> Mapping[str, int]:
         as_stored = expert_path(config, options).name != DENSE
         return cpu_bytes(config, dtype, formats, as_stored=as_stored)
     few = dict(formats).get(Role.ROUTED_EXPERT.value)
-    fused = few is not None and expert_path(config, options).name == FUSED
-    return {
-        graph: stored_bytes(FORMATS[few].dtype, counts.get(Role.ROUTED_EXPERT.value, 0))
-        if few and fused
-        else 0
-        for graph, counts in weight_counts(config).items()
-    }
+    counts = weight_counts(config)
+    if few is None or expert_path(config, options).name != FUSED:
+        return dict.fromkeys(counts, 0)
+    stored, experts = FORMATS[few].dtype, Role.ROUTED_EXPERT.value
+    return {name: stored_bytes(stored, kinds.get(experts, 0)) for name, kinds in counts.items()}
 
 
 def placed_pieces(
@@ -137,29 +132,24 @@ def program_layers(config: ModelConfig) -> tuple[Layers, ...]:
     return tuple(pairwise((0, *ends, len(config.layers))))
 
 
-def _files(weights: GraphWeights, config: ModelConfig) -> list[list[Layers]]:
-    """Programs by their file: equal ones share it, unless they hold weights of their own."""
+def _programs(
+    graph: str, weights: GraphWeights, config: ModelConfig, *, bound: int | None
+) -> list[EnginePlan]:
+    """Engines of a tower that is cut at its experts.
+
+    Equal programs share a file, unless they hold weights of their own.
+    """
     programs, files = program_layers(config), dict[tuple[object, ...], list[Layers]]()
     for number, layers in enumerate(programs):
         ends = (number == 0, number == len(programs) - 1)
         own = number if _of_program(weights.held, layers, config) else -1
         files.setdefault((ends, own, config.layers[slice(*layers)]), []).append(layers)
-    return list(files.values())
-
-
-def _programs(
-    graph: str,
-    weights: GraphWeights,
-    config: ModelConfig,
-    *,
-    bound: int | None,
-) -> list[EnginePlan]:
     made = []
-    for number, programs in enumerate(_files(weights, config)):
-        first = programs[0]
+    for number, equal in enumerate(files.values()):
+        first = equal[0]
         mixers = sum(kind is not LayerKind.MOE for kind in config.layers[slice(*first)])
-        piece = _Piece(f"{graph}.{number}.engine", graph, first, mixers, len(programs))
-        size = sum(_of_program(weights.all, layers, config) for layers in programs)
+        piece = _Piece(f"{graph}.{number}.engine", graph, first, mixers, len(equal))
+        size = sum(_of_program(weights.all, layers, config) for layers in equal)
         held = _of_program(weights.held, first, config)
         made.append(_engine(piece, weights, size=size, held=held))
     require_bound({e.name: e.build_peak_bytes or 0 for e in made}, bound)

@@ -94,19 +94,23 @@ class GpuFit:
 
 def fit(config: ModelConfig, options: PlanOptions, gpus: Sequence[GpuModel]) -> tuple[GpuFit, ...]:
     """The plan on each GPU; an entry of several GPUs sets the number of devices."""
-    return tuple(
-        _fit(config, replace(options, devices=gpu.count if gpu.count > 1 else options.devices), gpu)
-        for gpu in gpus
-    )
+    return tuple(_fit(config, options, gpu) for gpu in gpus)
 
 
 def _fit(config: ModelConfig, asked: PlanOptions, gpu: GpuModel) -> GpuFit:
-    options = on_gpus(asked, [gpu.sm])
+    devices = gpu.count if gpu.count > 1 else asked.devices
+    options = on_gpus(replace(asked, devices=devices), [gpu.sm])
     needs, refused = device_needs(config, options), _refused(config, options, gpu)
     fits = not refused and max(d.total for d in needs) <= gpu.memory
     costs = pass_costs(config, options)
     passes = {"pass": costs.denoising, "step": costs.ar_step, "extension": costs.extension}
     seconds = {name: cost.seconds(gpu) if cost else None for name, cost in passes.items()}
+    load = None
+    if options.target != "ort-cpu":  # which maps its weights and loads nothing
+        nbytes = sum(w.total for w in needed_weights(config, options).values())
+        rate = options.disk_rate or ASSUMED_DISK_RATE
+        most = max(d.weights for d in needs)
+        load = load_time(nbytes, most, disk_rate=rate, link_rate=gpu.link)
     return GpuFit(
         gpu=gpu,
         refused=refused,
@@ -119,30 +123,16 @@ def _fit(config: ModelConfig, asked: PlanOptions, gpu: GpuModel) -> GpuFit:
             name for name, cost in passes.items() if cost and cost.bound_by_arithmetic(gpu)
         ),
         break_even=break_evens(config, options, gpu),
-        load=_load(config, options, gpu),
+        load=load,
         alternatives=() if fits or refused else tuple(_alternatives(config, options, gpu)),
     )
-
-
-def _load(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> LoadTime | None:
-    """`ort-cpu` maps its weights and loads nothing."""
-    if options.target == "ort-cpu":
-        return None
-    needs = device_needs(config, options)
-    nbytes = sum(w.total for w in needed_weights(config, options).values())
-    most = max(d.weights for d in needs)
-    rate = options.disk_rate or ASSUMED_DISK_RATE
-    return load_time(nbytes, most, disk_rate=rate, link_rate=gpu.link)
 
 
 def _refused(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> str:
     if options.target == "rtx" and gpu.sm not in RTX_SMS:
         return f"rtx does not list SM {gpu.sm}; plan --target trt"
-    if (
-        options.target == "rtx"
-        and gpu.sm == HALF_ONLY_SM
-        and engine_dtype(config, options) != "float16"
-    ):
+    half_only = options.target == "rtx" and gpu.sm == HALF_ONLY_SM
+    if half_only and engine_dtype(config, options) != "float16":
         return f"SM {HALF_ONLY_SM} has float16 only; plan --dtype float16"
     if options.sms and gpu.sm not in options.sms:
         return f"--sm does not list SM {gpu.sm}"
@@ -154,35 +144,39 @@ def _refused(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> str:
 
 
 def largest_batch(config: ModelConfig, options: PlanOptions, memory: int) -> int:
-    """Most rows, up to those asked for, that fit so much memory a device; 0 if not even one does."""
-    return _largest(
-        0,
-        options.max_batch,
-        lambda rows: _fullest(config, replace(options, max_batch=rows)) <= memory,
-    )
+    """Most rows, up to those asked for, that fit so much memory a device; 0 if none does."""
+
+    def holds(rows: int) -> bool:
+        return _fullest(config, replace(options, max_batch=rows)) <= memory
+
+    return _largest(0, options.max_batch, holds)
 
 
 def largest_context(config: ModelConfig, options: PlanOptions, memory: int) -> int:
-    """Longest text, up to the one asked for, that fits so much memory a device; 0 if not even the shortest does."""
-    asked = _asked_context(config, options)
-    found = _largest(
-        LEAST_CONTEXT - 1,
-        asked,
-        lambda n: _fullest(config, replace(options, max_context=n)) <= memory,
-    )
+    """Longest text, up to the one asked for, that fits so much memory a device.
+
+    0 if not even the shortest does.
+    """
+
+    def holds(length: int) -> bool:
+        return _fullest(config, replace(options, max_context=length)) <= memory
+
+    default = min(capacity_of(config, options), 4096, config.max_position_embeddings)
+    found = _largest(LEAST_CONTEXT - 1, options.max_context or default, holds)
     return found if found >= LEAST_CONTEXT else 0
 
 
-def _asked_context(config: ModelConfig, options: PlanOptions) -> int:
-    from_capacity = capacity_of(config, options)  # what the default came to
-    return options.max_context or min(from_capacity, 4096, config.max_position_embeddings)
-
-
 def _largest(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The largest number in (low, high] for which a property holds that larger numbers only lose; `low` if none."""
+    """The largest number in (low, high] for which a property holds; `low` if none.
+
+    Larger numbers only lose it.
+    """
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
     return low
 
 
@@ -204,16 +198,21 @@ def _alternatives(
         needs = _fullest(config, shrunk)
         if shrunk == changed and needs <= gpu.memory:
             enough.append(set(changes.items()))
-        yield Alternative(
-            _flags(options, shrunk),
-            needs,
-            needs <= gpu.memory,
-            EXPERT_RECIPES.get(shrunk.experts or "", ""),
-        )
+        names = ("dtype", "experts", "devices", "mode", "max_batch", "max_context")
+        flags = []
+        for name in names:
+            value = getattr(shrunk, name)
+            if value != getattr(options, name):
+                flags.append(f"--{name.replace('_', '-')} {value}")
+        recipe = EXPERT_RECIPES.get(shrunk.experts or "", "")
+        yield Alternative(" ".join(flags), needs, needs <= gpu.memory, recipe)
 
 
 def _changes(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> Iterator[dict[str, Any]]:
-    """Sets of changed options, the mildest first: only shorter or fewer texts, narrower weights, more devices, one tower."""
+    """Sets of changed options, the mildest first.
+
+    Only shorter or fewer texts, narrower weights, more devices, one tower.
+    """
     narrow: list[dict[str, Any]] = [{}]
     if engine_dtype(config, options) == "float32" and options.target != "ort-cpu":
         narrow.append({"dtype": "bfloat16"})
@@ -231,32 +230,21 @@ def _formats_on(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> Ite
     """Formats of experts that save memory on a GPU and cost no time.
 
     Kernels read any format on any GPU. Where the engine multiplies, the hardware must have it, and
-    for the recipes that round
-    inputs it must in any case: they narrow other layers too.
+    for the recipes that quantize inputs it must in any case: they narrow other layers too.
     """
     kernels = expert_path(config, options).name == KERNELS
+    slow = left_out(config, options)
     for name in EXPERT_FORMATS:
         free = kernels and name not in ("int8", "fp8")
-        if name not in left_out(config, options) and (
-            free or not gpu.sm or gpu.sm >= FORMATS[name].first_sm
-        ):
+        if name not in slow and (free or not gpu.sm or gpu.sm >= FORMATS[name].first_sm):
             yield name
 
 
 def _shrunk(config: ModelConfig, options: PlanOptions, memory: int) -> PlanOptions:
-    """The same with fewer rows, or with one row and shorter texts, where that makes it fit; otherwise as it is."""
+    """The same with fewer rows, or one row and shorter texts, where that makes it fit."""
     rows = largest_batch(config, options, memory)
     if rows:
         return replace(options, max_batch=rows)
     single = replace(options, max_batch=1)
     context = largest_context(config, single, memory)
     return replace(single, max_context=context) if context else options
-
-
-def _flags(before: PlanOptions, after: PlanOptions) -> str:
-    names = ("dtype", "experts", "devices", "mode", "max_batch", "max_context")
-    return " ".join(
-        f"--{n.replace('_', '-')} {getattr(after, n)}"
-        for n in names
-        if getattr(after, n) != getattr(before, n)
-    )

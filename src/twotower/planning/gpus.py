@@ -44,9 +44,8 @@ class GpuModel:
 PCIE_4, PCIE_5 = 32 * 10**9, 64 * 10**9  # 16 lanes, one direction, before the protocol's own share
 
 # Memory, bandwidth and matrix products a second as public specifications of these cards give them,
-# entered by hand. The published
-# memory is counted as 1e9 bytes a GB; a device reports a few percent more, so the table errs on the
-# side of "does not fit".
+# entered by hand. The published memory is counted as 1e9 bytes a GB; a device reports a few percent
+# more, so the table errs on the side of "does not fit".
 GPUS = (
     GpuModel("RTX 4090", 24 * 10**9, 89, 1008 * 10**9, link=PCIE_4, flops=165.2e12),
     GpuModel("RTX 5090", 32 * 10**9, 120, 1792 * 10**9, link=PCIE_5, flops=209.5e12),
@@ -73,44 +72,37 @@ def gpus_named(name: str) -> tuple[GpuModel, ...]:
     exact = [gpu for gpu in single if _plain(gpu.name) == wanted]
     found = exact or [gpu for gpu in single if wanted and wanted in _plain(gpu.name)]
     if len(found) != 1 or count < 1:
-        which = (
-            "is unknown"
-            if not found
-            else f"could be {' or '.join(gpu.name for gpu in found)}"
-            if len(found) > 1
-            else "is no GPU"
-        )
+        which = "is no GPU" if found else "is unknown"
+        if len(found) > 1:
+            which = f"could be {' or '.join(gpu.name for gpu in found)}"
+        known = ", ".join(gpu.name for gpu in single)
         raise ConfigError(
             f"--gpu {name!r} {which}",
-            found=f"known: {', '.join(gpu.name for gpu in single)}; also all, or several as e.g. 2x H100",
+            found=f"known: {known}; also all, or several as e.g. 2x H100",
             do="name one of them",
         )
     return (replace(found[0], count=count),)
 
 
 def gpu_at_hand(gpus: Sequence[Gpu]) -> tuple[GpuModel, ...]:
-    """The kinds of GPU that were probed, with the memory the driver says; rates where the table knows the name."""
-    kinds: dict[tuple[str, int, int], int] = {}
-    for gpu in gpus:
-        key = (gpu.name, gpu.memory, gpu.sm)
-        kinds[key] = kinds.get(key, 0) + 1
-    return tuple(_known(GpuModel(name, memory, sm)) for name, memory, sm in kinds)
+    """The kinds of GPU that were probed, with the memory the driver says.
 
-
-def _known(gpu: GpuModel) -> GpuModel:
-    """The same with the rates of the table's card of that name.
-
-    Only where every word of a table's name is a word of the driver's: an RTX 4090 Laptop or an H100
-    PCIe is another card.
+    Rates are those of the table's card of that name, where every word of it is a word of the
+    driver's: an RTX 4090 Laptop or an H100 PCIe is another card.
     """
-    words = set(gpu.name.lower().replace("-", " ").split())
-    other = {"laptop", "pcie", "nvl", "max", "d", "mig", "server"}
-    fits = [
-        g for g in GPUS if g.count == 1 and set(g.name.lower().replace("80gb", "").split()) <= words
-    ]
-    if not fits or words & other:
-        return gpu
-    return replace(gpu, bandwidth=fits[0].bandwidth, link=fits[0].link, flops=fits[0].flops)
+    others = {"laptop", "pcie", "nvl", "max", "d", "mig", "server"}
+    kinds = dict.fromkeys(GpuModel(gpu.name, gpu.memory, gpu.sm) for gpu in gpus)
+    out = []
+    for kind in kinds:
+        words = set(kind.name.lower().replace("-", " ").split())
+        for known in GPUS:
+            named = set(known.name.lower().replace("80gb", "").split())
+            if known.count == 1 and named <= words and not words & others:
+                rates = (known.bandwidth, known.link, known.flops)
+                kind = replace(kind, bandwidth=rates[0], link=rates[1], flops=rates[2])
+                break
+        out.append(kind)
+    return tuple(out)
 
 
 def _plain(name: str) -> str:

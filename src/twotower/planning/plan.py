@@ -40,8 +40,8 @@ from twotower.records import encode
 __all__ = ["EXPORT_MEMORY", "Disk", "Plan", "plan_bundle", "require_sound"]
 
 EXPORT_MEMORY = 200_000_000
-"""Anonymous bytes an export needs at most, whatever the model: it streams. 103 MB were measured on a
-slice of published widths."""
+"""Anonymous bytes an export needs at most, whatever the model: it streams. 103 MB were measured on
+a slice of published widths."""
 
 
 @dataclass(frozen=True, slots=True)

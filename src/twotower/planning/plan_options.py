@@ -47,11 +47,11 @@ class PlanOptions:
         sms: Compute capabilities to build for ahead of time.
         run_on: Compute capabilities of the GPUs it is for, where they are known.
         devices: GPUs to spread over: with two one tower each, with more segments of both.
-        experts: Few-bit format of the routed experts, None for `dtype`.
+        experts: Format of quantized routed experts, None for `dtype`.
         expert_path: What computes the experts, as `--experts` of a build says it; see
             `expert_path.expert_path`.
-        formats: Of a quantized bundle: its layer kinds in few bits, each with its format.
-        rounded: Of a quantized bundle: its layer kinds whose products read few bits on both sides.
+        formats: Of a quantized bundle: its quantized layer kinds, each with its format.
+        rounded: Of a quantized bundle: its layer kinds whose products read quantized inputs too.
         mode: `diffusion` for both towers, `ar` for the context tower alone.
         block_size: Trained block size.
         checkpoint_bytes: Size of the checkpoint's tensors where it is known from their headers.
@@ -108,19 +108,18 @@ class PlanOptions:
 
 
 def all_formats(options: PlanOptions) -> Formats:
-    """Layer kinds in few bits as the bundle holds them."""
-    return tuple(
-        sorted(
-            {
-                **dict(options.formats),
-                **({"routed_expert": options.experts} if options.experts else {}),
-            }.items()
-        )
-    )
+    """Quantized layer kinds as the bundle holds them."""
+    formats = dict(options.formats)
+    if options.experts:
+        formats["routed_expert"] = options.experts
+    return tuple(sorted(formats.items()))
 
 
 def rounded_of(options: PlanOptions) -> tuple[str, ...]:
-    """Layer kinds whose products read few bits on both sides: 8-bit experts are planned so where only that is fast."""
+    """Layer kinds whose products read quantized numbers on both sides.
+
+    8-bit experts are planned so where only that is fast.
+    """
     if options.experts in ("int8", "fp8") and options.target in TENSORRT:
         return ("routed_expert",)
     return options.rounded
@@ -128,11 +127,10 @@ def rounded_of(options: PlanOptions) -> tuple[str, ...]:
 
 def formats_of(options: PlanOptions) -> Formats:
     """The same as the engines hold them: `ort-cpu` has no 4-bit floats and expands them."""
-    return tuple(
-        (kind, name)
-        for kind, name in all_formats(options)
-        if options.target != "ort-cpu" or name != "nvfp4"
-    )
+    formats = all_formats(options)
+    if options.target != "ort-cpu":
+        return formats
+    return tuple((kind, name) for kind, name in formats if name != "nvfp4")
 
 
 def capacity_of(config: ModelConfig, options: PlanOptions) -> int:

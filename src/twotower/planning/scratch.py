@@ -1,4 +1,4 @@
-"""Activation memory of a tower: what must be alive at once, held against what compiled programs of TensorRT for RTX reserve."""
+"""Activation memory of a tower: the tensors that must be alive at once, laid out in places."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, splits_groups
 __all__ = ["Scratch", "Shapes", "scratch"]
 
 _WORKSPACES = (8_192_000, 2_048_000)
-"""Bytes a product of the kernel library may use beside its tensors, as programs for every compute capability reserve them."""
+"""Bytes a product of the kernel library may use beside its tensors, as programs for every compute
+capability reserve them."""
 
 _FLOAT32 = 4
 
@@ -63,6 +64,9 @@ class Scratch:
 _Tensors = Sequence[tuple[str, int]]
 """Tensors that are alive at the same time: what they are, and their bytes."""
 
+_WORKSPACE = "workspace"
+_PRODUCT: _Tensors = tuple((_WORKSPACE, size) for size in _WORKSPACES)
+
 
 def scratch(graph: str, config: ModelConfig, shapes: Shapes) -> Scratch:
     """Activation memory of one graph, by profile.
@@ -72,30 +76,24 @@ def scratch(graph: str, config: ModelConfig, shapes: Shapes) -> Scratch:
     lies there. This is how the compiler of TensorRT for RTX lays them out; at published widths the
     sum is within 10 % of what its programs reserve. Other libraries were not held against it.
     """
-    found, parts = {}, Counter(_parts(graph, config, shapes))
+    programs = Counter(_programs(graph, config, shapes))
+    sizes: dict[str, int] = {}
+    largest: dict[_Program, Scratch] = {}
     for profile in profiles(graph, max_batch=shapes.max_batch, block_size=shapes.block_size):
         length = profile.axes["L"][2] if "L" in profile.axes else shapes.block_size
-        found[profile.name] = {
-            part: _laid_out(list(_moments(part, config, shapes, length))) for part in parts
-        }
-    each = {
-        part: max((made[part] for made in found.values()), key=lambda s: s.nbytes) for part in parts
-    }
-    most = max(each.values(), key=lambda s: s.nbytes)
-    if not shapes.arenas:
-        largest = {name: max(s.nbytes for s in made.values()) for name, made in found.items()}
-        return Scratch(most.nbytes, most.because, largest)
-    sums = {
-        name: sum(count * made[part].nbytes for part, count in parts.items())
-        for name, made in found.items()
-    }
-    return Scratch(
-        sum(count * each[part].nbytes for part, count in parts.items()), most.because, sums
-    )
+        made = {}
+        for program in programs:
+            made[program] = _laid_out(list(_Alive(program, config, shapes, length).moments()))
+            known = largest.setdefault(program, made[program])
+            if made[program].nbytes > known.nbytes:
+                largest[program] = made[program]
+        sizes[profile.name] = _together(made, programs, shapes)
+    most = max(largest.values(), key=lambda s: s.nbytes)
+    return Scratch(_together(largest, programs, shapes), most.because, sizes)
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _Program:
     """What is compiled in one piece: a graph, or one of its programs between experts.
 
     Attributes:
@@ -111,161 +109,182 @@ class _Part:
     whole: bool = True
 
 
-def _parts(graph: str, config: ModelConfig, shapes: Shapes) -> Iterator[_Part]:
+def _programs(graph: str, config: ModelConfig, shapes: Shapes) -> list[_Program]:
     """A tower in one piece, or each of the programs that kernels run between."""
     if shapes.path != KERNELS or graph == CONTEXT_HEAD:
-        yield _Part(graph, config.layers)
-        return
-    programs: list[list[LayerKind]] = [[]]
+        return [_Program(graph, config.layers)]
+    layers: list[list[LayerKind]] = [[]]
     for kind in config.layers:
         if kind is LayerKind.MOE:
-            programs.append([])
+            layers.append([])
         else:
-            programs[-1].append(kind)
-    for program in programs:
-        yield _Part(graph, tuple(program), last=program is programs[-1], whole=False)
+            layers[-1].append(kind)
+    last = len(layers) - 1
+    return [
+        _Program(graph, tuple(kinds), last=number == last, whole=False)
+        for number, kinds in enumerate(layers)
+    ]
+
+
+def _together(
+    made: Mapping[_Program, Scratch], programs: Mapping[_Program, int], shapes: Shapes
+) -> int:
+    """Programs share memory, or each of them has an arena of its own."""
+    if shapes.arenas:
+        return sum(count * made[program].nbytes for program, count in programs.items())
+    return max(s.nbytes for s in made.values())
 
 
 def _laid_out(moments: Sequence[_Tensors]) -> Scratch:
     """Every place with the largest tensor of any moment that lies there."""
     ordered = [sorted(tensors, key=lambda t: -t[1]) for tensors in moments]
-    places = [
-        max(tensors, key=lambda t: t[1]) for tensors in zip_longest(*ordered, fillvalue=("", 0))
-    ]
+    lying = zip_longest(*ordered, fillvalue=("", 0))
+    places = [max(tensors, key=lambda t: t[1]) for tensors in lying]
     names = [name for name, _ in places if name != _WORKSPACE][:2]
     return Scratch(sum(size for _, size in places), " and ".join(dict.fromkeys(names)))
 
 
-_WORKSPACE = "workspace"
-_PRODUCT: _Tensors = tuple((_WORKSPACE, size) for size in _WORKSPACES)
+@dataclass(frozen=True, slots=True)
+class _Alive:
+    """Tensors of a program over `length` tokens a row."""
 
+    program: _Program
+    config: ModelConfig
+    shapes: Shapes
+    length: int
 
-def _moments(part: _Part, config: ModelConfig, shapes: Shapes, length: int) -> Iterator[_Tensors]:
-    """What is alive at the fullest moment of every kind of layer."""
-    rows, item, graph = shapes.max_batch, item_bytes(shapes.dtype), part.graph
-    if graph == CONTEXT_HEAD:
-        last = rows * config.vocab_size
-        yield [("logits [B,V]", last * item), *_PRODUCT]
-        yield [("logits [B,V]", last * item), ("logits [B,V] in float32", last * _FLOAT32)]
-        return
-    always = list(_always(part, config, shapes, length))
-    yield always
-    if LayerKind.MOE in part.layers:
-        experts = _chosen_experts if shapes.path in (CHOSEN, FUSED) else _experts
-        yield [*experts(config, shapes, length), *always]
-    if LayerKind.MLP in part.layers:
-        hidden = ("MLP [B,L,F]", rows * length * config.intermediate_size * item)
-        yield [hidden, hidden, *_PRODUCT, *always]
-    if LayerKind.MAMBA in part.layers:
-        yield from ([*tensors, *always] for tensors in _scan(graph, config, shapes, length))
-    if LayerKind.ATTENTION in part.layers:
-        yield from ([*tensors, *always] for tensors in _attention(graph, config, shapes, length))
-    if graph == DENOISER and part.last:
-        logits = ("logits [B,S,V] in float32", rows * length * config.vocab_size * _FLOAT32)
-        # In a program of its own the second tensor is the product's own, not yet widened.
-        narrow = ("logits [B,S,V]", rows * length * config.vocab_size * item)
-        yield [logits, logits if part.whole else narrow, *always]
+    @property
+    def rows(self) -> int:
+        return self.shapes.max_batch
 
+    @property
+    def item(self) -> int:
+        """Bytes of an element."""
+        return item_bytes(self.shapes.dtype)
 
-def _always(part: _Part, config: ModelConfig, shapes: Shapes, length: int) -> _Tensors:
-    """From the first layer to the last: the residual stream, and the mask or the modulation of all layers."""
-    rows, item = shapes.max_batch, item_bytes(shapes.dtype)
-    stream = ("residual [B,L,D]", rows * length * config.hidden_size * item)
-    if part.graph == DENOISER:
-        modulation = (
-            "modulation [B,3,D] of every layer",
-            rows * 3 * config.hidden_size * item * len(part.layers),
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    def moments(self) -> Iterator[_Tensors]:
+        """What is alive at the fullest moment of every kind of layer."""
+        config, graph, layers = self.config, self.program.graph, self.program.layers
+        if graph == CONTEXT_HEAD:
+            last = self.rows * config.vocab_size
+            logits = ("logits [B,V]", last * self.item)
+            yield [logits, *_PRODUCT]
+            yield [logits, ("logits [B,V] in float32", last * _FLOAT32)]
+            return
+        always = self.always()
+        yield always
+        found: list[_Tensors] = []
+        if LayerKind.MOE in layers:
+            found.append(self.experts())
+        if LayerKind.MLP in layers:
+            hidden = ("MLP [B,L,F]", self.tokens * config.intermediate_size * self.item)
+            found.append([hidden, hidden, *_PRODUCT])
+        if LayerKind.MAMBA in layers:
+            found += self.scan()
+        if LayerKind.ATTENTION in layers:
+            found += self.attention()
+        if graph == DENOISER and self.program.last:
+            count = self.tokens * config.vocab_size
+            logits = ("logits [B,S,V] in float32", count * _FLOAT32)
+            # In a program of its own the second tensor is the product's own, not yet widened.
+            narrow = ("logits [B,S,V]", count * self.item)
+            found.append([logits, logits if self.program.whole else narrow])
+        for tensors in found:
+            yield [*tensors, *always]
+
+    def always(self) -> _Tensors:
+        """From the first layer to the last.
+
+        The residual stream, and the mask or the modulation of all layers.
+        """
+        config, program = self.config, self.program
+        stream = ("residual [B,L,D]", self.tokens * config.hidden_size * self.item)
+        if program.graph == DENOISER:
+            size = self.rows * 3 * config.hidden_size * self.item * len(program.layers)
+            return [stream, stream, ("modulation [B,3,D] of every layer", size)]
+        masked = LayerKind.ATTENTION in program.layers and self.length > 1
+        if masked and self.shapes.dtype != "float32":
+            heads = config.num_key_value_heads if splits_groups(config) else 1
+            size = self.tokens * heads * self.shapes.capacity * self.item
+            return [stream, ("mask [B,KV,L,T]", size)]
+        return [stream]
+
+    def experts(self) -> _Tensors:
+        """Every expert computes every token, or every token's rows of the experts it chose.
+
+        Of the chosen a branch has one expert at a time, which all tokens may have chosen; one
+        operator has all.
+        """
+        config, path = self.config, self.shapes.path
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        copy = width * hidden * self.item
+        if path in (CHOSEN, FUSED):
+            pairs = self.tokens * config.num_experts_per_tok
+            rows = pairs if path == FUSED else self.tokens
+            pair = ("rows of pairs [B*L*K,D]", pairs * hidden * self.item)
+            out = [pair, pair, ("hidden rows of pairs [B*L*K,F]", rows * width * self.item)]
+            expanded = ("one expanded expert [F,D]", copy)
+        else:
+            rows = config.n_routed_experts * self.tokens
+            out = [
+                ("experts [E,B*L,D]", rows * hidden * self.item),
+                ("experts [E,B*L,F]", rows * width * self.item),
+                _PRODUCT[0],
+            ]
+            expanded = ("expanded experts [E,F,D]", config.n_routed_experts * copy)
+        return [*out, expanded] if self.shapes.expanded else out
+
+    def scan(self) -> Iterator[_Tensors]:
+        """A chunk at a time: the masked decay of every pair of positions, twice.
+
+        A single step has none.
+        """
+        config, heads = self.config, self.config.mamba_num_heads
+        joined = config.mamba_inner + config.conv_channels + heads
+        projection = ("projection [B,L,I]", self.tokens * joined * self.item)
+        if self.length == 1:
+            yield [projection, projection, *_PRODUCT]
+            return
+        state = config.ssm_state_size
+        decay = ("decay [B,H,L,L]", self.tokens * heads * self.length * _FLOAT32)
+        values = ("values [B,H,L,P]", self.tokens * config.mamba_inner * _FLOAT32)
+        states = ("states [B,G,L,N]", self.tokens * config.n_groups * state * _FLOAT32)
+        scan = (projection, values, values, values, states, _PRODUCT[0])
+        yield [decay, decay, *scan]
+        if self.program.graph == CONTEXT:
+            size = self.rows * config.mamba_inner * state * _FLOAT32
+            yield [decay, ("past state [B,H,P,N], transposed", size), *scan]
+
+    def attention(self) -> Iterator[_Tensors]:
+        """The denoiser writes its scores out, and so does the context tower in float32.
+
+        There is no fused kernel for those. The fused kernel reads keys and values from a copy, one
+        of each where every head of keys is a row of its own, and otherwise, but for a single
+        position, one for every query head.
+        """
+        config, capacity = self.config, self.shapes.capacity
+        heads, groups, size = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
         )
-        return stream, stream, modulation
-    if LayerKind.ATTENTION in part.layers and shapes.dtype != "float32" and length > 1:
-        heads = config.num_key_value_heads if splits_groups(config) else 1
-        return stream, ("mask [B,KV,L,T]", rows * heads * length * shapes.capacity * item)
-    return (stream,)
-
-
-def _experts(config: ModelConfig, shapes: Shapes, length: int) -> _Tensors:
-    """Every expert computes every token."""
-    item = item_bytes(shapes.dtype)
-    tokens = config.n_routed_experts * shapes.max_batch * length
-    copy = config.n_routed_experts * config.moe_intermediate_size * config.hidden_size * item
-    return [
-        ("experts [E,B*L,D]", tokens * config.hidden_size * item),
-        ("experts [E,B*L,F]", tokens * config.moe_intermediate_size * item),
-        *([("expanded experts [E,F,D]", copy)] if shapes.expanded else []),
-        _PRODUCT[0],
-    ]
-
-
-def _chosen_experts(config: ModelConfig, shapes: Shapes, length: int) -> _Tensors:
-    """Every token's row once for each expert it chose, the results, and what is between.
-
-    A branch has one expert at a time, which all tokens may have chosen; one operator has all.
-    """
-    item, tokens = item_bytes(shapes.dtype), shapes.max_batch * length
-    pairs = (
-        "rows of pairs [B*L*K,D]",
-        tokens * config.num_experts_per_tok * config.hidden_size * item,
-    )
-    copy = config.moe_intermediate_size * config.hidden_size * item
-    rows = tokens * (config.num_experts_per_tok if shapes.path == FUSED else 1)
-    return [
-        pairs,
-        pairs,
-        ("hidden rows of pairs [B*L*K,F]", rows * config.moe_intermediate_size * item),
-        *([("one expanded expert [F,D]", copy)] if shapes.expanded else []),
-    ]
-
-
-def _scan(graph: str, config: ModelConfig, shapes: Shapes, length: int) -> Iterator[_Tensors]:
-    """A chunk at a time: the masked decay of every pair of positions, twice; a single step has none."""
-    rows, heads = shapes.max_batch, config.mamba_num_heads
-    joined = config.mamba_inner + config.conv_channels + heads
-    projection = ("projection [B,L,I]", rows * length * joined * item_bytes(shapes.dtype))
-    if length == 1:
-        yield [projection, projection, *_PRODUCT]
-        return
-    decay = ("decay [B,H,L,L]", rows * heads * length * length * _FLOAT32)
-    values = ("values [B,H,L,P]", rows * heads * length * config.mamba_head_dim * _FLOAT32)
-    states = (
-        "states [B,G,L,N]",
-        rows * config.n_groups * length * config.ssm_state_size * _FLOAT32,
-    )
-    scan = (projection, values, values, values, states, _PRODUCT[0])
-    yield [decay, decay, *scan]
-    if graph == CONTEXT:
-        size = rows * heads * config.mamba_head_dim * config.ssm_state_size * _FLOAT32
-        yield [decay, ("past state [B,H,P,N], transposed", size), *scan]
-
-
-def _attention(graph: str, config: ModelConfig, shapes: Shapes, length: int) -> Iterator[_Tensors]:
-    """The denoiser writes its scores out, and so does the context tower in float32, where there is no fused kernel.
-
-    The fused kernel reads keys and values from a copy, one of each where every head of keys is a
-    row of its own, and otherwise, but for a single position, one for every query head.
-    """
-    rows, item = shapes.max_batch, item_bytes(shapes.dtype)
-    queries = (
-        "queries [B,H,L,d]",
-        rows * config.num_attention_heads * length * config.head_dim * item,
-    )
-    yield [queries, *_PRODUCT]
-    keys = (
-        "keys [B,KV,T,d]",
-        rows * config.num_key_value_heads * shapes.capacity * config.head_dim * item,
-    )
-    seen = shapes.capacity + (length if graph == DENOISER else 0)
-    scores = (
-        "scores [B,H,L,T] in float32",
-        rows * config.num_attention_heads * length * seen * _FLOAT32,
-    )
-    if graph == DENOISER:
-        yield [scores, scores]
-    elif shapes.dtype == "float32":
-        yield [scores, scores, *_PRODUCT]
-        yield [keys, *_PRODUCT]
-    elif splits_groups(config):
-        yield [keys, keys, queries, queries]
-    elif length > 1:
-        times = config.num_attention_heads // config.num_key_value_heads
-        every = ("keys of every head [B,H,T,d]", keys[1] * times)
-        yield [every, every, queries, queries]
+        denoiser = self.program.graph == DENOISER
+        queries = ("queries [B,H,L,d]", self.tokens * heads * size * self.item)
+        yield [queries, *_PRODUCT]
+        keys = ("keys [B,KV,T,d]", self.rows * groups * capacity * size * self.item)
+        seen = capacity + (self.length if denoiser else 0)
+        scores = ("scores [B,H,L,T] in float32", self.tokens * heads * seen * _FLOAT32)
+        if denoiser:
+            yield [scores, scores]
+        elif self.shapes.dtype == "float32":
+            yield [scores, scores, *_PRODUCT]
+            yield [keys, *_PRODUCT]
+        elif splits_groups(config):
+            yield [keys, keys, queries, queries]
+        elif self.length > 1:
+            every = ("keys of every head [B,H,T,d]", keys[1] * (heads // groups))
+            yield [every, every, queries, queries]
