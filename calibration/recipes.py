@@ -1,10 +1,10 @@
-"""Recipes: which layer kinds are stored in which format. They are data, read from TOML, checked here, and resolved to weights by name."""
+"""Recipes: which layer kinds are stored in which format; data, read from TOML and checked here."""
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -31,43 +31,7 @@ KEEP = "keep"
 KINDS = tuple(role.value for role in QUANTIZABLE)
 """Layer kinds a recipe may name."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecipeOverride:
-    """Weights that are treated otherwise; what is None matches everything.
-
-    Attributes:
-        tower: `context` or `denoiser`.
-        layer: Number of the layer.
-        kind: Layer kind.
-        format: A format's name, or `keep`.
-    """
-
-    tower: str | None = None
-    layer: int | None = None
-    kind: str | None = None
-    format: str = KEEP
-
-    def matches(self, part: QuantizableWeight) -> bool:
-        """Whether it is about that weight."""
-        return (
-            self.tower in (None, part.tower)
-            and self.layer in (None, part.layer)
-            and self.kind in (None, part.kind)
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """What is set."""
-        return {
-            k: v
-            for k, v in (
-                ("tower", self.tower),
-                ("layer", self.layer),
-                ("kind", self.kind),
-                ("format", self.format),
-            )
-            if v is not None
-        }
+TOWERS = ("context", "denoiser")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +54,37 @@ class QuantizableWeight:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeOverride:
+    """Weights that are treated otherwise; what is None matches everything.
+
+    Attributes:
+        tower: `context` or `denoiser`.
+        layer: Number of the layer.
+        kind: Layer kind.
+        format: A format's name, or `keep`.
+    """
+
+    tower: str | None = None
+    layer: int | None = None
+    kind: str | None = None
+    format: str = KEEP
+
+    def matches(self, weight: QuantizableWeight) -> bool:
+        """Whether it is about that weight."""
+        return (
+            self.tower in (None, weight.tower)
+            and self.layer in (None, weight.layer)
+            and self.kind in (None, weight.kind)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What is set."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What is stored, and computed, in few bits.
+    """What is stored, and computed, quantized.
 
     Attributes:
         name: Its name.
@@ -110,46 +103,25 @@ class Recipe:
     exceptions: tuple[RecipeOverride, ...] = ()
 
     def __post_init__(self) -> None:
-        for kind in (
-            *self.weights,
-            *self.activations,
-            *(e.kind for e in self.exceptions if e.kind is not None),
-        ):
-            _require(
-                kind in KINDS, f"recipe {self.name!r} names a layer kind there is not", kind, KINDS
-            )
+        of = f"recipe {self.name!r}"
+        overrides = self.exceptions
+        named = [override.kind for override in overrides if override.kind is not None]
+        for kind in (*self.weights, *self.activations, *named):
+            _require(kind, KINDS, f"{of} names a layer kind there is not")
         for name in self.weights.values():
-            _require(
-                name in FORMATS,
-                f"recipe {self.name!r} names a format that ONNX opset 24 or this version cannot write",
-                name,
-                FORMATS,
-            )
-        for exception in self.exceptions:
-            allowed = (*FORMATS, KEEP)
-            _require(
-                exception.format in allowed,
-                f"recipe {self.name!r} has an exception with an unknown format",
-                exception.format,
-                allowed,
-            )
-            _require(exception.tower in (None, "context", "denoiser"), f"recipe {self.name!r} names a tower there is not", exception.tower,
-                     ("context", "denoiser"))  # fmt: skip
+            unknown = "names a format that ONNX opset 24 or this version cannot write"
+            _require(name, FORMATS, f"{of} {unknown}")
+        for override in overrides:
+            unknown = "has an exception with an unknown format"
+            _require(override.format, (*FORMATS, KEEP), f"{of} {unknown}")
+            if override.tower is not None:
+                _require(override.tower, TOWERS, f"{of} names a tower there is not")
+        fitting = [name for name, how in FORMATS.items() if how.dtype in ACTIVATIONS]
         for kind in self.activations:
             chosen = self.weights.get(kind, KEEP)
-            few = [name for name, f in FORMATS.items() if f.dtype in ACTIVATIONS]
-            _require(
-                chosen in few,
-                f"recipe {self.name!r} cannot round the inputs of {kind}: its weights are in {chosen}",
-                chosen,
-                few,
-            )
-        _require(
-            self.group in GROUPS,
-            f"recipe {self.name!r} has a group that the kernels of experts do not take",
-            self.group,
-            GROUPS,
-        )
+            why = f"cannot quantize the inputs of {kind}: its weights are in {chosen}"
+            _require(chosen, fitting, f"{of} {why}")
+        _require(self.group, GROUPS, f"{of} has a group that the kernels of experts do not take")
 
     @classmethod
     def from_mapping(cls, name: str, data: Mapping[str, Any]) -> Recipe:
@@ -160,23 +132,22 @@ class Recipe:
         """
         known = ("summary", "weights", "activations", "group", "except")
         for key in data:
-            _require(key in known, f"recipe {name!r} has a key there is not", key, known)
+            _require(key, known, f"recipe {name!r} has a key there is not")
         try:
-            exceptions = tuple(RecipeOverride(**entry) for entry in data.get("except", ()))
-            return cls(
-                name=name,
-                summary=str(data.get("summary", "")),
-                weights={str(k): str(v) for k, v in data.get("weights", {}).items()},
-                activations=tuple(str(kind) for kind in data.get("activations", ())),
-                group=int(data.get("group", 32)),
-                exceptions=exceptions,
-            )
+            fields: dict[str, Any] = {
+                "summary": str(data.get("summary", "")),
+                "weights": {str(k): str(v) for k, v in data.get("weights", {}).items()},
+                "activations": tuple(str(kind) for kind in data.get("activations", ())),
+                "group": int(data.get("group", 32)),
+                "exceptions": tuple(RecipeOverride(**entry) for entry in data.get("except", ())),
+            }
         except (TypeError, ValueError, AttributeError) as e:
             raise RecipeError(
                 f"recipe {name!r} is not written like one",
                 found=str(e),
                 do="see docs/quantization.md for the form",
             ) from e
+        return cls(name=name, **fields)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `from_mapping` reads it."""
@@ -188,30 +159,31 @@ class Recipe:
             "except": [e.to_json() for e in self.exceptions],
         }
 
-    def format_of(self, part: QuantizableWeight) -> WeightFormat | None:
+    def format_of(self, weight: QuantizableWeight) -> WeightFormat | None:
         """The format of a weight; None where it stays as it is."""
-        name = self._name_of(part)
+        name = self._name_of(weight)
         if name == KEEP:
             return None
-        stacked = part.kind == Role.ROUTED_EXPERT.value
         return stored_format(
             name,
-            part.columns,
-            stacked=stacked,
-            rounded_input=self.quantizes_input_of(part),
+            weight.columns,
+            stacked=weight.kind == Role.ROUTED_EXPERT.value,
+            rounded_input=self.quantizes_input_of(weight),
             group=self.group,
         )
 
-    def quantizes_input_of(self, part: QuantizableWeight) -> bool:
-        """Whether the product with that weight reads few bits on both sides."""
-        name = self._name_of(part)
-        return part.kind in self.activations and name != KEEP and FORMATS[name].dtype in ACTIVATIONS
+    def quantizes_input_of(self, weight: QuantizableWeight) -> bool:
+        """Whether the product with that weight reads quantized values on both sides."""
+        name = self._name_of(weight)
+        if weight.kind not in self.activations or name == KEEP:
+            return False
+        return FORMATS[name].dtype in ACTIVATIONS
 
-    def _name_of(self, part: QuantizableWeight) -> str:
-        name = self.weights.get(part.kind, KEEP)
-        for exception in self.exceptions:
-            if exception.matches(part):
-                name = exception.format
+    def _name_of(self, weight: QuantizableWeight) -> str:
+        name = self.weights.get(weight.kind, KEEP)
+        for override in self.exceptions:
+            if override.matches(weight):
+                name = override.format
         return name
 
     def only(self, kinds: Iterable[str]) -> Recipe:
@@ -223,42 +195,44 @@ class Recipe:
             activations=tuple(k for k in self.activations if k in chosen),
         )
 
-    def check(self, parts: Sequence[QuantizableWeight]) -> None:
+    def check(self, weights: Sequence[QuantizableWeight]) -> None:
         """Refuses what this model's shapes do not allow.
 
         Raises:
             RecipeError: a group does not divide a row, or nothing is quantized.
         """
-        chosen = [(part, how) for part in parts if (how := self.format_of(part))]
-        if not chosen:
-            kinds = sorted({part.kind for part in parts})
+        formats = [self.format_of(weight) for weight in weights]
+        if not any(formats):
+            named = ", ".join(self.weights) or "no kind"
+            kinds = ", ".join(sorted({weight.kind for weight in weights}))
             raise RecipeError(
                 f"recipe {self.name!r} changes nothing of this model",
-                found=f"it names {', '.join(self.weights) or 'no kind'}; the model has {', '.join(kinds)}",
+                found=f"it names {named}; the model has {kinds}",
                 do="choose a recipe that names a kind the model has",
             )
-        for part, how in chosen:
-            if how.group and part.columns % how.group:
-                fitting = [g for g in GROUPS if part.columns % g == 0] if how.name == "int4" else []
-                raise RecipeError(
-                    f"{part.name} cannot be divided into groups of {how.group}",
-                    found=f"its rows have {part.columns} weights; allowed groups: {', '.join(map(str, fitting)) or 'none'}",
-                    do="choose another --group"
-                    if fitting
-                    else f"store {part.kind} in another format, int8 for instance",
-                )
+        for weight, how in zip(weights, formats, strict=True):
+            columns = weight.columns
+            if how is None or not how.group or columns % how.group == 0:
+                continue
+            fitting = [g for g in GROUPS if columns % g == 0] if how.name == "int4" else []
+            allowed = ", ".join(map(str, fitting)) or "none"
+            do = f"store {weight.kind} in another format, int8 for instance"
+            raise RecipeError(
+                f"{weight.name} cannot be divided into groups of {how.group}",
+                found=f"its rows have {columns} weights; allowed groups: {allowed}",
+                do="choose another --group" if fitting else do,
+            )
 
 
 def builtin_recipes() -> dict[str, Recipe]:
     """The recipes that come along, by name."""
-    text = (resources.files("twotower.calibration") / "data" / "recipes.toml").read_text(
-        encoding="utf-8"
-    )
-    return {name: Recipe.from_mapping(name, table) for name, table in tomllib.loads(text).items()}
+    file = resources.files("twotower.calibration") / "data" / "recipes.toml"
+    tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    return {name: Recipe.from_mapping(name, table) for name, table in tables.items()}
 
 
 def load_recipe(wanted: str) -> Recipe:
-    """A recipe by name, or of a TOML file (`mine.toml`, or `mine.toml:name` where the file has several).
+    """A recipe by name, or of a TOML file: `mine.toml`, or `mine.toml:name` if that has several.
 
     Raises:
         RecipeError: there is none, or it cannot be read.
@@ -268,28 +242,26 @@ def load_recipe(wanted: str) -> Recipe:
         return known[wanted]
     path, _, name = wanted.partition(".toml:")
     if not (name or wanted.endswith(".toml")):
-        found = f"recipes: {', '.join(known)}, auto"
         raise RecipeError(
             f"there is no recipe {wanted!r}",
-            found=found,
+            found=f"recipes: {', '.join(known)}, auto",
             do="choose one of them, or name a .toml file with your own",
         )
     file = Path(f"{path}.toml" if name else wanted)
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise RecipeError(
             f"cannot read the recipe file {file}",
             found=str(e),
             do="name a TOML file with a table a recipe",
         ) from e
-    tables = {k: v for k, v in tables.items() if isinstance(v, dict)}
+    tables = {key: value for key, value in content.items() if isinstance(value, dict)}
     chosen = name or (next(iter(tables)) if len(tables) == 1 else "")
     if chosen not in tables:
-        found = f"tables: {', '.join(tables) or 'none'}"
         raise RecipeError(
             f"{file} has no recipe {chosen!r}",
-            found=found,
+            found=f"tables: {', '.join(tables) or 'none'}",
             do=f"name one of them: --recipe {file}:NAME",
         )
     return Recipe.from_mapping(chosen, tables[chosen])
@@ -305,11 +277,11 @@ def quantizable_weights(config: ModelConfig, graph: str) -> list[QuantizableWeig
     ]
 
 
-def _require(good: bool, what: str, found: Any, allowed: Iterable[Any]) -> None:
-    if not good:
-        choices = ", ".join(map(str, allowed))
+def _require(value: Any, allowed: Iterable[Any], what: str) -> None:
+    choices = list(allowed)
+    if value not in choices:
         raise RecipeError(
             what,
-            found=f"{found!r}; allowed: {choices}",
+            found=f"{value!r}; allowed: {', '.join(map(str, choices))}",
             do="correct the recipe (docs/quantization.md has the form)",
         )

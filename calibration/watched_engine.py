@@ -1,8 +1,9 @@
-"""ONNX Runtime engines that are not a bundle's own: composed of weights that lie elsewhere, or watched by whoever gathers statistics."""
+"""ONNX Runtime engines beside a bundle's own: composed of weights of other files, or watched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from twotower.spec import TowerSignature
 from twotower.weights.refs import WeightRef
 
 __all__ = [
+    "Seen",
     "Watch",
     "WatchedEngine",
     "composed_engine",
@@ -31,8 +33,22 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 
-Watch = Callable[[Mapping[str, Array], Mapping[str, Array]], bool]
-"""Called after a pass with the bound arrays and the watched values by name; True runs the pass once more with what the arrays hold now."""
+Seen = Callable[[Mapping[str, Array], Mapping[str, Array]], bool]
+"""Called after a pass with the bound arrays and the watched values by name; True runs the pass once
+more with what the arrays hold now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What is watched of an engine.
+
+    Attributes:
+        outputs: Names of the further outputs.
+        seen: Called after every pass.
+    """
+
+    outputs: tuple[str, ...]
+    seen: Seen
 
 
 def composed_engine(
@@ -74,28 +90,19 @@ class WatchedEngine(OrtEngine):
         graph: The optimised graph, its watched values among its outputs.
         folder: The folder its weights are named from.
         signature: Inputs and outputs of the contract.
-        watched: Names of the further outputs.
-        watch: Called after every pass.
+        watch: The further outputs, and who is told.
     """
 
-    def __init__(
-        self,
-        graph: Path,
-        folder: Path,
-        signature: TowerSignature,
-        *,
-        watched: Sequence[str],
-        watch: Watch,
-    ) -> None:
+    def __init__(self, graph: Path, folder: Path, signature: TowerSignature, watch: Watch) -> None:
         super().__init__(graph, folder, signature, pack=False)
-        self._watched, self._watch = tuple(watched), watch
+        self._watch = watch
 
     def bind(self, arrays: Mapping[str, Array]) -> Binding:
-        """Binds the contract's inputs and outputs to the buffers; the watched outputs are allocated by each pass."""
+        """Binds the contract's inputs and outputs; each pass allocates the watched ones."""
         session, binding = self._bound(arrays)
-        for name in self._watched:
+        for name in self._watch.outputs:
             binding.bind_output(name, "cpu")
-        return _WatchedBinding(session, binding, dict(arrays), self._watched, self._watch)
+        return _WatchedBinding(session, binding, arrays, self._watch)
 
 
 class _WatchedBinding:
@@ -103,23 +110,19 @@ class _WatchedBinding:
         self,
         session: ort.InferenceSession,
         binding: ort.IOBinding,
-        arrays: dict[str, Array],
-        watched: tuple[str, ...],
+        arrays: Mapping[str, Array],
         watch: Watch,
     ) -> None:
-        self._session, self._binding, self._arrays = session, binding, arrays
-        self._watched, self._watch = watched, watch
+        self._session, self._binding = session, binding
+        self._arrays, self._watch = arrays, watch
 
     def run(self, stream: Stream) -> Event:
-        again = True
+        names, again = self._watch.outputs, True
         while again:
             self._session.run_with_iobinding(self._binding)
-            values = self._binding.get_outputs()[-len(self._watched) :] if self._watched else []
-            seen = {
-                name: np.asarray(value.numpy())
-                for name, value in zip(self._watched, values, strict=True)
-            }
-            again = self._watch(self._arrays, seen)
+            values = self._binding.get_outputs()[-len(names) :] if names else []
+            arrays = [np.asarray(value.numpy()) for value in values]
+            again = self._watch.seen(self._arrays, dict(zip(names, arrays, strict=True)))
         return HostStream.done
 
     def close(self) -> None:

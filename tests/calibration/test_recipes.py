@@ -102,8 +102,8 @@ def test_a_file_of_one_s_own(tmp_path: Path) -> None:
         ('[a]\nweights = { router = "int8" }', "a layer kind there is not", "routed_expert"),
         ('[a]\nweights = { head = "int3" }', "opset 24", "nvfp4"),
         ('[a]\nweights = { head = "mxfp8" }', "opset 24", "fp8"),
-        ('[a]\nactivations = ["mamba"]', "cannot round the inputs of mamba", "int8, fp8"),
-        ('[a]\nweights = { mamba = "int4" }\nactivations = ["mamba"]', "cannot round the inputs of mamba", "int4"),
+        ('[a]\nactivations = ["mamba"]', "cannot quantize the inputs of mamba", "int8, fp8"),
+        ('[a]\nweights = { mamba = "int4" }\nactivations = ["mamba"]', "cannot quantize the inputs of mamba", "int4"),
         ('[a]\nweights = { head = "int8" }\ngroup = 48', "a group that the kernels of experts do not take", "48"),
         ('[a]\nbits = 4', "a key there is not", "weights"),
         ('[a]\nweights = { head = "int8" }\nexcept = [{ tower = "third" }]', "a tower there is not", "denoiser"),
@@ -115,9 +115,10 @@ def test_a_file_of_one_s_own(tmp_path: Path) -> None:
 def test_bad_files(tmp_path: Path, text: str, what: str, found: str) -> None:
     file = tmp_path / "bad.toml"
     file.write_text(text)
-    with pytest.raises(RecipeError, match=what) as caught:
+    with pytest.raises(RecipeError) as caught:
         load_recipe(str(file))
-    assert found in str(caught.value)
+    assert what in caught.value.what
+    assert found in caught.value.found
     assert caught.value.do
 
 
