@@ -25,7 +25,7 @@ DOORS = {
         "export/verify.py",
         "src/twotower/product_probe.py",
     ),
-    "cuda": ("runtime/cuda/door.py",),
+    "cuda": ("runtime/engines/__init__.py",),
     "modelopt": (),  # an oracle of tests too
     "lm_eval": ("src/twotower/evaluate/lm_eval_model.py",),
     "matplotlib": ("src/twotower/evaluate/figures.py",),

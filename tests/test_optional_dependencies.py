@@ -76,7 +76,7 @@ def hardware_free(package: str) -> list[str]:
 def test_the_runtime_is_hardware_free_but_for_its_engines() -> None:
     every = {m for m in package_files() if m.startswith("twotower.runtime")}
     vendor = {m.rsplit(".", 1)[1] for m in every - set(hardware_free("twotower.runtime"))}
-    assert vendor <= {"ort", "door"}
+    assert vendor <= {"ort"}
 
 
 @pytest.mark.parametrize(

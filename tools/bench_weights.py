@@ -28,8 +28,7 @@ from watched_command import wait_for_memory
 from twotower.bundle import FileRecord, hash_file
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.weights.data_file import PageCache
-from twotower.runtime.weights.load_requests import LoadRequest
-from twotower.runtime.weights.store import WeightStore
+from twotower.runtime.weights.store import LoadRequest, WeightStore
 from twotower.weights.refs import WeightRef, aligned
 
 ROOT = Path(__file__).resolve().parent.parent

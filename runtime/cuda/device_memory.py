@@ -15,6 +15,7 @@ from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.device import Array, Span, no_memory
 from twotower.spec import TensorSpec
+from twotower.units import format_bytes
 
 __all__ = ["DeviceBuffer", "DeviceMemory", "Slab"]
 
@@ -214,7 +215,7 @@ class DeviceMemory:
                     addresses[device] = self.cuda.allocate(max(size, _ALIGNED))
                 except MemoryError as e:
                     free, total = self.cuda.free_memory()
-                    known = f"{free / 1e9:.2f} of {total / 1e9:.2f} GB are free on device {device}"
+                    known = f"{format_bytes(free)} of {format_bytes(total)} free on device {device}"
                     raise no_memory(*what, free=known) from e
                 undo.callback(partial(self.cuda.free, addresses[device]))
             undo.pop_all()

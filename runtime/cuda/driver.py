@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from twotower.errors import DeviceError
+from twotower.kernels.launches import Launch
 
 __all__ = ["KernelDriver"]
 
@@ -65,28 +66,23 @@ class KernelDriver:
         return function
 
     def bound_launch(
-        self,
-        function: Any,
-        grid: tuple[int, int, int],
-        program: tuple[int, int],
-        arguments: Sequence[Any],
+        self, function: Any, launch: Launch, arguments: Sequence[Any]
     ) -> Callable[[int], None]:
         """A launch as a function of the stream.
 
         Args:
             function: Of `function`.
-            grid: Programs along each axis.
-            program: Threads of a program, and bytes of its dynamic shared memory.
+            launch: How many programs and threads, and their shared memory.
             arguments: A ctypes value each, in order. They are packed here, once.
         """
         held = tuple(arguments)
         table = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
-        head = (function, *grid, program[0], 1, 1, program[1])
+        head = (function, *launch.grid, launch.block, 1, 1, launch.shared_bytes)
         address = ctypes.addressof(table)
-        launch = self._api.cuLaunchKernel
+        call = self._api.cuLaunchKernel
 
         def run(stream: int, _held: Any = (held, table)) -> None:
-            (code,) = launch(*head, stream, address, 0)
+            (code,) = call(*head, stream, address, 0)
             if code:
                 raise _error("cuLaunchKernel", code)
 

@@ -14,7 +14,7 @@ from twotower.runtime.cuda.graphs import capture
 from twotower.runtime.device import Stream
 from twotower.spec import TowerSignature
 
-__all__ = ["DevicePass", "PassWork", "Transfer", "Turns", "downloads", "uploads"]
+__all__ = ["DevicePass", "PassWork", "ScratchOrder", "Transfer", "downloads", "uploads"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Transfer:
     size: int
 
 
-class Turns:
+class ScratchOrder:
     """Who used the memory of a device last that passes share (activation scratch, hand-over buffers): they must never overlap there.
 
     The loop's own events order the passes of one batch of rows; this orders those of several.
@@ -85,12 +85,12 @@ class DevicePass:
     Args:
         cuda: The calls.
         work: What to do; it is closed with the pass, also with one that cannot be made.
-        turns: For each device of the pass, shared with every pass that uses the same scratch
+        order: For each device of the pass, shared with every pass that uses the same scratch
             memory.
     """
 
-    def __init__(self, cuda: Cuda, work: PassWork, turns: Iterable[Turns]) -> None:
-        self._cuda, self._work, self._turns = cuda, work, tuple(turns)
+    def __init__(self, cuda: Cuda, work: PassWork, order: Iterable[ScratchOrder]) -> None:
+        self._cuda, self._work, self._order = cuda, work, tuple(order)
         # A device that hands over to the next is done with its part before: the end of the last
         # one's work is the end of all.
         self._last = work.devices[-1]
@@ -116,8 +116,8 @@ class DevicePass:
         assert not self._closed, "a closed pass is not run"
         queue = cast(CudaStream, stream)
         last = queue.handles[self._last]
-        for turns in self._turns:
-            turns.begin(queue)
+        for order in self._order:
+            order.begin(queue)
         if self._runs == 1 and self._work.capturable(queue):
             self._event.wait_done()  # the first run is done before its work is recorded
             self._cuda.use(self._last)
@@ -133,16 +133,16 @@ class DevicePass:
         self._runs += 1
         self._event.record(last)
         self._broken = None
-        for turns in self._turns:
-            turns.end(queue, self._event)
+        for order in self._order:
+            order.end(queue, self._event)
         return self._event
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
-        for turns in self._turns:
-            turns.forget(self._event)
+        for order in self._order:
+            order.forget(self._event)
         close_all((self._wait, self._drop_graph, self._work.close, self._event.close))
 
     def _wait(self) -> None:

@@ -2,117 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
-from twotower.bundle import Bundle, Progress
+from twotower.bundle import Bundle
 from twotower.errors import ConfigError, EngineMismatchError
 from twotower.extras import TARGET_EXTRA, install_command
 from twotower.hardware import probe_machine
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
-from twotower.runtime.engines.towers import Towers
-from twotower.tensorrt_library import Flavour, load_tensorrt, load_tensorrt_rtx
+from twotower.runtime.engines.towers import OpenOptions, Towers
+from twotower.runtime.engines.trt_engine import open_tensorrt
+from twotower.tensorrt_library import load_tensorrt, load_tensorrt_rtx
 
 __all__ = ["OPENERS", "STREAMED", "OpenOptions", "open_cuda", "open_towers", "require_opener"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenOptions:
-    """Options of opening engines.
-
-    Attributes:
-        threads: Threads a CPU engine computes with; 0 for one a core that this process may use, or
-            one for a small model.
-        devices: GPUs by number; empty for the first.
-        graphs: Whether passes are captured as CUDA graphs.
-        progress: Called with (bytes hashed, bytes to hash) while engine files are checked.
-        loading: Called with (bytes loaded, bytes to load) while weights go to a device.
-    """
-
-    threads: int = 0
-    devices: tuple[int, ...] = ()
-    graphs: bool = True
-    progress: Progress | None = None
-    loading: Progress | None = None
-
-
-Opener = Callable[[Bundle, OpenOptions], Towers]
-
-
-def _ort_cpu() -> Opener:
-    from twotower.runtime.engines.ort import open_ort_cpu
-
-    def opened(bundle: Bundle, options: OpenOptions) -> Towers:
-        if options.devices:
-            found = f"GPUs {', '.join(map(str, options.devices))} were asked for"
-            raise ConfigError(
-                "target ort-cpu uses no GPU",
-                found=found,
-                do="leave out --devices, or choose a GPU target with --target",
-            )
-        return open_ort_cpu(bundle, threads=options.threads, progress=options.progress)
-
-    return opened
-
-
-def _ort_cuda() -> Opener:
-    from twotower.runtime.cuda.door import load_cuda
-    from twotower.runtime.engines.ort import CudaLibrary
-    from twotower.runtime.engines.ort_device import OrtDeviceOptions, open_ort_cuda
-
-    def opened(bundle: Bundle, options: OpenOptions) -> Towers:
-        how = OrtDeviceOptions(
-            devices=options.devices, progress=options.progress, loading=options.loading
+def _open_ort_cpu(bundle: Bundle, options: OpenOptions) -> Towers:
+    with _libraries("ort-cpu"):
+        from twotower.runtime.engines.ort import open_ort_cpu
+    if options.devices:
+        raise ConfigError(
+            "target ort-cpu uses no GPU",
+            found=f"GPUs {', '.join(map(str, options.devices))} were asked for",
+            do="leave out --devices, or choose a GPU target with --target",
         )
-        return open_ort_cuda(bundle, CudaLibrary(), load_cuda(), how)
-
-    return opened
+    return open_ort_cpu(bundle, threads=options.threads, progress=options.progress)
 
 
-def _trt() -> Opener:
-    return _tensorrt(load_tensorrt())
+def _open_ort_cuda(bundle: Bundle, options: OpenOptions) -> Towers:
+    with _libraries("ort-cuda"):
+        from twotower.runtime.engines.ort import CudaLibrary
+        from twotower.runtime.engines.ort_cuda import open_ort_cuda
+
+        cuda = _load_cuda()
+    return open_ort_cuda(bundle, CudaLibrary(), cuda, options)
 
 
-def _rtx() -> Opener:
-    return _tensorrt(load_tensorrt_rtx())
+def _open_rtx(bundle: Bundle, options: OpenOptions) -> Towers:
+    with _libraries("rtx"):
+        library, cuda = load_tensorrt_rtx(), _load_cuda()
+    return open_tensorrt(bundle, library, cuda, _on_this_machine(options))
 
 
-def _tensorrt(library: Flavour) -> Opener:
-    from twotower.runtime.cuda.door import load_cuda
-
-    return lambda bundle, options: open_tensorrt(
-        bundle, library, load_cuda(), _tensorrt_options(options)
-    )
+def _open_trt(bundle: Bundle, options: OpenOptions) -> Towers:
+    with _libraries("trt"):
+        library, cuda = load_tensorrt(), _load_cuda()
+    return open_tensorrt(bundle, library, cuda, _on_this_machine(options))
 
 
-def _tensorrt_options(options: OpenOptions) -> TensorRTOptions:
+def _on_this_machine(options: OpenOptions) -> OpenOptions:
     machine = probe_machine()
-    return TensorRTOptions(
-        devices=options.devices,
-        graphs=options.graphs,
-        gpus=machine.gpus,
-        any_sm=machine.rtx_any_sm,
-        progress=options.progress,
-        loading=options.loading,
-    )
+    return replace(options, gpus=machine.gpus, any_sm=machine.rtx_any_sm)
 
 
-OPENERS: dict[str, Callable[[], Opener]] = {
-    "ort-cpu": _ort_cpu,
-    "ort-cuda": _ort_cuda,
-    "rtx": _rtx,
-    "trt": _trt,
+@contextmanager
+def _libraries(target: str) -> Iterator[None]:
+    """Says how to install what a target's opener imports."""
+    try:
+        yield
+    except (ImportError, OSError) as e:  # OSError: the bindings are there and the library is not
+        raise EngineMismatchError(
+            f"target {target} cannot run here",
+            found=f"a library is missing: {e}",
+            do=install_command(TARGET_EXTRA[target]),
+        ) from e
+
+
+def _load_cuda() -> Cuda:
+    from cuda.bindings import driver, runtime
+
+    return Cuda(runtime, driver=driver)
+
+
+OPENERS: dict[str, Callable[[Bundle, OpenOptions], Towers]] = {
+    "ort-cpu": _open_ort_cpu,
+    "ort-cuda": _open_ort_cuda,
+    "rtx": _open_rtx,
+    "trt": _open_trt,
 }
-"""Target name -> importer of what opens its engines."""
+"""What opens the engines of each target, by its name."""
 
 
 STREAMED = frozenset({"rtx", "trt"})
-"""Targets that read a bundle's weights to a device when they are opened, and compare them with their SHA-256 on the way."""
+"""Targets that read weights to a device on opening and compare them with their SHA-256 then."""
 
 
 def require_opener(target: str) -> None:
-    """Says of a target that this version can build and not run that it is so.
+    """Refuses a target that this version can build and not run.
 
     Raises:
         EngineMismatchError: there is no runtime for it.
@@ -133,15 +110,7 @@ def open_towers(bundle: Bundle, target: str, options: OpenOptions | None = None)
             fit.
     """
     require_opener(target)
-    try:
-        opener = OPENERS[target]()
-    except (ImportError, OSError) as e:  # OSError: the bindings are there and the library is not
-        raise EngineMismatchError(
-            f"target {target} cannot run here",
-            found=f"a library is missing: {e}",
-            do=install_command(TARGET_EXTRA[target]),
-        ) from e
-    return opener(bundle, options or OpenOptions())
+    return OPENERS[target](bundle, options or OpenOptions())
 
 
 def open_cuda() -> Cuda:
@@ -151,11 +120,10 @@ def open_cuda() -> Cuda:
         EngineMismatchError: NVIDIA's bindings are not installed.
     """
     try:
-        from twotower.runtime.cuda.door import load_cuda
+        return _load_cuda()
     except (ImportError, OSError) as e:
         raise EngineMismatchError(
             "CUDA cannot be used here",
             found=f"a library is missing: {e}",
             do="`pip install cuda-bindings`, which the extras `gpu` and `rtx` bring",
         ) from e
-    return load_cuda()

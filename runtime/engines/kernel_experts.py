@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from twotower.bundle import ExpertsStep
 from twotower.errors import EngineMismatchError
-from twotower.kernels import scratch_bytes
 from twotower.kernels.cubin_manifest import Cubin, Manifest, build_command, read_manifest
 from twotower.kernels.launches import SCRATCH, Launch, launches
-from twotower.kernels.shape import shape_of
 from twotower.kernels.tilings import BUILDABLE_SMS
 from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines.experts import ExpertPlaces
 
 __all__ = ["ExpertCode", "ExpertStep", "KernelExperts"]
 
@@ -29,17 +25,11 @@ _C_TYPES: Mapping[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp
 """Of numbers; a pointer is 64 bits."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Function:
-    cubin: Cubin
-    handle: Any
-
-
 class ExpertCode:
     """The kernels of one layer shape on one device.
 
     Args:
-        manifest: The files.
+        folder: Where the files lie.
         cuda: The calls.
         device: The device; it is made current.
 
@@ -49,7 +39,8 @@ class ExpertCode:
         DeviceError: the driver does not load one.
     """
 
-    def __init__(self, manifest: Manifest, cuda: Cuda, device: int) -> None:
+    def __init__(self, folder: Path, cuda: Cuda, device: int) -> None:
+        manifest = read_manifest(folder)
         cuda.use(device)
         self.manifest, self.device = manifest, device
         self.sm = cuda.compute_capability(device)
@@ -59,21 +50,17 @@ class ExpertCode:
             raise EngineMismatchError(
                 f"the expert kernels of this bundle were not compiled for this GPU, SM {self.sm}",
                 found=f"compiled for SM {', '.join(map(str, manifest.sms)) or 'none'}",
-                do=self._rebuild(),
+                do=_rebuild(manifest, self.sm),
             )
         self._libraries: list[Any] = []
-        self._functions: dict[str, _Function] = {}
-        try:
+        self._functions: dict[str, tuple[Cubin, Any]] = {}
+        with Cleanup(self.close) as undo:
             for cubin in mine:
-                self._functions[cubin.kernel] = self._loaded(cubin)
-        except BaseException:
-            self.close()
-            raise
-
-    @classmethod
-    def open(cls, folder: Path, cuda: Cuda, device: int) -> ExpertCode:
-        """The kernels of a folder."""
-        return cls(read_manifest(folder), cuda, device)
+                library = self._driver.load(manifest.code(cubin), cubin.file)
+                self._libraries.append(library)
+                handle = self._driver.function(library, cubin.entry, shared_bytes=cubin.shared)
+                self._functions[cubin.kernel] = (cubin, handle)
+            undo.pop_all()
 
     def launches(self, tokens: int) -> tuple[Launch, ...]:
         """What is launched for a number of tokens."""
@@ -89,14 +76,18 @@ class ExpertCode:
             addresses: Device addresses of the arrays it names.
             scratch: Address of the scratch memory.
         """
-        function = self._functions[launch.kernel]
-        values = [_value(parameter, addresses, scratch) for parameter in launch.params]
-        kinds = [_C_TYPES.get(kind, ctypes.c_uint64) for _, kind in function.cubin.arguments]
-        kinds += [ctypes.c_uint64] * function.cubin.nulls
-        values += [0] * function.cubin.nulls
-        arguments = [kind(value) for kind, value in zip(kinds, values, strict=True)]
-        program = launch.block, launch.shared_bytes
-        return self._driver.bound_launch(function.handle, launch.grid, program, arguments)
+        cubin, handle = self._functions[launch.kernel]
+        arguments = []
+        for parameter, (_, kind) in zip(launch.params, cubin.arguments, strict=True):
+            if isinstance(parameter, int):
+                value = parameter
+            elif parameter.startswith(SCRATCH):
+                value = scratch + int(parameter.removeprefix(SCRATCH))
+            else:
+                value = addresses[parameter]
+            arguments.append(_C_TYPES.get(kind, ctypes.c_uint64)(value))
+        arguments += [ctypes.c_uint64(0) for _ in range(cubin.nulls)]
+        return self._driver.bound_launch(handle, launch, arguments)
 
     def close(self) -> None:
         """Unloads the kernels; nothing of them may be running."""
@@ -104,22 +95,16 @@ class ExpertCode:
             self._driver.unload(self._libraries.pop())
         self._functions.clear()
 
-    def _rebuild(self) -> str:
-        if self.sm in BUILDABLE_SMS:
-            command = build_command(self.manifest.folder, {*self.manifest.sms, self.sm})
-            return f"{command} compiles them, on any machine for rtx and on this one for trt"
-        return f"there are none for SM {self.sm}: build with --experts dense"
 
-    def _loaded(self, cubin: Cubin) -> _Function:
-        library = self._driver.load(self.manifest.code(cubin), cubin.file)
-        self._libraries.append(library)
-        return _Function(
-            cubin, self._driver.function(library, cubin.entry, shared_bytes=cubin.shared)
-        )
+def _rebuild(manifest: Manifest, sm: int) -> str:
+    if sm in BUILDABLE_SMS:
+        command = build_command(manifest.folder, {*manifest.sms, sm})
+        return f"{command} compiles them, on any machine for rtx and on this one for trt"
+    return f"there are none for SM {sm}: build with --experts dense"
 
 
 class ExpertStep:
-    """The experts of one layer for a number of tokens, ready to enqueue.
+    """The experts of one layer for a number of tokens, ready to enqueue; closing frees nothing.
 
     Args:
         code: The kernels.
@@ -128,11 +113,15 @@ class ExpertStep:
             `weight_names`.
         scratch: Device address of `scratch_bytes` of memory, at a multiple of 256. Layers that run
             in turn on one stream share it.
+
+    Raises:
+        RequestError: there are no kernels for so many tokens.
     """
 
     def __init__(
         self, code: ExpertCode, tokens: int, addresses: Mapping[str, int], scratch: int
     ) -> None:
+        self.device = code.device
         self._launches = tuple(
             code.bind(launch, addresses, scratch) for launch in code.launches(tokens)
         )
@@ -144,6 +133,8 @@ class ExpertStep:
     def enqueue(self, stream: int) -> None:
         """Puts the launches on a stream of the device, which must be current.
 
+        The launches are the same whatever the routing.
+
         Raises:
             DeviceError: the driver refuses one.
         """
@@ -151,16 +142,8 @@ class ExpertStep:
             launch(stream)
 
 
-def _value(parameter: str | int, addresses: Mapping[str, int], scratch: int) -> int:
-    if isinstance(parameter, int):
-        return parameter
-    if parameter.startswith(SCRATCH):
-        return scratch + int(parameter.removeprefix(SCRATCH))
-    return addresses[parameter]
-
-
 class KernelExperts:
-    """The kernels of a target, loaded; see `ExpertRuntime`.
+    """The kernels of a target, loaded on every device that runs some of them.
 
     Args:
         folder: The target's folder.
@@ -177,28 +160,15 @@ class KernelExperts:
         self._codes: dict[tuple[str, int], ExpertCode] = {}
         with Cleanup(self.close) as undo:
             for code, device in dict.fromkeys(places):
-                self._codes[code, device] = ExpertCode.open(folder / code, cuda, device)
+                self._codes[code, device] = ExpertCode(folder / code, cuda, device)
             undo.pop_all()
 
-    def scratch_bytes(self, step: ExpertsStep, tokens: int) -> int:
-        return scratch_bytes(shape_of(step), tokens)
-
-    def bind(self, step: ExpertsStep, places: ExpertPlaces) -> _Bound:
-        addresses = {"x": places.x, "shares": places.shares, "out": places.out, **places.weights}
-        code = self._codes[step.code, places.device]
-        return _Bound(ExpertStep(code, places.tokens, addresses, places.scratch[0]))
+    def code(self, step: ExpertsStep, device: int) -> ExpertCode:
+        """The kernels of a layer on a device."""
+        return self._codes[step.code, device]
 
     def close(self) -> None:
+        """Unloads everything; idempotent."""
         codes = list(self._codes.values())
         self._codes.clear()
         close_all(code.close for code in codes)
-
-
-class _Bound:
-    """One layer's launches; nothing is to be freed."""
-
-    def __init__(self, step: ExpertStep) -> None:
-        self.enqueue = step.enqueue
-
-    def close(self) -> None:
-        return

@@ -24,6 +24,7 @@ from twotower.runtime.device import Array, Event, HostStream, Stream
 from twotower.runtime.engines.tower_engine import Binding
 from twotower.runtime.engines.towers import Towers
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TowerSignature, signatures
+from twotower.units import format_bytes
 
 __all__ = ["CudaLibrary", "OrtEngine", "engine_threads", "open_ort_cpu"]
 
@@ -59,7 +60,8 @@ def _require_memory(bundle: Bundle, record: EngineRecord) -> None:
     if record.report.get("form", {}).get("experts") == "packed" and memory and needed > memory:
         raise EngineMismatchError(
             f"the {CPU} engine of '{bundle.path}' copies its experts into memory, and there is too little here",
-            found=f"{needed / 1e9:.1f} GB of weights, {memory / 1e9:.1f} GB of memory this process may use",
+            found=f"{format_bytes(needed)} of weights, {format_bytes(memory)} of memory this process "
+            "may use",
             do=f"build it here, where it reads them from the file: `twotower build BUNDLE --target {CPU}`",
         )
 

@@ -1,17 +1,42 @@
-"""An opened bundle's engines, with the memory and the streams they work in."""
+"""An opened bundle's engines with their memory and streams, and the options of opening them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from twotower.bundle import EngineLimits
+from twotower.bundle import EngineLimits, Progress
 from twotower.config import ModelConfig
+from twotower.hardware import Gpu
 from twotower.runtime.cleanup import close_all
 from twotower.runtime.device import HostMemory, Memory, Streams
 from twotower.runtime.engines.tower_engine import TowerEngine
 
-__all__ = ["Towers"]
+__all__ = ["OpenOptions", "Towers"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenOptions:
+    """Options of opening engines.
+
+    Attributes:
+        threads: Threads a CPU engine computes with; 0 for one a core that this process may use, or
+            one for a small model.
+        devices: GPUs by number; empty for the first.
+        graphs: Whether passes are captured as CUDA graphs.
+        gpus: What the GPUs of this machine are, by number.
+        any_sm: `TWOTOWER_RTX_ANY_SM`: engines are opened on GPUs they hold no code for.
+        progress: Called with (bytes hashed, bytes to hash) while engine files are checked.
+        loading: Called with (bytes loaded, bytes to load) while weights go to a device.
+    """
+
+    threads: int = 0
+    devices: tuple[int, ...] = ()
+    graphs: bool = True
+    gpus: tuple[Gpu, ...] = ()
+    any_sm: str = ""
+    progress: Progress | None = None
+    loading: Progress | None = None
 
 
 @dataclass(frozen=True, slots=True)

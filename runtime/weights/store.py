@@ -16,13 +16,63 @@ from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.weights.data_file import DataFile
 from twotower.runtime.weights.device_layout import ALIGNMENT, Layout, copies, cut_chunks, lay_out
-from twotower.runtime.weights.load_requests import Loaded, LoadOptions, LoadRequest
-from twotower.runtime.weights.transfer import DeviceCopy, Step, open_transfer
+from twotower.runtime.weights.transfer import DeviceCopy, Ring, Step, open_transfer
+from twotower.units import format_bytes
 from twotower.weights.refs import WeightRef
 
-__all__ = ["WeightStore"]
+__all__ = ["LoadOptions", "LoadRequest", "Loaded", "WeightStore"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """Weights that a device needs.
+
+    Attributes:
+        file: The data file.
+        record: Its size and SHA-256, as the bundle has them.
+        weights: Those that are needed, by name, as `Bundle.weights` has them. What is there
+            already, or is asked for by several engines, is read once.
+        device: Where.
+    """
+
+    file: Path
+    record: FileRecord
+    weights: Mapping[str, WeightRef]
+    device: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What loading took.
+
+    Attributes:
+        nbytes: Bytes read from files.
+        seconds: From the first allocation to the last byte on its device.
+    """
+
+    nbytes: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second; 0 where there was nothing to read."""
+        return self.nbytes / self.seconds if self.seconds and self.nbytes else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """Options of loading.
+
+    Attributes:
+        ring: Threads and pinned memory.
+        direct: Whether what is not in the page cache is read past it: that spares a copy and does
+            not drop what other programs have there.
+    """
+
+    ring: Ring = field(default_factory=Ring)
+    direct: bool = True
 
 
 @dataclass(slots=True)
@@ -86,10 +136,10 @@ class WeightStore:
                     self._addresses[path, name, device] = file.bases[device] + offset
         loaded = Loaded(total, time.perf_counter() - begun)
         logger.info(
-            "weights: %.2f GB in %.1f s, %.2f GB/s",
-            loaded.nbytes / 1e9,
+            "weights: %s in %.1f s, %s/s",
+            format_bytes(loaded.nbytes),
             loaded.seconds,
-            loaded.rate / 1e9,
+            format_bytes(loaded.rate),
         )
         return loaded
 
@@ -186,11 +236,11 @@ class WeightStore:
         self._cuda.use(device)
         free, total = self._cuda.free_memory()
         names = {path: f"{path.parent.name}/{path.name}" for path in sizes}
-        listed = ", ".join(f"{names[path]} {size / 1e9:.2f} GB" for path, size in sizes.items())
-        needed = f"{sum(sizes.values()) / 1e9:.2f} GB needed ({listed})"
+        listed = ", ".join(f"{names[path]} {format_bytes(size)}" for path, size in sizes.items())
+        needed = f"{format_bytes(sum(sizes.values()))} needed ({listed})"
         return EngineMismatchError(
             f"the weights do not fit on GPU {device}",
-            found=f"{needed}, {free / 1e9:.2f} of {total / 1e9:.2f} GB free",
+            found=f"{needed}, {format_bytes(free)} of {format_bytes(total)} free",
             do="spread the towers with --devices 0,1, quantize the bundle, or end other programs; "
             "`twotower plan BUNDLE` lists what would fit",
         )

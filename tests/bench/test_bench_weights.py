@@ -14,8 +14,7 @@ import pytest
 from tests.helpers.source import ROOT
 from tests.helpers.weight_files import record_of, write_weights
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.weights.load_requests import LoadOptions, LoadRequest
-from twotower.runtime.weights.store import WeightStore
+from twotower.runtime.weights.store import LoadOptions, LoadRequest, WeightStore
 from twotower.runtime.weights.transfer import Ring
 
 

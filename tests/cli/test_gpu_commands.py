@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ from twotower.doctor.sections import Section
 from twotower.hardware import Machine
 from twotower.runtime import engines
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.runtime.engines.trt_engine import open_tensorrt
 from twotower.tensorrt_library import flavour_from_module
 
 MACHINE = Machine(
@@ -50,16 +50,13 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[engines.OpenOptions]:
     """Puts the fakes in the place of TensorRT for RTX; returns the options of every opening."""
     seen: list[engines.OpenOptions] = []
 
-    def opener() -> Callable[..., Any]:
-        def open_(bundle: Any, options: engines.OpenOptions) -> Any:
-            seen.append(options)
-            api = FakeCuda(devices=2, sm=GPUS[0].sm)
-            given = TensorRTOptions(devices=options.devices, graphs=options.graphs, gpus=GPUS[:2])
-            return open_tensorrt(bundle, flavour_from_module(FakeTensorRT(api)), Cuda(api), given)
+    def open_(bundle: Any, options: engines.OpenOptions) -> Any:
+        seen.append(options)
+        api = FakeCuda(devices=2, sm=GPUS[0].sm)
+        given = replace(options, gpus=GPUS[:2])
+        return open_tensorrt(bundle, flavour_from_module(FakeTensorRT(api)), Cuda(api), given)
 
-        return open_
-
-    monkeypatch.setitem(engines.OPENERS, "rtx", opener)
+    monkeypatch.setitem(engines.OPENERS, "rtx", open_)
     for module in ("twotower.runtime.session", "twotower.cli.doctor", "twotower.cli.inspect"):
         monkeypatch.setattr(f"{module}.probe_machine", lambda: MACHINE)
     return seen

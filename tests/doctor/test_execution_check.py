@@ -17,7 +17,8 @@ from tests.helpers.trt.install import GPUS, bundle_with_engines
 from twotower.doctor.target_checks import check_execution
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.runtime.engines import OpenOptions
+from twotower.runtime.engines.trt_engine import open_tensorrt
 from twotower.tensorrt_library import flavour_from_module
 
 Plant = Callable[[FakeCuda, FakeTensorRT], None]
@@ -37,7 +38,7 @@ def outcome(bundle: Any, plant: Plant | None = None) -> dict[str, bool | None]:
             plant(api, trt)
         with TwoTower.from_towers(
             open_tensorrt(
-                bundle, flavour_from_module(trt), Cuda(api), TensorRTOptions(gpus=GPUS, **options)
+                bundle, flavour_from_module(trt), Cuda(api), OpenOptions(gpus=GPUS, **options)
             )
         ) as model:
             yield model

@@ -35,7 +35,8 @@ from twotower.errors import TwoTowerError
 from twotower.hardware import Gpu
 from twotower.runtime import Request
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.runtime.engines import OpenOptions
+from twotower.runtime.engines.trt_engine import open_tensorrt
 from twotower.tensorrt_library import flavour_from_module
 
 __all__ = ["ARCHIVE", "CASES", "Case", "ask", "tokens_of_case", "torch_bundle"]
@@ -130,7 +131,7 @@ def tokens_of_case(
     size = bundle.trained_block_size  # engines have one block size
     recorded = recorded_texts(case.fixture)
     texts = [t for t in recorded if t["params"]["block_size"] == size][:most]
-    options = TensorRTOptions(devices=(0,), graphs=graphs, gpus=(Gpu("torch", 89, 1 << 34),))
+    options = OpenOptions(devices=(0,), graphs=graphs, gpus=(Gpu("torch", 89, 1 << 34),))
     began, counts = time.monotonic(), dict.fromkeys(("diffusion", "ar", "in a batch", "again"), 0)
     facts: dict[str, Any] = {"graphs": graphs, "texts": len(texts)}
     try:

@@ -54,7 +54,7 @@ def ask(answers: Answers, given: Given) -> None:
     rows: list[list[Any]] = []
     for form in FORMS:
         layer = Layer(torch, published(form), device="cuda")
-        code = ExpertCode.open(folder / form, cuda, 0)
+        code = ExpertCode(folder / form, cuda, 0)
         answers.put(triton=code.manifest.triton)
         for count in TOKENS:
             rows.append([form, count, *measured(layer, code, count, copy)])

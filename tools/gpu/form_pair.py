@@ -17,7 +17,8 @@ from twotower.hardware import probe_machine
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.device_memory import DeviceBuffer, DeviceMemory
 from twotower.runtime.device import Array, Event, Memory
-from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.runtime.engines import OpenOptions
+from twotower.runtime.engines.trt_engine import open_tensorrt
 from twotower.runtime.workspace import Workspace
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TensorSpec
 from twotower.tensorrt_library import Flavour
@@ -65,7 +66,7 @@ class OpenForm:
 
     def __init__(self, bundle: Bundle, flavour: Flavour, cuda: Cuda, *, graphs: bool) -> None:
         machine = probe_machine()
-        options = TensorRTOptions(
+        options = OpenOptions(
             devices=(0,), graphs=graphs, gpus=machine.gpus, any_sm=machine.rtx_any_sm
         )
         self._cuda, began = cuda, time.monotonic()

@@ -21,12 +21,10 @@ from twotower.runtime.cuda.device_memory import DeviceMemory
 from twotower.runtime.cuda.device_streams import CudaStream
 from twotower.runtime.device import Streams
 from twotower.runtime.engines.kernel_experts import KernelExperts
-from twotower.runtime.engines.shared_buffers import furnish
-from twotower.runtime.engines.step_runs import code_places
-from twotower.runtime.engines.tensorrt_engine import EngineRoom, TensorRTEngine
-from twotower.runtime.engines.tensorrt_open import load_steps
-from twotower.runtime.engines.tensorrt_plan import Plan, PlanLoader
+from twotower.runtime.engines.shared_resources import SharedResources, code_places
 from twotower.runtime.engines.towers import Towers
+from twotower.runtime.engines.trt_engine import PassOptions, TensorRTEngine, load_steps
+from twotower.runtime.engines.trt_plan import Plan, PlanLoader
 from twotower.runtime.weights.store import WeightStore
 from twotower.spec import (
     CONTEXT,
@@ -126,17 +124,14 @@ class OneTower:
         cuda.use(0)
         self._record = load_engine_record(bundle, flavour.target)
         state = state_tensors(bundle.config, self._record.dtype)
-        self._loader = PlanLoader(
-            flavour, {t.present.name: t.past.name for t in state if t.in_place}
-        )
+        in_place = {t.present.name: t.past.name for t in state if t.in_place}
+        self._loader = PlanLoader(flavour, cuda, in_place)
         choice = self._record.report.get("choice_of_experts", {})
         self.computed_by = str(choice.get("computed_by", "dense"))
         folder, parts = engine_folder(bundle, flavour.target), self._record.engines[graph]
         devices = [0] * len(parts)
         code = code_places(self._record.steps[graph], devices)
-        self._steps = load_steps(
-            self._record, graph, devices, loader=self._loader, folder=folder, cuda=cuda
-        )
+        self._steps = load_steps(bundle, self._record, graph, devices=devices, loader=self._loader)
         self._experts = KernelExperts(folder, cuda, code) if code else None
         specs = [spec for part in parts for spec in part.weights]
         specs += [w for step in self._record.experts[graph] for w in step.weights.values()]
@@ -156,16 +151,17 @@ class OneTower:
             queues = [CudaStream(cuda, (0,)) for _ in range(2)]
             undo.callback(Streams(*queues).close)
             weights = cast(WeightStore, self.weights)
-            room = EngineRoom(cuda, self._loader, memory, weights, graphs, experts=self._experts)
+            shared = SharedResources(cuda, memory, weights, self._experts)
             sizes = {"B": limits.max_batch, "L": MAX_CHUNK}
             scratch = {0: max(step.scratch for step in self._steps if isinstance(step, Plan))}
-            steps = {self._graph: self._record.steps[self._graph]}
-            furnish(room, steps, scratch=scratch, sizes=sizes)
+            steps = [self._record.steps[self._graph]]
+            shared.allocate(steps, scratch=scratch, sizes=sizes)
             engines = {
                 name: TensorRTEngine(
                     signature.with_sizes({"T": limits.capacity, "S": bundle.trained_block_size}),
                     self._steps if name == self._graph else [],
-                    room,
+                    shared,
+                    PassOptions(self._loader, graphs=graphs),
                     data=bundle.data_file(name),
                 )
                 for name, signature in signatures(bundle.config, self._record.dtype).items()

@@ -16,8 +16,9 @@ from tests.helpers.trt.install import GPUS, bundle_with_engines
 from twotower.bundle import Bundle
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.runtime.engines import OpenOptions
 from twotower.runtime.engines.towers import Towers
+from twotower.runtime.engines.trt_engine import open_tensorrt
 from twotower.runtime.tokenizer import Tokenizer
 from twotower.tensorrt_library import flavour_from_module
 
@@ -70,7 +71,7 @@ def opened() -> Callable[..., Any]:
     ) -> Iterator[Session]:
         api = FakeCuda(devices=4, seed=seed, sm=GPUS[0].sm)
         trt = FakeTensorRT(api)
-        options = TensorRTOptions(devices=devices, graphs=graphs, gpus=GPUS)
+        options = OpenOptions(devices=devices, graphs=graphs, gpus=GPUS)
         towers = open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), options)
         tokenizer = Tokenizer.from_file(bundle.tokenizer_file) if bundle.tokenizer_file else None
         with TwoTower.from_towers(

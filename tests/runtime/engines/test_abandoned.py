@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.towers import golden_config
 from tests.helpers.trt.execution import Context
-from tests.runtime.engines.test_tensorrt_engine import golden_cases
+from tests.runtime.engines.test_trt_engine import golden_cases
 from twotower import GenerationConfig
 
 DIFFUSION = GenerationConfig(max_new_tokens=48, confidence_threshold=0.5, ignore_eos=True)

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.source import ROOT
 from tests.helpers.towers import golden_config
-from tests.runtime.engines.test_tensorrt_engine import AR, golden_cases
+from tests.runtime.engines.test_trt_engine import AR, golden_cases
 from twotower import GenerationConfig
 from twotower.builders import build_engines
 from twotower.evaluate.half_precision import RoundingBuilder

@@ -16,7 +16,7 @@ from tests.helpers.quantized import TINY, quantized
 from tests.helpers.towers import golden_config
 from tests.helpers.trt.execution import FakeTensorRT
 from tests.helpers.trt.install import build_fake_engines
-from tests.runtime.engines.test_tensorrt_engine import AR, DIFFUSION, LAYOUTS, golden_cases
+from tests.runtime.engines.test_trt_engine import AR, DIFFUSION, LAYOUTS, golden_cases
 from twotower import GenerationConfig
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.bundle import Bundle, ExpertsStep, engine_folder, load_engine_record
@@ -24,7 +24,8 @@ from twotower.errors import DeviceError, EngineMismatchError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.runtime import Request, TwoTower
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.runtime.engines import OpenOptions
+from twotower.runtime.engines.trt_engine import open_tensorrt
 from twotower.spec import CONTEXT, DENOISER
 from twotower.tensorrt_library import flavour_from_module
 
@@ -207,7 +208,7 @@ def test_kernels_for_another_gpu_are_refused(cut: Callable[[str], Bundle]) -> No
     api = FakeCuda(sm=120)
     with pytest.raises(EngineMismatchError, match="SM 120"):
         open_tensorrt(
-            cut("hybrid-a"), flavour_from_module(FakeTensorRT(api)), Cuda(api), TensorRTOptions()
+            cut("hybrid-a"), flavour_from_module(FakeTensorRT(api)), Cuda(api), OpenOptions()
         )
     assert not api.leaked
 
@@ -218,7 +219,7 @@ def test_a_damaged_kernel_is_refused(cut: Callable[[str], Bundle], tmp_path: Pat
     file.write_bytes(b"?" * file.stat().st_size)
     api = FakeCuda(sm=89)
     with pytest.raises(EngineMismatchError, match="does not fit") as error:
-        open_tensorrt(bundle, flavour_from_module(FakeTensorRT(api)), Cuda(api), TensorRTOptions())
+        open_tensorrt(bundle, flavour_from_module(FakeTensorRT(api)), Cuda(api), OpenOptions())
     assert file.name in error.value.found
     assert not api.leaked
 
@@ -236,7 +237,7 @@ def test_a_driver_that_refuses_leaves_nothing(
             cut("hybrid-a"),
             flavour_from_module(FakeTensorRT(api)),
             Cuda(api),
-            TensorRTOptions(graphs=False),
+            OpenOptions(graphs=False),
         )
         stack.enter_context(TwoTower.from_towers(towers)).generate([5, 6, 7], DIFFUSION)
     assert not api.leaked

@@ -15,7 +15,8 @@ from twotower import GenerationConfig
 from twotower.errors import DeviceError
 from twotower.runtime import cleanup
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.runtime.engines import OpenOptions
+from twotower.runtime.engines.trt_engine import open_tensorrt
 from twotower.tensorrt_library import flavour_from_module
 
 DIFFUSION = GenerationConfig(max_new_tokens=40, confidence_threshold=0.5, ignore_eos=True)
@@ -99,7 +100,7 @@ def test_an_opening_that_fails_leaves_nothing(
     for number in range(1, 200):
         api = FakeCuda(devices=2)
         api.fail[call] = (number, code)
-        options = TensorRTOptions(devices=(0, 1), gpus=GPUS)
+        options = OpenOptions(devices=(0, 1), gpus=GPUS)
         try:
             towers = open_tensorrt(
                 bundle,

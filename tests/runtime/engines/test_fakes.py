@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.towers import golden_config
-from tests.runtime.engines.test_tensorrt_engine import golden_cases
+from tests.runtime.engines.test_trt_engine import golden_cases
 from twotower.errors import DeviceError
 from twotower.runtime.buffers import ContextState
 from twotower.runtime.cuda.calls import Cuda
@@ -30,7 +30,8 @@ def rebound_after_capture(work: Workspace, stream: Any) -> Any:
     segments = binding._work.enqueue.__self__
     for bound in segments._bound:
         for name, buffer in work._state.reads(work._state.current).items():
-            bound.context.set_tensor_address(name, buffer.addresses[bound.plan.device])
+            context = bound.enqueue.__self__.context
+            context.set_tensor_address(name, buffer.addresses[bound.device])
     return binding.run(stream)
 
 
@@ -153,9 +154,7 @@ def test_what_the_library_refuses(
         )
     else:
         rows = [[5, 6, 7]] * 5
-        monkeypatch.setattr(
-            "twotower.runtime.engines.tensorrt_engine._profile", lambda plan, sizes: 0
-        )
+        monkeypatch.setattr("twotower.runtime.engines.trt_engine._profile", lambda plan, sizes: 0)
     with opened(built(pieces=4)) as it:
         it.model._max_batch = 8
         with pytest.raises(DeviceError, match=says):

@@ -31,7 +31,7 @@ class Device:
 
     def __init__(self, layer: Layer, count: int, api: FakeCuda, manifest: Manifest) -> None:
         self.api, self.cuda = api, Cuda(api)
-        self.code = ExpertCode.open(manifest.folder, self.cuda, 0)
+        self.code = ExpertCode(manifest.folder, self.cuda, 0)
         self.stream = self.cuda.create_stream()
         x = tokens(layer.shape, count)
         self.arrays = {
@@ -127,7 +127,7 @@ def test_each_device_loads_the_files_of_its_own_capability(tmp_path: Path) -> No
     shape = make_shape(64, 64, 8, 2)
     manifest = write_kernels(tmp_path / "k", shape, (80, 90))
     api = FakeCuda(devices=2, sm=80)
-    code = ExpertCode.open(manifest.folder, Cuda(api), 1)
+    code = ExpertCode(manifest.folder, Cuda(api), 1)
     assert code.sm == 80
     assert {loaded["sm"] for loaded in api.loaded.values()} == {80}
     assert api.current == 1
@@ -138,18 +138,19 @@ def test_each_device_loads_the_files_of_its_own_capability(tmp_path: Path) -> No
 def test_a_gpu_without_kernels_is_refused(tmp_path: Path) -> None:
     manifest = write_kernels(tmp_path / "k", make_shape(64, 64, 8, 2), (80, 90))
     with pytest.raises(EngineMismatchError, match="SM 120") as e:
-        ExpertCode.open(manifest.folder, Cuda(FakeCuda(sm=120)), 0)
+        ExpertCode(manifest.folder, Cuda(FakeCuda(sm=120)), 0)
     check_error(str(e.value), "not compiled for this GPU")
     assert "80, 90" in e.value.found
     assert "--sm 80,90,120 --experts kernels --force" in e.value.do
     with pytest.raises(EngineMismatchError, match="SM 103") as e:
-        ExpertCode.open(manifest.folder, Cuda(FakeCuda(sm=103)), 0)
+        ExpertCode(manifest.folder, Cuda(FakeCuda(sm=103)), 0)
     assert "--experts dense" in e.value.do
 
 
 def test_more_tokens_than_kernels_were_compiled_for_are_refused(tmp_path: Path) -> None:
     manifest = write_kernels(tmp_path / "k", make_shape(64, 64, 8, 2), (90,))
-    code = ExpertCode(replace(manifest, max_tokens=64), Cuda(FakeCuda()), 0)
+    code = ExpertCode(manifest.folder, Cuda(FakeCuda()), 0)
+    code.manifest = replace(manifest, max_tokens=64)
     assert code.launches(64)
     for count, most in ((65, 64), (5000, 4096)):
         with pytest.raises(RequestError, match=f"{count} tokens") as e:
@@ -166,7 +167,7 @@ def test_a_damaged_file_is_refused_and_nothing_stays_loaded(tmp_path: Path) -> N
     (manifest.folder / manifest.cubins[-1].file).write_bytes(b"\0")
     api = FakeCuda()
     with pytest.raises(BundleError, match="damaged"):
-        ExpertCode.open(manifest.folder, Cuda(api), 0)
+        ExpertCode(manifest.folder, Cuda(api), 0)
     assert not api.loaded
 
 

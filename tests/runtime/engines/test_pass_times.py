@@ -19,8 +19,9 @@ from twotower.bundle import Bundle, engine_folder
 from twotower.errors import ConfigError, RequestError
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines import OPENERS
-from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.runtime.engines import OPENERS, OpenOptions
+from twotower.runtime.engines.towers import Towers
+from twotower.runtime.engines.trt_engine import open_tensorrt
 from twotower.tensorrt_library import flavour_from_module
 
 DIFFUSION = GenerationConfig(max_new_tokens=40, confidence_threshold=0.5, ignore_eos=True)
@@ -48,16 +49,11 @@ def open_(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         api = FakeCuda(memory=memory)
         trt = FakeTensorRT(api)
 
-        def opener() -> Callable[..., Any]:
-            given = TensorRTOptions(gpus=GPUS[:1])
-            return lambda bundle, _: open_tensorrt(
-                bundle,
-                flavour_from_module(trt),
-                Cuda(api),
-                given,
-            )
+        def open_fake(bundle: Bundle, _: OpenOptions) -> Towers:
+            given = OpenOptions(gpus=GPUS[:1])
+            return open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), given)
 
-        monkeypatch.setitem(OPENERS, "rtx", opener)
+        monkeypatch.setitem(OPENERS, "rtx", open_fake)
         monkeypatch.setattr(
             "twotower.runtime.session.select_target",
             lambda *_, **__: type("S", (), {"target": "rtx"}),

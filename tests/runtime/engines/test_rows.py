@@ -17,8 +17,8 @@ from tests.helpers.trt.install import GPUS, bundle_with_engines
 from twotower import GenerationConfig
 from twotower.runtime import Request, TwoTower
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines import tensorrt_open
-from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.runtime.engines import OpenOptions, trt_engine
+from twotower.runtime.engines.trt_engine import open_tensorrt
 from twotower.tensorrt_library import flavour_from_module
 
 Steps = dict[tuple[int, int], tuple[bytes, ...]]
@@ -67,7 +67,7 @@ def test_neither_company_nor_padding_changes_a_bit_of_a_row(
     ONNX Runtime, which computes, sums a product of a single row in another order than one of
     several. That is its arithmetic and not the runtime's, and would be all that is seen.
     """
-    monkeypatch.setattr(tensorrt_open, "row_counts", lambda most: (most,))
+    monkeypatch.setattr(trt_engine, "row_counts", lambda most: (most,))
     with opened(built("hybrid-b", dtype=dtype)) as it:
 
         @settings(max_examples=12, suppress_health_check=list(HealthCheck))
@@ -125,7 +125,7 @@ def test_engines_for_many_rows(tmp_path: Path) -> None:
     bundle = bundle_with_engines("hybrid-b", tmp_path / "bundle", max_batch=32)
     api = FakeCuda()
     trt = FakeTensorRT(api)
-    towers = open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), TensorRTOptions(gpus=GPUS))
+    towers = open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), OpenOptions(gpus=GPUS))
     options = GenerationConfig(max_new_tokens=20, confidence_threshold=0.5, ignore_eos=True)
     prompts = [np.random.default_rng(n).integers(4, 250, 3 + 2 * n).tolist() for n in range(9)]
     with TwoTower.from_towers(towers, max_batch=32) as model:

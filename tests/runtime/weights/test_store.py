@@ -19,8 +19,7 @@ from twotower.bundle import FileRecord
 from twotower.errors import BundleError, DeviceError, EngineMismatchError
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.weights.data_file import DataFile
-from twotower.runtime.weights.load_requests import LoadOptions, LoadRequest
-from twotower.runtime.weights.store import WeightStore
+from twotower.runtime.weights.store import LoadOptions, LoadRequest, WeightStore
 from twotower.runtime.weights.transfer import Ring
 from twotower.weights.refs import PAGE, WeightRef
 
@@ -345,7 +344,7 @@ def test_too_little_memory_is_said_before_anything_is_allocated(file: File) -> N
     with pytest.raises(EngineMismatchError) as error:
         WeightStore(Cuda(api), SMALL).load([file.request()])
     assert error.value.what == "the weights do not fit on GPU 0"
-    assert "0.01 GB needed (denoiser/model.onnx.data 0.01 GB), 0.00 of 0.00" in error.value.found
+    assert "5.95 MiB needed (denoiser/model.onnx.data 5.95 MiB), 3.81 MiB of" in error.value.found
     assert "--devices 0,1" in error.value.do
     assert not api.counts["cudaMalloc"]
 

@@ -47,7 +47,7 @@ def test_a_layer_is_right_and_its_rows_alone_are_the_same(
     shape = replace(published(form), **SMALL)
     api = FakeCuda()
     cuda = Cuda(api)
-    code = ExpertCode(write_kernels(tmp_path / "k", shape), cuda, 0)
+    code = ExpertCode(write_kernels(tmp_path / "k", shape).folder, cuda, 0)
     layer = Layer(HostTorch(cuda), shape, device="cpu")
     case = layer.case(7)
     assert ((case.shares != 0).sum(0) == 3).all()
@@ -72,7 +72,7 @@ def small(
     monkeypatch.setattr(experts, "median_ms", lambda _, run: (run(), 2.0)[1])
     shape = replace(published("bfloat16"), **SMALL)
     cuda = Cuda(FakeCuda())
-    code = ExpertCode(write_kernels(tmp_path / "k", shape), cuda, 0)
+    code = ExpertCode(write_kernels(tmp_path / "k", shape).folder, cuda, 0)
     return Layer(HostTorch(cuda), shape, device="cpu"), code
 
 

@@ -23,9 +23,9 @@ from twotower.errors import ConfigError, EngineMismatchError, RequestError, TwoT
 from twotower.hardware import Gpu, probe_machine
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines import open_towers
-from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
-from twotower.runtime.engines.tensorrt_plan import PlanLoader
+from twotower.runtime.engines import OpenOptions, open_towers
+from twotower.runtime.engines.trt_engine import open_tensorrt
+from twotower.runtime.engines.trt_plan import PlanLoader
 from twotower.tensorrt_library import flavour_from_module
 
 GPU = Gpu("a GPU", 89, 1 << 34)
@@ -54,7 +54,7 @@ def open_(
             bundle,
             flavour_from_module(trt),
             Cuda(api),
-            TensorRTOptions(**{"gpus": (GPU,), **options}),
+            OpenOptions(**{"gpus": (GPU,), **options}),
         )
     except TwoTowerError:
         assert not api.leaked, "a failed opening leaves nothing"
@@ -222,7 +222,7 @@ def test_capacity_beyond_memory_is_said_with_what_is_free(copied: Bundle) -> Non
         before = dict(api.leaked)
         with pytest.raises(RequestError, match="not enough memory for 4 row") as error:
             model.generate([[5], [6], [7]], GenerationConfig(max_new_tokens=1))
-        assert "are free on device 0" in error.value.found
+        assert "free on device 0" in error.value.found
         assert api.leaked["memory"] == before["memory"], (
             "what was allocated before the failure is given back at once"
         )
@@ -288,7 +288,7 @@ def test_kernels_of_another_gpu_or_library_lie_beside(copied: Bundle) -> None:
         flavour = replace(known, version=version)
         (part,) = load_engine_record(copied, "rtx").engines["context"]
         file = engine_folder(copied, "rtx") / part.file
-        return PlanLoader(flavour, {}, {0: sm}).load(file, part, 0).cache_file
+        return PlanLoader(flavour, Cuda(FakeCuda()), {}, {0: sm}).load(file, part, 0).cache_file
 
     files = [kept_at("1.7.1", 89), kept_at("1.7.1", 120), kept_at("1.8.0", 89)]
     assert len(set(files)) == 3

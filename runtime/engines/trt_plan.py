@@ -17,9 +17,11 @@ from twotower.bundle import EngineFile
 from twotower.dtypes import DTYPES
 from twotower.errors import DeviceError, EngineMismatchError
 from twotower.files import write_atomically
+from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.cuda.device_memory import DeviceMemory
 from twotower.tensorrt_library import Flavour
 
-__all__ = ["Execution", "LibraryLog", "Plan", "PlanLoader", "library_log"]
+__all__ = ["Bound", "Execution", "LibraryLog", "Plan", "PlanLoader", "library_log"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +52,107 @@ class Plan:
     config: Any = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """What a context is bound to.
+
+    Attributes:
+        profile: Number of its optimization profile.
+        shapes: Of its inputs, by name.
+        addresses: Of its inputs and outputs on its device, by name.
+        scratch: Its activation memory, address and bytes.
+    """
+
+    profile: int
+    shapes: Mapping[str, tuple[int, ...]]
+    addresses: Mapping[str, int]
+    scratch: tuple[int, int]
+
+
 class Execution:
     """An execution context with what must outlive it and the library does not keep.
 
     Attributes are let go of in the order they are set, with or without `close`: the context first.
+
+    Args:
+        context: The library's context.
+        config: What it was made with.
+        plan: Its engine.
+        loader: What made it.
     """
 
-    def __init__(self, context: Any, config: Any, plan: Plan) -> None:
+    def __init__(self, context: Any, config: Any, plan: Plan, loader: PlanLoader) -> None:
         self.context, self._config, self.plan = context, config, plan
+        self._loader = loader
+
+    def bind(self, to: Bound, memory: DeviceMemory) -> None:
+        """Sets profile, shapes, addresses and activation memory; its device is current.
+
+        Raises:
+            DeviceError: the library refuses one of them.
+        """
+        stream = memory.stream(self.plan.device)
+        chosen = self.context.set_optimization_profile_async(to.profile, stream)
+        memory.cuda.synchronize(stream)  # the next call needs the profile
+        refused = [] if chosen else [f"profile {to.profile}"]
+        for name, shape in to.shapes.items():
+            if not self.context.set_input_shape(name, shape):
+                refused.append(f"shape {shape} of {name}")
+        for name, address in to.addresses.items():
+            if not self.context.set_tensor_address(name, address):
+                refused.append(f"address of {name}")
+        if not refused:
+            try:
+                refused = [f"{name} has no shape" for name in self.context.infer_shapes()]
+            except RuntimeError as e:
+                refused = [f"shapes cannot be inferred: {e}"]
+        refused = refused or self._without_scratch(*to.scratch)
+        if refused:
+            said = self._loader.drain()
+            raise DeviceError(
+                f"{self.plan.part.file} cannot be bound",
+                found="; ".join(refused[:5]) + (f": {said}" if said else ""),
+                do="report this with `twotower doctor`",
+            )
+
+    def _without_scratch(self, address: int, size: int) -> list[str]:
+        """Sets the activation memory; what the library does not take it says in its log alone."""
+        needed = int(self.context.update_device_memory_size_for_shapes())
+        if needed > size:
+            return [f"it needs {needed:,} bytes of activation memory, {size:,} were allocated"]
+        self._loader.drain()
+        self.context.set_device_memory(address, size)
+        said = self._loader.drain(errors=True)
+        return [f"activation memory of {size:,} bytes: {said}"] if said else []
+
+    def enqueue(self, stream: int) -> None:
+        """Puts it on a stream of its device, which is current.
+
+        Raises:
+            DeviceError: the library refuses.
+        """
+        if not self.context.execute_async_v3(stream):
+            said = self._loader.drain()
+            raise DeviceError(
+                f"{self.plan.part.file} was not run",
+                found="the library refused to enqueue it" + (f": {said}" if said else ""),
+                do="run `twotower doctor BUNDLE`; an engine built for another GPU fails like this",
+            )
+
+    def may_be_captured(self, stream: int) -> bool:
+        """What the library says, if it can be asked; a refusal is logged once an engine."""
+        loader, file = self._loader, self.plan.part.file
+        if not loader.flavour.capturable:
+            return True
+        loader.drain()
+        if self.context.is_stream_capturable(stream):
+            return True
+        words = loader.drain() or "it gives no reason"
+        if file not in loader.uncapturable:
+            what = "%s cannot be captured and is launched piece by piece: %s"
+            logger.warning(what, file, words)
+            loader.uncapturable.add(file)
+        return False
 
     def close(self) -> None:
         """Frees the context; idempotent."""
@@ -70,6 +165,7 @@ class PlanLoader:
 
     Args:
         flavour: The library.
+        cuda: The calls.
         in_place: Outputs that must be the memory of an input, by name (keys and values), with that
             input.
         sms: Compute capabilities of devices, by number: compiled kernels are kept apart by them.
@@ -78,17 +174,18 @@ class PlanLoader:
     def __init__(
         self,
         flavour: Flavour,
+        cuda: Cuda,
         in_place: Mapping[str, str],
         sms: Mapping[int, int] | None = None,
     ) -> None:
-        self.flavour = flavour
+        self.flavour, self.cuda = flavour, cuda
+        self.uncapturable: set[str] = set()  # engines whose refusal was logged
         self._in_place = in_place
         self._sms = sms or {}
         self._log = library_log(flavour.module)
         self._runtime = flavour.module.Runtime(self._log.logger)
-        self._unsaved: dict[
-            int, Plan
-        ] = {}  # by its engine's identity: contexts were made since it was saved
+        # Engines of which contexts were made since their kernels were saved, by identity.
+        self._unsaved: dict[int, Plan] = {}
 
     def load(self, file: Path, part: EngineFile, device: int) -> Plan:
         """Brings an engine to the current device, which must be `device`; the file is mapped and not read into memory first.
@@ -172,25 +269,25 @@ class PlanLoader:
             context, "nvtx_verbosity"
         ):  # as detailed as the engine, unless told: every enqueue pays for it
             context.nvtx_verbosity = trt.ProfilingVerbosity.NONE
-        return Execution(context, config, plan)
+        return Execution(context, config, plan, self)
 
-    @property
-    def unsaved(self) -> tuple[Plan, ...]:
-        """Engines that may have compiled kernels since these were saved."""
-        return tuple(self._unsaved.values())
+    def keep_kernels(self) -> None:
+        """Saves kernels compiled since they were last saved, for the next opening.
 
-    def keep_kernels(self, plan: Plan) -> None:
-        """Saves kernels compiled while the engine ran, for the next opening; a bundle that cannot be written to goes without."""
-        new = self._unsaved.pop(id(plan.engine), None) is not None
-        if not new or plan.cache is None or plan.cache_file is None:
-            return
-        data = bytes(plan.cache.serialize())
-        try:
-            if plan.cache_file.is_file() and plan.cache_file.read_bytes() == data:
-                return
-            write_atomically(plan.cache_file, data)
-        except OSError as e:
-            logger.info("compiled kernels are not kept: %s", e)
+        A bundle that cannot be written to goes without.
+        """
+        plans = list(self._unsaved.values())
+        self._unsaved.clear()
+        for plan in plans:
+            if plan.cache is None or plan.cache_file is None:
+                continue
+            self.cuda.use(plan.device)
+            data = bytes(plan.cache.serialize())
+            try:
+                if not plan.cache_file.is_file() or plan.cache_file.read_bytes() != data:
+                    write_atomically(plan.cache_file, data)
+            except OSError as e:
+                logger.info("compiled kernels are not kept: %s", e)
 
     def drain(self, *, errors: bool = False) -> str:
         """What the library said last, which is then forgotten: warnings and worse, or errors alone."""

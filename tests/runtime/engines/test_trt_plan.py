@@ -13,7 +13,8 @@ from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.bundle import engine_folder
 from twotower.errors import EngineMismatchError
 from twotower.hardware import probe_machine
-from twotower.runtime.engines.tensorrt_plan import _DTYPES, PlanLoader
+from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.engines.trt_plan import _DTYPES, PlanLoader
 from twotower.tensorrt_library import flavour_from_module
 
 CONTEXT = (
@@ -86,7 +87,7 @@ def test_a_real_engine_is_mapped_and_refused_for_want_of_a_driver(tmp_path: Path
     )
     (part,) = record.engines["context_head"]
     with pytest.raises(EngineMismatchError, match="cannot load") as error:
-        PlanLoader(flavour_from_module(trt), {}).load(
+        PlanLoader(flavour_from_module(trt), Cuda(FakeCuda()), {}).load(
             engine_folder(bundle, "rtx") / part.file, part, 0
         )
     assert "35" in error.value.found, "cudaErrorInsufficientDriver"

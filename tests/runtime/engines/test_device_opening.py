@@ -30,7 +30,8 @@ from twotower.bundle import (
 from twotower.errors import BundleError, EngineMismatchError, TwoTowerError
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines.tensorrt_open import TensorRTOptions, open_tensorrt
+from twotower.runtime.engines import OpenOptions
+from twotower.runtime.engines.trt_engine import open_tensorrt
 from twotower.runtime.weights.store import WeightStore
 from twotower.tensorrt_library import flavour_from_module
 
@@ -64,7 +65,7 @@ def open_(bundle: Bundle, api: FakeCuda | None = None) -> Any:
     api = api or FakeCuda()
     trt = FakeTensorRT(api)
     try:
-        options = TensorRTOptions(gpus=GPUS)
+        options = OpenOptions(gpus=GPUS)
         return open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), options)
     except TwoTowerError:
         assert not api.leaked, "a failed opening leaves nothing"
@@ -155,7 +156,7 @@ def test_an_engine_whose_inputs_are_not_the_recorded_weights_is_refused(copied: 
 
     trt._engine = other
     with pytest.raises(EngineMismatchError, match="is not the engine") as caught:
-        open_tensorrt(copied, flavour_from_module(trt), Cuda(api), TensorRTOptions(gpus=GPUS))
+        open_tensorrt(copied, flavour_from_module(trt), Cuda(api), OpenOptions(gpus=GPUS))
     assert "has shape" in caught.value.found
     assert not api.leaked
 
@@ -175,7 +176,7 @@ def test_data_files_are_read_once_and_compared_on_their_way(
 def test_loading_is_told_apart_from_checking(copied: Bundle) -> None:
     checked: list[tuple[int, int]] = []
     loaded: list[tuple[int, int]] = []
-    options = TensorRTOptions(
+    options = OpenOptions(
         gpus=GPUS,
         progress=lambda *step: checked.append(step),
         loading=lambda *step: loaded.append(step),

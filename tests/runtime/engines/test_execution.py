@@ -49,9 +49,9 @@ def test_activation_memory_that_the_library_does_not_take(
 ) -> None:
     """It returns nothing: without a look at the log the refused execution would be all there is."""
     with opened(built()) as it:
-        room = it.towers.context._room
-        address, size = room.scratch[0]
-        room.scratch[0] = (address + 8, size)
+        shared = it.towers.context._shared
+        address, size = shared.scratch[0]
+        shared.scratch[0] = (address + 8, size)
         assert "cannot be used" in error_of(it).found
 
 
@@ -96,7 +96,7 @@ def test_a_second_session_hears_the_library_too(
     """It has one logger a process, the first: what it says of another session's engines must not be lost."""
     with opened(built()) as first, opened(built()) as second:
         for it in (second, first):
-            room = it.towers.context._room
-            address, size = room.scratch[0]
-            room.scratch[0] = (address + 8, size)
+            shared = it.towers.context._shared
+            address, size = shared.scratch[0]
+            shared.scratch[0] = (address + 8, size)
             assert "cannot be used" in error_of(it).found

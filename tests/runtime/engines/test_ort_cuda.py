@@ -16,7 +16,7 @@ from tests.helpers.fused_experts import with_bodies
 from tests.helpers.quantized import TINY
 from tests.helpers.towers import golden_config
 from tests.helpers.trt.execution import fake_kernels
-from tests.runtime.engines.test_tensorrt_engine import AR, golden_cases
+from tests.runtime.engines.test_trt_engine import AR, golden_cases
 from twotower import GenerationConfig
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.ort.cuda import OrtCudaBuilder
@@ -27,7 +27,7 @@ from twotower.runtime import Request, TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines import OpenOptions, open_towers
 from twotower.runtime.engines.ort import CudaLibrary, open_ort_cpu
-from twotower.runtime.engines.ort_device import OrtDeviceOptions, open_ort_cuda
+from twotower.runtime.engines.ort_cuda import open_ort_cuda
 from twotower.weights.external import load_graph
 
 
@@ -95,7 +95,7 @@ def opened_ort(built: Callable[..., Any]) -> Callable[..., Any]:
         )
         assert record.report["choice_of_experts"]["computed_by"] == experts
         with TwoTower.from_towers(
-            open_ort_cuda(bundle, CpuLibrary(api), Cuda(api), OrtDeviceOptions(devices=devices))
+            open_ort_cuda(bundle, CpuLibrary(api), Cuda(api), OpenOptions(devices=devices))
         ) as model:
             yield model, api
         assert not api.leaked
@@ -200,7 +200,7 @@ def test_no_memory_is_named_with_what_is_free(opened_ort: Callable[..., Any]) ->
         opened_ort(memory=1000),
     ):
         raise AssertionError("it was opened")
-    assert "GB needed" in error.value.found
+    assert "MiB needed" in error.value.found
 
 
 def test_a_gpu_that_is_not_there_is_named(opened_ort: Callable[..., Any]) -> None:

@@ -70,7 +70,7 @@ def test_segments_write_the_same_text_on_any_number_of_devices(
     bundle = built("hybrid-a", 4)
     with opened(bundle, devices=devices, seed=seed) as it:
         segments = [
-            plan for engine in (it.towers.context, it.towers.denoiser) for plan in engine._plans
+            plan for engine in (it.towers.context, it.towers.denoiser) for plan in engine._programs
         ]
         assert len(segments) > 4
         assert {plan.device for plan in segments} == set(devices)
@@ -205,7 +205,7 @@ def test_what_a_broken_pass_has_begun_is_waited_for_before_its_memory_goes(
     built: Callable[..., Any], opened: Callable[..., Any]
 ) -> None:
     with opened(built("hybrid-a", 4), graphs=False) as it:
-        segments = len(it.towers.context._plans)
+        segments = len(it.towers.context._programs)
         assert segments > 1
         it.trt.refuse_at = (
             segments  # the last of the prompt's segments: the ones before are on the stream
