@@ -109,7 +109,7 @@ def test_a_file_of_one_s_own(tmp_path: Path) -> None:
         ('[a]\nweights = { head = "int8" }\nexcept = [{ tower = "third" }]', "a tower there is not", "denoiser"),
         ('[a]\nweights = { head = "int8" }\nexcept = [{ row = 1 }]', "is not written like one", "row"),
         ('[a]\nweights = 8', "is not written like one", "items"),
-        ("[a", "cannot read the recipe file", "TOML"),
+        ("[a", "cannot read the recipe file", "Expected"),
     ],
 )  # fmt: skip
 def test_bad_files(tmp_path: Path, text: str, what: str, found: str) -> None:
