@@ -1,4 +1,4 @@
-"""Checkpoint to bundle: record the graphs, stream the weights, verify, and publish the folder by one rename.
+"""Checkpoint to bundle: record the graphs, stream the weights, verify, publish by one rename.
 
 From a config alone, the same without weights.
 """
@@ -6,24 +6,30 @@ From a config alone, the same without weights.
 from __future__ import annotations
 
 import logging
+import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import onnx_ir as ir
 
+from twotower import __version__
 from twotower.bundle import (
     DATA_SUFFIX,
     GRAPH_FILES,
+    MANIFEST_FILE,
     REPORT_FILE,
+    SCHEMA,
     TOKENIZER_FILE,
     Bundle,
     FileRecord,
+    hash_file,
     require_room,
     unpublished,
     write_json,
@@ -32,10 +38,12 @@ from twotower.checkpoint.generation_defaults import read_defaults
 from twotower.checkpoint.reader import Checkpoint
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.errors import CheckpointError, ConfigError, ExportError
-from twotower.export.bundle_manifest import base_manifest, write_manifest
 from twotower.export.graph_files import save_program
+from twotower.export.graphs.recorder import OPSET
 from twotower.export.graphs.tower_graphs import TowerGraph, build_graph
 from twotower.graph_lint import require_clean
+from twotower.records import encode
+from twotower.spec import signatures
 from twotower.weights.declared import lay_out
 from twotower.weights.writer import stream_weights
 
@@ -55,7 +63,7 @@ logger = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int], None]
 Verifier = Callable[[Path, Checkpoint, str, Report], dict[str, Any]]
-"""Checks an unpublished bundle folder against the checkpoint; returns its report or raises ExportError."""
+"""Checks an unpublished bundle folder against the checkpoint: its report, or an ExportError."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,76 +129,50 @@ def export_bundle(
     dtype = options.dtype or checkpoint.config.dtype
     graphs = {name: build_graph(name, checkpoint.config, dtype) for name in GRAPH_FILES}
     notes = graph_notes(graphs)
+    total = sum(w.nbytes for graph in graphs.values() for w in graph.weights)
     smaller = "choose another disk with -o, or a smaller --dtype"
-    require_room(
-        output,
-        sum(w.nbytes for g in graphs.values() for w in g.weights),
-        error=ExportError,
-        smaller=smaller,
+    require_room(output, total, error=ExportError, smaller=smaller)
+    manifest = _manifest(
+        checkpoint.config, options, options.defaults or read_defaults(checkpoint.path)
     )
-    try:
-        with unpublished(output) as folder:
-            defaults = options.defaults or read_defaults(checkpoint.path)
-            manifest = base_manifest(
-                checkpoint.config,
-                dtype,
-                defaults=defaults,
-                trained_block_size=options.trained_block_size,
-            )
-            manifest["source"] = {"name": checkpoint.path.name, "dtype": checkpoint.config.dtype}
-            _write(
-                folder,
-                checkpoint,
-                graphs,
-                manifest,
-                notes=notes,
-                verify=verify,
-                report=report or _silent,
-            )
-    except OSError as e:
-        raise ExportError(
-            f"the export to '{output}' failed while writing",
-            found=str(e),
-            do="free disk space, check permissions, and that checkpoint and output are as they were at the start; nothing was left behind",
-        ) from e
-    return Bundle.open(output, contents=False)
-
-
-def _write(
-    folder: Path,
-    checkpoint: Checkpoint,
-    graphs: dict[str, TowerGraph],
-    manifest: dict[str, Any],
-    *,
-    notes: list[dict[str, str]],
-    verify: Verifier | None,
-    report: Report,
-) -> None:
-    total = sum(w.nbytes for g in graphs.values() for w in g.weights)
+    source = {"name": checkpoint.path.name, "dtype": checkpoint.config.dtype}
+    tell = report or (lambda what, done, total: None)
     done = 0
 
     def tick(count: int) -> None:
         nonlocal done
         done += count
-        report("writing weights", min(done, total), total)
+        tell("writing weights", min(done, total), total)
 
     files: dict[str, FileRecord] = {}
-    with _identity_in_background(checkpoint) as shards:
-        for name, relative in GRAPH_FILES.items():
-            (folder / relative).parent.mkdir(exist_ok=True)
-            data = relative + DATA_SUFFIX
-            files[data] = stream_weights(folder / data, graphs[name].weights, checkpoint, tick=tick)
-            save_program(folder / relative, graphs[name], lay_out(graphs[name].weights))
-        manifest["source"]["shards"] = shards.result()
-    copy_tokenizer(checkpoint.path, folder)
-    outcome = (
-        verify(folder, checkpoint, manifest["dtype"], report)
-        if verify
-        else {"verified": False, "why": "not asked for"}
+    do = (
+        "free disk space, check permissions, and that checkpoint and output are as they were at "
+        "the start; nothing was left behind"
     )
-    (folder / REPORT_FILE).parent.mkdir()
-    write_json(folder / REPORT_FILE, {**outcome, "notes": notes})
-    write_manifest(folder, manifest, files)
+    with _published(output, f"the export to '{output}' failed while writing", do) as folder:
+        with _identity_in_background(checkpoint) as shards:
+            for name, relative in GRAPH_FILES.items():
+                (folder / relative).parent.mkdir(exist_ok=True)
+                weights, data = graphs[name].weights, relative + DATA_SUFFIX
+                files[data] = stream_weights(folder / data, weights, checkpoint, tick=tick)
+                save_program(folder / relative, graphs[name], lay_out(weights))
+            manifest["source"] = {**source, "shards": shards.result()}
+        copy_tokenizer(checkpoint.path, folder)
+        outcome: dict[str, Any] = {"verified": False, "why": "not asked for"}
+        if verify:
+            outcome = verify(folder, checkpoint, dtype, tell)
+        _write_records(folder, manifest, {**outcome, "notes": notes}, files)
+    return Bundle.open(output, contents=False)
+
+
+@contextmanager
+def _published(output: Path, failed: str, do: str) -> Iterator[Path]:
+    """The unpublished folder of a bundle, where an error of the disk is one of the export."""
+    try:
+        with unpublished(output) as folder:
+            yield folder
+    except OSError as e:
+        raise ExportError(failed, found=str(e), do=do) from e
 
 
 def graph_notes(graphs: dict[str, TowerGraph]) -> list[dict[str, str]]:
@@ -208,9 +190,10 @@ def graph_notes(graphs: dict[str, TowerGraph]) -> list[dict[str, str]]:
 
 @contextmanager
 def _identity_in_background(checkpoint: Checkpoint) -> Iterator[Future[dict[str, dict[str, Any]]]]:
-    """Hashes the checkpoint beside the writer: both read the same shards, so the second reader finds them in the page cache.
+    """Hashes the checkpoint beside the writer.
 
-    A block that fails does not wait for the rest of 118 GB.
+    Both read the same shards, so the second reader finds them in the page cache. A block that fails
+    does not wait for the rest of 118 GB.
     """
     stopped = Event()
 
@@ -224,10 +207,6 @@ def _identity_in_background(checkpoint: Checkpoint) -> Iterator[Future[dict[str,
         except BaseException:
             stopped.set()
             raise
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    return
 
 
 _NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -259,7 +238,7 @@ def check_tokenizer(source: Path) -> None:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Takes what a tokenizer needs along; a checkpoint without one makes a bundle for token ids only.
+    """Takes what a tokenizer needs along; without one the bundle is for token ids only.
 
     Args:
         source: The checkpoint's folder.
@@ -295,28 +274,74 @@ def export_programs(
     graphs = {graph: build_graph(graph, config, dtype) for graph in GRAPH_FILES}
     notes = graph_notes(graphs)
     require_room(output, 0, error=ExportError, smaller="or choose another disk with -o")
-    manifest = base_manifest(
-        config,
-        dtype,
-        defaults=chosen.defaults or GenerationConfig(),
-        trained_block_size=chosen.trained_block_size,
-    )
+    manifest = _manifest(config, chosen, chosen.defaults or GenerationConfig())
     manifest["requires"] = ["no-weights"]
     manifest["source"] = {"name": name, "dtype": config.dtype, "shards": {}}
-    try:
-        with unpublished(output) as folder:
-            for graph, relative in GRAPH_FILES.items():
-                (folder / relative).parent.mkdir(exist_ok=True)
-                save_program(folder / relative, graphs[graph], lay_out(graphs[graph].weights))
-            (folder / REPORT_FILE).parent.mkdir()
-            write_json(
-                folder / REPORT_FILE, {"verified": False, "why": "no weights", "notes": notes}
-            )
-            write_manifest(folder, manifest, {})
-    except OSError as e:
-        raise ExportError(
-            f"the graphs could not be written to '{output}'",
-            found=str(e),
-            do="free disk space or check permissions; nothing was left behind",
-        ) from e
+    do = "free disk space or check permissions; nothing was left behind"
+    with _published(output, f"the graphs could not be written to '{output}'", do) as folder:
+        for graph, relative in GRAPH_FILES.items():
+            (folder / relative).parent.mkdir(exist_ok=True)
+            save_program(folder / relative, graphs[graph], lay_out(graphs[graph].weights))
+        outcome = {"verified": False, "why": "no weights", "notes": notes}
+        _write_records(folder, manifest, outcome, {})
     return Bundle.open(output, contents=False)
+
+
+def _manifest(
+    config: ModelConfig, options: ExportConfig, defaults: GenerationConfig
+) -> dict[str, Any]:
+    """All of a manifest but its source and its files."""
+    dtype = options.dtype or config.dtype
+    tools = {"opset": str(OPSET), "python": platform.python_version()}
+    for name in ("onnx-ir", "onnx", "onnxruntime", "torch", "numpy"):
+        with suppress(PackageNotFoundError):
+            tools[name] = version(name)
+    return {
+        "schema": SCHEMA,
+        "requires": [],
+        "twotower": __version__,
+        "model": config.to_json(),
+        "dtype": dtype,
+        "precision": {
+            **dict.fromkeys(_KINDS, dtype),
+            **dict.fromkeys(_ALWAYS_FLOAT32, "float32"),
+        },
+        "generation": {
+            "trained_block_size": options.trained_block_size,
+            "defaults": defaults.to_json(),
+        },
+        "signatures": encode(signatures(config, dtype)),
+        "tools": tools,
+    }
+
+
+_KINDS = (
+    *("embedding", "mamba", "attention", "routed_expert", "shared_expert", "mlp"),
+    *("conditioning", "head"),
+)
+_ALWAYS_FLOAT32 = ("norm", "router", "ssm_state", "ssm_scan", "softmax", "logits")
+
+
+def _write_records(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    outcome: Mapping[str, Any],
+    known: Mapping[str, FileRecord],
+) -> None:
+    """The report of the export, and `bundle.json`, the last file, which lists all others.
+
+    Args:
+        folder: The bundle's folder.
+        manifest: All of it but its files.
+        outcome: The report.
+        known: Files that were hashed while they were written; the others are hashed now.
+    """
+    (folder / REPORT_FILE).parent.mkdir()
+    write_json(folder / REPORT_FILE, outcome)
+    files = dict(known)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        relative = path.relative_to(folder).as_posix()
+        if relative not in files:
+            files[relative] = FileRecord(path.stat().st_size, hash_file(path))
+    listed = encode(dict(sorted(files.items())))
+    write_json(folder / MANIFEST_FILE, {**manifest, "files": listed})

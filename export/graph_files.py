@@ -14,7 +14,7 @@ __all__ = ["point_to_data", "save_graph", "save_program"]
 
 
 def point_to_data(model: ir.Model, refs: dict[str, WeightRef], location: str) -> None:
-    """Gives every declared weight of a recorded graph its place in the data file `location` (relative to the graph's file)."""
+    """Gives every weight of a graph its place in a data file, named relative to the graph's file."""
     for name, ref in refs.items():
         value = model.graph.initializers[name]
         assert value.const_value is not None
@@ -29,7 +29,7 @@ def point_to_data(model: ir.Model, refs: dict[str, WeightRef], location: str) ->
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
-    """Writes a graph whose weights lie outside; what an initializer says of itself is not said a second time."""
+    """Writes a graph whose weights lie outside, without a value_info of initializers."""
     proto = ir.to_proto(model)
     named = {tensor.name for tensor in proto.graph.initializer}
     left = [value for value in proto.graph.value_info if value.name not in named]
@@ -39,7 +39,7 @@ def save_graph(model: ir.Model, path: Path) -> None:
 
 
 def save_program(path: Path, graph: TowerGraph, refs: dict[str, WeightRef]) -> None:
-    """Writes a graph and the table of its weights, which lie or will lie in a data file beside it."""
+    """Writes a graph and the table of its weights, whose data file lies or will lie beside it."""
     point_to_data(graph.model, refs, path.name + DATA_SUFFIX)
     save_graph(graph.model, path)
     write_weight_table(path.with_name(path.name + TABLE_SUFFIX), refs)

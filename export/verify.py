@@ -1,23 +1,25 @@
-"""The exported graphs in ONNX Runtime against the torch towers filled from the checkpoint, output by output.
+"""The exported graphs in ONNX Runtime against the torch towers, output by output.
 
-Two independent paths meet here: bytes and operators as they were written, and the checkpoint read
-again by other code. Inputs are random, non-zero and distinct (zeros would hide swapped states),
-rows ragged, one chunk padded, one block half masked.
+Two independent paths meet here: bytes and operators as they were written, and towers filled from
+the checkpoint, which other code reads again. Inputs are random, non-zero and distinct (zeros would
+hide swapped states), rows ragged, one chunk padded, one block half masked.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
 
@@ -49,19 +51,26 @@ from twotower.spec import (
     candidate_count,
     state_tensors,
 )
+from twotower.units import format_bytes
 from twotower.weights.declared import lay_out
 from twotower.weights.external import attach_weights, load_graph, weight_refs, widen_to_float32
-from twotower.weights.refs import WeightRef
 from twotower.weights.writer import widen_data
 
-__all__ = ["TOLERANCE", "Case", "layers_that_fit", "random_case", "verify_bundle"]
+__all__ = [
+    "TOLERANCE",
+    "Case",
+    "available_memory",
+    "layers_that_fit",
+    "peak_bytes",
+    "random_case",
+    "verify_bundle",
+]
 
 TOLERANCE = 1e-3
-"""Largest error relative to a tensor's largest magnitude. Both sides compute in float32 and differ in the order of sums of up to
-131072 terms; a wrong operator, weight or state shows as an error near 1.
-"""
-# a router choice on the very edge may fall differently in float32 and float64; a defect fails every
-# time
+"""Largest error relative to a tensor's largest magnitude. Both sides compute in float32 and differ
+in the order of sums of up to 131072 terms; a wrong operator, weight or state is an error near 1."""
+# A router's choice on the very edge may fall differently in float32 and float64; a defect fails
+# every time.
 _ATTEMPTS = 3
 _MEMORY_SHARE = 0.7
 
@@ -71,7 +80,7 @@ Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """What is compared: a model made of some layers of the exported one, which keep their weights."""
+    """What is compared: a model of some layers of the exported one, which keep their weights."""
 
     folder: Path
     checkpoint: Checkpoint
@@ -97,7 +106,7 @@ def verify_bundle(
 ) -> dict[str, Any]:
     """Compares every output of the three graphs.
 
-    A graph of narrow dtype is widened for the comparison: rounding would hide what is looked for,
+    A graph in half precision is widened for the comparison: rounding would hide what is looked for,
     and ONNX Runtime has no bfloat16 on a CPU. A model that does not fit in memory is compared on
     its first layer of each kind.
 
@@ -108,30 +117,23 @@ def verify_bundle(
         ExportError: an output differs by more than `TOLERANCE`.
     """
     started = time.perf_counter()
-    layers, why = layers_that_fit(checkpoint.config, _available_memory())
-    scratch = (
-        0
-        if dtype == "float32"
-        else _tower_bytes(_selected(checkpoint.config, layers))
-        if layers
-        else 0
-    )
-    if scratch > (free := shutil.disk_usage(folder).free):
-        layers, why = (
-            (),
-            f"comparing takes {scratch / 1e9:.1f} GB of disk for a while, {free / 1e9:.1f} GB are free",
-        )
+    layers, why = layers_that_fit(checkpoint.config, available_memory())
+    config = _selected(checkpoint.config, layers) if layers else checkpoint.config
+    scratch = _tower_bytes(config) if layers and dtype != "float32" else 0
+    free = shutil.disk_usage(folder).free
+    if scratch > free:
+        needed = f"comparing takes {format_bytes(scratch)} of disk for a while"
+        layers, why = (), f"{needed}, {format_bytes(free)} are free"
     if not layers:
         return {"verified": False, "why": why}
-    config = _selected(checkpoint.config, layers)
     subject = _Subject(folder, checkpoint, dtype, config, layers)
     errors: dict[str, float] = {}
     for attempt in range(1, _ATTEMPTS + 1):
         case = random_case(config, seed=attempt)
-        errors = {}
-        for step, compare in enumerate((_compare_context, _compare_denoiser)):
-            report("verifying", step, 2)
-            errors.update(compare(subject, case))
+        report("verifying", 0, 2)
+        errors = dict(_compare_context(subject, case))
+        report("verifying", 1, 2)
+        errors.update(_compare_denoiser(subject, case))
         if max(errors.values()) <= TOLERANCE:
             break
     worst = max(errors, key=lambda name: errors[name])
@@ -142,6 +144,9 @@ def verify_bundle(
             found=f"relative errors above {TOLERANCE:.0e}: {', '.join(bad[:12])}",
             do="report this with the checkpoint's config.json; --no-verify exports regardless",
         )
+    computed_in = "float32"
+    if dtype != "float32":
+        computed_in += f", with the weights as rounded to {dtype}"
     return {
         "verified": True,
         "layers": why,
@@ -149,10 +154,9 @@ def verify_bundle(
         "tolerance": TOLERANCE,
         "largest_error": errors[worst],
         "errors": {name: float(f"{error:.2e}") for name, error in errors.items()},
-        "cases": "3 ragged rows, a padded chunk, a row without tokens, blocks fully, half and not masked, greedy and sampled",
-        "computed_in": "float32"
-        if dtype == "float32"
-        else f"float32, with the weights as rounded to {dtype}",
+        "cases": "3 ragged rows, a padded chunk, a row without tokens, blocks fully, half and not "
+        "masked, greedy and sampled",
+        "computed_in": computed_in,
         "onnxruntime": ort.__version__,
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - started, 2),
@@ -160,57 +164,48 @@ def verify_bundle(
 
 
 def layers_that_fit(config: ModelConfig, memory: int) -> tuple[tuple[int, ...], str]:
-    """The layers to compare within `memory` bytes, and how to say it: all, the first of each kind, or none."""
+    """The layers to compare within `memory` bytes, and how to say it.
+
+    All of them, the first of each kind, or none.
+    """
     every = tuple(range(len(config.layers)))
     first = tuple(sorted(config.indices(kind)[0] for kind in LayerKind if config.indices(kind)))
-    for layers, words in ((every, f"all {len(every)} layers"), (first, "")):
-        needed = _peak_bytes(_selected(config, layers))
-        if needed <= _MEMORY_SHARE * memory:
-            named = ", ".join(f"{i} ({config.layers[i].value})" for i in layers)
-            return (
-                layers,
-                words
-                or f"the first layer of each kind only, {named}: the whole does not fit in {memory / 1e9:.0f} GB",
-            )
-    return (
-        (),
-        f"comparing one layer of each kind takes {needed / 1e9:.1f} GB of memory, {memory / 1e9:.1f} GB are available",
-    )
+    if peak_bytes(config) <= _MEMORY_SHARE * memory:
+        return every, f"all {len(every)} layers"
+    needed, available = peak_bytes(_selected(config, first)), format_bytes(memory)
+    if needed <= _MEMORY_SHARE * memory:
+        named = ", ".join(f"{i} ({config.layers[i].value})" for i in first)
+        why = f"the first layer of each kind only, {named}: the whole does not fit in {available}"
+        return first, why
+    need = f"comparing one layer of each kind takes {format_bytes(needed)} of memory"
+    return (), f"{need}, {available} are available"
 
 
-def _peak_bytes(config: ModelConfig) -> int:
-    """The larger tower in float32 for torch, and three quarters more for what is in flight (measured: 13.8 GB for 8.2 GB of weights).
+def peak_bytes(config: ModelConfig) -> int:
+    """Memory a comparison takes: the larger tower in float32, and three quarters more in flight.
 
-    ONNX Runtime maps its weights from disk.
+    Measured: 13.8 GB for 8.2 GB of weights. ONNX Runtime maps its weights from disk.
     """
     return _tower_bytes(config) * 7 // 4
 
 
 def _tower_bytes(config: ModelConfig) -> int:
     """The larger tower in float32: the towers are compared one after the other."""
-    sizes = {
-        tower: sum(
-            int(np.prod(t.shape)) for t in expected_tensors(config).values() if t.tower is tower
-        )
-        for tower in Tower
-    }
-    return 4 * max(sizes.values())
+    sizes: Counter[Tower] = Counter()
+    for tensor in expected_tensors(config).values():
+        sizes[tensor.tower] += 4 * math.prod(tensor.shape)
+    return max(sizes.values())
 
 
 def _selected(config: ModelConfig, layers: tuple[int, ...]) -> ModelConfig:
-    return ModelConfig.from_json(
-        {**config.to_json(), "layers": "".join(config.layers[i].value for i in layers)}
-    )
+    return replace(config, layers=tuple(config.layers[i] for i in layers))
 
 
 def _compare_context(subject: _Subject, case: Case) -> Iterator[tuple[str, float]]:
     tower: ContextTower = load_context_tower(subject.config, subject.read, rounded_to=subject.dtype)
-    tokens, lengths, past = (
-        torch.from_numpy(a) for a in (case.tokens, case.chunk_length, case.past_length)
-    )
-    hidden, state = tower.extend(
-        tokens, {k: torch.from_numpy(v) for k, v in case.state.items()}, past=past, lengths=lengths
-    )
+    given = _tensors(case.context_inputs())
+    lengths, before = given[CHUNK_LENGTH], _tensors(case.state)
+    hidden, state = tower.extend(given[TOKENS], before, past=given[PAST_LENGTH], lengths=lengths)
     want = last_valid(hidden, lengths).numpy()
     want_logprobs = torch.log_softmax(tower.logits(torch.from_numpy(want)), -1).numpy()
     del tower
@@ -230,20 +225,21 @@ def _compare_denoiser(subject: _Subject, case: Case) -> Iterator[tuple[str, floa
         subject.config, subject.read, rounded_to=subject.dtype
     )
     block, length = torch.from_numpy(case.block), torch.from_numpy(case.context_length)
-    logits = tower.logits(
-        block, {k: torch.from_numpy(v) for k, v in case.state.items()}, context_length=length
-    )
+    logits = tower.logits(block, _tensors(case.state), context_length=length)
     del tower
-    options = {k: torch.from_numpy(v) for k, v in case.sampling.items()}
-    want = commit_step(logits, block, subject.config, **options)
+    want = commit_step(logits, block, subject.config, **_tensors(case.sampling))
     got = _run(subject, DENOISER, {**case.denoiser_inputs(), **case.state})
     yield "confidence", _error(got["confidence"], want.confidence.numpy())
     for name in ("predicted", "next_block", "masked_left"):
         yield name, float(np.mean(got[name] != getattr(want, name).numpy()))
 
 
+def _tensors(arrays: Arrays) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
 def _error(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> float:
-    """Largest difference relative to the largest magnitude; NaN or infinity on either side is an infinite error."""
+    """Largest difference relative to the largest magnitude; infinite where NaN or infinity is."""
     difference = np.abs(got.astype(np.float64) - want).max() / (np.abs(want).max() + 1e-30)
     return float(difference) if np.isfinite(difference) else float("inf")
 
@@ -255,47 +251,36 @@ def _run(subject: _Subject, name: str, feeds: Arrays) -> Arrays:
     model = load_graph(file)
     refs = weight_refs(model)
     if len(subject.layers) != len(subject.checkpoint.config.layers):
-        model, refs = _fewer_layers(subject, name, refs)
+        # The graph of the selected layers, with each weight where the whole model's file holds it.
+        graph = build_graph(name, subject.config, subject.dtype)
+        point_to_data(graph.model, lay_out(graph.weights), "unused")
+        model = ir.to_proto(graph.model)
+        refs = {w.name: refs[subject.original(w.name)] for w in graph.weights}
     wide = file.with_name(f"{file.name}.float32")
     try:
         if subject.dtype != "float32":
             widen_to_float32(model)
             refs, data = widen_data(data, wide, refs), wide
         attach_weights(model, refs, data.name)
-        session = _session(model, file.parent)
+        options = session_options(file.parent)
+        # Nothing may be folded or packed: each would copy the weights into memory.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        text = model.SerializeToString()
+        session = ort.InferenceSession(text, options, providers=["CPUExecutionProvider"])
         names = [o.name for o in session.get_outputs()]
         return dict(zip(names, session.run(names, feeds), strict=True))
     finally:
         wide.unlink(missing_ok=True)
 
 
-def _fewer_layers(
-    subject: _Subject, name: str, refs: Mapping[str, WeightRef]
-) -> tuple[onnx.ModelProto, dict[str, WeightRef]]:
-    """The graph of the selected layers, with each weight where the whole model's file holds it."""
-    graph = build_graph(name, subject.config, subject.dtype)
-    point_to_data(graph.model, lay_out(graph.weights), "unused")
-    return ir.to_proto(graph.model), {w.name: refs[subject.original(w.name)] for w in graph.weights}
-
-
-def _session(model: onnx.ModelProto, folder: Path) -> ort.InferenceSession:
-    options = session_options(folder)
-    # Nothing may be folded or packed: each would copy the weights into memory.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    return ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-
-
-def _available_memory() -> int:
-    try:
+def available_memory() -> int:
+    """Bytes that programs can have; half of all where the system does not say."""
+    with suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(
-            1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")
-        )
-    except (OSError, StopIteration, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        line = next(line for line in lines if line.startswith("MemAvailable"))
+        return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 _ROWS, _CHUNK, _BLOCK, _CAPACITY = 3, 8, 16, 32
@@ -303,7 +288,7 @@ _ROWS, _CHUNK, _BLOCK, _CAPACITY = 3, 8, 16, 32
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Inputs of all three graphs; `state` holds the context state under its input names, float32."""
+    """Inputs of all three graphs; `state` is the context state by input names, float32."""
 
     tokens: np.ndarray[Any, np.dtype[np.int64]]
     chunk_length: np.ndarray[Any, np.dtype[np.int64]]
@@ -317,18 +302,17 @@ class Case:
         return {TOKENS: self.tokens, CHUNK_LENGTH: self.chunk_length, PAST_LENGTH: self.past_length}
 
     def denoiser_inputs(self) -> Arrays:
-        s = self.sampling
-        options = {
-            THRESHOLD: s["threshold"],
-            COMMIT_FLOOR: s["floor"],
-            TEMPERATURE: s["temperature"],
-            NOISE: s["noise"],
-        }
+        names = {"threshold": THRESHOLD, "floor": COMMIT_FLOOR, "temperature": TEMPERATURE}
+        names["noise"] = NOISE
+        options = {names[name]: array for name, array in self.sampling.items()}
         return {BLOCK: self.block, CONTEXT_LENGTH: self.context_length, **options}
 
 
 def random_case(config: ModelConfig, seed: int) -> Case:
-    """Three rows: a full chunk at the start of a text, a padded one, one without tokens; blocks fully, half and not masked."""
+    """Three rows: a full chunk at the start of a text, a padded one, one without tokens.
+
+    Their blocks are fully, half and not masked.
+    """
     rng = np.random.default_rng(seed)
     words = np.setdiff1d(np.arange(config.vocab_size), [config.mask_token_id])
     block = rng.choice(words, (_ROWS, _BLOCK))

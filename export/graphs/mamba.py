@@ -88,7 +88,7 @@ def _conv_state(layer: Layer, rows: ir.Value, lengths: ir.Value) -> ir.Value:
 
 @dataclass(frozen=True, slots=True)
 class _Steps:
-    """What a scan reads: x [B,G,H/G,L,P], b [B*G,L,N], dt and the sum of dt*A so far [B,G,H/G,L]."""
+    """What a scan reads: x [B,G,H/G,L,P], b [B*G,L,N], dt and the running dt*A [B,G,H/G,L]."""
 
     x: ir.Value
     b: ir.Value

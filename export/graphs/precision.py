@@ -1,4 +1,4 @@
-"""What of a graph is stored or computed in few bits, and where the ranges that decide it can be watched."""
+"""What of a graph is quantized, and where the activation ranges that decide it are watched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["ActivationFormat", "Precision", "Tap"]
 
 @dataclass(frozen=True, slots=True)
 class ActivationFormat:
-    """The input of a product rounded to few bits: `dtype` is `int8` or `float8e4m3fn`, one unit of it stands for `scale`."""
+    """A quantized input of a product: one unit of `int8` or `float8e4m3fn` stands for `scale`."""
 
     dtype: str
     scale: float
@@ -20,7 +20,7 @@ class ActivationFormat:
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Few-bit parts of a graph; what is not named stays as it is.
+    """Quantized parts of a graph; what is not named stays as it is.
 
     Attributes:
         weights: Format by the weight's name in a float graph.

@@ -1,4 +1,4 @@
-"""A thin recorder over onnx-ir: operators by name, constants shared, weights declared but not loaded."""
+"""A thin recorder over onnx-ir: operators by name, shared constants, declared weights."""
 
 from __future__ import annotations
 

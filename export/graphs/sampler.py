@@ -1,6 +1,8 @@
-"""The denoiser graph's tail: logits become tokens, confidences and the commit decision without leaving the device."""
+"""The denoiser graph's tail: logits become tokens, confidences and the commit decision."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -24,12 +26,12 @@ __all__ = ["MaskInfo", "mask_info", "relative_to_best", "sample_and_commit"]
 _NEVER = -1e30  # the mask token's logit: its probability underflows to exactly 0 in float32
 
 
+@dataclass(frozen=True, slots=True)
 class MaskInfo:
     """Which positions of the block are masked, [B,S] bool, and how many, [B,1] int64."""
 
-    def __init__(self, masked: ir.Value, count: ir.Value) -> None:
-        self.masked = masked
-        self.count = count
+    masked: ir.Value
+    count: ir.Value
 
 
 def mask_info(graph: GraphBuilder, config: ModelConfig) -> tuple[MaskInfo, ir.Value]:
@@ -125,11 +127,10 @@ def relative_to_best(
 
 
 def _committed(graph: GraphBuilder, confidence: ir.Value, masks: MaskInfo) -> ir.Value:
-    """The positions that take their prediction, [B,S] bool: the `count` most confident of the masked ones.
+    """The positions that take their prediction, [B,S] bool: the most confident masked ones.
 
     A position's rank is the number of masked positions ahead of it (more confident, or as confident
-    and further left), summed over
-    S x S comparisons: no sort, no data-dependent shape.
+    and further left), summed over S x S comparisons: no sort, no data-dependent shape.
     """
     axis_t, axis_s = graph.constant([2]), graph.constant([1])
     mine, other = (

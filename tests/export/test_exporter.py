@@ -142,7 +142,7 @@ def test_a_model_too_large_is_verified_on_the_first_layer_of_each_kind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.open(FIXTURES / "hybrid-a")
-    whole = verify_module._peak_bytes(checkpoint.config)
+    whole = verify_module.peak_bytes(checkpoint.config)
     assert layers_that_fit(checkpoint.config, whole)[0] == (0, 1, 3)
     assert layers_that_fit(checkpoint.config, 2 * whole)[0] == tuple(range(8))
     assert layers_that_fit(checkpoint.config, 1000)[0] == ()
@@ -150,7 +150,7 @@ def test_a_model_too_large_is_verified_on_the_first_layer_of_each_kind(
         (whole, "the first layer of each kind only, 0 (M), 1 (E), 3 (*)"),
         (1000, None),
     ):
-        monkeypatch.setattr(verify_module, "_available_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(verify_module, "available_memory", lambda memory=memory: memory)
         bundle = export_bundle(checkpoint, tmp_path / str(memory), verify=verify_bundle)
         report = json.loads((bundle.path / REPORT_FILE).read_text())
         assert report["verified"] is (layers is not None)

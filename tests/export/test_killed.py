@@ -22,7 +22,6 @@ from tests.helpers.source import ROOT
 from twotower.bundle import DATA_SUFFIX, MANIFEST_FILE, Bundle
 from twotower.errors import BundleError, CheckpointError, ExportError
 from twotower.export import Checkpoint, export_bundle
-from twotower.export import bundle_manifest as manifest_module
 from twotower.export import exporter as exporter_module
 
 # Says where it is and stays there until it is killed.
@@ -108,7 +107,7 @@ STEPS: dict[str, tuple[Any, str]] = {
     "saving a graph": (exporter_module, "save_program"),
     "copying the tokenizer": (exporter_module.shutil, "copyfile"),
     "writing the report": (exporter_module, "write_json"),
-    "hashing the small files": (manifest_module, "hash_file"),
+    "hashing the small files": (exporter_module, "hash_file"),
     "publishing": (Path, "rename"),
 }
 
