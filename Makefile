@@ -88,7 +88,7 @@ gpu-page: $(STAMP) ## docs/gpu/<device>.md from results that came home: make gpu
 	PYTHONPATH=src $(BIN)/python -m tools.gpu.page $(ARGS)
 
 fp16-check: $(STAMP) ## tokens of the small model with every result rounded to float16, against float32; under a minute, no GPU
-	$(BIN)/python tools/fp16_check.py $(ARGS)
+	$(BIN)/python -m tools.fp16_check $(ARGS)
 
 quantization-tables: $(STAMP) ## the tables and the picture of docs/measurements/quantization.md, measured: ten minutes, no GPU
 	$(BIN)/python tools/quantization_tables.py $(ARGS)

@@ -126,7 +126,10 @@ def collect(
     graphs = {name: _WatchedGraph(bundle, name) for name in (CONTEXT, DENOISER)}
     run = _Gathered(kept, key, identity_of(bundle), graphs)
     run.resume()
-    with tempfile.TemporaryDirectory(prefix="twotower-calibrate-") as scratch, _opened(bundle, graphs, run, Path(scratch)) as model:
+    with (
+        tempfile.TemporaryDirectory(prefix="twotower-calibrate-") as scratch,
+        _opened(bundle, graphs, run, Path(scratch)) as model,
+    ):
         _gather(model, run, requests, config, tell)
     facts = {
         "bundle": bundle.path.resolve().name,

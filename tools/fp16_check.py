@@ -2,7 +2,7 @@
 
 The float16 graph is computed twice: as ONNX Runtime runs it on a CPU, with float16 weights and
 inputs and float32 between operators, and with every result rounded to float16, which no CPU library
-does by itself (see twotower.evaluate.half_precision). Exit code 1 if fewer than 99 % of the prompts
+does by itself (see tools.half_precision). Exit code 1 if fewer than 99 % of the prompts
 get the same tokens, in diffusion or in autoregressive mode.
 """
 
@@ -15,12 +15,12 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from tools.agreement import Agreement, measure_agreement
+from tools.half_precision import RoundingBuilder
 from twotower import TwoTower
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.base import DENSE
 from twotower.bundle import Bundle, engine_folder
-from twotower.evaluate.agreement import Agreement, measure_agreement
-from twotower.evaluate.half_precision import RoundingBuilder
 from twotower.evaluate.suite import load_suite
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.runtime.engines.ort import OrtEngine
@@ -79,9 +79,9 @@ def main() -> int:
 def _reported(what: str, results: Iterable[Agreement]) -> list[Agreement]:
     out = list(results)
     for r in out:
-        where = ", ".join(f"{p.problem} at token {p.token}" for p in r.partings) or "nowhere"
-        same = f"same tokens on {r.prompts - len(r.partings)} of {r.prompts} prompts ({r.percent:.2f} %)"
-        print(f"{what:<22} {r.mode:<10} {same}; they part: {where}")
+        where = ", ".join(f"{p.problem} at token {p.token}" for p in r.divergences) or "nowhere"
+        same = f"same tokens on {r.prompts - len(r.divergences)} of {r.prompts} prompts ({r.percent:.2f} %)"
+        print(f"{what:<22} {r.mode:<10} {same}; they diverge: {where}")
     return out
 
 

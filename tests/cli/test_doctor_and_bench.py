@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from twotower.cli.main import main
-from twotower.doctor.canary import CheckResult
+from twotower.doctor.checks import CheckResult
 
 
 def test_doctor_checks_the_whole_chain(capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,15 +18,15 @@ def test_doctor_checks_the_whole_chain(capsys: pytest.CaptureFixture[str]) -> No
     facts = json.loads(capsys.readouterr().out)
     assert facts["targets"]["ort-cpu"] == "can run here"
     checks = {c["name"]: c["ok"] for c in facts["checks"]}
-    assert checks["known answer, diffusion"] is True
-    assert checks["known answer, ar"] is True
+    assert checks["reference answer, diffusion"] is True
+    assert checks["reference answer, ar"] is True
     assert False not in checks.values()
 
 
 def test_doctor_checks_a_bundle(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", str(built_bundle)]) == 0
     out = capsys.readouterr().out
-    assert "ok      a text does not depend on its neighbours" in out
+    assert "ok      output is independent of batch composition" in out
     assert "FAILED" not in out
 
 
@@ -40,7 +40,7 @@ def test_only_a_failed_check_fails_the_doctor(
     code: int,
     mark: str,
 ) -> None:
-    def checks(progress: Any, target: str) -> Iterator[CheckResult]:
+    def checks(say: Any, target: str) -> Iterator[CheckResult]:
         yield CheckResult("the sky", outcome, "blue")
 
     monkeypatch.setattr("twotower.doctor.target_checks.check_chain", checks)
@@ -143,7 +143,7 @@ def test_a_report_is_an_archive_and_a_page_named_after_the_device(
     ]
     page = (tmp_path / "some-cpu-r-9000.md").read_text(encoding="utf-8")
     assert page.startswith("# Some | CPU (R) 9000\n")
-    assert "| known answer | ok |" in page
+    assert "| reference answer | ok |" in page
     assert "| trt | tensorrt is not installed |" in page
     assert all(c["target"] == "ort-cpu" for c in facts["checks"])
     (times,) = facts["passes"]
@@ -182,10 +182,10 @@ def test_a_report_checks_every_target_that_runs_here_and_shows_the_one_that_does
     assert main(["doctor", str(built_bundle), "--report", str(tmp_path)]) == 1
     page = (tmp_path / "nvidia-thing.md").read_text(encoding="utf-8")
     assert "| runs | **FAILED** | no engine fits this machine" in page
-    assert "| known answer | ok |" in page
+    assert "| reference answer | ok |" in page
     out = capsys.readouterr().out
     assert "FAILED  cuda: exit code 1; " in out
-    assert "ok      known answer: " in out
+    assert "ok      reference answer: " in out
 
 
 def test_a_report_into_no_folder_is_refused_before_any_work(

@@ -12,8 +12,8 @@ from tests.helpers.source import ROOT
 
 @pytest.mark.slow
 def test_a_few_prompts_keep_their_text() -> None:
-    command = [sys.executable, str(ROOT / "tools" / "fp16_check.py"), "--limit", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tools.fp16_check", "--limit", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for how in ("every result rounded", "the graph as exported"):
         assert sum(line.startswith(how) for line in done.stdout.splitlines()) == 2

@@ -127,9 +127,9 @@ WORK = {
         "calibration calibration calibration cpu cpu cpu",
     ),
     "tune": Work("tune {tiny} " + RUNS + " -o {out}/new", "balanced", WITH_CPU),
-    "doctor": Work("doctor", "known answer", EVERYWHERE),
+    "doctor": Work("doctor", "reference answer", EVERYWHERE),
     "doctor of a bundle": Work(
-        "doctor {bundle}", "a text does not depend on its neighbours", WITH_CPU
+        "doctor {bundle}", "output is independent of batch composition", WITH_CPU
     ),
     "bench": Work(
         "bench {bundle} --prompt-tokens 8 --max-new-tokens 16 --runs 1", "breaks even", WITH_CPU
@@ -315,4 +315,4 @@ def test_doctor_checks_the_whole_chain_where_it_can(environments: Environments) 
         "not checked, it needs the extras `export` and `cpu`"
         in environments.run("cpu", "doctor").stdout
     )
-    assert "ok      known answer" in environments.run("export,cpu", "doctor").stdout
+    assert "ok      reference answer" in environments.run("export,cpu", "doctor").stdout

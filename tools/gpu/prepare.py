@@ -148,19 +148,19 @@ def full_size(pack: Path) -> None:
 
 
 def targets(pack: Path) -> None:
-    """The small models with RTX engines for the default set, and twotower-tiny's known answer.
+    """The small models with RTX engines for the default set, and twotower-tiny's reference answer.
 
     Programs with kernels between: dense engines are built where they are asked for, in seconds.
     """
     from tools.gpu.recorded_texts import FIXTURES
-    from tools.gpu.targets import ARCHIVE, HALF, TINY, Asked, built, keep_known_answer
+    from tools.gpu.targets import ARCHIVE, HALF, TINY, Asked, built, store_reference_answer
 
     with tempfile.TemporaryDirectory() as scratch, built_for(PREBUILT[0]) as words, _with_triton():
         asked = Asked("rtx", Path(scratch), words)
         for fixture in ("hybrid-a", "hybrid-b"):
             built(FIXTURES / fixture, asked, "float32")
         for dtype in HALF:
-            keep_known_answer(built(TINY, asked, dtype), asked, dtype)
+            store_reference_answer(built(TINY, asked, dtype), asked, dtype)
         _pack_folder(Path(scratch), pack / "call2" / ARCHIVE)
 
 

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tools.agreement import measure_agreement
 from tools.gpu.questions import Given
 from tools.gpu.recorded_texts import (
     AUTOREGRESSIVE,
@@ -33,14 +34,17 @@ from twotower.builders.base import DENSE, KERNELS
 from twotower.bundle import Bundle, load_engine_record
 from twotower.cli.main import main as twotower
 from twotower.doctor import Answers, SkipSectionError
-from twotower.doctor.answer_check import KEPT_BY, check_answer, known_answer_of, setting_of
+from twotower.doctor.reference_answer import (
+    REFERENCE_TARGET,
+    check_answer,
+    reference_answer_of,
+)
 from twotower.doctor.sections import short
 from twotower.errors import EngineMismatchError
-from twotower.evaluate.agreement import measure_agreement
 from twotower.evaluate.suite import load_suite
 from twotower.hardware import TARGETS, probe_machine, select_target
 
-__all__ = ["ARCHIVE", "Asked", "ask", "built", "keep_known_answer", "refused"]
+__all__ = ["ARCHIVE", "Asked", "ask", "built", "refused", "store_reference_answer"]
 
 TINY = ROOT / "assets" / "twotower-tiny"
 ARCHIVE = "targets.tar.xz"
@@ -134,7 +138,7 @@ def built(checkpoint: Path, asked: Asked, dtype: str, *, target: str | None = No
     plain = asked.work / f"{checkpoint.name}-{dtype}"
     own = f"-{asked.experts}" if asked.experts and asked.apart else ""
     path = plain.with_name(plain.name + own)
-    if not path.exists() and plain.exists():  # a pack's has the known answer, too
+    if not path.exists() and plain.exists():  # a pack's has the reference answer, too
         shutil.copytree(plain, path)
     words = ["export", str(checkpoint), "-o", str(path), "--dtype", dtype, "--no-verify"]
     if not path.exists() and twotower(words):
@@ -147,11 +151,13 @@ def built(checkpoint: Path, asked: Asked, dtype: str, *, target: str | None = No
     return path
 
 
-def keep_known_answer(bundle: Path, asked: Asked, dtype: str) -> None:
-    """Computes twotower-tiny's known answer here, for a machine that cannot, into the bundle."""
-    built(TINY, asked, dtype, target=KEPT_BY)
-    known_answer_of(Bundle.open(bundle), partial(TwoTower.open, bundle, target=KEPT_BY))
-    shutil.rmtree(bundle / "engines" / KEPT_BY)
+def store_reference_answer(bundle: Path, asked: Asked, dtype: str) -> None:
+    """Computes twotower-tiny's reference answer here, for a machine that cannot, into the bundle."""
+    built(TINY, asked, dtype, target=REFERENCE_TARGET)
+    reference_answer_of(
+        Bundle.open(bundle), partial(TwoTower.open, bundle, target=REFERENCE_TARGET)
+    )
+    shutil.rmtree(bundle / "engines" / REFERENCE_TARGET)
 
 
 def _unpacked(given: Given) -> Path:
@@ -170,11 +176,6 @@ def _computed(bundle: Path, target: str) -> str:
     return str(
         record.report.get("choice_of_experts", {}).get("computed_by", "as the target has it")
     )
-
-
-def _sm() -> int | None:
-    gpus = probe_machine().gpus
-    return gpus[0].sm if gpus else None
 
 
 def _goldens(answers: Answers, asked: Asked) -> None:
@@ -197,22 +198,23 @@ def _goldens(answers: Answers, asked: Asked) -> None:
 
 
 def _half(answers: Answers, asked: Asked) -> None:
-    """The trained model in half precision: its known answer, and prompts that keep their text."""
+    """The trained model in half precision: its reference answer, and prompts that keep their text."""
     rows: list[tuple[Any, ...]] = []
-    no_reference = refused(KEPT_BY)
+    no_reference = refused(REFERENCE_TARGET)
     for way in asked.ways(answers):
         for dtype in HALF:
             path = built(TINY, way, dtype)
             bundle, label = Bundle.open(path), (dtype, _computed(path, asked.target))
             if no_reference is None:
-                built(TINY, way, dtype, target=KEPT_BY)
-            known, source = known_answer_of(bundle, partial(TwoTower.open, path, target=KEPT_BY))
-            setting = setting_of(bundle, asked.target, _sm())
+                built(TINY, way, dtype, target=REFERENCE_TARGET)
+            reference, source = reference_answer_of(
+                bundle, partial(TwoTower.open, path, target=REFERENCE_TARGET)
+            )
             with TwoTower.open(path, target=asked.target, warm_up=_NO_ROWS) as model:
-                if known is None:
-                    rows.append((*label, "known answer", None, source))
+                if reference is None:
+                    rows.append((*label, "reference answer", None, source))
                 else:
-                    results = check_answer(known, model, setting)
+                    results = check_answer(reference, model, dtype)
                     rows += [(*label, r.name, r.ok, r.detail) for r in results]
                 answers.table("twotower-tiny", _HALF_HEAD, rows)
                 if no_reference is None:
@@ -222,8 +224,8 @@ def _half(answers: Answers, asked: Asked) -> None:
 
 def _kept_texts(model: TwoTower, asked: Asked) -> Iterator[tuple[Any, ...]]:
     """For how many prompts of the suite the text is that of float32 on a CPU."""
-    wide = built(TINY, asked, "float32", target=KEPT_BY)
-    with TwoTower.open(wide, target=KEPT_BY) as reference:
+    wide = built(TINY, asked, "float32", target=REFERENCE_TARGET)
+    with TwoTower.open(wide, target=REFERENCE_TARGET) as reference:
         problems = load_suite().only(limit=_PROBLEMS).problems
         for a in measure_agreement(reference, model, problems):
             yield f"the text of float32, {a.mode}", None, f"{a.percent:.1f} % of prompts"

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Exit code 1 if a check fails. Without BUNDLE a small model is exported, built and run.\n"
         "The output of a bundle's ort-cpu engine is stored in the bundle as the reference for its\n"
-        "other engines; wrong output is compared with the known issues of their libraries.\n"
+        "other engines; docs/known-issues.md says what can be wrong.\n"
         "A report holds no text of yours and no names of people, machines or folders\n"
         "(docs/gpu/README.md lists what is in it).\n"
         "example: twotower doctor bundle --report report"

@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from twotower.doctor.canary import CheckResult
+from twotower.doctor.checks import CheckResult
 from twotower.errors import DeviceError
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.device_streams import CudaEvent, CudaStream

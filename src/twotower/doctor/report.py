@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.doctor.archive import Archive
-from twotower.doctor.canary import CheckResult
+from twotower.doctor.checks import CheckResult
 from twotower.doctor.cuda_layer import check_cuda, copy_rates
 from twotower.doctor.machine import RUNS, put_machine, targets_here
 from twotower.doctor.scrub import Scrubber

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from twotower.bench import measure_passes
-from twotower.bundle import Bundle, Progress
-from twotower.config import GenerationConfig
-from twotower.doctor.answer_check import KEPT_BY, check_answer, known_answer_of, setting_of
-from twotower.doctor.canary import CheckResult, check_bundle, check_chain
-from twotower.errors import TwoTowerError
+from twotower.bundle import Bundle, Progress, load_engine_record
+from twotower.doctor.checks import CheckResult, check_bundle, check_chain, check_execution
+from twotower.doctor.reference_answer import REFERENCE_TARGET, check_answer, reference_answer_of
 from twotower.hardware import Machine
-from twotower.runtime import StepRecord, TwoTower
+from twotower.runtime import TwoTower
 
-__all__ = ["TargetChecks", "check_execution"]
+__all__ = ["TargetChecks"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,17 +52,20 @@ class TargetChecks:
             TwoTowerError: the bundle or its engine cannot be opened.
         """
         if self.bundle is None:
-            self.target = self.target or KEPT_BY
+            self.target = self.target or REFERENCE_TARGET
             yield from check_chain(self.say, self.target)
             return
         with self._opened(progress=self.progress, loading=self.loading) as model:
             self.opened()
             self.target = model.target
+            bundle = Bundle.open(self.bundle, contents=False)
+            dtype = load_engine_record(bundle, model.target).dtype
             yield from check_bundle(model)
-            yield from self._answer(model)
+            yield from self._answer(bundle, model, dtype)
             if self.report:
-                self.passes.append(self._passes(model))
-        if self.report and self.target != KEPT_BY:
+                times = measure_passes(bundle, model).to_json()
+                self.passes.append({"target": model.target, "dtype": dtype, **times})
+        if self.report and self.target != REFERENCE_TARGET:
             yield from check_execution(self._opened, devices=len(self.machine.gpus))
 
     def _opened(self, **options: Any) -> TwoTower:
@@ -75,109 +73,17 @@ class TargetChecks:
         # Nothing is served: what is checked is compiled when it runs, and no more.
         return TwoTower.open(self.bundle, target=self.target, warm_up=(), **options)
 
-    def _answer(self, model: TwoTower) -> Iterator[CheckResult]:
-        """The known answer of the bundle, by this engine."""
-        assert self.bundle is not None
-        folder, bundle = self.bundle, Bundle.open(self.bundle, contents=False)
-        known, source = known_answer_of(
-            bundle,
-            lambda: (
-                nullcontext(model)
-                if model.target == KEPT_BY
-                else TwoTower.open(folder, target=KEPT_BY)
-            ),
-        )
-        yield CheckResult("where the known answer comes from", None, source)
-        if known is None:
-            return
-        on_gpu = model.target != KEPT_BY
-        sm = self.machine.gpus[0].sm if on_gpu and self.machine.gpus else None
-        plain = (lambda: self._opened(graphs=False)) if on_gpu else None
-        yield from check_answer(
-            known, model, setting_of(bundle, model.target, sm), open_plain=plain
-        )
+    def _answer(self, bundle: Bundle, model: TwoTower, dtype: str) -> Iterator[CheckResult]:
+        """The reference answer of the bundle, by this engine."""
+        is_reference = model.target == REFERENCE_TARGET
 
-    def _passes(self, model: TwoTower) -> dict[str, Any]:
-        assert self.bundle is not None
-        bundle = Bundle.open(self.bundle, contents=False)
-        dtype = setting_of(bundle, model.target).dtype
-        return {"target": model.target, "dtype": dtype, **measure_passes(bundle, model).to_json()}
+        def open_reference() -> Any:
+            if is_reference:
+                return nullcontext(model)
+            return TwoTower.open(bundle.path, target=REFERENCE_TARGET)
 
-
-OpenEngine = Callable[..., AbstractContextManager[TwoTower]]
-
-_TOKENS = 48
-
-
-def check_execution(open_engine: OpenEngine, *, devices: int) -> Iterator[CheckResult]:
-    """Checks of an engine on a GPU against itself; it is opened once for each way, one at a time, as two might not fit.
-
-    Args:
-        open_engine: Opens it with options of `TwoTower.open` (`graphs`, `devices`).
-        devices: GPUs of this machine.
-    """
-    with open_engine() as model:
-        prompts = _prompts(model)
-        try:
-            wanted = _texts(model, prompts)
-        except TwoTowerError as e:
-            yield CheckResult("generation as usual", False, str(e))
-            return
-
-        def relocate(record: StepRecord) -> None:
-            if record.step == 0:
-                model.relocate()
-
-        yield _same(
-            "keys and values in other memory for every block",
-            wanted,
-            lambda: _texts(model, prompts, on_step=relocate),
-        )
-    ways: dict[str, dict[str, Any]] = {"passes launched piece by piece": {"graphs": False}}
-    if devices > 1:
-        ways["a tower on each of two GPUs"] = {"devices": (0, 1)}
-    for name, options in ways.items():
-        yield _same(name, wanted, partial(_reopened, open_engine, prompts, **options))
-
-
-def _prompts(model: TwoTower) -> list[list[int]]:
-    c = model.config
-    words = np.setdiff1d(
-        np.arange(c.vocab_size), [c.mask_token_id, c.pad_token_id, *c.eos_token_ids]
-    )
-    return [np.random.default_rng(n).choice(words, n).tolist() for n in (9, 40)]
-
-
-def _texts(model: TwoTower, prompts: list[list[int]], **options: Any) -> list[tuple[int, ...]]:
-    """Both modes: one prompt after the other, and together."""
-    out: list[tuple[int, ...]] = []
-    for mode in ("diffusion", "ar"):
-        config = GenerationConfig(
-            mode=mode, max_new_tokens=_TOKENS, confidence_threshold=0.5, ignore_eos=True
-        )
-        for some in ([prompts[0]], [prompts[1]], prompts):
-            out += [result.tokens for result in model.generate(some, config, **options)]
-    return out
-
-
-def _reopened(
-    open_engine: Callable[..., AbstractContextManager[TwoTower]],
-    prompts: list[list[int]],
-    **options: Any,
-) -> list[tuple[int, ...]]:
-    with open_engine(**options) as other:
-        return _texts(other, prompts)
-
-
-def _same(
-    name: str, wanted: list[tuple[int, ...]], run: Callable[[], list[tuple[int, ...]]]
-) -> CheckResult:
-    try:
-        seen = run()
-    except TwoTowerError as e:
-        return CheckResult(name, False, str(e))
-    parted = [i for i, (a, b) in enumerate(zip(wanted, seen, strict=True)) if a != b]
-    detail = f"{len(wanted)} texts of {_TOKENS} tokens" + (
-        f", {len(parted)} of them differ" if parted else ", the same"
-    )
-    return CheckResult(name, not parted, detail)
+        reference, source = reference_answer_of(bundle, open_reference)
+        yield CheckResult("source of the reference answer", None, source)
+        if reference is not None:
+            plain = None if is_reference else lambda: self._opened(graphs=False)
+            yield from check_answer(reference, model, dtype, open_plain=plain)

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.graphs import FIXTURES
+from tools.half_precision import round_results
 from twotower.config import ModelConfig, read_model_config
-from twotower.evaluate.half_precision import round_results
 from twotower.export.graphs.layers import moe, routing, within_best_groups
 from twotower.export.graphs.recorder import GraphBuilder, Layer
 from twotower.model.layers import MoE

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from twotower.evaluate.half_precision import round_results
+from tools.half_precision import round_results
 
 __all__ = ["HostGraph", "view"]
 

@@ -11,9 +11,9 @@ from tests.helpers.graphs import FIXTURES
 from tests.helpers.source import ROOT
 from tests.helpers.towers import golden_config
 from tests.runtime.engines.test_trt_engine import AR, golden_cases
+from tools.half_precision import RoundingBuilder
 from twotower import GenerationConfig
 from twotower.builders import build_engines
-from twotower.evaluate.half_precision import RoundingBuilder
 from twotower.evaluate.suite import judge, load_suite
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.runtime import Request, TwoTower

@@ -85,7 +85,7 @@ def test_half_precision_is_checked_and_compared(
     monkeypatch.setattr(targets, "HALF", ("float16",))
     (table,) = asked("half-ort-cpu", tmp_path)["tables"]
     rows = {row[2]: row for row in table["rows"]}
-    assert rows["known answer"][3] is True
+    assert rows["reference answer"][3] is True
     assert rows["the text of float32, diffusion"][4].endswith(" % of prompts")
     assert () in warmed
 

@@ -11,11 +11,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from tests.helpers.bundles import export_fixture
+from tools.agreement import measure_agreement
+from tools.half_precision import MOVES, RoundingBuilder, round_results
 from twotower.builders import build_engines
 from twotower.bundle import GRAPH_FILES, engine_folder
 from twotower.errors import BuildError
-from twotower.evaluate.agreement import measure_agreement
-from twotower.evaluate.half_precision import MOVES, RoundingBuilder, round_results
 from twotower.evaluate.suite import load_suite
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.runtime import TwoTower
@@ -110,8 +110,8 @@ def test_float16_writes_what_float32_writes(tiny_bundle: Path, tmp_path: Path) -
         diffusion, ar = measure_agreement(reference, rounded, problems)
     assert (diffusion.mode, ar.mode) == ("diffusion", "ar")
     assert diffusion.prompts == len(problems) == 60
-    assert len(diffusion.partings) <= 1, "one of 60 can be unlucky; two would be 97 %"
-    assert len(ar.partings) <= 1
+    assert len(diffusion.divergences) <= 1, "one of 60 can be unlucky; two would be 97 %"
+    assert len(ar.divergences) <= 1
 
 
 def test_a_difference_is_named_with_its_place(tiny_bundle: Path) -> None:
@@ -130,5 +130,5 @@ def test_a_difference_is_named_with_its_place(tiny_bundle: Path) -> None:
     with TwoTower.open(tiny_bundle, target="ort-cpu") as model:
         for result in measure_agreement(model, Other(model), problems):  # type: ignore[arg-type]
             assert result.percent == 50.0
-            (parting,) = result.partings
-            assert (parting.problem, parting.token) == (problems[0].id, 2)
+            (divergence,) = result.divergences
+            assert (divergence.problem, divergence.token) == (problems[0].id, 2)
