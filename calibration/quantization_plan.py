@@ -1,4 +1,4 @@
-"""What a recipe makes of a bundle: its graphs recorded with quantized weights, before any is read."""
+"""What a recipe makes of a bundle: graphs recorded with quantized weights; none is read."""
 
 from __future__ import annotations
 

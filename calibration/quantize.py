@@ -150,5 +150,5 @@ def _manifest(bundle: Bundle, plan: QuantizationPlan, extra: Mapping[str, Any]) 
 
 
 def source_identity(bundle: Bundle) -> dict[str, str]:
-    """The identity of a bundle's graphs and weights: a quantized bundle says it was made of them."""
+    """The identity of a bundle's graphs and weights, by which a quantized one names its source."""
     return {name: bundle.graph_identity(name) for name in GRAPH_FILES}

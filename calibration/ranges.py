@@ -55,7 +55,7 @@ def activation_ranges(
 def activation_range(
     counts: npt.NDArray[np.int64], amax: float, *, dtype: str, ranges: str
 ) -> float:
-    """The range of one input from its histogram [BINS]; positive also where only zeros were seen."""
+    """The range of one input from its histogram [BINS]; positive even if only zeros were seen."""
     if ranges == "percentile":
         reached = np.cumsum(counts) >= _PERCENTILE * counts.sum()
         amax = min(amax, float(bin_edges()[1 + int(np.argmax(reached))]))

@@ -1,4 +1,4 @@
-"""Weights as quantized values and scales: by plain rounding, or with the clipping that costs least."""
+"""Weights as quantized values and scales: plainly rounded, or clipped where that costs least."""
 
 from __future__ import annotations
 
@@ -83,13 +83,13 @@ def quantize_rows(
 
 
 def expand_rows(values: Array, scales: Array, shared: Array | None = None) -> Floats:
-    """Values [R,K] times scales [R, K/group] in float32 [R,K]: the arithmetic of DequantizeLinear."""
+    """Values [R,K] times scales [R, K/group] in float32 [R,K], as DequantizeLinear computes it."""
     grouped = values.reshape(values.shape[0], scales.shape[1], -1)
     return (grouped.astype(np.float32) * _wide(scales[..., None], shared)).reshape(values.shape)
 
 
 def pack(values: Array, dtype: str) -> npt.NDArray[np.uint8]:
-    """The bytes [n] of values as ONNX stores them: two of 4 bits to a byte, the first in the low half.
+    """The bytes [n] of values as ONNX stores them: of 4 bits two a byte, the first in the low half.
 
     The number of 4-bit values must be even.
     """

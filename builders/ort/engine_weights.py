@@ -1,4 +1,4 @@
-"""Weights of an engine of ONNX Runtime: those it reads as a bundle has them, and those written anew.
+"""Weights of an engine of ONNX Runtime: which it reads from the bundle, and which are rewritten.
 
 For a CPU half precision is widened to float32 and 4-bit floats are expanded; integers that products
 read as they are stored (`quantized_products`) become unsigned, with a scale for each block.

@@ -1,4 +1,4 @@
-"""Which experts the fused operators of ONNX Runtime compute on a GPU; the graph is `fused_experts`'s part."""
+"""Which experts the fused operators of ONNX Runtime compute on a GPU (see `fused_experts`)."""
 
 from __future__ import annotations
 

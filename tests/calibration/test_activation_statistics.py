@@ -77,7 +77,7 @@ def test_masked_fractions_fall_into_eighths() -> None:
 
 
 def test_ranges() -> None:
-    """A bulk and one value far out: the greatest takes it in, the others leave it out, and floats do not clip."""
+    """A bulk and one value far out: `max` takes it in, the others do not; floats do not clip."""
     bulk = np.random.default_rng(0).standard_normal(200_000)
     s = of(bulk, [80.0])
     greatest = float(np.abs(bulk).max())
@@ -93,7 +93,7 @@ def test_ranges() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_chosen_range_is_near_the_best_of_all(seed: int) -> None:
-    """Within 10 % of the cost of the best of 60: bins an eighth of an octave wide tell no more apart (5 % was the most of 200 seeds)."""
+    """Within 10 % of the best of 60, which is what bins allow (5 % was the most of 200 seeds)."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(100_000) * rng.choice([1.0, 1.0, 1.0, 6.0], 100_000)
 
@@ -107,7 +107,7 @@ def test_the_chosen_range_is_near_the_best_of_all(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_chosen_range_is_the_best_edge_by_hand(seed: int) -> None:
-    """Of a histogram: an error is evenly spread over a step, all of a value below half a step, and what is cut off beyond the range."""
+    """Errors: spread over a step, a whole value below half a step, what is cut off beyond."""
     rng = np.random.default_rng(seed)
     x = np.abs(rng.standard_normal(int(rng.integers(20, 2000)))) ** rng.integers(1, 4)
     x[: len(x) // 4] = 0

@@ -1,4 +1,4 @@
-"""Calibration: what is watched is what the towers compute, however prompts are chunked, and an interrupted run goes on."""
+"""Calibration watches what the towers compute, however chunked, and goes on if interrupted."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def whole(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Statis
 
 
 def test_ranges_are_those_torch_sees(tiny_bundle: Path, whole: Statistics) -> None:
-    """The same texts by the torch towers, hooked: an independent watcher sees the same extremes in both towers, step by step."""
+    """Hooks in the torch towers, on the same texts, see the same extremes."""
     config, tensors = read_model_config(TINY / "config.json"), weights_of(TINY)
     towers = tuple(
         load(config, lambda name: torch.from_numpy(tensors[name]))

@@ -1,4 +1,4 @@
-"""Quantized bundles: what they hold, that they compute what torch computes with rounded weights, and what is refused."""
+"""Quantized bundles: what they hold, what they compute beside torch, and what is refused."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def few(folder: Path, tiny_bundle: Path, tiny_statistics: Path) -> Any:
 def test_it_computes_what_torch_computes_with_rounded_numbers(
     few: Any, tmp_path: Path, recipe: str, dialect: str
 ) -> None:
-    """The twin: the published mathematics in torch on weights, and inputs, rounded by other code. Text, passes and confidences."""
+    """The twin: torch on weights and inputs quantized by other code. Text, passes, confidences."""
     bundle = Bundle.open(copy_of(few(recipe), tmp_path / "copy"))
     build_engines(bundle, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect=dialect))
     precision = precision_of(bundle)
@@ -243,7 +243,7 @@ def test_a_weight_that_is_not_finite_leaves_nothing(tiny_bundle: Path, tmp_path:
 def test_a_bundle_laid_out_by_another_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every weight on a page of its own, as it once was: the tower that is kept and the one that is not read what they should."""
+    """Every weight on a page of its own, as it once was: both towers read what they should."""
     from twotower.builders import build_engines, builder_for
     from twotower.calibration.recipes import Recipe, RecipeOverride
     from twotower.export import Checkpoint, export_bundle

@@ -1,4 +1,4 @@
-"""Rounding weights: against torch, against ModelOpt, and what must hold of any weights."""
+"""Quantizing weights: against torch, against ModelOpt, and what must hold of any weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rounded(
 
 @pytest.mark.parametrize("name", FORMS)
 def test_plain_rounding_is_torch_s(name: str) -> None:
-    """The same numbers to the last bit: scales, values and what they stand for are computed by other code and other types."""
+    """To the last bit, by other code and other types."""
     x = weights(1)
     values, scales, shared = rounded(x, FORMS[name], "float32", "plain")
     expected = fake_quantize(torch.from_numpy(x), name, group=FORMS[name].group).numpy()
@@ -54,7 +54,7 @@ def test_plain_rounding_is_torch_s(name: str) -> None:
 
 @pytest.mark.trained
 def test_nvfp4_is_modelopt_s() -> None:
-    """NVIDIA's own library for the format: block scales and values are the same but where the two divide in another order."""
+    """NVIDIA's own library for the format, which divides in another order."""
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
     x = weights(2)

@@ -1,4 +1,4 @@
-"""generation_config.json of a checkpoint: which of its fields count, and what cannot be used is named."""
+"""generation_config.json of a checkpoint: which fields count, and what cannot be used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of a model, against counts made here from the headers and from the published sizes."""
+"""The numbers of a model, against counts made here from headers and published sizes."""
 
 from __future__ import annotations
 

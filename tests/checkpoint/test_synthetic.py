@@ -1,4 +1,4 @@
-"""Synthetic checkpoints: the same bytes for the same seed, in the published layout, with weights a model can run on."""
+"""Synthetic checkpoints: reproducible, in the published layout, with weights a model can run on."""
 
 from __future__ import annotations
 

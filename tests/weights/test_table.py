@@ -1,4 +1,4 @@
-"""The table of a data file: written once, read without ONNX, and never trusted beyond its data file."""
+"""The table of a data file: read without ONNX, and never trusted beyond its data file."""
 
 from __future__ import annotations
 

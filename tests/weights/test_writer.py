@@ -23,8 +23,8 @@ from twotower.weights.writer import Piece, convert_chunks, write_data
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PAIRS = list(itertools.product(DTYPES, DTYPES))
-# Lower halves of a float32: nothing, the last and the halfway bits of what bfloat16 (16) and float16
-# (13) drop, each with its neighbours.
+# Lower halves of a float32: nothing, the last and the halfway bits of what bfloat16 (16) and
+# float16 (13) drop, each with its neighbours.
 LOWER_HALVES = (0, 1, 0xFFF, 0x1000, 0x1001, 0x1FFF, 0x2000, 0x2FFF, 0x3000, 0x3001, 0x7FFF, 0x8000,
                 0x8001, 0xFFFF)  # fmt: skip
 

@@ -50,7 +50,7 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointTensor:
-    """One tensor of the published layout; conditioning is the denoiser's, though no prefix says so."""
+    """One tensor of the published layout; conditioning belongs to the denoiser."""
 
     name: str
     shape: tuple[int, ...]

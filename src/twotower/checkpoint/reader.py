@@ -208,7 +208,7 @@ class _Shards:
         return True
 
     def _path_of(self, name: str) -> Path | None:
-        """The file of a shard; None for a name outside the folder, or that no file system takes."""
+        """The file of a shard; None for a name outside the folder, or an impossible one."""
         try:
             path = inside(self._root, name)
             # A hub cache keeps its files as links to a store beside the snapshot: a plain name may

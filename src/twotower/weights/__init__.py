@@ -1,1 +1,1 @@
-"""Weights in data files: which a graph declares, where each lies, and how they are read, converted and written."""
+"""Weights in data files: which a graph declares, where each lies, how they are read and written."""

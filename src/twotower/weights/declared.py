@@ -84,7 +84,7 @@ class Weight:
 
     @property
     def quantizable(self) -> bool:
-        """Whether a recipe may name it: embeddings, and matrices that tokens are multiplied with."""
+        """Whether a recipe may name it: embeddings, and matrices of products."""
         matrix = self.role is not Role.MAMBA or self.name.endswith(_MAMBA_MATRICES)
         return matrix and self.role in QUANTIZABLE
 
@@ -124,7 +124,7 @@ def declared_weights(
 
 
 def _quantized(weight: Weight, how: WeightFormat, config: ModelConfig) -> Iterator[Weight]:
-    """Values and scales of a weight; of Mamba's first product the rows that make dt stay as they are.
+    """Values and scales of a weight; rows of Mamba's first product that make dt stay as they are.
 
     A scale a row is one axis of scales for a matrix, and blocks as long as a row for stacked ones;
     groups are blocks.

@@ -1,8 +1,8 @@
-"""ONNX files whose weights lie outside: what they hold, and the edits builders and the export check both need."""
+"""ONNX files whose weights lie outside: what they hold, and common edits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,7 @@ __all__ = [
     "widen_to_float32",
 ]
 
-_NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-
-
-def _name(code: int) -> str:
-    name = dtype_of_onnx(code)
-    assert name is not None, code
-    return name
+_HALF_PRECISION = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 def weight_refs(model: onnx.ModelProto) -> dict[str, WeightRef]:
@@ -41,13 +35,15 @@ def located_weights(model: onnx.ModelProto) -> dict[str, tuple[str, WeightRef]]:
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
             entries = {e.key: e.value for e in tensor.external_data}
-            ref = WeightRef(_name(tensor.data_type), tuple(tensor.dims), int(entries["offset"]))
+            dtype = dtype_of_onnx(tensor.data_type)
+            assert dtype is not None, tensor.data_type
+            ref = WeightRef(dtype, tuple(tensor.dims), int(entries["offset"]))
             out[tensor.name] = (entries["location"], ref)
     return out
 
 
 def detach_weights(model: onnx.ModelProto, refs: Mapping[str, WeightRef] | None = None) -> None:
-    """Turns external initializers into graph inputs: whoever reads the graph then can neither copy nor fold them.
+    """Turns external initializers into graph inputs, which nobody can copy or fold.
 
     Args:
         model: A model loaded without its weights' data, changed in place.
@@ -64,7 +60,7 @@ def detach_weights(model: onnx.ModelProto, refs: Mapping[str, WeightRef] | None 
 
 
 def attach_weights(model: onnx.ModelProto, refs: dict[str, WeightRef], location: str) -> None:
-    """Makes the named inputs, or external initializers, external initializers in the file `location`."""
+    """Makes the named inputs or initializers external initializers in the file `location`."""
     kept = [i for i in model.graph.input if i.name not in refs]
     del model.graph.input[:]
     model.graph.input.extend(kept)
@@ -84,37 +80,29 @@ def attach_weights(model: onnx.ModelProto, refs: dict[str, WeightRef], location:
 
 
 def widen_to_float32(model: onnx.ModelProto) -> None:
-    """Makes a float16 or bfloat16 graph compute in float32: types of inputs, outputs, weights and casts, in place.
+    """Makes a half-precision graph compute in float32, in place: inputs, outputs, weights, casts.
 
-    For engines whose machine has no arithmetic of that width. The data of external weights must be
-    widened by the caller.
+    The data of external weights must be widened by the caller.
     """
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        if value.type.tensor_type.elem_type in _NARROW:
+        if value.type.tensor_type.elem_type in _HALF_PRECISION:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
     for tensor in model.graph.initializer:
-        if tensor.data_type not in _NARROW:
+        if tensor.data_type not in _HALF_PRECISION:
             continue
         if tensor.data_location != TensorProto.EXTERNAL:
-            tensor.CopyFrom(
-                onnx.numpy_helper.from_array(
-                    onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name
-                )
-            )
+            wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
             continue
         tensor.data_type = TensorProto.FLOAT
         for entry in tensor.external_data:
             if entry.key == "length":
                 entry.value = str(2 * int(entry.value))
-    for attribute in _cast_targets(model):
-        if attribute.i in _NARROW:
-            attribute.i = TensorProto.FLOAT
-
-
-def _cast_targets(model: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
     for node in model.graph.node:
-        if node.op_type == "Cast":
-            yield from (a for a in node.attribute if a.name == "to")
+        for attribute in node.attribute:
+            is_target = node.op_type == "Cast" and attribute.name == "to"
+            if is_target and attribute.i in _HALF_PRECISION:
+                attribute.i = TensorProto.FLOAT
 
 
 def load_graph(path: Path) -> onnx.ModelProto:

@@ -52,7 +52,16 @@ def read_weight_table(path: Path, data_bytes: int) -> Mapping[str, WeightRef]:
     except (OSError, ValueError, TypeError) as e:
         found = f"{type(e).__name__}: {e}"
         raise BundleError(f"cannot read {path}", found=found, do=_AGAIN) from e
-    problems = _problems(table, data_bytes)
+    problems = []
+    end = 0
+    for name, ref in sorted(table.items(), key=lambda item: item[1].offset):
+        if ref.offset % LINE:
+            problems.append(f"{name} starts at byte {ref.offset}, which is no multiple of {LINE}")
+        if ref.offset < end:
+            problems.append(f"{name} overlaps the weight before it")
+        if ref.end > data_bytes:
+            problems.append(f"{name} ends at byte {ref.end}, the data file has {data_bytes}")
+        end = max(end, ref.end)
     if len(table) < len(entries):
         problems.append("a name stands twice")
     if problems:
@@ -69,23 +78,6 @@ def _ref(entry: list[Any]) -> WeightRef:
     if dtype not in DTYPES:
         raise ValueError(f"unknown type {dtype!r}")
     sizes = tuple(shape)
-    if not all(_is_count(n) for n in (*sizes, offset)):
+    if any(type(n) is not int or n < 0 for n in (*sizes, offset)):
         raise ValueError(f"shape {shape!r}, offset {offset!r}")
     return WeightRef(dtype, sizes, offset)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _problems(table: Mapping[str, WeightRef], data_bytes: int) -> list[str]:
-    out, end = [], 0
-    for name, ref in sorted(table.items(), key=lambda item: item[1].offset):
-        if ref.offset % LINE:
-            out.append(f"{name} starts at byte {ref.offset}, which is no multiple of {LINE}")
-        if ref.offset < end:
-            out.append(f"{name} overlaps the weight before it")
-        if ref.end > data_bytes:
-            out.append(f"{name} ends at byte {ref.end}, the data file has {data_bytes}")
-        end = max(end, ref.end)
-    return out

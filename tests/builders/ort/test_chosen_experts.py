@@ -1,4 +1,4 @@
-"""Only the chosen experts: the exported graph's numbers, and a row's own whatever rows are beside it, to the bit."""
+"""Only the chosen experts compute, with the exported graph's numbers; a row's are its own."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ both_ways = pytest.mark.parametrize(
 @both_ways
 @pytest.mark.parametrize(("experts", "top"), [(16, 3), (16, 1), (4, 4), (64, 6)])
 def test_it_is_the_exported_graph(tmp_path: Path, packed: bool, experts: int, top: int) -> None:
-    """Products are cut into sums of their own by their sizes and by threads: some roundings of the largest number apart."""
+    """But for the order of sums, which sizes and threads decide."""
     config = config_of(experts, top)
     chosen, standard = (
         layer(tmp_path, config, dialect, packed=packed) for dialect in ("chosen", "standard")
@@ -126,7 +126,7 @@ def test_it_is_the_exported_graph(tmp_path: Path, packed: bool, experts: int, to
 
 @pytest.mark.parametrize(("groups", "best"), [(1, 1), (4, 2)])
 def test_of_equal_scores_the_first_are_chosen(tmp_path: Path, groups: int, best: int) -> None:
-    """TopK and comparing pairs agree where a router cannot decide, and on which groups of experts are open at all."""
+    """TopK and comparing pairs agree where a router cannot decide, and on open groups."""
     config = replace(config_of(), n_group=groups, topk_group=best)
     gate = np.random.default_rng(9).standard_normal(
         (config.n_routed_experts, WIDTH), dtype=np.float32
@@ -155,7 +155,7 @@ def test_a_row_s_numbers_are_its_own(tmp_path: Path, packed: bool, length: int) 
 
 @pytest.mark.parametrize("bias", [100.0, -100.0])
 def test_skewed_choices(tmp_path: Path, bias: float) -> None:
-    """All tokens choose one expert, or nobody does; nothing of an expert that nobody chose reaches a result."""
+    """All tokens choose one expert, or nobody does; then nothing of it reaches a result."""
     config = config_of()
     lean = np.zeros((config.n_routed_experts, 1), np.float32)
     lean[5] = bias
@@ -231,7 +231,7 @@ def test_a_row_s_numbers_are_its_own_in_few_bits(
 @pytest.mark.trained
 @pytest.mark.parametrize("recipe", [None, "nvfp4-experts"])
 def test_the_text_is_that_of_the_exported_graph(tmp_path: Path, recipe: str | None) -> None:
-    """A branch expands its own expert only. Integers round their inputs besides: tests/calibration/test_quantize.py has their twin."""
+    """A branch expands its own expert only. Integers also round inputs: test_quantize.py."""
     bundle = export_bundle(
         Checkpoint.open(TINY), tmp_path / "float", ExportConfig(dtype="bfloat16")
     )

@@ -1,4 +1,4 @@
-"""Building the engines for ONNX Runtime: what is written, what is kept, and what a damaged or foreign engine says."""
+"""Engines for ONNX Runtime: what is written and kept, and what damaged or foreign ones say."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_float32_weights_are_not_copied(built: Bundle) -> None:
 
 
 def test_transposes_of_weights_and_caches_are_fused_away(built: Bundle) -> None:
-    """Otherwise every step would copy what it multiplies: a Transpose left over reads neither a weight nor a cache."""
+    """Otherwise every step would copy the weight or cache it multiplies."""
     for name in GRAPH_FILES:
         model = load_graph(engine_folder(built, TARGET) / f"{name}.onnx")
         large = {t.name for t in model.graph.initializer if t.external_data} | {
@@ -176,7 +176,7 @@ def test_a_graph_the_library_refuses_is_named(
 def test_an_engine_that_cannot_be_loaded_says_how_to_get_one_that_can(
     copy: Bundle, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
-    """Damage is found by its hash; this is about a whole graph that the installed library will not take."""
+    """Damage is found by its hash; this is a whole graph that the installed library refuses."""
     real = Path.read_bytes
     monkeypatch.setattr(
         Path, "read_bytes", lambda self: content if self.suffix == ".onnx" else real(self)
@@ -188,7 +188,7 @@ def test_an_engine_that_cannot_be_loaded_says_how_to_get_one_that_can(
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_gpu_gets_the_graphs_as_they_were_exported(tmp_path: Path, dtype: str) -> None:
-    """In the bundle's own precision: an optimisation on this CPU would insert casts to float32 that a GPU does not need."""
+    """In the bundle's own precision: a CPU's optimiser would insert casts to float32."""
     bundle = export_fixture("hybrid-a", tmp_path / "b", dtype)
     assert (
         build_engines(
@@ -227,7 +227,7 @@ def test_a_gpu_gets_the_graphs_as_they_were_exported(tmp_path: Path, dtype: str)
 
 
 def test_a_gpu_engine_computes_what_the_cpu_engine_computes(tmp_path: Path, built: Bundle) -> None:
-    """The very file, on the provider that is here: it loads, finds its weights from the bundle, and means the same."""
+    """The same file on the provider that is here finds its weights and computes the same."""
     bundle = Bundle.open(copy_of(built, tmp_path / "copy"))
     build_engines(bundle, "ort-cuda", builder_for("ort-cuda"), config=BuildConfig(experts="dense"))
     texts = []

@@ -1,4 +1,4 @@
-"""Experts as one operator a layer: the exported graph's numbers, and a graph the library's schema takes."""
+"""Experts as one operator a layer: the exported graph's numbers, in the library's schema."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def few_bits(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`few_bits(recipe, width, dtype)`: a bundle of so wide experts; made once. Rows of 8 bits above 128 have groups of 64."""
+    """A bundle with experts of a width, made once; 8-bit rows above 128 have groups of 64."""
     made: dict[tuple[str, int, str], Bundle] = {}
 
     def make(recipe: str, width: int = 64, dtype: str = "bfloat16") -> Bundle:
@@ -102,7 +102,7 @@ def compare(got: dict[str, Any], want: dict[str, Any], tolerance: float) -> None
 
 @pytest.mark.parametrize("graph", TOWERS)
 def test_it_is_the_exported_graph(bundle: Bundle, graph: str) -> None:
-    """Written out, and by the library's own kernels: routing, rows and stacks are what they take them for."""
+    """Written out in standard operators, and by the library's own kernels."""
     model, inputs = (
         engine(bundle, graph),
         feed(bundle.signatures[graph].inputs, bundle.config.vocab_size),
@@ -116,7 +116,7 @@ def test_it_is_the_exported_graph(bundle: Bundle, graph: str) -> None:
 
 @pytest.mark.parametrize("graph", TOWERS)
 def test_a_row_alone(bundle: Bundle, graph: str) -> None:
-    """Against the same row in a batch; products of a CPU add up in an order of their own for one row."""
+    """Against the same row in a batch, but for the order in which a CPU adds up."""
     model = with_bodies(engine(bundle, graph))
     inputs = feed(bundle.signatures[graph].inputs, bundle.config.vocab_size)
     together = run(model, bundle.path, inputs)
@@ -125,7 +125,7 @@ def test_a_row_alone(bundle: Bundle, graph: str) -> None:
 
 
 def widened(model: onnx.ModelProto, home: Path, folder: Path) -> onnx.ModelProto:
-    """A half-wide graph in float32, its weights in files of `folder`, named from there; integers stay as they are."""
+    """A half-precision graph in float32, its weights in files of `folder`; integers as they are."""
     located = located_weights(model)
     widen_to_float32(model)
     for node in model.graph.node:
@@ -170,7 +170,7 @@ def test_experts_in_few_bits(
 
 
 def resolved(bundle: Bundle, model: onnx.ModelProto) -> str:
-    """What ONNX Runtime says when it opens a graph on a CPU: it checks operators by their schemas first, and then looks for kernels."""
+    """What ONNX Runtime says to a graph on a CPU: it checks schemas, then looks for kernels."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry(
@@ -191,7 +191,7 @@ def test_the_library_takes_the_graph_and_its_cpu_refuses_the_activation(bundle: 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_library_takes_the_graph_in_few_bits(few_bits: Any, dtype: str) -> None:
-    """A CPU has no kernels for most of it, and looks for them after the types of all operators fitted."""
+    """A CPU has no kernels for most of it, and looks for them once all types fit."""
     bundle = fused(few_bits("int4-experts", dtype=dtype))
     for graph in TOWERS:
         told = resolved(bundle, engine(bundle, graph))
@@ -227,7 +227,7 @@ INTEGERS = {**COMMON, "quant_type": b"int", "weights_prepacked": 0}
 def test_operands_are_those_of_the_documentation(
     few_bits: Any, recipe: str, width: int, options: Any, shapes: Any
 ) -> None:
-    """Unsigned integers [E,out,in*bits/8], scales [E,out,in/block] or [E,out] in the graph's type, no bias, no zero points."""
+    """Unsigned [E,out,in*bits/8], scales [E,out,in/block] or [E,out]; no bias, no zero points."""
     model = engine(fused(few_bits(recipe, width)), DENOISER)
     tensors = {t.name: t for t in model.graph.initializer}
     for node in fused_nodes(model):
@@ -351,7 +351,7 @@ def test_every_way_to_route(tmp_path: Path, changed: dict[str, Any]) -> None:
 
 
 def test_equal_scores_and_a_share_of_nothing(tmp_path: Path) -> None:
-    """Of equal scores the first experts are chosen; a bias moves the choice and no share; results nobody chose may overflow."""
+    """Of equal scores the first win, a bias moves no share, unchosen results may overflow."""
     bias = np.zeros((8, 1), np.float32)
     bias[5] = 1
     up = np.random.default_rng(3).standard_normal((8, 48, 64), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Towers for ONNX Runtime on a GPU cut at their experts: what is written, kept and refused. What they compute: test_ort_device.py."""
+"""Towers for ONNX Runtime on a GPU cut at their experts: what is written, kept and refused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def test_the_list_of_steps(bundle: Bundle) -> None:
-    """Programs and experts in turns, handing over what the cut says; as of TensorRT, and read back from build.json."""
+    """Programs and experts in turns, handing over what the cut says, as build.json has it."""
     record = load_engine_record(bundle, "ort-cuda")
     for graph in (CONTEXT, DENOISER):
         steps = record.steps[graph]
@@ -72,7 +72,7 @@ def test_the_list_of_steps(bundle: Bundle) -> None:
 
 
 def test_a_program_is_a_graph_that_says_what_the_record_says(bundle: Bundle) -> None:
-    """Weights are read where they lie in the bundle; those of experts by no program, every other by one.
+    """Weights are read from the bundle: of experts by no program, every other by one.
 
     But for shifts and gates, which are read before a layer's experts and after them.
     """

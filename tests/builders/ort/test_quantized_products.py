@@ -1,4 +1,4 @@
-"""Weights in few bits on a CPU: multiplied as they are stored, a row's numbers its own, and only where the processor keeps to that."""
+"""Quantized weights on a CPU, multiplied as stored where the processor computes rows alike."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def inputs(columns: int, rows: int, length: int) -> tuple[Array, Array]:
 def test_a_product_is_that_of_its_twin(
     tmp_path: Path, dtype: str, group: int, columns: int, even_rows: bool
 ) -> None:
-    """The input in 8 bits for each block of values, sums exact: nothing is left but the rounding of float32."""
+    """The input in 8 bits for each block, sums exact: only float32 rounding is left."""
     run, model = Graph(tmp_path, dtype, group, columns).engine(as_stored=True, even_rows=even_rows)
     assert "DequantizeLinear" not in {node.op_type for node in model.graph.node}
     (product,) = (node for node in model.graph.node if node.op_type == "MatMulNBits")
@@ -279,7 +279,7 @@ def text(bundle: Bundle) -> list[int]:
 def test_a_pass_of_an_odd_number_of_positions_computes_a_row_alike(
     copy: Bundle, length: int
 ) -> None:
-    """The denoiser's blocks are wide: its engine runs such a pass with one row more, and nobody sees that."""
+    """The denoiser's blocks are wide: its engine runs such a pass with one row more."""
     build(copy)
     with contextlib.closing(open_ort_cpu(copy).denoiser) as engine:
         assert engine._even_rows
