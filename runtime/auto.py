@@ -1,14 +1,20 @@
-"""Which mode is faster for a batch: decided from pass times and the passes a block takes alone."""
+"""Mode `auto`: each batch is run in the mode that is expected to take less time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+import logging
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 from twotower.config import GenerationConfig
+from twotower.errors import RequestError
+from twotower.runtime.results import BlockEvent
+from twotower.runtime.rows import Row
 
 __all__ = [
+    "AutoMode",
+    "PassRecord",
     "PassTimes",
     "PassesSeen",
     "Setting",
@@ -17,6 +23,8 @@ __all__ = [
     "setting_of",
     "times_for",
 ]
+
+logger = logging.getLogger(__name__)
 
 _MOST_BLOCKS = 64
 """The mean is of about so many blocks: a session whose texts change follows them."""
@@ -131,3 +139,121 @@ class PassesSeen:
         if not by_rows:
             return None
         return by_rows[min(by_rows, key=lambda n: (abs(n - rows), n))][0]
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """What is known of passes before a session has run any.
+
+    Attributes:
+        measured_on: Engines, library, machine and options of the measurement, as plain data.
+        times: By block size, then by number of rows.
+        passes: Blocks and passes of single requests, by setting: (passes a block, blocks).
+    """
+
+    measured_on: Mapping[str, Any]
+    times: dict[int, dict[int, PassTimes]] = field(default_factory=dict)
+    passes: dict[Setting, tuple[float, int]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data that `read_pass_record` reads back."""
+        times: list[dict[str, Any]] = []
+        for size, by_rows in self.times.items():
+            times += [{"block_size": size, "rows": n, **asdict(t)} for n, t in by_rows.items()]
+        passes: list[dict[str, Any]] = []
+        for setting, (mean, blocks) in self.passes.items():
+            passes.append({**setting._asdict(), "passes_per_block": mean, "blocks": blocks})
+        return {"measured_on": dict(self.measured_on), "times": times, "passes": passes}
+
+
+class AutoMode:
+    """Decides for batches of one setting, and learns from those that ran by diffusion.
+
+    Args:
+        measure: Measures the passes of a number of rows and a block size.
+    """
+
+    def __init__(self, measure: Callable[[int, int], PassTimes]) -> None:
+        self._measure = measure
+        self._record = PassRecord({})
+        self._measured: dict[tuple[int, int], PassTimes] = {}
+        self._seen = PassesSeen()
+
+    def start_from(self, record: PassRecord) -> None:
+        """Takes over what was measured on this machine before."""
+        self._record = record
+        for setting, (mean, blocks) in record.passes.items():
+            self._seen.note(setting, 1, passes=mean * blocks, blocks=blocks)
+
+    def record(self, row_counts: Sequence[int], block_size: int) -> PassRecord:
+        """Measures anew, for each number of rows up to the first that does not fit the memory."""
+        times: dict[int, PassTimes] = {}
+        for rows in row_counts:
+            try:
+                times[rows] = self._measure(rows, block_size)
+            except RequestError as e:
+                logger.warning("passes of %d rows are not measured: %s", rows, e.found)
+                break
+        return PassRecord(self._record.measured_on, {block_size: times})
+
+    def events(
+        self,
+        rows: Sequence[Row],
+        run: Callable[[Sequence[Row]], Generator[BlockEvent, None, None]],
+    ) -> Iterator[BlockEvent]:
+        """The events of a batch in the mode that is chosen for it.
+
+        Where the passes of its setting are unknown and matter, a first block is denoised. If
+        autoregression turns out to be faster, that block is dropped and the batch begun again.
+
+        Args:
+            rows: Requests in mode `auto`, of one setting.
+            run: Generates for rows of one mode.
+        """
+        mode = self._choice(rows)
+        settled = [row.in_mode(mode or "diffusion") for row in rows]
+        events = run(settled)
+        known = 0, 0
+        if mode is None:
+            first = next(events)
+            known = self._learn(settled, known)
+            if self._choice(rows) == "ar" and any(row.live for row in settled):
+                events.close()
+                yield from run([row.in_mode("ar") for row in rows])
+                return
+            yield first
+        yield from events
+        self._learn(settled, known)
+
+    def times(self, rows: int, block_size: int) -> PassTimes:
+        """Pass times: the record's, or else measured once for each number of rows."""
+        recorded = self._record.times.get(block_size)
+        if recorded:
+            return times_for(recorded, rows)
+        key = rows, block_size
+        if key not in self._measured:
+            self._measured[key] = self._measure(rows, block_size)
+        return self._measured[key]
+
+    def _choice(self, rows: Sequence[Row]) -> str | None:
+        setting = setting_of(rows[0].config)
+        tokens = min(setting.block_size, max(row.config.max_new_tokens for row in rows))
+        times = self.times(len(rows), setting.block_size)
+        passes = self._seen.expected(setting, len(rows))
+        mode = choose(times, setting, passes, tokens=tokens)
+        logger.info(
+            "auto: %s for %d row(s); passes a block %s, both modes are equal at %.2f",
+            mode or "a first block by diffusion",
+            len(rows),
+            "unknown" if passes is None else f"{passes:.2f}",
+            break_even(times, tokens),
+        )
+        return mode
+
+    def _learn(self, rows: Sequence[Row], known: tuple[int, int]) -> tuple[int, int]:
+        """Notes the blocks since the last time; returns (passes, blocks) that are noted now."""
+        passes, blocks = max(row.batch_passes for row in rows), max(row.blocks for row in rows)
+        new = blocks - known[1]
+        setting = setting_of(rows[0].config)
+        self._seen.note(setting, len(rows), passes=passes - known[0], blocks=new)
+        return passes, blocks

@@ -1,4 +1,4 @@
-"""THE block loop: read the prompts, then propose a block, take what each row wants of it, let the context tower read it, again.
+"""THE block loop: propose a block, take what each row wants, let the context tower read it, again.
 
 Numbers that no sound engine returns are refused before any of them becomes text.
 """
@@ -6,84 +6,37 @@ Numbers that no sound engine returns are refused before any of them becomes text
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import count
 from time import perf_counter
 
 import numpy as np
 
-from twotower.config import ModelConfig
 from twotower.errors import EngineOutputError
-from twotower.runtime.buffers import DenoiserArrays
 from twotower.runtime.cleanup import Cleanup
-from twotower.runtime.device import Array, Event, HostStream, Streams
-from twotower.runtime.noise import StepNoise
-from twotower.runtime.results import Hooks, step_record
-from twotower.runtime.rows import Commit, Row
+from twotower.runtime.device import Array, Event, HostStream
+from twotower.runtime.results import BlockEvent, Hooks, StepRecord
+from twotower.runtime.rows import Row
+from twotower.runtime.sampling import StepNoise
 from twotower.runtime.schedule import PrefillPlan, capacity_bucket, commit_floor
 from twotower.runtime.workspace import Workspace
 from twotower.spec import CANDIDATE_LOGPROBS, CONFIDENCE, CONTEXT, DENOISER, NEXT_BLOCK
 
-__all__ = ["LoopSettings", "check_block", "check_candidates", "check_step", "prefill", "run_rows"]
+__all__ = ["BlockLoop"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoopSettings:
-    """What the loop is given besides buffers and rows.
+class BlockLoop:
+    """Generates for rows of one mode and one block size that run together.
 
-    Attributes:
-        model: The model both towers compute.
-        largest_capacity: Most positions the cache may grow to.
-        streams: The towers' queues.
+    Args:
+        work: Cleared buffers for exactly these rows; they stay where they are.
+        rows: The requests.
         hooks: The caller's callbacks.
     """
 
-    model: ModelConfig
-    largest_capacity: int
-    streams: Streams = field(default_factory=Streams)
-    hooks: Hooks = field(default_factory=Hooks)
-
-
-def run_rows(
-    work: Workspace, rows: Sequence[Row], plan: PrefillPlan, settings: LoopSettings
-) -> Iterator[list[Commit]]:
-    """Generates for rows of one mode and one block size, and yields what the rows take of each block.
-
-    Args:
-        work: Cleared buffers for exactly these rows, with room for the plan.
-        rows: The requests.
-        plan: How their prompts are read.
-        settings: The rest.
-    """
-    for row in rows:
-        row.start()
-    run = _Run(work, rows, settings)
-    propose = run.next_tokens if rows[0].config.mode == "ar" else run.denoised_block
-    with Cleanup(run.wait):  # buffers are let go of only when nothing writes them any more
-        run.context_event = prefill(work, rows, plan, settings)
-        run.prepare(0)
-        for index in count():
-            tokens = propose(index)
-            commits = [row.accept(tokens[i].tolist()) for i, row in enumerate(rows) if row.live]
-            more = any(row.live for row in rows)
-            if more:
-                run.extend(
-                    tokens
-                )  # before the caller sees the block: a device reads it while the caller is busy
-                run.prepare(index + 1)
-            yield commits
-            if not more:
-                return
-
-
-class _Run:
-    """The passes of one call of `run_rows`, over buffers that stay where they are."""
-
-    def __init__(self, work: Workspace, rows: Sequence[Row], settings: LoopSettings) -> None:
-        self.context_event: Event = HostStream.done
+    def __init__(self, work: Workspace, rows: Sequence[Row], hooks: Hooks) -> None:
+        self._work, self._rows, self._hooks = work, rows, hooks
+        self._context_event: Event = HostStream.done
         self._denoiser_event: Event = HostStream.done
-        self._work, self._rows, self._settings = work, rows, settings
-        self._streams, self._hooks, self._model = settings.streams, settings.hooks, settings.model
         self._next: Array = np.zeros((len(rows), 1), np.int64)
         self._noise: StepNoise | None = None
         if rows[0].config.mode == "diffusion":
@@ -94,28 +47,65 @@ class _Run:
             self._io.threshold[:] = [row.config.confidence_threshold for row in rows]
             self._io.temperature[:] = [row.sampling.temperature for row in rows]
 
-    def wait(self) -> None:
-        """Waits for the last pass of the context tower."""
-        self.context_event.wait_done()
+    def run(self, plan: PrefillPlan) -> Iterator[BlockEvent]:
+        """Reads the prompts as planned, then yields what the rows take of each block."""
+        for row in self._rows:
+            row.start()
+        propose = self._denoised_block if self._noise is not None else self._next_tokens
+        with Cleanup(self._wait):  # buffers are let go of only when nothing writes them any more
+            self._prefill(plan)
+            self._prepare(0)
+            for index in count():
+                tokens = propose(index)
+                events = [
+                    row.accept(tokens[i].tolist()) for i, row in enumerate(self._rows) if row.live
+                ]
+                more = any(row.live for row in self._rows)
+                if more:
+                    # before the caller sees the block: a device reads it while the caller is busy
+                    self._extend(tokens)
+                    self._prepare(index + 1)
+                yield from events
+                if not more:
+                    return
 
-    def prepare(self, index: int) -> None:
-        """Draws the noise of a block's first step while the context tower reads what is before it."""
+    def _wait(self) -> None:
+        self._context_event.wait_done()
+
+    def _prefill(self, plan: PrefillPlan) -> None:
+        """Lets the context tower read every row's prompt, and waits for it."""
+        work, rows, started = self._work, self._rows, perf_counter()
+        total, done = sum(len(row.prompt) for row in rows), 0
+        for step in plan.steps:
+            self._hooks.raise_if_cancelled()
+            chunk = work.tokens(step.width)
+            chunk.fill(work.model.pad_token_id)
+            for i, row in enumerate(rows):
+                start, length = step.starts[i], step.lengths[i]
+                chunk[i, :length] = row.prompt[start : start + length]
+            work.past_length[:], work.chunk_length[:] = step.starts, step.lengths
+            self._context_event = work.extend(step.width)
+            self._wait()  # the next chunk is written into the same buffer
+            done += sum(step.lengths)
+            if self._hooks.on_prefill is not None:
+                self._hooks.on_prefill(done, total)
+        self._spend("prefill", started)
+
+    def _prepare(self, index: int) -> None:
+        """Draws the noise of a block's first step while the context tower reads before it."""
         if self._noise is not None:
             live = [row.live for row in self._rows]
-            self._draw_ahead(self.context_event, live, (index, 0))
+            self._draw_ahead(self._context_event, live, (index, 0))
 
-    def denoised_block(self, index: int) -> Array:
+    def _denoised_block(self, index: int) -> Array:
         """Denoises one block of every live row, [B,S] int64."""
         io, noise, rows, started = self._io, self._noise, self._rows, perf_counter()
         assert noise is not None
-        unmasked = int(
-            self._model.mask_token_id == 0
-        )  # any token that is no mask: an ended row has nothing to do
         masked = [io.block.shape[1] if row.live else 0 for row in rows]
         for i, row in enumerate(rows):
-            io.block[i] = self._model.mask_token_id if row.live else unmasked
+            io.block[i] = self._work.model.mask_token_id if row.live else self._work.unmasked
             io.context_length[i] = row.length if row.live else 0
-        self._streams.denoiser.wait(self.context_event)
+        self._work.streams.denoiser.wait(self._context_event)
         steps = max(row.config.steps_per_block for row in rows if row.live)
         for step in range(steps):
             self._hooks.raise_if_cancelled()
@@ -123,12 +113,12 @@ class _Run:
                 io.commit_floor[i] = commit_floor(masked[i], step, row.config.steps_per_block)
             noise.write(io.noise, masked, block=index, step=step)
             began = perf_counter()
-            self._denoiser_event = self._work.denoise(self._streams.denoiser)
+            self._denoiser_event = self._work.denoise()
             if step + 1 < steps:
                 self._draw_ahead(self._denoiser_event, masked, (index, step + 1))
             self._denoiser_event.wait_done()
             ms = 1000 * (perf_counter() - began)
-            check_step(rows, io, block=index, step=step)
+            self._check_step(index, step)
             self._record((index, step), masked, ms)
             for i, row in enumerate(rows):
                 row.nfe += masked[i] > 0
@@ -137,39 +127,39 @@ class _Run:
             masked = io.masked_left.tolist()
             if not any(masked):
                 break
-        check_block(rows, io.block, self._model, block=index)
+        self._check_block(index)
         self._spend("denoise", started)
         return io.block
 
-    def next_tokens(self, index: int) -> Array:
+    def _next_tokens(self, index: int) -> Array:
         """The next token of every live row from the context tower alone, [B,1] int64."""
         started = perf_counter()
         self._hooks.raise_if_cancelled()
-        self._work.head(self._streams.context).wait_done()
+        self._work.head().wait_done()
         for i, row in enumerate(self._rows):
             if row.live:
                 ids, logprobs = self._work.candidate_ids[i], self._work.candidate_logprobs[i]
-                check_candidates(row, ids, logprobs, self._model, token=index)
+                self._check_candidates(ids, logprobs, f"row {row.index}, token {index}")
                 self._next[i] = row.sampling.choose(ids, logprobs, index=index)
                 row.nfe += 1
         self._spend("extend", started)
         return self._next
 
-    def extend(self, tokens: Array) -> None:
+    def _extend(self, tokens: Array) -> None:
         """Lets the context tower read a block, [B,L], of the rows that go on."""
         started, width, work = perf_counter(), tokens.shape[1], self._work
         needed = max(row.length for row in self._rows if row.live) + width
         if needed > work.capacity:
-            self.context_event.wait_done()
-            work.grow(capacity_bucket(needed, self._settings.largest_capacity))
+            self._wait()
+            work.grow(capacity_bucket(needed, work.largest))
         np.copyto(work.tokens(width), tokens)
         for i, row in enumerate(self._rows):
             # An ended row is written too, though nothing of it is valid: at position 0 it needs no
             # room and nobody reads it again.
             work.past_length[i], work.chunk_length[i] = (row.length, width) if row.live else (0, 0)
             row.length += width * row.live
-        self._streams.context.wait(self._denoiser_event)
-        self.context_event = work.extend(width, self._streams.context)
+        work.streams.context.wait(self._denoiser_event)
+        self._context_event = work.extend(width)
         self._spend("extend", started)
 
     def _draw_ahead(self, event: Event, live: Sequence[int], place: tuple[int, int]) -> None:
@@ -179,102 +169,73 @@ class _Run:
             self._noise.draw(live, block=place[0], step=place[1])
 
     def _record(self, place: tuple[int, int], masked: Sequence[int], ms: float) -> None:
-        if self._hooks.on_step is not None:
-            named = tuple(
-                row.index if left else -1 for row, left in zip(self._rows, masked, strict=True)
+        """Tells the caller of a pass, before the next block is fed back."""
+        if self._hooks.on_step is None:
+            return
+        io = self._io
+        shown = zip(self._rows, masked, strict=True)
+        self._hooks.on_step(
+            StepRecord(
+                block_index=place[0],
+                step=place[1],
+                rows=tuple(row.index if left else -1 for row, left in shown),
+                block_in=io.block.copy(),
+                predicted=io.predicted.copy(),
+                confidence=io.confidence.copy(),
+                next_block=io.next_block.copy(),
+                t=np.asarray(masked, np.float32) / np.float32(io.block.shape[1]),
+                ms=ms,
             )
-            self._hooks.on_step(step_record(self._io, named, masked, place=place, ms=ms))
+        )
 
     def _spend(self, what: str, started: float) -> None:
         seconds = perf_counter() - started
         for row in self._rows:
             if row.live:
-                setattr(row, what, getattr(row, what) + seconds)
+                row.seconds[what] += seconds
 
+    def _check_step(self, block: int, step: int) -> None:
+        """Every confidence of a live row must be a number."""
+        if np.isfinite(self._io.confidence).all():
+            return
+        for row, confidence in zip(self._rows, self._io.confidence, strict=True):
+            if row.live and not np.isfinite(confidence).all():
+                where = f"row {row.index}, block {block}, step {step}"
+                raise _fault(DENOISER, where, f"{CONFIDENCE} {_first_bad(confidence)}")
 
-def prefill(
-    work: Workspace, rows: Sequence[Row], plan: PrefillPlan, settings: LoopSettings
-) -> Event:
-    """Lets the context tower read every row's prompt; returns the event of the last chunk, which has been waited for."""
-    total, done, started = sum(len(row.prompt) for row in rows), 0, perf_counter()
-    event: Event = HostStream.done
-    for step in plan.steps:
-        settings.hooks.raise_if_cancelled()
-        chunk = work.tokens(step.width)
-        chunk.fill(settings.model.pad_token_id)
-        for i, row in enumerate(rows):
-            start, length = step.starts[i], step.lengths[i]
-            chunk[i, :length] = row.prompt[start : start + length]
-        work.past_length[:], work.chunk_length[:] = step.starts, step.lengths
-        event = work.extend(step.width, settings.streams.context)
-        event.wait_done()  # the next chunk is written into the same buffer
-        done += sum(step.lengths)
-        if settings.hooks.on_prefill is not None:
-            settings.hooks.on_prefill(done, total)
-    for row in rows:
-        row.prefill = perf_counter() - started
-    return event
+    def _check_block(self, block: int) -> None:
+        """Every token of a complete block must be of the vocabulary, and none a mask."""
+        vocab, mask = self._work.model.vocab_size, self._work.model.mask_token_id
+        for row, tokens in zip(self._rows, self._io.block, strict=True):
+            wrong = (tokens < 0) | (tokens >= vocab) | (tokens == mask)
+            if row.live and wrong.any():
+                at = int(np.argmax(wrong))
+                raise _fault(
+                    DENOISER,
+                    f"row {row.index}, block {block}",
+                    f"{NEXT_BLOCK} holds {int(tokens[at])} at position {at} after the last step "
+                    f"(masks are {mask}, the vocabulary ends at {vocab - 1})",
+                )
 
-
-_DO = "run the request again; if it fails again, build the engine again, or try another target or a wider dtype (float16 overflows first)"
-
-
-def check_step(rows: Sequence[Row], arrays: DenoiserArrays, *, block: int, step: int) -> None:
-    """Checks what the denoiser returned for the rows that are alive.
-
-    Raises:
-        EngineOutputError: a confidence is not a number.
-    """
-    if np.isfinite(arrays.confidence).all():
-        return
-    for i, row in enumerate(rows):
-        if row.live and not np.isfinite(arrays.confidence[i]).all():
-            found = f"{CONFIDENCE} {_first_bad(arrays.confidence[i])}"
-            raise _fault(DENOISER, f"row {row.index}, block {block}, step {step}", found)
-
-
-def check_block(rows: Sequence[Row], tokens: Array, config: ModelConfig, *, block: int) -> None:
-    """Checks a block that the denoiser says is complete, [B,S] int64.
-
-    Raises:
-        EngineOutputError: a token is a mask or outside the vocabulary.
-    """
-    wrong = (tokens < 0) | (tokens >= config.vocab_size) | (tokens == config.mask_token_id)
-    if not wrong.any():
-        return
-    for i, row in enumerate(rows):
-        if row.live and wrong[i].any():
-            at = int(np.argmax(wrong[i]))
-            found = f"{NEXT_BLOCK} holds {int(tokens[i, at])} at position {at} after the last step (masks are {config.mask_token_id}, "
+    def _check_candidates(self, ids: Array, logprobs: Array, where: str) -> None:
+        """One row's candidates, [K] each; only one that is not the best may be at -inf."""
+        vocab = self._work.model.vocab_size
+        numbers = np.isfinite(logprobs[0]) and not np.isnan(logprobs).any()
+        if not numbers or ids.min() < 0 or ids.max() >= vocab:
             raise _fault(
-                DENOISER,
-                f"row {row.index}, block {block}",
-                found + f"the vocabulary ends at {config.vocab_size - 1})",
+                CONTEXT,
+                where,
+                f"{CANDIDATE_LOGPROBS} {_first_bad(logprobs)}; "
+                f"tokens {int(ids.min())} to {int(ids.max())} of {vocab}",
             )
-
-
-def check_candidates(
-    row: Row, ids: Array, logprobs: Array, config: ModelConfig, *, token: int
-) -> None:
-    """Checks one row's candidates, [K] each; a candidate that cannot be chosen may have a log-probability of -inf, the best may not.
-
-    Raises:
-        EngineOutputError: a log-probability is not a number, or a token is outside the vocabulary.
-    """
-    if (
-        np.isfinite(logprobs[0])
-        and not np.isnan(logprobs).any()
-        and ids.min() >= 0
-        and ids.max() < config.vocab_size
-    ):
-        return
-    found = f"{CANDIDATE_LOGPROBS} {_first_bad(logprobs)}; tokens {int(ids.min())} to {int(ids.max())} of {config.vocab_size}"
-    raise _fault(CONTEXT, f"row {row.index}, token {token}", found)
 
 
 def _fault(tower: str, where: str, found: str) -> EngineOutputError:
     return EngineOutputError(
-        f"the {tower} engine returned numbers that cannot be right ({where})", found=found, do=_DO
+        f"the {tower} engine returned numbers that cannot be right ({where})",
+        found=found,
+        do="run the request again; if it fails again, build the engine again, or try another "
+        "target or a wider dtype (float16 overflows first)",
     )
 
 

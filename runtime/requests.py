@@ -1,4 +1,4 @@
-"""What callers may pass as prompts, and the checks a request passes before any work is done for it."""
+"""What callers may pass as prompts, and the checks of a request before any work is done for it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ class Limits:
     """What a session can serve.
 
     Attributes:
+        trained_block_size: Largest block size that needs no override.
         max_context: Longest text, prompt and answer.
+        max_batch: Most requests generated together.
+        max_chunk: Most prompt tokens read in one pass.
         fixed_block: The only block size its denoiser computes; None for any.
     """
 
@@ -55,7 +58,9 @@ class Limits:
     tokenizer: Tokenizer | None
     trained_block_size: int
     max_context: int
-    fixed_block: int | None = None
+    max_batch: int
+    max_chunk: int
+    fixed_block: int | None
 
 
 def as_requests(prompts: Any, config: GenerationConfig) -> tuple[list[Request], bool]:
@@ -96,27 +101,28 @@ def row_from_request(index: int, request: Request, limits: Limits) -> Row:
     """
     config = request.config
     assert config is not None
-    _check_block_size(config, limits)
+    if config.mode != "ar":
+        _check_block_size(config, limits)
     if config.stop and limits.tokenizer is None:
         raise tokenizer_missing(f"a stop string ({config.stop[0]!r})")
     prompt = token_ids(request.prompt, limits) or [limits.model.bos_token_id]
-    where = f"prompt {index}"
-    check_vocabulary(prompt, where, limits)
-    if len(prompt) + config.max_new_tokens > limits.max_context:
-        room = limits.max_context - len(prompt)
-        shorter = (
-            f"lower max_new_tokens to {room} or less, " if room > 0 else "shorten the prompt, "
-        )
+    check_vocabulary(prompt, f"prompt {index}", limits)
+    room = limits.max_context - len(prompt)
+    if config.max_new_tokens > room:
+        shorter = f"lower max_new_tokens to {room} or less" if room > 0 else "shorten the prompt"
         raise RequestError(
-            f"{where} is too long: {len(prompt)} tokens, and {config.max_new_tokens} new ones asked for",
-            found=f"this session holds {limits.max_context} tokens a text, prompt and answer together",
-            do=f"{shorter}or open the session with a larger max_context (--max-context; TensorRT engines are built with one)",
+            f"prompt {index} is too long: {len(prompt)} tokens, and {config.max_new_tokens} new "
+            "ones asked for",
+            found=f"this session holds {limits.max_context} tokens a text, prompt and answer "
+            "together",
+            do=f"{shorter}, or open the session with a larger max_context (--max-context; "
+            "TensorRT engines are built with one)",
         )
     return Row(index, prompt, config, model=limits.model, tokenizer=limits.tokenizer)
 
 
 def batches(rows: Sequence[Row], max_batch: int) -> Iterator[list[Row]]:
-    """Rows that can run together, at most `max_batch` at a time, in the order of their first.
+    """Rows that can run together, in the order of their first.
 
     They have one mode and one block size; in mode `auto` one threshold and number of steps as well,
     since the passes they take together are what it decides from.
@@ -133,23 +139,24 @@ def batches(rows: Sequence[Row], max_batch: int) -> Iterator[list[Row]]:
 
 
 def _check_block_size(config: GenerationConfig, limits: Limits) -> None:
-    if config.mode == "ar":
-        return
-    if config.block_size > limits.trained_block_size and not config.allow_untrained_block_size:
+    size, trained = config.block_size, limits.trained_block_size
+    if size > trained and not config.allow_untrained_block_size:
         raise ConfigError(
-            f"block_size={config.block_size} is above the {limits.trained_block_size} this denoiser was trained with",
-            found="quality collapses there without any other sign: HumanEval falls from 76.4 to 19.9 at a block size of 64",
-            do=f"use block_size {limits.trained_block_size} or less, or set allow_untrained_block_size=True (--allow-untrained-block-size)",
+            f"block_size={size} is above the {trained} this denoiser was trained with",
+            found="quality collapses there without any other sign: HumanEval falls from 76.4 to "
+            "19.9 at a block size of 64",
+            do=f"use block_size {trained} or less, or set allow_untrained_block_size=True "
+            "(--allow-untrained-block-size)",
         )
-    if limits.fixed_block is not None and config.block_size != limits.fixed_block:
+    if limits.fixed_block is not None and size != limits.fixed_block:
         raise ConfigError(
-            f"block_size={config.block_size} cannot be used with these engines",
+            f"block_size={size} cannot be used with these engines",
             found=f"they were built for blocks of {limits.fixed_block}",
             do=f"use block_size {limits.fixed_block}, or ort-cpu, which takes any",
         )
-    if config.block_size > MAX_CHUNK:
+    if size > MAX_CHUNK:
         raise ConfigError(
-            f"block_size={config.block_size} cannot be used",
+            f"block_size={size} cannot be used",
             found=f"the context tower reads at most {MAX_CHUNK} tokens at once",
             do=f"use a block size of {MAX_CHUNK} or less",
         )
@@ -162,13 +169,13 @@ def check_vocabulary(tokens: Sequence[int], where: str, limits: Limits) -> None:
         RequestError: a token is out of range; `where` says whose.
     """
     vocab = limits.model.vocab_size
-    bad = next(((i, t) for i, t in enumerate(tokens) if not 0 <= t < vocab), None)
-    if bad:
-        raise RequestError(
-            f"{where} has a token id outside the vocabulary",
-            found=f"{bad[1]} at position {bad[0]}; allowed: 0 to {vocab - 1}",
-            do="use the tokenizer the model was trained with",
-        )
+    for i, token in enumerate(tokens):
+        if not 0 <= token < vocab:
+            raise RequestError(
+                f"{where} has a token id outside the vocabulary",
+                found=f"{token} at position {i}; allowed: 0 to {vocab - 1}",
+                do="use the tokenizer the model was trained with",
+            )
 
 
 def token_ids(prompt: Prompt, limits: Limits) -> list[int]:
@@ -183,20 +190,20 @@ def token_ids(prompt: Prompt, limits: Limits) -> list[int]:
         return limits.tokenizer.encode(prompt)
     if not _is_sequence(prompt):
         raise _not_a_prompt(prompt)
-    wrong = next((t for t in prompt if not _is_whole(t)), None)
-    if wrong is not None:
-        raise RequestError(
-            f"a prompt holds {wrong!r}",
-            found=f"a {type(wrong).__name__} among token ids",
-            do="pass whole numbers only",
-        )
+    for token in prompt:
+        if not _is_whole(token):
+            raise RequestError(
+                f"a prompt holds {token!r}",
+                found=f"a {type(token).__name__} among token ids",
+                do="pass whole numbers only",
+            )
     return [operator.index(t) for t in prompt]
 
 
 def _is_sequence(value: object) -> bool:
-    return (isinstance(value, Sequence) and not isinstance(value, (str, bytes))) or (
-        isinstance(value, np.ndarray) and value.ndim > 0
-    )
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def _is_whole(value: object) -> bool:

@@ -1,15 +1,12 @@
-"""What a generation gives back: tokens, text, why it ended, what it cost; what a caller may watch meanwhile, and how it stops it."""
+"""What a generation gives back, what a caller may watch meanwhile, and how it stops it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from twotower.errors import RequestCancelledError
-from twotower.runtime.buffers import DenoiserArrays
 from twotower.runtime.device import Array
 
 __all__ = [
@@ -20,7 +17,6 @@ __all__ = [
     "StepRecord",
     "Timings",
     "Usage",
-    "step_record",
 ]
 
 
@@ -186,35 +182,5 @@ class Hooks:
             raise RequestCancelledError(
                 "the request was cancelled",
                 found="`cancelled` returned True between two passes",
-                do="nothing: the session can be used on",
+                do="nothing; the session is still usable",
             )
-
-
-def step_record(
-    arrays: DenoiserArrays,
-    rows: tuple[int, ...],
-    masked: Sequence[int],
-    *,
-    place: tuple[int, int],
-    ms: float,
-) -> StepRecord:
-    """A copy of what the denoiser read and wrote.
-
-    Args:
-        arrays: Its small arrays, after the pass and before the next block is fed back.
-        rows: As in the record.
-        masked: Masks each row had before the pass.
-        place: Number of the block and of the step.
-        ms: Milliseconds that the pass took.
-    """
-    return StepRecord(
-        block_index=place[0],
-        step=place[1],
-        rows=rows,
-        block_in=arrays.block.copy(),
-        predicted=arrays.predicted.copy(),
-        confidence=arrays.confidence.copy(),
-        next_block=arrays.next_block.copy(),
-        t=np.asarray(masked, np.float32) / np.float32(arrays.block.shape[1]),
-        ms=ms,
-    )

@@ -1,39 +1,114 @@
-"""One request while it is being generated: its place in its text, its policies, and what it has cost so far."""
+"""A request while it is generated: its tokens and text so far, where they end, and what they cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from twotower.config import GenerationConfig, ModelConfig
-from twotower.runtime.results import Generation, Timings, Usage
+from twotower.runtime.results import BlockEvent, Generation, Timings, Usage
 from twotower.runtime.sampling import Choice, Sampling
 from twotower.runtime.schedule import block_count
-from twotower.runtime.stopping import Accepted, Continuation, StopRule
 from twotower.runtime.tokenizer import IncrementalText, Tokenizer
 
-__all__ = ["Commit", "Row", "text_end"]
+__all__ = ["EOS", "LENGTH", "STOP", "Continuation", "Row", "StopRule"]
+
+EOS, STOP, LENGTH = "eos", "stop", "length"
 
 
-class Commit(NamedTuple):
-    """What one row took of one block."""
+@dataclass(frozen=True, slots=True)
+class StopRule:
+    """What ends a row.
 
-    row: Row
-    taken: Accepted
+    Attributes:
+        max_new_tokens: Most tokens it may have.
+        eos_ids: Tokens that end it and are not part of it; empty to go on past them.
+        stop: Strings that end it and are not part of its text.
+    """
+
+    max_new_tokens: int
+    eos_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
 
 
-def text_end(prompt_length: int, config: GenerationConfig) -> int:
-    """Positions the context tower writes at most for a request: the last block, or token, is never read back."""
-    if config.mode == "ar":
-        return prompt_length + config.max_new_tokens - 1
-    return (
-        prompt_length
-        + (block_count(config.max_new_tokens, config.block_size) - 1) * config.block_size
-    )
+class Continuation:
+    """A row's generated tokens and text, with the rule that ends them.
+
+    Tokens are taken one by one. The row ends before the first end-of-sequence token; or with the
+    token whose text first completes a stop string, the text being cut before the earliest stop
+    string found there; or with its last allowed token. A stop string may lie across blocks, so text
+    that could be the beginning of one is held back until it is known.
+
+    Attributes:
+        tokens: So far.
+        finish_reason: `eos`, `stop` or `length` once it has ended.
+    """
+
+    def __init__(self, rule: StopRule, decoder: IncrementalText | None) -> None:
+        assert decoder or not rule.stop, "a request with stop strings and no tokenizer is refused"
+        self._rule = rule
+        self._decoder = decoder
+        self._out = 0  # characters handed out
+        self._text = ""
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+
+    @property
+    def text(self) -> str | None:
+        """All text so far, held-back text included; None without a tokenizer."""
+        return None if self._decoder is None else self._text
+
+    def push(self, tokens: Iterable[int]) -> str | None:
+        """Takes a committed block up to the row's end; returns the text that became certain."""
+        assert self.finish_reason is None, "a finished row takes no tokens"
+        for token in tokens:
+            self.finish_reason = self._take(token)
+            if self.finish_reason:
+                break
+        if self._decoder is None:
+            return None
+        if self.finish_reason in (EOS, LENGTH):
+            self._text += self._decoder.flush()
+        end = len(self._text)
+        if not self.finish_reason:
+            end -= self._held_back()
+        new, self._out = self._text[self._out : end], end
+        return new
+
+    def _take(self, token: int) -> str | None:
+        if token in self._rule.eos_ids:
+            return EOS
+        self.tokens.append(token)
+        if self._decoder is not None and self._reads_stop(self._decoder.push(token)):
+            return STOP
+        return LENGTH if len(self.tokens) >= self._rule.max_new_tokens else None
+
+    def _reads_stop(self, new: str) -> bool:
+        """Adds text; True when it completes a stop string, with the text cut before it."""
+        searched = len(self._text)
+        self._text += new
+        found = []
+        for string in self._rule.stop:
+            at = self._text.find(string, max(searched - len(string) + 1, 0))
+            if at >= 0:
+                found.append(at)
+        if found:
+            self._text = self._text[: min(found)]
+        return bool(found)
+
+    def _held_back(self) -> int:
+        """Characters at the end of the text that could be the beginning of a stop string."""
+        most = 0
+        for string in self._rule.stop:
+            for count in range(1, min(len(string) - 1, len(self._text)) + 1):
+                if self._text.endswith(string[:count]):
+                    most = max(most, count)
+        return most
 
 
 class Row:
@@ -43,31 +118,13 @@ class Row:
         index: Number of the request in its call.
         prompt: [N] int64, N > 0.
         seed: Names its noise; None where it is greedy.
+        sampling: How its tokens are chosen.
         length: Tokens the context tower has read, or is about to have read.
         nfe: Passes so far (see `Usage.nfe`).
+        blocks: Blocks denoised so far.
         batch_passes: Denoiser passes of its batch while it was alive, whichever rows had masks.
-        prefill: Seconds in the batch's prefill, and likewise
-        denoise: in denoiser passes and
-        extend: in context passes, while the row was alive.
+        seconds: Spent by its batch while it was alive, by the names of `Timings`.
     """
-
-    __slots__ = (
-        "_continuation",
-        "_started",
-        "_total",
-        "batch_passes",
-        "blocks",
-        "config",
-        "denoise",
-        "extend",
-        "index",
-        "length",
-        "nfe",
-        "prefill",
-        "prompt",
-        "sampling",
-        "seed",
-    )
 
     def __init__(
         self,
@@ -78,9 +135,9 @@ class Row:
         model: ModelConfig,
         tokenizer: Tokenizer | None,
     ) -> None:
-        self.index = index
+        self.index, self.config = index, config
         self.prompt: npt.NDArray[np.int64] = np.asarray(prompt, np.int64)
-        self.config = config
+        self._model, self._tokenizer = model, tokenizer
         sampling = Sampling.from_config(config)
         self.seed = None if sampling.greedy else sampling.seed
         self.sampling: Choice = sampling
@@ -89,7 +146,13 @@ class Row:
         self._continuation = Continuation(rule, IncrementalText(tokenizer) if tokenizer else None)
         self.length = len(self.prompt)
         self.nfe = self.blocks = self.batch_passes = 0
-        self.prefill = self.denoise = self.extend = self._started = self._total = 0.0
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._started = 0.0
+
+    def in_mode(self, mode: str) -> Row:
+        """The same request from its beginning, in another mode."""
+        config, prompt = replace(self.config, mode=mode), self.prompt.tolist()
+        return Row(self.index, prompt, config, model=self._model, tokenizer=self._tokenizer)
 
     @property
     def live(self) -> bool:
@@ -101,26 +164,37 @@ class Row:
         """Tokens it gets at a time: its block size, or 1 in `ar` mode."""
         return 1 if self.config.mode == "ar" else self.config.block_size
 
+    @property
+    def end(self) -> int:
+        """Positions the context tower writes at most: the last block, or token, is never read."""
+        return len(self.prompt) + (block_count(self.config.max_new_tokens, self.width) - 1) * (
+            self.width
+        )
+
     def start(self) -> None:
         """Starts the row's clock."""
         self._started = perf_counter()
 
-    def accept(self, tokens: Sequence[int]) -> Commit:
+    def accept(self, tokens: Sequence[int]) -> BlockEvent:
         """Takes a committed block: all of it, or as much as there is before the row's end."""
-        taken = self._continuation.push(tokens)
-        if self.config.mode == "diffusion":
-            self.blocks += 1
-        self._total = perf_counter() - self._started
-        return Commit(self, taken)
+        before = len(self._continuation.tokens)
+        text = self._continuation.push(tokens)
+        new = tuple(self._continuation.tokens[before:])
+        self.blocks += self.config.mode == "diffusion"
+        if self.live:
+            return BlockEvent(self.index, new, text, finished=False, result=None)
+        self.seconds["total"] = perf_counter() - self._started
+        return BlockEvent(self.index, new, text, finished=True, result=self._result())
 
-    def result(self) -> Generation:
-        """The finished row's result."""
-        c = self._continuation
-        assert c.finish_reason is not None
-        usage = Usage(len(self.prompt), len(c.tokens), self.nfe, self.blocks)
-        timings = Timings(
-            *(1000 * s for s in (self.prefill, self.denoise, self.extend, self._total))
+    def _result(self) -> Generation:
+        done, ms = self._continuation, {name: 1000 * s for name, s in self.seconds.items()}
+        assert done.finish_reason is not None
+        return Generation(
+            tuple(done.tokens),
+            done.text,
+            done.finish_reason,
+            Usage(len(self.prompt), len(done.tokens), self.nfe, self.blocks),
+            Timings(**{"denoise": 0.0, "extend": 0.0, **ms}),
+            self.seed,
+            self.config.mode,
         )
-        mode = self.config.mode
-        tokens = tuple(c.tokens)
-        return Generation(tokens, c.text, c.finish_reason, usage, timings, self.seed, mode=mode)

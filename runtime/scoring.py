@@ -1,4 +1,4 @@
-"""Likelihood of given continuations under the context tower: autoregression whose choices are made beforehand."""
+"""Likelihood of given continuations: autoregression whose choices are made beforehand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from twotower.config import GenerationConfig
 from twotower.errors import RequestError
 from twotower.runtime.requests import (
     Limits,
-    Prompt,
     Request,
     check_vocabulary,
     row_from_request,
@@ -25,7 +24,7 @@ from twotower.runtime.rows import Row
 __all__ = ["GivenTokens", "Score", "scoring_rows"]
 
 _ROUNDING = 4e-6
-"""How far a sum of the candidates' probabilities can be off: their logarithms are float32, and common to all is the error of one sum."""
+"""How far a sum of the candidates' probabilities can be off, since their logarithms are float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ class Score:
 
 
 class GivenTokens:
-    """The choice of an autoregressive row that is made already: takes the given tokens and notes how likely each was."""
+    """The choices of a row that are made already; notes how likely each token was."""
 
     temperature = 0.0
     greedy = True
@@ -72,7 +71,11 @@ class GivenTokens:
             self._logprobs.append(float(logprobs[places[0]]))
             self._best = self._best and int(places[0]) == 0
         else:
-            self._logprobs.append(_bound(logprobs))
+            # No other token is likelier than the last candidate, nor than all that they leave.
+            # Rounding must not make the bound too low, or take the logarithm of 0.
+            values = logprobs.astype(np.float64)
+            left = max(1.0 - float(np.exp(values).sum()), 0.0) + _ROUNDING
+            self._logprobs.append(min(float(values.min()), math.log(left)))
             self._best, self._bounded = False, self._bounded + 1
         return token
 
@@ -81,17 +84,10 @@ class GivenTokens:
         return Score(tuple(self._tokens), tuple(self._logprobs), self._best, self._bounded)
 
 
-def _bound(logprobs: npt.NDArray[Any]) -> float:
-    """No token outside the candidates is likelier than the last of them, nor than all that they leave."""
-    values = logprobs.astype(np.float64)
-    left = 1.0 - float(np.exp(values).sum())
-    return min(
-        float(values.min()), math.log(max(left, 0.0) + _ROUNDING)
-    )  # rounding must not make the bound too low, or take log of 0
-
-
 def scoring_rows(pairs: Any, limits: Limits) -> tuple[list[GivenTokens], list[Row]]:
-    """Rows that read each pair's continuation, and what will note how likely it was; a pair without continuation needs no row.
+    """What notes how likely each pair's continuation is, and the rows that read them.
+
+    A pair without continuation needs no row.
 
     Args:
         pairs: A list of (context, continuation).
@@ -125,32 +121,33 @@ def _tokenized(index: int, pair: Any, limits: Limits) -> tuple[list[int], list[i
             found=f"a {type(context).__name__} and a {type(continuation).__name__} in pair {index}",
             do="pass two texts or two lists of token ids",
         )
-    cut = _cut_texts if isinstance(context, str) and continuation else _each
-    before, after = cut(context, continuation, limits)
+    if isinstance(context, str) and continuation:
+        before, after = _cut_texts(context, continuation, limits)
+    else:
+        before = token_ids(context, limits)
+        after = token_ids(continuation, limits) if continuation != "" else []
     before = before or [limits.model.bos_token_id]
     check_vocabulary(before, f"the context of pair {index}", limits)
     check_vocabulary(after, f"the continuation of pair {index}", limits)
     if len(before) + len(after) > limits.max_context:
         raise RequestError(
-            f"pair {index} is too long: {len(before)} tokens of context and {len(after)} of continuation",
-            found=f"this session holds {limits.max_context} tokens a text, context and continuation together",
-            do="shorten the context from its beginning, or open the session with a larger max_context",
+            f"pair {index} is too long: {len(before)} tokens of context and {len(after)} of "
+            "continuation",
+            found=f"this session holds {limits.max_context} tokens a text, context and "
+            "continuation together",
+            do="shorten the context from its beginning, or open the session with a larger "
+            "max_context",
         )
     return before, after
 
 
-def _each(context: Prompt, continuation: Prompt, limits: Limits) -> tuple[list[int], list[int]]:
-    return token_ids(context, limits), token_ids(continuation, limits) if continuation != "" else []
-
-
 def _cut_texts(context: str, continuation: str, limits: Limits) -> tuple[list[int], list[int]]:
-    """Tokens of both texts together, cut at the context's own length, as lm-evaluation-harness does for causal models.
+    """Tokens of both texts together, cut at the context's own length, as lm-evaluation-harness does.
 
     The context's trailing spaces go with the continuation: most tokenizers write a space with the
     word after it.
     """
-    stripped = context.rstrip()
-    before, whole = token_ids(stripped, limits), token_ids(context + continuation, limits)
+    before, whole = token_ids(context.rstrip(), limits), token_ids(context + continuation, limits)
     if not before and whole[:1] == [limits.model.bos_token_id]:
         before = whole[:1]  # an empty context is the BOS token, and here the continuation brings it
     return before, whole[len(before) :]
@@ -160,5 +157,6 @@ def _not_a_pair(what: str, value: object) -> RequestError:
     return RequestError(
         f"{what} is not a context with its continuation",
         found=repr(value)[:80],
-        do="pass a tuple (context, continuation) of two texts or two lists of token ids, or a list of such tuples",
+        do="pass a tuple (context, continuation) of two texts or two lists of token ids, or a list "
+        "of such tuples",
     )

@@ -1,4 +1,4 @@
-"""An opened model: engines, buffers and streams under one owner, with `generate` and `stream` on top of one loop."""
+"""An opened model: engines and buffers under one owner, with `generate` and `stream` on top."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ from twotower.bundle import Bundle, Progress, built_targets
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.errors import ConfigError, DeviceError, RequestError
 from twotower.hardware import TARGETS, probe_machine, select_target
-from twotower.runtime.auto import PassTimes
-from twotower.runtime.auto_mode import AutoMode
+from twotower.runtime.auto import AutoMode, PassRecord, PassTimes
 from twotower.runtime.cleanup import Cleanup, SessionLock, close_all
-from twotower.runtime.device import Streams
 from twotower.runtime.engines import STREAMED, OpenOptions, open_towers, require_opener
 from twotower.runtime.engines.towers import Towers
-from twotower.runtime.loop import LoopSettings, run_rows
+from twotower.runtime.loop import BlockLoop
 from twotower.runtime.pass_times import (
-    PassRecord,
     measure_pass_times,
     measured_on,
     read_pass_record,
@@ -37,7 +34,7 @@ from twotower.runtime.requests import (
     row_from_request,
 )
 from twotower.runtime.results import BlockEvent, Generation, Hooks, StepRecord
-from twotower.runtime.rows import Row, text_end
+from twotower.runtime.rows import Row
 from twotower.runtime.schedule import capacity_limit, prefill_plan, row_counts
 from twotower.runtime.scoring import Score, scoring_rows
 from twotower.runtime.tokenizer import Tokenizer
@@ -61,23 +58,13 @@ class TwoTower:
     of anywhere, also in another thread: its memory is freed when no pass is at work.
     """
 
-    def __init__(
-        self,
-        towers: Towers,
-        limits: Limits,
-        *,
-        defaults: GenerationConfig,
-        max_batch: int,
-        max_chunk: int,
-        streams: Streams,
-    ) -> None:
+    def __init__(self, towers: Towers, limits: Limits, defaults: GenerationConfig) -> None:
         self._towers = towers
         self._limits = limits
         self._defaults = defaults
-        self._max_batch, self._max_chunk = max_batch, max_chunk
-        self._streams = streams
-        self._workspaces = Workspaces(towers)
-        self._auto = AutoMode(limits, self._measured)
+        largest = capacity_limit(limits.max_context, limits.max_chunk)
+        self._workspaces = Workspaces(towers, largest)
+        self._auto = AutoMode(self._measured)
         self._lock = SessionLock()
         self._iterators: set[Generator[BlockEvent, None, None]] = set()
         self._closed = False
@@ -146,12 +133,8 @@ class TwoTower:
         chosen = select_target(machine, built_targets(bundle.path), wanted=target).target
         # Weights that go to a device are hashed on their way there: they are read once.
         bundle.check(weights=chosen not in STREAMED, progress=progress)
-        _check_options(
-            bundle.config.max_position_embeddings,
-            max_batch=max_batch,
-            max_context=max_context,
-            max_chunk=MAX_CHUNK,
-        )
+        _check_option("max_batch", max_batch)
+        _check_option("max_context", max_context, bundle.config.max_position_embeddings)
         options = OpenOptions(
             threads=threads,
             devices=tuple(devices),
@@ -169,11 +152,11 @@ class TwoTower:
                 max_batch=max_batch,
                 max_context=max_context,
             )
-            usual = (session._max_batch, 1) if towers.compiles else ()
+            usual = (session._limits.max_batch, 1) if towers.compiles else ()
             session.warm_up(usual if warm_up is None else warm_up, optional=warm_up is None)
             undo.pop_all()
         session._target = chosen
-        here = measured_on(bundle, chosen, machine, threads=threads, devices=devices, graphs=graphs)
+        here = measured_on(bundle, chosen, machine, options)
         session._auto.start_from(read_pass_record(bundle.path, here) or PassRecord(here))
         return session
 
@@ -188,7 +171,6 @@ class TwoTower:
         max_batch: int = 8,
         max_context: int | None = None,
         max_chunk: int = MAX_CHUNK,
-        streams: Streams | None = None,
     ) -> Self:
         """A session on engines that are already open; it owns and closes them.
 
@@ -201,24 +183,24 @@ class TwoTower:
             max_context: Longest text, prompt and answer; None for the limit of the model and the
                 engines.
             max_chunk: Most prompt tokens read in one pass.
-            streams: The towers' queues; None for their own.
         """
         longest = towers.config.max_position_embeddings
         if towers.limits is not None:
             longest = min(longest, towers.limits.capacity - MAX_CHUNK)
             max_batch = min(max_batch, towers.limits.max_batch)
-        _check_options(longest, max_batch=max_batch, max_context=max_context, max_chunk=max_chunk)
+        _check_option("max_batch", max_batch)
+        _check_option("max_context", max_context, longest)
+        _check_option("max_chunk", max_chunk, MAX_CHUNK)
         limits = Limits(
-            towers.config, tokenizer, trained_block_size, max_context or longest, towers.fixed_block
-        )
-        return cls(
-            towers,
-            limits,
-            defaults=defaults or GenerationConfig(),
+            towers.config,
+            tokenizer,
+            trained_block_size,
+            max_context=max_context or longest,
             max_batch=max_batch,
             max_chunk=max_chunk,
-            streams=streams or towers.streams,
+            fixed_block=towers.fixed_block,
         )
+        return cls(towers, limits, defaults or GenerationConfig())
 
     @property
     def config(self) -> ModelConfig:
@@ -227,7 +209,7 @@ class TwoTower:
 
     @property
     def target(self) -> str:
-        """What the engines were built for, e.g. `ort-cpu`; empty for engines that were handed over open."""
+        """What the engines were built for, e.g. `ort-cpu`; empty for engines handed over open."""
         return self._target
 
     @property
@@ -314,9 +296,10 @@ class TwoTower:
         on_step: Callable[[StepRecord], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Generator[BlockEvent, None, None]:
-        """Generates like `generate` and yields each row's part of a block as it is committed; closing the iterator stops the work.
+        """Generates like `generate` and yields each row's part of a block as it is committed.
 
-        Requests are checked at once, work begins with the first event asked for.
+        Requests are checked at once, work begins with the first event asked for. Closing the
+        iterator stops the work.
         """
         rows, _ = self._rows(prompts, config)
         return self._in_turns(self._events(rows, Hooks(on_step, on_prefill, cancelled)))
@@ -387,24 +370,30 @@ class TwoTower:
             RequestError: there is not enough memory.
         """
         self._check_open()
-        _check_warm_up(rows, self._max_batch)
-        largest = capacity_limit(self._limits.max_context, self._max_chunk)
-        block = self._towers.fixed_block or self._limits.trained_block_size
-        widths = (self._max_chunk, min(block, self._max_chunk), 1)
-        run = partial(run_every_pass, widths=widths, block_size=block, streams=self._streams)
+        limits = self._limits
+        for count in rows:
+            if not 1 <= count <= limits.max_batch:
+                raise ConfigError(
+                    f"{count} rows cannot be warmed up",
+                    found=f"this session takes 1 to {limits.max_batch} together",
+                    do="name others, or open it with a larger max_batch",
+                )
+        block = limits.fixed_block or limits.trained_block_size
+        widths = (limits.max_chunk, min(block, limits.max_chunk), 1)
+        run = partial(run_every_pass, widths=widths, block_size=block)
         with self._lock:
             # The smallest last: its buffers are kept for the first request.
             for count in sorted(set(rows), reverse=True):
                 started = perf_counter()
                 try:
-                    self._workspaces.warm_up(count, largest, run)
+                    self._workspaces.warm_up(count, run)
                 except RequestError as e:
                     if not optional:
                         raise
                     logger.warning("%d rows are not warmed up: %s", count, e.found)
                 else:
                     logger.info("%d row(s) warmed up in %.2f s", count, perf_counter() - started)
-            self._towers.keep()
+            self._keep_kernels()
 
     def pass_record(self) -> PassRecord:
         """Pass times for 1, 2, 4, ... and `max_batch` rows, for mode `auto` to start from.
@@ -412,21 +401,21 @@ class TwoTower:
         Blocks are of the default size. Numbers of rows that do not fit the memory are left out.
         """
         self._check_open()
-        size = self._towers.fixed_block or self._defaults.block_size
+        size = self._limits.fixed_block or self._defaults.block_size
         with self._lock:
-            return self._auto.record(row_counts(self._max_batch), size)
+            return self._auto.record(row_counts(self._limits.max_batch), size)
 
     def relocate(self) -> None:
-        """Moves the keys and values of running calls to other memory, as a growing text does: for checks, from a callback between passes.
+        """Moves the keys and values of running calls to other memory, as a growing text does.
 
-        Whatever an engine keeps anywhere else than in its buffers is lost by it, and the text
-        changes.
+        For checks, from a callback between passes: what an engine keeps anywhere else than in its
+        buffers is lost, and the text changes.
         """
         with self._lock:
             self._workspaces.relocate()
 
     def close(self) -> None:
-        """Frees buffers and engines, after a running call has come to the end of its turn; idempotent."""
+        """Frees buffers and engines, at the end of a running call's turn; idempotent."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -450,17 +439,19 @@ class TwoTower:
         Cleanup(self.close).__exit__(kind, error, trace)
 
     def _rows(self, prompts: Any, config: GenerationConfig | None) -> tuple[list[Row], bool]:
+        """The requests ready to run, and whether a single one was passed."""
         self._check_open()
         requests, single = as_requests(prompts, config or self._defaults)
-        return [
-            row_from_request(i, request, self._limits) for i, request in enumerate(requests)
-        ], single
+        return [row_from_request(i, r, self._limits) for i, r in enumerate(requests)], single
 
     def _events(self, rows: Sequence[Row], hooks: Hooks) -> Generator[BlockEvent, None, None]:
+        """The events of all rows, batch by batch, each in its mode or the one chosen for it."""
+        run = partial(self._batch_events, hooks=hooks)
         try:
-            for batch in batches(rows, self._max_batch):
+            for batch in batches(rows, self._limits.max_batch):
                 self._check_open()
-                yield from self._batch_events(batch, hooks)
+                auto = batch[0].config.mode == "auto"
+                yield from self._auto.events(batch, run) if auto else run(batch)
         except DeviceError:
             self._failed = True
             raise
@@ -468,37 +459,22 @@ class TwoTower:
     def _batch_events(
         self, batch: Sequence[Row], hooks: Hooks
     ) -> Generator[BlockEvent, None, None]:
-        """The events of rows that run together, in their mode or the one chosen for them."""
-        run = partial(self._mode_events, hooks=hooks)
-        return self._auto.events(batch, run) if batch[0].config.mode == "auto" else run(batch)
-
-    def _mode_events(self, batch: Sequence[Row], hooks: Hooks) -> Generator[BlockEvent, None, None]:
         """The events of rows of one mode that run together."""
-        largest = capacity_limit(self._limits.max_context, self._max_chunk)
-        settings = LoopSettings(
-            model=self._limits.model, largest_capacity=largest, streams=self._streams, hooks=hooks
-        )
         lengths = [row.length for row in batch]
-        plan = prefill_plan(lengths, self._max_chunk, self._towers.chunk_widths)
-        ends = [min(row.length + row.width, text_end(row.length, row.config)) for row in batch]
-        first_extension = max(ends)
-        work = self._workspaces.take(len(batch), max(plan.peak, first_extension), largest)
-        with Cleanup(partial(self._workspaces.give_back, work, sound=False)) as end:
-            for commits in run_rows(work, batch, plan, settings):
-                for row, taken in commits:
-                    result = None if row.live else row.result()
-                    done = result is not None
-                    yield BlockEvent(row.index, taken.tokens, taken.text, done, result)
-            end.pop_all()
-        self._workspaces.give_back(work, sound=True)
-        self._towers.keep()
+        plan = prefill_plan(lengths, self._limits.max_chunk, self._towers.chunk_widths)
+        first_extension = max(min(row.length + row.width, row.end) for row in batch)
+        with self._workspaces.lent(len(batch), max(plan.peak, first_extension)) as work:
+            yield from BlockLoop(work, batch, hooks).run(plan)
+        self._keep_kernels()
+
+    def _keep_kernels(self) -> None:
+        if self._towers.keep is not None:
+            self._towers.keep()
 
     def _measured(self, rows: int, block_size: int) -> PassTimes:
         """Times passes of scratch rows."""
-        largest = capacity_limit(self._limits.max_context, self._max_chunk)
-        model, streams = self._limits.model, self._streams
-        run = partial(measure_pass_times, config=model, block_size=block_size, streams=streams)
-        return self._workspaces.lend(rows, block_size + 1, run, largest=largest)
+        with self._workspaces.lent(rows, block_size + 1) as work:
+            return measure_pass_times(work, block_size)
 
     def _in_turns(
         self, events: Generator[BlockEvent, None, None]
@@ -531,28 +507,11 @@ class TwoTower:
             )
 
 
-def _check_warm_up(rows: Sequence[int], max_batch: int) -> None:
-    wrong = [n for n in rows if not 1 <= n <= max_batch]
-    if wrong:
+def _check_option(name: str, value: int | None, most: int | None = None) -> None:
+    if value is not None and (value < 1 or (most is not None and value > most)):
+        allowed = f"1 to {most}" if most is not None else "1 or more"
         raise ConfigError(
-            f"{wrong[0]} rows cannot be warmed up",
-            found=f"this session takes 1 to {max_batch} together",
-            do="name others, or open it with a larger max_batch",
+            f"{name}={value} cannot be used",
+            found=f"allowed: {allowed}",
+            do=f"choose another {name}",
         )
-
-
-def _check_options(
-    longest: int, *, max_batch: int, max_context: int | None, max_chunk: int
-) -> None:
-    for name, value, most in (
-        ("max_batch", max_batch, None),
-        ("max_context", max_context, longest),
-        ("max_chunk", max_chunk, MAX_CHUNK),
-    ):
-        if value is not None and (value < 1 or (most is not None and value > most)):
-            allowed = f"1 to {most}" if most is not None else "1 or more"
-            raise ConfigError(
-                f"{name}={value} cannot be used",
-                found=f"allowed: {allowed}",
-                do=f"choose another {name}",
-            )

@@ -37,7 +37,7 @@ LEAST = 0.9
 SUBJECTS: Mapping[str, Sequence[str]] = {
     "runtime/schedule": ["tests/runtime/test_schedule.py"],
     "runtime/sampling": ["tests/runtime/test_sampling.py"],
-    "runtime/stopping": ["tests/runtime/test_stopping.py"],
+    "runtime/rows": ["tests/runtime/test_rows.py"],
     "calibration/ranges": ["tests/calibration/test_activation_statistics.py"],
     "planning/fit": ["tests/planning/test_fit.py"],
     "planning/scratch": ["tests/planning/test_scratch.py"],
@@ -55,10 +55,9 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "self.top_p < 1 -> self.top_p <= 1": "all candidates are before the whole sum",
         "self.top_p < 1 -> self.top_p < 2": "likewise; no top_p is above 1",
     },
-    "runtime/stopping": {
-        "searched - len(s) + 1 -> searched - len(s) - 1": _FOUND_EARLIER,
-        "min(len(s) - 1, len(text)) -> max(len(s) - 1, len(text))": _NEVER_WHOLE,
-        "len(s) - 1 -> len(s) + 1": _NEVER_WHOLE,
+    "runtime/rows": {
+        "searched - len(string) + 1 -> searched - len(string) - 1": _FOUND_EARLIER,
+        "len(string) - 1 -> len(string) + 1": _NEVER_WHOLE,
     },
     "builders/trt/cut": {
         "[0] -> [1]": "of a graph without layers: the share of its one piece is the whole whatever its bytes",

@@ -56,7 +56,7 @@ class Towers:
             padded to the next of them.
         fixed_block: The only block size the denoiser computes; None for any.
         compiles: Kernels are compiled when a shape first runs, so that engines are warmed up.
-        keep: Saves what was compiled for the next opening.
+        keep: Saves what was compiled for the next opening; None where nothing is.
         owned: What else is closed with them, after everything that uses it: the weights on a
             device.
     """
@@ -73,7 +73,7 @@ class Towers:
     row_counts: tuple[int, ...] = ()
     fixed_block: int | None = None
     compiles: bool = False
-    keep: Callable[[], None] = lambda: None
+    keep: Callable[[], None] | None = None
     owned: tuple[Callable[[], None], ...] = ()
 
     def close(self) -> None:

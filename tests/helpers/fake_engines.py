@@ -147,7 +147,6 @@ class FakeTowers:
     context: FakeEngine
     head: FakeEngine
     denoiser: FakeEngine
-    streams: Streams
     log: list[str]
 
 
@@ -168,7 +167,9 @@ def fake_towers(config: ModelConfig | None = None, *, eos_every: int = 0) -> Fak
     denoiser = FakeEngine(every[DENOISER], toy.denoiser, log)
     streams = Streams(FakeStream("context", log), FakeStream("denoiser", log))
     return FakeTowers(
-        Towers(config, "float32", context, head, denoiser), context, head, denoiser, streams, log
+        Towers(config, "float32", context, head, denoiser, streams=streams),
+        *(context, head, denoiser),
+        log,
     )
 
 

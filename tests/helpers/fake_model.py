@@ -10,8 +10,7 @@ from typing import Any, Self
 from twotower.config import GenerationConfig
 from twotower.evaluate.suite import Problem
 from twotower.runtime import Generation, Timings, Usage
-from twotower.runtime.auto import PassTimes
-from twotower.runtime.pass_times import PassRecord
+from twotower.runtime.auto import PassRecord, PassTimes
 
 AR_MS, PASS_MS, EXTEND_MS = 1.0, 2.0, 1.0
 

@@ -13,8 +13,16 @@ from hypothesis import strategies as st
 from tests.helpers.fake_engines import FakeTowers, fake_towers
 from twotower.config import GenerationConfig
 from twotower.runtime import Generation, Request, TwoTower
-from twotower.runtime.auto import PassesSeen, PassTimes, Setting, break_even, choose, times_for
-from twotower.runtime.pass_times import FIRST, RUNS, PassRecord
+from twotower.runtime.auto import (
+    PassesSeen,
+    PassRecord,
+    PassTimes,
+    Setting,
+    break_even,
+    choose,
+    times_for,
+)
+from twotower.runtime.pass_times import FIRST, RUNS
 
 AUTO = GenerationConfig(mode="auto", max_new_tokens=40, ignore_eos=True)
 SETTING = Setting(0.9, 16, 16)
@@ -30,7 +38,7 @@ def fake() -> FakeTowers:
 
 @pytest.fixture
 def model(fake: FakeTowers) -> Iterator[TwoTower]:
-    with TwoTower.from_towers(fake.towers, streams=fake.streams) as session:
+    with TwoTower.from_towers(fake.towers) as session:
         yield session
 
 

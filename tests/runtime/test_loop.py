@@ -16,13 +16,10 @@ from tests.helpers import fake_engines
 from tests.helpers.fake_engines import FakeTowers, fake_config, fake_towers
 from twotower.config import GenerationConfig
 from twotower.runtime import Generation, Request, StepRecord, TwoTower
-from twotower.runtime.device import HostStream, Streams
-from twotower.runtime.noise import DIFFUSION, StepNoise, gumbel_noise
-from twotower.runtime.sampling import Sampling
+from twotower.runtime.device import HostStream
+from twotower.runtime.sampling import DIFFUSION, Sampling, StepNoise, gumbel_noise
 from twotower.runtime.schedule import commit_floor
 from twotower.spec import CHUNK_LENGTH, HIDDEN, PAST_LENGTH, TOKENS, state_tensors
-
-HOST = HostStream()
 
 
 def options(**changes: Any) -> GenerationConfig:
@@ -39,7 +36,7 @@ def run(
     requests: Sequence[Request], fake: FakeTowers | None = None, **session: Any
 ) -> list[Generation]:
     fake = fake or fake_towers(eos_every=40)
-    with TwoTower.from_towers(fake.towers, streams=fake.streams, **session) as model:
+    with TwoTower.from_towers(fake.towers, **session) as model:
         return model.generate(list(requests))
 
 
@@ -331,7 +328,7 @@ def test_a_block_nobody_goes_on_from_is_not_read_back() -> None:
 def test_every_step_can_be_watched() -> None:
     seen: list[StepRecord] = []
     fake = fake_towers()
-    with TwoTower.from_towers(fake.towers, streams=Streams(HOST, HOST)) as model:
+    with TwoTower.from_towers(fake.towers) as model:
         short, long = model.generate(
             [
                 Request(prompt(0, 5), options(max_new_tokens=8)),

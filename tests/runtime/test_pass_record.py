@@ -13,8 +13,8 @@ import pytest
 from tests.helpers.bundles import built_fixture
 from twotower.config import GenerationConfig
 from twotower.runtime import TwoTower
-from twotower.runtime.auto import PassTimes, Setting
-from twotower.runtime.pass_times import RECORD_FILE, PassRecord, read_pass_record
+from twotower.runtime.auto import PassRecord, PassTimes, Setting
+from twotower.runtime.pass_times import RECORD_FILE, read_pass_record
 
 HERE = {"target": "ort-cpu", "processor": "this", "library": "1.2", "gpus": []}
 TIMES = PassTimes(denoise_ms=3.0, extend_ms=2.0, step_ms=1.0)

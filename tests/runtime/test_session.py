@@ -27,7 +27,7 @@ def fake() -> FakeTowers:
 
 @pytest.fixture
 def model(fake: FakeTowers) -> Iterator[TwoTower]:
-    with TwoTower.from_towers(fake.towers, streams=fake.streams) as session:
+    with TwoTower.from_towers(fake.towers) as session:
         yield session
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from tests.helpers.fake_engines import FakeTowers, fake_config, fake_towers
+from tests.helpers.fake_engines import FakeTowers, fake_towers
 from twotower.dtypes import carried_dtype
 from twotower.errors import RequestError
-from twotower.runtime.buffers import ContextState
-from twotower.runtime.device import HostMemory, HostStream
-from twotower.runtime.workspace import Workspace
+from twotower.runtime.device import HostMemory
+from twotower.runtime.workspace import ContextState, Workspace
 from twotower.spec import (
     TensorSpec,
     past_conv,
@@ -17,22 +18,18 @@ from twotower.spec import (
     past_ssm,
     present_key,
     present_ssm,
-    state_tensors,
 )
-
-STREAM = HostStream()
 
 
 def state(dtype: str = "float32", rows: int = 2, capacity: int = 256) -> ContextState:
-    return ContextState(
-        HostMemory(), state_tensors(fake_config(), dtype), rows=rows, capacity=capacity
-    )
+    towers = replace(fake_towers().towers, dtype=dtype)
+    return ContextState(towers, rows=rows, capacity=capacity)
 
 
 def read(work: Workspace, tokens: list[int], past: int) -> None:
     work.tokens(len(tokens))[...] = tokens
     work.past_length[:], work.chunk_length[:] = past, len(tokens)
-    work.extend(len(tokens), STREAM)
+    work.extend(len(tokens))
 
 
 def workspace() -> tuple[Workspace, FakeTowers]:
@@ -99,14 +96,14 @@ def test_the_denoiser_reads_what_the_context_wrote_last() -> None:
     for past, tokens in ((0, [5, 6]), (2, [7]), (3, [8])):
         read(work, tokens, past)
         arrays.context_length[:] = past + len(tokens)
-        work.denoise(STREAM)
+        work.denoise()
         seen.append(arrays.predicted.tolist())
     fresh, _ = workspace()
     read(fresh, [5, 6, 7, 8], 0)
     again = fresh.denoiser(4)
     again.block.fill(3)
     again.context_length[:] = 4
-    fresh.denoise(STREAM)
+    fresh.denoise()
     assert seen[-1] == again.predicted.tolist()
     assert seen[0] != seen[1] != seen[2]
 
@@ -116,9 +113,9 @@ def test_bindings_are_made_once_for_each_width_and_state_set() -> None:
     work.denoiser(4)
     for past in range(0, 40, 4):
         read(work, [5, 6, 7, 8], past)
-        work.denoise(STREAM)
-        work.denoise(STREAM)
-        work.head(STREAM)
+        work.denoise()
+        work.denoise()
+        work.head()
     assert (fake.context.binds, fake.denoiser.binds, fake.head.binds) == (2, 2, 1)
     assert (
         len(fake.context.addresses),
@@ -126,7 +123,7 @@ def test_bindings_are_made_once_for_each_width_and_state_set() -> None:
         len(fake.head.addresses),
     ) == (2, 2, 1)
     work.denoiser(8)
-    work.denoise(STREAM)
+    work.denoise()
     assert fake.denoiser.binds == 3, "another block size has other arrays"
 
 

@@ -59,7 +59,7 @@ def passes(work: Workspace, towers: Towers, graph: str) -> Iterator[Pass]:
         yield _denoise(work, towers)
     elif graph == CONTEXT_HEAD:
         best = {CANDIDATE_IDS: work.candidate_ids, CANDIDATE_LOGPROBS: work.candidate_logprobs}
-        yield Pass("head", partial(work.head, towers.streams.context), best)
+        yield Pass("head", work.head, best)
     else:
         assert graph == CONTEXT
         random = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def passes(work: Workspace, towers: Towers, graph: str) -> Iterator[Pass]:
             tokens[:] = random.integers(towers.config.vocab_size, size=tokens.shape)
             work.chunk_length.fill(width)
             work.past_length.fill(min(TOKENS, work.capacity - width))
-            yield Pass(name, partial(work.extend, width, towers.streams.context), {})
+            yield Pass(name, partial(work.extend, width), {})
 
 
 def capacity_of(towers: Towers) -> int:
@@ -91,4 +91,4 @@ def _denoise(work: Workspace, towers: Towers) -> Pass:
         "confidence": io.confidence,
         "masked_left": io.masked_left,
     }
-    return Pass("denoise", partial(work.denoise, towers.streams.denoiser), outputs)
+    return Pass("denoise", work.denoise, outputs)

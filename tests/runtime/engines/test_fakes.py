@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,15 +14,14 @@ from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.towers import golden_config
 from tests.runtime.engines.test_trt_engine import golden_cases
 from twotower.errors import DeviceError
-from twotower.runtime.buffers import ContextState
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.passes import DevicePass
 from twotower.runtime.engines.handover import Handover
-from twotower.runtime.workspace import Workspace
+from twotower.runtime.workspace import ContextState, Workspace
 from twotower.spec import RESIDUAL_IN
 
 
-def rebound_after_capture(work: Workspace, stream: Any) -> Any:
+def rebound_after_capture(work: Workspace) -> Any:
     """`Workspace.denoise` with one binding, whose context is told the other set of states in between."""
     binding = work._denoiser.setdefault(0, None) or work._towers.denoiser.bind(
         {**work._denoiser_arrays.by_name, **work._state.reads(0)},
@@ -32,7 +32,7 @@ def rebound_after_capture(work: Workspace, stream: Any) -> Any:
         for name, buffer in work._state.reads(work._state.current).items():
             context = bound.enqueue.__self__.context
             context.set_tensor_address(name, buffer.addresses[bound.device])
-    return binding.run(stream)
+    return binding.run(work.streams.denoiser)
 
 
 @pytest.mark.parametrize("graphs", [True, False])
@@ -156,6 +156,6 @@ def test_what_the_library_refuses(
         rows = [[5, 6, 7]] * 5
         monkeypatch.setattr("twotower.runtime.engines.trt_engine._profile", lambda plan, sizes: 0)
     with opened(built(pieces=4)) as it:
-        it.model._max_batch = 8
+        it.model._limits = replace(it.model._limits, max_batch=8)
         with pytest.raises(DeviceError, match=says):
             it.model.generate(rows)

@@ -117,7 +117,7 @@ def test_a_workspace_serves_fewer_rows_after_more(
         for name, whole in work._denoiser_arrays._whole.items():
             if name not in ("next_block", "predicted", "confidence", "masked_left"):
                 assert (whole[3:] == (name == "block") * work.unmasked).all(), name
-        assert (it.towers.memory.host(work._small["chunk_length"])[3:] == 0).all()
+        assert (it.towers.memory.host(work._buffers["chunk_length"])[3:] == 0).all()
 
 
 def test_engines_for_many_rows(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from twotower.runtime.stopping import Continuation, StopRule
+from twotower.runtime.rows import Continuation, StopRule
 from twotower.runtime.tokenizer import IncrementalText, Tokenizer
 
 with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -22,7 +22,7 @@ def run(
     row = Continuation(rule, IncrementalText(tokenizer) if tokenizer else None)
     texts = []
     for start in range(0, len(tokens), block):
-        texts.append(row.push(tokens[start : start + block]).text)
+        texts.append(row.push(tokens[start : start + block]))
         if row.finish_reason:
             break
     return row, texts
@@ -119,9 +119,7 @@ class Words:
 def test_stop_strings_inside_and_across_words(words: list[str], stop: list[str]) -> None:
     """The word with which the first is complete ends the row; the text ends before the earliest in it."""
     row = Continuation(StopRule(1000, stop=tuple(stop)), cast(IncrementalText, Words(words)))
-    handed = [
-        row.push([number]).text or "" for number in range(len(words)) if not row.finish_reason
-    ]
+    handed = [row.push([number]) or "" for number in range(len(words)) if not row.finish_reason]
     texts = ["".join(words[: n + 1]) for n in range(len(words))]
     ends = [(n, text.find(s)) for n, text in enumerate(texts) for s in stop if s in text]
     assert (row.finish_reason, len(row.tokens)) == (
