@@ -169,26 +169,31 @@ def test_a_shard_cut_short_during_the_export_leaves_nothing(tmp_path: Path) -> N
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["empty folder", "file", "link to a folder", "link to nothing"])
+@pytest.mark.parametrize(
+    "kind", ["empty folder", "full folder", "file", "link to a folder", "link to nothing"]
+)
 def test_whatever_has_the_name_is_refused_and_untouched(tmp_path: Path, kind: str) -> None:
     output, elsewhere = tmp_path / "b", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    if kind == "empty folder":
+    if kind.endswith(" folder") and not kind.startswith("link"):
         output.mkdir()
+        if kind == "full folder":
+            (output / "mine").write_text("precious")
     elif kind == "file":
         output.write_text("precious")
     else:
         output.symlink_to(elsewhere if kind == "link to a folder" else tmp_path / "nowhere")
-    before = {
-        p: (p.lstat().st_mode, p.lstat().st_mtime_ns, p.lstat().st_ino) for p in tmp_path.rglob("*")
-    }
+
+    def state() -> dict[Path, tuple[int, ...]]:
+        found = {path: path.lstat() for path in tmp_path.rglob("*")}
+        return {p: (s.st_mode, s.st_mtime_ns, s.st_ino, s.st_size) for p, s in found.items()}
+
+    before = state()
     with pytest.raises(ExportError, match="exists already") as caught:
         export_fixture("hybrid-b", output)
     assert "never overwritten" in caught.value.found
     assert "-o" in caught.value.do
-    assert before == {
-        p: (p.lstat().st_mode, p.lstat().st_mtime_ns, p.lstat().st_ino) for p in tmp_path.rglob("*")
-    }
+    assert before == state()
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])

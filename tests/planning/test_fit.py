@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ from twotower.planning import GPUS, GpuModel, PlanOptions, fit, gpu_at_hand, gpu
 from twotower.planning.devices import device_needs
 from twotower.planning.expert_path import left_out
 from twotower.planning.fit import largest_batch, largest_context
-from twotower.planning.load_time import load_time
+from twotower.planning.load_time import ASSUMED_DISK_RATE, LoadTime, load_time
 from twotower.planning.pass_cost import pass_costs
 from twotower.planning.weights import EXPERT_FORMATS, EXPERT_RECIPES
 
@@ -96,14 +97,8 @@ def test_no_alternative_is_slower_than_what_it_replaces(
     """A pass that expands its experts moves more bytes than one of float experts; 8 bits are planned as the recipes that round inputs."""
     options = PlanOptions(target=target, expert_path=path)
     (found,) = fit(PUBLISHED, options, gpus_named(gpu))
-    chosen = {
-        words[i + 1]
-        for a in found.alternatives
-        for words in [a.flags.split()]
-        for i, w in enumerate(words)
-        if w == "--experts"
-    }
-    assert chosen == formats
+    changed = [applied(options, a.flags) for a in found.alternatives]
+    assert {o.experts for o in changed if o.experts} == formats
     assert set(left_out(PUBLISHED, options)) == set(EXPERT_FORMATS) - formats
     recipes = builtin_recipes()
     floats = pass_costs(PUBLISHED, options).denoising
@@ -127,16 +122,11 @@ def test_no_alternative_is_slower_than_what_it_replaces(
 def test_formats_are_offered_where_the_hardware_has_them() -> None:
     """Kernels read any format, but the 8-bit recipes narrow layers that the engines multiply; fp8 is in hardware from SM 89 on."""
 
-    def offered(sm: int, path: str) -> set[str]:
-        (found,) = fit(
-            PUBLISHED, replace(TRT, expert_path=path), [GpuModel("some", 90 * 10**9, sm, 10**12)]
-        )
-        return {
-            words[1]
-            for a in found.alternatives
-            for words in [a.flags.split()]
-            if words[0] == "--experts"
-        }
+    def offered(sm: int, path: str) -> set[str | None]:
+        options, gpu = replace(TRT, expert_path=path), GpuModel("some", 90 * 10**9, sm, 10**12)
+        (found,) = fit(PUBLISHED, options, [gpu])
+        changed = [applied(options, a.flags) for a in found.alternatives]
+        return {o.experts for o in changed if o.experts}
 
     assert offered(86, "auto") == {"int8", "int4", "nvfp4"}
     assert offered(89, "auto") == {"int8", "fp8", "int4", "nvfp4"}
@@ -210,9 +200,11 @@ def test_a_gpu_at_hand_has_its_own_memory_and_the_table_s_bandwidth() -> None:
         Gpu("NVIDIA GeForce RTX 4090", 89, 25_386_352_640),
     ]
     gpus.append(Gpu("NVIDIA H100 PCIe", 90, 85 * 10**9))
-    known, other = gpu_at_hand(gpus)
+    gpus.append(Gpu("NVIDIA GeForce RTX 4090 Laptop GPU", 89, 16 * 10**9))
+    known, *others = gpu_at_hand(gpus)
     assert (known.memory, known.bandwidth, known.flops) == (25_386_352_640, 1008 * 10**9, 165.2e12)
-    assert other.bandwidth == 0, "another card than the table's"
+    assert known.link == 32 * 10**9
+    assert [gpu.bandwidth + gpu.link for gpu in others] == [0, 0], "other cards than the table's"
 
 
 SMALL = parse_model_config(published_slice("M*" * 20), "40 layers without experts")
@@ -256,41 +248,22 @@ def offered(config: ModelConfig, options: PlanOptions, memory: int) -> dict[str,
 def test_alternatives_are_the_mildest_changes_that_suffice_and_what_does_not() -> None:
     formats = {"int8", "fp8", "int4", "nvfp4"}
     alone = {f"--experts {name}": False for name in formats}
-    both = {
-        f"--experts {name} {more}": True
-        for name in formats
-        for more in ("--devices 2", "--mode ar")
-    }
-    assert offered(PUBLISHED, TRT, 40 * 10**9) == {
-        **alone,
-        "--devices 2": False,
-        "--mode ar": False,
-        **both,
-    }
-    assert offered(PUBLISHED, TRT, 96 * 10**9) == {
-        **dict.fromkeys(alone, True),
-        "--devices 2": True,
-        "--mode ar": True,
-    }
-    halved = {
-        "--dtype bfloat16" + (f" {more}" if more else "")
-        for more in ("", *alone, "--devices 2", "--mode ar")
-    }
-    assert offered(PUBLISHED, replace(TRT, dtype="float32"), 40 * 10**9).keys() >= {
-        *halved,
-        "--devices 2",
-        "--mode ar",
-    }
+    others = ("--devices 2", "--mode ar")
+    both = {f"{experts} {more}": True for experts in alone for more in others}
+    some = {**alone, **dict.fromkeys(others, False), **both}
+    assert offered(PUBLISHED, TRT, 40 * 10**9) == some
+    assert offered(PUBLISHED, TRT, 96 * 10**9) == dict.fromkeys((*alone, *others), True)
+    half = "--dtype bfloat16"
+    halved = {half, *(f"{half} {more}" for more in (*alone, "--devices 2", "--mode ar"))}
+    found = offered(PUBLISHED, replace(TRT, dtype="float32"), 40 * 10**9)
+    assert found.keys() >= {*halved, "--devices 2", "--mode ar"}
     for dtype in (None, "float32"):
         assert offered(PUBLISHED, PlanOptions(target="ort-cpu", dtype=dtype), 40 * 10**9) == {
             "--mode ar": False
         }
     assert offered(SMALL, TRT, 10**9) == {"--devices 2": False, "--mode ar": False}
-    assert not [
-        flags
-        for flags in offered(PUBLISHED, replace(TRT, devices=2), 30 * 10**9)
-        if "--devices" in flags
-    ]
+    spread = offered(PUBLISHED, replace(TRT, devices=2), 30 * 10**9)
+    assert not [flags for flags in spread if "--devices" in flags]
 
 
 def test_what_is_just_enough_for_a_change_suffices() -> None:
@@ -301,6 +274,32 @@ def test_what_is_just_enough_for_a_change_suffices() -> None:
     assert offered(SMALL, replace(TRT, max_context=100_000), single)[
         "--max-batch 1 --max-context 2048"
     ]
+
+
+def test_the_slower_way_to_load_counts() -> None:
+    assert load_time(100, 100, disk_rate=10, link_rate=50) == LoadTime(10, 2)
+    assert LoadTime(10, 2).seconds == LoadTime(2, 10).seconds == 10
+    assert [LoadTime(10, 2).bound, LoadTime(2, 10).bound] == ["disk", "PCIe"]
+    unknown = load_time(100, 100, disk_rate=10, link_rate=0)
+    assert (unknown.link, unknown.seconds, unknown.bound) == (None, 10, "disk")
+
+
+def test_the_published_model_loads_the_weights_of_its_mode_once() -> None:
+    """126.4 GB over the disk, however the layers are spread, and 64e9 bytes a second a link."""
+
+    def load(gpu: str, **changes: Any) -> LoadTime:
+        (found,) = fit(PUBLISHED, replace(TRT, **changes), gpus_named(gpu))
+        assert found.load is not None
+        return found.load
+
+    one, two = load("H100"), load("2x H100")
+    assert one.seconds == pytest.approx(126.4e9 / ASSUMED_DISK_RATE, rel=1e-3)
+    assert one.disk == two.disk == load("3x H100").disk
+    assert two.link == pytest.approx((one.link or 0) / 2, rel=0.02)
+    fast = load("H200", disk_rate=10**12)
+    assert (fast.bound, fast.seconds) == ("PCIe", pytest.approx(126.4e9 / 64e9, rel=1e-3))
+    assert load("H200", mode="ar").disk == pytest.approx(63.2e9 / 3e9, rel=1e-2)
+    assert load("H200", experts="int4").disk < 0.4 * one.disk
 
 
 def test_loading_is_as_long_as_its_fullest_device_takes() -> None:

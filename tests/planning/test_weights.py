@@ -18,7 +18,7 @@ from twotower.export.graph_files import save_program
 from twotower.export.graphs.precision import Precision
 from twotower.export.graphs.tower_graphs import build_graph
 from twotower.planning.weights import EXPERT_FORMATS, checkpoint_bytes, graph_weights
-from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
+from twotower.spec import CONTEXT, CONTEXT_HEAD
 from twotower.weights.declared import lay_out
 from twotower.weights.external import load_graph, weight_refs
 
@@ -118,9 +118,3 @@ def test_stacked_experts_in_8_bits_have_groups_that_divide_their_rows() -> None:
         stored_format("nvfp4", 1856, stacked=True).nbytes((3, 1856), "bfloat16")
         == 3 * 928 + 3 * 116
     )
-
-
-def test_the_conditioning_is_the_denoiser_s() -> None:
-    planned = graph_weights(config_of("a"), "float32")
-    assert "conditioning" in planned[DENOISER].by_kind
-    assert "conditioning" not in planned[CONTEXT].by_kind
