@@ -11,8 +11,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import defaultdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +20,7 @@ from hypothesis import settings
 
 from tests.helpers.account import Account
 from tests.helpers.once import made_once
+from tests.helpers.processes import run_python
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT, TINY = ROOT / "tests" / "fixtures" / "hybrid-a", ROOT / "assets" / "twotower-tiny"
@@ -39,16 +38,14 @@ _WEIGHTS = {"trained": 10, "trt_rtx": 3, "slow": 3}
 
 if "gpu" not in REQUIRED:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["ORT_DISABLE_TELEMETRY"] = (
-    "1"  # tests import ONNX Runtime themselves, and start processes that do
-)
+# Tests import ONNX Runtime themselves, and start processes that do.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 # torch's threads: small tensors gain nothing from more than two, and machines are shared, by
 # processes of one run too
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
-gc.set_threshold(
-    100_000, 20, 20
-)  # libraries of millions of objects are imported: looking through all of them took a quarter of the time
+# Libraries of millions of objects are imported: looking through them took a quarter of the time.
+gc.set_threshold(100_000, 20, 20)
 settings.register_profile(
     "twotower", deadline=None, max_examples=25, derandomize="CI" in os.environ
 )
@@ -94,18 +91,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def _missing(mark: str) -> str | None:
     if mark in LIBRARY:
-        return (
-            None if any(map(_installed, LIBRARY[mark])) else f"{LIBRARY[mark][0]} is not installed"
-        )
+        found = any(map(_installed, LIBRARY[mark]))
+        return None if found else f"{LIBRARY[mark][0]} is not installed"
     if mark == "browser":
         if not importlib.util.find_spec("selenium"):
             return "selenium is not installed"
         absent = [" or ".join(names) for names in BROWSER if not any(map(shutil.which, names))]
-        return (
-            f"there is no {' and no '.join(absent)}; `make browser` installs them"
-            if absent
-            else None
-        )
+        told = f"there is no {' and no '.join(absent)}; `make browser` installs them"
+        return told if absent else None
     if "gpu" not in REQUIRED:
         return "the GPU is hidden; `make test-gpu` shows it"
     from twotower.hardware import probe_machine
@@ -165,36 +158,16 @@ def tiny_statistics(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory)
     """Statistics of the trained model, made by the command a user types. Read only."""
 
     def make(folder: Path) -> None:
-        prompts = folder / "prompts.jsonl"
-        lines = (
-            (ROOT / "src" / "twotower" / "evaluate" / "data" / "suite.jsonl")
-            .read_text(encoding="utf-8")
-            .splitlines()[::13]
-        )
-        prompts.write_text(
-            "".join(json.dumps({"text": json.loads(line)["prompt"]}) + "\n" for line in lines)
-        )
-        _run(
-            "-m",
-            "twotower.cli",
-            "calibrate",
-            str(tiny_bundle),
-            "--prompts",
-            str(prompts),
-            "-o",
-            str(folder / "stats"),
-        )
+        prompts, suite = folder / "prompts.jsonl", "src/twotower/evaluate/data/suite.jsonl"
+        lines = (ROOT / suite).read_text(encoding="utf-8").splitlines()[::13]
+        texts = [json.dumps({"text": json.loads(line)["prompt"]}) + "\n" for line in lines]
+        prompts.write_text("".join(texts), encoding="utf-8")
+        words = [str(tiny_bundle), "--prompts", str(prompts), "-o", str(folder / "stats")]
+        _run("-m", "twotower.cli", "calibrate", *words)
 
     return made_once(tmp_path_factory, "statistics", make) / "stats"
 
 
 def _run(*arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python(*arguments)
     assert done.returncode == 0, f"python {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}"

@@ -37,25 +37,12 @@ def test_works_and_says_so(): subprocess.run([sys.executable, "-c", BUSY])
 def test_what_did_not_run_and_what_takes_long_are_told(tmp_path: Path, workers: str) -> None:
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_some.py").write_text(TESTS)
-    words = [
-        "-n",
-        workers,
-        "-m",
-        "not wheel and not gpu",
-        "--cpu-limit",
-        "0.3",
-        "-p",
-        "no:cacheprovider",
-        str(tmp_path),
-    ]
+    words = ["-m not wheel and not gpu", "--cpu-limit=0.3", "-p no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-n", workers, *words, str(tmp_path)]
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    environment = {**clean, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words],
-        cwd=tmp_path,
-        env={**clean, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1, done.stdout + done.stderr
     told = [" ".join(line.split()).strip("= ") for line in done.stdout.splitlines()]

@@ -1,4 +1,4 @@
-"""Import rules that import-linter cannot say: one door a vendor, one name a module, links that are links.
+"""Import rules that import-linter cannot say: one adapter a vendor, one name a module, links that are links.
 
 The contracts between layers are in pyproject.toml and are checked by `make lint`.
 """
@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.source import LINKED, ROOT, imported, package_files, tree
 
-DOORS = {
+ADAPTERS = {
     "tensorrt": ("src/twotower/tensorrt_library.py",),
     "tensorrt_rtx": ("src/twotower/tensorrt_library.py",),
     "onnxruntime": ("src/twotower/onnx_runtime.py",),
@@ -50,14 +50,16 @@ def real_path(file: Path) -> str:
     return file.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("vendor", DOORS)
-def test_a_vendor_is_imported_behind_its_doors_only(vendor: str) -> None:
+@pytest.mark.parametrize("vendor", ADAPTERS)
+def test_a_vendor_is_imported_behind_its_adapters_only(vendor: str) -> None:
     users = {
         real_path(f)
         for f in package_files().values()
         if any(f"{name}.".startswith(f"{vendor}.") for name in imported(tree(f)))
     }
-    assert users <= set(DOORS[vendor]), f"{vendor} is imported outside its doors {DOORS[vendor]}"
+    assert users <= set(ADAPTERS[vendor]), (
+        f"{vendor} is imported outside its adapters {ADAPTERS[vendor]}"
+    )
 
 
 def test_the_walk_sees_all_folders() -> None:
@@ -103,16 +105,16 @@ def test_imports_are_absolute() -> None:
 def test_only_the_registries_and_the_command_line_name_vendor_files() -> None:
     """An engine's file is imported when it is chosen; a second importer would make its library a dependency of that one too."""
     engines = {
-        door
-        for some in DOORS.values()
-        for door in some
-        if door.startswith(("builders/", "runtime/"))
+        adapter
+        for some in ADAPTERS.values()
+        for adapter in some
+        if adapter.startswith(("builders/", "runtime/"))
     }
-    doors = {f"twotower.{door.removesuffix('.py').replace('/', '.')}" for door in engines}
+    adapters = {f"twotower.{adapter.removesuffix('.py').replace('/', '.')}" for adapter in engines}
     allowed = {
         "builders/__init__.py",
         "runtime/engines/__init__.py",
         "calibration/watched_engine.py",
     }
-    users = {real_path(f) for f in package_files().values() if doors & set(imported(tree(f)))}
+    users = {real_path(f) for f in package_files().values() if adapters & set(imported(tree(f)))}
     assert users <= allowed

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import run_python
 from tests.helpers.source import ROOT, imported_at_import, package_files
 from twotower.cli.main import VERBS
 
@@ -22,7 +21,6 @@ TRAINING = (
     "huggingface_hub",
 )
 VENDORS = ("onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "modelopt", "polygraphy")
-FIRST_TOKENS = "5 17 42 99"
 CHECKPOINT = str(ROOT / "tests" / "fixtures" / "hybrid-a")
 
 # An import of a blocked name fails as if the distribution were not installed.
@@ -37,12 +35,12 @@ sys.meta_path.insert(0, Blocked())
 
 
 def python_without(blocked: tuple[str, ...], code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", f"BLOCKED = {blocked!r}\n{BLOCKER}\n{code}"],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-        capture_output=True,
-        text=True,
-        check=False,
+    return run_python("-c", f"BLOCKED = {blocked!r}\n{BLOCKER}\n{code}")
+
+
+def twotower_without(blocked: tuple[str, ...], *words: str) -> subprocess.CompletedProcess[str]:
+    return python_without(
+        blocked, f"import sys; from twotower.cli.main import main; sys.exit(main({words!r}))"
     )
 
 
@@ -53,6 +51,7 @@ def hardware_free(package: str) -> list[str]:
     apart = {
         f"twotower.builders.{name}"
         for name in (
+            "trt.build_plan",
             "trt.child",
             "trt.make_engine",
             "trt.tensorrt_builder",
@@ -65,11 +64,11 @@ def hardware_free(package: str) -> list[str]:
         if f"{m}.".startswith(f"{package}.") and m not in apart
     }
     names = {m: set(imported_at_import(f)) for m, f in inside.items()}
-    doors = {"twotower.onnx_runtime"}  # a library by another name
+    adapters = {"twotower.onnx_runtime"}  # a library by another name
     return [
         m
         for m in inside
-        if not names[m] & doors and not {name.split(".")[0] for name in names[m]} & optional
+        if not names[m] & adapters and not {name.split(".")[0] for name in names[m]} & optional
     ]
 
 
@@ -104,75 +103,49 @@ for words in {[["--help"], *([verb, "--help"] for verb in VERBS)]!r}:
     assert [line.split()[:2] for line in shown[1:]] == [["twotower", verb] for verb in VERBS]
 
 
-def test_a_missing_library_is_an_error_that_names_its_extra(built_bundle: Path) -> None:
-    words = ["generate", str(built_bundle), "--tokens", FIRST_TOKENS, "--target", "ort-cpu"]
-    done = python_without(
-        (*TRAINING, "onnxruntime"),
-        f"import sys; from twotower.cli.main import main; sys.exit(main({words!r}))",
-    )
-    assert done.returncode == 2, done.stderr
-    assert "twotower[cpu]" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize(
-    ("words", "extra"),
+    ("command", "missing", "extra"),
     [
-        (["export", "somewhere", "-o", "out"], "export"),
-        (["calibrate", "somewhere", "--prompts", "p", "-o", "out"], "calibration"),
-        (["quantize", "somewhere", "--recipe", "mixed", "-o", "out"], "calibration"),
-        (["bench", "--export"], "export"),
+        ("generate BUNDLE --tokens 5 --target ort-cpu", "onnxruntime", "cpu"),
+        ("export somewhere -o out", "onnx_ir", "export"),
+        ("calibrate somewhere --prompts p -o out", "onnx_ir", "calibration"),
+        ("quantize somewhere --recipe mixed -o out", "onnx_ir", "calibration"),
+        ("bench --export", "onnx_ir", "export"),
     ],
 )
-def test_commands_of_the_training_side_name_their_extra(words: list[str], extra: str) -> None:
-    done = python_without(
-        TRAINING, f"import sys; from twotower.cli.main import main; sys.exit(main({words!r}))"
-    )
+def test_a_missing_library_is_an_error_that_names_its_extra(
+    built_bundle: Path, command: str, missing: str, extra: str
+) -> None:
+    words = command.replace("BUNDLE", str(built_bundle)).split()
+    done = twotower_without((*TRAINING, "onnxruntime"), *words)
     assert done.returncode == 2, done.stderr
     assert f"twotower[{extra}]" in done.stderr
-    assert "onnx_ir" in done.stderr
+    assert missing in done.stderr
     assert "Traceback" not in done.stderr
-
-
-AS_A_PROGRAM = (
-    "import runpy; runpy.run_module('twotower.evaluate.lm_eval_model', run_name='__main__')"
-)
-
-
-def test_the_model_of_lm_evaluation_harness_names_its_extra() -> None:
-    done = python_without(("lm_eval",), AS_A_PROGRAM)
-    assert done.returncode == 2, done.stderr
-    what, found, do = done.stderr.splitlines()
-    assert what.startswith("ConfigError: ")
-    assert found == "  found: not installed: lm_eval"
-    assert do == "  do: `pip install 'twotower[evaluate]'`"
 
 
 def test_importing_the_model_of_lm_evaluation_harness_is_an_error_to_catch() -> None:
-    code = "from twotower.errors import ConfigError\ntry: import twotower.evaluate.lm_eval_model\nexcept ConfigError as e: print(e.do)"
+    code = """from twotower.errors import ConfigError
+try: import twotower.evaluate.lm_eval_model
+except ConfigError as e: print(e.do)"""
     assert "twotower[evaluate]" in python_without(("lm_eval",), code).stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("command", "expected"),
     [
-        (["inspect", CHECKPOINT], "checkpoint  "),
-        (["inspect", "BUNDLE"], "bundle      "),
-        (["plan", f"{CHECKPOINT}/config.json"], "engines "),
-        (["plan", CHECKPOINT, "--target", "ort-cpu"], "engines "),
-        (["plan", "BUNDLE"], "engines "),
-        (
-            ["bench", "BUNDLE", "--prompt-tokens", "4", "--max-new-tokens", "16", "--runs", "1"],
-            "breaks even",
-        ),
+        ("inspect CHECKPOINT", "checkpoint  "),
+        ("inspect BUNDLE", "bundle      "),
+        ("plan CHECKPOINT/config.json", "engines "),
+        ("plan CHECKPOINT --target ort-cpu", "engines "),
+        ("plan BUNDLE", "engines "),
+        ("bench BUNDLE --prompt-tokens 4 --max-new-tokens 16 --runs 1", "breaks even"),
     ],
 )
 def test_what_only_reads_or_runs_needs_no_training_side(
-    built_bundle: Path, words: list[str], expected: str
+    built_bundle: Path, command: str, expected: str
 ) -> None:
-    words = [str(built_bundle) if w == "BUNDLE" else w for w in words]
-    done = python_without(
-        TRAINING, f"import sys; from twotower.cli.main import main; sys.exit(main({words!r}))"
-    )
+    words = command.replace("BUNDLE", str(built_bundle)).replace("CHECKPOINT", CHECKPOINT).split()
+    done = twotower_without(TRAINING, *words)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout

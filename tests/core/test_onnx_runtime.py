@@ -1,4 +1,4 @@
-"""What importing ONNX Runtime through our door leaves on the disk and sends: nothing, unless somebody wants it to."""
+"""What importing ONNX Runtime through our adapter writes and sends: nothing, unless asked to."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from threading import Event, Thread
 
 import pytest
 
+from tests.helpers.processes import run_python
 from tests.helpers.source import ROOT
 from twotower.onnx_runtime import SWITCH, session_options
 from twotower.processors import usable_cores
@@ -88,7 +89,7 @@ class Proxy:
                 connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
 
 
-def test_our_door_keeps_the_library_silent(tmp_path: Path) -> None:
+def test_the_adapter_keeps_the_library_silent(tmp_path: Path) -> None:
     """Beside a process that lets it speak, to know that this test would notice, and for how long to listen."""
     silent, loud = Proxy(), Proxy()
     with (
@@ -106,25 +107,12 @@ def test_our_door_keeps_the_library_silent(tmp_path: Path) -> None:
 
 
 def test_the_switch_is_the_library_s_own_variable(tmp_path: Path) -> None:
-    """Whoever imports the library before us decided by not setting it; we set it for the processes we start all the same."""
+    """Who imports the library first has decided; processes that we start get it all the same."""
     code = "import os, twotower.onnx_runtime; print(os.environ['ORT_DISABLE_TELEMETRY'])"
-    for given, want in (({}, "1"), ({SWITCH: "1"}, "1"), ({SWITCH: "0"}, "0")):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT / "src"),
-            "HOME": str(tmp_path),
-            "CI": "true",
-            **given,
-        }
-        if not given:
-            del environment[SWITCH]
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+    for given, want in (("", "1"), ("1", "1"), ("0", "0")):
+        before = code if given else f"import os; del os.environ['{SWITCH}']; {code}"
+        environment = {"HOME": str(tmp_path), "CI": "true", SWITCH: given or "unset"}
+        done = run_python("-c", before, check=True, **environment)
         assert done.stdout.split() == [want]
 
 
@@ -145,11 +133,7 @@ if {loaded}:
 import twotower.onnx_runtime
 print(len(calls))
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == [str(want)]
+    assert run_python("-c", code, check=True).stdout.split() == [str(want)]
 
 
 def test_options_are_those_every_session_starts_from(tmp_path: Path) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.source import ROOT
+from tests.helpers.processes import run_python
 from twotower.processors import usable_cores, usable_memory
 
 V2 = "30 20 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup rw,nsdelegate"
@@ -121,13 +119,7 @@ def started(**options):
     return len(set(os.listdir("/proc/self/task")) - before)
 print(started(), started(threads=3))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_python("-c", code, check=True)
     assert done.stdout.split() == ["0", "2"]
 
 

@@ -1,11 +1,29 @@
-"""The process that compiles an engine, watched from outside by what Linux tells of it."""
+"""Processes of this interpreter, and the one that compiles an engine, watched from outside."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
-__all__ = ["child_of", "is_gone"]
+from tests.helpers.source import ROOT
+
+__all__ = ["child_of", "is_gone", "run_python"]
+
+
+def run_python(
+    *words: str, check: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs this interpreter with the checkout's package, and with more environment variables."""
+    return subprocess.run(
+        [sys.executable, *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), **environment},
+        capture_output=True,
+        text=True,
+        check=check,
+    )
 
 
 def child_of(pid: int) -> int:
