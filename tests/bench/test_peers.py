@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.bundles import built_tiny
+from tests.helpers.commands import Commands
 from twotower.bench.peers import measure_peer, open_peer
 from twotower.builders import build_engines, builder_for
 from twotower.bundle import Bundle
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
-from twotower.cli.main import main
-from twotower.errors import BundleError, ConfigError
+from twotower.errors import BundleError
 from twotower.runtime import TwoTower
+
+SHORT = "--prompt-tokens 4 --max-new-tokens 16 --runs 1"
 
 
 @pytest.fixture(scope="module")
@@ -35,104 +36,52 @@ def test_transformers_says_what_we_say(built_bundle: Path, peer: object) -> None
 
 
 @pytest.mark.slow
-def test_the_command_adds_the_peer(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_adds_the_peer(built_bundle: Path, cli: Commands) -> None:
     pytest.importorskip("transformers")
-    words = [
-        "bench",
-        str(built_bundle),
-        "--prompt-tokens",
-        "4",
-        "--max-new-tokens",
-        "16",
-        "--runs",
-        "1",
-        "--peers",
-        "transformers",
-    ]
-    assert main([*words, "--json"]) == 0
-    (told,) = json.loads(capsys.readouterr().out)["peers"]
+    (told,) = cli.json("bench", built_bundle, SHORT, "--peers transformers")["peers"]
     assert told["name"] == "transformers"
     assert told["equal_tokens"] == 1.0
 
 
-def test_an_unknown_peer(built_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(
-            ["bench", str(built_bundle), "--runs", "1", "--max-new-tokens", "16", "--peers", "vllm"]
-        )
-        == 2
-    )
-    assert "allowed: transformers" in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def few(built_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same, quantized and built."""
+    bundle = Bundle.open(built_bundle)
+    plan = plan_quantization(bundle, builtin_recipes()["int8-weights"])
+    made = quantize_bundle(bundle, plan, tmp_path_factory.mktemp("few") / "few")
+    build_engines(made, "ort-cpu", builder_for("ort-cpu"))
+    return made
 
 
-def test_a_quantized_bundle_has_no_peer(tmp_path: Path) -> None:
+def test_what_has_no_peer(built_bundle: Path, few: Bundle, cli: Commands) -> None:
+    cli.refused("bench", built_bundle, SHORT, "--peers vllm", what="allowed: transformers")
     pytest.importorskip("transformers")
-    bundle = built_tiny(tmp_path / "float")
-    few = quantize_bundle(
-        bundle, plan_quantization(bundle, builtin_recipes()["int8-weights"]), tmp_path / "few"
-    )
     with pytest.raises(BundleError, match="cannot run bundle"):
         open_peer("transformers", few, threads=1)
-    with pytest.raises(ConfigError, match="no peer 'x'"):
-        open_peer("x", few, threads=1)
 
 
 @pytest.mark.slow
 def test_a_quantized_bundle_is_measured_beside_the_one_it_was_made_from(
-    built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    built_bundle: Path, few: Bundle, cli: Commands
 ) -> None:
-    """Both in one run; the peer, which has no few bits, runs the float one."""
+    """Both in one run; the peer, which runs no quantized weights, runs the float one."""
     pytest.importorskip("transformers")
-    bundle = Bundle.open(built_bundle)
-    few = quantize_bundle(
-        bundle, plan_quantization(bundle, builtin_recipes()["int8-weights"]), tmp_path / "few"
-    )
-    build_engines(few, "ort-cpu", builder_for("ort-cpu"))
-    words = [
-        "bench",
-        str(few.path),
-        "--beside",
-        str(built_bundle),
-        "--prompt-tokens",
-        "4",
-        "--max-new-tokens",
-        "32",
-        "--runs",
-        "1",
-    ]
-    assert main([*words, "--peers", "transformers", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    words = f"bench {few.path} --beside {built_bundle} {SHORT.replace('16', '32')}"
+    told = cli.json(words, "--peers transformers")
     beside = told["beside"]
     assert beside["bundle"] == str(built_bundle)
+    ar, diffusion = told["ar"], told["diffusion"]
     assert beside["ar_to_ar"] == pytest.approx(
-        told["ar"]["tokens_per_second"] / beside["ar"]["tokens_per_second"]
+        ar["tokens_per_second"] / beside["ar"]["tokens_per_second"]
     )
-    assert beside["pass_to_pass"] == pytest.approx(
-        beside["diffusion"]["pass_ms"] / told["diffusion"]["pass_ms"]
-    )
-    assert beside["extend_to_extend"] == pytest.approx(
-        beside["diffusion"]["extend_ms"] / told["diffusion"]["extend_ms"]
-    )
+    for name in ("pass", "extend"):
+        ratio = beside["diffusion"][f"{name}_ms"] / diffusion[f"{name}_ms"]
+        assert beside[f"{name}_to_{name}"] == pytest.approx(ratio)
     assert told["peers"][0]["name"] == "transformers"
-    assert main(words) == 0
-    assert "this bundle is faster by: autoregression" in capsys.readouterr().out
+    assert "this bundle is faster by: autoregression" in cli(words).out
 
 
-def test_bundles_of_two_models(
-    built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bundles_of_two_models(built_bundle: Path, tmp_path: Path, cli: Commands) -> None:
     other = built_tiny(tmp_path / "tiny")
-    words = [
-        "bench",
-        str(built_bundle),
-        "--beside",
-        str(other.path),
-        "--prompt-tokens",
-        "4",
-        "--max-new-tokens",
-        "16",
-        "--runs",
-        "1",
-    ]
-    assert main(words) == 2
-    assert "tokens in its vocabulary" in capsys.readouterr().err
+    words = f"bench {built_bundle} --beside {other.path} {SHORT}"
+    cli.refused(words, what="bundles of two models")

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from tests.helpers.commands import Commands
 from tests.helpers.trt.install import bundle_with_engines
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder
-from twotower.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -38,34 +38,21 @@ def note_kernels(bundle: Bundle, kernels: int) -> None:
 
 
 def test_launches_of_a_pass_are_those_of_programs_and_of_experts(
-    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+    bundle: Bundle, cli: Commands
 ) -> None:
-    """Three layers of experts, of four kernels each for a block of one row and five for a long chunk of four rows."""
-    assert main(["inspect", str(bundle.path)]) == 0
-    text = capsys.readouterr().out
-    assert (
-        "denoiser denoise: 4 programs (not read) and 3 layers of experts between them (12 kernels)\n"
-        in text
-    )
+    """Of each of three layers of experts four kernels, and five for a long chunk of four rows."""
+    layers = "4 programs ({}) and 3 layers of experts between them ({})"
+    text = cli("inspect", bundle.path).out
+    assert f"denoiser denoise: {layers.format('not read', '12 kernels')}\n" in text
     note_kernels(bundle, 10)
-    assert main(["inspect", str(bundle.path)]) == 0
-    text = capsys.readouterr().out
-    assert (
-        "denoiser denoise: 4 programs (40 kernels) and 3 layers of experts between them (12 kernels); 52 launches a pass"
-        in text
-    )
-    assert (
-        "context prefill: 4 programs (40 kernels) and 3 layers of experts between them (12 to 15 kernels); 52 to 55 launches"
-        in text
-    )
+    text = cli("inspect", bundle.path).out
+    block = layers.format("40 kernels", "12 kernels")
+    assert f"denoiser denoise: {block}; 52 launches a pass" in text
+    chunk = layers.format("40 kernels", "12 to 15 kernels")
+    assert f"context prefill: {chunk}; 52 to 55 launches" in text
     assert "for SM 89, up to 4096 tokens, by Triton 3.9.0" in text
-    assert main(["inspect", str(bundle.path), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)["builds"]["rtx"]["launches"]
-    assert told["denoiser"]["denoise"] == {
-        "programs": 4,
-        "layers": 3,
-        "kernels": 40,
-        "experts": [12, 12],
-    }
+    told = cli.json("inspect", bundle.path)["builds"]["rtx"]["launches"]
+    figures = {"programs": 4, "layers": 3, "kernels": 40, "experts": [12, 12]}
+    assert told["denoiser"]["denoise"] == figures
     assert told["context"]["prefill"]["experts"] == [12, 15]
     assert set(told) == {"context", "denoiser"}

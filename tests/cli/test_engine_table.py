@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.bundles import copy_of, export_fixture
-from tests.helpers.errors import check_error
+from tests.helpers.commands import Commands
 from tests.helpers.rtx_program_text import Described, Launch, plan_of, program
 from tests.helpers.trt.install import L4, install_fake, machine_with, see_gpu
 from twotower.builders.trt.rtx_program.analysis import summarize_programs
@@ -27,7 +27,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     bundle = export_fixture("hybrid-a", folder / "bundle", "float16")
     with pytest.MonkeyPatch.context() as monkeypatch:
         pretend(folder, monkeypatch)
-        assert main(["build", str(bundle.path), *options()]) == 0
+        assert main(["build", str(bundle.path), *OPTIONS.split()]) == 0
     return bundle
 
 
@@ -43,8 +43,7 @@ def pretend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     see_gpu(monkeypatch, L4)
 
 
-def options() -> list[str]:
-    return ["--target", "trt", "--max-context", "256", "--segments", "3"]
+OPTIONS = "--target trt --max-context 256 --segments 3"
 
 
 def edit(bundle: Bundle, **changes: Any) -> None:
@@ -52,24 +51,18 @@ def edit(bundle: Bundle, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def shown(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any]]:
-    capsys.readouterr()
-    assert main(["inspect", str(bundle.path)]) == 0
-    text = capsys.readouterr().out
-    assert main(["inspect", str(bundle.path), "--json"]) == 0
-    return text, json.loads(capsys.readouterr().out)
+def shown(bundle: Bundle, cli: Commands) -> tuple[str, dict[str, Any]]:
+    return cli("inspect", bundle.path).out, cli.json("inspect", bundle.path)
 
 
 @pytest.mark.slow
-def test_inspect_shows_what_was_built_and_json_has_all_of_it(
-    bundle: Bundle, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_shows_what_was_built_and_json_has_all_of_it(bundle: Bundle, cli: Commands) -> None:
     record = json.loads((engine_folder(bundle, "trt") / BUILD_FILE).read_text())
     record["report"]["engines"]["context_head.engine"]["log"] = [
         {"severity": "WARNING", "message": "odd", "count": 1, "explained": None}
     ]
     edit(bundle, report=record["report"])
-    text, facts = shown(bundle, capsys)
+    text, facts = shown(bundle, cli)
     assert len(record["engines"]["denoiser"]) > 1
     for word in (
         "trt: tensorrt 11.4.0.106",
@@ -81,20 +74,13 @@ def test_inspect_shows_what_was_built_and_json_has_all_of_it(
         "weights read as inputs",
     ):
         assert word in text
-    rows = {
-        line.split()[0]: line
-        for line in text.splitlines()
-        if line.strip() and line.split()[0].endswith(".engine")
-    }
+    rows = {line.split()[0]: line for line in text.splitlines() if ".engine " in line}
     for part in record["engines"]["denoiser"]:
         first, end = part["layers"]
         assert f" {first}-{end - 1} " in rows[part["file"]]
-    assert {
-        k: v
-        for k, v in facts["builds"]["trt"].items()
-        if k not in ("state", "copied_bytes", "launches")
-    } == record
-    assert facts["builds"]["trt"]["state"] == facts["engines"]["trt"]
+    told = facts["builds"]["trt"]
+    assert told["state"] == facts["engines"]["trt"]
+    assert {k: told[k] for k in told if k not in ("state", "copied_bytes", "launches")} == record
 
 
 @pytest.mark.parametrize(
@@ -115,7 +101,7 @@ def test_inspect_shows_what_was_built_and_json_has_all_of_it(
 )
 def test_inspect_says_whether_engines_fit_here(
     bundle: Bundle,
-    capsys: pytest.CaptureFixture[str],
+    cli: Commands,
     monkeypatch: pytest.MonkeyPatch,
     change: dict[str, Any],
     says: str,
@@ -124,26 +110,23 @@ def test_inspect_says_whether_engines_fit_here(
     object.__setattr__(machine, "libraries", {"tensorrt": "11.4.0.106"})
     monkeypatch.setattr(inspect, "probe_machine", lambda: machine)
     edit(bundle, **change)
-    text, facts = shown(bundle, capsys)
+    text, facts = shown(bundle, cli)
     assert says in facts["engines"]["trt"]
     assert says in text
 
 
-def test_a_half_built_folder_is_no_target(
-    bundle: Bundle, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_half_built_folder_is_no_target(bundle: Bundle, cli: Commands) -> None:
     shutil.copytree(engine_folder(bundle, "trt"), bundle.path / "engines" / ".rtx.old.1")
-    _, facts = shown(bundle, capsys)
+    _, facts = shown(bundle, cli)
     assert facts["engines"]["rtx"] == "not built"
     assert facts["builds"].keys() == {"trt"}
 
 
-def test_a_dry_run_tells_what_is_cached(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    capsys.readouterr()
+def test_a_dry_run_tells_what_is_cached(bundle: Bundle, cli: Commands) -> None:
     lines = []
-    for more in ([], ["--no-cache"], ["--force"], ["--max-batch", "2"]):
-        assert main(["build", str(bundle.path), *options(), "--dry-run", *more]) == 0
-        lines.append([line for line in capsys.readouterr().out.splitlines() if ".engine" in line])
+    for more in ("", "--no-cache", "--force", "--max-batch 2"):
+        out = cli("build", bundle.path, OPTIONS, "--dry-run", more).out
+        lines.append([line for line in out.splitlines() if ".engine" in line])
     assert all("in the cache" in line for line in lines[0])
     assert not any("in the cache" in line for more in lines[1:] for line in more)
     assert all("of memory to build" in line for line in lines[1])
@@ -174,9 +157,7 @@ def rows_of(text: str) -> list[list[str]]:
     ]
 
 
-def test_inspect_shows_what_the_engines_run(
-    bundle: Bundle, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_shows_what_the_engines_run(bundle: Bundle, cli: Commands) -> None:
     record = json.loads((engine_folder(bundle, "trt") / BUILD_FILE).read_text())
     engines = record["report"]["engines"]
     engines["denoiser.0.engine"]["inspector"] = summarize_programs(
@@ -186,64 +167,35 @@ def test_inspect_shows_what_the_engines_run(
         read_programs(plan_of(program(capturable=0).text()))
     )
     edit(bundle, report=record["report"])
-    text, facts = shown(bundle, capsys)
+    text, facts = shown(bundle, cli)
     head, *rows = rows_of(text)
     names = {
         engine["file"]: engine["profiles"][0]["name"]
         for parts in record["engines"].values()
         for engine in parts
     }
-    assert [cell.strip() for cell in head] == [
-        "engine",
-        "profile",
-        "kernels",
-        "streams",
-        "events",
-        "scratch",
-        "capturable",
-        "expanded",
-    ]
+    assert " ".join(cell.strip() for cell in head) == (
+        "engine profile kernels streams events scratch capturable expanded"
+    )
     assert {row[0]: row[1:] for row in ([c.strip() for c in row] for row in rows)} == {
-        "context_head.engine": [
-            names["context_head.engine"],
-            "2",
-            "1",
-            "1",
-            "5 KiB",
-            "no",
-            "none",
-        ],
-        "denoiser.0.engine": [
-            names["denoiser.0.engine"],
-            "2",
-            "1",
-            "1",
-            "5 KiB",
-            "yes",
-            "1 weights, 32 KiB a pass",
-        ],
+        file: [names[file], "2", "1", "1", "5 KiB", *expected]
+        for file, expected in (
+            ("context_head.engine", ["no", "none"]),
+            ("denoiser.0.engine", ["yes", "1 weights, 32 KiB a pass"]),
+        )
     }
     assert "kernels moe 2" in text
     assert "expanded in memory layers.2.moe experts as bf16 (32 KiB)" in text
-    assert (
-        facts["builds"]["trt"]["report"]["engines"]["denoiser.0.engine"]["inspector"]["programs"][
-            0
-        ]["kernels"]
-        == 2
-    )
+    told = facts["builds"]["trt"]["report"]["engines"]["denoiser.0.engine"]["inspector"]
+    assert told["programs"][0]["kernels"] == 2
 
 
-def test_inspect_of_an_engine_lists_what_was_fused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_of_an_engine_lists_what_was_fused(tmp_path: Path, cli: Commands) -> None:
     engine = tmp_path / "denoiser.engine"
     engine.write_bytes(plan_of(EXPANDED.text()))
-    assert main(["inspect", str(engine)]) == 0
-    text = capsys.readouterr().out
+    text, facts = cli("inspect", engine).out, cli.json("inspect", engine)
     assert "__myl_CastMulCast " in text
     assert "DequantizeLinear" in text
-    assert main(["inspect", str(engine), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
     assert [kernel["nodes"] for kernel in facts["kernels"][0]] == [
         ["layers.2.moe/DequantizeLinear"],
         ["layers.2.moe/MatMul"],
@@ -253,36 +205,29 @@ def test_inspect_of_an_engine_lists_what_was_fused(
 
 @pytest.mark.parametrize("contents", [b"", b"ptrt" + bytes(100), plan_of(program(layout=7).text())])
 def test_an_engine_that_cannot_be_read_says_why(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], contents: bytes
+    tmp_path: Path, cli: Commands, contents: bytes
 ) -> None:
     engine = tmp_path / "denoiser.engine"
     engine.write_bytes(contents)
-    assert main(["inspect", str(engine)]) == 2
-    out, err = capsys.readouterr()
-    check_error(err, "Error")
-    assert not out
-    assert main(["inspect", str(tmp_path / "none.engine")]) == 2
+    cli.refused("inspect", engine, what="Error")
+    cli.refused("inspect", tmp_path / "none.engine", what="none.engine")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("places", ["inputs", "inside"])
-def test_weights_that_lie_twice_are_counted(
-    bundle: Bundle, places: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["build", str(bundle.path), *options(), "--weights", places, "--force"]) == 0
-    text, facts = shown(bundle, capsys)
+def test_weights_that_lie_twice_are_counted(bundle: Bundle, places: str, cli: Commands) -> None:
+    cli("build", bundle.path, OPTIONS, f"--weights {places} --force")
+    text, facts = shown(bundle, cli)
     weights = sum(ref.nbytes for graph in GRAPH_FILES for ref in bundle.weights(graph).values())
     assert facts["builds"]["trt"]["copied_bytes"] == (weights if places == "inside" else 0)
     assert ("weights that the bundle holds too" in text) == (places == "inside")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_weights_widened_for_a_cpu_are_counted(
-    tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_widened_for_a_cpu_are_counted(tmp_path: Path, dtype: str, cli: Commands) -> None:
     bundle = export_fixture("hybrid-b", tmp_path / "bundle", dtype)
-    assert main(["build", str(bundle.path), "--target", "ort-cpu"]) == 0
-    text, facts = shown(bundle, capsys)
+    cli("build", bundle.path, "--target ort-cpu")
+    text, facts = shown(bundle, cli)
     widened = sum(file.stat().st_size for file in engine_folder(bundle, "ort-cpu").glob("*.data"))
     assert facts["builds"]["ort-cpu"]["copied_bytes"] == widened
     assert (widened > 0) == (dtype == "float16") == ("weights that the bundle holds too" in text)

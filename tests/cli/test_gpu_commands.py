@@ -1,4 +1,4 @@
-"""The commands on a machine with two GPUs, which are fakes: generate, inspect, and the report of the doctor."""
+"""Commands on a machine with two fake GPUs: generate, and the report of the doctor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.commands import Commands
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.trt.execution import FakeTensorRT
 from tests.helpers.trt.install import GPUS, bundle_with_engines
@@ -62,36 +63,20 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[engines.OpenOptions]:
 
 
 def test_generate_takes_the_gpu_of_its_own_accord(
-    bundle: Any, opened: list[Any], capsys: pytest.CaptureFixture[str]
+    bundle: Any, opened: list[Any], cli: Commands
 ) -> None:
-    words = [
-        "generate",
-        str(bundle.path),
-        "--tokens",
-        "5 6 7",
-        "--max-new-tokens",
-        "20",
-        "--ignore-eos",
-        "--json",
-    ]
-    texts = []
-    ways = (["--devices", "0,1"], ["--no-cuda-graphs"], ["--target", "ort-cpu", "--warm-up", "1,2"])
-    for more in ([], *ways):
-        assert main([*words, *more]) == 0
-        texts.append(json.loads(capsys.readouterr().out)["tokens"])
+    words = f"generate {bundle.path} --tokens '5 6 7' --max-new-tokens 20 --ignore-eos"
+    ways = ("", "--devices 0,1", "--no-cuda-graphs", "--target ort-cpu --warm-up 1,2")
+    texts = [cli.json(words, more)["tokens"] for more in ways]
     assert texts == [texts[0]] * 4
     assert [(o.devices, o.graphs) for o in opened] == [((), True), ((0, 1), True), ((), False)]
 
 
 @pytest.mark.parametrize(
-    "words",
-    [["--devices", "x"], ["--devices", "0,7"], ["--warm-up", "all"], ["--warm-up", "1,9"]],
+    "words", ["--devices x", "--devices 0,7", "--warm-up all", "--warm-up 1,9"]
 )
-def test_lists_that_are_none(
-    bundle: Any, opened: list[Any], capsys: pytest.CaptureFixture[str], words: list[str]
-) -> None:
-    assert main(["generate", str(bundle.path), "--tokens", "5", *words]) == 2
-    assert "\n  do: " in capsys.readouterr().err
+def test_lists_that_are_none(bundle: Any, opened: list[Any], cli: Commands, words: str) -> None:
+    cli.refused("generate", bundle.path, "--tokens 5", words, what="")
 
 
 @pytest.fixture
@@ -115,22 +100,15 @@ def sections_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("twotower.doctor.sections.faulthandler", nothing)
     monkeypatch.setattr(report, "ask_section", ask)
     monkeypatch.setattr(report, "open_cuda", lambda: Cuda(FakeCuda(devices=2, sm=GPUS[0].sm)))
-    monkeypatch.setattr(
-        report, "copy_rates", lambda cuda: {}
-    )  # of a GiB, which takes the fake seconds
+    # Of a GiB, which takes the fake seconds.
+    monkeypatch.setattr(report, "copy_rates", lambda cuda: {})
 
 
 @pytest.mark.slow
 def test_the_report_of_a_device(
-    bundle: Any,
-    opened: list[Any],
-    sections_here: None,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    bundle: Any, opened: list[Any], sections_here: None, tmp_path: Path, cli: Commands
 ) -> None:
-    assert main(["doctor", str(bundle.path), "--report", str(tmp_path)]) == 0, (
-        capsys.readouterr().out
-    )
+    cli("doctor", bundle.path, "--report", tmp_path)
     rtx = json.loads((tmp_path / "results.json").read_text())["sections"]["target-rtx"]["answers"]
     assert {check["name"]: check["ok"] for check in rtx["checks"]}.items() >= {
         "reference answer": True,
@@ -142,10 +120,9 @@ def test_the_report_of_a_device(
 
 
 def test_a_reference_answer_too_long_for_the_engines_is_a_note(
-    tmp_path: Path, opened: list[Any], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, opened: list[Any], cli: Commands
 ) -> None:
     made = bundle_with_engines("hybrid-b", tmp_path / "bundle", max_context=256)
     build_engines(made, "ort-cpu", builder_for("ort-cpu"))
-    assert main(["doctor", str(made.path)]) == 0
-    out = capsys.readouterr().out
+    out = cli("doctor", made.path).out
     assert "note    reference answer: these engines hold texts of 256 tokens" in out
