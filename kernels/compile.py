@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from twotower.kernels.shape import MOST_TOKENS, ExpertShape
 from twotower.kernels.signatures import KernelSpec, kernel_specs
 from twotower.kernels.tilings import tier_for
 
-__all__ = ["FP_FUSION", "compile_kernel", "compile_kernels"]
+__all__ = ["FP_FUSION", "compile_kernel", "compile_kernels", "device_functions"]
 
 FP_FUSION = True
 """Whether a product and a sum may become one instruction: Triton 3.9's default, not 3.10's."""
@@ -147,14 +147,26 @@ def compile_kernel(spec: KernelSpec, sm: int, folder: Path) -> Cubin:
     )
 
 
+def device_functions() -> Mapping[str, Any]:
+    """The functions Triton compiles, by the names that specifications use."""
+    from twotower.kernels.device import pairs, product
+
+    return {
+        "pairs_few": pairs.pairs_few,
+        "pairs_slots": pairs.pairs_slots,
+        "pairs_order": pairs.pairs_order,
+        "up": product.up,
+        "down": product.down,
+        "combine": product.combine,
+    }
+
+
 def _compile(spec: KernelSpec, sm: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from twotower.kernels.device.functions import FUNCTIONS
-
-    function = FUNCTIONS[spec.function]
+    function = device_functions()[spec.function]
     kinds = [kind for _, kind in spec.arguments]
     kinds += ["constexpr"] * (len(function.arg_names) - len(kinds))
     types = dict(zip(function.arg_names, kinds, strict=True))

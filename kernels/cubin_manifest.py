@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from twotower.errors import BundleError, EngineMismatchError
 from twotower.kernels.shape import ExpertShape
+from twotower.records import decode, encode, stored
 
 __all__ = ["MANIFEST", "Cubin", "Manifest", "build_command", "read_manifest"]
 
 MANIFEST = "manifest.json"
 """Its name in the folder of the kernels."""
-
-_SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +55,9 @@ class Cubin:
     grid: str = ""
     constants: Mapping[str, int] = field(default_factory=dict)
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Cubin:
-        """The same from plain data.
-
-        Raises:
-            TypeError, KeyError, ValueError: it is not such data.
-        """
-        file = str(data["file"])
-        if Path(file).name != file:
-            raise ValueError(f"{file!r} is not the name of a file beside it")
-        arguments = tuple((str(name), str(kind)) for name, kind in data["arguments"])
-        instructions = tuple(map(str, data["matrix_instructions"]))
-        constants = {str(name): int(value) for name, value in data["constants"].items()}
-        return cls(
-            **{
-                **data,
-                "arguments": arguments,
-                "matrix_instructions": instructions,
-                "constants": constants,
-            }
-        )
+    def __post_init__(self) -> None:
+        if Path(self.file).name != self.file:
+            raise ValueError(f"{self.file!r} is not the name of a file beside it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +71,16 @@ class Manifest:
         fp_fusion: Whether it could contract products and sums, as TRITON_DEFAULT_FP_FUSION says.
         max_tokens: The most tokens of a launch.
         cubins: The files.
+        schema: Version of the list's form.
     """
 
     folder: Path
     shape: ExpertShape
     triton: str
-    fp_fusion: bool
+    fp_fusion: bool = field(metadata=stored("TRITON_DEFAULT_FP_FUSION"))
     max_tokens: int
     cubins: tuple[Cubin, ...]
+    schema: Literal[1] = field(default=1, metadata=stored(required=True))
 
     @property
     def sms(self) -> tuple[int, ...]:
@@ -144,16 +127,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {
-            "schema": _SCHEMA,
-            "shape": self.shape.to_json(),
-            "triton": self.triton,
-            "TRITON_DEFAULT_FP_FUSION": self.fp_fusion,
-            "max_tokens": self.max_tokens,
-            "cubins": [
-                asdict(cubin) | {"constants": dict(cubin.constants)} for cubin in self.cubins
-            ],
-        }
+        return {"schema": self.schema, **encode(self, leave_out=("folder",))}
 
 
 def build_command(folder: Path, sms: Iterable[int] = ()) -> str:
@@ -165,10 +139,12 @@ def build_command(folder: Path, sms: Iterable[int] = ()) -> str:
             GPU at hand and takes none.
     """
     *above, engines, target, _ = ("", "", "", *folder.parts)
-    known = engines == "engines"
-    name, target = (str(Path(*above)), target) if known else ("BUNDLE", "rtx")
-    listed = ",".join(map(str, sorted(sms)))
-    chosen = f" --sm {listed}" if listed and target != "trt" else ""
+    name = str(Path(*above))
+    if engines != "engines":
+        name, target = "BUNDLE", "rtx"
+    listed, chosen = ",".join(map(str, sorted(sms))), ""
+    if listed and target != "trt":
+        chosen = f" --sm {listed}"
     return f"`twotower build {name} --target {target}{chosen} --experts kernels --force`"
 
 
@@ -180,27 +156,10 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path, again = folder / MANIFEST, f"{build_command(folder)} compiles the kernels again"
     try:
-        return _from_json(folder, json.loads(path.read_text(encoding="utf-8")))
+        return decode(Manifest, json.loads(path.read_text(encoding="utf-8")), folder=folder)
     except OSError as e:
-        raise BundleError(
-            "the list of the expert kernels cannot be read",
-            found=f"{path}: {e.strerror}",
-            do=again,
-        ) from e
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise BundleError(
-            "the list of the expert kernels is damaged", found=f"{path}: {e!r}", do=again
-        ) from e
-
-
-def _from_json(folder: Path, data: Mapping[str, Any]) -> Manifest:
-    if data["schema"] != _SCHEMA:
-        raise ValueError(f"schema {data['schema']}, this version reads {_SCHEMA}")
-    return Manifest(
-        folder,
-        ExpertShape.from_json(data["shape"]),
-        str(data["triton"]),
-        bool(data["TRITON_DEFAULT_FP_FUSION"]),
-        int(data["max_tokens"]),
-        tuple(Cubin.from_json(entry) for entry in data["cubins"]),
-    )
+        what, found = "the list of the expert kernels cannot be read", f"{path}: {e.strerror}"
+        raise BundleError(what, found=found, do=again) from e
+    except ValueError as e:
+        what, found = "the list of the expert kernels is damaged", f"{path}: {e}"
+        raise BundleError(what, found=found, do=again) from e

@@ -6,7 +6,6 @@ that a captured graph of these launches serves every routing, and nothing waits 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from twotower.dtypes import DTYPES
@@ -81,19 +80,19 @@ def launches(shape: ExpertShape, tokens: int, sm: int, table: Manifest) -> tuple
             found=f"{tokens} tokens; at most {table.max_tokens}",
             do=f"{build_command(table.folder, table.sms)} with a larger --max-batch, or fewer rows",
         )
-    places = _places(shape, tokens)
-    numbers = {
+    known: dict[str, str | int] = {
         "N": tokens,
         "BLOCKS": most_blocks(shape, tokens, tier.rows),
         "PROGRAMS": -(-tokens // slot_tokens(shape)),
     }
+    for name, place in _places(shape, tokens).items():
+        known[name] = f"{SCRATCH}{place}"
+    known |= {name: name for name in ("x", "shares", "out", *weight_names(shape))}
     specs = {spec.name: spec for spec in kernel_specs(shape, sm)}
     out = []
     for name, grid in _grids(shape, tokens, tier, sm).items():
         cubin = table.cubin(name, sm)
-        params = tuple(
-            _parameter(shape, argument, places, numbers) for argument, _ in specs[name].arguments
-        )
+        params = tuple(known.get(argument, 0) for argument, _ in specs[name].arguments)
         out.append(Launch(name, grid, cubin.threads, cubin.shared, params))
     return tuple(out)
 
@@ -138,16 +137,6 @@ def _places(shape: ExpertShape, tokens: int) -> dict[str, int]:
         out[name] = end
         end += -(-size // _ALIGNED) * _ALIGNED
     return {**out, "end": end}
-
-
-def _parameter(
-    shape: ExpertShape, name: str, places: Mapping[str, int], numbers: Mapping[str, int]
-) -> str | int:
-    if name in numbers:
-        return numbers[name]
-    if name in places:
-        return f"{SCRATCH}{places[name]}"
-    return name if name in ("x", "shares", "out") or name in weight_names(shape) else 0
 
 
 def weight_names(shape: ExpertShape) -> tuple[str, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from twotower.bundle import ExpertsStep
 from twotower.config.formats import FORMATS, GROUPS, WeightFormat
 from twotower.errors import BuildError
+from twotower.records import decode, encode
 
 __all__ = ["MATRICES", "MOST_TOKENS", "ExpertFormats", "ExpertShape", "shape_of"]
 
@@ -92,12 +93,8 @@ class ExpertShape:
         if how.group and how.group not in _GROUPS:
             nearest = min(_GROUPS, key=lambda group: abs(group - how.group))
             again = min(GROUPS, key=lambda group: abs(group - nearest))
-            raise _refused(
-                f"the group of {matrix}",
-                how.label,
-                f"the nearest is {nearest}",
-                do=f"quantize with --group {again}",
-            )
+            do = f"quantize with --group {again}"
+            raise _refused(f"the group of {matrix}", how.label, f"the nearest is {nearest}", do=do)
         if how.scale_dtype not in (None, "float8e4m3fn", "float8e8m0"):
             raise _refused(
                 f"the scales of {matrix}",
@@ -108,15 +105,12 @@ class ExpertShape:
         columns = self.columns(matrix)
         if how.group and columns % how.group:
             fitting = [group for group in _GROUPS if columns % group == 0]
-            nearest_text = (
-                f"groups of {fitting[-1]}" if fitting else "int8 or fp8 with a scale for each row"
-            )
-            raise _refused(
-                f"the group of {matrix}",
-                f"{how.label} in rows of {columns}",
-                f"the nearest is {nearest_text}",
-                do=f"quantize with --group {fitting[-1]}" if fitting else _OTHER_RECIPE,
-            )
+            nearest_text, do = "int8 or fp8 with a scale for each row", _OTHER_RECIPE
+            if fitting:
+                nearest_text = f"groups of {fitting[-1]}"
+                do = f"quantize with --group {fitting[-1]}"
+            found = f"{how.label} in rows of {columns}"
+            raise _refused(f"the group of {matrix}", found, f"the nearest is {nearest_text}", do=do)
         if how.bits == 4 and not how.group:
             raise _refused(
                 f"the format of {matrix}",
@@ -166,33 +160,19 @@ class ExpertShape:
         """Rows of results a token takes: one for each expert it chose, and for each shared one."""
         return self.top + self.shared
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Any:
         """Plain data."""
-        out: dict[str, Any] = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name != "weights"
-        }
-        out["weights"] = {m: _format_to_json(self.weights.of(m)) for m in MATRICES}
-        return out
+        return encode(self)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> ExpertShape:
+    def from_json(cls, data: object) -> ExpertShape:
         """The same from plain data.
 
         Raises:
-            TypeError, KeyError, ValueError: it is not such data.
+            RecordError: it is not such data.
+            BuildError: the kernels do not tile it.
         """
-        weights = ExpertFormats(**{m: _format_from_json(data["weights"][m]) for m in MATRICES})
-        return cls(**{**data, "weights": weights})
-
-
-def _format_to_json(how: WeightFormat | None) -> dict[str, Any] | None:
-    if how is None:
-        return None
-    return asdict(how)
-
-
-def _format_from_json(data: dict[str, Any] | None) -> WeightFormat | None:
-    return None if data is None else WeightFormat(**data)
+        return decode(cls, data)
 
 
 def _refused(what: str, found: object, allowed: str, *, do: str = "") -> BuildError:

@@ -100,8 +100,20 @@ def kernel_specs(shape: ExpertShape, sm: int) -> tuple[KernelSpec, ...]:
     specs: list[KernelSpec] = []
     for tier in TIERS:
         cut = tiling(shape, tier, sm)
-        specs += [*_pairs(shape, tier), _up(shape, tier, cut), _down(shape, tier, cut)]
-    return (*specs, _combine(shape))
+        specs += _pairs(shape, tier)
+        specs += [_product(shape, which, tier, cut) for which in ("up", "down")]
+    own = _TYPES[shape.dtype]
+    sizes = {"D": shape.hidden, "TOP": shape.top, "SHARED": shape.shared, "BD": COMBINE_COLUMNS}
+    combine = KernelSpec(
+        name="combine",
+        function="combine",
+        arguments=(("y", own), ("share_of", "*fp32"), ("out", own), ("N", "i32")),
+        constants=sizes,
+        warps=4,
+        tokens=TIERS[-1].tokens,
+        grid=f"tokens, hidden / {COMBINE_COLUMNS}",
+    )
+    return (*specs, combine)
 
 
 def finds_pairs_at_once(shape: ExpertShape, tier: Tier) -> bool:
@@ -199,74 +211,31 @@ def _codes(how: WeightFormat | None, prefix: str = "") -> dict[str, int]:
     }
 
 
-def _product_constants(shape: ExpertShape, which: str, cut: Tiling) -> dict[str, int]:
-    sizes = {"D": shape.hidden, "F": shape.width, "SF": shape.shared_width, "TOP": shape.top}
-    formats = {
-        **_codes(shape.weights.of(which)),
-        **_codes(shape.weights.of(f"shared_{which}"), "S_"),
-    }
-    return {**sizes, **formats, "BM": cut.rows, "BN": cut.columns, "BK": cut.depth}
-
-
-def _up(shape: ExpertShape, tier: Tier, cut: Tiling) -> KernelSpec:
+def _product(shape: ExpertShape, which: str, tier: Tier, cut: Tiling) -> KernelSpec:
+    """The kernel of the products `up` or `down`."""
     own = _TYPES[shape.dtype]
-    lists = (("order", "*i32"), ("blocks", "*i32"))
+    order, blocks = ("order", "*i32"), ("blocks", "*i32")
+    constants = {"D": shape.hidden, "F": shape.width, "SF": shape.shared_width, "TOP": shape.top}
+    constants |= _codes(shape.weights.of(which))
+    constants |= _codes(shape.weights.of(f"shared_{which}"), "S_")
+    constants |= {"BM": cut.rows, "BN": cut.columns, "BK": cut.depth}
+    if which == "up":
+        read, written, width = "x", "h", "width"
+        lists: tuple[tuple[str, str], ...] = (order, blocks)
+    else:
+        read, written, width = "h", "y", "hidden"
+        lists = (order, ("share_of", "*fp32"), blocks)
+        constants["SHARED"] = shape.shared
+    weights, ends = _weights(shape, which), (("N", "i32"), ("BLOCKS", "i32"))
     return KernelSpec(
-        name=f"up-{tier.name}",
-        function="up",
-        arguments=(
-            ("x", own),
-            *_weights(shape, "up"),
-            *lists,
-            ("h", own),
-            ("N", "i32"),
-            ("BLOCKS", "i32"),
-        ),
-        constants=_product_constants(shape, "up", cut),
+        name=f"{which}-{tier.name}",
+        function=which,
+        arguments=((read, own), *weights, *lists, (written, own), *ends),
+        constants=constants,
         warps=cut.warps,
         stages=cut.stages,
         tokens=tier.tokens,
-        grid=f"width / {cut.columns}, blocks",
-    )
-
-
-def _down(shape: ExpertShape, tier: Tier, cut: Tiling) -> KernelSpec:
-    own = _TYPES[shape.dtype]
-    lists = (("order", "*i32"), ("share_of", "*fp32"), ("blocks", "*i32"))
-    return KernelSpec(
-        name=f"down-{tier.name}",
-        function="down",
-        arguments=(
-            ("h", own),
-            *_weights(shape, "down"),
-            *lists,
-            ("y", own),
-            ("N", "i32"),
-            ("BLOCKS", "i32"),
-        ),
-        constants={**_product_constants(shape, "down", cut), "SHARED": shape.shared},
-        warps=cut.warps,
-        stages=cut.stages,
-        tokens=tier.tokens,
-        grid=f"hidden / {cut.columns}, blocks",
-    )
-
-
-def _combine(shape: ExpertShape) -> KernelSpec:
-    own = _TYPES[shape.dtype]
-    return KernelSpec(
-        name="combine",
-        function="combine",
-        arguments=(("y", own), ("share_of", "*fp32"), ("out", own), ("N", "i32")),
-        constants={
-            "D": shape.hidden,
-            "TOP": shape.top,
-            "SHARED": shape.shared,
-            "BD": COMBINE_COLUMNS,
-        },
-        warps=4,
-        tokens=TIERS[-1].tokens,
-        grid=f"tokens, hidden / {COMBINE_COLUMNS}",
+        grid=f"{width} / {cut.columns}, blocks",
     )
 
 

@@ -66,9 +66,8 @@ def expanded(
     assert scales is not None
     factors = to_float32(scales, how.scale_dtype or dtype)
     if whole is not None:
-        factors = to_float32(
-            to_stored(factors * to_float32(whole, dtype).reshape(()), dtype), dtype
-        )
+        product = factors * to_float32(whole, dtype).reshape(())
+        factors = to_float32(to_stored(product, dtype), dtype)
     grouped = values.reshape(raw.shape[0], -1, how.group) * factors[..., None]
     return to_float32(to_stored(grouped.reshape(values.shape), dtype), dtype)
 
@@ -177,25 +176,18 @@ class _Matrix:
             scale_part = part
         elif name == "shared_down":
             part = _columns(index, raw.shape[1] // shape.shared)
-            grouped = how is not None and how.group and scales is not None
-            scale_part = (
-                _columns(index, scales.shape[1] // shape.shared)
-                if grouped and scales is not None
-                else (slice(None),)
-            )
+            scale_part = (slice(None),)
+            if how is not None and how.group and scales is not None:
+                scale_part = _columns(index, scales.shape[1] // shape.shared)
         else:
             part = scale_part = int(index)
         own_scales = None if scales is None else scales[scale_part]
         whole = weights.get(f"{name}_global_scale")
-        self._values = np.ascontiguousarray(
-            expanded(raw[part], how, shape.dtype, own_scales, whole)
-        )
-        by_row = how is not None and not how.group and own_scales is not None
-        self._factors = (
-            to_float32(own_scales, shape.dtype).reshape(-1)
-            if by_row and own_scales is not None
-            else None
-        )
+        values = expanded(raw[part], how, shape.dtype, own_scales, whole)
+        self._values = np.ascontiguousarray(values)
+        self._factors: Floats | None = None
+        if how is not None and not how.group and own_scales is not None:
+            self._factors = to_float32(own_scales, shape.dtype).reshape(-1)
 
     def times(self, row: Floats) -> Floats:
         """The product with a vector, float32."""

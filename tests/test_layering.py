@@ -37,7 +37,6 @@ ADAPTERS = {
     ),
     "twotower.kernels.device": (
         "kernels/compile.py",
-        "kernels/device/functions.py",
         "kernels/device/product.py",
     ),
     "transformers": (

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from twotower.errors import DeviceError, EngineMismatchError
+from twotower.kernels.launches import Launch
 from twotower.processors import usable_cores
 from twotower.runtime.cleanup import Cleanup
-from twotower.runtime.cuda.driver import KernelDriver
 
-__all__ = ["Cuda", "CudaError"]
+__all__ = ["Cuda", "CudaError", "KernelDriver"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,10 @@ _FEW_CORES = 2
 
 _STICKY = frozenset({214, 700, 702, 710, 714, 715, 716, 717, 718, 719})
 """Errors of a kernel or of the memory: every later call of the process fails with the same."""
+
+
+Pitched = tuple[int, int]
+"""Address of the first row, and bytes from row to row."""
 
 
 class CudaError(DeviceError):
@@ -96,26 +101,20 @@ class Cuda:
         except CudaError as e:
             if e.code not in (_DRIVER_TOO_OLD, _NO_DEVICE):
                 raise
-            driver, library = (
-                int(self._call("cudaDriverGetVersion")),
-                int(self._call("cudaRuntimeGetVersion")),
-            )
-            found = (
-                f"the driver supports CUDA {_version(driver)}, this environment needs {_version(library)}"
-                if driver
-                else "no driver"
-            )
-            found = (
-                "the driver is there and no GPU is visible (CUDA_VISIBLE_DEVICES?)"
-                if e.code == _NO_DEVICE
-                else found
-            )
+            if e.code == _NO_DEVICE:
+                what = "there is no NVIDIA GPU here"
+                found = "the driver is there and no GPU is visible (CUDA_VISIBLE_DEVICES?)"
+            else:
+                what, found = "the NVIDIA driver is missing or too old", "no driver"
+                if driver := int(self._call("cudaDriverGetVersion")):
+                    needed = _version(int(self._call("cudaRuntimeGetVersion")))
+                    found = f"the driver supports CUDA {_version(driver)}, "
+                    found += f"this environment needs {needed}"
             raise EngineMismatchError(
-                "the NVIDIA driver is missing or too old"
-                if e.code == _DRIVER_TOO_OLD
-                else "there is no NVIDIA GPU here",
+                what,
                 found=found,
-                do="install or update the driver (`nvidia-smi` shows it), or use `--target ort-cpu`, which needs none",
+                do="install or update the driver (`nvidia-smi` shows it), or use "
+                "`--target ort-cpu`, which needs none",
             ) from e
 
     def use(self, device: int) -> None:
@@ -180,50 +179,22 @@ class Cuda:
 
     def copy(self, target: int, source: int, size: int, *, stream: int) -> None:
         """Enqueues a copy between any two places: host, device, another device."""
-        self._call(
-            "cudaMemcpyAsync",
-            target,
-            source,
-            size,
-            self._api.cudaMemcpyKind.cudaMemcpyDefault,
-            stream,
-        )
+        kind = self._api.cudaMemcpyKind.cudaMemcpyDefault
+        self._call("cudaMemcpyAsync", target, source, size, kind, stream)
 
     def copy_rows(
-        self,
-        target: tuple[int, int],
-        source: tuple[int, int],
-        shape: tuple[int, int],
-        *,
-        stream: int,
+        self, target: Pitched, source: Pitched, shape: tuple[int, int], *, stream: int
     ) -> None:
-        """Enqueues a copy of rows.
-
-        Args:
-            target: Address and bytes from row to row; likewise
-            source: of what is copied.
-            shape: Number of rows and bytes of each.
-            stream: Where it is enqueued.
-        """
+        """Enqueues a copy of rows; `shape` is their number and the bytes of each."""
         rows, width = shape
         kind = self._api.cudaMemcpyKind.cudaMemcpyDefault
-        self._call(
-            "cudaMemcpy2DAsync",
-            target[0],
-            target[1],
-            source[0],
-            source[1],
-            width,
-            rows,
-            kind,
-            stream,
-        )
+        self._call("cudaMemcpy2DAsync", *target, *source, width, rows, kind, stream)
 
     def clear(self, address: int, size: int, *, stream: int) -> None:
         self._call("cudaMemsetAsync", address, 0, size, stream)
 
-    def clear_rows(self, target: tuple[int, int], shape: tuple[int, int], *, stream: int) -> None:
-        """Enqueues zeros: address and pitch, number of rows and bytes of each."""
+    def clear_rows(self, target: Pitched, shape: tuple[int, int], *, stream: int) -> None:
+        """Enqueues zeros; `shape` is the number of rows and the bytes of each."""
         rows, width = shape
         self._call("cudaMemset2DAsync", target[0], target[1], 0, width, rows, stream)
 
@@ -301,3 +272,89 @@ def _error(call: str, code: int, found: str, *, do: str) -> CudaError:
 
 def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
+
+
+_FREE_SHARED = 48 << 10
+"""Bytes of dynamic shared memory a kernel may have without asking for more."""
+
+
+class KernelDriver:
+    """Calls of the driver API in the context that is current.
+
+    Args:
+        api: `cuda.bindings.driver`, or something with the same functions: each returns a tuple that
+            starts with an error code.
+    """
+
+    def __init__(self, api: Any) -> None:
+        self._api = api
+
+    def _call(self, name: str, *args: Any) -> Any:
+        code, *results = getattr(self._api, name)(*args)
+        if int(code):
+            raise _driver_error(name, code)
+        return results[0] if results else None
+
+    def load(self, code: bytes, name: str) -> Any:
+        """A library of kernels from the bytes of a cubin.
+
+        Args:
+            code: The bytes.
+            name: For the error.
+
+        Raises:
+            DeviceError: the driver does not take it.
+        """
+        held = ctypes.create_string_buffer(code)  # read during the call only
+        try:
+            return self._call("cuLibraryLoadData", ctypes.addressof(held), [], [], 0, [], [], 0)
+        except DeviceError as e:
+            raise DeviceError(
+                f"the NVIDIA driver does not load the compiled kernel {name}",
+                found=e.found,
+                do="update the driver (`nvidia-smi` shows it), or build again with `--sm` of this GPU",
+            ) from e
+
+    def unload(self, library: Any) -> None:
+        """Lets a library go."""
+        self._call("cuLibraryUnload", library)
+
+    def function(self, library: Any, entry: str, *, shared_bytes: int) -> Any:
+        """A kernel of a library, allowed so much dynamic shared memory."""
+        kernel = self._call("cuLibraryGetKernel", library, entry.encode())
+        function = self._call("cuKernelGetFunction", kernel)
+        if shared_bytes > _FREE_SHARED:
+            most = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._call("cuFuncSetAttribute", function, most, shared_bytes)
+        return function
+
+    def bound_launch(
+        self, function: Any, launch: Launch, arguments: Sequence[Any]
+    ) -> Callable[[int], None]:
+        """A launch as a function of the stream.
+
+        Args:
+            function: Of `function`.
+            launch: How many programs and threads, and their shared memory.
+            arguments: A ctypes value each, in order. They are packed here, once.
+        """
+        held = tuple(arguments)
+        table = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
+        head = (function, *launch.grid, launch.block, 1, 1, launch.shared_bytes)
+        address = ctypes.addressof(table)
+        call = self._api.cuLaunchKernel
+
+        def run(stream: int, _held: Any = (held, table)) -> None:
+            (code,) = call(*head, stream, address, 0)
+            if code:
+                raise _driver_error("cuLaunchKernel", code)
+
+        return run
+
+
+def _driver_error(call: str, code: Any) -> DeviceError:
+    return DeviceError(
+        f"the NVIDIA driver reported an error in {call}",
+        found=f"CUDA error {int(code)} ({getattr(code, 'name', 'unnamed')})",
+        do="start a new process; if it happens again, `twotower doctor BUNDLE` narrows it down",
+    )

@@ -29,7 +29,7 @@ def run_interpreted(
         raise AssertionError(
             "run `make kernels`: the interpreter has to be chosen before Triton is imported"
         )
-    from twotower.kernels.device.functions import FUNCTIONS
+    from twotower.kernels.compile import device_functions
 
     shape, count = manifest.shape, len(x)
     specs = {spec.name: spec for spec in kernel_specs(shape, sm)}
@@ -42,7 +42,7 @@ def run_interpreted(
             _tensor(value, kind, arrays, scratch)
             for value, (_, kind) in zip(launch.params, spec.arguments, strict=True)
         ]
-        FUNCTIONS[spec.function][launch.grid](
+        device_functions()[spec.function][launch.grid](
             *given, **spec.constants, num_warps=spec.warps, num_stages=spec.stages
         )
     return out

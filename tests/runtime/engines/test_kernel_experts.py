@@ -18,8 +18,7 @@ from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.fake_kernels import write_kernels
 from twotower.errors import BundleError, DeviceError, EngineMismatchError, RequestError
 from twotower.kernels import Manifest, experts_twin, scratch_bytes
-from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.cuda.driver import KernelDriver
+from twotower.runtime.cuda.calls import Cuda, KernelDriver
 from twotower.runtime.engines.kernel_experts import ExpertCode, ExpertStep
 
 LAUNCH_US = 3.0
