@@ -1,4 +1,4 @@
-"""Letting go of things: all are tried when some refuse, and what is let go of while a pass is at work waits for its end."""
+"""Clean-up in which everything is tried, and which waits while a pass is at work."""
 
 from __future__ import annotations
 
@@ -60,10 +60,8 @@ class Cleanup:
         trace: TracebackType | None,
     ) -> None:
         actions = reversed(self._actions)
-        if error is None or isinstance(
-            error,
-            GeneratorExit,
-        ):  # an iterator that is let go of early is no failure
+        # an iterator that is let go of early is no failure
+        if error is None or isinstance(error, GeneratorExit):
             close_all(actions)
         else:
             _try_all(actions)
@@ -106,7 +104,7 @@ class SessionLock:
         self._catch_up()
 
     def at_the_end(self, action: Callable[[], object]) -> None:
-        """Does something when no turn is taken: at once, or at the end of the turn, by whoever has it.
+        """Does something when no turn is taken: at once, or at the turn's end, by whoever has it.
 
         An iterator can be let go of in any thread and at any point of the program: by Python's
         collector even inside a pass of the same session, or while its thread holds a lock that this

@@ -67,7 +67,9 @@ class Memory(Protocol):
         ...
 
     def small(self, specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Buffer]:
-        """Buffers of zeros by name that the host writes or reads around every pass; on a device they travel in one copy.
+        """Buffers of zeros by name that the host writes or reads around every pass.
+
+        On a device they travel in one copy.
 
         Raises:
             RequestError: there is not enough memory.
@@ -87,7 +89,7 @@ class Memory(Protocol):
         ...
 
     def copy(self, source: Buffer, target: Buffer, span: Span) -> None:
-        """Copies a span from one buffer to the same place of another, which may be longer along that axis."""
+        """Copies a span to the same place of another buffer, which may be longer there."""
         ...
 
     def release(self, buffers: Sequence[Buffer]) -> None:
@@ -145,7 +147,8 @@ def no_memory(spec: TensorSpec, sizes: Mapping[str, int], free: str = "") -> Req
     """
     need = int(np.prod(spec.shape(sizes), dtype=object)) * carried_dtype(spec.dtype).itemsize
     return RequestError(
-        f"not enough memory for {sizes.get('B', 1)} row(s) at a context capacity of {sizes.get('T', 0)} tokens",
+        f"not enough memory for {sizes.get('B', 1)} row(s) at a context capacity of "
+        f"{sizes.get('T', 0)} tokens",
         found=f"{spec.name} alone needs {need:,} bytes" + (f"; {free}" if free else ""),
         do="lower max_batch, shorten the prompt, or lower max_new_tokens",
     )
@@ -192,7 +195,7 @@ class HostStream:
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """The two queues of a session: the context tower's and the denoiser's; host streams unless told otherwise."""
+    """The two queues of a session; host streams unless told otherwise."""
 
     context: Stream = field(default_factory=HostStream)
     denoiser: Stream = field(default_factory=HostStream)

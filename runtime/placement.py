@@ -1,4 +1,4 @@
-"""Which engine goes to which device, and so where every tensor is needed: plain arithmetic on names and sizes."""
+"""Which engine goes to which device, and so where every tensor is needed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def place_engines(
 
 
 def _spread(sizes: Sequence[int], devices: Sequence[int]) -> tuple[int, ...]:
-    """Consecutive segments to consecutive devices: the one in which the middle of the segment lies when the bytes are divided evenly."""
+    """The device in which each segment's middle lies when the bytes are divided evenly."""
     total, before, out = max(sum(sizes), 1), 0, []
     for size in sizes:
         middle = (before + size / 2) / total
@@ -49,7 +49,9 @@ def places_of_tensors(
     placed: Mapping[str, Sequence[int]],
     state: Sequence[StateTensor],
 ) -> dict[str, tuple[int, ...]]:
-    """The devices each tensor is needed on, the one that writes it first; a state goes by its name as an input.
+    """The devices each tensor is needed on, the one that writes it first.
+
+    A state goes by its name as an input.
 
     Args:
         engines: Segments of each graph, in the order they run.

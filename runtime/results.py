@@ -60,7 +60,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Wall-clock milliseconds of one request; rows of one batch share the passes, so theirs overlap.
+    """Wall-clock milliseconds of one request; rows of one batch share passes, so theirs overlap.
 
     Attributes:
         prefill: Reading the prompts of the batch.

@@ -1,4 +1,4 @@
-"""A request while it is generated: its tokens and text so far, where they end, and what they cost."""
+"""A request while it is generated: its tokens and text, where they end, and what they cost."""
 
 from __future__ import annotations
 
@@ -167,9 +167,8 @@ class Row:
     @property
     def end(self) -> int:
         """Positions the context tower writes at most: the last block, or token, is never read."""
-        return len(self.prompt) + (block_count(self.config.max_new_tokens, self.width) - 1) * (
-            self.width
-        )
+        blocks = block_count(self.config.max_new_tokens, self.width)
+        return len(self.prompt) + (blocks - 1) * self.width
 
     def start(self) -> None:
         """Starts the row's clock."""
@@ -187,14 +186,15 @@ class Row:
         return BlockEvent(self.index, new, text, finished=True, result=self._result())
 
     def _result(self) -> Generation:
-        done, ms = self._continuation, {name: 1000 * s for name, s in self.seconds.items()}
+        done, seconds = self._continuation, self.seconds
+        spent = (seconds[name] for name in ("prefill", "denoise", "extend", "total"))
         assert done.finish_reason is not None
         return Generation(
             tuple(done.tokens),
             done.text,
             done.finish_reason,
             Usage(len(self.prompt), len(done.tokens), self.nfe, self.blocks),
-            Timings(**{"denoise": 0.0, "extend": 0.0, **ms}),
+            Timings(*(1000 * one for one in spent)),
             self.seed,
             self.config.mode,
         )

@@ -1,4 +1,4 @@
-"""How tokens are chosen: a row's options, the choice of an AR token, and the noise of both modes."""
+"""How tokens are chosen: the choice of an AR token, and the noise of both modes."""
 
 from __future__ import annotations
 

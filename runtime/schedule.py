@@ -24,16 +24,16 @@ SMALLEST_BUCKET = 256
 """Capacity of the smallest cache; every further bucket doubles it."""
 
 CHUNK_WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, MAX_CHUNK)
-"""Widths the chunks of prompts are padded to on a device: a binding, and kernels, for each of them and not for every width there is."""
+"""Widths that chunks of prompts are padded to on a device, where each costs a binding."""
 
 
 def row_counts(most: int) -> tuple[int, ...]:
-    """Numbers of rows a batch is padded to on a device: 1, 2, 4, 8, ... and `most`, so that few shapes exist."""
+    """Numbers of rows a batch is padded to on a device: 1, 2, 4, 8, ... and `most`."""
     return (*(1 << n for n in range(most.bit_length()) if 1 << n < most), most)
 
 
 def commit_floor(masked: int, step: int, steps: int) -> int:
-    """Positions that must be committed in this step so that the masks left can still be spread evenly over the rest.
+    """Positions to commit in this step so that the masks left are spread evenly over the rest.
 
     Args:
         masked: Masks left in the row's block before the step.
@@ -94,9 +94,7 @@ def prefill_plan(
         widths: Widths chunks are padded to, ascending; empty to pad to the longest row only. The
             last admits `max_chunk`.
     """
-    assert lengths and min(lengths) > 0 and max_chunk > 0, (
-        "prompts are checked before they are planned"
-    )
+    assert lengths and min(lengths) > 0 and max_chunk > 0, "prompts are checked before"
     counts = [-(-n // max_chunk) for n in lengths]
     total = max(counts)
     steps = []
@@ -112,7 +110,7 @@ def prefill_plan(
 
 
 def capacity_limit(max_context: int, max_chunk: int = MAX_CHUNK) -> int:
-    """Largest capacity a session allocates: its longest text, and a chunk more because padding is written too."""
+    """Largest capacity a session allocates: its longest text, and a chunk more for padding."""
     return max_context + max_chunk
 
 

@@ -142,7 +142,7 @@ def _tokenized(index: int, pair: Any, limits: Limits) -> tuple[list[int], list[i
 
 
 def _cut_texts(context: str, continuation: str, limits: Limits) -> tuple[list[int], list[int]]:
-    """Tokens of both texts together, cut at the context's own length, as lm-evaluation-harness does.
+    """Tokens of both texts together, cut at the context's length, as lm-evaluation-harness does.
 
     The context's trailing spaces go with the continuation: most tokenizers write a space with the
     word after it.

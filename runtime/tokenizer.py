@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the `tokenizers` library and the bundle's own `tokenizer.json`."""
+"""Text to token ids and back, with the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def tokenizer_missing(what: str) -> RequestError:
     return RequestError(
         f"{what} needs a tokenizer",
         found="this bundle has none: its checkpoint came without tokenizer.json",
-        do='give token ids instead (`--tokens "5 6 7"`, or a list of whole numbers), or export a checkpoint that has a tokenizer.json',
+        do='give token ids instead (`--tokens "5 6 7"`, or a list of whole numbers), or export a '
+        "checkpoint that has a tokenizer.json",
     )
 
 
@@ -47,7 +48,8 @@ class Tokenizer:
             BundleError: the library is not installed, or the file is missing or not a tokenizer.
         """
         try:
-            from tokenizers import Tokenizer as Backend  # noqa: PLC0415 - only when opened: a run on token ids needs none
+            # only when opened: a run on token ids needs no library
+            from tokenizers import Tokenizer as Backend  # noqa: PLC0415
         except ImportError as e:
             raise BundleError(
                 f"cannot open {path}",
@@ -97,13 +99,11 @@ class Tokenizer:
         return str(self._backend.decode(list(ids), skip_special_tokens=True))
 
     def piece(self, token: int) -> str:
-        """One token for a reader: its text; the name of one that is special or no whole character; the number of one it does not know."""
+        """One token for a reader: its text, or else its name, or else its number."""
         text = self.decode([token])
-        return (
-            text
-            if text and _UNKNOWN not in text
-            else str(self._backend.id_to_token(token) or token)
-        )
+        if text and _UNKNOWN not in text:
+            return text
+        return str(self._backend.id_to_token(token) or token)
 
 
 def _switch_off_stored(backend: Backend) -> list[str]:
@@ -131,9 +131,7 @@ class IncrementalText:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._settled: list[
-            int
-        ] = []  # tokens whose text is out, kept for what they mean to the next
+        self._settled: list[int] = []  # their text is out; kept for what they mean to the next
         self._window: list[int] = []  # tokens after them
         self._before = 0  # characters of the settled tokens' text
         self._sent = 0  # characters of the window's text that are out

@@ -1,4 +1,4 @@
-"""Everything a batch of rows runs in: the state, the small arrays, and the engines bound to both."""
+"""Everything a batch of rows runs in: the state, the small arrays, and the bound engines."""
 
 from __future__ import annotations
 

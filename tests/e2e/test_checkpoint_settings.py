@@ -1,4 +1,4 @@
-"""Settings beside the weights of a checkpoint, from its files through a bundle to the text: what counts and what must not."""
+"""Settings beside the weights of a checkpoint: which of them change a text."""
 
 from __future__ import annotations
 

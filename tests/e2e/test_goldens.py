@@ -1,4 +1,4 @@
-"""From the published layout to tokens: export, build, and the loop that ships, against the reference results."""
+"""Export, build, and the loop that ships, against the reference results."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_goldens_alone(models: dict[str, TwoTower], folder: str) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_goldens_in_one_call(models: dict[str, TwoTower], folder: str) -> None:
-    """All cases at once: prompts of 2 to 200 tokens, other thresholds and steps in each row of a batch."""
+    """All cases at once: other prompts, thresholds and steps in each row of a batch."""
     records: list[StepRecord] = []
     requests = [Request(case["prompt"], golden_config(case)) for case in cases(folder)]
     results = models[folder].generate(requests, on_step=records.append)
@@ -89,12 +89,12 @@ def test_goldens_in_one_call(models: dict[str, TwoTower], folder: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_narrow_bundles_generate_on_a_cpu(tmp_path: Path, dtype: str) -> None:
+def test_half_precision_bundles_generate_on_a_cpu(tmp_path: Path, dtype: str) -> None:
     with TwoTower.open(built_fixture("hybrid-a", tmp_path / "b", dtype).path) as model:
         case = cases("hybrid-a")[1]
         out = model.generate(case["prompt"], golden_config(case))
         same = sum(a == b for a, b in zip(out.tokens, case["diffusion_tokens"], strict=True))
-        assert same >= len(out.tokens) // 4, "weights rounded to half width: near, not equal"
+        assert same >= len(out.tokens) // 4, "weights in half precision: near, not equal"
 
 
 PROMPTS = [
@@ -109,7 +109,7 @@ PROMPTS = [
     temperature=st.sampled_from([0.0, 0.9]),
     mode=st.sampled_from(["diffusion", "ar"]),
 )
-def test_a_row_is_the_same_in_any_company(
+def test_a_row_is_the_same_in_any_batch(
     models: dict[str, TwoTower], order: list[int], temperature: float, mode: str
 ) -> None:
     def request(i: int) -> Request:
@@ -197,7 +197,7 @@ def test_top_p_narrows_the_choice(models: dict[str, TwoTower]) -> None:
 def test_keys_and_values_are_updated_in_place(
     models: dict[str, TwoTower], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """ONNX Runtime warns when TensorScatter has to copy the cache; a bound cache is never copied."""
+    """ONNX Runtime warns when TensorScatter copies the cache; a bound one is never copied."""
     import onnxruntime as ort
 
     ort.set_default_logger_severity(2)

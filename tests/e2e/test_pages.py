@@ -1,4 +1,4 @@
-"""Pages of the model that comes along, in a real browser: the replay shows every pass as it was, the report sorts and needs no network."""
+"""Pages of the trained model in a real browser: replays, and reports that sort."""
 
 from __future__ import annotations
 
@@ -115,7 +115,10 @@ def test_play_runs_to_the_end_and_pauses(browser: Any, trace: Trace, tmp_path: P
     from selenium.webdriver.support.ui import WebDriverWait
 
     page = opened(browser, tmp_path, trace_page(trace))
-    fastest = "const s = document.getElementById('speed'); s.selectedIndex = s.options.length - 1; s.dispatchEvent(new Event('change'))"
+    fastest = (
+        "const s = document.getElementById('speed'); s.selectedIndex = s.options.length - 1; "
+        "s.dispatchEvent(new Event('change'))"
+    )
     page.execute_script(fastest)
     click(page, "play")
     WebDriverWait(page, 30).until(lambda p: at(p) == len(trace.steps) - 1)

@@ -73,7 +73,7 @@ def check(bundle: Bundle, name: str, length: int, rows: list[int]) -> None:
 
 @pytest.mark.parametrize("name", [CONTEXT, DENOISER])
 @given(length=st.sampled_from([2, 7, 16, 33]), rows=CHOSEN)
-def test_to_the_bit_in_any_company(bundle: Bundle, name: str, length: int, rows: list[int]) -> None:
+def test_to_the_bit_in_any_batch(bundle: Bundle, name: str, length: int, rows: list[int]) -> None:
     check(bundle, name, length, rows)
 
 

@@ -1,4 +1,4 @@
-"""The trained model that comes along: its checkpoint, its suite, and the promise that diffusion keeps nearly all of its answers."""
+"""The trained model that comes along: its checkpoint, its suite, and its answers."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_training_never_draws_a_problem_of_the_suite() -> None:
 
 @pytest.mark.slow
 def test_both_modes_answer_and_diffusion_takes_far_fewer_passes(tiny_bundle: Path) -> None:
-    """Seventy problems: loose bounds for a quick test; `twotower evaluate` measures all of them with intervals."""
+    """Seventy problems and loose bounds: `twotower evaluate` measures all, with intervals."""
     suite = load_suite().only(limit=10)
     with TwoTower.open(tiny_bundle, target="ort-cpu") as model:
         config = model.defaults

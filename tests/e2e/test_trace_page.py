@@ -1,4 +1,4 @@
-"""The page of a trace made by hand, in a real browser: every state a cell can have, and every way to move."""
+"""The page of a trace made by hand, in a real browser: every state of a cell, every move."""
 
 from __future__ import annotations
 

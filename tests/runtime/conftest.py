@@ -13,7 +13,7 @@ from twotower.runtime.tokenizer import Tokenizer
 
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of single bytes: ids 0 to 3 are special, a byte's id depends on its place in the library's alphabet."""
+    """A tokenizer of single bytes: ids 0 to 3 are special, then the library's alphabet."""
     special = ["<pad>", "<s>", "</s>", "<mask>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE(vocab={t: i for i, t in enumerate(special + alphabet)}, merges=[]))

@@ -1,4 +1,4 @@
-"""Mode `auto`: the decision by figures, and in a session with pass times that are put in its place."""
+"""Mode `auto`: the decision by figures, and in a session with given pass times."""
 
 from __future__ import annotations
 

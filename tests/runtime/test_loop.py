@@ -1,4 +1,4 @@
-"""The block loop on a toy model: the same text in any company, and nothing done twice."""
+"""The block loop on a toy model: the same text in any batch, and nothing done twice."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def what(results: Sequence[Generation]) -> list[tuple[Any, ...]]:
 
 
 class Naive:
-    """The algorithm said plainly: one row, and the context tower reads the whole text from the start for every block."""
+    """The algorithm said plainly: one row, and every block reads the whole text anew."""
 
     def __init__(self, fake: FakeTowers) -> None:
         self.fake = fake

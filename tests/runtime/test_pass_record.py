@@ -1,4 +1,4 @@
-"""Pass times kept in a bundle: used by the engines, library and machine they are of, and by no other."""
+"""Pass times kept in a bundle: used by the engines, library and machine they are of alone."""
 
 from __future__ import annotations
 

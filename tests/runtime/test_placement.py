@@ -1,4 +1,4 @@
-"""Where engines go: everything on one device, a tower on each of two, segments in order and evenly over more."""
+"""Where engines go: a tower on each of two devices, segments in order and evenly over more."""
 
 from __future__ import annotations
 

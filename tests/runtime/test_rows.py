@@ -1,14 +1,17 @@
-"""Where a row's text ends, whatever blocks its tokens come in."""
+"""Where a row's text ends, whatever blocks its tokens come in, and what it gives then."""
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from twotower.runtime.rows import Continuation, StopRule
+from tests.helpers.fake_engines import fake_config
+from twotower.config import GenerationConfig
+from twotower.runtime import BlockEvent, Generation, Timings, Usage
+from twotower.runtime.rows import Continuation, Row, StopRule
 from twotower.runtime.tokenizer import IncrementalText, Tokenizer
 
 with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -117,7 +120,7 @@ class Words:
     stop=st.lists(st.text("ab", min_size=1, max_size=4)),
 )
 def test_stop_strings_inside_and_across_words(words: list[str], stop: list[str]) -> None:
-    """The word with which the first is complete ends the row; the text ends before the earliest in it."""
+    """The word that completes the first ends the row; the text ends before the earliest in it."""
     row = Continuation(StopRule(1000, stop=tuple(stop)), cast(IncrementalText, Words(words)))
     handed = [row.push([number]) or "" for number in range(len(words)) if not row.finish_reason]
     texts = ["".join(words[: n + 1]) for n in range(len(words))]
@@ -140,3 +143,52 @@ def test_a_finished_row_takes_nothing() -> None:
     row, _ = run(None, [2], StopRule(9, EOS))
     with pytest.raises(AssertionError):
         row.push([5])
+
+
+# A row
+
+
+def row(mode: str = "diffusion", **options: Any) -> Row:
+    config = GenerationConfig(mode=mode, max_new_tokens=20, block_size=16, **options)
+    return Row(3, [5, 6, 7], config, model=fake_config(), tokenizer=None)
+
+
+def test_a_row_knows_how_much_of_its_text_is_read() -> None:
+    assert [(r.width, r.end) for r in (row(), row("ar"), row("auto"))] == [
+        (16, 3 + 16),
+        (1, 3 + 19),
+        (16, 3 + 16),
+    ]
+
+
+def test_a_row_gives_an_event_for_each_block_and_its_result_with_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter([10.0, 12.5])
+    monkeypatch.setattr("twotower.runtime.rows.perf_counter", lambda: next(clock))
+    one = row(temperature=1.0, seed=9)
+    one.start()
+    one.seconds["prefill"] = 0.25
+    one.nfe = 4
+    assert one.accept([5] * 16) == BlockEvent(3, (5,) * 16, None, finished=False, result=None)
+    assert (one.live, one.blocks, one.batch_passes) == (True, 1, 0)
+    last = one.accept([6] * 3 + [2])
+    assert (last.row, last.tokens, last.finished, one.live) == (3, (6,) * 3, True, False)
+    assert last.result == Generation(
+        tokens=(5,) * 16 + (6,) * 3,
+        text=None,
+        finish_reason="eos",
+        usage=Usage(3, 19, 4, 2),
+        timings=Timings(250.0, 0.0, 0.0, 2500.0),
+        seed=9,
+    )
+
+
+def test_a_row_begins_again_in_another_mode() -> None:
+    greedy = row("auto", ignore_eos=True)
+    greedy.accept([5, 2])
+    again = greedy.in_mode("ar")
+    assert (again.index, again.prompt.tolist(), again.config.mode) == (3, [5, 6, 7], "ar")
+    assert (again.seed, again.nfe, again.blocks, greedy.blocks) == (None, 0, 0, 0)
+    assert again.accept([2] * 20).tokens == (2,) * 20
+    assert greedy.accept([5]).tokens == (5,)

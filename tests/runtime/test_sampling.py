@@ -179,7 +179,7 @@ def test_a_batch_draws_what_its_rows_draw_alone(
     size: tuple[int, int],
     places: list[tuple[int, int, int, bool]],
 ) -> None:
-    """Any company, any rows that have ended, any order of steps, drawn ahead or when needed: to the bit."""
+    """Any batch, any ended rows, any order of steps, drawn ahead or when needed: to the bit."""
     noise = StepNoise(*zip(*batch, strict=True), size=size)
     out = np.full((len(batch), *size), 9, np.float32)
     for block, step, chosen, ahead in places:

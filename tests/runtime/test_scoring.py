@@ -1,4 +1,4 @@
-"""Likelihoods of given continuations: against the torch tower's whole distribution, in any company, across a growing cache."""
+"""Likelihoods of given continuations against the torch tower's whole distribution."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def expected(context: list[int], continuation: list[int]) -> np.ndarray[Any, Any]:
-    """Log-probabilities of every token at every place of the continuation, [N,V], from the torch tower."""
+    """Log-probabilities of every token at each place of the continuation, [N,V]."""
     checkpoint = Checkpoint.open(FIXTURES / "hybrid-a")
     tower = load_context_tower(
         checkpoint.config, lambda name: torch.from_numpy(checkpoint.tensors[name].numpy().copy())

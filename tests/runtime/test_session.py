@@ -1,4 +1,4 @@
-"""The session: what it accepts and refuses, streaming, failures, cancellation, threads, and closing."""
+"""The session: what it accepts and refuses, streaming, failures, threads, and closing."""
 
 from __future__ import annotations
 
@@ -305,7 +305,7 @@ def test_nan_of_the_denoiser_names_its_place(model: TwoTower, fake: FakeTowers) 
     fake.denoiser.nan_at = 3
     with pytest.raises(
         EngineOutputError,
-        match=r"the denoiser engine .*row 0, block 0, step 2\)\n  found: confidence is nan at position 0",
+        match=r"the denoiser .*row 0, block 0, step 2\)\n  found: confidence is nan at position 0",
     ):
         model.generate([5], GenerationConfig(confidence_threshold=1.0))
 

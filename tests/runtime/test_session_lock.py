@@ -1,4 +1,4 @@
-"""Turns in a session: nothing is let go of in the middle of one, nobody waits to let go, and nothing is forgotten."""
+"""Turns in a session: nothing is freed in the middle of one, and nothing is forgotten."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_failure_is_logged_and_the_rest_is_done(caplog: pytest.LogCaptureFixtu
 
 
 def test_nothing_is_forgotten_between_threads() -> None:
-    """Two threads take turns, two let go of things: each thing goes once, and only while nobody is at work."""
+    """Of two threads that let go of things, each goes once, and while nobody is at work."""
     lock, done, inside, at_work = SessionLock(), [], [], []
 
     def work() -> None:

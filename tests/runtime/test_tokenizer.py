@@ -159,7 +159,10 @@ def test_text_that_is_no_unicode_is_refused(tokenizer: Tokenizer) -> None:
 
 
 def test_the_runtime_does_not_import_the_library() -> None:
-    code = "import sys, twotower.runtime; assert not {'tokenizers', 'torch', 'onnx', 'onnxruntime'} & set(sys.modules)"
+    code = (
+        "import sys, twotower.runtime; "
+        "assert not {'tokenizers', 'torch', 'onnx', 'onnxruntime'} & set(sys.modules)"
+    )
     subprocess.run(
         [sys.executable, "-c", code],
         check=True,

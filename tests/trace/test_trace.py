@@ -1,4 +1,4 @@
-"""Traces: what is recorded is what was run, what is written reads back, and what is damaged is named by its line."""
+"""Traces: what is recorded was run, what is written reads back, what is damaged is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Differences of two traces by hand: what counts as one, how close a call it was, and what cannot be compared."""
+"""Differences of two traces by hand, and what cannot be compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where two traces of one request part: the first pass and position at which they commit differently, and how close a call it was."""
+"""Where two traces of one request diverge, and how close a call it was."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TraceDiff:
         passes: Passes of either.
         agreed_to: Largest difference of two confidences of a masked position before (and without) a
             difference.
-        block: Where they part, and
+        block: Where they diverge, and
         step: at which pass of it, and
         position: at which position of the block.
         sides: What either did there.
@@ -135,7 +135,8 @@ def _check_comparable(a: Trace, b: Trace) -> None:
 
 
 def _short(tokens: list[int]) -> str:
-    return f"{len(tokens)} tokens [{' '.join(map(str, tokens[:8]))}{' ...' if len(tokens) > 8 else ''}]"
+    more = " ..." if len(tokens) > 8 else ""
+    return f"{len(tokens)} tokens [{' '.join(map(str, tokens[:8]))}{more}]"
 
 
 def _first_position(a: TraceStep | None, b: TraceStep | None) -> int | None:

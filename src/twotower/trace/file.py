@@ -1,4 +1,4 @@
-"""Traces as files: JSON lines, written whole or not at all and checked when they are read, and an HTML page that plays one."""
+"""Traces as files: JSON lines that are checked when they are read, and an HTML page."""
 
 from __future__ import annotations
 
@@ -96,10 +96,9 @@ def read_trace(path: Path) -> Trace:
             f"schema {entries[0].get('schema')!r}; this version of twotower reads schema {SCHEMA}"
         )
         raise TraceError(f"the trace {path} is of another schema", found=found, do=_AGAIN)
+    header = TraceHeader(**_checked(f"line 1 of {path}", entries[0], _HEADER))
     numbers = [n for n, line in enumerate(lines, 1) if line.strip()]
-    return _Reader(
-        str(path), TraceHeader(**_checked(f"line 1 of {path}", entries[0], _HEADER))
-    ).read(zip(numbers, entries, strict=True))
+    return _Reader(str(path), header).read(zip(numbers, entries, strict=True))
 
 
 def _object(where: str, line: str) -> dict[str, Any]:
@@ -148,12 +147,12 @@ class _Reader:
                 end = TraceEnd(**_checked(where, entry, _END))
             else:
                 raise _malformed(where, f"type {kind!r}; known: step, block, end")
-        if (
-            end is None
-            or not self._blocks
-            or len(self._blocks) != len({s.block for s in self._steps})
-        ):
-            found = f"{len(self._blocks)} finished block(s), {len(self._steps)} pass(es) and {'no' if end is None else 'an'} end line"
+        begun = len({s.block for s in self._steps})
+        if end is None or not self._blocks or len(self._blocks) != begun:
+            found = (
+                f"{len(self._blocks)} finished block(s), {len(self._steps)} pass(es) and "
+                f"{'no' if end is None else 'an'} end line"
+            )
             raise TraceError(f"the trace {self._path} is truncated", found=found, do=_AGAIN)
         return Trace(self._header, tuple(self._steps), tuple(self._blocks), end)
 
@@ -161,10 +160,8 @@ class _Reader:
         block = len(self._blocks)
         expected = (block, sum(s.block == block for s in self._steps))
         if (step.block, step.step) != expected:
-            raise _malformed(
-                where,
-                f"block {step.block}, step {step.step} where {expected[0]}, {expected[1]} was expected",
-            )
+            wanted = f"{expected[0]}, {expected[1]} was expected"
+            raise _malformed(where, f"block {step.block}, step {step.step} where {wanted}")
         size = self._header.block_size
         lengths = {len(x) for x in (step.tokens, step.predicted, step.confidence, step.next)}
         if lengths != {size} or any(not 0 <= p < size for p in step.committed):
@@ -190,7 +187,7 @@ class _Reader:
 def _checked(
     where: str, entry: dict[str, Any], checks: Mapping[str, Callable[[Any], bool]]
 ) -> dict[str, Any]:
-    """The fields of a line that are known, each of its kind; others are left for later versions to mean something by."""
+    """The fields of a line that are known, each of its kind; others are of later versions."""
     for name, check in checks.items():
         if name not in entry:
             raise _malformed(where, f"no {name!r}")
@@ -207,28 +204,16 @@ def _real(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
-def _ids(x: Any) -> bool:
-    return isinstance(x, list) and all(map(_whole, x))
-
-
-def _reals(x: Any) -> bool:
-    return isinstance(x, list) and all(map(_real, x))
-
-
 def _text(x: Any) -> bool:
     return isinstance(x, str)
 
 
-def _texts(x: Any) -> bool:
-    return isinstance(x, dict) and all(map(_text, x.values()))
+def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda x: isinstance(x, list) and all(map(check, x))
 
 
-def _config(x: Any) -> bool:
-    return isinstance(x, dict) and _real(x.get("confidence_threshold"))
-
-
-def _numbers(*names: str) -> Callable[[Any], bool]:
-    return lambda x: isinstance(x, dict) and all(map(_real, x.values())) and set(names) <= set(x)
+def _object_of(check: Callable[[Any], bool], *names: str) -> Callable[[Any], bool]:
+    return lambda x: isinstance(x, dict) and all(map(check, x.values())) and set(names) <= set(x)
 
 
 def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -238,25 +223,25 @@ def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 _HEADER = {
     **dict.fromkeys(("twotower", "bundle", "target"), _text),
     "prompt": _or_none(_text),
-    "prompt_tokens": _ids,
-    "config": _config,
+    "prompt_tokens": _list_of(_whole),
+    "config": lambda x: isinstance(x, dict) and _real(x.get("confidence_threshold")),
     "block_size": lambda x: _whole(x) and x > 0,
     "mask_token_id": _whole,
-    "pieces": _texts,
+    "pieces": _object_of(_text),
 }
 _STEP = {
     **dict.fromkeys(("block", "step"), _whole),
     **dict.fromkeys(("t", "denoise_ms"), _real),
-    **dict.fromkeys(("tokens", "predicted", "committed", "next"), _ids),
-    "confidence": _reals,
+    **dict.fromkeys(("tokens", "predicted", "committed", "next"), _list_of(_whole)),
+    "confidence": _list_of(_real),
 }
-_BLOCK = {"block": _whole, "tokens": _ids, "extend_ms": _or_none(_real)}
+_BLOCK = {"block": _whole, "tokens": _list_of(_whole), "extend_ms": _or_none(_real)}
 _END = {
     "finish_reason": _text,
-    "tokens": _ids,
+    "tokens": _list_of(_whole),
     "text": _or_none(_text),
-    "usage": _numbers("completion_tokens", "tokens_per_nfe"),
-    "timings_ms": _numbers("prefill", "denoise", "extend", "total"),
+    "usage": _object_of(_real, "completion_tokens", "tokens_per_nfe"),
+    "timings_ms": _object_of(_real, "prefill", "denoise", "extend", "total"),
 }
 
 
@@ -264,7 +249,7 @@ _PLACE = "{{trace}}"
 
 
 def trace_page(trace: Trace) -> str:
-    """The page; its script reads the trace from a JSON element and shows strings by `textContent` only."""
+    """The page; its script shows strings of the trace by `textContent` only."""
     before, _, after = (
         (resources.files("twotower.trace") / "trace.html")
         .read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A diffusion generation recorded pass by pass: what the denoiser read, predicted and was taken at its word for."""
+"""A diffusion generation recorded pass by pass: what the denoiser read, predicted and filled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from twotower import __version__
 from twotower.config import GenerationConfig
 from twotower.errors import TraceError
-from twotower.runtime import Generation, StepRecord, TwoTower
+from twotower.runtime import StepRecord, TwoTower
 
 __all__ = [
     "KIND",
@@ -23,7 +23,6 @@ __all__ = [
     "TraceHeader",
     "TraceStep",
     "record_trace",
-    "token_pieces",
 ]
 
 KIND = "twotower-trace"
@@ -60,7 +59,7 @@ class TraceHeader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceStep:
-    """One denoiser pass; blocks, steps and positions count from 0, every list but `committed` has S entries.
+    """One denoiser pass; every list but `committed` has S entries.
 
     Attributes:
         block: Number of the block.
@@ -168,8 +167,15 @@ def record_trace(
     )
     if result.seed is not None:
         config = replace(config, seed=result.seed)  # as drawn: the trace can be made again
-    blocks = recorder.blocks()
-    tokens = _prompt_tokens(model, prompt)
+    piece = model.tokenizer.piece if model.tokenizer else str
+    ids = prompt
+    if isinstance(ids, str):
+        assert model.tokenizer is not None  # or the generation had refused the text
+        ids = model.tokenizer.encode(ids)
+    tokens = [int(t) for t in ids] or [model.config.bos_token_id]  # as the session reads it
+    seen = {*tokens, model.config.mask_token_id}
+    for step in recorder.steps:
+        seen.update(step.predicted, step.next)
     header = TraceHeader(
         twotower=__version__,
         bundle=bundle,
@@ -179,41 +185,17 @@ def record_trace(
         config=config.to_json(),
         block_size=config.block_size,
         mask_token_id=model.config.mask_token_id,
-        pieces=token_pieces(
-            model,
-            {
-                *tokens,
-                model.config.mask_token_id,
-                *(t for s in recorder.steps for t in (*s.predicted, *s.next)),
-            },
-        ),
+        pieces={str(t): piece(t) for t in sorted(seen)},
     )
-    return Trace(header, tuple(recorder.steps), blocks, _end(result))
-
-
-def token_pieces(model: TwoTower, tokens: set[int]) -> dict[str, str]:
-    """Text of each token by its number."""
-    tokenizer = model.tokenizer
-    return {str(t): tokenizer.piece(t) if tokenizer else str(t) for t in sorted(tokens)}
-
-
-def _prompt_tokens(model: TwoTower, prompt: str | Sequence[int]) -> list[int]:
-    """As the session reads it: an empty prompt is the beginning of a text."""
-    if isinstance(prompt, str):
-        assert model.tokenizer is not None  # or the generation had refused the text
-        prompt = model.tokenizer.encode(prompt)
-    return [int(t) for t in prompt] or [model.config.bos_token_id]
-
-
-def _end(result: Generation) -> TraceEnd:
     facts = result.to_json()
-    return TraceEnd(
+    end = TraceEnd(
         finish_reason=result.finish_reason,
         tokens=list(result.tokens),
         text=result.text,
         usage=facts["usage"],
         timings_ms={k: round(v, 3) for k, v in facts["timings_ms"].items()},
     )
+    return Trace(header, tuple(recorder.steps), recorder.blocks(), end)
 
 
 class _Recorder:
