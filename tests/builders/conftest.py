@@ -13,18 +13,23 @@ from twotower.bundle import Bundle
 
 
 @pytest.fixture(scope="session")
-def exported_half(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export_fixture("hybrid-b", tmp_path_factory.mktemp("builders") / "b", "float16")
 
 
 @pytest.fixture
-def damageable(exported_half: Bundle, tmp_path: Path) -> Bundle:
-    return Bundle.open(copy_of(exported_half, tmp_path / "bundle"))
+def bundle(exported: Bundle, tmp_path: Path) -> Bundle:
+    return Bundle.open(copy_of(exported, tmp_path / "bundle"))
 
 
 @pytest.fixture
-def fake_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineBuilder:
+def trt_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineBuilder:
     """Of target `trt`, on a machine with one GPU: what is tested with it is not the library."""
     install_fake(tmp_path, monkeypatch)
     see_gpu(monkeypatch, L4)
     return builder_for("trt")
+
+
+@pytest.fixture
+def builder(trt_builder: EngineBuilder) -> EngineBuilder:
+    return trt_builder

@@ -76,23 +76,21 @@ def test_a_build_asks_before_it_starts(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_engines_of_the_cache_need_no_memory(
-    damageable: Bundle, fake_builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build_engines(
-        damageable, "trt", fake_builder, config=BuildConfig(max_context=256, experts="dense")
-    )
-    shutil.rmtree(engine_folder(damageable, "trt"))
+    build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense"))
+    shutil.rmtree(engine_folder(bundle, "trt"))
     monkeypatch.setattr(
         tensorrt_builder, "probe_machine", lambda: replace(machine_with(L4), available=10**7)
     )
     record = build_engines(
-        damageable, "trt", fake_builder, config=BuildConfig(max_context=256, experts="dense")
+        bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense")
     )
     assert all(facts["cached"] for facts in record.report["engines"].values())
     with pytest.raises(BuildError, match="does not fit this machine"):
         build_engines(
-            damageable,
+            bundle,
             "trt",
-            fake_builder,
+            builder,
             config=BuildConfig(max_context=256, experts="dense", force=True),
         )

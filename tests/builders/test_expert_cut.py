@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.builders.test_segment import SIZES, feed, run
 from tests.helpers.bundles import export_fixture
 from tests.helpers.errors import check_error
+from tests.helpers.graph_runs import SIZES, random_inputs, run_graph
 from tests.helpers.reference_experts import reference_experts
 from twotower.builders.expert_cut import ExpertCut, common_form
 from twotower.builders.segment import fix_axes
@@ -65,15 +65,17 @@ def test_programs_with_experts_between_are_the_tower(bundle: Bundle, graph: str)
     file = bundle.graph_file(graph)
     whole = load_graph(file)
     fix_axes(whole, FIXED)
-    inputs = feed(bundle.signatures[graph].with_sizes(FIXED).inputs, bundle.config.vocab_size)
-    expected = run(whole, file.parent, inputs)
+    inputs = random_inputs(
+        bundle.signatures[graph].with_sizes(FIXED).inputs, bundle.config.vocab_size
+    )
+    expected = run_graph(whole, file.parent, inputs)
 
     cut = cut_of(bundle, graph)
     assert cut.programs == bundle.config.pattern.count("E") + 1
     results: dict[str, Any] = {}
     for number in range(cut.programs):
         part = cut.program(number)
-        made = run(part.model, file.parent, inputs)
+        made = run_graph(part.model, file.parent, inputs)
         assert [o.name for o in part.outputs] == list(made)
         results |= {name: value for name, value in made.items() if name not in HANDED}
         if number == cut.programs - 1:

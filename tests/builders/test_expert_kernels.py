@@ -10,15 +10,10 @@ from typing import Any
 import onnx
 import pytest
 
-from tests.helpers.bundles import copy_of, export_fixture
+from tests.helpers.bundles import copy_of
 from tests.helpers.errors import check_error
 from tests.helpers.fake_cuda import FakeCuda
-from tests.helpers.trt.execution import (
-    FakeBuilder,
-    FakeTensorRT,
-    fake_job,
-    fake_kernels,
-)
+from tests.helpers.trt.execution import FakeBuilder, FakeTensorRT, fake_job, fake_kernels
 from tests.helpers.trt.install import L4, bundle_with_engines, machine_with
 from twotower import builders
 from twotower.builders import BuildConfig, EngineBuilder, build_engines, cache
@@ -41,20 +36,10 @@ KERNELS = replace(CONFIG, experts="kernels")
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_fixture("hybrid-b", tmp_path_factory.mktemp("choice") / "bundle", "float16")
-
-
-@pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return bundle_with_engines(
         "hybrid-a", tmp_path_factory.mktemp("code") / "bundle", experts="kernels"
     )
-
-
-@pytest.fixture
-def bundle(exported: Bundle, tmp_path: Path) -> Bundle:
-    return Bundle.open(copy_of(exported, tmp_path / "bundle"))
 
 
 @pytest.fixture
@@ -220,10 +205,10 @@ def test_kernels_are_for_a_gpu_that_engines_are_tried_on(
 
 @pytest.mark.slow
 def test_kernels_for_full_tensorrt_are_those_of_the_gpu_at_hand(
-    bundle: Bundle, fake_builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, trt_builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fake_builder, "_compiler", fake_kernels)
-    record = build_engines(bundle, "trt", fake_builder, config=replace(KERNELS, sms=()))
+    monkeypatch.setattr(trt_builder, "_compiler", fake_kernels)
+    record = build_engines(bundle, "trt", trt_builder, config=replace(KERNELS, sms=()))
     (code,) = record.report["experts"].values()
     assert code["sms"] == [L4.sm]
     kinds = [type(step).__name__ for step in record.steps["denoiser"]]

@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from tests.helpers.bundles import export_fixture
+from tests.helpers.graph_runs import random_inputs, run_graph
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.quantized import TINY
 from tests.helpers.trt.install import bundle_with_engines
@@ -25,12 +26,10 @@ from twotower.export import Checkpoint, export_bundle
 from twotower.export.graph_files import save_program
 from twotower.export.graphs.precision import Precision
 from twotower.export.graphs.tower_graphs import build_graph
-from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TensorSpec
+from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 from twotower.weights.declared import lay_out
 from twotower.weights.external import load_graph, weight_refs
 from twotower.weights.mapped import read_weight
-
-SIZES = {"B": 2, "L": 16, "S": 16, "T": 64}
 
 
 @pytest.fixture(scope="module")
@@ -86,42 +85,6 @@ def test_weights_in_few_bits_stay_inside_with_their_scales(tmp_path: Path, recip
     assert {s.dtype for s in places.inputs} == {"float32"}
 
 
-def feed(specs: tuple[TensorSpec, ...], vocabulary: int) -> dict[str, Any]:
-    """Random inputs whose lengths make sense."""
-    rng = np.random.default_rng(5)
-    out: dict[str, Any] = {}
-    for spec in specs:
-        shape = spec.shape(SIZES)
-        if spec.dtype == "int64":
-            most = {
-                "chunk_length": 17,
-                "past_length": 30,
-                "context_length": 40,
-                "commit_floor": 3,
-            }.get(spec.name, vocabulary)
-            out[spec.name] = rng.integers(1, most, shape)
-        else:
-            out[spec.name] = rng.normal(size=shape).astype(np.float32) * 0.3
-    return out
-
-
-def run(
-    model: onnx.ModelProto, folder: Path, given: dict[str, Any], *, level: Any, packed: bool
-) -> list[Any]:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = level
-    options.add_session_config_entry("session.disable_prepacking", str(int(not packed)))
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(folder)
-    )
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return session.run(None, {i.name: given[i.name] for i in session.get_inputs()})
-
-
 LEVELS = {
     "plain": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "optimised": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -131,17 +94,17 @@ LEVELS = {
 def compare_fed_with_inside(bundle: Bundle, name: str, level: str, *, packed: bool) -> None:
     """To the bit: the product's kernels must not know where a weight comes from."""
     file = bundle.graph_file(name)
-    given = feed(bundle.signatures[name].inputs, bundle.config.vocab_size)
-    inside = run(load_graph(file), file.parent, given, level=LEVELS[level], packed=packed)
+    given = random_inputs(bundle.signatures[name].inputs, bundle.config.vocab_size)
+    inside = run_graph(load_graph(file), file.parent, given, level=LEVELS[level], packed=packed)
     model, data = load_graph(file), np.memmap(bundle.data_file(name), dtype=np.uint8, mode="r")
     place_weights(model, "inputs")
     given |= {
         weight: np.ascontiguousarray(read_weight(data, ref))
         for weight, ref in bundle.weights(name).items()
     }
-    fed = run(model, file.parent, given, level=LEVELS[level], packed=packed)
-    for a, b in zip(inside, fed, strict=True):
-        np.testing.assert_array_equal(a, b)
+    fed = run_graph(model, file.parent, given, level=LEVELS[level], packed=packed)
+    for output, value in inside.items():
+        np.testing.assert_array_equal(fed[output], value)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -165,13 +128,8 @@ def test_a_layer_of_every_kind_at_768_wide_computes_the_same(
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("wide")
-    slim = {
-        "hidden_size": 768,
-        "vocab_size": 512,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "torch_dtype": "float32",
-    }
+    slim: dict[str, Any] = {"hidden_size": 768, "vocab_size": 512, "torch_dtype": "float32"}
+    slim |= {"n_routed_experts": 4, "num_experts_per_tok": 2}
     checkpoint = write_checkpoint(folder / "checkpoint", {**published_slice("M*E"), **slim})
     return export_bundle(Checkpoint.open(checkpoint), folder / "bundle")
 

@@ -14,10 +14,11 @@ import onnxruntime as ort
 import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 
-from tests.builders.test_segment import feed, run
 from tests.helpers.bundles import export_fixture
 from tests.helpers.errors import check_error
 from tests.helpers.fused_experts import fused_nodes, with_bodies, with_cpu_kernels
+from tests.helpers.graph_runs import random_inputs as feed
+from tests.helpers.graph_runs import run_graph as run
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.small_slice import SMALL_SLICE
 from twotower.builders import BuildConfig, build_engines, builder_for

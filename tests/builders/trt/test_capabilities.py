@@ -23,12 +23,7 @@ from twotower.tensorrt_library import Flavour
 
 H100, ADA, TURING = Gpu("H100", 90, 80 << 30), Gpu("L4", 89, 24 << 30), Gpu("T4", 75, 16 << 30)
 RTX = Flavour(
-    SimpleNamespace(__name__="tensorrt_rtx"),
-    "rtx",
-    "1.7",
-    (75, 80, 86, 89, 120, 121),
-    True,
-    True,
+    SimpleNamespace(__name__="tensorrt_rtx"), "rtx", "1.7", (75, 80, 86, 89, 120, 121), True, True
 )
 TRT = Flavour(SimpleNamespace(__name__="tensorrt"), "trt", "11.4", (), False, False)
 
@@ -52,13 +47,13 @@ def tried(how: str, *gpus: Gpu) -> Machine:
     ],
 )
 def test_what_is_built_for(
-    damageable: Bundle,
+    bundle: Bundle,
     flavour: Flavour,
     asked: tuple[int, ...],
     machine: Machine,
     want: Capabilities,
 ) -> None:
-    assert chosen_capabilities(flavour, damageable, BuildConfig(sms=asked), machine) == want
+    assert chosen_capabilities(flavour, bundle, BuildConfig(sms=asked), machine) == want
 
 
 @pytest.mark.parametrize(
@@ -70,20 +65,14 @@ def test_what_is_built_for(
     ],
 )
 def test_what_is_not(
-    damageable: Bundle,
-    flavour: Flavour,
-    asked: tuple[int, ...],
-    machine: Machine,
-    says: str,
+    bundle: Bundle, flavour: Flavour, asked: tuple[int, ...], machine: Machine, says: str
 ) -> None:
     with pytest.raises(BuildError, match=says):
-        chosen_capabilities(flavour, damageable, BuildConfig(sms=asked), machine)
+        chosen_capabilities(flavour, bundle, BuildConfig(sms=asked), machine)
 
 
 def test_another_choice_builds_again_and_is_named(
-    damageable: Bundle,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     jobs: list[dict[str, Any]] = []
 
@@ -97,7 +86,7 @@ def test_another_choice_builds_again_and_is_named(
     for how, asked in (("", (89,)), ("default", ()), ("current", ()), ("current", ())):
         monkeypatch.setattr(tensorrt_builder, "probe_machine", lambda how=how: tried(how, H100))
         record = build_engines(
-            damageable,
+            bundle,
             "rtx",
             builder,
             config=BuildConfig(sms=asked, max_context=256, experts="dense"),
@@ -112,7 +101,7 @@ def test_another_choice_builds_again_and_is_named(
     ]
     assert seen == three, "the last one was built before"
     assert caplog.text.count("SM 90: NVIDIA does not support it there") == 2
-    assert engine_folder(damageable, "rtx").is_dir()
+    assert engine_folder(bundle, "rtx").is_dir()
 
 
 class _Config(SimpleNamespace):
@@ -132,9 +121,7 @@ class _Config(SimpleNamespace):
     [((86, 89), False, {0: "sm86", 1: "sm89"}), ((), True, {0: "current"}), ((), False, {})],
 )
 def test_what_the_library_is_told(
-    sms: tuple[int, ...],
-    current: bool,
-    want: dict[int, str],
+    sms: tuple[int, ...], current: bool, want: dict[int, str]
 ) -> None:
     config = _Config(capabilities={}, num_compute_capabilities=0, takes=True)
     capability = SimpleNamespace(CURRENT="current", SM86="sm86", SM89="sm89")

@@ -6,10 +6,11 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
+import onnx
 import pytest
 
 from tests.helpers.bundles import export_fixture
+from tests.helpers.graph_runs import random_inputs, run_graph
 from twotower.builders.trt import engine_plan
 from twotower.builders.trt.engine_plan import engine_key, sum_float32_products
 from twotower.bundle import Bundle
@@ -17,9 +18,6 @@ from twotower.graph_lint import lint
 from twotower.graph_lint.view import GraphView
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 from twotower.weights.external import load_graph
-
-SIZES = {"B": 2, "L": 16, "S": 16, "T": 64}
-LENGTHS = {"chunk_length": 17, "past_length": 30, "context_length": 40, "commit_floor": 3}
 
 
 @pytest.fixture(scope="module")
@@ -30,25 +28,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     }
 
 
-def results(model: Any, bundle: Bundle, graph: str) -> list[Any]:
-    rng = np.random.default_rng(7)
-    given = {}
-    for spec in bundle.signatures[graph].inputs:
-        shape = spec.shape(SIZES)
-        if spec.dtype == "int64":
-            given[spec.name] = rng.integers(
-                1, LENGTHS.get(spec.name, bundle.config.vocab_size), shape
-            )
-        else:
-            given[spec.name] = rng.normal(size=shape).astype(np.float32) * 0.3
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    place = str(bundle.graph_file(graph).parent)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", place)
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return list(session.run(None, {i.name: given[i.name] for i in session.get_inputs()}))
+def products(model: onnx.ModelProto) -> Counter[str | None]:
+    """Matrix products by element type."""
+    view, nodes = GraphView(model), model.graph.node
+    return Counter(view.dtype(node.output[0]) for node in nodes if node.op_type == "MatMul")
 
 
 @pytest.mark.parametrize("graph", [CONTEXT, CONTEXT_HEAD, DENOISER])
@@ -57,11 +40,16 @@ def test_every_product_of_a_float32_graph_can_be_a_sum(
 ) -> None:
     bundle = bundles["float32"]
     model = load_graph(bundle.graph_file(graph))
-    products = Counter(node.op_type for node in model.graph.node)["MatMul"]
-    before = results(model, bundle, graph)
-    assert sum_float32_products(model) == products > 0
+    count = products(model).total()
+    folder = bundle.graph_file(graph).parent
+    given = random_inputs(bundle.signatures[graph].inputs, bundle.config.vocab_size)
+    before = run_graph(model, folder, given)
+    assert sum_float32_products(model) == count > 0
     assert "MatMul" not in {node.op_type for node in model.graph.node}
-    for one, other in zip(before, results(model, bundle, graph), strict=True):
+    after = run_graph(model, folder, given)
+    assert after.keys() == before.keys()
+    for name, one in before.items():
+        other = after[name]
         # Sums of at most some hundred products in another order: a few units in the last place.
         np.testing.assert_allclose(
             other, one, rtol=2e-5, atol=2e-5 * max(1.0, float(np.abs(one).max()))
@@ -72,18 +60,11 @@ def test_every_product_of_a_float32_graph_can_be_a_sum(
 def test_products_in_half_precision_stay(bundles: dict[str, Bundle], graph: str) -> None:
     bundle = bundles["float16"]
     model = load_graph(bundle.graph_file(graph))
-    view = GraphView(model)
-    types = Counter(
-        view.dtype(node.output[0]) for node in model.graph.node if node.op_type == "MatMul"
-    )
+    types = products(model)
     assert types["float32"] > 0
     assert types["float16"] > 0
     assert sum_float32_products(model) == types["float32"]
-    after = GraphView(model)
-    left = Counter(
-        after.dtype(node.output[0]) for node in model.graph.node if node.op_type == "MatMul"
-    )
-    assert left == {"float16": types["float16"]}
+    assert products(model) == {"float16": types["float16"]}
     assert [f.rule.id for f in lint(model) if f.rule.severity.value == "error"] == []
 
 

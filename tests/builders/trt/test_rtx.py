@@ -11,15 +11,17 @@ from typing import Any
 
 import pytest
 
-from twotower.builders import BuildConfig, build_engines, builder_for
+from twotower.builders import builder_for
 from twotower.bundle import (
     BUILD_FILE,
     Bundle,
+    EngineRecord,
     engine_folder,
     load_engine_record,
     read_engine_record,
 )
 from twotower.errors import BuildError, ConfigError, EngineMismatchError
+from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.hardware import RTX_SMS
 
 pytestmark = [pytest.mark.trt_rtx, pytest.mark.slow]
@@ -53,21 +55,19 @@ MORE_FOR_SUMS = 3
 def exported(folder: Path, name: str, dtype: str) -> Bundle:
     path = folder / f"{name}-{dtype}"
     if not path.exists():
-        checkpoint = str(ROOT / CHECKPOINTS[name])
-        command = [
-            sys.executable,
-            "-m",
-            "twotower.cli",
-            "export",
-            checkpoint,
-            "-o",
-            str(path),
-            "--dtype",
-            dtype,
-            "--no-verify",
-        ]
-        subprocess.run(command, check=True, capture_output=True)
+        checkpoint = Checkpoint.open(ROOT / CHECKPOINTS[name])
+        export_bundle(checkpoint, path, ExportConfig(dtype=dtype))
     return Bundle.open(path)
+
+
+def build(bundle: Bundle, **options: Any) -> EngineRecord:
+    config = {"sms": SMS, "max_context": 256, "experts": "dense", **options}
+    return build(bundle, **config)
+
+
+def twotower(*words: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "twotower.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=check)
 
 
 @pytest.fixture(scope="module")
@@ -82,38 +82,22 @@ def unexplained(record: Any) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        ("a", "float16"),
-        ("b", "float16"),
-        ("tiny", "float16"),
-        ("tiny", "bfloat16"),
-        ("tiny", "float32"),
-    ],
+    [("a", "float16"), ("b", "float16")]
+    + [("tiny", dtype) for dtype in ("float16", "bfloat16", "float32")],
 )
 def test_the_graphs_build_without_an_unexplained_word(folder: Path, name: str, dtype: str) -> None:
     bundle = exported(folder, name, dtype)
-    record = build_engines(
-        bundle,
-        "rtx",
-        builder_for("rtx"),
-        config=BuildConfig(sms=SMS, max_context=256, experts="dense"),
-    )
+    record = build(bundle)
     assert not unexplained(record)
     assert record.limits is not None
     assert (record.limits.sms, record.limits.capacity) == (SMS, 512)
-    assert [e.file for parts in record.engines.values() for e in parts] == [
-        "context.engine",
-        "context_head.engine",
-        "denoiser.engine",
-    ]
+    files = [e.file for parts in record.engines.values() for e in parts]
+    assert files == ["context.engine", "context_head.engine", "denoiser.engine"]
     layers = record.report["engines"]["context.engine"]["by_type"]
     attention = sum(kind.value == "*" for kind in bundle.config.layers)
     assert layers["KV_CACHE_UPDATE"] == 2 * attention, "keys and values are updated in place"
-    assert not [
-        kind
-        for kind in layers
-        if "PLUGIN" in kind or kind in ("NON_ZERO", "CUMULATIVE", "TRIP_LIMIT")
-    ]
+    assert not [kind for kind in layers if "PLUGIN" in kind]
+    assert not {"NON_ZERO", "CUMULATIVE", "TRIP_LIMIT"} & layers.keys()
     assert read_engine_record(bundle, "rtx", library=builder_for("rtx").library()) == record, (
         "build.json holds all of it"
     )
@@ -132,14 +116,8 @@ def check_programs(bundle: Bundle, record: Any, sms: tuple[int, ...] = SMS) -> N
         told = record.report["engines"][engine.file]["inspector"]["programs"]
         assert [p["profile"] for p in told] == list(range(len(engine.profiles)))
         for program in told:
-            assert (program["sms"], program["streams"], program["events"], program["waits"]) == (
-                list(sms),
-                1,
-                1,
-                0,
-            )
-            assert program["capturable"]
-            assert program["expanded"] == []
+            facts = ("sms", "streams", "events", "waits", "capturable", "expanded")
+            assert [program[fact] for fact in facts] == [list(sms), 1, 1, 0, True, []]
             assert (
                 sum(kind["kernels"] for kind in program["by_kind"].values()) == program["kernels"]
             )
@@ -159,23 +137,16 @@ def check_programs(bundle: Bundle, record: Any, sms: tuple[int, ...] = SMS) -> N
 def test_programs_for_one_row_are_read(folder: Path) -> None:
     """No size depends on a call then, and they have no arithmetic on shapes."""
     bundle = exported(folder, "a", "float16")
-    config = BuildConfig(
-        sms=SMS, max_context=256, experts="dense", max_batch=1, use_cache=False, force=True
-    )
-    check_programs(bundle, build_engines(bundle, "rtx", builder_for("rtx"), config=config))
+    check_programs(bundle, build(bundle, max_batch=1, use_cache=False, force=True))
 
 
 def test_the_library_chooses_its_own_set_of_gpus_when_it_is_asked_to(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Ahead of time and without a GPU. RTX 1.7 writes SM 80 into such programs, whatever else they run on."""
     bundle, builder = exported(folder, "b", "float16"), builder_for("rtx")
     monkeypatch.setenv("TWOTOWER_RTX_ANY_SM", "default")
-    record = build_engines(
-        bundle, "rtx", builder, config=BuildConfig(max_context=256, experts="dense")
-    )
+    record = build(bundle)
     assert record.limits is not None
     assert record.limits.sms == ()
     programs = [p for e in record.report["engines"].values() for p in e["inspector"]["programs"]]
@@ -184,25 +155,19 @@ def test_the_library_chooses_its_own_set_of_gpus_when_it_is_asked_to(
     read_engine_record(bundle, "rtx", library=builder.library(), sm=90)
     monkeypatch.setenv("TWOTOWER_RTX_ANY_SM", "current")
     with pytest.raises(BuildError, match="builds for the GPU at hand only") as error:
-        build_engines(bundle, "rtx", builder, config=BuildConfig(max_context=256, experts="dense"))
+        build(bundle)
     assert "no NVIDIA GPU" in error.value.found
 
 
 def test_float16_builds_for_every_compute_capability(folder: Path) -> None:
     """SM 75 has no products in float32: they are sums, and no product of single elements lies in memory."""
     bundle = exported(folder, "tiny", "float16")
-    record = build_engines(
-        bundle,
-        "rtx",
-        builder_for("rtx"),
-        config=BuildConfig(sms=RTX_SMS, max_context=256, experts="dense"),
-    )
+    record = build(bundle, sms=RTX_SMS)
     assert not unexplained(record)
     check_programs(bundle, record, RTX_SMS)
     config, chunk = bundle.config, 256
-    apart = (
-        4 * 8 * config.mamba_num_heads * chunk * chunk * config.mamba_head_dim
-    )  # of one product of the scan, 8 rows
+    # Bytes of one product of the scan, 8 rows.
+    apart = 4 * 8 * config.mamba_num_heads * chunk * chunk * config.mamba_head_dim
     prefill = record.report["engines"]["context.engine"]["inspector"]["programs"][0]
     assert prefill["scratch"] < apart / 4
 
@@ -210,14 +175,11 @@ def test_float16_builds_for_every_compute_capability(folder: Path) -> None:
 def test_a_second_build_is_instant_and_other_options_build_again(folder: Path) -> None:
     bundle, builder = exported(folder, "b", "float16"), builder_for("rtx")
     file = engine_folder(bundle, "rtx") / BUILD_FILE
-    config = BuildConfig(sms=(86,), max_context=256, experts="dense")
-    build_engines(bundle, "rtx", builder, config=config)
+    build(bundle, sms=(86,))
     before = file.stat().st_mtime_ns
-    build_engines(bundle, "rtx", builder, config=config)
+    build(bundle, sms=(86,))
     assert file.stat().st_mtime_ns == before
-    build_engines(
-        bundle, "rtx", builder, config=BuildConfig(sms=(86,), max_context=512, experts="dense")
-    )
+    build(bundle, sms=(86,), max_context=512)
     assert file.stat().st_mtime_ns > before
     engine = engine_folder(bundle, "rtx") / "denoiser.engine"
     engine.write_bytes(engine.read_bytes()[:-100])
@@ -240,12 +202,7 @@ def test_towers_are_cut_and_every_piece_builds(
     asked: dict[str, Any] = {"segments": 3}
     if how.startswith("a memory"):
         asked = {"weights": "inside", "max_build_memory": 2 * weights}
-    record = build_engines(
-        bundle,
-        "rtx",
-        builder_for("rtx"),
-        config=BuildConfig(sms=(89,), max_context=256, experts="dense", **asked),
-    )
+    record = build(bundle, sms=(89,), **asked)
     assert len(record.engines["denoiser"]) > 1
     assert [e.layers[0] for e in record.engines["denoiser"][1:]] == [
         e.layers[1] for e in record.engines["denoiser"][:-1]
@@ -266,7 +223,7 @@ def test_what_cannot_be_built_is_said_before_any_work(
 ) -> None:
     bundle = exported(folder, "b", dtype)
     with pytest.raises((BuildError, ConfigError)) as error:
-        build_engines(bundle, "rtx", builder_for("rtx"), config=BuildConfig(**config, force=True))
+        build(bundle, **config, force=True)
     assert says in error.value.found
 
 
@@ -278,19 +235,8 @@ def test_the_full_library_is_named_with_where_its_wheels_live() -> None:
 
 def test_the_command_describes_without_building(folder: Path) -> None:
     bundle = exported(folder, "tiny", "float16")
-    options = [
-        "--target",
-        "rtx",
-        "--sm",
-        "86",
-        "--max-batch",
-        "2",
-        "--experts",
-        "dense",
-        "--dry-run",
-    ]
-    command = [sys.executable, "-m", "twotower.cli", "build", str(bundle.path), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    words = ["--target", "rtx", "--sm", "86", "--max-batch", "2", "--experts", "dense", "--dry-run"]
+    done = twotower("build", bundle.path, *words)
     assert "SM 86" in done.stdout
     assert "denoiser.engine" in done.stdout
 
@@ -299,19 +245,9 @@ def test_without_a_word_on_experts_kernels_compute_the_chosen_ones(folder: Path)
     """Compiled by Triton, as a user's build is; `inspect` has programs, kernels and launches."""
     pytest.importorskip("triton")  # make EXTRAS=...,kernels
     bundle = exported(folder, "tiny", "bfloat16")
-    command = [sys.executable, "-m", "twotower.cli"]
-    words = [
-        "build",
-        str(bundle.path),
-        "--target",
-        "rtx",
-        "--sm",
-        "80,89,120",
-        "--max-context",
-        "256",
-    ]
+    words = ["--target", "rtx", "--sm", "80,89,120", "--max-context", "256"]
     for _ in range(2):
-        done = subprocess.run([*command, *words], capture_output=True, text=True, check=True)
+        done = twotower("build", bundle.path, *words)
         assert "note:" not in done.stderr
     assert "kept, because it fits" in done.stderr
     record = read_engine_record(bundle, "rtx", library=builder_for("rtx").library())
@@ -321,9 +257,7 @@ def test_without_a_word_on_experts_kernels_compute_the_chosen_ones(folder: Path)
         p for engine in record.report["engines"].values() for p in engine["inspector"]["programs"]
     ]
     assert {(p["streams"], p["capturable"], len(p["expanded"])) for p in programs} == {(1, True, 0)}
-    done = subprocess.run(
-        [*command, "inspect", str(bundle.path)], capture_output=True, text=True, check=True
-    )
+    done = twotower("inspect", bundle.path)
     assert re.search(
         r"denoiser denoise: 4 programs \(\d+ kernels\) and 3 layers of experts .*; \d+ launches a pass",
         done.stdout,
@@ -342,25 +276,16 @@ def test_a_config_alone_is_built_for_and_its_engines_serve_the_checkpoint(folder
         "--experts",
         "dense",
         "--cache",
-        str(folder / "shared"),
     ]
-    config = str(ROOT / CHECKPOINTS["b"] / "config.json")
-    command = [sys.executable, "-m", "twotower.cli", "build"]
+    words.append(str(folder / "shared"))
+    start = ["--from-config", ROOT / CHECKPOINTS["b"] / "config.json", "--dtype", "bfloat16"]
     bundle = exported(folder, "b", "bfloat16")
-    start = ["--from-config", config, "--dtype", "bfloat16"]
-    for path, more in (
-        (folder / "programs", start),
-        (folder / "programs", start),
-        (bundle.path, []),
-    ):
-        subprocess.run(
-            [*command, str(path), *more, *words], check=True, capture_output=True, text=True
-        )
+    for _ in range(2):
+        twotower("build", folder / "programs", *start, *words)
+    twotower("build", bundle.path, *words)
     record = load_engine_record(bundle, "rtx")
     assert all(engine["cached"] for engine in record.report["engines"].values())
     assert record.holds == {}
-    done = subprocess.run(
-        [*command, str(bundle.path), *start, *words], check=False, capture_output=True, text=True
-    )
+    done = twotower("build", bundle.path, *start, *words, check=False)
     assert done.returncode == 2
     assert "it holds weights" in done.stderr

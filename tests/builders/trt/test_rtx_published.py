@@ -26,6 +26,11 @@ PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
 MOST_KERNELS = {"denoise": 570, "block": 640}
 """Of the whole published towers."""
 
+ONE_STREAM = {"streams": 1, "events": 1, "signals": 0, "waits": 0} | {
+    "capturable": True,
+    "expanded": [],
+}
+
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> EngineRecord:
@@ -65,18 +70,7 @@ def test_a_pass_uses_one_stream_that_can_be_captured_and_expands_no_weight(
     record: EngineRecord,
 ) -> None:
     for graph, name, program in programs(record):
-        told = {
-            key: program[key]
-            for key in ("streams", "events", "signals", "waits", "capturable", "expanded")
-        }
-        assert told == {
-            "streams": 1,
-            "events": 1,
-            "signals": 0,
-            "waits": 0,
-            "capturable": True,
-            "expanded": [],
-        }, (graph, name)
+        assert {key: program[key] for key in ONE_STREAM} == ONE_STREAM, (graph, name)
 
 
 def test_activations_take_what_is_planned(record: EngineRecord) -> None:
@@ -128,18 +122,7 @@ def test_a_boundary_costs_no_launch_of_its_own(cut: EngineRecord) -> None:
         "mamba": 9,
         "moe": 5,
     }
-    told = {
-        key: program[key]
-        for key in ("streams", "events", "signals", "waits", "capturable", "expanded")
-    }
-    assert told == {
-        "streams": 1,
-        "events": 1,
-        "signals": 0,
-        "waits": 0,
-        "capturable": True,
-        "expanded": [],
-    }
+    assert {key: program[key] for key in ONE_STREAM} == ONE_STREAM
 
 
 def test_programs_with_experts_between_take_what_is_planned(cut: EngineRecord) -> None:

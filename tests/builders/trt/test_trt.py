@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers.trt.install import L4, install_fake, plant, see_gpu
 from twotower.builders import BuildConfig, EngineBuilder, build_engines
-from twotower.bundle import Bundle, engine_folder, read_engine_record
+from twotower.bundle import Bundle, EngineRecord, engine_folder, read_engine_record
 from twotower.errors import BuildAbortedError, BuildError, EngineMismatchError
 from twotower.hardware import Gpu
 from twotower.tensorrt_library import flavour_from_module
@@ -19,14 +21,8 @@ CONFIG = BuildConfig(max_context=256, experts="dense", max_batch=2)
 B200 = Gpu("NVIDIA B200", 100, 180 << 30)
 
 
-@pytest.fixture
-def bundle(damageable: Bundle) -> Bundle:
-    return damageable
-
-
-@pytest.fixture
-def builder(fake_builder: EngineBuilder) -> EngineBuilder:
-    return fake_builder
+def build(bundle: Bundle, builder: EngineBuilder, **options: Any) -> EngineRecord:
+    return build_engines(bundle, "trt", builder, config=replace(CONFIG, **options))
 
 
 def timings(bundle: Bundle) -> list[str]:
@@ -47,7 +43,7 @@ def test_the_flavour_is_told_by_what_it_can_do(
 
 
 def test_engines_are_built_for_the_gpu_at_hand(bundle: Bundle, builder: EngineBuilder) -> None:
-    record = build_engines(bundle, "trt", builder, config=CONFIG)
+    record = build(bundle, builder)
     assert record.limits is not None
     assert (record.target, record.limits.sms, record.limits.max_batch) == ("trt", (89,), 2)
     plan = json.loads((engine_folder(bundle, "trt") / "context.engine").read_bytes())
@@ -74,14 +70,12 @@ def test_engines_are_built_for_the_gpu_at_hand(bundle: Bundle, builder: EngineBu
 
 @pytest.mark.slow
 def test_timings_are_kept_and_used_again(bundle: Bundle, builder: EngineBuilder) -> None:
-    build_engines(bundle, "trt", builder, config=CONFIG)
+    build(bundle, builder)
     assert len(timings(bundle)) == 3
-    build_engines(bundle, "trt", builder, config=BuildConfig(max_context=512, experts="dense"))
+    build(bundle, builder, max_context=512, max_batch=8)
     assert len(timings(bundle)) == 6, "the second build started from the first one's"
     (bundle.path / "engines" / ".trt.timing").write_text("garbage")
-    build_engines(
-        bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense", force=True)
-    )
+    build(bundle, builder, force=True)
     assert len(timings(bundle)) == 3, "what the library does not take is replaced"
     assert not list((bundle.path / "engines").glob(".trt.timing.*"))
 
@@ -99,7 +93,7 @@ def test_it_builds_for_no_other_machine(
 ) -> None:
     see_gpu(monkeypatch, *gpus)
     with pytest.raises(BuildError, match="for the GPU at hand only") as caught:
-        build_engines(bundle, "trt", builder, config=BuildConfig(sms=sms))
+        build(bundle, builder, sms=sms)
     assert found in caught.value.found
     assert "rtx" in caught.value.do
 
@@ -110,7 +104,7 @@ def test_another_gpu_or_driver_builds_again_and_the_first_is_remembered(
 ) -> None:
     def cached(*gpus: Gpu, driver: str = "580.1") -> set[bool]:
         see_gpu(monkeypatch, *gpus, driver=driver)
-        record = build_engines(bundle, "trt", builder, config=CONFIG)
+        record = build(bundle, builder)
         assert record.limits is not None
         assert record.limits.sms == (gpus[0].sm,)
         return {facts["cached"] for facts in record.report["engines"].values()}
@@ -136,15 +130,10 @@ def test_another_gpu_or_driver_builds_again_and_the_first_is_remembered(
 def test_a_graph_the_library_refuses_is_an_error_and_the_graph_is_kept(
     bundle: Bundle, builder: EngineBuilder, operator: str, what: str, found: str
 ) -> None:
-    build_engines(bundle, "trt", builder, config=CONFIG)
+    build(bundle, builder)
     plant(bundle, "denoiser", operator)
     with pytest.raises(BuildError, match=what) as caught:
-        build_engines(
-            bundle,
-            "trt",
-            builder,
-            config=BuildConfig(max_context=256, experts="dense", max_batch=2, force=True),
-        )
+        build(bundle, builder, force=True)
     assert type(caught.value) is (BuildAbortedError if operator == "Crash" else BuildError)
     assert found in caught.value.found
     assert "denoiser.engine" in caught.value.found
@@ -157,12 +146,7 @@ def test_a_graph_the_library_refuses_is_an_error_and_the_graph_is_kept(
         "the old engines are still there"
     )
     plant(bundle, "denoiser", "Identity")
-    build_engines(
-        bundle,
-        "trt",
-        builder,
-        config=BuildConfig(max_context=256, experts="dense", max_batch=2, force=True),
-    )
+    build(bundle, builder, force=True)
     assert not folder.exists(), "it builds now"
 
 
@@ -171,12 +155,7 @@ def test_weights_a_refused_graph_holds_are_beside_it(
 ) -> None:
     plant(bundle, "denoiser", "Refuse")
     with pytest.raises(BuildError, match="refuses the graph"):
-        build_engines(
-            bundle,
-            "trt",
-            builder,
-            config=BuildConfig(max_context=256, experts="dense", weights="inside"),
-        )
+        build(bundle, builder, weights="inside")
     folder = bundle.path / "engines" / ".failed" / "trt-denoiser"
     assert {p.name for p in folder.iterdir()} == {
         "graph.onnx",
@@ -197,6 +176,6 @@ def test_a_defect_of_ours_is_not_blamed_on_the_graph(
 ) -> None:
     plant(bundle, "context", "Raise")
     with pytest.raises(BuildError, match="died") as caught:
-        build_engines(bundle, "trt", builder, config=CONFIG)
+        build(bundle, builder)
     assert "RuntimeError: a defect of ours" in caught.value.found
     assert not (bundle.path / "engines" / ".failed").exists()
