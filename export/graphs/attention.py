@@ -92,18 +92,23 @@ def denoiser_attention(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
     values = graph.reshape(values, -1, capacity, size)
 
     def scores(keys: ir.Value) -> ir.Value:
-        products = graph.op("MatMul", q, graph.op("Transpose", keys, perm=[0, 2, 1]))
+        transposed = graph.op("Transpose", keys, perm=[0, 2, 1])
+        products = graph.op("MatMul", q, transposed)
         return graph.to_float32(products)
 
     # The lesser of the two and no selection: an infinite score of a place without a token goes too,
     # and ONNX Runtime does it many times as fast.
     before = graph.op("Min", scores(keys), chunk.seen)
-    weight = graph.op("Softmax", graph.op("Concat", before, scores(k), axis=-1), axis=-1)
+    weight = graph.op("Concat", before, scores(k), axis=-1)
+    weight = graph.op("Softmax", weight, axis=-1)
     weight = graph.to_model_dtype(weight)
     start, end, axis = graph.constant([0]), graph.constant([2**62]), graph.constant([2])
-    seen = graph.op("MatMul", graph.op("Slice", weight, start, capacity, axis), values)
-    own = graph.op("MatMul", graph.op("Slice", weight, capacity, end, axis), v)
-    out = graph.reshape(graph.op("Add", seen, own), -1, heads, length, size)
+    seen = graph.op("Slice", weight, start, capacity, axis)
+    seen = graph.op("MatMul", seen, values)
+    own = graph.op("Slice", weight, capacity, end, axis)
+    own = graph.op("MatMul", own, v)
+    out = graph.op("Add", seen, own)
+    out = graph.reshape(out, -1, heads, length, size)
     return _merged(layer, out)
 
 
@@ -125,5 +130,6 @@ def _capacity(layer: Layer, cache: ir.Value) -> ir.Value:
 def _merged(layer: Layer, x: ir.Value) -> ir.Value:
     """The output [B,L,D] of heads [B,H,L,hd]."""
     graph = layer.graph
-    x = graph.reshape(graph.op("Transpose", x, perm=[0, 2, 1, 3]), 0, 0, -1)
+    x = graph.op("Transpose", x, perm=[0, 2, 1, 3])
+    x = graph.reshape(x, 0, 0, -1)
     return graph.linear(x, layer.weight("o_proj.weight"))

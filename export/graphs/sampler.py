@@ -54,9 +54,8 @@ def sample_and_commit(
     graph.output(PREDICTED, predicted)
     graph.output(CONFIDENCE, confidence)
     graph.output(NEXT_BLOCK, graph.op("Where", commit, predicted, graph.input(BLOCK)))
-    committed = graph.op(
-        "ReduceSum", graph.op("Cast", commit, to=ir.DataType.INT64), graph.constant([1]), keepdims=1
-    )
+    committed = graph.op("Cast", commit, to=ir.DataType.INT64)
+    committed = graph.op("ReduceSum", committed, graph.constant([1]), keepdims=1)
     left = graph.op("Sub", masks.count, committed)
     graph.output(MASKED_LEFT, graph.op("Squeeze", left, graph.constant([1])))
 
@@ -78,9 +77,8 @@ def _choose(
     noisy = graph.op("Add", graph.op("Div", best, divisor), graph.input(NOISE))
     sampled = graph.op("ArgMax", noisy, axis=-1, keepdims=1)
     place = graph.op("Where", greedy, graph.constant(0), sampled)
-    token, confidence = (
-        graph.op("GatherElements", x, place, axis=-1) for x in (ids, probabilities)
-    )
+    token = graph.op("GatherElements", ids, place, axis=-1)
+    confidence = graph.op("GatherElements", probabilities, place, axis=-1)
     last = graph.constant([-1])
     return graph.op("Squeeze", token, last), graph.op("Squeeze", confidence, last)
 
@@ -103,10 +101,9 @@ def _candidates(
     relative, total = relative_to_best(graph, rows, best)
     probabilities = graph.op("Div", graph.op("Exp", relative), total)
     length = graph.op("Shape", graph.input(BLOCK), start=1, end=2)
-    best, ids, probabilities = (
-        graph.reshape(x, -1, length, count) for x in (best, ids, probabilities)
-    )
-    return best, ids, probabilities
+    best = graph.reshape(best, -1, length, count)
+    ids = graph.reshape(ids, -1, length, count)
+    return best, ids, graph.reshape(probabilities, -1, length, count)
 
 
 def relative_to_best(
@@ -133,32 +130,24 @@ def _committed(graph: GraphBuilder, confidence: ir.Value, masks: MaskInfo) -> ir
     and further left), summed over S x S comparisons: no sort, no data-dependent shape.
     """
     axis_t, axis_s = graph.constant([2]), graph.constant([1])
-    mine, other = (
-        graph.op("Unsqueeze", confidence, axis_t),
-        graph.op("Unsqueeze", confidence, axis_s),
-    )
+    mine = graph.op("Unsqueeze", confidence, axis_t)
+    other = graph.op("Unsqueeze", confidence, axis_s)
     length = graph.op("Shape", confidence, start=1, end=2)
     places = graph.op("Range", graph.constant(0), graph.op("Squeeze", length), graph.constant(1))
-    left_of = graph.op(
-        "Less",
-        graph.op("Unsqueeze", places, graph.constant([0])),
-        graph.op("Unsqueeze", places, graph.constant([1])),
-    )
+    first = graph.op("Unsqueeze", places, graph.constant([0]))
+    second = graph.op("Unsqueeze", places, graph.constant([1]))
+    left_of = graph.op("Less", first, second)
     tied = graph.op("And", graph.op("Equal", other, mine), left_of)
-    ahead = graph.op(
-        "And",
-        graph.op("Or", graph.op("Greater", other, mine), tied),
-        graph.op("Unsqueeze", masks.masked, axis_s),
-    )
-    rank = graph.op("ReduceSum", graph.op("Cast", ahead, to=ir.DataType.INT64), axis_t, keepdims=0)
+    ahead = graph.op("Or", graph.op("Greater", other, mine), tied)
+    ahead = graph.op("And", ahead, graph.op("Unsqueeze", masks.masked, axis_s))
+    ahead = graph.op("Cast", ahead, to=ir.DataType.INT64)
+    rank = graph.op("ReduceSum", ahead, axis_t, keepdims=0)
 
     threshold = graph.op("Unsqueeze", graph.input(THRESHOLD), graph.constant([1]))
     sure = graph.op("And", graph.op("Greater", confidence, threshold), masks.masked)
-    count = graph.op(
-        "ReduceSum", graph.op("Cast", sure, to=ir.DataType.INT64), graph.constant([1]), keepdims=1
-    )
+    count = graph.op("Cast", sure, to=ir.DataType.INT64)
+    count = graph.op("ReduceSum", count, graph.constant([1]), keepdims=1)
     floor = graph.op("Unsqueeze", graph.input(COMMIT_FLOOR), graph.constant([1]))
-    count = graph.op(
-        "Max", count, floor, graph.constant([[1]])
-    )  # more than are masked commits them all: no Min needed
+    # More than are masked commits them all: no Min needed.
+    count = graph.op("Max", count, floor, graph.constant([[1]]))
     return graph.op("And", masks.masked, graph.op("Less", rank, count))
