@@ -31,7 +31,7 @@ LIBRARY = {
     "trt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx"),
     "ort_cuda": ("onnxruntime-gpu",),
 }
-"""Mark -> distributions, any of which will do: onnxruntime and onnxruntime-gpu cannot be told apart by what can be imported."""
+"""Mark -> distributions, any of which will do: imports cannot tell onnxruntime's two apart."""
 
 _WEIGHTS = {"trained": 10, "trt_rtx": 3, "slow": 3}
 """Seconds of a test with a mark, about."""
@@ -66,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long first: of processes that share a run none is then left with one at the end."""
+    """Files that take long first, so that no process of a run is left with one at the end."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     weights: dict[Path, float] = defaultdict(float)
@@ -81,7 +81,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A test of hardware or a browser runs where that is; TWOTOWER_REQUIRE turns its skip into a failure."""
+    """Skips tests of hardware or a browser that is missing; TWOTOWER_REQUIRE makes them fail."""
     for mark in ("gpu", "browser", *LIBRARY):
         if item.get_closest_marker(mark) and (why := _missing(mark)):
             if mark in REQUIRED:
@@ -115,7 +115,7 @@ def _installed(distribution: str) -> bool:
 
 @pytest.fixture(scope="session")
 def built_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The fixture checkpoint exported and built for ort-cpu by the commands a user types. Read only."""
+    """The fixture checkpoint, exported and built for ort-cpu by the commands. Read only."""
 
     def make(folder: Path) -> None:
         _run("-m", "twotower.cli", "export", str(CHECKPOINT), "-o", str(folder / "bundle"))
@@ -137,7 +137,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel as it is released: built from the sdist, so that a file missing there is missed here.
+    """The wheel as it is released: built from the sdist, whose missing files are noticed here.
 
     TWOTOWER_DIST names a folder where `make wheel` has just built it.
     """

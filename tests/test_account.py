@@ -1,4 +1,4 @@
-"""What a run says at its end, of a small suite of its own: in this process' pytest, and in workers."""
+"""What a run says at its end, of a small suite: in one process, and in workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents keep their word: links lead somewhere, commands parse, make targets exist, the Python example fits the API."""
+"""Documents: links resolve, commands parse, make targets exist, the example fits the API."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fences(document: Path, *languages: str) -> Iterator[str]:
 
 
 def shell_commands(document: Path) -> Iterator[list[str]]:
-    """Commands of shell blocks as words: comments, prompts and what follows a pipe taken off, continued lines joined."""
+    """Commands of shell blocks as words, without comments, prompts and what follows a pipe."""
     for body in fences(document, "bash", "sh", "console", "shell"):
         for line in body.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
@@ -43,7 +43,7 @@ def shell_commands(document: Path) -> Iterator[list[str]]:
 
 
 def twotower_commands() -> list[tuple[str, list[str]]]:
-    """(document, arguments) of every `twotower` command shown, inline ones with a verb and arguments included."""
+    """(document, arguments) of every `twotower` command shown."""
     out = []
     for name, document in zip(IDS, DOCUMENTS, strict=True):
         out += [(name, words[1:]) for words in shell_commands(document) if words[0] == "twotower"]
@@ -128,7 +128,7 @@ def test_every_make_target_is_explained() -> None:
 
 
 def test_the_python_example_fits_the_api() -> None:
-    """It needs a bundle with a tokenizer to run; names, methods and options are looked up instead."""
+    """Running it needs a bundle with a tokenizer; its names and options are looked up instead."""
     examples = [ast.parse(body) for body in fences(ROOT / "README.md", "python")]
     assert examples
     options = {field.name for field in dataclasses.fields(twotower.GenerationConfig)}

@@ -1,4 +1,4 @@
-"""Import rules that import-linter cannot say: one adapter a vendor, one name a module, links that are links.
+"""Import rules that import-linter cannot say: one adapter a vendor, one name a module.
 
 The contracts between layers are in pyproject.toml and are checked by `make lint`.
 """
@@ -76,7 +76,7 @@ def test_the_folders_are_relative_links(folder: str) -> None:
 
 
 def test_modules_go_by_one_name() -> None:
-    """`import runtime` would work from the repository root, by accident, and load a second copy of each module."""
+    """`import runtime` would work from the repository root, and load each module twice."""
     files = [
         *package_files().values(),
         *(ROOT / "tests").rglob("*.py"),
@@ -102,7 +102,7 @@ def test_imports_are_absolute() -> None:
 
 
 def test_only_the_registries_and_the_command_line_name_vendor_files() -> None:
-    """An engine's file is imported when it is chosen; a second importer would make its library a dependency of that one too."""
+    """An engine's file is imported when it is chosen; a second importer would need its library."""
     engines = {
         adapter
         for some in ADAPTERS.values()

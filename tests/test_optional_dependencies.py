@@ -1,4 +1,4 @@
-"""The deploy side without the training side, by blocked imports; `make test-wheel` has environments that never held it."""
+"""The deploy side without the training side, by blocked imports."""
 
 from __future__ import annotations
 

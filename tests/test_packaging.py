@@ -1,4 +1,4 @@
-"""What the wheel holds: one top-level name, all linked folders as real files, and nothing that is ours alone."""
+"""What the wheel holds: one top-level name, and all linked folders as real files."""
 
 from __future__ import annotations
 

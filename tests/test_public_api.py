@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 
 import twotower
-from tests.helpers.source import ROOT, imported, package_files, tree
+from tests.helpers.processes import run_python
+from tests.helpers.source import imported, package_files, tree
 
 MODULES = {name: file for name, file in package_files().items() if not name.endswith("__main__")}
 HEAVY = (
@@ -122,6 +121,5 @@ def test_lazy_names_resolve() -> None:
     ),
 )
 def test_importing_loads_nothing_heavy(statement: str) -> None:
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r}); {statement}; print(*sorted(set({HEAVY!r}) & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    code = f"import sys; {statement}; print(*sorted(set({HEAVY!r}) & set(sys.modules)))"
+    assert run_python("-c", code, check=True).stdout.split() == []

@@ -1,4 +1,4 @@
-"""Bundles derived from bundles: other presets, the same files, nothing copied and nothing changed."""
+"""Bundles derived from bundles: other presets and the same files."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_files_are_shared_where_that_is_possible(
 
 
 def test_the_cache_and_what_failed_stay_behind(tmp_path: Path) -> None:
-    """They can be larger than the engines in use, and a lock or a half-built engine means nothing elsewhere."""
+    """They can be larger than the engines in use, and locks mean nothing elsewhere."""
     original = built_fixture("hybrid-b", tmp_path / "b")
     for name in (
         ".cache/aa.engine",

@@ -14,7 +14,7 @@ NAMES = ("tensorrt", "onnxruntime", "onnxruntime-gpu")
 
 
 def install(folder: Path, distribution: str, version: str, *, listed: bool = True) -> Path:
-    """A distribution with the module onnxruntime, as pip leaves it; the module raises when it is imported."""
+    """A distribution with a module onnxruntime that raises when it is imported."""
     module = folder / "onnxruntime" / "__init__.py"
     module.parent.mkdir(parents=True, exist_ok=True)
     module.write_text("raise AssertionError('nothing here is to be imported')\n", encoding="utf-8")

@@ -26,10 +26,12 @@ from onnx import TensorProto, helper
 a, b = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [2]) for n in "ab")
 graph = helper.make_graph([helper.make_node("Neg", ["a"], ["b"])], "g", [a], [b])
 model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-session = ort.InferenceSession(model.SerializeToString(), session_options(), providers=["CPUExecutionProvider"])
+given = model.SerializeToString(), session_options()
+session = ort.InferenceSession(*given, providers=["CPUExecutionProvider"])
 session.run(None, {"a": [1.0, 2.0]})
 links = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
-print(*(link for link in links if "socket:" in link or link.startswith(os.environ["HOME"])), flush=True)
+home = os.environ["HOME"]
+print(*(link for link in links if "socket:" in link or link.startswith(home)), flush=True)
 sys.stdin.read()
 """
 
@@ -90,7 +92,7 @@ class Proxy:
 
 
 def test_the_adapter_keeps_the_library_silent(tmp_path: Path) -> None:
-    """Beside a process that lets it speak, to know that this test would notice, and for how long to listen."""
+    """Beside a process that lets it speak, to know that this test would notice."""
     silent, loud = Proxy(), Proxy()
     with (
         process(tmp_path / "silent", https_proxy=silent.address) as ours,

@@ -12,7 +12,7 @@ from tests.helpers.processes import run_python
 from twotower.processors import usable_cores, usable_memory
 
 V2 = "30 20 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup rw,nsdelegate"
-V1 = "33 31 0:30 {top} /sys/fs/cgroup/cpu,cpuacct rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct"
+V1 = "33 31 0:30 {top} /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct"
 MEMORY = "34 31 0:31 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"
 
 
@@ -112,10 +112,11 @@ from onnx import TensorProto, helper
 from twotower.onnx_runtime import ort, session_options
 a, b = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [2]) for n in "ab")
 graph = helper.make_graph([helper.make_node("Neg", ["a"], ["b"])], "g", [a], [b])
-model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 def started(**options):
     before = set(os.listdir("/proc/self/task"))
-    session = ort.InferenceSession(model, session_options(**options), providers=["CPUExecutionProvider"])
+    given = model.SerializeToString(), session_options(**options)
+    session = ort.InferenceSession(*given, providers=["CPUExecutionProvider"])
     return len(set(os.listdir("/proc/self/task")) - before)
 print(started(), started(threads=3))
 """

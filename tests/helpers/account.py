@@ -1,4 +1,4 @@
-"""What a run says at its end: tests that did not run, with what would run them, and tests that lack the mark `slow`.
+"""What a run says at its end: tests that did not run, and tests that lack the mark `slow`.
 
 Time is that of processors, of the test's process and of those it waited for: other programs on the
 machine lengthen it little. What a fixture shared by several tests takes is nobody's.
@@ -44,7 +44,7 @@ def run_by(marks: set[str]) -> str:
 
 
 class Account:
-    """A plugin of one process: of pytest alone, or of pytest-xdist's workers and of the process that has them.
+    """A plugin of one process: pytest's own, or one of pytest-xdist.
 
     Args:
         config: Of the run.

@@ -54,5 +54,5 @@ def open_browser(width: int = 1280, height: int = 900, *, dark: bool = False) ->
 
 
 def complaints(driver: Chrome) -> list[str]:
-    """What the console said since the last call: errors, warnings, and what the page was kept from doing."""
+    """What the console said since the last call: errors, warnings and refusals."""
     return [f"{entry['level']}: {entry['message']}" for entry in driver.get_log("browser")]

@@ -1,4 +1,4 @@
-"""Environments that hold the wheel with some of its extras, and nothing else; made when they are first asked for."""
+"""Environments that hold the wheel with some of its extras and nothing else."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ PARENTS = {
     "evaluate,cpu": "evaluate",
     "kernels,rtx": "rtx",
 }
-"""Extras whose packages are among those of others: an environment starts from its parent's files, which spares
-unpacking torch or TensorRT again.
-"""
+"""Extras whose packages are among those of others, from whose files an environment starts."""
 
 
 class Environments:
@@ -97,7 +95,7 @@ class Environments:
 
 
 def required(installed: dict[str, Distribution], name: str, extras: frozenset[str]) -> set[str]:
-    """Names of all distributions that one asks for with some of its extras, those it asks for indirectly included."""
+    """Names of all distributions that one requires with some extras, directly or indirectly."""
     seen: set[tuple[str, frozenset[str]]] = set()
     pending = [(name, extras)]
     while pending:
@@ -134,9 +132,11 @@ def _normalized(name: str) -> str:
 
 
 def _start_from(parent: Path, folder: Path) -> None:
-    """The parent's packages under a new folder, as links to the same files; the wheel itself is left to be installed."""
+    """Links the parent's packages into a new folder, but for the wheel itself."""
     (site,) = parent.rglob("site-packages")
-    imports = "import importlib.util as u\nfor n in ('torch', 'onnx_ir', 'onnx'):\n  if u.find_spec(n): __import__(n)"
+    imports = """import importlib.util
+for name in ('torch', 'onnx_ir', 'onnx'):
+    if importlib.util.find_spec(name): __import__(name)"""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     subprocess.run(
         [str(_commands(parent) / "python"), "-c", imports], env=clean, check=True

@@ -1,4 +1,4 @@
-"""Layers of experts for tests: weights in every format as bundles store them, routings of every kind, and float64 for the truth."""
+"""Layers of experts: weights in every stored format, routings of every kind, float64 results."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def tokens(shape: ExpertShape, count: int, seed: int = 1) -> Array:
 def routing(
     shape: ExpertShape, count: int, kind: str = "uniform", seed: int = 2
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Shares [E,N]: `one` sends all tokens to the same experts, `few` leaves most empty, with `fewer` some tokens choose less than k."""
+    """Shares [E,N]: `one` has the same experts for all, `few` some, `fewer` at times less than k."""
     rng = np.random.default_rng(seed)
     e, k = shape.experts, shape.top
     shares = np.zeros((e, count), np.float32)

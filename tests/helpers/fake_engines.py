@@ -1,4 +1,4 @@
-"""A toy two-tower model in NumPy behind the engine protocol, and a log of everything the runtime does to it.
+"""A toy two-tower model in NumPy behind the engine protocol, and a log of its calls.
 
 The toy has the shape of the contract and no mathematics: its "state" is a hash of every token read,
 spread over the KV, convolution and SSM buffers, and every prediction is a hash of all of it. A
@@ -210,7 +210,7 @@ class _Toy:
     def _digest(
         self, conv: Array, ssm: Array, key: Array, value: Array, *, row: int, length: int
     ) -> float:
-        """A hash of the whole state; NaN if any buffer holds one, masked positions included (0 * NaN is NaN)."""
+        """A hash of the state; NaN if any buffer holds one, also at masked positions."""
         seen = (np.arange(key.shape[2]) < length).astype(np.float64)
         total = float(key[row, 0, :, 0].astype(np.float64) @ seen) + 3 * float(
             value[row, 0, :, 0].astype(np.float64) @ seen

@@ -1,4 +1,4 @@
-"""A model that knows the answers, forgets some of them when it is hurried, and counts its passes and milliseconds exactly."""
+"""A fake model with known answers, errors, passes and milliseconds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def problem(kind: str, number: int, length: str = "in") -> Problem:
 
 @dataclass
 class FakeModel:
-    """Diffusion takes more passes the higher the threshold, and is wrong on a share of the problems that falls with it.
+    """Diffusion takes more passes and is less often wrong the higher the threshold.
 
     Attributes:
         problems: What it knows.

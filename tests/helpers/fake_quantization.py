@@ -1,4 +1,4 @@
-"""Fake quantization in torch: rounding to few bits written a second time, and towers that compute with it.
+"""Fake quantization in torch, written independently, and towers that compute with it.
 
 Nothing here is taken from `twotower.calibration`: types are torch's own where it has them, a table
 of values where it has not.
@@ -25,7 +25,7 @@ FLOAT4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
 def to_float4(x: torch.Tensor) -> torch.Tensor:
-    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; of two as near the one with an even last bit."""
+    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; ties to an even last bit."""
     magnitude = x.abs().clamp(max=6.0)
     distance = (magnitude[..., None] - FLOAT4).abs()
     nearest = distance.min(-1).values
@@ -38,7 +38,7 @@ def to_float4(x: torch.Tensor) -> torch.Tensor:
 def fake_quantize(
     w: torch.Tensor, name: str, *, group: int = 0, greatest: float | None = None
 ) -> torch.Tensor:
-    """A matrix [out, in] float32 as it is read back, plainly rounded; `greatest` is of the whole tensor, for nvfp4."""
+    """A matrix [out, in] float32, quantized and read back; `greatest` is the stack's, for nvfp4."""
     rows = w.reshape(w.shape[0], -1, group or w.shape[-1])
     if name == "nvfp4":
         shared = torch.tensor((greatest or float(w.abs().max())) / (6 * 448), dtype=torch.float32)
@@ -65,7 +65,7 @@ def fake_input(x: torch.Tensor, dtype: str, scale: float) -> torch.Tensor:
 
 
 def block_of(columns: int, group: int, *, even_rows: bool) -> int:
-    """Values of an input that ONNX Runtime on a CPU rounds together, for a product with a matrix in few bits.
+    """Values of an input that ONNX Runtime on a CPU quantizes together, in a quantized product.
 
     The widest that divides a row and the weights that share a scale, where the product always has
     an even number of rows.
@@ -79,7 +79,7 @@ def block_of(columns: int, group: int, *, even_rows: bool) -> int:
 
 
 def in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
-    """The input of a product as it comes, each `block` values in 8 bits with a scale of their own."""
+    """The input of a product, each `block` values in 8 bits with a scale of their own."""
     grouped = x.reshape(*x.shape[:-1], -1, block)
     scale = grouped.abs().amax(-1, keepdim=True) / 127
     units = (grouped * torch.where(scale > 0, 1 / scale, 0)).round().clamp(-128, 127)
@@ -87,7 +87,7 @@ def in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
 
 
 class _InProjection(nn.Module):
-    """Mamba's first product with its rows for dt exact and the others quantized, weights and input."""
+    """Mamba's first product: exact rows for dt, the others quantized, weights and input."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ _HEADS = {"context_tower.lm_head": "context_lm_head", "denoiser_tower.lm_head": 
 
 @dataclass(frozen=True)
 class _Rounding:
-    """What becomes of a product's input: rounded with one scale, then in blocks of a size, or either, or neither."""
+    """How a product's input is quantized: with one scale, in blocks, both, or not at all."""
 
     whole: tuple[str, float] | None
     block: int

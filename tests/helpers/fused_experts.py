@@ -114,7 +114,7 @@ class _Body:
         return weight, self._op("Cast", chosen, to=TensorProto.BOOL)
 
     def _wide(self, values: str, scale: str) -> str:
-        """(value - middle) * scale of unsigned integers [E,out,in/pack]; the first of two is the low half."""
+        """(value - middle) * scale of unsigned integers [E,out,in/pack], low half first."""
         count, rows, columns = self._shapes[values]
         bits = self._options["expert_weight_bits"]
         if bits == 4:

@@ -1,4 +1,4 @@
-"""What the tests on a GPU share: the targets with their marks, and why one of them cannot run here."""
+"""What the tests on a GPU share: targets with marks, and why one cannot run here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def targets(*names: str) -> list[Any]:
 
 
 def refused(target: str) -> str | None:
-    """Why this machine's GPU cannot run the target although its library is here; TensorRT-RTX lists no Hopper."""
+    """Why this machine's GPU cannot run the target although its library is here."""
     try:
         select_target(probe_machine(), TARGETS, wanted=target)
     except EngineMismatchError as e:

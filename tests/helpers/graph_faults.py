@@ -1,4 +1,4 @@
-"""For every rule of the graph lint a small model with just that fault, and the same model without it."""
+"""For every rule of the graph lint a small model with just that fault, and one without it."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def blocks(bad: bool) -> onnx.ModelProto:
 
 
 def stored(bad: bool) -> onnx.ModelProto:
-    """A transposed product with weights of 8 bits: the transpose before or after they are widened."""
+    """A transposed product with 8-bit weights: the transpose before or after dequantization."""
     weights = [
         helper.make_tensor("w", T.INT8, [8, 8], bytes(range(64)), raw=True),
         constant("s", np.float32(1)),
@@ -353,7 +353,7 @@ def shape_from_value(bad: bool) -> onnx.ModelProto:
 
 
 def weights_in(dtype: int, *, block: int) -> onnx.ModelProto:
-    """A product with a weight [64, 32] of few bits, in blocks along its first axis."""
+    """A product with a weight [64, 32] quantized in blocks along its first axis."""
     few = dtype in (T.INT4, T.FLOAT4E2M1)
     stored = helper.make_tensor("w", dtype, [64, 32], bytes(64 * 32 // (2 if few else 1)), raw=True)
     scale = helper.make_tensor("s", T.FLOAT16, [64 // block, 32], [0.5] * (2048 // block))

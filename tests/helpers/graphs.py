@@ -1,4 +1,4 @@
-"""Recorded graphs with weights from a fixture, opened in ONNX Runtime as they are: no exporter, no bundle, no builder."""
+"""Recorded graphs with a fixture's weights, in ONNX Runtime without exporter or builder."""
 
 from __future__ import annotations
 

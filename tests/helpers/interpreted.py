@@ -1,4 +1,4 @@
-"""The kernels in Triton's interpreter: exactly the launches a GPU would get, over tensors on the CPU."""
+"""The kernels in Triton's interpreter: a GPU's launches, over tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from twotower.kernels.twin import Array
 __all__ = ["run_interpreted"]
 
 _TYPES = {
-    "*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32, "*i32": torch.int32, "*i8": torch.int8, "*u8": torch.uint8,
+    "*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32,
+    "*i32": torch.int32, "*i8": torch.int8, "*u8": torch.uint8,
 }  # fmt: skip
 
 

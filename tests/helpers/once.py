@@ -22,7 +22,7 @@ def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder filled by `make`: by the first process that wants it, while others wait; each then gets a copy of its own."""
+    """A folder filled by `make` in the first process that wants it; the others get copies."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         folder = factory.mktemp(name)
         make(folder)

@@ -15,7 +15,7 @@ __all__ = ["reference_experts"]
 def reference_experts(
     step: ExpertsStep, x: np.ndarray, shares: np.ndarray, weights: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-    """What the experts of a layer give, token by token, so that none depends on the others of its batch.
+    """What the experts of a layer give, token by token.
 
     Args:
         step: Sizes and types.

@@ -10,7 +10,7 @@ __all__ = ["Described", "Launch", "Written", "plan_of", "program"]
 
 @dataclass(frozen=True)
 class Described:
-    """A tensor: name, dims (a string is a size the host works out), type, region or what it views."""
+    """A tensor; of `dims` a string is a size the host works out, `base` is what it views."""
 
     name: str
     dims: Sequence[int | str]
@@ -21,8 +21,10 @@ class Described:
     def line(self) -> str:
         dims = " ".join(f'"{d}"' if isinstance(d, str) else str(d) for d in self.dims)
         if self.base is not None:
-            return f'  sub_tensor={{ base="{self.base}" const_offset=0 dims={{ {dims} }} name="{self.name}" type={self.dtype} }}'
-        return f'  tensor={{ alignment=128 dims={{ {dims} }} name="{self.name}" offset=0 region="{self.region}" type={self.dtype} }}'
+            place = f'base="{self.base}" const_offset=0 dims={{ {dims} }}'
+            return f'  sub_tensor={{ {place} name="{self.name}" type={self.dtype} }}'
+        place = f'offset=0 region="{self.region}" type={self.dtype}'
+        return f'  tensor={{ alignment=128 dims={{ {dims} }} name="{self.name}" {place} }}'
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Launch:
 
     def line(self) -> str:
         if self.operation in ("signal", "wait"):
-            return f'  {self.operation}={{ name="{self.name}" stream={self.stream} event=1 layers="" }}'
+            stream = f'stream={self.stream} event=1 layers=""'
+            return f'  {self.operation}={{ name="{self.name}" {stream} }}'
         listed = [" ".join(f'"{name}"' for name in names) for names in (self.reads, self.writes)]
         layers = "\x1f".join(f"[ONNX Layer: {node}]" for node in self.nodes)
         keys = (
@@ -48,7 +51,8 @@ class Launch:
         )
         args = " ".join(f"{key}={{ {names} }}" for key, names in zip(keys, listed, strict=True))
         backbone = " backbone=gemm" if self.operation == "runtime_fusion" else ""
-        return f'  {self.operation}={{ name={self.name} {args} stream={self.stream} layers="{layers}"{backbone} }}'
+        words = f'name={self.name} {args} stream={self.stream} layers="{layers}"{backbone}'
+        return f"  {self.operation}={{ {words} }}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +89,8 @@ class Written:
             for name, size in self.constants
         ]
         regions.append(
-            "  region = { name=hmem size=640 alignment=128 instance=0 type=system place=host unified=false }"
+            "  region = { name=hmem size=640 alignment=128 instance=0 type=system place=host "
+            "unified=false }"
         )
         names = [" ".join(f'"{name}"' for name in names) for names in (self.inputs, self.outputs)]
         sms = "".join(f"sm{sm} " for sm in self.sms)

@@ -37,7 +37,7 @@ def tree(file: Path) -> ast.Module:
 
 
 def imported(node: ast.AST) -> Iterator[str]:
-    """Full names of the modules imported anywhere below a node (`import a.b`, `from a.b import c`: `a.b`)."""
+    """Modules imported anywhere below a node: `a.b` of `import a.b` and `from a.b import c`."""
     for child in ast.walk(node):
         if isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
@@ -46,7 +46,7 @@ def imported(node: ast.AST) -> Iterator[str]:
 
 
 def imported_at_import(file: Path) -> set[str]:
-    """Full names of what importing the file imports: neither in a function nor for type checkers only."""
+    """Modules that importing the file imports: not those in functions or for type checkers."""
     names: set[str] = set()
     pending: list[ast.AST] = list(tree(file).body)
     while pending:

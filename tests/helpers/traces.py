@@ -1,4 +1,4 @@
-"""A small trace made by hand: two blocks of four, six passes, one rejected prediction that changes its mind."""
+"""A small trace made by hand: two blocks of four, six passes, one prediction that changes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def small_trace(
     *,
     text: str | None = "one two\nthree!",
 ) -> Trace:
-    """The trace; `pieces` replaces texts of tokens, `text` None makes it one of a bundle without a tokenizer."""
+    """The trace; `pieces` replaces texts of tokens, `text` is None without a tokenizer."""
     steps, block_tokens = [], [MASK] * 4
     for block, step, predicted, confidence, committed in PASSES:
         before = [MASK] * 4 if step == 0 else block_tokens

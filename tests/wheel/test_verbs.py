@@ -1,4 +1,4 @@
-"""Every verb on real work, with every extra that can be installed without a GPU: it works, or names the extra it needs.
+"""Every verb with every extra that needs no GPU: it works, or names the extra it needs.
 
 The table below says which; a new verb fails until it has its rows.
 """
@@ -121,7 +121,7 @@ WORK = {
         "new.png",
         "evaluate evaluate evaluate evaluate cpu cpu",
     ),
-    "evaluate few bits": Work(
+    "evaluate quantized": Work(
         "evaluate {few} --against {tiny} " + PROBLEMS + " --no-note",
         "routed_expert",
         "calibration calibration calibration cpu cpu cpu",
@@ -139,7 +139,7 @@ WORK = {
 TABLE = {name: tuple(work.outcomes.split()) for name, work in WORK.items()}
 # What takes two extras to do, with exactly those that it names.
 TOGETHER = {
-    "export,cpu": ("export", "bench an export", "calibrate undrawn", "evaluate few bits"),
+    "export,cpu": ("export", "bench an export", "calibrate undrawn", "evaluate quantized"),
     "calibration,cpu": ("calibrate", "quantize by measuring"),
     "evaluate,cpu": ("evaluate with a page",),
     "kernels,rtx": ("build for RTX",),
@@ -192,7 +192,7 @@ def test_every_verb_has_its_rows() -> None:
 
 @pytest.mark.parametrize("work", TABLE)
 def test_following_the_advice_ends_at_an_environment_where_it_works(work: str) -> None:
-    """The next extra that is named is installed beside the one that was there, or in its place, until the work is one shown to work."""
+    """Installs the named extra beside the last one, or in its place, until the work is done."""
     outcome = dict(zip(SINGLE, TABLE[work], strict=True))
     shown = [{extra} for extra in SINGLE if outcome[extra] == WORKS] + [
         set(e.split(",")) for e, works in TOGETHER.items() if work in works
@@ -206,7 +206,8 @@ def test_following_the_advice_ends_at_an_environment_where_it_works(work: str) -
                 break
             extra = outcome[extra]
             assert extra in outcome, (
-                f"{work} with {start} ends at the advice to install {extra}, which is not shown to be enough"
+                f"{work} with {start} ends at the advice to install {extra}, "
+                "which is not shown to be enough"
             )
 
 

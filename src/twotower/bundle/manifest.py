@@ -220,8 +220,8 @@ class Bundle:
         if problems:
             more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
             raise BundleError(
-                f"bundle '{self.path}' is damaged: {len(problems)} file(s) are not what bundle.json "
-                "says",
+                f"bundle '{self.path}' is damaged: {len(problems)} file(s) are not what "
+                "bundle.json says",
                 found="; ".join(problems[:20] + more),
                 do="copy the bundle again from where it was made, or export the checkpoint again",
             )
@@ -233,7 +233,7 @@ class Bundle:
 
     @property
     def formats(self) -> tuple[WeightFormat, ...]:
-        """The few-bit formats of its weights; empty for a float bundle."""
+        """The formats of its quantized weights; empty for a float bundle."""
         return tuple(FORMATS[name] for name in (self.quantization or {}).get("formats", ()))
 
     @property
