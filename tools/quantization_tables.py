@@ -31,9 +31,9 @@ from twotower.cli.prompts import read_prompts
 from twotower.errors import BuildAbortedError, BuildError
 from twotower.evaluate.evaluation import interval_text
 from twotower.evaluate.figures import draw_ranges
-from twotower.evaluate.measure import Contestant, measure
-from twotower.evaluate.quantization.price import compared
-from twotower.evaluate.quantization.variants import Mixer, bytes_by_kind, parts_alone
+from twotower.evaluate.measure import Run, measure
+from twotower.evaluate.quantization.impact import compared
+from twotower.evaluate.quantization.variants import Variants, bytes_by_kind, parts_alone
 from twotower.evaluate.suite import load_suite
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.runtime import Request, TwoTower
@@ -94,20 +94,20 @@ class Bench:
         made = self.quantized(recipe)
         scratch = self._scratch / f"parts-{recipe}"
         scratch.mkdir()
-        mixer = Mixer(self.full, [made], scratch)
+        variants = Variants(self.full, [made], scratch)
         return self.held_against(
-            {name: mixer.open(precision) for name, precision in parts_alone(made)}
+            {name: variants.open(precision) for name, precision in parts_alone(made)}
         )
 
     def held_against(self, models: dict[str, TwoTower]) -> dict[str, Any]:
         suite = load_suite()
         with TwoTower.open(self.full.path, "ort-cpu") as exact:
             config = replace(exact.defaults, max_new_tokens=160)
-            contestants = [
-                Contestant("", exact, config),
-                *(Contestant(name, model, config) for name, model in models.items()),
+            runs = [
+                Run("", exact, config),
+                *(Run(name, model, config) for name, model in models.items()),
             ]
-            measured = measure(suite.problems, contestants, _tell)
+            measured = measure(suite.problems, runs, _tell)
             for model in models.values():
                 model.close()
         return {name: compared(measured[name], measured[""]) for name in models}

@@ -17,9 +17,9 @@ from twotower.config import GenerationConfig
 from twotower.evaluate.evaluation import EvaluationConfig, evaluate
 from twotower.evaluate.evaluation_page import report_page
 from twotower.evaluate.figures import draw_curve, draw_sensitivity
-from twotower.evaluate.quantization.price import PriceConfig
-from twotower.evaluate.quantization.quantization_page import price_page
-from twotower.evaluate.quantization.variants import Pair, price_of
+from twotower.evaluate.quantization.impact import ImpactConfig
+from twotower.evaluate.quantization.quantization_page import impact_page
+from twotower.evaluate.quantization.variants import Pair, impact_of
 from twotower.evaluate.suite import Suite, load_suite
 from twotower.runtime import TwoTower
 from twotower.trace import Trace, record_trace, trace_page
@@ -162,15 +162,15 @@ def test_the_evaluation_page_sorts_its_tables_and_needs_no_network(
     assert first_column() == before
 
 
-def test_the_price_of_quantization_is_shown_and_sorts(
+def test_the_impact_of_quantization_is_shown_and_sorts(
     browser: Any, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     exact, few = Bundle.open(tiny_bundle), quantized(tiny_bundle, tmp_path, "mixed")
     with TwoTower.open(few.path) as changed, TwoTower.open(tiny_bundle) as model:
-        report = price_of(
-            Pair(few, exact), (changed, model), load_suite().only(limit=1), PriceConfig()
+        report = impact_of(
+            Pair(few, exact), (changed, model), load_suite().only(limit=1), ImpactConfig()
         )
-    page = opened(browser, tmp_path, price_page(report, draw_sensitivity(report)[0], model="m"))
+    page = opened(browser, tmp_path, impact_page(report, draw_sensitivity(report)[0], model="m"))
     assert len(page.find_elements("css selector", ".card")) == 5
     assert page.find_elements("css selector", ".picture svg")
     assert (

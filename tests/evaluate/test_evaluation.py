@@ -21,7 +21,7 @@ from twotower.evaluate.evaluation import (
     setting_name,
 )
 from twotower.evaluate.evaluation_page import report_page, where_it_loses
-from twotower.evaluate.measure import Contestant, measure
+from twotower.evaluate.measure import Run, measure
 from twotower.evaluate.resampling import Resampler
 from twotower.evaluate.suite import Suite
 from twotower.evaluate.tune import TuneConfig, tune
@@ -120,7 +120,7 @@ def test_a_second_bundle_is_measured_against_the_first() -> None:
 def test_a_bundle_without_a_tokenizer_is_refused() -> None:
     model = FakeModel(PROBLEMS, tokenizer=None)
     with pytest.raises(RequestError, match="tokenizer"):
-        measure(PROBLEMS, [Contestant("x", model, GenerationConfig())])  # type: ignore[arg-type]
+        measure(PROBLEMS, [Run("x", model, GenerationConfig())])  # type: ignore[arg-type]
     assert not model.calls
 
 

@@ -177,17 +177,17 @@ def _evaluated(
 def _impact(
     args: argparse.Namespace, models: list[TwoTower], suite: Suite, pair: Pair
 ) -> dict[str, Any]:
-    from twotower.evaluate.quantization.price import PriceConfig
-    from twotower.evaluate.quantization.variants import price_of
+    from twotower.evaluate.quantization.impact import ImpactConfig
+    from twotower.evaluate.quantization.variants import impact_of
 
-    config = PriceConfig(
+    config = ImpactConfig(
         max_new_tokens=args.max_new_tokens,
         budget=98.7 if args.budget is None else args.budget,
         max_inflation=args.max_inflation,
     )
     line = ProgressLine("problems")
     first, second = models
-    report = price_of(
+    report = impact_of(
         pair,
         (first, second) if pair.quantized.path == Path(args.bundle) else (second, first),
         suite,
@@ -205,14 +205,14 @@ def _publish(args: argparse.Namespace, report: dict[str, Any], files: dict[str, 
     from twotower.bundle import Bundle
     from twotower.evaluate.evaluation_page import report_lines, report_page
     from twotower.evaluate.figures import draw_curve, draw_sensitivity
-    from twotower.evaluate.quantization.quantization_page import price_lines, price_page
+    from twotower.evaluate.quantization.quantization_page import impact_lines, impact_page
 
     contents: dict[str, bytes] = {}
     impact = "compared" in report
     if "html" in files:
         model = Bundle.open(args.bundle, contents=False).source["name"]
         svg, contents["png"] = draw_sensitivity(report) if impact else draw_curve(report)
-        page = (price_page if impact else report_page)(report, svg, model=model)
+        page = (impact_page if impact else report_page)(report, svg, model=model)
         contents["html"] = page.encode()
     if "json" in files:
         contents["json"] = (json.dumps(report, indent=1) + "\n").encode()
@@ -221,6 +221,6 @@ def _publish(args: argparse.Namespace, report: dict[str, Any], files: dict[str, 
     if args.json:
         print(json.dumps(report))
     else:
-        print("\n".join((price_lines if impact else report_lines)(report)))
+        print("\n".join((impact_lines if impact else report_lines)(report)))
     for file in files.values():
         print(f"wrote {file}", file=sys.stderr)

@@ -169,13 +169,13 @@ def _auto(
     from twotower.calibration.quantization_plan import plan_quantization
     from twotower.calibration.quantize import quantize_bundle
     from twotower.errors import BudgetError
+    from twotower.evaluate.quantization.candidates import ChooseConfig
     from twotower.evaluate.quantization.choose import choose
-    from twotower.evaluate.quantization.format_ladders import ChooseConfig
-    from twotower.evaluate.quantization.price import PriceConfig
+    from twotower.evaluate.quantization.impact import ImpactConfig
     from twotower.evaluate.quantization.quantization_page import choice_lines
 
     wanted = ChooseConfig(
-        price=PriceConfig(
+        impact=ImpactConfig(
             max_new_tokens=args.max_new_tokens,
             budget=args.budget,
             max_inflation=args.max_inflation,

@@ -1,4 +1,4 @@
-"""Quality and speed of diffusion against the same bundle's own autoregression, as data that a report can show."""
+"""Quality and speed of diffusion against the same bundle's own autoregression, as data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from twotower import __version__
 from twotower.config import GenerationConfig
-from twotower.evaluate.measure import Contestant, Measured, measure
+from twotower.evaluate.measure import Measured, Run, measure
 from twotower.evaluate.resampling import Interval, Resampler
 from twotower.evaluate.suite import Problem, Suite
 from twotower.runtime import TwoTower
@@ -25,6 +25,8 @@ __all__ = [
     "EvaluationConfig",
     "evaluate",
     "interval_text",
+    "lost_examples",
+    "report_head",
     "setting_name",
     "summaries",
     "summary",
@@ -57,7 +59,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The measured figures of all contestants, and the report made of them."""
+    """The measured figures of all runs, and the report made of them."""
 
     problems: tuple[Problem, ...]
     measured: dict[str, Measured] = field(repr=False)
@@ -98,28 +100,13 @@ def evaluate(
     """
     tell = progress or (lambda what, done, total: None)
     configs = sweep_configs(model, config)
-    contestants = [Contestant(name, model, c) for name, c in configs.items()]
+    runs = [Run(name, model, c) for name, c in configs.items()]
     if other is not None:
         configs[OTHER] = _in_diffusion(other, config)
-        contestants.append(Contestant(OTHER, other, configs[OTHER]))
-    measured = measure(
-        suite.problems, contestants, lambda done, total: tell("answering", done, total)
-    )
+        runs.append(Run(OTHER, other, configs[OTHER]))
+    measured = measure(suite.problems, runs, lambda done, total: tell("answering", done, total))
     report: dict[str, Any] = {
-        "schema": SCHEMA,
-        "kind": "twotower-evaluation",
-        "twotower": __version__,
-        "machine": {
-            "system": platform.system(),
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-        },
-        "suite": {
-            "name": suite.name,
-            "sha256": suite.sha256,
-            "problems": len(suite.problems),
-            "kinds": list(suite.kinds),
-        },
+        **report_head("twotower-evaluation", suite),
         "settings": {
             name: {
                 "config": configs[name].to_json(),
@@ -127,7 +114,7 @@ def evaluate(
             }
             for name in configs
         },
-        "lost": _examples(suite.problems, measured),
+        "lost": lost_examples(suite.problems, measured[AR], measured[DEFAULT]),
     }
     if config.likelihood:
         report["likelihood"] = _likelihood(model, suite.problems, tell)
@@ -182,7 +169,7 @@ def summaries(
 
 
 def summary(m: Measured, baseline: Measured) -> dict[str, Any]:
-    """Quality, passes and speed of some problems; percentages are of 100, speeds count the prompt's time in."""
+    """Quality, passes and speed of some problems; speeds count the prompt's time in."""
     draws = Resampler(len(m.right))
     exact = draws.interval(lambda right, count: 100 * right / count, m.right, np.ones(len(m.right)))
     retention = draws.interval(lambda a, b: 100 * a / b, m.right, baseline.right)
@@ -214,21 +201,44 @@ def summary(m: Measured, baseline: Measured) -> dict[str, Any]:
     }
 
 
-def _examples(problems: Sequence[Problem], measured: dict[str, Measured]) -> list[dict[str, str]]:
-    """Problems that autoregression solved and the default preset did not: what to look at first."""
-    ar, diffusion = measured[AR], measured[DEFAULT]
-    lost = [i for i in range(len(problems)) if ar.right[i] and not diffusion.right[i]]
-    return [
-        {
-            "id": p.id,
-            "kind": p.kind,
-            "prompt": p.prompt,
-            "answer": p.answer,
-            "diffusion": diffusion.texts[i],
-        }
-        for i in lost[:_EXAMPLES]
-        for p in [problems[i]]
-    ]
+def report_head(kind: str, suite: Suite) -> dict[str, Any]:
+    """What every report begins with: what it is, the machine, and the suite."""
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "twotower": __version__,
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "python": platform.python_version(),
+        },
+        "suite": {
+            "name": suite.name,
+            "sha256": suite.sha256,
+            "problems": len(suite.problems),
+            "kinds": list(suite.kinds),
+        },
+    }
+
+
+def lost_examples(
+    problems: Sequence[Problem], before: Measured, after: Measured
+) -> list[dict[str, str]]:
+    """Problems that were solved before and are not after: what to look at first."""
+    lost = [i for i in range(len(problems)) if before.right[i] and not after.right[i]]
+    out = []
+    for i in lost[:_EXAMPLES]:
+        p = problems[i]
+        out.append(
+            {
+                "id": p.id,
+                "kind": p.kind,
+                "prompt": p.prompt,
+                "answer": p.answer,
+                "diffusion": after.texts[i],
+            }
+        )
+    return out
 
 
 def _likelihood(

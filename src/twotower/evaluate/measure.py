@@ -1,4 +1,4 @@
-"""Running a suite: every problem by every contestant in turn, so that a busy minute of the machine is shared by all."""
+"""Running a suite: every problem by every run in turn, so that system noise affects all alike."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from twotower.errors import RequestError
 from twotower.evaluate.suite import Problem, judge
 from twotower.runtime import TwoTower
 
-__all__ = ["Contestant", "Measured", "measure"]
+__all__ = ["Measured", "Run", "measure"]
 
 _WARM_UP = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Contestant:
+class Run:
     """A model with options: a named way to answer."""
 
     name: str
@@ -30,7 +30,7 @@ class Contestant:
 
 @dataclass(slots=True)
 class Measured:
-    """What one contestant did, problem by problem, [N] each.
+    """What one run did, problem by problem, [N] each.
 
     Attributes:
         right: Whether the answer was right.
@@ -79,10 +79,10 @@ class Measured:
 
 def measure(
     problems: Sequence[Problem],
-    contestants: Sequence[Contestant],
+    runs: Sequence[Run],
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Measured]:
-    """Answers every problem with every contestant, one request at a time.
+    """Answers every problem with every run, one request at a time.
 
     The first problems are answered once without being counted: engines bind their buffers and pages
     are read then.
@@ -90,30 +90,30 @@ def measure(
     Raises:
         RequestError: a model has no tokenizer, or a prompt does not fit.
     """
-    for contestant in contestants:
-        if contestant.model.tokenizer is None:
+    for run in runs:
+        if run.model.tokenizer is None:
             raise RequestError(
                 "this suite needs text, and the bundle has no tokenizer",
                 found="problems are written as text",
                 do="export a checkpoint that has a tokenizer.json",
             )
-    out = {c.name: Measured.empty(len(problems)) for c in contestants}
+    out = {c.name: Measured.empty(len(problems)) for c in runs}
     for problem in problems[:_WARM_UP]:
-        for contestant in contestants:
-            contestant.model.generate(problem.prompt, contestant.config)
+        for run in runs:
+            run.model.generate(problem.prompt, run.config)
     for i, problem in enumerate(problems):
-        # Each problem starts with another contestant: none is always the one that finds the caches
+        # Each problem starts with another run: none is always the one that finds the caches
         # cold.
-        for j in range(len(contestants)):
-            contestant = contestants[(i + j) % len(contestants)]
-            _answer(problem, contestant, out[contestant.name], i)
+        for j in range(len(runs)):
+            run = runs[(i + j) % len(runs)]
+            _answer(problem, run, out[run.name], i)
         if progress is not None:
             progress(i + 1, len(problems))
     return out
 
 
-def _answer(problem: Problem, contestant: Contestant, into: Measured, at: int) -> None:
-    result = contestant.model.generate(problem.prompt, contestant.config)
+def _answer(problem: Problem, run: Run, into: Measured, at: int) -> None:
+    result = run.model.generate(problem.prompt, run.config)
     assert result.text is not None
     verdict = judge(problem, result.text, result.tokens)
     into.right[at], into.degenerate[at] = verdict.right, verdict.degenerate

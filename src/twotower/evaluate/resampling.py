@@ -1,4 +1,4 @@
-"""Ratios of sums over problems, with the interval they would move in had other problems of the same kind been asked."""
+"""Ratios of sums over problems, with bootstrap confidence intervals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Interval:
 
 
 class Resampler:
-    """Paired percentile bootstrap: every draw takes problems with replacement, and all figures of a problem together.
+    """Paired percentile bootstrap: a draw takes problems with replacement, all figures of each.
 
     Args:
         count: Problems.
@@ -44,7 +44,7 @@ class Resampler:
         )
 
     def interval(self, statistic: Callable[..., Values], *columns: Values) -> Interval:
-        """The statistic of the columns' sums, [N] each, and its interval; `statistic` must work on arrays of sums."""
+        """The statistic of the columns' sums and its interval; it must work on arrays of sums."""
         with np.errstate(divide="ignore", invalid="ignore"):
             values = statistic(*(self._weights @ c.astype(np.float64) for c in columns))
             value = float(statistic(*(np.asarray(c.sum(), np.float64) for c in columns)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -55,7 +56,7 @@ class Suite:
         return tuple(sorted({p.kind for p in self.problems}))
 
     def only(self, *, kinds: Collection[str] = (), limit: int | None = None) -> Suite:
-        """The problems of some kinds, and of each kind only the first `limit`, spread over its problems.
+        """The problems of some kinds, and of each kind `limit` ones spread over its problems.
 
         Raises:
             SuiteError: a kind does not occur, or nothing is left.
@@ -121,11 +122,7 @@ def load_suite(path: Path | None = None) -> Suite:
     ]
     if not problems:
         raise SuiteError(f"the suite {name} has no problems", found=f"{len(lines)} lines", do=_FORM)
-    twice = (
-        sorted({p.id for p in problems if sum(q.id == p.id for q in problems) > 1})
-        if len({p.id for p in problems}) < len(problems)
-        else []
-    )
+    twice = sorted(id_ for id_, count in Counter(p.id for p in problems).items() if count > 1)
     if twice:
         raise SuiteError(
             f"the suite {name} names problems twice",
@@ -167,7 +164,7 @@ def _wrong_fields(data: dict[str, Any]) -> list[str]:
 
 
 def judge(problem: Problem, text: str, tokens: Sequence[int]) -> Verdict:
-    """Right is the answer and nothing else (`exact`), or the answer somewhere in a text that does not repeat itself (`contains`)."""
+    """Whether a text is the answer (`exact`), or holds it and is no loop (`contains`)."""
     exact = text.strip() == problem.answer.strip()
     degenerate = not exact and is_degenerate(tokens)
     right = exact or (
@@ -177,7 +174,7 @@ def judge(problem: Problem, text: str, tokens: Sequence[int]) -> Verdict:
 
 
 def is_degenerate(tokens: Sequence[int]) -> bool:
-    """Whether a text ends in a loop: the same up to 16 tokens four times or more in a row, 16 tokens at least."""
+    """Whether a text ends in up to 16 tokens four times or more, 16 tokens at least."""
     for period in range(1, min(_LONGEST_PERIOD, len(tokens) // _REPEATS) + 1):
         count = max(_REPEATS * period, _REPEATED_TOKENS)
         tail = tokens[-count:]

@@ -1,4 +1,4 @@
-"""The fastest settings inside a quality budget: chosen on one half of the problems, checked on the other."""
+"""The fastest settings inside a quality budget, chosen on half of the problems."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from twotower.config import GenerationConfig
 from twotower.errors import BudgetError, ConfigError
 from twotower.evaluate.evaluation import AR, EvaluationConfig, setting_name, summary, sweep_configs
-from twotower.evaluate.measure import Contestant, Measured, measure
+from twotower.evaluate.measure import Measured, Run, measure
 from twotower.evaluate.suite import Suite
 from twotower.runtime import TwoTower
 from twotower.runtime.auto import Setting, setting_of
@@ -109,10 +109,10 @@ def tune(
     )
     configs = sweep_configs(model, grid)
     tell = progress or (lambda what, done, total: None)
-    contestants = [Contestant(name, model, c) for name, c in configs.items()]
+    runs = [Run(name, model, c) for name, c in configs.items()]
     halves = suite.halves()
     problems = halves[0].problems + halves[1].problems
-    measured = measure(problems, contestants, lambda done, total: tell("answering", done, total))
+    measured = measure(problems, runs, lambda done, total: tell("answering", done, total))
     first = np.arange(len(problems)) < len(halves[0].problems)
     chosen_on = {name: m.take(first) for name, m in measured.items()}
     checked_on = {name: m.take(~first) for name, m in measured.items()}
@@ -180,7 +180,8 @@ def _choose(measured: dict[str, Measured], options: TuneConfig) -> dict[str, str
         best = max(kept, key=lambda pair: (kept[pair], rate[pair]))
         raise BudgetError(
             f"no setting keeps {options.budget:g} % of autoregression's right answers",
-            found=f"the best of {len(kept)} is threshold {best[0]:g} with {best[1]} steps: {kept[best]:.2f} %",
+            found=f"the best of {len(kept)} is threshold {best[0]:g} with {best[1]} steps: "
+            f"{kept[best]:.2f} %",
             do="lower --budget, or try higher --thresholds and more --steps",
         )
     most = max(kept[pair] for pair in within)

@@ -1,1 +1,1 @@
-"""What quantization costs and brings: bundles beside the float one, mixtures that are never written, formats chosen by measuring."""
+"""The impact of quantization: variants of a bundle, measured; formats chosen by measuring."""

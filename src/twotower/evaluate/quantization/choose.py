@@ -1,4 +1,4 @@
-"""The smallest formats inside a budget of quality and passes: kind by kind, then layer by layer, measured on problems."""
+"""The smallest formats inside a budget: kind by kind, then layer by layer, by measuring."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from twotower.calibration.quantized_data import quantization_error
 from twotower.calibration.recipes import Recipe
 from twotower.config.formats import ACTIVATIONS, FORMATS
 from twotower.errors import BudgetError
-from twotower.evaluate.measure import Contestant, Measured, measure
-from twotower.evaluate.quantization.format_ladders import (
+from twotower.evaluate.measure import Measured, Run, measure
+from twotower.evaluate.quantization.candidates import (
     KEPT,
     Candidate,
+    Candidates,
     ChooseConfig,
-    FormatLadders,
 )
-from twotower.evaluate.quantization.price import compared, flags_of
-from twotower.evaluate.quantization.variants import Mixer
+from twotower.evaluate.quantization.impact import compared, flags_of
+from twotower.evaluate.quantization.variants import Variants
 from twotower.evaluate.suite import Problem, Suite
 from twotower.export.graphs.precision import ActivationFormat, Precision
 from twotower.runtime import TwoTower
@@ -80,8 +80,10 @@ def choose(
         if all(candidate == KEPT for candidate in chosen.values()):
             best = max(alone, key=lambda key: alone[key]["retention"]["value"] or 0.0)
             raise BudgetError(
-                f"no layer kind can be quantized and keep {config.price.budget:g} % at {config.price.max_inflation:g} % more passes",
-                found=f"the best of {len(alone)} is {best[0]} in {best[1].label}: {alone[best]['retention']['value']}",
+                f"no layer kind can be quantized and keep {config.impact.budget:g} % "
+                f"at {config.impact.max_inflation:g} % more passes",
+                found=f"the best of {len(alone)} is {best[0]} in {best[1].label}: "
+                f"{alone[best]['retention']['value']}",
                 do="lower --budget, raise --max-inflation, or name wider --formats",
             )
         lowered = search.by_layer(chosen, tell)
@@ -90,7 +92,7 @@ def choose(
 
 
 class _Search:
-    """The measurements of one search; contestants are opened when they are asked for and closed after."""
+    """The measurements of one search; runs are opened when they are asked for and closed after."""
 
     def __init__(
         self, bundle: Bundle, suite: Suite, config: ChooseConfig, stack: ExitStack
@@ -99,13 +101,13 @@ class _Search:
         self._halves = suite.halves()
         self._suite = suite
         self._parts = list(quantizable_of(bundle).values())
-        self.formats = FormatLadders(self._parts, config)
+        self.formats = Candidates(self._parts, config)
         self._trail: list[dict[str, Any]] = []
 
     def prepare(
         self, scratch: Path, statistics: Statistics | None, tell: Callable[[str, int, int], None]
     ) -> None:
-        """Every format once, as a bundle that mixtures take their weights from."""
+        """Every format once, as a bundle that variants take their weights from."""
         build_engines(self._bundle, _TARGET, builder_for(_TARGET), report=tell)
         made: list[Bundle] = []
         held: list[Precision] = []
@@ -120,7 +122,7 @@ class _Search:
                 plan = plan_quantization(self._bundle, recipe, self._config.quantize, statistics)
                 self._activations.setdefault(name, {}).update(plan.precision.activations)
                 if any(other.weights == plan.precision.weights for other in held):
-                    continue  # the same weights: mixtures take them from the one that is there
+                    continue  # the same weights: variants take them from the one that is there
                 held.append(plan.precision)
                 made.append(
                     quantize_bundle(
@@ -133,15 +135,15 @@ class _Search:
                 build_engines(made[-1], _TARGET, builder_for(_TARGET))
         graphs = scratch / "graphs"
         graphs.mkdir()
-        self._mixer = Mixer(self._bundle, made, graphs, threads=self._config.threads)
+        self._variants = Variants(self._bundle, made, graphs, threads=self._config.threads)
         self._float = self._stack.enter_context(
             TwoTower.open(self._bundle.path, _TARGET, threads=self._config.threads)
         )
-        price = self._config.price
-        options, most = self._float.defaults.seeded(), price.max_new_tokens
+        impact = self._config.impact
+        options, most = self._float.defaults.seeded(), impact.max_new_tokens
         self._generation = replace(options, mode="diffusion", top_p=1.0, max_new_tokens=most)
-        self._ladders = {
-            kind: self.formats.ladder(kind, inputs=statistics is not None)
+        self._candidates = {
+            kind: self.formats.candidates(kind, inputs=statistics is not None)
             for kind in self.formats.kinds
         }
 
@@ -149,7 +151,11 @@ class _Search:
         self, tell: Callable[[str, int, int], None]
     ) -> dict[tuple[str, Candidate], dict[str, Any]]:
         """Every kind in every format, everything else as it is."""
-        wanted = {(kind, c): {kind: c} for kind, ladder in self._ladders.items() for c in ladder}
+        wanted = {
+            (kind, c): {kind: c}
+            for kind, candidates in self._candidates.items()
+            for c in candidates
+        }
         return self._measured(
             wanted,
             self._halves[0].problems,
@@ -161,32 +167,36 @@ class _Search:
         alone: Mapping[tuple[str, Candidate], dict[str, Any]],
         tell: Callable[[str, int, int], None],
     ) -> dict[str, Candidate]:
-        """The smallest formats whose mixture is inside the budget."""
+        """The smallest formats whose variant is inside the budget."""
         chosen = {
-            kind: next((c for c in ladder if self._inside(alone[kind, c])), KEPT)
-            for kind, ladder in self._ladders.items()
+            kind: next((c for c in candidates if self._inside(alone[kind, c])), KEPT)
+            for kind, candidates in self._candidates.items()
         }
         while any(c != KEPT for c in chosen.values()):
-            facts = self._of(chosen, {}, "measuring the mixture", tell)
+            facts = self._of(chosen, {}, "measuring a variant", tell)
             if self._inside(facts):
                 break
             worst = max(
                 (kind for kind, c in chosen.items() if c != KEPT),
                 key=lambda kind: self._cost(alone[kind, chosen[kind]]),
             )
-            ladder = self._ladders[worst]
-            chosen[worst] = (*ladder, KEPT)[ladder.index(chosen[worst]) + 1]
+            candidates = self._candidates[worst]
+            chosen[worst] = (*candidates, KEPT)[candidates.index(chosen[worst]) + 1]
         return chosen
 
     def by_layer(
         self, chosen: Mapping[str, Candidate], tell: Callable[[str, int, int], None]
     ) -> dict[tuple[str, int, str], str]:
-        """Layers that take the smallest format of their kind though the kind as a whole could not: (tower, layer, kind) -> format."""
+        """Layers that can take the smallest format though their kind as a whole cannot.
+
+        Returns:
+            (tower, layer, kind) -> format.
+        """
         lowered: dict[tuple[str, int, str], str] = {}
-        for kind, ladder in self._ladders.items():
-            if not ladder or (chosen[kind] != KEPT and chosen[kind].bits == ladder[0].bits):
+        for kind, candidates in self._candidates.items():
+            if not candidates or (chosen[kind] != KEPT and chosen[kind].bits == candidates[0].bits):
                 continue  # as small as it gets already
-            smallest = ladder[0]
+            smallest = candidates[0]
             order = self._layers_by_error(kind, smallest.format)
             few, many = 0, len(order)
             while few < many:  # the most layers that stay inside, as if costs only ever added up
@@ -216,8 +226,8 @@ class _Search:
                 "problems": len(self._suite.problems),
             },
             "budget": {
-                "percent": self._config.price.budget,
-                "max_inflation": self._config.price.max_inflation,
+                "percent": self._config.impact.budget,
+                "max_inflation": self._config.impact.max_inflation,
             },
             "generation": self._generation.to_json(),
             "alone": [
@@ -228,7 +238,7 @@ class _Search:
             "chosen": {kind: c.label for kind, c in chosen.items()},
             "layers": [e.to_json() for e in recipe.exceptions],
             "check": check,
-            "flags": flags_of(check, self._config.price),
+            "flags": flags_of(check, self._config.impact),
         }
 
     def _precision(
@@ -252,8 +262,8 @@ class _Search:
         *,
         half: int = 0,
     ) -> dict[str, Any]:
-        """Figures of one mixture on one half of the problems."""
-        model = self._mixer.open(self._precision(chosen, lowered))
+        """Figures of one variant on one half of the problems."""
+        model = self._variants.open(self._precision(chosen, lowered))
         try:
             facts = self._against_float(
                 {"it": model},
@@ -279,7 +289,7 @@ class _Search:
     ) -> dict[Any, dict[str, Any]]:
         with ExitStack() as stack:
             models = {
-                key: stack.enter_context(self._mixer.open(self._precision(chosen, {})))
+                key: stack.enter_context(self._variants.open(self._precision(chosen, {})))
                 for key, chosen in wanted.items()
             }
             return self._against_float(models, problems, tick)
@@ -291,24 +301,22 @@ class _Search:
         tick: Callable[[int, int], None],
     ) -> dict[Any, dict[str, Any]]:
         names = {key: str(i) for i, key in enumerate(models)}
-        contestants = [Contestant(_FLOAT, self._float, self._generation)]
-        contestants += [
-            Contestant(names[key], model, self._generation) for key, model in models.items()
-        ]
-        measured: dict[str, Measured] = measure(problems, contestants, tick)
+        runs = [Run(_FLOAT, self._float, self._generation)]
+        runs += [Run(names[key], model, self._generation) for key, model in models.items()]
+        measured: dict[str, Measured] = measure(problems, runs, tick)
         return {key: compared(measured[names[key]], measured[_FLOAT]) for key in models}
 
     def _inside(self, facts: Mapping[str, Any]) -> bool:
-        return not flags_of(facts, self._config.price)
+        return not flags_of(facts, self._config.impact)
 
     def _cost(self, facts: Mapping[str, Any]) -> float:
         """Shares of the budgets that are used up, added."""
-        price = self._config.price
+        impact = self._config.impact
         lost, more = (
             100 - (facts["retention"]["value"] or 0.0),
             100 * ((facts["inflation"]["value"] or 1.0) - 1),
         )
-        return float(lost / max(100 - price.budget, 0.1) + more / max(price.max_inflation, 0.1))
+        return float(lost / max(100 - impact.budget, 0.1) + more / max(impact.max_inflation, 0.1))
 
     def _layers_by_error(self, kind: str, name: str) -> list[tuple[str, int, str]]:
         """Layers of a kind, those first whose weights a format changes least."""

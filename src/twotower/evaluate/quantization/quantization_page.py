@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from twotower.evaluate.evaluation import interval_text
-from twotower.evaluate.quantization.price import FLOAT, FLOAT_AR, QUANTIZED, QUANTIZED_AR
+from twotower.evaluate.quantization.impact import FLOAT, FLOAT_AR, QUANTIZED, QUANTIZED_AR
 from twotower.report.pages import Card, Page, paragraphs, picture, unfolding_examples
 from twotower.report.tables import Column, Table, number
 from twotower.units import format_bytes
 
-__all__ = ["choice_lines", "price_lines", "price_page"]
+__all__ = ["choice_lines", "impact_lines", "impact_page"]
 
 
-def price_page(report: Mapping[str, Any], sensitivity: str, *, model: str) -> str:
+def impact_page(report: Mapping[str, Any], sensitivity: str, *, model: str) -> str:
     """The page.
 
     Args:
-        report: What `price_of` returned.
+        report: What `impact_of` returned.
         sensitivity: The picture as SVG, or empty.
         model: The checkpoint's name.
     """
@@ -55,7 +55,7 @@ def price_page(report: Mapping[str, Any], sensitivity: str, *, model: str) -> st
     ).html()
 
 
-def price_lines(report: Mapping[str, Any]) -> list[str]:
+def impact_lines(report: Mapping[str, Any]) -> list[str]:
     """The same for a terminal."""
     suite, total, weights = report["suite"], report["compared"], report["bytes"]["weights"]
     facts = report["quantized"]

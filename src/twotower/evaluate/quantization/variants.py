@@ -1,4 +1,4 @@
-"""From two opened bundles to the report of what quantization costs: bytes, figures, and one part quantized at a time."""
+"""Mixed-precision variants of a bundle, and the report of what quantization costs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from twotower.calibration.quantization_plan import precision_of, quantizable_of
 from twotower.calibration.quantize import source_identity
 from twotower.calibration.watched_engine import composed_engine, engine_places
 from twotower.errors import ConfigError
-from twotower.evaluate.quantization.price import PriceConfig, measure_price
+from twotower.evaluate.quantization.impact import ImpactConfig, measure_impact
 from twotower.evaluate.suite import Suite
 from twotower.export.graph_files import point_to_data
 from twotower.export.graphs.precision import Precision
@@ -33,24 +33,24 @@ from twotower.weights.declared import Weight, declared_weights, lay_out
 from twotower.weights.refs import WeightRef
 
 __all__ = [
-    "Mixer",
     "Pair",
+    "Variants",
     "bytes_by_kind",
     "bytes_report",
+    "impact_of",
     "note_of",
     "parts_alone",
-    "price_of",
     "require_pair",
 ]
 
 
-class Mixer:
-    """Opens mixtures.
+class Variants:
+    """Opens mixed-precision variants of a bundle; they take no disk but their graphs.
 
     Args:
         reference: A float bundle with a built `ort-cpu` engine.
         quantized: Bundles made from it, with built `ort-cpu` engines; together they must hold every
-            format a mixture asks for.
+            format a variant asks for.
         scratch: A folder for the graphs.
         threads: Threads of the engines, 0 for as many as the bundle's own would take.
     """
@@ -72,7 +72,7 @@ class Mixer:
         self._folders = [path.relative_to(self._root).as_posix() for path in paths]
 
     def open(self, precision: Precision) -> TwoTower:
-        """A session on the mixture in which these weights, and inputs of products, are in few bits and everything else is not.
+        """A session in which these weights, and inputs of products, are quantized and no others.
 
         Raises:
             ConfigError: a weight is wanted in a format none of the bundles holds it in.
@@ -160,11 +160,11 @@ def require_pair(first: Bundle, second: Bundle) -> Pair | None:
     return pair
 
 
-def price_of(
+def impact_of(
     pair: Pair,
     opened: tuple[TwoTower, TwoTower],
     suite: Suite,
-    config: PriceConfig,
+    config: ImpactConfig,
     *,
     sensitivity: bool = True,
     threads: int = 0,
@@ -178,7 +178,7 @@ def price_of(
         suite: The problems.
         config: What is asked for.
         sensitivity: Also measure with one layer kind, and one tower, quantized at a time.
-        threads: Threads of the mixtures, as the bundles were opened with.
+        threads: Threads of the variants, as the bundles were opened with.
         progress: Called with (problems done, problems in all).
     """
     quantized, reference = opened
@@ -188,16 +188,14 @@ def price_of(
         else "parts were not measured alone: not asked for"
     )
     with ExitStack() as stack:
-        variants: dict[str, TwoTower] = {}
+        alone: dict[str, TwoTower] = {}
         if not why_not:
-            scratch = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="twotower-parts-"))
-            )
-            mixer = Mixer(pair.reference, [pair.quantized], scratch, threads=threads)
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="twotower-parts-"))
+            variants = Variants(pair.reference, [pair.quantized], Path(scratch), threads=threads)
             for name, precision in parts_alone(pair.quantized):
-                variants[name] = stack.enter_context(mixer.open(precision))
-        report = measure_price(
-            reference, quantized, suite, config, variants=variants, progress=progress
+                alone[name] = stack.enter_context(variants.open(precision))
+        report = measure_impact(
+            reference, quantized, suite, config, variants=alone, progress=progress
         )
     facts = pair.quantized.quantization
     assert facts is not None

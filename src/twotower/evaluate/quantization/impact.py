@@ -1,20 +1,18 @@
-"""What quantization costs and brings: quality kept, passes a block before and after, the time of a pass, and which kind is to blame."""
+"""The impact of quantization on quality, passes a block and the time of a pass, by layer kind."""
 
 from __future__ import annotations
 
 import math
-import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from twotower import __version__
-from twotower.evaluate.evaluation import summaries, summary
-from twotower.evaluate.measure import Contestant, Measured, measure
+from twotower.evaluate.evaluation import lost_examples, report_head, summaries, summary
+from twotower.evaluate.measure import Measured, Run, measure
 from twotower.evaluate.resampling import Resampler
-from twotower.evaluate.suite import Problem, Suite
+from twotower.evaluate.suite import Suite
 from twotower.runtime import TwoTower
 
 __all__ = [
@@ -22,20 +20,18 @@ __all__ = [
     "FLOAT_AR",
     "QUANTIZED",
     "QUANTIZED_AR",
-    "PriceConfig",
+    "ImpactConfig",
     "compared",
     "flags_of",
-    "measure_price",
+    "measure_impact",
 ]
 
 FLOAT, QUANTIZED, FLOAT_AR, QUANTIZED_AR = "float", "quantized", "float ar", "quantized ar"
 KIND = "twotower-quantization"
-SCHEMA = 1
-_EXAMPLES = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PriceConfig:
+class ImpactConfig:
     """What is asked for.
 
     Attributes:
@@ -49,11 +45,11 @@ class PriceConfig:
     max_inflation: float = 5.0
 
 
-def measure_price(
+def measure_impact(
     reference: TwoTower,
     quantized: TwoTower,
     suite: Suite,
-    config: PriceConfig,
+    config: ImpactConfig,
     *,
     variants: Mapping[str, TwoTower] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -76,31 +72,19 @@ def measure_price(
     """
     options = reference.defaults.seeded()
     base = replace(options, mode="diffusion", top_p=1.0, max_new_tokens=config.max_new_tokens)
-    contestants = [
-        Contestant(FLOAT, reference, base),
-        Contestant(QUANTIZED, quantized, base),
-        Contestant(FLOAT_AR, reference, replace(base, mode="ar")),
-        Contestant(QUANTIZED_AR, quantized, replace(base, mode="ar")),
-        *(Contestant(kind, model, base) for kind, model in (variants or {}).items()),
+    runs = [
+        Run(FLOAT, reference, base),
+        Run(QUANTIZED, quantized, base),
+        Run(FLOAT_AR, reference, replace(base, mode="ar")),
+        Run(QUANTIZED_AR, quantized, replace(base, mode="ar")),
+        *(Run(kind, model, base) for kind, model in (variants or {}).items()),
     ]
-    measured = measure(suite.problems, contestants, progress)
+    measured = measure(suite.problems, runs, progress)
     before, after = measured[FLOAT], measured[QUANTIZED]
     result = compared(after, before)
+    kinds = np.array([p.kind for p in suite.problems])
     return {
-        "schema": SCHEMA,
-        "kind": KIND,
-        "twotower": __version__,
-        "machine": {
-            "system": platform.system(),
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-        },
-        "suite": {
-            "name": suite.name,
-            "sha256": suite.sha256,
-            "problems": len(suite.problems),
-            "kinds": list(suite.kinds),
-        },
+        **report_head(KIND, suite),
         "generation": base.to_json(),
         "budget": {"percent": config.budget, "max_inflation": config.max_inflation},
         "settings": {
@@ -110,10 +94,13 @@ def measure_price(
             QUANTIZED_AR: summaries(suite.problems, measured[QUANTIZED_AR], measured[FLOAT_AR]),
         },
         "compared": result,
-        "tasks": _tasks(suite.problems, after, before),
+        "tasks": {
+            kind: compared(after.take(kinds == kind), before.take(kinds == kind))
+            for kind in suite.kinds
+        },
         "sensitivity": {kind: compared(measured[kind], before) for kind in variants or {}},
         "flags": flags_of(result, config),
-        "lost": _examples(suite.problems, after, before),
+        "lost": lost_examples(suite.problems, before, after),
     }
 
 
@@ -155,46 +142,20 @@ def compared(after: Measured, before: Measured) -> dict[str, Any]:
     }
 
 
-def flags_of(result: Mapping[str, Any], config: PriceConfig) -> list[str]:
+def flags_of(result: Mapping[str, Any], config: ImpactConfig) -> list[str]:
     """What a user of the bundle must know, a sentence each; none for a bundle inside the budget."""
     out = []
     kept, inflation = result["retention"]["value"], result["inflation"]["value"]
     if kept is None or kept < config.budget:
+        share = "none" if kept is None else f"{kept:.1f} %"
         out.append(
-            f"keeps {_percent(kept)} of the float bundle's right answers, below the budget of {config.budget:g} %"
+            f"keeps {share} of the float bundle's right answers, "
+            f"below the budget of {config.budget:g} %"
         )
     if inflation is None or inflation > 1 + config.max_inflation / 100 + 1e-9:
         more = math.nan if inflation is None else 100 * (inflation - 1)
         out.append(
-            f"needs {more:.1f} % more passes a block than the float bundle, above the accepted {config.max_inflation:g} %"
+            f"needs {more:.1f} % more passes a block than the float bundle, "
+            f"above the accepted {config.max_inflation:g} %"
         )
     return out
-
-
-def _percent(value: float | None) -> str:
-    return "none" if value is None else f"{value:.1f} %"
-
-
-def _tasks(problems: Sequence[Problem], after: Measured, before: Measured) -> dict[str, Any]:
-    kinds = np.array([p.kind for p in problems])
-    return {
-        kind: compared(after.take(kinds == kind), before.take(kinds == kind))
-        for kind in sorted(set(kinds.tolist()))
-    }
-
-
-def _examples(
-    problems: Sequence[Problem], after: Measured, before: Measured
-) -> list[dict[str, str]]:
-    lost = [i for i in range(len(problems)) if before.right[i] and not after.right[i]]
-    return [
-        {
-            "id": p.id,
-            "kind": p.kind,
-            "prompt": p.prompt,
-            "answer": p.answer,
-            "diffusion": after.texts[i],
-        }
-        for i in lost[:_EXAMPLES]
-        for p in [problems[i]]
-    ]

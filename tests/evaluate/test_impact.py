@@ -1,4 +1,4 @@
-"""The price of quantization: ratios from known figures, mixtures that are what they say, the page, and the choice of formats."""
+"""The impact of quantization: known ratios, variants, the page, and the choice of formats."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from twotower.calibration.quantization_plan import precision_of
 from twotower.errors import BudgetError, BundleError, ConfigError
 from twotower.evaluate.figures import draw_sensitivity
 from twotower.evaluate.measure import Measured
+from twotower.evaluate.quantization.candidates import Candidate, ChooseConfig
 from twotower.evaluate.quantization.choose import choose
-from twotower.evaluate.quantization.format_ladders import Candidate, ChooseConfig
-from twotower.evaluate.quantization.price import PriceConfig, compared, flags_of
-from twotower.evaluate.quantization.quantization_page import price_lines, price_page
+from twotower.evaluate.quantization.impact import ImpactConfig, compared, flags_of
+from twotower.evaluate.quantization.quantization_page import impact_lines, impact_page
 from twotower.evaluate.quantization.variants import (
-    Mixer,
     Pair,
+    Variants,
     bytes_report,
+    impact_of,
     note_of,
     parts_alone,
-    price_of,
     require_pair,
 )
 from twotower.evaluate.suite import load_suite
@@ -62,7 +62,7 @@ def test_ratios_of_known_figures() -> None:
 
 
 def test_flags_name_the_budget_that_is_broken() -> None:
-    config = PriceConfig(budget=98.7, max_inflation=5)
+    config = ImpactConfig(budget=98.7, max_inflation=5)
     good = {"retention": {"value": 98.7}, "inflation": {"value": 1.05}}
     assert flags_of(good, config) == []
     assert (
@@ -74,7 +74,7 @@ def test_flags_name_the_budget_that_is_broken() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("price")
+    return tmp_path_factory.mktemp("impact")
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +91,14 @@ def written(model: TwoTower) -> Any:
 
 
 @pytest.mark.slow
-def test_a_mixture_of_everything_is_the_bundle_and_of_nothing_the_original(
+def test_a_variant_of_everything_is_the_bundle_and_of_nothing_the_original(
     tiny_bundle: Path, mixed: Bundle, tmp_path: Path
 ) -> None:
     """To the last bit: the same graphs on the same files."""
-    mixer = Mixer(Bundle.open(tiny_bundle), [mixed], tmp_path)
+    variants = Variants(Bundle.open(tiny_bundle), [mixed], tmp_path)
     for precision, path in ((Precision(), tiny_bundle), (precision_of(mixed), mixed.path)):
-        with mixer.open(precision) as mixture, TwoTower.open(path) as model:
-            (tokens, confidence), (expected, known) = written(mixture), written(model)
+        with variants.open(precision) as variant, TwoTower.open(path) as model:
+            (tokens, confidence), (expected, known) = written(variant), written(model)
             assert tokens == expected
             np.testing.assert_array_equal(confidence, known)
 
@@ -116,16 +116,16 @@ def test_parts_alone_differ_from_both_and_take_no_disk(
         "context tower",
         "denoiser tower",
     ]
-    mixer = Mixer(Bundle.open(tiny_bundle), [mixed], tmp_path)
+    variants = Variants(Bundle.open(tiny_bundle), [mixed], tmp_path)
     with TwoTower.open(tiny_bundle) as model:
         exact = written(model)[1]
     for name in ("mamba", "head"):
-        with mixer.open(parts[name]) as mixture:
-            confidence = written(mixture)[1]
+        with variants.open(parts[name]) as variant:
+            confidence = written(variant)[1]
             assert len(confidence) != len(exact) or not np.array_equal(confidence, exact)
     assert sum(p.stat().st_size for p in tmp_path.iterdir()) < 2_000_000, "graphs, no weights"
     with pytest.raises(ConfigError, match="no bundle holds"):
-        mixer.open(
+        variants.open(
             Precision(
                 {
                     name: replace(how, group=64)
@@ -140,7 +140,7 @@ def report(tiny_bundle: Path, mixed: Bundle) -> dict[str, Any]:
     pair = require_pair(Bundle.open(tiny_bundle), mixed)
     assert pair == Pair(mixed, Bundle.open(tiny_bundle)), "whichever was named first"
     with TwoTower.open(mixed.path) as few, TwoTower.open(tiny_bundle) as exact:
-        return price_of(pair, (few, exact), load_suite().only(limit=2), PriceConfig())
+        return impact_of(pair, (few, exact), load_suite().only(limit=2), ImpactConfig())
 
 
 @pytest.mark.trained
@@ -168,7 +168,7 @@ def test_the_report_has_everything(
 @pytest.mark.trained
 @pytest.mark.slow
 def test_lines_and_page_show_it(report: dict[str, Any]) -> None:
-    lines = "\n".join(price_lines(report))
+    lines = "\n".join(impact_lines(report))
     for word in (
         "quantized ar",
         "passes/block",
@@ -178,12 +178,12 @@ def test_lines_and_page_show_it(report: dict[str, Any]) -> None:
     ):
         assert word in lines
     svg, png = draw_sensitivity(report)
-    page = price_page(report, svg, model="m")
+    page = impact_page(report, svg, model="m")
     assert png.startswith(b"\x89PNG") and "all together" in svg
     for word in ("true speedup", "Bytes of the weights", "int4 in groups of 32", "By task", "<svg"):
         assert word in page
     assert "$" not in page.split("<script")[0], "every part of the page is filled in"
-    flagged = price_page({**report, "flags": ["keeps <nothing>"]}, "", model="m")
+    flagged = impact_page({**report, "flags": ["keeps <nothing>"]}, "", model="m")
     assert "<b>Flagged:</b> keeps &lt;nothing&gt;" in flagged
 
 
@@ -217,7 +217,7 @@ def test_the_choice_is_inside_its_budget_and_says_how_it_came_about(
     tiny_bundle: Path, tmp_path: Path
 ) -> None:
     """Attention in 4 bits costs this model a fifth of its answers and its passes: the search must find that out and keep it in 8."""
-    config = ChooseConfig(price=PriceConfig(max_new_tokens=96))
+    config = ChooseConfig(impact=ImpactConfig(max_new_tokens=96))
     choice = choose(Bundle.open(tiny_bundle), load_suite().only(limit=8), config, tmp_path)
     recipe = choice.recipe
     assert recipe.weights["routed_expert"] == "int4"
@@ -241,18 +241,18 @@ def test_a_budget_nothing_reaches_and_formats_there_are_not(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match="names a format there is not"):
-        ChooseConfig(price=PriceConfig(), formats=("int2",))
+        ChooseConfig(impact=ImpactConfig(), formats=("int2",))
     with pytest.raises(ConfigError, match="cannot be asked for"):
-        ChooseConfig(price=PriceConfig(budget=0))
+        ChooseConfig(impact=ImpactConfig(budget=0))
     assert Candidate("int8", inputs=True).label == "int8, inputs too"
     monkeypatch.setattr(
-        "twotower.evaluate.quantization.choose.flags_of", lambda facts, price: ["never"]
+        "twotower.evaluate.quantization.choose.flags_of", lambda facts, impact: ["never"]
     )
     with pytest.raises(BudgetError, match="no layer kind can be quantized") as caught:
         choose(
             Bundle.open(tiny_bundle),
             load_suite().only(limit=2),
-            ChooseConfig(price=PriceConfig(max_new_tokens=16)),
+            ChooseConfig(impact=ImpactConfig(max_new_tokens=16)),
             tmp_path,
         )
     assert "--budget" in caught.value.do

@@ -1,4 +1,4 @@
-"""Which formats a layer kind can take, from the smallest up, and a choice of them as a recipe: no measuring here."""
+"""Candidate formats of each layer kind, from the smallest up, and a choice as a recipe."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from twotower.calibration.quantization_plan import QuantizeConfig
 from twotower.calibration.recipes import KEEP, QuantizableWeight, Recipe, RecipeOverride
 from twotower.config.formats import ACTIVATIONS, FORMATS
 from twotower.errors import ConfigError
-from twotower.evaluate.quantization.price import PriceConfig
+from twotower.evaluate.quantization.impact import ImpactConfig
 
-__all__ = ["KEPT", "Candidate", "ChooseConfig", "FormatLadders"]
+__all__ = ["KEPT", "Candidate", "Candidates", "ChooseConfig"]
 
 _EIGHT_BITS_AT_LEAST = ("embedding", "head")
 
@@ -43,14 +43,14 @@ class ChooseConfig:
     """What to search, and for what.
 
     Attributes:
-        price: Budget of quality and passes, and the longest answer.
+        impact: Budget of quality and passes, and the longest answer.
         formats: To try, smallest first; what a kind cannot be stored in is left out for it.
         group: Of int4.
         threads: Of the engines.
         quantize: How weights and ranges are rounded.
     """
 
-    price: PriceConfig
+    impact: ImpactConfig
     formats: tuple[str, ...] = ("int4", "int8")
     group: int = 32
     threads: int = 0
@@ -65,8 +65,8 @@ class ChooseConfig:
                 found=found,
                 do="write it like --formats int4,int8",
             )
-        if not 0 < self.price.budget <= 100 or self.price.max_inflation < 0:
-            found = f"budget {self.price.budget}, inflation {self.price.max_inflation}"
+        if not 0 < self.impact.budget <= 100 or self.impact.max_inflation < 0:
+            found = f"budget {self.impact.budget}, inflation {self.impact.max_inflation}"
             raise ConfigError(
                 "this budget cannot be asked for",
                 found=found,
@@ -74,7 +74,7 @@ class ChooseConfig:
             )
 
 
-class FormatLadders:
+class Candidates:
     """The candidates of every layer kind of a model.
 
     Args:
@@ -111,7 +111,7 @@ class FormatLadders:
             part.columns % group == 0 for part in self._parts if part.kind == kind
         )
 
-    def ladder(self, kind: str, *, inputs: bool) -> tuple[Candidate, ...]:
+    def candidates(self, kind: str, *, inputs: bool) -> tuple[Candidate, ...]:
         """From the smallest up; of two as small the one whose products are faster first."""
         out: list[Candidate] = []
         for name in sorted(self._config.formats, key=lambda name: FORMATS[name].bits):
@@ -126,10 +126,11 @@ class FormatLadders:
         self, chosen: Mapping[str, Candidate], lowered: Mapping[tuple[str, int, str], str]
     ) -> Recipe:
         """The choice as a recipe."""
-        price = self._config.price
+        impact = self._config.impact
         return Recipe(
             name="auto",
-            summary=f"chosen by measuring: {price.budget:g} % of quality, {price.max_inflation:g} % more passes",
+            summary=f"chosen by measuring: {impact.budget:g} % of quality, "
+            f"{impact.max_inflation:g} % more passes",
             weights={kind: c.format for kind, c in chosen.items() if c != KEPT},
             activations=tuple(kind for kind, c in chosen.items() if c.inputs),
             group=self._config.group,
