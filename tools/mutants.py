@@ -58,6 +58,9 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
     "runtime/rows": {
         "searched - len(string) + 1 -> searched - len(string) - 1": _FOUND_EARLIER,
         "len(string) - 1 -> len(string) + 1": _NEVER_WHOLE,
+        "min(len(string) - 1, len(self._text)) -> max(len(string) - 1, len(self._text))": _NEVER_WHOLE,
+        "min(len(string) - 1, len(self._text)) + 1 -> min(len(string) - 1, len(self._text)) + 2": _NEVER_WHOLE,
+        "self._started = 0.0 -> self._started = 1.0": "a row is started before it takes anything",
     },
     "builders/trt/cut": {
         "[0] -> [1]": "of a graph without layers: the share of its one piece is the whole whatever its bytes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from twotower.runtime import TwoTower
 from twotower.trace import Trace, record_trace, trace_page
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
+REQUESTED = "return performance.getEntriesByType('resource').map(e => e.name)"
 PROMPT = "Q: sort: q c x a m b t e z k p d r h\nA:"
 
 
@@ -73,9 +75,9 @@ def click(page: Any, name: str) -> None:
 
 def expected_states(trace: Trace, number: int) -> dict[int, set[int]]:
     """Positions filled before and in pass `number`, by block."""
-    out: dict[int, set[int]] = {}
+    out: dict[int, set[int]] = defaultdict(set)
     for step in trace.steps[: number + 1]:
-        out.setdefault(step.block, set()).update(step.committed)
+        out[step.block].update(step.committed)
     return out
 
 
@@ -90,18 +92,10 @@ def test_the_replay_shows_every_pass_as_it_was(browser: Any, trace: Trace, tmp_p
         for block in range(len(trace.blocks)):
             for position in range(size):
                 state = shown[block * size + position]
-                assert (state in ("just", "earlier")) is (position in filled.get(block, set())), (
-                    number,
-                    block,
-                    position,
-                    state,
-                )
-                assert (state == "just") is (block == step.block and position in step.committed), (
-                    number,
-                    block,
-                    position,
-                    state,
-                )
+                place = (number, block, position, state)
+                now = block == step.block and position in step.committed
+                assert (state in ("just", "earlier")) is (position in filled[block]), place
+                assert (state == "just") is now, place
         if number + 1 < len(trace.steps):
             click(page, "forward")
             assert at(page) == number + 1
@@ -139,18 +133,14 @@ def test_the_evaluation_page_sorts_its_tables_and_needs_no_network(
     assert png.startswith(b"\x89PNG")
     page = opened(browser, tmp_path, report_page(report, curve, model="m"))
     assert page.find_elements("css selector", ".picture svg")
-    requested = page.execute_script(
-        "return performance.getEntriesByType('resource').map(e => e.name)"
-    )
-    assert requested == []
+    assert not page.execute_script(REQUESTED)
     assert json.loads(page.find_element("id", "report").get_attribute("textContent")) == json.loads(
         json.dumps(report)
     )
 
     def first_column() -> list[str]:
-        return [e.text for e in page.find_elements("css selector", "table:first-of-type tbody th")][
-            :3
-        ]
+        heads = page.find_elements("css selector", "table:first-of-type tbody th")
+        return [e.text for e in heads][:3]
 
     before = first_column()
     assert before == ["<b>flip</b>", "sums", "words"]
@@ -173,17 +163,10 @@ def test_the_impact_of_quantization_is_shown_and_sorts(
     page = opened(browser, tmp_path, impact_page(report, draw_sensitivity(report)[0], model="m"))
     assert len(page.find_elements("css selector", ".card")) == 5
     assert page.find_elements("css selector", ".picture svg")
-    assert (
-        page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
-        == []
-    )
+    assert not page.execute_script(REQUESTED)
     kinds = [e.text for e in page.find_elements("css selector", "h2 + .wide tbody th")]
     assert {"float", "quantized", "routed_expert", "all weights"} <= set(kinds)
-    head = page.find_elements("css selector", "table")[1].find_elements("css selector", "thead th")[
-        2
-    ]
-    head.click()
-    first = (
-        page.find_elements("css selector", "table")[1].find_element("css selector", "tbody th").text
-    )
+    table = page.find_elements("css selector", "table")[1]
+    table.find_elements("css selector", "thead th")[2].click()
+    first = table.find_element("css selector", "tbody th").text
     assert first == "routed_expert", "the largest first; totals stay at the end"

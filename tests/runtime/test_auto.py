@@ -204,17 +204,6 @@ def test_first_use_measures_three_passes_of_each(model: TwoTower, fake: FakeTowe
     assert result.tokens == alone[0].tokens
 
 
-@pytest.mark.parametrize("temperature", [0.0, 2.0])
-def test_a_text_does_not_depend_on_its_neighbours_within_a_mode(
-    model: TwoTower, temperature: float
-) -> None:
-    config = replace(AUTO, temperature=temperature, seed=4)
-    for times in (FAST_STEPS, SLOW_STEPS):
-        replace_times(model, {1: times})
-        assert batch(model, 5)[0].mode == batch(model, 1)[0].mode
-        assert batch(model, 5, config)[0].tokens == batch(model, 1, config)[0].tokens
-
-
 def test_blocks_of_many_tokens_fit_a_short_session(fake: FakeTowers) -> None:
     with TwoTower.from_towers(fake.towers, max_context=10) as session:
         config = replace(AUTO, block_size=256, max_new_tokens=5, allow_untrained_block_size=True)

@@ -1,12 +1,13 @@
-"""Cleaning up: everything is tried, and what is seen is what failed first."""
+"""Cleaning up: everything is tried, what failed first is seen, and nothing is freed in a turn."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
 
-from twotower.runtime.cleanup import Cleanup, close_all
+from twotower.runtime.cleanup import Cleanup, SessionLock, close_all
 
 
 def actions(done: list[str]) -> list[Callable[[], None]]:
@@ -63,3 +64,98 @@ def test_an_abandoned_iterator_is_no_failure_and_hides_none() -> None:
     with pytest.raises(ValueError, match="d"):
         iterator.close()
     assert done == ["d", "c", "b", "a"]
+
+
+# Turns
+
+
+def test_what_is_let_go_of_outside_a_turn_goes_at_once() -> None:
+    lock, done = SessionLock(), []
+    lock.at_the_end(lambda: done.append(1))
+    assert done == [1]
+
+
+def test_inside_a_turn_it_waits_for_the_end_of_the_outermost() -> None:
+    lock, done = SessionLock(), []
+    with lock:
+        with lock:
+            lock.at_the_end(lambda: done.append(1))
+        assert not done
+    assert done == [1]
+
+
+def test_another_thread_does_not_wait_and_the_owner_does_it() -> None:
+    lock, done = SessionLock(), []
+    with lock:
+        thread = threading.Thread(
+            target=lambda: lock.at_the_end(lambda: done.append(threading.get_ident()))
+        )
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive(), "it may hold a lock that this thread is about to ask for"
+        assert not done
+    assert done == [threading.get_ident()]
+
+
+def test_a_failure_is_logged_and_the_rest_is_done(caplog: pytest.LogCaptureFixture) -> None:
+    lock, done = SessionLock(), []
+
+    def fail() -> None:
+        raise ValueError("a defect")
+
+    with lock:
+        lock.at_the_end(fail)
+        lock.at_the_end(lambda: done.append(1))
+    assert done == [1]
+    assert "a defect" in caplog.text
+
+
+def test_nothing_is_forgotten_between_threads() -> None:
+    """Of two threads that let go of things, each goes once, and while nobody is at work."""
+    lock, done, inside, at_work = SessionLock(), [], [], []
+
+    def work() -> None:
+        for _ in range(2000):
+            with lock:
+                at_work.append(1)
+                at_work.pop()
+
+    def let_go(first: int) -> None:
+        for number in range(first, first + 2000):
+
+            def gone(number: int = number) -> None:
+                inside.extend(at_work)
+                done.append(number)
+
+            lock.at_the_end(gone)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    threads += [threading.Thread(target=let_go, args=(first,)) for first in (0, 2000)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == list(range(4000))
+    assert not inside
+
+
+def test_an_interrupt_while_something_is_let_go_of_leaves_the_session_free() -> None:
+    lock = SessionLock()
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), lock:
+        lock.at_the_end(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lock.at_the_end(interrupted)
+    taken: list[bool] = []
+
+    def take() -> None:
+        with lock:
+            taken.append(True)
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert taken == [True], "another thread can take it"

@@ -184,12 +184,6 @@ def test_a_row_is_the_same_alone_in_company_and_in_any_order(mode: str, temperat
     assert what(run([batch[i] for i in order])) == [alone[i] for i in order]
 
 
-def test_the_seed_and_not_the_place_names_the_noise() -> None:
-    same = [Request(prompt(0, 9), options(temperature=1.0, seed=s)) for s in (4, 4, 5)]
-    first, second, third = run(same)
-    assert first.tokens == second.tokens != third.tokens
-
-
 @given(st.integers(1, 256), st.integers(1, 600))
 @settings(max_examples=10)
 def test_any_chunk_size_gives_the_same_text(max_chunk: int, length: int) -> None:
@@ -198,12 +192,8 @@ def test_any_chunk_size_gives_the_same_text(max_chunk: int, length: int) -> None
 
 
 def test_temperature_zero_is_greedy_and_top_k_one_is_too() -> None:
-    greedy, cold, one = run(
-        [
-            Request(prompt(1, 9), options(temperature=t, top_k=k))
-            for t, k in ((0.0, 0), (1e-30, 0), (1.0, 1))
-        ]
-    )
+    ways = [options(temperature=t, top_k=k) for t, k in ((0.0, 0), (1e-30, 0), (1.0, 1))]
+    greedy, cold, one = run([Request(prompt(1, 9), way) for way in ways])
     assert greedy.tokens == cold.tokens == one.tokens
 
 
@@ -212,11 +202,8 @@ def test_the_last_block_is_cut(most: int) -> None:
     whole = run([Request(prompt(2, 9), options(ignore_eos=True))])[0]
     cut = run([Request(prompt(2, 9), options(ignore_eos=True, max_new_tokens=most))])[0]
     assert cut.tokens == whole.tokens[:most]
-    assert (cut.finish_reason, cut.usage.blocks, cut.usage.completion_tokens) == (
-        "length",
-        -(-most // 8),
-        most,
-    )
+    assert cut.finish_reason == "length"
+    assert (cut.usage.blocks, cut.usage.completion_tokens) == (-(-most // 8), most)
 
 
 def test_a_text_grows_through_the_buckets_and_stays_the_same() -> None:
@@ -244,31 +231,18 @@ def test_a_row_that_ends_early_does_not_keep_the_cache_growing() -> None:
 
 def test_nothing_is_bound_in_a_step_and_every_buffer_stays_where_it_is() -> None:
     fake = fake_towers()
-    run(
-        [Request(prompt(i, 5), options(max_new_tokens=120, ignore_eos=True)) for i in range(4)],
-        fake,
-    )
-    assert (fake.context.binds, fake.denoiser.binds) == (
-        3,
-        2,
-    )  # the prompt's width, and the block's in both state sets
+    many = options(max_new_tokens=120, ignore_eos=True)
+    run([Request(prompt(i, 5), many) for i in range(4)], fake)
+    # the prompt's width, and the block's in both state sets
+    assert (fake.context.binds, fake.denoiser.binds) == (3, 2)
     assert fake.denoiser.runs > 15
     assert len(fake.denoiser.addresses) == 2
 
 
 def test_the_streams_wait_for_one_another() -> None:
     fake = fake_towers()
-    run(
-        [
-            Request(
-                prompt(0, 5),
-                options(
-                    max_new_tokens=16, ignore_eos=True, steps_per_block=2, confidence_threshold=1.0
-                ),
-            )
-        ],
-        fake,
-    )
+    two = {"max_new_tokens": 16, "steps_per_block": 2, "confidence_threshold": 1.0}
+    run([Request(prompt(0, 5), options(ignore_eos=True, **two))], fake)
     assert fake.log == [
         "context stream runs context 1",
         "host waits for context 1",

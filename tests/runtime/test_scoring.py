@@ -80,15 +80,6 @@ def test_an_empty_continuation_is_certain(model: TwoTower) -> None:
     assert model.score([]) == []
 
 
-def test_a_score_does_not_depend_on_company_or_order(model: TwoTower) -> None:
-    alone = [model.score(pair) for pair in PAIRS]
-    for order in (range(5), [3, 1, 4, 0, 2]):
-        together = model.score([PAIRS[i] for i in order])
-        for i, score in zip(order, together, strict=True):
-            np.testing.assert_allclose(score.logprobs, alone[i].logprobs, atol=2e-5)
-            assert (score.greedy, score.bounded) == (alone[i].greedy, alone[i].bounded)
-
-
 def test_what_greedy_generation_writes_scores_as_greedy(
     model: TwoTower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,16 +177,6 @@ def test_batches_of_mixed_lengths_come_back_in_order() -> None:
         together = toy.score(pairs)
         assert together == [toy.score(pair) for pair in pairs]
         assert [s.tokens for s in together] == [tuple(continuation) for _, continuation in pairs]
-
-
-def test_growing_changes_nothing() -> None:
-    tokens = (np.arange(300) * 37 % 80 + 5).tolist()
-    with TwoTower.from_towers(fake_towers().towers) as toy:
-        grown, roomy = (
-            toy.score([(tokens[:250], tokens[250:])])[0],
-            toy.score([(tokens[:250], tokens[250:]), (tokens, [5] * 9)])[0],
-        )
-        assert grown == roomy
 
 
 def test_scoring_can_be_cancelled_and_the_session_goes_on() -> None:
