@@ -96,12 +96,7 @@ def choose(times: PassTimes, setting: Setting, passes: float | None, *, tokens: 
 
 
 def times_for(table: Mapping[int, PassTimes], rows: int) -> PassTimes:
-    """Times for a number of rows: between two measured ones by a straight line, else the nearest.
-
-    Args:
-        table: Measured times by number of rows; not empty.
-        rows: Rows of the batch.
-    """
+    """Times for a number of rows, of which the table measured some: by a straight line between."""
     below = max((n for n in table if n <= rows), default=min(table))
     above = min((n for n in table if n >= rows), default=max(table))
     if below >= above:
@@ -138,7 +133,8 @@ class PassesSeen:
         by_rows = self._seen.get(setting)
         if not by_rows:
             return None
-        return by_rows[min(by_rows, key=lambda n: (abs(n - rows), n))][0]
+        nearest = min(by_rows, key=lambda n: (abs(n - rows), n))
+        return by_rows[nearest][0]
 
 
 @dataclass(frozen=True, slots=True)

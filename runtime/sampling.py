@@ -94,13 +94,7 @@ class StepNoise:
         self._drawn: tuple[int, int] | None = None
 
     def draw(self, live: Sequence[int], *, block: int, step: int) -> None:
-        """Draws the noise of a step for the rows that may still have masks then.
-
-        Args:
-            live: Of each row, something true if it is drawn.
-            block: Number of the block in the rows' texts.
-            step: Number of the step in the block.
-        """
+        """Draws the noise of a block's step for the rows that are `live`: may have masks then."""
         rows = [i for i, sampled in enumerate(self._sampled) if sampled and live[i]]
         for first in range(0, len(rows), self._group):
             self._draw(rows[first : first + self._group], (step, block, DIFFUSION))

@@ -91,26 +91,20 @@ class TwoTower:
 
         Args:
             path: The bundle's folder.
-            target: The engines to run, e.g. `ort-cpu`; None for the best that are built and fit
-                this machine.
-            max_batch: Most requests generated together; longer lists are run in turns. Engines
-                built for fewer rows take fewer.
-            max_context: Longest text, prompt and answer; None for the limit of the model and its
-                engines.
-            threads: Threads of a CPU engine, 0 for one a core that this process may use, or one for
-                a small model.
+            target: The engines to run, e.g. `ort-cpu`; None for the best that fit this machine.
+            max_batch: Most requests generated together, where the engines allow as many; longer
+                lists are run in turns.
+            max_context: Longest text, prompt and answer; None for the limit of model and engines.
+            threads: Of a CPU engine; 0 for one a core, or one for a small model.
             devices: GPUs by number: one for both towers, or two, the first for the context tower;
                 segments are spread over all. Empty for the first GPU.
-            graphs: Whether passes are captured as CUDA graphs and replayed, where a target can;
-                False launches each by itself.
-            preset: Name of the bundle's preset to use as default, e.g. `fast`; None for the
-                bundle's own default.
+            graphs: Whether passes are captured as CUDA graphs and replayed, where a target can.
+            preset: Of the bundle, for calls without options, e.g. `fast`; None for its default.
             progress: Called with (bytes checked, bytes to check).
             loading: Called with (bytes loaded, bytes to load) while weights go to a device;
                 `progress` where it is None.
             warm_up: Numbers of rows that are made ready to serve; see `warm_up`. None for 1 and
-                `max_batch` where a library compiles kernels when they first run, for nothing
-                elsewhere.
+                `max_batch` where a library compiles kernels when they first run.
 
         Raises:
             BundleError: the folder is not a sound bundle.
@@ -120,10 +114,9 @@ class TwoTower:
         bundle = Bundle.open(path, contents=False)
         bundle.require_weights("generating")
         if preset is not None and preset not in bundle.presets:
-            found = f"presets: {', '.join(bundle.presets) or 'none'}"
             raise ConfigError(
                 f"the bundle has no preset {preset!r}",
-                found=found,
+                found=f"presets: {', '.join(bundle.presets) or 'none'}",
                 do="choose one of them, or make some with `twotower tune`",
             )
         tokenizer = Tokenizer.from_file(bundle.tokenizer_file) if bundle.tokenizer_file else None

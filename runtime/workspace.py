@@ -67,12 +67,7 @@ class DenoiserArrays:
         self._whole = {name: memory.host(buffer) for name, buffer in self.by_name.items()}
 
     def use(self, rows: int, *, unmasked: int) -> None:
-        """Shows the first rows; the others become padding, which has nothing to commit.
-
-        Args:
-            rows: How many.
-            unmasked: A token that is no mask.
-        """
+        """Shows the first rows; the blocks of the others hold `unmasked`, which is no mask."""
         for name, whole in self._whole.items():
             whole[rows:] = unmasked if name == BLOCK else 0
             setattr(self, name, whole[:rows])

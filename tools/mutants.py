@@ -49,11 +49,24 @@ SUBJECTS: Mapping[str, Sequence[str]] = {
 
 _FOUND_EARLIER = "a stop string that ends further left was found when its last token came"
 _NEVER_WHOLE = "the text does not end with a whole stop string: the row would have ended"
+_GROUPED = "in what groups rows are drawn is a matter of time"
+_SET_ANEW = "it is set anew for every row"
 EQUIVALENT: Mapping[str, Mapping[str, str]] = {
     "runtime/sampling": {
         "kept - kept[0] -> kept + kept[0]": "the same shift of all candidates",
         "self.top_p < 1 -> self.top_p <= 1": "all candidates are before the whole sum",
         "self.top_p < 1 -> self.top_p < 2": "likewise; no top_p is above 1",
+        "_TOGETHER = 8192 -> _TOGETHER = 8193": _GROUPED,
+        "min(_TOGETHER // count, sum(self._sampled)) -> max(_TOGETHER // count, sum(self._sampled))": _GROUPED,
+        "_TOGETHER // count -> _TOGETHER * count": _GROUPED,
+        "max(min(_TOGETHER // count, sum(self._sampled)), 1) -> max(min(_TOGETHER // count, sum(self._sampled)), 2)": _GROUPED,
+        "np.random.Philox(0) -> np.random.Philox(1)": _SET_ANEW,
+        "[0, 0] -> [1, 0]": _SET_ANEW,
+        "[0, 0, 0, 0] -> [1, 0, 0, 0]": "of the buffer, which counts as read to its end",
+        "[0, 0, 0, 0] -> [0, 1, 0, 0]": f"likewise; of the counter, {_SET_ANEW}",
+        "[0, 0, 0, 0] -> [0, 0, 1, 0]": f"likewise; of the counter, {_SET_ANEW}",
+        "[0, 0, 0, 0] -> [0, 0, 0, 1]": f"likewise; of the counter, {_SET_ANEW}",
+        "-1 -> -2": "any negative length is the one that is left",
     },
     "runtime/rows": {
         "searched - len(string) + 1 -> searched - len(string) - 1": _FOUND_EARLIER,
