@@ -1,1 +1,1 @@
-"""CUDA for the runtime: calls with checked results, streams and events, device memory, captured graphs. The library is a value."""
+"""CUDA for the runtime: checked calls, streams and events, device memory, captured graphs."""

@@ -1,4 +1,7 @@
-"""The few CUDA calls the runtime makes, each with its result checked; the library is a value, so that a fake can take its place."""
+"""The CUDA calls the runtime makes, each with its result checked.
+
+The library is passed in, so that a fake can take its place.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +141,10 @@ class Cuda:
         return int(free), int(total)
 
     def enable_peer(self, other: int) -> None:
-        """Lets the current device reach another's memory directly, if the machine can; copies work without, by way of the host."""
+        """Lets the current device reach another's memory directly, if the machine can.
+
+        Copies work without, by way of the host.
+        """
         try:
             self._call("cudaDeviceEnablePeerAccess", other, 0)
         except CudaError as e:
@@ -250,7 +256,7 @@ class Cuda:
         self._call("cudaGraphExecDestroy", graph)
 
     def forget_error(self) -> None:
-        """Clears the error CUDA keeps for whoever asks for the last one, after a call whose failure was expected.
+        """Clears the last error that CUDA keeps, after a call whose failure was expected.
 
         NVIDIA's bindings hold a CUDA runtime of their own: TensorRT's and ONNX Runtime's have other
         last errors.
@@ -312,7 +318,8 @@ class KernelDriver:
             raise DeviceError(
                 f"the NVIDIA driver does not load the compiled kernel {name}",
                 found=e.found,
-                do="update the driver (`nvidia-smi` shows it), or build again with `--sm` of this GPU",
+                do="update the driver (`nvidia-smi` shows it), or build again with `--sm` of this "
+                "GPU",
             ) from e
 
     def unload(self, library: Any) -> None:

@@ -1,4 +1,4 @@
-"""Device memory of a session: state where its engines run, and small arrays that travel in one copy each way."""
+"""Device memory of a session: state where engines run, and small arrays that travel in slabs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ALIGNED = 256  # bytes; what cudaMalloc itself keeps, and TensorRT asks of an a
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slab:
-    """One allocation for several small arrays, on the host (pinned) and on every device that reads or writes one of them.
+    """One allocation for several small arrays, on the host (pinned) and on devices.
 
     Attributes:
         host: Address on the host.
@@ -72,7 +72,7 @@ class DeviceBuffer:
         return prod(self.shape) * self.itemsize
 
     def rows(self, span: Span) -> tuple[int, int, int, int]:
-        """A span as rows of bytes: offset of the first, bytes from row to row, number of rows, bytes of each."""
+        """A span as rows of bytes: offset of the first, pitch, number of rows, bytes of each."""
         inner = prod(self.shape[span.axis + 1 :]) * self.itemsize
         rows = prod(self.shape[: span.axis])
         return (

@@ -1,4 +1,4 @@
-"""CUDA streams and events behind the loop's own two words, on one device or, for a tower cut into segments, on several."""
+"""CUDA streams and events as the loop uses them, on one device or several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["CudaEvent", "CudaStream"]
 
 
 class CudaEvent:
-    """A point in a stream's work that can be recorded again: who waits then waits for the later work too, never for less.
+    """A point in a stream's work that can be recorded again; waiting covers the later work too.
 
     Whoever closes it has waited for it, so waiting for a closed one is done at once.
     """
@@ -46,7 +46,7 @@ class CudaEvent:
 
 
 class CudaStream:
-    """The queue of one tower: a CUDA stream on each of its devices, which its engines join by events from one device to the next.
+    """The queue of one tower: a CUDA stream on each of its devices, joined by events.
 
     Args:
         cuda: The calls.

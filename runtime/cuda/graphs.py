@@ -1,4 +1,4 @@
-"""Capture of a pass as a CUDA graph: one launch for a thousand, and no result of a capture left unread."""
+"""Capture of a pass as a CUDA graph: one launch instead of a thousand."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def capture(cuda: Cuda, stream: int, enqueue: Callable[[], None], *, name: str) 
 
 
 def _recorded(cuda: Cuda, stream: int, enqueue: Callable[[], None]) -> int:
-    """The captured graph. The capture is left whatever happens: a stream that stays in one is lost."""
+    """The captured graph. The capture always ends: a stream that stays in one is lost."""
     cuda.begin_capture(stream)
     try:
         enqueue()

@@ -1,4 +1,4 @@
-"""One pass of a graph on devices: small inputs up, the engines, small outputs down, an event; replayed as a CUDA graph where it can be."""
+"""One pass of a graph on devices: uploads, engines, downloads, an event; replayed if it can be."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["DevicePass", "PassWork", "ScratchOrder", "Transfer", "downloads", "u
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A copy between a device and pinned host memory: addresses, bytes, and the device whose stream it is on."""
+    """A copy between a device and pinned host memory, on a stream of that device."""
 
     device: int
     target: int
@@ -28,7 +28,7 @@ class Transfer:
 
 
 class ScratchOrder:
-    """Who used the memory of a device last that passes share (activation scratch, hand-over buffers): they must never overlap there.
+    """Orders passes that share the scratch memory and hand-over buffers of a device.
 
     The loop's own events order the passes of one batch of rows; this orders those of several.
     """
@@ -38,7 +38,7 @@ class ScratchOrder:
         self._queue: CudaStream | None = None
 
     def begin(self, queue: CudaStream) -> None:
-        """Holds a queue back until the last user is done; the order within one device's stream needs no event."""
+        """Holds a queue back until the last user is done; within one stream no event is needed."""
         if self._event is not None and (self._queue is not queue or len(queue.handles) > 1):
             self._event.hold(queue.handles[queue.first])
 
@@ -146,9 +146,8 @@ class DevicePass:
         close_all((self._wait, self._drop_graph, self._work.close, self._event.close))
 
     def _wait(self) -> None:
-        if (
-            self._broken is not None
-        ):  # a pass that was refused in the middle: the part before is at work, and no event tells of it
+        if self._broken is not None:
+            # A pass was refused in the middle: its first part is at work, and no event tells of it.
             self._broken.synchronize()
         elif self._runs:
             self._event.wait_done()

@@ -132,7 +132,7 @@ class DeviceEngine(ABC, Generic[P]):
         return bound
 
     def _addresses(self, program: P, index: int, buffers: PassBuffers) -> dict[str, int]:
-        """Where a program finds inputs and outputs: in buffers, or where its neighbours hand over."""
+        """Where a program finds inputs and outputs: in buffers, or where steps hand over."""
         addresses: dict[str, int] = {}
         for spec in (*program.part.inputs, *program.part.outputs):
             if spec.name in buffers.arrays:

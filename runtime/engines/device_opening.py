@@ -1,4 +1,4 @@
-"""Opening a bundle on GPUs, as far as no library is involved: devices, placement, weights, memory."""
+"""Opening a bundle on GPUs without regard to the library: placement, weights, memory."""
 
 from __future__ import annotations
 

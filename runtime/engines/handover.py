@@ -1,4 +1,4 @@
-"""Where the steps of a tower hand over: one set of buffers a device, each written by one step and read by a later one."""
+"""Hand-over buffers between the steps of a tower: one set a device."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from twotower.spec import (
 __all__ = ["HANDED", "Handover", "buffer_sizes", "handed_bytes", "with_tokens"]
 
 _HALVES: Mapping[str, int] = {RESIDUAL_IN: 0, RESIDUAL_OUT: 1}
-"""The residual stream has two buffers that take turns, because a program reads it while it writes the next: whether a program
-finds it in its own half or in that of the program after it.
+"""Which half of the residual stream's two buffers a name means: a program's own or the next one's.
+
+They alternate, because a program reads one while it writes the next.
 """
 
 _SINGLE = (CONDITIONING, EXPERTS_IN, SHARES, EXPERTS_OUT)
@@ -56,7 +57,7 @@ class Handover:
 def buffer_sizes(
     programs: Iterable[EngineFile], sizes: Mapping[str, int]
 ) -> dict[str, tuple[int, int]]:
-    """The buffers that the programs of a tower need: of each how many and of how many bytes; none for a graph in one piece.
+    """Number and bytes of the buffers that the programs of a tower hand over in, by name.
 
     Args:
         programs: In the order they run.

@@ -1,4 +1,4 @@
-"""Experts between programs by compiled kernels, loaded on every device that runs some of their layers.
+"""Experts between programs by compiled kernels, loaded on every device that runs some.
 
 NVIDIA's driver API alone: neither Triton nor torch. A launch is one call of the driver with
 arguments that were packed once; what changes from pass to pass is in device memory.

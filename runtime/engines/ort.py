@@ -1,4 +1,4 @@
-"""ONNX Runtime: on a CPU weights are mapped from the bundle and buffers bound once; for a GPU, the sessions of its CUDA provider."""
+"""ONNX Runtime: engines on a CPU, with weights mapped from the bundle, and sessions on a GPU."""
 
 from __future__ import annotations
 
@@ -54,25 +54,28 @@ def open_ort_cpu(bundle: Bundle, *, threads: int = 0, progress: Progress | None 
 
 
 def _require_memory(bundle: Bundle, record: EngineRecord) -> None:
-    """Experts are packed into memory of their own where the engine was built: this machine may have less of it."""
+    """Refuses engines that copy packed experts into more memory than this machine has."""
     memory = usable_memory()
     needed = sum(weight_bytes(bundle, record, name) for name in (CONTEXT, CONTEXT_HEAD, DENOISER))
     if record.report.get("form", {}).get("experts") == "packed" and memory and needed > memory:
         raise EngineMismatchError(
-            f"the {CPU} engine of '{bundle.path}' copies its experts into memory, and there is too little here",
-            found=f"{format_bytes(needed)} of weights, {format_bytes(memory)} of memory this process "
-            "may use",
-            do=f"build it here, where it reads them from the file: `twotower build BUNDLE --target {CPU}`",
+            f"the {CPU} engine of '{bundle.path}' copies its experts into memory, and there is too "
+            "little here",
+            found=f"{format_bytes(needed)} of weights, {format_bytes(memory)} of memory this "
+            "process may use",
+            do="build it here, where it reads them from the file: "
+            f"`twotower build BUNDLE --target {CPU}`",
         )
 
 
 def _require_rows_alike(bundle: Bundle, record: EngineRecord) -> None:
-    """Products of few bits were found to compute rows alike where the engine was built: ask this processor too."""
+    """Asks this processor, as the build asked its own, whether it computes rows alike."""
     probe = engine_folder(bundle, CPU) / PROBE_FILE
     if PROBE_FILE in record.files and not rows_are_alike(probe.read_bytes()):
         raise EngineMismatchError(
             f"the {CPU} engine of '{bundle.path}' was built on another kind of processor",
-            found="here a row's text would depend on the rows beside it: products of few bits compute one row otherwise than several",
+            found="here a row's text would depend on the rows beside it: quantized products "
+            "compute one row otherwise than several",
             do=f"build it here: `twotower build BUNDLE --target {CPU} --force`",
         )
 
@@ -89,7 +92,7 @@ def _open(
 
 
 def engine_threads(weight_bytes: int) -> int:
-    """Threads of an engine with so many bytes of weights: one, or one a core that this process may use."""
+    """Threads of an engine: one for few bytes of weights, else one a core it may use."""
     return 1 if weight_bytes < _ONE_THREAD_BELOW_BYTES else usable_cores()
 
 
@@ -129,7 +132,7 @@ class OrtEngine:
         return _OrtBinding(session, binding, tuple(arrays.values()))
 
     def _bound_with_one_more(self, arrays: Mapping[str, Array]) -> Binding:
-        """A pass of an odd number of positions, as its first row and all of them: an even number, and copies."""
+        """A pass of an odd number of positions, with its first row twice and copies."""
         names = [spec.name for spec in self.signature.inputs]
         copies = {name: np.empty((len(a) + 1, *a.shape[1:]), a.dtype) for name, a in arrays.items()}
         session, binding = self._bound(copies)
@@ -165,12 +168,13 @@ def _load(
         raise EngineMismatchError(
             f"ONNX Runtime cannot load {graph}",
             found=" ".join(str(e).split()),
-            do=f"build it again with `twotower build BUNDLE --target {target} --force`; if it fails again, check free memory",
+            do=f"build it again with `twotower build BUNDLE --target {target} --force`; if it "
+            "fails again, check free memory",
         ) from e
 
 
 class _OrtBinding:
-    """A session with its addresses; `arrays` are held because ONNX Runtime only knows their addresses."""
+    """A session with its addresses; `arrays` are held because the session only knows addresses."""
 
     def __init__(
         self, session: ort.InferenceSession, binding: ort.IOBinding, arrays: tuple[Array, ...]
@@ -213,7 +217,7 @@ class _OneMoreBinding:
 
 
 class CudaLibrary:
-    """ONNX Runtime with its CUDA provider, as `open_ort_cuda` takes it; it has never run on a GPU."""
+    """ONNX Runtime with its CUDA provider, for `open_ort_cuda`; it has never run on a GPU."""
 
     version = str(ort.__version__)
     device_type = "cuda"
@@ -242,8 +246,10 @@ class CudaLibrary:
         ):  # the library goes on without one that fails to load, on the CPU
             raise EngineMismatchError(
                 "ONNX Runtime cannot use CUDA here",
-                found=f"providers: {', '.join(session.get_providers())}; the CUDA libraries it needs did not load",
-                do="install the libraries your onnxruntime-gpu asks for (CUDA 13, cuDNN 9), or use `--target ort-cpu`",
+                found=f"providers: {', '.join(session.get_providers())}; the CUDA libraries it "
+                "needs did not load",
+                do="install the libraries your onnxruntime-gpu asks for (CUDA 13, cuDNN 9), or use "
+                "`--target ort-cpu`",
             )
         return session
 

@@ -1,4 +1,4 @@
-"""The steps of one pass as they are enqueued: programs, experts between them, and copies of the state.
+"""The steps of one pass as they are enqueued: programs, experts, and copies of the state.
 
 How a program runs depends on its library; the order and the copies are the same for all.
 """

@@ -1,4 +1,4 @@
-"""What the loop asks of an engine: one compiled graph, bound to fixed buffers and run on a stream."""
+"""What the loop asks of an engine: one compiled graph, bound to buffers and run on a stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Binding(Protocol):
     """
 
     def run(self, stream: Stream) -> Event:
-        """Enqueues one execution on `stream` and returns the event of its completion; a host engine runs at once."""
+        """Enqueues one execution on `stream`; returns its event. A host engine runs at once."""
         ...
 
     def close(self) -> None:

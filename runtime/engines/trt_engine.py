@@ -188,7 +188,7 @@ class PassOptions:
 
 
 class TensorRTEngine(DeviceEngine[Plan]):
-    """One graph of the contract on TensorRT: one engine, segments, or programs with experts between.
+    """One graph on TensorRT: one engine, segments, or programs with experts between.
 
     Args:
         options: How its passes run; for the others see `DeviceEngine`.
@@ -212,7 +212,7 @@ class TensorRTEngine(DeviceEngine[Plan]):
         return [_profile(plan, sizes) for plan in self._programs]
 
     def _is_fixed(self, profiles: Sequence[int]) -> bool:
-        """Whether profiles admit one shape, but for the number of rows, which a context has once."""
+        """Whether profiles admit one shape only, apart from the number of rows."""
         for number, plan in zip(profiles, self._programs, strict=True):
             for axis, (least, _, most) in plan.part.profiles[number].axes.items():
                 if axis != "B" and least != most:

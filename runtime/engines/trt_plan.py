@@ -1,4 +1,4 @@
-"""Serialized TensorRT engines, loaded and checked against what the build says of them; the library is a value.
+"""Serialized TensorRT engines, loaded and checked against what the build says of them.
 
 What it says goes to Python's log, and its last lines to the text of an error.
 """
@@ -188,7 +188,7 @@ class PlanLoader:
         self._unsaved: dict[int, Plan] = {}
 
     def load(self, file: Path, part: EngineFile, device: int) -> Plan:
-        """Brings an engine to the current device, which must be `device`; the file is mapped and not read into memory first.
+        """Brings an engine to the current device, which must be `device`; the file is mapped.
 
         Raises:
             EngineMismatchError: the library refuses the file, or it is not the engine the build
@@ -204,7 +204,8 @@ class PlanLoader:
                 f"{self.flavour.module.__name__} {self.flavour.version} cannot load {file}",
                 found=self.drain()
                 or "it gives no reason; the engine may be for another GPU or damaged",
-                do="build it again on or for this machine with `twotower build BUNDLE --target ... --force`",
+                do="build it again on or for this machine with "
+                "`twotower build BUNDLE --target ... --force`",
             )
         self._check(engine, part, file)
         cache, cache_file, config = None, None, None
@@ -290,11 +291,11 @@ class PlanLoader:
                 logger.info("compiled kernels are not kept: %s", e)
 
     def drain(self, *, errors: bool = False) -> str:
-        """What the library said last, which is then forgotten: warnings and worse, or errors alone."""
+        """What the library said last, and forgets it: warnings and worse, or errors alone."""
         return self._log.drain(errors=errors)
 
     def _check(self, engine: Any, part: EngineFile, file: Path) -> None:
-        """Names, types and shared addresses of an engine's tensors are the contract the buffers were made for."""
+        """Holds an engine's names, types and shared addresses against the build's description."""
         has = {
             name: engine.get_tensor_dtype(name).name
             for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors))
@@ -355,7 +356,7 @@ class LibraryLog:
 
 
 def library_log(trt: Any) -> LibraryLog:
-    """The log of a library, one for all sessions of a process: a second logger would hear nothing."""
+    """The log of a library, one for a process: a second logger would hear nothing."""
     name = str(trt.__name__)
     if name not in _LOGS:
         _LOGS[name] = LibraryLog(trt)

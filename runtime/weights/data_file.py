@@ -1,4 +1,4 @@
-"""A bundle's data file while several threads read it: size, content, errors, and what of it is in the kernel's page cache."""
+"""A bundle's data file while several threads read it, and its part in the page cache."""
 
 from __future__ import annotations
 

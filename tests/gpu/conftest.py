@@ -21,7 +21,7 @@ TINY = FIXTURES.parents[1] / "assets" / "twotower-tiny"
 
 @pytest.fixture(scope="session")
 def built_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Path]:
-    """A bundle of a fixture or of `twotower-tiny` in a dtype, with engines for a target and for ort-cpu; skips what cannot run."""
+    """A bundle with engines for a target and for ort-cpu; skips what cannot run."""
     bundles: dict[tuple[str, str], Path] = {}
 
     def build(model: str, dtype: str, target: str) -> Path:

@@ -1,4 +1,4 @@
-"""Polygraphy on an exported graph, as docs/gpu shows it: on a CPU that it runs, on a GPU that TensorRT and ONNX Runtime agree."""
+"""Polygraphy on an exported graph as docs/gpu shows it, on a CPU and against TensorRT."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""Every target that runs on this GPU writes what the references wrote, alone, in company, replayed and padded.
+"""Every target that runs on this GPU writes what the references wrote, alone and in batches.
 
 Tolerances. In float32 (TF32 off) tokens must be equal: the goldens' closest call is 1.5e-4 wide,
-and another order of summation
-moves a logit by about 1e-6. Half-wide engines are held against the reference answer with the limits of
-twotower.doctor.reference_answer: their tokens may part on a close call, their numbers may differ by what
-rounding every result costs and a margin.
+and another order of summation moves a logit by about 1e-6. Half-precision engines are held against
+the reference output with the limits of twotower.doctor.reference_answer: their tokens may diverge
+on a close call, their numbers may differ by what rounding every result costs and a margin.
 """
 
 from __future__ import annotations
@@ -66,9 +65,7 @@ def test_half_wide_engines_give_the_reference_answer(
     built_for: Build, target: str, dtype: str, folder: str
 ) -> None:
     if (target, dtype) == ("ort-cuda", "bfloat16"):
-        pytest.skip(
-            "ONNX Runtime's CUDA provider has no bfloat16 kernels for several operators of the graphs"
-        )
+        pytest.skip("ONNX Runtime's CUDA provider has no bfloat16 kernels for several operators")
     path = built_for(folder, dtype, target)
     bundle = Bundle.open(path)
     reference, _ = reference_answer_of(bundle, lambda: opened(path, REFERENCE_TARGET))
@@ -80,7 +77,7 @@ def test_half_wide_engines_give_the_reference_answer(
 
 @pytest.mark.parametrize("target", targets())
 def test_the_trained_model_keeps_its_text_in_float16(built_for: Build, target: str) -> None:
-    """60 prompts; `make fp16-check` shows that rounding alone leaves all but one of 624 as they are."""
+    """60 prompts; `make fp16-check` shows that half precision leaves all but one of 624."""
     problems = load_suite().only(limit=9).problems[:60]
     path = built_for("twotower-tiny", "float16", target)
     with (
@@ -100,7 +97,7 @@ def test_a_sound_chain(built_for: Build, target: str) -> None:
 
 @pytest.mark.parametrize("target", targets())
 def test_a_replayed_graph_writes_what_single_launches_write(built_for: Build, target: str) -> None:
-    """More than one block and more than one number of rows: a graph that was captured for another state would show."""
+    """Several blocks and numbers of rows: a graph captured for another state would show."""
     path = built_for("hybrid-a", "float32", target)
     prompts = [np.random.default_rng(n).integers(4, 250, n).tolist() for n in (5, 60)]
     texts = []
@@ -114,7 +111,7 @@ def test_a_replayed_graph_writes_what_single_launches_write(built_for: Build, ta
 
 @pytest.mark.parametrize("target", targets())
 def test_an_engine_agrees_with_itself(built_for: Build, target: str) -> None:
-    """Launched piece by piece, with keys and values in other memory for every block, and on two GPUs where there are two."""
+    """Launched piece by piece, with other memory for every block, and on two GPUs if there are."""
     path = built_for("hybrid-b", "float32", target)
     gpus = len(probe_machine().gpus)
     failed = [

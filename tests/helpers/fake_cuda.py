@@ -1,4 +1,4 @@
-"""A CUDA without a GPU: the functions of `cuda.bindings.runtime`, and of its `driver` for kernels, over host memory.
+"""A CUDA without a GPU: functions of `cuda.bindings.runtime` and `driver` over host memory.
 
 Streams work as late as they may. Whoever forgets to wait sees old numbers: nothing enqueued has run
 until something waits for it, and then only what it had to wait for has. With a seed, work also runs
@@ -39,7 +39,7 @@ _UNSUPPORTED, _INVALIDATED, _ISOLATION, _WRONG_THREAD = (
 )  # cudaErrorStreamCapture...
 
 STICKY = frozenset({214, 700, 702, 710, 714, 715, 716, 717, 718, 719})
-"""Errors after which a process can use the device no more: illegal addresses, failed launches and their like."""
+"""Errors after which a process can use the device no more."""
 
 
 class CudaRefusedError(Exception):
@@ -177,7 +177,7 @@ class FakeCuda(FakeKernels):
             s.capture.ops.append(op)
 
     def enqueue_aside(self, stream: int, op: Op) -> None:
-        """Puts work on a hidden stream beside a stream: after what is on that, and before what comes on it later."""
+        """Puts work on a hidden stream, after what is on a stream and before what comes later."""
         with self._lock:
             s = self._streams[stream]
             if s.capture is not None or self.broken:
@@ -191,7 +191,7 @@ class FakeCuda(FakeKernels):
             self._drift()
 
     def unsafe(self) -> int:
-        """The error of an allocation or a wait by a library, in the calling thread; it breaks a capture."""
+        """The error of a library's allocation or wait in this thread; it breaks a capture."""
         try:
             self._forbid_in_capture()
         except CudaRefusedError as e:
@@ -210,7 +210,7 @@ class FakeCuda(FakeKernels):
         return _OK, 13050
 
     def cudaGetErrorString(self, code: int) -> tuple[int, bytes]:
-        return _OK, b"a planted failure"
+        return _OK, b"an injected failure"
 
     def cudaGetLastError(self) -> tuple[int]:
         return (self.broken,)
@@ -429,7 +429,7 @@ class FakeCuda(FakeKernels):
     def _answer(
         self, name: str, act: Callable[[], Any], lets_go: tuple[dict[int, Any], int] | None = None
     ) -> Any:
-        """Does what a call does, unless it fails; `lets_go` is what it frees, and where that is noted."""
+        """Does what a call does, unless it fails; `lets_go` is what it frees, and its table."""
         with self._lock:
             self.calls.append(name)
             self.counts[name] += 1

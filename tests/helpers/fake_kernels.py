@@ -1,4 +1,4 @@
-"""Expert kernels without a GPU or Triton: files that name a kernel, and a driver that runs their NumPy twin when a stream gets to them."""
+"""Expert kernels without a GPU: files that name a kernel, and a driver that runs its NumPy twin."""
 
 from __future__ import annotations
 
@@ -23,12 +23,17 @@ __all__ = ["FakeKernels", "write_kernels"]
 
 _C_TYPES = {"i32": ctypes.c_int32}
 _POINTED = {
-    "*bf16": np.uint16, "*fp16": np.float16, "*fp32": np.float32, "*i32": np.int32, "*i8": np.int8, "*u8": np.uint8,
-}  # fmt: skip
+    "*bf16": np.uint16,
+    "*fp16": np.float16,
+    "*fp32": np.float32,
+    "*i32": np.int32,
+    "*i8": np.int8,
+    "*u8": np.uint8,
+}
 
 
 def write_kernels(folder: Path, shape: ExpertShape, sms: Sequence[int] = (90,)) -> Manifest:
-    """A folder of kernels as `compile_kernels` leaves it; each file holds the kernel's name and the layer's shape."""
+    """A folder of kernels as `compile_kernels` leaves it; a file holds kernel name and shape."""
     folder.mkdir(parents=True)
     cubins = []
     for sm in sms:

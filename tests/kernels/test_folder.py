@@ -26,7 +26,7 @@ class Compiler:
 
     def __call__(self, spec: KernelSpec, sm: int, folder: Path) -> Cubin:
         if spec.name == self.fails:
-            raise BuildError("no", found="a planted failure", do="nothing")
+            raise BuildError("no", found="an injected failure", do="nothing")
         code = f"{spec.name} {sm} {self.fails}".encode()
         file = f"{spec.name}.sm{sm}.cubin"
         (folder / file).write_bytes(code)

@@ -136,7 +136,7 @@ def test_one_expert_and_very_many(experts: int) -> None:
 
 @pytest.mark.parametrize("routed", ("float", "int8", "int4-32", "nvfp4"))
 @pytest.mark.parametrize("dtype", TO_FLOAT64)
-def test_a_row_does_not_depend_on_its_neighbours(dtype: str, routed: str) -> None:
+def test_a_row_does_not_depend_on_its_batch(dtype: str, routed: str) -> None:
     """To the bit: alone, in other orders, and beside rows of infinity and NaN."""
     shape = make_shape(128, 128, 8, 3, shared=128, dtype=dtype, routed=routed, others="float")
     layer = random_layer(shape)

@@ -1,4 +1,4 @@
-"""The NumPy twin: against float64 in every format, and rows apart from their neighbours."""
+"""The NumPy twin: against float64 in every format, and rows apart from their batch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_it_computes_the_layer(dtype: str, routed: str, kind: str) -> None:
 
 @pytest.mark.parametrize("routed", ("float", "int8", "int4-32"))
 @pytest.mark.parametrize("dtype", TO_FLOAT64)
-def test_a_row_does_not_depend_on_its_neighbours(dtype: str, routed: str) -> None:
+def test_a_row_does_not_depend_on_its_batch(dtype: str, routed: str) -> None:
     layer = random_layer(make_shape(128, 96, 8, 3, shared=128, dtype=dtype, routed=routed))
     x, shares = tokens(layer.shape, 33), routing(layer.shape, 33, "skewed")
     whole = experts_twin(layer.shape, x, shares, layer.stored)

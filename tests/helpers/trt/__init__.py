@@ -1,1 +1,1 @@
-"""A TensorRT without a GPU: the fake compiler that builders call, and the fake execution API that engines run on."""
+"""A TensorRT without a GPU: the compiler that builders call, and the execution API."""

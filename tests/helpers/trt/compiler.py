@@ -1,4 +1,4 @@
-"""A fake of `tensorrt` 11.4 with the part of its API that builders use; it compiles nothing and needs no GPU.
+"""A fake of `tensorrt` 11.4 with the API that builders use; it compiles nothing.
 
 It has what only the full library has (a timing cache that works) and lacks what only TensorRT for
 RTX has (`ComputeCapability`, `num_compute_capabilities`), so that code which takes one for the

@@ -70,7 +70,7 @@ class _Cache:
 
 
 class _Config:
-    """How a context is to be made. It does not keep the cache alive, nor does a context keep either."""
+    """How a context is to be made; it does not keep the cache alive, nor a context either."""
 
     def __init__(self) -> None:
         self.strategy = "static"
@@ -293,7 +293,7 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class _Execution:
-    """What was enqueued: kernels, and graphs that captured them, keep the addresses of that moment."""
+    """What was enqueued: kernels and captured graphs keep the addresses of that moment."""
 
     graph: HostGraph
     addresses: dict[str, int]
@@ -385,7 +385,7 @@ class FakeTensorRT(SimpleNamespace):
 
 
 class FakeBuilder(TensorRTBuilder):
-    """The builder that ships, with compilers that keep the graph, and the kernels' names, as they are."""
+    """The builder that ships, with compilers that keep the graph and the kernels' names."""
 
     def __init__(self, module: FakeTensorRT) -> None:
         super().__init__(flavour_from_module(module), fake_kernels)
@@ -397,7 +397,7 @@ def fake_kernels(shape: ExpertShape, sms: Sequence[int], folder: Path, **_: Any)
 
 
 def fake_job(job: dict[str, Any], scratch: Path, *, tick: Any) -> dict[str, Any]:
-    """In the place of `make_engine.run_job`: the "engine" is the graph and where its weights lie."""
+    """In the place of `make_engine.run_job`: the "engine" is the graph and its weights' place."""
     about = {key: job[key] for key in ("beside", "inputs", "profiles")}
     Path(job["output"]).write_bytes(
         _HEADER + json.dumps(about).encode() + b"\n" + Path(job["graph"]).read_bytes()

@@ -1,4 +1,4 @@
-"""What an engine of the fake TensorRT computes: its graph in ONNX Runtime, over memory by address."""
+"""What an engine of the fake TensorRT computes: its graph in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class HostGraph:
         self.inputs = {v.name: _type(v) for v in values}
         self.outputs = {v.name: _type(v) for v in model.graph.output}
         self.shapes = {v.name: _axes(v) for v in values}
-        narrow = "BFLOAT16" in (self.inputs | self.outputs).values()
+        half = "BFLOAT16" in (self.inputs | self.outputs).values()
         outside = any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer)
         # Tests open the same few graphs hundreds of times; files of weights may have changed
         # meanwhile.
-        self._session = (_session if outside else _kept_session)(graph, folder, narrow)
+        self._session = (_session if outside else _kept_session)(graph, folder, half)
 
     def check(
         self,
@@ -87,7 +87,7 @@ class HostGraph:
             )
 
 
-def _session(graph: bytes, folder: Path, narrow: bool) -> ort.InferenceSession:
+def _session(graph: bytes, folder: Path, half: bool) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
@@ -95,7 +95,7 @@ def _session(graph: bytes, folder: Path, narrow: bool) -> ort.InferenceSession:
         "session.model_external_initializers_file_folder_path",
         str(folder),
     )
-    if narrow:
+    if half:
         model = onnx.load_from_string(graph)
         onnx.load_external_data_for_model(model, str(folder))
         round_results(model, "bfloat16")

@@ -1,4 +1,4 @@
-"""Installs the fakes of TensorRT: the compiler as `import tensorrt`, and bundles with engines for the execution API."""
+"""Installs the fakes of TensorRT: `import tensorrt`, and bundles with engines."""
 
 from __future__ import annotations
 

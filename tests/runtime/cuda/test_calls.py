@@ -1,4 +1,4 @@
-"""The calls fit NVIDIA's own bindings, which can be imported without a driver, and the fake fits them too."""
+"""The calls, and those of the fake, fit NVIDIA's own bindings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_call_exists_with_as_many_arguments(name: str) -> None:
 
 @pytest.mark.trt_rtx
 def test_the_real_bindings_take_plain_numbers() -> None:
-    """Handles are whole numbers here; without a driver every call must fail in the driver and not in the conversion of an argument."""
+    """Without a driver every call must fail in the driver, not in converting an argument."""
     from cuda.bindings import runtime
 
     cuda = Cuda(runtime)

@@ -1,4 +1,4 @@
-"""Device buffers: cleared when made, small ones in one slab, spans copied and cleared where they lie, everything freed once."""
+"""Device buffers: cleared when made, spans copied and cleared, everything freed once."""
 
 from __future__ import annotations
 

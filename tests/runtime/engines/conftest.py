@@ -35,7 +35,7 @@ class Session:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
-    """A bundle of a fixture or checkpoint with fake engines; `pieces` > 1 cuts each tower into about so many.
+    """A bundle with fake engines; `pieces` > 1 cuts each tower into about so many.
 
     With `experts="kernels"` it is cut at every layer of experts.
     """
@@ -59,7 +59,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
 
 @pytest.fixture
 def opened() -> Callable[..., Any]:
-    """Opens a bundle on the fakes: `opened(bundle, devices=(0,), graphs=True, seed=None)`; on a sound end everything must be freed."""
+    """Opens a bundle on the fakes; on a sound end everything must be freed."""
 
     @contextmanager
     def open_(

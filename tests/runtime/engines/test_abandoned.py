@@ -1,4 +1,4 @@
-"""Iterators that are let go of anywhere: in another thread, in a callback, by Python's collector inside a capture."""
+"""Iterators abandoned anywhere: in a thread, in a callback, by the collector in a capture."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_collector_may_run_inside_a_capture(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Freeing memory there would break the capture: `gc` is run where a pass is recorded, with an iterator to collect."""
+    """Freeing memory there would break the capture: `gc` runs where a pass is recorded."""
     execute = Context.execute_async_v3
     collected: list[bool] = []
     kept: list[weakref.ref[Any]] = []
@@ -99,7 +99,7 @@ def test_the_collector_may_run_inside_a_capture(
 def test_threads_take_turns(
     built: Callable[..., Any], opened: Callable[..., Any], devices: tuple[int, ...]
 ) -> None:
-    """Calls and iterators of several threads, some let go of half way: each text is what it is alone."""
+    """Calls and iterators of several threads, some abandoned: each text is what it is alone."""
     prompts = [[5, 6, 7], [8, 9], [7] * 20]
     with opened(built()) as it:
         alone = [it.model.generate(p, DIFFUSION).tokens for p in prompts]

@@ -1,4 +1,4 @@
-"""The published model's type on the device path: the text of a CPU that rounds every result alike."""
+"""bfloat16 on the device path: the text of a CPU that rounds every result alike."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_text_is_that_of_a_cpu(
 def test_the_trained_model_answers(
     built: Callable[..., Any], opened: Callable[..., Any], experts: str
 ) -> None:
-    """Problems with exact answers measure the arithmetic from outside; one may be lost to rounding."""
+    """Exact answers measure the arithmetic from outside; one may be lost to rounding."""
     problems = load_suite().only(limit=1).problems
     bundle = built(TINY, dtype="bfloat16", experts=experts)
     with opened(bundle) as it:
@@ -93,7 +93,7 @@ def test_a_size_that_holds_for_float32_only_is_found(
     opened: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Planted: every element is taken for four bytes; a bfloat16 buffer is cleared beyond its end."""
+    """Injected: every element takes four bytes; a bfloat16 buffer is cleared beyond its end."""
     monkeypatch.setattr(
         DeviceBuffer,
         "itemsize",

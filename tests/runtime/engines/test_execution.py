@@ -1,4 +1,4 @@
-"""What a library refuses while a context is bound is an error with its words, and nothing is bound half."""
+"""What a library refuses while a context is bound is an error with its words."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_context_goes_before_what_made_it(
     built: Callable[..., Any],
     opened: Callable[..., Any],
 ) -> None:
-    """With and without an error while it is bound; the fake notes contexts that outlive their cache."""
+    """With and without an error while it is bound; the fake notes contexts that live too long."""
     with opened(built("hybrid-a", 4)) as it:
         it.trt.scratch_for_shapes = SCRATCH + 1
         error_of(it)
@@ -93,7 +93,7 @@ def test_a_context_goes_before_what_made_it(
 def test_a_second_session_hears_the_library_too(
     built: Callable[..., Any], opened: Callable[..., Any]
 ) -> None:
-    """It has one logger a process, the first: what it says of another session's engines must not be lost."""
+    """It has one logger a process: what it says of another session must not be lost."""
     with opened(built()) as first, opened(built()) as second:
         for it in (second, first):
             shared = it.towers.context._shared

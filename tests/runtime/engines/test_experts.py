@@ -1,4 +1,4 @@
-"""Towers as programs with experts between them, on fakes: the references' tokens on any number of devices, replayed and plain."""
+"""Towers as programs with experts between them: the references' tokens on any devices."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def float_tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_experts_in_few_bits_are_read_from_the_bundle(
     float_tiny: Bundle, opened: Callable[..., Any], tmp_path: Path, recipe: str
 ) -> None:
-    """No program holds any of them; the text is that of ONNX Runtime, which computes all experts and rounds no inputs."""
+    """No program holds them; the text is that of ONNX Runtime, which computes all experts."""
     bundle = quantized(float_tiny.path, tmp_path, recipe)
     build_engines(bundle, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect="standard"))
     build_fake_engines(bundle, experts="kernels")

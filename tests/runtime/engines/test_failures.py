@@ -1,4 +1,4 @@
-"""A GPU that fails for good: the first failure is what is seen, and everything is freed or tried to be."""
+"""A GPU that fails for good: the first failure is seen, and freeing everything is tried."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_clean_up_that_ends_at_the_first_failure_is_found(
     opened: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Planted: frees in a plain loop. The fake notices what was never tried."""
+    """Injected: frees in a plain loop. The fake notices what was never tried."""
 
     def plain(actions: Iterable[Callable[[], object]]) -> None:
         for action in actions:

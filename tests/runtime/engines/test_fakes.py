@@ -1,4 +1,4 @@
-"""The fakes notice what a GPU would punish: each test plants a fault in sound code and sees it found."""
+"""The fakes notice what a GPU would punish: each test injects a fault and sees it found."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from twotower.spec import RESIDUAL_IN
 
 
 def rebound_after_capture(work: Workspace) -> Any:
-    """`Workspace.denoise` with one binding, whose context is told the other set of states in between."""
+    """`Workspace.denoise` with one binding, told the other set of states in between."""
     binding = work._denoiser.setdefault(0, None) or work._towers.denoiser.bind(
         {**work._denoiser_arrays.by_name, **work._state.reads(0)},
     )
@@ -70,7 +70,7 @@ def test_the_current_device_belongs_to_a_thread(
     opened: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Planted: a device that is current is not made current again, whichever thread asks."""
+    """Injected: a device that is current is not made current again, whichever thread asks."""
     use, known = Cuda.use, []
 
     def remembered(cuda: Cuda, device: int) -> None:
@@ -103,7 +103,7 @@ def test_a_library_allocates_when_it_runs_a_shape_first(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Planted: the very first run of a pass is captured. Later shapes of a context would be no better."""
+    """Injected: the first run of a pass is captured. Later shapes would be no better."""
     make = DevicePass.__init__
 
     def hasty(self: DevicePass, *args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Expert kernels on a device: loaded, bound once, launched, captured and replayed with other routings; and what is refused."""
+"""Expert kernels on a device: loaded, bound, launched, captured, replayed with other routings."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def _microseconds(step: ExpertStep, rounds: int = 200) -> float:
 
 
 def test_scratch_memory_is_large_enough_to_the_byte(tmp_path: Path) -> None:
-    """The fake refuses reads and writes beyond an allocation: with less memory than said there are some."""
+    """The fake refuses accesses beyond an allocation: with less memory than said there are some."""
     layer, d = device(tmp_path, 9)
     small: Mapping[str, int] = d.addresses
     scratch = d.cuda.allocate(scratch_bytes(layer.shape, 9) - 2048)

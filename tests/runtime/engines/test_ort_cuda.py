@@ -1,4 +1,4 @@
-"""The ONNX Runtime GPU engines on the fake CUDA: real sessions on the CPU, run when the stream's turn comes."""
+"""ONNX Runtime's GPU engines on the fake CUDA: CPU sessions run when the stream's turn comes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def kernel_builder() -> OrtCudaBuilder:
 
 @pytest.fixture
 def opened_ort(built: Callable[..., Any]) -> Callable[..., Any]:
-    """`opened_ort(folder, devices=(0,), seed=None, experts="fused")`: a session and the fake beneath it."""
+    """Opens a session on a fixture's engines; yields it and the fake beneath it."""
 
     @contextmanager
     def open_(
@@ -136,7 +136,7 @@ def test_the_goldens(
 def test_the_goldens_with_kernels_between(
     opened_ort: Callable[..., Any], folder: str, devices: tuple[int, ...], seed: int | None
 ) -> None:
-    """Programs and experts on the towers' streams; on four devices each tower is spread over two."""
+    """Programs and experts on the towers' streams; of four devices each tower has two."""
     case = golden_cases(folder)[0]
     with opened_ort(folder, devices=devices, seed=seed, experts="kernels") as (model, api):
         assert (
@@ -186,10 +186,10 @@ def test_experts_in_a_format_onnx_runtime_has_no_kernel_for(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("mode", ["diffusion", "ar"])
 def test_a_text_that_outgrows_its_cache_keeps_it(opened_ort: Callable[..., Any], mode: str) -> None:
-    """From 256 positions to 512: keys and values are moved on the device, passes bound again, and events of the old ones waited for."""
+    """From 256 positions to 512: keys and values move, and passes are bound again."""
     prompt = [4 + n % 200 for n in range(210)]
     config = GenerationConfig(mode=mode, max_new_tokens=96, ignore_eos=True)
-    roomy = [prompt, [5] * 300]  # in company of a longer text there is room from the beginning
+    roomy = [prompt, [5] * 300]  # in a batch with a longer text there is room from the beginning
     with opened_ort(seed=8) as (model, _):
         assert model.generate(prompt, config).tokens == model.generate(roomy, config)[0].tokens
 

@@ -1,4 +1,4 @@
-"""Nothing is compiled while requests wait: engines are warmed up, batches go where kernels are, and kernels are kept."""
+"""Nothing is compiled while requests wait: engines are warmed up, and kernels are kept."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_kernels_are_kept_before_the_session_ends(
     open_: Callable[..., Any],
     options: dict[str, Any],
 ) -> None:
-    """After the warm-up, or the first request: a process that is killed has not compiled for nothing."""
+    """After the warm-up, or the first request: a killed process has kept what it compiled."""
     with open_(copied, **options) as (model, _):
         if not options["warm_up"]:
             assert not kept(copied)

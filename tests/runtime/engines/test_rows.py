@@ -1,4 +1,4 @@
-"""Rows on a device: a batch is padded, and neither padding nor company changes a bit of a row."""
+"""Rows on a device: a batch is padded, and neither padding nor other rows change a bit of a row."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def generated(model: Any, batch: list[Request]) -> list[tuple[tuple[int, ...], S
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_neither_company_nor_padding_changes_a_bit_of_a_row(
+def test_neither_other_rows_nor_padding_change_a_bit_of_a_row(
     built: Callable[..., Any],
     opened: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -100,7 +100,7 @@ def test_a_workspace_serves_fewer_rows_after_more(
     built: Callable[..., Any],
     opened: Callable[..., Any],
 ) -> None:
-    """What the fourth row left in the small arrays is gone: as padding it has no masks and no text."""
+    """What the fourth row left in the small arrays is gone: padding has no masks and no text."""
     options = GenerationConfig(
         max_new_tokens=40,
         confidence_threshold=0.5,

@@ -1,4 +1,4 @@
-"""The TensorRT runtime on fakes: the references' tokens whatever the order of the device's work, and nothing done twice in a pass."""
+"""The TensorRT runtime on fakes: the references' tokens in any order of the device's work."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_segments_write_the_same_text_on_any_number_of_devices(
 def test_passes_may_use_streams_of_the_library_s_own(
     built: Callable[..., Any], opened: Callable[..., Any], graphs: bool
 ) -> None:
-    """Engines are built without; one of an older build, or of full TensorRT, may have some, joined before it returns."""
+    """Engines are built without hidden streams; others may have some, joined before they return."""
     cases = golden_cases("hybrid-a")
     with opened(built("hybrid-a", 4), graphs=graphs, seed=9) as it:
         it.trt.hidden_streams = True
@@ -135,7 +135,7 @@ def test_noise_drawn_beside_a_pass_is_not_the_pass_s(
 def test_a_step_is_one_launch_and_sets_nothing(
     built: Callable[..., Any], opened: Callable[..., Any]
 ) -> None:
-    """Two copies, the engine and an event, in one graph launch; once warm, no address, shape or memory changes."""
+    """Two copies, the engine and an event in one launch; once warm, nothing is set again."""
     options = GenerationConfig(
         max_new_tokens=64, confidence_threshold=1.0, steps_per_block=16, ignore_eos=True
     )
@@ -166,7 +166,7 @@ def test_a_step_is_one_launch_and_sets_nothing(
 
 
 def test_the_order_of_waits(built: Callable[..., Any], opened: Callable[..., Any]) -> None:
-    """A block: its first step waits for the context tower, the context tower for its last; the host waits for steps only."""
+    """A block's first step waits for the context tower, that for its last; the host for steps."""
     with opened(built(), graphs=False) as it:
         it.cuda.calls.clear()  # of loading the weights
         it.model.generate(

@@ -1,4 +1,4 @@
-"""Opening TensorRT engines: what does not fit is refused before anything is loaded, and nothing is left behind."""
+"""Opening TensorRT engines: what does not fit is refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -298,7 +298,7 @@ def test_kernels_of_another_gpu_or_library_lie_beside(copied: Bundle) -> None:
 @pytest.mark.trt_rtx
 @pytest.mark.slow
 def test_the_real_library_gets_as_far_as_the_driver(tmp_path: Path) -> None:
-    """The door itself: TensorRT for RTX and CUDA's bindings are imported, the engine is read and checked, and then there is no driver."""
+    """Libraries are imported, the engine is read and checked, and then there is no driver."""
     if probe_machine().gpus:
         pytest.skip("there is a GPU here")
     bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")

@@ -1,4 +1,4 @@
-"""What is asked of TensorRT is there, in the real library and in the fake; loading goes as far as a driver would be needed."""
+"""What is asked of TensorRT is there, in the real library and in the fake."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_every_name_is_in_the_fake() -> None:
 @pytest.mark.trt_rtx
 @pytest.mark.slow
 def test_a_real_engine_is_mapped_and_refused_for_want_of_a_driver(tmp_path: Path) -> None:
-    """The library takes the mapped file, says through our logger what is missing, and the error repeats it."""
+    """The library takes the mapped file and says through our logger what is missing."""
     if probe_machine().gpus:
         pytest.skip("there is a GPU here")
     import tensorrt_rtx as trt
