@@ -72,6 +72,14 @@ def test_markdown_keeps_a_cell_on_its_line_and_in_its_column() -> None:
     ]
 
 
+def test_cells_are_found_in_facts() -> None:
+    table = Table(["", Column("kept", ".1f", " %", "retention.value"), Column("lost", of="lost")])
+    table.add_facts({"retention": {"value": 98.66}, "lost": 2}, "int4")
+    assert table.text()[1:] == ["int4  98.7 %     2"]
+    with pytest.raises(KeyError):
+        table.add_facts({"retention": {}}, "int4")
+
+
 def test_a_row_has_a_cell_for_every_column() -> None:
     with pytest.raises(ValueError, match="zip"):
         Table(["a", "b"], [("only one",)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from twotower.evaluate.evaluation import AR, DEFAULT, OTHER, interval_text
@@ -72,22 +73,17 @@ def report_page(report: dict[str, Any], curve: str, *, model: str) -> str:
 
 def preset_lines(presets: dict[str, Any]) -> list[str]:
     """What `tune` chose: each preset's setting, and its figures on both halves of the problems."""
-    table = Table(
-        [
-            "preset",
-            Column("threshold", "g"),
-            Column("steps"),
-            "chosen on: kept, speed",
-            "checked on: kept, speed",
-        ]
-    )
+    columns: list[Column | str] = [
+        "preset",
+        Column("threshold", "g", of="config.confidence_threshold"),
+        Column("steps", of="config.steps_per_block"),
+    ]
+    for half, where in (("choice", "chosen on"), ("check", "checked on")):
+        columns.append(Column(f"{where}: kept", ".1f", " %", f"{half}.retention.value"))
+        columns.append(Column("speed", ".2f", "x", f"{half}.speedup.value"))
+    table = Table(columns)
     for name, facts in presets.items():
-        config = facts["config"]
-        figures = [
-            f"{facts[half]['retention']['value']:.1f} %, {facts[half]['speedup']['value']:.2f}x"
-            for half in ("choice", "check")
-        ]
-        table.add(name, config["confidence_threshold"], config["steps_per_block"], *figures)
+        table.add_facts(facts, name)
     return table.text()
 
 
@@ -160,7 +156,11 @@ def _cards(report: dict[str, Any]) -> list[Card]:
     return cards
 
 
-_PASSES = (Column("passes/block", ".2f"), Column("tokens/pass", ".2f"))
+_SPEED = partial(interval_text, digits=2, unit="x")
+_PASSES = (
+    Column("passes/block", ".2f", of="passes_per_block"),
+    Column("tokens/pass", ".2f", of="tokens_per_pass"),
+)
 
 
 def _tasks(report: dict[str, Any]) -> Table:
@@ -169,29 +169,19 @@ def _tasks(report: dict[str, Any]) -> Table:
     table = Table(
         [
             "task",
-            Column("problems"),
-            Column("AR right", ".1f", " %"),
-            Column("diffusion right", ".1f", " %"),
-            Column("kept", ".1f", " %"),
-            Column("speed", ".2f", "x"),
+            Column("problems", of="problems"),
+            Column("AR right", ".1f", " %", "ar.exact.value"),
+            Column("diffusion right", ".1f", " %", "exact.value"),
+            Column("kept", ".1f", " %", "retention.value"),
+            Column("speed", ".2f", "x", "speedup.value"),
             *_PASSES,
-            Column("tokens", ".0f"),
+            Column("tokens", ".0f", of="tokens_each"),
         ]
     )
 
     def add(name: str, before: dict[str, Any], after: dict[str, Any], kind: str = "") -> None:
-        table.add(
-            name,
-            after["problems"],
-            before["exact"]["value"],
-            after["exact"]["value"],
-            after["retention"]["value"],
-            after["speedup"]["value"],
-            after["passes_per_block"],
-            after["tokens_per_pass"],
-            after["tokens"] / after["problems"],
-            kind=kind,
-        )
+        each = after["tokens"] / after["problems"]
+        table.add_facts({**after, "ar": before, "tokens_each": each}, name, kind=kind)
 
     for task, facts in diffusion["kinds"].items():
         add(task, ar["kinds"][task], facts)
@@ -208,30 +198,21 @@ def _settings(report: dict[str, Any]) -> Table:
         [
             "threshold",
             Column("steps"),
-            Column("right", ".1f", " %"),
-            Column("kept, 95 % interval"),
-            Column("speed, 95 % interval"),
+            Column("right", ".1f", " %", "exact.value"),
+            Column("kept, 95 % interval", interval_text, of="retention"),
+            Column("speed, 95 % interval", _SPEED, of="speedup"),
             *_PASSES,
-            Column("tokens/s", ".0f"),
-            Column("loops"),
+            Column("tokens/s", ".0f", of="tokens_per_second"),
+            Column("loops", of="degenerate"),
         ]
     )
     whose = {DEFAULT: " (default)", OTHER: " (other bundle)"}
     for name, setting in report["settings"].items():
-        config, total = setting["config"], setting["total"]
-        threshold, steps = f"{config['confidence_threshold']:g}", config["steps_per_block"]
-        table.add(
-            "autoregression" if name == AR else threshold + whose.get(name, ""),
-            None if name == AR else steps,
-            total["exact"]["value"],
-            interval_text(total["retention"]),
-            interval_text(total["speedup"], 2, "x"),
-            total["passes_per_block"],
-            total["tokens_per_pass"],
-            total["tokens_per_second"],
-            total["degenerate"],
-            kind="total" if name == DEFAULT else "",
-        )
+        config = setting["config"]
+        threshold = f"{config['confidence_threshold']:g}{whose.get(name, '')}"
+        first = ("autoregression", None) if name == AR else (threshold, config["steps_per_block"])
+        kind = "total" if name == DEFAULT else ""
+        table.add_facts(setting["total"], *first, kind=kind)
     return table
 
 

@@ -6,25 +6,26 @@ under a name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from html import escape
+from typing import Any
 
 __all__ = ["Cell", "Column", "Table", "labelled", "number"]
 
-Cell = str | float | None
-"""Text, which is shown as it is, a number, a truth value, or None where there is no figure."""
+Cell = str | float | Mapping[str, Any] | None
+"""Text, which is shown as it is, a figure, a truth value, or None where there is no figure."""
 
-
-Spec = str | Callable[[float], str]
+Spec = str | Callable[[Any], str]
 
 
 def number(value: Cell, spec: Spec = "", unit: str = "") -> str:
     """A cell as text: `98.7 %` of 98.7, `.1f` and ` %`; `-` for None.
 
     Args:
-        value: What to write. `unit` and `spec` are for numbers alone.
-        spec: As in `format`, e.g. `.1f` or `+.1f`; or a function that writes the number.
+        value: What to write. `unit` and `spec` are for figures alone.
+        spec: As in `format`, e.g. `.1f` or `+.1f`; or a function that writes the figure.
         unit: Follows the number, with its space if it has one.
     """
     if value is None:
@@ -43,6 +44,8 @@ class Column:
     heading: str
     spec: Spec = ""
     unit: str = ""
+    of: str = ""
+    """Where a cell is found in the facts of a row, for example `retention.value`."""
     left: bool = False
     """Flush left, for words; numbers stand flush right."""
 
@@ -78,6 +81,12 @@ class Table:
         self._figures.append(cells)
         self._kinds.append(kind)
 
+    def add_facts(self, facts: Mapping[str, Any], *first: Cell, kind: str = "") -> None:
+        """Appends a row whose cells after the `first` ones are found in facts."""
+        paths = [column.of.split(".") for column in self._columns[len(first) :]]
+        found = [reduce(lambda inner, key: inner[key], path, facts) for path in paths]
+        self.add(*first, *found, kind=kind)
+
     def text(self, indent: str = "") -> list[str]:
         """Lines of aligned text; without a heading line where no column has a heading."""
         headings = [column.heading for column in self._columns]
@@ -95,7 +104,7 @@ class Table:
     def html(self) -> str:
         """A `<table>` in the style of `report.css`; the first cell of a row is its heading.
 
-        Numbers that a function writes are in the attribute `data-value`, for those who sort.
+        Numbers that a function writes are in the attribute `data-value`, for sorting.
         """
         head = "".join(
             f'<th scope="col"{_css(column)}>{escape(column.heading)}</th>'
@@ -105,7 +114,7 @@ class Table:
         for texts, figures, kind in zip(self._rows, self._figures, self._kinds, strict=True):
             cells = [f'<th scope="row">{escape(texts[0])}</th>']
             for column, text, figure in zip(self._columns[1:], texts[1:], figures[1:], strict=True):
-                written = callable(column.spec) and figure is not None
+                written = callable(column.spec) and isinstance(figure, (int, float))
                 value = f' data-value="{figure}"' if written else ""
                 cells.append(f"<td{_css(column)}{value}>{escape(text)}</td>")
             body.append(f'<tr class="{kind}">{"".join(cells)}</tr>')

@@ -75,7 +75,7 @@ def impact_lines(report: Mapping[str, Any]) -> list[str]:
         f"{weights['after'] / weights['before']:.3f} of before, "
         f"{weights['after'] / weights['bfloat16']:.3f} of bfloat16",
         f"quality: keeps {interval_text(total['retention'])} %; "
-        f"passes a block: {_inflation(total)} %",
+        f"passes a block: {_inflation(total['inflation'])} %",
         f"speed here: a pass {interval_text(total['step_time'], 2)} times as fast, "
         f"with the passes it needs {interval_text(total['speedup'], 2)} times",
         *(
@@ -87,10 +87,16 @@ def impact_lines(report: Mapping[str, Any]) -> list[str]:
 
 def choice_lines(report: Mapping[str, Any]) -> list[str]:
     """What recipe `auto` measured and chose; `report` is that of `choose`."""
-    table = Table(["alone", "in", "kept, 95 % interval", "more passes a block, %"])
+    table = Table(
+        [
+            Column("alone", left=True, of="kind"),
+            Column("in", left=True, of="candidate"),
+            Column("kept, 95 % interval", interval_text, of="retention"),
+            Column("more passes a block, %", _inflation, of="inflation"),
+        ]
+    )
     for facts in report["alone"]:
-        kept = interval_text(facts["retention"])
-        table.add(facts["kind"], facts["candidate"], kept, _inflation(facts))
+        table.add_facts(facts)
     check = report["check"]
     return [
         "",
@@ -98,14 +104,13 @@ def choice_lines(report: Mapping[str, Any]) -> list[str]:
         f"{len(report['tried'])} mixed-precision variants measured; "
         f"{len(report['layers'])} layers in another format than their kind",
         f"checked on the other half: keeps {interval_text(check['retention'])} %, "
-        f"{_inflation(check)} % more passes a block",
+        f"{_inflation(check['inflation'])} % more passes a block",
     ]
 
 
-def _inflation(facts: Mapping[str, Any]) -> str:
+def _inflation(ratio: Mapping[str, float | None]) -> str:
     """Percent of more passes a block, with the interval."""
-    moved = {k: None if v is None else 100 * (v - 1) for k, v in facts["inflation"].items()}
-    return interval_text(moved)
+    return interval_text({k: None if v is None else 100 * (v - 1) for k, v in ratio.items()})
 
 
 def _cards(report: Mapping[str, Any]) -> list[Card]:
@@ -149,24 +154,16 @@ def _settings(report: Mapping[str, Any]) -> Table:
     table = Table(
         [
             "",
-            Column("right", ".1f", " %"),
-            Column("kept, 95 % interval"),
-            Column("passes/block", ".3f"),
-            Column("tokens/pass", ".2f"),
-            Column("tokens/s", ".0f"),
+            Column("right", ".1f", " %", "exact.value"),
+            Column("kept, 95 % interval", interval_text, of="retention"),
+            Column("passes/block", ".3f", of="passes_per_block"),
+            Column("tokens/pass", ".2f", of="tokens_per_pass"),
+            Column("tokens/s", ".0f", of="tokens_per_second"),
         ]
     )
     for name in (FLOAT, QUANTIZED, FLOAT_AR, QUANTIZED_AR):
-        total = report["settings"][name]["total"]
-        table.add(
-            name,
-            total["exact"]["value"],
-            interval_text(total["retention"]),
-            total["passes_per_block"],
-            total["tokens_per_pass"],
-            total["tokens_per_second"],
-            kind="total" if name == QUANTIZED else "",
-        )
+        kind = "total" if name == QUANTIZED else ""
+        table.add_facts(report["settings"][name]["total"], name, kind=kind)
     return table
 
 
@@ -200,27 +197,19 @@ def _parts(heading: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(
         [
             heading,
-            Column("kept, 95 % interval"),
-            Column("more passes a block, %"),
-            Column("a pass is", ".2f", "x"),
-            Column("true speedup", ".2f", "x"),
-            Column("same text"),
-            Column("lost"),
-            Column("won"),
+            Column("kept, 95 % interval", interval_text, of="retention"),
+            Column("more passes a block, %", _inflation, of="inflation"),
+            Column("a pass is", ".2f", "x", "step_time.value"),
+            Column("true speedup", ".2f", "x", "speedup.value"),
+            Column("same text", of="same_text"),
+            Column("lost", of="lost"),
+            Column("won", of="won"),
         ]
     )
     for name, facts in rows.items():
-        table.add(
-            name,
-            interval_text(facts["retention"]),
-            _inflation(facts),
-            facts["step_time"]["value"],
-            facts["speedup"]["value"],
-            f"{facts['same_text']} of {facts['problems']}",
-            facts["lost"],
-            facts["won"],
-            kind="total" if name == "all together" else "",
-        )
+        same = f"{facts['same_text']} of {facts['problems']}"
+        kind = "total" if name == "all together" else ""
+        table.add_facts({**facts, "same_text": same}, name, kind=kind)
     return table
 
 
