@@ -20,6 +20,7 @@ from twotower.units import format_bytes
 if TYPE_CHECKING:
     from twotower.bench import GenerationSpeed
     from twotower.bench.peers import Peer
+    from twotower.runtime import TwoTower
 
 __all__ = ["add_arguments", "run"]
 
@@ -90,28 +91,13 @@ def _generation(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             stack.enter_context(opened_session(args, path, max_batch=max(args.rows, 1)))
             for path in paths
         ]
-        sizes = [model.config.vocab_size for model in models]
-        if len(set(sizes)) > 1:
-            raise ConfigError(
-                "bundles of two models cannot be measured on the same prompts",
-                found=f"{paths[0]} has {sizes[0]} tokens in its vocabulary, {paths[1]} has "
-                f"{sizes[1]}",
-                do="name bundles of one model, quantized or built in another way",
-            )
+        _require_one_vocabulary(paths, models)
         speeds = measure_in_turns(
             models, config, prompt_tokens=args.prompt_tokens, rows=args.rows, runs=args.runs
         )
         prompts = random_prompts(models[0].config, args.prompt_tokens, args.rows, seed=0)
-        rivals = [
-            measure_peer(
-                models[0],
-                peer,
-                prompts,
-                new_tokens=args.max_new_tokens,
-                runs=args.runs,
-            )
-            for peer in peers
-        ]
+        how = {"new_tokens": args.max_new_tokens, "runs": args.runs}
+        rivals = [measure_peer(models[0], peer, prompts, **how) for peer in peers]
     diffusion, ar = speeds[0]
     ratio = diffusion.tokens_per_second / ar.tokens_per_second
     # A pass is worth so many tokens of AR; fewer tokens a pass than that, and diffusion loses.
@@ -142,21 +128,31 @@ def _generation(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     return facts, lines
 
 
+def _require_one_vocabulary(paths: Sequence[str], models: Sequence[TwoTower]) -> None:
+    sizes = [model.config.vocab_size for model in models]
+    if len(set(sizes)) > 1:
+        raise ConfigError(
+            "bundles of two models cannot be measured on the same prompts",
+            found=f"{paths[0]} has {sizes[0]} tokens in its vocabulary, {paths[1]} has {sizes[1]}",
+            do="name bundles of one model, quantized or built in another way",
+        )
+
+
 def _table(speeds: Sequence[GenerationSpeed]) -> list[str]:
     """A row a mode."""
     table = Table(
         [
-            "",
-            Column("tokens/s", ".1f"),
-            Column("prefill ms", ".2f"),
-            Column("pass ms", ".3f"),
-            Column("extend ms", ".3f"),
-            Column("tokens/pass", ".2f"),
-            Column("passes/block", ".2f"),
+            Column("", left=True, of="mode"),
+            Column("tokens/s", ".1f", of="tokens_per_second"),
+            Column("prefill ms", ".2f", of="prefill_ms"),
+            Column("pass ms", ".3f", of="pass_ms"),
+            Column("extend ms", ".3f", of="extend_ms"),
+            Column("tokens/pass", ".2f", of="tokens_per_nfe"),
+            Column("passes/block", ".2f", of="steps_per_block"),
         ]
     )
     for speed in speeds:
-        table.add(*speed.to_json().values())
+        table.add_facts(speed.to_json())
     return table.text()
 
 

@@ -105,40 +105,25 @@ class TransformersPeer:
 
 
 def _config_of(config: ModelConfig) -> Any:
-    c = config
+    same = (
+        "vocab_size hidden_size num_attention_heads num_key_value_heads head_dim mamba_num_heads "
+        "mamba_head_dim ssm_state_size n_groups conv_kernel n_routed_experts num_experts_per_tok "
+        "n_shared_experts moe_intermediate_size moe_shared_expert_intermediate_size "
+        "intermediate_size routed_scaling_factor norm_topk_prob n_group topk_group "
+        "layer_norm_epsilon pad_token_id"
+    )
+    options: dict[str, Any] = {name: getattr(config, name) for name in same.split()}
     # Which the library takes from the layers, and does not declare.
-    sizes: dict[str, Any] = {"num_hidden_layers": len(c.layers)}
+    options["num_hidden_layers"] = len(config.layers)
     return transformers.NemotronHConfig(
-        **sizes,
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        layers_block_type=[_KINDS[kind] for kind in c.layers],
-        num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads,
-        head_dim=c.head_dim,
-        mamba_num_heads=c.mamba_num_heads,
-        mamba_head_dim=c.mamba_head_dim,
-        ssm_state_size=c.ssm_state_size,
-        n_groups=c.n_groups,
-        conv_kernel=c.conv_kernel,
+        **options,
+        layers_block_type=[_KINDS[kind] for kind in config.layers],
         use_conv_bias=True,
-        n_routed_experts=c.n_routed_experts,
-        num_experts_per_tok=c.num_experts_per_tok,
-        n_shared_experts=c.n_shared_experts,
-        moe_intermediate_size=c.moe_intermediate_size,
-        moe_shared_expert_intermediate_size=c.moe_shared_expert_intermediate_size,
-        intermediate_size=c.intermediate_size,
-        routed_scaling_factor=c.routed_scaling_factor,
-        norm_topk_prob=c.norm_topk_prob,
-        n_group=c.n_group,
-        topk_group=c.topk_group,
         mlp_hidden_act="relu2",
-        layer_norm_epsilon=c.layer_norm_epsilon,
         # transformers clamps dt from below here, where the published code does not
         time_step_min=1e-9,
         time_step_limit=(0.0, float("inf")),
         tie_word_embeddings=False,
-        pad_token_id=c.pad_token_id,
         eos_token_id=None,
         bos_token_id=None,
     )
