@@ -225,6 +225,23 @@ def test_incomplete_manifests_are_refused(copy: Path, key: str) -> None:
         Bundle.open(copy)
 
 
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"files": {"a": {"size": "3", "sha256": ""}}}, "files[\"a\"].size: '3'"),
+        ({"generation": {"trained_block_size": "x"}}, "trained_block_size: 'x'"),
+        ({"quantization": {"recipe": {}, "formats": [], "measured": None}}, "quantization.recipe"),
+    ],
+)
+def test_what_is_wrong_in_a_manifest_is_named_by_its_path(
+    copy: Path, changes: dict[str, Any], found: str
+) -> None:
+    edit(copy, **changes)
+    with pytest.raises(BundleError, match="not complete") as caught:
+        Bundle.open(copy)
+    assert caught.value.found.startswith(found)
+
+
 def test_what_is_no_bundle_is_refused(tmp_path: Path, copy: Path) -> None:
     for path, found in ((tmp_path, "no bundle.json"), (tmp_path / "nowhere", "no such folder")):
         with pytest.raises(BundleError) as caught:
