@@ -20,6 +20,11 @@ from twotower.builders.trt import engine_plan, make_engine, tensorrt_builder
 from twotower.bundle import Bundle
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.hardware import Gpu, Machine
+from twotower.runtime.cuda.calls import Cuda
+from twotower.runtime.engines import OpenOptions
+from twotower.runtime.engines.towers import Towers
+from twotower.runtime.engines.trt_engine import open_tensorrt
+from twotower.tensorrt_library import flavour_from_module
 from twotower.weights.external import load_graph
 
 __all__ = [
@@ -29,6 +34,7 @@ __all__ = [
     "bundle_with_engines",
     "install_fake",
     "machine_with",
+    "open_fake",
     "plant",
     "see_gpu",
 ]
@@ -104,3 +110,9 @@ def build_fake_engines(bundle: Bundle, **options: Any) -> None:
             **{"sms": (89,), "max_context": 256, "max_batch": 4, "experts": "dense", **options}
         )
         build_engines(bundle, "rtx", builder, config=config)
+
+
+def open_fake(bundle: Bundle, trt: FakeTensorRT, **options: Any) -> Towers:
+    """A bundle's engines opened with the fake library; options as of `OpenOptions`, with `GPUS`."""
+    given = OpenOptions(**{"gpus": GPUS, **options})
+    return open_tensorrt(bundle, flavour_from_module(trt), Cuda(trt.cuda), given)

@@ -12,15 +12,11 @@ import pytest
 
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.trt.execution import FakeTensorRT
-from tests.helpers.trt.install import GPUS, bundle_with_engines
+from tests.helpers.trt.install import GPUS, bundle_with_engines, open_fake
 from twotower.bundle import Bundle
 from twotower.runtime import TwoTower
-from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines import OpenOptions
 from twotower.runtime.engines.towers import Towers
-from twotower.runtime.engines.trt_engine import open_tensorrt
 from twotower.runtime.tokenizer import Tokenizer
-from twotower.tensorrt_library import flavour_from_module
 
 
 @dataclass(frozen=True)
@@ -71,8 +67,7 @@ def opened() -> Callable[..., Any]:
     ) -> Iterator[Session]:
         api = FakeCuda(devices=4, seed=seed, sm=GPUS[0].sm)
         trt = FakeTensorRT(api)
-        options = OpenOptions(devices=devices, graphs=graphs, gpus=GPUS)
-        towers = open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), options)
+        towers = open_fake(bundle, trt, devices=devices, graphs=graphs)
         tokenizer = Tokenizer.from_file(bundle.tokenizer_file) if bundle.tokenizer_file else None
         with TwoTower.from_towers(
             towers, tokenizer=tokenizer, trained_block_size=bundle.trained_block_size

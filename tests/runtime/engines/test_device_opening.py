@@ -15,7 +15,7 @@ import pytest
 from tests.helpers.bundles import copy_of, flip_byte
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.trt.execution import FakeTensorRT
-from tests.helpers.trt.install import GPUS, bundle_with_engines
+from tests.helpers.trt.install import bundle_with_engines, open_fake
 from twotower import GenerationConfig
 from twotower.builders import build_engines, builder_for
 from twotower.bundle import (
@@ -29,11 +29,7 @@ from twotower.bundle import (
 )
 from twotower.errors import BundleError, EngineMismatchError, TwoTowerError
 from twotower.runtime import TwoTower
-from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines import OpenOptions
-from twotower.runtime.engines.trt_engine import open_tensorrt
 from twotower.runtime.weights.store import WeightStore
-from twotower.tensorrt_library import flavour_from_module
 
 OPTIONS = GenerationConfig(max_new_tokens=32, confidence_threshold=0.5, ignore_eos=True)
 PROMPT = [5, 6, 7, 8]
@@ -65,8 +61,7 @@ def open_(bundle: Bundle, api: FakeCuda | None = None) -> Any:
     api = api or FakeCuda()
     trt = FakeTensorRT(api)
     try:
-        options = OpenOptions(gpus=GPUS)
-        return open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), options)
+        return open_fake(bundle, trt)
     except TwoTowerError:
         assert not api.leaked, "a failed opening leaves nothing"
         raise
@@ -156,7 +151,7 @@ def test_an_engine_whose_inputs_are_not_the_recorded_weights_is_refused(copied: 
 
     trt._engine = other
     with pytest.raises(EngineMismatchError, match="is not the engine") as caught:
-        open_tensorrt(copied, flavour_from_module(trt), Cuda(api), OpenOptions(gpus=GPUS))
+        open_fake(copied, trt)
     assert "has shape" in caught.value.found
     assert not api.leaked
 
@@ -176,14 +171,12 @@ def test_data_files_are_read_once_and_compared_on_their_way(
 def test_loading_is_told_apart_from_checking(copied: Bundle) -> None:
     checked: list[tuple[int, int]] = []
     loaded: list[tuple[int, int]] = []
-    options = OpenOptions(
-        gpus=GPUS,
+    open_fake(
+        copied,
+        FakeTensorRT(FakeCuda()),
         progress=lambda *step: checked.append(step),
         loading=lambda *step: loaded.append(step),
-    )
-    api = FakeCuda()
-    trt = FakeTensorRT(api)
-    open_tensorrt(copied, flavour_from_module(trt), Cuda(api), options).close()
+    ).close()
     weights = sum(ref.nbytes for name in GRAPH_FILES for ref in copied.weights(name).values())
     assert loaded[-1][0] == loaded[-1][1] >= weights
     assert all(total < weights for _, total in checked), "engines are programs without weights"

@@ -15,7 +15,7 @@ from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.quantized import TINY, quantized
 from tests.helpers.towers import golden_config
 from tests.helpers.trt.execution import FakeTensorRT
-from tests.helpers.trt.install import build_fake_engines
+from tests.helpers.trt.install import build_fake_engines, open_fake
 from tests.runtime.engines.test_trt_engine import AR, DIFFUSION, LAYOUTS, golden_cases
 from twotower import GenerationConfig
 from twotower.builders import BuildConfig, build_engines, builder_for
@@ -23,11 +23,7 @@ from twotower.bundle import Bundle, ExpertsStep, engine_folder, load_engine_reco
 from twotower.errors import DeviceError, EngineMismatchError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.runtime import Request, TwoTower
-from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines import OpenOptions
-from twotower.runtime.engines.trt_engine import open_tensorrt
 from twotower.spec import CONTEXT, DENOISER
-from twotower.tensorrt_library import flavour_from_module
 
 WHERE = {
     "one device": LAYOUTS["one device"],
@@ -207,9 +203,7 @@ def test_a_refused_program_surfaces_and_the_session_goes_on(
 def test_kernels_for_another_gpu_are_refused(cut: Callable[[str], Bundle]) -> None:
     api = FakeCuda(sm=120)
     with pytest.raises(EngineMismatchError, match="SM 120"):
-        open_tensorrt(
-            cut("hybrid-a"), flavour_from_module(FakeTensorRT(api)), Cuda(api), OpenOptions()
-        )
+        open_fake(cut("hybrid-a"), FakeTensorRT(api), gpus=())
     assert not api.leaked
 
 
@@ -219,7 +213,7 @@ def test_a_damaged_kernel_is_refused(cut: Callable[[str], Bundle], tmp_path: Pat
     file.write_bytes(b"?" * file.stat().st_size)
     api = FakeCuda(sm=89)
     with pytest.raises(EngineMismatchError, match="does not fit") as error:
-        open_tensorrt(bundle, flavour_from_module(FakeTensorRT(api)), Cuda(api), OpenOptions())
+        open_fake(bundle, FakeTensorRT(api), gpus=())
     assert file.name in error.value.found
     assert not api.leaked
 
@@ -233,12 +227,7 @@ def test_a_driver_that_refuses_leaves_nothing(
         api, call, lambda *args: (700, 0) if call == "cuLibraryLoadData" else (700,)
     )
     with pytest.raises(DeviceError, match=r"kernel|cuLaunchKernel"), ExitStack() as stack:
-        towers = open_tensorrt(
-            cut("hybrid-a"),
-            flavour_from_module(FakeTensorRT(api)),
-            Cuda(api),
-            OpenOptions(graphs=False),
-        )
+        towers = open_fake(cut("hybrid-a"), FakeTensorRT(api), gpus=(), graphs=False)
         stack.enter_context(TwoTower.from_towers(towers)).generate([5, 6, 7], DIFFUSION)
     assert not api.leaked
     assert not api.loaded

@@ -10,14 +10,10 @@ import pytest
 
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.trt.execution import FakeTensorRT
-from tests.helpers.trt.install import GPUS
+from tests.helpers.trt.install import open_fake
 from twotower import GenerationConfig
 from twotower.errors import DeviceError
 from twotower.runtime import cleanup
-from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines import OpenOptions
-from twotower.runtime.engines.trt_engine import open_tensorrt
-from twotower.tensorrt_library import flavour_from_module
 
 DIFFUSION = GenerationConfig(max_new_tokens=40, confidence_threshold=0.5, ignore_eos=True)
 CALLS = (
@@ -100,14 +96,8 @@ def test_an_opening_that_fails_leaves_nothing(
     for number in range(1, 200):
         api = FakeCuda(devices=2)
         api.fail[call] = (number, code)
-        options = OpenOptions(devices=(0, 1), gpus=GPUS)
         try:
-            towers = open_tensorrt(
-                bundle,
-                flavour_from_module(FakeTensorRT(api)),
-                Cuda(api),
-                options,
-            )
+            towers = open_fake(bundle, FakeTensorRT(api), devices=(0, 1))
         except DeviceError as e:
             assert call in e.what
             assert not api.leaked

@@ -13,13 +13,10 @@ from hypothesis import strategies as st
 
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.trt.execution import FakeTensorRT
-from tests.helpers.trt.install import GPUS, bundle_with_engines
+from tests.helpers.trt.install import bundle_with_engines, open_fake
 from twotower import GenerationConfig
 from twotower.runtime import Request, TwoTower
-from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines import OpenOptions, trt_engine
-from twotower.runtime.engines.trt_engine import open_tensorrt
-from twotower.tensorrt_library import flavour_from_module
+from twotower.runtime.engines import trt_engine
 
 Steps = dict[tuple[int, int], tuple[bytes, ...]]
 
@@ -125,7 +122,7 @@ def test_engines_for_many_rows(tmp_path: Path) -> None:
     bundle = bundle_with_engines("hybrid-b", tmp_path / "bundle", max_batch=32)
     api = FakeCuda()
     trt = FakeTensorRT(api)
-    towers = open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), OpenOptions(gpus=GPUS))
+    towers = open_fake(bundle, trt)
     options = GenerationConfig(max_new_tokens=20, confidence_threshold=0.5, ignore_eos=True)
     prompts = [np.random.default_rng(n).integers(4, 250, 3 + 2 * n).tolist() for n in range(9)]
     with TwoTower.from_towers(towers, max_batch=32) as model:

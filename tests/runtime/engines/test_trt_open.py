@@ -16,6 +16,7 @@ import pytest
 from tests.helpers.bundles import export_fixture, flip_byte
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.trt.execution import FakeTensorRT
+from tests.helpers.trt.install import open_fake
 from twotower import GenerationConfig
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder, load_engine_record
@@ -23,8 +24,7 @@ from twotower.errors import ConfigError, EngineMismatchError, RequestError, TwoT
 from twotower.hardware import Gpu, probe_machine
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines import OpenOptions, open_towers
-from twotower.runtime.engines.trt_engine import open_tensorrt
+from twotower.runtime.engines import open_towers
 from twotower.runtime.engines.trt_plan import PlanLoader
 from twotower.tensorrt_library import flavour_from_module
 
@@ -50,12 +50,7 @@ def open_(
     if change:
         change(trt)
     try:
-        return open_tensorrt(
-            bundle,
-            flavour_from_module(trt),
-            Cuda(api),
-            OpenOptions(**{"gpus": (GPU,), **options}),
-        )
+        return open_fake(bundle, trt, **{"gpus": (GPU,), **options})
     except TwoTowerError:
         assert not api.leaked, "a failed opening leaves nothing"
         raise
