@@ -123,30 +123,40 @@ def test_any_chunking_of_the_prompts_gives_the_same_numbers(
         np.testing.assert_allclose(b.squares, a.squares, rtol=1e-4)
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(
-    tiny_bundle: Path, whole: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def interrupt(
+    monkeypatch: pytest.MonkeyPatch, at: int, bundle: Path, output: Path, prompts: tuple[str, ...]
 ) -> None:
+    """Calibrates, and stops when so many prompts have been generated, the last not yet counted."""
     real, calls = TwoTower.generate, []
 
-    def interrupted(self: TwoTower, *args: Any, **options: Any) -> Any:
-        result = real(self, *args, **options)
+    def interrupted(self: TwoTower, *args: Any) -> Any:
+        result = real(self, *args)
         calls.append(args)
-        if len(calls) == 3:
-            # after its passes were watched: half a prompt must not be counted
+        if len(calls) == at:
             raise KeyboardInterrupt
         return result
 
     with monkeypatch.context() as patched:
         patched.setattr(TwoTower, "generate", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            gathered(tiny_bundle, tmp_path / "stats")
+            gathered(bundle, output, prompts)
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(
+    tiny_bundle: Path, whole: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # After the passes of the third prompt were watched: half a prompt must not be counted.
+    interrupt(monkeypatch, 3, tiny_bundle, tmp_path / "stats", PROMPTS)
     (kept,) = tmp_path.iterdir()
     assert kept.name.startswith(".stats.") and not (tmp_path / "stats").exists()
-    calls.clear()
+    real, calls = TwoTower.generate, []
+
+    def counted(self: TwoTower, *args: Any) -> Any:
+        calls.append(args)
+        return real(self, *args)
+
     with monkeypatch.context() as patched:
-        patched.setattr(
-            TwoTower, "generate", lambda self, *a, **o: (calls.append(a), real(self, *a, **o))[1]
-        )
+        patched.setattr(TwoTower, "generate", counted)
         resumed = gathered(tiny_bundle, tmp_path / "stats")
     assert len(calls) == len(PROMPTS) - 2, "two prompts were done"
     assert_same(whole, resumed)
@@ -157,26 +167,11 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
 def test_another_command_does_not_take_up_what_was_kept(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = TwoTower.generate
-    calls: list[int] = []
-
-    def stop_second(self: TwoTower, *args: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(self, *args, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(TwoTower, "generate", stop_second)
-        with pytest.raises(KeyboardInterrupt):
-            gathered(tiny_bundle, tmp_path / "stats", PROMPTS[:3])
+    interrupt(monkeypatch, 2, tiny_bundle, tmp_path / "stats", PROMPTS[:3])
     other = replace(CONFIG.generation, max_new_tokens=16)
-    assert (
-        gathered(
-            tiny_bundle, tmp_path / "stats", PROMPTS[:2], CollectConfig(generation=other)
-        ).facts["prompts"]
-        == 2
-    )
+    config = CollectConfig(generation=other)
+    made = gathered(tiny_bundle, tmp_path / "stats", PROMPTS[:2], config)
+    assert made.facts["prompts"] == 2
 
 
 def test_a_disk_that_is_full_at_the_end_loses_nothing(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -18,11 +18,13 @@ from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.base import CHOSEN, STANDARD
 from twotower.bundle import GRAPH_FILES, Bundle
 from twotower.calibration import QuantizeConfig, load_recipe, plan_quantization, quantize_bundle
+from twotower.calibration.activation_statistics import read_statistics
 from twotower.calibration.quantization_plan import precision_of
-from twotower.calibration.recipes import builtin_recipes
+from twotower.calibration.recipes import Recipe, RecipeOverride, builtin_recipes
 from twotower.config import GenerationConfig
 from twotower.errors import BundleError, CalibrationError, ConfigError
 from twotower.evaluate.quantization.variants import bytes_by_kind
+from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.graph_lint import lint
 from twotower.model.reference import reference_generate
 from twotower.runtime import TwoTower
@@ -30,18 +32,8 @@ from twotower.weights.external import load_graph, weight_refs
 from twotower.weights.mapped import read_weight
 
 RECIPES = tuple(builtin_recipes())
-HIGH = (
-    "gate.",
-    "norm",
-    "conv1d",
-    "dt_bias",
-    "A_log",
-    "mixer.D",
-    "t_embedder",
-    "t_block",
-    "scale_shift_tables",
-    "in_proj.weight.dt",
-)
+MAMBA = ("conv1d", "dt_bias", "A_log", "mixer.D", "in_proj.weight.dt")
+HIGH = (*MAMBA, "gate.", "norm", "t_embedder", "t_block", "scale_shift_tables")
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +146,6 @@ def test_bytes_of_a_half_width_bundle(tmp_path: Path) -> None:
 
     Graphs and tables take 100 KB in either bundle, which only shows in one of 5 MB.
     """
-    from twotower.export import Checkpoint, ExportConfig, export_bundle
-
     half = export_bundle(Checkpoint.open(TINY), tmp_path / "half", ExportConfig(dtype="bfloat16"))
     sizes = {}
     for recipe in ("int8-weights", "int4-experts"):
@@ -194,8 +184,6 @@ def test_a_second_quantization_is_refused(few: Any) -> None:
 def test_recipes_with_inputs_need_statistics_of_this_checkpoint(
     tiny_bundle: Path, tiny_statistics: Path, tmp_path: Path
 ) -> None:
-    from twotower.calibration.activation_statistics import read_statistics
-
     bundle = Bundle.open(tiny_bundle)
     with pytest.raises(CalibrationError, match="needs their ranges"):
         plan_quantization(bundle, load_recipe("int8"))
@@ -244,10 +232,6 @@ def test_a_bundle_laid_out_by_another_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every weight on a page of its own, as it once was: both towers read what they should."""
-    from twotower.builders import build_engines, builder_for
-    from twotower.calibration.recipes import Recipe, RecipeOverride
-    from twotower.export import Checkpoint, export_bundle
-
     recipe = Recipe(
         name="one",
         weights={"routed_expert": "int4"},

@@ -100,11 +100,8 @@ def test_an_integer_is_never_further_than_half_a_step(seed: int, name: str, dtyp
     step = np.repeat(scales.astype(np.float32), x.shape[1] // scales.shape[1], axis=1)
     # A scale rounded down lets the greatest weight of a group lie beyond the last step by its own
     # rounding.
-    beyond = (
-        FORMS[name].largest
-        * step
-        * {"float32": 1e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
-    )
+    rounding = {"float32": 1e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+    beyond = FORMS[name].largest * step * rounding
     assert (np.abs(expand_rows(values, scales) - x) <= step / 2 + beyond + 2.0**-24).all()
 
 

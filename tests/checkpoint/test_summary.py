@@ -98,11 +98,8 @@ def test_counts_are_those_of_the_headers(folder: str) -> None:
     assert summary.bytes_by_dtype == {"float32": summary.weight_bytes}
     context = added({n: e for n, e in entries.items() if in_context_tower(n)}, role_of, size)
     routed, embedding = context.pop("routed_expert"), context.pop("embedding")
-    used = (
-        sum(context.values())
-        + embedding // config.vocab_size
-        + routed * config.num_experts_per_tok // config.n_routed_experts
-    )
+    chosen = routed * config.num_experts_per_tok // config.n_routed_experts
+    used = sum(context.values()) + embedding // config.vocab_size + chosen
     assert summary.active == used
     assert summary.active_ratio == pytest.approx(used / summary.by_tower["context_tower"])
 
@@ -135,13 +132,8 @@ def test_the_published_model_has_its_published_numbers(published: Checkpoint) ->
     assert summary.state_bytes_per_row == 23 * ((64 * 64 + 2 * 8 * 128) * 3 * 2 + 64 * 64 * 128 * 4)
     assert summary.state_bytes_per_row == pytest.approx(47 * 2**20, rel=0.01)
     text = "\n".join(summary.lines())
-    for said in (
-        "63.2 B total, 93.0 % in routed experts",
-        "118 GiB as bfloat16",
-        "6 KiB a token",
-        "46.8 MiB a row",
-        "10.2 % of a tower",
-    ):
+    sizes = "118 GiB as bfloat16", "6 KiB a token", "46.8 MiB a row"
+    for said in ("63.2 B total, 93.0 % in routed experts", "10.2 % of a tower", *sizes):
         assert said in text
 
 
@@ -159,10 +151,8 @@ def test_stored_dtypes_count_tensor_by_tensor(tmp_path: Path) -> None:
     }
     plain = summarize(read_model_config(FIXTURES / "hybrid-a" / "config.json"))
     head, router = "lm_head.weight", "context_tower.layers.1.mixer.gate.weight"
-    tensors[head], tensors[router] = (
-        tensors[head].to(torch.bfloat16),
-        tensors[router].to(torch.float16),
-    )
+    tensors[head] = tensors[head].to(torch.bfloat16)
+    tensors[router] = tensors[router].to(torch.float16)
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((FIXTURES / "hybrid-a" / "config.json").read_bytes())
     checkpoint = Checkpoint.open(tmp_path)
@@ -170,11 +160,8 @@ def test_stored_dtypes_count_tensor_by_tensor(tmp_path: Path) -> None:
     assert mixed.parameters == plain.parameters
     assert mixed.bytes_by_dtype["bfloat16"] == 256 * 64 * 2
     assert mixed.bytes_by_dtype["float16"] == 8 * 64 * 2
-    assert (
-        sum(mixed.bytes_by_dtype.values())
-        == sum(mixed.bytes_by_role.values())
-        == mixed.weight_bytes
-    )
+    assert sum(mixed.bytes_by_dtype.values()) == mixed.weight_bytes
+    assert sum(mixed.bytes_by_role.values()) == mixed.weight_bytes
     assert plain.weight_bytes - mixed.weight_bytes == 2 * (256 * 64 + 8 * 64)
     assert mixed.bytes_by_role["head"] == plain.bytes_by_role["head"] * 3 // 4, (
         "one of the two heads is half its size"

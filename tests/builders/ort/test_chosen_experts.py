@@ -141,16 +141,21 @@ def test_of_equal_scores_the_first_are_chosen(tmp_path: Path, groups: int, best:
         np.testing.assert_allclose(chosen(x), want, rtol=0, atol=4e-6 * float(abs(want).max()))
 
 
-@both_ways
-@pytest.mark.parametrize("length", [1, 16])
-def test_a_row_s_numbers_are_its_own(tmp_path: Path, packed: bool, length: int) -> None:
-    run = layer(tmp_path, config_of(), "chosen", packed=packed)
+def check_rows(run: Layer, length: int) -> None:
+    """A row has its own numbers beside any others, at any place."""
     x = tokens(32, length)
     alone = np.concatenate([run(row[None]) for row in x])
     for rows in (2, 3, 8, 32):
         assert np.array_equal(run(x[:rows]), alone[:rows]), rows
     order = np.random.default_rng(1).permutation(32)
     assert np.array_equal(run(x[order]), alone[order])
+
+
+@both_ways
+@pytest.mark.parametrize("length", [1, 16])
+def test_a_row_s_numbers_are_its_own(tmp_path: Path, packed: bool, length: int) -> None:
+    run = layer(tmp_path, config_of(), "chosen", packed=packed)
+    check_rows(run, length)
 
 
 @pytest.mark.parametrize("bias", [100.0, -100.0])
@@ -220,12 +225,7 @@ def test_a_row_s_numbers_are_its_own_in_few_bits(
         for part in ("up", "down")
     }
     run = form(tmp_path, config, Precision(weights=few), chosen=True)
-    x = tokens(32, length)
-    alone = np.concatenate([run(row[None]) for row in x])
-    for rows in (2, 3, 8, 32):
-        assert np.array_equal(run(x[:rows]), alone[:rows]), rows
-    order = np.random.default_rng(1).permutation(32)
-    assert np.array_equal(run(x[order]), alone[order])
+    check_rows(run, length)
 
 
 @pytest.mark.trained

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.ort.engine_weights import EngineWeight, write_engine_data
 from twotower.builders.ort.fusable import require_fusable
 from twotower.builders.ort.fused_experts import fuse_experts
+from twotower.builders.ort.nodes import attributes_of
 from twotower.builders.ort.quantized_products import UNSIGNED
 from twotower.bundle import (
     BUILD_FILE,
@@ -207,22 +207,16 @@ COMMON = {"k": 1, "activation_type": b"relu2", "normalize_routing_weights": 1}
 INTEGERS = {**COMMON, "quant_type": b"int", "weights_prepacked": 0}
 
 
+IN_4_BITS = {"expert_weight_bits": 4, "block_size": 32}
+IN_8_BITS = {"expert_weight_bits": 8}
+
+
 @pytest.mark.parametrize(
     ("recipe", "width", "options", "shapes"),
     [
-        (
-            "int4-experts",
-            64,
-            {"expert_weight_bits": 4, "block_size": 32},
-            ((8, 64, 32), (8, 64, 2)),
-        ),
-        ("int8-weights", 64, {"expert_weight_bits": 8}, ((8, 64, 64), (8, 64))),
-        (
-            "int8-weights",
-            192,
-            {"expert_weight_bits": 8, "block_size": 64},
-            ((8, 192, 192), (8, 192, 3)),
-        ),
+        ("int4-experts", 64, IN_4_BITS, ((8, 64, 32), (8, 64, 2))),
+        ("int8-weights", 64, IN_8_BITS, ((8, 64, 64), (8, 64))),
+        ("int8-weights", 192, {**IN_8_BITS, "block_size": 64}, ((8, 192, 192), (8, 192, 3))),
     ],
 )
 def test_operands_are_those_of_the_documentation(
@@ -232,21 +226,13 @@ def test_operands_are_those_of_the_documentation(
     model = engine(fused(few_bits(recipe, width)), DENOISER)
     tensors = {t.name: t for t in model.graph.initializer}
     for node in fused_nodes(model):
-        assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} == {
-            **INTEGERS,
-            **options,
-        }
+        assert attributes_of(node) == {**INTEGERS, **options}
         _, _, up, up_scale, no_bias, down, down_scale = node.input
         assert no_bias == ""
         for values, scale in ((up, up_scale), (down, down_scale)):
-            assert (tensors[values].data_type, tuple(tensors[values].dims)) == (
-                onnx.TensorProto.UINT8,
-                shapes[0],
-            )
-            assert (tensors[scale].data_type, tuple(tensors[scale].dims)) == (
-                onnx.TensorProto.BFLOAT16,
-                shapes[1],
-            )
+            kinds = [tensors[name].data_type for name in (values, scale)]
+            assert kinds == [onnx.TensorProto.UINT8, onnx.TensorProto.BFLOAT16]
+            assert tuple(tuple(tensors[name].dims) for name in (values, scale)) == shapes
 
 
 def test_float_operands_are_the_bundle_s_own(bundle: Bundle) -> None:
@@ -255,15 +241,13 @@ def test_float_operands_are_the_bundle_s_own(bundle: Bundle) -> None:
     model = engine(bundle, CONTEXT)
     places = located_weights(model)
     for node in fused_nodes(model):
-        assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} == COMMON
+        assert attributes_of(node) == COMMON
         _, _, up, no_bias, down = node.input
         assert no_bias == ""
         assert (places[up][1].shape, places[down][1].shape) == ((e, f, d), (e, d, f))
+        file = f"{GRAPH_FILES[CONTEXT]}{DATA_SUFFIX}"
         for name in (up, down):
-            assert places[name] == (
-                f"{GRAPH_FILES[CONTEXT]}{DATA_SUFFIX}",
-                bundle.weights(CONTEXT)[name],
-            )
+            assert places[name] == (file, bundle.weights(CONTEXT)[name])
 
 
 def test_this_library_s_cuda_kernels_take_the_activation() -> None:
@@ -439,22 +423,17 @@ class TestBuilding:
         experts = bundle.config.pattern.count("E")
         for graph in TOWERS:
             operators = record.report["operators"][graph]
+            exported = [n.op_type for n in load_graph(bundle.graph_file(graph)).graph.node]
             assert operators["MoE"] == experts
-            assert (
-                operators["MatMul"]
-                < Counter(n.op_type for n in load_graph(bundle.graph_file(graph)).graph.node)[
-                    "MatMul"
-                ]
-            )
+            assert operators["MatMul"] < exported.count("MatMul")
 
     def test_another_choice_is_another_engine(self, tmp_path: Path) -> None:
         bundle = export_fixture("hybrid-a", tmp_path / "b")
         file = engine_folder(bundle, "ort-cuda") / BUILD_FILE
         stamps = []
         for experts in ("fused", "auto", "dense", "dense", "fused"):
-            build_engines(
-                bundle, "ort-cuda", builder_for("ort-cuda"), config=BuildConfig(experts=experts)
-            )
+            config = BuildConfig(experts=experts)
+            build_engines(bundle, "ort-cuda", builder_for("ort-cuda"), config=config)
             stamps.append(file.stat().st_mtime_ns)
         assert (stamps[0] == stamps[1], stamps[2] == stamps[3]) == (True, True)
         assert stamps[1] < stamps[2] < stamps[4]
@@ -487,12 +466,7 @@ NVFP4 = "nvfp4 in groups of 16; it takes int4 and int8"
     ("recipe", "dtype", "what", "found"),
     [
         ("nvfp4-experts", "bfloat16", "does not compute experts in this format", NVFP4),
-        (
-            "int4-experts",
-            "float32",
-            "no CUDA kernel for float32",
-            "experts of int4 in groups of 32 in a float32 bundle",
-        ),
+        ("int4-experts", "float32", "no CUDA kernel for float32", "int4 in groups of 32"),
     ],
 )
 def test_a_format_it_does_not_hold(
@@ -534,17 +508,10 @@ def in_bits(name: str, group: int) -> dict[str, Any]:
     return {"formats": {"up": (name, group), "down": (name, group)}}
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {},
-        {"dtype": "float32"},
-        in_bits("int4", 32),
-        in_bits("int4", 64),
-        in_bits("int8", 64),
-        in_bits("int8", 0),
-    ],
-)
+HELD = [in_bits("int4", 32), in_bits("int4", 64), in_bits("int8", 64), in_bits("int8", 0)]
+
+
+@pytest.mark.parametrize("changed", [{}, {"dtype": "float32"}, *HELD])
 def test_published_experts_are_held(changed: dict[str, Any]) -> None:
     require_fusable(replace(STEP, **changed), "1.32.0")
 

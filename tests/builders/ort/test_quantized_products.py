@@ -33,10 +33,11 @@ from twotower.runtime import GenerationConfig, TwoTower
 from twotower.runtime.device import HostStream
 from twotower.runtime.engines import ort as ort_engine
 from twotower.runtime.engines.ort import open_ort_cpu
-from twotower.weights.external import weight_refs
+from twotower.weights.external import attach_weights, load_graph, weight_refs
 from twotower.weights.refs import WeightRef
 
 Array = np.ndarray[Any, Any]
+Run = Callable[[Array, Array], list[Array]]
 N, V = 144, 50
 FORMATS = [
     ("int4", 32, 192),
@@ -105,28 +106,9 @@ class Graph:
         self.model = helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11
         )
-        codes = {"int4": TensorProto.INT4, "int8": TensorProto.INT8, "float32": TensorProto.FLOAT}
-        for name, ref in refs.items():
-            tensor = onnx.TensorProto(
-                name=name,
-                data_type=codes[ref.dtype],
-                dims=ref.shape,
-                data_location=TensorProto.EXTERNAL,
-            )
-            for key, value in (
-                ("location", "bundle.data"),
-                ("offset", ref.offset),
-                ("length", ref.nbytes),
-            ):
-                tensor.external_data.add(key=key, value=str(value))
-            self.model.graph.initializer.append(tensor)
+        attach_weights(self.model, refs, "bundle.data")
 
-    def engine(
-        self,
-        *,
-        as_stored: bool,
-        even_rows: bool = False,
-    ) -> tuple[Callable[[Array, Array], list[Array]], onnx.ModelProto]:
+    def engine(self, *, as_stored: bool, even_rows: bool = False) -> tuple[Run, onnx.ModelProto]:
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         weights = cpu_weights(model, as_stored=as_stored, even_rows=even_rows)
@@ -142,9 +124,7 @@ class Graph:
         session = ort.InferenceSession(
             file.read_bytes(), options, providers=["CPUExecutionProvider"]
         )
-        return lambda x, ids: session.run(None, {"x": x, "ids": ids}), onnx.load(
-            file, load_external_data=False
-        )
+        return lambda x, ids: session.run(None, {"x": x, "ids": ids}), load_graph(file)
 
 
 def inputs(columns: int, rows: int, length: int) -> tuple[Array, Array]:
@@ -201,11 +181,17 @@ def test_a_row_s_numbers_are_its_own(
 ) -> None:
     run, _ = Graph(tmp_path, dtype, group, columns).engine(as_stored=True)
     x, ids = inputs(columns, 32, length)
-    alone = np.concatenate([run(x[i : i + 1], ids[i : i + 1])[0] for i in range(32)])
-    for rows in (2, 3, 8, 32):
-        assert np.array_equal(run(x[:rows], ids[:rows])[0], alone[:rows]), rows
+    alone = rows_alone(run, x, ids)
     order = np.random.default_rng(1).permutation(32)
     assert np.array_equal(run(x[order], ids[order])[0], alone[order])
+
+
+def rows_alone(run: Run, x: Array, ids: Array) -> Array:
+    """Every row's product alone, which is what it is beside others."""
+    alone = np.concatenate([run(x[i : i + 1], ids[i : i + 1])[0] for i in range(len(x))])
+    for rows in (2, 3, 8, 32):
+        assert np.array_equal(run(x[:rows], ids[:rows])[0], alone[:rows]), rows
+    return alone
 
 
 @pytest.mark.parametrize(
@@ -216,13 +202,10 @@ def test_wide_blocks_compute_even_numbers_of_rows_alike(
 ) -> None:
     run, _ = Graph(tmp_path, dtype, group, columns).engine(as_stored=True, even_rows=True)
     x, ids = inputs(columns, 32, 16)
-    alone = np.concatenate([run(x[i : i + 1], ids[i : i + 1])[0] for i in range(32)])
-    for rows in (2, 3, 8, 32):
-        assert np.array_equal(run(x[:rows], ids[:rows])[0], alone[:rows]), rows
+    alone = rows_alone(run, x, ids)
     order = np.random.default_rng(1).permutation(16)
-    assert np.array_equal(run(x[:1, order], ids[:1, order])[0], alone[:1, order]), (
-        "wherever a row stands"
-    )
+    reordered = run(x[:1, order], ids[:1, order])[0]
+    assert np.array_equal(reordered, alone[:1, order]), "wherever a row stands"
 
 
 def test_rows_that_no_block_divides_are_expanded(tmp_path: Path) -> None:
