@@ -110,10 +110,10 @@ def test_foreign_engines_do_not_fit(copy: Bundle, change: dict[str, Any], found:
     assert found in caught.value.found
 
 
-UNREADABLE = [("", "not readable"), ("{}", "not readable"), ("[]", "not readable")]
-
-
-@pytest.mark.parametrize(("text", "says"), [*UNREADABLE, ('{"schema": 2}', "another version")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("", "not readable"), ("[]", "not readable"), ("{}", "another version")],
+)
 def test_unreadable_records_do_not_fit(copy: Bundle, text: str, says: str) -> None:
     (engine_folder(copy, TARGET) / BUILD_FILE).write_text(text)
     with pytest.raises(EngineMismatchError, match=says) as caught:

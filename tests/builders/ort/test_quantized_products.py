@@ -295,7 +295,7 @@ def test_every_weight_of_few_bits_is_read_as_it_is_stored(
     report = build(copy)
     assert main(["inspect", str(copy.path)]) == 0
     told = capsys.readouterr().out
-    assert "few bits: products read integers as they are stored, and round their inputs" in told
+    assert "products read integers as they are stored, and quantize their inputs" in told
     assert "experts: the chosen ones compute; packed" in told
     assert report["form"] == {"products": "as stored", "experts": "packed"}
     for name, kinds in report["operators"].items():
