@@ -14,7 +14,7 @@ __all__ = ["point_to_data", "save_graph", "save_program"]
 
 
 def point_to_data(model: ir.Model, refs: dict[str, WeightRef], location: str) -> None:
-    """Gives every weight of a graph its place in a data file, named relative to the graph's file."""
+    """Gives every weight its place in a data file that is named relative to the graph's."""
     for name, ref in refs.items():
         value = model.graph.initializers[name]
         assert value.const_value is not None

@@ -1,4 +1,4 @@
-"""Exporting: the files say what the checkpoint says, appear whole or not at all, and verification finds what is wrong."""
+"""Files say what the checkpoint says, appear whole or not at all; verification finds faults."""
 
 from __future__ import annotations
 
@@ -171,7 +171,8 @@ def test_a_terminated_export_leaves_nothing(tmp_path: Path) -> None:
     script = (
         "import sys, time\nfrom twotower.export import exporter\n"
         "def slow(*a, **k):\n    print('writing', flush=True); time.sleep(60)\n"
-        "exporter.stream_weights = slow\nfrom twotower.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
+        "exporter.stream_weights = slow\nfrom twotower.cli.main import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
     )
     words = ["export", str(FIXTURES / "hybrid-b"), "-o", str(tmp_path / "b"), "--no-verify"]
     process = subprocess.Popen(
@@ -281,7 +282,7 @@ def test_a_failed_export_does_not_hash_the_rest_of_the_checkpoint(
 def test_a_graph_that_breaks_a_rule_is_not_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A later change of the recorder that TensorRT would compute wrongly: found before a byte of weights is written."""
+    """A graph that TensorRT would compute wrongly is found before a byte of weights is written."""
     recorded = exporter_module.build_graph
 
     def harmed(name: str, *rest: Any) -> Any:

@@ -326,7 +326,7 @@ def test_noise_chooses_and_temperature_zero_does_not_listen() -> None:
 
 @pytest.mark.parametrize("kind", ("float16", "bfloat16"))
 def test_narrow_graphs_compute_the_same_when_widened(kind: str) -> None:
-    """The narrow graphs differ from the float32 graph in casts only: widened and fed the same weights they must agree."""
+    """They differ in casts only: widened and fed the same weights they must agree."""
     path = FIXTURES / "hybrid-a"
     config, tensors = read_model_config(path / "config.json"), fixture_weights(path)
     wide, narrow = runner("hybrid-a"), GraphRunner(config, tensors, kind)

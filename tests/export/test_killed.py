@@ -1,4 +1,4 @@
-"""An export that is killed, interrupted or runs out of disk at any point leaves no bundle, and nothing in the way of the next one."""
+"""An export that is stopped at any point leaves no bundle, and nothing in the next one's way."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def report(what, done, total):
 
 if stage == "publishing":
     Path.rename = here
-export_bundle(Checkpoint.open(checkpoint), Path(output), verify=here if stage == "verifying" else None, report=report)
+verify = here if stage == "verifying" else None
+export_bundle(Checkpoint.open(checkpoint), Path(output), verify=verify, report=report)
 """
 
 
@@ -84,7 +85,7 @@ def test_a_kill_at_any_stage_leaves_no_bundle_under_the_name(tmp_path: Path, sta
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """The system refuses to write beyond this size, as a full disk would: with an error in the middle of a file."""
+    """The system refuses to write beyond this size, with an error in the middle of a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""Graphs without weights: the same an export writes, and engines built from them are found again."""
+"""Graphs without weights are those of an export; engines built from them are found again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every rule finds its planted fault and nothing else; graphs of this project and legitimate forms have none."""
+"""Every rule finds its injected fault and nothing else; legitimate forms have none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the rules say of TensorRT is true of TensorRT for RTX: planted faults are refused, or built into what the rule warns of."""
+"""What rules say of TensorRT holds for TensorRT for RTX: faults are refused or built wrongly."""
 
 from __future__ import annotations
 
@@ -115,12 +115,14 @@ def described(trt: Any, network: Any) -> tuple[list[tuple[str, str]], list[str],
 
 REFUSED = {
     "parsing": (
-        "no-data-dependent-output", "no-plugin-operators", "no-absent-operators", "no-scatter-reduction", "attention-past",
-        "attention-softcap", "attention-precision", "cache-mode", "cache-axis", "cache-rank", "cache-length", "cache-types",
+        "no-data-dependent-output", "no-plugin-operators", "no-absent-operators",
+        "no-scatter-reduction", "attention-past", "attention-softcap", "attention-precision",
+        "cache-mode", "cache-axis", "cache-rank", "cache-length", "cache-types",
         "quantized-symmetric", "quantized-scale", "quantized-blocks", "one-type",
     ),
     "building": (
-        "no-control-flow", "topk-limit", "attention-types", "attention-head-size", "attention-float32", "cache-is-input", "cache-is-output",
+        "no-control-flow", "topk-limit", "attention-types", "attention-head-size",
+        "attention-float32", "cache-is-input", "cache-is-output",
         "cache-readers", "quantized-weights", "quantized-values",
     ),
     "dropped": ("attention-lengths", "inputs-are-read", "inputs-are-values"),
@@ -176,7 +178,7 @@ def test_legitimate_forms_of_few_bits_build(name: str, outcome: Build) -> None:
 
 
 def test_two_operators_convert_what_others_refuse(outcome: Build) -> None:
-    """The result of RMSNormalization has the type of its weight, says ONNX; here it has that of the values."""
+    """ONNX gives the result of RMSNormalization its weight's type; here it is the values'."""
     assert outcome(two("Pow", (T.FLOAT16, T.FLOAT))).outputs == ["HALF"]
     nodes = [node("RMSNormalization", ["x", "s"], ["y"])]
     weights = [constant("s", np.ones(64, np.float32))]

@@ -1,4 +1,4 @@
-"""The torch towers and the plain loop against the reference results, which no code of this project made."""
+"""The torch towers and the plain loop against results that no code of this project made."""
 
 from __future__ import annotations
 

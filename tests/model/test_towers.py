@@ -53,7 +53,7 @@ def test_any_split_gives_the_same_state(widths: list[int], short: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_towers_stay_near_and_keep_the_ssm_state_wide(dtype: str) -> None:
-    """Two decimal digits of bfloat16 through eight layers: the argmax of most positions survives, and nothing overflows."""
+    """Through eight layers the argmax of most positions survives, and nothing overflows."""
     wide, narrow = towers("hybrid-a"), towers("hybrid-a", dtype)
     outcomes = []
     for context, denoiser in (wide, narrow):

@@ -1,4 +1,4 @@
-"""The context tower is the `nemotron_h` model of transformers, on random models of every layer kind."""
+"""The context tower is the `nemotron_h` model of transformers, for every layer kind."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def oracle(pattern: str, **changes: Any) -> tuple[Any, ModelConfig]:
 
 
 def tower_from(model: Any, config: ModelConfig) -> ContextTower:
-    """Our tower with their weights: the names differ by a prefix and, in newer releases, by stacked experts."""
+    """Our tower with their weights: names differ by a prefix, and newer ones stack experts."""
     theirs = {k.replace("model.", "backbone.", 1): v for k, v in model.state_dict().items()}
 
     def read(name: str) -> torch.Tensor:

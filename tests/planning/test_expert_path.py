@@ -166,7 +166,7 @@ def test_equal_programs_are_one_file() -> None:
 
 
 def test_sessions_between_experts_have_memory_of_their_own() -> None:
-    """ONNX Runtime: 24 programs a tower keep what each of them needs, and the kernels have theirs besides."""
+    """ONNX Runtime: 24 programs a tower keep what each needs; the kernels have theirs besides."""
     kernels = PlanOptions(target="ort-cuda", expert_path="kernels", sms=(90,))
     plan, rtx = (
         plan_bundle(PUBLISHED, kernels),

@@ -1,4 +1,4 @@
-"""GPUs by name, which of them the published model fits, and that every alternative keeps its word."""
+"""GPUs by name, which of them the published model fits, and what alternatives really take."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ EIGHT_BITS = {"int8", "fp8"}
 def test_no_alternative_is_slower_than_what_it_replaces(
     target: str, path: str, formats: set[str], gpu: str
 ) -> None:
-    """A pass that expands its experts moves more bytes than one of float experts; 8 bits are planned as the recipes that round inputs."""
+    """A pass that expands its experts moves more bytes than one of float experts."""
     options = PlanOptions(target=target, expert_path=path)
     (found,) = fit(PUBLISHED, options, gpus_named(gpu))
     changed = [applied(options, a.flags) for a in found.alternatives]
@@ -120,7 +120,7 @@ def test_no_alternative_is_slower_than_what_it_replaces(
 
 
 def test_formats_are_offered_where_the_hardware_has_them() -> None:
-    """Kernels read any format, but the 8-bit recipes narrow layers that the engines multiply; fp8 is in hardware from SM 89 on."""
+    """Kernels read any format, but 8-bit recipes narrow layers that the engines multiply."""
 
     def offered(sm: int, path: str) -> set[str | None]:
         options, gpu = replace(TRT, expert_path=path), GpuModel("some", 90 * 10**9, sm, 10**12)

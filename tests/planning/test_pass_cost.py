@@ -25,7 +25,7 @@ EXPERTS = 128 * 2 * 1856 * 2688 * 23
 
 REST = 23 * (2688 * 10304 + 4096 * 2688 + 6144 * 4) + 6 * (2 * 2688 * 4096 + 2 * 2688 * 256)
 REST += 23 * (128 * 2688 + 2 * 2688 * 3712)
-"""Of Mamba, attention, routers and shared experts, norms and constants left out: what every token is multiplied with."""
+"""Of Mamba, attention, routers and shared experts: what every token is multiplied with."""
 
 
 def denoising(options: PlanOptions, rows: int | None = None) -> PassCost:
@@ -80,7 +80,7 @@ def test_a_pass_of_kernels_reads_the_distinct_experts(rows: int, tokens: int) ->
 
 @pytest.mark.parametrize("rows", [1, 8, 32])
 def test_products_are_those_of_the_chosen_pairs(rows: int) -> None:
-    """Counted by hand from the published sizes: two operations a weight and token, four a head's number and position."""
+    """By hand: two operations a weight and token, four a head's number and position."""
     head, scores = 131072 * 2688, 4 * 6 * 4096 * 4352
     for options, share in ((KERNELS, 6 / 128), (DENSE, 1.0)):
         costs, tokens = pass_costs(PUBLISHED, options, rows), 16 * rows
@@ -111,7 +111,7 @@ def test_choosing_never_costs_more(rows: int, experts: str | None) -> None:
 
 
 def test_expanded_experts_are_read_written_and_read_again() -> None:
-    """As a bundle of the recipe `int8-weights` holds them, and of `int8`, whose products read 8 bits on both sides."""
+    """As bundles of `int8-weights` hold them, and of `int8`, whose inputs have 8 bits too."""
     single = replace(DENSE, target="rtx", max_batch=1, max_context=1)
     floats = pass_costs(PUBLISHED, single)
     stored = EXPERTS + 2 * EXPERTS // 64  # a bfloat16 scale for 64

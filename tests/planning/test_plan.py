@@ -132,7 +132,7 @@ def test_what_no_build_could_do_is_refused(options: PlanOptions, says: str) -> N
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_disk_is_what_onnx_runtime_s_files_take(tmp_path: Path, dtype: str) -> None:
-    """Data files, but for less than a page at the end of each; the graphs beside them, under a megabyte, are what the plan leaves out."""
+    """Data files, less than a page each apart; graphs, under a megabyte, are left out."""
     bundle = export_fixture("hybrid-a", tmp_path / "bundle", dtype)
     build_engines(bundle, "ort-cpu", builder_for("ort-cpu"))
     plan = plan_bundle(bundle.config, PlanOptions(target="ort-cpu", dtype=dtype))
@@ -160,7 +160,7 @@ def test_disk_is_what_onnx_runtime_s_files_take(tmp_path: Path, dtype: str) -> N
 def test_disk_is_what_quantized_weights_take_on_a_cpu(
     tmp_path: Path, recipe: str, dtype: str, dialect: str
 ) -> None:
-    """Integers are written in the order products read; in the standard dialect they stay in the bundle."""
+    """Integers are written as products read them; in the standard dialect they stay."""
     floats = export_bundle(
         Checkpoint.open(TINY_CHECKPOINT), tmp_path / "float", ExportConfig(dtype=dtype)
     )

@@ -1,4 +1,4 @@
-"""Activation memory at published widths to the byte: what is alive at once, by hand, and laid out anew."""
+"""Activation memory at published widths to the byte: what is alive at once, by hand."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_scan() -> None:
 
 
 def test_attention_of_the_context() -> None:
-    """32 query heads and 2 of keys, 128 wide: the fused kernel copies keys and values once; in float32 scores are written out."""
+    """The fused kernel copies keys and values once; in float32 scores are written out."""
     keys = B * 2 * T * 128 * 2
     got = scratch(CONTEXT, model("*"), SHAPES).profiles
     for name, n in LENGTHS.items():
@@ -82,7 +82,7 @@ def test_attention_of_the_context() -> None:
 
 
 def test_attention_that_keeps_its_groups_together() -> None:
-    """Two query heads for one of keys: keys and values are copied for every query head, but for a single position."""
+    """Keys and values are copied for every query head, but for a single position."""
     got = scratch(CONTEXT, replace(model("*"), num_key_value_heads=16), SHAPES).profiles
     for name, n in LENGTHS.items():
         queries, every, mask = (
@@ -105,7 +105,7 @@ def test_attention_of_the_denoiser_sees_the_cache_and_its_own_block(capacity: in
 @pytest.mark.parametrize("expanded", [False, True])
 @pytest.mark.parametrize("path", ["dense", CHOSEN, FUSED])
 def test_experts(path: str, expanded: bool) -> None:
-    """128 experts 1856 wide, 6 for a token: all for every token, one after another for its own, or pairs of both."""
+    """All for every token, one after another for its own, or pairs of both."""
     got = scratch(CONTEXT, model("E"), replace(SHAPES, path=path, expanded=expanded)).profiles
     copy = [1856 * D * 2 * (128 if path == "dense" else 1)] if expanded else []
     for name, n in LENGTHS.items():
@@ -131,7 +131,7 @@ def test_a_perceptron_and_the_head() -> None:
 
 
 def test_programs_between_kernels() -> None:
-    """Three of them, the first and the second alike: the last writes the logits, widening them as it goes."""
+    """Of three the first two are alike; the last writes the logits, widening them."""
     config, shapes = model("MEMEM"), replace(SHAPES, path=KERNELS)
     inner = together(scan(S)[:1], of_denoiser(1))
     last = together([*scan(S)[:1], [B * S * V * 4, B * S * V * 2]], of_denoiser(1))

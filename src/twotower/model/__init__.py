@@ -1,4 +1,4 @@
-"""Both towers in torch: the project's own reference, against which every exported graph is verified.
+"""Both towers in torch: the reference against which every exported graph is verified.
 
 Shape letters, here and everywhere: B rows in a batch, L tokens in a chunk, S block size, T context
 capacity, D hidden size, V vocabulary, H SSM heads, P SSM head dimension, N SSM state size, G SSM

@@ -25,7 +25,9 @@ class Attention(nn.Module):
     def causal(
         self, u: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, past: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The context tower: u [B,L,D] is written into the caches [B,KV,T,hd] at `past` [B] and sees everything up to itself.
+        """The context tower: u [B,L,D] sees everything up to itself.
+
+        Its keys and values are written into the caches [B,KV,T,hd] at `past` [B].
 
         Returns:
             The output and new caches; those given are left as they are.
@@ -40,7 +42,7 @@ class Attention(nn.Module):
     def over_context(
         self, u: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, length: torch.Tensor
     ) -> torch.Tensor:
-        """The denoiser: every position of the block u [B,S,D] sees the first `length` [B] cache slots and the whole block."""
+        """The denoiser: u [B,S,D] sees the first `length` [B] slots of the cache, and itself."""
         q, k, v = self._heads(u)
         cached = torch.arange(keys.shape[2]) < length[:, None, None, None]
         block = torch.ones(u.shape[0], 1, 1, u.shape[1], dtype=torch.bool)

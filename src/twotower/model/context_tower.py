@@ -89,7 +89,7 @@ class ContextTower(nn.Module):
 
     @torch.inference_mode()
     def candidates(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best token ids and their log-probabilities over the whole vocabulary, [B,K] each, best first."""
+        """The best token ids and their log-probabilities, [B,K] each, best first."""
         best = torch.log_softmax(self.logits(hidden), -1).topk(candidate_count(self.config), -1)
         return best.indices, best.values
 

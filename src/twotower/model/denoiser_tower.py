@@ -25,7 +25,7 @@ __all__ = ["DenoiserTower", "Step", "TimestepEmbedder", "commit_step"]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One denoising step: next_block, predicted [B,S] int64, confidence [B,S] float32, masked_left [B] int64."""
+    """One step: next_block, predicted [B,S], masked_left [B] int64, confidence [B,S] float32."""
 
     next_block: torch.Tensor
     predicted: torch.Tensor
@@ -61,15 +61,13 @@ class DenoiserTower(nn.Module):
     def logits(
         self, block: torch.Tensor, state: ContextState, *, context_length: torch.Tensor
     ) -> torch.Tensor:
-        """Float32 logits [B,S,V] of a block [B,S] some of whose tokens are masks; the state is read only."""
+        """Float32 logits [B,S,V] of a block [B,S] with masks in it; the state is only read."""
         h = self.embeddings(block)
         shared = self._conditioning((block == self.config.mask_token_id).float().mean(-1))
-        for i, (layer, kind) in enumerate(
-            zip(cast("Iterable[Layer]", self.layers), self.config.layers, strict=True)
-        ):
-            shift, scale, gate = (
-                (shared + self.scale_shift_tables[i]).unsqueeze(2).unbind(1)
-            )  # [B,1,D] each
+        layers = zip(cast("Iterable[Layer]", self.layers), self.config.layers, strict=True)
+        for i, (layer, kind) in enumerate(layers):
+            by = (shared + self.scale_shift_tables[i]).unsqueeze(2)
+            shift, scale, gate = by.unbind(1)  # [B,1,D] each
             if kind in (LayerKind.MAMBA, LayerKind.ATTENTION):
                 u = layer.norm(h * (1 + scale) + shift)
             else:
@@ -90,14 +88,10 @@ class DenoiserTower(nn.Module):
     def _conditioning(self, t: torch.Tensor) -> torch.Tensor:
         """The conditioning [B,3,D] all layers share, from the masked fraction t [B]."""
         dtype = self.lm_head.weight.dtype
-        t = t.to(
-            dtype
-        ).float()  # the published model rounds t to its own dtype before the factor 1000
-        rates = torch.exp(
-            -math.log(10000.0)
-            * torch.arange(TIMESTEP_FREQUENCIES, dtype=torch.float32)
-            / TIMESTEP_FREQUENCIES
-        )
+        # The published model rounds t to its own dtype before the factor 1000.
+        t = t.to(dtype).float()
+        steps = torch.arange(TIMESTEP_FREQUENCIES, dtype=torch.float32)
+        rates = torch.exp(-math.log(10000.0) * steps / TIMESTEP_FREQUENCIES)
         angles = (t * 1000.0)[:, None] * rates
         e = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(dtype))
         out: torch.Tensor = self.t_block(e).unflatten(-1, (3, -1))
@@ -115,7 +109,7 @@ def commit_step(
     temperature: torch.Tensor,
     noise: torch.Tensor,
 ) -> Step:
-    """Predictions, their confidence and which of them are committed, as the denoiser graph's tail computes them.
+    """Predictions, their confidence and which are committed, as the denoiser graph's tail has it.
 
     Args:
         logits: [B,S,V] float32.
@@ -139,6 +133,5 @@ def commit_step(
     order = torch.where(masked, confidence, -math.inf).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter(-1, order, torch.arange(block.shape[1]).expand_as(order))
     commit = masked & (rank < count[:, None])
-    return Step(
-        torch.where(commit, predicted, block), predicted, confidence, (masked & ~commit).sum(-1)
-    )
+    after, left = torch.where(commit, predicted, block), (masked & ~commit).sum(-1)
+    return Step(after, predicted, confidence, left)

@@ -23,11 +23,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.float()
-        return (
-            wide
-            * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-            * self.weight.float()
-        ).to(x.dtype)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+        return (wide * scale * self.weight.float()).to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -71,10 +68,8 @@ class MoE(nn.Module):
         # Results lie expert by expert and are put back by one gather: adding them up row by row is
         # many times slower on a CPU.
         order = chosen.flatten().argsort(stable=True)
-        rows, counts = (
-            order // chosen.shape[1],
-            chosen.flatten().bincount(minlength=len(self.experts)).tolist(),
-        )
+        rows = order // chosen.shape[1]
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         parts = zip(self.experts, tokens[rows].split(counts), strict=True)
         results = torch.cat([expert(part) for expert, part in parts if len(part)]).float()
         out = (results[order.argsort()].unflatten(0, chosen.shape) * weights[..., None]).sum(1)

@@ -44,52 +44,46 @@ def load_context_tower(
         rounded_to: Round the weights to this dtype first: the exact twin of a narrow model,
             computed in `dtype`.
     """
-    return _filled(
-        ContextTower,
-        config,
-        (dtype, rounded_to or dtype),
-        lambda name: read(published_name(name, Tower.CONTEXT)),
-    )
+    tower = _empty(ContextTower, config)
+    _fill(tower, lambda name: read(published_name(name, Tower.CONTEXT)), dtype, rounded_to or dtype)
+    return tower
 
 
 def load_denoiser_tower(
     config: ModelConfig, read: Read, dtype: str = "float32", *, rounded_to: str | None = None
 ) -> DenoiserTower:
     """The denoiser tower with its conditioning and head; arguments as of `load_context_tower`."""
-    return _filled(
-        DenoiserTower,
-        config,
-        (dtype, rounded_to or dtype),
-        lambda name: read(published_name(name, Tower.DENOISER)),
+    tower = _empty(DenoiserTower, config)
+    _fill(
+        tower, lambda name: read(published_name(name, Tower.DENOISER)), dtype, rounded_to or dtype
     )
+    return tower
 
 
 def published_name(name: str, tower: Tower) -> str:
     """A parameter's published name: the head and the conditioning carry no tower prefix."""
     if name.startswith("lm_head."):
         return tower.head
-    return (
-        name
-        if name.startswith(("t_embedder.", "t_block.", "scale_shift_tables."))
-        else f"{tower.value}.{name}"
-    )
+    conditioning = ("t_embedder.", "t_block.", "scale_shift_tables.")
+    return name if name.startswith(conditioning) else f"{tower.value}.{name}"
 
 
-def _filled(kind: type[T], config: ModelConfig, dtypes: tuple[str, str], read: Read) -> T:
-    with torch.device(
-        "meta"
-    ):  # shapes alone: random numbers for 30 billion weights would take minutes and all the memory
-        tower = kind(config)
+def _empty(kind: type[T], config: ModelConfig) -> T:
+    """Shapes alone: random numbers for 30 billion weights would take minutes and all the memory."""
+    with torch.device("meta"):
+        return kind(config).eval()
+
+
+def _fill(tower: nn.Module, read: Read, dtype: str, rounded_to: str) -> None:
     for name, parameter in list(tower.named_parameters()):
-        kept, rounded = ("float32", "float32") if name.endswith(_HIGH_PRECISION) else dtypes
+        rounded, kept = rounded_to, dtype
+        if name.endswith(_HIGH_PRECISION):
+            rounded = kept = "float32"
         value = read(name).to(TORCH_DTYPES[rounded]).to(TORCH_DTYPES[kept])
-        assert value.shape == parameter.shape, (
-            f"{name}: {tuple(value.shape)} instead of {tuple(parameter.shape)}"
-        )
+        assert value.shape == parameter.shape, (name, value.shape, parameter.shape)
         owner_name, _, last = name.rpartition(".")
         owner = tower.get_submodule(owner_name) if owner_name else tower
         if isinstance(owner, nn.ParameterList):
             owner[int(last)] = nn.Parameter(value, requires_grad=False)
         else:
             setattr(owner, last, nn.Parameter(value, requires_grad=False))
-    return tower.eval()

@@ -82,9 +82,8 @@ class Mamba2(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Y [B,L,HP] and the new state, from x, B and C side by side [B,L,C] and dt [B,L,H]."""
         c = self.config
-        x, b, cc = mixed.split(
-            [c.mamba_inner, c.n_groups * c.ssm_state_size, c.n_groups * c.ssm_state_size], -1
-        )
+        states = c.n_groups * c.ssm_state_size
+        x, b, cc = mixed.split([c.mamba_inner, states, states], -1)
         x = x.unflatten(-1, (c.mamba_num_heads, -1)).transpose(1, 2)  # [B,H,L,P]
         share = c.mamba_num_heads // c.n_groups
         b, cc = (
@@ -94,27 +93,20 @@ class Mamba2(nn.Module):
         dt = dt.transpose(1, 2)
         decay = (dt * -torch.exp(self.A_log.float())[:, None]).cumsum(-1)
         causal = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool).tril()
-        within = torch.exp(
-            (decay[..., :, None] - decay[..., None, :]).masked_fill(~causal, -math.inf)
-        )
+        exponent = decay[..., :, None] - decay[..., None, :]
+        within = torch.exp(exponent.masked_fill(~causal, -math.inf))
         x_dt = x * dt[..., None]
         y = ((cc @ b.transpose(-1, -2)) * within) @ x_dt
-        y = (
-            y
-            + (cc @ state.transpose(-1, -2)) * torch.exp(decay)[..., None]
-            + x * self.D.float()[:, None, None]
-        )
+        carried = (cc @ state.transpose(-1, -2)) * torch.exp(decay)[..., None]
+        y = y + carried + x * self.D.float()[:, None, None]
         to_end = torch.exp(decay[..., -1:] - decay)[..., None]
-        after = (
-            state * torch.exp(decay[..., -1])[..., None, None]
-            + (x_dt * to_end).transpose(-1, -2) @ b
-        )
+        kept = state * torch.exp(decay[..., -1])[..., None, None]
+        after = kept + (x_dt * to_end).transpose(-1, -2) @ b
         return y.transpose(1, 2).flatten(-2), after
 
     def _gated_norm(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """RMSNorm of y * silu(z) within each group of channels, float32."""
         gated = (y * F.silu(z.float())).unflatten(-1, (self.config.n_groups, -1))
-        normed = gated * torch.rsqrt(
-            gated.square().mean(-1, keepdim=True) + self.config.layer_norm_epsilon
-        )
+        squares = gated.square().mean(-1, keepdim=True)
+        normed = gated * torch.rsqrt(squares + self.config.layer_norm_epsilon)
         return normed.flatten(-2) * self.norm.weight.float()

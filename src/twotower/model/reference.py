@@ -1,4 +1,4 @@
-"""Block diffusion as its definition reads: torch towers, one row, no buffers, no engines. The oracle of the shipped loop."""
+"""Block diffusion as its definition reads, one row in torch: the oracle of the shipped loop."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ReferenceText:
 def reference_generate(
     towers: tuple[ContextTower, DenoiserTower], prompt: list[int], options: GenerationConfig
 ) -> ReferenceText:
-    """Greedy generation of one text, by diffusion or autoregressively, exactly `max_new_tokens` long."""
+    """Greedy generation of one text of exactly `max_new_tokens`, in either mode."""
     context, denoiser = towers
     capacity = len(prompt) + options.max_new_tokens + options.block_size
     state = empty_state(context.config, 1, capacity)
@@ -56,25 +56,16 @@ def reference_generate(
                     logits,
                     block,
                     context.config,
-                    **_greedy(options, floor, candidate_count(context.config)),
+                    threshold=torch.tensor([options.confidence_threshold]),
+                    floor=torch.tensor([floor]),
+                    temperature=torch.zeros(1),
+                    noise=torch.zeros(1, options.block_size, candidate_count(context.config)),
                 )
-                out.steps.append(
-                    ReferenceStep(
-                        block[0].tolist(), done.predicted[0].tolist(), done.confidence[0].tolist()
-                    )
-                )
+                predicted, confidence = done.predicted[0].tolist(), done.confidence[0].tolist()
+                out.steps.append(ReferenceStep(block[0].tolist(), predicted, confidence))
                 block = done.next_block
             new = block[0].tolist()
         out.tokens += new
         hidden, state = context.extend(torch.tensor([new]), state, past=past)
     out.tokens = out.tokens[: options.max_new_tokens]
     return out
-
-
-def _greedy(options: GenerationConfig, floor: int, candidates: int) -> dict[str, torch.Tensor]:
-    return {
-        "threshold": torch.tensor([options.confidence_threshold]),
-        "floor": torch.tensor([floor]),
-        "temperature": torch.zeros(1),
-        "noise": torch.zeros(1, options.block_size, candidates),
-    }
