@@ -84,9 +84,9 @@ def prefill_plan(
     """Cuts prompts into chunks that are read side by side.
 
     A row's chunk boundaries are counted from its own start, so its arithmetic does not depend on
-    its neighbours. Rows with fewer chunks begin later rather than end sooner: every row's last
-    token is then in the last pass, whose `hidden` is what autoregressive decoding goes on from, and
-    a row without tokens is always written at position 0, where it never needs capacity of its own.
+    the rest of the batch. Rows with fewer chunks begin later rather than end sooner: every row's
+    last token is then in the last pass, whose `hidden` is what autoregressive decoding goes on
+    from, and a row without tokens is always written at position 0, where it needs no capacity.
 
     Args:
         lengths: Tokens of each prompt, at least 1.
