@@ -1,4 +1,4 @@
-"""Half precision against float32, token by token, on the small trained model and its suite; `make fp16-check` runs this.
+"""Half precision against float32, token by token, on the trained model (`make fp16-check`).
 
 The float16 graph is computed twice: as ONNX Runtime runs it on a CPU, with float16 weights and
 inputs and float32 between operators, and with every result rounded to float16, which no CPU library

@@ -1,4 +1,4 @@
-"""What half precision does to a model, on a machine that has no arithmetic of that width: every result is rounded as it is made.
+"""Half precision emulated on a CPU: every result is rounded as it is made.
 
 A CPU runs a float16 graph in float32: ONNX Runtime puts casts around the operators it has no such
 kernel for, and takes away a cast down that is followed by a cast up, so that a chain of operators
@@ -49,7 +49,7 @@ MOVES = frozenset(
 
 
 class RoundingBuilder:
-    """Builds `ort-cpu` engines that round like the bundle's own half-wide type; for measuring, not for use."""
+    """Builds `ort-cpu` engines that round like the bundle's half-precision type."""
 
     def __init__(self) -> None:
         self._plain: EngineBuilder = builder_for(TARGET)

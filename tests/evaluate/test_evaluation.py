@@ -126,7 +126,7 @@ def test_a_bundle_without_a_tokenizer_is_refused() -> None:
 
 @pytest.mark.slow
 def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
-    """95 % of the intervals of samples with a known rate hold that rate; 400 samples put the count within 2.5 points of it."""
+    """95 % of the intervals hold the known rate; 400 samples count that within 2.5 points."""
     rng = np.random.default_rng(1)
     hits = 0
     for seed in range(400):

@@ -216,7 +216,7 @@ def test_pairs(tiny_bundle: Path, built_bundle: Path, mixed: Bundle) -> None:
 def test_the_choice_is_inside_its_budget_and_says_how_it_came_about(
     tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    """Attention in 4 bits costs this model a fifth of its answers and its passes: the search must find that out and keep it in 8."""
+    """Attention in 4 bits costs this model a fifth of its answers: the search keeps it in 8."""
     config = ChooseConfig(impact=ImpactConfig(max_new_tokens=96))
     choice = choose(Bundle.open(tiny_bundle), load_suite().only(limit=8), config, tmp_path)
     recipe = choice.recipe

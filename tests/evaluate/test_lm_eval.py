@@ -1,4 +1,4 @@
-"""A bundle as a model of lm-evaluation-harness: the library's own evaluation, run without a network, and the adapter's numbers."""
+"""A bundle in lm-evaluation-harness: its own evaluation without a network, and our numbers."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_a_request_that_is_too_long_is_refused_before_any_work(
 def test_the_librarys_evaluation_of_every_kind(
     adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No task of the library that asks for likelihoods carries its data, so these are its templates with two local documents."""
+    """Tasks that ask for likelihoods carry no data: these are templates with two documents."""
     import lm_eval
 
     def refuse(*_: Any) -> None:
@@ -332,7 +332,7 @@ def run_offline(folder: Path, command: list[str]) -> subprocess.CompletedProcess
 
 
 def test_a_task_of_the_library_runs_without_a_network(tiny_bundle: Path, tmp_path: Path) -> None:
-    """RULER's needle in repeated text, which the library writes itself; the small model cannot find the needle, and need not."""
+    """RULER's needle in repeated text, which the library writes; it need not be found."""
     arguments = (
         f"bundle={tiny_bundle},tokenizer={ROOT / 'assets' / 'twotower-tiny'},max_gen_toks=16"
     )

@@ -1,4 +1,4 @@
-"""`make fp16-check` on one prompt of each kind: what is rounded, and the graph as it was exported."""
+"""`make fp16-check` on one prompt of each kind: rounded results, and the exported graph."""
 
 from __future__ import annotations
 

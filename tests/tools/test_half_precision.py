@@ -1,4 +1,4 @@
-"""Half precision on a CPU: every result is rounded once, and the trained model's text survives it."""
+"""Half precision on a CPU: every result is rounded once; the trained model keeps its text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run_in_float32(model: onnx.ModelProto, x: float, y: float) -> float:
 
 @pytest.mark.parametrize(("dtype", "x"), [("float16", 2048.0), ("bfloat16", 256.0)])
 def test_a_result_inside_a_chain_is_rounded(dtype: str, x: float) -> None:
-    """1 is half a step at x: rounding to even loses it. Left to itself ONNX Runtime keeps the sum in float32 and returns 1."""
+    """1 is half a step at x: rounding to even loses it, where ONNX Runtime by itself keeps it."""
     model = chain(dtype)
     assert round_results(model, dtype) == {"Add": 1, "Sub": 1}
     assert run_in_float32(model, x, 1.0) == 0.0

@@ -12,6 +12,7 @@ from twotower import __version__
 from twotower.doctor.sections import Answers
 from twotower.errors import EngineMismatchError
 from twotower.hardware import TARGETS, Machine, select_target
+from twotower.units import format_bytes
 
 __all__ = [
     "RUNS",
@@ -78,8 +79,8 @@ def machine_facts(machine: Machine) -> dict[str, Any]:
 
 def report_facts(machine: Machine) -> dict[str, str]:
     """What stands at the head of a page: a label and a text for each fact."""
-    gpus = [f"{g.name}, SM {g.sm}, {g.memory / 2**30:.0f} GiB" for g in machine.gpus]
-    cores = f"{machine.cpus} cores, {machine.memory / 2**30:.0f} GiB"
+    gpus = [f"{g.name}, SM {g.sm}, {format_bytes(g.memory)}" for g in machine.gpus]
+    cores = f"{machine.cpus} cores, {format_bytes(machine.memory)}"
     libraries = ", ".join(f"{name} {number}" for name, number in library_versions().items())
     return {
         "GPUs": "; ".join(gpus) or "none",

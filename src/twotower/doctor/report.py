@@ -27,6 +27,7 @@ from twotower.doctor.target_checks import TargetChecks
 from twotower.errors import EngineMismatchError, TwoTowerError
 from twotower.hardware import TARGETS, Machine
 from twotower.runtime.engines import open_cuda
+from twotower.units import format_bytes
 
 __all__ = ["ReportOptions", "answer_report_section", "make_report"]
 
@@ -213,10 +214,10 @@ def _pass_row(p: dict[str, Any]) -> tuple[str, ...]:
         p["dtype"],
         f"{p['context']}",
         f"{p['denoise_ms']:.3f} ms",
-        f"{p['denoiser_bytes'] / 1e6:.1f} MB",
+        format_bytes(p["denoiser_bytes"]),
         f"{p['denoise_gb_per_s']:.1f}",
         f"{p['extend_ms']:.3f} ms",
-        f"{p['context_bytes'] / 1e6:.1f} MB",
+        format_bytes(p["context_bytes"]),
         f"{p['extend_gb_per_s']:.1f}",
         f"{p['runs']}",
     )

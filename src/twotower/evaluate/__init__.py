@@ -1,1 +1,1 @@
-"""How good a bundle is: the suite, both modes on it, what quantization costs, and presets chosen by measuring."""
+"""Quality of a bundle on a suite: both modes, the impact of quantization, tuned presets."""

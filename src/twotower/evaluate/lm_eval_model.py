@@ -1,4 +1,6 @@
-"""A bundle as a model of lm-evaluation-harness: generation in either mode, likelihoods by the context tower.
+"""A bundle as a model of lm-evaluation-harness.
+
+It generates in either mode; likelihoods are the context tower's.
 
 `python -m twotower.evaluate.lm_eval_model run --model twotower --model_args bundle=PATH --tasks
 ...` is that library's own command line with this model registered.
@@ -135,7 +137,10 @@ class TwoTowerLM(LM):  # type: ignore[misc]
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy decoding would write it) of each continuation; see `Score` for what is bounded."""
+        """(log-probability, whether greedy decoding would write it) of each continuation.
+
+        See `Score` for what is bounded.
+        """
         # The longest first: one that is too long is refused at once and not hours later, and a
         # batch has texts of a length.
         order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i].args)))
@@ -148,7 +153,7 @@ class TwoTowerLM(LM):  # type: ignore[misc]
         return out
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts from the BOS token on, in windows where a text is longer than the model's context."""
+        """Log-probability of whole texts from the BOS token on, in windows where they are too long."""
         out: list[float] = []
         for part in self._parts(len(requests)):
             windows = [self._windows(*r.args) for r in requests[part]]
@@ -159,7 +164,7 @@ class TwoTowerLM(LM):  # type: ignore[misc]
         return out
 
     def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
-        """A whole text as pairs of context and continuation; every token is predicted in exactly one of them."""
+        """A text as pairs of context and continuation; every token is predicted exactly once."""
         bos = self._model.config.bos_token_id
         assert self._model.tokenizer is not None
         tokens = self._model.tokenizer.encode(text)
@@ -211,13 +216,13 @@ def _require_tokenizer(model: TwoTower, bundle: str) -> None:
 
 
 def _split(inputs: Sequence[int], predicted: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The library's window as context and continuation: its inputs end one token before what they predict."""
+    """A window as context and continuation: inputs end one token before what they predict."""
     known = len(inputs) - len(predicted) + 1
     return list(inputs[:known]), list(predicted)
 
 
 def main() -> int:
-    """The library's own command line; what a user can cause is told as the other commands tell it."""
+    """The library's own command line, with this project's errors."""
     try:
         cli_evaluate()
     except TwoTowerError as e:

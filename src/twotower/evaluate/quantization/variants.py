@@ -154,7 +154,8 @@ def require_pair(first: Bundle, second: Bundle) -> Pair | None:
     if pair.quantized.source.get("shards") != pair.reference.source.get("shards"):
         raise ConfigError(
             f"'{pair.quantized.path}' was not made from the checkpoint of '{pair.reference.path}'",
-            found=f"sources {pair.quantized.source['name']} and {pair.reference.source['name']}, with other shards",
+            found=f"sources {pair.quantized.source['name']} and {pair.reference.source['name']}, "
+            "with other shards",
             do="name the float bundle it was quantized from",
         )
     return pair
@@ -250,15 +251,21 @@ def _restricted(whole: Precision, chosen: set[str]) -> Precision:
 
 def _why_no_parts(pair: Pair, opened: tuple[TwoTower, TwoTower]) -> str:
     if any(model.target != _TARGET for model in opened):
-        return f"parts were not measured alone: that needs target {_TARGET}, this is {opened[0].target}"
+        return (
+            f"parts were not measured alone: that needs target {_TARGET}, "
+            f"this is {opened[0].target}"
+        )
     facts = pair.quantized.quantization
     if facts is None or facts["source"] != source_identity(pair.reference):
-        return f"parts were not measured alone: the bundle was not made from the weights of {pair.reference.path.name} themselves"
+        return (
+            "parts were not measured alone: the bundle was not made from the weights "
+            f"of {pair.reference.path.name} themselves"
+        )
     return ""
 
 
 def bytes_by_kind(bundle: Bundle, dtype: str | None = None) -> dict[str, int]:
-    """Bytes of the weights of all graphs by layer kind; with a dtype those of a float bundle in that type."""
+    """Bytes of all graphs' weights by layer kind; with a dtype those of a float bundle in it."""
     quantized = dtype is None and bundle.quantization is not None
     precision = precision_of(bundle) if quantized else Precision()
     kept = dtype or bundle.dtype
@@ -270,7 +277,7 @@ def bytes_by_kind(bundle: Bundle, dtype: str | None = None) -> dict[str, int]:
 
 
 def bytes_report(quantized: Bundle, reference: Bundle) -> dict[str, Any]:
-    """Before, after, and in bfloat16; the files of engines, which can be built again, are not counted."""
+    """Before, after, and in bfloat16; the files of engines are not counted."""
     after, before, half = (
         bytes_by_kind(quantized),
         bytes_by_kind(reference),
