@@ -1,4 +1,4 @@
-"""One mixture of experts on this CPU: every expert, the chosen ones, and those in 4 bits; `make bench-experts`.
+"""One layer of experts on this CPU: all, the chosen ones, in 4 bits (`make bench-experts`).
 
 Published widths by default, half of the published experts: 5 GB of random weights in a scratch
 file. Forms are timed in turns in one process.

@@ -1,4 +1,4 @@
-"""The whole way on the small trained model: checkpoint -> ONNX graphs -> engines -> text, in both modes; `make demo` runs this."""
+"""The trained model from checkpoint to text, in both modes (`make demo`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cut between two segments costs: a slice at published widths in one piece and cut at every layer, run by ONNX Runtime on the CPU.
+"""The cost of cutting a tower into segments, in ONNX Runtime (`make engines-boundary`).
 
 Both compute the same from the same inputs, in turns; printed are the medians and their ratio, and
 the bytes a boundary hands over beside the weights a pass reads. What a boundary costs on a GPU, a

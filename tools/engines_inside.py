@@ -1,4 +1,4 @@
-"""Engines that hold weights, at published widths: what their build takes beside what is planned; `make engines-inside` runs this.
+"""Builds of engines that hold their weights, against the plan (`make engines-inside`).
 
 One expert layer with an attention layer, whose experts are stored as a recipe stores them, random;
 built for SM 89 without a GPU in a process of its own, as `twotower build` does. Exit code 1 if a

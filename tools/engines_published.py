@@ -1,4 +1,4 @@
-"""The published model's engines, built without its weights and without a GPU and held to figures; `make engines-published` runs this.
+"""The published model's engines, built without weights or GPU (`make engines-published`).
 
 Both towers at published widths in bfloat16, with all profiles, for SM 89 and 120, in one engine
 each and as programs with experts between; and the small model in float16 for every compute

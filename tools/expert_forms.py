@@ -1,4 +1,4 @@
-"""Which forms of quantized experts TensorRT for RTX multiplies as they are stored, and which it expands in memory in every pass.
+"""Which forms of quantized experts TensorRT for RTX multiplies without expanding them.
 
     python tools/expert_forms.py --output docs/measurements/quantization.md
 

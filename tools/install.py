@@ -1,4 +1,4 @@
-"""Makes a virtual environment with this project in it: for `make install`, or, with a wheel, for `make test-wheel`.
+"""Makes a virtual environment with this project, or a wheel of it, installed.
 
 Torch is the one dependency that needs care: from a plain package index it brings gigabytes of CUDA
 libraries. Where the `gpu` extra is not asked for, its CPU build is taken: from the configured

@@ -1,4 +1,4 @@
-"""One expert layer at published widths (128 x 2688 x 1856) through the shipped quantization: seconds, memory, bytes, error of its output.
+"""One expert layer at published widths, quantized: seconds, memory, bytes and error.
 
 Every format is made in a process of its own, by the code `twotower quantize` runs, from a data file
 as an export writes it. Nothing of the layer but its routed experts is quantized or computed; 16

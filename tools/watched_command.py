@@ -1,4 +1,4 @@
-"""A command run as a user types it, with what it took and how busy the machine was with other things."""
+"""A command run as a user types it, with its cost and the load of the machine."""
 
 from __future__ import annotations
 

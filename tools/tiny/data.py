@@ -1,4 +1,4 @@
-"""Batches of both stages, drawn from a random generator that names the step: the same step has the same batch on every run."""
+"""Batches of both stages; a step has the same batch on every run."""
 
 from __future__ import annotations
 

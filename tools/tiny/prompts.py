@@ -1,4 +1,4 @@
-"""Writes the prompts the small model is calibrated on: problems of every kind, none of which is in the suite.
+"""Writes the prompts the small model is calibrated on, none of which is in the suite.
 
 python tools/tiny/prompts.py --output assets/twotower-tiny-prompts.jsonl
 """

@@ -1,4 +1,4 @@
-"""Writes the trained towers as a checkpoint in the published layout: two shards with their index, configs and tokenizer.
+"""Writes the trained towers as a checkpoint in the published layout.
 
 python tools/tiny/publish.py --work out/tiny --output assets/twotower-tiny
 """

@@ -1,4 +1,4 @@
-"""Writes the suite that comes with the package: held-out problems of every kind the denoiser is trained on, in and beyond trained lengths.
+"""Writes the suite of the package: held-out problems of every kind.
 
 python tools/tiny/suite.py --output src/twotower/evaluate/data/suite.jsonl
 """

@@ -1,4 +1,4 @@
-r"""Problems with exactly one right answer, in ten kinds, drawn without end and split by a hash into training and held-out ones.
+r"""Problems with one right answer, in ten kinds, split by a hash for training and testing.
 
 Every prompt is `Q: <question>\nA:` and every answer follows after one space. Nothing here is taken
 from a data set: names, words and numbers come from the short lists below, so that a text tells all

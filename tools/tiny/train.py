@@ -1,4 +1,4 @@
-"""Trains twotower-tiny: the context tower autoregressively, then, with it frozen, the denoiser by masked diffusion.
+"""Trains twotower-tiny: first the context tower, then, with it frozen, the denoiser.
 
     python tools/tiny/train.py --work out/tiny --stage context
     python tools/tiny/train.py --work out/tiny --stage labelled

@@ -1,4 +1,4 @@
-"""The tokenizer: every word of the problems is one token (with the space before it), everything else goes by characters."""
+"""The tokenizer: a word of the problems is one token, all else goes by characters."""
 
 from __future__ import annotations
 
