@@ -133,7 +133,7 @@ class BuildConfig:
 
 
 class BuildPlan(Protocol):
-    """What one build would make of a bundle on this machine: decided once, for dry run and build."""
+    """What a build would make of a bundle on this machine, decided once for dry run and build."""
 
     def keeps(self, record: EngineRecord) -> bool:
         """Whether sound engines that are already there are what is asked for."""
@@ -157,7 +157,7 @@ class BuildPlan(Protocol):
         ...
 
     def build(self, folder: Path, *, report: Report) -> EngineRecord:
-        """Writes the engines into an empty folder, which the caller publishes, and describes them."""
+        """Writes the engines into an empty folder, which the caller publishes; their record."""
         ...
 
 
@@ -169,7 +169,7 @@ class EngineBuilder(Protocol):
         ...
 
     def asked(self, bundle: Bundle, config: BuildConfig) -> str:
-        """A digest of all that decides a build, without reading graphs; empty if only a plan can tell.
+        """A digest of all that decides a build, without reading graphs; empty if only a plan knows.
 
         Where `build.json` says the same, its engines are kept.
         """

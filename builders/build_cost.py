@@ -1,4 +1,4 @@
-"""What a build takes, by measured formulas: memory, time and disk; and whether this machine has it."""
+"""What a build takes by measured formulas, and whether this machine has it."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ __all__ = ["CACHE_FOLDER", "EngineCache", "Entry", "kernel_source", "open_cache"
 logger = logging.getLogger(__name__)
 
 CACHE_FOLDER = ".cache"
-"""In a bundle's `engines`: on one file system, an engine and its entry are one file with two names."""
+"""In a bundle's `engines`: an engine and its entry are one file with two names."""
 
 _ABANDONED_SECONDS = 24 * 3600.0  # a half-written entry that old has no writer any more
 

@@ -1,4 +1,4 @@
-"""A tower's graph cut where its experts are: programs that end with the routing, and the experts between them."""
+"""A tower's graph cut at its experts: programs that end with the routing, experts between them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ExpertCut:
     Program k ends with the routing of the k-th layer of experts, its experts follow, and program k
     + 1 begins with adding what they give to the residual stream, the shared expert included. Handed
     over beside that are the residual stream and, in the denoiser, its conditioning. Where a recipe
-    rounds the experts' inputs too, kernels read them as they are.
+    quantizes the experts' inputs too, kernels read them as they are.
 
     Args:
         model: The whole graph with its constant axes fixed and its weights outside; it is not
@@ -85,7 +85,7 @@ class ExpertCut:
         return len(self._moe) + 1
 
     def program(self, number: int) -> Segment:
-        """The k-th program, under its own tower's names; `common_form` gives those that equal programs share."""
+        """The k-th program, under its own tower's names; see `common_form`."""
         nodes = list(self._model.graph.node)
         before = self._moe[number - 1] if number else None
         after = self._moe[number] if number < len(self._moe) else None
@@ -119,7 +119,7 @@ class ExpertCut:
         return replace(step, code=_code_name(shape_of(step)))
 
     def found(self, number: int) -> ExpertsStep:
-        """The k-th layer of experts as the graph has it, whoever computes it: without the name of kernels."""
+        """The k-th layer of experts as the graph has it, without the name of kernels."""
         layer, config = self._moe[number], self._config
         weights = self._weights(layer)
         return ExpertsStep(
@@ -193,7 +193,7 @@ def experts_of(graphs: BundleGraphs) -> Iterator[ExpertsStep]:
 
 
 def common_form(model: onnx.ModelProto, first: int) -> tuple[onnx.ModelProto, dict[str, str]]:
-    """A program under names that do not tell where in the tower it is: equal programs are then equal to the byte.
+    """A program under names that do not depend on its place: equal programs have equal bytes.
 
     Layers are counted from the program's first one, values and constants in the order of use, and
     what layers share comes first.
@@ -234,7 +234,7 @@ def common_form(model: onnx.ModelProto, first: int) -> tuple[onnx.ModelProto, di
 
 
 def _shared_first(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """The nodes with those that serve several layers before all layers: they lie at the first layer of the tower that needs them."""
+    """The nodes, those first that serve several layers and lie at the first that needs them."""
     first: list[onnx.NodeProto] = []
     rest: list[onnx.NodeProto] = []
     late: set[str] = set()
@@ -253,11 +253,12 @@ def _mark(layer: int, name: str) -> str:
 
 def _code_name(shape: ExpertShape) -> str:
     """The folder of a shape's kernels: layers and towers of one shape have the same."""
-    return f"experts-{hashlib.sha256(json.dumps(shape.to_json(), sort_keys=True).encode()).hexdigest()[:8]}"
+    text = json.dumps(shape.to_json(), sort_keys=True)
+    return f"experts-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _format(weights: Mapping[str, TensorSpec], matrix: str) -> tuple[str, int] | None:
-    """Name of the format a matrix is stored in, and weights of a row that share a scale, 0 for all; None of a float one."""
+    """A quantized matrix's format, and how many weights of a row share a scale: 0 for all."""
     values, scale = weights.get(matrix), weights.get(f"{matrix}_scale")
     if values is None or scale is None:
         return None

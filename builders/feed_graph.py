@@ -1,4 +1,4 @@
-"""A graph and all it reads, for tools that run graphs: `polygraphy run` in ONNX Runtime and TensorRT.
+"""A graph and all it reads, for `polygraphy run` in ONNX Runtime and TensorRT.
 
     python -m twotower.builders.feed_graph BUNDLE --graph denoiser -o DIR
 
@@ -45,7 +45,7 @@ __all__ = ["FeedOptions", "feed_graph", "main"]
 
 _SCALE = 0.3  # of random states: a state of a text is of that size, and nothing overflows
 
-_SCRIPT = '''"""What `polygraphy run --data-loader-script` reads: one set of inputs, weights mapped from the bundle."""
+_SCRIPT = '''"""`polygraphy run --data-loader-script`: inputs, weights mapped from the bundle."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A bundle's graphs during a build, with constant capacity and block, and segments of their layers."""
+"""A bundle's graphs during a build: constant capacity and block, and segments of their layers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 class BundleGraphs:
-    """The graphs of a bundle without their weights, some megabytes each, read from the disk once."""
+    """The graphs of a bundle without their weights, some megabytes each, each read once."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
@@ -109,7 +109,7 @@ def layer_bytes(model: onnx.ModelProto) -> LayerBytes:
 def segment(
     model: onnx.ModelProto, signature: TowerSignature, layers: tuple[int, int], *, dtype: str
 ) -> Segment:
-    """Layers [first, end) of a tower's graph as a graph of their own; the whole graph if these are all.
+    """Layers [first, end) of a tower's graph as a graph; the whole graph if these are all.
 
     What every layer shares (masks, positions) is computed again in each segment from the graph's
     own inputs, which is cheap. Handed over are the residual stream and, because it is three large
@@ -161,7 +161,7 @@ def conditioning_of(model: onnx.ModelProto, dtype: str) -> dict[str, TensorSpec]
 def outputs_of(
     model: onnx.ModelProto, signature: TowerSignature, layers: tuple[int, int]
 ) -> dict[str, TensorSpec]:
-    """Outputs of a tower that layers [first, end) make; what comes after all layers belongs to the last."""
+    """Outputs that layers [first, end) make; the last layer's include what comes after."""
     first, end = layers
     makers = {name: _layer_of(node) for node in model.graph.node for name in node.output}
     last_layer = _last_layer(model)
@@ -274,7 +274,7 @@ def _value(spec: TensorSpec, known: Mapping[str, onnx.ValueInfoProto]) -> onnx.V
 
 
 def _last_output(nodes: Iterable[onnx.NodeProto], scope: str) -> str:
-    """Output of the last node recorded in a scope: a layer ends with its sum into the residual stream."""
+    """Output of a scope's last node: a layer ends with its sum into the residual stream."""
     return str([node for node in nodes if node.name.startswith(scope)][-1].output[0])
 
 

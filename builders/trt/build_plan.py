@@ -1,4 +1,4 @@
-"""The plan of one build of TensorRT or TensorRT for RTX: its engines, what they cost, and the build."""
+"""The plan of one build of TensorRT or TensorRT for RTX: engines, their costs, and the build."""
 
 from __future__ import annotations
 

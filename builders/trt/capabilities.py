@@ -1,4 +1,4 @@
-"""Which compute capabilities engines are built for: asked for, the GPUs' own, or the library's choice."""
+"""Compute capabilities engines are built for: asked for, the GPUs' own, or the library's choice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from twotower.tensorrt_library import Flavour
 __all__ = ["DEFAULT_SMS", "HALF_ONLY_SM", "Capabilities", "chosen_capabilities"]
 
 DEFAULT_SMS = (86, 89, 120)
-"""Without a GPU to ask: GeForce RTX 30, 40 and 50 and the professional cards of those generations."""
+"""Without a GPU to ask: GeForce RTX 30, 40 and 50, and professional cards of their generations."""
 
 HALF_ONLY_SM = 75
 """TensorRT for RTX has matrix products in float16 only for this compute capability."""

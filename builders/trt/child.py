@@ -92,7 +92,7 @@ def _write(output: Path, plan: Any) -> None:
 
 
 def _peak_memory() -> int:
-    """Most bytes this process had in memory. On Linux `ru_maxrss` begins with what the parent had."""
+    """Peak memory of this process in bytes. Linux's `ru_maxrss` starts at the parent's."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

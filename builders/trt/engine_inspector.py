@@ -1,4 +1,4 @@
-"""What an engine became: programs of TensorRT for RTX, or layers as TensorRT's inspector lists them.
+"""What an engine became: programs of TensorRT for RTX, or layers by TensorRT's inspector.
 
 The latter needs a GPU and has never run. Engines whose passes expand stacked experts in device
 memory are refused: they are slower than float ones.
@@ -83,7 +83,7 @@ def summarize_layers(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def expands_experts(record: EngineRecord) -> bool:
-    """Whether a pass of any engine whose program was read writes stacked experts to device memory."""
+    """Whether any engine's program, where it was read, writes stacked experts to device memory."""
     return any(_stacks(facts) for facts in record.report.get("engines", {}).values())
 
 
@@ -130,7 +130,7 @@ def require_fused(engine: EngineFile, facts: Mapping[str, Any], *, readable: boo
 
 
 def _stacks(facts: Mapping[str, Any]) -> dict[int, list[dict[str, Any]]]:
-    """By profile, the stacked experts that its passes write to device memory; none where none are."""
+    """By profile, the stacked experts that its passes write to device memory."""
     programs = facts.get("inspector", {}).get("programs", ())
     stacks = {p["profile"]: [w for w in p["expanded"] if w["stacked"]] for p in programs}
     return {profile: found for profile, found in stacks.items() if found}

@@ -35,7 +35,7 @@ _README = """# A graph that could not be built
 
     {found}
 
-- `graph.onnx`: the graph the library was given, with the shapes of all values written down. {weights}
+- `graph.onnx`: the graph the library was given, with the shapes of all values. {weights}
 - `job.json`: inputs, profiles and compute capabilities.
 - `log.json`: what the library said, in order.
 
@@ -48,13 +48,15 @@ builds it again and says why not. To see its nodes, and to cut it down to the on
     {inspect}
     {reduce}
 
-`debug reduce` itself reads no weights; it needs the package onnx-graphsurgeon. If the graph is that of a whole tower, build with
+`debug reduce` itself reads no weights; it needs the package onnx-graphsurgeon.
+If the graph is that of a whole tower, build with
 --segments first: each segment is a graph of its own then, and the one that fails is far smaller.
 """
 
 _WEIGHTS_ARE_INPUTS = "Its weights are inputs."
 _WEIGHTS_BESIDE = (
-    "Weights that are not inputs are in `{data}`, a link\n  to the bundle's own file: `cp -rL` copies both. "
+    "Weights that are not inputs are in `{data}`, a link\n"
+    "  to the bundle's own file: `cp -rL` copies both. "
     "(A second hard name would keep `onnx.load` from reading the bundle's weights.)"
 )
 

@@ -40,12 +40,18 @@ SETTINGS: dict[str, Any] = {
 """How the library is configured whatever is built; a part of every engine's key in the cache."""
 
 EXPLAINED: tuple[tuple[str, str], ...] = (
-    (r"Make sure (input|output) \S+ has Int64 binding", "token ids and lengths are int64 by contract, and that is how they are bound"),
-    (r"(cudaError|CUDA initialization failure|error) ?.*35|CUDA lib.*not found|no CUDA-capable device|CUDA driver version is insufficient",
-     "there is no GPU on this machine; engines for named compute capabilities are built without one"),
+    (
+        r"Make sure (input|output) \S+ has Int64 binding",
+        "token ids and lengths are int64 by contract, and that is how they are bound",
+    ),
+    (
+        r"(cudaError|CUDA initialization failure|error) ?.*35|CUDA lib.*not found"
+        r"|no CUDA-capable device|CUDA driver version is insufficient",
+        "there is no GPU here; engines for named compute capabilities are built without one",
+    ),
     (r"^the timing cache is not kept", "it saves time of the next build only; the engine is whole"),
-)  # fmt: skip
-"""Warnings that are understood: pattern and why it is harmless here. Any other is reported as unexplained."""
+)
+"""Warnings that are understood: pattern and why it is harmless. Others are unexplained."""
 
 _DROPPED = re.compile(r"Unused Input:|\[RemoveDeadLayers\] Input Tensor")
 """A graph input that was silently ignored."""
@@ -246,7 +252,7 @@ def _configured(
 
 
 def _set_capabilities(flavour: Flavour, config: Any, options: NetworkOptions) -> None:
-    """Tells the library which GPUs to build for; by default it takes the one at hand or its own set."""
+    """Tells the library which GPUs to build for; the default is the one at hand or its own set."""
     trt = flavour.module
     names = ["CURRENT"] if options.current else [f"SM{sm}" for sm in options.sms]
     if names:  # the count first: a slot does not exist before

@@ -203,7 +203,7 @@ def test_an_interrupted_build_leaves_the_old_engine_and_no_process(tmp_path: Pat
             assert build.returncode == 130, err
             assert "interrupted" in err
             assert "Traceback" not in err
-            assert "goes on from there" in err
+            assert "resumes after them" in err
             assert {p.name for p in (bundle / "engines").iterdir()} == PUBLISHED
     last = start(command(bundle))
     assert last.wait() == 0

@@ -1,4 +1,4 @@
-"""What is known of a compiled program: kernels, tensors, memory, and weights copied in device memory."""
+"""What is known of a compiled program: kernels, tensors, memory, copies in device memory."""
 
 from __future__ import annotations
 

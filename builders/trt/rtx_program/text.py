@@ -131,7 +131,7 @@ def unreadable(why: str) -> ProgramTextError:
 
 
 def program_texts(plan: PlanBytes) -> Iterator[str]:
-    """The text of every whole program in a plan; texts of single fusions lie inside and are skipped.
+    """The text of every whole program in a plan; those of single fusions inside are skipped.
 
     A program is one block: its size, a mark, a version, the length of its text, the text, code.
     Plans are searched in pieces of 64 MiB: one that holds its weights may have tens of GiB.
