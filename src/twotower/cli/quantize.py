@@ -156,6 +156,13 @@ def _report(args: argparse.Namespace, bundle: Bundle, facts: dict[str, Any]) -> 
         print(f"  {label:<15}{line}")
 
 
+def _note(chosen: dict[str, Any]) -> dict[str, Any]:
+    """What of a choice belongs into the bundle's manifest."""
+    about = {name: chosen[name] for name in ("suite", "generation", "budget", "flags")}
+    names = ("retention", "passes_per_block", "inflation", "step_time", "speedup")
+    return {**about, "target": "ort-cpu", **{name: chosen["check"][name] for name in names}}
+
+
 def _auto(
     args: argparse.Namespace,
     bundle: Bundle,
@@ -211,10 +218,7 @@ def _auto(
         line = ProgressLine()
         made = quantize_bundle(bundle, plan, output, report=line, extra={"chosen": chosen})
         line.end()
-        about = {name: chosen[name] for name in ("suite", "generation", "budget", "flags")}
-        names = ("retention", "passes_per_block", "inflation", "step_time", "speedup")
-        figures = {name: chosen["check"][name] for name in names}
-        note_measurement(made, {**about, "target": "ort-cpu", **figures})
+        note_measurement(made, _note(chosen))
         facts["precision"] = made.precision
     _report(args, bundle, facts)
     if not args.json:
