@@ -1,4 +1,4 @@
-"""`make engines-inside` on a small layer: rows are measured and planned, and what is off is found."""
+"""`make engines-inside` on a small layer: rows are measured and planned, deviations found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make engines-published` and `make engines-boundary` on small models: the figures are written, what is off is found."""
+"""`make engines-published` and `make engines-boundary` on small models: figures and deviations."""
 
 from __future__ import annotations
 
@@ -174,7 +174,8 @@ def test_seconds_of_the_clock_count_where_nothing_else_runs(tools: Any, built: A
 
 
 def test_a_command_is_watched(tools: Any) -> None:
-    words = "import time; x = bytearray(120_000_000); n = sum(range(10_000_000)); time.sleep(0.3); raise SystemExit(3)"
+    words = "import time; x = bytearray(120_000_000); n = sum(range(10_000_000)); time.sleep(0.3)"
+    words += "; raise SystemExit(3)"
     ran = tools("watched_command").run_watched([sys.executable, "-c", words])
     assert ran.code == 3
     assert 0.05 < ran.cpu_seconds < ran.seconds + 0.1

@@ -1,4 +1,4 @@
-"""Measured generation: prompts and noise are the same in every run, so that two runs can be compared."""
+"""Measured generation: prompts and noise are the same in every run, so that runs compare."""
 
 from __future__ import annotations
 
