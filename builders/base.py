@@ -10,28 +10,6 @@ from typing import Protocol
 from twotower.bundle import Bundle, EngineRecord
 from twotower.errors import ConfigError
 
-__all__ = [
-    "AUTO",
-    "CHOSEN",
-    "DEFAULT_CACHE_BYTES",
-    "DEFAULT_MAX_BATCH",
-    "DEFAULT_MAX_CONTEXT",
-    "DENSE",
-    "DIALECTS",
-    "EXPERTS",
-    "FUSED",
-    "INPUTS",
-    "INSIDE",
-    "KERNELS",
-    "PLACES",
-    "STANDARD",
-    "BuildConfig",
-    "BuildPlan",
-    "EngineBuilder",
-    "Report",
-    "silent",
-]
-
 Report = Callable[[str, int, int], None]
 """Called with (what is being done, done, in all); the numbers are bytes or steps."""
 

@@ -22,8 +22,6 @@ from twotower.errors import BuildAbortedError, EngineMismatchError
 from twotower.files import locked
 from twotower.units import format_bytes
 
-__all__ = ["build_engines"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -10,16 +10,6 @@ from twotower.errors import BuildError
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 from twotower.units import format_bytes
 
-__all__ = [
-    "LayerBytes",
-    "build_memory",
-    "build_seconds",
-    "program_bytes",
-    "require_bound",
-    "require_build_memory",
-    "too_little_memory",
-]
-
 # Programs that hold no weights: bytes to begin with, and for each layer. TensorRT for RTX 1.7, all
 # profiles, published widths, 6 to 52 layers in the published order. How many compute capabilities
 # are listed makes no difference; smaller widths take a little less.

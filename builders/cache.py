@@ -24,8 +24,6 @@ from twotower.bundle import Bundle, FileRecord, hash_file, write_json
 from twotower.errors import BuildError
 from twotower.files import locked
 
-__all__ = ["CACHE_FOLDER", "EngineCache", "Entry", "kernel_source", "open_cache", "planning_source"]
-
 logger = logging.getLogger(__name__)
 
 CACHE_FOLDER = ".cache"

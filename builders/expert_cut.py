@@ -38,8 +38,6 @@ from twotower.spec import (
 )
 from twotower.weights.external import weight_refs
 
-__all__ = ["ExpertCut", "common_form", "experts_of", "exported_cut"]
-
 _NUMBERED = re.compile(
     r"\b(layers|scale_shift_tables|past_key_values|past_conv|past_ssm|present|present_conv|present_ssm)\.(\d+)"
 )

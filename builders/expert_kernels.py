@@ -22,17 +22,6 @@ from twotower.kernels.signatures import refuse_sm
 from twotower.kernels.tilings import TIERS
 from twotower.spec import MAX_CHUNK
 
-__all__ = [
-    "ASKED",
-    "DENSE_COST",
-    "Compile",
-    "ExpertChoice",
-    "choose_path",
-    "compile_code",
-    "require_compiler",
-    "require_kernels",
-]
-
 Compile = Callable[..., Manifest]
 """`compile_kernels`, or something like it."""
 

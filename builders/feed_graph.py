@@ -41,8 +41,6 @@ from twotower.spec import (
 )
 from twotower.weights.external import load_graph
 
-__all__ = ["FeedOptions", "feed_graph", "main"]
-
 _SCALE = 0.3  # of random states: a state of a text is of that size, and nothing overflows
 
 _SCRIPT = '''"""`polygraphy run --data-loader-script`: inputs, weights mapped from the bundle."""

@@ -7,8 +7,6 @@ from twotower.bundle import Profile
 from twotower.errors import ConfigError
 from twotower.spec import CONTEXT, CONTEXT_HEAD, MAX_CHUNK
 
-__all__ = ["cache_capacity", "greatest_rows", "profiles"]
-
 _ALIGNED = 64  # positions of a key-value cache: rows of whole cache lines in every dtype
 
 

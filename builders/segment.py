@@ -25,20 +25,6 @@ from twotower.spec import (
 )
 from twotower.weights.external import load_graph
 
-__all__ = [
-    "BundleGraphs",
-    "Segment",
-    "conditioning_of",
-    "extracted",
-    "fix_axes",
-    "layer_bytes",
-    "needed_nodes",
-    "outputs_of",
-    "segment",
-    "stream_axes",
-    "stream_before",
-]
-
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 

@@ -25,8 +25,6 @@ from twotower.dtypes import dtype_of_onnx, onnx_code
 from twotower.errors import TwoTowerError
 from twotower.weights.external import load_graph
 
-__all__ = ["job_of_graph", "main"]
-
 BUILDS, REFUSED, NOT_TRIED = 0, 1, 3
 
 

@@ -14,8 +14,6 @@ from twotower.dtypes import DTYPES, stored_bytes
 from twotower.spec import TensorSpec
 from twotower.weights.external import detach_weights, weight_refs
 
-__all__ = ["WeightPlaces", "place_weights", "why_inside"]
-
 
 @dataclass(frozen=True, slots=True)
 class WeightPlaces:

@@ -19,22 +19,6 @@ from twotower.bundle import Bundle, hash_file, write_json
 from twotower.errors import CalibrationError
 from twotower.files import replacing
 
-__all__ = [
-    "BINS",
-    "CONTEXT_BUCKETS",
-    "DATA_FILE",
-    "DENOISER_BUCKETS",
-    "DESCRIPTION_FILE",
-    "KIND",
-    "Statistics",
-    "TowerStatistics",
-    "bin_edges",
-    "bucket_of",
-    "identity_of",
-    "read_statistics",
-    "write_statistics",
-]
-
 CONTEXT_BUCKETS = ("text",)
 DENOISER_BUCKETS = ("0", *(f"{i}/8" for i in range(1, 9)))
 """Masked fraction t of the block: 0 is a finished block, i/8 everything in ((i-1)/8, i/8]."""

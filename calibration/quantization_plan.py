@@ -15,15 +15,6 @@ from twotower.errors import BundleError, CalibrationError, ConfigError
 from twotower.export.graphs.precision import ActivationFormat, Precision
 from twotower.export.graphs.tower_graphs import TowerGraph, build_graph
 
-__all__ = [
-    "QuantizationPlan",
-    "QuantizeConfig",
-    "plan_quantization",
-    "precision_of",
-    "quantizable_of",
-    "require_float",
-]
-
 RANGES = ("max", "percentile", "mse")
 SOURCES = ("trajectories", "text")
 

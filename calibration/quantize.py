@@ -32,8 +32,6 @@ from twotower.graph_lint import require_clean
 from twotower.weights.declared import lay_out
 from twotower.weights.writer import byte_counter
 
-__all__ = ["quantize_bundle", "source_identity"]
-
 Report = Callable[[str, int, int], None]
 
 

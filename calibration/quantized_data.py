@@ -29,8 +29,6 @@ from twotower.weights.mapped import raw_pieces, read_weight
 from twotower.weights.refs import WeightRef
 from twotower.weights.writer import Piece, write_data
 
-__all__ = ["FloatWeights", "quantization_error", "stream_quantized"]
-
 _PIECE = 1 << 20
 """Weights a worker quantizes at a time: few enough for its temporaries to stay near the core."""
 

@@ -11,8 +11,6 @@ from twotower.calibration.activation_statistics import Statistics, bin_edges
 from twotower.config.formats import ACTIVATIONS
 from twotower.errors import CalibrationError
 
-__all__ = ["activation_range", "activation_ranges"]
-
 _PERCENTILE = 0.9999
 _LEAST_RANGE = 2.0**-20
 

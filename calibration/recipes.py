@@ -16,16 +16,6 @@ from twotower.errors import RecipeError
 from twotower.spec import DENOISER
 from twotower.weights.declared import QUANTIZABLE, declared_weights
 
-__all__ = [
-    "KEEP",
-    "QuantizableWeight",
-    "Recipe",
-    "RecipeOverride",
-    "builtin_recipes",
-    "load_recipe",
-    "quantizable_weights",
-]
-
 KEEP = "keep"
 
 KINDS = tuple(role.value for role in QUANTIZABLE)

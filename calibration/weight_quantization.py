@@ -11,8 +11,6 @@ import numpy.typing as npt
 from twotower.config.formats import WeightFormat
 from twotower.dtypes import numpy_dtype
 
-__all__ = ["ROUNDINGS", "expand_rows", "global_scale", "pack", "quantize_rows"]
-
 Floats = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
 

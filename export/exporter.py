@@ -47,16 +47,6 @@ from twotower.spec import signatures
 from twotower.weights.declared import lay_out
 from twotower.weights.writer import stream_weights
 
-__all__ = [
-    "ExportConfig",
-    "Verifier",
-    "check_tokenizer",
-    "copy_tokenizer",
-    "export_bundle",
-    "export_programs",
-    "graph_notes",
-]
-
 DTYPES = ("float32", "float16", "bfloat16")
 TRAINED_BLOCK_SIZE = 16
 logger = logging.getLogger(__name__)

@@ -10,8 +10,6 @@ from twotower.bundle import DATA_SUFFIX, TABLE_SUFFIX, write_weight_table
 from twotower.export.graphs.tower_graphs import TowerGraph
 from twotower.weights.refs import WeightRef
 
-__all__ = ["point_to_data", "save_graph", "save_program"]
-
 
 def point_to_data(model: ir.Model, refs: dict[str, WeightRef], location: str) -> None:
     """Gives every weight its place in a data file that is named relative to the graph's."""

@@ -56,16 +56,6 @@ from twotower.weights.declared import lay_out
 from twotower.weights.external import attach_weights, load_graph, weight_refs, widen_to_float32
 from twotower.weights.writer import widen_data
 
-__all__ = [
-    "TOLERANCE",
-    "Case",
-    "available_memory",
-    "layers_that_fit",
-    "peak_bytes",
-    "random_case",
-    "verify_bundle",
-]
-
 TOLERANCE = 1e-3
 """Largest error relative to a tensor's largest magnitude. Both sides compute in float32 and differ
 in the order of sums of up to 131072 terms; a wrong operator, weight or state is an error near 1."""

@@ -25,8 +25,6 @@ from twotower.kernels.shape import MOST_TOKENS, ExpertShape
 from twotower.kernels.signatures import KernelSpec, kernel_specs
 from twotower.kernels.tilings import tier_for
 
-__all__ = ["FP_FUSION", "compile_kernel", "compile_kernels", "device_functions"]
-
 FP_FUSION = True
 """Whether a product and a sum may become one instruction: Triton 3.9's default, not 3.10's."""
 

@@ -13,8 +13,6 @@ from twotower.errors import BundleError, EngineMismatchError
 from twotower.kernels.shape import ExpertShape
 from twotower.records import decode, encode, stored
 
-__all__ = ["MANIFEST", "Cubin", "Manifest", "build_command", "read_manifest"]
-
 MANIFEST = "manifest.json"
 """Its name in the folder of the kernels."""
 

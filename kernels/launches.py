@@ -20,8 +20,6 @@ from twotower.kernels.signatures import (
 )
 from twotower.kernels.tilings import Tier, tier_for, tiling
 
-__all__ = ["SCRATCH", "Launch", "launches", "most_blocks", "scratch_bytes", "weight_names"]
-
 SCRATCH = "scratch+"
 """How a parameter in scratch memory begins; the offset in bytes follows."""
 

@@ -11,8 +11,6 @@ from twotower.config.formats import FORMATS, GROUPS, WeightFormat
 from twotower.errors import BuildError
 from twotower.records import decode, encode
 
-__all__ = ["MATRICES", "MOST_TOKENS", "ExpertFormats", "ExpertShape", "shape_of"]
-
 MOST_TOKENS = 4096
 """Tokens of a launch; longer chunks are several."""
 

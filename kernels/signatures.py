@@ -10,15 +10,6 @@ from twotower.errors import BuildError
 from twotower.kernels.shape import ExpertShape
 from twotower.kernels.tilings import BUILDABLE_SMS, TIERS, Tier, Tiling, tiling
 
-__all__ = [
-    "COMBINE_COLUMNS",
-    "KernelSpec",
-    "finds_pairs_at_once",
-    "kernel_specs",
-    "refuse_sm",
-    "slot_tokens",
-]
-
 COMBINE_COLUMNS = 512
 """Columns of a program of the last kernel."""
 

@@ -7,17 +7,6 @@ from dataclasses import dataclass
 from twotower.errors import RequestError
 from twotower.kernels.shape import MATRICES, MOST_TOKENS, ExpertShape
 
-__all__ = [
-    "BUILDABLE_SMS",
-    "TIERS",
-    "Tier",
-    "Tiling",
-    "depth",
-    "shared_memory",
-    "tier_for",
-    "tiling",
-]
-
 BUILDABLE_SMS = (80, 86, 89, 90, 100, 120, 121)
 """Compute capabilities cubins are made for."""
 

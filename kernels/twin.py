@@ -17,17 +17,6 @@ from twotower.config.formats import WeightFormat
 from twotower.dtypes import carried_dtype, to_float32, to_stored
 from twotower.kernels.shape import ExpertShape
 
-__all__ = [
-    "Array",
-    "Floats",
-    "combine_twin",
-    "down_twin",
-    "expanded",
-    "experts_twin",
-    "pairs_twin",
-    "up_twin",
-]
-
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 

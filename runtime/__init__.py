@@ -1,11 +1,11 @@
 """Two engines and one block loop: generation from a bundle, without torch."""
 
 from twotower.config import GenerationConfig
+from twotower.errors import RequestCancelledError
 from twotower.runtime.requests import Request
 from twotower.runtime.results import (
     BlockEvent,
     Generation,
-    RequestCancelledError,
     StepRecord,
     Timings,
     Usage,

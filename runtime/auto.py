@@ -12,18 +12,6 @@ from twotower.errors import RequestError
 from twotower.runtime.results import BlockEvent
 from twotower.runtime.rows import Row
 
-__all__ = [
-    "AutoMode",
-    "PassRecord",
-    "PassTimes",
-    "PassesSeen",
-    "Setting",
-    "break_even",
-    "choose",
-    "setting_of",
-    "times_for",
-]
-
 logger = logging.getLogger(__name__)
 
 _MOST_BLOCKS = 64

@@ -9,8 +9,6 @@ from threading import RLock, get_ident
 from types import TracebackType
 from typing import Self
 
-__all__ = ["Cleanup", "SessionLock", "close_all"]
-
 logger = logging.getLogger(__name__)
 
 Action = Callable[[], object]

@@ -17,20 +17,6 @@ from twotower.errors import RequestError
 from twotower.runtime.cleanup import close_all
 from twotower.spec import TensorSpec
 
-__all__ = [
-    "Array",
-    "Buffer",
-    "Event",
-    "HostMemory",
-    "HostStream",
-    "Memory",
-    "Span",
-    "Stream",
-    "Streams",
-    "no_memory",
-    "span_of",
-]
-
 Array = np.ndarray[Any, np.dtype[Any]]
 
 Buffer = Any

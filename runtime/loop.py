@@ -21,8 +21,6 @@ from twotower.runtime.schedule import PrefillPlan, capacity_bucket, commit_floor
 from twotower.runtime.workspace import Workspace
 from twotower.spec import CANDIDATE_LOGPROBS, CONFIDENCE, CONTEXT, DENOISER, NEXT_BLOCK
 
-__all__ = ["BlockLoop"]
-
 
 class BlockLoop:
     """Generates for rows of one mode and one block size that run together.

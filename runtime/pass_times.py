@@ -21,16 +21,6 @@ from twotower.runtime.auto import PassRecord, PassTimes, Setting
 from twotower.runtime.engines import OpenOptions
 from twotower.runtime.workspace import Workspace
 
-__all__ = [
-    "FIRST",
-    "RECORD_FILE",
-    "RUNS",
-    "measure_pass_times",
-    "measured_on",
-    "read_pass_record",
-    "run_every_pass",
-]
-
 RECORD_FILE = "reports/tune.json"
 _KEY = "auto"
 

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from twotower.bundle import EngineFile
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, StateTensor
 
-__all__ = ["place_engines", "places_of_tensors"]
-
 
 def place_engines(
     sizes: Mapping[str, Sequence[int]], devices: Sequence[int]

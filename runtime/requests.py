@@ -15,17 +15,6 @@ from twotower.runtime.rows import Row
 from twotower.runtime.tokenizer import Tokenizer, tokenizer_missing
 from twotower.spec import MAX_CHUNK
 
-__all__ = [
-    "Limits",
-    "Prompt",
-    "Request",
-    "as_requests",
-    "batches",
-    "check_vocabulary",
-    "row_from_request",
-    "token_ids",
-]
-
 Prompt = str | Sequence[int]
 
 

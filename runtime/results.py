@@ -9,16 +9,6 @@ from typing import Any
 from twotower.errors import RequestCancelledError
 from twotower.runtime.device import Array
 
-__all__ = [
-    "BlockEvent",
-    "Generation",
-    "Hooks",
-    "RequestCancelledError",
-    "StepRecord",
-    "Timings",
-    "Usage",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Usage:

@@ -16,8 +16,6 @@ from twotower.runtime.sampling import Choice, Sampling
 from twotower.runtime.schedule import block_count
 from twotower.runtime.tokenizer import IncrementalText, Tokenizer
 
-__all__ = ["EOS", "LENGTH", "STOP", "Continuation", "Row", "StopRule"]
-
 EOS, STOP, LENGTH = "eos", "stop", "length"
 
 

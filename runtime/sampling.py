@@ -12,16 +12,6 @@ import numpy.typing as npt
 
 from twotower.config import GenerationConfig
 
-__all__ = [
-    "AR",
-    "DIFFUSION",
-    "Choice",
-    "Sampling",
-    "StepNoise",
-    "gumbel_noise",
-    "keyed_uniforms",
-]
-
 DIFFUSION, AR = 0, 1
 """The last number of a counter: the two modes must not share noise."""
 

@@ -7,19 +7,6 @@ from dataclasses import dataclass
 
 from twotower.spec import MAX_CHUNK
 
-__all__ = [
-    "CHUNK_WIDTHS",
-    "SMALLEST_BUCKET",
-    "ChunkStep",
-    "PrefillPlan",
-    "block_count",
-    "capacity_bucket",
-    "capacity_limit",
-    "commit_floor",
-    "prefill_plan",
-    "row_counts",
-]
-
 SMALLEST_BUCKET = 256
 """Capacity of the smallest cache; every further bucket doubles it."""
 

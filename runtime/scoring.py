@@ -21,8 +21,6 @@ from twotower.runtime.requests import (
 )
 from twotower.runtime.rows import Row
 
-__all__ = ["GivenTokens", "Score", "scoring_rows"]
-
 _ROUNDING = 4e-6
 """How far a sum of the candidates' probabilities can be off, since their logarithms are float32."""
 

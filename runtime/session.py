@@ -41,8 +41,6 @@ from twotower.runtime.tokenizer import Tokenizer
 from twotower.runtime.workspace import Workspaces
 from twotower.spec import MAX_CHUNK
 
-__all__ = ["TwoTower"]
-
 logger = logging.getLogger(__name__)
 
 _Item = TypeVar("_Item", bound="str | Request | Sequence[int]")

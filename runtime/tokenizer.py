@@ -12,8 +12,6 @@ from twotower.errors import BundleError, RequestError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
-__all__ = ["IncrementalText", "Tokenizer", "tokenizer_missing"]
-
 logger = logging.getLogger(__name__)
 
 _UNKNOWN = "\ufffd"  # what a decoder writes for bytes that are not a character, or not one yet

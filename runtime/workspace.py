@@ -35,8 +35,6 @@ from twotower.spec import (
     state_tensors,
 )
 
-__all__ = ["ContextState", "DenoiserArrays", "Workspace", "Workspaces"]
-
 _MOST_CONTEXT_BINDINGS = 32  # prompts end in chunks of any width: not a binding for each for ever
 _DENOISER_SMALL = (
     *(BLOCK, CONTEXT_LENGTH, THRESHOLD, COMMIT_FLOOR, TEMPERATURE, NOISE),

@@ -44,8 +44,6 @@ from twotower.builders.ort.nodes import (
 from twotower.config.formats import NARROW_BLOCK
 from twotower.weights.refs import WeightRef
 
-__all__ = ["Located", "choose_experts", "is_slice", "stacked_places"]
-
 Located = Mapping[str, tuple[str, WeightRef]]
 """By weight, the file it lies in, relative to the folder the engine is opened with, and where."""
 

@@ -63,15 +63,6 @@ from twotower.weights.external import (
 from twotower.weights.refs import WeightRef
 from twotower.weights.writer import byte_counter
 
-__all__ = [
-    "OrtCpuBuilder",
-    "OrtCpuPlan",
-    "engine_places",
-    "experts_are_packed",
-    "make_cuda_builder",
-    "write_engine",
-]
-
 CPU = "ort-cpu"
 PACKED, MAPPED = "packed", "mapped"
 AS_STORED, EXPANDED = "as stored", "expanded"

@@ -20,15 +20,6 @@ from twotower.builders.ort.nodes import (
 )
 from twotower.weights.external import weight_refs
 
-__all__ = [
-    "choose_by_topk",
-    "compute_rows_alike",
-    "expand_float4",
-    "float4_weights",
-    "hide_dequantization",
-    "show_dequantization",
-]
-
 
 def float4_weights(model: onnx.ModelProto) -> Iterator[tuple[str, str, str, str]]:
     """Weights in 4-bit floats: values, the output that reads them, block scales, global scale."""

@@ -63,8 +63,6 @@ from twotower.weights.external import attach_weights, weight_refs
 from twotower.weights.refs import WeightRef
 from twotower.weights.writer import byte_counter
 
-__all__ = ["OrtCudaBuilder", "OrtCudaPlan", "kernel_limits"]
-
 CUDA = "ort-cuda"
 
 

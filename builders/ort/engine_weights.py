@@ -24,8 +24,6 @@ from twotower.weights.mapped import PIECE_BYTES, float32_pieces, raw_pieces, rea
 from twotower.weights.refs import WeightRef, place
 from twotower.weights.writer import Piece, write_data
 
-__all__ = ["EngineWeight", "cpu_weights", "write_engine_data"]
-
 _ELEMENTS = PIECE_BYTES // 4
 
 _SIGN_BITS = {"int4": 0x88, "int8": 0x80}

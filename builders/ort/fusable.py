@@ -8,8 +8,6 @@ from twotower.bundle import ExpertsStep
 from twotower.config.formats import FORMATS
 from twotower.errors import BuildError
 
-__all__ = ["RELU2_SINCE", "require_fusable"]
-
 RELU2_SINCE = (1, 32)
 """The first ONNX Runtime whose CUDA kernels take squared ReLU."""
 

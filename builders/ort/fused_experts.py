@@ -41,8 +41,6 @@ from twotower.spec import EXPERTS_IN, SHARES
 from twotower.weights.external import weight_refs
 from twotower.weights.refs import WeightRef
 
-__all__ = ["fuse_experts"]
-
 _DOMAIN = "com.microsoft"
 _MATRICES = ("up", "down")
 _CERTAIN = 10000.0

@@ -10,17 +10,6 @@ import onnx
 from onnx import TensorProto, numpy_helper
 from onnx.helper import get_attribute_value, make_graph, make_node, make_tensor_value_info
 
-__all__ = [
-    "PRODUCTS",
-    "NodeWriter",
-    "attributes_of",
-    "drop_values",
-    "makers_of",
-    "readers_of",
-    "replace_nodes",
-    "with_branches",
-]
-
 PRODUCTS = ("MatMul", "FusedMatMul")
 """Operators of products in a graph that ONNX Runtime has optimised."""
 

@@ -39,15 +39,6 @@ from twotower.dtypes import DTYPES
 from twotower.product_probe import EVEN_ROWS
 from twotower.weights.refs import WeightRef
 
-__all__ = [
-    "UNSIGNED",
-    "QuantizedProduct",
-    "as_matrices",
-    "probe_graph",
-    "quantized_products",
-    "read_as_stored",
-]
-
 UNSIGNED: Mapping[str, str] = {"int4": "uint4", "int8": "uint8"}
 """How values are stored for the product, by how a bundle has them: the zero is in the middle."""
 

@@ -46,8 +46,6 @@ from twotower.kernels.tilings import BUILDABLE_SMS
 from twotower.tensorrt_library import Flavour
 from twotower.units import format_bytes
 
-__all__ = ["TensorRTPlan"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -12,8 +12,6 @@ from twotower.errors import BuildError
 from twotower.hardware import Machine
 from twotower.tensorrt_library import Flavour
 
-__all__ = ["DEFAULT_SMS", "HALF_ONLY_SM", "Capabilities", "chosen_capabilities"]
-
 DEFAULT_SMS = (86, 89, 120)
 """Without a GPU to ask: GeForce RTX 30, 40 and 50, and professional cards of their generations."""
 

@@ -26,8 +26,6 @@ from twotower.hardware import probe_machine
 from twotower.spec import TensorSpec
 from twotower.units import format_bytes
 
-__all__ = ["main", "options_from_job"]
-
 _PR_SET_PDEATHSIG = 1
 
 

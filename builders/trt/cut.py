@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from twotower.builders.build_cost import LayerBytes, too_little_memory
 from twotower.units import format_bytes
 
-__all__ = ["cut_layers", "even_layers", "least_bound", "tower_cuts"]
-
 Cuts = tuple[tuple[int, int], ...]
 """Groups of consecutive layers: for each its first layer and the one after its last."""
 

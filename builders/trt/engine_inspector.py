@@ -22,8 +22,6 @@ from twotower.hardware import Machine
 from twotower.tensorrt_library import Flavour
 from twotower.units import format_bytes
 
-__all__ = ["expands_experts", "inspect_plan", "require_fused", "summarize_layers"]
-
 
 def inspect_plan(
     flavour: Flavour, plan: Any, machine: Machine, *, profiles: int | None = None

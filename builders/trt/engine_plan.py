@@ -32,14 +32,6 @@ from twotower.records import encode
 from twotower.spec import CONTEXT_HEAD
 from twotower.tensorrt_library import Flavour
 
-__all__ = [
-    "EnginePlan",
-    "EnginePlanner",
-    "engine_key",
-    "least_build_memory",
-    "sum_float32_products",
-]
-
 _KEY_SCHEMA = 2
 
 

@@ -25,8 +25,6 @@ from twotower.builders.trt.engine_plan import EnginePlan
 from twotower.bundle import Bundle, FileRecord, hash_file, write_json
 from twotower.errors import BuildAbortedError, BuildError
 
-__all__ = ["CrashedError", "EngineMaker", "RefusedError", "run_job"]
-
 logger = logging.getLogger(__name__)
 
 _README = """# A graph that could not be built

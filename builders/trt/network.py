@@ -19,16 +19,6 @@ from twotower.files import write_atomically
 from twotower.spec import TensorSpec
 from twotower.tensorrt_library import Flavour
 
-__all__ = [
-    "EXPLAINED",
-    "SETTINGS",
-    "BuildLog",
-    "NetworkOptions",
-    "build_network",
-    "explain",
-    "make_logger",
-]
-
 SETTINGS: dict[str, Any] = {
     "cleared_flags": ["TF32"],  # float32 means float32
     "set_flags": ["REQUIRE_USER_ALLOCATION"],  # where the library has it: capture needs it

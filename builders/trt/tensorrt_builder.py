@@ -16,8 +16,6 @@ from twotower.tensorrt_library import Flavour
 if TYPE_CHECKING:
     from twotower.builders.expert_kernels import Compile
 
-__all__ = ["TensorRTBuilder"]
-
 _WITHOUT_EFFECT = ("force", "use_cache", "cache", "cache_bytes")
 
 

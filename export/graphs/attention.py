@@ -19,8 +19,6 @@ from twotower.spec import (
     splits_groups,
 )
 
-__all__ = ["MASKED", "context_attention", "denoiser_attention"]
-
 MASKED = -1e30
 """The float32 score of a position that must not be attended: finite, so that no backend has to do
 arithmetic with -inf."""

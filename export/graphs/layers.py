@@ -13,18 +13,6 @@ from twotower.config import LayerKind
 from twotower.export.graphs.recorder import GraphBuilder, Layer
 from twotower.spec import EXPERTS_IN, EXPERTS_OUT, SHARES
 
-__all__ = [
-    "Modulation",
-    "conditioning",
-    "mlp",
-    "modulation",
-    "moe",
-    "normed_input",
-    "rms_norm",
-    "routing",
-    "within_best_groups",
-]
-
 
 def rms_norm(layer: Layer, x: ir.Value, weight: str = "norm.weight") -> ir.Value:
     """RMSNorm over the last axis, in float32, cast back to the model's dtype."""

@@ -10,8 +10,6 @@ import onnx_ir as ir
 from twotower.export.graphs.recorder import ChunkInfo, Layer
 from twotower.spec import past_conv, past_ssm, present_conv, present_ssm
 
-__all__ = ["mamba"]
-
 
 def mamba(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
     """Mamba-2 [B,L,D] on u [B,L,D], from the convolution's and the SSM's state.

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from twotower.config.formats import WeightFormat
 
-__all__ = ["ActivationFormat", "Precision", "Tap"]
-
 
 @dataclass(frozen=True, slots=True)
 class ActivationFormat:

@@ -17,8 +17,6 @@ from twotower.export.graphs.precision import ActivationFormat, Tap
 from twotower.spec import TensorSpec, TowerSignature
 from twotower.weights.declared import Weight
 
-__all__ = ["OPSET", "ChunkInfo", "GraphBuilder", "Layer", "ir_dtype"]
-
 OPSET = 24
 """The newest opset that every reader of these graphs accepts: ONNX Runtime, TensorRT 11 and
 TensorRT for RTX 1.7."""

@@ -21,8 +21,6 @@ from twotower.spec import (
     candidate_count,
 )
 
-__all__ = ["MaskInfo", "mask_info", "relative_to_best", "sample_and_commit"]
-
 _NEVER = -1e30  # the mask token's logit: its probability underflows to exactly 0 in float32
 
 

@@ -40,8 +40,6 @@ from twotower.spec import (
 )
 from twotower.weights.declared import Weight, declared_weights
 
-__all__ = ["TowerGraph", "build_graph"]
-
 
 @dataclass(frozen=True, slots=True)
 class TowerGraph:

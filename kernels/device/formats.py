@@ -9,8 +9,6 @@ and free of the conversion instructions, which are slow.
 import triton
 import triton.language as tl
 
-__all__ = ["group_scales", "halves", "rounded", "scaled", "whole_bytes"]
-
 _FLOAT: tl.constexpr = tl.constexpr(0)
 _INT8: tl.constexpr = tl.constexpr(1)
 _FLOAT8: tl.constexpr = tl.constexpr(2)

@@ -13,8 +13,6 @@ pair, as three rows of BLOCKS entries. An expert of -1 marks a block that is not
 import triton
 import triton.language as tl
 
-__all__ = ["pairs_few", "pairs_order", "pairs_slots"]
-
 
 @triton.jit
 def _slots(share, TOP: tl.constexpr):

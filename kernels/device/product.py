@@ -10,8 +10,6 @@ import triton.language as tl
 
 from twotower.kernels.device.formats import group_scales, halves, rounded, scaled, whole_bytes
 
-__all__ = ["combine", "down", "up"]
-
 _FLOAT8: tl.constexpr = tl.constexpr(2)
 _ROW_SCALE: tl.constexpr = tl.constexpr(1)
 _INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))

@@ -16,8 +16,6 @@ from twotower.kernels.launches import Launch
 from twotower.processors import usable_cores
 from twotower.runtime.cleanup import Cleanup
 
-__all__ = ["Cuda", "CudaError", "KernelDriver"]
-
 logger = logging.getLogger(__name__)
 
 _SUCCESS, _OUT_OF_MEMORY, _DRIVER_TOO_OLD, _NO_DEVICE = 0, 2, 35, 100

@@ -17,8 +17,6 @@ from twotower.runtime.device import Array, Span, no_memory
 from twotower.spec import TensorSpec
 from twotower.units import format_bytes
 
-__all__ = ["DeviceBuffer", "DeviceMemory", "Slab"]
-
 _ALIGNED = 256  # bytes; what cudaMalloc itself keeps, and TensorRT asks of an address
 
 

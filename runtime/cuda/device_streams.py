@@ -10,8 +10,6 @@ from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.device import Event, HostStream
 
-__all__ = ["CudaEvent", "CudaStream"]
-
 
 class CudaEvent:
     """A point in a stream's work that can be recorded again; waiting covers the later work too.

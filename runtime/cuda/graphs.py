@@ -8,8 +8,6 @@ from collections.abc import Callable
 from twotower.errors import DeviceError
 from twotower.runtime.cuda.calls import Cuda, CudaError
 
-__all__ = ["capture"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -14,8 +14,6 @@ from twotower.runtime.cuda.graphs import capture
 from twotower.runtime.device import Stream
 from twotower.spec import TowerSignature
 
-__all__ = ["DevicePass", "PassWork", "ScratchOrder", "Transfer", "downloads", "uploads"]
-
 
 @dataclass(frozen=True, slots=True)
 class Transfer:

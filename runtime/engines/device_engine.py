@@ -18,8 +18,6 @@ from twotower.runtime.engines.pass_steps import BoundProgram, PassSteps, StateCo
 from twotower.runtime.engines.shared_resources import SharedResources
 from twotower.spec import TowerSignature
 
-__all__ = ["DeviceEngine", "PassBuffers", "Program"]
-
 
 class Program(Protocol):
     """A loaded program.

@@ -37,8 +37,6 @@ from twotower.runtime.weights.store import LoadRequest, WeightStore
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, StateTensor, TensorSpec, state_tensors
 from twotower.units import format_bytes
 
-__all__ = ["DeviceOpening", "check_weights", "chosen_devices", "reads_of", "requests_of"]
-
 
 @dataclass(frozen=True)
 class DeviceOpening:

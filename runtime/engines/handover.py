@@ -17,8 +17,6 @@ from twotower.spec import (
     SHARES,
 )
 
-__all__ = ["HANDED", "Handover", "buffer_sizes", "handed_bytes", "with_tokens"]
-
 _HALVES: Mapping[str, int] = {RESIDUAL_IN: 0, RESIDUAL_OUT: 1}
 """Which half of the residual stream's two buffers a name means: a program's own or the next one's.
 

@@ -19,8 +19,6 @@ from twotower.kernels.tilings import BUILDABLE_SMS
 from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
 
-__all__ = ["ExpertCode", "ExpertStep", "KernelExperts"]
-
 _C_TYPES: Mapping[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 """Of numbers; a pointer is 64 bits."""
 

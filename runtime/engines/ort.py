@@ -26,8 +26,6 @@ from twotower.runtime.engines.towers import Towers
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TowerSignature, signatures
 from twotower.units import format_bytes
 
-__all__ = ["CudaLibrary", "OrtEngine", "engine_threads", "open_ort_cpu"]
-
 CPU, CUDA = "ort-cpu", "ort-cuda"
 Copies = Sequence[tuple[Array, Array]]
 _ONE_THREAD_BELOW_BYTES = (

@@ -34,8 +34,6 @@ from twotower.runtime.engines.towers import OpenOptions, Towers
 from twotower.runtime.schedule import row_counts
 from twotower.spec import MAX_CHUNK, signatures
 
-__all__ = ["OrtDeviceEngine", "OrtLibrary", "open_ort_cuda"]
-
 TARGET = "ort-cuda"
 _MOST_ROWS = 1 << 12  # sessions take any number; beyond this a batch is not padded
 

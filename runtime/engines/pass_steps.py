@@ -18,8 +18,6 @@ from twotower.runtime.engines.handover import Handover
 from twotower.runtime.engines.kernel_experts import ExpertStep
 from twotower.spec import PAST_LENGTH, StateTensor, TensorSpec
 
-__all__ = ["BoundCopies", "BoundProgram", "PassSteps", "StateCopies"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoundProgram:

@@ -21,8 +21,6 @@ from twotower.runtime.weights.store import WeightStore
 from twotower.spec import EXPERTS_IN, EXPERTS_OUT, SHARES
 from twotower.units import format_bytes
 
-__all__ = ["SharedResources", "code_places"]
-
 
 @dataclass(slots=True)
 class SharedResources:

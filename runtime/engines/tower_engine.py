@@ -8,8 +8,6 @@ from typing import Any, Protocol
 from twotower.runtime.device import Event, Stream
 from twotower.spec import TowerSignature
 
-__all__ = ["Binding", "TowerEngine"]
-
 
 class Binding(Protocol):
     """Fixed addresses and shapes for one engine: made once, run many times.

@@ -12,8 +12,6 @@ from twotower.runtime.cleanup import close_all
 from twotower.runtime.device import HostMemory, Memory, Streams
 from twotower.runtime.engines.tower_engine import TowerEngine
 
-__all__ = ["OpenOptions", "Towers"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenOptions:

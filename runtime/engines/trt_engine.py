@@ -39,8 +39,6 @@ from twotower.runtime.schedule import row_counts
 from twotower.spec import MAX_CHUNK, TowerSignature, signatures
 from twotower.tensorrt_library import Flavour
 
-__all__ = ["PassOptions", "TensorRTEngine", "load_steps", "open_tensorrt"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -21,8 +21,6 @@ from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.device_memory import DeviceMemory
 from twotower.tensorrt_library import Flavour
 
-__all__ = ["Bound", "Execution", "LibraryLog", "Plan", "PlanLoader", "library_log"]
-
 logger = logging.getLogger(__name__)
 
 _DTYPES = {kind.tensorrt: name for name, kind in DTYPES.items() if kind.tensorrt}

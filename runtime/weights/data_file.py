@@ -19,8 +19,6 @@ from twotower.errors import BundleError
 from twotower.runtime.weights.device_layout import Chunk
 from twotower.weights.refs import PAGE, WeightRef
 
-__all__ = ["DataFile", "PageCache"]
-
 logger = logging.getLogger(__name__)
 
 _COPY_AGAIN = "copy the bundle again from where it was made, or export the checkpoint again"

@@ -8,17 +8,6 @@ from dataclasses import dataclass, replace
 
 from twotower.weights.refs import PAGE, WeightRef
 
-__all__ = [
-    "ALIGNMENT",
-    "Chunk",
-    "Copy",
-    "Layout",
-    "Run",
-    "copies",
-    "cut_chunks",
-    "lay_out",
-]
-
 ALIGNMENT = 256
 """Bytes; TensorRT asks it of a tensor's address (`setTensorAddress`), and cudaMalloc keeps it."""
 

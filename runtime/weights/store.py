@@ -20,8 +20,6 @@ from twotower.runtime.weights.transfer import DeviceCopy, Ring, Step, open_trans
 from twotower.units import format_bytes
 from twotower.weights.refs import WeightRef
 
-__all__ = ["LoadOptions", "LoadRequest", "Loaded", "WeightStore"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -18,8 +18,6 @@ from twotower.runtime.weights.data_file import DataFile
 from twotower.runtime.weights.device_layout import Chunk
 from twotower.weights.refs import PAGE
 
-__all__ = ["DeviceCopy", "Ring", "Step", "Transfer", "open_transfer"]
-
 
 @dataclass(frozen=True, slots=True)
 class DeviceCopy:

@@ -16,20 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = [
-    "DTYPES",
-    "FLOATS",
-    "DType",
-    "carried_dtype",
-    "dtype_of_onnx",
-    "item_bytes",
-    "numpy_dtype",
-    "onnx_code",
-    "stored_bytes",
-    "to_float32",
-    "to_stored",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class DType:

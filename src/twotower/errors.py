@@ -4,26 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-__all__ = [
-    "BudgetError",
-    "BuildAbortedError",
-    "BuildError",
-    "BundleError",
-    "CalibrationError",
-    "CheckpointError",
-    "ConfigError",
-    "DeviceError",
-    "EngineMismatchError",
-    "EngineOutputError",
-    "ExportError",
-    "RecipeError",
-    "RequestCancelledError",
-    "RequestError",
-    "SuiteError",
-    "TraceError",
-    "TwoTowerError",
-]
-
 
 class TwoTowerError(Exception):
     """An error a user can cause and mend.

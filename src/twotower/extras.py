@@ -9,15 +9,6 @@ from pathlib import Path
 
 from twotower.errors import ConfigError
 
-__all__ = [
-    "EXTRA_OF",
-    "TARGET_EXTRA",
-    "install_command",
-    "installed_libraries",
-    "missing_library",
-    "require_libraries",
-]
-
 EXTRA_OF: Mapping[str, str] = {
     "cuda": "gpu",
     "huggingface_hub": "export",

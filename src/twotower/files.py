@@ -17,22 +17,6 @@ from pathlib import Path, PurePosixPath
 from twotower.errors import TwoTowerError
 from twotower.units import format_bytes
 
-__all__ = [
-    "FileRecord",
-    "Progress",
-    "file_records",
-    "hash_file",
-    "hash_files",
-    "inside",
-    "link_file",
-    "locked",
-    "replacing",
-    "require_new",
-    "require_room",
-    "unpublished",
-    "write_atomically",
-]
-
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 

@@ -14,19 +14,6 @@ from twotower.errors import ConfigError, EngineMismatchError
 from twotower.extras import TARGET_EXTRA, install_command, installed_libraries
 from twotower.processors import installed_memory, read_text
 
-__all__ = [
-    "ANY_SM",
-    "RTX_SMS",
-    "TARGETS",
-    "Gpu",
-    "Machine",
-    "Selection",
-    "installed_version",
-    "probe_machine",
-    "select_target",
-    "untried",
-]
-
 TARGETS = ("trt", "rtx", "ort-cuda", "ort-cpu")
 """Every target the design knows, the one to prefer first."""
 

@@ -7,8 +7,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["installed_memory", "read_text", "usable_cores", "usable_memory"]
-
 
 def usable_cores(root: Path = Path("/")) -> int:
     """Cores to compute on, at least 1.

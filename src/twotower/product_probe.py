@@ -6,8 +6,6 @@ import numpy as np
 
 from twotower.onnx_runtime import ort, session_options
 
-__all__ = ["EVEN_ROWS", "PROBE_FILE", "rows_are_alike"]
-
 EVEN_ROWS = "even_rows"
 """Property of an engine's model: its products compute rows alike if their number is even."""
 

@@ -13,8 +13,6 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from twotower.errors import TwoTowerError
 
-__all__ = ["RecordError", "at_path", "decode", "encode", "stored"]
-
 T = TypeVar("T")
 
 _SCALARS = {

@@ -14,53 +14,6 @@ from twotower.config.generation import CANDIDATES
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.records import decode
 
-__all__ = [
-    "BLOCK",
-    "CANDIDATE_IDS",
-    "CANDIDATE_LOGPROBS",
-    "CHUNK_LENGTH",
-    "COMMIT_FLOOR",
-    "CONDITIONING",
-    "CONFIDENCE",
-    "CONTEXT",
-    "CONTEXT_HEAD",
-    "CONTEXT_LENGTH",
-    "DENOISER",
-    "EXPERTS_IN",
-    "EXPERTS_OUT",
-    "HIDDEN",
-    "MASKED_LEFT",
-    "MAX_CHUNK",
-    "NEXT_BLOCK",
-    "NOISE",
-    "PAST_LENGTH",
-    "PREDICTED",
-    "RESIDUAL_IN",
-    "RESIDUAL_OUT",
-    "SHARES",
-    "TEMPERATURE",
-    "THRESHOLD",
-    "TOKENS",
-    "StateTensor",
-    "TensorSpec",
-    "TowerSignature",
-    "candidate_count",
-    "context_signature",
-    "denoiser_signature",
-    "head_signature",
-    "past_conv",
-    "past_key",
-    "past_ssm",
-    "past_value",
-    "present_conv",
-    "present_key",
-    "present_ssm",
-    "present_value",
-    "signatures",
-    "splits_groups",
-    "state_tensors",
-]
-
 CONTEXT, CONTEXT_HEAD, DENOISER = "context", "context_head", "denoiser"
 TOKENS, CHUNK_LENGTH, PAST_LENGTH, HIDDEN = "tokens", "chunk_length", "past_length", "hidden"
 CANDIDATE_IDS, CANDIDATE_LOGPROBS = "candidate_ids", "candidate_logprobs"

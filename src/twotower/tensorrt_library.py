@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Flavour", "flavour_from_module", "load_tensorrt", "load_tensorrt_rtx"]
-
 
 @dataclass(frozen=True, slots=True)
 class Flavour:

@@ -20,15 +20,6 @@ from twotower.builders.trt.rtx_program.program import (
     Tensor,
 )
 
-__all__ = [
-    "SHARED",
-    "copied_caches",
-    "expanded_weights",
-    "kind_of",
-    "summarize_programs",
-    "with_scopes",
-]
-
 SHARED = "shared"
 """The scope of what several layers share: masks, positions, the modulation of all layers."""
 

@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["CopiedCache", "ExpandedWeight", "Kernel", "Program", "Region", "Tensor"]
-
 _BITS = (
     {"float": 32, "int32": 32, "int64": 64, "half": 16, "bf16": 16, "fp4_e2m1": 4, "int4": 4}
     | {"fp8_e4m3": 8, "int8": 8, "uint8": 8, "bool": 8}

@@ -35,8 +35,6 @@ from twotower.spec import (
     TOKENS,
 )
 
-__all__ = ["read_program_text", "read_programs"]
-
 _HOST = ("shape_call", "assert")
 _EVENTS = ("signal", "wait")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")

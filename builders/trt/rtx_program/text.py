@@ -17,19 +17,6 @@ from types import MappingProxyType
 
 from twotower.errors import BuildError
 
-__all__ = [
-    "LAYOUT",
-    "PlanBytes",
-    "ProgramText",
-    "ProgramTextError",
-    "Statement",
-    "greatest_sizes",
-    "header_fields",
-    "program_texts",
-    "split_text",
-    "unreadable",
-]
-
 PlanBytes = bytes | bytearray | memoryview | mmap.mmap
 """A serialized engine, wherever it lies."""
 

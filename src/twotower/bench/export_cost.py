@@ -20,8 +20,6 @@ from twotower.export.exporter import export_bundle
 from twotower.export.verify import verify_bundle
 from twotower.units import format_bytes
 
-__all__ = ["SMALL_CONFIG", "ExportCost", "measure_export", "run_measured"]
-
 _EVERY = 0.01
 
 

@@ -16,15 +16,6 @@ from twotower.errors import ConfigError
 from twotower.runtime import Generation, StepRecord, TwoTower
 from twotower.spec import CONTEXT, DENOISER
 
-__all__ = [
-    "GenerationSpeed",
-    "PassTimes",
-    "measure_generation",
-    "measure_in_turns",
-    "measure_passes",
-    "random_prompts",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class GenerationSpeed:

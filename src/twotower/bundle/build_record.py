@@ -16,22 +16,6 @@ from twotower.files import FileRecord, Progress, inside
 from twotower.records import at_path, decode, encode, stored
 from twotower.spec import TensorSpec
 
-__all__ = [
-    "BUILD_FILE",
-    "EngineFile",
-    "EngineLimits",
-    "EngineRecord",
-    "ExpertsStep",
-    "Profile",
-    "Step",
-    "built_targets",
-    "engine_folder",
-    "load_engine_record",
-    "read_engine_record",
-    "record_problems",
-    "weight_bytes",
-]
-
 BUILD_FILE = "build.json"
 SCHEMA = 3
 

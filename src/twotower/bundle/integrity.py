@@ -11,8 +11,6 @@ from pathlib import Path
 
 from twotower.files import FileRecord, Progress, hash_files, inside, write_atomically
 
-__all__ = ["check_files", "remember_files", "unverified_files"]
-
 logger = logging.getLogger(__name__)
 _SETTLED_SECONDS = 2.0
 

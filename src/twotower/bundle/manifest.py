@@ -26,22 +26,6 @@ from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TowerSignature, signa
 from twotower.weights.refs import WeightRef
 from twotower.weights.table import TABLE_SUFFIX, read_weight_table
 
-__all__ = [
-    "DATA_SUFFIX",
-    "FEATURES",
-    "GRAPH_FILES",
-    "MANIFEST_FILE",
-    "REPORT_FILE",
-    "SCHEMA",
-    "TOKENIZER_FILE",
-    "Bundle",
-    "derive_bundle",
-    "flags_of_bundle",
-    "is_bundle",
-    "note_measurement",
-    "write_json",
-]
-
 SCHEMA = 2
 FEATURES = frozenset({"no-weights", "quantization"})
 """What a reader may be required to know.

@@ -9,8 +9,6 @@ from typing import Any
 from twotower.config import GenerationConfig, ModelConfig
 from twotower.errors import ConfigError
 
-__all__ = ["read_defaults", "read_eos_token_ids"]
-
 _FILE = "generation_config.json"
 _OPTIONS = ("block_size", "steps_per_block", "confidence_threshold", "max_new_tokens")
 

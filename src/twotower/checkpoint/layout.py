@@ -8,15 +8,6 @@ from enum import Enum
 
 from twotower.config.model import LayerKind, ModelConfig
 
-__all__ = [
-    "TIMESTEP_FREQUENCIES",
-    "CheckpointTensor",
-    "Role",
-    "Tower",
-    "expected_tensors",
-    "layer_tensors",
-]
-
 TIMESTEP_FREQUENCIES = 128
 """Sinusoids of the time-step embedding: the embedder's first layer reads twice as many values."""
 

@@ -17,8 +17,6 @@ from twotower.dtypes import DTYPES, FLOATS
 from twotower.errors import CheckpointError
 from twotower.files import hash_file, inside
 
-__all__ = ["Checkpoint", "locate_checkpoint"]
-
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 FLOAT_DTYPES = {DTYPES[name].safetensors: name for name in FLOATS}
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.txt"]

@@ -18,8 +18,6 @@ import numpy.typing as npt
 from twotower.dtypes import carried_dtype, item_bytes, to_float32
 from twotower.errors import CheckpointError
 
-__all__ = ["HeaderError", "StoredTensor", "Tensor", "read_header", "refuse_repeats"]
-
 _TYPES_BY_BYTES = {
     8: ("F64", "I64", "U64"),
     4: ("F32", "I32", "U32"),

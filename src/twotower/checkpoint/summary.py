@@ -15,8 +15,6 @@ from twotower.dtypes import item_bytes
 from twotower.spec import TensorSpec, state_tensors
 from twotower.units import format_bytes
 
-__all__ = ["ModelSummary", "summarize"]
-
 
 @dataclass(frozen=True, slots=True)
 class ModelSummary:

@@ -18,8 +18,6 @@ from twotower.config.model import parse_model_config
 from twotower.dtypes import DTYPES, item_bytes, to_stored
 from twotower.errors import CheckpointError
 
-__all__ = ["PUBLISHED_CONFIG", "SyntheticOptions", "published_slice", "write_checkpoint"]
-
 PUBLISHED_CONFIG: dict[str, Any] = {
     "architectures": ["NemotronHTwoTowerForCausalLM"],
     "model_type": "nemotron_h",

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from twotower.bench.peers import Peer
     from twotower.runtime import TwoTower
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from twotower.builders import BuildConfig
     from twotower.bundle import EngineRecord
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)

@@ -11,8 +11,6 @@ from twotower.cli.options import add_generation_options, adder, checked_bundle, 
 from twotower.cli.progress import ProgressLine
 from twotower.config import GenerationConfig
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)

@@ -15,8 +15,6 @@ from twotower.hardware import Machine, probe_machine
 from twotower.report.tables import labelled
 from twotower.units import format_bytes
 
-__all__ = ["add_arguments", "run"]
-
 EXIT_FAILED = 1
 COMMAND = (sys.executable, "-m", "twotower.cli", "doctor")
 _MARKS = {True: "ok    ", False: "FAILED", None: "note  "}

@@ -11,8 +11,6 @@ from twotower.report.tables import Column, Table
 from twotower.spec import EXPERTS_IN
 from twotower.units import format_bytes
 
-__all__ = ["EngineReport", "fusion_lines", "launch_facts", "program_lines"]
-
 _SHOWN = 4
 _QUANTIZED = {
     "as stored": "quantized weights: products read integers as they are stored, and quantize their "

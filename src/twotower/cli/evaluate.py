@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from twotower.evaluate.suite import Suite
     from twotower.runtime import TwoTower
 
-__all__ = ["add_arguments", "run"]
-
 EXIT_BELOW_BUDGET = 3
 
 

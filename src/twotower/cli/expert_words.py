@@ -8,8 +8,6 @@ from typing import Any
 from twotower.checkpoint.layout import Role
 from twotower.config.formats import FUSED_STACKS, stack_is_expanded
 
-__all__ = ["expert_words"]
-
 _KERNELS, _DENSE = "on rtx, trt", "dense there"
 _EXPERTS = (Role.ROUTED_EXPERT.value, Role.SHARED_EXPERT.value)
 

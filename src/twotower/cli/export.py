@@ -9,8 +9,6 @@ from pathlib import Path
 
 from twotower.cli.options import adder
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)

@@ -23,8 +23,6 @@ from twotower.config import GenerationConfig
 if TYPE_CHECKING:
     from twotower.runtime import Generation, Request, TwoTower
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)

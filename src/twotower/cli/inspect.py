@@ -25,8 +25,6 @@ from twotower.hardware import TARGETS, Machine, installed_version, probe_machine
 from twotower.report.tables import labelled
 from twotower.units import format_bytes
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)

@@ -14,8 +14,6 @@ from twotower.cli.progress import Interrupts
 from twotower.errors import TwoTowerError
 from twotower.extras import missing_library
 
-__all__ = ["VERBS", "build_parser", "main"]
-
 VERBS = {
     "inspect": "show what a checkpoint, bundle, ONNX graph or engine contains",
     "plan": "estimate the memory, disk and time a model takes on a GPU, before building anything",

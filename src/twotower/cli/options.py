@@ -18,22 +18,6 @@ if TYPE_CHECKING:
     from twotower.evaluate.suite import Suite
     from twotower.runtime import TwoTower
 
-__all__ = [
-    "Adder",
-    "add_device_options",
-    "add_generation_options",
-    "add_session_options",
-    "add_suite_options",
-    "adder",
-    "byte_size",
-    "checked_bundle",
-    "chosen_suite",
-    "device_options",
-    "generation_overrides",
-    "number_list",
-    "opened_session",
-]
-
 _D = GenerationConfig()
 _Number = TypeVar("_Number", int, float)
 

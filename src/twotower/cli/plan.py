@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from twotower.hardware import Machine
     from twotower.planning import GpuModel, PlanOptions
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)

@@ -10,8 +10,6 @@ from typing import Any
 
 from twotower.units import format_bytes
 
-__all__ = ["Interrupts", "ProgressLine", "opening"]
-
 _FEWEST_BYTES = 10_000
 
 

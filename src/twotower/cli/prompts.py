@@ -9,8 +9,6 @@ from typing import Any
 from twotower.config import GenerationConfig
 from twotower.errors import RequestError
 
-__all__ = ["read_prompts"]
-
 _FORM = (
     'write {"text": "..."} or {"tokens": [5, 6, 7]}, with generation options beside it if wanted'
 )

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from twotower.calibration.activation_statistics import Statistics
     from twotower.calibration.quantization_plan import QuantizeConfig
 
-__all__ = ["add_arguments", "run"]
-
 AUTO = "auto"
 EXIT_BELOW_BUDGET = 3
 

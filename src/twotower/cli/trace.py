@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from twotower.trace import Trace
 
-__all__ = ["add_arguments", "run"]
-
 EXIT_DIFFERENT = 1
 
 

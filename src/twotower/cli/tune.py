@@ -11,8 +11,6 @@ from pathlib import Path
 from twotower.cli.options import add_suite_options, adder, chosen_suite, number_list, opened_session
 from twotower.cli.progress import ProgressLine
 
-__all__ = ["add_arguments", "run"]
-
 EXIT_NO_SETTING = 3
 
 

@@ -9,18 +9,6 @@ from types import MappingProxyType
 
 from twotower.dtypes import DTYPES, stored_bytes
 
-__all__ = [
-    "ACTIVATIONS",
-    "FORMATS",
-    "FUSED_STACKS",
-    "GROUPS",
-    "NARROW_BLOCK",
-    "WeightFormat",
-    "product_block",
-    "stack_is_expanded",
-    "stored_format",
-]
-
 ACTIVATIONS: Mapping[str, float] = MappingProxyType({"int8": 127.0, "float8e4m3fn": 448.0})
 """Types the input of a product can be quantized to, and the largest value each is used for."""
 

@@ -9,8 +9,6 @@ from typing import Any, TypeGuard
 from twotower.errors import ConfigError
 from twotower.records import decode, encode
 
-__all__ = ["CANDIDATES", "MODES", "GenerationConfig"]
-
 MODES = ("diffusion", "ar", "auto")
 """How a request may ask to be generated."""
 

@@ -13,8 +13,6 @@ from twotower.dtypes import FLOATS
 from twotower.errors import ConfigError
 from twotower.records import decode, encode
 
-__all__ = ["LayerKind", "ModelConfig", "parse_model_config", "read_model_config"]
-
 ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 MASK_TOKEN_ID = 3  # not in the published config.json; the tokenizer's [MASK] slot
 

@@ -19,8 +19,6 @@ from twotower.doctor.sections import NOT_ASKED
 from twotower.errors import ConfigError
 from twotower.files import write_atomically
 
-__all__ = ["LOGS_FILE", "RESULTS_FILE", "Archive", "merge_results", "read_results", "write_page"]
-
 RESULTS_FILE, LOGS_FILE = "results.json", "logs.tar.gz"
 SCHEMA = 1
 

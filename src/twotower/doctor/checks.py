@@ -18,16 +18,6 @@ from twotower.config import GenerationConfig, ModelConfig
 from twotower.errors import TwoTowerError
 from twotower.runtime import StepRecord, TwoTower
 
-__all__ = [
-    "DIFFUSION",
-    "CheckResult",
-    "check_bundle",
-    "check_chain",
-    "check_execution",
-    "first_difference",
-    "ordinary_tokens",
-]
-
 DIFFUSION = GenerationConfig(max_new_tokens=48, confidence_threshold=0.8, ignore_eos=True)
 """A threshold at which a sound model commits more than one token a pass."""
 

@@ -16,8 +16,6 @@ from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.device_streams import CudaEvent, CudaStream
 from twotower.runtime.cuda.graphs import capture
 
-__all__ = ["check_cuda", "copy_rates"]
-
 _SIZE = 1 << 20
 _TIMES = 5
 

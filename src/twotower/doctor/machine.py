@@ -14,16 +14,6 @@ from twotower.errors import EngineMismatchError
 from twotower.hardware import TARGETS, Machine, select_target
 from twotower.units import format_bytes
 
-__all__ = [
-    "RUNS",
-    "driver_facts",
-    "library_versions",
-    "machine_facts",
-    "put_machine",
-    "report_facts",
-    "targets_here",
-]
-
 RUNS = "can run here"
 """What is said of a target that runs on this machine."""
 

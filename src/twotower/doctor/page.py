@@ -8,8 +8,6 @@ from typing import Any
 
 from twotower.doctor.sections import OK
 
-__all__ = ["device_page", "page_name"]
-
 MACHINE = "machine"
 """The section whose facts stand at the head of the page."""
 

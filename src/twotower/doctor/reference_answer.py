@@ -21,26 +21,6 @@ from twotower.files import write_atomically
 from twotower.records import decode, encode
 from twotower.runtime import Request, StepRecord, TwoTower
 
-__all__ = [
-    "ANSWER_FILE",
-    "KNOWN_ISSUES",
-    "REFERENCE_TARGET",
-    "TOLERANCE",
-    "Answer",
-    "Comparison",
-    "Observed",
-    "Opener",
-    "Pass",
-    "ReferenceAnswer",
-    "check_answer",
-    "compare",
-    "compute_answer",
-    "read_answer",
-    "reference_answer_of",
-    "reference_prompts",
-    "write_answer",
-]
-
 REFERENCE_TARGET = "ort-cpu"
 """Its graphs were compared with torch, and it computes in float32."""
 

@@ -29,8 +29,6 @@ from twotower.hardware import TARGETS, Machine
 from twotower.runtime.engines import open_cuda
 from twotower.units import format_bytes
 
-__all__ = ["ReportOptions", "answer_report_section", "make_report"]
-
 MADE_BY = "twotower doctor --report"
 MACHINE, CUDA, TARGET = "machine", "cuda", "target"
 

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Scrubber"]
-
 _SHORTEST_NAME = 4
 """Shorter names of machines or people are words of their own too often."""
 

@@ -17,20 +17,6 @@ from typing import Any
 
 from twotower.files import write_atomically
 
-__all__ = [
-    "FAILED",
-    "NOT_ASKED",
-    "OK",
-    "SKIPPED",
-    "STOPPED",
-    "Answers",
-    "Section",
-    "SkipSectionError",
-    "answer_section",
-    "ask_section",
-    "short",
-]
-
 OK, SKIPPED, FAILED, STOPPED, NOT_ASKED = "ok", "skipped", "failed", "stopped", "not asked"
 """What became of a section. One that was stopped or failed keeps the answers written by then."""
 

@@ -15,8 +15,6 @@ from twotower.doctor.reference_answer import REFERENCE_TARGET, check_answer, ref
 from twotower.hardware import Machine
 from twotower.runtime import TwoTower
 
-__all__ = ["TargetChecks"]
-
 
 @dataclass(slots=True, kw_only=True)
 class TargetChecks:

@@ -17,22 +17,6 @@ from twotower.evaluate.resampling import Interval, Resampler
 from twotower.evaluate.suite import Problem, Suite
 from twotower.runtime import TwoTower
 
-__all__ = [
-    "AR",
-    "DEFAULT",
-    "OTHER",
-    "Evaluation",
-    "EvaluationConfig",
-    "evaluate",
-    "interval_text",
-    "lost_examples",
-    "report_head",
-    "setting_name",
-    "summaries",
-    "summary",
-    "sweep_configs",
-]
-
 AR, DEFAULT, OTHER = "ar", "default", "other"
 SCHEMA = 1
 _EXAMPLES = 12

@@ -9,8 +9,6 @@ from twotower.evaluate.evaluation import AR, DEFAULT, OTHER, interval_text
 from twotower.report.pages import Card, Page, paragraphs, picture, unfolding_examples
 from twotower.report.tables import Column, Table, number
 
-__all__ = ["preset_lines", "report_lines", "report_page", "where_it_loses"]
-
 
 def report_lines(report: dict[str, Any]) -> list[str]:
     """Both tables and the verdict, for a terminal."""

@@ -16,8 +16,6 @@ from twotower.spec import CONTEXT, DENOISER
 if TYPE_CHECKING:  # calibration needs what an evaluation does not
     from twotower.calibration.activation_statistics import Statistics, TowerStatistics
 
-__all__ = ["draw_curve", "draw_ranges", "draw_sensitivity", "require_charts"]
-
 # Told apart without red against green.
 _COLOURS = ("#3b6fb6", "#c2571a", "#3f8f5b", "#8a5aa8", "#7a7a2a", "#a03c5a")
 _BLUE, _ORANGE = _COLOURS[:2]

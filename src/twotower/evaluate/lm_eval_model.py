@@ -34,8 +34,6 @@ except ModuleNotFoundError as e:
     sys.stderr.write(f"{type(missing).__name__}: {missing}\n")
     sys.exit(2)
 
-__all__ = ["TwoTowerLM", "main"]
-
 # What the library passes to every model, and what some of its tasks read from the same list.
 _PASSED_TO_ALL = {"batch_size", "max_batch_size", "device", "tokenizer", "pretrained", "model"}
 # Names of the longest generation, the first one counts; the library's tasks use the first two, its

@@ -14,8 +14,6 @@ from twotower.errors import RequestError
 from twotower.evaluate.suite import Problem, judge
 from twotower.runtime import TwoTower
 
-__all__ = ["Measured", "Run", "measure"]
-
 _WARM_UP = 2
 
 

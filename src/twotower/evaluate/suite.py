@@ -13,8 +13,6 @@ from typing import Any
 
 from twotower.errors import SuiteError
 
-__all__ = ["Problem", "Suite", "Verdict", "is_degenerate", "judge", "load_suite"]
-
 MATCHES = ("exact", "contains")
 LENGTHS = ("in", "out")
 _FORM = 'write one {"kind": ..., "prompt": ..., "answer": ...} a line'

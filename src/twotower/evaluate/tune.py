@@ -16,8 +16,6 @@ from twotower.evaluate.suite import Suite
 from twotower.runtime import TwoTower
 from twotower.runtime.auto import Setting, setting_of
 
-__all__ = ["PRESETS", "TuneConfig", "Tuned", "tune"]
-
 PRESETS = ("quality", "balanced", "fast")
 
 

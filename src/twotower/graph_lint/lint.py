@@ -12,8 +12,6 @@ from twotower.graph_lint.rule import Finding, Rule, Severity
 from twotower.graph_lint.tensor_rules import TENSOR_RULES
 from twotower.graph_lint.view import GraphView
 
-__all__ = ["RULES", "explained", "lint", "require_clean", "rules_table"]
-
 RULES: tuple[Rule, ...] = (*OPERATOR_RULES, *ATTENTION_RULES, *QUANTIZATION_RULES, *TENSOR_RULES)
 """Every rule."""
 

@@ -19,8 +19,6 @@ from twotower.graph_lint.rule import (
 )
 from twotower.graph_lint.view import UNKNOWN, GraphView, type_name
 
-__all__ = ["ABSENT_OPERATORS", "ATTENTION_RULES", "OPERATOR_RULES", "QUANTIZATION_RULES"]
-
 _FLOAT = onnx.TensorProto.FLOAT
 _NEWEST_OPSET = 24
 _TOPK_LIMIT = 3840

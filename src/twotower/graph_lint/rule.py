@@ -11,19 +11,6 @@ import onnx
 
 from twotower.graph_lint.view import GraphView
 
-__all__ = [
-    "BUILT",
-    "Check",
-    "Complaint",
-    "Finding",
-    "Rule",
-    "Severity",
-    "absent",
-    "attribute",
-    "each",
-    "where",
-]
-
 BUILT = "tested with TensorRT for RTX 1.7.1"
 """The source of a reason that a test of this project repeats with the library itself."""
 

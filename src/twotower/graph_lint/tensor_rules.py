@@ -10,8 +10,6 @@ import onnx
 from twotower.graph_lint.rule import BUILT, Complaint, Rule, where
 from twotower.graph_lint.view import UNKNOWN, GraphView, type_name
 
-__all__ = ["TENSOR_RULES"]
-
 _HALF = ("float16", "bfloat16")
 _LARGEST_FLOAT16 = 65504.0
 _TYPES = (

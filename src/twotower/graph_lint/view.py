@@ -11,8 +11,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-__all__ = ["UNKNOWN", "GraphView", "type_name"]
-
 UNKNOWN = "unknown"
 """The type of a value about which nothing is known."""
 

@@ -8,8 +8,6 @@ from torch.nn import functional as F
 
 from twotower.config import ModelConfig
 
-__all__ = ["Attention"]
-
 
 class Attention(nn.Module):
     """One set of projections; the towers differ in what they let a query see."""

@@ -15,8 +15,6 @@ from twotower.model.mamba import Mamba2
 from twotower.model.state import ContextState
 from twotower.spec import candidate_count, past_conv, past_key, past_ssm, past_value
 
-__all__ = ["ContextTower", "Layer", "last_valid", "mixer_for"]
-
 
 class Layer(nn.Module):
     """One layer: its norm and its mixer."""

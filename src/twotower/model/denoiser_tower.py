@@ -20,8 +20,6 @@ from twotower.model.mamba import Mamba2
 from twotower.model.state import ContextState
 from twotower.spec import candidate_count, past_conv, past_key, past_ssm, past_value
 
-__all__ = ["DenoiserTower", "Step", "TimestepEmbedder", "commit_step"]
-
 
 @dataclass(frozen=True, slots=True)
 class Step:

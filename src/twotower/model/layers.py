@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from twotower.config import ModelConfig
 
-__all__ = ["MLP", "MoE", "RMSNorm", "Router"]
-
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, in float32, cast back to x's dtype."""

@@ -14,8 +14,6 @@ from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.state import TORCH_DTYPES
 
-__all__ = ["load_context_tower", "load_denoiser_tower", "published_name"]
-
 T = TypeVar("T", ContextTower, DenoiserTower)
 Read = Callable[[str], torch.Tensor]
 """A checkpoint tensor by its published name."""

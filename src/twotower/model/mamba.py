@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from twotower.config import ModelConfig
 
-__all__ = ["Mamba2", "Scale"]
-
 
 class Scale(nn.Module):
     """The weight of a norm that is computed elsewhere."""

@@ -11,8 +11,6 @@ from twotower.model import ContextTower, DenoiserTower, empty_state
 from twotower.model.denoiser_tower import commit_step
 from twotower.spec import candidate_count
 
-__all__ = ["ReferenceStep", "ReferenceText", "reference_generate"]
-
 
 @dataclass(frozen=True, slots=True)
 class ReferenceStep:

@@ -7,8 +7,6 @@ import torch
 from twotower.config import ModelConfig
 from twotower.spec import state_tensors
 
-__all__ = ["TORCH_DTYPES", "ContextState", "empty_state"]
-
 TORCH_DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,

@@ -13,8 +13,6 @@ from twotower.planning.plan_options import PlanOptions
 from twotower.runtime.auto import PassTimes, break_even
 from twotower.units import format_bytes
 
-__all__ = ["ROWS", "break_even_table", "break_evens"]
-
 ROWS = (1, 8, 32)
 """Rows the passes are planned for, beside those of `max_batch`."""
 

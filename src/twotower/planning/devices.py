@@ -15,8 +15,6 @@ from twotower.planning.working_memory import needed_weights, state_bytes, tower_
 from twotower.runtime.placement import place_engines
 from twotower.spec import CONTEXT_HEAD, DENOISER
 
-__all__ = ["LIBRARY_OVERHEAD", "DeviceNeed", "device_needs"]
-
 LIBRARY_OVERHEAD = 1_000_000_000
 """Assumed bytes for the driver's context, the library and its kernels; not measured."""
 

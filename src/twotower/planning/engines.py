@@ -23,8 +23,6 @@ from twotower.planning.expert_path import expert_path, segments_of
 from twotower.planning.plan_options import TENSORRT, PlanOptions, all_formats
 from twotower.planning.weights import GraphWeights, cpu_bytes, weight_counts
 
-__all__ = ["EnginePlan", "engine_plans", "own_bytes", "placed_pieces", "program_layers"]
-
 Layers = tuple[int, int]
 """The first layer and the one after the last."""
 

@@ -23,21 +23,6 @@ from twotower.planning.plan_options import (
 )
 from twotower.planning.weights import AS_STORED, EXPERT_FORMATS
 
-__all__ = [
-    "CHOSEN",
-    "FUSED_SINCE",
-    "ExpertPath",
-    "distinct_experts",
-    "expert_path",
-    "expert_step",
-    "experts_are_expanded",
-    "left_out",
-    "on_gpus",
-    "outside_engines",
-    "require_path",
-    "segments_of",
-]
-
 CHOSEN = "chosen"
 """Of `ort-cpu`: products of the tokens that chose an expert, in the graph."""
 

@@ -24,8 +24,6 @@ from twotower.spec import (
     TensorSpec,
 )
 
-__all__ = ["ExpertRoom", "expert_room"]
-
 
 @dataclass(frozen=True, slots=True)
 class ExpertRoom:

@@ -22,8 +22,6 @@ from twotower.planning.plan_options import PlanOptions, all_formats, capacity_of
 from twotower.planning.weights import EXPERT_FORMATS, EXPERT_RECIPES
 from twotower.planning.working_memory import needed_weights
 
-__all__ = ["Alternative", "GpuFit", "fit", "largest_batch", "largest_context"]
-
 LEAST_CONTEXT = 256
 """Shorter texts are no alternative."""
 

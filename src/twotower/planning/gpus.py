@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from twotower.errors import ConfigError
 from twotower.hardware import Gpu
 
-__all__ = ["GPUS", "GpuModel", "gpu_at_hand", "gpus_named"]
-
 
 @dataclass(frozen=True, slots=True)
 class GpuModel:

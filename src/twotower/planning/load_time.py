@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ASSUMED_DISK_RATE", "LoadTime", "load_time"]
-
 ASSUMED_DISK_RATE = 3_000_000_000
 """Bytes a second, assumed for reading large files from one NVMe drive: PCIe 3.0 drives are
 specified for 3 to 3.5 GB/s, 4.0 drives for 5 to 7. Network disks of clouds give a tenth of it."""

@@ -19,8 +19,6 @@ from twotower.planning.weights import weight_counts
 from twotower.planning.working_memory import needed_weights, state_bytes
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 
-__all__ = ["PassCost", "PassCosts", "pass_costs"]
-
 _ROUTED = Role.ROUTED_EXPERT.value
 _OF_TOKENS = (
     Role.MAMBA.value,

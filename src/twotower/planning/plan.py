@@ -37,8 +37,6 @@ from twotower.planning.weights import GraphWeights, checkpoint_bytes, graph_weig
 from twotower.planning.working_memory import State, needed_weights, state_bytes, tower_scratch
 from twotower.records import encode
 
-__all__ = ["EXPORT_MEMORY", "Disk", "Plan", "plan_bundle", "require_sound"]
-
 EXPORT_MEMORY = 200_000_000
 """Anonymous bytes an export needs at most, whatever the model: it streams. 103 MB were measured on
 a slice of published widths."""

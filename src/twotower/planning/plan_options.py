@@ -17,18 +17,6 @@ from twotower.errors import ConfigError
 from twotower.hardware import TARGETS
 from twotower.planning.weights import EXPERT_FORMATS, Formats
 
-__all__ = [
-    "DTYPES",
-    "MODES",
-    "TENSORRT",
-    "PlanOptions",
-    "all_formats",
-    "capacity_of",
-    "engine_dtype",
-    "formats_of",
-    "rounded_of",
-]
-
 DTYPES = ("float32", "float16", "bfloat16")
 MODES = ("diffusion", "ar")
 TENSORRT = ("rtx", "trt")

@@ -12,8 +12,6 @@ from twotower.planning.plan import EXPORT_MEMORY, Plan
 from twotower.planning.plan_options import all_formats
 from twotower.units import format_bytes
 
-__all__ = ["aligned", "bytes_or_none", "describe_plan", "duration", "under"]
-
 _EXPERTS = {
     KERNELS: "kernels compute those that a token chose, and read them as they are stored",
     FUSED: "one operator of ONNX Runtime a layer computes those that a token chose",

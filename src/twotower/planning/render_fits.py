@@ -15,8 +15,6 @@ from twotower.planning.render import aligned, bytes_or_none, duration, under
 from twotower.spec import MAX_CHUNK
 from twotower.units import format_bytes
 
-__all__ = ["describe_fits", "refusal"]
-
 _EXPANDS = {
     "rtx": "rtx expands such experts in device memory in every pass",
     "trt": "rtx expands such experts in device memory in every pass, and trt, not tried, "

@@ -14,8 +14,6 @@ from twotower.dtypes import item_bytes
 from twotower.planning.expert_path import CHOSEN
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, splits_groups
 
-__all__ = ["Scratch", "Shapes", "scratch"]
-
 _WORKSPACES = (8_192_000, 2_048_000)
 """Bytes a product of the kernel library may use beside its tensors, as programs for every compute
 capability reserve them."""

@@ -18,18 +18,6 @@ from twotower.dtypes import item_bytes
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 from twotower.weights.declared import Weight, declared_weights, lay_out
 
-__all__ = [
-    "AS_STORED",
-    "EXPERT_FORMATS",
-    "EXPERT_RECIPES",
-    "Formats",
-    "GraphWeights",
-    "checkpoint_bytes",
-    "cpu_bytes",
-    "graph_weights",
-    "weight_counts",
-]
-
 EXPERT_FORMATS = ("int8", "fp8", "int4", "nvfp4")
 """What `--experts` can plan: formats of `twotower quantize` for the routed experts."""
 

@@ -22,13 +22,6 @@ from twotower.planning.scratch import Scratch, Shapes, scratch
 from twotower.planning.weights import GraphWeights, graph_weights
 from twotower.spec import CONTEXT, CONTEXT_HEAD, state_tensors
 
-__all__ = [
-    "State",
-    "needed_weights",
-    "state_bytes",
-    "tower_scratch",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class State:

@@ -11,8 +11,6 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-__all__ = ["Card", "Page", "paragraphs", "picture", "unfolding_examples"]
-
 
 @dataclass(frozen=True, slots=True)
 class Card:

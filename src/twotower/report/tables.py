@@ -12,8 +12,6 @@ from functools import reduce
 from html import escape
 from typing import Any
 
-__all__ = ["Cell", "Column", "Table", "labelled", "number"]
-
 Cell = str | float | Mapping[str, Any] | None
 """Text, which is shown as it is, a figure, a truth value, or None where there is no figure."""
 

@@ -8,8 +8,6 @@ from typing import Any
 from twotower.errors import TraceError
 from twotower.trace.record import Trace, TraceStep
 
-__all__ = ["Side", "TraceDiff", "diff_traces"]
-
 
 @dataclass(frozen=True, slots=True)
 class Side:

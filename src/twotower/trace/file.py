@@ -13,8 +13,6 @@ from twotower.errors import TraceError
 from twotower.files import write_atomically
 from twotower.trace.record import KIND, SCHEMA, Trace, TraceBlock, TraceEnd, TraceHeader, TraceStep
 
-__all__ = ["check_output", "read_trace", "trace_lines", "trace_page", "write_text", "write_trace"]
-
 _AGAIN = "record it again with `twotower trace BUNDLE PROMPT -o FILE.jsonl`"
 
 

@@ -14,17 +14,6 @@ from twotower.config import GenerationConfig
 from twotower.errors import TraceError
 from twotower.runtime import StepRecord, TwoTower
 
-__all__ = [
-    "KIND",
-    "SCHEMA",
-    "Trace",
-    "TraceBlock",
-    "TraceEnd",
-    "TraceHeader",
-    "TraceStep",
-    "record_trace",
-]
-
 KIND = "twotower-trace"
 SCHEMA = 1
 _DIGITS = 6  # of a confidence: float32 has no more

@@ -12,8 +12,6 @@ from typing import Any, TextIO
 from twotower.trace.diff import TraceDiff
 from twotower.trace.record import Trace, TraceStep
 
-__all__ = ["LiveView", "Words", "diff_lines", "pass_lines", "summary", "totals", "visible"]
-
 _RESET, _DIM, _BOLD = "\x1b[0m", "\x1b[2m", "\x1b[1m"
 _NEW, _TRIED = "\x1b[30;46m", "\x1b[2;3m"  # black on cyan, and faint italics
 _NAMED = {"\n": "\u23ce", "\t": "\u21e5"}

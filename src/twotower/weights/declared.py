@@ -24,8 +24,6 @@ from twotower.dtypes import stored_bytes
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
 from twotower.weights.refs import WeightRef, place
 
-__all__ = ["QUANTIZABLE", "Weight", "declared_weights", "lay_out"]
-
 QUANTIZABLE = (
     Role.EMBEDDING,
     Role.HEAD,

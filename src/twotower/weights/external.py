@@ -12,15 +12,6 @@ from onnx import TensorProto
 from twotower.dtypes import dtype_of_onnx, onnx_code
 from twotower.weights.refs import WeightRef
 
-__all__ = [
-    "attach_weights",
-    "detach_weights",
-    "load_graph",
-    "located_weights",
-    "weight_refs",
-    "widen_to_float32",
-]
-
 _HALF_PRECISION = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 

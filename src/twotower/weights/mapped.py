@@ -13,8 +13,6 @@ import numpy.typing as npt
 from twotower.dtypes import numpy_dtype, to_float32
 from twotower.weights.refs import WeightRef
 
-__all__ = ["PIECE_BYTES", "float32_pieces", "raw_pieces", "read_weight"]
-
 PIECE_BYTES = 16 << 20
 """The most bytes of a piece, raw or as float32."""
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from twotower.dtypes import stored_bytes
 
-__all__ = ["LARGE", "LINE", "PAGE", "WeightRef", "aligned", "place"]
-
 PAGE, LINE, LARGE = 4096, 64, 1 << 20
 """Offsets of weights in a data file: a large weight starts on a page, so that it can be mapped on
 its own, any other on a cache line."""

@@ -17,8 +17,6 @@ from twotower.dtypes import DTYPES
 from twotower.errors import BundleError
 from twotower.weights.refs import LINE, WeightRef
 
-__all__ = ["TABLE_SUFFIX", "read_weight_table", "write_weight_table"]
-
 TABLE_SUFFIX = ".weights.json"
 """The table of a graph's weights lies beside it under the graph's name plus this."""
 

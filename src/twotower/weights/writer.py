@@ -25,8 +25,6 @@ from twotower.weights.declared import Weight, lay_out
 from twotower.weights.mapped import PIECE_BYTES, float32_pieces, raw_pieces
 from twotower.weights.refs import WeightRef, place
 
-__all__ = ["Piece", "byte_counter", "convert_chunks", "stream_weights", "widen_data", "write_data"]
-
 Piece = bytes | npt.NDArray[Any]
 
 

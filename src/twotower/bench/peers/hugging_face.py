@@ -17,8 +17,6 @@ from twotower.errors import BundleError, ConfigError
 from twotower.spec import CONTEXT, CONTEXT_HEAD
 from twotower.weights.mapped import read_weight
 
-__all__ = ["TransformersPeer"]
-
 _FORMS = ("grouped_mm", "eager", "batched_mm")
 _KINDS = {
     LayerKind.MAMBA: "mamba",

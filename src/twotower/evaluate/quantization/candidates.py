@@ -11,8 +11,6 @@ from twotower.config.formats import ACTIVATIONS, FORMATS
 from twotower.errors import ConfigError
 from twotower.evaluate.quantization.impact import ImpactConfig
 
-__all__ = ["KEPT", "Candidate", "Candidates", "ChooseConfig"]
-
 _EIGHT_BITS_AT_LEAST = ("embedding", "head")
 
 

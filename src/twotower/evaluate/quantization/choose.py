@@ -30,8 +30,6 @@ from twotower.evaluate.suite import Problem, Suite
 from twotower.export.graphs.precision import ActivationFormat, Precision
 from twotower.runtime import TwoTower
 
-__all__ = ["Choice", "choose"]
-
 _TARGET = "ort-cpu"
 _FLOAT = "float"
 

@@ -15,17 +15,6 @@ from twotower.evaluate.resampling import Resampler
 from twotower.evaluate.suite import Suite
 from twotower.runtime import TwoTower
 
-__all__ = [
-    "FLOAT",
-    "FLOAT_AR",
-    "QUANTIZED",
-    "QUANTIZED_AR",
-    "ImpactConfig",
-    "compared",
-    "flags_of",
-    "measure_impact",
-]
-
 FLOAT, QUANTIZED, FLOAT_AR, QUANTIZED_AR = "float", "quantized", "float ar", "quantized ar"
 KIND = "twotower-quantization"
 

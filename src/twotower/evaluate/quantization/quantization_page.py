@@ -11,8 +11,6 @@ from twotower.report.pages import Card, Page, paragraphs, picture, unfolding_exa
 from twotower.report.tables import Column, Table, number
 from twotower.units import format_bytes
 
-__all__ = ["choice_lines", "impact_lines", "impact_page"]
-
 
 def impact_page(report: Mapping[str, Any], sensitivity: str, *, model: str) -> str:
     """The page.

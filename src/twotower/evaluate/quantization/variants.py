@@ -32,17 +32,6 @@ from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, signatures
 from twotower.weights.declared import Weight, declared_weights, lay_out
 from twotower.weights.refs import WeightRef
 
-__all__ = [
-    "Pair",
-    "Variants",
-    "bytes_by_kind",
-    "bytes_report",
-    "impact_of",
-    "note_of",
-    "parts_alone",
-    "require_pair",
-]
-
 
 class Variants:
     """Opens mixed-precision variants of a bundle; they take no disk but their graphs.
