@@ -59,7 +59,6 @@ from twotower.spec import (
 )
 from twotower.weights.declared import lay_out
 
-
 Array = npt.NDArray[Any]
 Report = Callable[[str, int, int], None]
 _TARGET = "ort-cpu"
