@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.bundles import export_fixture
+from tests.helpers.errors import fails
 from tests.helpers.trt.install import L4, machine_with
 from twotower.builders import BuildConfig, EngineBuilder, build_engines, builder_for
 from twotower.builders.build_cost import LayerBytes, build_memory, require_build_memory
@@ -39,10 +40,10 @@ def test_a_build_that_fits_or_is_bounded_or_unknown_goes_on() -> None:
 def test_what_it_says_to_type_can_be_built(available: int) -> None:
     if available >= NEEDED["context.engine"]:
         return require_build_memory(NEEDED, least=LEAST, available=available, bound=None)
-    with pytest.raises(BuildError) as caught:
+    with fails(
+        BuildError, what="context.engine", found=f"{format_bytes(NEEDED['context.engine'])} needed"
+    ) as caught:
         require_build_memory(NEEDED, least=LEAST, available=available, bound=None)
-    assert "context.engine" in caught.value.what
-    assert f"{format_bytes(NEEDED['context.engine'])} needed" in caught.value.found
     bound = byte_size(
         caught.value.do.split("--max-build-memory ")[1].split("G")[0] + "G", "--max-build-memory"
     )
@@ -64,14 +65,13 @@ def test_a_build_asks_before_it_starts(tmp_path: Path, monkeypatch: pytest.Monke
         "twotower.builders.trt.make_engine.run_job",
         lambda *_, **__: pytest.fail("a build was started"),
     )
-    with pytest.raises(BuildError) as caught:
+    with fails(BuildError, found="available"):
         build_engines(
             bundle,
             "rtx",
             builder_for("rtx"),
             config=BuildConfig(sms=(89,), max_context=256, experts="dense"),
         )
-    assert "available" in caught.value.found
     assert not engine_folder(bundle, "rtx").exists()
 
 

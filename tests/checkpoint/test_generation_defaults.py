@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.bundles import tiny_checkpoint
-from tests.helpers.errors import check_error
+from tests.helpers.errors import check_error, fails
 from tests.helpers.source import ROOT
 from twotower.checkpoint.generation_defaults import read_defaults, read_eos_token_ids
 from twotower.cli.main import main
@@ -48,10 +48,8 @@ def test_without_the_field_or_the_file_the_model_s_count(tmp_path: Path) -> None
     ["2", -1, TINY.vocab_size, True, 2.0, [], [2, "x"], [2, None], [[2]], {"id": 2}, [2, False]],
 )
 def test_what_is_no_token_is_named(tmp_path: Path, value: Any) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with fails(ConfigError, found=(json.dumps(value), str(TINY.vocab_size - 1))):
         read_eos_token_ids(written(tmp_path, {"eos_token_id": value}), TINY)
-    assert json.dumps(value) in caught.value.found
-    assert str(TINY.vocab_size - 1) in caught.value.found
 
 
 @pytest.mark.parametrize("content", [[1], "x", 3, None])

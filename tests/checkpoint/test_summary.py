@@ -19,7 +19,7 @@ from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, SyntheticOptions, wr
 from twotower.config import ModelConfig, read_model_config
 from twotower.export import Checkpoint, ModelSummary, summarize
 
-BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+SMALL = read_model_config(FIXTURES / "hybrid-a" / "config.json")
 # Written from the published names, apart from the package's own table of roles; the first that
 # matches counts.
 ROLES = {
@@ -105,7 +105,7 @@ def test_counts_are_those_of_the_headers(folder: str) -> None:
 
 
 def test_layers_and_state_of_a_small_model_counted_by_hand() -> None:
-    summary = summarize(read_model_config(FIXTURES / "hybrid-a" / "config.json"))
+    summary = summarize(SMALL)
     assert summary.pattern == "MEM*EME*"
     assert summary.layers == {"mamba": 3, "moe": 3, "attention": 2}
     assert summary.kv_bytes_per_token == 2 * 2 * (2 * 16) * 4, (
@@ -149,7 +149,7 @@ def test_stored_dtypes_count_tensor_by_tensor(tmp_path: Path) -> None:
         for shard in (FIXTURES / "hybrid-a").glob("model*.safetensors")
         for n, t in load_file(shard).items()
     }
-    plain = summarize(read_model_config(FIXTURES / "hybrid-a" / "config.json"))
+    plain = summarize(SMALL)
     head, router = "lm_head.weight", "context_tower.layers.1.mixer.gate.weight"
     tensors[head] = tensors[head].to(torch.bfloat16)
     tensors[router] = tensors[router].to(torch.float16)
@@ -171,7 +171,7 @@ def test_stored_dtypes_count_tensor_by_tensor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dtype", "item"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
 def test_without_tensors_all_is_counted_in_the_given_dtype(dtype: str, item: int) -> None:
     """The SSM state stays float32; keys, values and the convolution's columns follow the dtype."""
-    summary = summarize(read_model_config(FIXTURES / "hybrid-a" / "config.json"), dtype)
+    summary = summarize(SMALL, dtype)
     assert summary.dtype == dtype
     assert summary.bytes_by_dtype == {dtype: summary.parameters * item}
     assert summary.kv_bytes_per_token == 128 * item
@@ -179,14 +179,10 @@ def test_without_tensors_all_is_counted_in_the_given_dtype(dtype: str, item: int
 
 
 def test_a_model_without_experts_uses_all_of_a_tower_but_the_embedding() -> None:
-    config = read_model_config(FIXTURES / "hybrid-a" / "config.json")
-    data = {**config.to_json(), "layers": "M*"}
-    summary = summarize(ModelConfig.from_json(data))
+    summary = summarize(ModelConfig.from_json({**SMALL.to_json(), "layers": "M*"}))
+    unread = (SMALL.vocab_size - 1) * SMALL.hidden_size
     assert summary.routed == 0
-    assert (
-        summary.active
-        == summary.by_tower["context_tower"] - (config.vocab_size - 1) * config.hidden_size
-    )
+    assert summary.active == summary.by_tower["context_tower"] - unread
     assert "0.0 % in routed experts" in "\n".join(summary.lines())
 
 

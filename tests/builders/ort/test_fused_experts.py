@@ -14,11 +14,12 @@ import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 
 from tests.helpers.bundles import export_fixture
-from tests.helpers.errors import check_error
+from tests.helpers.errors import check_error, fails
 from tests.helpers.fused_experts import fused_nodes, with_bodies, with_cpu_kernels
 from tests.helpers.graph_runs import random_inputs as feed
 from tests.helpers.graph_runs import run_graph as run
 from tests.helpers.graphs import FIXTURES
+from tests.helpers.moe_layer import PREFIX, recorded_moe
 from tests.helpers.small_slice import SMALL_SLICE
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.ort.engine_weights import EngineWeight, write_engine_data
@@ -43,13 +44,9 @@ from twotower.cli.main import main
 from twotower.config import ModelConfig, read_model_config
 from twotower.errors import BuildError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
-from twotower.export.graph_files import point_to_data
-from twotower.export.graphs.layers import moe
-from twotower.export.graphs.recorder import GraphBuilder, Layer
 from twotower.planning import PlanOptions, plan_bundle
-from twotower.spec import CONTEXT, DENOISER, TensorSpec, TowerSignature, signatures
+from twotower.spec import CONTEXT, DENOISER, TensorSpec, signatures
 from twotower.weights import mapped
-from twotower.weights.declared import declared_weights, lay_out
 from twotower.weights.external import attach_weights, load_graph, located_weights, widen_to_float32
 from twotower.weights.mapped import read_weight
 from twotower.weights.refs import PAGE, WeightRef
@@ -258,48 +255,39 @@ def test_this_library_s_cuda_kernels_take_the_activation() -> None:
         assert taken == (tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 32))
 
 
-PREFIX = "context_tower.layers.1.mixer."
-"""Of the first layer of experts."""
+STEP = ExpertsStep(
+    layer=1,
+    hidden=2688,
+    width=1856,
+    experts=128,
+    top=6,
+    shared_intermediate=3712,
+    dtype="bfloat16",
+    formats={},
+    code="",
+    weights={},
+)
 
 
 def layer(
     config: ModelConfig, folder: Path, **changed: np.ndarray[Any, Any]
 ) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """A layer of experts alone on random weights: as it is exported, and fused and written out."""
-    axes = ("B", "L", config.hidden_size)
-    x, y = TensorSpec("x", "float32", axes), TensorSpec("y", "float32", axes)
-    declared = declared_weights(config, CONTEXT, "float32")
-    graph = GraphBuilder(TowerSignature("moe", (x,), (y,)), "float32", declared)
-    with graph.scope("layers.0.moe"):
-        recorded_layer = Layer(graph, config, PREFIX)
-        graph.output("y", moe(recorded_layer, graph.op("Identity", graph.input("x"))))
-    recorded, refs = graph.finish(), lay_out(graph.weights)
-    data = np.zeros(max(ref.end for ref in refs.values()), np.uint8)
-    for name, ref in refs.items():
+
+    def value_of(name: str, ref: WeightRef) -> np.ndarray[Any, Any]:
         value = np.random.default_rng(len(name)).standard_normal(ref.shape, dtype=np.float32) / 8
-        value = next((new for part, new in changed.items() if part in name), value)
-        data[ref.offset : ref.end] = (
-            np.broadcast_to(value, ref.shape).astype(np.float32).view(np.uint8).reshape(-1)
-        )
-    (folder / "data").write_bytes(data.tobytes())
-    point_to_data(recorded, refs, "data")
+        return next((new for part, new in changed.items() if part in name), value)
+
+    recorded, _ = recorded_moe(folder, config, value_of)
     whole = ir.to_proto(recorded)
     weights = {
         role: TensorSpec(f"{PREFIX}experts.{role}_proj.weight", "float32", ())
         for role in ("up", "down")
     }
-    step = ExpertsStep(
-        layer=0,
-        hidden=config.hidden_size,
-        width=config.moe_intermediate_size,
-        experts=config.n_routed_experts,
-        top=config.num_experts_per_tok,
-        shared_intermediate=0,
-        dtype="float32",
-        formats={},
-        code="",
-        weights=weights,
-    )
+    top, count = config.num_experts_per_tok, config.n_routed_experts
+    sizes = {"hidden": config.hidden_size, "width": config.moe_intermediate_size}
+    made = {"layer": 0, "dtype": "float32", "weights": weights, "shared_intermediate": 0}
+    step = replace(STEP, **sizes, **made, experts=count, top=top)
     model = ir.to_proto(recorded)
     assert fuse_experts(model, [step]) == {}
     return whole, with_bodies(model)
@@ -490,20 +478,6 @@ def test_a_format_it_does_not_hold(
     assert "QMoE" not in load_engine_record(bundle, "ort-cuda").report["operators"][CONTEXT]
 
 
-STEP = ExpertsStep(
-    layer=1,
-    hidden=2688,
-    width=1856,
-    experts=128,
-    top=6,
-    shared_intermediate=3712,
-    dtype="bfloat16",
-    formats={},
-    code="",
-    weights={},
-)
-
-
 def in_bits(name: str, group: int) -> dict[str, Any]:
     return {"formats": {"up": (name, group), "down": (name, group)}}
 
@@ -534,17 +508,14 @@ def test_published_experts_are_held(changed: dict[str, Any]) -> None:
     ],
 )
 def test_what_no_kernel_takes(changed: dict[str, Any], found: str) -> None:
-    with pytest.raises(BuildError) as error:
+    with fails(BuildError, found=found, do="--experts dense"):
         require_fusable(replace(STEP, **changed), "1.32.0")
-    assert found in error.value.found
-    assert "--experts dense" in error.value.do
 
 
 @pytest.mark.parametrize("version", ["1.27.0", "1.31.1"])
 def test_an_earlier_library(version: str) -> None:
-    with pytest.raises(BuildError, match=f"ONNX Runtime {version} has no fused experts") as error:
+    with fails(BuildError, f"ONNX Runtime {version} has no fused experts", found="from 1.32 on"):
         require_fusable(STEP, version)
-    assert "from 1.32 on" in error.value.found
 
 
 def test_tensorrt_has_no_such_operator(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.errors import fails
 from tests.helpers.rtx_program_text import Described, Launch, program
 from twotower.builders.trt.engine_inspector import expands_experts, require_fused
 from twotower.builders.trt.rtx_program.analysis import summarize_programs
@@ -42,13 +43,16 @@ def record(observed: dict[str, Any]) -> EngineRecord:
 
 def test_stacked_experts_are_named_with_what_they_cost_and_what_to_do() -> None:
     observed = facts(8, 640, 320, layers=2)
-    with pytest.raises(BuildError) as caught:
+    with fails(
+        BuildError,
+        what="denoiser.engine expands the experts of 2 layer(s)",
+        found=(
+            "profile denoise writes 6.25 MiB a pass",
+            "layers.0.moe, q int8 [8, 640, 320] as bf16",
+        ),
+        do=("mixed", "--allow-expanded"),
+    ):
         require_fused(ENGINE, observed)
-    assert "denoiser.engine expands the experts of 2 layer(s)" in caught.value.what
-    assert "profile denoise writes 6.25 MiB a pass" in caught.value.found
-    assert "layers.0.moe, q int8 [8, 640, 320] as bf16" in caught.value.found
-    assert "mixed" in caught.value.do
-    assert "--allow-expanded" in caught.value.do
     assert expands_experts(record(observed))
 
 
@@ -70,8 +74,7 @@ def test_whatever_else_is_let_through(observed: dict[str, Any]) -> None:
 def test_experts_in_few_bits_whose_program_was_not_read_are_refused_where_it_can_be() -> None:
     unread = {"inspector": {"why_not": "layout 9"}}
     holds = replace(ENGINE, constants=("denoiser_tower.layers.1.mixer.experts.up_proj.weight",))
-    with pytest.raises(BuildError, match="nobody can tell") as caught:
+    with fails(BuildError, "nobody can tell", found="layout 9"):
         require_fused(holds, unread, readable=True)
-    assert "layout 9" in caught.value.found
     require_fused(holds, unread)
     require_fused(ENGINE, unread, readable=True)

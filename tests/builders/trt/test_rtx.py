@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.errors import fails
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.bundle import (
     BUILD_FILE,
@@ -154,9 +155,8 @@ def test_the_library_chooses_its_own_set_of_gpus_when_it_is_asked_to(
     assert "never tried by us" in caplog.text
     read_engine_record(bundle, "rtx", library=builder.library(), sm=90)
     monkeypatch.setenv("TWOTOWER_RTX_ANY_SM", "current")
-    with pytest.raises(BuildError, match="builds for the GPU at hand only") as error:
+    with fails(BuildError, "builds for the GPU at hand only", found="no NVIDIA GPU"):
         build(bundle, sms=())
-    assert "no NVIDIA GPU" in error.value.found
 
 
 def test_float16_builds_for_every_compute_capability(folder: Path) -> None:
@@ -222,15 +222,13 @@ def test_what_cannot_be_built_is_said_before_any_work(
     folder: Path, dtype: str, config: dict[str, Any], says: str
 ) -> None:
     bundle = exported(folder, "b", dtype)
-    with pytest.raises((BuildError, ConfigError)) as error:
+    with fails((BuildError, ConfigError), found=says):
         build(bundle, **config, force=True)
-    assert says in error.value.found
 
 
 def test_the_full_library_is_named_with_where_its_wheels_live() -> None:
-    with pytest.raises(BuildError) as error:
+    with fails(BuildError, do="pypi.nvidia.com"):
         builder_for("trt")
-    assert "pypi.nvidia.com" in error.value.do
 
 
 def test_the_command_describes_without_building(folder: Path) -> None:

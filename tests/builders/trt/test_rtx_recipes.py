@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.errors import fails
 from tests.helpers.quantized import TINY
 from tests.helpers.trt.execution import fake_kernels
 from twotower.builders import BuildConfig, build_engines, builder_for
@@ -102,13 +103,13 @@ def test_experts_stay_in_their_product_or_the_build_is_refused(quantized: Any, r
         # Mamba's first projection.
         assert {scope.rpartition(".")[2] for scope in expanded(record, stacked=False)} <= {"mamba"}
         return
-    with pytest.raises(
-        BuildError, match=r"context\.engine expands the experts of 3 layer\(s\)"
-    ) as caught:
+    with fails(
+        BuildError,
+        r"context\.engine expands the experts of 3 layer\(s\)",
+        found="iB a pass: layers.2.moe, ",
+        do=("recipes mixed", "--allow-expanded"),
+    ):
         build(bundle, sms)
-    assert "iB a pass: layers.2.moe, " in caught.value.found
-    assert "recipes mixed" in caught.value.do
-    assert "--allow-expanded" in caught.value.do
     assert build(bundle, sms, allow_expanded=True) == record, (
         "the refusal left the engines that somebody insisted on"
     )
@@ -141,16 +142,16 @@ def test_other_hardware_is_refused_before_and_would_be_by_the_library(
 ) -> None:
     bundle = quantized(recipe)
     for sm in (sm for sm in SMS if sm < FIRST[recipe]):
-        with pytest.raises(BuildError, match=f"SM {sm} has no hardware for the formats") as caught:
+        with fails(
+            BuildError, f"SM {sm} has no hardware for the formats", found=f"from SM {FIRST[recipe]}"
+        ):
             build(bundle, (sm,))
-        assert f"from SM {FIRST[recipe]}" in caught.value.found
         with (
             monkeypatch.context() as patched
         ):  # the rule is not stricter than the library it stands for
             patched.setattr(Bundle, "formats", property(lambda self: ()))
-            with pytest.raises(BuildError, match="cannot build this graph") as caught:
+            with fails(BuildError, "cannot build this graph", found="HW-specific datatypes"):
                 build(bundle, (sm,))
-            assert "HW-specific datatypes" in caught.value.found
 
 
 def test_without_a_choice_it_is_built_for_all_that_can(quantized: Any) -> None:

@@ -14,17 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.graphs import FIXTURES
+from tests.helpers.moe_layer import PREFIX, moe_graph
 from tools.half_precision import round_results
 from twotower.config import ModelConfig, read_model_config
-from twotower.export.graphs.layers import moe, routing, within_best_groups
+from twotower.export.graphs.layers import routing
 from twotower.export.graphs.recorder import GraphBuilder, Layer
 from twotower.model.layers import MoE
 from twotower.spec import CONTEXT, TensorSpec, TowerSignature
 from twotower.weights.declared import declared_weights
 from twotower.weights.external import detach_weights
-
-PREFIX = "context_tower.layers.1.mixer."
-"""Of the first layer of experts."""
 
 
 def small_moe() -> tuple[ModelConfig, MoE]:
@@ -63,11 +61,7 @@ def session_of(graph: GraphBuilder) -> ort.InferenceSession:
 
 def run_moe(config: ModelConfig, mixer: MoE, dtype: str, x: torch.Tensor) -> torch.Tensor:
     """The recorded mixer in `dtype`, every result rounded to it as a GPU does."""
-    axes = ("B", "L", config.hidden_size)
-    specs = (TensorSpec("x", dtype, axes), TensorSpec("y", dtype, axes))
-    declared = declared_weights(config, CONTEXT, dtype)
-    graph = GraphBuilder(TowerSignature("moe", specs[:1], specs[1:]), dtype, declared)
-    graph.output("y", moe(Layer(graph, config, PREFIX), graph.input("x")))
+    graph = moe_graph(config, dtype)
     feeds = {"x": x.numpy()}
     tensors = {PREFIX + name: value.detach().numpy() for name, value in mixer.named_parameters()}
     for weight in graph.weights:
@@ -175,20 +169,3 @@ def test_routing_is_its_definition(
         exact = np.zeros(EXPERTS)
         exact[want] = 2.5 * score[want].astype(np.float64) / score[want].sum(dtype=np.float64)
         np.testing.assert_allclose(share[:, row, 0], exact, rtol=1e-6, atol=0)
-
-
-def test_group_limited_routing_keeps_to_the_best_groups() -> None:
-    """The one chosen group has the scores that sum highest, not the best expert."""
-    config = replace(
-        read_model_config(FIXTURES / "hybrid-a" / "config.json"),
-        n_routed_experts=EXPERTS,
-        n_group=4,
-        topk_group=1,
-    )
-    spec = TensorSpec("x", "float32", (EXPERTS, "N")), TensorSpec("y", "float32", (EXPERTS, "N"))
-    graph = GraphBuilder(TowerSignature("groups", spec[:1], spec[1:]), "float32")
-    graph.output("y", within_best_groups(Layer(graph, config), graph.input("x")))
-    x = np.float32([0.9, 0.0, 0.6, 0.5, 0.1, 0.1, 0.2, 0.3])[:, None]
-    y = session_of(graph).run(None, {"x": x})[0]
-    assert np.isfinite(y[:, 0]).nonzero()[0].tolist() == [2, 3]
-    np.testing.assert_array_equal(y[2:4], x[2:4])
