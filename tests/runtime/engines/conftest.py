@@ -54,23 +54,30 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
 
 
 @pytest.fixture
-def opened() -> Callable[..., Any]:
-    """Opens a bundle on the fakes; on a sound end everything must be freed."""
+def opened(built: Callable[..., Bundle]) -> Callable[..., Any]:
+    """Opens a bundle, or what `built` makes, on the fakes; on a sound end everything is freed."""
 
     @contextmanager
     def open_(
-        bundle: Bundle,
+        bundle: Bundle | str | Path = "hybrid-a",
+        pieces: int = 1,
         *,
+        dtype: str = "float32",
+        experts: str = "dense",
         devices: tuple[int, ...] = (0,),
         graphs: bool = True,
         seed: int | None = None,
+        max_batch: int = 8,
     ) -> Iterator[Session]:
+        if not isinstance(bundle, Bundle):
+            bundle = built(bundle, pieces, dtype=dtype, experts=experts)
         api = FakeCuda(devices=4, seed=seed, sm=GPUS[0].sm)
         trt = FakeTensorRT(api)
         towers = open_fake(bundle, trt, devices=devices, graphs=graphs)
         tokenizer = Tokenizer.from_file(bundle.tokenizer_file) if bundle.tokenizer_file else None
+        trained = bundle.trained_block_size
         with TwoTower.from_towers(
-            towers, tokenizer=tokenizer, trained_block_size=bundle.trained_block_size
+            towers, tokenizer=tokenizer, trained_block_size=trained, max_batch=max_batch
         ) as model:
             yield Session(model, towers, api, trt)
         assert not api.leaked

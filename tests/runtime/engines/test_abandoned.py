@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.helpers.towers import golden_config
+from tests.helpers.goldens import check_golden, golden_cases
 from tests.helpers.trt.execution import Context
-from tests.runtime.engines.test_trt_engine import golden_cases
 from twotower import GenerationConfig
 
 DIFFUSION = GenerationConfig(max_new_tokens=48, confidence_threshold=0.5, ignore_eos=True)
@@ -26,14 +24,10 @@ def freed(it: Any) -> int:
 @pytest.mark.parametrize(
     "how", ["closed in another thread", "dropped in another thread", "closed in a callback"]
 )
-def test_an_iterator_goes_when_the_pass_at_work_is_done(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-    how: str,
-) -> None:
+def test_an_iterator_goes_when_the_pass_at_work_is_done(opened: Any, how: str) -> None:
     case = golden_cases("hybrid-a")[0]
     seen: list[int] = []
-    with opened(built()) as it:
+    with opened() as it:
         streams = [it.model.stream([8, 9], DIFFUSION)]
         next(streams[0])
 
@@ -55,17 +49,13 @@ def test_an_iterator_goes_when_the_pass_at_work_is_done(
                     let_go()
                 seen.append(freed(it) - before)
 
-        out = it.model.generate(case["prompt"], golden_config(case), on_step=on_step)
-        assert list(out.tokens) == case["diffusion_tokens"]
+        check_golden(it.model, case, on_step=on_step)
         assert seen == [0], "nothing is freed in the middle of another call"
         assert len(it.model._workspaces._working) == 0, "and nothing is kept after it"
 
 
 def test_the_collector_may_run_inside_a_capture(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    opened: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Freeing memory there would break the capture: `gc` runs where a pass is recorded."""
     execute = Context.execute_async_v3
@@ -79,7 +69,7 @@ def test_the_collector_may_run_inside_a_capture(
         return execute(context, stream)
 
     monkeypatch.setattr(Context, "execute_async_v3", collecting)
-    with opened(built()) as it:
+    with opened() as it:
         gc.disable()
         try:
             stream = it.model.stream([8, 9], DIFFUSION)
@@ -96,16 +86,14 @@ def test_the_collector_may_run_inside_a_capture(
 
 
 @pytest.mark.parametrize("devices", [(1,), (1, 0)])
-def test_threads_take_turns(
-    built: Callable[..., Any], opened: Callable[..., Any], devices: tuple[int, ...]
-) -> None:
+def test_threads_take_turns(opened: Any, devices: tuple[int, ...]) -> None:
     """Calls and iterators of several threads, some abandoned: each text is what it is alone."""
     prompts = [[5, 6, 7], [8, 9], [7] * 20]
-    with opened(built()) as it:
+    with opened() as it:
         alone = [it.model.generate(p, DIFFUSION).tokens for p in prompts]
     texts: dict[tuple[int, int], tuple[int, ...]] = {}
     failed: list[BaseException] = []
-    with opened(built(), devices=devices, seed=5) as it:
+    with opened(devices=devices, seed=5) as it:
 
         def work(number: int) -> None:
             try:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.goldens import AR, check_golden, golden_cases
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.source import ROOT
 from tests.helpers.towers import golden_config
-from tests.runtime.engines.test_trt_engine import AR, golden_cases
 from tools.half_precision import RoundingBuilder
 from twotower import GenerationConfig
 from twotower.builders import build_engines
@@ -58,22 +58,15 @@ def on_a_cpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[t
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("folder", "pieces"), [("hybrid-a", 1), ("hybrid-a", 4), ("hybrid-b", 1)])
 def test_the_text_is_that_of_a_cpu(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-    on_a_cpu: Callable[[str], Any],
-    folder: str,
-    pieces: int,
-    layout: str,
+    opened: Any, on_a_cpu: Any, folder: str, pieces: int, layout: str
 ) -> None:
-    with opened(built(folder, pieces, dtype="bfloat16"), **LAYOUTS[layout]) as it:
+    with opened(folder, pieces, dtype="bfloat16", **LAYOUTS[layout]) as it:
         assert [out.tokens for out in it.model.generate(requests(folder))] == on_a_cpu(folder)
 
 
 @pytest.mark.trained
 @pytest.mark.parametrize("experts", ["dense", "kernels"])
-def test_the_trained_model_answers(
-    built: Callable[..., Any], opened: Callable[..., Any], experts: str
-) -> None:
+def test_the_trained_model_answers(built: Any, opened: Any, experts: str) -> None:
     """Exact answers measure the arithmetic from outside; one may be lost to rounding."""
     problems = load_suite().only(limit=1).problems
     bundle = built(TINY, dtype="bfloat16", experts=experts)
@@ -89,9 +82,7 @@ def test_the_trained_model_answers(
 
 
 def test_a_size_that_holds_for_float32_only_is_found(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Injected: every element takes four bytes; a bfloat16 buffer is cleared beyond its end."""
     monkeypatch.setattr(
@@ -100,11 +91,10 @@ def test_a_size_that_holds_for_float32_only_is_found(
         property(lambda self: 8 if self.dtype == "int64" else 4),
     )
     case = golden_cases("hybrid-a")[0]
-    with opened(built(), devices=(0, 1)) as it:
-        out = it.model.generate(case["prompt"], golden_config(case))
-        assert list(out.tokens) == case["diffusion_tokens"]
+    with opened(devices=(0, 1)) as it:
+        check_golden(it.model, case)
     with (
         pytest.raises(AssertionError, match="lie in no allocation"),
-        opened(built(dtype="bfloat16"), devices=(0, 1)) as it,
+        opened(dtype="bfloat16", devices=(0, 1)) as it,
     ):
-        it.model.generate(case["prompt"], golden_config(case))
+        check_golden(it.model, case)

@@ -36,7 +36,7 @@ PROMPT = [5, 6, 7, 8]
 
 
 @pytest.fixture
-def copied(built: Callable[..., Any], tmp_path: Path) -> Bundle:
+def copied(built: Any, tmp_path: Path) -> Bundle:
     """A bundle with engines that a test may damage."""
     return Bundle.open(copy_of(built(), tmp_path / "bundle"))
 
@@ -67,9 +67,7 @@ def open_(bundle: Bundle, api: FakeCuda | None = None) -> Any:
         raise
 
 
-def test_one_engine_serves_every_checkpoint_of_its_shapes(
-    copied: Bundle, opened: Callable[..., Any]
-) -> None:
+def test_one_engine_serves_every_checkpoint_of_its_shapes(copied: Bundle, opened: Any) -> None:
     with opened(copied) as it:
         before = it.model.generate(PROMPT, OPTIONS).tokens
     other = fine_tuned(copied)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,45 +20,22 @@ def error_of(it: Any) -> DeviceError:
     return error.value
 
 
-def test_shapes_that_cannot_be_inferred(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-) -> None:
+def test_shapes_that_cannot_be_inferred(opened: Any) -> None:
     """The library raises for what it does not list."""
-    with opened(built()) as it:
+    with opened() as it:
         it.trt.inference_fails = True
         assert "shapes cannot be inferred: shape inference failed" in error_of(it).found
         it.trt.inference_fails = False
         assert it.model.generate([5, 6, 7], SHORT).tokens
 
 
-def test_activation_memory_that_is_too_small_for_the_shapes(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-) -> None:
-    with opened(built()) as it:
+def test_activation_memory_that_is_too_small_for_the_shapes(opened: Any) -> None:
+    with opened() as it:
         it.trt.scratch_for_shapes = SCRATCH + 1
         assert f"needs {SCRATCH + 1:,} bytes" in error_of(it).found
 
 
-def test_activation_memory_that_the_library_does_not_take(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """It returns nothing: without a look at the log the refused execution would be all there is."""
-    with opened(built()) as it:
-        shared = it.towers.context._shared
-        address, size = shared.scratch[0]
-        shared.scratch[0] = (address + 8, size)
-        assert "cannot be used" in error_of(it).found
-
-
-def test_ranges_for_a_profiler_are_off(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_ranges_for_a_profiler_are_off(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines are built with detailed names, and every enqueue would pay for them."""
     seen: set[str] = set()
     execute = Context.execute_async_v3
@@ -69,17 +45,14 @@ def test_ranges_for_a_profiler_are_off(
         return execute(context, stream)
 
     monkeypatch.setattr(Context, "execute_async_v3", noted)
-    with opened(built()) as it:
+    with opened() as it:
         it.model.generate([5, 6, 7], SHORT)
     assert seen == {"none"}
 
 
-def test_a_context_goes_before_what_made_it(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-) -> None:
+def test_a_context_goes_before_what_made_it(opened: Any) -> None:
     """With and without an error while it is bound; the fake notes contexts that live too long."""
-    with opened(built("hybrid-a", 4)) as it:
+    with opened("hybrid-a", 4) as it:
         it.trt.scratch_for_shapes = SCRATCH + 1
         error_of(it)
         it.trt.scratch_for_shapes = 0
@@ -90,11 +63,13 @@ def test_a_context_goes_before_what_made_it(
     assert not it.trt.faults
 
 
-def test_a_second_session_hears_the_library_too(
-    built: Callable[..., Any], opened: Callable[..., Any]
-) -> None:
-    """It has one logger a process: what it says of another session must not be lost."""
-    with opened(built()) as first, opened(built()) as second:
+def test_a_second_session_hears_the_library_too(opened: Any) -> None:
+    """It has one logger a process: what it says of another session must not be lost.
+
+    Of memory it does not take, it says so and returns nothing: without a look at the log the
+    refused execution would be all there is.
+    """
+    with opened() as first, opened() as second:
         for it in (second, first):
             shared = it.towers.context._shared
             address, size = shared.scratch[0]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,24 @@ import pytest
 
 from tests.helpers.bundles import copy_of
 from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.goldens import (
+    AR,
+    DIFFUSION,
+    check_goldens,
+    check_rows,
+    golden_cases,
+    random_prompt,
+)
 from tests.helpers.quantized import TINY, quantized
-from tests.helpers.towers import golden_config
 from tests.helpers.trt.execution import FakeTensorRT
 from tests.helpers.trt.install import build_fake_engines, open_fake
-from tests.runtime.engines.test_trt_engine import AR, DIFFUSION, LAYOUTS, golden_cases
+from tests.runtime.engines.test_trt_engine import LAYOUTS
 from twotower import GenerationConfig
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.bundle import Bundle, ExpertsStep, engine_folder, load_engine_record
 from twotower.errors import DeviceError, EngineMismatchError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
-from twotower.runtime import Request, TwoTower
+from twotower.runtime import TwoTower
 from twotower.spec import CONTEXT, DENOISER
 
 WHERE = {
@@ -35,56 +42,39 @@ WHERE = {
 
 
 @pytest.fixture
-def cut(built: Callable[..., Any]) -> Callable[[str], Bundle]:
-    return lambda folder: built(folder, experts="kernels")
+def cut(built: Any) -> Bundle:
+    return built(experts="kernels")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "layout"),
-    [
-        *(("hybrid-a", layout) for layout in WHERE),
-        ("hybrid-b", "plain launches"),
-        ("hybrid-b", "four devices"),
-    ],
+    [*product(["hybrid-a"], WHERE), *product(["hybrid-b"], ["plain launches", "four devices"])],
 )
-def test_the_goldens(
-    cut: Callable[[str], Bundle], opened: Callable[..., Any], folder: str, layout: str
-) -> None:
-    cases = golden_cases(folder)
-    with opened(cut(folder), **WHERE[layout]) as it:
-        for case in cases:
-            out = it.model.generate(case["prompt"], golden_config(case))
-            assert (list(out.tokens), out.usage.nfe) == (case["diffusion_tokens"], case["nfe"])
-            assert list(it.model.generate(case["prompt"], AR).tokens) == case["ar_greedy_tokens"]
-        together = it.model.generate([Request(c["prompt"], golden_config(c)) for c in cases])
-        assert [list(out.tokens) for out in together] == [c["diffusion_tokens"] for c in cases]
+def test_the_goldens(opened: Any, folder: str, layout: str) -> None:
+    with opened(folder, experts="kernels", **WHERE[layout]) as it:
+        check_goldens(it.model, golden_cases(folder))
         assert {name.partition("-")[0] for name in it.cuda.launched} >= {"up", "down", "combine"}
 
 
-def test_the_record_is_one_list_of_steps(cut: Callable[[str], Bundle]) -> None:
-    bundle = cut("hybrid-a")
-    record = load_engine_record(bundle, "rtx")
+def test_the_record_is_one_list_of_steps(cut: Bundle) -> None:
+    record = load_engine_record(cut, "rtx")
     for graph in (CONTEXT, DENOISER):
-        kinds = [
-            "experts" if isinstance(step, ExpertsStep) else "program"
-            for step in record.steps[graph]
-        ]
-        assert kinds == ["program", *["experts", "program"] * bundle.config.pattern.count("E")]
-        assert not [
-            w.name for part in record.engines[graph] for w in part.weights if "experts" in w.name
-        ]
+        experts = [isinstance(step, ExpertsStep) for step in record.steps[graph]]
+        assert experts == [False, *[True, False] * cut.config.pattern.count("E")]
+        names = [w.name for part in record.engines[graph] for w in part.weights]
+        assert not [name for name in names if "experts" in name]
     (code,) = {step.code for steps in record.experts.values() for step in steps}
     files = {part.file for parts in record.engines.values() for part in parts}
     assert set(record.files) - files == {
-        f"{code}/{file.name}" for file in (engine_folder(bundle, "rtx") / code).iterdir()
+        f"{code}/{file.name}" for file in (engine_folder(cut, "rtx") / code).iterdir()
     }
     assert f"{code}/manifest.json" in record.files
 
 
 @pytest.mark.slow
 def test_equal_programs_are_one_file_loaded_once(
-    built: Callable[..., Any], opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    built: Any, opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three equal pieces of the pattern, each with weights and states of its own."""
     loaded: list[int] = []
@@ -101,20 +91,14 @@ def test_equal_programs_are_one_file_loaded_once(
     assert files[1] == files[2]
     assert len(set(files)) == 3
     prompt = np.arange(5, 60).tolist()
-    with opened(built(TINY)) as it:
-        expected = [it.model.generate(prompt, options).tokens for options in (DIFFUSION, AR)]
-    loaded.clear()
-    with opened(bundle) as it:
-        assert len(loaded) == len(
-            {part.file for parts in record.engines.values() for part in parts}
-        )
-        assert [
-            it.model.generate(prompt, options).tokens for options in (DIFFUSION, AR)
-        ] == expected
-    with opened(bundle, devices=(0, 1, 2, 3), seed=3) as it:
-        assert [
-            it.model.generate(prompt, options).tokens for options in (DIFFUSION, AR)
-        ] == expected
+    texts = []
+    for made, where in ((TINY, {}), (bundle, {}), (bundle, WHERE["four devices"])):
+        loaded.clear()
+        with opened(made, **where) as it:
+            texts.append([it.model.generate(prompt, how).tokens for how in (DIFFUSION, AR)])
+        if where is not WHERE["four devices"] and made is bundle:
+            assert len(loaded) == len({p.file for parts in record.engines.values() for p in parts})
+    assert texts[0] == texts[1] == texts[2]
 
 
 @pytest.fixture(scope="module")
@@ -127,20 +111,15 @@ def float_tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.mark.trained
 @pytest.mark.parametrize("recipe", ["int4-experts", "int8-weights", "nvfp4-experts"])
 def test_experts_in_few_bits_are_read_from_the_bundle(
-    float_tiny: Bundle, opened: Callable[..., Any], tmp_path: Path, recipe: str
+    float_tiny: Bundle, opened: Any, tmp_path: Path, recipe: str
 ) -> None:
     """No program holds them; the text is that of ONNX Runtime, which computes all experts."""
     bundle = quantized(float_tiny.path, tmp_path, recipe)
     build_engines(bundle, "ort-cpu", builder_for("ort-cpu"), config=BuildConfig(dialect="standard"))
     build_fake_engines(bundle, experts="kernels")
     record = load_engine_record(bundle, "rtx")
-    assert not [
-        name
-        for parts in record.engines.values()
-        for part in parts
-        for name in part.constants
-        if "experts" in name
-    ]
+    parts = [part for parts in record.engines.values() for part in parts]
+    assert not [name for part in parts for name in part.constants if "experts" in name]
     assert all(step.formats["up"] for step in record.experts[DENOISER])
     prompts = ["12 + 7 =", "The capital"]
     options = GenerationConfig(max_new_tokens=24, ignore_eos=True)
@@ -150,65 +129,20 @@ def test_experts_in_few_bits_are_read_from_the_bundle(
         assert [out.tokens for out in it.model.generate(prompts, options)] == expected
 
 
-def test_a_step_is_one_launch_and_sets_nothing(
-    cut: Callable[[str], Bundle], opened: Callable[..., Any]
-) -> None:
-    """Programs and experts are captured together: once warm, neither is enqueued again."""
-    options = GenerationConfig(
-        max_new_tokens=64, confidence_threshold=1.0, steps_per_block=16, ignore_eos=True
-    )
-    marks: list[tuple[int, ...]] = []
-    with opened(cut("hybrid-a")) as it:
-
-        def on_step(record: Any) -> None:
-            counts = it.cuda.counts
-            made = counts["cudaMalloc"] + counts["cudaHostAlloc"]
-            marks.append(
-                (
-                    it.trt.changes,
-                    made,
-                    counts["cudaGraphLaunch"],
-                    it.trt.executions,
-                    len(it.cuda.launched),
-                )
-            )
-
-        it.model.generate([5, 6, 7], options, on_step=on_step)
-        steady = np.diff(np.array(marks[33:48]), axis=0)
-        assert (steady == [0, 0, 1, 0, 0]).all(), steady
-        assert all(p.replayed for p in it.model._workspaces._idle._denoiser.values())
+def test_rows_are_independent(cut: Bundle, opened: Any) -> None:
+    with opened(cut, **LAYOUTS["two devices"]) as it:
+        check_rows(it.model, [random_prompt(n) for n in (1, 17, 90)], DIFFUSION)
 
 
-def test_rows_are_independent(cut: Callable[[str], Bundle], opened: Callable[..., Any]) -> None:
-    prompts = [np.random.default_rng(n).integers(4, 250, n).tolist() for n in (1, 17, 90)]
-    with opened(cut("hybrid-a"), **LAYOUTS["two devices"]) as it:
-        alone = [it.model.generate(p, DIFFUSION).tokens for p in prompts]
-        assert [out.tokens for out in it.model.generate(prompts, DIFFUSION)] == alone
-
-
-def test_a_refused_program_surfaces_and_the_session_goes_on(
-    cut: Callable[[str], Bundle], opened: Callable[..., Any]
-) -> None:
-    case = golden_cases("hybrid-a")[0]
-    with opened(cut("hybrid-a"), graphs=False) as it:
-        it.trt.refuse_at = 5
-        with pytest.raises(DeviceError, match="was not run"):
-            it.model.generate(case["prompt"], golden_config(case))
-        assert (
-            list(it.model.generate(case["prompt"], golden_config(case)).tokens)
-            == case["diffusion_tokens"]
-        )
-
-
-def test_kernels_for_another_gpu_are_refused(cut: Callable[[str], Bundle]) -> None:
+def test_kernels_for_another_gpu_are_refused(cut: Bundle) -> None:
     api = FakeCuda(sm=120)
     with pytest.raises(EngineMismatchError, match="SM 120"):
-        open_fake(cut("hybrid-a"), FakeTensorRT(api), gpus=())
+        open_fake(cut, FakeTensorRT(api), gpus=())
     assert not api.leaked
 
 
-def test_a_damaged_kernel_is_refused(cut: Callable[[str], Bundle], tmp_path: Path) -> None:
-    bundle = Bundle.open(copy_of(cut("hybrid-a"), tmp_path / "bundle"))
+def test_a_damaged_kernel_is_refused(cut: Bundle, tmp_path: Path) -> None:
+    bundle = Bundle.open(copy_of(cut, tmp_path / "bundle"))
     file = next(engine_folder(bundle, "rtx").glob("experts-*/up-block.*.cubin"))
     file.write_bytes(b"?" * file.stat().st_size)
     api = FakeCuda(sm=89)
@@ -220,14 +154,14 @@ def test_a_damaged_kernel_is_refused(cut: Callable[[str], Bundle], tmp_path: Pat
 
 @pytest.mark.parametrize("call", ["cuLibraryLoadData", "cuLaunchKernel"])
 def test_a_driver_that_refuses_leaves_nothing(
-    cut: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch, call: str
+    cut: Bundle, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     api = FakeCuda(sm=89)
     monkeypatch.setattr(
         api, call, lambda *args: (700, 0) if call == "cuLibraryLoadData" else (700,)
     )
     with pytest.raises(DeviceError, match=r"kernel|cuLaunchKernel"), ExitStack() as stack:
-        towers = open_fake(cut("hybrid-a"), FakeTensorRT(api), gpus=(), graphs=False)
+        towers = open_fake(cut, FakeTensorRT(api), gpus=(), graphs=False)
         stack.enter_context(TwoTower.from_towers(towers)).generate([5, 6, 7], DIFFUSION)
     assert not api.leaked
     assert not api.loaded

@@ -45,14 +45,10 @@ def fail_third_wait(cuda: FakeCuda, code: int) -> None:
 
 @pytest.mark.parametrize(("devices", "pieces", "call"), [*ONE, *TWO])
 def test_the_first_failure_is_seen_and_everything_is_let_go(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-    devices: tuple[int, ...],
-    pieces: int,
-    call: str,
+    opened: Any, devices: tuple[int, ...], pieces: int, call: str
 ) -> None:
     """`opened` holds that nothing is left."""
-    with opened(built("hybrid-a", pieces), devices=devices) as it:
+    with opened("hybrid-a", pieces, devices=devices) as it:
         stream = it.model.stream([8, 9], DIFFUSION)
         next(stream)
         it.model.generate([5, 6, 7], DIFFUSION)
@@ -68,13 +64,10 @@ def test_the_first_failure_is_seen_and_everything_is_let_go(
             next(stream)
 
 
-def test_an_error_inside_a_with_statement_comes_out_of_it(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-) -> None:
+def test_an_error_inside_a_with_statement_comes_out_of_it(opened: Any) -> None:
     with (
         pytest.raises(DeviceError, match="error in cudaEventSynchronize"),
-        opened(built()) as it,
+        opened() as it,
     ):
         fail_third_wait(it.cuda, 719)
         it.model.generate([5, 6, 7], DIFFUSION)
@@ -86,11 +79,7 @@ def test_an_error_inside_a_with_statement_comes_out_of_it(
     ["cudaMalloc", "cudaStreamCreateWithFlags", "cudaSetDevice", "cudaHostAlloc"],
 )
 @pytest.mark.parametrize("code", [700, 1])
-def test_an_opening_that_fails_leaves_nothing(
-    built: Callable[..., Any],
-    call: str,
-    code: int,
-) -> None:
+def test_an_opening_that_fails_leaves_nothing(built: Any, call: str, code: int) -> None:
     """Whichever of its calls it is."""
     bundle, made = built("hybrid-a", 4), 0
     for number in range(1, 200):
@@ -109,9 +98,7 @@ def test_an_opening_that_fails_leaves_nothing(
 
 
 def test_a_clean_up_that_ends_at_the_first_failure_is_found(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Injected: frees in a plain loop. The fake notices what was never tried."""
 
@@ -129,18 +116,14 @@ def test_a_clean_up_that_ends_at_the_first_failure_is_found(
     ):
         monkeypatch.setattr(f"twotower.runtime.{module}.close_all", plain)
     monkeypatch.setattr(cleanup, "close_all", plain)
-    with pytest.raises(AssertionError, match="memory"), opened(built()) as it:
+    with pytest.raises(AssertionError, match="memory"), opened() as it:
         fail_third_wait(it.cuda, 700)
         with pytest.raises(DeviceError):
             it.model.generate([5, 6, 7], DIFFUSION)
 
 
-def test_what_a_clean_up_hides_is_in_the_log(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    with caplog.at_level(logging.INFO), opened(built()) as it:
+def test_what_a_clean_up_hides_is_in_the_log(opened: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), opened() as it:
         fail_third_wait(it.cuda, 700)
         with pytest.raises(DeviceError):
             it.model.generate([5, 6, 7], DIFFUSION)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.goldens import golden_cases
 from tests.helpers.towers import golden_config
-from tests.runtime.engines.test_trt_engine import golden_cases
 from twotower.errors import DeviceError
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.passes import DevicePass
@@ -37,15 +36,12 @@ def rebound_after_capture(work: Workspace) -> Any:
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_a_captured_launch_keeps_the_addresses_it_was_captured_with(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    graphs: bool,
+    opened: Any, monkeypatch: pytest.MonkeyPatch, graphs: bool
 ) -> None:
     """Launched anew a pass takes the new addresses; a replayed graph reads the old state."""
     case = next(c for c in golden_cases("hybrid-a") if c["params"]["max_new_tokens"] > 32)
     monkeypatch.setattr(Workspace, "denoise", rebound_after_capture)
-    with opened(built(), graphs=graphs) as it:
+    with opened(graphs=graphs) as it:
         out = it.model.generate(case["prompt"], golden_config(case))
     assert (list(out.tokens) == case["diffusion_tokens"]) is not graphs
 
@@ -66,9 +62,7 @@ def test_work_beside_a_stream_is_joined() -> None:
 
 
 def test_the_current_device_belongs_to_a_thread(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Injected: a device that is current is not made current again, whichever thread asks."""
     use, known = Cuda.use, []
@@ -87,7 +81,7 @@ def test_the_current_device_belongs_to_a_thread(
         except AssertionError as e:
             failed.append(e)
 
-    with opened(built(), devices=(1,)) as it:
+    with opened(devices=(1,)) as it:
         generate()
         assert not failed, "in one thread it is no fault"
         thread = threading.Thread(target=generate)
@@ -98,10 +92,7 @@ def test_the_current_device_belongs_to_a_thread(
 
 
 def test_a_library_allocates_when_it_runs_a_shape_first(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    opened: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Injected: the first run of a pass is captured. Later shapes would be no better."""
     make = DevicePass.__init__
@@ -111,7 +102,7 @@ def test_a_library_allocates_when_it_runs_a_shape_first(
         self._runs = 1
 
     monkeypatch.setattr(DevicePass, "__init__", hasty)
-    with opened(built()) as it:
+    with opened() as it:
         it.model.generate([5, 6, 7])
     assert "cudaMalloc during capture" in caplog.text
 
@@ -126,11 +117,7 @@ def test_a_library_allocates_when_it_runs_a_shape_first(
     ],
 )
 def test_what_the_library_refuses(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    fault: str,
-    says: str,
+    opened: Any, monkeypatch: pytest.MonkeyPatch, fault: str, says: str
 ) -> None:
     rows = [[5, 6, 7]]
     if fault == "two addresses of a cache":
@@ -155,7 +142,7 @@ def test_what_the_library_refuses(
     else:
         rows = [[5, 6, 7]] * 5
         monkeypatch.setattr("twotower.runtime.engines.trt_engine._profile", lambda plan, sizes: 0)
-    with opened(built(pieces=4)) as it:
+    with opened(pieces=4) as it:
         it.model._limits = replace(it.model._limits, max_batch=8)
         with pytest.raises(DeviceError, match=says):
             it.model.generate(rows)

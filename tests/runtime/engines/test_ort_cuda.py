@@ -13,10 +13,10 @@ import pytest
 
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.fused_experts import with_bodies
+from tests.helpers.goldens import AR, check_goldens, golden_cases
 from tests.helpers.quantized import TINY
 from tests.helpers.towers import golden_config
 from tests.helpers.trt.execution import fake_kernels
-from tests.runtime.engines.test_trt_engine import AR, golden_cases
 from twotower import GenerationConfig
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.ort.cuda import OrtCudaBuilder
@@ -77,7 +77,7 @@ def kernel_builder() -> OrtCudaBuilder:
 
 
 @pytest.fixture
-def opened_ort(built: Callable[..., Any]) -> Callable[..., Any]:
+def opened_ort(built: Any) -> Callable[..., Any]:
     """Opens a session on a fixture's engines; yields it and the fake beneath it."""
 
     @contextmanager
@@ -110,22 +110,10 @@ def opened_ort(built: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize("folder", ["hybrid-a", "hybrid-b"])
 @pytest.mark.parametrize("experts", ["fused", "dense"])
 def test_the_goldens(
-    opened_ort: Callable[..., Any],
-    experts: str,
-    folder: str,
-    devices: tuple[int, ...],
-    seed: int | None,
+    opened_ort: Any, experts: str, folder: str, devices: tuple[int, ...], seed: int | None
 ) -> None:
-    cases = golden_cases(folder)
     with opened_ort(folder, devices=devices, seed=seed, experts=experts) as (model, _):
-        for case in cases:
-            assert (
-                list(model.generate(case["prompt"], golden_config(case)).tokens)
-                == case["diffusion_tokens"]
-            )
-            assert list(model.generate(case["prompt"], AR).tokens) == case["ar_greedy_tokens"]
-        together = model.generate([Request(c["prompt"], golden_config(c)) for c in cases])
-        assert [list(out.tokens) for out in together] == [c["diffusion_tokens"] for c in cases]
+        check_goldens(model, golden_cases(folder))
 
 
 @pytest.mark.slow
@@ -134,24 +122,18 @@ def test_the_goldens(
     [("hybrid-a", (0,), None), ("hybrid-b", (1, 0), 2), ("hybrid-a", (0, 1, 2, 3), 3)],
 )
 def test_the_goldens_with_kernels_between(
-    opened_ort: Callable[..., Any], folder: str, devices: tuple[int, ...], seed: int | None
+    opened_ort: Any, folder: str, devices: tuple[int, ...], seed: int | None
 ) -> None:
     """Programs and experts on the towers' streams; of four devices each tower has two."""
-    case = golden_cases(folder)[0]
     with opened_ort(folder, devices=devices, seed=seed, experts="kernels") as (model, api):
-        assert (
-            list(model.generate(case["prompt"], golden_config(case)).tokens)
-            == case["diffusion_tokens"]
-        )
-        assert list(model.generate(case["prompt"], AR).tokens) == case["ar_greedy_tokens"]
-        together = model.generate(
-            [Request(case["prompt"], golden_config(case)), Request([5, 6, 7], AR)]
-        )
-        assert list(together[0].tokens) == case["diffusion_tokens"]
+        check_goldens(model, golden_cases(folder)[:1])
+        case = golden_cases(folder)[0]
+        mixed = model.generate([Request(case["prompt"], golden_config(case)), Request([5], AR)])
+        assert list(mixed[0].tokens) == case["diffusion_tokens"]
         assert api.launched, "kernels"
 
 
-def test_kernels_between_have_limits(opened_ort: Callable[..., Any]) -> None:
+def test_kernels_between_have_limits(opened_ort: Any) -> None:
     """Of the block: what steps hand over has its room."""
     with (
         opened_ort(experts="kernels") as (model, _),
@@ -175,17 +157,13 @@ def test_experts_in_a_format_onnx_runtime_has_no_kernel_for(tmp_path: Path) -> N
     texts = []
     for towers in (open_ort_cpu(bundle), open_ort_cuda(bundle, CpuLibrary(api), Cuda(api))):
         with TwoTower.from_towers(towers, trained_block_size=bundle.trained_block_size) as model:
-            texts.append(
-                [
-                    list(model.generate([5, 6, 7], replace(config, mode=mode)).tokens)
-                    for mode in ("diffusion", "ar")
-                ]
-            )
+            configs = [replace(config, mode=mode) for mode in ("diffusion", "ar")]
+            texts.append([model.generate([5, 6, 7], c).tokens for c in configs])
     assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "ar"])
-def test_a_text_that_outgrows_its_cache_keeps_it(opened_ort: Callable[..., Any], mode: str) -> None:
+def test_a_text_that_outgrows_its_cache_keeps_it(opened_ort: Any, mode: str) -> None:
     """From 256 positions to 512: keys and values move, and passes are bound again."""
     prompt = [4 + n % 200 for n in range(210)]
     config = GenerationConfig(mode=mode, max_new_tokens=96, ignore_eos=True)
@@ -194,7 +172,7 @@ def test_a_text_that_outgrows_its_cache_keeps_it(opened_ort: Callable[..., Any],
         assert model.generate(prompt, config).tokens == model.generate(roomy, config)[0].tokens
 
 
-def test_no_memory_is_named_with_what_is_free(opened_ort: Callable[..., Any]) -> None:
+def test_no_memory_is_named_with_what_is_free(opened_ort: Any) -> None:
     with (
         pytest.raises(EngineMismatchError, match=r"do not fit on GPU 0") as error,
         opened_ort(memory=1000),
@@ -203,12 +181,12 @@ def test_no_memory_is_named_with_what_is_free(opened_ort: Callable[..., Any]) ->
     assert "MiB needed" in error.value.found
 
 
-def test_a_gpu_that_is_not_there_is_named(opened_ort: Callable[..., Any]) -> None:
+def test_a_gpu_that_is_not_there_is_named(opened_ort: Any) -> None:
     with pytest.raises(ConfigError, match="no GPU 7"), opened_ort(devices=(7,)):
         raise AssertionError("it was opened")
 
 
-def test_without_a_driver_the_target_says_so(built: Callable[..., Any]) -> None:
+def test_without_a_driver_the_target_says_so(built: Any) -> None:
     bundle = built("hybrid-a")
     build_engines(bundle, "ort-cuda", builder_for("ort-cuda"))
     with pytest.raises(EngineMismatchError, match=r"driver|GPU|cannot run here") as error:

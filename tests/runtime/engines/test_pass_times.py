@@ -29,7 +29,7 @@ AR = GenerationConfig(mode="ar", max_new_tokens=5, ignore_eos=True)
 
 
 @pytest.fixture
-def copied(built: Callable[..., Any], tmp_path: Path) -> Bundle:
+def copied(built: Any, tmp_path: Path) -> Bundle:
     """A bundle without compiled kernels."""
     shutil.copytree(built().path, tmp_path / "bundle", ignore=shutil.ignore_patterns(".*.kernels"))
     return Bundle.open(tmp_path / "bundle")
@@ -79,7 +79,7 @@ def kept(bundle: Bundle) -> list[str]:
 
 
 @pytest.mark.slow
-def test_nothing_is_compiled_while_requests_wait(copied: Bundle, open_: Callable[..., Any]) -> None:
+def test_nothing_is_compiled_while_requests_wait(copied: Bundle, open_: Any) -> None:
     with open_(copied) as (model, trt):
         before = list(trt.kernels)
         assert before
@@ -96,10 +96,7 @@ def test_nothing_is_compiled_while_requests_wait(copied: Bundle, open_: Callable
         assert trt.kernels == before
 
 
-def test_without_warm_up_they_are_compiled_when_they_first_run(
-    copied: Bundle,
-    open_: Callable[..., Any],
-) -> None:
+def test_without_warm_up_they_are_compiled_when_they_first_run(copied: Bundle, open_: Any) -> None:
     with open_(copied, warm_up=()) as (model, trt):
         assert not trt.kernels
         model.generate([[5], [6], [7]], DIFFUSION)
@@ -111,9 +108,7 @@ def test_without_warm_up_they_are_compiled_when_they_first_run(
 
 @pytest.mark.parametrize("options", [{"warm_up": (4,)}, {"warm_up": ()}])
 def test_kernels_are_kept_before_the_session_ends(
-    copied: Bundle,
-    open_: Callable[..., Any],
-    options: dict[str, Any],
+    copied: Bundle, open_: Any, options: dict[str, Any]
 ) -> None:
     """After the warm-up, or the first request: a killed process has kept what it compiled."""
     with open_(copied, **options) as (model, _):
@@ -132,9 +127,7 @@ def test_kernels_are_kept_before_the_session_ends(
 
 
 def test_a_file_that_is_being_written_is_of_one_process(
-    copied: Bundle,
-    open_: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    copied: Bundle, open_: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes that save at a time must not write into one file."""
     names: list[str] = []
@@ -152,9 +145,7 @@ def test_a_file_that_is_being_written_is_of_one_process(
 
 
 def test_kernels_are_saved_when_there_are_new_ones_only(
-    copied: Bundle,
-    open_: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    copied: Bundle, open_: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.helpers.trt import execution
 
@@ -175,11 +166,8 @@ def test_kernels_are_saved_when_there_are_new_ones_only(
         assert count == before
 
 
-def test_kernels_are_specialised_for_few_numbers_of_rows(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-) -> None:
-    with opened(built()) as it:
+def test_kernels_are_specialised_for_few_numbers_of_rows(opened: Any) -> None:
+    with opened() as it:
         head, memory = it.towers.context_head, it.towers.memory
         specs = (*head.signature.inputs, *head.signature.outputs)
         compiled = []
@@ -195,7 +183,7 @@ def test_kernels_are_specialised_for_few_numbers_of_rows(
 
 
 @pytest.mark.slow
-def test_text_is_the_same_with_and_without(copied: Bundle, open_: Callable[..., Any]) -> None:
+def test_text_is_the_same_with_and_without(copied: Bundle, open_: Any) -> None:
     texts = []
     for options in ({"warm_up": ()}, {}, {"warm_up": (1, 2, 4)}):
         with open_(copied, **options) as (model, _):
@@ -206,9 +194,7 @@ def test_text_is_the_same_with_and_without(copied: Bundle, open_: Callable[..., 
 
 
 def test_too_many_rows_for_the_memory_are_said_and_passed_over(
-    copied: Bundle,
-    open_: Callable[..., Any],
-    caplog: pytest.LogCaptureFixture,
+    copied: Bundle, open_: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of the usual numbers; one that was asked for is an error."""
     with open_(copied) as (model, trt):
@@ -230,11 +216,7 @@ def test_too_many_rows_for_the_memory_are_said_and_passed_over(
 
 
 @pytest.mark.parametrize("rows", [0, 5, -1])
-def test_numbers_of_rows_that_are_none(
-    copied: Bundle,
-    open_: Callable[..., Any],
-    rows: int,
-) -> None:
+def test_numbers_of_rows_that_are_none(copied: Bundle, open_: Any, rows: int) -> None:
     with (
         pytest.raises(ConfigError, match="cannot be warmed up") as error,
         open_(copied, warm_up=(rows,)),

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.fake_cuda import FakeCuda
-from tests.helpers.trt.execution import FakeTensorRT
-from tests.helpers.trt.install import bundle_with_engines, open_fake
+from tests.helpers.goldens import DIFFUSION, random_prompt
+from tests.helpers.trt.install import bundle_with_engines
 from twotower import GenerationConfig
-from twotower.runtime import Request, TwoTower
+from twotower.runtime import Request
 from twotower.runtime.engines import trt_engine
 
 Steps = dict[tuple[int, int], tuple[bytes, ...]]
@@ -54,10 +52,7 @@ def generated(model: Any, batch: list[Request]) -> list[tuple[tuple[int, ...], S
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_neither_other_rows_nor_padding_change_a_bit_of_a_row(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    dtype: str,
+    opened: Any, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     """A row alone is padded to four here, and prompts have two tokens or more.
 
@@ -65,7 +60,7 @@ def test_neither_other_rows_nor_padding_change_a_bit_of_a_row(
     several. That is its arithmetic and not the runtime's, and would be all that is seen.
     """
     monkeypatch.setattr(trt_engine, "row_counts", lambda most: (most,))
-    with opened(built("hybrid-b", dtype=dtype)) as it:
+    with opened("hybrid-b", dtype=dtype) as it:
 
         @settings(max_examples=12, suppress_health_check=list(HealthCheck))
         @given(st.lists(requests(), min_size=2, max_size=4))
@@ -78,13 +73,8 @@ def test_neither_other_rows_nor_padding_change_a_bit_of_a_row(
 
 
 @pytest.mark.parametrize(("rows", "bound"), [(1, 1), (2, 2), (3, 4), (4, 4)])
-def test_a_batch_is_padded_to_few_numbers_of_rows(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-    rows: int,
-    bound: int,
-) -> None:
-    with opened(built()) as it:
+def test_a_batch_is_padded_to_few_numbers_of_rows(opened: Any, rows: int, bound: int) -> None:
+    with opened() as it:
         out = it.model.generate(
             [[5, 6, 7]] * rows,
             GenerationConfig(max_new_tokens=20, ignore_eos=True),
@@ -93,20 +83,11 @@ def test_a_batch_is_padded_to_few_numbers_of_rows(
         assert it.model._workspaces._idle.rows == bound
 
 
-def test_a_workspace_serves_fewer_rows_after_more(
-    built: Callable[..., Any],
-    opened: Callable[..., Any],
-) -> None:
+def test_a_workspace_serves_fewer_rows_after_more(opened: Any) -> None:
     """What the fourth row left in the small arrays is gone: padding has no masks and no text."""
-    options = GenerationConfig(
-        max_new_tokens=40,
-        confidence_threshold=0.5,
-        temperature=0.8,
-        seed=3,
-        ignore_eos=True,
-    )
-    prompts = [np.random.default_rng(n).integers(4, 250, 9 + n).tolist() for n in range(4)]
-    with opened(built()) as it:
+    options = replace(DIFFUSION, temperature=0.8, seed=3)
+    prompts = [random_prompt(9 + n) for n in range(4)]
+    with opened() as it:
         alone = [it.model.generate(p, options).tokens for p in prompts]
         assert [out.tokens for out in it.model.generate(prompts, options)] == alone
         assert [out.tokens for out in it.model.generate(prompts[:3], options)] == alone[:3]
@@ -117,17 +98,11 @@ def test_a_workspace_serves_fewer_rows_after_more(
         assert (it.towers.memory.host(work._buffers["chunk_length"])[3:] == 0).all()
 
 
-def test_engines_for_many_rows(tmp_path: Path) -> None:
+def test_engines_for_many_rows(opened: Any, tmp_path: Path) -> None:
     """Of 32: nine rows run as sixteen, and are what each is alone."""
     bundle = bundle_with_engines("hybrid-b", tmp_path / "bundle", max_batch=32)
-    api = FakeCuda()
-    trt = FakeTensorRT(api)
-    towers = open_fake(bundle, trt)
-    options = GenerationConfig(max_new_tokens=20, confidence_threshold=0.5, ignore_eos=True)
-    prompts = [np.random.default_rng(n).integers(4, 250, 3 + 2 * n).tolist() for n in range(9)]
-    with TwoTower.from_towers(towers, max_batch=32) as model:
-        together = [out.tokens for out in model.generate(prompts, options)]
-        assert model._workspaces._idle is not None
-        assert model._workspaces._idle.rows == 16
-        assert together == [model.generate(p, options).tokens for p in prompts]
-    assert not api.leaked
+    prompts = [random_prompt(3 + 2 * n) for n in range(9)]
+    with opened(bundle, max_batch=32) as it:
+        together = [out.tokens for out in it.model.generate(prompts, DIFFUSION)]
+        assert it.model._workspaces._idle.rows == 16
+        assert together == [it.model.generate(p, DIFFUSION).tokens for p in prompts]

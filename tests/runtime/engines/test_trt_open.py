@@ -32,7 +32,7 @@ GPU = Gpu("a GPU", 89, 1 << 34)
 
 
 @pytest.fixture
-def copied(built: Callable[..., Any], tmp_path: Path) -> Bundle:
+def copied(built: Any, tmp_path: Path) -> Bundle:
     """A bundle that a test may damage."""
     shutil.copytree(built().path, tmp_path / "bundle", ignore=shutil.ignore_patterns(".*.kernels"))
     return Bundle.open(tmp_path / "bundle")
