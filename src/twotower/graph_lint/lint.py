@@ -12,7 +12,9 @@ from twotower.graph_lint.rule import Finding, Rule, Severity
 from twotower.graph_lint.tensor_rules import TENSOR_RULES
 from twotower.graph_lint.view import GraphView
 
-RULES: tuple[Rule, ...] = (*OPERATOR_RULES, *ATTENTION_RULES, *QUANTIZATION_RULES, *TENSOR_RULES)
+_TABLE = (*OPERATOR_RULES, *ATTENTION_RULES, *QUANTIZATION_RULES, *TENSOR_RULES)
+
+RULES: tuple[Rule, ...] = tuple(rule for rule, _ in _TABLE)
 """Every rule."""
 
 _SHOWN = 5  # findings of one rule an error names one by one: 52 layers share their faults
@@ -28,9 +30,9 @@ def lint(model: onnx.ModelProto, *, fixed: bool = False) -> tuple[Finding, ...]:
     view = GraphView(model, fixed=fixed)
     found = [
         Finding(rule, where, what)
-        for rule in RULES
+        for rule, find in _TABLE
         if fixed or not rule.built_only
-        for where, what in rule.find(view)
+        for where, what in find(view)
     ]
     return tuple(sorted(found, key=lambda f: f.rule.severity is Severity.NOTE))
 

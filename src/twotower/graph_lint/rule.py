@@ -17,6 +17,9 @@ BUILT = "tested with TensorRT for RTX 1.7.1"
 Complaint = tuple[str, str]
 """Where (an operator or a tensor) and what was found there."""
 
+Find = Callable[[GraphView], Iterator[Complaint]]
+"""Finds the places of a graph where a rule does not hold."""
+
 Check = Callable[[GraphView, onnx.NodeProto], str | None]
 """What is wrong with an operator, or None."""
 
@@ -39,7 +42,6 @@ class Rule:
         reason: What happens otherwise.
         instead: What to write.
         source: Where the reason comes from.
-        find: Finds the places.
         severity: Errors stop an export and a build.
         built_only: It holds for a graph whose axes were fixed for a build, not for an exported one.
     """
@@ -50,7 +52,6 @@ class Rule:
     reason: str
     instead: str
     source: str
-    find: Callable[[GraphView], Iterator[Complaint]]
     severity: Severity = Severity.ERROR
     built_only: bool = False
 
@@ -76,9 +77,33 @@ class Finding:
         }
 
 
-def each(
-    op_types: tuple[str, ...] | str, check: Check
-) -> Callable[[GraphView], Iterator[Complaint]]:
+class Rules(list[tuple[Rule, Find]]):
+    """Rules with what finds their places; a check stands below the rule it is for."""
+
+    def add(self, rule: Rule, find: Find) -> None:
+        """A rule with a check that other rules use, too."""
+        self.append((rule, find))
+
+    def of_graph(self, rule: Rule) -> Callable[[Find], Find]:
+        """Decorates what looks at a whole graph."""
+
+        def register(find: Find) -> Find:
+            self.add(rule, find)
+            return find
+
+        return register
+
+    def of_operator(self, op_types: tuple[str, ...] | str, rule: Rule) -> Callable[[Check], Check]:
+        """Decorates what looks at one operator of some types."""
+
+        def register(check: Check) -> Check:
+            self.add(rule, each(op_types, check))
+            return check
+
+        return register
+
+
+def each(op_types: tuple[str, ...] | str, check: Check) -> Find:
     """Asks every operator of some types.
 
     Their domain does not matter, because TensorRT's parser does not read it either.
@@ -93,14 +118,12 @@ def each(
     return find
 
 
-def absent(op_types: tuple[str, ...] | str) -> Callable[[GraphView], Iterator[Complaint]]:
+def absent(op_types: tuple[str, ...] | str) -> Find:
     """Finds every operator of some types."""
     return each(op_types, lambda view, node: f"operator {node.op_type}")
 
 
-def attribute(
-    op_types: tuple[str, ...] | str, name: str, *allowed: Any
-) -> Callable[[GraphView], Iterator[Complaint]]:
+def attribute(op_types: tuple[str, ...] | str, name: str, *allowed: Any) -> Find:
     """Finds operators whose attribute is none of `allowed`, the first of which is its default."""
 
     def check(view: GraphView, node: onnx.NodeProto) -> str | None:

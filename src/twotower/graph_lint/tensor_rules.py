@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx
 
-from twotower.graph_lint.rule import BUILT, Complaint, Rule, where
+from twotower.graph_lint.rule import BUILT, Complaint, Rule, Rules, where
 from twotower.graph_lint.view import UNKNOWN, GraphView, type_name
 
 _HALF = ("float16", "bfloat16")
@@ -44,6 +44,25 @@ _SHAPES: Mapping[tuple[int, ...], tuple[str, ...]] = {
 """Operands that decide a shape, and of which operators. TopK's is in a rule of its own."""
 
 
+def _quantizes(node: onnx.NodeProto) -> bool:
+    return node.op_type in ("QuantizeLinear", "DequantizeLinear") or node.op_type.startswith("TRT_")
+
+
+TENSOR_RULES = Rules()
+"""Rules about values."""
+
+
+@TENSOR_RULES.of_graph(
+    Rule(
+        "one-type",
+        "operands",
+        "different types in one operator",
+        'rejected at parsing ("must have same input types"); Pow and RMSNormalization are '
+        "converted silently",
+        "a Cast",
+        BUILT,
+    )
+)
 def _mixed(view: GraphView) -> Iterator[Complaint]:
     operands = {kind: indices for indices, kinds in _ALIKE.items() for kind in kinds}
     for node in view.nodes:
@@ -58,6 +77,16 @@ def _mixed(view: GraphView) -> Iterator[Complaint]:
             yield where(node), f"{node.op_type}({', '.join(dtypes)})"
 
 
+@TENSOR_RULES.of_graph(
+    Rule(
+        "known-types",
+        "all values",
+        "float64 and other types TensorRT lacks; uint8 inside",
+        "float64 is narrowed to float32 silently, others are rejected",
+        "float32, int64",
+        BUILT,
+    )
+)
 def _types(view: GraphView) -> Iterator[Complaint]:
     ends = view.inputs | view.outputs
     names = {name for node in view.nodes for name in (*node.input, *node.output) if name}
@@ -72,10 +101,17 @@ def _types(view: GraphView) -> Iterator[Complaint]:
             yield name, dtype
 
 
-def _quantizes(node: onnx.NodeProto) -> bool:
-    return node.op_type in ("QuantizeLinear", "DequantizeLinear") or node.op_type.startswith("TRT_")
-
-
+@TENSOR_RULES.of_graph(
+    Rule(
+        "finite-constants",
+        "constants in float16 and bfloat16",
+        "infinite, also by a cast of a larger number",
+        "a row that is masked throughout is NaN, and 0 times it too; the least float32 is "
+        "minus infinity in float16",
+        "a boolean mask, or a large finite number",
+        "IEEE 754",
+    )
+)
 def _infinite(view: GraphView) -> Iterator[Complaint]:
     for name in view.initializers:
         dtype = view.dtype(name)
@@ -94,6 +130,16 @@ def _infinite(view: GraphView) -> Iterator[Complaint]:
             yield where(node), f"a cast of {largest:.3g} to float16"
 
 
+@TENSOR_RULES.of_graph(
+    Rule(
+        "inferable",
+        "all values",
+        "a type that ONNX cannot infer",
+        "no rule about types sees it; operands that do not fit do this",
+        "operands that fit; the operator as its opset has it",
+        "onnx.shape_inference",
+    )
+)
 def _untyped(view: GraphView) -> Iterator[Complaint]:
     """Only where it begins: what follows from an unknown value is unknown too."""
     for node in view.nodes:
@@ -103,6 +149,16 @@ def _untyped(view: GraphView) -> Iterator[Complaint]:
             yield where(node), f"nothing is known of {', '.join(unknown)}"
 
 
+@TENSOR_RULES.of_graph(
+    Rule(
+        "declared-types",
+        "outputs",
+        "declared in another type than computed",
+        "an engine's output has the computed type: whoever binds the declared one reads noise",
+        "a Cast",
+        BUILT,
+    )
+)
 def _declared(view: GraphView) -> Iterator[Complaint]:
     for name, kind in view.declared.items():
         made = view.inferred.get(name, kind)
@@ -111,17 +167,48 @@ def _declared(view: GraphView) -> Iterator[Complaint]:
             yield name, f"declared {declared}, computed in {computed}"
 
 
+@TENSOR_RULES.of_graph(
+    Rule(
+        "inputs-are-read",
+        "inputs",
+        "unread",
+        "the parser drops them with one warning; whoever binds them believes they count",
+        "no such input",
+        BUILT,
+    )
+)
 def _unread(view: GraphView) -> Iterator[Complaint]:
     for name in sorted(view.inputs - view.readers.keys()):
         yield name, "no operator reads this input"
 
 
+@TENSOR_RULES.of_graph(
+    Rule(
+        "inputs-are-values",
+        "inputs",
+        "read for their shape alone",
+        "a constant shape is folded and the input dropped",
+        "fixed axes, or no such input",
+        BUILT,
+        built_only=True,
+    )
+)
 def _shape_only(view: GraphView) -> Iterator[Complaint]:
     for name in sorted(view.inputs & view.readers.keys()):
         if {node.op_type for node in view.readers[name]} <= {"Shape", "Size"}:
             yield name, "only the shape of this input is read"
 
 
+@TENSOR_RULES.of_graph(
+    Rule(
+        "shapes-from-shapes",
+        "Reshape, Expand, Slice, Range, axes of reductions, ...",
+        "a shape that depends on values",
+        "it has no profile, and memory cannot be planned for a CUDA graph",
+        "a fixed size and a mask",
+        "TensorRT 11 documentation, CUDA graphs; data-dependent shapes",
+    )
+)
 def _shapes(view: GraphView) -> Iterator[Complaint]:
     operands = {kind: indices for indices, kinds in _SHAPES.items() for kind in kinds}
     for node in view.nodes:
@@ -131,44 +218,18 @@ def _shapes(view: GraphView) -> Iterator[Complaint]:
                 yield where(node), f"{node.op_type} takes its shape from the values in {values}"
 
 
+@TENSOR_RULES.of_graph(
+    Rule(
+        "named-axes",
+        "inputs and outputs",
+        "an axis without size or name",
+        "no profile can be made for it",
+        "a letter of the contract",
+        "this project's contract (spec.py)",
+    )
+)
 def _unnamed(view: GraphView) -> Iterator[Complaint]:
     for name in sorted(view.inputs | view.outputs):
         shape = view.shape(name)
         if shape is None or None in shape:
             yield name, "an axis has neither a size nor a name"
-
-
-TENSOR_RULES: tuple[Rule, ...] = (
-    Rule("one-type", "operands", "different types in one operator",
-         'rejected at parsing ("must have same input types"); Pow and RMSNormalization are '
-         'converted silently', "a Cast", BUILT, _mixed),
-    Rule("known-types", "all values", "float64 and other types TensorRT lacks; uint8 inside",
-         "float64 is narrowed to float32 silently, others are rejected", "float32, int64",
-         BUILT, _types),
-    Rule("finite-constants", "constants in float16 and bfloat16",
-         "infinite, also by a cast of a larger number",
-         "a row that is masked throughout is NaN, and 0 times it too; the least float32 is "
-         "minus infinity in float16", "a boolean mask, or a large finite number", "IEEE 754",
-         _infinite),
-    Rule("inferable", "all values", "a type that ONNX cannot infer",
-         "no rule about types sees it; operands that do not fit do this",
-         "operands that fit; the operator as its opset has it", "onnx.shape_inference", _untyped),
-    Rule("declared-types", "outputs", "declared in another type than computed",
-         "an engine's output has the computed type: whoever binds the declared one reads noise",
-         "a Cast", BUILT, _declared),
-    Rule("inputs-are-read", "inputs", "unread",
-         "the parser drops them with one warning; whoever binds them believes they count",
-         "no such input", BUILT, _unread),
-    Rule("inputs-are-values", "inputs", "read for their shape alone",
-         "a constant shape is folded and the input dropped", "fixed axes, or no such input", BUILT,
-         _shape_only, built_only=True),
-    Rule("shapes-from-shapes", "Reshape, Expand, Slice, Range, axes of reductions, ...",
-         "a shape that depends on values",
-         "it has no profile, and memory cannot be planned for a CUDA graph",
-         "a fixed size and a mask", "TensorRT 11 documentation, CUDA graphs; data-dependent shapes",
-         _shapes),
-    Rule("named-axes", "inputs and outputs", "an axis without size or name",
-         "no profile can be made for it", "a letter of the contract",
-         "this project's contract (spec.py)", _unnamed),
-)  # fmt: skip
-"""Rules about values."""
