@@ -51,15 +51,11 @@ def bucket_of(masked: int, block_size: int) -> int:
 
 @dataclass(slots=True)
 class TowerStatistics:
-    """What was seen of the inputs of a tower's products.
+    """What was seen of the inputs of a tower's products, N inputs in K buckets.
 
-    Attributes:
-        names: Of each of the N inputs the first weight it is multiplied with.
-        buckets: Names of the K buckets.
-        histogram: [N,K,BINS] int64 counts of magnitudes.
-        minimum: [N,K] float32, infinity where nothing was seen, and
-        maximum: [N,K] float32, minus infinity there.
-        squares: [N,K] float64 sums of squares.
+    `names` has the first weight each input is multiplied with. `histogram` [N,K,BINS] int64 counts
+    magnitudes; `minimum` and `maximum` [N,K] float32 are +inf and -inf where nothing was seen;
+    `squares` [N,K] float64 are sums of squares.
     """
 
     names: tuple[str, ...]
@@ -89,13 +85,9 @@ class TowerStatistics:
         return np.where(self.count > 0, out, np.float32(np.nan))
 
     def add(self, index: int, bucket: int, x: npt.NDArray[Any]) -> None:
-        """Takes values of one input in.
+        """Takes values of one input in; CalibrationError for NaN or infinity.
 
-        The bin is read off the bits of the number: exponent and the first three digits behind the
-        point.
-
-        Raises:
-            CalibrationError: NaN or infinity among them.
+        The bin is the number's exponent and the first three bits of its mantissa.
         """
         flat = np.ascontiguousarray(x, np.float32).reshape(-1)
         if not flat.size:
@@ -133,12 +125,8 @@ class TowerStatistics:
 class Statistics:
     """What was seen in both towers; on disk a folder with numbers and what they are of.
 
-    Attributes:
-        path: The folder.
-        source: Identity of the checkpoint (`identity_of`).
-        towers: By name, `context` and `denoiser`.
-        facts: How they were gathered: prompts, passes, options, versions.
-        sha256: Of the numbers; empty before they are written.
+    `facts` says how they were gathered (prompts, passes, options, versions); `sha256` is of the
+    numbers and empty before they are written.
     """
 
     path: Path
@@ -158,11 +146,7 @@ def identity_of(bundle: Bundle) -> str:
 
 
 def write_statistics(statistics: Statistics, folder: Path) -> None:
-    """Writes both files into an existing folder, the description last.
-
-    Raises:
-        OSError: the disk is full or fails.
-    """
+    """Writes both files into an existing folder, the description last."""
     arrays: dict[str, npt.NDArray[Any]] = {}
     towers: dict[str, Any] = {}
     for tower, seen in statistics.towers.items():
@@ -184,11 +168,7 @@ def write_statistics(statistics: Statistics, folder: Path) -> None:
 
 
 def read_statistics(folder: Path) -> Statistics:
-    """Reads and checks statistics.
-
-    Raises:
-        CalibrationError: the folder holds none, or damaged ones, or a range that is not a number.
-    """
+    """Reads and checks statistics; CalibrationError if there are none, or damaged ones."""
     try:
         data = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))
         kind, schema = data.get("kind"), data.get("schema")

@@ -70,9 +70,8 @@ _WATCHED_BYTES = 1 << 30
 class CollectConfig:
     """Options of one calibration.
 
-    Attributes:
-        generation: Options of every prompt that has none of its own. A prompt without a seed takes
-            seed 0: a run that goes on where another ended must draw the same.
+    `generation` serves prompts without options of their own. A prompt without a seed takes seed 0,
+    so that a run that goes on where another ended draws the same.
     """
 
     generation: GenerationConfig
@@ -90,16 +89,9 @@ def collect(
     """Gathers statistics of a float bundle into a new folder.
 
     The bundle's `ort-cpu` engine is built if it is not there. What was gathered is kept beside the
-    folder from time to time, and a run of the same prompts with the same options goes on from
-    there: the result is the same, number for number.
-
-    Args:
-        bundle: The bundle.
-        requests: The prompts.
-        output: The folder to make.
-        config: Options.
-        draw: Makes pictures of the result: file name -> content.
-        report: Called with (what, prompts done, prompts in all).
+    folder from time to time; the same prompts and options go on from there with the same result,
+    number for number. `draw` makes pictures (file name -> content); `report` is called with (what,
+    prompts done, prompts in all).
 
     Raises:
         CalibrationError: the folder exists, no prompts, or an activation that is not finite.
@@ -157,10 +149,7 @@ def collect(
 
 
 def watched_chunk(config: ModelConfig) -> int:
-    """Most prompt tokens of a pass so that what is watched stays below a gigabyte.
-
-    Hidden values of all experts are the bulk of it.
-    """
+    """Most prompt tokens of a pass so that watched values, mostly hidden ones, stay below 1 GB."""
     hidden = config.n_routed_experts * config.moe_intermediate_size
     experts = hidden * len(config.indices(LayerKind.MOE))
     others = len(config.layers) * 2 * (config.hidden_size + config.mamba_inner)
@@ -168,12 +157,7 @@ def watched_chunk(config: ModelConfig) -> int:
 
 
 class _WatchedGraph:
-    """A tower's graph, and what is watched of it: inputs of products that can be quantized.
-
-    Attributes:
-        taps: The inputs.
-        watched: Names of the values that are needed to see them.
-    """
+    """A tower's graph, its taps (inputs of products), and the values needed to see them."""
 
     def __init__(self, bundle: Bundle, name: str) -> None:
         self._bundle, self._name = bundle, name
@@ -197,20 +181,9 @@ class _WatchedGraph:
 
 
 class _Gathered:
-    """What one calibration has gathered so far, and where that is kept.
+    """What one calibration has gathered so far, kept in the folder `kept` under the run's `key`.
 
-    Args:
-        kept: The folder it is kept in.
-        key: Of the run; what another has kept is not taken up.
-        source: Identity of the checkpoint.
-        graphs: What is watched, by tower.
-
-    Attributes:
-        towers: The statistics.
-        done: Prompts.
-        passes: Of the denoiser.
-        blocks: Finished ones.
-        tokens: Generated ones.
+    What a run with another key has kept is not taken up.
     """
 
     def __init__(
@@ -225,10 +198,7 @@ class _Gathered:
         self.done = self.passes = self.blocks = self.tokens = 0
 
     def add(self, tower: str, bucket: int, length: int, seen: Mapping[str, Array]) -> None:
-        """Takes in the rows of real tokens.
-
-        Padding is left out, and of the experts' values those of tokens that did not visit them.
-        """
+        """Takes in rows of real tokens: no padding, and for experts only their visitors."""
         for index, tap in enumerate(self._taps[tower]):
             values = seen[tap.value][..., :length, :]
             if tap.visited is not None:

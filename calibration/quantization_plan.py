@@ -25,8 +25,8 @@ class QuantizeConfig:
 
     Attributes:
         rounding: How weights are quantized: one of `ROUNDINGS`.
-        ranges: How the range of a product's input is read from its histogram: `max`, `percentile`
-            (99.99 %) or `mse` (the clipping that costs least, for integers).
+        ranges: How an input's range is read from its histogram: `max`, `percentile` (99.99 %) or
+            `mse` (the clipping with the least error, for integers).
         calibrated_on: `trajectories` (every step of real denoising) or `text` (blocks without masks
             only; to see what that costs).
     """
@@ -53,12 +53,7 @@ class QuantizeConfig:
 class QuantizationPlan:
     """The graphs to write, and the precision they were recorded with.
 
-    Attributes:
-        recipe: What was asked for.
-        config: Options.
-        precision: Formats of weights and activations.
-        graphs: By name, with the weights they declare.
-        statistics: SHA-256 of the statistics that ranges are from; None where there are none.
+    `statistics` is the SHA-256 of the statistics the ranges are from; None without any.
     """
 
     recipe: Recipe
@@ -74,11 +69,7 @@ class QuantizationPlan:
 
 
 def require_float(bundle: Bundle) -> None:
-    """Refuses a bundle that is quantized already.
-
-    Raises:
-        BundleError: it is.
-    """
+    """Refuses a bundle that is quantized already (BundleError)."""
     if bundle.quantization is not None:
         recipe = bundle.quantization["recipe"]["name"]
         raise BundleError(
@@ -96,17 +87,11 @@ def plan_quantization(
 ) -> QuantizationPlan:
     """Records the graphs a recipe leads to; reads no weight.
 
-    Args:
-        bundle: A float bundle.
-        recipe: What to quantize.
-        config: Options.
-        statistics: Ranges of the inputs; needed by recipes that quantize them.
-
     Raises:
         BundleError: the bundle is quantized already.
         RecipeError: the recipe does not fit the model.
-        CalibrationError: the recipe needs statistics, or they are of another checkpoint or say
-            nothing about an input.
+        CalibrationError: the recipe quantizes inputs and the statistics are missing, of another
+            checkpoint, or silent about an input.
     """
     options = config or QuantizeConfig()
     require_float(bundle)

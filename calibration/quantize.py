@@ -45,15 +45,8 @@ def quantize_bundle(
 ) -> Bundle:
     """Writes the quantized bundle; its folder appears whole or not at all.
 
-    Memory stays at a few pieces of a million weights, whatever the model; the weights are read from
-    the bundle's mapped files.
-
-    Args:
-        bundle: The float bundle.
-        plan: From `plan_quantization`.
-        output: The folder to make.
-        report: Called with (what, bytes done, bytes in all).
-        extra: More facts for the manifest's `quantization`.
+    Memory stays at a few pieces of a million weights. `report` is called with (what, bytes done,
+    bytes in all); `extra` are more facts for the manifest's `quantization`.
 
     Raises:
         BundleError: the folder exists, the disk is too small or fails.

@@ -35,13 +35,7 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class FloatWeights:
-    """The weights of a float graph.
-
-    Attributes:
-        path: Their data file.
-        refs: Where each lies in it.
-        dtype: The graph's element type, which scales have, too.
-    """
+    """A float graph's weights: data file, places in it, and the dtype, which scales share."""
 
     path: Path
     refs: Mapping[str, WeightRef]
@@ -58,12 +52,7 @@ def stream_quantized(
 ) -> FileRecord:
     """Writes a data file of quantized weights and of weights that stay as they are.
 
-    Args:
-        path: The file.
-        weights: What a graph declares.
-        source: The float graph's weights.
-        rounding: One of `ROUNDINGS`.
-        tick: Called with the bytes of each piece written.
+    `tick` is called with the bytes of each piece written.
 
     Raises:
         OSError: the disk is full or fails.
@@ -95,10 +84,7 @@ def quantization_error(
 
 
 class _Quantizer:
-    """Makes the contents of a quantized graph's weights, in the order they are declared.
-
-    Scales come with the values and are kept until their own turn.
-    """
+    """Makes the contents of a graph's weights in order; scales are kept until their own turn."""
 
     def __init__(self, source: FloatWeights, rounding: str, pool: ThreadPoolExecutor) -> None:
         self._source, self._rounding, self._pool = source, rounding, pool

@@ -24,8 +24,8 @@ def activation_ranges(
         statistics: Of this model.
         wanted: Type of the quantized input, by the name of its first weight.
         ranges: `max`, `percentile` or `mse`.
-        clean_text: Read the denoiser's ranges from finished blocks only, as tools do that calibrate
-            on text.
+        clean_text: Read the denoiser's ranges from finished blocks only, as tools that calibrate on
+            text do.
 
     Raises:
         CalibrationError: nothing was seen of an input.
@@ -63,10 +63,10 @@ def activation_range(
 
 
 def _least_error(counts: npt.NDArray[np.int64], amax: float, largest: float) -> float:
-    """Of all upper edges of bins the range at which quantization costs the least sum of squares.
+    """The range, of all upper edges of bins, with the least sum of squared quantization errors.
 
-    There are `largest` steps on each side. Inside the range an error is spread evenly over a step:
-    its mean square is step^2 / 12. Beyond it the error is what is cut off.
+    There are `largest` steps on each side. Inside the range the mean square error is step^2 / 12;
+    beyond it the error is what is cut off.
     """
     edges = bin_edges()
     middles, upper = (edges[:-1] + edges[1:]) / 2, edges[1:]

@@ -26,14 +26,9 @@ TOWERS = ("context", "denoiser")
 
 @dataclass(frozen=True, slots=True)
 class QuantizableWeight:
-    """A weight a recipe may quantize.
+    """A weight a recipe may quantize, by its name in a float graph.
 
-    Attributes:
-        name: Its name in a float graph.
-        tower: `context` or `denoiser`.
-        layer: Number of its layer; None for embedding and head.
-        kind: Layer kind.
-        columns: Length of its rows.
+    `layer` is None for embedding and head; `columns` is the length of its rows.
     """
 
     name: str
@@ -45,14 +40,7 @@ class QuantizableWeight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeOverride:
-    """Weights that are treated otherwise; what is None matches everything.
-
-    Attributes:
-        tower: `context` or `denoiser`.
-        layer: Number of the layer.
-        kind: Layer kind.
-        format: A format's name, or `keep`.
-    """
+    """Weights treated otherwise (a format's name, or `keep`); what is None matches everything."""
 
     tower: str | None = None
     layer: int | None = None
@@ -115,11 +103,7 @@ class Recipe:
 
     @classmethod
     def from_mapping(cls, name: str, data: Mapping[str, Any]) -> Recipe:
-        """A recipe from a TOML table.
-
-        Raises:
-            RecipeError: unknown keys, kinds or formats, or values of another type.
-        """
+        """A recipe from a TOML table; RecipeError for unknown keys or unusable values."""
         known = ("summary", "weights", "activations", "group", "except")
         for key in data:
             _require(key, known, f"recipe {name!r} has a key there is not")
@@ -186,11 +170,7 @@ class Recipe:
         )
 
     def check(self, weights: Sequence[QuantizableWeight]) -> None:
-        """Refuses what this model's shapes do not allow.
-
-        Raises:
-            RecipeError: a group does not divide a row, or nothing is quantized.
-        """
+        """Refuses (RecipeError) a group that does not divide a row, or a recipe without effect."""
         formats = [self.format_of(weight) for weight in weights]
         if not any(formats):
             named = ", ".join(self.weights) or "no kind"
@@ -222,11 +202,7 @@ def builtin_recipes() -> dict[str, Recipe]:
 
 
 def load_recipe(wanted: str) -> Recipe:
-    """A recipe by name, or of a TOML file: `mine.toml`, or `mine.toml:name` if that has several.
-
-    Raises:
-        RecipeError: there is none, or it cannot be read.
-    """
+    """A recipe by name, or of a TOML file: `mine.toml`, or `mine.toml:name` if that has several."""
     known = builtin_recipes()
     if wanted in known:
         return known[wanted]

@@ -40,12 +40,7 @@ more with what the arrays hold now."""
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """What is watched of an engine.
-
-    Attributes:
-        outputs: Names of the further outputs.
-        seen: Called after every pass.
-    """
+    """Names of further outputs of an engine, and who is called with them after every pass."""
 
     outputs: tuple[str, ...]
     seen: Seen
@@ -86,11 +81,7 @@ def plain_engine(graph: Path, folder: Path, signature: TowerSignature) -> OrtEng
 class WatchedEngine(OrtEngine):
     """An engine of the contract with more outputs, which only the watcher sees.
 
-    Args:
-        graph: The optimised graph, its watched values among its outputs.
-        folder: The folder its weights are named from.
-        signature: Inputs and outputs of the contract.
-        watch: The further outputs, and who is told.
+    The watched values are outputs of the optimised `graph`; weights are named from `folder`.
     """
 
     def __init__(self, graph: Path, folder: Path, signature: TowerSignature, watch: Watch) -> None:

@@ -33,13 +33,7 @@ _SMALLEST_SCALE = 2.0**-24  # positive in float16 too; a group of zeros is zero 
 
 
 def global_scale(amax: float, how: WeightFormat, dtype: str) -> Array:
-    """The scale [] of a tensor's scales in `dtype`: its greatest group gets the greatest one.
-
-    Args:
-        amax: The tensor's greatest magnitude.
-        how: A format with scales of 8 bits.
-        dtype: The graph's element type.
-    """
+    """The scale [] of a tensor's 8-bit scales: its greatest group gets the greatest one."""
     value = amax / (how.largest * _GREATEST_SCALE)
     return np.asarray(max(value, _SMALLEST_SCALE)).astype(numpy_dtype(dtype))
 
@@ -54,15 +48,9 @@ def quantize_rows(
 ) -> tuple[Array, Array]:
     """Rows [R,K] as values [R,K] and scales [R, K/group], both in the types they are stored in.
 
-    The scale is rounded to its own type first and the values are made with the rounded one: what
-    reads them back multiplies by that.
-
-    Args:
-        x: The rows.
-        how: The format.
-        dtype: The graph's element type, which is the scales' unless the format has one of its own.
-        rounding: One of `ROUNDINGS`.
-        shared: The global scale, for formats that have one.
+    The scale is rounded to its own type first and the values are made with the rounded one, because
+    readers multiply by that. `dtype` is the graph's, and the scales' unless the format has one of
+    its own; `shared` is the global scale of formats that have one.
     """
     grouped = x.reshape(x.shape[0], how.groups(x.shape[1]), -1)
     groups = _Groups(grouped, how, dtype, shared)
@@ -87,7 +75,7 @@ def expand_rows(values: Array, scales: Array, shared: Array | None = None) -> Fl
 
 
 def pack(values: Array, dtype: str) -> npt.NDArray[np.uint8]:
-    """The bytes [n] of values as ONNX stores them: of 4 bits two a byte, the first in the low half.
+    """The bytes [n] of values as ONNX stores them; 4-bit values lie two a byte, low half first.
 
     The number of 4-bit values must be even.
     """

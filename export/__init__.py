@@ -1,7 +1,7 @@
 """Checkpoint to bundle: recording the graphs, streaming the weights, verifying the result.
 
-What reads a checkpoint is imported at once and needs numpy alone; what writes graphs needs the
-extra `export` and is imported when its name is first used.
+Reading a checkpoint needs numpy alone; what writes graphs needs the extra `export` and is imported
+when its name is first used.
 """
 
 from __future__ import annotations

@@ -62,9 +62,8 @@ class ExportConfig:
 
     Attributes:
         dtype: `float32`, `float16` or `bfloat16`; None keeps the checkpoint's. The SSM state is
-            float32 in any case.
-        trained_block_size: S the denoiser was trained with: larger blocks are refused at
-            generation.
+            always float32.
+        trained_block_size: S the denoiser was trained with; generation refuses larger blocks.
         defaults: Generation defaults stored in the bundle; None takes the checkpoint's
             (`read_defaults`).
     """
@@ -97,17 +96,11 @@ def export_bundle(
     verify: Verifier | None = None,
     report: Report | None = None,
 ) -> Bundle:
-    """Exports a checkpoint into a new bundle folder.
+    """Exports an opened (and so checked) checkpoint into a new bundle folder.
 
-    The folder appears whole or not at all: everything is written beside it under a hidden name and
-    renamed at the end.
-
-    Args:
-        checkpoint: An opened (and so checked) checkpoint.
-        output: The folder to make; it must not exist.
-        config: Options.
-        verify: Checks the result before it is published; None publishes it unverified.
-        report: Called with (what is being done, bytes done, bytes in all).
+    It is written under a hidden name and renamed at the end, so it appears whole or not at all.
+    Without `verify` it is published unverified; `report` is called with (what is being done, bytes
+    done, bytes in all).
 
     Raises:
         ExportError: the folder exists, the disk is too small or full, a graph breaks a rule
@@ -180,10 +173,9 @@ def graph_notes(graphs: dict[str, TowerGraph]) -> list[dict[str, str]]:
 
 @contextmanager
 def _identity_in_background(checkpoint: Checkpoint) -> Iterator[Future[dict[str, dict[str, Any]]]]:
-    """Hashes the checkpoint beside the writer.
+    """Hashes the checkpoint beside the writer, which leaves the shards in the page cache.
 
-    Both read the same shards, so the second reader finds them in the page cache. A block that fails
-    does not wait for the rest of 118 GB.
+    A block that fails does not wait for the rest of 118 GB.
     """
     stopped = Event()
 
@@ -203,14 +195,7 @@ _NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def check_tokenizer(source: Path) -> None:
-    """Refuses a `tokenizer.json` that the runtime could not open; a checkpoint may have none.
-
-    Args:
-        source: The checkpoint's folder.
-
-    Raises:
-        CheckpointError: it cannot be read, or is not a tokenizer.
-    """
+    """Refuses (CheckpointError) a `tokenizer.json` the runtime could not open; none is fine."""
     from tokenizers import Tokenizer  # noqa: PLC0415 - only where there is a file
 
     path = source / _NAMES[0]
@@ -228,12 +213,7 @@ def check_tokenizer(source: Path) -> None:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Takes what a tokenizer needs along; without one the bundle is for token ids only.
-
-    Args:
-        source: The checkpoint's folder.
-        folder: The bundle's.
-    """
+    """Takes what a tokenizer needs along; without one the bundle is for token ids only."""
     target = (folder / TOKENIZER_FILE).parent
     for name in _NAMES:
         if (source / name).is_file():
@@ -246,15 +226,9 @@ def export_programs(
 ) -> Bundle:
     """Writes the graphs of a model and the tables of its weights, and no weights.
 
-    The graphs are those an export of a checkpoint with this config writes, to the byte: engines
-    that are built from them are found again, by their graphs, when the checkpoint is exported.
-    Takes a second and some megabytes whatever the size of the model.
-
-    Args:
-        config: The model.
-        output: The folder to make; it must not exist.
-        options: As of an export.
-        name: What the model is called in `bundle.json`.
+    The graphs equal those of an export of a checkpoint with this config, to the byte, so engines
+    built from them are found again when the checkpoint is exported. Takes a second and some
+    megabytes whatever the size of the model. `name` is what `bundle.json` calls the model.
 
     Raises:
         ExportError: the folder exists or cannot be written, or a graph breaks a rule (graph_lint).
@@ -320,11 +294,7 @@ def _write_records(
 ) -> None:
     """The report of the export, and `bundle.json`, the last file, which lists all others.
 
-    Args:
-        folder: The bundle's folder.
-        manifest: All of it but its files.
-        outcome: The report.
-        known: Files that were hashed while they were written; the others are hashed now.
+    `known` are files that were hashed while they were written; the others are hashed now.
     """
     (folder / REPORT_FILE).parent.mkdir()
     write_json(folder / REPORT_FILE, outcome)

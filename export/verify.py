@@ -1,8 +1,8 @@
 """The exported graphs in ONNX Runtime against the torch towers, output by output.
 
-Two independent paths meet here: bytes and operators as they were written, and towers filled from
-the checkpoint, which other code reads again. Inputs are random, non-zero and distinct (zeros would
-hide swapped states), rows ragged, one chunk padded, one block half masked.
+Two independent paths meet here: the written bytes and operators, and towers filled from the
+checkpoint by other code. Inputs are random, non-zero and distinct (zeros would hide swapped
+states), rows ragged, one chunk padded, one block half masked.
 """
 
 from __future__ import annotations
@@ -94,14 +94,10 @@ class _Subject:
 def verify_bundle(
     folder: Path, checkpoint: Checkpoint, dtype: str, report: Report
 ) -> dict[str, Any]:
-    """Compares every output of the three graphs.
+    """Compares every output of the three graphs; the result is stored in the bundle.
 
-    A graph in half precision is widened for the comparison: rounding would hide what is looked for,
-    and ONNX Runtime has no bfloat16 on a CPU. A model that does not fit in memory is compared on
-    its first layer of each kind.
-
-    Returns:
-        The report stored in the bundle.
+    A half-precision graph is widened: rounding would hide what is looked for, and ONNX Runtime has
+    no bfloat16 on a CPU. A model too large for memory is compared on its first layer of each kind.
 
     Raises:
         ExportError: an output differs by more than `TOLERANCE`.
@@ -154,10 +150,7 @@ def verify_bundle(
 
 
 def layers_that_fit(config: ModelConfig, memory: int) -> tuple[tuple[int, ...], str]:
-    """The layers to compare within `memory` bytes, and how to say it.
-
-    All of them, the first of each kind, or none.
-    """
+    """The layers to compare within `memory` bytes (all, first of a kind, or none), and in words."""
     every = tuple(range(len(config.layers)))
     first = tuple(sorted(config.indices(kind)[0] for kind in LayerKind if config.indices(kind)))
     if peak_bytes(config) <= _MEMORY_SHARE * memory:
@@ -299,10 +292,7 @@ class Case:
 
 
 def random_case(config: ModelConfig, seed: int) -> Case:
-    """Three rows: a full chunk at the start of a text, a padded one, one without tokens.
-
-    Their blocks are fully, half and not masked.
-    """
+    """Three rows: a full chunk at the start of a text, a padded one, one without tokens."""
     rng = np.random.default_rng(seed)
     words = np.setdiff1d(np.arange(config.vocab_size), [config.mask_token_id])
     block = rng.choice(words, (_ROWS, _BLOCK))

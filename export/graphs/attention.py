@@ -32,8 +32,8 @@ def context_attention(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
     of `Attention` disagree about its causal alignment and drop its length input.
 
     Where groups of query heads are large enough, every head of keys is a row of its own: the kernel
-    of TensorRT for RTX takes one head of keys for all queries, but of several one for each, and
-    would write all keys and values as often as there are query heads.
+    of TensorRT for RTX takes one head of keys for all queries, and would otherwise write all keys
+    and values once for every query head.
     """
     graph, config, mask = layer.graph, layer.config, chunk.seen
     q, k, v = _projected(layer, u)
@@ -67,12 +67,12 @@ def context_attention(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
 def denoiser_attention(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
     """Attention of a block u [B,S,D] over the context's cache [B,KV,T,hd] and the whole block.
 
-    The two segments meet in the softmax only. Concatenating the caches instead would copy every key
-    and value of the context in every step of every layer.
+    The two segments meet in the softmax only: concatenating the caches would copy every key and
+    value of the context in every step of every layer.
 
-    Rows and heads of keys are one axis, [B*KV,...]: TensorRT reads a transposed operand where it
-    lies in a product with one such axis, and copies it, all keys, in one with two. The query heads
-    of a group are more rows of one product.
+    Rows and heads of keys are one axis, [B*KV,...]: TensorRT reads a transposed operand in place in
+    a product with one such axis, and copies all keys in one with two. The query heads of a group
+    are more rows of one product.
     """
     graph, config = layer.graph, layer.config
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim

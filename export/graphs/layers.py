@@ -96,11 +96,9 @@ def moe(layer: Layer, x: ir.Value) -> ir.Value:
     """The mixture-of-experts mixer on x [B,L,D].
 
     Every expert computes every token and a dense routing matrix [N,E] weighs the results: exact, of
-    static shape and without scatter-add or data-dependent dispatch, which TensorRT cannot take. A
-    block of 16 tokens touches more than half of 128 experts anyway.
-
-    Three values have names, by which a builder can take the experts out: the mixer's input, the
-    shares, and the result.
+    static shape, without scatter-add or data-dependent dispatch, which TensorRT cannot take. A
+    block of 16 tokens touches more than half of 128 experts anyway. The mixer's input, the shares
+    and the result have names by which a builder can take the experts out.
     """
     graph, config = layer.graph, layer.config
     graph.mark(EXPERTS_IN, x)
@@ -121,10 +119,7 @@ def moe(layer: Layer, x: ir.Value) -> ir.Value:
 
 
 def routing(layer: Layer, tokens: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Which experts each of `tokens` [1,N,D] visits, [E,N,1] bool, and their shares, float32.
-
-    Shares are 0 where an expert is not visited.
-    """
+    """Experts each of `tokens` [1,N,D] visits, [E,N,1] bool, and float32 shares, 0 elsewhere."""
     graph, config = layer.graph, layer.config
     zero = graph.constant(0.0, "float32")
     gate = layer.weight("gate.weight")
@@ -150,17 +145,9 @@ def routing(layer: Layer, tokens: ir.Value) -> tuple[ir.Value, ir.Value]:
 def _places(graph: GraphBuilder, x: ir.Value, other: ir.Value, count: int) -> ir.Value:
     """How many come before each of x [...,count,N] in descending order along its last axis but one.
 
-    Of equal values the first comes first, as with TopK. On a GPU comparing all pairs is part of
-    one kernel; TopK is one of its own, and so is a scatter of what it chose.
-
-    Args:
-        graph: Where it is recorded.
-        x: The values.
-        other: The same, so that it broadcasts to [...,count,count,N].
-        count: How many are compared.
-
-    Returns:
-        [...,count,N] float32.
+    Of equal values the first comes first, as with TopK. On a GPU comparing all pairs is part of one
+    kernel; TopK and a scatter of its result are one each. `other` is x so that it broadcasts to
+    [...,count,count,N]; the result is [...,count,N] float32.
     """
     zero, one = graph.constant(0.0, "float32"), graph.constant(1.0, "float32")
     earlier = graph.constant(np.tri(count, k=-1)[..., None], "float32")  # [mine,other,1]

@@ -14,8 +14,7 @@ from twotower.spec import past_conv, past_ssm, present_conv, present_ssm
 def mamba(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
     """Mamba-2 [B,L,D] on u [B,L,D], from the convolution's and the SSM's state.
 
-    The states after the chunk's last valid token are outputs of the graph where `chunk.lengths`
-    is given.
+    With `chunk.lengths` the states after the last valid token are outputs of the graph.
     """
     return _Mixer(layer, chunk).record(u)
 
@@ -61,8 +60,8 @@ class _Mixer:
     def _projected(self, u: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         """The gate z, the rows [B,L,C] of the convolution, and the raw dt of u [B,L,D].
 
-        One product, unless it is quantized: the few rows that make dt then stay as they are,
-        because dt goes through two exponentials.
+        One product, unless it is quantized: the few rows that make dt then stay float, because dt
+        goes through two exponentials.
         """
         graph, layer = self._graph, self._layer
         inner, channels = self._config.mamba_inner, self._config.conv_channels
@@ -80,8 +79,7 @@ class _Mixer:
     def _convolved(self, rows: ir.Value) -> ir.Value:
         """Depthwise causal convolution and SiLU of [B,K-1+L,C]: float32 [B,L,C].
 
-        A product for each tap: they fuse with the transposes and the SiLU around them into one
-        kernel, where Conv is one of its own between two others.
+        A product for each tap fuses with the transposes and the SiLU around it; Conv does not.
         """
         graph, width = self._graph, self._config.conv_kernel
         kernel = self._layer.weight("conv1d.weight.transposed")
@@ -112,9 +110,7 @@ class _Mixer:
     def _scan(self, mixed: ir.Value, raw_dt: ir.Value) -> ir.Value:
         """The state-space recurrence over a whole chunk: y [B,L,HP], all in float32.
 
-        Args:
-            mixed: x, B and C side by side and convolved, [B,L,HP+2GN] float32.
-            raw_dt: [B,L,H].
+        `mixed` is x, B and C side by side and convolved, [B,L,HP+2GN] float32; `raw_dt` is [B,L,H].
         """
         graph, config, length = self._graph, self._config, self._chunk.length
         g, n, p = config.n_groups, config.ssm_state_size, config.mamba_head_dim
@@ -154,9 +150,9 @@ class _Mixer:
     def _within(self, steps: _Steps, c: ir.Value) -> tuple[ir.Value, ir.Value]:
         """What the chunk's own tokens add, [B,G,H/G,L,P], and the decay to each of them, [...,L,1].
 
-        Position t sees s <= t through exp(decay_t - decay_s). Masked before exp: above the diagonal
-        the exponent is positive and would overflow. It is finite, so adding -inf masks as well as
-        selecting does, and ONNX Runtime adds nearly 20 times as fast.
+        Position t sees s <= t through exp(decay_t - decay_s). Masked before exp, which would
+        overflow above the diagonal. Adding -inf masks as well as selecting does, because the
+        exponent is finite, and ONNX Runtime adds nearly 20 times as fast.
         """
         graph, length = self._graph, self._chunk.length
         last = graph.constant([-1])
@@ -195,10 +191,7 @@ class _Mixer:
         graph.output(present_ssm(self._layer.number), after)
 
     def _time_steps(self, raw: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Step sizes dt and the running sum of dt*A, both [B,G,H/G,L] float32.
-
-        Padding has dt 0 and so moves nothing.
-        """
+        """Step sizes dt, 0 for padding, and the running sum of dt*A, both [B,G,H/G,L] float32."""
         graph, config, chunk = self._graph, self._config, self._chunk
         dt = graph.op("Transpose", raw, perm=[0, 2, 1])
         dt = graph.to_float32(dt)  # [B,H,L]

@@ -20,10 +20,8 @@ class ActivationFormat:
 class Precision:
     """Quantized parts of a graph; what is not named stays as it is.
 
-    Attributes:
-        weights: Format by the weight's name in a float graph.
-        activations: Of the inputs of products, by the name of the first weight an input is
-            multiplied with.
+    `weights` has formats by names in a float graph, `activations` by the first weight that an input
+    is multiplied with.
     """
 
     weights: Mapping[str, WeightFormat] = field(default_factory=dict)
@@ -32,13 +30,9 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """The input of a product, as a place to watch.
+    """The input of a product, as a place to watch; `weight` is the (first) it is multiplied with.
 
-    Attributes:
-        weight: Name of the (first) weight it is multiplied with.
-        value: Its name in the graph.
-        visited: Name of the [E,N,1] value that is above 0 where a row is used at all; None where
-            every row is.
+    `visited` names the [E,N,1] value above 0 where a row is used; None where every row is.
     """
 
     weight: str

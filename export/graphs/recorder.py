@@ -35,7 +35,7 @@ class GraphBuilder:
         signature: Names, dtypes and axes of the graph's inputs and outputs.
         dtype: Element type of weights and of the residual stream.
         declared: The weights the graph may declare, quantized ones in their parts.
-        activations: Quantized inputs of products, by the name of the first weight of the product.
+        activations: Quantized inputs of products, by the name of the product's first weight.
     """
 
     def __init__(
@@ -69,10 +69,7 @@ class GraphBuilder:
         return self._inputs[name]
 
     def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """Appends one node with one output.
-
-        A node's name carries the current scope, for profilers and viewers; values are numbered.
-        """
+        """Appends one node, named with the current scope, with one output, numbered."""
         return self.ops(op_type, 1, *inputs, **attributes)[0]
 
     def ops(
@@ -94,8 +91,7 @@ class GraphBuilder:
     def mark(self, name: str, value: ir.Value) -> ir.Value:
         """Names a value within the current scope, so that builders find it.
 
-        To be called before anything notes its name. An input of the graph keeps the name it has by
-        contract.
+        To be called before anything notes its name. Graph inputs keep the names of the contract.
         """
         if value.producer() is not None:
             value.name = f"{self._scope}{name}"
@@ -119,10 +115,7 @@ class GraphBuilder:
         return self.shared(f"scalar {value!r}", cast)
 
     def shared(self, key: str, make: Callable[[], ir.Value]) -> ir.Value:
-        """What `make()` recorded the first time this key was asked for.
-
-        Masks and ranges serve every layer.
-        """
+        """What `make()` recorded the first time this key was asked for: masks serve every layer."""
         if key not in self._shared:
             with self.scope("shared"):
                 self._shared[key] = make()
@@ -164,10 +157,7 @@ class GraphBuilder:
         return x if self.dtype == "float32" else self.op("Cast", x, to=ir_dtype(self.dtype))
 
     def reshape(self, x: ir.Value, *shape: int | ir.Value) -> ir.Value:
-        """Reshape where 0 keeps an input dimension and -1 takes what is left.
-
-        A size that is a value, [1] int64, is known when the graph runs.
-        """
+        """Reshape: 0 keeps an input dimension, -1 takes the rest, a size may be [1] int64."""
         if all(isinstance(size, int) for size in shape):
             return self.op("Reshape", x, self.constant(shape))
         parts = [self.constant([size]) if isinstance(size, int) else size for size in shape]
@@ -179,7 +169,7 @@ class GraphBuilder:
         """X W^T with W as the checkpoint stores it, [out, in], or stacked [E, out, in].
 
         Readers fold the transpose into the product. `visited` [E,N,1] float32 is above 0 where a
-        row of x is used at all: rows nobody reads say nothing about its range.
+        row of x is used: rows nobody reads say nothing about its range.
         """
         name = self._weight_names[weight]
         x = self._product_input(x, name, visited)
@@ -194,7 +184,7 @@ class GraphBuilder:
     def _product_input(self, x: ir.Value, name: str, visited: ir.Value | None) -> ir.Value:
         """X as a product with that weight reads it: noted as a tap, and quantized where wanted.
 
-        Products of one input share its quantization, and its name is that of the first.
+        Products of one input share its quantization, which goes by the first one's name.
         """
         if x in self._quantized:
             return self._quantized[x]
@@ -266,11 +256,7 @@ def _value(spec: TensorSpec) -> ir.Value:
 class Layer:
     """Where a part of the model is recorded.
 
-    Attributes:
-        graph: The graph.
-        config: The model.
-        prefix: What the names of its weights begin with: `context_tower.layers.3.mixer.`.
-        number: Of a layer.
+    `prefix` begins the names of its weights, e.g. `context_tower.layers.3.mixer.`.
     """
 
     graph: GraphBuilder

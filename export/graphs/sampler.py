@@ -65,8 +65,8 @@ def _choose(
 ) -> tuple[ir.Value, ir.Value]:
     """The chosen token and its un-tempered probability, [B,S] each.
 
-    The choice is among the K best candidates: the highest of logit / temperature + noise, the best
-    itself at temperature 0. Noise of -inf excludes a candidate (that is top-k).
+    It has the highest logit / temperature + noise of the K best, or is the best itself at
+    temperature 0. Noise of -inf excludes a candidate (that is top-k).
     """
     best, ids, probabilities = _candidates(graph, logits, config)
     temperature = graph.op("Unsqueeze", graph.input(TEMPERATURE), graph.constant([1, 2]))
@@ -88,8 +88,7 @@ def _candidates(
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """The K best tokens: their logits, ids and un-tempered probabilities, [B,S,K] each.
 
-    Positions of all rows are one axis, as the product before them writes them: TensorRT's TopK
-    would have them copied into two.
+    Positions of all rows are one axis, as the product before writes them, lest TopK copies them.
     """
     count, penalty = candidate_count(config), [0.0] * config.vocab_size
     penalty[config.mask_token_id] = _NEVER
@@ -111,8 +110,8 @@ def relative_to_best(
 ) -> tuple[ir.Value, ir.Value]:
     """Logits `best` [...,K] less the greatest of all, and the sum of exp of all so, [...,1].
 
-    `best` is what TopK found of `logits` [...,V], in order. Its first is the maximum that
-    ReduceLogSumExp would look for once more, and would write all logits out once more for.
+    `best` is TopK of `logits` [...,V], in order. ReduceLogSumExp would look for the maximum once
+    more, and write all logits out for that.
     """
     ends = graph.constant([0]), graph.constant([1]), graph.constant([-1])
     greatest = graph.op("Slice", best, *ends)
@@ -124,8 +123,8 @@ def relative_to_best(
 def _committed(graph: GraphBuilder, confidence: ir.Value, masks: MaskInfo) -> ir.Value:
     """The positions that take their prediction, [B,S] bool: the most confident masked ones.
 
-    A position's rank is the number of masked positions ahead of it (more confident, or as confident
-    and further left), summed over S x S comparisons: no sort, no data-dependent shape.
+    A position's rank is the number of masked positions ahead of it (more confident, or equal and
+    further left), summed over S x S comparisons: no sort, no data-dependent shape.
     """
     axis_t, axis_s = graph.constant([2]), graph.constant([1])
     mine = graph.op("Unsqueeze", confidence, axis_t)

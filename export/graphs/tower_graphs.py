@@ -53,16 +53,14 @@ class TowerGraph:
 def build_graph(
     name: str, config: ModelConfig, dtype: str, precision: Precision | None = None
 ) -> TowerGraph:
-    """Records one graph of the contract.
-
-    Needs no weights and no torch, and takes well under a second at 52 layers.
+    """Records one graph of the contract, without weights or torch and well within a second.
 
     Args:
-        config: The model.
         name: `context`, `context_head` or `denoiser`.
+        config: The model.
         dtype: `float32`, `float16` or `bfloat16`; the SSM state and its scan, norms, softmax and
             routing stay float32.
-        precision: What is stored or computed in few bits; None for nothing.
+        precision: What is quantized; None for nothing.
     """
     few = precision or Precision()
     declared = declared_weights(config, name, dtype, few.weights)
@@ -165,10 +163,7 @@ def _chunk(tower: Layer, tokens: ir.Value, *, lengths: ir.Value | None) -> Chunk
 
 
 def _causal_mask(tower: Layer) -> ir.Value | None:
-    """[B,1,L,T] bool: position past + l sees the cache up to itself.
-
-    Padding lies beyond every valid position, so it is never seen.
-    """
+    """[B,1,L,T] bool: position past + l sees the cache up to itself, so never padding."""
     graph, layers = tower.graph, tower.config.indices(LayerKind.ATTENTION)
     if not layers:
         return None

@@ -1,7 +1,6 @@
 """Time and memory, as ratios of things measured in one run.
 
-What measures an export needs the extras `export` and `cpu` and is imported when its name is first
-used.
+What measures an export needs the extras `export` and `cpu`; it is imported on first use.
 """
 
 from __future__ import annotations

@@ -24,14 +24,10 @@ _EVERY = 0.01
 
 
 def run_measured(work: Callable[..., None], *arguments: Any) -> tuple[float, int]:
-    """Runs `work(*arguments)` in a fresh process.
+    """Seconds of `work(*arguments)` in a fresh process, and its peak anonymous memory in bytes.
 
-    Returns:
-        Seconds from the process's start to its end, and the peak of its anonymous memory in bytes:
-        sampled every 10 ms, without the file pages that the system can drop; 0 without /proc.
-
-    Raises:
-        BuildError: the process failed.
+    The peak is sampled every 10 ms, without file pages the system can drop; 0 without /proc.
+    BuildError if the process fails.
     """
     process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
     began = time.perf_counter()
@@ -79,13 +75,8 @@ SMALL_CONFIG: dict[str, Any] = {
 class ExportCost:
     """One measurement.
 
-    Attributes:
-        checkpoint_bytes: Size of the checkpoint.
-        copy_seconds: A plain copy of its files.
-        export_seconds: The export without verification, hashing included.
-        export_peak_bytes: Peak anonymous memory of the export.
-        verify_seconds: The comparison with torch, None if it was not asked for.
-        largest_error: Its largest relative error.
+    The export's time includes hashing but not verification; `verify_seconds` (None if not asked
+    for) is the comparison with torch, `largest_error` its largest relative error.
     """
 
     checkpoint_bytes: int

@@ -26,8 +26,8 @@ class GenerationSpeed:
         tokens_per_second: New tokens of the whole batch over the whole time, prefill included.
         prefill_ms: Reading the prompts.
         pass_ms: One denoiser pass; in `ar` mode one token.
-        extend_ms: The context tower over a finished block, 0 where there is one block only; in `ar`
-            mode as `pass_ms`.
+        extend_ms: The context tower over a finished block, 0 if there is only one; in `ar` mode as
+            `pass_ms`.
         tokens_per_nfe: Tokens a pass of one row gave.
         steps_per_block: Passes a block took.
     """
@@ -49,13 +49,8 @@ def measure_generation(
 ) -> list[GenerationSpeed]:
     """Measures diffusion and autoregression on the same random prompts.
 
-    Args:
-        model: An opened bundle.
-        config: Options; the mode is set here, and end-of-sequence tokens are ignored so that both
-            modes make equally many tokens.
-        prompt_tokens: Length of each prompt.
-        rows: Prompts generated together.
-        runs: Measured runs of each mode, after one that is not counted.
+    The mode of `config` is set here, and end-of-sequence tokens are ignored so that both modes make
+    equally many tokens. One run of each mode comes first and is not counted.
 
     Raises:
         ConfigError: there would be nothing to measure.
@@ -136,17 +131,11 @@ def _speed(mode: str, batches: list[list[Generation]]) -> GenerationSpeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassTimes:
-    """Medians of one row after a context of some tokens.
+    """Medians of `runs` passes of one row after a context of `context` tokens.
 
-    Attributes:
-        context: Tokens before the block.
-        runs: Passes of each kind the medians are of.
-        denoise_ms: One denoiser pass over a block, from its launch until its tokens are on the
-            host.
-        extend_ms: The context tower over one block's tokens and the head, until the next token is
-            on the host.
-        denoiser_bytes: Weights of the denoiser as the bundle stores them, and
-        context_bytes: of the context tower.
+    `denoise_ms` is one denoiser pass, from its launch until its tokens are on the host; `extend_ms`
+    the context tower over a block and the head, until the next token is there. Bytes are of the
+    weights as stored.
     """
 
     context: int
@@ -168,14 +157,7 @@ class PassTimes:
 def measure_passes(
     bundle: Bundle, model: TwoTower, *, context: int = 128, runs: int = 30
 ) -> PassTimes:
-    """Times passes by wall clock around work that is waited for, the first of a kind left out.
-
-    Args:
-        bundle: What the model was opened from.
-        model: The engine.
-        context: Tokens of the prompt the denoiser attends to.
-        runs: Passes of each kind.
-    """
+    """Times passes by wall clock around work that is waited for, the first of a kind left out."""
     size = bundle.trained_block_size
     (prompt,) = random_prompts(model.config, context, 1, seed=0)
     (chunk,) = random_prompts(model.config, size, 1, seed=1)

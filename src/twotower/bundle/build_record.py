@@ -22,11 +22,9 @@ SCHEMA = 3
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Shapes an engine is tuned for.
+    """Shapes an engine is tuned for: for each dynamic axis letter the least, the best and the most.
 
-    Attributes:
-        name: `prefill`, `block`, `decode`, `denoise` or `head`.
-        axes: For each dynamic axis letter the least, the best and the most.
+    `name` is `prefill`, `block`, `decode`, `denoise` or `head`.
     """
 
     name: str
@@ -45,16 +43,16 @@ class EngineFile:
         file: Its name in the target's folder.
         layers: The first layer and the one after the last; of a program between experts those whose
             mixers it computes.
-        inputs: What it reads: names of the graph, and from the segment before `residual_in` and
-            (denoiser) `conditioning`; after experts `experts_out`.
-        outputs: What it writes: names of the graph, and for the segment after `residual_out`; the
-            first denoiser segment writes `conditioning` for all others. Before experts `experts_in`
-            and `shares`.
+        inputs: Names of the graph; from the segment before `residual_in` and (denoiser)
+            `conditioning`; after experts `experts_out`.
+        outputs: Names of the graph; for the segment after `residual_out`, and from the first
+            denoiser segment `conditioning` for all others; before experts `experts_in` and
+            `shares`.
         profiles: In the order they were added to the engine.
         weights: Weights it reads as inputs, by their names in the bundle's weight table.
         constants: Names of the weights it holds inside.
-        names: The engine's own names of inputs, outputs and weights, where it has others: equal
-            programs of a tower are one file. All other attributes go by the tower's names.
+        names: The engine's own names of inputs, outputs and weights, where they differ: equal
+            programs of a tower are one file. All other attributes use the tower's names.
     """
 
     file: str
@@ -75,9 +73,8 @@ class EngineFile:
 class ExpertsStep:
     """The experts of one layer, computed by kernels.
 
-    y = sum over experts of share * down(relu(up x)^2). The step reads `experts_in` [B,L,D] and
-    `shares` [experts,N] of the program before it, and writes `experts_out` [B,L,D] for the one
-    after it.
+    y = sum over experts of share * down(relu(up x)^2). Reads `experts_in` [B,L,D] and `shares`
+    [experts,N] of the program before it and writes `experts_out` [B,L,D] for the one after it.
 
     Attributes:
         layer: Which.
@@ -85,12 +82,12 @@ class ExpertsStep:
         width: Of an expert.
         experts: Routed ones.
         top: How many of them a token has.
-        shared_intermediate: Width of the shared expert, which every token has besides; 0 for none.
-        dtype: Of inputs and outputs, and of the weights that are not quantized.
-        formats: By quantized matrix (`up`, `down`, `shared_up`, `shared_down`) a name of
-            `FORMATS`, and weights of a row that share a scale, 0 for all of them.
+        shared_intermediate: Width of the shared expert that every token has; 0 for none.
+        dtype: Of inputs, outputs and weights that are not quantized.
+        formats: By quantized matrix (`up`, `down`, `shared_up`, `shared_down`) a name of `FORMATS`,
+            and the weights of a row that share a scale, 0 for all.
         code: Folder of the compiled kernels, in the target's folder; layers of one shape share it.
-        weights: By role (`up`, `up_scale`, `down`, ..., `shared_up`, ...), with their names in the
+        weights: By role (`up`, `up_scale`, `down`, ..., `shared_up`, ...) their names in the
             bundle's weight table.
     """
 
@@ -123,11 +120,8 @@ Step = EngineFile | ExpertsStep
 class EngineLimits:
     """What was fixed when the engines were built.
 
-    Attributes:
-        capacity: T, positions of the key and value caches.
-        max_batch: Most rows.
-        sms: Compute capabilities the engines hold code for, e.g. 86; empty for a set the library
-            chose.
+    `capacity` is T, positions of the key and value caches; `sms` the compute capabilities with
+    code, e.g. 86, empty for a set the library chose.
     """
 
     capacity: int
@@ -142,17 +136,17 @@ class EngineRecord:
     Attributes:
         target: For example `ort-cpu`.
         library: Name and version of the inference library the engines were built with.
-        dtype: Element type the engines keep their buffers in.
-        graphs: For each graph, SHA-256 of what it was built from, without its weights
+        dtype: Element type of the engines' buffers.
+        graphs: SHA-256 of what each graph was built from, weights left out
             (`Bundle.program_identity`).
         weights: For each graph, the weight file relative to the bundle.
-        holds: SHA-256 of the weights of every graph of which the engines hold some themselves;
-            engines that hold none serve every checkpoint of the same shapes.
+        holds: SHA-256 of the weights of every graph whose engines hold some; engines without any
+            serve every checkpoint of the same shapes.
         files: Every file in the folder besides `build.json`.
         report: What the build observed: seconds, bytes, operators.
         limits: What the build fixed; None where shapes are free (ONNX Runtime).
-        steps: For each graph what runs, in order: its engine, its segments, or programs with
-            experts between them. Empty where every file is a graph.
+        steps: What runs for each graph, in order: an engine, segments, or programs with experts
+            between them. Empty where every file is a graph.
     """
 
     target: str
@@ -196,12 +190,9 @@ def engine_folder(bundle: Bundle, target: str) -> Path:
 
 
 def built_targets(path: Path) -> dict[str, tuple[int, ...]]:
-    """Targets the bundle in a folder has engines for; nothing is checked.
+    """Targets a bundle's folder has engines for, with their compute capabilities; empty for any.
 
-    Half-built engines have hidden names and do not count.
-
-    Returns:
-        By target the compute capabilities its engines hold code for; empty for any.
+    Nothing is checked. Half-built engines have hidden names and do not count.
     """
     out: dict[str, tuple[int, ...]] = {}
     for file in sorted((path / "engines").glob(f"*/{BUILD_FILE}")):
@@ -216,11 +207,7 @@ def built_targets(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_engine_record(bundle: Bundle, target: str) -> EngineRecord:
-    """What `build.json` says; whether it is true and fits is not looked at.
-
-    Raises:
-        EngineMismatchError: not built, or not readable.
-    """
+    """What `build.json` says, unchecked; EngineMismatchError if it is missing or unreadable."""
     file = engine_folder(bundle, target) / BUILD_FILE
     if not file.is_file():
         found = f"built targets: {', '.join(built_targets(bundle.path)) or 'none'}"
@@ -255,13 +242,7 @@ def record_problems(
 ) -> list[str]:
     """Why engines are not the ones asked for, from their record alone.
 
-    Args:
-        record: What `load_engine_record` read.
-        bundle: The bundle they lie in.
-        target: What they are wanted for.
-        library: Name and version of the library that is about to run them; None if it is not known.
-        sm: Compute capability of the GPU that is about to run them; None if there is none, or any
-            will do.
+    `library` (name and version) and `sm` are what is about to run them; None skips that check.
     """
     problems = []
     if record.target != target:
@@ -296,12 +277,9 @@ def read_engine_record(
 ) -> EngineRecord:
     """Reads and checks the engines of one target.
 
-    Args:
-        bundle: An opened bundle.
-        target: For example `ort-cpu`.
-        library: Name and version of the library that is about to run them: engines are tied to it.
-        sm: Compute capability of the GPU that is about to run them, if that is to be checked.
-        progress: Called with (bytes hashed, bytes to hash).
+    They are tied to `library`, name and version of what is about to run them; `sm` is the GPU's
+    compute capability, if that is to be checked. `progress` is called with (bytes hashed, bytes to
+    hash).
 
     Raises:
         EngineMismatchError: not built, damaged, or built from other graphs, for another target or
@@ -320,11 +298,7 @@ def read_engine_record(
 
 
 def weight_bytes(bundle: Bundle, record: EngineRecord, name: str) -> int:
-    """Bytes of the file an engine's weights lie in, where they are not in the engine.
-
-    Raises:
-        EngineMismatchError: it is not in the bundle.
-    """
+    """Bytes of the file an engine's outside weights lie in; EngineMismatchError if missing."""
     data = inside(bundle.path, record.weights[name])
     if data is None or not data.is_file():
         raise EngineMismatchError(

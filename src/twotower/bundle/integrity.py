@@ -21,8 +21,7 @@ def check_files(
     """Files under `root` that are missing, lead out of it, or have another size or content.
 
     Contents are hashed, four files at a time, the first time; the result is remembered for the user
-    with the file's identity (size, times, inode), so that opening the same unchanged bundle again
-    only looks at the directory.
+    with size, times and inode, so that opening an unchanged bundle only looks at the directory.
     """
     problems: list[str] = []
     to_hash: list[tuple[str, Path, FileRecord]] = []

@@ -86,12 +86,12 @@ class Bundle:
         precision: Element type of every part of the towers, by name.
         trained_block_size: S the denoiser was trained with.
         defaults: Generation defaults.
-        presets: Named settings found by `twotower tune`; empty in a bundle fresh from an export.
+        presets: Named settings found by `twotower tune`.
         source: Where it was exported from: name, and size and SHA-256 of every shard.
         files: Every file the manifest answers for.
         tools: Versions of what wrote it.
-        quantization: Of a quantized bundle: recipe, options, identity of the bundle it was made
-            from, and what was measured of it. None for a float bundle.
+        quantization: Recipe, options, identity of the original bundle, and what was measured; None
+            for a float bundle.
         requires: Features a reader must know, of `FEATURES`.
     """
 
@@ -118,11 +118,8 @@ class Bundle:
     ) -> Bundle:
         """Opens a bundle and checks its files.
 
-        Args:
-            path: The folder.
-            contents: Also compare SHA-256 (once; see `check_files`); without it sizes alone are
-                checked.
-            progress: Called with (bytes hashed, bytes to hash).
+        With `contents` SHA-256 are compared too (once; see `check_files`), else sizes alone.
+        `progress` is called with (bytes hashed, bytes to hash).
 
         Raises:
             BundleError: not a bundle, another schema, or missing, changed or escaping files.
@@ -174,10 +171,8 @@ class Bundle:
     def check(self, *, weights: bool = True, progress: Progress | None = None) -> None:
         """Compares the content of files with their SHA-256, once; see `check_files`.
 
-        Args:
-            weights: Of data files too; False for a reader that is about to read every byte of them
-                itself.
-            progress: Called with (bytes hashed, bytes to hash).
+        Without `weights` data files are left out, for a reader that is about to read every byte
+        itself. `progress` is called with (bytes hashed, bytes to hash).
 
         Raises:
             BundleError: a file is missing, changed, or leads out of the folder.
@@ -240,11 +235,7 @@ class Bundle:
         return [graph + suffix for graph in GRAPH_FILES.values() for suffix in suffixes]
 
     def require_weights(self, what: str) -> None:
-        """Refuses a bundle of graphs alone.
-
-        Raises:
-            BundleError: it holds no weights; `what` says what needs them.
-        """
+        """Refuses (BundleError) a bundle of graphs alone; `what` says what needs weights."""
         if not self.has_weights:
             raise BundleError(
                 f"{what} needs weights, and bundle '{self.path}' holds none",
@@ -255,7 +246,7 @@ class Bundle:
             )
 
     def weights(self, name: str) -> Mapping[str, WeightRef]:
-        """Every weight of a graph with its place in the graph's data file, in the file's order.
+        """Every weight of a graph with its place in the data file, in the file's order.
 
         Raises:
             BundleError: the table cannot be read, or the data file is shorter than it says.
@@ -338,14 +329,8 @@ def derive_bundle(
     """A bundle that differs in its presets and defaults only; its engines come along.
 
     Files are hard links where the file system allows it (a bundle's files are never changed in
-    place), copies elsewhere.
-
-    Args:
-        bundle: The original; not changed.
-        output: The folder to make.
-        presets: Named settings to store.
-        default: The one that becomes the bundle's default.
-        reports: JSON reports to store, by name; how the presets were found, for instance.
+    place). `default` names the preset that becomes the default; `reports` are JSON reports to
+    store, by name.
 
     Raises:
         BundleError: the folder exists, or cannot be written.
@@ -381,8 +366,7 @@ def derive_bundle(
 def note_measurement(bundle: Bundle, measured: Mapping[str, Any]) -> None:
     """Notes in the manifest what was measured of a bundle, in place of an earlier measurement.
 
-    Raises:
-        BundleError: the bundle is not quantized, or cannot be written.
+    BundleError if the bundle is not quantized, or cannot be written.
     """
     if bundle.quantization is None:
         raise BundleError(

@@ -14,10 +14,9 @@ _OPTIONS = ("block_size", "steps_per_block", "confidence_threshold", "max_new_to
 
 
 def read_defaults(folder: Path) -> GenerationConfig:
-    """Generation defaults of a checkpoint; fields that are not about block diffusion are left out.
+    """Generation defaults of a checkpoint, of fields that are about block diffusion.
 
-    Raises:
-        ConfigError: the file is not a JSON object, or a value cannot be used.
+    ConfigError if the file is not a JSON object, or a value cannot be used.
     """
     data = _read(folder)
     return GenerationConfig.from_mapping({k: data[k] for k in _OPTIONS if k in data})
@@ -26,15 +25,10 @@ def read_defaults(folder: Path) -> GenerationConfig:
 def read_eos_token_ids(folder: Path, model: ModelConfig) -> tuple[int, ...]:
     """Tokens that end a text: `eos_token_id`, a number or a list, as transformers takes it.
 
-    Where the file or the field is missing or null, those of config.json count.
-
-    Args:
-        folder: The checkpoint.
-        model: Its config.json.
+    Where the file or the field is missing or null, those of config.json (`model`) count.
 
     Raises:
-        ConfigError: the file is not a JSON object, or the field is not one or more tokens of the
-            vocabulary.
+        ConfigError: the file is no JSON object, or the field is not tokens of the vocabulary.
     """
     value = _read(folder).get("eos_token_id")
     if value is None:

@@ -28,11 +28,7 @@ _NAME = 80
 class Checkpoint:
     """An opened checkpoint: its config and all its tensors, names, shapes and dtypes checked.
 
-    Attributes:
-        path: The folder.
-        config: Its config.json, with the end-of-sequence tokens of generation_config.json if that
-            names any.
-        tensors: Every tensor by its name.
+    `config` has the end-of-sequence tokens of generation_config.json if that names any.
     """
 
     path: Path
@@ -45,10 +41,10 @@ class Checkpoint:
 
         Raises:
             ConfigError: config.json is missing or unusable, or generation_config.json names
-                end-of-sequence tokens that are.
+                unusable end-of-sequence tokens.
             CheckpointError: shards are missing, damaged or disagree with their index, or tensors
-                are missing, extra, mis-shaped or of a dtype other than BF16, F16 and F32; all
-                problems are listed at once.
+                are missing, extra, mis-shaped or not BF16, F16 or F32; all problems are listed at
+                once.
         """
         root = Path(folder)
         # os.path says no where pathlib raises: a name too long, a parent closed to this user
@@ -92,10 +88,7 @@ class Checkpoint:
 def locate_checkpoint(name: str) -> Path:
     """The folder of a checkpoint: a local one, or of a hub id (`owner/model`) in the hub's cache.
 
-    What the cache does not hold is downloaded.
-
-    Raises:
-        CheckpointError: neither; says which was tried.
+    What the cache does not hold is downloaded. CheckpointError if neither is found.
     """
     # os.path lets stand what pathlib raises for: no such user, a name too long
     path = Path(os.path.expanduser(name))
@@ -128,15 +121,7 @@ def locate_checkpoint(name: str) -> Path:
 
 
 class _Shards:
-    """The headers of a folder's shards, held against their index.
-
-    Args:
-        root: The folder.
-
-    Attributes:
-        stored: Every tensor, with its shard.
-        problems: What is wrong with the shards.
-    """
+    """A folder's shard headers held against their index: all tensors, and what is wrong."""
 
     def __init__(self, root: Path) -> None:
         self._root = root

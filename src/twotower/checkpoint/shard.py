@@ -47,9 +47,7 @@ class StoredTensor:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Reads the header of one file; no tensor data are touched.
 
-    Raises:
-        HeaderError: the file is truncated, oversized, or its header is not sound.
-        OSError: the file cannot be read.
+    HeaderError if the file is truncated, oversized, or its header is not sound.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer for ever
@@ -83,11 +81,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys differ; which of two equal ones is meant would be a guess.
-
-    Raises:
-        ValueError: a key is there twice.
-    """
+    """A JSON object; ValueError if a key is there twice, as which one is meant would be a guess."""
     out = dict(pairs)
     if len(out) != len(pairs):
         (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
@@ -116,15 +110,9 @@ def _stored(name: str, entry: Any, start: int) -> StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of a checkpoint, not yet read.
+    """One tensor of a checkpoint, not yet read: `nbytes` from byte `offset` of a shard.
 
-    Attributes:
-        name: Its published name.
-        dtype: `float32`, `float16` or `bfloat16`.
-        shape: Its shape.
-        file: The shard.
-        offset: First byte in the shard.
-        nbytes: Its size.
+    `name` is the published one; `dtype` is `float32`, `float16` or `bfloat16`.
     """
 
     # Plain reads and no mapping: pages of a mapping count as the process's own (RSS) until the
@@ -156,12 +144,9 @@ class Tensor:
             self._fill(file, view)
 
     def chunks(self, chunk_bytes: int) -> Iterator[npt.NDArray[np.uint8]]:
-        """Its raw little-endian bytes in pieces of whole elements, at most `chunk_bytes` each.
+        """Its raw little-endian bytes in pieces of at most `chunk_bytes`, but one element at least.
 
-        A piece has one element at least.
-
-        Raises:
-            CheckpointError: the shard became shorter since it was opened.
+        CheckpointError if the shard became shorter since it was opened.
         """
         item = item_bytes(self.dtype)
         step = max(item, chunk_bytes - chunk_bytes % item)

@@ -18,22 +18,21 @@ from twotower.units import format_bytes
 
 @dataclass(frozen=True, slots=True)
 class ModelSummary:
-    """A model in numbers.
+    """A model in numbers; parameters and bytes are of both towers.
 
     Attributes:
         pattern: The layers as letters.
         layers: Layers of one tower by kind.
-        parameters: All weights of both towers.
+        parameters: All weights.
         by_tower: Weights of each tower.
-        by_role: Weights of both towers by what they are for.
+        by_role: Weights by what they are for.
         routed: Weights of routed experts.
         active: Weights one token uses in one tower: the chosen experts of each MoE layer, one row
             of the embedding, everything else whole.
         active_ratio: Share of a tower's weights that one token uses.
         weight_bytes: Size of all weights.
-        bytes_by_dtype: The same by element type: as stored, or all in `dtype` where nothing is
-            stored.
-        bytes_by_role: The same by what the weights are for.
+        bytes_by_dtype: By element type: as stored, or all in `dtype` where nothing is stored.
+        bytes_by_role: By what the weights are for.
         dtype: Element type of weights and state where none is stored.
         kv_bytes_per_token: Keys and values a row keeps for each token of its text.
         state_bytes_per_row: Convolution and SSM state of a row, whatever its length.
@@ -84,11 +83,8 @@ def summarize(
 ) -> ModelSummary:
     """The numbers of a model.
 
-    Args:
-        config: The model.
-        dtype: Element type of the state, and of the weights where no tensors are given; None for
-            the config's own.
-        tensors: The tensors of an opened checkpoint, whose dtypes may differ from one another.
+    `dtype` is of the state, and of the weights unless `tensors` of an opened checkpoint, whose
+    dtypes may differ, are given; None for the config's own.
     """
     kept = dtype or config.dtype
     by_tower: Counter[str] = Counter()

@@ -69,11 +69,8 @@ _BLOCK = 1 << 24
 class SyntheticOptions:
     """How a synthetic checkpoint is written.
 
-    Attributes:
-        seed: Names the weights.
-        shards: Files to spread the tensors over.
-        headers_only: Give the files their full size without content (sparse): for what reads
-            headers alone.
+    `headers_only` gives files their full size without content (sparse), for what reads headers
+    alone.
     """
 
     seed: int = 0
@@ -95,10 +92,7 @@ def write_checkpoint(
 ) -> Path:
     """Writes a checkpoint with random weights of sane magnitude in less than 200 MiB of memory.
 
-    Args:
-        folder: A folder to make.
-        config_json: A config.json; its `torch_dtype` is that of the weights.
-        options: Seed, shards, sparse or not.
+    The `torch_dtype` of `config_json` is that of the weights.
 
     Raises:
         CheckpointError: the folder exists.

@@ -25,12 +25,7 @@ _EXPERTS_ON_A_CPU = {
 
 
 class EngineReport:
-    """The engines of one target.
-
-    Args:
-        record: Its `build.json`.
-        state: Whether they fit this machine.
-    """
+    """The engines of one target: its `build.json`, and whether they fit this machine."""
 
     def __init__(self, record: EngineRecord, state: str) -> None:
         self._record, self._state = record, state
@@ -53,8 +48,7 @@ class EngineReport:
     def lines(self) -> list[str]:
         """A heading, a table of engines, and what was observed of them.
 
-        A target without fixed shapes has no table: a program of ONNX Runtime is a graph, with no
-        profiles, and nothing was compiled.
+        Without fixed shapes (ONNX Runtime) there is no table: nothing has profiles or was compiled.
         """
         record = self._record
         for_what = "any number of rows, any length"
@@ -119,10 +113,7 @@ class EngineReport:
         return table.text("  ") if compiled else []
 
     def _details(self) -> list[str]:
-        """Profiles, weights, and layers by type.
-
-        Segments of a graph have the same profiles: these are listed once.
-        """
+        """Profiles (those that segments of a graph share once), weights, and layers by type."""
         lines = []
         for graph, engines in self._files.items():
             if not engines[0].profiles:
@@ -235,8 +226,8 @@ def _counted(counts: Mapping[str, int]) -> list[str]:
 def launch_facts(record: EngineRecord) -> dict[str, dict[str, dict[str, Any]]]:
     """Launches of a pass by graph and profile, of graphs that have experts between programs.
 
-    Of each `programs` and `layers` of experts, `kernels` of all programs (None where they were not
-    read), and launches of the `experts` for one row and for the most rows.
+    Of each `programs` and `layers` of experts, `kernels` of all programs (None if not read), and
+    launches of the `experts` for one row and for the most rows.
     """
     about, observed = record.report.get("experts", {}), record.report.get("engines", {})
     out: dict[str, dict[str, dict[str, Any]]] = {}
@@ -278,9 +269,7 @@ def program_lines(
 ) -> list[str]:
     """A table of all programs, and below it what they are made of; empty where none was read.
 
-    Args:
-        engines: By file what `inspect_plan` says of it.
-        profiles: By file the names of its profiles.
+    By file, `engines` has what `inspect_plan` says, and `profiles` the names of its profiles.
     """
     table = Table(
         [

@@ -15,9 +15,7 @@ _EXPERTS = (Role.ROUTED_EXPERT.value, Role.SHARED_EXPERT.value)
 def expert_words(recipe: Mapping[str, Any], dtype: str) -> Iterator[tuple[str, str]]:
     """Lines, each with a label, on the experts of a recipe; none if it leaves them as they are.
 
-    Args:
-        recipe: Its `weights` and `activations`, as a bundle's manifest has them.
-        dtype: Element type of the bundle.
+    `recipe` is its `weights` and `activations` as in a manifest; `dtype` is the bundle's.
     """
     few = {kind: how for kind, how in recipe["weights"].items() if kind in _EXPERTS}
     if not few:

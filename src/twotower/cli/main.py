@@ -33,11 +33,7 @@ EXIT_INTERRUPTED = 130
 
 
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:
-    """The argument tree.
-
-    Args:
-        only: The verb whose module is imported to fill in its arguments; None fills in all.
-    """
+    """The argument tree; `only` that verb's module is imported for its arguments, None: all are."""
     parser = argparse.ArgumentParser(
         prog="twotower",
         description="Deploy Nemotron-Labs-TwoTower: export each tower to ONNX, build engines, "
@@ -70,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0, 2 for an error the user can mend, 130 when interrupted, or one of the
-        verb's own.
+        The exit code: 0, 2 for an error the user can mend, 130 when interrupted, or the verb's own.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     verb = next((w for w in words if w in VERBS), None)

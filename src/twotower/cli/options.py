@@ -29,8 +29,8 @@ def adder(container: argparse._ActionsContainer, group: str = "") -> Adder:
     """A function that adds an option to a parser, or to a new group of it.
 
     It takes the names as a usage line shows them, `-o --output FILE`, the help, and what else
-    `add_argument` takes. An option without a word for its value is a switch; a default is shown and
-    gives the type.
+    `add_argument` takes. Without a word for its value it is a switch; a default is shown and gives
+    the type.
     """
     if group:
         container = container.add_argument_group(group)
@@ -149,11 +149,7 @@ def add_suite_options(parser: argparse.ArgumentParser) -> None:
 
 
 def device_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_device_options` as `TwoTower.open` takes them.
-
-    Raises:
-        ConfigError: a list is none of numbers.
-    """
+    """Options of `add_device_options` as `TwoTower.open` takes them; ConfigError for bad lists."""
     return {
         "devices": number_list(args.devices, "--devices", "0,1", int),
         "graphs": not args.no_cuda_graphs,
@@ -165,10 +161,7 @@ def device_options(args: argparse.Namespace) -> dict[str, Any]:
 def opened_session(args: argparse.Namespace, bundle: str, **options: Any) -> Iterator[TwoTower]:
     """A bundle opened with the options of the command line; progress is shown.
 
-    Args:
-        args: With the device options, and any of the options named below.
-        bundle: Its folder.
-        options: Of `TwoTower.open`, before those of the command line.
+    `options` are of `TwoTower.open`; those of the command line come on top.
     """
     from twotower.runtime import TwoTower
 
@@ -217,8 +210,7 @@ def number_list(
 ) -> tuple[_Number, ...]:
     """The numbers of an option, separated by commas or spaces; none if it was not given.
 
-    Raises:
-        ConfigError: something else is among them.
+    ConfigError if something else is among them.
     """
     try:
         return tuple(number(word) for word in (text or "").replace(",", " ").split())
@@ -231,11 +223,7 @@ def number_list(
 
 
 def byte_size(text: str | None, flag: str) -> int | None:
-    """The bytes of a flag, written e.g. 16G; None if it was not given.
-
-    Raises:
-        ConfigError: it is not a size.
-    """
+    """The bytes of a flag, written e.g. 16G, or ConfigError; None if it was not given."""
     if text is None:
         return None
     units = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

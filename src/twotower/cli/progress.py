@@ -16,9 +16,9 @@ _FEWEST_BYTES = 10_000
 class Interrupts:
     """SIGINT and SIGTERM as `KeyboardInterrupt`, for the length of a `with` statement.
 
-    Python drops an exception that is raised while it runs a finalizer, and an interrupt that falls
-    there would be lost. So it is remembered, and raised again at the next step of progress. If
-    SIGINT was ignored at start-up, as in a background job of a shell, it stays ignored.
+    Python drops an exception raised while it runs a finalizer, and an interrupt there would be
+    lost; so it is remembered and raised again at the next step of progress. If SIGINT was ignored
+    at start-up, as in a background job of a shell, it stays ignored.
     """
 
     pending = False
@@ -43,10 +43,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 class ProgressLine:
     """Call it with (what, done, total); it redraws one line at most ten times a second.
 
-    Args:
-        unit: `bytes` shows sizes and a rate, anything else is shown as a counted noun. Totals too
-            small to be worth a line as bytes are steps of a build or an export and are shown as
-            they are.
+    Unit `bytes` shows sizes and a rate, anything else a counted noun. Totals too small for a line
+    as bytes are steps of a build or an export and are shown as they are.
     """
 
     def __init__(self, unit: str = "bytes") -> None:

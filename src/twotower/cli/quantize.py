@@ -127,10 +127,7 @@ def run(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace, bundle: Bundle, facts: dict[str, Any]) -> None:
     """Prints what was made, or would be.
 
-    Args:
-        args: The command line.
-        bundle: The float bundle.
-        facts: `weight_bytes`, `recipe`, `name`, and if it was made its `precision`.
+    `facts` has `weight_bytes`, `recipe`, `name`, and if it was made its `precision`.
     """
     from twotower.bundle import DATA_SUFFIX, GRAPH_FILES
     from twotower.cli.expert_words import expert_words

@@ -193,8 +193,7 @@ def _diff(args: argparse.Namespace) -> int:
 def _both(args: argparse.Namespace) -> list[Trace]:
     """Both traces of a comparison, those of bundles recorded now.
 
-    A bundle is asked what the trace file beside it was asked; of two bundles the first one's
-    defaults serve for both.
+    A bundle is asked what the other's trace file was asked; of two, the first one's defaults serve.
     """
     from twotower.trace import read_trace
 

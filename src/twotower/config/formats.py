@@ -20,11 +20,10 @@ class WeightFormat:
     Attributes:
         name: `int8`, `fp8`, `int4` or `nvfp4`.
         dtype: Element type of the values.
-        largest: Largest magnitude a value is used for; scales are made so that the greatest weight
-            of a group lands there.
+        largest: Largest magnitude a value is used for, where the greatest weight of a group lands.
         group: Neighbours along the last axis that share a scale; 0 for a whole row.
         scale_dtype: Element type of the scales; None for the graph's own. With `float8e4m3fn` a
-            second, global scale a tensor in the graph's type multiplies them.
+            second, global scale per tensor in the graph's type multiplies them.
         first_sm: The first compute capability whose hardware has the type.
     """
 
@@ -80,18 +79,11 @@ _LONG_ROW, _INT8_GROUPS = 128, (64, 32)
 def stored_format(
     name: str, columns: int, *, stacked: bool, rounded_input: bool = False, group: int = 32
 ) -> WeightFormat:
-    """The format as a matrix takes it.
+    """The format as a matrix with rows of `columns` takes it; `group` is of int4.
 
-    In 8-bit integers a row has one scale, but for stacked experts with long rows: their scales are
+    In 8-bit integers a row has one scale, except stacked experts with long rows: their scales are
     blocks in any case, and groups of 64 make the error a third smaller. Not where the product's
     input is quantized too: TensorRT for RTX 1.7 builds no such product of blocks.
-
-    Args:
-        name: One of `FORMATS`.
-        columns: Length of a row.
-        stacked: Whether it is a stack of experts.
-        rounded_input: Whether the product's input is quantized too.
-        group: Of int4.
     """
     if name == "int4":
         return replace(FORMATS[name], group=group)
@@ -107,15 +99,10 @@ _BLOCKS = (128, 64, NARROW_BLOCK)
 
 
 def product_block(columns: int, group: int, *, even_rows: bool) -> int:
-    """Weights that share a scale in a product of ONNX Runtime on a CPU.
+    """Weights that share a scale in a product of ONNX Runtime on a CPU, 0 if it cannot read them.
 
-    0 where it cannot read the weight as it is stored.
-
-    Args:
-        columns: Length of a row.
-        group: Weights that share a scale as it is stored; the length of a row where all of it do.
-        even_rows: Whether the product always has an even number of rows
-            (`builders/ort/quantized_products.py`).
+    `group` is the same as stored, a row's length for one scale a row. `even_rows`: the product
+    always has an even number of rows (`builders/ort/quantized_products.py`).
     """
     blocks = _BLOCKS if even_rows else (NARROW_BLOCK,)
     return next((block for block in blocks if columns % block == 0 and group % block == 0), 0)
@@ -130,13 +117,8 @@ def stack_is_expanded(target: str, name: str, *, rounded_input: bool) -> bool:
 
     TensorRT for RTX 1.7 dequantizes inside the product only where it has a kernel for that: 4-bit
     integers, and 8 bits on both sides. Tests hold this against the programs it compiles. TensorRT
-    shares its compiler and is taken to do the same. ONNX Runtime has no product of stacked
-    low-bit weights: it dequantizes all of them with a kernel of its own.
-
-    Args:
-        target: `rtx`, `trt`, `ort-cuda` or `ort-cpu`.
-        name: One of `FORMATS`.
-        rounded_input: Whether the product's input is quantized too.
+    shares its compiler and is taken to do the same. ONNX Runtime has no product of stacked low-bit
+    weights: it dequantizes all of them with a kernel of its own.
     """
     fused = name == "int4" or (rounded_input and FORMATS[name].dtype in ACTIVATIONS)
     return not (fused and target in ("rtx", "trt"))

@@ -22,13 +22,12 @@ class GenerationConfig:
 
     Attributes:
         mode: `diffusion` (both towers), `ar` (context tower alone, token by token) or `auto`: the
-            one that is expected to be faster for the batch. The result says which it was.
+            one expected to be faster for the batch. The result says which it was.
         max_new_tokens: Tokens to generate at most; the last block is cut to fit.
         block_size: Tokens denoised together (S). Above the trained size quality collapses, so it
             needs the override.
         steps_per_block: Denoiser passes a block may take; 1 commits everything at once.
-        confidence_threshold: A prediction above it is committed; 0.8 is the published operating
-            point.
+        confidence_threshold: A prediction above it is committed; 0.8 is the published value.
         temperature: 0 is greedy. Confidence is always the un-tempered probability.
         top_k: Sample among the k best tokens, 0 for all kept candidates (at most 64).
         top_p: Nucleus sampling, `ar` mode only.
@@ -93,8 +92,7 @@ class GenerationConfig:
     ) -> GenerationConfig:
         """A config from plain data (a prompt file's line, a bundle's defaults), on top of `base`.
 
-        Raises:
-            ConfigError: a key is unknown or a value cannot be used.
+        ConfigError if a key is unknown or a value cannot be used.
         """
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(data) - set(known))

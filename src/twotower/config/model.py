@@ -62,9 +62,9 @@ _NEEDED_BY = {
 class ModelConfig:
     """Sizes and constants of both towers (they share everything but weights).
 
-    Field names are those of the published config.json, so that a reader of one knows the other.
-    `layers` replaces `hybrid_override_pattern`, `time_step_limit` keeps its (lower, upper) bounds
-    with `inf` for "none", and a text ends at any of `eos_token_ids`.
+    Field names are those of the published config.json; but `layers` replaces
+    `hybrid_override_pattern`, `time_step_limit` keeps its (lower, upper) bounds with `inf` for
+    "none", and a text ends at any of `eos_token_ids`.
     """
 
     layers: tuple[LayerKind, ...]
@@ -162,8 +162,7 @@ class ModelConfig:
 def read_model_config(path: Path) -> ModelConfig:
     """Reads a published config.json (`Infinity` is accepted, as the published file holds it).
 
-    Raises:
-        ConfigError: the file is missing, not JSON, of another architecture, or has unusable values.
+    ConfigError if it is missing, not JSON, of another architecture, or has unusable values.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -177,11 +176,7 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def parse_model_config(raw: object, name: str) -> ModelConfig:
-    """The config in a parsed config.json; `name` says in errors where it is from.
-
-    Raises:
-        ConfigError: it is of another architecture or has unusable values.
-    """
+    """The config in a parsed config.json, or ConfigError; `name` says in errors whose it is."""
     if not isinstance(raw, dict):
         raise ConfigError(
             f"{name} is not a model config",

@@ -27,11 +27,8 @@ SCHEMA = 1
 class Archive:
     """An archive that is written while its sections are asked.
 
-    Args:
-        folder: Where it is written; made if it is not there.
-        device: The name of what was looked at, which becomes the page's.
-        made_by: The command.
-        scrubber: Takes private text out of everything that is written.
+    `device` is the name of what was looked at and the page's; `scrubber` takes private text out of
+    everything that is written.
     """
 
     folder: Path
@@ -43,8 +40,7 @@ class Archive:
     def add(self, name: str, result: Mapping[str, Any]) -> None:
         """Adds the result of a section (see `ask_section`) and writes `results.json` anew.
 
-        Raises:
-            ConfigError: it cannot be written.
+        ConfigError if it cannot be written.
         """
         self.sections[name] = self.scrubber.data(result)
         self._write(RESULTS_FILE, (json.dumps(self.results, indent=1) + "\n").encode())
@@ -64,8 +60,7 @@ class Archive:
     def finish(self, work: Path) -> list[Path]:
         """Writes the logs found in a folder and the page; returns every file of the archive.
 
-        Raises:
-            ConfigError: one cannot be written.
+        ConfigError if one cannot be written.
         """
         logs = sorted(work.glob("*.log"))
         self._write(LOGS_FILE, _packed_logs(logs, self.scrubber))
@@ -92,11 +87,7 @@ def _packed_logs(logs: Iterable[Path], scrubber: Scrubber) -> bytes:
 
 
 def read_results(file: Path) -> dict[str, Any]:
-    """Reads a `results.json`.
-
-    Raises:
-        ConfigError: there is none, or it is not one this version reads.
-    """
+    """Reads a `results.json`; ConfigError if there is none this version reads."""
     do = f"name the {RESULTS_FILE} that `make gpu-first-hour` or `twotower doctor --report` wrote"
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
@@ -112,8 +103,7 @@ def read_results(file: Path) -> dict[str, Any]:
 def merge_results(some: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Results of several runs on one device as one; of two answers of a section the later counts.
 
-    Raises:
-        ConfigError: they are of different devices.
+    ConfigError if they are of different devices.
     """
     runs = list(some)
     devices = sorted({run["device"] for run in runs})
@@ -132,11 +122,7 @@ def merge_results(some: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def write_page(folder: Path, results: Mapping[str, Any]) -> Path:
-    """Writes the page of a device into a folder, over an older one of the same device.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
+    """Writes the page of a device into a folder, over an older one; ConfigError if it cannot."""
     file = folder / page_name(results["device"])
     _write(file, device_page(results).encode())
     return file

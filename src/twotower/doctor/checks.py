@@ -170,13 +170,9 @@ _TOKENS = 48
 
 
 def check_execution(open_engine: OpenEngine, *, devices: int) -> Iterator[CheckResult]:
-    """Checks of an engine on a GPU against itself.
+    """Checks of an engine on one or several GPUs (`devices`) against itself.
 
     It is opened once for each way, one at a time, as two might not fit.
-
-    Args:
-        open_engine: Opens it.
-        devices: GPUs of this machine.
     """
     with open_engine() as model:
         words = ordinary_tokens(model.config)

@@ -1,6 +1,6 @@
 """Other programs that generate from the same weights, timed beside our autoregression.
 
-Both get the same prompts and decode greedily; runs are interleaved and their tokens compared.
+Same prompts, greedy decoding; runs are interleaved and their tokens compared.
 """
 
 from __future__ import annotations
@@ -40,15 +40,9 @@ class Peer(Protocol):
 class PeerSpeed:
     """Medians of a peer and of our autoregression, measured interleaved.
 
-    Attributes:
-        name: The peer.
-        version: Of its library.
-        form: Which of several ways to compute it took.
-        threads: How many it computed with.
-        tokens_per_second: The peer's, of the whole batch, reading the prompts included.
-        ours: Ours, likewise.
-        ratio: Ours divided by the peer's.
-        equal_tokens: Share of tokens at which both texts agree up to their first difference.
+    `form` is which of several ways to compute it took. Tokens per second are of the whole batch,
+    reading the prompts included; `ratio` is ours divided by the peer's; `equal_tokens` is the share
+    of tokens at which both texts agree up to their first difference.
     """
 
     name: str
@@ -65,12 +59,7 @@ class PeerSpeed:
 
 
 def open_peer(name: str, bundle: Bundle, *, threads: int) -> Peer:
-    """A peer on a bundle's weights.
-
-    Args:
-        name: One of `PEERS`.
-        bundle: A float bundle; its context tower is read.
-        threads: Threads to compute with.
+    """A peer of `PEERS` on the context tower of a float bundle.
 
     Raises:
         ConfigError: no such peer, or its library is not installed.
@@ -96,15 +85,7 @@ def measure_peer(
     new_tokens: int,
     runs: int,
 ) -> PeerSpeed:
-    """Times both, interleaved, after one run of each that is not counted.
-
-    Args:
-        model: An opened bundle.
-        peer: On the same bundle.
-        prompts: Of one length.
-        new_tokens: Tokens to generate after each.
-        runs: Measured runs of each.
-    """
+    """Times both on prompts of one length, interleaved, after an uncounted run of each."""
     config = replace(GenerationConfig(), mode="ar", max_new_tokens=new_tokens, ignore_eos=True)
     mine: list[float] = []
     theirs: list[float] = []

@@ -29,12 +29,8 @@ _KINDS = {
 class TransformersPeer:
     """`NemotronHForCausalLM` on a bundle's weights, in float32.
 
-    Where they are stored in float32 its tensors are the bundle's mapped file. Of the forms in which
-    the library computes experts, the one that is fastest here is taken.
-
-    Args:
-        bundle: A float bundle.
-        threads: Threads of torch.
+    Where they are stored in float32 its tensors are the bundle's mapped file. Of the library's ways
+    to compute experts the one fastest here is taken.
 
     Raises:
         BundleError: the bundle is quantized.
