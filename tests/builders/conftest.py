@@ -17,6 +17,18 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export_fixture("hybrid-b", tmp_path_factory.mktemp("builders") / "b", "float16")
 
 
+@pytest.fixture(scope="session")
+def hybrid_a(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """In float32; read only."""
+    return export_fixture("hybrid-a", tmp_path_factory.mktemp("builders") / "a", "float32")
+
+
+@pytest.fixture(scope="session", params=["hybrid-a", "hybrid-b"])
+def hybrid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Each fixture in float32; read only."""
+    return export_fixture(request.param, tmp_path_factory.mktemp("hybrid") / "bundle", "float32")
+
+
 @pytest.fixture
 def bundle(exported: Bundle, tmp_path: Path) -> Bundle:
     return Bundle.open(copy_of(exported, tmp_path / "bundle"))

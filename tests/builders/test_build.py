@@ -16,7 +16,7 @@ import pytest
 
 from tests.helpers.bundles import copy_of, export_fixture, flip_byte
 from tests.helpers.errors import check_error, fails
-from tests.helpers.processes import child_of, is_gone
+from tests.helpers.processes import child_of, environment, is_gone
 from tests.helpers.trt.install import plant
 from twotower.builders import BuildConfig, EngineBuilder, build_engines
 from twotower.bundle import BUILD_FILE, Bundle, EngineRecord, engine_folder, read_engine_record
@@ -164,13 +164,12 @@ def command(bundle: Path, *options: str) -> list[str]:
 
 def start(words: list[str]) -> subprocess.Popen[str]:
     """In a group of its own, and heeding Ctrl-C even where the test run ignores it."""
-    paths = os.pathsep.join(p for p in sys.path if p)
     return subprocess.Popen(
         words,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": paths},
+        env=environment(),
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers.bundles import export_fixture
 from tests.helpers.errors import fails
 from tests.helpers.trt.install import L4, machine_with
-from twotower.builders import BuildConfig, EngineBuilder, build_engines, builder_for
+from twotower.builders import BuildConfig, EngineBuilder, build_engines
 from twotower.builders.build_cost import LayerBytes, build_memory, require_build_memory
-from twotower.builders.trt import tensorrt_builder
+from twotower.builders.trt import make_engine, tensorrt_builder
 from twotower.builders.trt.cut import cut_layers, least_bound
 from twotower.bundle import Bundle, engine_folder
 from twotower.cli.options import byte_size
@@ -54,43 +52,16 @@ def test_what_it_says_to_type_can_be_built(available: int) -> None:
     return None
 
 
-@pytest.mark.trt_rtx
-def test_a_build_asks_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
-    monkeypatch.setattr(
-        "twotower.builders.trt.tensorrt_builder.probe_machine",
-        lambda: replace(machine_with(), available=10**7),
-    )
-    monkeypatch.setattr(
-        "twotower.builders.trt.make_engine.run_job",
-        lambda *_, **__: pytest.fail("a build was started"),
-    )
-    with fails(BuildError, found="available"):
-        build_engines(
-            bundle,
-            "rtx",
-            builder_for("rtx"),
-            config=BuildConfig(sms=(89,), max_context=256, experts="dense"),
-        )
-    assert not engine_folder(bundle, "rtx").exists()
-
-
-def test_engines_of_the_cache_need_no_memory(
+def test_a_build_asks_before_it_starts_and_engines_of_the_cache_need_no_memory(
     bundle: Bundle, builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build_engines(bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense"))
+    config = BuildConfig(max_context=256, experts="dense")
+    build_engines(bundle, "trt", builder, config=config)
     shutil.rmtree(engine_folder(bundle, "trt"))
-    monkeypatch.setattr(
-        tensorrt_builder, "probe_machine", lambda: replace(machine_with(L4), available=10**7)
-    )
-    record = build_engines(
-        bundle, "trt", builder, config=BuildConfig(max_context=256, experts="dense")
-    )
+    small = replace(machine_with(L4), available=10**7)
+    monkeypatch.setattr(tensorrt_builder, "probe_machine", lambda: small)
+    monkeypatch.setattr(make_engine, "run_job", lambda *_, **__: pytest.fail("a build was started"))
+    record = build_engines(bundle, "trt", builder, config=config)
     assert all(facts["cached"] for facts in record.report["engines"].values())
-    with pytest.raises(BuildError, match="does not fit this machine"):
-        build_engines(
-            bundle,
-            "trt",
-            builder,
-            config=BuildConfig(max_context=256, experts="dense", force=True),
-        )
+    with fails(BuildError, "does not fit this machine", found="available"):
+        build_engines(bundle, "trt", builder, config=replace(config, force=True))

@@ -14,6 +14,7 @@ import pytest
 
 from tests.helpers.bundles import flip_byte
 from tests.helpers.errors import fails
+from tests.helpers.processes import environment
 from twotower.builders import cache as cache_module
 from twotower.builders.cache import EngineCache
 from twotower.errors import BuildError
@@ -176,7 +177,7 @@ def test_writers_at_once_leave_one_sound_entry(cache: EngineCache, tmp_path: Pat
         f"    cache.put('{KEY}', file, {{'who': who}}, tick=lambda a, b: None)\n"
     )
     writers = [
-        subprocess.Popen([sys.executable, "-c", script, str(tmp_path), who], env=_env())
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path), who], env=environment())
         for who in "abcd"
     ]
     taken = 0
@@ -189,7 +190,3 @@ def test_writers_at_once_leave_one_sound_entry(cache: EngineCache, tmp_path: Pat
             assert target.read_bytes() == entry.facts["who"].encode() * 1000
     assert [w.wait() for w in writers] == [0, 0, 0, 0]
     assert names(cache) == {f"{KEY}.engine", f"{KEY}.json"}
-
-
-def _env() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

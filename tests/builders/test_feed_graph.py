@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import runpy
@@ -18,15 +17,11 @@ import onnxruntime as ort
 import pytest
 
 from tests.helpers.bundles import export_fixture
+from tests.helpers.processes import environment
 from tests.helpers.source import ROOT
 from twotower.builders.feed_graph import FeedOptions, feed_graph, main
 from twotower.bundle import GRAPH_FILES, Bundle
 from twotower.weights.external import load_graph
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_fixture("hybrid-a", tmp_path_factory.mktemp("fed") / "a", "float32")
 
 
 def run(folder: Path) -> dict[str, Any]:
@@ -42,29 +37,29 @@ def run(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", GRAPH_FILES)
 def test_every_graph_runs_on_what_is_fed_and_computes_numbers(
-    bundle: Bundle, tmp_path: Path, name: str
+    hybrid_a: Bundle, tmp_path: Path, name: str
 ) -> None:
-    feed_graph(bundle, name, tmp_path / "fed", FeedOptions(max_context=256))
+    feed_graph(hybrid_a, name, tmp_path / "fed", FeedOptions(max_context=256))
     outputs = run(tmp_path / "fed")
-    assert set(outputs) == {spec.name for spec in bundle.signatures[name].outputs}
+    assert set(outputs) == {spec.name for spec in hybrid_a.signatures[name].outputs}
     assert all(np.isfinite(value).all() for value in outputs.values())
     assert not any(
         t.external_data for t in onnx.load(str(tmp_path / "fed" / "graph.onnx")).graph.initializer
     )
 
 
-def test_some_layers_are_a_graph_of_their_own(bundle: Bundle, tmp_path: Path) -> None:
-    words = [str(bundle.path), "--graph", "context", "--layers", "1:3", "--max-context", "256"]
+def test_some_layers_are_a_graph_of_their_own(hybrid_a: Bundle, tmp_path: Path) -> None:
+    words = [str(hybrid_a.path), "--graph", "context", "--layers", "1:3", "--max-context", "256"]
     assert main([*words, "-o", str(tmp_path / "fed")]) == 0
     assert "residual_out" in run(tmp_path / "fed")
-    whole = load_graph(bundle.graph_file("context"))
+    whole = load_graph(hybrid_a.graph_file("context"))
     assert len(load_graph(tmp_path / "fed" / "graph.onnx").graph.node) < len(whole.graph.node) / 2
 
 
 def test_what_cannot_be_fed_is_said(
-    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hybrid_a: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(bundle.path), "-o", str(tmp_path)]) == 2
+    assert main([str(hybrid_a.path), "-o", str(tmp_path)]) == 2
     assert "does not exist" in capsys.readouterr().err
     half = export_fixture("hybrid-b", tmp_path / "b", "bfloat16")
     assert main([str(half.path), "-o", str(tmp_path / "fed")]) == 2
@@ -86,8 +81,7 @@ def documented() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.trained
 def test_the_documented_comparison_holds_word_for_word(tmp_path: Path) -> None:
-    if not importlib.util.find_spec("polygraphy"):
-        pytest.skip("polygraphy is not installed")
+    pytest.importorskip("polygraphy")
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     (tmp_path / "bin").mkdir()
     for name, module in (("twotower", "twotower.cli.main"), ("polygraphy", "polygraphy.tools")):
@@ -95,26 +89,12 @@ def test_the_documented_comparison_holds_word_for_word(tmp_path: Path) -> None:
         (tmp_path / "bin" / name).write_text(script)
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    paths = {
-        "PATH": os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]]),
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
+    paths = {"PATH": os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])}
+    kept = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
     commands = documented()
-    assert [shlex.split(c)[0] for c in commands] == [
-        "twotower",
-        "python",
-        "polygraphy",
-        "polygraphy",
-    ]
+    programs = ["twotower", "python", "polygraphy", "polygraphy"]
+    assert [shlex.split(c)[0] for c in commands] == programs
     for command in commands:
-        done = subprocess.run(
-            command,
-            shell=True,
-            cwd=tmp_path,
-            env={**os.environ, **paths},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = subprocess.run(command, shell=True, env={**environment(), **paths}, **kept)
         assert done.returncode == 0, done.stdout + done.stderr
     assert "All outputs matched" in done.stdout

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.bundles import export_fixture
 from tests.helpers.graph_runs import SIZES, random_inputs, run_graph
 from twotower.builders.segment import fix_axes, layer_bytes, segment
 from twotower.bundle import Bundle
@@ -18,22 +17,17 @@ from twotower.spec import CONDITIONING, CONTEXT, DENOISER, RESIDUAL_IN, RESIDUAL
 from twotower.weights.external import load_graph, weight_refs
 
 
-@pytest.fixture(scope="module", params=["hybrid-a", "hybrid-b"])
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_fixture(request.param, tmp_path_factory.mktemp("segments") / "bundle")
-
-
 @pytest.mark.parametrize("graph", [CONTEXT, DENOISER])
 @pytest.mark.parametrize("length", [1, 2])
-def test_segments_one_after_another_are_the_tower(bundle: Bundle, graph: str, length: int) -> None:
-    file, sizes = bundle.graph_file(graph), {"T": SIZES["T"], "S": SIZES["S"]}
+def test_segments_one_after_another_are_the_tower(hybrid: Bundle, graph: str, length: int) -> None:
+    file, sizes = hybrid.graph_file(graph), {"T": SIZES["T"], "S": SIZES["S"]}
     model = load_graph(file)
     fix_axes(model, sizes)
-    signature = bundle.signatures[graph].with_sizes(sizes)
-    inputs = random_inputs(signature.inputs, bundle.config.vocab_size)
+    signature = hybrid.signatures[graph].with_sizes(sizes)
+    inputs = random_inputs(signature.inputs, hybrid.config.vocab_size)
     whole = run_graph(model, file.parent, inputs)
 
-    count = len(bundle.config.layers)
+    count = len(hybrid.config.layers)
     results: dict[str, Any] = {}
     for first in range(0, count, length):
         part = segment(model, signature, (first, min(first + length, count)), dtype="float32")
@@ -57,22 +51,16 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.mark.parametrize("graph", [CONTEXT, DENOISER])
-def test_no_segment_computes_layers_before_it(published: Bundle, graph: str) -> None:
-    each_in_one_segment(published, graph)
-
-
-@pytest.mark.parametrize("graph", [CONTEXT, DENOISER])
-def test_every_weight_is_in_exactly_one_segment(bundle: Bundle, graph: str) -> None:
-    each_in_one_segment(bundle, graph)
-
-
-def each_in_one_segment(bundle: Bundle, graph: str) -> None:
-    model = load_graph(bundle.graph_file(graph))
-    sizes, count = layer_bytes(model), len(bundle.config.layers)
-    assert len(sizes.layers) == count
-    signature = bundle.signatures[graph]
-    parts = [segment(model, signature, (i, i + 1), dtype="float32").model for i in range(count)]
-    names = [set(weight_refs(part)) for part in parts]
-    everything = set(weight_refs(model))
-    assert set().union(*names) == everything
-    assert sum(map(len, names)) == len(everything)
+def test_every_weight_is_in_exactly_one_segment(
+    hybrid: Bundle, published: Bundle, graph: str
+) -> None:
+    """So none computes layers before it."""
+    for bundle in (hybrid, published):
+        model, signature = load_graph(bundle.graph_file(graph)), bundle.signatures[graph]
+        count = len(bundle.config.layers)
+        assert len(layer_bytes(model).layers) == count
+        parts = [segment(model, signature, (i, i + 1), dtype="float32").model for i in range(count)]
+        names = [set(weight_refs(part)) for part in parts]
+        everything = set(weight_refs(model))
+        assert set().union(*names) == everything
+        assert sum(map(len, names)) == len(everything)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import re
 import shlex
 import shutil
@@ -17,7 +15,8 @@ import onnx
 import pytest
 
 from tests.helpers.bundles import export_fixture
-from tests.helpers.trt.install import install_fake
+from tests.helpers.processes import environment
+from tests.helpers.trt.install import install_fake, one_node
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.trt import engine_plan
 from twotower.builders.try_graph import BUILDS, NOT_TRIED, REFUSED, job_of_graph, main
@@ -38,18 +37,11 @@ def plant_top_k(bundle: Bundle) -> None:
     for node in nodes[index + 1 :]:
         node.input[:] = ["planted" if name == logits else name for name in node.input]
     make, constant = onnx.helper.make_node, onnx.helper.make_tensor
+    best = ["planted.values", "planted.ids"]
     planted = [
         make("Tile", [logits, "planted.times"], ["planted.wide"], name="planted/tile"),
-        make(
-            "TopK", ["planted.wide", "planted.k"], ["planted.values", "planted.ids"], name=CULPRIT
-        ),
-        make(
-            "ReduceMin",
-            ["planted.values", "planted.axis"],
-            ["planted.least"],
-            name="planted/least",
-            keepdims=1,
-        ),
+        make("TopK", ["planted.wide", "planted.k"], best, name=CULPRIT),
+        make("ReduceMin", [best[0], "planted.axis"], ["planted.least"], name="planted/least"),
         make("Add", [logits, "planted.least"], ["planted"], name="planted/add"),
     ]
     model.graph.initializer.extend(
@@ -62,15 +54,7 @@ def plant_top_k(bundle: Bundle) -> None:
 
 
 def small(folder: Path, operator: str = "Relu") -> Path:
-    value = [
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, ["B", 4])
-        for name in "xy"
-    ]
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node(operator, ["x"], ["y"])], "g", value[:1], value[1:]
-    )
-    (folder / "g.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
-    return folder / "g.onnx"
+    return one_node(folder, operator, onnx.TensorProto.FLOAT16)
 
 
 @pytest.mark.parametrize(
@@ -126,26 +110,20 @@ def test_a_part_of_a_graph_has_axes_of_its_own(tmp_path: Path) -> None:
 
 
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join(p for p in sys.path if p)
-    return subprocess.run(
-        words,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    kept = {"capture_output": True, "text": True, "check": False}
+    return subprocess.run(words, cwd=folder, env=environment(), **kept)
 
 
 def polygraphy(command: str) -> list[str]:
     """A command as the error shows it, with the polygraphy and the Python of this environment."""
     words = shlex.split(command)
-    module = [
+    code = "import sys; from polygraphy.tools import main; sys.exit(main())"
+    return [
         sys.executable,
         "-c",
-        "import sys; from polygraphy.tools import main; sys.exit(main())",
+        code,
+        *(sys.executable if word == "python" else word for word in words[1:]),
     ]
-    return [*module, *(sys.executable if word == "python" else word for word in words[1:])]
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +133,8 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BuildError]:
     plant_top_k(bundle)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(BuildError) as caught:
         patch.setattr(engine_plan, "require_clean", lambda *_, **__: ())
-        build_engines(
-            bundle,
-            "rtx",
-            builder_for("rtx"),
-            config=BuildConfig(sms=(86, 89), max_context=256, experts="dense"),
-        )
+        config = BuildConfig(sms=(86, 89), max_context=256, experts="dense")
+        build_engines(bundle, "rtx", builder_for("rtx"), config=config)
     return bundle.path / "engines" / ".failed" / "rtx-context_head", caught.value
 
 
@@ -171,14 +145,10 @@ def test_the_kept_graph_fails_elsewhere_for_the_same_reason(
 ) -> None:
     folder, error = failed
     assert "exceeds the maximum value allowed (3840)" in error.found
-    check = next(
-        line.strip()
-        for line in (folder / "README.md").read_text().splitlines()
-        if "twotower.builders.try_graph" in line
-    )
-    done = run(
-        [sys.executable, *shlex.split(check)[1:]], shutil.copytree(folder, tmp_path / "copy")
-    )  # with the weights: it needs no bundle
+    lines = (folder / "README.md").read_text().splitlines()
+    check = next(line for line in lines if "twotower.builders.try_graph" in line)
+    copy = shutil.copytree(folder, tmp_path / "copy")  # with the weights: it needs no bundle
+    done = run([sys.executable, *shlex.split(check)[1:]], copy)
     assert done.returncode == REFUSED
     assert "3840" in done.stderr
     assert any("3840" in line["message"] for line in json.loads((folder / "log.json").read_text()))
@@ -187,8 +157,7 @@ def test_the_kept_graph_fails_elsewhere_for_the_same_reason(
 @pytest.mark.trt_rtx
 @pytest.mark.slow
 def test_polygraphy_shows_the_kept_graph(failed: tuple[Path, BuildError]) -> None:
-    if not importlib.util.find_spec("polygraphy"):
-        pytest.skip("polygraphy is not installed")
+    pytest.importorskip("polygraphy")
     folder, error = failed
     done = run(polygraphy(commands(error)[0]), folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -201,10 +170,8 @@ def test_polygraphy_reduces_the_kept_graph_to_the_node_that_is_refused(
     failed: tuple[Path, BuildError],
 ) -> None:
     """The command of the error, word for word."""
-    if not (
-        importlib.util.find_spec("polygraphy") and importlib.util.find_spec("onnx_graphsurgeon")
-    ):
-        pytest.skip("polygraphy with onnx-graphsurgeon is not installed")
+    pytest.importorskip("polygraphy")
+    pytest.importorskip("onnx_graphsurgeon")
     folder, error = failed
     done = run(polygraphy(commands(error)[1]), folder)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -10,9 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from tests.helpers.bundles import export_fixture
 from tests.helpers.graph_runs import random_inputs, run_graph
-from tests.helpers.graphs import FIXTURES
 from tests.helpers.quantized import TINY
 from tests.helpers.trt.install import bundle_with_engines
 from twotower.builders.weight_inputs import place_weights
@@ -26,20 +24,15 @@ from twotower.export import Checkpoint, export_bundle
 from twotower.export.graph_files import save_program
 from twotower.export.graphs.precision import Precision
 from twotower.export.graphs.tower_graphs import build_graph
-from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
+from twotower.spec import DENOISER
 from twotower.weights.declared import lay_out
 from twotower.weights.external import load_graph, weight_refs
 from twotower.weights.mapped import read_weight
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_fixture("hybrid-a", tmp_path_factory.mktemp("inputs") / "a", "float32")
-
-
-def test_every_weight_of_a_float_graph_is_an_input(bundle: Bundle) -> None:
+def test_every_weight_of_a_float_graph_is_an_input(hybrid_a: Bundle) -> None:
     for name in GRAPH_FILES:
-        model = load_graph(bundle.graph_file(name))
+        model = load_graph(hybrid_a.graph_file(name))
         before = weight_refs(model)
         places = place_weights(model, "inputs")
         assert places.inside == {}
@@ -52,8 +45,8 @@ def test_every_weight_of_a_float_graph_is_an_input(bundle: Bundle) -> None:
         onnx.checker.check_model(model)
 
 
-def test_all_stay_inside_where_that_is_asked_for(bundle: Bundle) -> None:
-    model = load_graph(bundle.graph_file(DENOISER))
+def test_all_stay_inside_where_that_is_asked_for(hybrid_a: Bundle) -> None:
+    model = load_graph(hybrid_a.graph_file(DENOISER))
     before = weight_refs(model)
     places = place_weights(model, "inside")
     assert places.inputs == ()
@@ -78,9 +71,8 @@ def test_weights_in_few_bits_stay_inside_with_their_scales(tmp_path: Path, recip
     assert packed < set(places.inside)
     scales = set(places.inside) - packed
     assert all(name.endswith((".scale", ".global_scale")) for name in scales)
-    assert {name for name in refs if name.endswith((".scale", ".global_scale"))} <= set(
-        places.inside
-    )
+    every = {name for name in refs if name.endswith((".scale", ".global_scale"))}
+    assert every <= set(places.inside)
     assert all(places.inside.values()), "each has its reason"
     assert {s.dtype for s in places.inputs} == {"float32"}
 
@@ -91,38 +83,28 @@ LEVELS = {
 }
 
 
-def compare_fed_with_inside(bundle: Bundle, name: str, level: str, *, packed: bool) -> None:
-    """To the bit: the product's kernels must not know where a weight comes from."""
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", GRAPH_FILES)
+@pytest.mark.parametrize("which", ["hybrid_a", pytest.param("wide", marks=pytest.mark.slow)])
+def test_weights_fed_compute_what_weights_inside_compute(
+    request: pytest.FixtureRequest, which: str, name: str, level: str
+) -> None:
+    """To the bit: the product's kernels must not know where a weight comes from.
+
+    At 768 wide ONNX Runtime packs constant weights, and then sums in another order: packing is off.
+    """
+    bundle: Bundle = request.getfixturevalue(which)
     file = bundle.graph_file(name)
     given = random_inputs(bundle.signatures[name].inputs, bundle.config.vocab_size)
-    inside = run_graph(load_graph(file), file.parent, given, level=LEVELS[level], packed=packed)
+    options: Any = {"level": LEVELS[level], "packed": which != "wide"}
+    inside = run_graph(load_graph(file), file.parent, given, **options)
     model, data = load_graph(file), np.memmap(bundle.data_file(name), dtype=np.uint8, mode="r")
     place_weights(model, "inputs")
-    given |= {
-        weight: np.ascontiguousarray(read_weight(data, ref))
-        for weight, ref in bundle.weights(name).items()
-    }
-    fed = run_graph(model, file.parent, given, level=LEVELS[level], packed=packed)
+    refs = bundle.weights(name).items()
+    given |= {weight: np.ascontiguousarray(read_weight(data, ref)) for weight, ref in refs}
+    fed = run_graph(model, file.parent, given, **options)
     for output, value in inside.items():
         np.testing.assert_array_equal(fed[output], value)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", [CONTEXT, CONTEXT_HEAD, DENOISER])
-def test_weights_fed_compute_what_weights_inside_compute(
-    bundle: Bundle, name: str, level: str
-) -> None:
-    compare_fed_with_inside(bundle, name, level, packed=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", [CONTEXT, CONTEXT_HEAD, DENOISER])
-def test_a_layer_of_every_kind_at_768_wide_computes_the_same(
-    wide: Bundle, name: str, level: str
-) -> None:
-    """At this width ONNX Runtime packs constant weights for its product, which then sums in another order: packing is off."""
-    compare_fed_with_inside(wide, name, level, packed=False)
 
 
 @pytest.fixture(scope="module")
@@ -138,16 +120,12 @@ def test_build_json_says_what_is_read_and_what_is_held(tmp_path: Path) -> None:
     def engines(record: EngineRecord) -> dict[str, Any]:
         return {part.file: part for parts in record.engines.values() for part in parts}
 
-    bundle = bundle_with_engines(FIXTURES / "hybrid-b", tmp_path / "b", experts="dense")
+    bundle = bundle_with_engines("hybrid-b", tmp_path / "b")
     record = load_engine_record(bundle, "rtx")
     for name, graph in (("context", "context.engine"), ("denoiser", "denoiser.engine")):
         assert {w.name for w in engines(record)[graph].weights} == set(bundle.weights(name))
         assert record.report["engines"][graph]["weights"]["inside"] == {}
-    held = load_engine_record(
-        bundle_with_engines(
-            FIXTURES / "hybrid-b", tmp_path / "c", experts="dense", weights="inside"
-        ),
-        "rtx",
-    )
+    other = bundle_with_engines("hybrid-b", tmp_path / "c", weights="inside")
+    held = load_engine_record(other, "rtx")
     assert set(engines(held)["denoiser.engine"].constants) == set(bundle.weights("denoiser"))
     assert set(held.holds) == set(GRAPH_FILES)

@@ -10,7 +10,12 @@ from pathlib import Path
 
 from tests.helpers.source import ROOT
 
-__all__ = ["child_of", "is_gone", "run_python"]
+__all__ = ["child_of", "environment", "is_gone", "run_python"]
+
+
+def environment() -> dict[str, str]:
+    """Of this process, with all that it imports from."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 
 
 def run_python(

@@ -85,21 +85,12 @@ def test_another_choice_builds_again_and_is_named(
     seen = []
     for how, asked in (("", (89,)), ("default", ()), ("current", ()), ("current", ())):
         monkeypatch.setattr(tensorrt_builder, "probe_machine", lambda how=how: tried(how, H100))
-        record = build_engines(
-            bundle,
-            "rtx",
-            builder,
-            config=BuildConfig(sms=asked, max_context=256, experts="dense"),
-        )
+        config = BuildConfig(sms=asked, max_context=256, experts="dense")
+        record = build_engines(bundle, "rtx", builder, config=config)
         assert record.limits is not None
         seen.append((record.limits.sms, len(jobs), jobs[-1]["sms"], jobs[-1]["current"]))
-    three = [
-        ((89,), 3, [89], False),
-        ((), 6, [], False),
-        ((90,), 9, [], True),
-        ((90,), 9, [], True),
-    ]
-    assert seen == three, "the last one was built before"
+    three = [((89,), 3, [89], False), ((), 6, [], False), ((90,), 9, [], True)]
+    assert seen == [*three, three[-1]], "the last one was built before"
     assert caplog.text.count("SM 90: NVIDIA does not support it there") == 2
     assert engine_folder(bundle, "rtx").is_dir()
 
@@ -124,15 +115,10 @@ def test_what_the_library_is_told(
     sms: tuple[int, ...], current: bool, want: dict[int, str]
 ) -> None:
     config = _Config(capabilities={}, num_compute_capabilities=0, takes=True)
-    capability = SimpleNamespace(CURRENT="current", SM86="sm86", SM89="sm89")
-    flags = SimpleNamespace(TF32="tf32", REQUIRE_USER_ALLOCATION="user")
-    module = SimpleNamespace(
-        __name__="tensorrt_rtx",
-        ComputeCapability=capability,
-        BuilderFlag=flags,
-        ProfilingVerbosity=SimpleNamespace(DETAILED="detailed"),
-        IProgressMonitor=object,
-    )
+    module = SimpleNamespace(__name__="tensorrt_rtx", IProgressMonitor=object)
+    module.ComputeCapability = SimpleNamespace(CURRENT="current", SM86="sm86", SM89="sm89")
+    module.BuilderFlag = SimpleNamespace(TF32="tf32", REQUIRE_USER_ALLOCATION="user")
+    module.ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
     flavour = replace(RTX, module=module)
     options = NetworkOptions(inputs=(), profiles=(), sms=sms, current=current, dtype="float16")
     builder = SimpleNamespace(create_builder_config=lambda: config)

@@ -21,11 +21,8 @@ from twotower.weights.external import load_graph
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    folder = tmp_path_factory.mktemp("sums")
-    return {
-        dtype: export_fixture("hybrid-a", folder / dtype, dtype) for dtype in ("float32", "float16")
-    }
+def half(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export_fixture("hybrid-a", tmp_path_factory.mktemp("sums") / "float16", "float16")
 
 
 def products(model: onnx.ModelProto) -> Counter[str | None]:
@@ -35,14 +32,11 @@ def products(model: onnx.ModelProto) -> Counter[str | None]:
 
 
 @pytest.mark.parametrize("graph", [CONTEXT, CONTEXT_HEAD, DENOISER])
-def test_every_product_of_a_float32_graph_can_be_a_sum(
-    bundles: dict[str, Bundle], graph: str
-) -> None:
-    bundle = bundles["float32"]
-    model = load_graph(bundle.graph_file(graph))
+def test_every_product_of_a_float32_graph_can_be_a_sum(hybrid_a: Bundle, graph: str) -> None:
+    model = load_graph(hybrid_a.graph_file(graph))
     count = products(model).total()
-    folder = bundle.graph_file(graph).parent
-    given = random_inputs(bundle.signatures[graph].inputs, bundle.config.vocab_size)
+    folder = hybrid_a.graph_file(graph).parent
+    given = random_inputs(hybrid_a.signatures[graph].inputs, hybrid_a.config.vocab_size)
     before = run_graph(model, folder, given)
     assert sum_float32_products(model) == count > 0
     assert "MatMul" not in {node.op_type for node in model.graph.node}
@@ -56,24 +50,17 @@ def test_every_product_of_a_float32_graph_can_be_a_sum(
         )
 
 
-@pytest.mark.parametrize("graph", [CONTEXT, DENOISER])
-def test_products_in_half_precision_stay(bundles: dict[str, Bundle], graph: str) -> None:
-    bundle = bundles["float16"]
-    model = load_graph(bundle.graph_file(graph))
-    types = products(model)
-    assert types["float32"] > 0
+@pytest.mark.parametrize("graph", [CONTEXT, CONTEXT_HEAD, DENOISER])
+def test_products_in_half_precision_stay(half: Bundle, graph: str) -> None:
+    model = load_graph(half.graph_file(graph))
+    types, before = products(model), model.SerializeToString()
     assert types["float16"] > 0
     assert sum_float32_products(model) == types["float32"]
     assert products(model) == {"float16": types["float16"]}
+    assert (
+        (types["float32"] == 0) == (model.SerializeToString() == before) == (graph == CONTEXT_HEAD)
+    )
     assert [f.rule.id for f in lint(model) if f.rule.severity.value == "error"] == []
-
-
-def test_a_graph_without_such_products_is_left_alone(bundles: dict[str, Bundle]) -> None:
-    bundle = bundles["float16"]
-    model = load_graph(bundle.graph_file(CONTEXT_HEAD))
-    before = model.SerializeToString()
-    assert sum_float32_products(model) == 0
-    assert model.SerializeToString() == before
 
 
 L4 = {"name": "NVIDIA L4", "sm": 89, "driver": "580.1"}

@@ -14,8 +14,9 @@ import onnx
 import pytest
 
 from tests.helpers.errors import fails
-from tests.helpers.processes import child_of, is_gone
-from tests.helpers.trt.install import install_fake
+from tests.helpers.processes import child_of, environment, is_gone
+from tests.helpers.trt.install import install_fake, one_node
+from twotower.builders.base import silent
 from twotower.builders.trt.make_engine import RefusedError, run_job
 from twotower.errors import BuildAbortedError
 
@@ -26,17 +27,11 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def job(folder: Path, operator: str = "Relu", output: str | None = None) -> dict[str, Any]:
-    value = [
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["B", 4]) for name in "xy"
-    ]
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node(operator, ["x"], ["y"])], "g", value[:1], value[1:]
-    )
-    (folder / "graph.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    file = str(one_node(folder, operator, onnx.TensorProto.FLOAT))
     return {
         "target": "trt",
-        "graph": str(folder / "graph.onnx"),
-        "beside": str(folder / "graph.onnx"),
+        "graph": file,
+        "beside": file,
         "output": output or str(folder / "out.engine"),
         "inputs": [["x", "float32", ["B", 4]]],
         "profiles": [{"name": "whole", "axes": {"B": [1, 2, 2]}}],
@@ -64,7 +59,7 @@ def test_progress_and_facts_come_back(tmp_path: Path) -> None:
 )
 def test_a_refusal_is_told_from_a_want(tmp_path: Path, operator: str, found: str) -> None:
     with fails(RefusedError, found=found) as caught:
-        run_job(job(tmp_path, operator), tmp_path, tick=lambda *words: None)
+        run_job(job(tmp_path, operator), tmp_path, tick=silent)
     assert isinstance(caught.value, BuildAbortedError) == (operator == "Crash")
 
 
@@ -73,7 +68,7 @@ def test_an_inspector_that_dies_costs_no_engine_and_says_why(tmp_path: Path) -> 
     broken += "def inspect(*_, **__): raise ValueError('an odd program')\n"
     broken += "engine_inspector.inspect_plan = inspect\n"
     (tmp_path / "site" / "sitecustomize.py").write_text(broken)
-    facts = run_job(job(tmp_path), tmp_path, tick=lambda *words: None)
+    facts = run_job(job(tmp_path), tmp_path, tick=silent)
     assert facts["bytes"] == (tmp_path / "out.engine").stat().st_size
     assert facts["inspector"] == {
         "why_not": "the process died while it looked; ValueError: an odd program"
@@ -85,7 +80,7 @@ def test_an_inspector_that_dies_costs_no_engine_and_says_why(tmp_path: Path) -> 
 )
 def test_a_full_disk_is_no_fault_of_the_graph(tmp_path: Path) -> None:
     with pytest.raises(BuildAbortedError, match="could not be written") as caught:
-        run_job(job(tmp_path, output="/dev/full"), tmp_path, tick=lambda *words: None)
+        run_job(job(tmp_path, output="/dev/full"), tmp_path, tick=silent)
     assert not isinstance(caught.value, RefusedError)
     assert "No space left" in caught.value.found
     assert "free disk space" in caught.value.do
@@ -107,11 +102,8 @@ def test_a_want_of_memory_says_how_to_need_less(
 
 
 def test_a_timing_cache_that_cannot_be_kept_is_a_warning(tmp_path: Path) -> None:
-    facts = run_job(
-        {**job(tmp_path), "timing_cache": str(tmp_path / "nowhere" / "timing")},
-        tmp_path,
-        tick=lambda *words: None,
-    )
+    asked = {**job(tmp_path), "timing_cache": str(tmp_path / "nowhere" / "timing")}
+    facts = run_job(asked, tmp_path, tick=silent)
     (line,) = facts["log"]
     assert "timing cache is not kept" in line["message"]
     assert line["explained"]
@@ -130,8 +122,7 @@ def test_a_build_dies_with_a_parent_that_is_killed(
         "run_job(json.loads(sys.argv[1]), Path(sys.argv[2]), tick=lambda *words: None)"
     )
     words = [sys.executable, "-c", code, json.dumps(job(tmp_path)), str(tmp_path)]
-    paths = os.pathsep.join(p for p in sys.path if p)
-    parent = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": paths})
+    parent = subprocess.Popen(words, env=environment())
     child = child_of(parent.pid)
     time.sleep(0.5)
     parent.kill()

@@ -14,14 +14,13 @@ import pytest
 from tests.helpers.errors import fails
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.bundle import (
-    BUILD_FILE,
     Bundle,
     EngineRecord,
     engine_folder,
     load_engine_record,
     read_engine_record,
 )
-from twotower.errors import BuildError, ConfigError, EngineMismatchError
+from twotower.errors import BuildError, ConfigError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.hardware import RTX_SMS
 
@@ -74,6 +73,10 @@ def twotower(*words: str | Path, check: bool = True) -> subprocess.CompletedProc
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("rtx")
+
+
+def programs_of(record: EngineRecord) -> list[Any]:
+    return [p for e in record.report["engines"].values() for p in e["inspector"]["programs"]]
 
 
 def unexplained(record: Any) -> list[str]:
@@ -150,7 +153,7 @@ def test_the_library_chooses_its_own_set_of_gpus_when_it_is_asked_to(
     record = build(bundle, sms=())
     assert record.limits is not None
     assert record.limits.sms == ()
-    programs = [p for e in record.report["engines"].values() for p in e["inspector"]["programs"]]
+    programs = programs_of(record)
     assert {tuple(p["sms"]) for p in programs} == {(80,)}
     assert "never tried by us" in caplog.text
     read_engine_record(bundle, "rtx", library=builder.library(), sm=90)
@@ -170,21 +173,6 @@ def test_float16_builds_for_every_compute_capability(folder: Path) -> None:
     apart = 4 * 8 * config.mamba_num_heads * chunk * chunk * config.mamba_head_dim
     prefill = record.report["engines"]["context.engine"]["inspector"]["programs"][0]
     assert prefill["scratch"] < apart / 4
-
-
-def test_a_second_build_is_instant_and_other_options_build_again(folder: Path) -> None:
-    bundle, builder = exported(folder, "b", "float16"), builder_for("rtx")
-    file = engine_folder(bundle, "rtx") / BUILD_FILE
-    build(bundle, sms=(86,))
-    before = file.stat().st_mtime_ns
-    build(bundle, sms=(86,))
-    assert file.stat().st_mtime_ns == before
-    build(bundle, sms=(86,), max_context=512)
-    assert file.stat().st_mtime_ns > before
-    engine = engine_folder(bundle, "rtx") / "denoiser.engine"
-    engine.write_bytes(engine.read_bytes()[:-100])
-    with pytest.raises(EngineMismatchError, match="does not fit"):
-        read_engine_record(bundle, "rtx", library=builder.library())
 
 
 @pytest.mark.parametrize("how", ["a memory bound on what is inside", "a number of devices"])
@@ -231,14 +219,6 @@ def test_the_full_library_is_named_with_where_its_wheels_live() -> None:
         builder_for("trt")
 
 
-def test_the_command_describes_without_building(folder: Path) -> None:
-    bundle = exported(folder, "tiny", "float16")
-    words = ["--target", "rtx", "--sm", "86", "--max-batch", "2", "--experts", "dense", "--dry-run"]
-    done = twotower("build", bundle.path, *words)
-    assert "SM 86" in done.stdout
-    assert "denoiser.engine" in done.stdout
-
-
 def test_without_a_word_on_experts_kernels_compute_the_chosen_ones(folder: Path) -> None:
     """Compiled by Triton, as a user's build is; `inspect` has programs, kernels and launches."""
     pytest.importorskip("triton")  # make EXTRAS=...,kernels
@@ -251,9 +231,7 @@ def test_without_a_word_on_experts_kernels_compute_the_chosen_ones(folder: Path)
     record = read_engine_record(bundle, "rtx", library=builder_for("rtx").library())
     assert not unexplained(record)
     assert [len(record.experts[graph]) for graph in ("context", "denoiser")] == [3, 3]
-    programs = [
-        p for engine in record.report["engines"].values() for p in engine["inspector"]["programs"]
-    ]
+    programs = programs_of(record)
     assert {(p["streams"], p["capturable"], len(p["expanded"])) for p in programs} == {(1, True, 0)}
     done = twotower("inspect", bundle.path)
     assert re.search(
@@ -264,18 +242,8 @@ def test_without_a_word_on_experts_kernels_compute_the_chosen_ones(folder: Path)
 
 
 def test_a_config_alone_is_built_for_and_its_engines_serve_the_checkpoint(folder: Path) -> None:
-    words = [
-        "--target",
-        "rtx",
-        "--sm",
-        "89",
-        "--max-context",
-        "256",
-        "--experts",
-        "dense",
-        "--cache",
-    ]
-    words.append(str(folder / "shared"))
+    words = ["--target", "rtx", "--sm", "89", "--max-context", "256", "--experts", "dense"]
+    words += ["--cache", str(folder / "shared")]
     start = ["--from-config", ROOT / CHECKPOINTS["b"] / "config.json", "--dtype", "bfloat16"]
     bundle = exported(folder, "b", "bfloat16")
     for _ in range(2):

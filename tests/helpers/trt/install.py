@@ -34,6 +34,7 @@ __all__ = [
     "bundle_with_engines",
     "install_fake",
     "machine_with",
+    "one_node",
     "open_fake",
     "plant",
     "see_gpu",
@@ -82,6 +83,15 @@ def plant(bundle: Bundle, graph: str, operator: str) -> None:
     model: onnx.ModelProto = load_graph(file)
     model.graph.node[0].op_type = operator
     file.write_bytes(model.SerializeToString())
+
+
+def one_node(folder: Path, operator: str, kind: int) -> Path:
+    """A graph of one operator, from `x` to `y` of an element type, both [B,4]."""
+    x, y = (onnx.helper.make_tensor_value_info(name, kind, ["B", 4]) for name in "xy")
+    node = onnx.helper.make_node(operator, ["x"], ["y"])
+    made = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y]))
+    (folder / "graph.onnx").write_bytes(made.SerializeToString())
+    return folder / "graph.onnx"
 
 
 def bundle_with_engines(

@@ -31,20 +31,11 @@ def found(tensors: list[Described], launches: list[Launch]) -> list[ExpandedWeig
 
 
 def test_a_stack_dequantized_in_a_kernel_of_its_own() -> None:
-    (copy,) = found(
-        [STACK, SCALES, COPY], [Launch("__myl_CastMulCast", ["s", "q"], ["copy"], NODES), PRODUCT]
-    )
-    assert (copy.kernel, copy.scope, copy.nodes) == (
-        "__myl_CastMulCast",
-        "layers.0.moe",
-        tuple(NODES),
-    )
-    assert (copy.dims, copy.dtype, copy.nbytes, copy.stacked) == (
-        (8, 64, 32),
-        "bf16",
-        8 * 64 * 32 * 2,
-        True,
-    )
+    dequantize = Launch("__myl_CastMulCast", ["s", "q"], ["copy"], NODES)
+    (copy,) = found([STACK, SCALES, COPY], [dequantize, PRODUCT])
+    assert (copy.kernel, copy.scope) == ("__myl_CastMulCast", "layers.0.moe")
+    assert (copy.nodes, copy.dims, copy.dtype) == (tuple(NODES), (8, 64, 32), "bf16")
+    assert (copy.nbytes, copy.stacked) == (8 * 64 * 32 * 2, True)
     assert copy.weights == ("s bf16 [8, 1, 32]", "q int8 [8, 64, 32]")
 
 
@@ -55,25 +46,17 @@ def test_dequantization_inside_the_product_is_none() -> None:
 
 def test_a_weight_that_is_an_input_and_is_turned_round() -> None:
     turned = Described("copy", [64, 32], "bf16", "scratch_1")
-    (copy,) = found(
-        [turned],
-        [Launch("__myl_Tran", [MATRIX.name], ["copy"], ["layers.0.moe/Transpose"]), PRODUCT],
-    )
+    turn = Launch("__myl_Tran", [MATRIX.name], ["copy"], ["layers.0.moe/Transpose"])
+    (copy,) = found([turned], [turn, PRODUCT])
     assert copy.weights == ("tower.layers.0.mixer.up.weight bf16 [32, 64]",)
     assert not copy.stacked
 
 
 def test_in_two_steps_each_copy_counts() -> None:
     scales = Described("t", [8, 64, 32], "bf16", "scratch_0")
-    steps = [
-        Launch("__myl_Repl", ["s"], ["t"]),
-        Launch("__myl_Mul", ["q", "t"], ["copy"], NODES),
-        PRODUCT,
-    ]
-    assert [c.kernel for c in found([STACK, SCALES, COPY, scales], steps)] == [
-        "__myl_Repl",
-        "__myl_Mul",
-    ]
+    steps = [Launch("__myl_Repl", ["s"], ["t"]), Launch("__myl_Mul", ["q", "t"], ["copy"], NODES)]
+    copies = found([STACK, SCALES, COPY, scales], [*steps, PRODUCT])
+    assert [c.kernel for c in copies] == ["__myl_Repl", "__myl_Mul"]
 
 
 def test_memory_that_held_a_copy_and_holds_activations_later_is_none() -> None:
@@ -99,26 +82,19 @@ def test_a_copy_beside_other_work_is_found_by_its_shape_and_its_reader() -> None
 
 
 @pytest.mark.parametrize(
-    ("tensors", "launch"),
+    ("dims", "dtype", "region", "kernel", "reads"),
     [
-        (
-            [Described("b", [32], "float", "scratch_0")],
-            Launch("__myl_Resh", ["tower.bias.1"], ["b"]),
-        ),
-        (
-            [Described("e", ["rows.1", 64], "bf16", "scratch_0")],
-            Launch("__myl_Gath", ["tokens.1", MATRIX.name], ["e"]),
-        ),
-        (
-            [Described("c", [8, 32], "bf16", "p-consts")],
-            Launch("__myl_Cast", ["tower.bias.1"], ["c"]),
-        ),
-        ([Described("m", [32, 32], "float", "scratch_0")], Launch("__myl_Iota", [], ["m"])),
+        ([32], "float", "scratch_0", "__myl_Resh", ["tower.bias.1"]),
+        (["rows.1", 64], "bf16", "scratch_0", "__myl_Gath", ["tokens.1", MATRIX.name]),
+        ([8, 32], "bf16", "p-consts", "__myl_Cast", ["tower.bias.1"]),
+        ([32, 32], "float", "scratch_0", "__myl_Iota", []),
     ],
     ids=["a bias", "a row of an embedding", "no memory for activations", "made of nothing"],
 )
-def test_what_is_no_copy_of_a_weight(tensors: list[Described], launch: Launch) -> None:
-    assert not found(tensors, [launch])
+def test_what_is_no_copy_of_a_weight(
+    dims: list[int | str], dtype: str, region: str, kernel: str, reads: list[str]
+) -> None:
+    assert not found([Described("m", dims, dtype, region)], [Launch(kernel, reads, ["m"])])
 
 
 KEYS = Described("present.5.key.1", ["rows.1", 2, 512, 16])

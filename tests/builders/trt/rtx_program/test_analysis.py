@@ -1,12 +1,64 @@
-"""Programs as plain data."""
+"""Which layer a kernel counts for, and programs as plain data."""
 
 from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.helpers.rtx_program_text import Described, Launch, program
-from twotower.builders.trt.rtx_program.analysis import summarize_programs
+from twotower.builders.trt.rtx_program.analysis import (
+    SHARED,
+    kind_of,
+    summarize_programs,
+    with_scopes,
+)
+from twotower.builders.trt.rtx_program.program import Kernel
 from twotower.builders.trt.rtx_program.read import read_program_text
+
+
+def kernel(nodes: str, *, reads: str = "", writes: str = "y") -> Kernel:
+    names, read, written = (tuple(words.split()) for words in (nodes, reads, writes))
+    return Kernel("function", "k", 0, names, "", "", read, written)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "scope"),
+    [
+        ("layers.3.moe/MatMul layers.3.moe/Relu", "layers.3.moe"),
+        (
+            "layers.2.mamba/Add layers.3.moe/Cast layers.3.moe/RMSNormalization shared/Cast",
+            "layers.3.moe",
+        ),
+        (
+            "layers.1.moe/Add_2 layers.1.moe/Cast layers.2.mamba/Cast layers.0.mamba/Add",
+            "layers.1.moe",
+        ),
+        (
+            "conditioning/Reshape " + " ".join(f"layers.{i}.moe/Add" for i in range(9)),
+            "conditioning",
+        ),
+        (" ".join(f"layers.{i}.moe/Add" for i in range(9)), SHARED),
+        ("sampler/Add lm_head/Cast sampler/TopK", "sampler"),
+        ("MatMul Cast", "graph"),
+    ],
+)
+def test_a_kernel_counts_for_the_layer_most_of_it_is_of(nodes: str, scope: str) -> None:
+    (found,) = with_scopes([kernel(nodes)])
+    assert found.scope == scope
+
+
+def test_a_kernel_without_nodes_counts_for_its_reader_and_else_for_the_one_before() -> None:
+    first, second = kernel("", writes="a"), kernel("", reads="a", writes="b")
+    before, reader = kernel("layers.0.mamba/Conv"), kernel("layers.1.moe/MatMul", reads="b")
+    found = with_scopes([first, second, before, reader, kernel("", writes="e")])
+    moe = "layers.1.moe"
+    assert [k.scope for k in found] == [moe, moe, "layers.0.mamba", moe, moe]
+
+
+def test_kinds() -> None:
+    scopes = {"layers.12.attention": "attention", "sampler": "sampler", "graph": "graph"}
+    assert {scope: kind_of(scope) for scope in scopes} == scopes
 
 
 def test_kernels_are_counted_by_kind_and_fusions_told_once_a_kind() -> None:
