@@ -1,7 +1,6 @@
 """Element types: their names here, in other formats, and in NumPy.
 
-NumPy and ml_dtypes are imported when they are asked for: `twotower VERB --help` reads this table
-too.
+NumPy and ml_dtypes are imported on demand: `twotower VERB --help` reads this table too.
 """
 
 from __future__ import annotations

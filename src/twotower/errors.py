@@ -6,13 +6,7 @@ from functools import partial
 
 
 class TwoTowerError(Exception):
-    """An error a user can cause and mend.
-
-    Args:
-        what: What happened, with the values that caused it.
-        found: What was found, and what is allowed instead.
-        do: The next thing to type or to change.
-    """
+    """An error a user can mend: what happened, what was found or is allowed, what to do."""
 
     def __init__(self, what: str, *, found: str, do: str) -> None:
         super().__init__(what)
@@ -49,10 +43,7 @@ class BuildError(TwoTowerError):
 
 
 class BuildAbortedError(BuildError):
-    """A build that ended without telling whether the library can build the graph.
-
-    Its process died, or memory or disk space ran out.
-    """
+    """A build that died or ran out of memory or disk: nothing is known of the graph."""
 
 
 class EngineMismatchError(TwoTowerError):

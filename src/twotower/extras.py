@@ -37,16 +37,7 @@ def install_command(extra: str) -> str:
 
 
 def require_libraries(extra: str, *modules: str, what: str = "this command") -> None:
-    """Says before any work what a command needs that is not installed.
-
-    Args:
-        extra: The extra that brings the modules.
-        modules: Names to import.
-        what: What needs them, for the error's first part.
-
-    Raises:
-        ConfigError: a module cannot be found.
-    """
+    """Says before any work (ConfigError) what module is missing, and the extra that has it."""
     missing = [name for name in modules if not _installed(name)]
     if missing:
         raise ConfigError(
@@ -81,9 +72,8 @@ _ONNXRUNTIME = ("onnxruntime", "onnxruntime-gpu")  # both bring the module onnxr
 def installed_libraries(names: Iterable[str]) -> dict[str, str]:
     """Version of each named distribution that is installed; nothing is imported.
 
-    Of onnxruntime and onnxruntime-gpu in different folders of `sys.path` the one in front is the
-    library, and the other is left out. In one folder they have overwritten one another, and both
-    are listed.
+    Of onnxruntime and onnxruntime-gpu in different folders of `sys.path` only the one in front
+    counts. In one folder they have overwritten one another, and both are listed.
     """
     found = {}
     for name in names:

@@ -56,14 +56,9 @@ def file_records(
 
 
 def hash_files(paths: Sequence[Path], tick: Callable[[int], None] | None = None) -> list[str]:
-    """SHA-256 of every file, up to four of them at the same time.
+    """SHA-256 of every file, up to four at a time; `tick` gets the bytes of each piece, serially.
 
-    Args:
-        paths: The files.
-        tick: Called with the bytes of each piece, in one thread at a time.
-
-    Raises:
-        OSError: a file cannot be read; the hashing of the others ends first.
+    OSError if a file cannot be read; the hashing of the others ends first.
     """
     lock, ended = threading.Lock(), threading.Event()
 
@@ -109,7 +104,7 @@ def inside(root: Path, relative: str) -> Path | None:
 def replacing(path: Path) -> Iterator[Path]:
     """A hidden file beside `path` that takes its place if the block succeeds and is removed if not.
 
-    The name is the process's own: of several that write one file the last one counts, whole.
+    Its name is the process's own: of several that write one file the last one counts, whole.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -123,8 +118,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_atomically(path: Path, data: bytes | bytearray | memoryview | str) -> None:
     """Writes a file, text in UTF-8, so that it appears whole or not at all.
 
-    Raises:
-        OSError: the disk is full or fails; what was there before still is.
+    OSError if the disk is full or fails; what was there before still is.
     """
     with replacing(path) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -139,8 +133,7 @@ _SLACK_BYTES = 64 << 20  # graphs, manifest, tokenizer and the file system's own
 def unpublished(output: Path) -> Iterator[Path]:
     """A hidden folder that becomes `output` if the block succeeds and is removed if not.
 
-    What killed processes left behind under that name is removed; what a living one is writing is
-    left alone.
+    What killed processes left behind under that name is removed, but not what a living one writes.
     """
     parent = output.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -172,14 +165,7 @@ def require_new(output: Path, *, error: type[TwoTowerError]) -> None:
 def require_room(output: Path, nbytes: int, *, error: type[TwoTowerError], smaller: str) -> None:
     """Refuses a folder that exists, and a disk without room for so many bytes and some more.
 
-    Args:
-        output: The folder to make.
-        nbytes: Of what will be large in it.
-        error: What to raise.
-        smaller: What else to do than to free space.
-
-    Raises:
-        TwoTowerError: of the class `error`.
+    `error` is the class to raise; `smaller` says what to do other than free space.
     """
     require_new(output, error=error)
     parent = output.absolute().parent
@@ -216,12 +202,7 @@ def _alive(pid: int) -> bool:
 def locked(path: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
     """Holds an exclusive lock on `path`, which is made if it is not there and stays.
 
-    Args:
-        path: The lock's file.
-        waiting: Called once if another process holds it.
-
-    Raises:
-        OSError: the file cannot be made.
+    `waiting` is called once if another process holds it. OSError if the file cannot be made.
     """
     try:
         fcntl = importlib.import_module("fcntl")

@@ -53,9 +53,9 @@ class Machine:
     """Facts about this machine.
 
     Attributes:
-        libraries: Installed inference distributions and their versions; one that another in front
-            of it hides is left out.
-        processor: The processor's name; likewise
+        libraries: Installed inference distributions and their versions, but for one that another in
+            front of it hides.
+        processor: The processor's name.
         driver: NVIDIA's driver, empty where there is none.
         available: Bytes of memory the kernel could give to a new program, 0 where it does not say.
         rtx_any_sm: What `TWOTOWER_RTX_ANY_SM` says: `default`, `current`, or empty.
@@ -94,8 +94,7 @@ class Selection:
 def probe_machine() -> Machine:
     """Looks at the machine: processors, memory, GPUs, installed libraries (none is imported).
 
-    Raises:
-        ConfigError: the environment variable `ANY_SM` has another value than it may.
+    ConfigError if the environment variable `ANY_SM` has another value than it may.
     """
     any_sm = os.environ.get(ANY_SM, "")
     if any_sm and any_sm not in _ANY_SM_VALUES:
@@ -119,11 +118,9 @@ def probe_machine() -> Machine:
 
 
 def untried(how: str, sms: Sequence[int]) -> str:
-    """What a person should know who goes on with GPUs that TensorRT for RTX does not list.
+    """What a person should know who goes on with GPUs (`sms`) that TensorRT for RTX does not list.
 
-    Args:
-        how: `default` or `current`.
-        sms: Compute capabilities of the GPUs.
+    `how` is `default` or `current`.
     """
     unlisted = [str(sm) for sm in sms if sm not in RTX_SMS]
     where = f"SM {', '.join(unlisted)}" if unlisted else "a GPU beyond its list"
@@ -138,11 +135,7 @@ def select_target(
 ) -> Selection:
     """Picks the wanted target, or the first of `TARGETS` that is built and can run here.
 
-    Args:
-        machine: What `probe_machine` found.
-        built: Targets the bundle has engines for; as a mapping, with the compute capabilities they
-            hold code for, none for any.
-        wanted: A target asked for by name; the reasons against it become the error.
+    A mapping `built` has the compute capabilities the engines hold code for, none for any.
 
     Raises:
         EngineMismatchError: no target fits; it lists each with its reason.

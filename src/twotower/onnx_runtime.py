@@ -1,11 +1,10 @@
 """Import adapter of ONNX Runtime: its telemetry is off, and all sessions share their options.
 
-From version 1.29 on the library's official builds for Linux and macOS send usage data to its
-vendor: importing it writes an identifier of the machine and a database under the user's cache
-folder, and a process that lives for some seconds connects to a server. It decides when it is
-loaded, by the environment variable ORT_DISABLE_TELEMETRY: set to 1 here before the import, unless
-the variable is set already. ORT_DISABLE_TELEMETRY=0 is therefore the switch that leaves the library
-as its vendor ships it.
+From version 1.29 on the official builds for Linux and macOS send usage data to the vendor:
+importing the library writes an identifier of the machine and a database under the user's cache
+folder, and a process that lives for some seconds connects to a server. It reads the environment
+variable ORT_DISABLE_TELEMETRY when it is loaded: set to 1 here before the import unless it is set
+already, so ORT_DISABLE_TELEMETRY=0 leaves the library as its vendor ships it.
 """
 
 from __future__ import annotations
@@ -32,17 +31,14 @@ if _LOADED_BEFORE and os.environ[SWITCH] == "1":
 
 
 def session_options(folder: Path | None = None, *, threads: int = 0) -> ort.SessionOptions:
-    """Options of a session.
+    """Options of a session; 0 threads are one for each core that this process may use.
 
-    Threads that wait for work spin for at most `_SPIN_MICROSECONDS`, then sleep: long enough for
-    the next of a pass's many short operators, and short enough to leave the cores to others. They
-    stop when a pass ends: a model has three sessions, one after the other at work, and the threads
-    of the other two would take the cores from it.
+    Threads that wait for work spin for at most `_SPIN_MICROSECONDS`: long enough for the next of a
+    pass's many short operators, short enough to leave the cores to others. They stop when a pass
+    ends, because a model has three sessions, of which one at a time works.
 
-    Args:
-        folder: Where the files of weights are named from. They may lie outside the graph's own
-            folder only for a graph passed as bytes.
-        threads: Threads to compute with; 0 for one a core that this process may use.
+    Weights are named from `folder`, which may differ from the graph's own only for a graph passed
+    as bytes.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3

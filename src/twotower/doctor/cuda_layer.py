@@ -60,8 +60,7 @@ class _Bench:
 def check_cuda(cuda: Cuda) -> Iterator[CheckResult]:
     """Checks of GPU 0 through the runtime's own calls.
 
-    Raises:
-        DeviceError: a call failed that must not; the process's CUDA is then of no more use.
+    DeviceError if a call failed that must not; the process's CUDA is then of no more use.
     """
     with _Bench(cuda, _SIZE) as on:
         yield _ordered(on)
@@ -70,15 +69,10 @@ def check_cuda(cuda: Cuda) -> Iterator[CheckResult]:
 
 
 def copy_rates(cuda: Cuda, *, size: int = 1 << 30) -> dict[str, float]:
-    """Gigabytes a second of large copies on GPU 0, each the median of five.
+    """Gigabytes a second of large copies on GPU 0, each the median of five; `size` in bytes.
 
-    Args:
-        cuda: The calls.
-        size: Bytes of one copy.
-
-    Returns:
-        `within the device`, bytes read and written; `to the device` and `to the host`, from and to
-        pinned memory.
+    `within the device` counts bytes read and written; `to the device` and `to the host` go from and
+    to pinned memory.
     """
     with _Bench(cuda, size) as on:
         ways = {

@@ -18,11 +18,9 @@ def page_name(device: str) -> str:
 
 
 def device_page(results: Mapping[str, Any]) -> str:
-    """The page.
+    """The page of what `results.json` holds.
 
-    Args:
-        results: What `results.json` holds. A section shows its `summary` (sentences) and its
-            `tables`; one that is not "ok" also shows why. Other answers stay in `results.json`.
+    A section shows its `summary` (sentences) and its `tables`, and if it is not "ok" also why.
     """
     sections: Mapping[str, Any] = results["sections"]
     lines = [

@@ -63,11 +63,8 @@ class Pass:
 class Answer:
     """What a prompt was answered with.
 
-    Attributes:
-        tokens: By diffusion.
-        passes: The denoiser's passes that led to them.
-        ar_tokens: By autoregression.
-        logprobs: Log-probability of each of those.
+    `tokens` are by diffusion, from the denoiser's `passes`; `ar_tokens` by autoregression, each
+    with its log-probability.
     """
 
     prompt: tuple[int, ...]
@@ -81,9 +78,7 @@ class Answer:
 class ReferenceAnswer:
     """Answers to a short prompt and to one whose text outgrows the first bucket of the cache.
 
-    Attributes:
-        graphs: Identity of every graph they were computed from.
-        made_by: The target that computed them.
+    `graphs` identifies every graph they were computed from, `made_by` the target.
     """
 
     graphs: dict[str, str]
@@ -129,12 +124,8 @@ def reference_answer_of(
 ) -> tuple[ReferenceAnswer | None, str]:
     """The answer stored in a bundle, or computed by its reference engine and stored.
 
-    Args:
-        bundle: The bundle.
-        open_reference: Opens the `REFERENCE_TARGET` engines.
-
-    Returns:
-        The answer, None where there is no reference engine; and where it comes from.
+    `open_reference` opens the `REFERENCE_TARGET` engines. Returns None where there are none, and
+    where the answer comes from.
     """
     stored = read_answer(bundle)
     if stored is not None:
@@ -182,8 +173,8 @@ class Comparison:
         error: Median difference of confidences or of log-probabilities in nats, the larger one, as
             far as both were computed from the same tokens.
         finite: Whether every number is finite.
-        constant: Whether every confidence is zero, or the text is one token and the reference's
-            is not.
+        constant: Whether every confidence is zero, or the text is one token and the reference's is
+            not.
     """
 
     first: int | None
@@ -211,9 +202,8 @@ class Comparison:
 def compare(reference: Answer, got: Answer) -> Comparison:
     """Compares an answer with the reference, whose autoregressive tokens `got` must have scored.
 
-    Errors are medians because experts are chosen: a close call between two of them goes the other
-    way by rounding alone, and then this one position is far off. An engine that is wrong is wrong
-    at most positions.
+    Errors are medians because a close call between two experts can go the other way by rounding
+    alone, which puts one position far off. An engine that is wrong is wrong at most positions.
     """
     numbers = [c for p in got.passes for c in p.confidence] + list(got.logprobs)
     finite = bool(np.isfinite(numbers).all())
@@ -288,11 +278,7 @@ def check_answer(
 ) -> Iterator[CheckResult]:
     """Whether an engine gives the reference answer; if not, also where such errors are described.
 
-    Args:
-        reference: The bundle's reference answer.
-        model: The engine to check.
-        dtype: Its element type.
-        open_plain: Opens the same engine without CUDA graphs; used only when something is wrong.
+    `open_plain` opens the same engine without CUDA graphs, only when something is wrong.
     """
     needed = max(len(a.prompt) + len(a.tokens) for a in (reference.short, reference.long))
     if model.max_context < needed:

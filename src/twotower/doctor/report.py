@@ -61,8 +61,7 @@ class ReportOptions:
 def make_report(folder: Path, machine: Machine, options: ReportOptions) -> Iterator[dict[str, Any]]:
     """Asks the sections one after another and writes the archive as they are answered.
 
-    Yields:
-        The answers of each section: `checks` and `passes`, where it has some.
+    Yields the answers of each section: `checks` and `passes`, where it has some.
 
     Raises:
         ConfigError: the archive cannot be written.

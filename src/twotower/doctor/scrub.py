@@ -19,11 +19,7 @@ _HOMES = re.compile(r"(/home/|/Users/|\\Users\\)[^/\\\s:'\"]+")
 
 
 class Scrubber:
-    """Replaces private text by words in square brackets.
-
-    Args:
-        paths: More folders or files with the word that takes each one's place.
-    """
+    """Replaces private text, and `paths` given with a word each, by words in square brackets."""
 
     def __init__(self, paths: Mapping[Path, str] | None = None) -> None:
         places = {

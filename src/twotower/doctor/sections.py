@@ -29,14 +29,10 @@ _LAST_LINES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """One question.
+    """One question, answered by a command within `seconds`; `name` is also the name of its log.
 
-    Attributes:
-        name: A short word; also the name of its log.
-        question: A sentence that ends with a question mark.
-        seconds: Its time limit.
-        command: What answers it. It is started with `--answers FILE --seconds N` added, and calls
-            `answer_section` with them.
+    The command is started with `--answers FILE --seconds N` added, and calls `answer_section` with
+    them.
     """
 
     name: str
@@ -53,10 +49,6 @@ class Answers(dict[str, Any]):
     """What a section has found so far, as plain data.
 
     It is on the disk after every `put`, so that a crash loses only what comes after.
-
-    Args:
-        file: Where it is written.
-        seconds: Until the section is stopped.
     """
 
     def __init__(self, file: Path, seconds: float) -> None:
@@ -127,15 +119,9 @@ def ask_section(
 ) -> dict[str, Any]:
     """Asks one section in a process of its own, and ends whatever that process has started.
 
-    Args:
-        section: The question.
-        work: A folder for the log `<name>.log` and the answers `<name>.json`.
-        seconds: A shorter time limit than the section's own.
-        environment: The process's environment; None for this one's.
-
-    Returns:
-        `question`, `state`, `seconds` it took, `answers`, and `last_words` of one that did not end
-        well: how it ended and the last lines of its log.
+    The folder `work` gets the log `<name>.log` and the answers `<name>.json`; `seconds` may shorten
+    the section's time limit. Returns `question`, `state`, `seconds` it took, `answers`, and the
+    `last_words` of one that did not end well: how it ended and the last lines of its log.
     """
     limit = section.seconds if seconds is None else min(section.seconds, seconds)
     log, file = work / f"{section.name}.log", work / f"{section.name}.json"

@@ -23,8 +23,7 @@ class TargetChecks:
     Attributes:
         machine: What they run on.
         bundle: The bundle; None for a small random model, made for the checks.
-        target: The target; None for the best of the bundle that runs here, which stands here once
-            it is open.
+        target: The target; None for the bundle's best one that runs here, set once it is open.
         report: Also hold the engine against itself, and time its passes.
         progress: Called with (bytes checked, bytes to check) while a bundle is opened.
         loading: Called with (bytes loaded, bytes to load) while weights go to a device.
@@ -44,11 +43,7 @@ class TargetChecks:
     passes: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self) -> Iterator[CheckResult]:
-        """The checks, one by one as they are made.
-
-        Raises:
-            TwoTowerError: the bundle or its engine cannot be opened.
-        """
+        """The checks as they are made; TwoTowerError if bundle or engine cannot be opened."""
         if self.bundle is None:
             self.target = self.target or REFERENCE_TARGET
             yield from check_chain(self.say, self.target)

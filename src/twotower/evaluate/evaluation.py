@@ -24,14 +24,10 @@ _EXAMPLES = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
-    """What to measure.
+    """What to measure: every pair of commit thresholds and most passes a block (`steps`).
 
-    Attributes:
-        thresholds: Commit thresholds of the sweep, and
-        steps: most passes a block; every pair is measured.
-        max_new_tokens: Longest answer.
-        budget: Retention that is wanted, in percent; None asks for none.
-        likelihood: Also score the right answers with the context tower.
+    `budget` is the wanted retention in percent, None asks for none; `likelihood` also scores the
+    right answers with the context tower.
     """
 
     thresholds: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
@@ -71,13 +67,8 @@ def evaluate(
 ) -> Evaluation:
     """Measures autoregression, the default preset and the sweep on every problem of a suite.
 
-    Args:
-        model: The bundle.
-        suite: The problems.
-        config: What to measure.
-        other: A second bundle, whose default preset is compared with the first one's autoregression
-            and default preset.
-        progress: Called with (what, problems done, problems in all).
+    The default preset of `other`, a second bundle, is compared with the first one's autoregression
+    and default preset. `progress` is called with (what, problems done, problems in all).
 
     Raises:
         RequestError: a bundle has no tokenizer, or a problem does not fit.

@@ -34,13 +34,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 
 
 def report_page(report: dict[str, Any], curve: str, *, model: str) -> str:
-    """The page.
-
-    Args:
-        report: `Evaluation.report`.
-        curve: The picture as SVG.
-        model: The checkpoint's name.
-    """
+    """The page of an `Evaluation.report`, with the curve as SVG and the checkpoint's name."""
     suite, bundle = report["suite"], report["bundle"]
     loses = where_it_loses(report)
     verdict = (

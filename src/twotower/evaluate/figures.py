@@ -24,11 +24,7 @@ _FAR = 1.6  # from this speedup on the baseline stands in a panel of its own
 
 
 def require_charts() -> None:
-    """Says before an hour of measuring what would be missing at its end.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
+    """Says before an hour of measuring (ConfigError) that matplotlib is missing at its end."""
     require_libraries("evaluate", "matplotlib", what="a report with a picture")
 
 
@@ -109,10 +105,7 @@ def draw_curve(report: Mapping[str, Any]) -> tuple[str, bytes]:
 
 
 def _panels(figure: Any, report: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Axes of the baseline and of the curve.
-
-    They are one, unless the curve is so far away that it would shrink to a stroke.
-    """
+    """Axes of the baseline and of the curve; two only if one would shrink the curve to a stroke."""
     totals = [setting["total"] for name, setting in report["settings"].items() if name != AR]
     speeds = [total["speedup"]["value"] for total in totals]
     if min((x for x in speeds if x is not None), default=1.0) < _FAR:
@@ -220,9 +213,9 @@ _PANELS = (
 def draw_ranges(statistics: Statistics) -> dict[str, bytes]:
     """The picture as `ranges.svg` and `ranges.png`; needs matplotlib.
 
-    One panel a kind of input; a thin line a layer, a thick one their median. The leftmost point is
-    clean text in the denoiser, which no step of generation ever sees, and the mark beside it the
-    context tower on text.
+    One panel a kind of input, a thin line a layer, a thick one their median. The leftmost point is
+    clean text in the denoiser, which generation never sees; the mark beside it is the context tower
+    on text.
     """
     denoiser, context = statistics.towers[DENOISER], statistics.towers[CONTEXT]
     panels = [(title, _of(denoiser, end), _of(context, end)) for end, title in _PANELS]

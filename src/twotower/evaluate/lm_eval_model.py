@@ -62,11 +62,11 @@ class TwoTowerLM(LM):  # type: ignore[misc]
 
     Args:
         bundle: The bundle's folder.
-        arguments: `target`, the engines to run; `mode`, `diffusion` or `ar`, for generation
-            (likelihoods are the context tower's in both); `preset` of the bundle to start from;
-            `threshold` and `steps` instead of the preset's; `max_batch`, requests run together;
-            `max_gen_toks`, longest generation where the task names none; `seed` of what is sampled,
-            by default the preset's or 0: a run gives the same texts again.
+        arguments: `target`, the engines to run; `mode`, `diffusion` or `ar`, for generation only;
+            `preset` of the bundle to start from; `threshold` and `steps` instead of the preset's;
+            `max_batch`, requests run together; `max_gen_toks`, longest generation where the task
+            names none; `seed` of what is sampled, by default the preset's or 0: a run gives the
+            same texts again.
 
     Raises:
         ConfigError: an argument is unknown or out of range, or the bundle has no tokenizer.
@@ -135,10 +135,7 @@ class TwoTowerLM(LM):  # type: ignore[misc]
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy decoding would write it) of each continuation.
-
-        See `Score` for what is bounded.
-        """
+        """(log-probability, whether greedy) of each continuation; bounds are in `Score`."""
         # The longest first: one that is too long is refused at once and not hours later, and a
         # batch has texts of a length.
         order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i].args)))

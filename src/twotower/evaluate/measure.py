@@ -30,15 +30,8 @@ class Run:
 class Measured:
     """What one run did, problem by problem, [N] each.
 
-    Attributes:
-        right: Whether the answer was right.
-        degenerate: Whether the text ran into a loop.
-        tokens: Tokens returned.
-        nfe: Passes as `Usage.nfe` counts them.
-        blocks: Blocks denoised.
-        ms: Milliseconds from start to end, the prompt included.
-        prefill_ms: Those spent on the prompt.
-        texts: What was written.
+    `degenerate` texts ran into a loop; `nfe` counts passes as `Usage.nfe` does; `ms` is from start
+    to end, `prefill_ms` the prompt's share of it.
     """
 
     right: npt.NDArray[np.bool_]

@@ -29,10 +29,7 @@ class Interval:
 class Resampler:
     """Paired percentile bootstrap: a draw takes problems with replacement, all figures of each.
 
-    Args:
-        count: Problems.
-        draws: How many times to draw.
-        seed: Names the draws: the same data give the same interval.
+    `seed` names the draws: the same data give the same interval.
     """
 
     def __init__(self, count: int, *, draws: int = 2000, seed: int = 0) -> None:

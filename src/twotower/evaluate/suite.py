@@ -21,15 +21,10 @@ _LONGEST_PERIOD, _REPEATS, _REPEATED_TOKENS = 16, 4, 16
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One question.
+    """One question: a prompt the model continues, and the right answer without space around it.
 
-    Attributes:
-        id: Its name in reports.
-        kind: The task it belongs to; results are shown for each.
-        prompt: The text the model continues.
-        answer: The right continuation, without space around it.
-        length: `in` or `out`: whether the model was trained on problems of this length.
-        match: `exact`, or `contains` for suites whose models may say more than the answer.
+    `kind` is the task; `length` is `in` or `out`, whether the model was trained on problems of this
+    length; `match` is `exact`, or `contains` for models that may say more than the answer.
     """
 
     id: str
@@ -56,8 +51,7 @@ class Suite:
     def only(self, *, kinds: Collection[str] = (), limit: int | None = None) -> Suite:
         """The problems of some kinds, and of each kind `limit` ones spread over its problems.
 
-        Raises:
-            SuiteError: a kind does not occur, or nothing is left.
+        SuiteError if a kind does not occur, or nothing is left.
         """
         unknown = sorted(set(kinds) - set(self.kinds))
         if unknown or (limit is not None and limit < 1):
@@ -97,9 +91,7 @@ class Verdict:
 def load_suite(path: Path | None = None) -> Suite:
     """Reads a suite file, one JSON object a line; None reads the suite that comes with the package.
 
-    Raises:
-        SuiteError: the file cannot be read, has no problems, or a line (named by its number) is not
-            one.
+    SuiteError if it cannot be read, has no problems, or a line (named by number) is not one.
     """
     name = "twotower-suite" if path is None else path.name
     try:

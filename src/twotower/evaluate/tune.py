@@ -21,14 +21,10 @@ PRESETS = ("quality", "balanced", "fast")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneConfig:
-    """What to search, and for what.
+    """What to search, and for what: every pair of `thresholds` and most passes a block (`steps`).
 
-    Attributes:
-        budget: Percent of autoregression's right answers that `balanced` must keep.
-        loose: Percentage points that `fast` may lose beyond it.
-        thresholds: Commit thresholds to try, and
-        steps: most passes a block; every pair is measured.
-        max_new_tokens: Longest answer.
+    `budget` is the percent of autoregression's right answers that `balanced` must keep; `loose` the
+    percentage points that `fast` may lose beyond it.
     """
 
     budget: float = 98.7
@@ -63,12 +59,9 @@ class TuneConfig:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """The chosen presets and what they were chosen from.
+    """The chosen presets by name, and all that was measured, as plain data.
 
-    Attributes:
-        presets: By name.
-        report: Everything measured, as plain data.
-        passes: Passes a block of each setting, and the blocks they are the mean of.
+    `passes` has passes a block of each setting, and the blocks they are the mean of.
     """
 
     presets: dict[str, GenerationConfig]
@@ -93,9 +86,8 @@ def tune(
     """Measures every pair of the grid and names three of them.
 
     `balanced` is the fastest inside the budget, `quality` the fastest of those that lose least,
-    `fast` the fastest inside a looser budget. A pair counts as inside only if every stricter
-    threshold with as many steps is inside as well: a lucky one between two that fail would not hold
-    elsewhere.
+    `fast` the fastest inside a looser budget. A pair is inside only if every stricter threshold
+    with as many steps is too: a lucky one between two that fail would not hold elsewhere.
 
     Raises:
         BudgetError: no pair is inside the budget; names the best found.

@@ -21,11 +21,9 @@ _SHOWN = 5  # findings of one rule an error names one by one: 52 layers share th
 
 
 def lint(model: onnx.ModelProto, *, fixed: bool = False) -> tuple[Finding, ...]:
-    """Every place of a graph where a rule does not hold, errors first.
+    """Every place of a graph (weights may be absent) where a rule does not hold, errors first.
 
-    Args:
-        model: The graph; its external weights need not be there.
-        fixed: Whether its axes were fixed for a build; some rules hold only then.
+    `fixed` says that its axes were fixed for a build; some rules hold only then.
     """
     view = GraphView(model, fixed=fixed)
     found = [
@@ -40,17 +38,9 @@ def lint(model: onnx.ModelProto, *, fixed: bool = False) -> tuple[Finding, ...]:
 def require_clean(
     model: onnx.ModelProto, name: str, *, error: type[TwoTowerError], do: str, fixed: bool = False
 ) -> tuple[Finding, ...]:
-    """The notes on a graph that has no errors.
+    """The notes on a graph that has no errors; else raises `error` with every finding.
 
-    Args:
-        model: The graph; its external weights need not be there.
-        name: What to call it.
-        error: What to raise.
-        do: What the user can do.
-        fixed: Whether its axes were fixed for a build.
-
-    Raises:
-        TwoTowerError: `error`, with every finding, if a rule that is an error does not hold.
+    `name` is what to call the graph, `do` what the user can do; `fixed` as in `lint`.
     """
     findings = lint(model, fixed=fixed)
     if errors := [f for f in findings if f.rule.severity is Severity.ERROR]:

@@ -631,10 +631,7 @@ QUANTIZATION_RULES = Rules()
     ),
 )
 def _type(view: GraphView, node: onnx.NodeProto) -> str | None:
-    """The type of the quantized side.
-
-    Without a zero point or an output_dtype it is uint8, says ONNX.
-    """
+    """The type of the quantized side: uint8 without zero point or output_dtype, says ONNX."""
     if node.op_type == _DEQUANTIZE:
         dtype = view.dtype(view.operand(node, 0))
     elif zero := view.operand(node, _ZERO):

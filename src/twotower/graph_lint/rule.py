@@ -104,10 +104,7 @@ class Rules(list[tuple[Rule, Find]]):
 
 
 def each(op_types: tuple[str, ...] | str, check: Check) -> Find:
-    """Asks every operator of some types.
-
-    Their domain does not matter, because TensorRT's parser does not read it either.
-    """
+    """Asks every operator of some types, whatever its domain: TensorRT does not read it either."""
     wanted = (op_types,) if isinstance(op_types, str) else op_types
 
     def find(view: GraphView) -> Iterator[Complaint]:

@@ -29,12 +29,10 @@ def type_name(code: int) -> str:
 
 
 class GraphView:
-    """A model's top-level graph. External weights need not be there.
+    """A model's top-level graph; it is not changed, and external weights need not be there.
 
-    Args:
-        model: The model; it is not changed.
-        fixed: Whether it is about to be built: all axes but those of the profiles are constants,
-            and nobody else reads it.
+    `fixed`: it is about to be built; all axes but those of the profiles are constants, and nobody
+    else reads it.
     """
 
     def __init__(self, model: onnx.ModelProto, *, fixed: bool = False) -> None:
@@ -70,10 +68,7 @@ class GraphView:
         return type_name(self._values[name].elem_type) if name in self._values else UNKNOWN
 
     def shape(self, name: str) -> tuple[int | str | None, ...] | None:
-        """Whole numbers, letters of dynamic axes, None for an unknown axis.
-
-        None where even the rank is unknown.
-        """
+        """Whole numbers, letters of dynamic axes, None for an unknown axis or rank."""
         if name in self.initializers:
             return tuple(self.initializers[name].dims)
         kind = self.declared.get(name) or self._values.get(name)

@@ -25,10 +25,8 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The context tower: u [B,L,D] sees everything up to itself.
 
-        Its keys and values are written into the caches [B,KV,T,hd] at `past` [B].
-
-        Returns:
-            The output and new caches; those given are left as they are.
+        Keys and values are written at `past` [B] into new caches [B,KV,T,hd], returned with the
+        output.
         """
         q, k, v = self._heads(u)
         slots = past[:, None] + torch.arange(u.shape[1])  # [B,L]

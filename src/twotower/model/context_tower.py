@@ -53,16 +53,10 @@ class ContextTower(nn.Module):
         past: torch.Tensor,
         lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ContextState]:
-        """Reads a right-padded chunk.
+        """Reads a right-padded chunk of tokens [B,L] int64 after `past` [B] others.
 
-        Args:
-            tokens: [B,L] int64.
-            state: The state before; not changed.
-            past: [B] tokens read before.
-            lengths: [B] valid tokens of the chunk, None for all.
-
-        Returns:
-            Normed hidden vectors [B,L,D] of every position, and the new state.
+        `lengths` [B] are the valid tokens, None for all. Returns normed hidden vectors [B,L,D] of
+        every position, and the new state; the old one is not changed.
         """
         new = dict(state)
         h = self.embeddings(tokens)

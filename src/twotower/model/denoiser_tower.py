@@ -109,14 +109,9 @@ def commit_step(
 ) -> Step:
     """Predictions, their confidence and which are committed, as the denoiser graph's tail has it.
 
-    Args:
-        logits: [B,S,V] float32.
-        block: [B,S] int64.
-        c: The model.
-        threshold: [B], commit what is more confident.
-        floor: [B], commit at least so many.
-        temperature: [B], 0 is greedy.
-        noise: [B,S,K], added to the K best tempered logits.
+    `logits` are [B,S,V] float32, `block` [B,S] int64; `noise` [B,S,K] is added to the K best
+    tempered logits. Of each row [B]: commit what is more confident than `threshold`, and at least
+    `floor` tokens; `temperature` 0 is greedy.
     """
     masked = block == c.mask_token_id
     logits = logits.clone()

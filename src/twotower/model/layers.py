@@ -77,7 +77,7 @@ class MoE(nn.Module):
     def route(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights [N,k] float32 and chosen experts [N,k] of tokens [N,D].
 
-        In float64, like the published code, so that two correct implementations agree on borderline
+        In float64, like the published code, so that correct implementations agree on borderline
         choices.
         """
         c = self.config

@@ -33,14 +33,9 @@ _HIGH_PRECISION = (
 def load_context_tower(
     config: ModelConfig, read: Read, dtype: str = "float32", *, rounded_to: str | None = None
 ) -> ContextTower:
-    """The context tower with its head.
+    """The context tower with its head, computing in `dtype`; `read` takes published tensor names.
 
-    Args:
-        config: The model.
-        read: Gives a checkpoint tensor by its published name.
-        dtype: What the tower computes in.
-        rounded_to: Round the weights to this dtype first: the exact twin of a narrow model,
-            computed in `dtype`.
+    `rounded_to` rounds the weights first: the exact twin of a half-precision model.
     """
     tower = _empty(ContextTower, config)
     _fill(tower, lambda name: read(published_name(name, Tower.CONTEXT)), dtype, rounded_to or dtype)

@@ -48,17 +48,11 @@ class Mamba2(nn.Module):
         ssm: torch.Tensor,
         lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Runs a chunk.
+        """Runs a chunk u [B,L,D]: [B,L,D] and both states after each row's last valid token.
 
-        Args:
-            u: [B,L,D].
-            conv: [B,K-1,C], the last raw inputs of the convolution.
-            ssm: [B,H,P,N] float32.
-            lengths: [B] valid tokens of each row, None for all; what comes after leaves no trace in
-                the states.
-
-        Returns:
-            The output [B,L,D] and both states after each row's last valid token.
+        `conv` [B,K-1,C] are the last raw inputs of the convolution, `ssm` is [B,H,P,N] float32.
+        What comes after the `lengths` [B] valid tokens (None for all) leaves no trace in the
+        states.
         """
         c = self.config
         z, raw, dt = self.in_proj(u).split([c.mamba_inner, c.conv_channels, c.mamba_num_heads], -1)

@@ -40,12 +40,8 @@ KEPT = Candidate(KEEP)
 class ChooseConfig:
     """What to search, and for what.
 
-    Attributes:
-        impact: Budget of quality and passes, and the longest answer.
-        formats: To try, smallest first; what a kind cannot be stored in is left out for it.
-        group: Of int4.
-        threads: Of the engines.
-        quantize: How weights and ranges are rounded.
+    `impact` has the budget; `formats` come smallest first, and what a kind cannot be stored in is
+    left out for it; `group` is of int4.
     """
 
     impact: ImpactConfig
@@ -73,12 +69,7 @@ class ChooseConfig:
 
 
 class Candidates:
-    """The candidates of every layer kind of a model.
-
-    Args:
-        parts: What can be quantized of it.
-        config: Formats to try, and the group of int4.
-    """
+    """The candidates of every layer kind of a model, of formats and group of `config`."""
 
     def __init__(self, parts: Sequence[QuantizableWeight], config: ChooseConfig) -> None:
         self._parts, self._config = parts, config

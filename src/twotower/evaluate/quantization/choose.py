@@ -63,7 +63,7 @@ def choose(
         suite: The problems.
         config: What to search.
         scratch: A folder on a disk with room for the model once in each format.
-        statistics: Ranges; with them products of few bits on both sides are tried too.
+        statistics: Ranges; with them products quantized on both sides are tried too.
         progress: Called with (what, done, in all).
 
     Raises:
@@ -187,8 +187,7 @@ class _Search:
     ) -> dict[tuple[str, int, str], str]:
         """Layers that can take the smallest format though their kind as a whole cannot.
 
-        Returns:
-            (tower, layer, kind) -> format.
+        By (tower, layer, kind) the format.
         """
         lowered: dict[tuple[str, int, str], str] = {}
         for kind, candidates in self._candidates.items():

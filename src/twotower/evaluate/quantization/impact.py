@@ -21,13 +21,7 @@ KIND = "twotower-quantization"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImpactConfig:
-    """What is asked for.
-
-    Attributes:
-        max_new_tokens: Longest answer.
-        budget: Percent of the float bundle's right answers to keep.
-        max_inflation: Percent of more passes a block that are accepted.
-    """
+    """What is asked for: percent of right answers to keep, and percent of more passes accepted."""
 
     max_new_tokens: int = 160
     budget: float = 98.7
@@ -45,16 +39,8 @@ def measure_impact(
 ) -> dict[str, Any]:
     """Answers every problem with both bundles, in both modes, and with each variant, in turn.
 
-    Args:
-        reference: The float bundle.
-        quantized: The bundle made from it.
-        suite: The problems.
-        config: What is asked for.
-        variants: By layer kind the model in which that kind alone is quantized.
-        progress: Called with (problems done, problems in all).
-
-    Returns:
-        The report: plain data.
+    `variants` has by layer kind the model in which that kind alone is quantized; `progress` is
+    called with (problems done, problems in all). Returns the report as plain data.
 
     Raises:
         RequestError: a bundle has no tokenizer, or a problem does not fit.
@@ -96,10 +82,9 @@ def measure_impact(
 def compared(after: Measured, before: Measured) -> dict[str, Any]:
     """Ratios of a changed model to the original one on the same problems, each with its interval.
 
-    `inflation` is passes a block over passes a block; `step_time` how much faster a pass is, the
-    context tower's share and everything but the prompt counted in; `speedup` their quotient: what
-    is left of a faster pass when more of them are needed. Tokens a second, which texts of another
-    length move too, are in `tokens_per_second`.
+    `inflation` is passes a block over passes a block; `step_time` how much faster a pass is, with
+    the context tower's share and without the prompt; `speedup` their quotient: what is left of a
+    faster pass when more are needed. `tokens_per_second` also depends on the length of texts.
     """
     draws = Resampler(len(after.right))
     spent, spent_before = after.ms - after.prefill_ms, before.ms - before.prefill_ms

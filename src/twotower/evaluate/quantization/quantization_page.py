@@ -13,13 +13,7 @@ from twotower.units import format_bytes
 
 
 def impact_page(report: Mapping[str, Any], sensitivity: str, *, model: str) -> str:
-    """The page.
-
-    Args:
-        report: What `impact_of` returned.
-        sensitivity: The picture as SVG, or empty.
-        model: The checkpoint's name.
-    """
+    """The page of a report by `impact_of`, with the sensitivity as SVG (or empty)."""
     suite, facts = report["suite"], report["quantized"]
     flags = "".join(
         paragraphs(f"Flagged: {flag}.").replace("Flagged:", "<b>Flagged:</b>", 1)

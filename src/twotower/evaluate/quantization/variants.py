@@ -63,8 +63,7 @@ class Variants:
     def open(self, precision: Precision) -> TwoTower:
         """A session in which these weights, and inputs of products, are quantized and no others.
 
-        Raises:
-            ConfigError: a weight is wanted in a format none of the bundles holds it in.
+        ConfigError if a weight is wanted in a format none of the bundles holds it in.
         """
         number = next(self._numbers)
         context, head, denoiser = (
@@ -134,8 +133,7 @@ class Pair:
 def require_pair(first: Bundle, second: Bundle) -> Pair | None:
     """The two in their roles, whichever was named first; None where neither or both are quantized.
 
-    Raises:
-        ConfigError: they are of different checkpoints.
+    ConfigError if they are of different checkpoints.
     """
     if (first.quantization is None) == (second.quantization is None):
         return None
@@ -160,16 +158,10 @@ def impact_of(
     threads: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """The report.
+    """The report on a pair whose quantized and float bundle are `opened`, in that order.
 
-    Args:
-        pair: The bundles.
-        opened: The quantized and the float one, opened.
-        suite: The problems.
-        config: What is asked for.
-        sensitivity: Also measure with one layer kind, and one tower, quantized at a time.
-        threads: Threads of the variants, as the bundles were opened with.
-        progress: Called with (problems done, problems in all).
+    `sensitivity` also measures with one layer kind, and one tower, quantized at a time, with
+    `threads` as the bundles were opened with. `progress` is called with (problems done, in all).
     """
     quantized, reference = opened
     why_not = (
