@@ -11,13 +11,10 @@ from pathlib import Path
 def usable_cores(root: Path = Path("/")) -> int:
     """Cores to compute on, at least 1.
 
-    Of the logical processors in the process's affinity mask those that share a core count once,
-    because two threads on one core's arithmetic units win nothing. A CPU quota of the control
-    group, or of one above it, is an upper limit, rounded up: a container with 1.5 CPUs gets two
-    threads.
-
-    Args:
-        root: Where `proc` and `sys` lie; another folder in tests.
+    Of the logical processors in the affinity mask those that share a core count once: two threads
+    win nothing on one core's arithmetic units. A CPU quota of the control group, or of one above
+    it, is an upper limit, rounded up: 1.5 CPUs get two threads. `root` is where `proc` and `sys`
+    lie.
     """
     processors = set(range(os.cpu_count() or 1))
     if hasattr(os, "sched_getaffinity"):
@@ -36,13 +33,9 @@ def installed_memory() -> int:
 
 
 def usable_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory this process may use, free or not: the machine's, or its control group's.
+    """Bytes this process may use, free or not: the machine's, or its control group's; 0 if unknown.
 
-    Args:
-        root: Where `proc` and `sys` lie; another folder in tests.
-
-    Returns:
-        0 where the system does not say.
+    `root` is where `proc` and `sys` lie.
     """
     limits = [installed_memory()]
     for folder in _folders(root, "memory"):

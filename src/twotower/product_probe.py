@@ -17,14 +17,9 @@ _COUNTS = (2, 3, 4, 5, 8, 16, 17)
 
 
 def rows_are_alike(graph: bytes) -> bool:
-    """Runs a graph on rows alone and on several of them; takes some milliseconds.
+    """Whether rows [M,K] of an ONNX model's one input give the same bits alone and among others.
 
-    Args:
-        graph: An ONNX model with one input [M,K] and outputs with M rows.
-
-    Returns:
-        Whether every row is the same, to the bit, however many there are and at whichever place it
-        stands.
+    Takes some milliseconds.
     """
     session = ort.InferenceSession(
         graph, session_options(threads=2), providers=["CPUExecutionProvider"]

@@ -27,9 +27,7 @@ _SCALARS = {
 class RecordError(ValueError):
     """A JSON value that does not fit its type.
 
-    Args:
-        path: Where, from the outermost value: `files["a.onnx"].sha256`; empty for that value.
-        problem: What is wrong there.
+    `path` is where, from the outermost value: `files["a.onnx"].sha256`; empty for that value.
     """
 
     def __init__(self, path: str, problem: str) -> None:
@@ -41,21 +39,17 @@ class RecordError(ValueError):
 def stored(key: str = "", *, omit_default: bool = False, required: bool = False) -> dict[str, Any]:
     """Metadata of a dataclass field whose JSON form differs from the usual one.
 
-    Args:
-        key: Its key in the JSON object, where that is not the field's name.
-        omit_default: Whether the key is left out where the field has its default.
-        required: Whether the key must be there although the field has a default.
+    Its key may differ from the field's name, be left out where the field has its default, or be
+    required although it has one.
     """
     return {"key": key, "omit_default": omit_default, "required": required}
 
 
 def encode(value: object, *, leave_out: Collection[str] = ()) -> Any:
-    """The JSON value of a dataclass, or of a container or scalar.
+    """The JSON value of a dataclass (without the fields to `leave_out`), container or scalar.
 
-    Args:
-        value: Its nested values with a `to_json` of their own are encoded by that. The `to_json`
-            of `value` itself is not asked, so that it can be built on this function.
-        leave_out: Fields of `value` that are not stored.
+    Nested values with a `to_json` are encoded by it; that of `value` itself is not asked, so that
+    it can be built on this function.
     """
     if is_dataclass(value) and not isinstance(value, type):
         out = {}
@@ -88,8 +82,8 @@ def decode(kind: type[T], data: object, *, strict: bool = True, **given: object)
     Args:
         kind: A dataclass, or a type made of dataclasses, `str`, `int`, `float`, `bool`, `None`,
             `Any`, enums, literals, paths, tuples, lists, sets, mappings with keys of text or whole
-            numbers, and unions. Nested classes with a `from_json` of their own are decoded by
-            that; that of `kind` itself is not asked.
+            numbers, and unions. Nested classes with a `from_json` are decoded by it; that of `kind`
+            itself is not asked.
         data: What `json.loads` returned. Numbers stay what they are: 1 is a `float` too.
         strict: Whether a key that no field has is an error, at any depth.
         given: Fields of `kind` that are not stored, with their values.

@@ -72,12 +72,9 @@ def present_ssm(layer: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One graph input or output.
+    """One graph input or output; letters are dynamic axes, whole numbers fixed ones.
 
-    Attributes:
-        name: The tensor's name in the graph.
-        dtype: `int64`, `float32`, `float16` or `bfloat16`.
-        axes: Letters for dynamic axes, whole numbers for fixed ones.
+    `dtype` is `int64`, `float32`, `float16` or `bfloat16`.
     """
 
     name: str
@@ -107,12 +104,8 @@ class TensorSpec:
 class StateTensor:
     """One tensor a row carries from chunk to chunk, under its input and its output name.
 
-    Attributes:
-        past: The input of both towers.
-        present: The context graph's output.
-        in_place: True where both names share one buffer (keys and values); False where the old
-            state is still read while the new one is written, so that two buffers alternate
-            (convolution and SSM states).
+    `in_place`: both names share one buffer (keys and values); else two alternate, as the old state
+    is still read while the new one is written (convolution and SSM states).
     """
 
     past: TensorSpec
@@ -129,11 +122,7 @@ class TowerSignature:
     outputs: tuple[TensorSpec, ...]
 
     def tensor(self, name: str) -> TensorSpec:
-        """The input or output of that name.
-
-        Raises:
-            KeyError: the graph has no such tensor.
-        """
+        """The input or output of that name; KeyError if the graph has none."""
         for spec in (*self.inputs, *self.outputs):
             if spec.name == name:
                 return spec
@@ -155,8 +144,8 @@ def candidate_count(config: ModelConfig) -> int:
 def splits_groups(config: ModelConfig) -> bool:
     """Whether the context's attention takes every head of keys as a row of its own.
 
-    TensorRT for RTX copies keys and values once then, and as often as there are query heads if not.
-    It has no kernel for one position of fewer than 4 query heads.
+    TensorRT for RTX then copies keys and values once, else once for every query head. It has no
+    kernel for one position of fewer than 4 query heads.
     """
     groups = config.num_key_value_heads
     return groups > 1 and config.num_attention_heads // groups >= 4

@@ -1,8 +1,8 @@
 """Import adapter of TensorRT and TensorRT for RTX: one API, and what only one of them has.
 
-That is probed and never inferred from a version. Either library is imported when it is asked for,
-and nowhere else. What goes through TensorRT is written against its API and has never run; no engine
-of TensorRT for RTX has run on a GPU.
+That is probed, never inferred from a version. Either library is imported on demand and nowhere
+else. What goes through TensorRT is written against its API and has never run; no engine of TensorRT
+for RTX has run on a GPU.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def flavour_from_module(module: Any) -> Flavour:
 def load_tensorrt() -> Flavour:
     """TensorRT: engines for the GPU at hand.
 
-    Raises:
-        ImportError: its bindings are not installed.
-        OSError: the bindings are, and the library is not.
+    ImportError if its bindings are not installed, OSError if they are and the library is not.
     """
     import tensorrt
 
@@ -67,9 +65,7 @@ def load_tensorrt() -> Flavour:
 def load_tensorrt_rtx() -> Flavour:
     """TensorRT for RTX: engines for named compute capabilities, built on any machine.
 
-    Raises:
-        ImportError: its bindings are not installed.
-        OSError: the bindings are, and the library is not.
+    ImportError if its bindings are not installed, OSError if they are and the library is not.
     """
     import tensorrt_rtx
 

@@ -21,11 +21,9 @@ def break_evens(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> dic
     """Denoising passes a block at which both modes take equally long, by rows.
 
     A block of S tokens takes the denoiser its passes and the context tower one extension, or S
-    steps of autoregression; every pass takes its floor, and both modes compute their experts
-    alike. Below 1 a block of one pass is slower already.
-
-    Returns:
-        Passes by rows; empty for a GPU nobody knows and for the context tower alone.
+    steps of autoregression; every pass takes its floor, and both modes compute their experts alike.
+    Below 1 a block of one pass is slower already. Empty for an unknown GPU and for the context
+    tower alone.
     """
     out = {}
     for rows in ROWS:
@@ -40,13 +38,7 @@ def break_evens(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> dic
 
 
 def break_even_table(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> list[str]:
-    """The lines of a Markdown table: passes by format of the experts and rows, chosen and dense.
-
-    Args:
-        config: The model.
-        options: What it is planned for; formats of experts and what computes them are the table's.
-        gpu: Whose floors.
-    """
+    """Lines of a Markdown table: passes by format of the experts and rows, chosen and dense."""
     out = [
         "| experts | rows | experts a denoising pass reads | denoising pass | block extension "
         "| AR step | break-even | dense: denoising pass | AR step | break-even |",

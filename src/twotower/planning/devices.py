@@ -75,10 +75,7 @@ def device_needs(config: ModelConfig, options: PlanOptions) -> tuple[DeviceNeed,
 def _placed(
     config: ModelConfig, weights: Mapping[str, GraphWeights], options: PlanOptions
 ) -> list[list[_Piece]]:
-    """The engines on each device.
-
-    Towers are cut by `twotower build --segments`, or at their experts.
-    """
+    """The engines on each device; towers are cut by `twotower build --segments`, or at experts."""
     pieces = {
         name: [_Piece(name, cut, nbytes) for cut, nbytes in placed_pieces(w, config, options)]
         for name, w in weights.items()

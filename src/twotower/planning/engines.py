@@ -36,13 +36,12 @@ class EnginePlan:
         graph: The graph it is of.
         layers: First layer and the one after the last; of equal programs those of the first. The
             experts that follow a program count as its last layer.
-        weight_bytes: Of the weights it works with, by all programs it is, with the experts after.
+        weight_bytes: Of the weights of all programs it is, with the experts after them.
         held_bytes: Of those it holds itself: a second copy, beside the bundle's.
         build_peak_bytes: Host memory its build needs at the peak; None where nothing is compiled.
-        build_seconds: Of one processor, with what it holds in the page cache; None where nothing is
-            compiled. Kernels are not counted.
-        engine_bytes: Its size on disk; of ONNX Runtime without the graph itself, which is under a
-            megabyte.
+        build_seconds: Of one processor, with what it holds in the page cache and without kernels;
+            None where nothing is compiled.
+        engine_bytes: Its size on disk; of ONNX Runtime without the graph (under a megabyte).
         programs: How many equal programs of a tower it is.
     """
 
@@ -66,8 +65,7 @@ def engine_plans(
 ) -> list[EnginePlan]:
     """The engines of one graph, in the order they are built.
 
-    Raises:
-        BuildError: one needs more than `max_build_memory`.
+    BuildError if one needs more than `max_build_memory`.
     """
     if options.target not in TENSORRT:
         layers, size = (0, len(weights.layers)), weights.total
@@ -133,10 +131,7 @@ def program_layers(config: ModelConfig) -> tuple[Layers, ...]:
 def _programs(
     graph: str, weights: GraphWeights, config: ModelConfig, *, bound: int | None
 ) -> list[EnginePlan]:
-    """Engines of a tower that is cut at its experts.
-
-    Equal programs share a file, unless they hold weights of their own.
-    """
+    """Engines of a tower cut at its experts; equal programs without own weights share a file."""
     programs, files = program_layers(config), dict[tuple[object, ...], list[Layers]]()
     for number, layers in enumerate(programs):
         ends = (number == 0, number == len(programs) - 1)
@@ -157,8 +152,7 @@ def _programs(
 def _of_program(places: LayerBytes, layers: Layers, config: ModelConfig) -> int:
     """Bytes of a program and the experts after it.
 
-    What comes after all layers is the last program's, which has no layer where a tower ends with
-    experts.
+    What follows all layers is the last program's, without layers in a tower that ends with experts.
     """
     before_last = layers[1] == len(config.layers) and layers != program_layers(config)[-1]
     return places.between(*layers) - (places.after if before_last else 0)

@@ -39,10 +39,8 @@ _EXPERT_KINDS = (Role.ROUTED_EXPERT.value, Role.SHARED_EXPERT.value)
 class ExpertPath:
     """What computes the experts.
 
-    Attributes:
-        name: `kernels`, `fused` or `chosen`, which compute the chosen experts; `dense`, the
-            engine, all of them; empty for a model without experts.
-        why: Of `dense`, why not the chosen ones only; else empty.
+    `kernels`, `fused` or `chosen` compute the chosen ones; `dense`, the engine, all of them, with
+    the reason in `why`; the name is empty for a model without experts.
     """
 
     name: str
@@ -73,8 +71,7 @@ def expert_path(config: ModelConfig, options: PlanOptions) -> ExpertPath:
 def require_path(config: ModelConfig, options: PlanOptions) -> None:
     """Refuses kernels and fused experts where there are none.
 
-    Raises:
-        ConfigError: `--expert-path` names them for such a target, model, number of rows or GPU.
+    ConfigError if `--expert-path` names them for such a target, model, number of rows or GPU.
     """
     path, target = options.expert_path, options.target
     if path not in (KERNELS, FUSED):
@@ -144,8 +141,8 @@ def expert_step(config: ModelConfig, options: PlanOptions) -> ExpertsStep:
 def distinct_experts(config: ModelConfig, tokens: int) -> float:
     """Experts of a layer that some token of a pass chose, E (1 - (1 - k/E)^N), as expected.
 
-    Each of N tokens chooses k of E, every expert equally often and independently of the other
-    tokens. Tokens of one text choose more alike, and so fewer.
+    Each of N tokens chooses k of E, uniformly and independently. Tokens of one text choose more
+    alike, and so fewer.
     """
     count = config.n_routed_experts
     if not count:
@@ -161,8 +158,7 @@ def outside_engines(config: ModelConfig, options: PlanOptions) -> tuple[str, ...
 def experts_are_expanded(config: ModelConfig, options: PlanOptions) -> bool:
     """Whether a pass writes quantized experts to memory at full width and reads them again.
 
-    Kernels and fused experts never do: they dequantize in registers. Products of `ort-cpu` do not
-    of integers.
+    Kernels and fused experts dequantize in registers, products of `ort-cpu` do not expand integers.
     """
     name, path = dict(formats_of(options)).get(_EXPERT_KINDS[0]), expert_path(config, options).name
     if name is None or path in _WITHOUT_COPIES or (path == CHOSEN and name in AS_STORED):

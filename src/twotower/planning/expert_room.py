@@ -29,11 +29,9 @@ from twotower.spec import (
 class ExpertRoom:
     """Bytes on every device that runs programs with experts between.
 
-    Attributes:
-        workspace: Of the kernels for the most tokens.
-        handed: Of the buffers in which programs and experts hand over.
-        shared: Whether the workspace lies where engines have their scratch; sessions of ONNX
-            Runtime have an arena each.
+    `workspace` is of the kernels for the most tokens, `handed` of the buffers between programs and
+    experts. `shared`: the workspace lies in the engines' scratch; sessions of ONNX Runtime have an
+    arena each.
     """
 
     workspace: int = 0

@@ -28,14 +28,9 @@ LEAST_CONTEXT = 256
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """Other options and what they take on the fullest device.
+    """Other options (flags to type) and what they need: bytes on the fullest device.
 
-    Attributes:
-        flags: What to type; the rest of the command stays.
-        needs: Bytes on the fullest device.
-        fits: Whether that is within the device's memory.
-        recipe: The recipe of `twotower quantize` that makes its experts; empty where they are as
-            they were.
+    `recipe` of `twotower quantize` makes the experts; empty where they are as they were.
     """
 
     flags: str
@@ -53,8 +48,7 @@ class GpuFit:
         refused: Why the target cannot be run on it at all, or empty.
         devices: What each device holds.
         fits: Whether it runs and every device's memory suffices.
-        pass_seconds: Least time of a denoiser pass; None where the bandwidth is not known or there
-            is no denoiser.
+        pass_seconds: Least time of a denoiser pass; None without a denoiser or a known bandwidth.
         step_seconds: The same of a step of autoregression.
         extension_seconds: The same of the context tower over a block that is done.
         by_arithmetic: Which of these the matrix units decide and not the memory: `pass`, `step`,
@@ -151,10 +145,7 @@ def largest_batch(config: ModelConfig, options: PlanOptions, memory: int) -> int
 
 
 def largest_context(config: ModelConfig, options: PlanOptions, memory: int) -> int:
-    """Longest text, up to the one asked for, that fits so much memory a device.
-
-    0 if not even the shortest does.
-    """
+    """Longest text, up to the one asked for, that fits the memory of a device; 0 if none does."""
 
     def holds(length: int) -> bool:
         return _fullest(config, replace(options, max_context=length)) <= memory
@@ -165,10 +156,7 @@ def largest_context(config: ModelConfig, options: PlanOptions, memory: int) -> i
 
 
 def _largest(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The largest number in (low, high] for which a property holds; `low` if none.
-
-    Larger numbers only lose it.
-    """
+    """The largest number in (low, high] that holds, `low` if none; larger numbers only lose it."""
     while low < high:
         middle = (low + high + 1) // 2
         if holds(middle):
@@ -207,9 +195,9 @@ def _alternatives(
 
 
 def _changes(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> Iterator[dict[str, Any]]:
-    """Sets of changed options, the mildest first.
+    """Sets of changed options, mildest first.
 
-    Only shorter or fewer texts, narrower weights, more devices, one tower.
+    Shorter or fewer texts, smaller formats, more devices, one tower.
     """
     narrow: list[dict[str, Any]] = [{}]
     if engine_dtype(config, options) == "float32" and options.target != "ort-cpu":
@@ -227,8 +215,8 @@ def _changes(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> Iterat
 def _formats_on(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> Iterator[str]:
     """Formats of experts that save memory on a GPU and cost no time.
 
-    Kernels read any format on any GPU. Where the engine multiplies, the hardware must have it, and
-    for the recipes that quantize inputs it must in any case: they narrow other layers too.
+    Kernels read any format on any GPU. Where the engine multiplies the hardware must have it, and
+    for recipes that quantize inputs in any case: they quantize other layers too.
     """
     kernels = expert_path(config, options).name == KERNELS
     slow = left_out(config, options)

@@ -12,17 +12,17 @@ from twotower.hardware import Gpu
 
 @dataclass(frozen=True, slots=True)
 class GpuModel:
-    """One kind of GPU, or several of a kind.
+    """One kind of GPU, or several of a kind; rates are at best, 0 where unknown.
 
     Attributes:
         name: As it is asked for with `--gpu`.
         memory: Bytes of one.
         sm: Compute capability as e.g. 89.
-        bandwidth: Bytes a second its memory delivers at best; 0 where it is not known.
+        bandwidth: Bytes a second of its memory.
         count: How many of them.
-        link: Bytes a second PCIe brings to one at best; 0 where it is not known.
+        link: Bytes a second PCIe brings to one.
         flops: Multiplications and additions a second of 16-bit matrix products, sums in float32, no
-            sparsity, at best; 0 where it is not known. Products of 8-bit numbers run twice as fast.
+            sparsity. Products of 8-bit numbers run twice as fast.
     """
 
     name: str
@@ -59,8 +59,7 @@ GPUS = (
 def gpus_named(name: str) -> tuple[GpuModel, ...]:
     """The GPUs of a name such as `RTX 4090`, `h100`, `2x H100` or `all`.
 
-    Raises:
-        ConfigError: no GPU of the table, or more than one kind, goes by that name.
+    ConfigError if no GPU of the table, or more than one kind, goes by that name.
     """
     if name.strip().lower() == "all":
         return GPUS
@@ -85,8 +84,8 @@ def gpus_named(name: str) -> tuple[GpuModel, ...]:
 def gpu_at_hand(gpus: Sequence[Gpu]) -> tuple[GpuModel, ...]:
     """The kinds of GPU that were probed, with the memory the driver says.
 
-    Rates are those of the table's card of that name, where every word of it is a word of the
-    driver's: an RTX 4090 Laptop or an H100 PCIe is another card.
+    Rates are those of the table's card of that name, if it has the same words as the driver's: an
+    RTX 4090 Laptop or an H100 PCIe is another card.
     """
     others = {"laptop", "pcie", "nvl", "max", "d", "mig", "server"}
     kinds = dict.fromkeys(GpuModel(gpu.name, gpu.memory, gpu.sm) for gpu in gpus)

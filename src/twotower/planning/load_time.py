@@ -13,10 +13,8 @@ specified for 3 to 3.5 GB/s, 4.0 drives for 5 to 7. Network disks of clouds give
 class LoadTime:
     """Seconds of the two ways weights go, which overlap.
 
-    Attributes:
-        disk: From the disk, at the rate that was given or assumed: every byte once.
-        link: Across PCIe, at its published rate, to the device that gets most: each has a link of
-            its own. None where the rate is not known.
+    `disk` reads every byte once; `link` is PCIe at its published rate to the device that gets most,
+    as each has a link of its own; None where the rate is not known.
     """
 
     disk: float
@@ -34,12 +32,8 @@ class LoadTime:
 
 
 def load_time(nbytes: int, most: int, *, disk_rate: float, link_rate: float) -> LoadTime:
-    """The time of loading.
+    """The time of loading `nbytes`, of which one device gets `most`; rates in bytes a second.
 
-    Args:
-        nbytes: Bytes of all weights.
-        most: Of those, what the device with most of them gets.
-        disk_rate: Bytes a second of the disk.
-        link_rate: Bytes a second of a device's link, 0 where it is not known.
+    A `link_rate` of 0 is not known.
     """
     return LoadTime(nbytes / disk_rate, most / link_rate if link_rate else None)

@@ -38,8 +38,8 @@ class PassCost:
     Attributes:
         tokens: Of all rows together.
         experts: Distinct experts a layer reads, as expected; all of them where experts are dense.
-        nbytes: Read and written: weights, state, and `expanded`. What layers hand on is left out,
-            as a cache may keep it.
+        nbytes: Read and written: weights, state, and `expanded`, but not what layers hand on, which
+            a cache may keep.
         expanded: Experts written at full width and read again.
         flops: Multiplications and additions of products, attention included.
         flops_8bit: Those of them whose factors both have 8 bits.
@@ -70,10 +70,8 @@ class PassCost:
 class PassCosts:
     """The passes that generation is made of.
 
-    Attributes:
-        ar_step: The context tower over one token a row, and its head.
-        extension: The context tower over a block that is done.
-        denoising: The denoiser over a block; None where only the context tower is there.
+    The context tower over one token a row with its head, or over a finished block; the denoiser
+    over a block, None with the context tower alone.
     """
 
     ar_step: PassCost
@@ -82,13 +80,7 @@ class PassCosts:
 
 
 def pass_costs(config: ModelConfig, options: PlanOptions, rows: int | None = None) -> PassCosts:
-    """The passes of so many rows.
-
-    Args:
-        config: The model.
-        options: What it is planned for.
-        rows: Rows of a pass; None for `max_batch`. More than that is arithmetic all the same.
-    """
+    """The passes of so many rows, which may exceed `max_batch` (meant by None)."""
     rows, block = rows or options.max_batch, options.block_size
     towers = (_Pass((CONTEXT, CONTEXT_HEAD), rows, 1), _Pass((CONTEXT,), rows, block))
     step, extension = (_cost(config, options, what) for what in towers)

@@ -46,11 +46,8 @@ a slice of published widths."""
 class Disk:
     """Bytes on disk, any of which may be left out.
 
-    Attributes:
-        checkpoint: The checkpoint.
-        bundle: The bundle's weights.
-        engines: Of every target, whole towers.
-        copies: Of these, weights that lie there a second time: as constants, or widened for a CPU.
+    `engines` are of every target, whole towers; `copies` those of their weights that lie there a
+    second time, as constants or widened for a CPU.
     """
 
     checkpoint: int
@@ -78,8 +75,7 @@ class Plan:
         dense: The same if every expert computed every token; empty where that is so.
         disk: Files.
         segments: What `--segments` cuts a tower into.
-        left_out: Formats of experts that are no alternative here, because a pass would expand them
-            in device memory.
+        left_out: Formats of experts a pass would expand in device memory, so no alternatives here.
     """
 
     options: PlanOptions
@@ -100,10 +96,7 @@ class Plan:
 
     @property
     def build_peak(self) -> int:
-        """Host memory of the most demanding build, 0 where nothing is compiled.
-
-        Engines are built one after the other.
-        """
+        """Host memory of the largest build, 0 if nothing is compiled; engines are built in turn."""
         return max((e.build_peak_bytes or 0 for e in self.engines), default=0)
 
     @property
@@ -188,11 +181,7 @@ def _engines(config: ModelConfig, options: PlanOptions) -> tuple[EnginePlan, ...
 
 
 def require_sound(config: ModelConfig, options: PlanOptions) -> None:
-    """Refuses what no build could do.
-
-    Raises:
-        ConfigError: options that contradict the target or the model.
-    """
+    """Refuses options that contradict the target or the model (ConfigError)."""
     capacity_of(config, options)
     dtype, target = engine_dtype(config, options), options.target
     unknown = [sm for sm in options.sms if target == "rtx" and sm not in RTX_SMS]

@@ -104,10 +104,7 @@ def all_formats(options: PlanOptions) -> Formats:
 
 
 def rounded_of(options: PlanOptions) -> tuple[str, ...]:
-    """Layer kinds whose products read quantized numbers on both sides.
-
-    8-bit experts are planned so where only that is fast.
-    """
+    """Layer kinds whose products are quantized on both sides; 8-bit experts where it is fast."""
     if options.experts in ("int8", "fp8") and options.target in TENSORRT:
         return ("routed_expert",)
     return options.rounded

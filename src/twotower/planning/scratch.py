@@ -46,12 +46,9 @@ class Shapes:
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Activation memory of one graph.
+    """Activation bytes of one graph: its largest profile's, as profiles share their memory.
 
-    Attributes:
-        nbytes: Of its most demanding profile; profiles share their memory.
-        because: The two largest tensors of that profile.
-        profiles: Bytes of every profile.
+    `because` has the two largest tensors of that profile.
     """
 
     nbytes: int
@@ -70,9 +67,9 @@ def scratch(graph: str, config: ModelConfig, shapes: Shapes) -> Scratch:
     """Activation memory of one graph, by profile.
 
     Layers run one after another and share memory: the largest tensor of every layer lies in one
-    place, the second largest in another, and so on. A place is as large as the largest that ever
-    lies there. This is how the compiler of TensorRT for RTX lays them out; at published widths the
-    sum is within 10 % of what its programs reserve. Other libraries were not held against it.
+    place, the second largest in another, and so on, each place as large as its largest tensor. The
+    compiler of TensorRT for RTX lays them out so; at published widths the sum is within 10 % of
+    what its programs reserve. Other libraries were not held against it.
     """
     programs = Counter(_programs(graph, config, shapes))
     sizes: dict[str, int] = {}
@@ -92,13 +89,9 @@ def scratch(graph: str, config: ModelConfig, shapes: Shapes) -> Scratch:
 
 @dataclass(frozen=True, slots=True)
 class _Program:
-    """What is compiled in one piece: a graph, or one of its programs between experts.
+    """What is compiled in one piece: a graph (`whole`), or one of its programs between experts.
 
-    Attributes:
-        graph: Of which graph.
-        layers: Its layers, but for experts that kernels compute.
-        last: Whether it ends with the head.
-        whole: Whether it is all of the graph.
+    `layers` leaves out experts that kernels compute; `last`: it ends with the head.
     """
 
     graph: str
@@ -195,10 +188,7 @@ class _Alive:
             yield [*tensors, *always]
 
     def always(self) -> _Tensors:
-        """From the first layer to the last.
-
-        The residual stream, and the mask or the modulation of all layers.
-        """
+        """Kept through all layers: the residual stream, and the mask or the modulation."""
         config, program = self.config, self.program
         stream = ("residual [B,L,D]", self.tokens * config.hidden_size * self.item)
         if program.graph == DENOISER:
@@ -237,10 +227,7 @@ class _Alive:
         return [*out, expanded] if self.shapes.expanded else out
 
     def scan(self) -> Iterator[_Tensors]:
-        """A chunk at a time: the masked decay of every pair of positions, twice.
-
-        A single step has none.
-        """
+        """A chunk's masked decay of every pair of positions, twice; a single step has none."""
         config, heads = self.config, self.config.mamba_num_heads
         joined = config.mamba_inner + config.conv_channels + heads
         projection = ("projection [B,L,I]", self.tokens * joined * self.item)
@@ -260,9 +247,9 @@ class _Alive:
     def attention(self) -> Iterator[_Tensors]:
         """The denoiser writes its scores out, and so does the context tower in float32.
 
-        There is no fused kernel for those. The fused kernel reads keys and values from a copy, one
-        of each where every head of keys is a row of its own, and otherwise, but for a single
-        position, one for every query head.
+        There is no fused kernel for those. The fused kernel reads copies of keys and values: one of
+        each where every head of keys is a row of its own or for a single position, else one for
+        every query head.
         """
         config, capacity = self.config, self.shapes.capacity
         heads, groups, size = (

@@ -44,8 +44,7 @@ class GraphWeights:
     Attributes:
         all: By layer.
         by_kind: The same bytes by what the weights are for.
-        by_dtype: The same bytes by element type; quantized weights go by the format's name, scales
-            included.
+        by_dtype: The same bytes by element type, or format with its scales.
         stored: Bytes of the data file.
         held: Those that an engine of TensorRT holds, because it takes quantized weights as
             constants only; kernels take them as they lie.
@@ -105,12 +104,8 @@ def graph_weights(
 ) -> Mapping[str, GraphWeights]:
     """Weight bytes of every graph.
 
-    Args:
-        config: The model.
-        dtype: Element type of the graphs.
-        formats: Quantized layer kinds, as `twotower quantize` stores them.
-        rounded: Kinds whose products read quantized numbers on both sides.
-        outside: Kinds that no engine holds, whatever their format.
+    `formats` are as `twotower quantize` stores them; products of kinds in `rounded` are quantized
+    on both sides; no engine holds kinds in `outside`, whatever their format.
     """
     out = {}
     for name in _GRAPHS:
@@ -169,17 +164,11 @@ def _by_layer(weights: Iterable[Weight], layers: int, *, largest_packed: int = 0
 def cpu_bytes(
     config: ModelConfig, dtype: str, formats: Formats = (), *, as_stored: bool = True
 ) -> Mapping[str, int]:
-    """Bytes an `ort-cpu` engine writes beside each graph.
+    """Bytes an `ort-cpu` engine writes beside each graph of a bundle in `dtype`.
 
-    Half-precision weights are widened to float32 and 4-bit floats expanded. What is float32 in the
-    bundle stays there, and so do quantized weights that products do not read as they are stored;
-    their scales are widened.
-
-    Args:
-        config: The model.
-        dtype: Of the bundle.
-        formats: Quantized layer kinds.
-        as_stored: Whether products read integers as they are stored; not in the standard dialect.
+    Half precision is widened to float32 and 4-bit floats expanded. What is float32 in the bundle
+    stays there, and so do quantized weights that products do not read as they are stored, but their
+    scales are widened. `as_stored`: products read integers so; not in the standard dialect.
     """
     out: Counter[str] = Counter()
     for graph in _GRAPHS:
@@ -198,10 +187,7 @@ def cpu_bytes(
 
 
 def _product_block(weight: Weight, graph: str) -> int:
-    """Weights that share a scale in a product of `ort-cpu`, or 0.
-
-    0 where it does not read the weight as it is stored.
-    """
+    """Weights that share a scale in a product of `ort-cpu`, 0 if it cannot read them as stored."""
     how = weight.format
     if how is None or how.name not in AS_STORED or weight.role is Role.EMBEDDING:
         return 0

@@ -27,11 +27,8 @@ from twotower.spec import CONTEXT, CONTEXT_HEAD, state_tensors
 class State:
     """Bytes a row keeps between passes.
 
-    Attributes:
-        per_token: Keys and values of one position.
-        per_row: Convolution and SSM state, whatever the length.
-        capacity: Positions a row gets.
-        rows: Rows.
+    Keys and values per position, and convolution and SSM state whatever the length; of `rows` rows
+    with `capacity` positions each.
     """
 
     per_token: int

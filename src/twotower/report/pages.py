@@ -32,14 +32,8 @@ class Card:
 class Page:
     """The parts of a page.
 
-    Attributes:
-        title: What the page is about: the model and the question. Text, as are
-        subtitle: what was measured where, and
-        method: how, at the page's end.
-        verdict: HTML above the cards.
-        cards: The main figures.
-        sections: HTML by heading.
-        data: The report the page shows, which it holds as JSON.
+    Title, subtitle and method are text; the verdict (above the cards) and the sections, by heading,
+    are HTML; the page holds `data`, the report it shows, as JSON.
     """
 
     title: str
@@ -82,12 +76,10 @@ def picture(svg: str) -> str:
 
 
 def unfolding_examples(lost: Sequence[Mapping[str, str]], who: str, otherwise: str) -> str:
-    """Problems that were lost, each with its prompt, the right answer and what was written.
+    """Problems that were lost, each with its prompt, the right answer and what `who` wrote.
 
-    Args:
-        lost: `kind`, `prompt`, `answer`, and under `diffusion` what was written.
-        who: Who wrote it.
-        otherwise: What to say where nothing was lost.
+    `lost` has `kind`, `prompt`, `answer` and, under `diffusion`, the text; `otherwise` is said if
+    empty.
     """
     examples = (
         f"<details><summary><b>{escape(x['kind'])}</b> {escape(x['prompt'][:110])}</summary>"

@@ -1,7 +1,6 @@
 """A table with three views: aligned text, HTML and Markdown.
 
-`number` writes a figure outside a table the way a column writes it, and `labelled` lists lines
-under a name.
+`number` writes a figure as a column does, `labelled` lists lines under a name.
 """
 
 from __future__ import annotations
@@ -21,10 +20,8 @@ Spec = str | Callable[[Any], str]
 def number(value: Cell, spec: Spec = "", unit: str = "") -> str:
     """A cell as text: `98.7 %` of 98.7, `.1f` and ` %`; `-` for None.
 
-    Args:
-        value: What to write. `unit` and `spec` are for figures alone.
-        spec: As in `format`, e.g. `.1f` or `+.1f`; or a function that writes the figure.
-        unit: Follows the number, with its space if it has one.
+    For figures `spec` is as in `format`, or a function that writes them; `unit` follows, with its
+    space if it has one.
     """
     if value is None:
         return "-"
@@ -49,12 +46,7 @@ class Column:
 
 
 class Table:
-    """Columns and rows.
-
-    Args:
-        columns: A heading alone is a column of words, flush left.
-        rows: As many cells each as there are columns; see `add`.
-    """
+    """Columns and rows; a heading alone is a column of words, flush left."""
 
     def __init__(
         self, columns: Sequence[Column | str], rows: Iterable[Sequence[Cell]] = ()
@@ -67,12 +59,10 @@ class Table:
             self.add(*row)
 
     def add(self, *cells: Cell, kind: str = "") -> None:
-        """Appends a row.
+        """Appends a row with a cell for each column.
 
-        Args:
-            cells: One for each column.
-            kind: `total` or `group` sets the row off in HTML, where it also keeps its place when
-                a reader sorts the others.
+        `kind` `total` or `group` sets it off in HTML, where it keeps its place when others are
+        sorted.
         """
         pairs = zip(self._columns, cells, strict=True)
         self._rows.append([number(cell, column.spec, column.unit) for column, cell in pairs])

@@ -11,13 +11,9 @@ from twotower.trace.record import Trace, TraceStep
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """What one of the two did at the position.
+    """What one of the two did at the position: whether it committed its prediction there.
 
-    Attributes:
-        committed: Whether this pass filled the position.
-        token: Its prediction there, and
-        piece: the prediction's text; both None where it made no such pass.
-        confidence: The prediction's probability.
+    Token and `piece`, its text, are None where it made no such pass; `confidence` is a probability.
     """
 
     committed: bool
@@ -34,16 +30,15 @@ class TraceDiff:
         tokens_equal: Whether the final tokens are the same.
         first_token: Number of the first final token that differs; None if they are the same.
         passes: Passes of either.
-        agreed_to: Largest difference of two confidences of a masked position before (and without) a
-            difference.
+        agreed_to: Largest difference of two confidences of a masked position before a difference.
         block: Where they diverge, and
         step: at which pass of it, and
         position: at which position of the block.
         sides: What either did there.
         margin: How close a call it was: see `margin_of`.
-        margin_of: `threshold`: the larger distance of the two confidences from the threshold that
-            lies between them; `confidence`: their difference, where no threshold decided; None
-            where one made no such pass.
+        margin_of: `threshold`: the larger distance of the two confidences from the threshold
+            between them; `confidence`: their difference, where no threshold decided; None where one
+            made no such pass.
     """
 
     tokens_equal: bool
@@ -68,11 +63,7 @@ class TraceDiff:
 
 
 def diff_traces(a: Trace, b: Trace) -> TraceDiff:
-    """Compares two traces.
-
-    Raises:
-        TraceError: they are of different requests.
-    """
+    """Compares two traces; TraceError if they are of different requests."""
     _check_comparable(a, b)
     tokens = a.end.tokens, b.end.tokens
     first_token = None

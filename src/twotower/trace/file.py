@@ -28,20 +28,12 @@ def trace_lines(trace: Trace) -> Iterator[str]:
 
 
 def write_trace(path: Path, trace: Trace) -> None:
-    """Writes the file.
-
-    Raises:
-        TraceError: it cannot be written; a file that was there before is untouched.
-    """
+    """Writes the file; TraceError if it cannot, and then an earlier file is untouched."""
     write_text(path, "".join(f"{line}\n" for line in trace_lines(trace)))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file beside its place and moves it there.
-
-    Raises:
-        TraceError: it cannot be written.
-    """
+    """Writes a text file beside its place and moves it there; TraceError if it cannot."""
     try:
         write_atomically(path, text)
     except OSError as e:
@@ -53,11 +45,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Finds out before the work whether a file could be written.
-
-    Raises:
-        TraceError: it could not.
-    """
+    """Finds out before the work whether a file could be written; TraceError if not."""
     if path.is_dir() or not path.parent.is_dir():
         found = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise TraceError(

@@ -75,14 +75,11 @@ class TraceStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceBlock:
-    """One finished block.
+    """One finished block with its S tokens, which in the last one may go on past the text's end.
 
-    Attributes:
-        block: Its number.
-        tokens: Its S tokens; those of the last block may go on past the end of the text.
-        extend_ms: Milliseconds from the end of its last pass to the start of the next block's first
-            one: the context tower reads the block then. An engine that works beside the host may
-            move some of it into that first pass. None for the last block, which is never read.
+    `extend_ms` is from the end of its last pass to the start of the next block's first, while the
+    context tower reads the block; an engine that works beside the host may move some of that into
+    the pass. None for the last block, which is never read.
     """
 
     block: int
@@ -128,14 +125,9 @@ def record_trace(
     bundle: str = "",
     watch: Callable[[TraceStep], None] | None = None,
 ) -> Trace:
-    """Generates one text and keeps every pass.
+    """Generates one text and keeps every pass; `watch` is called with each as it comes.
 
-    Args:
-        model: An opened model.
-        prompt: Text or token ids.
-        config: Options; None for the model's defaults.
-        bundle: Name of the bundle's folder, for the header.
-        watch: Called with every pass as it comes.
+    `bundle` is the name of its folder, for the header.
 
     Raises:
         TraceError: the mode is not `diffusion`.

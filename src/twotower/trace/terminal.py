@@ -20,20 +20,14 @@ _HEAD = "block  step  committed  lowest        ms  text (a low line is a mask)"
 
 
 def visible(piece: str) -> str:
-    """A token's text without anything that would move the cursor.
-
-    A model can write any character, escape codes included.
-    """
+    """A token's text without what would move the cursor; a model can write escape codes, too."""
     return "".join(c if c.isprintable() else _NAMED.get(c, "\ufffd") for c in piece)
 
 
 class Words:
-    """How tokens are shown.
+    """How tokens are shown; `mask` is the id of an unwritten position.
 
-    Args:
-        piece: The text of a token id.
-        mask: The id of a position that is not written yet.
-        numbers: Whether pieces are token ids, which need spaces between them.
+    `numbers`: pieces are token ids, which need spaces between them.
     """
 
     def __init__(self, piece: Callable[[int], str], mask: int, *, numbers: bool) -> None:
@@ -49,10 +43,7 @@ class Words:
         return (" " if self._numbers else "").join(shown)
 
     def cells(self, step: TraceStep) -> list[tuple[str, str]]:
-        """(text, style) of every position after a pass.
-
-        A masked one shows what was predicted and not taken.
-        """
+        """(text, style) of every position after a pass; masked ones show untaken predictions."""
         out = []
         for position, token in enumerate(step.next):
             style = _NEW if position in step.committed else ""
@@ -72,12 +63,7 @@ class Words:
 
 
 class LiveView:
-    """Call it with every pass, then `end` it.
-
-    Args:
-        words: How tokens are shown.
-        stream: Where to draw; stdout by default.
-    """
+    """Call it with every pass, then `end` it."""
 
     def __init__(self, words: Words, stream: TextIO | None = None) -> None:
         self._words, self._stream = words, stream or sys.stdout
@@ -124,10 +110,7 @@ class LiveView:
         self._write(f"{_DIM}{head}{_RESET}{block}\n")
 
     def _wrapped(self, step: TraceStep) -> list[str]:
-        """The cells in lines no wider than the terminal.
-
-        A line that the terminal wrapped by itself could not be drawn over.
-        """
+        """The cells in lines no wider than the terminal: its own wraps cannot be drawn over."""
         lines, used, width = [""], 0, _columns()
         for text, style in self._words.cells(step):
             shown = _cut(text, width - 3)

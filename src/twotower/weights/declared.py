@@ -41,9 +41,8 @@ everything after them: they stay as they are, and so do convolution, dt, A and D
 class Weight:
     """One initializer of a graph and the checkpoint tensors it is made of.
 
-    The data are the sources' elements one after another (stacking experts along a new first axis is
-    exactly that), converted to `dtype`, so a weight can be streamed without ever being whole in
-    memory.
+    The data are the sources' elements one after another (so experts stack along a new first axis),
+    converted to `dtype`; a weight can be streamed without ever being whole in memory.
 
     Attributes:
         name: The initializer's name; for a single source the checkpoint's own name.
@@ -55,10 +54,8 @@ class Weight:
         layer: Number of its layer; None for embedding, conditioning, final norm and head.
         negated_exp: Store -exp(x) of a (small) source: the Mamba decay rate A of A_log.
         transposed: Store a (small) source with its last axis first: taps of a convolution.
-        rows: Only these rows of the (single) source: the first and the one after the last; None for
-            all.
-        origin: Name of the whole weight this is a part of, as a float graph declares it; empty for
-            a weight that is none.
+        rows: First row and the one after the last of the (single) source; None for all.
+        origin: Name, in a float graph, of the whole weight this is a part of; else empty.
         part: Of a quantized weight `values`, `scale` or `global_scale`; empty for plain numbers.
         format: How the weight is quantized that this is a part of.
     """
@@ -105,11 +102,7 @@ def declared_weights(
 ) -> tuple[Weight, ...]:
     """The weights of a graph in the order it declares them, which is that of its layers.
 
-    Args:
-        config: The model.
-        graph: `context`, `context_head` or `denoiser`.
-        dtype: Element type of the graph.
-        formats: Formats of quantized weights, by their name in a float graph.
+    `graph` is `context`, `context_head` or `denoiser`; `formats` go by names in a float graph.
     """
     few = formats or {}
     out: list[Weight] = []
@@ -124,8 +117,7 @@ def declared_weights(
 def _quantized(weight: Weight, how: WeightFormat, config: ModelConfig) -> Iterator[Weight]:
     """Values and scales of a weight; rows of Mamba's first product that make dt stay as they are.
 
-    A scale a row is one axis of scales for a matrix, and blocks as long as a row for stacked ones;
-    groups are blocks.
+    A matrix with a scale a row has one axis of scales, a stack row-long blocks; groups are blocks.
     """
     if weight.name.endswith("in_proj.weight"):
         rows, columns = weight.shape

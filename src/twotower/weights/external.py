@@ -34,11 +34,9 @@ def located_weights(model: onnx.ModelProto) -> dict[str, tuple[str, WeightRef]]:
 
 
 def detach_weights(model: onnx.ModelProto, refs: Mapping[str, WeightRef] | None = None) -> None:
-    """Turns external initializers into graph inputs, which nobody can copy or fold.
+    """Turns external initializers into graph inputs, which nobody can copy or fold, in place.
 
-    Args:
-        model: A model loaded without its weights' data, changed in place.
-        refs: The ones to turn; None for all.
+    The model is loaded without its weights' data; `refs` are the ones to turn, None for all.
     """
     refs = weight_refs(model) if refs is None else refs
     kept = [t for t in model.graph.initializer if t.name not in refs]

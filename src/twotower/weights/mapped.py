@@ -22,8 +22,7 @@ _Data = npt.NDArray[np.uint8]
 def read_weight(data: _Data, ref: WeightRef) -> npt.NDArray[Any]:
     """One weight of a mapped data file: a view where elements are whole bytes.
 
-    Copies: bfloat16 is widened to float32, int4 unpacked to int8, float4e2m1 unpacked to the type
-    of that name in ml_dtypes.
+    Copies: bfloat16 is widened to float32, int4 unpacked to int8, float4e2m1 to ml_dtypes' type.
     """
     raw = data[ref.offset : ref.end]
     if ref.dtype == "bfloat16":

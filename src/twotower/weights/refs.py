@@ -15,13 +15,10 @@ its own, any other on a cache line."""
 
 @dataclass(frozen=True, slots=True)
 class WeightRef:
-    """Where one weight lies in a data file.
+    """Where one weight lies in a data file, from byte `offset` on.
 
-    Attributes:
-        dtype: `float32`, `float16` or `bfloat16`; of a quantized weight `int8`, `float8e4m3fn`,
-            `int4` or `float4e2m1`; in an engine's own file also `uint8` or `uint4`.
-        shape: Its shape.
-        offset: First byte.
+    `dtype` is `float32`, `float16` or `bfloat16`; of a quantized weight `int8`, `float8e4m3fn`,
+    `int4` or `float4e2m1`; in an engine's own file also `uint8` or `uint4`.
     """
 
     dtype: str

@@ -32,17 +32,9 @@ def write_weight_table(path: Path, weights: Mapping[str, WeightRef]) -> None:
 
 
 def read_weight_table(path: Path, data_bytes: int) -> Mapping[str, WeightRef]:
-    """Reads a table and holds it against the size of its data file.
+    """Reads a table, in the order of the data file, and holds it against that file's size.
 
-    Args:
-        path: The table.
-        data_bytes: Bytes of the data file, as the bundle lists it.
-
-    Returns:
-        Every weight by name, in the order of the data file.
-
-    Raises:
-        BundleError: the table cannot be read, or names bytes the data file does not have.
+    BundleError if it cannot be read, or names bytes the data file does not have.
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))

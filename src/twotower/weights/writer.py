@@ -34,7 +34,7 @@ def write_data(
     pieces: Callable[[str], Iterable[Piece]],
     tick: Callable[[int], None] | None = None,
 ) -> FileRecord:
-    """Writes the weights of a data file.
+    """Writes the weights of a data file; returns its size and SHA-256.
 
     Args:
         path: The file.
@@ -42,9 +42,6 @@ def write_data(
         pieces: The contents of a weight by its name, contiguous, one after another. Asked for in
             the order of the file, and consumed before the next is asked for.
         tick: Called with the bytes of each piece written; padding is not counted.
-
-    Returns:
-        Size and SHA-256.
 
     Raises:
         OSError: the disk is full or fails.
@@ -98,9 +95,7 @@ def stream_weights(
 ) -> FileRecord:
     """Writes what a graph declares from a checkpoint; memory stays at a few pieces of 16 MiB.
 
-    Raises:
-        OSError: the disk is full or fails.
-        ExportError: a value does not fit the wanted dtype.
+    ExportError if a value does not fit the wanted dtype; OSError if the disk is full or fails.
     """
     declared = {weight.name: weight for weight in weights}
 
@@ -129,13 +124,7 @@ def _from_tensor(weight: Weight, tensor: Tensor) -> Iterator[Piece]:
 def widen_data(source: Path, target: Path, refs: Mapping[str, WeightRef]) -> dict[str, WeightRef]:
     """Copies weights into a data file: half precision as float32, all else as it is.
 
-    Args:
-        source: The data file `refs` points into.
-        target: The file to write.
-        refs: The weights to take.
-
-    Returns:
-        Where the weights lie in the new file.
+    `refs` points into `source`; returns where the weights lie in the new file.
     """
     data = np.memmap(source, dtype=np.uint8, mode="r")
     ordered = sorted(refs.items(), key=lambda item: item[1].offset)
@@ -154,10 +143,8 @@ def widen_data(source: Path, target: Path, refs: Mapping[str, WeightRef]) -> dic
 def convert_chunks(tensor: Tensor, dtype: str, *, chunk_bytes: int) -> Iterator[Piece]:
     """The tensor's elements in order as little-endian `dtype`.
 
-    Each piece stands for at most `chunk_bytes` of the source, one element at least.
-
-    Raises:
-        ExportError: a finite value is too large for float16.
+    Each piece stands for at most `chunk_bytes` of the source, one element at least. ExportError if
+    a finite value is too large for float16.
     """
     chunks = tensor.chunks(chunk_bytes)
     if tensor.dtype == dtype:
