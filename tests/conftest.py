@@ -19,6 +19,7 @@ import pytest
 from hypothesis import settings
 
 from tests.helpers.account import Account
+from tests.helpers.commands import Commands
 from tests.helpers.once import made_once
 from tests.helpers.processes import run_python
 
@@ -113,26 +114,32 @@ def _installed(distribution: str) -> bool:
         return False
 
 
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Commands:
+    return Commands(capsys)
+
+
 @pytest.fixture(scope="session")
 def built_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fixture checkpoint, exported and built for ort-cpu by the commands. Read only."""
-
-    def make(folder: Path) -> None:
-        _run("-m", "twotower.cli", "export", str(CHECKPOINT), "-o", str(folder / "bundle"))
-        _run("-m", "twotower.cli", "build", str(folder / "bundle"), "--target", "ort-cpu")
-
-    return made_once(tmp_path_factory, "built", make) / "bundle"
+    return _made_by_commands(tmp_path_factory, "built", CHECKPOINT)
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained model that comes along, exported and built for ort-cpu. Read only."""
+    return _made_by_commands(tmp_path_factory, "tiny", TINY, "--no-verify")
 
+
+def _made_by_commands(
+    factory: pytest.TempPathFactory, name: str, checkpoint: Path, *words: str
+) -> Path:
     def make(folder: Path) -> None:
-        _run("-m", "twotower.cli", "export", str(TINY), "-o", str(folder / "bundle"), "--no-verify")
-        _run("-m", "twotower.cli", "build", str(folder / "bundle"), "--target", "ort-cpu")
+        bundle = str(folder / "bundle")
+        _run("-m", "twotower.cli", "export", str(checkpoint), "-o", bundle, *words)
+        _run("-m", "twotower.cli", "build", bundle, "--target", "ort-cpu")
 
-    return made_once(tmp_path_factory, "tiny", make) / "bundle"
+    return made_once(factory, name, make) / "bundle"
 
 
 @pytest.fixture(scope="session")

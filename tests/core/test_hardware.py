@@ -22,22 +22,14 @@ def machine(*gpus: Gpu, **libraries: str) -> Machine:
 @pytest.mark.parametrize(
     ("here", "built", "want"),
     [
-        (Machine("t", 8, 1, (RTX4090,), ALL), TARGETS, "trt"),
-        (Machine("t", 8, 1, (RTX4090,), ALL), ("rtx", "ort-cpu"), "rtx"),
-        (Machine("t", 8, 1, (H100,), ALL), ("rtx", "ort-cuda"), "ort-cuda"),
-        (
-            Machine("t", 8, 1, (RTX4090,), ALL),
-            {"trt": (90,), "rtx": (86, 89), "ort-cpu": ()},
-            "rtx",
-        ),
-        (
-            Machine("t", 8, 1, (RTX4090,), ALL),
-            {"rtx": (120,), "ort-cuda": (), "ort-cpu": ()},
-            "ort-cuda",
-        ),
-        (Machine("t", 8, 1, (H100, RTX4090), ALL), {"rtx": (89,), "ort-cpu": ()}, "rtx"),
-        (Machine("t", 8, 1, (), ALL), TARGETS, "ort-cpu"),
-        (Machine("t", 8, 1, (), {"onnxruntime": "1.32"}), ("ort-cpu",), "ort-cpu"),
+        (machine(RTX4090, **ALL), TARGETS, "trt"),
+        (machine(RTX4090, **ALL), ("rtx", "ort-cpu"), "rtx"),
+        (machine(H100, **ALL), ("rtx", "ort-cuda"), "ort-cuda"),
+        (machine(RTX4090, **ALL), {"trt": (90,), "rtx": (86, 89), "ort-cpu": ()}, "rtx"),
+        (machine(RTX4090, **ALL), {"rtx": (120,), "ort-cuda": (), "ort-cpu": ()}, "ort-cuda"),
+        (machine(H100, RTX4090, **ALL), {"rtx": (89,), "ort-cpu": ()}, "rtx"),
+        (machine(**ALL), TARGETS, "ort-cpu"),
+        (machine(onnxruntime="1.32"), ("ort-cpu",), "ort-cpu"),
     ],
 )
 def test_best_target_that_fits(

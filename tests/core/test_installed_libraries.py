@@ -44,14 +44,10 @@ def path(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_one_in_front_is_the_library(
     tmp_path: Path, path: list[str], first: str, listed: bool
 ) -> None:
-    folders = {
-        name: str(install(tmp_path / name, name, f"1.3{i}", listed=listed))
-        for i, name in enumerate(NAMES[1:])
-    }
-    path += [folders.pop(first), *folders.values()]
-    assert installed_libraries(NAMES) == {
-        first: {"onnxruntime": "1.30", "onnxruntime-gpu": "1.31"}[first]
-    }
+    versions = {"onnxruntime": "1.30", "onnxruntime-gpu": "1.31"}
+    for name in sorted(versions, key=lambda name: name != first):
+        path += [str(install(tmp_path / name, name, versions[name], listed=listed))]
+    assert installed_libraries(NAMES) == {first: versions[first]}
     here = probe_machine()
     assert here.conflict is None
     assert select_target(here, ("ort-cpu",)).target == "ort-cpu"

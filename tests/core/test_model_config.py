@@ -36,12 +36,11 @@ def written(tmp_path: Path, **changes: Any) -> Path:
 
 
 def test_infinity_is_accepted_as_the_published_file_writes_it() -> None:
-    text = (FIXTURES / "hybrid-a" / "config.json").read_text()
-    assert "Infinity" in text
-    assert read_model_config(FIXTURES / "hybrid-a" / "config.json").time_step_limit == (
-        0.0,
-        math.inf,
-    )
+    path = FIXTURES / "hybrid-a" / "config.json"
+    assert "Infinity" in path.read_text()
+    assert read_model_config(path).time_step_limit == (0.0, math.inf)
+    nulls = {**PUBLISHED, "n_group": None, "time_step_limit": None}
+    assert parse_model_config(nulls, "config").time_step_limit == (0.0, math.inf)
 
 
 def test_layers_block_type_means_the_same_as_the_pattern(tmp_path: Path) -> None:
@@ -69,6 +68,19 @@ def test_layers_block_type_means_the_same_as_the_pattern(tmp_path: Path) -> None
         ({"n_group": 3}, "n_group=3"),
         ({"torch_dtype": "float8"}, "float8"),
         ({"vocab_size": 3}, "mask_token_id=3"),
+        ({"time_step_limit": 3}, "time_step_limit"),
+        ({"time_step_limit": [1]}, "time_step_limit"),
+        ({"time_step_limit": ["a", "b"]}, "time_step_limit"),
+        ({"time_step_limit": [2, 1]}, "time_step_limit"),
+        ({"torch_dtype": ["float32"]}, "dtype"),
+        ({"layers_block_type": [["mamba"]], "hybrid_override_pattern": None}, "at layer 0"),
+        ({"architectures": 5}, "architectures 5"),
+        ({"eos_token_id": ["two"]}, "eos_token_id"),
+        ({"eos_token_id": [2, 10**6]}, "outside the vocabulary"),
+        ({"routed_scaling_factor": "high"}, "routed_scaling_factor"),
+        ({"norm_topk_prob": 3}, "norm_topk_prob"),
+        ({"num_key_value_heads": "two"}, "num_key_value_heads"),
+        ({"n_shared_experts": [1]}, "n_shared_experts"),
     ],
 )
 def test_unusable_fields_are_named(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
@@ -87,7 +99,7 @@ def test_all_unusable_fields_are_named_at_once(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 200_000])
 def test_what_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError):
@@ -107,53 +119,14 @@ def test_json_form_reads_back_and_names_unknown_keys(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", ["hybrid-a", "hybrid-b"])
 def test_tensor_table_is_the_fixtures_own(folder: str) -> None:
-    path = FIXTURES / folder
-    stored = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
-    table = expected_tensors(read_model_config(path / "config.json"))
-    assert set(table) == set(stored)
-
-
-def test_roles_and_towers_split_the_table() -> None:
-    config = read_model_config(FIXTURES / "hybrid-a" / "config.json")
+    stored = json.loads((FIXTURES / folder / "model.safetensors.index.json").read_text())
+    config = read_model_config(FIXTURES / folder / "config.json")
     table = expected_tensors(config)
+    assert set(table) == set(stored["weight_map"])
     assert {t.tower for t in table.values()} == set(Tower)
-    assert sum(t.role is Role.ROUTED_EXPERT for t in table.values()) == 2 * 2 * 8 * len(
-        config.indices(LayerKind.MOE)
-    )
+    experts = 2 * 2 * config.n_routed_experts * len(config.indices(LayerKind.MOE))
+    assert sum(t.role is Role.ROUTED_EXPERT for t in table.values()) == experts
     assert all(t.tower is Tower.DENOISER for t in table.values() if t.role is Role.CONDITIONING)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"time_step_limit": 3}, "time_step_limit"),
-        ({"time_step_limit": [1]}, "time_step_limit"),
-        ({"time_step_limit": ["a", "b"]}, "time_step_limit"),
-        ({"time_step_limit": [2, 1]}, "time_step_limit"),
-        ({"torch_dtype": ["float32"]}, "dtype"),
-        (
-            {
-                "layers_block_type": [["mamba"]],
-                "hybrid_override_pattern": None,
-                "num_hidden_layers": 1,
-            },
-            "at layer 0",
-        ),
-        ({"architectures": 5}, "architectures 5"),
-        ({"eos_token_id": ["two"]}, "eos_token_id"),
-        ({"eos_token_id": [2, 10**6]}, "outside the vocabulary"),
-        ({"routed_scaling_factor": "high"}, "routed_scaling_factor"),
-        ({"norm_topk_prob": 3}, "norm_topk_prob"),
-        ({"num_key_value_heads": "two"}, "num_key_value_heads"),
-        ({"n_shared_experts": [1]}, "n_shared_experts"),
-    ],
-)
-def test_any_json_value_in_any_field_is_named_and_not_computed_with(
-    tmp_path: Path, changes: dict[str, Any], named: str
-) -> None:
-    with pytest.raises(ConfigError) as caught:
-        read_model_config(written(tmp_path, **changes))
-    assert named in str(caught.value)
 
 
 @pytest.mark.slow
@@ -164,16 +137,3 @@ def test_no_value_of_a_field_raises_anything_else(field: str, value: Any) -> Non
     except ConfigError as e:
         assert e.found
         assert e.do
-
-
-def test_json_nested_too_deeply_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_text("[" * 200_000)
-    with pytest.raises(ConfigError, match="not JSON"):
-        read_model_config(path)
-
-
-def test_null_means_the_default() -> None:
-    assert parse_model_config(
-        {**PUBLISHED, "n_group": None, "time_step_limit": None}, "config"
-    ).time_step_limit == (0.0, math.inf)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.helpers.errors import check_error
-from twotower.cli.main import main
 
 
 class Output(NamedTuple):
@@ -26,6 +25,8 @@ class Commands:
 
     def __call__(self, *words: str | Path, code: int = 0) -> Output:
         """Runs a command and checks its exit code."""
+        from twotower.cli.main import main
+
         line = " ".join(word if isinstance(word, str) else shlex.quote(str(word)) for word in words)
         self._capsys.readouterr()
         exited = main(shlex.split(line))

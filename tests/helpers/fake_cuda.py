@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import wraps
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +49,33 @@ class CudaRefusedError(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
+
+
+_FREES = {
+    "cudaFree": "_blocks",
+    "cudaFreeHost": "_blocks",
+    "cudaStreamDestroy": "_streams",
+    "cudaEventDestroy": "_events",
+    "cudaGraphDestroy": "_graphs",
+    "cudaGraphExecDestroy": "_execs",
+}
+"""Call -> the table of what it frees, by its first argument."""
+
+
+def _call(act: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the library that does something, unless the call is to fail."""
+    name = act.__name__
+
+    @wraps(act)
+    def called(self: FakeCuda, *arguments: Any) -> tuple[int, Any]:
+        freed = getattr(self, _FREES[name]) if name in _FREES else None
+        assert freed is None or arguments[0] in freed, "freed twice, or never made"
+        code, answer = self._answer(name, lambda: act(self, *arguments))
+        if self.broken and freed is not None:
+            freed.pop(arguments[0], None)
+        return code, answer
+
+    return called
 
 
 @dataclass
@@ -200,9 +228,6 @@ class FakeCuda(FakeKernels):
 
     # The functions of the library: each returns a tuple that starts with an error code.
 
-    def cudaGetDeviceCount(self) -> tuple[int, int]:
-        return self._answer("cudaGetDeviceCount", lambda: self._devices)
-
     def cudaDriverGetVersion(self) -> tuple[int, int]:
         return _OK, 12040
 
@@ -215,55 +240,49 @@ class FakeCuda(FakeKernels):
     def cudaGetLastError(self) -> tuple[int]:
         return (self.broken,)
 
-    def cudaSetDevice(self, device: int) -> tuple[int]:
-        assert 0 <= device < self._devices
-        return self._answer("cudaSetDevice", lambda: setattr(self._local, "device", device))[:1]
-
     def cudaMemGetInfo(self) -> tuple[int, int, int]:
         code, free = self._answer("cudaMemGetInfo", lambda: self._free(self.current))
         return code, free or 0, self._memory
 
-    def cudaDeviceEnablePeerAccess(self, other: int, flags: int) -> tuple[int]:
+    @_call
+    def cudaGetDeviceCount(self) -> int:
+        return self._devices
+
+    @_call
+    def cudaSetDevice(self, device: int) -> None:
+        assert 0 <= device < self._devices
+        self._local.device = device
+
+    @_call
+    def cudaDeviceEnablePeerAccess(self, other: int, flags: int) -> None:
         assert other != self.current
-        return self._answer("cudaDeviceEnablePeerAccess", lambda: None)[:1]
 
-    def cudaMalloc(self, size: int) -> tuple[int, int]:
-        def allocated() -> int:
-            self._forbid_in_capture()
-            if size > self._free(self.current):
-                raise CudaRefusedError(_OUT_OF_MEMORY)
-            return self._block(size, self.current)
+    @_call
+    def cudaMalloc(self, size: int) -> int:
+        self._forbid_in_capture()
+        if size > self._free(self.current):
+            raise CudaRefusedError(_OUT_OF_MEMORY)
+        return self._block(size, self.current)
 
-        return self._answer("cudaMalloc", allocated)
+    @_call
+    def cudaHostAlloc(self, size: int, flags: int) -> int:
+        self._forbid_in_capture()
+        return self._block(size, None)
 
-    def cudaFree(self, address: int) -> tuple[int, None]:
-        assert address in self._blocks, "freed twice, or never allocated"
-        return self._answer(
-            "cudaFree", lambda: self._freed(address), lets_go=(self._blocks, address)
-        )
+    @_call
+    def cudaFree(self, address: int) -> None:
+        self._freed(address)
 
-    def cudaHostAlloc(self, size: int, flags: int) -> tuple[int, int]:
-        def allocated() -> int:
-            self._forbid_in_capture()
-            return self._block(size, None)
+    @_call
+    def cudaFreeHost(self, address: int) -> None:
+        self._freed(address)
 
-        return self._answer("cudaHostAlloc", allocated)
-
-    def cudaFreeHost(self, address: int) -> tuple[int, None]:
-        assert address in self._blocks, "freed twice, or never allocated"
-        return self._answer(
-            "cudaFreeHost", lambda: self._freed(address), lets_go=(self._blocks, address)
-        )
-
-    def cudaMemcpyAsync(
-        self, target: int, source: int, size: int, kind: int, stream: int
-    ) -> tuple[int, None]:
+    @_call
+    def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> None:
         self.device_of(target, size), self.device_of(source, size)
-        return self._answer(
-            "cudaMemcpyAsync",
-            lambda: self.enqueue(stream, lambda: ctypes.memmove(target, source, size) and None),
-        )
+        self.enqueue(stream, lambda: ctypes.memmove(target, source, size) and None)
 
+    @_call
     def cudaMemcpy2DAsync(
         self,
         target: int,
@@ -274,7 +293,7 @@ class FakeCuda(FakeKernels):
         rows: int,
         kind: int,
         stream: int,
-    ) -> tuple[int, None]:
+    ) -> None:
         spans = [(rows - 1) * pitch + width for pitch in (to_pitch, from_pitch)]
         assert self.device_of(target, spans[0]) == self.device_of(source, spans[1]), (
             "rows are copied within a device only"
@@ -284,102 +303,80 @@ class FakeCuda(FakeKernels):
             for row in range(rows):
                 ctypes.memmove(target + row * to_pitch, source + row * from_pitch, width)
 
-        return self._answer("cudaMemcpy2DAsync", lambda: self.enqueue(stream, op))
+        self.enqueue(stream, op)
 
-    def cudaMemsetAsync(self, address: int, value: int, size: int, stream: int) -> tuple[int, None]:
+    @_call
+    def cudaMemsetAsync(self, address: int, value: int, size: int, stream: int) -> None:
         self.device_of(address, size)
-        return self._answer(
-            "cudaMemsetAsync",
-            lambda: self.enqueue(stream, lambda: ctypes.memset(address, value, size) and None),
-        )
+        self.enqueue(stream, lambda: ctypes.memset(address, value, size) and None)
 
+    @_call
     def cudaMemset2DAsync(
         self, address: int, pitch: int, value: int, width: int, rows: int, stream: int
-    ) -> tuple[int, None]:
+    ) -> None:
         self.device_of(address, (rows - 1) * pitch + width)
 
         def op() -> None:
             for row in range(rows):
                 ctypes.memset(address + row * pitch, value, width)
 
-        return self._answer("cudaMemset2DAsync", lambda: self.enqueue(stream, op))
+        self.enqueue(stream, op)
 
-    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
-        return self._answer(
-            "cudaStreamCreateWithFlags", lambda: self._new(self._streams, _Stream(self.current))
-        )
+    @_call
+    def cudaStreamCreateWithFlags(self, flags: int) -> int:
+        return self._new(self._streams, _Stream(self.current))
 
-    def cudaStreamDestroy(self, stream: int) -> tuple[int, None]:
-        def destroyed() -> None:
-            self._run(stream, len(self._streams[stream].ops))
-            self._streams.pop(self._streams.pop(stream).aside, None)
+    @_call
+    def cudaStreamDestroy(self, stream: int) -> None:
+        self._run(stream, len(self._streams[stream].ops))
+        self._streams.pop(self._streams.pop(stream).aside, None)
 
-        assert stream in self._streams, "destroyed twice, or never made"
-        return self._answer("cudaStreamDestroy", destroyed, lets_go=(self._streams, stream))
+    @_call
+    def cudaStreamSynchronize(self, stream: int) -> None:
+        capture = self._streams[stream].capture
+        if capture is not None:  # whoever captures: a capture is of the stream
+            capture.broken = True
+            raise CudaRefusedError(_UNSUPPORTED)
+        self._forbid_in_capture()
+        self._run(stream, len(self._streams[stream].ops))
 
-    def cudaStreamSynchronize(self, stream: int) -> tuple[int, None]:
-        def waited() -> None:
-            capture = self._streams[stream].capture
-            if capture is not None:  # whoever captures: a capture is of the stream
-                capture.broken = True
-                raise CudaRefusedError(_UNSUPPORTED)
-            self._forbid_in_capture()
-            self._run(stream, len(self._streams[stream].ops))
+    @_call
+    def cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> None:
+        s, at = self._streams[stream], self._events[event].at
+        if s.capture is not None:  # a captured pass waits for nothing outside it
+            s.capture.broken = True
+            raise CudaRefusedError(_ISOLATION)
+        if at is not None:
+            s.ops.append(at)
 
-        return self._answer("cudaStreamSynchronize", waited)
+    @_call
+    def cudaEventCreateWithFlags(self, flags: int) -> int:
+        return self._new(self._events, _Event(self.current, flags))
 
-    def cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[int, None]:
-        def enqueued() -> None:
-            s, at = self._streams[stream], self._events[event].at
-            if s.capture is not None:  # a captured pass waits for nothing outside it
-                s.capture.broken = True
-                raise CudaRefusedError(_ISOLATION)
-            if at is not None:
-                s.ops.append(at)
+    @_call
+    def cudaEventDestroy(self, event: int) -> None:
+        del self._events[event]
 
-        return self._answer("cudaStreamWaitEvent", enqueued)
-
-    def cudaEventCreateWithFlags(self, flags: int) -> tuple[int, int]:
-        return self._answer(
-            "cudaEventCreateWithFlags", lambda: self._new(self._events, _Event(self.current, flags))
-        )
-
-    def cudaEventDestroy(self, event: int) -> tuple[int, None]:
-        assert event in self._events, "destroyed twice, or never made"
-        return self._answer(
-            "cudaEventDestroy",
-            lambda: self._events.pop(event) and None,
-            lets_go=(self._events, event),
-        )
-
-    def cudaEventRecord(self, event: int, stream: int) -> tuple[int, None]:
+    @_call
+    def cudaEventRecord(self, event: int, stream: int) -> None:
         s = self._streams[stream]
         assert self._events[event].device == s.device, (
             "an event is recorded on a stream of its own device"
         )
         assert s.capture is None
+        self._events[event].at = (stream, len(s.ops))
 
-        def recorded() -> None:
-            self._events[event].at = (stream, len(s.ops))
+    @_call
+    def cudaEventSynchronize(self, event: int) -> None:
+        self._forbid_in_capture()
+        at = self._events[event].at
+        if at is not None:
+            self._run(*at)
 
-        return self._answer("cudaEventRecord", recorded)
-
-    def cudaEventSynchronize(self, event: int) -> tuple[int, None]:
-        def waited() -> None:
-            self._forbid_in_capture()
-            at = self._events[event].at
-            if at is not None:
-                self._run(*at)
-
-        return self._answer("cudaEventSynchronize", waited)
-
-    def cudaStreamBeginCapture(self, stream: int, mode: _Mode) -> tuple[int, None]:
+    @_call
+    def cudaStreamBeginCapture(self, stream: int, mode: _Mode) -> None:
         assert mode is _Mode.THREAD_LOCAL
-
-        def begun() -> None:
-            self._streams[stream].capture = _Capture(threading.get_ident())
-
-        return self._answer("cudaStreamBeginCapture", begun)
+        self._streams[stream].capture = _Capture(threading.get_ident())
 
     def cudaStreamEndCapture(self, stream: int) -> tuple[int, int]:
         capture, self._streams[stream].capture = self._streams[stream].capture, None
@@ -394,42 +391,29 @@ class FakeCuda(FakeKernels):
 
         return self._answer("cudaStreamEndCapture", ended)
 
-    def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[int, int]:
-        def made() -> int:
-            return self._new(self._execs, (self.current, list(self._graphs[graph])))
+    @_call
+    def cudaGraphInstantiate(self, graph: int, flags: int) -> int:
+        return self._new(self._execs, (self.current, list(self._graphs[graph])))
 
-        return self._answer("cudaGraphInstantiate", made)
+    @_call
+    def cudaGraphDestroy(self, graph: int) -> None:
+        del self._graphs[graph]
 
-    def cudaGraphDestroy(self, graph: int) -> tuple[int, None]:
-        return self._answer(
-            "cudaGraphDestroy",
-            lambda: self._graphs.pop(graph) and None,
-            lets_go=(self._graphs, graph),
-        )
+    @_call
+    def cudaGraphExecDestroy(self, graph: int) -> None:
+        del self._execs[graph]
 
-    def cudaGraphExecDestroy(self, graph: int) -> tuple[int, None]:
-        return self._answer(
-            "cudaGraphExecDestroy",
-            lambda: self._execs.pop(graph) and None,
-            lets_go=(self._execs, graph),
-        )
-
-    def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[int, None]:
+    @_call
+    def cudaGraphLaunch(self, graph: int, stream: int) -> None:
         device, ops = self._execs[graph]
         assert device == self._streams[stream].device
-
-        def launch() -> None:
-            for op in ops:
-                self.enqueue(stream, op)
-
-        return self._answer("cudaGraphLaunch", launch)
+        for op in ops:
+            self.enqueue(stream, op)
 
     # How it works.
 
-    def _answer(
-        self, name: str, act: Callable[[], Any], lets_go: tuple[dict[int, Any], int] | None = None
-    ) -> Any:
-        """Does what a call does, unless it fails; `lets_go` is what it frees, and its table."""
+    def _answer(self, name: str, act: Callable[[], Any]) -> Any:
+        """Does what a call does, unless it fails."""
         with self._lock:
             self.calls.append(name)
             self.counts[name] += 1
@@ -443,8 +427,6 @@ class FakeCuda(FakeKernels):
                     return _OK, act()
                 except CudaRefusedError as e:
                     return e.code, None
-            if self.broken and lets_go is not None:
-                lets_go[0].pop(lets_go[1], None)
             return code, None
 
     def _forbid_in_capture(self) -> None:
