@@ -45,12 +45,8 @@ def test_every_figure_is_the_one_the_model_produced() -> None:
     _, report = evaluated(defaults=GenerationConfig(confidence_threshold=0.9))
     right = sum(difficulty(p) <= 0.9 for p in PROBLEMS)
     total = report["settings"][DEFAULT]["total"]
-    assert (total["problems"], total["right"], total["lost"], total["won"]) == (
-        120,
-        right,
-        120 - right,
-        0,
-    )
+    counts = [total[key] for key in ("problems", "right", "lost", "won")]
+    assert counts == [120, right, 120 - right, 0]
     assert total["retention"]["value"] == pytest.approx(100 * right / 120, abs=1e-4)
     assert total["passes_per_block"] == 10
     assert total["tokens_per_pass"] == 1
@@ -58,35 +54,25 @@ def test_every_figure_is_the_one_the_model_produced() -> None:
     assert total["tokens_per_second"] == pytest.approx(1000 * 20 / ms, abs=0.01)
     assert total["speedup"]["value"] == pytest.approx(20 * AR_MS / ms, abs=1e-4)
     ar = report["settings"][AR]["total"]
-    assert (
-        ar["right"],
-        ar["retention"]["value"],
-        ar["speedup"]["value"],
-        ar["passes_per_block"],
-    ) == (120, 100, 1, None)
+    assert (ar["right"], ar["passes_per_block"]) == (120, None)
+    assert (ar["retention"]["value"], ar["speedup"]["value"]) == (100, 1)
     assert set(report["settings"]) == {AR, DEFAULT, "0.5/2", "0.9/2", "0.5/16", "0.9/16"}
     assert report["settings"][DEFAULT]["kinds"]["sums"]["problems"] == 60
     assert report["settings"][DEFAULT]["lengths"]["out"]["problems"] == 12
     assert report["likelihood"]["nats_per_token"] == pytest.approx(0.375)
-    assert report["budget"] == {
-        "percent": 98.7,
-        "setting": DEFAULT,
-        "retention": total["retention"]["value"],
-        "met": False,
-    }
+    kept = {"setting": DEFAULT, "retention": total["retention"]["value"], "met": False}
+    assert report["budget"] == {"percent": 98.7, **kept}
     json.dumps(report, allow_nan=False)
 
 
 def test_all_settings_answer_every_problem_in_turn() -> None:
     model, _ = evaluated()
     counted = model.calls[2 * 6 :]  # after the warm-up
-    for i, asked in enumerate(PROBLEMS):
-        turn = counted[6 * i : 6 * i + 6]
+    turns = [counted[6 * i : 6 * i + 6] for i in range(len(PROBLEMS))]
+    for turn, asked in zip(turns, PROBLEMS, strict=True):
         assert {c[0] for c in turn} == {asked.prompt}
         assert len({c[1:] for c in turn}) == 5  # the default preset is one of the sweep here
-    assert len({tuple(c[1:] for c in counted[6 * i : 6 * i + 6]) for i in range(6)}) > 1, (
-        "the order changes"
-    )
+    assert len({tuple(c[1:] for c in turn) for turn in turns[:6]}) > 1, "the order changes"
 
 
 def test_what_is_sampled_is_sampled_alike_in_every_run_and_the_report_says_how() -> None:
@@ -101,9 +87,8 @@ def test_where_diffusion_loses_is_said() -> None:
     _, report = evaluated(defaults=GenerationConfig(confidence_threshold=0.9))
     assert [kind.split()[0] for kind in where_it_loses(report)] == ["sums", "words"]
     assert "runs at 0.48x" in where_it_loses(report)[0]
-    _, report = evaluated(
-        defaults=GenerationConfig(confidence_threshold=0.9, steps_per_block=2), wrong_below=1.0
-    )
+    fast = GenerationConfig(confidence_threshold=0.9, steps_per_block=2)
+    _, report = evaluated(defaults=fast, wrong_below=1.0)
     assert where_it_loses(report) == []
 
 
@@ -131,19 +116,15 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     hits = 0
     for seed in range(400):
         right = rng.random(200) < 0.8
-        interval = Resampler(200, draws=400, seed=seed).interval(
-            lambda a, b: a / b, right, np.ones(200)
-        )
+        resampler = Resampler(200, draws=400, seed=seed)
+        interval = resampler.interval(lambda a, b: a / b, right, np.ones(200))
         hits += interval.low <= 0.8 <= interval.high
     assert 0.92 <= hits / 400 <= 0.975
 
 
-def test_a_ratio_without_a_denominator_has_no_interval() -> None:
+def test_intervals_need_a_denominator_and_are_the_same_for_the_same_answers() -> None:
     interval = Resampler(5).interval(lambda a, b: a / b, np.ones(5), np.zeros(5))
     assert interval.to_json() == {"value": None, "low": None, "high": None}
-
-
-def test_the_same_answers_have_the_same_intervals() -> None:
     right = np.arange(50) % 3 > 0
     one, two = (Resampler(50).interval(lambda a, b: a / b, right, np.ones(50)) for _ in range(2))
     assert one == two
@@ -153,26 +134,24 @@ def test_the_same_answers_have_the_same_intervals() -> None:
 def test_tuning_finds_the_fastest_inside_the_budget_and_checks_it_elsewhere() -> None:
     thresholds = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
     model = FakeModel(PROBLEMS, wrong_below=0.2)
-    tuned = tune(
-        model, SUITE, TuneConfig(budget=95, loose=30, thresholds=thresholds, steps=(4, 16))
-    )  # type: ignore[arg-type]
+    config = TuneConfig(budget=95, loose=30, thresholds=thresholds, steps=(4, 16))
+    tuned = tune(model, SUITE, config)  # type: ignore[arg-type]
     first, second = SUITE.halves()
 
     def kept(problems: tuple[Any, ...], threshold: float) -> float:
         return 100 * sum(difficulty(p) <= threshold + 0.2 for p in problems) / len(problems)
 
-    fitting = [
-        t for t in thresholds if all(kept(first.problems, u) >= 95 for u in thresholds if u >= t)
-    ]
+    def lowest(budget: float) -> float:
+        """The lowest threshold that keeps it, as all above it do."""
+        wrong = [t for t in thresholds if kept(first.problems, t) < budget]
+        return min(t for t in thresholds if t > max(wrong, default=0))
+
     balanced = tuned.presets["balanced"]
-    assert (balanced.confidence_threshold, balanced.steps_per_block) == (fitting[0], 4)
+    assert (balanced.confidence_threshold, balanced.steps_per_block) == (lowest(95), 4)
     checked = tuned.report["presets"]["balanced"]["check"]["retention"]["value"]
-    assert checked == pytest.approx(kept(second.problems, fitting[0]), abs=1e-4)
+    assert checked == pytest.approx(kept(second.problems, lowest(95)), abs=1e-4)
     assert tuned.holds is (checked >= 95)
-    loose = [
-        t for t in thresholds if all(kept(first.problems, u) >= 65 for u in thresholds if u >= t)
-    ]
-    assert tuned.presets["fast"].confidence_threshold == loose[0] < fitting[0]
+    assert tuned.presets["fast"].confidence_threshold == lowest(65) < lowest(95)
     most = max(kept(first.problems, t) for t in thresholds)
     assert kept(first.problems, tuned.presets["quality"].confidence_threshold) == most
     assert {p.max_new_tokens for p in tuned.presets.values()} == {GenerationConfig().max_new_tokens}

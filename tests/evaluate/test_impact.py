@@ -46,10 +46,8 @@ def figures(count: int, *, right: int, nfe: int, blocks: int, ms: float) -> Meas
 
 def test_ratios_of_known_figures() -> None:
     """A pass twice as fast, half as many more of them: a third faster is what is left."""
-    before, after = (
-        figures(100, right=100, nfe=4, blocks=2, ms=40),
-        figures(100, right=97, nfe=6, blocks=2, ms=30),
-    )
+    before = figures(100, right=100, nfe=4, blocks=2, ms=40)
+    after = figures(100, right=97, nfe=6, blocks=2, ms=30)
     after.texts[0] = "another"
     result = compared(after, before)
     assert result["retention"]["value"] == pytest.approx(97)
@@ -65,11 +63,12 @@ def test_flags_name_the_budget_that_is_broken() -> None:
     config = ImpactConfig(budget=98.7, max_inflation=5)
     good = {"retention": {"value": 98.7}, "inflation": {"value": 1.05}}
     assert flags_of(good, config) == []
-    assert (
-        "below the budget of 98.7 %" in flags_of({**good, "retention": {"value": 98.6}}, config)[0]
-    )
-    assert "needs 7.0 % more passes" in flags_of({**good, "inflation": {"value": 1.07}}, config)[0]
-    assert len(flags_of({"retention": {"value": None}, "inflation": {"value": None}}, config)) == 2
+    none = {"value": None}
+    (flag,) = flags_of({**good, "retention": {"value": 98.6}}, config)
+    assert "below the budget of 98.7 %" in flag
+    (flag,) = flags_of({**good, "inflation": {"value": 1.07}}, config)
+    assert "needs 7.0 % more passes" in flag
+    assert len(flags_of({"retention": none, "inflation": none}, config)) == 2
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +83,8 @@ def mixed(tiny_bundle: Path, folder: Path) -> Bundle:
 
 def written(model: TwoTower) -> Any:
     steps: list[Any] = []
-    tokens = model.generate(
-        PROMPT, GenerationConfig(max_new_tokens=48), on_step=steps.append
-    ).tokens
+    config = GenerationConfig(max_new_tokens=48)
+    tokens = model.generate(PROMPT, config, on_step=steps.append).tokens
     return tokens, np.concatenate([s.confidence for s in steps])
 
 
@@ -107,15 +105,8 @@ def test_parts_alone_differ_from_both_and_take_no_disk(
     tiny_bundle: Path, mixed: Bundle, tmp_path: Path
 ) -> None:
     parts = dict(parts_alone(mixed))
-    assert list(parts) == [
-        "embedding",
-        "mamba",
-        "attention",
-        "routed_expert",
-        "head",
-        "context tower",
-        "denoiser tower",
-    ]
+    kinds = ["embedding", "mamba", "attention", "routed_expert", "head"]
+    assert list(parts) == [*kinds, "context tower", "denoiser tower"]
     variants = Variants(Bundle.open(tiny_bundle), [mixed], tmp_path)
     with TwoTower.open(tiny_bundle) as model:
         exact = written(model)[1]
@@ -124,15 +115,10 @@ def test_parts_alone_differ_from_both_and_take_no_disk(
             confidence = written(variant)[1]
             assert len(confidence) != len(exact) or not np.array_equal(confidence, exact)
     assert sum(p.stat().st_size for p in tmp_path.iterdir()) < 2_000_000, "graphs, no weights"
+    experts = parts["routed_expert"].weights
+    other = Precision({name: replace(how, group=64) for name, how in experts.items()})
     with pytest.raises(ConfigError, match="no bundle holds"):
-        variants.open(
-            Precision(
-                {
-                    name: replace(how, group=64)
-                    for name, how in parts["routed_expert"].weights.items()
-                }
-            )
-        )
+        variants.open(other)
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +141,7 @@ def test_the_report_has_everything(
     weights = report["bytes"]["weights"]
     assert weights["after"] < 0.4 * weights["before"] and weights["bfloat16"] < weights["before"]
     again = bytes_report(mixed, Bundle.open(tiny_bundle))
-    assert (report["bytes"]["weights"], report["bytes"]["kinds"]) == (
-        again["weights"],
-        again["kinds"],
-    )
+    assert all(report["bytes"][key] == again[key] for key in ("weights", "kinds"))
     kinds = report["bytes"]["kinds"]
     assert kinds["router"]["before"] == kinds["router"]["after"] > 0
     assert kinds["routed_expert"]["after"] < 0.2 * kinds["routed_expert"]["before"]
@@ -169,14 +152,8 @@ def test_the_report_has_everything(
 @pytest.mark.slow
 def test_lines_and_page_show_it(report: dict[str, Any]) -> None:
     lines = "\n".join(impact_lines(report))
-    for word in (
-        "quantized ar",
-        "passes/block",
-        "denoiser tower",
-        "of bfloat16",
-        "inside the budget",
-    ):
-        assert word in lines
+    words = ("quantized ar", "passes/block", "denoiser tower", "of bfloat16", "inside the budget")
+    assert all(word in lines for word in words)
     svg, png = draw_sensitivity(report)
     page = impact_page(report, svg, model="m")
     assert png.startswith(b"\x89PNG") and "all together" in svg
@@ -224,15 +201,12 @@ def test_the_choice_is_inside_its_budget_and_says_how_it_came_about(
     assert recipe.weights["attention"] == "int8"
     assert recipe.weights["head"] == recipe.weights["embedding"] == "int8", "never below 8 bits"
     alone = {(row["kind"], row["candidate"]): row for row in choice.report["alone"]}
-    assert (
-        alone["attention", "int4"]["retention"]["value"]
-        < alone["attention", "int8"]["retention"]["value"]
-    )
+    kept = {name: alone["attention", name]["retention"]["value"] for name in ("int4", "int8")}
+    assert kept["int4"] < kept["int8"]
     last = [tried for tried in choice.report["tried"] if tried["half"] == 0][-1]
     assert {"kinds", "layers", "retention", "inflation"} <= set(last)
-    assert choice.report["check"]["problems"] == len(
-        load_suite().only(limit=8).halves()[1].problems
-    )
+    checked = load_suite().only(limit=8).halves()[1]
+    assert choice.report["check"]["problems"] == len(checked.problems)
     assert json.loads(json.dumps(choice.report))
 
 
@@ -248,11 +222,7 @@ def test_a_budget_nothing_reaches_and_formats_there_are_not(
     monkeypatch.setattr(
         "twotower.evaluate.quantization.choose.flags_of", lambda facts, impact: ["never"]
     )
+    config = ChooseConfig(impact=ImpactConfig(max_new_tokens=16))
     with pytest.raises(BudgetError, match="no layer kind can be quantized") as caught:
-        choose(
-            Bundle.open(tiny_bundle),
-            load_suite().only(limit=2),
-            ChooseConfig(impact=ImpactConfig(max_new_tokens=16)),
-            tmp_path,
-        )
+        choose(Bundle.open(tiny_bundle), load_suite().only(limit=2), config, tmp_path)
     assert "--budget" in caught.value.do

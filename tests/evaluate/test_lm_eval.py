@@ -7,13 +7,13 @@ import math
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.helpers.processes import run_python
 from tests.helpers.source import ROOT
 from twotower.config import GenerationConfig
 from twotower.errors import ConfigError, RequestError
@@ -29,11 +29,16 @@ PROMPTS = [f"Q: {q}\nA:" for q in QUESTIONS]
 
 @pytest.fixture(scope="module")
 def adapter(tiny_bundle: Path) -> Any:
-    from twotower.evaluate.lm_eval_model import TwoTowerLM
-
-    model = TwoTowerLM(bundle=str(tiny_bundle), mode="ar", max_gen_toks=64, max_batch=2)
+    model = lm(bundle=str(tiny_bundle), mode="ar", max_gen_toks=64, max_batch=2)
     yield model
     model.model.close()
+
+
+def lm(**arguments: Any) -> Any:
+    """The class, imported only where its library is wanted."""
+    from twotower.evaluate.lm_eval_model import TwoTowerLM
+
+    return TwoTowerLM(**arguments)
 
 
 def instances(*arguments: tuple[Any, ...]) -> list[Any]:
@@ -123,10 +128,8 @@ def test_results_are_in_the_order_of_the_requests_and_in_the_cache(
 def test_diffusion_is_the_default_and_its_options_are_used(tiny_bundle: Path) -> None:
     from twotower.evaluate.lm_eval_model import TwoTowerLM
 
-    model = TwoTowerLM.create_from_arg_string(
-        f"bundle={tiny_bundle},threshold=0.5,steps=4,max_gen_toks=40",
-        {"batch_size": 1, "device": None},
-    )
+    options = f"bundle={tiny_bundle},threshold=0.5,steps=4,max_gen_toks=40"
+    model = TwoTowerLM.create_from_arg_string(options, {"batch_size": 1, "device": None})
     with model.model as session:
         want = GenerationConfig(confidence_threshold=0.5, steps_per_block=4, max_new_tokens=40)
         want = want.seeded()
@@ -140,17 +143,13 @@ def test_diffusion_is_the_default_and_its_options_are_used(tiny_bundle: Path) ->
 
 
 def test_a_repeated_request_is_another_sample_and_a_repeated_call_the_same(
-    adapter: Any,
-    tiny_bundle: Path,
+    adapter: Any, tiny_bundle: Path
 ) -> None:
-    from twotower.evaluate.lm_eval_model import TwoTowerLM
-
     hot = (PROMPTS[1], {"do_sample": True, "temperature": 9.0, "max_gen_toks": 12})
     texts = adapter.generate_until(instances(hot, hot, hot))
     assert len(set(texts)) == 3
     assert adapter.generate_until(instances(hot, hot, hot)) == texts
-    options = f"bundle={tiny_bundle},mode=ar,seed=1"
-    with TwoTowerLM.create_from_arg_string(options).model as other:
+    with lm(bundle=str(tiny_bundle), mode="ar", seed=1).model as other:
         config = GenerationConfig(mode="ar", temperature=9.0, max_new_tokens=12, seed=1)
         assert other.generate(PROMPTS[1], config).text == texts[1]
     cold = (PROMPTS[1], {"do_sample": False, "temperature": 9.0, "max_gen_toks": 12})
@@ -194,22 +193,15 @@ def test_a_tasks_options_are_honoured(
 def test_arguments_that_cannot_be_used_are_refused(
     tiny_bundle: Path, arguments: dict[str, Any], what: str
 ) -> None:
-    from twotower.evaluate.lm_eval_model import TwoTowerLM
-
     arguments = {k: str(tiny_bundle) if v == "B" else v for k, v in arguments.items()}
     with pytest.raises(ConfigError) as caught:
-        TwoTowerLM(**arguments)
+        lm(**arguments)
     assert what in str(caught.value)
 
 
-def test_a_bundle_without_a_tokenizer_is_refused(built_bundle: Path) -> None:
-    from twotower.evaluate.lm_eval_model import TwoTowerLM
-
+def test_what_cannot_be_honoured_is_refused(adapter: Any, built_bundle: Path) -> None:
     with pytest.raises(ConfigError, match="no tokenizer"):
-        TwoTowerLM(bundle=str(built_bundle))
-
-
-def test_options_that_cannot_be_honoured_are_refused(adapter: Any) -> None:
+        lm(bundle=str(built_bundle))
     for options, what in (
         ({"num_beams": 4}, "num_beams above 1"),
         ({"repetition_penalty": 1.2}, "repetition_penalty"),
@@ -259,33 +251,16 @@ def test_the_librarys_evaluation_of_every_kind(
         "target_delimiter": "",
     }
     exact = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    write = {"output_type": "generate_until", "doc_to_target": "gold", "metric_list": [exact]}
+    write["generation_kwargs"] = {"max_gen_toks": 24, "until": []}
+    choose = {"output_type": "multiple_choice", "doc_to_choice": "choices"}
+    whole_text = {"output_type": "loglikelihood_rolling", "doc_to_text": ""}
     tasks = [
-        {
-            "task": "write",
-            "output_type": "generate_until",
-            "doc_to_target": "gold",
-            "generation_kwargs": {"max_gen_toks": 24, "until": []},
-        },
-        {
-            "task": "choose",
-            "output_type": "multiple_choice",
-            "doc_to_choice": "choices",
-            "doc_to_target": "right",
-        },
-        {
-            "task": "whole",
-            "output_type": "loglikelihood_rolling",
-            "doc_to_text": "",
-            "doc_to_target": "{{prompt}}",
-        },
+        {**shared, **write, "task": "write"},
+        {**shared, **choose, "doc_to_target": "right", "task": "choose"},
+        {**shared, **whole_text, "doc_to_target": "{{prompt}}", "task": "whole"},
     ]
-    tasks[0]["metric_list"] = [exact]
-    found = lm_eval.simple_evaluate(
-        model=adapter,
-        tasks=[{**shared, **task} for task in tasks],
-        log_samples=True,
-        bootstrap_iters=0,
-    )
+    found = lm_eval.simple_evaluate(model=adapter, tasks=tasks, log_samples=True, bootstrap_iters=0)
     assert found["results"]["write"]["exact_match,none"] == 1
     assert found["results"]["choose"]["acc,none"] == 1
     samples = {
@@ -305,56 +280,37 @@ def test_the_librarys_evaluation_of_every_kind(
     )
 
 
-def run_offline(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
-    """The library's command line where every connection is refused."""
-    no_network = "import socket\ndef refuse(*_):\n    raise OSError('no network')\nsocket.socket.connect = refuse\n"
-    (folder / "sitecustomize.py").write_text(no_network)
-    (folder / "nltk" / "tokenizers" / "punkt_tab").mkdir(
-        parents=True
-    )  # only asked for, never read: this haystack has no sentences
-    offline = {
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "HF_HOME": str(folder / "hf"),
-        "NLTK_DATA": str(folder / "nltk"),
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "twotower.evaluate.lm_eval_model", *command],
-        env={
-            **os.environ,
-            **offline,
-            "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT / "src"))),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
+NO_NETWORK = """
+import socket
+def refuse(*_): raise OSError('no network')
+socket.socket.connect = refuse
+"""
+
+
+def run_offline(folder: Path, arguments: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """A task in the library's command line where every connection is refused.
+
+    RULER's needle in repeated text, which the library writes; it need not be found.
+    """
+    (folder / "sitecustomize.py").write_text(NO_NETWORK)
+    # Only asked for, never read: this haystack has no sentences.
+    (folder / "nltk" / "tokenizers" / "punkt_tab").mkdir(parents=True)
+    command = ["run", "--model", "twotower", "--model_args", arguments]
+    return run_python(
+        *("-m", "twotower.evaluate.lm_eval_model", *command, "--tasks", "niah_single_1", *words),
+        HF_HUB_OFFLINE="1",
+        HF_DATASETS_OFFLINE="1",
+        HF_HOME=str(folder / "hf"),
+        NLTK_DATA=str(folder / "nltk"),
+        PYTHONPATH=os.pathsep.join((str(folder), str(ROOT / "src"))),
     )
 
 
 def test_a_task_of_the_library_runs_without_a_network(tiny_bundle: Path, tmp_path: Path) -> None:
-    """RULER's needle in repeated text, which the library writes; it need not be found."""
-    arguments = (
-        f"bundle={tiny_bundle},tokenizer={ROOT / 'assets' / 'twotower-tiny'},max_gen_toks=16"
-    )
-    command = [
-        "run",
-        "--model",
-        "twotower",
-        "--model_args",
-        arguments,
-        "--tasks",
-        "niah_single_1",
-        "--limit",
-        "3",
-    ]
-    command += [
-        "--metadata",
-        '{"max_seq_lengths": [700]}',
-        "--output_path",
-        str(tmp_path / "out"),
-        "--log_samples",
-    ]
-    done = run_offline(tmp_path, command)
+    tokenizer = ROOT / "assets" / "twotower-tiny"
+    arguments = f"bundle={tiny_bundle},tokenizer={tokenizer},max_gen_toks=16"
+    words = ["--limit", "3", "--metadata", '{"max_seq_lengths": [700]}', "--log_samples"]
+    done = run_offline(tmp_path, arguments, *words, "--output_path", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "niah_single_1" in done.stdout
     (samples,) = (tmp_path / "out").rglob("samples_niah_single_1*.jsonl")
@@ -363,16 +319,7 @@ def test_a_task_of_the_library_runs_without_a_network(tiny_bundle: Path, tmp_pat
 
 
 def test_what_a_user_can_cause_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
-    command = [
-        "run",
-        "--model",
-        "twotower",
-        "--model_args",
-        f"bundle={tmp_path / 'none'}",
-        "--tasks",
-        "niah_single_1",
-    ]
-    done = run_offline(tmp_path, command)
+    done = run_offline(tmp_path, f"bundle={tmp_path / 'none'}")
     assert done.returncode == 2
     assert "is not a bundle" in done.stderr
     assert "Traceback" not in done.stderr
