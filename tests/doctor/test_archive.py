@@ -13,6 +13,12 @@ from twotower.doctor import Archive, device_page, merge_results, page_name, read
 from twotower.doctor.scrub import Scrubber
 from twotower.errors import ConfigError
 
+RATES = {
+    "title": "Rates",
+    "head": ["", "GB/s"],
+    "rows": [["a | b", 1.5], ["c", True]],
+    "note": "N.",
+}
 OK: dict[str, Any] = {
     "question": "What is it?",
     "state": "ok",
@@ -20,14 +26,7 @@ OK: dict[str, Any] = {
     "answers": {
         "facts": {"GPUs": "NVIDIA Thing, SM 90, 80 GiB", "driver": "580.1"},
         "summary": ["copy 3000 GB/s"],
-        "tables": [
-            {
-                "title": "Rates",
-                "head": ["", "GB/s"],
-                "rows": [["a | b", 1.5], ["c", True]],
-                "note": "N.",
-            }
-        ],
+        "tables": [RATES],
     },
 }
 STOPPED: dict[str, Any] = {
@@ -61,11 +60,8 @@ def test_an_archive_is_whole_after_every_section(tmp_path: Path) -> None:
     assert first["sections"] == {"machine": OK}
     archive.add("b", {**STOPPED, "last_words": [f"at {work}/x"]})
     archive.finish(work)
-    assert sorted(f.name for f in out.iterdir()) == [
-        "logs.tar.gz",
-        "nvidia-thing.md",
-        "results.json",
-    ]
+    names = {"logs.tar.gz", "nvidia-thing.md", "results.json"}
+    assert {f.name for f in out.iterdir()} == names
     assert read_results(out / "results.json")["sections"]["b"]["last_words"] == ["at [work]/x"]
     with tarfile.open(out / "logs.tar.gz") as logs:
         (entry,) = logs.getmembers()
@@ -95,12 +91,8 @@ def test_two_runs_on_a_device_make_one_page(tmp_path: Path) -> None:
     later = {**OK, "seconds": 9.0}
     first = results(a=OK, b=STOPPED, c=OK)
     both = merge_results([first, results(a=not_asked, b=later, d=OK)])
-    assert {name: s["seconds"] for name, s in both["sections"].items()} == {
-        "a": 1.5,
-        "b": 9.0,
-        "c": 1.5,
-        "d": 1.5,
-    }
+    seconds = {name: s["seconds"] for name, s in both["sections"].items()}
+    assert seconds == {"a": 1.5, "b": 9.0, "c": 1.5, "d": 1.5}
     assert write_page(tmp_path, both) == tmp_path / "nvidia-thing.md"
 
 

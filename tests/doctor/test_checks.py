@@ -13,14 +13,10 @@ import pytest
 
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.trt.execution import FakeTensorRT
-from tests.helpers.trt.install import GPUS, bundle_with_engines
+from tests.helpers.trt.install import bundle_with_engines, open_fake
 from twotower.doctor.checks import CheckResult, check_bundle, check_chain, check_execution
 from twotower.errors import EngineOutputError
 from twotower.runtime import TwoTower
-from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines import OpenOptions
-from twotower.runtime.engines.trt_engine import open_tensorrt
-from twotower.tensorrt_library import flavour_from_module
 
 BATCH = "output is independent of batch composition"
 STATE = "prefill and token-by-token decoding agree"
@@ -58,28 +54,32 @@ def test_a_sound_bundle_passes(model: TwoTower) -> None:
     assert not [r for r in results.values() if r.ok is False]
 
 
-def test_rows_that_differ_in_a_batch_are_found(model: TwoTower) -> None:
-    def change(call: int, result: Any) -> Any:
-        return [*result[:-1], altered(result[-1], 7)] if call == 2 else result
+def last_row(model: TwoTower, result: Any) -> Any:
+    return [*result[:-1], altered(result[-1], 7)]
 
-    result = outcomes(Tampered(model, change))[BATCH]
+
+@pytest.mark.parametrize(
+    ("call", "change", "found_by"),
+    [
+        (2, last_row, BATCH),
+        (4, lambda model, result: altered(result, 7), STATE),
+        (
+            1,
+            lambda model, result: altered(result, model.config.mask_token_id),
+            "no mask token in the text",
+        ),
+    ],
+)
+def test_what_differs_is_found(model: TwoTower, call: int, change: Any, found_by: str) -> None:
+    """In a batch, in its state, and a mask token in the text."""
+
+    def changed(number: int, result: Any) -> Any:
+        return change(model, result) if number == call else result
+
+    result = outcomes(Tampered(model, changed))[found_by]
     assert result.ok is False
-    assert "differ from token 47" in result.detail
-
-
-def test_a_state_that_differs_is_found(model: TwoTower) -> None:
-    result = outcomes(
-        Tampered(model, lambda call, result: altered(result, 7) if call == 4 else result)
-    )[STATE]
-    assert result.ok is False
-
-
-def test_a_mask_token_in_the_text_is_found(model: TwoTower) -> None:
-    mask = model.config.mask_token_id
-    results = outcomes(
-        Tampered(model, lambda call, result: altered(result, mask) if call == 1 else result)
-    )
-    assert results["no mask token in the text"].ok is False
+    if found_by == BATCH:
+        assert "differ from token 47" in result.detail
 
 
 def test_an_engine_that_fails_is_reported_and_not_raised(model: TwoTower) -> None:
@@ -125,11 +125,7 @@ def outcome(bundle: Any, inject: Fault | None = None) -> dict[str, bool | None]:
         trt = FakeTensorRT(api)
         if inject:
             inject(api, trt)
-        with TwoTower.from_towers(
-            open_tensorrt(
-                bundle, flavour_from_module(trt), Cuda(api), OpenOptions(gpus=GPUS, **options)
-            )
-        ) as model:
+        with TwoTower.from_towers(open_fake(bundle, trt, **options)) as model:
             yield model
 
     return {result.name: result.ok for result in check_execution(open_, devices=2)}

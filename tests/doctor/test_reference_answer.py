@@ -110,9 +110,7 @@ def test_an_answer_of_something_else_is_not_used(
 
 def test_a_bundle_without_the_reference_engine_says_how_to_get_one(bundle: Bundle) -> None:
     (bundle.path / "engines" / "ort-cpu" / "build.json").unlink()
-    answer, why = reference_answer_of(
-        bundle, lambda: TwoTower.open(bundle.path, target=REFERENCE_TARGET)
-    )
+    answer, why = reference_answer_of(bundle, lambda: TwoTower.open(bundle.path, "ort-cpu"))
     assert answer is None
     assert "twotower build" in why
 
@@ -152,9 +150,8 @@ def test_cuda_graphs_are_not_blamed_where_it_is_as_wrong_without_them(
     reference: ReferenceAnswer, model: TwoTower
 ) -> None:
     short = replace(reference.short, tokens=(7, *reference.short.tokens[1:]))
-    result, *_ = verdict(
-        replace(reference, short=short), model, "float32", open_plain=lambda: nullcontext(model)
-    )
+    wrong = replace(reference, short=short)
+    result, *_ = verdict(wrong, model, "float32", open_plain=lambda: nullcontext(model))
     assert result.ok is False
     assert "cuda graphs" not in result.detail
 
@@ -234,13 +231,8 @@ def test_numbers_are_compared_while_they_come_from_the_same_blocks() -> None:
     """The third pass began from another block: its confidences say nothing."""
     assert compare(ANSWER, ANSWER) == SOUND
     other = replace(ANSWER.passes[2], block_in=(9, 3), confidence=(0.0, 0.0))
-    got = replace(
-        ANSWER,
-        passes=(*ANSWER.passes[:2], other),
-        logprobs=(-0.1, -0.25, -0.35),
-        ar_tokens=(7, 8, 11),
-    )
-    result = compare(ANSWER, got)
+    got = replace(ANSWER, passes=(*ANSWER.passes[:2], other), ar_tokens=(7, 8, 11))
+    result = compare(ANSWER, replace(got, logprobs=(-0.1, -0.25, -0.35)))
     assert result.first == 2
     assert result.error == pytest.approx(0.05)
 

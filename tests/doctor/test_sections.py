@@ -31,48 +31,38 @@ def asked(
 ) -> dict[str, Any]:
     script = work / "child.py"
     script.write_text(CHILD.format(body=body))
-    section = Section(
-        name="it", question="Does it?", seconds=seconds, command=(sys.executable, str(script))
-    )
+    command = (sys.executable, str(script))
+    section = Section(name="it", question="Does it?", seconds=seconds, command=command)
     return ask_section(section, work, seconds=at_most)
 
 
 def test_answers_come_back(tmp_path: Path) -> None:
-    body = "answers.say('one'); answers.say('two'); answers.table('T', ('a',), [(1,)])"
-    result = asked(tmp_path, body)
-    assert result["state"] == OK
-    assert result["question"] == "Does it?"
+    """A table takes the place of one with the same title."""
+    table = "[answers.table('T', ('a',), [(n,)]) for n in range(3)]"
+    result = asked(tmp_path, f"answers.say('one'); answers.say('two'); {table}")
+    assert (result["state"], result["question"]) == (OK, "Does it?")
     assert result["answers"]["summary"] == ["one", "two"]
-    assert result["answers"]["tables"] == [{"title": "T", "head": ["a"], "rows": [[1]], "note": ""}]
+    assert result["answers"]["tables"] == [{"title": "T", "head": ["a"], "rows": [[2]], "note": ""}]
     assert "last_words" not in result
 
 
-def test_a_table_of_the_same_title_is_replaced(tmp_path: Path) -> None:
-    body = "[answers.table('T', ('a',), [(n,)]) for n in range(3)]"
-    (table,) = asked(tmp_path, body)["answers"]["tables"]
-    assert table["rows"] == [[2]]
-
-
-def test_a_section_that_cannot_be_asked_says_why(tmp_path: Path) -> None:
-    result = asked(tmp_path, "raise SkipSectionError('no torch')")
-    assert result["state"] == SKIPPED
-    assert result["answers"] == {"first": 1, "reason": "no torch"}
-
-
-def test_an_error_is_an_answer_and_its_stack_is_in_the_log(tmp_path: Path) -> None:
-    result = asked(tmp_path, "raise ValueError('three')")
-    assert result["state"] == FAILED
-    assert result["answers"] == {"first": 1, "error": "ValueError: three"}
-    assert result["last_words"][0] == "exit code 1"
-    assert "Traceback" in (tmp_path / "it.log").read_text()
-
-
-def test_a_crash_keeps_what_was_found(tmp_path: Path) -> None:
-    result = asked(tmp_path, "ctypes.string_at(0)")
-    assert result["state"] == FAILED
-    assert result["answers"] == {"first": 1}
-    assert result["last_words"][0] == "ended by SIGSEGV"
-    assert "in ask" in (tmp_path / "it.log").read_text(), "the log says where"
+@pytest.mark.parametrize(
+    ("body", "state", "answers", "last"),
+    [
+        ("raise SkipSectionError('no torch')", SKIPPED, {"reason": "no torch"}, ""),
+        ("raise ValueError('three')", FAILED, {"error": "ValueError: three"}, "exit code 1"),
+        ("ctypes.string_at(0)", FAILED, {}, "ended by SIGSEGV"),
+    ],
+)
+def test_a_section_that_ends_early_says_why_and_keeps_what_was_found(
+    tmp_path: Path, body: str, state: str, answers: dict[str, Any], last: str
+) -> None:
+    result = asked(tmp_path, body)
+    assert result["state"] == state
+    assert result["answers"] == {"first": 1, **answers}
+    if last:
+        assert result["last_words"][0] == last
+        assert "in ask" in (tmp_path / "it.log").read_text(), "the log says where"
 
 
 def test_a_section_ends_at_its_limit_with_all_it_started(tmp_path: Path) -> None:
