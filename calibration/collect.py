@@ -68,10 +68,9 @@ _WATCHED_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectConfig:
-    """Options of one calibration.
+    """Options of one calibration; `generation` serves prompts without options of their own.
 
-    `generation` serves prompts without options of their own. A prompt without a seed takes seed 0,
-    so that a run that goes on where another ended draws the same.
+    A prompt without a seed takes seed 0, so that a run that goes on draws the same.
     """
 
     generation: GenerationConfig

@@ -64,13 +64,9 @@ class RecipeOverride:
 class Recipe:
     """What is stored, and computed, quantized.
 
-    Attributes:
-        name: Its name.
-        summary: One sentence.
-        weights: Layer kind -> name of a format.
-        activations: Kinds whose products read their input in the weights' format too.
-        group: Weights that share a scale in int4.
-        exceptions: The last one that matches a weight decides.
+    `weights` has format names by layer kind; products of kinds in `activations` read their input in
+    the weights' format too; `group` weights share a scale in int4; of `exceptions` the last one
+    that matches a weight decides.
     """
 
     name: str

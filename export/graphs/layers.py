@@ -78,10 +78,7 @@ def modulation(model: Layer, shared: ir.Value, layer: int) -> Modulation:
 
 
 def normed_input(layer: Layer, h: ir.Value, by: Modulation) -> ir.Value:
-    """What a denoiser layer's mixer reads.
-
-    Mamba and attention modulate and then norm, MoE and MLP the other way round.
-    """
+    """What a mixer reads: Mamba and attention modulate, then norm; MoE and MLP norm first."""
     graph, kind = layer.graph, layer.config.layers[layer.number]
 
     def modulated(x: ir.Value) -> ir.Value:

@@ -254,10 +254,7 @@ def _value(spec: TensorSpec) -> ir.Value:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Where a part of the model is recorded.
-
-    `prefix` begins the names of its weights, e.g. `context_tower.layers.3.mixer.`.
-    """
+    """Where a part of the model is recorded; `prefix` begins the names of its weights."""
 
     graph: GraphBuilder
     config: ModelConfig

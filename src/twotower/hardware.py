@@ -52,13 +52,10 @@ class Gpu:
 class Machine:
     """Facts about this machine.
 
-    Attributes:
-        libraries: Installed inference distributions and their versions, but for one that another in
-            front of it hides.
-        processor: The processor's name.
-        driver: NVIDIA's driver, empty where there is none.
-        available: Bytes of memory the kernel could give to a new program, 0 where it does not say.
-        rtx_any_sm: What `TWOTOWER_RTX_ANY_SM` says: `default`, `current`, or empty.
+    `libraries` are installed inference distributions with versions, without one that another in
+    front of it hides; `driver` is NVIDIA's, empty if none; `available` is the memory in bytes the
+    kernel could give to a new program, 0 if unknown; `rtx_any_sm` is what `TWOTOWER_RTX_ANY_SM`
+    says: `default`, `current`, or empty.
     """
 
     system: str

@@ -17,10 +17,7 @@ _COUNTS = (2, 3, 4, 5, 8, 16, 17)
 
 
 def rows_are_alike(graph: bytes) -> bool:
-    """Whether rows [M,K] of an ONNX model's one input give the same bits alone and among others.
-
-    Takes some milliseconds.
-    """
+    """Whether a model's rows, input [M,K], give the same bits alone and among others."""
     session = ort.InferenceSession(
         graph, session_options(threads=2), providers=["CPUExecutionProvider"]
     )

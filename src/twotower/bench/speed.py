@@ -19,17 +19,12 @@ from twotower.spec import CONTEXT, DENOISER
 
 @dataclass(frozen=True, slots=True)
 class GenerationSpeed:
-    """Medians of one mode.
+    """Medians of one mode, `diffusion` or `ar`.
 
-    Attributes:
-        mode: `diffusion` or `ar`.
-        tokens_per_second: New tokens of the whole batch over the whole time, prefill included.
-        prefill_ms: Reading the prompts.
-        pass_ms: One denoiser pass; in `ar` mode one token.
-        extend_ms: The context tower over a finished block, 0 if there is only one; in `ar` mode as
-            `pass_ms`.
-        tokens_per_nfe: Tokens a pass of one row gave.
-        steps_per_block: Passes a block took.
+    `tokens_per_second` are new tokens of the whole batch over the whole time, prefill included.
+    `pass_ms` is one denoiser pass, in `ar` mode one token; `extend_ms` the context tower over a
+    finished block (0 if there is only one; in `ar` mode as `pass_ms`); `tokens_per_nfe` what a pass
+    of one row gave.
     """
 
     mode: str

@@ -79,20 +79,10 @@ class _Quantization:
 class Bundle:
     """An opened and checked bundle.
 
-    Attributes:
-        path: The folder.
-        config: The model.
-        dtype: Element type of weights and residual stream in its graphs.
-        precision: Element type of every part of the towers, by name.
-        trained_block_size: S the denoiser was trained with.
-        defaults: Generation defaults.
-        presets: Named settings found by `twotower tune`.
-        source: Where it was exported from: name, and size and SHA-256 of every shard.
-        files: Every file the manifest answers for.
-        tools: Versions of what wrote it.
-        quantization: Recipe, options, identity of the original bundle, and what was measured; None
-            for a float bundle.
-        requires: Features a reader must know, of `FEATURES`.
+    `dtype` is of weights and residual stream, `precision` of every part of the towers by name;
+    `presets` were found by `twotower tune`; `source` is where it was exported from, with size and
+    SHA-256 of every shard; `quantization` has recipe, options, the original's identity and what was
+    measured, None for a float bundle; `requires` are features of `FEATURES` a reader must know.
     """
 
     path: Path

@@ -20,22 +20,10 @@ from twotower.units import format_bytes
 class ModelSummary:
     """A model in numbers; parameters and bytes are of both towers.
 
-    Attributes:
-        pattern: The layers as letters.
-        layers: Layers of one tower by kind.
-        parameters: All weights.
-        by_tower: Weights of each tower.
-        by_role: Weights by what they are for.
-        routed: Weights of routed experts.
-        active: Weights one token uses in one tower: the chosen experts of each MoE layer, one row
-            of the embedding, everything else whole.
-        active_ratio: Share of a tower's weights that one token uses.
-        weight_bytes: Size of all weights.
-        bytes_by_dtype: By element type: as stored, or all in `dtype` where nothing is stored.
-        bytes_by_role: By what the weights are for.
-        dtype: Element type of weights and state where none is stored.
-        kv_bytes_per_token: Keys and values a row keeps for each token of its text.
-        state_bytes_per_row: Convolution and SSM state of a row, whatever its length.
+    `layers` are of one tower by kind. `active` counts the weights one token uses in one tower: the
+    chosen experts of each MoE layer, one row of the embedding, everything else whole. Bytes are as
+    stored, or all in `dtype` where nothing is stored. A row keeps `kv_bytes_per_token` for each
+    token of its text and `state_bytes_per_row` (convolution and SSM) whatever its length.
     """
 
     pattern: str

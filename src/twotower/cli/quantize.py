@@ -125,10 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace, bundle: Bundle, facts: dict[str, Any]) -> None:
-    """Prints what was made, or would be.
-
-    `facts` has `weight_bytes`, `recipe`, `name`, and if it was made its `precision`.
-    """
+    """Prints what was made (`facts` then has its `precision`), or would be."""
     from twotower.bundle import DATA_SUFFIX, GRAPH_FILES
     from twotower.cli.expert_words import expert_words
     from twotower.units import format_bytes

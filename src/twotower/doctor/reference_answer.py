@@ -168,13 +168,10 @@ def write_answer(bundle: Bundle, answer: ReferenceAnswer) -> bool:
 class Comparison:
     """One answer against the reference.
 
-    Attributes:
-        first: The first token that differs, in either mode; None if all are equal.
-        error: Median difference of confidences or of log-probabilities in nats, the larger one, as
-            far as both were computed from the same tokens.
-        finite: Whether every number is finite.
-        constant: Whether every confidence is zero, or the text is one token and the reference's is
-            not.
+    `first` is the first token that differs, in either mode, None if all are equal; `error` the
+    larger median difference of confidences or of log-probabilities in nats, over what was computed
+    from the same tokens. `constant`: every confidence is zero, or the text is one token and the
+    reference's is not.
     """
 
     first: int | None

@@ -47,10 +47,8 @@ _PASSES_NOTE = (
 class ReportOptions:
     """What a report looks at.
 
-    Attributes:
-        command: What starts a section; it gets the bundle, `--target`, and `--section NAME` added.
-        bundle: The bundle; None for a small random model.
-        target: The one target to check; None for every one that runs here.
+    `command` starts a section; it gets the bundle, `--target`, and `--section NAME` added. Without
+    a bundle it is a small random model, without a target every one that runs here.
     """
 
     command: tuple[str, ...]

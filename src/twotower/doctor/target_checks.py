@@ -20,16 +20,10 @@ from twotower.runtime import TwoTower
 class TargetChecks:
     """The checks of one target.
 
-    Attributes:
-        machine: What they run on.
-        bundle: The bundle; None for a small random model, made for the checks.
-        target: The target; None for the bundle's best one that runs here, set once it is open.
-        report: Also hold the engine against itself, and time its passes.
-        progress: Called with (bytes checked, bytes to check) while a bundle is opened.
-        loading: Called with (bytes loaded, bytes to load) while weights go to a device.
-        opened: Called once it is open.
-        say: Called with what is being done to the small model.
-        passes: The times of a pass, once they are measured.
+    `bundle` None means a small random model, `target` None the bundle's best one that runs here,
+    set once it is open. `report` also holds the engine against itself and times its passes.
+    `progress` is called with (bytes checked, bytes to check), `loading` with (bytes loaded, bytes
+    to load).
     """
 
     machine: Machine

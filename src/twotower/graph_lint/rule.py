@@ -35,15 +35,8 @@ class Severity(StrEnum):
 class Rule:
     """One thing a graph must not, or should not, have.
 
-    Attributes:
-        id: Its name, kebab case, for good.
-        subject: The operators or tensors it looks at.
-        avoid: What must not be.
-        reason: What happens otherwise.
-        instead: What to write.
-        source: Where the reason comes from.
-        severity: Errors stop an export and a build.
-        built_only: It holds for a graph whose axes were fixed for a build, not for an exported one.
+    `id` is kebab case, for good; `source` is where the reason comes from; errors (`severity`) stop
+    an export and a build; `built_only` rules hold only once axes were fixed for a build.
     """
 
     id: str

@@ -48,10 +48,7 @@ class _Piece:
 
 
 def device_needs(config: ModelConfig, options: PlanOptions) -> tuple[DeviceNeed, ...]:
-    """What each device holds.
-
-    Scratch is shared: one graph runs at a time on a device, and kernels use its memory.
-    """
+    """What each device holds; scratch is shared, as one graph or kernel runs at a time on it."""
     weights, state = needed_weights(config, options), state_bytes(config, options)
     scratch = {name: s.nbytes for name, s in tower_scratch(config, options).items()}
     placed, room = _placed(config, weights, options), expert_room(config, options)

@@ -63,10 +63,7 @@ def engine_plans(
     graph: str,
     weights: GraphWeights,
 ) -> list[EnginePlan]:
-    """The engines of one graph, in the order they are built.
-
-    BuildError if one needs more than `max_build_memory`.
-    """
+    """Engines of one graph in build order; BuildError if one needs more than `max_build_memory`."""
     if options.target not in TENSORRT:
         layers, size = (0, len(weights.layers)), weights.total
         stored = own_bytes(config, options)[graph]

@@ -43,19 +43,11 @@ class Alternative:
 class GpuFit:
     """A plan on one kind of GPU.
 
-    Attributes:
-        gpu: The GPU, or several of a kind.
-        refused: Why the target cannot be run on it at all, or empty.
-        devices: What each device holds.
-        fits: Whether it runs and every device's memory suffices.
-        pass_seconds: Least time of a denoiser pass; None without a denoiser or a known bandwidth.
-        step_seconds: The same of a step of autoregression.
-        extension_seconds: The same of the context tower over a block that is done.
-        by_arithmetic: Which of these the matrix units decide and not the memory: `pass`, `step`,
-            `extension`.
-        break_even: Denoising passes a block at which both modes take equally long, by rows.
-        load: Least time until the weights are there; None where they are not copied anywhere.
-        alternatives: What else could be asked for, where it does not fit.
+    `refused` says why the target cannot be run on it at all. Seconds are least times of a denoiser
+    pass, a step of autoregression and the context tower over a finished block; None without such a
+    pass or a known bandwidth; `by_arithmetic` names those (`pass`, `step`, `extension`) that the
+    matrix units decide and not the memory. `break_even` has by rows the passes a block at which
+    both modes take equally long; `load` is None where weights are not copied anywhere.
     """
 
     gpu: GpuModel
@@ -195,10 +187,7 @@ def _alternatives(
 
 
 def _changes(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> Iterator[dict[str, Any]]:
-    """Sets of changed options, mildest first.
-
-    Shorter or fewer texts, smaller formats, more devices, one tower.
-    """
+    """Changed options, mildest first: shorter or fewer texts, formats, devices, one tower."""
     narrow: list[dict[str, Any]] = [{}]
     if engine_dtype(config, options) == "float32" and options.target != "ort-cpu":
         narrow.append({"dtype": "bfloat16"})

@@ -35,14 +35,10 @@ _OF_TOKENS = (
 class PassCost:
     """One pass of all rows at full length, at least.
 
-    Attributes:
-        tokens: Of all rows together.
-        experts: Distinct experts a layer reads, as expected; all of them where experts are dense.
-        nbytes: Read and written: weights, state, and `expanded`, but not what layers hand on, which
-            a cache may keep.
-        expanded: Experts written at full width and read again.
-        flops: Multiplications and additions of products, attention included.
-        flops_8bit: Those of them whose factors both have 8 bits.
+    `experts` are the distinct ones a layer reads, as expected, all if dense. `nbytes` are read and
+    written: weights, state, and `expanded` (experts written at full width and read again), but not
+    what layers hand on, which a cache may keep. `flops` are multiplications and additions of
+    products, attention included; `flops_8bit` those whose factors both have 8 bits.
     """
 
     tokens: int

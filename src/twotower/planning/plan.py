@@ -60,22 +60,11 @@ class Disk:
 class Plan:
     """What a bundle takes on one target.
 
-    Attributes:
-        options: What it was made for.
-        dtype: Element type the engines compute in.
-        parameters: Weights of both towers.
-        weights: Weight bytes of every graph the mode uses.
-        engines: In the order they are built.
-        state: What rows keep.
-        scratch: Activation memory by graph.
-        room: What kernels of experts need besides, on every device.
-        devices: What each device holds.
-        experts: What computes the experts.
-        passes: What a pass reads and computes, by rows: those of `ROWS`, and `max_batch`.
-        dense: The same if every expert computed every token; empty where that is so.
-        disk: Files.
-        segments: What `--segments` cuts a tower into.
-        left_out: Formats of experts a pass would expand in device memory, so no alternatives here.
+    Bytes of weights, scratch and engines (in build order) are of the graphs the mode uses; `room`
+    is what kernels of experts need besides on every device. `passes` are by rows, those of `ROWS`
+    and `max_batch`; `dense` is the same if every expert computed every token, empty where that is
+    so. `left_out` are formats of experts a pass would expand in device memory, so no alternatives
+    here.
     """
 
     options: PlanOptions

@@ -23,16 +23,10 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """What tensors depend on besides the model.
+    """What tensors depend on besides the model: `capacity` positions T and blocks of S tokens.
 
-    Attributes:
-        dtype: Element type of the graphs.
-        max_batch: Most rows.
-        capacity: Positions T of the cache.
-        block_size: Tokens S of a block.
-        expanded: Whether a pass writes quantized experts to device memory at full width.
-        path: What computes the experts; see `expert_path.ExpertPath`.
-        arenas: Whether every program keeps memory of its own: a session of ONNX Runtime does.
+    `expanded`: a pass writes quantized experts to device memory at full width. `path` is an
+    `expert_path.ExpertPath`. `arenas`: every program keeps memory of its own, as ONNX Runtime does.
     """
 
     dtype: str

@@ -39,16 +39,11 @@ _GRAPHS = (CONTEXT, CONTEXT_HEAD, DENOISER)
 
 @dataclass(frozen=True, slots=True)
 class GraphWeights:
-    """Weight bytes of one graph.
+    """Weight bytes of one graph, also by what they are for and by type (format with scales).
 
-    Attributes:
-        all: By layer.
-        by_kind: The same bytes by what the weights are for.
-        by_dtype: The same bytes by element type, or format with its scales.
-        stored: Bytes of the data file.
-        held: Those that an engine of TensorRT holds, because it takes quantized weights as
-            constants only; kernels take them as they lie.
-        packed: Of these held the ones in 4 bits, scales included.
+    `stored` is the data file's size. `held` are those that an engine of TensorRT holds, because it
+    takes quantized weights as constants only (kernels take them as they lie); `packed` those of
+    them in 4 bits, scales included.
     """
 
     all: LayerBytes

@@ -47,10 +47,7 @@ class State:
 
     @property
     def total(self) -> int:
-        """As it lies in memory.
-
-        States of fixed size alternate between two buffers, keys and values are updated in place.
-        """
+        """As it lies in memory: fixed states have two alternating buffers, keys and values one."""
         return self.rows * (self.per_token * self.capacity + 2 * self.per_row)
 
 

@@ -21,18 +21,11 @@ _DIGITS = 6  # of a confidence: float32 has no more
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceHeader:
-    """What was run.
+    """What was run, recorded by version `twotower`.
 
-    Attributes:
-        twotower: Version that recorded it.
-        bundle: Name of the bundle's folder, and
-        target: its engines; both empty where the engines were handed over open.
-        prompt: The prompt as text; None where token ids were given.
-        prompt_tokens: The prompt as the context tower read it.
-        config: `GenerationConfig.to_json()` of the request, with the seed that was used.
-        block_size: Tokens denoised together (S).
-        mask_token_id: The token of a position that is not written yet.
-        pieces: Text of every token id that occurs; the number itself where there is no tokenizer.
+    Names of bundle folder and target are empty where the engines were handed over open; `prompt` is
+    None where token ids were given. `config` is `GenerationConfig.to_json()` with the seed that was
+    used; `pieces` are texts of every token id that occurs, numbers without a tokenizer.
     """
 
     twotower: str
@@ -48,18 +41,11 @@ class TraceHeader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceStep:
-    """One denoiser pass; every list but `committed` has S entries.
+    """One denoiser pass; every list but `committed` (positions it filled) has S entries.
 
-    Attributes:
-        block: Number of the block.
-        step: Number of the pass in its block.
-        t: Masked fraction of the block before the pass.
-        tokens: The block before the pass.
-        predicted: The denoiser's choice for each position, masked or not.
-        confidence: Its probability, to six digits.
-        committed: Positions that the pass filled.
-        next: The block after the pass.
-        denoise_ms: Wall-clock milliseconds of the pass.
+    `t` is the masked fraction of the block before the pass; `tokens` and `next` are the block
+    before and after; predictions are of all positions, masked or not, confidences have six digits;
+    `denoise_ms` is wall-clock time.
     """
 
     block: int

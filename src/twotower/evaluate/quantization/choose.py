@@ -185,10 +185,7 @@ class _Search:
     def by_layer(
         self, chosen: Mapping[str, Candidate], tell: Callable[[str, int, int], None]
     ) -> dict[tuple[str, int, str], str]:
-        """Layers that can take the smallest format though their kind as a whole cannot.
-
-        By (tower, layer, kind) the format.
-        """
+        """(tower, layer, kind) -> the smallest format, where a kind as a whole cannot take it."""
         lowered: dict[tuple[str, int, str], str] = {}
         for kind, candidates in self._candidates.items():
             if not candidates or (chosen[kind] != KEPT and chosen[kind].bits == candidates[0].bits):
