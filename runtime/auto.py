@@ -20,13 +20,7 @@ _MOST_BLOCKS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassTimes:
-    """Milliseconds of each pass for one number of rows and one block size.
-
-    Attributes:
-        denoise_ms: One denoiser pass over a block.
-        extend_ms: The context tower over a finished block.
-        step_ms: One autoregressive step: the context tower over one token, and the head.
-    """
+    """Milliseconds of each pass for one number of rows and one block size."""
 
     denoise_ms: float
     extend_ms: float
@@ -52,27 +46,16 @@ def setting_of(config: GenerationConfig) -> Setting:
 
 
 def break_even(times: PassTimes, tokens: int) -> float:
-    """Passes a block at which both modes take equally long; fewer make diffusion the faster.
+    """Passes a block at which both modes take equally long; diffusion is faster with fewer.
 
     Diffusion spends passes * denoise + extension on a block, autoregression a step on each of its
-    tokens.
-
-    Args:
-        times: For the batch's rows.
-        tokens: Tokens wanted of a block: its size, or fewer where the whole text is shorter.
+    `tokens`: the block size, or fewer where the whole text is shorter.
     """
     return (tokens * times.step_ms - times.extend_ms) / times.denoise_ms
 
 
 def choose(times: PassTimes, setting: Setting, passes: float | None, *, tokens: int) -> str | None:
-    """The faster mode, `diffusion` or `ar`; None where that depends on passes nobody has seen yet.
-
-    Args:
-        times: For the batch's rows.
-        setting: Its options.
-        passes: Passes a block is expected to take; None for unknown.
-        tokens: As in `break_even`.
-    """
+    """The faster mode, `diffusion` or `ar`; None if that depends on passes not yet measured."""
     even = break_even(times, tokens)
     if even < 1:
         return "ar"  # even blocks of a single pass would be slower
@@ -100,8 +83,8 @@ def times_for(table: Mapping[int, PassTimes], rows: int) -> PassTimes:
 class PassesSeen:
     """Mean passes a block, by setting and number of rows.
 
-    A batch runs until its slowest row has no mask left, so more rows take more passes; what is
-    not known for a number of rows is taken from the nearest one that is.
+    A batch runs until its slowest row has no mask left, so more rows take more passes. An unknown
+    number of rows takes the nearest known one's value.
     """
 
     def __init__(self) -> None:
@@ -131,7 +114,6 @@ class PassRecord:
 
     Attributes:
         measured_on: Engines, library, machine and options of the measurement, as plain data.
-        times: By block size, then by number of rows.
         passes: Blocks and passes of single requests, by setting: (passes a block, blocks).
     """
 
@@ -151,11 +133,7 @@ class PassRecord:
 
 
 class AutoMode:
-    """Decides for batches of one setting, and learns from those that ran by diffusion.
-
-    Args:
-        measure: Measures the passes of a number of rows and a block size.
-    """
+    """Decides for batches of one setting, and learns from those that ran by diffusion."""
 
     def __init__(self, measure: Callable[[int, int], PassTimes]) -> None:
         self._measure = measure
@@ -189,10 +167,6 @@ class AutoMode:
 
         Where the passes of its setting are unknown and matter, a first block is denoised. If
         autoregression turns out to be faster, that block is dropped and the batch begun again.
-
-        Args:
-            rows: Requests in mode `auto`, of one setting.
-            run: Generates for rows of one mode.
         """
         mode = self._choice(rows)
         settled = [row.in_mode(mode or "diffusion") for row in rows]

@@ -26,15 +26,11 @@ def close_all(actions: Iterable[Action]) -> None:
 
 
 class Cleanup:
-    """What is to be done at the end of a `with` statement, the last thing first.
+    """Actions at the end of a `with` statement, last first, like `contextlib.ExitStack`.
 
-    Like `contextlib.ExitStack`, but for which failure is seen: after an error on a GPU every later
-    call fails too, and what the clean-up says must not hide what happened. A failure in the body
-    goes on as it is, and those of the clean-up are logged; of several in the clean-up alone the
+    The difference is which failure is seen: after a GPU error every later call fails too. A failure
+    in the body is raised and those of the clean-up are logged; of several in the clean-up alone the
     first is raised.
-
-    Args:
-        actions: What is to be done, as by `callback`.
     """
 
     def __init__(self, *actions: Action) -> None:
@@ -102,12 +98,11 @@ class SessionLock:
         self._catch_up()
 
     def at_the_end(self, action: Callable[[], object]) -> None:
-        """Does something when no turn is taken: at once, or at the turn's end, by whoever has it.
+        """Runs an action when no turn is taken: at once, or at the turn's end, by its owner.
 
-        An iterator can be let go of in any thread and at any point of the program: by Python's
-        collector even inside a pass of the same session, or while its thread holds a lock that this
-        turn's owner is about to ask for. So nobody waits here, and memory is not freed in the
-        middle of anything. What fails is logged: it is of another call.
+        An iterator can be dropped in any thread at any point, even by Python's collector inside a
+        pass or while its thread holds a lock this turn's owner needs. So nobody waits here, and
+        failures are logged: they belong to another call.
         """
         self._later.append(action)
         self._catch_up()

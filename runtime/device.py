@@ -1,7 +1,6 @@
-"""What a device is to the loop: where buffers live, and streams and events as values.
+"""Device abstraction of the loop: buffers, streams and events.
 
-Buffers lie on the host, or on devices of which the loop sees only the small arrays it writes and
-reads; streams and events say which work waits for which, on a GPU or on the host.
+Of buffers on devices the loop sees only the small arrays it writes and reads.
 """
 
 from __future__ import annotations
@@ -38,27 +37,19 @@ class Span:
 
 
 class Memory(Protocol):
-    """Allocates, clears and copies the buffers of a session.
+    """Allocates, clears and copies the buffers of a session, on any backend.
 
-    A Protocol, so that the loop and what it runs in are one for every backend. Clearing and copying
-    happen between runs, when no engine is at work, and are done when they return.
+    Clearing and copying happen between runs and are done when they return.
     """
 
     def state(self, spec: TensorSpec, sizes: Mapping[str, int]) -> Buffer:
-        """A buffer of zeros that engines read and write and the host never looks at.
-
-        Raises:
-            RequestError: there is not enough memory.
-        """
+        """A zeroed buffer only engines use; RequestError without enough memory."""
         ...
 
     def small(self, specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Buffer]:
-        """Buffers of zeros by name that the host writes or reads around every pass.
+        """Zeroed buffers by name that the host writes or reads around every pass.
 
-        On a device they travel in one copy.
-
-        Raises:
-            RequestError: there is not enough memory.
+        On a device they travel in one copy. Raises RequestError if there is not enough memory.
         """
         ...
 
@@ -124,13 +115,7 @@ def span_of(spec: TensorSpec, axis: str, stop: int) -> Span:
 
 
 def no_memory(spec: TensorSpec, sizes: Mapping[str, int], free: str = "") -> RequestError:
-    """The error of a buffer that cannot be had.
-
-    Args:
-        spec: The tensor.
-        sizes: Its axes.
-        free: What is known of the memory that is left.
-    """
+    """The error of a buffer that cannot be allocated; `free` describes the memory left."""
     need = int(np.prod(spec.shape(sizes), dtype=object)) * carried_dtype(spec.dtype).itemsize
     return RequestError(
         f"not enough memory for {sizes.get('B', 1)} row(s) at a context capacity of "

@@ -23,13 +23,7 @@ from twotower.spec import CANDIDATE_LOGPROBS, CONFIDENCE, CONTEXT, DENOISER, NEX
 
 
 class BlockLoop:
-    """Generates for rows of one mode and one block size that run together.
-
-    Args:
-        work: Cleared buffers for exactly these rows; they stay where they are.
-        rows: The requests.
-        hooks: The caller's callbacks.
-    """
+    """Generates for rows of one mode and block size, in cleared buffers for just these rows."""
 
     def __init__(self, work: Workspace, rows: Sequence[Row], hooks: Hooks) -> None:
         self._work, self._rows, self._hooks = work, rows, hooks

@@ -47,12 +47,7 @@ def measured_on(
 
 
 def read_pass_record(folder: Path, here: Mapping[str, Any]) -> PassRecord | None:
-    """The record in a bundle's folder, if it was measured on just what `measured_on` says.
-
-    Returns:
-        None where there is none, where it is of something else, and where it cannot be read; the
-        log says which.
-    """
+    """The bundle's pass record measured on just `measured_on`; None, logged, without one."""
     file, record = folder / RECORD_FILE, PassRecord(here)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))[_KEY]
@@ -94,11 +89,6 @@ def measure_pass_times(work: Workspace, block_size: int) -> PassTimes:
 
     Rows hold random words, since how many experts a layer computes depends on its tokens: padding
     would be too fast. The context is a block long, so the reading of long caches is not in it.
-
-    Args:
-        work: Buffers with room for `block_size` + 1 positions, of which nothing is kept; they
-            must be cleared before they are used.
-        block_size: S.
     """
     config = work.model
     special = [config.mask_token_id, *config.eos_token_ids]
@@ -147,13 +137,7 @@ _SETS = 2  # of Mamba states: each has bindings of its own
 
 
 def run_every_pass(work: Workspace, *, widths: Sequence[int], block_size: int) -> None:
-    """Runs every pass, so that what a library does in a shape's first run is done.
-
-    Args:
-        work: Buffers, of which nothing is kept; they must be cleared before they are used.
-        widths: Columns of the context tower's chunks.
-        block_size: S.
-    """
+    """Runs every pass, to finish a library's set-up for each shape; clear `work` afterwards."""
     for width in dict.fromkeys(widths):
         for _ in range(_SETS):
             _read(work, width)

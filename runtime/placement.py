@@ -17,10 +17,6 @@ def place_engines(
     the larger one of an odd number, to the denoiser, which runs more often; within a part
     consecutive segments share a device, with about as many bytes on each. The context head is where
     the context tower ends.
-
-    Args:
-        sizes: Bytes of each segment's engine, by graph.
-        devices: Device numbers, each once.
     """
     half = max(len(devices) // 2, 1)
     context, denoiser = devices[:half], devices[half:] or devices
@@ -49,12 +45,7 @@ def places_of_tensors(
 ) -> dict[str, tuple[int, ...]]:
     """The devices each tensor is needed on, the one that writes it first.
 
-    A state goes by its name as an input.
-
-    Args:
-        engines: Segments of each graph, in the order they run.
-        placed: Their devices.
-        state: The state tensors: both names of one have the same places.
+    A state goes by its name as an input; both its names have the same places.
     """
     past = {t.present.name: t.past.name for t in state}
     places: dict[str, list[int]] = {}

@@ -24,7 +24,6 @@ class Request:
 
     Attributes:
         prompt: Text, or token ids; empty for the beginning of a text (the BOS token).
-        config: None for the options of the call.
     """
 
     prompt: Prompt
@@ -37,8 +36,6 @@ class Limits:
 
     Attributes:
         trained_block_size: Largest block size that needs no override.
-        max_context: Longest text, prompt and answer.
-        max_batch: Most requests generated together.
         max_chunk: Most prompt tokens read in one pass.
         fixed_block: The only block size its denoiser computes; None for any.
     """
@@ -113,8 +110,8 @@ def row_from_request(index: int, request: Request, limits: Limits) -> Row:
 def batches(rows: Sequence[Row], max_batch: int) -> Iterator[list[Row]]:
     """Rows that can run together, in the order of their first.
 
-    They have one mode and one block size; in mode `auto` one threshold and number of steps as well,
-    since the passes they take together are what it decides from.
+    They share mode and block size; in mode `auto` also threshold and steps, since their common
+    passes decide the mode.
     """
     groups: dict[tuple[str | float, ...], list[Row]] = {}
     for row in rows:
@@ -152,11 +149,7 @@ def _check_block_size(config: GenerationConfig, limits: Limits) -> None:
 
 
 def check_vocabulary(tokens: Sequence[int], where: str, limits: Limits) -> None:
-    """Refuses token ids the model does not have.
-
-    Raises:
-        RequestError: a token is out of range; `where` says whose.
-    """
+    """Refuses, by RequestError, ids outside the vocabulary; `where` names them."""
     vocab = limits.model.vocab_size
     for i, token in enumerate(tokens):
         if not 0 <= token < vocab:
@@ -168,11 +161,7 @@ def check_vocabulary(tokens: Sequence[int], where: str, limits: Limits) -> None:
 
 
 def token_ids(prompt: Prompt, limits: Limits) -> list[int]:
-    """Token ids of a prompt.
-
-    Raises:
-        RequestError: it is text and there is no tokenizer, or neither text nor whole numbers.
-    """
+    """Token ids of a prompt; RequestError for text without tokenizer, or other types."""
     if isinstance(prompt, str):
         if limits.tokenizer is None:
             raise tokenizer_missing("a prompt given as text")

@@ -74,8 +74,6 @@ class Generation:
             the token that completed it, so their text may be longer than `text`.
         text: The text before any stop string; None without a tokenizer.
         finish_reason: `eos`, `stop` or `length`.
-        usage: What it read, wrote and cost.
-        timings: Wall-clock milliseconds.
         seed: The seed its noise was drawn with, given or not: the request gives this text again
             with it. None at temperature 0.
         mode: `diffusion` or `ar`: how it was generated, also where the request said `auto`.
@@ -107,12 +105,10 @@ class BlockEvent:
     """Tokens of one request as they are committed: a block, or one token in `ar` mode.
 
     Attributes:
-        row: Number of the request in the call.
         tokens: New tokens; all events of a row together give the result's tokens.
         text: New text, likewise; None without a tokenizer. It may lag behind the tokens: text that
             could still become part of a stop string, or of a character whose last bytes are
             missing, is held back.
-        finished: Whether this is the row's last event.
         result: The whole result, with the last event.
     """
 

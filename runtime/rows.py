@@ -21,13 +21,7 @@ EOS, STOP, LENGTH = "eos", "stop", "length"
 
 @dataclass(frozen=True, slots=True)
 class StopRule:
-    """What ends a row.
-
-    Attributes:
-        max_new_tokens: Most tokens it may have.
-        eos_ids: Tokens that end it and are not part of it; empty to go on past them.
-        stop: Strings that end it and are not part of its text.
-    """
+    """What ends a row: its length, end-of-sequence ids, or stop strings; neither is returned."""
 
     max_new_tokens: int
     eos_ids: frozenset[int] = frozenset()
@@ -43,7 +37,6 @@ class Continuation:
     that could be the beginning of one is held back until it is known.
 
     Attributes:
-        tokens: So far.
         finish_reason: `eos`, `stop` or `length` once it has ended.
     """
 
@@ -113,13 +106,10 @@ class Row:
     """A request in work.
 
     Attributes:
-        index: Number of the request in its call.
         prompt: [N] int64, N > 0.
         seed: Names its noise; None where it is greedy.
-        sampling: How its tokens are chosen.
         length: Tokens the context tower has read, or is about to have read.
         nfe: Passes so far (see `Usage.nfe`).
-        blocks: Blocks denoised so far.
         batch_passes: Denoiser passes of its batch while it was alive, whichever rows had masks.
         seconds: Spent by its batch while it was alive, by the names of `Timings`.
     """

@@ -28,11 +28,6 @@ def keyed_uniforms(seed: int, counter: tuple[int, int, int], count: int) -> npt.
 
     Philox is a counter-based generator: numbers of different counters never overlap. Only its raw
     bits are used, since how NumPy makes floats of them may change from version to version.
-
-    Args:
-        seed: 0 to 2**64 - 1.
-        counter: Three whole numbers that name the place of use.
-        count: How many.
     """
     key, start = np.array([seed, 0], np.uint64), np.array([0, *counter], np.uint64)
     raw = np.random.Philox(key=key, counter=start).random_raw(count)

@@ -20,13 +20,7 @@ def row_counts(most: int) -> tuple[int, ...]:
 
 
 def commit_floor(masked: int, step: int, steps: int) -> int:
-    """Positions to commit in this step so that the masks left are spread evenly over the rest.
-
-    Args:
-        masked: Masks left in the row's block before the step.
-        step: The step, from 0.
-        steps: Steps the block may take; at the last one everything is committed.
-    """
+    """Positions to commit in this step (from 0) so that masks are spread over the rest evenly."""
     return -(-masked // max(steps - step, 1))
 
 
@@ -53,12 +47,9 @@ class ChunkStep:
 
 @dataclass(frozen=True, slots=True)
 class PrefillPlan:
-    """How prompts are read.
+    """How prompts are read: the passes, and the `peak` capacity they need.
 
-    Attributes:
-        steps: The passes, in order.
-        peak: Capacity they need. A chunk is written whole at its row's start, padding and rows
-            without tokens included.
+    A chunk is written whole at its row's start, padding and rows without tokens included.
     """
 
     steps: tuple[ChunkStep, ...]

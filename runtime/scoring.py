@@ -30,7 +30,6 @@ class Score:
     """How likely a continuation is.
 
     Attributes:
-        tokens: Its token ids.
         logprobs: Natural logarithm of each token's probability, given everything before it.
         greedy: Whether every token was the most likely one.
         bounded: Tokens that were not among the 64 candidates the engine returns. Their entry in
@@ -86,10 +85,6 @@ def scoring_rows(pairs: Any, limits: Limits) -> tuple[list[GivenTokens], list[Ro
     """What notes how likely each pair's continuation is, and the rows that read them.
 
     A pair without continuation needs no row.
-
-    Args:
-        pairs: A list of (context, continuation).
-        limits: What the session can serve.
 
     Raises:
         RequestError: a pair is malformed, out of range or too long, or needs a tokenizer that is

@@ -387,20 +387,17 @@ class TwoTower:
             self._keep_kernels()
 
     def pass_record(self) -> PassRecord:
-        """Pass times for 1, 2, 4, ... and `max_batch` rows, for mode `auto` to start from.
-
-        Blocks are of the default size. Numbers of rows that do not fit the memory are left out.
-        """
+        """Pass times for 1, 2, 4, ... and `max_batch` rows that fit, for mode `auto`."""
         self._check_open()
         size = self._limits.fixed_block or self._defaults.block_size
         with self._lock:
             return self._auto.record(row_counts(self._limits.max_batch), size)
 
     def relocate(self) -> None:
-        """Moves the keys and values of running calls to other memory, as a growing text does.
+        """Moves keys and values of running calls, as a growing text does; for checks.
 
-        For checks, from a callback between passes: what an engine keeps anywhere else than in its
-        buffers is lost, and the text changes.
+        Called between passes: what an engine keeps outside its buffers is lost, and the text
+        changes.
         """
         with self._lock:
             self._workspaces.relocate()

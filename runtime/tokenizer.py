@@ -122,9 +122,8 @@ def _switch_off_stored(backend: Backend) -> list[str]:
 class IncrementalText:
     """Text of tokens that arrive one by one, never with half a character.
 
-    Tokens are decoded again from a short way back, because a token's text can depend on the one
-    before it (spaces, characters spread over tokens). The window moves on at every token that ends
-    on a whole character.
+    A window of the last tokens is decoded again, because a token's text can depend on the one
+    before it; it moves on at every token that ends on a whole character.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -43,11 +43,7 @@ _DENOISER_SMALL = (
 
 
 class DenoiserArrays:
-    """The denoiser's small inputs and outputs, written and read in place (shapes as in `spec`).
-
-    Attributes:
-        by_name: The buffers behind them under their graph names, maybe with more rows.
-    """
+    """The denoiser's small arrays, in place (shapes as in `spec`); `by_name` may have more rows."""
 
     block: Array
     context_length: Array
@@ -79,13 +75,7 @@ class ContextState:
     places. The denoiser reads the set written last. So no state is ever copied, and two bindings of
     each engine cover all cases.
 
-    Args:
-        towers: What computes on it.
-        rows: B.
-        capacity: T.
-
     Attributes:
-        capacity: Positions the keys and values have room for.
         current: Which of the two sets, 0 or 1, holds the state now.
     """
 
@@ -121,8 +111,7 @@ class ContextState:
     def clear(self) -> None:
         """Back to the start of a text.
 
-        Keys are cleared too, as far as they were written: they would be masked, but a masked
-        infinity times zero is not a number.
+        Keys are cleared as far as they were written: a masked infinity times zero is not a number.
         """
         for tensor in self._tensors:
             if tensor.in_place:
@@ -133,11 +122,7 @@ class ContextState:
         self.current = self._used = 0
 
     def grow(self, capacity: int) -> None:
-        """Moves keys and values into other buffers, as large or larger; nothing may be bound.
-
-        Raises:
-            RequestError: there is not enough memory.
-        """
+        """Moves keys and values into buffers no smaller; nothing may be bound."""
         assert capacity >= self.capacity
         for tensor in self._tensors:
             if tensor.in_place:
@@ -169,14 +154,10 @@ class Workspace:
     arrays in place and runs a binding, and does nothing else.
 
     Args:
-        towers: The engines.
-        rows: B.
         capacity: T to begin with.
         largest: Capacity it may grow to.
 
     Attributes:
-        model: What the towers compute.
-        streams: The towers' queues.
         unmasked: A token that is no mask, for the blocks of rows that have nothing to do.
         chunk_length: [N] int64, valid tokens in each used row's chunk.
         past_length: [N] int64, tokens each of them has read.
@@ -243,10 +224,7 @@ class Workspace:
         self._state.grow(capacity)
 
     def tokens(self, width: int) -> Array:
-        """The context engine's chunk, [N,L] int64, to be written in place.
-
-        All widths share their memory.
-        """
+        """The context engine's chunk, [N,L] int64, written in place; widths share memory."""
         return self._memory.host(self._chunk(width))[: self._used]
 
     def denoiser(self, block_size: int) -> DenoiserArrays:
@@ -320,12 +298,7 @@ def _taken(bindings: dict[Any, Binding]) -> list[Callable[[], None]]:
 
 
 class Workspaces:
-    """Lends cleared workspaces, and keeps one for the next call.
-
-    Args:
-        towers: The engines they are bound to.
-        largest: Most positions of one.
-    """
+    """Lends cleared workspaces of at most `largest` positions; keeps one for the next call."""
 
     def __init__(self, towers: Towers, largest: int) -> None:
         self._towers = towers
@@ -337,12 +310,9 @@ class Workspaces:
 
     @contextmanager
     def lent(self, rows: int, needed: int, *, bound: int | None = None) -> Iterator[Workspace]:
-        """Cleared buffers, kept afterwards; those of a failed run are dropped.
+        """Cleared buffers for `rows` rows, or the next bound number; kept unless a run fails.
 
-        Args:
-            rows: N; they have as many, or the next number of rows engines are bound for.
-            needed: Positions the run begins with.
-            bound: Rows the engines are bound for; None for the session's choice.
+        `needed` positions to begin with; `bound` row counts, None for the session's choice.
         """
         work = self._take(needed, bound or self._bound(rows))
         with Cleanup(partial(self._give_back, work, sound=False)) as undo:
@@ -375,12 +345,7 @@ class Workspaces:
             work.close()
 
     def warm_up(self, rows: int, run: Callable[[Workspace], None]) -> None:
-        """Lets `run` run every pass for a number of rows, to which batches are padded from then on.
-
-        Args:
-            rows: As many, or the next number of rows engines are bound for.
-            run: Takes the workspace.
-        """
+        """Lets `run` run every pass for a number of rows, to which batches are padded later."""
         count = self._next(rows)
         with self.lent(count, MAX_CHUNK, bound=count) as work:
             run(work)

@@ -1,7 +1,4 @@
-"""The CUDA calls the runtime makes, each with its result checked.
-
-The library is passed in, so that a fake can take its place.
-"""
+"""The CUDA calls the runtime makes, each with its result checked; the library is passed in."""
 
 from __future__ import annotations
 
@@ -36,11 +33,7 @@ Pitched = tuple[int, int]
 
 
 class CudaError(DeviceError):
-    """A CUDA call that did not succeed.
-
-    Attributes:
-        code: The library's number of the error.
-    """
+    """A CUDA call that failed; `code` is the library's error number."""
 
     code = 0
 
@@ -92,11 +85,7 @@ class Cuda:
         return later
 
     def device_count(self) -> int:
-        """GPUs on this machine.
-
-        Raises:
-            EngineMismatchError: there is no driver, one that is too old, or no GPU.
-        """
+        """GPUs on this machine; EngineMismatchError without a usable driver or GPU."""
         try:
             return int(self._call("cudaGetDeviceCount"))
         except CudaError as e:
@@ -139,10 +128,7 @@ class Cuda:
         return int(free), int(total)
 
     def enable_peer(self, other: int) -> None:
-        """Lets the current device reach another's memory directly, if the machine can.
-
-        Copies work without, by way of the host.
-        """
+        """Lets the current device access a peer's memory; without it copies go via the host."""
         try:
             self._call("cudaDeviceEnablePeerAccess", other, 0)
         except CudaError as e:
@@ -155,11 +141,7 @@ class Cuda:
                 )
 
     def allocate(self, size: int) -> int:
-        """Address of device memory.
-
-        Raises:
-            MemoryError: there is not so much.
-        """
+        """Address of device memory; MemoryError if there is not enough."""
         try:
             return int(self._call("cudaMalloc", size))
         except CudaError as e:
@@ -254,10 +236,10 @@ class Cuda:
         self._call("cudaGraphExecDestroy", graph)
 
     def forget_error(self) -> None:
-        """Clears the last error that CUDA keeps, after a call whose failure was expected.
+        """Clears CUDA's last error after a call that was expected to fail.
 
-        NVIDIA's bindings hold a CUDA runtime of their own: TensorRT's and ONNX Runtime's have other
-        last errors.
+        NVIDIA's bindings hold a CUDA runtime of their own: TensorRT and ONNX Runtime keep other
+        errors.
         """
         self._api.cudaGetLastError()
 
@@ -283,12 +265,7 @@ _FREE_SHARED = 48 << 10
 
 
 class KernelDriver:
-    """Calls of the driver API in the context that is current.
-
-    Args:
-        api: `cuda.bindings.driver`, or something with the same functions: each returns a tuple that
-            starts with an error code.
-    """
+    """Calls of the driver API (`cuda.bindings.driver` or a fake) in the current context."""
 
     def __init__(self, api: Any) -> None:
         self._api = api
@@ -300,15 +277,7 @@ class KernelDriver:
         return results[0] if results else None
 
     def load(self, code: bytes, name: str) -> Any:
-        """A library of kernels from the bytes of a cubin.
-
-        Args:
-            code: The bytes.
-            name: For the error.
-
-        Raises:
-            DeviceError: the driver does not take it.
-        """
+        """A kernel library from a cubin's bytes; DeviceError, with `name`, if it is refused."""
         held = ctypes.create_string_buffer(code)  # read during the call only
         try:
             return self._call("cuLibraryLoadData", ctypes.addressof(held), [], [], 0, [], [], 0)
@@ -336,13 +305,7 @@ class KernelDriver:
     def bound_launch(
         self, function: Any, launch: Launch, arguments: Sequence[Any]
     ) -> Callable[[int], None]:
-        """A launch as a function of the stream.
-
-        Args:
-            function: Of `function`.
-            launch: How many programs and threads, and their shared memory.
-            arguments: A ctypes value each, in order. They are packed here, once.
-        """
+        """A launch as a function of the stream; its ctypes arguments are packed once, here."""
         held = tuple(arguments)
         table = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
         head = (function, *launch.grid, launch.block, 1, 1, launch.shared_bytes)

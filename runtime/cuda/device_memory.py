@@ -22,12 +22,7 @@ _ALIGNED = 256  # bytes; what cudaMalloc itself keeps, and TensorRT asks of an a
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slab:
-    """One allocation for several small arrays, on the host (pinned) and on devices.
-
-    Attributes:
-        host: Address on the host.
-        addresses: Address on each device.
-    """
+    """One allocation for several small arrays, pinned on the host and on each device."""
 
     host: int
     addresses: dict[int, int]
@@ -38,14 +33,10 @@ class DeviceBuffer:
     """A tensor's place.
 
     Attributes:
-        shape: Its axes.
-        dtype: `int64`, `float32`, `float16` or `bfloat16`.
         addresses: Its address on each device that needs it. The first is where it is written; the
             others are copies.
         token: The allocation it belongs to.
-        slab: What it is a part of, for a small array.
         offset: Bytes from the beginning of the slab.
-        array: The host's side of a small array.
     """
 
     shape: tuple[int, ...]
@@ -86,7 +77,6 @@ class DeviceMemory:
     """The memory of one session on one or several devices.
 
     Args:
-        cuda: The calls.
         devices: The devices, the first for whatever no engine claims.
         places: Devices each tensor is needed on, by its name as an input of the graphs; the one
             that writes it first.
@@ -182,11 +172,7 @@ class DeviceMemory:
         close_all([*frees, *streams])
 
     def scratch(self, size: int, device: int) -> int:
-        """Address of memory that belongs to the session until it is closed.
-
-        Raises:
-            MemoryError: there is not so much.
-        """
+        """Address of memory held until the session closes; MemoryError if there is none."""
         self.cuda.use(device)
         address = self.cuda.allocate(max(size, _ALIGNED))
         self._owner([partial(self.cuda.free, address)])

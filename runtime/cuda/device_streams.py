@@ -12,9 +12,9 @@ from twotower.runtime.device import Event, HostStream
 
 
 class CudaEvent:
-    """A point in a stream's work that can be recorded again; waiting covers the later work too.
+    """A re-recordable point in a stream's work; waiting covers the later recording too.
 
-    Whoever closes it has waited for it, so waiting for a closed one is done at once.
+    It is closed only after it was waited for, so waiting for a closed one returns at once.
     """
 
     def __init__(self, cuda: Cuda, device: int) -> None:
@@ -47,13 +47,8 @@ class CudaStream:
     """The queue of one tower: a CUDA stream on each of its devices, joined by events.
 
     Args:
-        cuda: The calls.
         devices: In the order work passes through them. What the queue waits for holds back the
             first, and so everything after it.
-
-    Attributes:
-        handles: The CUDA stream of each device.
-        first: The first device.
     """
 
     def __init__(self, cuda: Cuda, devices: Sequence[int]) -> None:

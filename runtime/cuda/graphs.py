@@ -12,18 +12,11 @@ logger = logging.getLogger(__name__)
 
 
 def capture(cuda: Cuda, stream: int, enqueue: Callable[[], None], *, name: str) -> int | None:
-    """Records what `enqueue` puts on a stream, without running it.
+    """Captures what `enqueue` puts on a stream; None, logged, if it cannot be captured.
 
-    Args:
-        cuda: The calls.
-        stream: A stream of the current device.
-        enqueue: Has run once with the same addresses and shapes, outside any capture, and that work
-            is done. Raises `DeviceError` where a library refuses: such a library records nothing,
-            and the graph would replay whatever the buffers held before.
-        name: What it is, for the log.
-
-    Returns:
-        The graph ready to launch, or None, said in the log, where the work cannot be captured.
+    `enqueue` has already run once, to completion, with the same addresses and shapes. It raises
+    `DeviceError` where a library refuses: that library records nothing, and the graph would replay
+    whatever the buffers held before.
     """
     try:
         return cuda.instantiate(_recorded(cuda, stream, enqueue))

@@ -54,14 +54,10 @@ class PassWork:
     """What a pass is made of.
 
     Attributes:
-        name: For messages.
         devices: The devices it runs on, in the order work passes through them.
-        before: Copies to devices; likewise
-        after: copies to the host.
         enqueue: Puts the engines on a queue.
         capturable: Asked once, outside a capture; False where the work is not the same every time,
             is on several devices, or a library says no.
-        close: Frees what was made for it.
     """
 
     name: str
@@ -81,8 +77,6 @@ class DevicePass:
     allocated or looked up by name in a run.
 
     Args:
-        cuda: The calls.
-        work: What to do; it is closed with the pass, also with one that cannot be made.
         order: For each device of the pass, shared with every pass that uses the same scratch
             memory.
     """
@@ -106,11 +100,7 @@ class DevicePass:
         return self._graph is not None
 
     def run(self, stream: Stream) -> CudaEvent:
-        """Enqueues one pass; see `Binding.run`.
-
-        Raises:
-            DeviceError: the library or the driver refused.
-        """
+        """Enqueues one pass; see `Binding.run`."""
         assert not self._closed, "a closed pass is not run"
         queue = cast(CudaStream, stream)
         last = queue.handles[self._last]

@@ -89,11 +89,7 @@ STREAMED = frozenset({"rtx", "trt"})
 
 
 def require_opener(target: str) -> None:
-    """Refuses a target that this version can build and not run.
-
-    Raises:
-        EngineMismatchError: there is no runtime for it.
-    """
+    """Refuses, by EngineMismatchError, a target this version can build but not run."""
     if target not in OPENERS:
         raise EngineMismatchError(
             f"there is no runtime for target {target!r} in this version",
@@ -114,10 +110,9 @@ def open_towers(bundle: Bundle, target: str, options: OpenOptions | None = None)
 
 
 def open_cuda() -> Cuda:
-    """The CUDA calls without an engine; importing them needs no driver, the first call does.
+    """The CUDA calls without an engine; EngineMismatchError without NVIDIA's bindings.
 
-    Raises:
-        EngineMismatchError: NVIDIA's bindings are not installed.
+    Importing them needs no driver; the first call does.
     """
     try:
         return _load_cuda()

@@ -20,12 +20,7 @@ from twotower.spec import TowerSignature
 
 
 class Program(Protocol):
-    """A loaded program.
-
-    Attributes:
-        part: What the build says of it.
-        device: Where it runs.
-    """
+    """A program loaded on a device, with its build record."""
 
     @property
     def part(self) -> EngineFile: ...
@@ -48,9 +43,7 @@ class DeviceEngine(ABC, Generic[P]):
     """One graph of the contract.
 
     Args:
-        signature: Its inputs and outputs.
         steps: Programs and the experts after them, in the order they run.
-        shared: What the bundle's engines share.
         data: The file its weights lie in, by which the store knows them.
         copies: Brings what this graph writes of the state to other devices that read it; None where
             there are none.

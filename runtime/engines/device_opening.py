@@ -43,11 +43,6 @@ class DeviceOpening:
     """A bundle whose engines have been given devices.
 
     Attributes:
-        bundle: The bundle.
-        record: What was built for it.
-        cuda: The calls.
-        devices: Numbers of the GPUs it is opened on.
-        steps: What runs of each graph, in order.
         sizes: Bytes of each engine of a graph, with the weights that it and the experts after it
             read.
     """
@@ -78,13 +73,10 @@ class DeviceOpening:
         return places_of_tensors(engines, self.placed, self.state)
 
     def require_room(self, state_of_a_row: Mapping[str, int] | None = None) -> None:
-        """Refuses to begin what cannot end: scratch memory is known only once engines are loaded.
+        """Checks device memory before loading; scratch memory is known only afterwards.
 
-        Args:
-            state_of_a_row: Bytes of each state tensor for one row, where they are known.
-
-        Raises:
-            EngineMismatchError: a device has less memory free than is needed.
+        `state_of_a_row` gives the bytes of each state tensor for one row, where known. Raises
+        EngineMismatchError if a device has less memory free than is needed.
         """
         needed: dict[int, dict[str, int]] = {}
         for name, devices in self.placed.items():
@@ -113,10 +105,6 @@ class DeviceOpening:
 
     def shared(self, undo: Cleanup, progress: Progress | None) -> SharedResources:
         """Weights and kernels of experts on their devices, and memory for the rest.
-
-        Args:
-            undo: Closes what was made so far if opening fails.
-            progress: Called with (bytes loaded, bytes to load).
 
         Raises:
             BundleError: a file is not what the bundle says.
@@ -178,7 +166,6 @@ def chosen_devices(cuda: Cuda, asked: Sequence[int]) -> tuple[int, ...]:
     """The GPUs asked for, or the first.
 
     Raises:
-        EngineMismatchError: there is no driver or no GPU.
         ConfigError: one of them is not there, or is named twice.
     """
     count = cuda.device_count()
@@ -260,10 +247,7 @@ def reads_of(steps: Sequence[Step]) -> list[list[TensorSpec]]:
 def _load_weights(
     store: WeightStore, bundle: Bundle, requests: Sequence[LoadRequest], progress: Progress | None
 ) -> None:
-    """Brings weights to the devices; a file that was not hashed before is hashed on the way.
-
-    A file of which no engine reads anything is neither read nor taken for sound.
-    """
+    """Loads weights to devices, hashing files not hashed before; unused files are not read."""
     read = {request.file for request in requests if request.weights}
     files: dict[str, FileRecord] = {
         name: file for name, file in bundle.files.items() if bundle.path / name in read

@@ -33,19 +33,15 @@ _TAKEN = (RESIDUAL_IN, CONDITIONING, EXPERTS_OUT)
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """The buffers on one device.
-
-    Attributes:
-        addresses: Of each buffer, or of both its halves.
-    """
+    """The hand-over buffers on one device, by name: the address of each, or of its two halves."""
 
     addresses: Mapping[str, tuple[int, ...]]
 
     def address(self, name: str, program: int) -> int:
-        """Where a program finds a tensor; `program` is its number in its tower.
+        """Where program number `program` of its tower finds a tensor.
 
-        The experts after a program find theirs where the program does, and what they write where
-        the next one reads it.
+        The experts after a program find theirs where the program does, and write where the next
+        reads.
         """
         if name in _HALVES:
             return self.addresses[RESIDUAL_IN][(program + _HALVES[name]) % 2]
@@ -55,12 +51,7 @@ class Handover:
 def buffer_sizes(
     programs: Iterable[EngineFile], sizes: Mapping[str, int]
 ) -> dict[str, tuple[int, int]]:
-    """Number and bytes of the buffers that the programs of a tower hand over in, by name.
-
-    Args:
-        programs: In the order they run.
-        sizes: The greatest of every dynamic axis.
-    """
+    """Number and bytes of a tower's hand-over buffers, by name, at the axes' greatest `sizes`."""
     out: dict[str, tuple[int, int]] = {}
     for part in programs:
         known = with_tokens(part, sizes)

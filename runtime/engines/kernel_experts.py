@@ -1,7 +1,6 @@
-"""Experts between programs by compiled kernels, loaded on every device that runs some.
+"""Experts between programs by compiled kernels, through NVIDIA's driver API alone.
 
-NVIDIA's driver API alone: neither Triton nor torch. A launch is one call of the driver with
-arguments that were packed once; what changes from pass to pass is in device memory.
+Launch arguments are packed once; what changes from pass to pass is in device memory.
 """
 
 from __future__ import annotations
@@ -25,11 +24,6 @@ _C_TYPES: Mapping[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp
 
 class ExpertCode:
     """The kernels of one layer shape on one device.
-
-    Args:
-        folder: Where the files lie.
-        cuda: The calls.
-        device: The device; it is made current.
 
     Raises:
         EngineMismatchError: there are no kernels for its compute capability.
@@ -67,13 +61,7 @@ class ExpertCode:
     def bind(
         self, launch: Launch, addresses: Mapping[str, int], scratch: int
     ) -> Callable[[int], None]:
-        """A launch with its arguments; it takes the stream.
-
-        Args:
-            launch: Of `launches`.
-            addresses: Device addresses of the arrays it names.
-            scratch: Address of the scratch memory.
-        """
+        """A launch with its arguments as a function of the stream; addresses are by array name."""
         cubin, handle = self._functions[launch.kernel]
         arguments = []
         for parameter, (_, kind) in zip(launch.params, cubin.arguments, strict=True):
@@ -105,7 +93,6 @@ class ExpertStep:
     """The experts of one layer for a number of tokens, ready to enqueue; closing frees nothing.
 
     Args:
-        code: The kernels.
         tokens: Rows of x and out.
         addresses: Device addresses: `x`, `shares`, `out`, and the weights by the names of
             `weight_names`.
@@ -129,24 +116,13 @@ class ExpertStep:
         return len(self._launches)
 
     def enqueue(self, stream: int) -> None:
-        """Puts the launches on a stream of the device, which must be current.
-
-        The launches are the same whatever the routing.
-
-        Raises:
-            DeviceError: the driver refuses one.
-        """
+        """Enqueues the launches, the same for any routing; the stream's device is current."""
         for launch in self._launches:
             launch(stream)
 
 
 class KernelExperts:
     """The kernels of a target, loaded on every device that runs some of them.
-
-    Args:
-        folder: The target's folder.
-        cuda: The calls.
-        places: Which code goes to which device.
 
     Raises:
         EngineMismatchError: there is no code for a device.

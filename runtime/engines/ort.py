@@ -98,10 +98,8 @@ class OrtEngine:
     """One optimised graph in an ONNX Runtime session.
 
     Args:
-        graph: The optimised graph.
         folder: The folder its weight file is named from. ONNX Runtime maps that file: pages are
             read when they are first used, and the system can drop them again.
-        signature: Its inputs and outputs.
         pack: Pack matrices for the product, which is faster but copies them into anonymous memory;
             stacks of matrices, such as those of large experts, never are.
         threads: Threads to compute with, 0 for one a core that this process may use.
@@ -191,13 +189,7 @@ class _OrtBinding:
 
 
 class _OneMoreBinding:
-    """A pass on copies whose first row is there twice; what the others give is copied back.
-
-    Args:
-        inner: The pass on the copies.
-        given: Inputs, each with its copy, one row longer.
-        wanted: Outputs, each with its copy.
-    """
+    """A pass on copies with the first row doubled; results of the others are copied back."""
 
     def __init__(self, inner: Binding, given: Copies, wanted: Copies) -> None:
         self._inner, self._given, self._wanted = inner, given, wanted
@@ -223,11 +215,7 @@ class CudaLibrary:
     def session(
         self, graph: Path, folder: Path, *, device: int, stream: int
     ) -> ort.InferenceSession:
-        """A session on a GPU that works on a CUDA stream of ours.
-
-        Raises:
-            EngineMismatchError: the graph cannot be loaded, or the provider cannot.
-        """
+        """A session on our CUDA stream; EngineMismatchError if it cannot be loaded."""
         options = session_options(folder)
         provider = {
             "device_id": str(device),

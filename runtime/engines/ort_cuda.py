@@ -1,9 +1,8 @@
-"""ONNX Runtime on GPUs: sessions that work on the towers' streams, with experts between them.
+"""ONNX Runtime on GPUs: sessions on the towers' streams, with experts between them.
 
-The library is passed in. Its CUDA provider enqueues on the stream a session was made for and does
-not wait at the end of a pass, so passes are ordered by events like those of the TensorRT targets.
-Its own CUDA graphs are not used. **It has never run on a GPU**; all but the provider is tested
-without one.
+Its CUDA provider enqueues on the stream given to a session and does not wait at the end of a pass,
+so passes are ordered by events as on TensorRT. Its own CUDA graphs are not used. **It has never run
+on a GPU**; all but the provider is tested without one.
 """
 
 from __future__ import annotations
@@ -39,12 +38,7 @@ _MOST_ROWS = 1 << 12  # sessions take any number; beyond this a batch is not pad
 
 
 class OrtLibrary(Protocol):
-    """What is needed of ONNX Runtime on a GPU.
-
-    Attributes:
-        version: Its version; engines are tied to it.
-        device_type: The kind of memory its bindings are told, `cuda`.
-    """
+    """The parts of ONNX Runtime needed on a GPU; engines are tied to its version."""
 
     version: str
     device_type: str

@@ -1,7 +1,4 @@
-"""The steps of one pass as they are enqueued: programs, experts, and copies of the state.
-
-How a program runs depends on its library; the order and the copies are the same for all.
-"""
+"""The steps of one pass as enqueued: programs, experts, and state copies."""
 
 from __future__ import annotations
 
@@ -24,12 +21,7 @@ class BoundProgram:
     """A program bound to its addresses.
 
     Attributes:
-        part: What the build says of it.
-        device: Where it runs.
-        index: Its number in its tower.
         takes: What it takes over from the programs and experts before it, in bytes by name.
-        enqueue: Puts it on a stream of its device, which is current; raises `DeviceError` where the
-            library refuses.
         close: Frees what was made for it; idempotent.
         may_be_captured: What the library says of a stream, outside a capture.
     """
@@ -44,14 +36,7 @@ class BoundProgram:
 
 
 class PassSteps:
-    """Enqueues the steps of one pass.
-
-    Args:
-        cuda: The calls.
-        handover: On each device, where steps hand over.
-        bound: The steps in order; the first is a program.
-        copies: Brings what they write of the state to other devices; None where there are none.
-    """
+    """Enqueues the steps of one pass in order; the first is a program."""
 
     def __init__(
         self,
@@ -82,11 +67,7 @@ class PassSteps:
         return all(bound.may_be_captured(queue.handles[bound.device]) for bound in programs)
 
     def enqueue(self, queue: CudaStream) -> None:
-        """Puts every step on the stream of its device.
-
-        Raises:
-            DeviceError: the library or the driver refuses one.
-        """
+        """Enqueues every step on its device's stream."""
         at = self._first
         for bound in self._bound:
             device = bound.device
@@ -121,12 +102,7 @@ class PassSteps:
 
 
 class StateCopies:
-    """Copies what the context tower changes of the state to the other devices that read it.
-
-    Args:
-        cuda: The calls.
-        state: The state tensors.
-    """
+    """Copies the state the context tower changes to the other devices that read it."""
 
     def __init__(self, cuda: Cuda, state: Iterable[StateTensor]) -> None:
         self._cuda = cuda

@@ -27,9 +27,6 @@ class SharedResources:
     """What the engines of one bundle share.
 
     Attributes:
-        cuda: The calls.
-        memory: Buffers.
-        weights: Weights that engines and experts read as inputs, one copy a device.
         experts: Kernels of the experts between programs; None where there are no such steps.
         scratch: Activation memory of each device, address and bytes: one for all engines, as no two
             of them run at the same time.
@@ -54,13 +51,8 @@ class SharedResources:
     ) -> None:
         """Allocates scratch memory and hand-over buffers on every device.
 
-        Args:
-            steps: Of every graph.
-            scratch: For each device the bytes of scratch memory its programs need.
-            sizes: The greatest of every dynamic axis.
-
-        Raises:
-            EngineMismatchError: a device has no room.
+        `scratch` is in bytes by device, `sizes` the greatest of every dynamic axis. Raises
+        EngineMismatchError if a device has no room.
         """
         least, buffers = 0, dict[str, tuple[int, int]]()
         for some in steps:
@@ -91,16 +83,9 @@ class SharedResources:
     def bind_experts(
         self, step: ExpertsStep, after: BoundProgram, sizes: Mapping[str, int], data: Path
     ) -> ExpertStep:
-        """The experts after a program, which leaves their inputs; the next one reads their outputs.
+        """The experts after a program; the next program reads their outputs.
 
-        Args:
-            step: The experts.
-            after: The program.
-            sizes: Of the axes, by letter.
-            data: The file their weights lie in.
-
-        Raises:
-            RequestError: there are no kernels for so many tokens.
+        `data` is the file of their weights. Raises RequestError without kernels for so many tokens.
         """
         assert self.experts is not None, "opening loads them"
         device, handover = after.device, self.handover[after.device]
@@ -117,12 +102,7 @@ class SharedResources:
 
 
 def code_places(steps: Sequence[Step], devices: Sequence[int]) -> list[tuple[str, int]]:
-    """The code of experts that each device runs: experts are where the program before them is.
-
-    Args:
-        steps: Of a graph.
-        devices: Of its programs.
-    """
+    """The expert code each device runs: experts are where the program before them is."""
     out, places, device = [], iter(devices), -1
     for step in steps:
         if isinstance(step, ExpertsStep):

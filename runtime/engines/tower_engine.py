@@ -10,11 +10,7 @@ from twotower.spec import TowerSignature
 
 
 class Binding(Protocol):
-    """Fixed addresses and shapes for one engine: made once, run many times.
-
-    Making it is the expensive half (name look-ups, shape checks, address tables), so that a step
-    does none of it.
-    """
+    """Fixed addresses and shapes for one engine, made once so that a run looks nothing up."""
 
     def run(self, stream: Stream) -> Event:
         """Enqueues one execution on `stream`; returns its event. A host engine runs at once."""
@@ -28,9 +24,8 @@ class Binding(Protocol):
 class TowerEngine(Protocol):
     """One graph of the contract, compiled for one target.
 
-    A Protocol and not a base class: the torch reference in `twotower.model` satisfies it without
-    importing the runtime, which is how the very loop that ships is tested against the reference
-    mathematics.
+    A Protocol: the torch reference in `twotower.model` satisfies it without importing the runtime,
+    so the shipped loop is tested against the reference mathematics.
     """
 
     @property

@@ -20,9 +20,6 @@ class OpenOptions:
     Attributes:
         threads: Threads a CPU engine computes with; 0 for one a core that this process may use, or
             one for a small model.
-        devices: GPUs by number; empty for the first.
-        graphs: Whether passes are captured as CUDA graphs.
-        gpus: What the GPUs of this machine are, by number.
         any_sm: `TWOTOWER_RTX_ANY_SM`: engines are opened on GPUs they hold no code for.
         progress: Called with (bytes hashed, bytes to hash) while engine files are checked.
         loading: Called with (bytes loaded, bytes to load) while weights go to a device.
@@ -42,10 +39,7 @@ class Towers:
     """The three engines of one opened bundle.
 
     Attributes:
-        config: The model they compute.
         dtype: Element type of keys, values, convolution state and hidden vectors in their buffers.
-        memory: Where their buffers lie.
-        streams: The two towers' queues.
         limits: What was fixed when they were built; None for engines of any number of rows and any
             length.
         chunk_widths: Widths of a prompt's chunks they are bound for, ascending; empty for any

@@ -107,10 +107,7 @@ def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: OpenOpt
 
 
 def _sizes(bundle: Bundle, record: EngineRecord, name: str) -> list[int]:
-    """Bytes of each engine of a graph and of what it and the experts after it read.
-
-    A file that several equal programs share counts once.
-    """
+    """Bytes of each engine and the weights read there; a shared file counts once."""
     table, known, out = bundle.weights(name), set[str](), list[int]()
     for part, reads in zip(record.engines[name], reads_of(record.steps[name]), strict=True):
         size = sum(table[weight.name].nbytes for weight in reads)
@@ -172,13 +169,7 @@ def load_steps(
 
 @dataclass(frozen=True, slots=True)
 class PassOptions:
-    """How passes run on TensorRT.
-
-    Attributes:
-        loader: The library.
-        rows: Numbers of rows that kernels are specialised for.
-        graphs: Whether passes may be captured as CUDA graphs.
-    """
+    """How passes run on TensorRT; kernels are specialised for the numbers of `rows`."""
 
     loader: PlanLoader
     rows: tuple[int, ...] = ()
@@ -186,11 +177,7 @@ class PassOptions:
 
 
 class TensorRTEngine(DeviceEngine[Plan]):
-    """One graph on TensorRT: one engine, segments, or programs with experts between.
-
-    Args:
-        options: How its passes run; for the others see `DeviceEngine`.
-    """
+    """One graph on TensorRT: one engine, segments, or programs with experts between."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
-"""Serialized TensorRT engines, loaded and checked against what the build says of them.
+"""Loads serialized TensorRT engines and checks them against the build record.
 
-What it says goes to Python's log, and its last lines to the text of an error.
+The library's lines go to Python's log, the last ones to the text of an error.
 """
 
 from __future__ import annotations
@@ -31,13 +31,9 @@ class Plan:
     """One engine in the memory of a device.
 
     Attributes:
-        part: What the build says of it.
-        device: Where it is.
-        engine: The library's engine.
         scratch: Bytes of activation memory an execution needs.
         cache: Kernels the library compiled for it so far; None for a library that compiles nothing
             at run time.
-        cache_file: Where they are kept.
         config: What made the cache; the library does not keep it.
     """
 
@@ -52,14 +48,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
-    """What a context is bound to.
-
-    Attributes:
-        profile: Number of its optimization profile.
-        shapes: Of its inputs, by name.
-        addresses: Of its inputs and outputs on its device, by name.
-        scratch: Its activation memory, address and bytes.
-    """
+    """What a context is bound to: profile, and shapes and device addresses by tensor name."""
 
     profile: int
     shapes: Mapping[str, tuple[int, ...]]
@@ -70,13 +59,7 @@ class Bound:
 class Execution:
     """An execution context with what must outlive it and the library does not keep.
 
-    Attributes are let go of in the order they are set, with or without `close`: the context first.
-
-    Args:
-        context: The library's context.
-        config: What it was made with.
-        plan: Its engine.
-        loader: What made it.
+    Attributes are released in the order they are set, with or without `close`: the context first.
     """
 
     def __init__(self, context: Any, config: Any, plan: Plan, loader: PlanLoader) -> None:
@@ -84,11 +67,7 @@ class Execution:
         self._loader = loader
 
     def bind(self, to: Bound, memory: DeviceMemory) -> None:
-        """Sets profile, shapes, addresses and activation memory; its device is current.
-
-        Raises:
-            DeviceError: the library refuses one of them.
-        """
+        """Sets profile, shapes, addresses and scratch; its device is current."""
         stream = memory.stream(self.plan.device)
         chosen = self.context.set_optimization_profile_async(to.profile, stream)
         memory.cuda.synchronize(stream)  # the next call needs the profile
@@ -124,11 +103,7 @@ class Execution:
         return [f"activation memory of {size:,} bytes: {said}"] if said else []
 
     def enqueue(self, stream: int) -> None:
-        """Puts it on a stream of its device, which is current.
-
-        Raises:
-            DeviceError: the library refuses.
-        """
+        """Enqueues on a stream of its device, which is current."""
         if not self.context.execute_async_v3(stream):
             said = self._loader.drain()
             raise DeviceError(
@@ -162,8 +137,6 @@ class PlanLoader:
     """Loads engines with one library.
 
     Args:
-        flavour: The library.
-        cuda: The calls.
         in_place: Outputs that must be the memory of an input, by name (keys and values), with that
             input.
         sms: Compute capabilities of devices, by number: compiled kernels are kept apart by them.
@@ -221,11 +194,7 @@ class PlanLoader:
         )
 
     def another(self, plan: Plan, part: EngineFile, file: Path) -> Plan:
-        """The same engine as another program of its tower that is equal to the first.
-
-        Raises:
-            EngineMismatchError: it is not the engine the build describes.
-        """
+        """The same engine as another, equal program of its tower."""
         self._check(plan.engine, part, file)
         return replace(plan, part=part)
 
@@ -237,11 +206,8 @@ class PlanLoader:
     def context(self, plan: Plan, *, specialised: bool) -> Execution:
         """An execution context without activation memory of its own.
 
-        Args:
-            plan: The engine.
-            specialised: It will run in one of few shapes, so kernels are compiled for that very
-                shape. That is done at once, inside the first run, and not behind the first runs,
-                which a captured graph would freeze.
+        `specialised` compiles kernels for its one shape in the first run, and not behind the first
+        runs, which a captured graph would freeze.
         """
         trt = self.flavour.module
         config = plan.engine.create_runtime_config()
@@ -271,10 +237,7 @@ class PlanLoader:
         return Execution(context, config, plan, self)
 
     def keep_kernels(self) -> None:
-        """Saves kernels compiled since they were last saved, for the next opening.
-
-        A bundle that cannot be written to goes without.
-        """
+        """Saves newly compiled kernels for the next opening, if the bundle is writable."""
         plans = list(self._unsaved.values())
         self._unsaved.clear()
         for plan in plans:
@@ -330,14 +293,7 @@ _KEPT_LINES = 8
 
 
 class LibraryLog:
-    """The lines of one library. It has one logger a process: the first it is given.
-
-    Args:
-        trt: The library's module.
-
-    Attributes:
-        logger: What the library is given.
-    """
+    """The lines of one library, which has one logger a process: the first it is given."""
 
     def __init__(self, trt: Any) -> None:
         self._said: deque[tuple[bool, str]] = deque(maxlen=_KEPT_LINES)

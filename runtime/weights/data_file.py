@@ -28,8 +28,6 @@ class DataFile:
     """An open data file.
 
     Args:
-        path: The file.
-        record: Its size and SHA-256.
         direct: Whether what is not in the page cache is read past it, where the file system can.
 
     Raises:
@@ -56,11 +54,7 @@ class DataFile:
             raise
 
     def require_within(self, weights: Mapping[str, WeightRef]) -> None:
-        """Refuses weights that end behind the end of the file.
-
-        Raises:
-            BundleError: one of them does.
-        """
+        """Refuses, by BundleError, weights that end behind the end of the file."""
         for name, weight in weights.items():
             if weight.end > self.record.size:
                 raise BundleError(
@@ -70,15 +64,7 @@ class DataFile:
                 )
 
     def read(self, chunk: Chunk, into: memoryview) -> None:
-        """Reads a chunk to the beginning of a buffer; any thread may.
-
-        Args:
-            chunk: What to read.
-            into: Room for it, rounded up to a multiple of `PAGE`.
-
-        Raises:
-            BundleError: the file ends before, or the system reports an error.
-        """
+        """Reads a chunk into a buffer rounded up to a multiple of `PAGE`; thread-safe."""
         at = chunk.start
         if self._direct is not None and not self._cached(chunk):
             at += self._read_directly(chunk, into)
@@ -101,11 +87,7 @@ class DataFile:
         self._digest.update(data)
 
     def require_content(self) -> None:
-        """Compares the hash of all pieces with the recorded one.
-
-        Raises:
-            BundleError: they differ.
-        """
+        """Compares the hash of all pieces with the recorded one; BundleError if not equal."""
         found = self._digest.hexdigest()
         if found != self.record.sha256:
             raise BundleError(
@@ -115,11 +97,7 @@ class DataFile:
             )
 
     def require_unchanged(self) -> None:
-        """Looks whether the file was written to since it was opened.
-
-        Raises:
-            BundleError: it was, so its beginning and its end may not belong together.
-        """
+        """Raises BundleError if the file was written to since it was opened."""
         if self._stat() != self._stamp:
             raise BundleError(
                 f"{self.path} changed while it was read",
@@ -182,10 +160,6 @@ class PageCache:
 
     Where the system cannot tell (a file system without mappings, pages of another size), everything
     counts as cached: it is then read in the usual way.
-
-    Args:
-        handle: The file, which may be closed meanwhile.
-        size: Its bytes.
     """
 
     def __init__(self, handle: int, size: int) -> None:
@@ -199,13 +173,9 @@ class PageCache:
         self._start = 0 if view is None else int(view.ctypes.data)
 
     def share(self, start: int, stop: int) -> float:
-        """The part of bytes [start, stop) that is there, from 0 to 1; any thread may ask.
+        """Share of bytes [start, stop) in the cache, from 0 to 1; thread-safe.
 
         The kernel tells only who owns the file or may write to it, and says 1 to others.
-
-        Args:
-            start: First byte.
-            stop: Up to the end of the file.
         """
         if self._map is None or stop <= start:
             return 1.0

@@ -19,8 +19,6 @@ class Run:
     """Bytes of a file that lie in one piece on a device, padding between weights included.
 
     Attributes:
-        start: First byte in the file.
-        stop: The byte after the last.
         target: Where the first lies, from the beginning of the device's allocation.
     """
 
@@ -34,7 +32,6 @@ class Layout:
     """One file's weights in one allocation of a device.
 
     Attributes:
-        size: Bytes of the allocation.
         offsets: Where each weight begins in it, by name; multiples of `ALIGNMENT`.
         runs: What is copied there, in the order of the file.
     """
@@ -54,13 +51,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A part of a chunk on its way to a device.
-
-    Attributes:
-        target: From the beginning of the device's allocation.
-        source: From the beginning of the chunk.
-        size: Bytes.
-    """
+    """A part of a chunk on its way to a device; offsets in bytes."""
 
     target: int
     source: int
@@ -100,13 +91,10 @@ def _append(runs: list[Run], weight: WeightRef, end: int) -> int:
 
 
 def cut_chunks(layouts: Iterable[Layout], *, size: int, most: int, whole: bool) -> list[Chunk]:
-    """What has to be read of a file for these devices, in order; no byte is in two chunks.
+    """What is read of a file for these devices, in order; no byte is in two chunks.
 
-    Args:
-        layouts: The file's layout on each device.
-        size: Bytes of the file.
-        most: Bytes of a chunk at most, a multiple of `PAGE`.
-        whole: Whether bytes between weights are wanted too.
+    `most` bounds the bytes of a chunk, a multiple of `PAGE`; `whole` reads bytes between weights
+    too.
     """
     spans: list[tuple[int, int]] = [(0, size)] if whole and size else []
     if not whole:

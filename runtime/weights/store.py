@@ -28,11 +28,9 @@ class LoadRequest:
     """Weights that a device needs.
 
     Attributes:
-        file: The data file.
         record: Its size and SHA-256, as the bundle has them.
         weights: Those that are needed, by name, as `Bundle.weights` has them. What is there
             already, or is asked for by several engines, is read once.
-        device: Where.
     """
 
     file: Path
@@ -43,12 +41,7 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What loading took.
-
-    Attributes:
-        nbytes: Bytes read from files.
-        seconds: From the first allocation to the last byte on its device.
-    """
+    """Bytes read from files, and seconds from the first allocation to the last copy's end."""
 
     nbytes: int
     seconds: float
@@ -64,7 +57,6 @@ class LoadOptions:
     """Options of loading.
 
     Attributes:
-        ring: Threads and pinned memory.
         direct: Whether what is not in the page cache is read past it: that spares a copy and does
             not drop what other programs have there.
     """
@@ -84,12 +76,7 @@ class _File:
 
 
 class WeightStore:
-    """The weights of one opened bundle; addresses hold until it is closed.
-
-    Args:
-        cuda: The calls.
-        options: How files are read.
-    """
+    """The weights of one opened bundle; addresses hold until it is closed."""
 
     def __init__(self, cuda: Cuda, options: LoadOptions | None = None) -> None:
         self._cuda = cuda
@@ -142,19 +129,11 @@ class WeightStore:
         return loaded
 
     def address(self, file: Path, name: str, device: int) -> int:
-        """Where a weight lies; a multiple of `ALIGNMENT`.
-
-        Raises:
-            KeyError: it was not loaded there.
-        """
+        """A weight's address, a multiple of `ALIGNMENT`; KeyError if it is not loaded there."""
         return self._addresses[file, name, device]
 
     def close(self) -> None:
-        """Frees everything; idempotent. No engine may be using it.
-
-        Raises:
-            DeviceError: a device reported an error; everything that can be freed is.
-        """
+        """Frees all it can; idempotent. No engine may use it; DeviceError is raised last."""
         blocks, self._blocks = self._blocks, []
         self._addresses.clear()
         self._free(blocks)

@@ -21,14 +21,7 @@ from twotower.weights.refs import PAGE
 
 @dataclass(frozen=True, slots=True)
 class DeviceCopy:
-    """A part of a chunk on its way to one device.
-
-    Attributes:
-        device: The device.
-        address: Where it comes to lie.
-        source: From the beginning of the chunk.
-        size: Bytes.
-    """
+    """A part of a chunk on its way to an address of one device."""
 
     device: int
     address: int
@@ -50,7 +43,6 @@ class Ring:
     """The pinned memory chunks pass through.
 
     Attributes:
-        threads: Chunks that are read at the same time.
         slots: Chunks in memory: read, being read, or being copied.
         slot_bytes: Bytes of a chunk at most, a multiple of `PAGE`.
     """
@@ -92,15 +84,10 @@ class Transfer:
     ahead: int
 
     def run(self, steps: Iterator[Step], *, tick: Callable[[int], None]) -> None:
-        """Reads and copies every chunk.
+        """Reads and copies every chunk in order; `tick` gets the bytes of each that arrived.
 
-        Args:
-            steps: In the order they are taken; of a file that is hashed, all of it in its order.
-            tick: Called with the bytes of each chunk that has arrived.
-
-        Raises:
-            BundleError: a file cannot be read, or ends too early.
-            DeviceError: a copy failed.
+        A file that is hashed is read whole, in order. Raises BundleError for an unreadable or short
+        file, DeviceError for a failed copy.
         """
         reading: deque[tuple[Step, _Slot, Future[None]]] = deque()
         leaving: deque[tuple[Step, _Slot]] = deque()
@@ -155,16 +142,9 @@ def open_transfer(
     *,
     hashed: Iterable[DataFile] = (),
 ) -> Iterator[Transfer]:
-    """A transfer to devices. Its end waits for the last read and copy and frees everything.
+    """A transfer to devices; its end waits for the last read and copy and frees all.
 
-    Args:
-        cuda: The calls.
-        devices: Where chunks go.
-        ring: Threads and pinned memory.
-        hashed: Files that are hashed while they are read.
-
-    Raises:
-        DeviceError: pinned memory, a stream or an event cannot be had.
+    Files in `hashed` are hashed while they are read. Raises DeviceError if resources are lacking.
     """
     interrupts: list[KeyboardInterrupt] = []
     with Cleanup() as undo:
