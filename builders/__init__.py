@@ -42,11 +42,7 @@ BUILDERS: dict[str, Callable[[], EngineBuilder]] = {
 
 
 def builder_for(target: str) -> EngineBuilder:
-    """The builder of a target.
-
-    Raises:
-        BuildError: no such target, or its library is not installed.
-    """
+    """The builder of a target; BuildError if unknown or its library is not installed."""
     if target not in BUILDERS:
         raise BuildError(
             f"there is no builder for target {target!r}",

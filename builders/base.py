@@ -43,7 +43,6 @@ class BuildConfig:
         force: Build again although a fitting engine is there.
         sms: Compute capabilities to build for ahead of time, e.g. (86, 89); empty for the builder's
             own choice.
-        max_batch: Most rows the engines take.
         max_context: Longest text, prompt and answer; None for 4096 or the model's own limit,
             whichever is less.
         max_build_memory: Bytes the build of one engine may need at its peak, None for no bound; a
@@ -59,8 +58,7 @@ class BuildConfig:
         dialect: Of `ort-cpu`: `chosen` for engines in which only the chosen experts compute,
             `standard` for the exported graph.
         use_cache: Take engines that were built before from the cache, and keep new ones there.
-        cache: The cache's folder; None for the bundle's own, where an engine and its entry are one
-            file.
+        cache: Its folder; None for the bundle's own, where an engine and its entry are one file.
         cache_bytes: Bytes that cached engines no target uses may take.
     """
 
@@ -118,20 +116,12 @@ class BuildPlan(Protocol):
         ...
 
     def describe(self) -> list[str]:
-        """What a build would do, a line each, without doing any of it.
-
-        Raises:
-            BuildError: it cannot be done.
-        """
+        """What a build would do, a line each, without doing it; BuildError if it cannot."""
         ...
 
     @property
     def needed_bytes(self) -> int:
-        """Disk space the engines will take.
-
-        Raises:
-            BuildError: it cannot be done.
-        """
+        """Disk space the engines will take; BuildError if they cannot be built."""
         ...
 
     def build(self, folder: Path, *, report: Report) -> EngineRecord:

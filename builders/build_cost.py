@@ -44,10 +44,8 @@ class LayerBytes:
     """Weight bytes of a graph by layer.
 
     Attributes:
-        layers: Of each layer.
         before: Of the embedding and, in the denoiser, the conditioning.
         after: Of the final norm and the head.
-        largest_packed: Of the largest 4-bit weight.
     """
 
     layers: tuple[int, ...]
@@ -75,25 +73,19 @@ class LayerBytes:
 
 
 def build_memory(held: int, layers: int, *, largest_packed: int = 0) -> int:
-    """Peak bytes of memory the build of an engine needs.
+    """Peak bytes of memory of an engine's build.
 
-    Args:
-        held: Bytes of the weights it holds; those it reads as inputs cost nothing.
-        layers: Its layers.
-        largest_packed: Bytes of the largest 4-bit weight among them.
+    `held` counts weights inside the engine; those it reads as inputs cost nothing. `largest_packed`
+    is the largest 4-bit weight among them.
     """
     inside = _MEMORY_FACTOR * held + (_UNPACKED_FACTOR * largest_packed if held else 0)
     return round(_MEMORY_BASE + _MEMORY_LAYER * layers + inside)
 
 
 def build_seconds(graph: str, layers: int, *, held: int = 0, packed: int = 0) -> float:
-    """Seconds of a processor the build of an engine takes; it uses one at a time.
+    """Seconds of one processor an engine's build takes.
 
-    Args:
-        graph: The graph it is of.
-        layers: Its layers.
-        held: Bytes of the weights it holds.
-        packed: Those of them in 4 bits, scales included.
+    `held` counts bytes of weights inside, `packed` those of them in 4 bits, scales included.
     """
     start, layer = _SECONDS[graph]
     inside = (held - packed) * _SECONDS_BYTE + packed * _SECONDS_BYTE_PACKED * _PROFILES[graph]
@@ -107,14 +99,9 @@ def program_bytes(graph: str, layers: int) -> int:
 
 
 def require_bound(needed: Mapping[str, int], bound: int | None) -> None:
-    """Refuses a bound below what programs between experts need: they are not cut any further.
+    """Refuses a bound below the need of programs between experts, which are not cut further.
 
-    Args:
-        needed: Bytes of memory each program's build takes, by file.
-        bound: `--max-build-memory`.
-
-    Raises:
-        BuildError: a program needs more.
+    Both are in bytes of memory, `needed` by file. Raises BuildError.
     """
     file = max(needed, key=needed.__getitem__, default=None)
     if file is not None and bound is not None and needed[file] > bound:

@@ -1,7 +1,7 @@
-"""Engines that were built before, by key, and the code they were made by, as a digest.
+"""The cache of built engines, by key, and a digest of the code that made them.
 
-The cache is a folder of files that appear whole, are checked when they are used, and take no space
-of their own while they are in use.
+The cache is a folder of files that appear whole, are checked when used, and take no space of their
+own while they are in use.
 """
 
 from __future__ import annotations
@@ -69,12 +69,9 @@ def _digest_of(*names: str) -> str:
 
 
 class EngineCache:
-    """A folder of engines by key. Several processes may use it at once.
+    """A folder of engines by key, for several processes at once.
 
-    Args:
-        folder: Where it lies; made by `prepare`.
-        most: Bytes that engines which no bundle uses may take; more are dropped by `trim`, the
-            least recently used first.
+    `trim` keeps engines that no bundle uses to `most` bytes, dropping the least recently used.
     """
 
     def __init__(self, folder: Path, most: int) -> None:
@@ -82,11 +79,7 @@ class EngineCache:
         self._most = most
 
     def prepare(self) -> None:
-        """Makes the folder and proves it can be written.
-
-        Raises:
-            BuildError: it cannot.
-        """
+        """Makes the folder; BuildError if it cannot be written."""
         probe = self.folder / f".probe.{secrets.token_hex(8)}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -150,11 +143,7 @@ class EngineCache:
         return entry
 
     def put(self, key: str, engine: Path, facts: dict[str, Any], *, tick: Tick) -> FileRecord:
-        """Keeps an engine that was just built; a warning says where there is no space for it.
-
-        Returns:
-            The engine's size and SHA-256.
-        """
+        """Keeps a built engine, or warns if space is lacking; its size and SHA-256."""
         record = FileRecord(engine.stat().st_size, _hashed(engine, engine.stat().st_size, tick))
         partial = self.folder / f".{key}.{secrets.token_hex(8)}"
         try:

@@ -61,8 +61,6 @@ class ExpertCut:
     Args:
         model: The whole graph with its constant axes fixed and its weights outside; it is not
             changed.
-        signature: Its inputs and outputs.
-        config: The model.
         dtype: Element type of the residual stream.
 
     Raises:
@@ -108,11 +106,7 @@ class ExpertCut:
         return extracted(self._model, self._signature, layers, given=given, wanted=wanted)
 
     def experts(self, number: int) -> ExpertsStep:
-        """What runs after the k-th program: experts as the kernels compute them.
-
-        Raises:
-            BuildError: the kernels do not tile them.
-        """
+        """The experts after the k-th program; BuildError if kernels do not tile them."""
         step = self.found(number)
         return replace(step, code=_code_name(shape_of(step)))
 
@@ -179,11 +173,7 @@ def exported_cut(graphs: BundleGraphs, name: str) -> ExpertCut:
 
 
 def experts_of(graphs: BundleGraphs) -> Iterator[ExpertsStep]:
-    """The experts of both towers, as the kernels compute them.
-
-    Raises:
-        BuildError: a graph cannot be cut at them, or the kernels do not tile them.
-    """
+    """The experts of both towers; BuildError if not cuttable or not tiled by kernels."""
     for name in (CONTEXT, DENOISER):
         cut = exported_cut(graphs, name)
         for number in range(cut.programs - 1):
@@ -195,10 +185,6 @@ def common_form(model: onnx.ModelProto, first: int) -> tuple[onnx.ModelProto, di
 
     Layers are counted from the program's first one, values and constants in the order of use, and
     what layers share comes first.
-
-    Args:
-        model: A program whose weights are where they will be.
-        first: The layer to count from.
 
     Returns:
         The program, and its own name of every input and output that has another in the tower.

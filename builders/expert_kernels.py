@@ -1,4 +1,4 @@
-"""What computes a build's experts: kernels where there are such, compiled into the target's folder.
+"""Chooses what computes a build's experts, and compiles kernels into the target's folder.
 
 Kernels compute the chosen experts; where there are none the engine computes all of them.
 """
@@ -37,12 +37,7 @@ ASKED = "--experts dense asked for it"
 
 @dataclass(frozen=True, slots=True)
 class ExpertChoice:
-    """What computes the experts of a build.
-
-    Attributes:
-        experts: `dense`, `kernels` or `fused`.
-        why: Of `dense`, why not the others; empty for them, and for a model without experts.
-    """
+    """What computes experts: `dense`, `kernels` or `fused`, and why not the others."""
 
     experts: str
     why: str = ""
@@ -58,14 +53,8 @@ def choose_path(
 ) -> ExpertChoice:
     """What computes the experts in engines of TensorRT.
 
-    Args:
-        bundle: The model.
-        config: What is asked for.
-        sms: Compute capabilities that kernels would be compiled for.
-        steps: The experts of both towers, looked at only where that decides.
-
-    Raises:
-        ConfigError: what was asked for is of another target.
+    `sms` are the kernels' compute capabilities; `steps` is read only where it decides. Raises
+    ConfigError if the option is of another target.
     """
     if config.experts == FUSED:
         raise ConfigError(
@@ -89,11 +78,7 @@ def choose_path(
 
 
 def require_kernels(step: ExpertsStep, sms: Sequence[int], *, max_batch: int) -> None:
-    """Refuses experts that no kernel computes, before anything is built.
-
-    Raises:
-        BuildError: there are no kernels for a compute capability, or not for so many rows.
-    """
+    """Refuses, by BuildError before building, compute capabilities or rows without kernels."""
     shape = shape_of(step)
     if max_batch * MAX_CHUNK > MOST_TOKENS:
         tokens = f"{max_batch * MAX_CHUNK} tokens in a chunk of a prompt; at most {MOST_TOKENS}"
@@ -108,11 +93,7 @@ def require_kernels(step: ExpertsStep, sms: Sequence[int], *, max_batch: int) ->
 
 
 def require_compiler() -> None:
-    """Refuses a build of kernels without their compiler: dense engines instead would be slow.
-
-    Raises:
-        ConfigError: Triton is not installed.
-    """
+    """Raises ConfigError without Triton: dense engines instead would be slow."""
     try:
         require_libraries("kernels", "triton", what="compiling the kernels of experts")
     except ConfigError as e:
@@ -130,14 +111,6 @@ def compile_code(
     report: Report,
 ) -> tuple[dict[str, FileRecord], dict[str, Any]]:
     """Compiles the kernels of every shape of experts there is, each into a folder of its own.
-
-    Args:
-        steps: The experts of all towers.
-        sms: Compute capabilities.
-        folder: The target's folder.
-        max_batch: Most rows of a pass.
-        compiler: What compiles.
-        report: Called with the progress.
 
     Returns:
         The files, and what the build record keeps of them, by folder.

@@ -68,11 +68,9 @@ class FeedOptions:
     """What is fed.
 
     Attributes:
-        rows: B.
         length: L of a context graph, tokens a row.
         max_context: As of the build: it fixes the capacity of keys and values.
         layers: First layer and the one after the last; None for all.
-        seed: Names the random inputs.
     """
 
     rows: int = 2
@@ -85,14 +83,8 @@ class FeedOptions:
 def feed_graph(bundle: Bundle, name: str, folder: Path, options: FeedOptions | None = None) -> None:
     """Writes a graph, its inputs and what feeds them.
 
-    Args:
-        bundle: With weights, in float32 or float16: NumPy, which Polygraphy feeds, has no bfloat16.
-        name: `context`, `context_head` or `denoiser`.
-        folder: A folder to make.
-        options: Rows, lengths, layers.
-
-    Raises:
-        BuildError: the folder exists, or the bundle is of a type NumPy lacks.
+    The bundle has weights in float32 or float16: NumPy, which Polygraphy feeds, has no bfloat16.
+    Raises BuildError for another type, or if the folder exists.
     """
     chosen = options or FeedOptions()
     bundle.require_weights("feeding a graph")

@@ -11,14 +11,9 @@ _ALIGNED = 64  # positions of a key-value cache: rows of whole cache lines in ev
 
 
 def cache_capacity(max_context: int | None, longest: int) -> int:
-    """T for texts of up to so many tokens: room for a padded chunk more, rounded up.
+    """T for texts of `max_context` tokens: room for a padded chunk more, rounded up.
 
-    Args:
-        max_context: Tokens of a text; None for 4096, or `longest` if that is less.
-        longest: The model's own limit.
-
-    Raises:
-        ConfigError: the model itself cannot read such texts.
+    None is 4096, or `longest`, the model's limit, if less. Raises ConfigError above that limit.
     """
     if max_context is None:
         max_context = min(DEFAULT_MAX_CONTEXT, longest)

@@ -59,10 +59,7 @@ class Segment:
 
 
 def fix_axes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
-    """Makes named axes constants, in place.
-
-    TensorRT wants the capacity of a cache static, and tunes a static block better.
-    """
+    """Makes named axes constants, in place: TensorRT needs a static cache capacity."""
     for value in (*model.graph.input, *model.graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in sizes:
@@ -100,12 +97,6 @@ def segment(
     What every layer shares (masks, positions) is computed again in each segment from the graph's
     own inputs, which is cheap. Handed over are the residual stream and, because it is three large
     products, the denoiser's conditioning.
-
-    Args:
-        model: The graph, with its weights outside.
-        signature: Its inputs and outputs.
-        layers: First layer and the one after the last.
-        dtype: Element type of the residual stream.
     """
     first, end = layers
     last_layer = _last_layer(model)
@@ -201,14 +192,10 @@ def extracted(
 def _settle_shapes(
     nodes: list[onnx.NodeProto], signature: TowerSignature, given: tuple[TensorSpec, ...]
 ) -> list[onnx.TensorProto]:
-    """Lets no input be read for its shape alone, in place.
+    """Lets no input be read for its shape alone, in place; the new constants.
 
-    The compiler would report it as dropped, and a real loss would go unnoticed. A constant axis
-    becomes a constant; a dynamic one is asked of the residual stream, which every segment but the
-    first reads.
-
-    Returns:
-        The constants.
+    The compiler would report it as dropped, hiding a real loss. A constant axis becomes a constant;
+    a dynamic one comes from the residual stream, which every segment but the first reads.
     """
     constants: list[onnx.TensorProto] = []
     stream = next((spec for spec in given if spec.name == RESIDUAL_IN), None)

@@ -81,11 +81,8 @@ def job_of_graph(
 ) -> dict[str, Any]:
     """A job for the graph as it is, or as a part of the graph `given` speaks of.
 
-    A part has axes nobody named. All dynamic axes of it are then 1, so that two of them which are
-    the same cannot differ.
-
-    Raises:
-        ValueError: there are no nodes, or an input has no type or no rank.
+    Dynamic axes of a part are all 1: equal ones cannot be told by name. Raises ValueError without
+    nodes, or for an input without type or rank.
     """
     if not graph.graph.node:
         raise ValueError("it has no nodes")

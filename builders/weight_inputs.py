@@ -17,13 +17,9 @@ from twotower.weights.external import detach_weights, weight_refs
 
 @dataclass(frozen=True, slots=True)
 class WeightPlaces:
-    """Where the weights of one graph went.
+    """Which weights of a graph are inputs, in its order, and which stay inside, with the reason.
 
-    Attributes:
-        inputs: Those that are inputs, in the order of the graph.
-        inside: Those that stay in the engine, each with the reason.
-        inside_bytes: Bytes of the latter.
-        largest_packed: Bytes of the largest 4-bit weight that stays inside.
+    Sizes are bytes of those inside; `largest_packed` is the largest 4-bit one.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -49,9 +45,7 @@ class WeightPlaces:
 def place_weights(model: onnx.ModelProto, places: str) -> WeightPlaces:
     """Makes external initializers inputs of the graph, in place.
 
-    Args:
-        model: A graph, or a segment of one, loaded without its weights' data.
-        places: `inputs` or `inside`.
+    With `places` as `inputs`, those that `why_inside` names stay; with `inside`, all of them.
     """
     refs = weight_refs(model)
     asked = dict.fromkeys(refs, "asked for with --weights inside")

@@ -109,11 +109,7 @@ def _triton_version() -> str:
 
 
 def compile_kernel(spec: KernelSpec, sm: int, folder: Path) -> Cubin:
-    """Writes the cubin of one kernel for one compute capability.
-
-    Raises:
-        BuildError: the compiler failed.
-    """
+    """Writes the cubin of one kernel for one compute capability; BuildError on failure."""
     made = _compile(spec, sm)
     code: bytes = made.asm["cubin"]
     file = f"{spec.name}.sm{sm}.cubin"

@@ -22,20 +22,13 @@ class Cubin:
     """One kernel compiled for one compute capability.
 
     Attributes:
-        kernel: Its name, as launches use it.
-        sm: Compute capability.
-        file: Name of the file.
         entry: Name of the function in it.
-        sha256: Of the file.
-        arguments: Names and types of the parameters of a launch.
         nulls: Pointers of Triton's own that follow them; 0 is passed.
         threads: Threads of a program.
         shared: Dynamic shared memory of a program, bytes.
         registers: Registers of a thread.
         stack: Bytes of local memory of a thread, spilled registers included.
         matrix_instructions: The matrix instructions it uses, by name.
-        grid: How many programs are launched, for a reader.
-        constants: What was compiled in.
     """
 
     kernel: str
@@ -63,13 +56,8 @@ class Manifest:
     """The kernels of one layer shape in a folder.
 
     Attributes:
-        folder: Where the files lie.
-        shape: The layer.
-        triton: Version of the compiler.
         fp_fusion: Whether it could contract products and sums, as TRITON_DEFAULT_FP_FUSION says.
         max_tokens: The most tokens of a launch.
-        cubins: The files.
-        schema: Version of the list's form.
     """
 
     folder: Path
@@ -86,11 +74,7 @@ class Manifest:
         return tuple(sorted({cubin.sm for cubin in self.cubins}))
 
     def cubin(self, kernel: str, sm: int) -> Cubin:
-        """The file of a kernel.
-
-        Raises:
-            EngineMismatchError: there is none for this compute capability.
-        """
+        """The file of a kernel; EngineMismatchError without one for this capability."""
         for cubin in self.cubins:
             if (cubin.kernel, cubin.sm) == (kernel, sm):
                 return cubin
@@ -101,11 +85,7 @@ class Manifest:
         )
 
     def code(self, cubin: Cubin) -> bytes:
-        """The bytes of a file, checked.
-
-        Raises:
-            BundleError: the file is missing or is not the one that was compiled.
-        """
+        """A file's checked bytes; BundleError if missing or not the one compiled."""
         try:
             data = (self.folder / cubin.file).read_bytes()
         except OSError as e:
@@ -129,12 +109,9 @@ class Manifest:
 
 
 def build_command(folder: Path, sms: Iterable[int] = ()) -> str:
-    """What to type to have kernels compiled into a folder, in backquotes.
+    """The command, in backquotes, that compiles kernels into BUNDLE/engines/TARGET/CODE.
 
-    Args:
-        folder: `BUNDLE/engines/TARGET/CODE`; any other stands for a bundle nobody can name.
-        sms: Compute capabilities; empty for the build's own choice. Full TensorRT builds for the
-            GPU at hand and takes none.
+    Without `sms` the build chooses. Full TensorRT builds for the GPU at hand and takes none.
     """
     *above, engines, target, _ = ("", "", "", *folder.parts)
     name = str(Path(*above))
@@ -147,11 +124,7 @@ def build_command(folder: Path, sms: Iterable[int] = ()) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder; the files are checked when they are read.
-
-    Raises:
-        BundleError: it is missing, not readable or of another schema.
-    """
+    """A folder's manifest; BundleError if unreadable. Files are checked when read."""
     path, again = folder / MANIFEST, f"{build_command(folder)} compiles the kernels again"
     try:
         return decode(Manifest, json.loads(path.read_text(encoding="utf-8")), folder=folder)

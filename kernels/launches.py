@@ -31,10 +31,6 @@ class Launch:
     """One launch.
 
     Attributes:
-        kernel: Name in the manifest.
-        grid: Programs along each axis.
-        block: Threads of a program.
-        shared_bytes: Dynamic shared memory of a program.
         params: Parameters in the kernel's order: the name of an array, `scratch+<offset>`, or a
             whole number. An array a format has not (a scale, say) is 0.
     """
@@ -60,12 +56,6 @@ def scratch_bytes(shape: ExpertShape, tokens: int) -> int:
 
 def launches(shape: ExpertShape, tokens: int, sm: int, table: Manifest) -> tuple[Launch, ...]:
     """The launches of a layer, in order on one stream.
-
-    Args:
-        shape: The layer.
-        tokens: Rows of `x` and `out`, and columns of `shares`.
-        sm: Compute capability.
-        table: The manifest of the compiled kernels.
 
     Raises:
         RequestError: more tokens than the kernels take.

@@ -53,7 +53,6 @@ class ExpertShape:
         top: Experts a token chooses, k.
         shared_intermediate: Width of the shared expert; 0 for none.
         dtype: `bfloat16`, `float16` or `float32`: of tokens, float weights and scales.
-        weights: Formats of the weights.
 
     Raises:
         BuildError: the kernels do not tile it; the error names the nearest that they do.
@@ -164,12 +163,7 @@ class ExpertShape:
 
     @classmethod
     def from_json(cls, data: object) -> ExpertShape:
-        """The same from plain data.
-
-        Raises:
-            RecordError: it is not such data.
-            BuildError: the kernels do not tile it.
-        """
+        """The shape from JSON data; RecordError if malformed, BuildError if not tiled."""
         return decode(cls, data)
 
 
@@ -183,11 +177,7 @@ def _refused(what: str, found: object, allowed: str, *, do: str = "") -> BuildEr
 
 
 def shape_of(step: ExpertsStep) -> ExpertShape:
-    """What the kernels of a step are compiled for.
-
-    Raises:
-        BuildError: the kernels do not tile it.
-    """
+    """What a step's kernels are compiled for; BuildError if they do not tile it."""
     formats: dict[str, WeightFormat] = {}
     for matrix in MATRICES:
         if matrix in step.formats:

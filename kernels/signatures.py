@@ -33,11 +33,7 @@ class KernelSpec:
     """One kernel as it is compiled.
 
     Attributes:
-        name: Its name in the manifest and in launches.
-        function: Its name in `twotower.kernels.device`.
         arguments: What a launch passes, in order: name and type as Triton spells it.
-        constants: What is compiled in.
-        warps: Warps of a program.
         tokens: The most tokens it is launched for.
         grid: How many programs, for a reader.
         stages: Depth of its pipeline of loads.
@@ -61,11 +57,7 @@ class KernelSpec:
 
 
 def refuse_sm(shape: ExpertShape, sm: int) -> None:
-    """Says whether there can be kernels of a layer for a compute capability.
-
-    Raises:
-        BuildError: there cannot; the error says why.
-    """
+    """Raises BuildError, with the reason, if a compute capability cannot have kernels."""
     if sm == 75:
         raise BuildError(
             "the expert kernels are not made for SM 75",
@@ -82,11 +74,7 @@ def refuse_sm(shape: ExpertShape, sm: int) -> None:
 
 
 def kernel_specs(shape: ExpertShape, sm: int) -> tuple[KernelSpec, ...]:
-    """All kernels of a layer for a compute capability.
-
-    Raises:
-        BuildError: there cannot be any for it.
-    """
+    """A layer's kernels for a compute capability; BuildError if there can be none."""
     refuse_sm(shape, sm)
     specs: list[KernelSpec] = []
     for tier in TIERS:

@@ -16,14 +16,9 @@ _LEAST_SHARED_MEMORY = 99 << 10
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """A range of token counts that is computed by the same kernels.
+    """Token counts up to `tokens` computed by the same kernels, whose names contain its name.
 
-    Attributes:
-        name: Its name, a part of the kernels' names.
-        tokens: The most tokens.
-        rows: Pairs of a block, the small side of a product.
-        columns: Rows of weights of a block, the large side.
-        warps: Warps of a program.
+    A block has `rows` pairs, the small side of a product, and `columns` rows of weights.
     """
 
     name: str
@@ -45,14 +40,10 @@ of a block. From then on blocks have more rows, or weights would be read again f
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """What a kernel of products is compiled with.
+    """What a product kernel is compiled with.
 
-    Attributes:
-        rows: Pairs of a block.
-        columns: Rows of weights of a block.
-        depth: Products added up in a step, the same for every number of tokens.
-        warps: Warps of a program.
-        stages: Steps whose weights are on their way at the same time.
+    `depth`, the products added up in a step, is the same for every number of tokens; `stages`
+    counts steps whose weights are on their way at the same time.
     """
 
     rows: int
@@ -63,11 +54,7 @@ class Tiling:
 
 
 def tier_for(tokens: int) -> Tier:
-    """The tier of a number of tokens.
-
-    Raises:
-        RequestError: there are more tokens than kernels are made for.
-    """
+    """The tier of a number of tokens; RequestError above the kernels' maximum."""
     for tier in TIERS:
         if tokens <= tier.tokens:
             return tier

@@ -33,15 +33,8 @@ def expanded(
 ) -> Floats:
     """Rows of a stored matrix [R, K or K/2] as the kernels multiply them, [R,K] float32.
 
-    A scale a group is applied and the result rounded to `dtype`; a scale a row is not applied: it
-    multiplies the sum.
-
-    Args:
-        raw: The values.
-        how: Their format; None for `dtype` itself.
-        dtype: The model's type.
-        scales: Of the rows, [R, groups].
-        whole: The scale of the scales, of formats that have one.
+    A scale a group ([R, groups], times `whole` if present) is applied and the result rounded to
+    `dtype`; a scale a row is not applied: it multiplies the sum. `how` None means `dtype` itself.
     """
     if how is None:
         return to_float32(raw, dtype)

@@ -125,8 +125,6 @@ class _Form:
     """How the experts of a layer compute.
 
     Attributes:
-        matrices: Each has matrices; else stacks of one.
-        expanded: Their weights are expanded first.
         even: Each computes an even number of rows, because its products compute rows alike only
             then.
     """
@@ -141,17 +139,12 @@ class _ExpertLayer:
     """A layer of experts as the optimised graph has it.
 
     Attributes:
-        scope: Its layer.
         tokens: [1,N,D].
         chosen: [E,N] bool, each token by the same number of experts.
         share: [E,N] float32.
-        chain: The operators from the first product to the second, in their order.
-        expansions: Those that expand a quantized stack.
         stacks: Weights with an axis of experts: matrices, and the scales of quantized ones.
         after: Operators behind the second product that weigh and select.
         total: The sum over experts.
-        experts: E.
-        width: D.
     """
 
     scope: str
@@ -239,7 +232,7 @@ def _chain(
 
 
 class _ChosenExperts:
-    """Writes a layer in which experts compute the tokens that chose them.
+    """Writes a layer in which experts compute only their own tokens.
 
     A pair is a token and an expert it chose; P of them, by expert.
     """

@@ -93,12 +93,7 @@ class OrtCpuBuilder:
 
 
 class OrtCpuPlan:
-    """What one build makes of a bundle; see `BuildPlan`.
-
-    Args:
-        bundle: The graphs.
-        config: What is asked for.
-    """
+    """What one build makes of a bundle; see `BuildPlan`."""
 
     def __init__(self, bundle: Bundle, config: BuildConfig) -> None:
         self._bundle, self._graphs = bundle, BundleGraphs(bundle)
@@ -227,10 +222,6 @@ def experts_are_packed(weight_bytes: int, memory: int) -> bool:
     always are packed. A packed product is cut into sums of its own in one way only; one that is not
     packed in a way that depends on the columns each thread computes, where these are fewer than
     128: a router has so few, an expert has not.
-
-    Args:
-        weight_bytes: Of the three engines of a bundle, float32.
-        memory: Bytes this process may use, 0 where nobody knows.
     """
     return _SHARE_OF_MEMORY * weight_bytes <= memory
 
@@ -290,11 +281,7 @@ def write_engine(
 
 
 def engine_places(bundle: Bundle, name: str) -> dict[str, tuple[str, WeightRef]]:
-    """Where the weights of a built engine lie, by their names in the exported graph.
-
-    Returns:
-        The file, relative to the bundle, and the place in it.
-    """
+    """Place of each weight in a built engine, with its file relative to the bundle."""
     model = load_graph(engine_folder(bundle, CPU) / f"{name}.onnx")
     return stacked_places(as_matrices(model, located_weights(model)))
 

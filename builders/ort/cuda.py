@@ -67,14 +67,10 @@ CUDA = "ort-cuda"
 
 
 class OrtCudaBuilder:
-    """Builds the `ort-cuda` target: no GPU is needed, and nothing of the provider is guessed.
+    """Builds the `ort-cuda` target without a GPU.
 
-    Shapes stay free. The engine is tied to the version of ONNX Runtime all the same: a bundle is
-    built and checked with the library it will run on.
-
-    Args:
-        library: Name and version of ONNX Runtime.
-        compiler: What compiles the kernels of experts; None for Triton, which may be missing.
+    Shapes stay free. The engine is tied to the version of ONNX Runtime: a bundle is built and
+    checked with the library it will run on. The `compiler` of expert kernels is Triton if None.
     """
 
     def __init__(self, library: dict[str, str], compiler: Compile | None = None) -> None:
@@ -92,13 +88,7 @@ class OrtCudaBuilder:
 
 
 class OrtCudaPlan:
-    """What one build makes of a bundle; see `BuildPlan`.
-
-    Args:
-        builder: Library and compiler.
-        bundle: The graphs.
-        config: What is asked for.
-    """
+    """What one build makes of a bundle; see `BuildPlan`."""
 
     def __init__(self, builder: OrtCudaBuilder, bundle: Bundle, config: BuildConfig) -> None:
         self._bundle, self._config = bundle, config
@@ -211,10 +201,7 @@ class OrtCudaPlan:
     def _write_programs(
         self, name: str, folder: Path, operators: dict[str, dict[str, int]], report: Report
     ) -> list[Step]:
-        """Writes the programs of a graph, whose weights a session finds in the bundle; its steps.
-
-        Operators are noted by file.
-        """
+        """Writes a graph's programs and notes operators by file; its steps."""
         cut = self._cut(name)
         count = 1 if cut is None else cut.programs
         steps: list[Step] = []
@@ -258,11 +245,7 @@ class OrtCudaPlan:
 
     @cached_property
     def _choice(self) -> ExpertChoice:
-        """What computes the experts.
-
-        Raises:
-            BuildError: what was asked for cannot be had.
-        """
+        """What computes the experts; BuildError if the option cannot be met."""
         bundle, config = self._bundle, self._config
         if not bundle.config.indices(LayerKind.MOE):
             return ExpertChoice(DENSE)
@@ -303,10 +286,7 @@ class OrtCudaPlan:
 
 
 def kernel_limits(bundle: Bundle, config: BuildConfig) -> EngineLimits:
-    """What kernels fix: rows, because they take so many tokens, and GPUs.
-
-    GPUs are those at hand, or all there are kernels for. Sessions take texts of any length.
-    """
+    """What kernels fix: rows, and GPUs (those at hand, or all supported); any text length."""
     longest = bundle.config.max_position_embeddings
     capacity = cache_capacity(config.max_context or longest, longest)
     here = tuple(sorted({gpu.sm for gpu in probe_machine().gpus}.intersection(BUILDABLE_SMS)))

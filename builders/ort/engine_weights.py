@@ -35,11 +35,9 @@ class EngineWeight:
     """A weight of a bundle's graph, and what an engine makes of it.
 
     Attributes:
-        ref: Where it lies in the bundle's data file.
         stored: The type the engine's own file has it in; empty where it stays in the bundle.
         scales: Of 4-bit floats: places of the block scales and the global scale.
         repeats: Of scales: blocks of a product that one of them is for.
-        blocks: Of scales that are repeated: their shape in the engine, one for each block.
         dropped: Whether it is a scale of 4-bit floats, which the engine does not need.
     """
 
@@ -98,11 +96,8 @@ def cpu_weights(
 ) -> dict[str, EngineWeight]:
     """What becomes of every weight of a graph in an engine for a CPU.
 
-    Args:
-        model: The graph as it was recorded.
-        as_stored: Whether products read quantized integers as they are stored.
-        even_rows: Whether the graph's passes always have an even number of rows, see
-            `quantized_products`.
+    `as_stored`: products read quantized integers as stored. `even_rows`: passes always have an even
+    number of rows, see `quantized_products`.
     """
     refs = weight_refs(model)
     out = {}
@@ -132,11 +127,7 @@ def write_engine_data(
     weights: Mapping[str, EngineWeight],
     tick: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, WeightRef], FileRecord]:
-    """Writes what an engine keeps itself; `tick` gets the bytes of each piece.
-
-    Returns:
-        Where the weights lie in the new file, and its size and hash.
-    """
+    """Writes the engine's own weights; their places, and the file's size and hash."""
     data = np.memmap(source, dtype=np.uint8, mode="r")
     ordered = sorted(weights.items(), key=lambda item: item[1].ref.offset)
     places = place((name, w.stored, w.shape) for name, w in ordered if w.stored)

@@ -17,15 +17,7 @@ _INSTEAD = "build with --experts dense, which computes every expert"
 
 
 def require_fusable(step: ExpertsStep, version: str) -> None:
-    """Refuses experts that no CUDA kernel of the two operators computes.
-
-    Args:
-        step: A layer of experts.
-        version: Of ONNX Runtime.
-
-    Raises:
-        BuildError: an older library, or a format, group or size it has no kernel for.
-    """
+    """Refuses, by BuildError, experts that neither CUDA operator of this version computes."""
     if _release(version) < RELU2_SINCE:
         raise BuildError(
             f"ONNX Runtime {version} has no fused experts with squared ReLU",

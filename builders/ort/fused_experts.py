@@ -50,10 +50,6 @@ _CERTAIN = 10000.0
 def fuse_experts(model: onnx.ModelProto, layers: Iterable[ExpertsStep]) -> dict[str, WeightRef]:
     """Makes every layer of experts one operator, in place.
 
-    Args:
-        model: An exported graph, its weights outside.
-        layers: Its layers of experts, none of which `require_fusable` refuses.
-
     Returns:
         Weights that the operators read from other bytes than the bundle's, and where those lie: an
         operator reads each as unsigned integers, two of 4 bits in a byte.
@@ -80,15 +76,7 @@ def fuse_experts(model: onnx.ModelProto, layers: Iterable[ExpertsStep]) -> dict[
 
 @dataclass(frozen=True)
 class _ExpertLayer:
-    """A layer of experts in an exported graph.
-
-    Attributes:
-        step: What it is.
-        tokens: [B,L,D].
-        share: [E,N] float32.
-        chosen: [E,N] bool.
-        total: The sum over experts, [N,D] float32.
-    """
+    """A layer of experts in a graph: tokens [B,L,D]; share [E,N] and total [N,D] float32."""
 
     step: ExpertsStep
     tokens: str

@@ -59,14 +59,7 @@ def with_branches(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 class NodeWriter:
-    """Nodes in their order, under names of one scope.
-
-    Args:
-        scope: What all names begin with.
-
-    Attributes:
-        nodes: What was written so far.
-    """
+    """Collects nodes in order, under names that begin with one scope."""
 
     def __init__(self, scope: str) -> None:
         self.scope = scope

@@ -50,7 +50,6 @@ class QuantizedProduct:
     """How products read a quantized weight.
 
     Attributes:
-        scales: The name of its scales.
         block: Weights that share a scale in the product, and values of an input that are rounded
             together.
         repeats: Blocks that one of the stored scales is for.
@@ -66,11 +65,8 @@ def quantized_products(
 ) -> dict[str, QuantizedProduct]:
     """The weights of a recorded graph that products can read as they are stored.
 
-    Args:
-        model: The graph as it was recorded.
-        refs: Its weights.
-        even_rows: Whether its passes always have an even number of rows. Products of experts have
-            in any case.
+    `even_rows` says that passes always have an even number of rows; products of experts always
+    have.
     """
     readers = readers_of(model.graph.node)
 
@@ -124,12 +120,7 @@ def read_as_stored(model: onnx.ModelProto, located: Located) -> dict[str, tuple[
 
 
 def as_matrices(model: onnx.ModelProto, located: Located) -> dict[str, tuple[str, WeightRef]]:
-    """Undoes what `read_as_stored` says of places: weights as the matrices they are.
-
-    Args:
-        model: The engine's graph.
-        located: The places as it names them.
-    """
+    """Undoes `read_as_stored` for places: weights as the matrices they are."""
     out = dict(located)
     for graph in with_branches(model.graph):
         for node in graph.node:
@@ -234,8 +225,7 @@ _SEED = 20
 def probe_graph() -> bytes:
     """A graph with input `x` [M,K] and outputs [M,N]: a product for each type and block.
 
-    Weights are fixed. Blocks of 32 get the rows as they come, wider ones an even number of rows, as
-    engines see to.
+    Weights are fixed. Wide blocks get an even number of rows, as in engines.
     """
     random = np.random.default_rng(_SEED)
     w = NodeWriter("probe")

@@ -50,15 +50,10 @@ logger = logging.getLogger(__name__)
 
 
 class TensorRTPlan:
-    """What one build makes of a bundle: decided once, when it is first asked for.
+    """What one build makes of a bundle; each decision is made once, when first asked for.
 
-    Args:
-        bundle: The graphs, each of which is read once.
-        config: What is asked for.
-        flavour: The library.
-        compiler: What compiles the kernels of experts; None for Triton, which may be missing.
-        machine: Where the build runs.
-        asked: What `TensorRTBuilder.asked` says of bundle and config, for the record.
+    `asked` is the digest of `TensorRTBuilder.asked`; `compiler` of expert kernels is Triton if
+    None.
     """
 
     def __init__(
@@ -90,11 +85,7 @@ class TensorRTPlan:
 
     @cached_property
     def limits(self) -> EngineLimits:
-        """What the engines will take.
-
-        Raises:
-            BuildError: the library does not build for what is asked for.
-        """
+        """What the engines will take; BuildError if the library does not support it."""
         longest = self._bundle.config.max_position_embeddings
         capacity = cache_capacity(self.config.max_context, longest)
         return EngineLimits(capacity, self.config.max_batch, self._capabilities(self.config).sms)
@@ -106,11 +97,7 @@ class TensorRTPlan:
 
     @cached_property
     def engines(self) -> tuple[EnginePlan, ...]:
-        """Every engine in the order they run; equal programs of a tower have one file.
-
-        Raises:
-            BuildError: a graph cannot be built as it is asked for.
-        """
+        """Engines in running order, equal programs sharing a file; may raise BuildError."""
         limits, chosen = self.limits, self._capabilities(self.config)
         gpu = None
         if self._machine.gpus and (chosen.current or not self._flavour.sms):

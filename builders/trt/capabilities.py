@@ -26,7 +26,6 @@ class Capabilities:
     Attributes:
         sms: Compute capabilities its engines run on, e.g. 89; empty for a set the library chooses.
         named: Those the library is told; empty where it builds for the GPU at hand or chooses.
-        current: The library is told to build for the GPU at hand.
     """
 
     sms: tuple[int, ...]
@@ -42,11 +41,7 @@ class Capabilities:
 def chosen_capabilities(
     flavour: Flavour, bundle: Bundle, config: BuildConfig, machine: Machine
 ) -> Capabilities:
-    """What a library builds for.
-
-    Raises:
-        BuildError: it does not build for what is asked for, or there is no GPU to build for.
-    """
+    """What a library builds for; BuildError if unsupported or without a GPU."""
     present = tuple(dict.fromkeys(gpu.sm for gpu in machine.gpus))
     if not flavour.sms:
         return Capabilities(_at_hand(flavour, config, present))

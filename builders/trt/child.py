@@ -70,11 +70,7 @@ def options_from_job(job: dict[str, Any]) -> NetworkOptions:
 
 
 def _write(output: Path, plan: Any) -> None:
-    """Writes the library's buffer as it is: an engine of many gigabytes is not copied first.
-
-    Raises:
-        BuildError: there is no space, or no permission.
-    """
+    """Writes the library's buffer without copying gigabytes; BuildError if it cannot be written."""
     try:
         with output.open("wb", buffering=0) as file:
             rest = memoryview(plan)

@@ -39,13 +39,9 @@ def tower_cuts(
 
 
 def cut_layers(held: LayerBytes, bound: int) -> Cuts:
-    """As few groups as can be of layers whose build needs at most `bound` bytes of memory.
+    """As few groups of layers as can be, each built in at most `bound` bytes of memory.
 
-    Greedy from the front: no cut into fewer groups exists, because each group is as long as it may
-    be.
-
-    Raises:
-        BuildError: a single layer needs more already.
+    Greedy from the front, which is optimal. Raises BuildError if a single layer needs more.
     """
     count = max(len(held.layers), 1)
     groups: list[tuple[int, int]] = []
@@ -64,10 +60,7 @@ def cut_layers(held: LayerBytes, bound: int) -> Cuts:
 
 
 def even_layers(weights: Sequence[int], count: int) -> Cuts:
-    """At most `count` groups of layers with about as many bytes each: a cut for as many devices.
-
-    A layer goes to the group in which its middle lies when all bytes are divided evenly.
-    """
+    """At most `count` groups of layers with about equal bytes, by each layer's middle."""
     sizes = list(weights) or [0]
     total, before = max(sum(sizes), 1), 0
     groups: dict[int, list[int]] = {}

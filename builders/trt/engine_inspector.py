@@ -32,12 +32,6 @@ def inspect_plan(
     of TensorRT it is layers by type and by type of output, which needs a GPU.
 
     The report is worth having and not worth an engine: nothing that is found here fails a build.
-
-    Args:
-        flavour: The library.
-        plan: Its buffer with the engine.
-        machine: With its GPUs.
-        profiles: How many optimization profiles the engine was built with.
     """
     if flavour.target == "rtx":
         try:
@@ -86,19 +80,11 @@ def expands_experts(record: EngineRecord) -> bool:
 
 
 def require_fused(engine: EngineFile, facts: Mapping[str, Any], *, readable: bool = False) -> None:
-    """Refuses an engine that dequantizes stacked experts in device memory in every pass.
+    """Refuses, by BuildError, an engine that expands stacked experts in device memory.
 
-    Such a pass reads the quantized experts, writes them at full width and reads them again: more
-    bytes than the float experts have.
-
-    Args:
-        engine: The engine.
-        facts: What its build observed.
-        readable: Whether its program can be read without a GPU. One that holds experts and was not
-            read is then refused too: nobody would know. Otherwise it is let through.
-
-    Raises:
-        BuildError: it does.
+    Every pass would read the quantized experts, write them at full width and read them again: more
+    bytes than float experts have. If the program is `readable` without a GPU, an engine with
+    experts that was not read is refused too; otherwise it is let through.
     """
     why_not = facts.get("inspector", {}).get("why_not")
     if readable and why_not and any("experts" in name for name in engine.constants):

@@ -1,4 +1,4 @@
-"""The engines of one build: what of which graph each is, its job and its key. No library is needed.
+"""Plans the engines of one build: graph part, job and key of each; needs no library.
 
 A graph is one engine, or is cut into segments of layers or into programs between experts.
 """
@@ -40,16 +40,12 @@ class EnginePlan:
     """One engine to be built.
 
     Attributes:
-        graph: `context`, `context_head` or `denoiser`.
-        engine: Its file, layers, inputs, outputs and profiles.
         model: The serialized graph the library is given.
         beside: A file in the folder the graph's weights lie in.
         places: Which of its weights are inputs and which it holds.
-        key: Its name in the cache.
         job: What `child.main` is told, but for the places of its files.
         notes: What the graph rules note of the graph.
         operators: How often each operator is in it, the most frequent first.
-        experts: The experts that run after it.
     """
 
     graph: str
@@ -81,11 +77,6 @@ class EnginePlanner:
     """Plans the engines of one build.
 
     Args:
-        graphs: The graphs.
-        config: How they are cut; what computes the experts is decided.
-        flavour: The library.
-        limits: What the engines will take.
-        chosen: What they are built for.
         gpu: Name, compute capability and driver of the GPU they are tuned for; None ahead of time.
     """
 
@@ -105,10 +96,9 @@ class EnginePlanner:
         self._files: dict[tuple[str, str], str] = {}
 
     def engines(self) -> Iterator[EnginePlan]:
-        """Every engine in the order they run, one at a time: a tower's graph is some megabytes.
+        """Engines in running order, one at a time: a tower's graph is some megabytes.
 
-        Raises:
-            BuildError: a graph cannot be cut as it is asked for, or the graph rules refuse it.
+        Raises BuildError if a graph cannot be cut, or the graph rules refuse it.
         """
         for name in GRAPH_FILES:
             if self._config.experts == KERNELS and name != CONTEXT_HEAD:
@@ -155,13 +145,9 @@ class EnginePlanner:
     def _engine(
         self, graph: str, made: Segment, *, file: str = "", shared_from: int | None = None
     ) -> EnginePlan:
-        """One engine.
+        """Plans one engine; without `file` it is numbered and equal programs share a file.
 
-        Args:
-            graph: Of which graph.
-            made: What of it.
-            file: Its name; without one it gets a number, and equal programs have the same file.
-            shared_from: The layer from which a program is like any other of its kind.
+        From layer `shared_from` on, a program is like any other of its kind.
         """
         bundle, model = self._bundle, made.model
         if self._chosen.half_only:
@@ -284,9 +270,6 @@ def sum_float32_products(model: onnx.ModelProto) -> int:
     scan and the router compute in float32, whatever the dtype. The compiler of TensorRT for RTX
     fuses the multiplication into the sum, so that the products of single elements do not lie in
     memory (tests/builders/trt/test_rtx.py holds the scratch of a prefill).
-
-    Returns:
-        How many there were.
     """
     view = GraphView(model)
     nodes: list[onnx.NodeProto] = []

@@ -1,6 +1,6 @@
-"""One engine, out of the cache or out of a child process.
+"""Makes one engine, from the cache or in a child process.
 
-A graph the library refuses is kept, with what the library said and how to cut the graph down.
+A refused graph is kept, with the library's log and how to cut the graph down.
 """
 
 from __future__ import annotations
@@ -60,11 +60,7 @@ _WEIGHTS_BESIDE = (
 
 
 class RefusedError(BuildError):
-    """The library does not make an engine of this graph.
-
-    Attributes:
-        log: What it said: lines as `BuildLog.to_json` writes them, or text on stderr.
-    """
+    """The library makes no engine of this graph; `log` has its lines or its stderr."""
 
     log: tuple[Any, ...] = ()
 
@@ -76,14 +72,8 @@ class CrashedError(RefusedError, BuildAbortedError):
 class EngineMaker:
     """Makes engines in a folder, one after another.
 
-    Each is put into the cache at once, so that an interrupted build goes on from there.
-
-    Args:
-        bundle: Where the graphs and weights are.
-        folder: Gets the engines.
-        cache: Engines that were built before; None for none.
-        force: Take none from the cache.
-        report: Called with the progress.
+    Each is put into the cache at once, so that an interrupted build goes on from there; `force`
+    takes none from the cache.
     """
 
     def __init__(
@@ -99,11 +89,7 @@ class EngineMaker:
         self._folder, self._cache, self._force, self._report = folder, cache, force, report
 
     def make(self, plan: EnginePlan) -> tuple[FileRecord, dict[str, Any]]:
-        """The engine's size and SHA-256, and what its build observed.
-
-        Raises:
-            BuildError: it cannot be built.
-        """
+        """The engine's size and SHA-256, and what its build observed."""
         file = plan.engine.file
         output = self._folder / file
 
@@ -151,11 +137,7 @@ class EngineMaker:
 
 
 def _keep_failed(folder: Path, plan: EnginePlan, error: RefusedError) -> BuildError:
-    """Keeps the graph of a failed build.
-
-    Returns:
-        The error with the folder and the next commands, a `BuildAbortedError` still if it was one.
-    """
+    """Keeps a failed graph; the error, of the same class, with folder and next commands."""
     kind = BuildAbortedError if isinstance(error, BuildAbortedError) else BuildError
     found = f"{plan.engine.file}: {error.found}"
     data = plan.beside.with_name(f"{plan.beside.name}.data")
@@ -201,14 +183,6 @@ def run_job(
     job: dict[str, Any], scratch: Path, *, tick: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
     """Builds one engine in a child process, which dies with this call.
-
-    Args:
-        job: What to build; see `child.main`.
-        scratch: A folder for the job's file.
-        tick: Called with (phase, step, steps).
-
-    Returns:
-        What the build observed.
 
     Raises:
         RefusedError: the library refused the graph, or crashed over it (`CrashedError`).

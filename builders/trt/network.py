@@ -1,7 +1,4 @@
-"""From an ONNX graph to a serialized engine: parse, check, configure, build.
-
-The TensorRT library is a value.
-"""
+"""From an ONNX graph to a serialized engine: parse, check, configure, build."""
 
 from __future__ import annotations
 
@@ -79,8 +76,6 @@ class NetworkOptions:
     """What one engine is built for.
 
     Attributes:
-        inputs: The graph's inputs.
-        profiles: In order.
         sms: Compute capabilities; empty for the GPU at hand, or for what a library that builds
             ahead of time makes of none.
         current: Tells a library that builds ahead of time to build for the GPU at hand.
@@ -138,9 +133,6 @@ def build_network(
     Returns:
         The library's buffer with the serialized engine, and a report: operators by layer type and
         by type of output.
-
-    Raises:
-        BuildError: the library refuses the graph or fails.
     """
     trt = flavour.module
     sink = make_logger(trt, log)

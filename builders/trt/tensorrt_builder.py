@@ -20,12 +20,7 @@ _WITHOUT_EFFECT = ("force", "use_cache", "cache", "cache_bytes")
 
 
 class TensorRTBuilder:
-    """Builds the targets `rtx` and `trt`.
-
-    Args:
-        flavour: The library.
-        compiler: What compiles the kernels of experts; None for Triton, which may be missing.
-    """
+    """Builds targets `rtx` and `trt`; expert kernels are compiled by Triton by default."""
 
     def __init__(self, flavour: Flavour, compiler: Compile | None = None) -> None:
         self.flavour, self._compiler = flavour, compiler

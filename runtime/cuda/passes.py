@@ -100,7 +100,7 @@ class DevicePass:
         return self._graph is not None
 
     def run(self, stream: Stream) -> CudaEvent:
-        """Enqueues one pass; see `Binding.run`."""
+        """Enqueues one pass, see `Binding.run`; DeviceError if it is refused."""
         assert not self._closed, "a closed pass is not run"
         queue = cast(CudaStream, stream)
         last = queue.handles[self._last]

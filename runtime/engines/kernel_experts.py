@@ -116,7 +116,10 @@ class ExpertStep:
         return len(self._launches)
 
     def enqueue(self, stream: int) -> None:
-        """Enqueues the launches, the same for any routing; the stream's device is current."""
+        """Enqueues the launches on the current device; DeviceError if refused.
+
+        They are the same whatever the routing.
+        """
         for launch in self._launches:
             launch(stream)
 

@@ -67,7 +67,7 @@ class PassSteps:
         return all(bound.may_be_captured(queue.handles[bound.device]) for bound in programs)
 
     def enqueue(self, queue: CudaStream) -> None:
-        """Enqueues every step on its device's stream."""
+        """Enqueues every step on its device's stream; DeviceError if one is refused."""
         at = self._first
         for bound in self._bound:
             device = bound.device

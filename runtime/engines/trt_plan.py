@@ -67,7 +67,7 @@ class Execution:
         self._loader = loader
 
     def bind(self, to: Bound, memory: DeviceMemory) -> None:
-        """Sets profile, shapes, addresses and scratch; its device is current."""
+        """Sets profile, shapes, addresses and scratch on its device; DeviceError if refused."""
         stream = memory.stream(self.plan.device)
         chosen = self.context.set_optimization_profile_async(to.profile, stream)
         memory.cuda.synchronize(stream)  # the next call needs the profile
@@ -103,7 +103,7 @@ class Execution:
         return [f"activation memory of {size:,} bytes: {said}"] if said else []
 
     def enqueue(self, stream: int) -> None:
-        """Enqueues on a stream of its device, which is current."""
+        """Enqueues on a stream of its current device; DeviceError if refused."""
         if not self.context.execute_async_v3(stream):
             said = self._loader.drain()
             raise DeviceError(
@@ -194,7 +194,7 @@ class PlanLoader:
         )
 
     def another(self, plan: Plan, part: EngineFile, file: Path) -> Plan:
-        """The same engine as another, equal program of its tower."""
+        """The engine again, for an equal program; EngineMismatchError if it is not equal."""
         self._check(plan.engine, part, file)
         return replace(plan, part=part)
 

@@ -1,7 +1,6 @@
-"""What a program does, layer by layer, and the copies that a pass makes before it computes.
+"""Layers of a program, and the copies of weights, keys and values that a pass makes.
 
-A kernel counts for a layer by the ONNX nodes fused into it. Copies are of weights, and of keys and
-values.
+A kernel counts for a layer by the ONNX nodes fused into it.
 """
 
 from __future__ import annotations
@@ -122,10 +121,6 @@ def expanded_weights(program: Program, weights: Collection[str]) -> tuple[Expand
     weights. A product that reads them as they are, or fuses their dequantization, writes no such
     thing. A kernel that does other work too is found by its result: fixed in size, of the shape of
     a weight matrix it reads, and read by a product. Vectors are left out: a bias is nothing.
-
-    Args:
-        program: The program.
-        weights: Names of the inputs that are weights.
     """
     constant = {r.name for r in program.regions if r.constant}
     scratch = {r.name for r in program.regions if r.place == "accelerator" and not r.constant}

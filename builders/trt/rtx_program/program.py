@@ -19,7 +19,6 @@ class Region:
     """A piece of memory.
 
     Attributes:
-        name: The compiler's name.
         nbytes: At the greatest shapes of the profile; of constants not in bytes.
         place: `accelerator` or `host`.
         constant: Whether it holds constants, which are part of the engine and no scratch.
@@ -39,7 +38,7 @@ class Tensor:
         name: The compiler's name; an input's is the graph's, without the mark of its profile.
         dtype: The compiler's name of its element type, for instance `bf16`.
         dims: Sizes at the greatest shapes of the profile; None where the text does not tell.
-        region: The region it lies in; empty for what is bound from outside.
+        region: Empty for what is bound from outside.
         fixed: Whether no size depends on the shapes of a call.
     """
 
@@ -72,12 +71,8 @@ class Kernel:
         operation: `function` (generated), `fully_connected` (product of the kernel library),
             `runtime_fusion` (product with what was fused into it) and others.
         name: The compiler's, which tells its steps: `__myl_CastMulCast`.
-        stream: The stream it runs on.
-        nodes: The ONNX nodes fused into it, by the names of our scopes.
         scope: The layer or part it counts for, for instance `layers.3.moe` or `sampler`.
         backbone: Of a runtime fusion, what it is built around, for instance `gemm`.
-        reads: Names of the tensors it reads, shapes left out.
-        writes: Names of the tensors it writes.
     """
 
     operation: str
@@ -100,13 +95,8 @@ class ExpandedWeight:
     """A copy of weights that a pass writes to device memory before the product reads it.
 
     Attributes:
-        kernel: Name of the kernel that writes it.
-        scope: Where: `layers.3.moe`.
-        nodes: The ONNX nodes it carries out.
         weights: Names and element types of what it reads, as `int8 [8, 128, 96]` where the
             compiler renamed a constant.
-        dims: Shape of the copy.
-        dtype: Element type of the copy.
         nbytes: Bytes written in every pass.
     """
 
@@ -129,9 +119,6 @@ class CopiedCache:
     """Keys or values of all positions, copied in every pass before attention reads them.
 
     Attributes:
-        kernel: Name of the kernel that copies.
-        scope: The attention layer.
-        cache: The keys or values it reads.
         nbytes: Bytes written at the greatest shapes.
         times: How often it writes each of them: 1 where it transposes them, and more where every
             query head of a group gets its own.
@@ -149,18 +136,8 @@ class Program:
     """What one pass with one optimization profile runs; all compute capabilities share it.
 
     Attributes:
-        profile: Number of the optimization profile.
         sms: Compute capabilities it was compiled for; of the portable default set it names 80.
-        kernels: In the order of the text.
-        streams: Streams it uses.
-        events: Events between them.
-        signals: Event records a pass makes.
-        waits: Waits for events a pass makes.
         capturable: Whether the library allows capture into a CUDA graph; None where not told.
-        regions: Memory.
-        tensors: Tensors that kernels read or write, by name.
-        expanded: Weights copied in device memory.
-        copied: Keys and values copied before attention reads them.
     """
 
     profile: int

@@ -54,11 +54,7 @@ class Statement:
         return found[2] if found[1] is None else found[1]
 
     def number(self, key: str) -> int:
-        """A key's whole number.
-
-        Raises:
-            ProgramTextError: it is missing, or no number.
-        """
+        """A key's integer; ProgramTextError if missing or no number."""
         value = self.word(key)
         if value is None or not value.isdecimal():
             raise unreadable(f"'{self.operation}' has no number '{key}'")
@@ -80,11 +76,7 @@ class ProgramText:
     shape_main: str
 
     def statements(self, section: str) -> Iterator[Statement]:
-        """The statements of `descriptors` or `main`, a line each, in order.
-
-        Raises:
-            ProgramTextError: a line is no statement, or the program has branches.
-        """
+        """Statements of `descriptors` or `main`, in order; ProgramTextError on branches."""
         text: str = getattr(self, section)
         labels = 0
         for line in text.splitlines():
@@ -123,9 +115,6 @@ def program_texts(plan: PlanBytes) -> Iterator[str]:
     A program is one block: its size, a mark, a version, the length of its text, the text, code.
     Plans are searched in pieces of 64 MiB: one that holds its weights may have tens of GiB.
 
-    Args:
-        plan: The serialized engine.
-
     Raises:
         ProgramTextError: a block is cut off, or does not begin with the text of a whole pass.
     """
@@ -159,11 +148,7 @@ def _find_mark(view: memoryview, first: int) -> int:
 
 
 def split_text(text: str) -> ProgramText:
-    """The sections of a program.
-
-    Raises:
-        ProgramTextError: a section is unknown, missing, there twice, or has no end.
-    """
+    """The sections of a program; ProgramTextError if unknown, missing or repeated."""
     sections: dict[str, str] = {}
     last, end = "nothing", 0
     for match in _SECTION.finditer(text):
