@@ -9,24 +9,13 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.helpers.bundles import built_tiny
+from tests.helpers.bundles import TRUNCATED_AND_PADDED, built_tiny
 from tests.helpers.quantized import quantized
 from twotower.bundle import Bundle, derive_bundle
 from twotower.config import GenerationConfig
 from twotower.runtime import TwoTower
 
 PROMPT = "Q: flip: a cat b dog c owl d fish\nA:"
-TRUNCATED_AND_PADDED = {
-    "truncation": {"direction": "Right", "max_length": 12, "strategy": "LongestFirst", "stride": 0},
-    "padding": {
-        "strategy": {"Fixed": 64},
-        "direction": "Right",
-        "pad_to_multiple_of": None,
-        "pad_id": 0,
-        "pad_type_id": 0,
-        "pad_token": "<pad>",
-    },
-}
 
 
 END = 180  # a letter of the answer

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.browser import complaints, open_browser
+from tests.helpers.browser import open_page
 from tests.helpers.fake_model import FakeModel, problem
 from tests.helpers.quantized import quantized
 from twotower.bundle import Bundle
@@ -31,29 +30,13 @@ PROMPT = "Q: sort: q c x a m b t e z k p d r h\nA:"
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with open_browser() as driver:
-        yield driver
-
-
-@pytest.fixture(scope="module")
 def trace(tiny_bundle: Path) -> Trace:
     with TwoTower.open(tiny_bundle) as model:
-        sparing = GenerationConfig(
-            confidence_threshold=1.0, steps_per_block=6
-        )  # several passes a block, however sure the model is
+        # Several passes a block, however sure the model is.
+        sparing = GenerationConfig(confidence_threshold=1.0, steps_per_block=6)
         recorded = record_trace(model, PROMPT, sparing, bundle="tiny")
     assert len(recorded.steps) > 3
     return recorded
-
-
-def opened(browser: Any, folder: Path, page: str) -> Any:
-    file = folder / "page.html"
-    file.write_text(page, encoding="utf-8")
-    browser.get("about:blank")
-    browser.get(file.as_uri())
-    assert not complaints(browser)
-    return browser
 
 
 def states(page: Any) -> list[str]:
@@ -82,7 +65,7 @@ def expected_states(trace: Trace, number: int) -> dict[int, set[int]]:
 
 
 def test_the_replay_shows_every_pass_as_it_was(browser: Any, trace: Trace, tmp_path: Path) -> None:
-    page = opened(browser, tmp_path, trace_page(trace))
+    page = open_page(browser, tmp_path, trace_page(trace))
     assert at(page) == 0
     size = trace.header.block_size
     for number, step in enumerate(trace.steps):
@@ -108,7 +91,7 @@ def test_the_replay_shows_every_pass_as_it_was(browser: Any, trace: Trace, tmp_p
 def test_play_runs_to_the_end_and_pauses(browser: Any, trace: Trace, tmp_path: Path) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    page = opened(browser, tmp_path, trace_page(trace))
+    page = open_page(browser, tmp_path, trace_page(trace))
     fastest = (
         "const s = document.getElementById('speed'); s.selectedIndex = s.options.length - 1; "
         "s.dispatchEvent(new Event('change'))"
@@ -131,7 +114,7 @@ def test_the_evaluation_page_sorts_its_tables_and_needs_no_network(
     report["bundle"] = {"name": "b", "target": "fake"}
     curve, png = draw_curve(report)
     assert png.startswith(b"\x89PNG")
-    page = opened(browser, tmp_path, report_page(report, curve, model="m"))
+    page = open_page(browser, tmp_path, report_page(report, curve, model="m"))
     assert page.find_elements("css selector", ".picture svg")
     assert not page.execute_script(REQUESTED)
     assert json.loads(page.find_element("id", "report").get_attribute("textContent")) == json.loads(
@@ -160,7 +143,7 @@ def test_the_impact_of_quantization_is_shown_and_sorts(
         report = impact_of(
             Pair(few, exact), (changed, model), load_suite().only(limit=1), ImpactConfig()
         )
-    page = opened(browser, tmp_path, impact_page(report, draw_sensitivity(report)[0], model="m"))
+    page = open_page(browser, tmp_path, impact_page(report, draw_sensitivity(report)[0], model="m"))
     assert len(page.find_elements("css selector", ".card")) == 5
     assert page.find_elements("css selector", ".picture svg")
     assert not page.execute_script(REQUESTED)

@@ -6,12 +6,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
-__all__ = ["complaints", "open_browser"]
+__all__ = ["complaints", "open_browser", "open_page"]
 
 # A machine's browser looks for updates and more by itself; a test's does nothing but open the file.
 _FLAGS = (
@@ -56,3 +57,13 @@ def open_browser(width: int = 1280, height: int = 900, *, dark: bool = False) ->
 def complaints(driver: Chrome) -> list[str]:
     """What the console said since the last call: errors, warnings and refusals."""
     return [f"{entry['level']}: {entry['message']}" for entry in driver.get_log("browser")]
+
+
+def open_page(driver: Chrome, folder: Path, page: str, at: str = "") -> Any:
+    """A page as a file, opened without a complaint."""
+    file = folder / "page.html"
+    file.write_text(page, encoding="utf-8")
+    driver.get("about:blank")
+    driver.get(file.as_uri() + at)
+    assert not complaints(driver)
+    return driver

@@ -13,6 +13,19 @@ from twotower.builders import build_engines, builder_for
 from twotower.bundle import Bundle
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 
+TRUNCATED_AND_PADDED = {
+    "truncation": {"direction": "Right", "max_length": 12, "strategy": "LongestFirst", "stride": 0},
+    "padding": {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<pad>",
+    },
+}
+"""Of a tokenizer.json, as after a training."""
+
 
 def export_fixture(folder: str, output: Path, dtype: str | None = None) -> Bundle:
     """An unverified bundle of a fixture."""

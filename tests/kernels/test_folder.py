@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.errors import check_error
 from tests.helpers.expert_layers import make_shape
-from twotower.errors import BuildError, ConfigError, RequestError
+from twotower.errors import BuildError, ConfigError, RequestError, TwoTowerError
 from twotower.kernels import compile as compiler
 from twotower.kernels import read_manifest
 from twotower.kernels.cubin_manifest import Cubin
@@ -67,17 +67,16 @@ def test_kernels_for_more_tokens_than_there_will_be_are_left_out(
 
 
 @pytest.mark.usefixtures("installed")
-def test_too_many_tokens_are_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="5000 tokens") as e:
-        compiler.compile_kernels(SHAPE, [80], tmp_path / "k", max_tokens=5000)
-    check_error(str(e.value), "5000 tokens")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.usefixtures("installed")
-def test_a_gpu_there_are_no_kernels_for_is_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="SM 75"):
-        compiler.compile_kernels(SHAPE, [80, 75], tmp_path / "k")
+@pytest.mark.parametrize(
+    ("sms", "most", "error", "says"),
+    [([80], 5000, RequestError, "5000 tokens"), ([80, 75], 4096, BuildError, "SM 75")],
+)
+def test_what_there_are_no_kernels_for_is_refused_before_any_work(
+    tmp_path: Path, sms: list[int], most: int, error: type[TwoTowerError], says: str
+) -> None:
+    with pytest.raises(error, match=says) as e:
+        compiler.compile_kernels(SHAPE, sms, tmp_path / "k", max_tokens=most)
+    check_error(str(e.value), says)
     assert not list(tmp_path.iterdir())
 
 

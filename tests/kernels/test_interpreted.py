@@ -26,7 +26,7 @@ from tests.helpers.graphs import FIXTURES
 from tests.helpers.interpreted import run_interpreted
 from twotower.config import read_model_config
 from twotower.dtypes import to_float32, to_stored
-from twotower.kernels import experts_twin
+from twotower.kernels import ExpertShape, experts_twin
 from twotower.kernels.twin import Array
 from twotower.model.layers import MoE
 
@@ -53,23 +53,21 @@ def computed(layer: Layer, x: Array, shares: Array) -> Array:
         )
 
 
-def check(layer: Layer, x: Array, shares: Array) -> None:
-    dtype = layer.shape.dtype
+def check(shape: ExpertShape, count: int, kind: str = "uniform", seed: int = 0) -> None:
+    """A random layer of this shape on so many tokens, routed in this way."""
+    layer, dtype = random_layer(shape, seed), shape.dtype
+    x, shares = tokens(shape, count, seed), routing(shape, count, kind, seed)
     got = to_float32(computed(layer, x, shares), dtype)
     assert apart(got, exact(layer, x, shares)) < TO_FLOAT64[dtype]
-    assert (
-        apart(got, to_float32(experts_twin(layer.shape, x, shares, layer.stored), dtype))
-        < TO_TWIN[dtype]
-    )
+    twin = to_float32(experts_twin(shape, x, shares, layer.stored), dtype)
+    assert apart(got, twin) < TO_TWIN[dtype]
 
 
 @pytest.mark.parametrize("routed", FORMAT_NAMES)
 @pytest.mark.parametrize("dtype", TO_FLOAT64)
 def test_every_format(dtype: str, routed: str) -> None:
-    layer = random_layer(
-        make_shape(128, 256, 8, 3, shared=256, dtype=dtype, routed=routed, others=routed)
-    )
-    check(layer, tokens(layer.shape, 7), routing(layer.shape, 7))
+    shape = make_shape(128, 256, 8, 3, shared=256, dtype=dtype, routed=routed, others=routed)
+    check(shape, 7)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -96,8 +94,7 @@ def test_combinations(
     shape = make_shape(
         128, 256, experts, top, shared=shared, dtype=dtype, routed=formats[0], others=formats[1]
     )
-    layer = random_layer(shape, seed)
-    check(layer, tokens(shape, count, seed), routing(shape, count, kind, seed))
+    check(shape, count, kind, seed)
 
 
 @pytest.mark.parametrize(
@@ -105,33 +102,26 @@ def test_combinations(
 )
 @pytest.mark.parametrize("routed", ("float", "int8", "fp8"))
 def test_widths_no_tile_divides(hidden: int, width: int, shared: int, routed: str) -> None:
-    layer = random_layer(
-        make_shape(hidden, width, 5, 2, shared=shared, routed=routed, others="float")
-    )
-    check(layer, tokens(layer.shape, 19), routing(layer.shape, 19))
+    check(make_shape(hidden, width, 5, 2, shared=shared, routed=routed, others="float"), 19)
 
 
 @pytest.mark.parametrize("top", range(1, 9))
 def test_every_number_of_choices(top: int) -> None:
-    layer = random_layer(make_shape(32, 16, 12, top, shared=32))
-    check(layer, tokens(layer.shape, 12), routing(layer.shape, 12))
+    check(make_shape(32, 16, 12, top, shared=32), 12)
 
 
 @pytest.mark.parametrize(
     ("routed", "kind"), [("float", "skewed"), ("int4-32", "uniform"), ("nvfp4", "one")]
 )
 def test_600_tokens(routed: str, kind: str) -> None:
-    layer = random_layer(
-        make_shape(64, 128, 16, 4, shared=128, dtype="float16", routed=routed, others="float")
-    )
-    check(layer, tokens(layer.shape, 600), routing(layer.shape, 600, kind))
+    sizes = {"shared": 128, "dtype": "float16", "routed": routed, "others": "float"}
+    check(make_shape(64, 128, 16, 4, **sizes), 600, kind)
 
 
 @pytest.mark.parametrize("experts", (1, 300, 600))
 def test_one_expert_and_very_many(experts: int) -> None:
-    layer = random_layer(make_shape(16, 16, experts, min(experts, 5)))
     for count in (3, 40):
-        check(layer, tokens(layer.shape, count), routing(layer.shape, count))
+        check(make_shape(16, 16, experts, min(experts, 5)), count)
 
 
 @pytest.mark.parametrize("routed", ("float", "int8", "int4-32", "nvfp4"))
@@ -146,9 +136,8 @@ def test_a_row_does_not_depend_on_its_batch(dtype: str, routed: str) -> None:
     assert back.tobytes() == whole
     row = len(whole) // 41
     for first, count in ((0, 1), (5, 3), (17, 16), (40, 1)):
-        part = computed(
-            layer, x[first : first + count].copy(), shares[:, first : first + count].copy()
-        )
+        some = slice(first, first + count)
+        part = computed(layer, x[some].copy(), shares[:, some].copy())
         assert part.tobytes() == whole[first * row : (first + count) * row]
     spoilt = to_float32(x, dtype).copy()
     spoilt[3], spoilt[20] = np.nan, np.inf
@@ -180,12 +169,10 @@ def test_the_torch_towers_compute_the_same() -> None:
     )
     shares = np.zeros((shape.experts, 21), np.float32)
     np.put_along_axis(shares, chosen.numpy().T, share.numpy().T, 0)
+    assert moe.shared_experts is not None
     weights = {
         "up": torch.stack([e.up_proj.weight for e in moe.experts]),
         "down": torch.stack([e.down_proj.weight for e in moe.experts]),
-    }
-    assert moe.shared_experts is not None
-    weights |= {
         "shared_up": moe.shared_experts.up_proj.weight,
         "shared_down": moe.shared_experts.down_proj.weight,
     }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from tests.helpers.fake_engines import FakeTowers, fake_towers
+from twotower.runtime import TwoTower
 from twotower.runtime.tokenizer import Tokenizer
 
 
@@ -31,3 +34,15 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_file: Path) -> Tokenizer:
     return Tokenizer.from_file(tokenizer_file)
+
+
+@pytest.fixture
+def fake() -> FakeTowers:
+    return fake_towers()
+
+
+@pytest.fixture
+def model(fake: FakeTowers) -> Iterator[TwoTower]:
+    """A session on the fake towers."""
+    with TwoTower.from_towers(fake.towers) as session:
+        yield session

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers.fake_engines import FakeTowers, fake_towers
+from tests.helpers.fake_engines import FakeTowers
 from twotower.config import GenerationConfig
 from twotower.runtime import Generation, Request, TwoTower
 from twotower.runtime.auto import (
@@ -29,17 +28,6 @@ SETTING = Setting(0.9, 16, 16)
 EVEN_AT_FIVE = PassTimes(denoise_ms=3.0, extend_ms=1.0, step_ms=1.0)
 FAST_STEPS = PassTimes(denoise_ms=100.0, extend_ms=1.0, step_ms=1.0)
 SLOW_STEPS = PassTimes(denoise_ms=1.0, extend_ms=1.0, step_ms=100.0)
-
-
-@pytest.fixture
-def fake() -> FakeTowers:
-    return fake_towers()
-
-
-@pytest.fixture
-def model(fake: FakeTowers) -> Iterator[TwoTower]:
-    with TwoTower.from_towers(fake.towers) as session:
-        yield session
 
 
 def replace_times(model: TwoTower, times: dict[int, PassTimes], **known: Any) -> None:
@@ -71,13 +59,8 @@ def test_the_mode_of_less_time_is_chosen(
 
 
 def test_steps_bound_the_passes() -> None:
-    for steps, want in (
-        (2, "diffusion"),
-        (4, "diffusion"),
-        (5, "diffusion"),
-        (6, None),
-        (16, None),
-    ):
+    for steps in (2, 4, 5, 6, 16):
+        want = "diffusion" if steps <= 5 else None
         assert choose(EVEN_AT_FIVE, Setting(0.9, steps, 16), None, tokens=16) == want
     assert choose(EVEN_AT_FIVE, Setting(0.9, 99, 4), None, tokens=16) == "diffusion"
     assert choose(EVEN_AT_FIVE, SETTING, 5.0, tokens=16) == "diffusion"
@@ -121,9 +104,8 @@ def test_replaced_times_flip_the_mode_and_texts_are_the_modes_own(model: TwoTowe
         replace_times(model, {1: times})
         result = batch(model, 3)
         want = batch(model, 3, replace(AUTO, mode=mode))
-        assert [(r.mode, r.tokens, r.usage) for r in result] == [
-            (mode, r.tokens, r.usage) for r in want
-        ]
+        assert {r.mode for r in result} == {mode}
+        assert [(r.tokens, r.usage) for r in result] == [(r.tokens, r.usage) for r in want]
         assert result[0].to_json()["mode"] == mode
 
 
@@ -196,9 +178,7 @@ def test_first_use_measures_three_passes_of_each(model: TwoTower, fake: FakeTowe
         assert min(times.denoise_ms, times.extend_ms, times.step_ms) > 0
     assert RUNS == 3
     again = batch(model, 2, replace(config, mode="diffusion"))
-    assert [r.tokens for r in again] == [r.tokens for r in want], (
-        "scratch rows leave nothing behind"
-    )
+    assert [r.tokens for r in again] == [r.tokens for r in want], "scratch leaves nothing behind"
     (result,) = batch(model, 1, config)
     alone = batch(model, 1, replace(config, mode=result.mode))
     assert result.tokens == alone[0].tokens

@@ -31,28 +31,9 @@ def test_all_are_done_and_the_first_failure_is_raised() -> None:
     assert done == ["a", "b", "c", "d"]
 
 
-def test_the_last_is_done_first_and_the_first_failure_is_raised() -> None:
-    done: list[str] = []
-    with pytest.raises(ValueError, match="d"), Cleanup(*actions(done)):
-        assert not done
-    assert done == ["d", "c", "b", "a"]
-
-
-def test_a_failure_of_the_body_is_not_hidden() -> None:
-    done: list[str] = []
-    with pytest.raises(KeyError, match="the cause"), Cleanup(*actions(done)):
-        raise KeyError("the cause")
-    assert done == ["d", "c", "b", "a"]
-
-
-def test_nothing_is_done_after_success() -> None:
-    done: list[str] = []
-    with Cleanup(*actions(done)) as end:
-        end.pop_all()
-    assert not done
-
-
-def test_an_abandoned_iterator_is_no_failure_and_hides_none() -> None:
+@pytest.mark.parametrize("error", [None, KeyError("the cause")])
+def test_the_last_is_done_first_and_the_first_failure_is_raised(error: Exception | None) -> None:
+    """The body's own failure is not hidden, and an abandoned iterator is none."""
     done: list[str] = []
 
     def numbers():  # type: ignore[no-untyped-def]
@@ -61,27 +42,34 @@ def test_an_abandoned_iterator_is_no_failure_and_hides_none() -> None:
 
     iterator = numbers()
     next(iterator)
-    with pytest.raises(ValueError, match="d"):
-        iterator.close()
+    assert not done
+    with pytest.raises(KeyError if error else ValueError, match="the cause" if error else "d"):
+        iterator.throw(error) if error else iterator.close()
+    assert done == ["d", "c", "b", "a"]
+
+
+def test_nothing_is_done_after_success() -> None:
+    done: list[str] = []
+    with Cleanup(*actions(done)) as end:
+        end.pop_all()
+    assert not done
+    with pytest.raises(ValueError, match="d"), Cleanup(*actions(done)):
+        assert not done
     assert done == ["d", "c", "b", "a"]
 
 
 # Turns
 
 
-def test_what_is_let_go_of_outside_a_turn_goes_at_once() -> None:
-    lock, done = SessionLock(), []
-    lock.at_the_end(lambda: done.append(1))
-    assert done == [1]
-
-
-def test_inside_a_turn_it_waits_for_the_end_of_the_outermost() -> None:
+def test_what_is_let_go_of_inside_turns_waits_for_the_end_of_the_outermost() -> None:
     lock, done = SessionLock(), []
     with lock:
         with lock:
             lock.at_the_end(lambda: done.append(1))
         assert not done
     assert done == [1]
+    lock.at_the_end(lambda: done.append(2))
+    assert done == [1, 2], "outside a turn it goes at once"
 
 
 def test_another_thread_does_not_wait_and_the_owner_does_it() -> None:

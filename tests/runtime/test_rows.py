@@ -31,19 +31,20 @@ def run(
     return row, texts
 
 
-def test_eos_ends_the_row_and_is_not_in_it() -> None:
-    row, texts = run(None, [5, 6, 2, 7, 8], StopRule(10, EOS))
-    assert (row.tokens, row.finish_reason, row.text, texts) == ([5, 6], "eos", None, [None])
-    assert run(None, [2], StopRule(10, EOS))[0].tokens == []
-
-
-def test_eos_can_be_ignored() -> None:
-    row, _ = run(None, [5, 2, 7], StopRule(3))
-    assert (row.tokens, row.finish_reason) == ([5, 2, 7], "length")
-
-
-def test_length_comes_before_an_eos_after_it() -> None:
-    assert run(None, [5, 6, 2], StopRule(2, EOS))[0].finish_reason == "length"
+@pytest.mark.parametrize(
+    ("tokens", "rule", "taken", "reason"),
+    [
+        ([5, 6, 2, 7, 8], StopRule(10, EOS), [5, 6], "eos"),
+        ([2], StopRule(10, EOS), [], "eos"),
+        ([5, 2, 7], StopRule(3), [5, 2, 7], "length"),
+        ([5, 6, 2], StopRule(2, EOS), [5, 6], "length"),
+    ],
+)
+def test_where_a_row_ends(tokens: list[int], rule: StopRule, taken: list[int], reason: str) -> None:
+    row, texts = run(None, tokens, rule)
+    assert (row.tokens, row.finish_reason, row.text, texts) == (taken, reason, None, [None])
+    with pytest.raises(AssertionError):
+        row.push([5])
 
 
 @given(
@@ -52,10 +53,8 @@ def test_length_comes_before_an_eos_after_it() -> None:
     most=st.integers(1, 50),
 )
 def test_blocks_do_not_matter(tokens: list[int], block: int, most: int) -> None:
-    in_blocks, at_once = (
-        run(None, tokens, StopRule(most, EOS), block)[0],
-        run(None, tokens, StopRule(most, EOS), 1000)[0],
-    )
+    in_blocks, _ = run(None, tokens, StopRule(most, EOS), block)
+    at_once, _ = run(None, tokens, StopRule(most, EOS), 1000)
     assert (in_blocks.tokens, in_blocks.finish_reason) == (at_once.tokens, at_once.finish_reason)
     assert len(in_blocks.tokens) <= most
 
@@ -64,9 +63,7 @@ def test_a_stop_string_across_blocks_cuts_text_and_tokens(tokenizer: Tokenizer) 
     tokens = tokenizer.encode("one\nQ: two")[1:]
     row, texts = run(tokenizer, tokens, StopRule(100, EOS, ("\nQ:",)))
     assert row.text == "one"
-    assert tokenizer.decode(row.tokens) == "one\nQ:", (
-        "tokens end with the one that completed the stop string"
-    )
+    assert tokenizer.decode(row.tokens) == "one\nQ:", "with what completed the stop string"
     assert row.finish_reason == "stop"
     assert texts == ["one", ""], "what may become the stop string is held back"
 
@@ -96,9 +93,8 @@ ALPHABET = "ab\u20ac"
 def test_stop_strings_over_many_texts(
     tokenizer: Tokenizer, text: str, stop: list[str], block: int
 ) -> None:
-    row, texts = run(
-        tokenizer, [*tokenizer.encode(text)[1:], 2], StopRule(1000, EOS, tuple(stop)), block
-    )
+    tokens = [*tokenizer.encode(text)[1:], 2]
+    row, texts = run(tokenizer, tokens, StopRule(1000, EOS, tuple(stop)), block)
     # The first stop string to be complete ends the text; of those complete at the same character,
     # the longest begins first.
     ends = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
@@ -139,12 +135,6 @@ def test_half_a_character_is_flushed_at_the_end(tokenizer: Tokenizer) -> None:
     assert row.text == "\ufffd"
 
 
-def test_a_finished_row_takes_nothing() -> None:
-    row, _ = run(None, [2], StopRule(9, EOS))
-    with pytest.raises(AssertionError):
-        row.push([5])
-
-
 # A row
 
 
@@ -154,11 +144,8 @@ def row(mode: str = "diffusion", **options: Any) -> Row:
 
 
 def test_a_row_knows_how_much_of_its_text_is_read() -> None:
-    assert [(r.width, r.end) for r in (row(), row("ar"), row("auto"))] == [
-        (16, 3 + 16),
-        (1, 3 + 19),
-        (16, 3 + 16),
-    ]
+    rows = [row(), row("ar"), row("auto")]
+    assert [(r.width, r.end) for r in rows] == [(16, 3 + 16), (1, 3 + 19), (16, 3 + 16)]
 
 
 def test_a_row_gives_an_event_for_each_block_and_its_result_with_the_last(

@@ -84,14 +84,8 @@ def test_the_limit_holds_every_plan(prompts: list[int], max_chunk: int) -> None:
 
 
 def test_buckets_double_up_to_the_limit() -> None:
-    assert [capacity_bucket(n, 1000) for n in (1, 256, 257, 512, 513, 1000)] == [
-        256,
-        256,
-        512,
-        512,
-        1000,
-        1000,
-    ]
+    buckets = {1: 256, 256: 256, 257: 512, 512: 512, 513: 1000, 1000: 1000}
+    assert {n: capacity_bucket(n, 1000) for n in buckets} == buckets
     assert capacity_bucket(10, 100) == 100
 
 
@@ -105,7 +99,4 @@ def test_chunks_are_padded_to_the_next_width_of_a_device(prompts: list[int]) -> 
     for ours, step in zip(plain.steps, padded.steps, strict=True):
         assert (step.starts, step.lengths) == (ours.starts, ours.lengths)
         assert step.width == 1 << (ours.width - 1).bit_length(), "the next power of two"
-    assert [
-        prefill_plan([n], widths=CHUNK_WIDTHS).steps[0].width for n in (3, 5, 9, 17, 33, 65, 129)
-    ] == [4, 8, 16, 32, 64, 128, 256]
     assert padded.peak == max(start + step.width for step in padded.steps for start in step.starts)

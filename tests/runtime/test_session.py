@@ -13,22 +13,11 @@ import pytest
 
 from tests.helpers.fake_engines import FakeTowers, fake_config, fake_towers
 from twotower.config import GenerationConfig
-from twotower.errors import ConfigError, EngineOutputError, RequestError, TwoTowerError
+from twotower.errors import ConfigError, EngineOutputError, RequestError
 from twotower.runtime import BlockEvent, Generation, Request, RequestCancelledError, TwoTower
 from twotower.runtime.tokenizer import Tokenizer
 
 SHORT = GenerationConfig(max_new_tokens=40, ignore_eos=True)
-
-
-@pytest.fixture
-def fake() -> FakeTowers:
-    return fake_towers()
-
-
-@pytest.fixture
-def model(fake: FakeTowers) -> Iterator[TwoTower]:
-    with TwoTower.from_towers(fake.towers) as session:
-        yield session
 
 
 @pytest.fixture
@@ -57,6 +46,7 @@ def test_one_prompt_gives_one_result_and_a_list_a_list(model: TwoTower) -> None:
     assert several[0].tokens == one.tokens
     assert len(several) == 2
     assert model.generate([], SHORT) == []  # type: ignore[comparison-overlap]
+    assert model.generate([5, 3, 6], SHORT).usage.completion_tokens == 40, "with a mask token"
 
 
 def test_an_empty_prompt_is_the_bos_token(model: TwoTower, speaking: TwoTower) -> None:
@@ -70,20 +60,11 @@ def test_requests_bring_their_own_options_in_any_mix(model: TwoTower) -> None:
         GenerationConfig(max_new_tokens=33, ignore_eos=True),
         GenerationConfig(max_new_tokens=9, block_size=4, confidence_threshold=0.3),
         GenerationConfig(max_new_tokens=20, temperature=1.0, seed=8, steps_per_block=3),
-        GenerationConfig(
-            mode="ar",
-            max_new_tokens=5,
-            block_size=8,
-            temperature=1.0,
-            top_p=0.9,
-            seed=1,
-        ),
+        GenerationConfig(mode="ar", max_new_tokens=5, temperature=1.0, top_p=0.9, seed=1),
     ]
     batch = [Request([5 + i], wish) for i, wish in enumerate(wishes)]
-    together = model.generate(batch)
-    assert [(r.tokens, r.usage) for r in together] == [
-        (r.tokens, r.usage) for r in map(model.generate, batch)
-    ]
+    for together, alone in zip(model.generate(batch), map(model.generate, batch), strict=True):
+        assert (together.tokens, together.usage) == (alone.tokens, alone.usage)
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "ar"])
@@ -113,48 +94,36 @@ def test_a_given_seed_is_every_prompts_and_greedy_has_none(model: TwoTower, mode
 
 
 def test_the_sessions_defaults_are_used() -> None:
-    with TwoTower.from_towers(
-        fake_towers().towers, defaults=GenerationConfig(max_new_tokens=3, ignore_eos=True)
-    ) as session:
+    short = replace(SHORT, max_new_tokens=3)
+    with TwoTower.from_towers(fake_towers().towers, defaults=short) as session:
         assert session.generate([5]).usage.completion_tokens == 3
         assert session.defaults.max_new_tokens == 3
 
 
-def test_the_mask_token_may_be_in_a_prompt(model: TwoTower) -> None:
-    assert model.generate([5, 3, 6], SHORT).usage.completion_tokens == 40
+TOO_LONG = "100 tokens, and 401 new ones.*\n.*500 tokens a text.*\n.*to 400 or less.*max_context"
 
 
 @pytest.mark.parametrize(
-    ("prompt", "config", "kind", "says"),
+    ("prompt", "config", "says"),
     [
-        ([5, 97], {}, RequestError, "97 at position 1; allowed: 0 to 96"),
-        ([-1], {}, RequestError, "-1 at position 0"),
-        ([5, "6"], {}, RequestError, "a str among token ids"),
-        ([5, 6.0], {}, RequestError, "a float among token ids"),
-        (5, {}, RequestError, "a int is not a prompt"),
-        ([[5], 6], {}, RequestError, "a int is not a prompt"),
-        ("text", {}, RequestError, "--tokens"),
-        ([5], {"stop": "x"}, RequestError, "a stop string"),
-        (
-            [5] * 100,
-            {"max_new_tokens": 401},
-            RequestError,
-            "100 tokens, and 401 new ones.*\n.*500 tokens a text.*\n.*to 400 or less.*max_context",
-        ),
-        ([5] * 600, {}, RequestError, "shorten the prompt"),
-        (
-            [5],
-            {"block_size": 64, "max_new_tokens": 64},
-            ConfigError,
-            "(?s)64.*trained.*76.4 to 19.9",
-        ),
-        ([5], {"block_size": 257, "allow_untrained_block_size": True}, ConfigError, "256"),
+        ([5, 97], {}, "97 at position 1; allowed: 0 to 96"),
+        ([-1], {}, "-1 at position 0"),
+        ([5, "6"], {}, "a str among token ids"),
+        ([5, 6.0], {}, "a float among token ids"),
+        (5, {}, "a int is not a prompt"),
+        ([[5], 6], {}, "a int is not a prompt"),
+        ("text", {}, "--tokens"),
+        ([5], {"stop": "x"}, "a stop string"),
+        ([5] * 100, {"max_new_tokens": 401}, TOO_LONG),
+        ([5] * 600, {}, "shorten the prompt"),
+        ([5], {"block_size": 64, "max_new_tokens": 64}, "(?s)64.*trained.*76.4 to 19.9"),
+        ([5], {"block_size": 257, "allow_untrained_block_size": True}, "256"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_any_work(
-    prompt: Any, config: dict[str, Any], kind: type[TwoTowerError], says: str
+    fake: FakeTowers, prompt: Any, config: dict[str, Any], says: str
 ) -> None:
-    fake = fake_towers()
+    kind = ConfigError if "block_size" in config else RequestError
     bad: Any = [Request([5]), prompt] if isinstance(prompt, int) else prompt
     with TwoTower.from_towers(fake.towers, max_context=500) as session:
         for call in (session.generate, session.stream):
@@ -172,9 +141,7 @@ def test_the_longest_text_that_fits_is_served() -> None:
 
 
 def test_a_larger_block_needs_the_override(model: TwoTower) -> None:
-    config = GenerationConfig(
-        max_new_tokens=40, block_size=40, allow_untrained_block_size=True, ignore_eos=True
-    )
+    config = replace(SHORT, block_size=40, allow_untrained_block_size=True)
     assert model.generate([5], config).usage.blocks == 1
     ar = GenerationConfig(mode="ar", block_size=99, max_new_tokens=3)
     assert model.generate([5], ar).usage.blocks == 0
@@ -199,14 +166,8 @@ def test_text_comes_with_a_tokenizer(
     assert result.usage.prompt_tokens == 6
     data = result.to_json()
     assert list(data) == ["tokens", "text", "finish_reason", "mode", "seed", "usage", "timings_ms"]
-    assert list(data["usage"]) == [
-        "prompt_tokens",
-        "completion_tokens",
-        "nfe",
-        "blocks",
-        "steps_per_block",
-        "tokens_per_nfe",
-    ]
+    usage = "prompt_tokens completion_tokens nfe blocks steps_per_block tokens_per_nfe"
+    assert list(data["usage"]) == usage.split()
     assert list(data["timings_ms"]) == ["prefill", "denoise", "extend", "total"]
     assert "text" not in model.generate([5], SHORT).to_json()
 
@@ -215,13 +176,10 @@ def test_a_stop_string_across_blocks_ends_its_row_only(
     speaking: TwoTower, tokenizer: Tokenizer
 ) -> None:
     free = speaking.generate(["one", "two"], SHORT)
-    at = next(
-        i
-        for i in range(14, 18)
-        if tokenizer.decode(free[0].tokens[i : i + 4]).isprintable() and i + 4 > 16
-    )
+    fours = {i: tokenizer.decode(free[0].tokens[i : i + 4]) for i in range(14, 18)}
+    at = next(i for i, text in fours.items() if text.isprintable())
     stop = tokenizer.decode(free[0].tokens[at : at + 4])
-    own = GenerationConfig(max_new_tokens=40, ignore_eos=True, stop=(stop,))
+    own = replace(SHORT, stop=(stop,))
     stopped, other = speaking.generate([Request("one", own), Request("two")], SHORT)
     assert (stopped.finish_reason, stopped.tokens) == ("stop", free[0].tokens[: at + 4])
     assert stopped.text == tokenizer.decode(free[0].tokens[:at])
@@ -254,8 +212,7 @@ def test_streaming_adds_up_to_the_result(speaking: TwoTower, mode: str) -> None:
         assert "".join(e.text or "" for e in mine) == result.text
         assert [e.finished for e in mine] == [False] * (len(mine) - 1) + [True]
         assert [e.result is not None for e in mine] == [e.finished for e in mine]
-        last = mine[-1].result
-        assert last is not None
+        last: Any = mine[-1].result
         assert (last.tokens, last.text, last.usage) == (result.tokens, result.text, result.usage)
 
 
@@ -299,10 +256,8 @@ def test_nan_is_an_error_and_poisons_nothing(
 
 def test_nan_of_the_denoiser_names_its_place(model: TwoTower, fake: FakeTowers) -> None:
     fake.denoiser.nan_at = 3
-    with pytest.raises(
-        EngineOutputError,
-        match=r"the denoiser .*row 0, block 0, step 2\)\n  found: confidence is nan at position 0",
-    ):
+    says = r"the denoiser .*row 0, block 0, step 2\)\n  found: confidence is nan at position 0"
+    with pytest.raises(EngineOutputError, match=says):
         model.generate([5], GenerationConfig(confidence_threshold=1.0))
 
 
@@ -356,9 +311,8 @@ def test_cancelling_stops_between_passes_and_leaves_the_session_usable(
     model: TwoTower, fake: FakeTowers
 ) -> None:
     good = model.generate([5], SHORT).tokens
-    for phase in ("prefill", "denoise"):
-        before = fake.denoiser.runs
-        most = before + (0 if phase == "prefill" else 5)
+    for passes in (0, 5):  # in the prompt, and in a block
+        most = fake.denoiser.runs + passes
         with pytest.raises(RequestCancelledError):
             model.generate([5], SHORT, cancelled=lambda most=most: fake.denoiser.runs >= most)  # type: ignore[misc]
         assert fake.denoiser.runs == most

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
+from tests.helpers.bundles import TRUNCATED_AND_PADDED
 from twotower.errors import BundleError, RequestError
 from twotower.runtime.tokenizer import IncrementalText, Tokenizer
 
@@ -109,20 +110,7 @@ def test_a_typed_bos_under_other_rules(tokenizer_file: Path, tokenizer: Tokenize
         assert processed(tokenizer_file, rule).encode(text) == ids, (rule, text)
 
 
-STORED = {
-    "truncation": {"direction": "Right", "max_length": 12, "strategy": "LongestFirst", "stride": 0},
-    "padding": {
-        "strategy": {"Fixed": 64},
-        "direction": "Right",
-        "pad_to_multiple_of": None,
-        "pad_id": 0,
-        "pad_type_id": 0,
-        "pad_token": "<pad>",
-    },
-}
-
-
-@pytest.mark.parametrize("setting", [*STORED, "dropout"])
+@pytest.mark.parametrize("setting", [*TRUNCATED_AND_PADDED, "dropout"])
 def test_settings_of_a_training_do_not_change_a_prompt(
     tokenizer_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, setting: str
 ) -> None:
@@ -134,7 +122,7 @@ def test_settings_of_a_training_do_not_change_a_prompt(
     if setting == "dropout":
         data["model"]["dropout"] = 0.5
     else:
-        data[setting] = STORED[setting]
+        data[setting] = TRUNCATED_AND_PADDED[setting]
     stored = tmp_path / "tokenizer.json"
     stored.write_text(json.dumps(data))
     with caplog.at_level(logging.INFO):

@@ -39,6 +39,7 @@ __all__ = [
     "Engine",
     "FakeBuilder",
     "FakeTensorRT",
+    "engines_changed",
     "fake_job",
     "fake_kernels",
 ]
@@ -382,6 +383,22 @@ class FakeTensorRT(SimpleNamespace):
         about = json.loads(build)
         computes = HostGraph(graph, Path(about["beside"]).parent)
         return Engine(self, computes, about, lambda said: logger.log(_Severity.ERROR, said))
+
+
+def engines_changed(change: Callable[[Any], None]) -> Callable[[FakeTensorRT], None]:
+    """For a library whose engines are not what was built: `change` is called with each."""
+
+    def change_library(trt: FakeTensorRT) -> None:
+        make = trt._engine
+
+        def changed(data: bytes, logger: Any) -> Any:
+            engine = make(data, logger)
+            change(engine)
+            return engine
+
+        trt._engine = changed
+
+    return change_library
 
 
 class FakeBuilder(TensorRTBuilder):

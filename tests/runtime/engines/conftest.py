@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,3 +86,10 @@ def opened(built: Callable[..., Bundle]) -> Callable[..., Any]:
         assert not trt.faults
 
     return open_
+
+
+@pytest.fixture
+def copied(built: Callable[..., Bundle], tmp_path: Path) -> Bundle:
+    """A bundle with engines and without compiled kernels that a test may damage."""
+    shutil.copytree(built().path, tmp_path / "bundle", ignore=shutil.ignore_patterns(".*.kernels"))
+    return Bundle.open(tmp_path / "bundle")

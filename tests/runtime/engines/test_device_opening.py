@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.bundles import copy_of, flip_byte
+from tests.helpers.bundles import flip_byte
 from tests.helpers.fake_cuda import FakeCuda
-from tests.helpers.trt.execution import FakeTensorRT
+from tests.helpers.trt.execution import FakeTensorRT, engines_changed
 from tests.helpers.trt.install import bundle_with_engines, open_fake
 from twotower import GenerationConfig
 from twotower.builders import build_engines, builder_for
@@ -35,12 +35,6 @@ OPTIONS = GenerationConfig(max_new_tokens=32, confidence_threshold=0.5, ignore_e
 PROMPT = [5, 6, 7, 8]
 
 
-@pytest.fixture
-def copied(built: Any, tmp_path: Path) -> Bundle:
-    """A bundle with engines that a test may damage."""
-    return Bundle.open(copy_of(built(), tmp_path / "bundle"))
-
-
 def fine_tuned(bundle: Bundle) -> Bundle:
     """The same bundle with other weights in the same places, as training on would leave it."""
     manifest = json.loads((bundle.path / MANIFEST_FILE).read_text())
@@ -57,13 +51,14 @@ def fine_tuned(bundle: Bundle) -> Bundle:
     return Bundle.open(bundle.path)
 
 
-def open_(bundle: Bundle, api: FakeCuda | None = None) -> Any:
-    api = api or FakeCuda()
-    trt = FakeTensorRT(api)
+def open_(bundle: Bundle, change: Callable[[FakeTensorRT], None] | None = None) -> Any:
+    trt = FakeTensorRT(FakeCuda())
+    if change:
+        change(trt)
     try:
         return open_fake(bundle, trt)
     except TwoTowerError:
-        assert not api.leaked, "a failed opening leaves nothing"
+        assert not trt.cuda.leaked, "a failed opening leaves nothing"
         raise
 
 
@@ -92,43 +87,22 @@ def test_engines_that_hold_weights_are_tied_to_their_checkpoint(tmp_path: Path) 
     assert "weights of another checkpoint" in caught.value.found
 
 
-def changed(bundle: Bundle, change: Callable[[dict[str, Any]], None]) -> None:
-    """Edits the denoiser's entry of build.json."""
-    file = engine_folder(bundle, "rtx") / BUILD_FILE
-    data = json.loads(file.read_text())
-    change(data["engines"]["denoiser"][0])
-    file.write_text(json.dumps(data))
-
-
-def other_shape(engine: dict[str, Any]) -> None:
-    engine["weights"][0][2] = [1, 2, 3]
-
-
-def other_type(engine: dict[str, Any]) -> None:
-    engine["weights"][0][1] = "float16"
-
-
-def not_there(engine: dict[str, Any]) -> None:
-    engine["weights"][0][0] = "no.such.weight"
-
-
-def forgotten(engine: dict[str, Any]) -> None:
-    del engine["weights"][0]
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (other_shape, "expected float32 [1, 2, 3]"),
-        (other_type, "expected float16"),
-        (not_there, "no.such.weight is not in the bundle"),
-        (forgotten, "neither an input nor inside"),
+        (lambda weights: weights[0].__setitem__(2, [1, 2, 3]), "expected float32 [1, 2, 3]"),
+        (lambda weights: weights[0].__setitem__(1, "float16"), "expected float16"),
+        (lambda weights: weights[0].__setitem__(0, "no.such"), "no.such is not in the bundle"),
+        (lambda weights: weights.pop(0), "neither an input nor inside"),
     ],
 )
 def test_weights_the_program_was_not_made_for_are_named(
-    copied: Bundle, change: Callable[[dict[str, Any]], None], says: str
+    copied: Bundle, change: Callable[[list[Any]], None], says: str
 ) -> None:
-    changed(copied, change)
+    file = engine_folder(copied, "rtx") / BUILD_FILE
+    data = json.loads(file.read_text())
+    change(data["engines"]["denoiser"][0]["weights"])
+    file.write_text(json.dumps(data))
     with pytest.raises(EngineMismatchError, match="do not fit the weights") as caught:
         open_(copied)
     assert says in caught.value.found
@@ -137,28 +111,32 @@ def test_weights_the_program_was_not_made_for_are_named(
 
 def test_an_engine_whose_inputs_are_not_the_recorded_weights_is_refused(copied: Bundle) -> None:
     """The file was exchanged: it reads weights of another shape than build.json says."""
-    api = FakeCuda()
-    trt = FakeTensorRT(api)
-    make = trt._engine
 
-    def other(data: bytes, logger: Any) -> Any:
-        engine = make(data, logger)
+    def reshape(engine: Any) -> None:
         shape = engine.get_tensor_shape
         engine.get_tensor_shape = lambda name: (*shape(name), 1)
-        return engine
 
-    trt._engine = other
     with pytest.raises(EngineMismatchError, match="is not the engine") as caught:
-        open_fake(copied, trt)
+        open_(copied, engines_changed(reshape))
     assert "has shape" in caught.value.found
-    assert not api.leaked
 
 
-def test_data_files_are_read_once_and_compared_on_their_way(
-    copied: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    files = {name: r for name, r in copied.files.items() if name.endswith(".data")}
+
+
+def data_files(bundle: Bundle) -> dict[str, Any]:
+    """Of an old date: what changed a moment ago is not remembered as sound."""
+    files = {name: r for name, r in bundle.files.items() if name.endswith(".data")}
+    for name in files:
+        os.utime(bundle.path / name, (1_700_000_000, 1_700_000_000))
+    return files
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_data_files_are_read_once_and_compared_on_their_way(copied: Bundle) -> None:
+    files = data_files(copied)
     assert set(unverified_files(copied.path, files)) == set(files)
     open_(copied).close()
     flip_byte(copied.data_file("denoiser"))
@@ -180,26 +158,18 @@ def test_loading_is_told_apart_from_checking(copied: Bundle) -> None:
     assert all(total < weights for _, total in checked), "engines are programs without weights"
 
 
-def test_a_file_nobody_reads_is_not_taken_for_sound(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("own_cache")
+def test_a_file_nobody_reads_is_not_taken_for_sound(tmp_path: Path) -> None:
     """Engines that hold all weights read no data file, and so cannot vouch for one."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bundle = bundle_with_engines("hybrid-b", tmp_path / "b", experts="dense", weights="inside")
-    files = {name: r for name, r in bundle.files.items() if name.endswith(".data")}
-    for name in files:  # settled: what changed a moment ago is not remembered anyway
-        os.utime(bundle.path / name, (1_700_000_000, 1_700_000_000))
+    files = data_files(bundle)
     open_(bundle).close()
     assert set(unverified_files(bundle.path, files)) == set(files)
 
 
-def test_only_what_is_new_is_hashed_again(
-    copied: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    files = {name: r for name, r in copied.files.items() if name.endswith(".data")}
-    for name in files:
-        os.utime(copied.path / name, (1_700_000_000, 1_700_000_000))
+@pytest.mark.usefixtures("own_cache")
+def test_only_what_is_new_is_hashed_again(copied: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = data_files(copied)
     open_(copied).close()
     assert unverified_files(copied.path, files) == {}
     os.utime(copied.path / "denoiser/model.onnx.data", (1_700_000_001, 1_700_000_001))

@@ -29,13 +29,6 @@ AR = GenerationConfig(mode="ar", max_new_tokens=5, ignore_eos=True)
 
 
 @pytest.fixture
-def copied(built: Any, tmp_path: Path) -> Bundle:
-    """A bundle without compiled kernels."""
-    shutil.copytree(built().path, tmp_path / "bundle", ignore=shutil.ignore_patterns(".*.kernels"))
-    return Bundle.open(tmp_path / "bundle")
-
-
-@pytest.fixture
 def open_(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`TwoTower.open` on the fakes, and what is beneath it."""
 

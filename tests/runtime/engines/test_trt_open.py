@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 
 from tests.helpers.bundles import export_fixture, flip_byte
 from tests.helpers.fake_cuda import FakeCuda
-from tests.helpers.trt.execution import FakeTensorRT
+from tests.helpers.trt.execution import FakeTensorRT, engines_changed
 from tests.helpers.trt.install import open_fake
 from twotower import GenerationConfig
 from twotower.builders import BuildConfig, build_engines, builder_for
@@ -29,13 +30,6 @@ from twotower.runtime.engines.trt_plan import PlanLoader
 from twotower.tensorrt_library import flavour_from_module
 
 GPU = Gpu("a GPU", 89, 1 << 34)
-
-
-@pytest.fixture
-def copied(built: Any, tmp_path: Path) -> Bundle:
-    """A bundle that a test may damage."""
-    shutil.copytree(built().path, tmp_path / "bundle", ignore=shutil.ignore_patterns(".*.kernels"))
-    return Bundle.open(tmp_path / "bundle")
 
 
 def open_(
@@ -110,49 +104,32 @@ def test_a_gpu_that_is_not_listed_is_tried_when_it_is_asked_for(
 def test_a_file_the_library_refuses_is_named_with_its_words(copied: Bundle) -> None:
     """Hashes fit, so the build itself was of something else."""
 
-    def refuse(trt: FakeTensorRT) -> None:
-        trt._engine = lambda data, logger: logger.log(
-            logger.Severity.ERROR, "the magic tag does not match"
-        )
+    def refuse(data: bytes, logger: Any) -> Any:
+        return logger.log(logger.Severity.ERROR, "the magic tag does not match")
 
     with pytest.raises(EngineMismatchError, match="cannot load") as error:
-        open_(copied, change=refuse)
+        open_(copied, change=lambda trt: setattr(trt, "_engine", refuse))
     assert "magic tag" in error.value.found
 
 
-@pytest.mark.parametrize("fault", ["missing", "dtype", "not aliased"])
-def test_an_engine_with_other_tensors_is_refused(copied: Bundle, fault: str) -> None:
-    def change(trt: FakeTensorRT) -> None:
-        make = trt._engine
-
-        def other(data: bytes, logger: Any) -> Any:
-            engine = make(data, logger)
-            if fault == "missing":
-                engine.num_io_tensors -= 1
-            elif fault == "dtype":
-                engine.get_tensor_dtype = lambda name: type("T", (), {"name": "INT8"})
-            else:
-                engine.get_aliased_input_tensor = lambda name: None
-            return engine
-
-        trt._engine = other
-
-    with pytest.raises(EngineMismatchError, match=r"is not the engine its build\.json describes"):
-        open_(copied, change=change)
+INT8 = SimpleNamespace(name="INT8")
+OTHER = r"is not the engine its build\.json describes"
 
 
-def test_no_room_for_activations_is_named(copied: Bundle) -> None:
-    def change(trt: FakeTensorRT) -> None:
-        make = trt._engine
-
-        def huge(data: bytes, logger: Any) -> Any:
-            engine = make(data, logger)
-            engine.device_memory_size_v2 = 1 << 40
-            return engine
-
-        trt._engine = huge
-
-    with pytest.raises(EngineMismatchError, match="no room for the engines' activations"):
+@pytest.mark.parametrize(
+    ("attribute", "value", "says"),
+    [
+        ("num_io_tensors", 1, OTHER),
+        ("get_tensor_dtype", lambda name: INT8, OTHER),
+        ("get_aliased_input_tensor", lambda name: None, OTHER),
+        ("device_memory_size_v2", 1 << 40, "no room for the engines' activations"),
+    ],
+)
+def test_another_engine_than_the_recorded_one_is_refused(
+    copied: Bundle, attribute: str, value: Any, says: str
+) -> None:
+    change = engines_changed(lambda engine: setattr(engine, attribute, value))
+    with pytest.raises(EngineMismatchError, match=says):
         open_(copied, change=change)
 
 
@@ -178,17 +155,11 @@ def test_what_an_engine_takes_of_a_gpu_is_logged(
     """A library may hold more than the file has; only a GPU shows what."""
     api = FakeCuda()
 
-    def change(trt: FakeTensorRT) -> None:
-        make = trt._engine
-
-        def larger(data: bytes, logger: Any) -> Any:
-            api._blocks[-len(api.calls)] = (np.zeros(5000, np.uint8), 0)  # of the library's own
-            return make(data, logger)
-
-        trt._engine = larger
+    def enlarge(engine: Any) -> None:
+        api._blocks[-len(api.calls)] = (np.zeros(5000, np.uint8), 0)  # of the library's own
 
     with caplog.at_level("INFO"):
-        open_(copied, cuda=api, change=change).close()
+        open_(copied, cuda=api, change=engines_changed(enlarge)).close()
     assert caplog.text.count("took 5000 bytes of GPU 0") == 3
 
 
@@ -202,11 +173,9 @@ def test_limits_of_the_engines_are_limits_of_the_session(copied: Bundle) -> None
         assert len(model.generate([[5]] * 6, GenerationConfig(max_new_tokens=1))) == 6, (
             "more rows than the engines take run in turns"
         )
-    with (
-        pytest.raises(ConfigError, match="max_context=512"),
-        TwoTower.from_towers(towers := open_(copied), max_context=512),
-    ):
-        pass
+    towers = open_(copied)
+    with pytest.raises(ConfigError, match="max_context=512"):
+        TwoTower.from_towers(towers, max_context=512)
     towers.close()
 
 
@@ -248,20 +217,15 @@ def generate_once(bundle: Bundle) -> None:
         model.generate([5], GenerationConfig(max_new_tokens=1))
 
 
-def test_damaged_kernels_of_the_right_length_are_written_anew(copied: Bundle) -> None:
+def test_kernels_are_written_where_they_differ_only(copied: Bundle) -> None:
+    """Damaged ones of the right length are written anew."""
     generate_once(copied)
-    (file,) = engine_folder(copied, "rtx").glob(".context.*.kernels")
-    content = file.read_bytes()
-    file.write_bytes(b"?" * len(content))
+    damaged, other = sorted(engine_folder(copied, "rtx").glob(".*.kernels"))
+    content, before = damaged.read_bytes(), other.stat().st_ino
+    damaged.write_bytes(b"?" * len(content))
     generate_once(copied)
-    assert file.read_bytes() == content
-
-
-def test_kernels_that_are_the_same_are_not_written_again(copied: Bundle) -> None:
-    generate_once(copied)
-    before = {f: f.stat().st_ino for f in engine_folder(copied, "rtx").glob(".*.kernels")}
-    generate_once(copied)
-    assert {f: f.stat().st_ino for f in before} == before
+    assert damaged.read_bytes() == content
+    assert other.stat().st_ino == before
 
 
 def test_a_full_disk_leaves_no_part_of_kernels(

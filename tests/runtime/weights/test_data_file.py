@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from twotower.runtime.weights.device_layout import Chunk
 from twotower.weights.refs import PAGE
 
 Patch = pytest.MonkeyPatch
+Open = Callable[..., DataFile]
 CONTENT = os.urandom(5 * PAGE + 123)
 
 
@@ -25,6 +27,20 @@ def path(tmp_path: Path) -> Path:
     file = tmp_path / "model.onnx.data"
     file.write_bytes(CONTENT)
     return file
+
+
+@pytest.fixture
+def data_file(path: Path) -> Iterator[Open]:
+    """Opens the file; closing it a second time does nothing."""
+    files: list[DataFile] = []
+
+    def open_(**options: Any) -> DataFile:
+        files.append(DataFile(path, record_of(path), **options))
+        return files[-1]
+
+    yield open_
+    for file in (*files, *files):
+        file.close()
 
 
 def page_aligned(size: int) -> memoryview:
@@ -42,26 +58,16 @@ def read(file: DataFile, start: int, stop: int) -> bytes:
 @pytest.mark.parametrize(("direct", "cached"), [(False, 1.0), (True, 1.0), (True, 0.0)])
 @pytest.mark.parametrize("chunk", [(0, PAGE), (PAGE, 4 * PAGE), (4 * PAGE, len(CONTENT)), (0, 100)])
 def test_a_chunk_is_read(
-    path: Path,
-    monkeypatch: Patch,
-    chunk: tuple[int, int],
-    *,
-    direct: bool,
-    cached: float,
+    data_file: Open, monkeypatch: Patch, chunk: tuple[int, int], *, direct: bool, cached: float
 ) -> None:
     monkeypatch.setattr(PageCache, "share", lambda *_: cached)
-    file = DataFile(path, record_of(path), direct=direct)
+    file = data_file(direct=direct)
     assert read(file, *chunk) == CONTENT[slice(*chunk)]
-    file.close()
-    file.close()
 
 
 @pytest.mark.parametrize(("cached", "flag"), [(0.4, os.O_DIRECT), (0.6, 0)])
 def test_what_is_not_in_the_page_cache_is_read_past_it(
-    path: Path,
-    monkeypatch: Patch,
-    cached: float,
-    flag: int,
+    data_file: Open, monkeypatch: Patch, cached: float, flag: int
 ) -> None:
     flags: dict[int, int] = {}
     used: list[int] = []
@@ -79,14 +85,15 @@ def test_what_is_not_in_the_page_cache_is_read_past_it(
     monkeypatch.setattr(os, "open", opened)
     monkeypatch.setattr(os, "preadv", read_all)
     monkeypatch.setattr(PageCache, "share", lambda *_: cached)
-    file = DataFile(path, record_of(path), direct=True)
+    file = data_file(direct=True)
     read(file, 0, PAGE)
     assert used == [flag]
-    file.close()
 
 
 @pytest.mark.parametrize("where", ["open", "read"])
-def test_a_file_system_without_direct_reads(path: Path, monkeypatch: Patch, where: str) -> None:
+def test_a_file_system_without_direct_reads(
+    data_file: Open, monkeypatch: Patch, where: str
+) -> None:
     """It may say so when the file is opened, or not before it is read."""
     really_open, really_read, handles = os.open, os.preadv, set()
 
@@ -106,27 +113,25 @@ def test_a_file_system_without_direct_reads(path: Path, monkeypatch: Patch, wher
     monkeypatch.setattr(os, "open", opened)
     monkeypatch.setattr(os, "preadv", read_some)
     monkeypatch.setattr(PageCache, "share", lambda *_: 0.0)
-    file = DataFile(path, record_of(path), direct=True)
+    file = data_file(direct=True)
     assert read(file, PAGE, 4 * PAGE) == CONTENT[PAGE : 4 * PAGE]
-    file.close()
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_short_reads_are_gone_on_with(path: Path, monkeypatch: Patch, direct: bool) -> None:
+def test_short_reads_are_gone_on_with(data_file: Open, monkeypatch: Patch, direct: bool) -> None:
     read_all = os.preadv
 
     def read_some(handle: int, rooms: list[memoryview], at: int) -> int:
         return read_all(handle, [rooms[0][:1000]], at)
 
     monkeypatch.setattr(os, "preadv", read_some)
-    file = DataFile(path, record_of(path))
+    file = data_file()
     assert read(file, 0, len(CONTENT)) == CONTENT
-    file.close()
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_an_error_of_the_disk_is_told(path: Path, monkeypatch: Patch, direct: bool) -> None:
-    file = DataFile(path, record_of(path), direct=direct)
+def test_an_error_of_the_disk_is_told(data_file: Open, monkeypatch: Patch, direct: bool) -> None:
+    file = data_file(direct=direct)
 
     def broken(*_: Any) -> int:
         raise OSError(errno.EIO, "Input/output error")
@@ -134,7 +139,6 @@ def test_an_error_of_the_disk_is_told(path: Path, monkeypatch: Patch, direct: bo
     monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(BundleError, match=r"cannot be read\n  found: Input/output error\n  do: "):
         read(file, 0, PAGE)
-    file.close()
 
 
 def test_a_file_that_is_not_there_or_of_another_size(path: Path) -> None:
@@ -144,28 +148,25 @@ def test_a_file_that_is_not_there_or_of_another_size(path: Path) -> None:
         DataFile(path, FileRecord(len(CONTENT) + 1, ""))
 
 
-def test_a_file_that_shrinks_meanwhile(path: Path) -> None:
-    file = DataFile(path, record_of(path))
+def test_a_file_that_shrinks_meanwhile(data_file: Open, path: Path) -> None:
+    file = data_file()
     os.truncate(path, 2 * PAGE)
     with pytest.raises(BundleError, match=r"ended while it was read\n  found: 8,192 bytes"):
         read(file, PAGE, 4 * PAGE)
-    file.close()
 
 
-def test_a_file_that_changes_meanwhile(path: Path) -> None:
-    file = DataFile(path, record_of(path))
+def test_a_file_that_changes_meanwhile(data_file: Open, path: Path) -> None:
+    file = data_file()
     file.require_unchanged()
     os.utime(path, ns=(0, 0))
     with pytest.raises(BundleError, match="changed while it was read"):
         file.require_unchanged()
-    file.close()
 
 
-def test_content_is_compared_piece_by_piece(path: Path) -> None:
-    file = DataFile(path, record_of(path))
+def test_content_is_compared_piece_by_piece(data_file: Open) -> None:
+    file = data_file()
     file.hash(memoryview(CONTENT)[:1000])
     with pytest.raises(BundleError, match=r"content of .* has changed\n  found: SHA-256 "):
         file.require_content()
     file.hash(memoryview(CONTENT)[1000:])
     file.require_content()
-    file.close()

@@ -29,6 +29,9 @@ ALL = slice(None)
 SMALL = LoadOptions(ring=Ring(threads=2, slots=3, slot_bytes=16 * PAGE))
 
 
+Store = Callable[..., tuple[WeightStore, FakeCuda]]
+
+
 class File:
     """A data file with what asks for it."""
 
@@ -45,11 +48,7 @@ class File:
         return LoadRequest(self.path, self.record, self.some(only), device)
 
     def check(
-        self,
-        weights: WeightStore,
-        api: FakeCuda,
-        device: int = 0,
-        only: slice = ALL,
+        self, weights: WeightStore, api: FakeCuda, device: int = 0, only: slice = ALL
     ) -> None:
         """The device holds what the file does."""
         for name, weight in self.some(only).items():
@@ -59,9 +58,7 @@ class File:
                 assert api.device_of(address) == device
                 there = bytes_on_device(address, weight.nbytes)
                 same = there == self.content[weight.offset : weight.end]
-                assert same, (
-                    name
-                )  # not the comparison itself: pytest would describe megabytes of difference
+                assert same, name  # not the comparison: pytest would describe megabytes
 
 
 def files_in(folder: Path, *names: str) -> list[File]:
@@ -82,31 +79,46 @@ def nothing_is_left() -> Iterator[None]:
     assert set(threading.enumerate()) <= threads
 
 
+@pytest.fixture
+def store() -> Iterator[Store]:
+    """Makes stores that read in small chunks, each on a fake of its own; in the end all is freed."""
+    made: list[tuple[WeightStore, FakeCuda]] = []
+
+    def make(**options: Any) -> tuple[WeightStore, FakeCuda]:
+        api = FakeCuda(**options)
+        made.append((WeightStore(Cuda(api), SMALL), api))
+        return made[-1]
+
+    yield make
+    for weights, api in made:
+        weights.close()
+        weights.close()
+        assert not api.leaked
+
+
 @pytest.mark.parametrize("hashed", [False, True])
 @pytest.mark.parametrize("seed", [None, 1, 2, 3])
-def test_weights_arrive_whenever_copies_run(file: File, seed: int | None, hashed: bool) -> None:
-    api = FakeCuda(seed=seed)
-    weights = WeightStore(Cuda(api), SMALL)
+def test_weights_arrive_whenever_copies_run(
+    file: File, store: Store, seed: int | None, hashed: bool
+) -> None:
+    weights, api = store(seed=seed)
     loaded = weights.load([file.request()], hashed=hashed)
     assert api.pending == 0
     assert not hashed or loaded.nbytes == file.record.size
     file.check(weights, api)
     assert api.counts["cudaMalloc"] == 1, "one allocation for a file"
-    weights.close()
-    weights.close()
-    assert not api.leaked
 
 
 @pytest.mark.parametrize("seed", [None, 1])
-def test_slots_reused_too_early_are_found(file: File, monkeypatch: Patch, seed: int | None) -> None:
+def test_slots_reused_too_early_are_found(
+    file: File, store: Store, monkeypatch: Patch, seed: int | None
+) -> None:
     """The injected fault: nobody waits for the event of a slot. The comparison above sees it."""
     monkeypatch.setattr(Cuda, "wait_event", lambda self, event: None)
-    api = FakeCuda(seed=seed)
-    weights = WeightStore(Cuda(api), SMALL)
+    weights, api = store(seed=seed)
     weights.load([file.request()])
     with pytest.raises(AssertionError, match="w0"):
         file.check(weights, api)
-    weights.close()
 
 
 def test_defaults_do_as_well(file: File) -> None:
@@ -129,24 +141,23 @@ def bytes_read(monkeypatch: Patch) -> list[int]:
     return sizes
 
 
-def test_what_several_engines_share_is_read_and_kept_once(file: File, monkeypatch: Patch) -> None:
+def test_what_several_engines_share_is_read_and_kept_once(
+    file: File, store: Store, monkeypatch: Patch
+) -> None:
     sizes = bytes_read(monkeypatch)
-    api = FakeCuda()
-    weights = WeightStore(Cuda(api), SMALL)
+    weights, api = store()
     weights.load([file.request(only=slice(0, 6)), file.request(only=slice(4, 10)), file.request()])
     file.check(weights, api)
     assert sum(sizes) <= file.record.size
     assert api.counts["cudaMalloc"] == 1
     assert weights.load([file.request()]).nbytes == 0, "it is there"
     assert sum(sizes) <= file.record.size
-    weights.close()
 
 
-def test_two_devices_take_their_layers(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_two_devices_take_their_layers(tmp_path: Path, store: Store, monkeypatch: Patch) -> None:
     files = files_in(tmp_path, "context", "denoiser")
     sizes = bytes_read(monkeypatch)
-    api = FakeCuda(devices=2, seed=7)
-    weights = WeightStore(Cuda(api), SMALL)
+    weights, api = store(devices=2, seed=7)
     first, last = slice(0, 5), slice(3, 10)
     requests = [f.request(device, only) for f in files for device, only in ((0, first), (1, last))]
     weights.load(requests)
@@ -157,24 +168,19 @@ def test_two_devices_take_their_layers(tmp_path: Path, monkeypatch: Patch) -> No
             weights.address(some.path, "w9", 0)
     assert sum(sizes) <= sum(f.record.size for f in files)
     assert api.counts["cudaMalloc"] == 4
-    weights.close()
-    assert not api.leaked
 
 
-def test_only_the_weights_of_a_segment_are_read(file: File) -> None:
-    api = FakeCuda()
-    weights = WeightStore(Cuda(api), SMALL)
+def test_only_the_weights_of_a_segment_are_read(file: File, store: Store) -> None:
+    weights, api = store()
     loaded = weights.load([file.request(only=slice(6, 8))])
     wanted = sum(w.nbytes for w in file.some(slice(6, 8)).values())
     assert wanted <= loaded.nbytes < wanted + 4 * PAGE
     file.check(weights, api, only=slice(6, 8))
     weights.load([file.request()])
     file.check(weights, api)
-    weights.close()
-    assert not api.leaked
 
 
-def test_threads_read_ahead_while_copies_run(file: File, monkeypatch: Patch) -> None:
+def test_threads_read_ahead_while_copies_run(file: File, store: Store, monkeypatch: Patch) -> None:
     """Whenever a copy is waited for, reads behind it go on; reading and copying in turns fails."""
     sizes, waits = bytes_read(monkeypatch), 0
     really = Cuda.wait_event
@@ -190,10 +196,9 @@ def test_threads_read_ahead_while_copies_run(file: File, monkeypatch: Patch) -> 
         really(self, event)
 
     monkeypatch.setattr(Cuda, "wait_event", waited)
-    weights = WeightStore(Cuda(FakeCuda()), SMALL)
+    weights, _ = store()
     weights.load([file.request()])
     assert waits > chunks - 8
-    weights.close()
 
 
 def test_progress_counts_what_has_arrived(file: File) -> None:
@@ -212,21 +217,23 @@ def test_progress_counts_what_has_arrived(file: File) -> None:
 
 
 @pytest.mark.parametrize(("weight", "at"), [("w4", 9), ("w3", -1), ("w0", 0)])
-def test_changed_bytes_are_found_by_the_hash(file: File, weight: str, at: int) -> None:
+def test_changed_bytes_are_found_by_the_hash(
+    file: File, store: Store, weight: str, at: int
+) -> None:
     """Also in the padding between weights."""
     content = bytearray(file.path.read_bytes())
     content[file.weights[weight].offset + at] ^= 1
     file.path.write_bytes(content)
-    api = FakeCuda(seed=1)
-    weights = WeightStore(Cuda(api), SMALL)
+    weights, api = store(seed=1)
     with pytest.raises(BundleError, match="has changed"):
         weights.load([file.request()], hashed=True)
     assert not api.leaked
     weights.load([file.request()])
-    weights.close()
 
 
-def test_files_are_hashed_at_the_same_time(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_files_are_hashed_at_the_same_time(
+    tmp_path: Path, store: Store, monkeypatch: Patch
+) -> None:
     """The first pieces of both meet, which one after the other never would; each file in order."""
     files = [File(tmp_path / "a" / "x.data", seed=1), File(tmp_path / "b" / "x.data", SIZES[:5])]
     really, meeting = DataFile.hash, threading.Barrier(2)
@@ -239,30 +246,25 @@ def test_files_are_hashed_at_the_same_time(tmp_path: Path, monkeypatch: Patch) -
         really(self, data)
 
     monkeypatch.setattr(DataFile, "hash", hash_piece)
-    api = FakeCuda(seed=1)
-    weights = WeightStore(Cuda(api), SMALL)
+    weights, api = store(seed=1)
     weights.load([file.request() for file in files], hashed=True)
     for file in files:
         file.check(weights, api)
-    weights.close()
-    assert not api.leaked
 
 
-def test_of_several_files_the_changed_one_is_named(tmp_path: Path) -> None:
+def test_of_several_files_the_changed_one_is_named(tmp_path: Path, store: Store) -> None:
     files = files_in(tmp_path, "context", "denoiser")
     content = bytearray(files[1].content)
     content[-1] ^= 1
     files[1].path.write_bytes(content)
-    api = FakeCuda(seed=1)
-    weights = WeightStore(Cuda(api), SMALL)
+    weights, api = store(seed=1)
     with pytest.raises(BundleError, match=r"denoiser/model\.onnx\.data has changed"):
         weights.load([file.request() for file in files], hashed=True)
     assert not api.leaked
 
 
-def test_a_table_that_does_not_fit_its_file(file: File) -> None:
-    api = FakeCuda()
-    weights = WeightStore(Cuda(api), SMALL)
+def test_a_table_that_does_not_fit_its_file(file: File, store: Store) -> None:
+    weights, api = store()
     beyond = WeightRef("int8", (65,), file.record.size - 64)
     request = LoadRequest(file.path, file.record, {**file.weights, "beyond": beyond}, 0)
     with pytest.raises(BundleError, match=r"shorter than the table .*\n  found: beyond ends at"):
@@ -276,24 +278,19 @@ def test_a_table_that_does_not_fit_its_file(file: File) -> None:
     assert not api.calls, "found before anything is allocated"
 
 
-def shortened(path: Path) -> None:
-    os.truncate(path, 1 << 20)
-
-
-def touched(path: Path) -> None:
-    os.utime(path, ns=(1, 1))
-
-
-@pytest.mark.parametrize("act", [shortened, touched])
-def test_a_file_that_changes_while_it_is_read(file: File, act: Callable[[Path], None]) -> None:
-    api = FakeCuda()
-    weights = WeightStore(Cuda(api), SMALL)
+@pytest.mark.parametrize(
+    "act", [lambda path: os.truncate(path, 1 << 20), lambda path: os.utime(path, ns=(1, 1))]
+)
+def test_a_file_that_changes_while_it_is_read(
+    file: File, store: Store, act: Callable[[Path], None]
+) -> None:
+    weights, api = store()
     with pytest.raises(BundleError, match="while it was read"):
         weights.load([file.request()], progress=lambda done, total: act(file.path))
     assert not api.leaked
 
 
-def test_an_error_in_a_thread_is_the_error(file: File, monkeypatch: Patch) -> None:
+def test_an_error_in_a_thread_is_the_error(file: File, store: Store, monkeypatch: Patch) -> None:
     really, count = os.preadv, 0
 
     def broken(*args: Any) -> int:
@@ -304,13 +301,13 @@ def test_an_error_in_a_thread_is_the_error(file: File, monkeypatch: Patch) -> No
         return really(*args)
 
     monkeypatch.setattr(os, "preadv", broken)
-    api = FakeCuda(seed=2)
+    weights, api = store(seed=2)
     with pytest.raises(BundleError, match="Input/output error"):
-        WeightStore(Cuda(api), SMALL).load([file.request()])
+        weights.load([file.request()])
     assert not api.leaked
 
 
-def test_an_interrupt_frees_everything(file: File, monkeypatch: Patch) -> None:
+def test_an_interrupt_frees_everything(file: File, store: Store, monkeypatch: Patch) -> None:
     really = os.preadv
     free_pinned, reading = Cuda.free_pinned, 0
 
@@ -329,31 +326,30 @@ def test_an_interrupt_frees_everything(file: File, monkeypatch: Patch) -> None:
 
     monkeypatch.setattr(os, "preadv", slow)
     monkeypatch.setattr(Cuda, "free_pinned", freed)
-    api = FakeCuda(seed=3)
+    weights, api = store(seed=3)
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        WeightStore(Cuda(api), SMALL).load([file.request()], progress=interrupt)
+        weights.load([file.request()], progress=interrupt)
     assert not api.leaked
 
 
-def test_too_little_memory_is_said_before_anything_is_allocated(file: File) -> None:
-    api = FakeCuda(memory=4_000_000)
+def test_too_little_memory_is_said_before_anything_is_allocated(file: File, store: Store) -> None:
+    weights, api = store(memory=4_000_000)
     with pytest.raises(EngineMismatchError) as error:
-        WeightStore(Cuda(api), SMALL).load([file.request()])
+        weights.load([file.request()])
     assert error.value.what == "the weights do not fit on GPU 0"
     assert "5.95 MiB needed (denoiser/model.onnx.data 5.95 MiB), 3.81 MiB of" in error.value.found
     assert "--devices 0,1" in error.value.do
     assert not api.counts["cudaMalloc"]
 
 
-def test_memory_that_ends_meanwhile_takes_back_what_was_had(tmp_path: Path) -> None:
+def test_memory_that_ends_meanwhile_takes_back_what_was_had(tmp_path: Path, store: Store) -> None:
     """Another program may take what was free; what an earlier call loaded stays."""
     files = files_in(tmp_path, *"abc")
-    api = FakeCuda(devices=2)
-    weights = WeightStore(Cuda(api), SMALL)
+    weights, api = store(devices=2)
     weights.load([files[0].request()])
     kept = api.leaked
     api.fail["cudaMalloc"] = (4, 2)
@@ -363,8 +359,6 @@ def test_memory_that_ends_meanwhile_takes_back_what_was_had(tmp_path: Path) -> N
     files[0].check(weights, api)
     with pytest.raises(KeyError):
         weights.address(files[1].path, "w0", 0)
-    weights.close()
-    assert not api.leaked
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])
@@ -380,18 +374,17 @@ def test_memory_that_ends_meanwhile_takes_back_what_was_had(tmp_path: Path) -> N
         "cudaEventSynchronize",
     ),
 )
-def test_an_error_of_the_device_leaves_nothing(file: File, call: str, number: int) -> None:
-    api = FakeCuda(devices=2, seed=number)
+def test_an_error_of_the_device_leaves_nothing(
+    file: File, store: Store, call: str, number: int
+) -> None:
+    weights, api = store(devices=2, seed=number)
     api.fail[call] = (number, 700)
-    weights = WeightStore(Cuda(api), SMALL)
     if number > {"cudaMalloc": 2, "cudaHostAlloc": 1, "cudaStreamCreateWithFlags": 2}.get(call, 10):
         weights.load([file.request(0), file.request(1)])
     else:
         with pytest.raises(DeviceError, match=call):
             weights.load([file.request(0), file.request(1)])
         assert not api.leaked
-    weights.close()
-    assert not api.leaked
 
 
 ENDINGS = ("cudaStreamSynchronize", "cudaEventDestroy", "cudaStreamDestroy", "cudaFreeHost")
