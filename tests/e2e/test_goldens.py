@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.bundles import built_fixture
+from tests.helpers.goldens import AR, check_golden, random_prompt
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.towers import golden_config
 from twotower import GenerationConfig, TwoTower
@@ -33,13 +35,11 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
 
 @pytest.fixture(scope="module")
 def models(bundles: dict[str, Bundle]) -> Any:
-    opened = {
-        name: TwoTower.open(bundle.path, target="ort-cpu", max_batch=16)
-        for name, bundle in bundles.items()
-    }
-    yield opened
-    for model in opened.values():
-        model.close()
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(TwoTower.open(bundle.path, target="ort-cpu", max_batch=16))
+            for name, bundle in bundles.items()
+        }
 
 
 @cache
@@ -62,14 +62,11 @@ def test_goldens_alone(models: dict[str, TwoTower], folder: str) -> None:
     for case in cases(folder):
         assert case["min_margin"] > 1e-5
         records: list[StepRecord] = []
-        out = models[folder].generate(case["prompt"], golden_config(case), on_step=records.append)
-        assert list(out.tokens) == case["diffusion_tokens"]
-        assert (out.usage.nfe, out.usage.prompt_tokens) == (case["nfe"], len(case["prompt"]))
+        check_golden(models[folder], case, on_step=records.append)
         check_steps(records, 0, case)
-        ar = models[folder].generate(
-            case["prompt"], GenerationConfig(mode="ar", max_new_tokens=24, ignore_eos=True)
-        )
+        ar = models[folder].generate(case["prompt"], AR)
         assert list(ar.tokens) == case["ar_greedy_tokens"]
+        assert ar.usage.prompt_tokens == len(case["prompt"])
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -82,10 +79,7 @@ def test_goldens_in_one_call(models: dict[str, TwoTower], folder: str) -> None:
         assert list(out.tokens) == case["diffusion_tokens"]
         assert out.usage.nfe == case["nfe"]
         check_steps(records, row, case)
-    ar = models[folder].generate(
-        [c["prompt"] for c in cases(folder)],
-        GenerationConfig(mode="ar", max_new_tokens=24, ignore_eos=True),
-    )
+    ar = models[folder].generate([c["prompt"] for c in cases(folder)], AR)
     assert [list(r.tokens) for r in ar] == [c["ar_greedy_tokens"] for c in cases(folder)]
 
 
@@ -98,9 +92,7 @@ def test_half_precision_bundles_generate_on_a_cpu(tmp_path: Path, dtype: str) ->
         assert same >= len(out.tokens) // 4, "weights in half precision: near, not equal"
 
 
-PROMPTS = [
-    np.random.default_rng(n).integers(4, 250, n).tolist() for n in (1, 3, 17, 40, 64, 90, 130, 300)
-]
+PROMPTS = [random_prompt(n) for n in (1, 3, 17, 40, 64, 90, 130, 300)]
 
 
 @pytest.mark.slow
@@ -128,10 +120,9 @@ def test_a_row_is_the_same_in_any_batch(
     model = models["hybrid-a"]
     together = model.generate([request(i) for i in order])
     for place, i in enumerate(order):
-        alone = model.generate(request(i))
-        assert together[place].tokens == alone.tokens
-        assert together[place].finish_reason == alone.finish_reason
-        assert together[place].usage == alone.usage
+        one, alone = together[place], model.generate(request(i))
+        assert (one.tokens, one.finish_reason) == (alone.tokens, alone.finish_reason)
+        assert one.usage == alone.usage
 
 
 @settings(max_examples=8)
@@ -139,13 +130,12 @@ def test_a_row_is_the_same_in_any_batch(
 def test_any_chunking_of_a_prompt_gives_the_same_text(
     bundles: dict[str, Bundle], chunk: int, length: int, seed: int
 ) -> None:
-    prompt = np.random.default_rng(seed).integers(4, 250, length).tolist()
+    prompt = random_prompt(length, seed)
     config = GenerationConfig(max_new_tokens=32, confidence_threshold=0.5, ignore_eos=True)
     texts = []
     for width in (chunk, 256):
-        with TwoTower.from_towers(
-            open_towers(bundles["hybrid-a"], "ort-cpu"), max_chunk=width
-        ) as model:
+        towers = open_towers(bundles["hybrid-a"], "ort-cpu")
+        with TwoTower.from_towers(towers, max_chunk=width) as model:
             texts.append(model.generate(prompt, config).tokens)
     assert texts[0] == texts[1]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers.goldens import AR, check_golden, check_goldens, check_rows, random_prompt
 from tests.helpers.gpu import opened, targets
 from tests.helpers.graphs import FIXTURES
-from tests.helpers.towers import golden_config
 from tools.agreement import measure_agreement
 from twotower import GenerationConfig
 from twotower.bundle import Bundle
@@ -29,13 +29,10 @@ from twotower.doctor.reference_answer import (
 )
 from twotower.evaluate.suite import load_suite
 from twotower.hardware import probe_machine
-from twotower.runtime import Request
 
 Build = Callable[[str, str, str], Path]
-ATOL = (
-    1e-3  # of confidences in float32; 1e-4 holds on a CPU, a GPU's exp and rsqrt are approximations
-)
-AR = GenerationConfig(mode="ar", max_new_tokens=24, ignore_eos=True)
+ATOL = 1e-3
+"""Of confidences in float32; 1e-4 holds on a CPU, a GPU's exp and rsqrt are approximations."""
 DIFFUSION = GenerationConfig(max_new_tokens=48, confidence_threshold=0.5, ignore_eos=True)
 
 
@@ -46,16 +43,10 @@ def test_goldens_in_float32(built_for: Build, folder: str, target: str) -> None:
     with opened(built_for(folder, "float32", target), target) as model:
         for case in cases:
             steps: list = []
-            out = model.generate(case["prompt"], golden_config(case), on_step=steps.append)
-            assert list(out.tokens) == case["diffusion_tokens"]
-            assert out.usage.nfe == case["nfe"]
+            check_golden(model, case, on_step=steps.append)
             for record, want in zip(steps, case["steps"], strict=True):
                 np.testing.assert_allclose(record.confidence, want["confidence"], rtol=0, atol=ATOL)
-            assert list(model.generate(case["prompt"], AR).tokens) == case["ar_greedy_tokens"]
-        together = model.generate([Request(c["prompt"], golden_config(c)) for c in cases])
-        assert [list(out.tokens) for out in together] == [c["diffusion_tokens"] for c in cases], (
-            "in one batch"
-        )
+        check_goldens(model, cases)
 
 
 @pytest.mark.parametrize("folder", ["hybrid-a", "hybrid-b", "twotower-tiny"])
@@ -99,7 +90,7 @@ def test_a_sound_chain(built_for: Build, target: str) -> None:
 def test_a_replayed_graph_writes_what_single_launches_write(built_for: Build, target: str) -> None:
     """Several blocks and numbers of rows: a graph captured for another state would show."""
     path = built_for("hybrid-a", "float32", target)
-    prompts = [np.random.default_rng(n).integers(4, 250, n).tolist() for n in (5, 60)]
+    prompts = [random_prompt(n) for n in (5, 60)]
     texts = []
     for graphs in (True, False):
         with opened(path, target, graphs=graphs) as model:
@@ -114,34 +105,24 @@ def test_an_engine_agrees_with_itself(built_for: Build, target: str) -> None:
     """Launched piece by piece, with other memory for every block, and on two GPUs if there are."""
     path = built_for("hybrid-b", "float32", target)
     gpus = len(probe_machine().gpus)
-    failed = [
-        r
-        for r in check_execution(lambda **options: opened(path, target, **options), devices=gpus)
-        if r.ok is False
-    ]
-    assert not failed
+    results = check_execution(lambda **options: opened(path, target, **options), devices=gpus)
+    assert not [r for r in results if r.ok is False]
 
 
 @pytest.mark.parametrize("target", targets())
 def test_a_short_text_is_the_same_beside_a_long_one(built_for: Build, target: str) -> None:
     """Its part of the cache is then mostly padding, and grows while it is written."""
-    rng = np.random.default_rng(1)
-    short, long = rng.integers(4, 250, 7).tolist(), rng.integers(4, 250, 240).tolist()
     with opened(built_for("hybrid-b", "float32", target), target) as model:
-        alone = [model.generate(p, DIFFUSION).tokens for p in (short, long)]
-        assert [out.tokens for out in model.generate([short, long], DIFFUSION)] == alone
+        check_rows(model, [random_prompt(7), random_prompt(240)], DIFFUSION)
 
 
 @pytest.mark.parametrize("target", targets())
 def test_rows_are_independent(built_for: Build, target: str) -> None:
-    prompts = [
-        np.random.default_rng(n).integers(4, 250, n).tolist() for n in (1, 3, 17, 40, 64, 90)
-    ]
+    prompts = [random_prompt(n) for n in (1, 3, 17, 40, 64, 90)]
     with opened(built_for("hybrid-a", "float32", target), target) as model:
         for config in (DIFFUSION, AR):
-            alone = [model.generate(p, config).tokens for p in prompts]
-            assert [out.tokens for out in model.generate(prompts, config)] == alone
-            assert [out.tokens for out in model.generate(prompts[::-1], config)] == alone[::-1]
+            check_rows(model, prompts, config)
+            check_rows(model, prompts[::-1], config)
 
 
 @pytest.mark.parametrize("target", targets())

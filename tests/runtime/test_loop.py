@@ -53,12 +53,11 @@ class Naive:
 
     def context(self, text: list[int]) -> dict[str, np.ndarray]:
         sizes = {"B": 1, "T": len(text)}
-        arrays = {}
-        for t in state_tensors(self.config, "float32"):
+        arrays, states = {}, state_tensors(self.config, "float32")
+        for t in states:
             arrays[t.past.name] = np.zeros(t.past.shape(sizes), np.float32)
-            arrays[t.present.name] = (
-                arrays[t.past.name] if t.in_place else np.zeros(t.past.shape(sizes), np.float32)
-            )
+            new = np.zeros(t.past.shape(sizes), np.float32)
+            arrays[t.present.name] = arrays[t.past.name] if t.in_place else new
         arrays |= {
             TOKENS: np.array([text]),
             CHUNK_LENGTH: np.array([len(text)]),
@@ -66,9 +65,7 @@ class Naive:
         }
         arrays[HIDDEN] = np.zeros((1, self.config.hidden_size), np.float32)
         self.fake.context.compute(arrays)
-        present = {
-            t.past.name: arrays[t.present.name] for t in state_tensors(self.config, "float32")
-        }
+        present = {t.past.name: arrays[t.present.name] for t in states}
         return present | {HIDDEN: arrays[HIDDEN], "context_length": np.array([len(text)])}
 
     def block(self, text: list[int], config: GenerationConfig, index: int) -> tuple[list[int], int]:
@@ -84,9 +81,8 @@ class Naive:
             "masked_left": np.array([size]),
         }
         for step in range(config.steps_per_block):
-            a["commit_floor"][0] = commit_floor(
-                int(a["masked_left"][0]), step, config.steps_per_block
-            )
+            left = int(a["masked_left"][0])
+            a["commit_floor"][0] = commit_floor(left, step, config.steps_per_block)
             if config.temperature:
                 assert config.seed is not None
                 noise = gumbel_noise(config.seed, (step, index, DIFFUSION), size * k)
@@ -104,11 +100,8 @@ class Naive:
             "candidate_logprobs": np.zeros((1, 64), np.float32),
         }
         self.fake.head.compute(a)
-        return [
-            Sampling.from_config(config).choose(
-                a["candidate_ids"][0], a["candidate_logprobs"][0], index=index
-            )
-        ]
+        sampling = Sampling.from_config(config)
+        return [sampling.choose(a["candidate_ids"][0], a["candidate_logprobs"][0], index=index)]
 
     def generate(self, request: Request) -> tuple[list[int], str, int]:
         config, nfe, index = request.config, 0, 0
@@ -207,14 +200,13 @@ def test_the_last_block_is_cut(most: int) -> None:
 
 
 def test_a_text_grows_through_the_buckets_and_stays_the_same() -> None:
-    request = Request(
-        prompt(5, 250), options(max_new_tokens=600, ignore_eos=True, confidence_threshold=0.0)
-    )
+    config = options(max_new_tokens=600, ignore_eos=True, confidence_threshold=0.0)
+    request = Request(prompt(5, 250), config)
     fake = fake_towers()
     result = run([request], fake)[0]
     naive = Naive(fake_towers())
     text = [*request.prompt, *result.tokens[:592]]
-    assert list(result.tokens[592:]) == naive.block(text, request.config, 74)[0]  # type: ignore[arg-type]
+    assert list(result.tokens[592:]) == naive.block(text, config, 74)[0]
     # 512 from the start, then 1024: one pair of bindings of each engine a bucket, and two of the
     # context engine for the prompt.
     assert (fake.context.binds, fake.denoiser.binds) == (5, 4)
@@ -222,10 +214,8 @@ def test_a_text_grows_through_the_buckets_and_stays_the_same() -> None:
 
 
 def test_a_row_that_ends_early_does_not_keep_the_cache_growing() -> None:
-    long, short = (
-        Request(prompt(1, 510), options(max_new_tokens=1)),
-        Request(prompt(2, 3), options(max_new_tokens=200, ignore_eos=True)),
-    )
+    long = Request(prompt(1, 510), options(max_new_tokens=1))
+    short = Request(prompt(2, 3), options(max_new_tokens=200, ignore_eos=True))
     assert what(run([long, short])) == what([*run([long]), *run([short])])
 
 
@@ -303,13 +293,9 @@ def test_every_step_can_be_watched() -> None:
     seen: list[StepRecord] = []
     fake = fake_towers()
     with TwoTower.from_towers(fake.towers) as model:
-        short, long = model.generate(
-            [
-                Request(prompt(0, 5), options(max_new_tokens=8)),
-                Request(prompt(1, 9), options(ignore_eos=True, confidence_threshold=1.0)),
-            ],
-            on_step=seen.append,
-        )
+        careful = options(ignore_eos=True, confidence_threshold=1.0)
+        both = [Request(prompt(0, 5), options(max_new_tokens=8)), Request(prompt(1, 9), careful)]
+        short, long = model.generate(both, on_step=seen.append)
     assert [(r.block_index, r.step) for r in seen] == [(b, s) for b in range(3) for s in range(8)]
     assert sum(0 in r.rows for r in seen) == short.usage.nfe
     assert all(r.ms > 0 for r in seen)
@@ -327,11 +313,8 @@ def test_progress_of_the_prompt() -> None:
     seen: list[tuple[int, int]] = []
     fake = fake_towers()
     with TwoTower.from_towers(fake.towers, max_chunk=4) as model:
-        model.generate(
-            [prompt(0, 10), prompt(1, 3)],
-            options(max_new_tokens=1),
-            on_prefill=lambda *at: seen.append(at),
-        )
+        prompts = [prompt(0, 10), prompt(1, 3)]
+        model.generate(prompts, options(max_new_tokens=1), on_prefill=lambda *at: seen.append(at))
     assert seen == [(4, 13), (8, 13), (13, 13)]
 
 
@@ -351,19 +334,14 @@ def test_padding_is_the_pad_token_and_greedy_rows_have_no_noise() -> None:
 
     fake.context.compute, fake.denoiser.compute = reading, denoising
     with TwoTower.from_towers(fake.towers, max_chunk=4) as model:
-        model.generate(
-            [[5, 6, 7, 8, 9, 10], [11, 12, 13]], options(max_new_tokens=8, temperature=1.0)
-        )
-        assert [c.tolist() for c in chunks[:2]] == [
-            [[5, 6, 7, 8], [9, 9, 9, 9]],
-            [[9, 10, 9], [11, 12, 13]],
-        ]
+        hot = options(max_new_tokens=8, temperature=1.0)
+        model.generate([[5, 6, 7, 8, 9, 10], [11, 12, 13]], hot)
+        assert chunks[0].tolist() == [[5, 6, 7, 8], [9, 9, 9, 9]]
+        assert chunks[1].tolist() == [[9, 10, 9], [11, 12, 13]]
         assert noises[0].all()
         noises.clear()
         model.generate([[5], [6]], options(max_new_tokens=8))
-        assert not any(n.any() for n in noises), (
-            "buffers are reused, the last request's noise is not"
-        )
+        assert not any(n.any() for n in noises), "buffers are reused, their noise is not"
 
 
 def test_mask_zero_does_not_confuse_ended_rows() -> None:
@@ -372,7 +350,5 @@ def test_mask_zero_does_not_confuse_ended_rows() -> None:
         Request(prompt(0, 5), options(max_new_tokens=1)),
         Request(prompt(1, 9), options(ignore_eos=True)),
     ]
-    together = what(run(batch, fake_towers(config)))
-    assert together == what(
-        [*run(batch[:1], fake_towers(config)), *run(batch[1:], fake_towers(config))]
-    )
+    alone = [what(run([request], fake_towers(config)))[0] for request in batch]
+    assert what(run(batch, fake_towers(config))) == alone

@@ -48,14 +48,10 @@ def expected(context: list[int], continuation: list[int]) -> np.ndarray[Any, Any
     )
     tokens = [*(context or [checkpoint.config.bos_token_id]), *continuation]
     with torch.inference_mode():
-        hidden, _ = tower.extend(
-            torch.tensor([tokens]),
-            empty_state(checkpoint.config, 1, len(tokens)),
-            past=torch.tensor([0]),
-        )
+        state = empty_state(checkpoint.config, 1, len(tokens))
+        hidden, _ = tower.extend(torch.tensor([tokens]), state, past=torch.tensor([0]))
         logits = tower.logits(hidden[0, len(tokens) - len(continuation) - 1 : -1])
-    out: np.ndarray[Any, Any] = logits.log_softmax(-1).numpy()
-    return out
+    return logits.log_softmax(-1).numpy()
 
 
 @pytest.mark.parametrize("pair", PAIRS[:4])
@@ -63,9 +59,7 @@ def test_scores_are_the_torch_towers(model: TwoTower, pair: tuple[list[int], lis
     score = model.score(pair)
     every = expected(*pair)
     want = every[np.arange(len(pair[1])), pair[1]]
-    inside = np.array(
-        [np.count_nonzero(row > row[token]) < 63 for row, token in zip(every, pair[1], strict=True)]
-    )
+    inside = np.count_nonzero(every > want[:, None], axis=1) < 63
     got = np.array(score.logprobs)
     np.testing.assert_allclose(got[inside], want[inside], atol=1e-4)
     assert (got[~inside] >= want[~inside] - 1e-4).all(), "an upper bound"
@@ -91,9 +85,8 @@ def test_what_greedy_generation_writes_scores_as_greedy(
         return real(self, ids, logprobs, index=index)
 
     monkeypatch.setattr(Sampling, "choose", noted)
-    written = model.generate(
-        [5, 6, 7], GenerationConfig(mode="ar", max_new_tokens=12, ignore_eos=True)
-    ).tokens
+    config = GenerationConfig(mode="ar", max_new_tokens=12, ignore_eos=True)
+    written = model.generate([5, 6, 7], config).tokens
     score = model.score(([5, 6, 7], list(written)))
     assert score.greedy
     assert score.bounded == 0
@@ -141,10 +134,9 @@ def test_what_cannot_be_scored_is_refused(model: TwoTower, pair: Any, what: str)
 def test_the_longest_pair_that_fits_is_scored_and_the_next_refused_before_any_work() -> None:
     fake = fake_towers()
     with TwoTower.from_towers(fake.towers, max_context=64) as small:
+        says = r"(?s)pair 1 is too long.*holds 64 tokens.*larger max_context"
         for refused in (([5] * 60, [6] * 5), ([], [6] * 64), ([5] * 65, [])):
-            with pytest.raises(
-                RequestError, match=r"(?s)pair 1 is too long.*holds 64 tokens.*larger max_context"
-            ):
+            with pytest.raises(RequestError, match=says):
                 small.score([([5], [6]), refused])
         assert fake.log == []
         assert len(small.score(([5] * 60, [6] * 4)).logprobs) == 4
@@ -161,14 +153,10 @@ def test_every_candidate_gets_its_own_value_and_every_other_token_the_bound() ->
         assert [s.tokens for s in scores] == [(t,) for t in range(97)]
         assert [i for i, s in enumerate(scores) if s.greedy] == [int(values.argmax())]
         left = 1 - np.exp(values[~outside]).sum()
-        assert values[outside] == pytest.approx(
-            min(values[~outside].min(), math.log(left)), abs=1e-3
-        )
-        assert list(
-            toy.generate(
-                [5, 6], GenerationConfig(mode="ar", max_new_tokens=1, ignore_eos=True)
-            ).tokens
-        ) == [int(values.argmax())]
+        bound = min(values[~outside].min(), math.log(left))
+        assert values[outside] == pytest.approx(bound, abs=1e-3)
+        one = GenerationConfig(mode="ar", max_new_tokens=1, ignore_eos=True)
+        assert list(toy.generate([5, 6], one).tokens) == [int(values.argmax())]
 
 
 def test_batches_of_mixed_lengths_come_back_in_order() -> None:
@@ -193,8 +181,7 @@ def test_texts_are_cut_where_the_context_ends(tmp_path: Path, tiny_bundle: Path)
     with TwoTower.open(tiny_bundle) as model:
         one = model.score((prompt, answer))
         assert len(one.logprobs) == 4
-        moved = model.score((f"{prompt} ", answer[1:]))
-        assert moved == one
+        assert model.score((f"{prompt} ", answer[1:])) == one
         assert model.tokenizer is not None
         before, whole = model.tokenizer.encode(prompt), model.tokenizer.encode(prompt + answer)
         assert model.score((before, whole[len(before) :])) == one

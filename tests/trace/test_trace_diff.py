@@ -26,13 +26,8 @@ def test_confidences_may_differ_where_every_commit_is_the_same() -> None:
 
 
 def test_a_commit_on_one_side_only_is_measured_from_the_threshold() -> None:
-    other = changed(
-        small_trace(),
-        0,
-        confidence=[0.95, 0.8996, 0.41, 0.6],
-        committed=[0],
-        next=[10, MASK, MASK, MASK],
-    )
+    confidence, after = [0.95, 0.8996, 0.41, 0.6], [10, MASK, MASK, MASK]
+    other = changed(small_trace(), 0, confidence=confidence, committed=[0], next=after)
     diff = diff_traces(small_trace(), other)
     assert (diff.block, diff.step, diff.position) == (0, 0, 1)
     assert (diff.margin, diff.margin_of) == (pytest.approx(0.09), "threshold")
@@ -46,13 +41,9 @@ def test_a_commit_on_one_side_only_is_measured_from_the_threshold() -> None:
 
 
 def test_other_tokens_are_measured_from_one_another() -> None:
-    other = changed(
-        small_trace(),
-        1,
-        predicted=[10, 11, 12, 20],
-        next=[10, 11, MASK, 20],
-        confidence=[0.9, 0.9, 0.7, 0.91],
-    )
+    predicted, after = [10, 11, 12, 20], [10, 11, MASK, 20]
+    confidence = [0.9, 0.9, 0.7, 0.91]
+    other = changed(small_trace(), 1, predicted=predicted, next=after, confidence=confidence)
     other = replace(other, end=replace(other.end, tokens=[10, 11, 12, 20]))
     diff = diff_traces(small_trace(), other)
     assert (diff.block, diff.step, diff.position) == (0, 1, 3)

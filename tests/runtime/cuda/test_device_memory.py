@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -26,9 +27,19 @@ IDS, LENGTHS, OUT = (
 SIZE = 1 << 20
 
 
-def memory(places: dict[str, tuple[int, ...]] | None = None) -> tuple[DeviceMemory, FakeCuda]:
-    api = FakeCuda(devices=2, memory=SIZE)
-    return DeviceMemory(Cuda(api), (0, 1), places or {}), api
+@pytest.fixture
+def api() -> FakeCuda:
+    return FakeCuda(devices=2, memory=SIZE)
+
+
+@pytest.fixture
+def device(api: FakeCuda) -> Iterator[DeviceMemory]:
+    """Of two devices that both have `ids` and the state; in the end all is freed."""
+    device = DeviceMemory(Cuda(api), (0, 1), {"ids": (0, 1), KV.name: (1, 0)})
+    yield device
+    device.close()
+    device.close()
+    assert not api.leaked
 
 
 def on_device(buffer: DeviceBuffer, device: int = 0) -> np.ndarray:
@@ -38,8 +49,7 @@ def on_device(buffer: DeviceBuffer, device: int = 0) -> np.ndarray:
     )
 
 
-def test_spans_are_cleared_and_copied_as_on_the_host() -> None:
-    device, _ = memory({KV.name: (1, 0)})
+def test_spans_are_cleared_and_copied_as_on_the_host(device: DeviceMemory) -> None:
     host = HostMemory()
     small, large = {"B": 2, "T": 8}, {"B": 2, "T": 16}
     buffers = [(device.state(KV, sizes), host.state(KV, sizes)) for sizes in (small, large)]
@@ -56,11 +66,9 @@ def test_spans_are_cleared_and_copied_as_on_the_host() -> None:
         for place in (0, 1):
             np.testing.assert_array_equal(on_device(ours, place), theirs)
     assert buffers[0][0].home == 1
-    device.close()
 
 
-def test_small_arrays_travel_in_one_copy() -> None:
-    device, api = memory({"ids": (0, 1)})
+def test_small_arrays_travel_in_one_copy(device: DeviceMemory) -> None:
     made = device.small([LENGTHS, IDS, OUT], {"B": 2, "L": 64})
     narrow = device.view(made["ids"], (2, 4))
     signature = TowerSignature("some", (IDS, LENGTHS), (OUT,))
@@ -79,36 +87,25 @@ def test_small_arrays_travel_in_one_copy() -> None:
     for t in down:
         ctypes.memmove(t.target, t.source, t.size)
     assert (device.host(made["out"]) == 7).all()
-    device.close()
-    assert not api.leaked
 
 
-def test_buffers_are_given_back_once() -> None:
-    device, api = memory()
+def test_buffers_are_given_back_once(device: DeviceMemory) -> None:
     made = device.small([LENGTHS, IDS], {"B": 2, "L": 4})
     state = device.state(KV, {"B": 1, "T": 4})
     device.release([*made.values(), state])
     device.release([*made.values(), state])
     device.scratch(1000, 1)
-    device.close()
-    device.close()
-    assert not api.leaked
 
 
-def test_device_memory_is_freed_where_pinned_memory_cannot_be_had() -> None:
-    device, api = memory()
+def test_device_memory_is_freed_where_pinned_memory_cannot_be_had(
+    api: FakeCuda, device: DeviceMemory
+) -> None:
     api.fail["cudaHostAlloc"] = (1, 2)
     with pytest.raises(DeviceError, match="cudaHostAlloc"):
         device.small([LENGTHS, IDS], {"B": 2, "L": 4})
-    device.close()
-    assert not api.leaked
 
 
-def test_a_buffer_on_two_devices_is_had_on_both_or_not_at_all() -> None:
-    device, api = memory({KV.name: (0, 1)})
-    filler = device.scratch(SIZE - 500, 1)
-    assert filler
+def test_a_buffer_on_two_devices_is_had_on_both_or_not_at_all(device: DeviceMemory) -> None:
+    assert device.scratch(SIZE - 500, 0)
     with pytest.raises(RequestError, match=r"not enough memory for 4 row\(s\)"):
         device.state(KV, {"B": 4, "T": 100})
-    device.close()
-    assert not api.leaked

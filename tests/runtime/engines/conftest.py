@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.bundles import export_fixture
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.trt.execution import FakeTensorRT
 from tests.helpers.trt.install import GPUS, bundle_with_engines, open_fake
+from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.bundle import Bundle
+from twotower.hardware import probe_machine
 from twotower.runtime import TwoTower
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.tokenizer import Tokenizer
@@ -93,3 +96,14 @@ def copied(built: Callable[..., Bundle], tmp_path: Path) -> Bundle:
     """A bundle with engines and without compiled kernels that a test may damage."""
     shutil.copytree(built().path, tmp_path / "bundle", ignore=shutil.ignore_patterns(".*.kernels"))
     return Bundle.open(tmp_path / "bundle")
+
+
+@pytest.fixture
+def really_built(tmp_path: Path) -> Bundle:
+    """Engines of the real library, on a machine without a driver."""
+    if probe_machine().gpus:
+        pytest.skip("there is a GPU here")
+    bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
+    config = BuildConfig(sms=(89,), max_context=256, experts="dense")
+    build_engines(bundle, "rtx", builder_for("rtx"), config=config)
+    return bundle

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from tests.helpers.bundles import export_fixture
 from tests.helpers.goldens import AR, check_golden, golden_cases
-from tests.helpers.graphs import FIXTURES
 from tests.helpers.source import ROOT
 from tests.helpers.towers import golden_config
 from tools.half_precision import RoundingBuilder
-from twotower import GenerationConfig
 from twotower.builders import build_engines
 from twotower.evaluate.suite import judge, load_suite
-from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.runtime import Request, TwoTower
 from twotower.runtime.cuda.device_memory import DeviceBuffer
 
@@ -42,11 +41,7 @@ def on_a_cpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[t
     def texts_of(folder: str) -> list[tuple[int, ...]]:
         if folder not in texts:
             path = tmp_path_factory.mktemp("cpu") / folder
-            bundle = export_bundle(
-                Checkpoint.open(FIXTURES / folder),
-                path,
-                ExportConfig(dtype="bfloat16"),
-            )
+            bundle = export_fixture(folder, path, "bfloat16")
             build_engines(bundle, "ort-cpu", RoundingBuilder())
             with TwoTower.open(path, target="ort-cpu") as model:
                 texts[folder] = [out.tokens for out in model.generate(requests(folder))]
@@ -72,9 +67,7 @@ def test_the_trained_model_answers(built: Any, opened: Any, experts: str) -> Non
     bundle = built(TINY, dtype="bfloat16", experts=experts)
     with opened(bundle) as it:
         for mode in ("diffusion", "ar"):
-            options = GenerationConfig(
-                **{**bundle.defaults.to_json(), "mode": mode, "max_new_tokens": 96},
-            )
+            options = replace(bundle.defaults, mode=mode, max_new_tokens=96)
             results = it.model.generate([Request(p.prompt, options) for p in problems])
             pairs = zip(problems, results, strict=True)
             right = [judge(p, r.text or "", r.tokens).right for p, r in pairs]
@@ -85,11 +78,8 @@ def test_a_size_that_holds_for_float32_only_is_found(
     opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Injected: every element takes four bytes; a bfloat16 buffer is cleared beyond its end."""
-    monkeypatch.setattr(
-        DeviceBuffer,
-        "itemsize",
-        property(lambda self: 8 if self.dtype == "int64" else 4),
-    )
+    size = property(lambda self: 8 if self.dtype == "int64" else 4)
+    monkeypatch.setattr(DeviceBuffer, "itemsize", size)
     case = golden_cases("hybrid-a")[0]
     with opened(devices=(0, 1)) as it:
         check_golden(it.model, case)

@@ -48,13 +48,10 @@ class CpuLibrary:
             "session.model_external_initializers_file_folder_path", str(folder)
         )
         model = with_bodies(load_graph(graph))  # a CPU's fused experts know no squared ReLU
-        return _Deferred(
-            ort.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            ),
-            self.cuda,
-            stream,
+        session = ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
+        return _Deferred(session, self.cuda, stream)
 
     def run_options(self) -> Any:
         return CudaLibrary().run_options()
@@ -90,9 +87,8 @@ def opened_ort(built: Any) -> Callable[..., Any]:
         experts: str = "fused",
     ) -> Iterator[Any]:
         bundle, api = built(folder), FakeCuda(devices=4, seed=seed, memory=memory)
-        record = build_engines(
-            bundle, "ort-cuda", kernel_builder(), config=BuildConfig(experts=experts)
-        )
+        config = BuildConfig(experts=experts)
+        record = build_engines(bundle, "ort-cuda", kernel_builder(), config=config)
         assert record.report["choice_of_experts"]["computed_by"] == experts
         with TwoTower.from_towers(
             open_ort_cuda(bundle, CpuLibrary(api), Cuda(api), OpenOptions(devices=devices))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.goldens import DIFFUSION
 from tests.helpers.trt.execution import FakeTensorRT
 from tests.helpers.trt.install import GPUS
 from twotower import GenerationConfig
@@ -24,7 +25,6 @@ from twotower.runtime.engines.towers import Towers
 from twotower.runtime.engines.trt_engine import open_tensorrt
 from twotower.tensorrt_library import flavour_from_module
 
-DIFFUSION = GenerationConfig(max_new_tokens=40, confidence_threshold=0.5, ignore_eos=True)
 AR = GenerationConfig(mode="ar", max_new_tokens=5, ignore_eos=True)
 
 
@@ -78,10 +78,7 @@ def test_nothing_is_compiled_while_requests_wait(copied: Bundle, open_: Any) -> 
         assert before
         serve(model)
         assert trt.kernels == before
-        one = model._workspaces._bound(1)
-        assert (one, model._workspaces._bound(2), model._workspaces._bound(3)) == (1, 4, 4), (
-            "2 is not ready"
-        )
+        assert [model._workspaces._bound(n) for n in (1, 2, 3)] == [1, 4, 4], "2 is not ready"
         model.warm_up([2])
         before = list(trt.kernels)
         assert model._workspaces._bound(2) == 2
@@ -180,9 +177,8 @@ def test_text_is_the_same_with_and_without(copied: Bundle, open_: Any) -> None:
     texts = []
     for options in ({"warm_up": ()}, {}, {"warm_up": (1, 2, 4)}):
         with open_(copied, **options) as (model, _):
-            texts.append(
-                [r.tokens for r in model.generate([[5, 6, 7], [8, 9], [7] * 30], DIFFUSION)]
-            )
+            results = model.generate([[5, 6, 7], [8, 9], [7] * 30], DIFFUSION)
+            texts.append([r.tokens for r in results])
     assert texts[0] == texts[1] == texts[2]
 
 

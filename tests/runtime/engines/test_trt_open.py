@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.bundles import export_fixture, flip_byte
+from tests.helpers.bundles import flip_byte
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.trt.execution import FakeTensorRT, engines_changed
 from tests.helpers.trt.install import open_fake
 from twotower import GenerationConfig
-from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder, load_engine_record
 from twotower.errors import ConfigError, EngineMismatchError, RequestError, TwoTowerError
 from twotower.hardware import Gpu, probe_machine
@@ -256,19 +255,10 @@ def test_kernels_of_another_gpu_or_library_lie_beside(copied: Bundle) -> None:
 
 @pytest.mark.trt_rtx
 @pytest.mark.slow
-def test_the_real_library_gets_as_far_as_the_driver(tmp_path: Path) -> None:
+def test_the_real_library_gets_as_far_as_the_driver(really_built: Bundle) -> None:
     """Libraries are imported, the engine is read and checked, and then there is no driver."""
-    if probe_machine().gpus:
-        pytest.skip("there is a GPU here")
-    bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
-    build_engines(
-        bundle,
-        "rtx",
-        builder_for("rtx"),
-        config=BuildConfig(sms=(89,), max_context=256, experts="dense"),
-    )
     with pytest.raises(EngineMismatchError, match="driver is missing") as error:
-        open_towers(bundle, "rtx")
+        open_towers(really_built, "rtx")
     assert error.value.found == "no driver"
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tests.helpers.bundles import export_fixture
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.trt.execution import Context, Engine, FakeTensorRT
-from twotower.builders import BuildConfig, build_engines, builder_for
-from twotower.bundle import engine_folder
+from twotower.bundle import Bundle, engine_folder, load_engine_record
 from twotower.errors import EngineMismatchError
-from twotower.hardware import probe_machine
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.trt_plan import _DTYPES, PlanLoader
 from twotower.tensorrt_library import flavour_from_module
@@ -72,22 +67,12 @@ def test_every_name_is_in_the_fake() -> None:
 
 @pytest.mark.trt_rtx
 @pytest.mark.slow
-def test_a_real_engine_is_mapped_and_refused_for_want_of_a_driver(tmp_path: Path) -> None:
+def test_a_real_engine_is_mapped_and_refused_for_want_of_a_driver(really_built: Bundle) -> None:
     """The library takes the mapped file and says through our logger what is missing."""
-    if probe_machine().gpus:
-        pytest.skip("there is a GPU here")
     import tensorrt_rtx as trt
 
-    bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
-    record = build_engines(
-        bundle,
-        "rtx",
-        builder_for("rtx"),
-        config=BuildConfig(sms=(89,), max_context=256, experts="dense"),
-    )
-    (part,) = record.engines["context_head"]
+    (part,) = load_engine_record(really_built, "rtx").engines["context_head"]
+    loader = PlanLoader(flavour_from_module(trt), Cuda(FakeCuda()), {})
     with pytest.raises(EngineMismatchError, match="cannot load") as error:
-        PlanLoader(flavour_from_module(trt), Cuda(FakeCuda()), {}).load(
-            engine_folder(bundle, "rtx") / part.file, part, 0
-        )
+        loader.load(engine_folder(really_built, "rtx") / part.file, part, 0)
     assert "35" in error.value.found, "cudaErrorInsufficientDriver"
