@@ -31,11 +31,7 @@ def test_an_iterator_goes_when_the_pass_at_work_is_done(opened: Any, how: str) -
         streams = [it.model.stream([8, 9], DIFFUSION)]
         next(streams[0])
 
-        def let_go() -> None:
-            if how.startswith("dropped"):
-                streams.clear()
-            else:
-                streams[0].close()
+        let_go = streams.clear if how.startswith("dropped") else streams[0].close
 
         def on_step(record: Any) -> None:
             if not seen:

@@ -15,6 +15,7 @@ from tests.helpers.towers import golden_config
 from twotower.errors import DeviceError
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.passes import DevicePass
+from twotower.runtime.engines import trt_engine
 from twotower.runtime.engines.handover import Handover
 from twotower.runtime.workspace import ContextState, Workspace
 from twotower.spec import RESIDUAL_IN
@@ -107,42 +108,35 @@ def test_a_library_allocates_when_it_runs_a_shape_first(
     assert "cudaMalloc during capture" in caplog.text
 
 
+WRITES = ContextState.writes
+
+
+def keys_at_values(state: ContextState, which: int) -> dict[str, Any]:
+    """Two addresses of one cache."""
+    made = WRITES(state, which)
+    first, second = [n for n in made if "conv" not in n and "ssm" not in n][:2]
+    return {**made, first: made[second]}
+
+
+def one_buffer(handover: Handover, name: str, _: int) -> int:
+    return handover.addresses.get(name, handover.addresses[RESIDUAL_IN])[0]
+
+
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("owner", "name", "fault", "says"),
     [
-        ("two addresses of a cache", "should alias but memory addresses differ"),
-        ("a profile that is not waited for", "outside of profile None"),
-        ("more rows than the profile has", "outside of profile"),
-        ("one buffer to hand over in", "residual_out is written where an input is read"),
+        (ContextState, "writes", keys_at_values, "should alias but memory addresses differ"),
+        (Cuda, "synchronize", lambda cuda, stream: None, "outside of profile None"),
+        (trt_engine, "_profile", lambda plan, sizes: 0, "outside of profile"),
+        (Handover, "address", one_buffer, "residual_out is written where an input is read"),
     ],
 )
 def test_what_the_library_refuses(
-    opened: Any, monkeypatch: pytest.MonkeyPatch, fault: str, says: str
+    opened: Any, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, fault: Any, says: str
 ) -> None:
-    rows = [[5, 6, 7]]
-    if fault == "two addresses of a cache":
-        writes = ContextState.writes
-
-        def elsewhere(state: ContextState, which: int) -> dict[str, Any]:
-            made = {
-                n: b for n, b in writes(state, which).items() if "conv" not in n and "ssm" not in n
-            }
-            first, second = list(made)[:2]
-            return {**writes(state, which), first: made[second]}
-
-        monkeypatch.setattr(ContextState, "writes", elsewhere)
-    elif fault == "a profile that is not waited for":
-        monkeypatch.setattr(Cuda, "synchronize", lambda cuda, stream: None)
-    elif fault == "one buffer to hand over in":
-        monkeypatch.setattr(
-            Handover,
-            "address",
-            lambda it, name, _: it.addresses.get(name, it.addresses[RESIDUAL_IN])[0],
-        )
-    else:
-        rows = [[5, 6, 7]] * 5
-        monkeypatch.setattr("twotower.runtime.engines.trt_engine._profile", lambda plan, sizes: 0)
+    monkeypatch.setattr(owner, name, fault)
     with opened(pieces=4) as it:
         it.model._limits = replace(it.model._limits, max_batch=8)
         with pytest.raises(DeviceError, match=says):
-            it.model.generate(rows)
+            # More rows than the first profile has.
+            it.model.generate([[5, 6, 7]] * (5 if owner is trt_engine else 1))

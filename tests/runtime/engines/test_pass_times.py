@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,16 +15,12 @@ import pytest
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.goldens import DIFFUSION
 from tests.helpers.trt.execution import FakeTensorRT
-from tests.helpers.trt.install import GPUS
+from tests.helpers.trt.install import open_fake
 from twotower import GenerationConfig
 from twotower.bundle import Bundle, engine_folder
 from twotower.errors import ConfigError, RequestError
-from twotower.runtime import TwoTower
-from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.engines import OPENERS, OpenOptions
-from twotower.runtime.engines.towers import Towers
-from twotower.runtime.engines.trt_engine import open_tensorrt
-from twotower.tensorrt_library import flavour_from_module
+from twotower.runtime import TwoTower, session
+from twotower.runtime.engines import OPENERS
 
 AR = GenerationConfig(mode="ar", max_new_tokens=5, ignore_eos=True)
 
@@ -34,23 +31,13 @@ def open_(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     @contextmanager
     def opened(
-        bundle: Bundle,
-        *,
-        memory: int = 1 << 34,
-        **options: Any,
+        bundle: Bundle, *, memory: int = 1 << 34, **options: Any
     ) -> Iterator[tuple[TwoTower, FakeTensorRT]]:
         api = FakeCuda(memory=memory)
         trt = FakeTensorRT(api)
-
-        def open_fake(bundle: Bundle, _: OpenOptions) -> Towers:
-            given = OpenOptions(gpus=GPUS[:1])
-            return open_tensorrt(bundle, flavour_from_module(trt), Cuda(api), given)
-
-        monkeypatch.setitem(OPENERS, "rtx", open_fake)
-        monkeypatch.setattr(
-            "twotower.runtime.session.select_target",
-            lambda *_, **__: type("S", (), {"target": "rtx"}),
-        )
+        selected = SimpleNamespace(target="rtx")
+        monkeypatch.setitem(OPENERS, "rtx", lambda bundle, _: open_fake(bundle, trt))
+        monkeypatch.setattr(session, "select_target", lambda *_, **__: selected)
         with TwoTower.open(bundle.path, **options) as model:
             yield model, trt
         assert not api.leaked
