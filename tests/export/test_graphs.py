@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -78,11 +79,8 @@ def test_prompt_states_match_the_oracle(folder: str) -> None:
                 assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max(), name
                 checked += 1
         block = golden.get_tensor("case0.denoiser_block").reshape(1, -1).astype(np.int64)
-        logits = (
-            golden.get_tensor("case0.denoiser_logits")
-            .reshape(block.shape[1], -1)
-            .astype(np.float64)
-        )
+        logits = golden.get_tensor("case0.denoiser_logits").reshape(block.shape[1], -1)
+    logits = logits.astype(np.float64)
     assert checked == 2 * sum(kind.value in "M*" for kind in run.config.layers)
     logits[:, run.config.mask_token_id] = -np.inf
     best = np.exp(logits - logits.max(-1, keepdims=True))
@@ -99,14 +97,11 @@ def test_graphs_are_well_formed_and_keep_the_contract(name: str, dtype: str) -> 
     config = read_model_config(FIXTURES / "hybrid-b" / "config.json")
     graph = build_graph(name, config, dtype)
     proto = ir.to_proto(graph.model)
-    for tensor in (
-        proto.graph.initializer
-    ):  # the data are not written yet: an inline stand-in lets the checker see the types
+    # The data are not written yet: inline zeros let the checker see the types.
+    for tensor in proto.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            shape, code = list(tensor.dims), tensor.data_type
-            tensor.CopyFrom(
-                onnx.helper.make_tensor(tensor.name, code, shape, np.zeros(shape, np.float32))
-            )
+            name, code, shape = tensor.name, tensor.data_type, list(tensor.dims)
+            tensor.CopyFrom(onnx.helper.make_tensor(name, code, shape, np.zeros(shape, np.float32)))
     onnx.checker.check_model(proto, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
     assert [o.version for o in inferred.opset_import] == [OPSET]
@@ -172,13 +167,9 @@ def test_padding_and_unused_cache_leave_no_trace() -> None:
         if not name.startswith("past_key_values"):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-6, atol=1e-6, err_msg=name)
     block = np.array([[3, 9, 3, 3], [3, 3, 3, 8]])
-    one, two = (
-        denoise(run, block, 11, a),
-        denoise(
-            run, block, 11, {**a, **{k: v for k, v in b.items() if k.startswith("past_key_values")}}
-        ),
-    )
-    np.testing.assert_allclose(one["confidence"], two["confidence"], atol=1e-6)
+    caches = {k: v for k, v in b.items() if k.startswith("past_key_values")}
+    one, two = (denoise(run, block, 11, {**a, **own})["confidence"] for own in ({}, caches))
+    np.testing.assert_allclose(one, two, atol=1e-6)
 
 
 def test_a_row_without_tokens_keeps_its_state() -> None:
@@ -198,9 +189,8 @@ def test_rows_do_not_see_each_other() -> None:
     block = np.array([[3, 3, 3, 3], [3, 9, 3, 3], [5, 6, 7, 8]])
     together = denoise(run, block, 10, state)
     for row in range(3):
-        alone = denoise(
-            run, block[row : row + 1], 10, {k: v[row : row + 1] for k, v in state.items()}
-        )
+        mine = {k: v[row : row + 1] for k, v in state.items()}
+        alone = denoise(run, block[row : row + 1], 10, mine)
         np.testing.assert_array_equal(alone["next_block"][0], together["next_block"][row])
         np.testing.assert_allclose(alone["confidence"][0], together["confidence"][row], atol=1e-5)
     assert together["masked_left"][2] == 0
@@ -241,6 +231,28 @@ def sampler_session():
     )
 
 
+def sampled(
+    logits: np.ndarray,
+    block: np.ndarray,
+    *,
+    threshold: Sequence[float] = (0.9,),
+    floor: Sequence[int] = (1,),
+    temperature: float = 0.0,
+    noise: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """What the sampler alone makes of logits [B,S,8]."""
+    feeds = {
+        "block": block,
+        "threshold": np.float32(threshold),
+        "commit_floor": np.int64(floor),
+        "temperature": np.full(len(block), temperature, np.float32),
+        "noise": np.zeros((*block.shape, 7), np.float32) if noise is None else noise,
+        "logits": logits,
+    }
+    names = ("next_block", "predicted", "confidence", "masked_left")
+    return dict(zip(names, sampler_session().run(names, feeds), strict=True))
+
+
 @given(
     rows=st.lists(
         st.tuples(st.sampled_from([0.1, 0.5, 0.5, 0.9, 0.97, 0.3]), st.booleans()),
@@ -254,35 +266,15 @@ def test_commit_rule_is_its_definition(
     rows: list[tuple[float, bool]], threshold: float, floor: int
 ) -> None:
     """Confidences repeat on purpose: ties go to the left."""
-    size = len(rows)
-    logits = np.full((1, size, 8), -100.0, np.float32)
-    for i, (p, _) in enumerate(
-        rows
-    ):  # two tokens share the mass, the first the larger part of it or not
+    logits = np.full((1, len(rows), 8), -100.0, np.float32)
+    # Two tokens share the mass, the first the larger part of it or not.
+    for i, (p, _) in enumerate(rows):
         logits[0, i, 5], logits[0, i, 6] = math.log(p), math.log1p(-p)
     block = np.array([[3 if masked else 7 for _, masked in rows]])
-    names = ("next_block", "predicted", "confidence", "masked_left")
-    feeds = {
-        "block": block,
-        "threshold": np.float32([threshold]),
-        "commit_floor": np.int64([floor]),
-        "temperature": np.float32([0]),
-    }
-    out = dict(
-        zip(
-            names,
-            sampler_session().run(
-                names, {**feeds, "noise": np.zeros((1, size, 7), np.float32), "logits": logits}
-            ),
-            strict=True,
-        )
-    )
+    out = sampled(logits, block, threshold=[threshold], floor=[floor])
     confidence = out["confidence"][0].tolist()
     commit = commit_rule(confidence, [m for _, m in rows], np.float32(threshold), floor)
-    want = [
-        int(t) if c else int(b)
-        for t, c, b in zip(out["predicted"][0], commit, block[0], strict=True)
-    ]
+    want = np.where(commit, out["predicted"][0], block[0]).tolist()
     assert out["next_block"][0].tolist() == want
     assert out["masked_left"][0] == want.count(3)
     np.testing.assert_allclose(confidence, [max(p, 1 - p) for p, _ in rows], atol=1e-6)
@@ -290,36 +282,20 @@ def test_commit_rule_is_its_definition(
 
 def test_of_equal_confidences_the_further_left_is_committed_first() -> None:
     """Two rows of four equal masks each, of which the floor commits two, and three."""
-    block, logits = np.full((2, 4), 3), np.zeros((2, 4, 8), np.float32)
-    feeds = {
-        "threshold": np.float32([1, 1]),
-        "commit_floor": np.int64([2, 3]),
-        "temperature": np.float32([0, 0]),
-    }
-    rest = {"block": block, "noise": np.zeros((2, 4, 7), np.float32), "logits": logits}
-    (after,) = sampler_session().run(["next_block"], {**feeds, **rest})
+    logits, block = np.zeros((2, 4, 8), np.float32), np.full((2, 4), 3)
+    after = sampled(logits, block, threshold=[1, 1], floor=[2, 3])["next_block"]
     assert (after == 3).tolist() == [[False, False, True, True], [False, False, False, True]]
 
 
 def test_noise_chooses_and_temperature_zero_does_not_listen() -> None:
-    logits = np.zeros((1, 1, 8), np.float32)
-    logits[0, 0, :3] = (2.0, 1.0, 0.5)
-    noise = np.zeros((1, 1, 7), np.float32)
-    noise[0, 0, 1] = 10.0
-    feeds = {
-        "block": np.array([[3]]),
-        "threshold": np.float32([0.9]),
-        "commit_floor": np.int64([1]),
-        "noise": noise,
-        "logits": logits,
-    }
-    greedy = sampler_session().run(["predicted"], {**feeds, "temperature": np.float32([0.0])})[0]
-    sampled, confidence = sampler_session().run(
-        ["predicted", "confidence"], {**feeds, "temperature": np.float32([1.0])}
+    logits, noise = np.zeros((1, 1, 8), np.float32), np.zeros((1, 1, 7), np.float32)
+    logits[0, 0, :3], noise[0, 0, 1] = (2.0, 1.0, 0.5), 10.0
+    greedy, drawn = (
+        sampled(logits, np.array([[3]]), temperature=heat, noise=noise) for heat in (0.0, 1.0)
     )
-    assert (greedy[0, 0], sampled[0, 0]) == (0, 1)
+    assert (greedy["predicted"][0, 0], drawn["predicted"][0, 0]) == (0, 1)
     exact = np.exp(1.0) / np.exp(np.delete(logits[0, 0], 3)).sum()
-    assert confidence[0, 0] == pytest.approx(exact, rel=1e-6), (
+    assert drawn["confidence"][0, 0] == pytest.approx(exact, rel=1e-6), (
         "confidence is the un-tempered probability without the mask token"
     )
 
@@ -332,11 +308,8 @@ def test_narrow_graphs_compute_the_same_when_widened(kind: str) -> None:
     wide, narrow = runner("hybrid-a"), GraphRunner(config, tensors, kind)
     state = random_state(config, 1, 32)
     block = np.array([[3, 3, 9, 3, 3, 3, 3, 12]])
-    np.testing.assert_allclose(
-        denoise(narrow, block, 9, state)["confidence"],
-        denoise(wide, block, 9, state)["confidence"],
-        atol=1e-5,
-    )
+    got, want = (denoise(run, block, 9, state)["confidence"] for run in (narrow, wide))
+    np.testing.assert_allclose(got, want, atol=1e-5)
     model, _ = graph_with_weight_inputs(config, "context", tensors, kind)
     assert not {t.type.tensor_type.elem_type for t in model.graph.input} & {
         onnx.TensorProto.FLOAT16,

@@ -19,6 +19,7 @@ import pytest
 from tests.helpers.bundles import export_fixture
 from tests.helpers.errors import fails
 from tests.helpers.graphs import FIXTURES
+from tests.helpers.processes import environment
 from tests.helpers.source import ROOT
 from twotower.bundle import DATA_SUFFIX, MANIFEST_FILE, Bundle
 from twotower.errors import BundleError, CheckpointError, ExportError
@@ -57,10 +58,9 @@ def written(folder: Path) -> int:
 @pytest.mark.parametrize("stage", ["first piece", "halfway", "verifying", "publishing"])
 def test_a_kill_at_any_stage_leaves_no_bundle_under_the_name(tmp_path: Path, stage: str) -> None:
     output, words = tmp_path / "b", [str(FIXTURES / "hybrid-b"), str(tmp_path / "b"), stage]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    with subprocess.Popen(
-        [sys.executable, "-c", CHILD, *words], stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    command = [sys.executable, "-c", CHILD, *words]
+    options: Any = {"stdout": subprocess.PIPE, "text": True, "env": environment()}
+    with subprocess.Popen(command, **options) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "here\n"
         process.kill()
@@ -70,9 +70,8 @@ def test_a_kill_at_any_stage_leaves_no_bundle_under_the_name(tmp_path: Path, sta
     size = written(left)
     with fails(BundleError, "is not a bundle", found="no such folder"):
         Bundle.open(output)
-    if (
-        stage != "publishing"
-    ):  # from there on the hidden folder is complete, and verified where that was asked for
+    # From there on the hidden folder is complete, and verified where that was asked for.
+    if stage != "publishing":
         with fails(BundleError, found=f"no {MANIFEST_FILE}"):
             Bundle.open(left)
     export_fixture("hybrid-b", output)

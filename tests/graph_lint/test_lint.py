@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 
@@ -12,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto as T
 
+from tests.helpers.errors import fails
 from tests.helpers.graph_faults import (
     ALSO,
     FAULTS,
@@ -31,7 +31,7 @@ from tests.helpers.graphs import FIXTURES
 from tests.helpers.source import ROOT
 from twotower.builders.segment import fix_axes, layer_bytes, segment
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
-from twotower.config.model import parse_model_config
+from twotower.config.model import parse_model_config, read_model_config
 from twotower.errors import ExportError
 from twotower.export.graphs.tower_graphs import build_graph
 from twotower.graph_lint import RULES, Severity, explained, lint, require_clean, rules_table
@@ -51,13 +51,13 @@ def broken(made: onnx.ModelProto, *, fixed: bool = True) -> set[str]:
     return {finding.rule.id for finding in lint(made, fixed=fixed)}
 
 
-def test_every_rule_has_a_planted_fault() -> None:
+def test_every_rule_has_an_injected_fault() -> None:
     assert list(FAULTS) == [rule.id for rule in RULES]
     assert set(ALSO) <= set(FAULTS)
 
 
 @pytest.mark.parametrize("rule", FAULTS)
-def test_a_planted_fault_breaks_its_rule_alone_and_without_it_none_is_broken(rule: str) -> None:
+def test_an_injected_fault_breaks_its_rule_alone_and_without_it_none_is_broken(rule: str) -> None:
     assert broken(FAULTS[rule](True)) == {rule} | ALSO.get(rule, set())
     healthy = FAULTS[rule](False)
     onnx.checker.check_model(healthy, full_check=True)
@@ -88,18 +88,18 @@ def between(dtype: int) -> onnx.ModelProto:
 def cast_constant(number: float) -> onnx.ModelProto:
     """A number added to a mask's row, as it is often written."""
     nodes = [node("Cast", ["c"], ["h"], to=T.FLOAT16), node("Add", ["x", "h"], ["y"])]
-    return model(
-        nodes,
-        [value("x", T.FLOAT16, [4])],
-        [value("y", T.FLOAT16, [4])],
-        weights=[constant("c", np.float32(number))],
-    )
+    x, y = (value(name, T.FLOAT16, [4]) for name in "xy")
+    return model(nodes, [x], [y], weights=[constant("c", np.float32(number))])
 
 
 def behind_identity() -> onnx.ModelProto:
     made = FAULTS["cache-is-input"](True)
     made.graph.node[0].op_type = "Identity"
     return made
+
+
+def zero(kind: int) -> onnx.TensorProto:
+    return onnx.helper.make_tensor("z", kind, [], [0])
 
 
 VARIANTS: dict[str, tuple[str, Callable[[], onnx.ModelProto]]] = {
@@ -113,18 +113,9 @@ VARIANTS: dict[str, tuple[str, Callable[[], onnx.ModelProto]]] = {
     "a plugin of TensorRT": ("standard-operators", lambda: foreign("trt", "TRT_MoE")),
     "a cache of 8 bits": ("cache-types", lambda: cache(T.FLOAT8E4M3FN)),
     "a cache of integers": ("cache-types", lambda: cache(T.INT32)),
-    "zero points of 8 bits without sign": (
-        "quantized-type",
-        lambda: quantized(onnx.helper.make_tensor("z", T.UINT8, [], [0])),
-    ),
-    "e5m2": (
-        "quantized-type",
-        lambda: quantized(onnx.helper.make_tensor("z", T.FLOAT8E5M2, [], [0])),
-    ),
-    "a negative scale": (
-        "quantized-scale",
-        lambda: quantized(onnx.helper.make_tensor("z", T.INT8, [], [0]), scale=-1.0),
-    ),
+    "zero points of 8 bits without sign": ("quantized-type", lambda: quantized(zero(T.UINT8))),
+    "e5m2": ("quantized-type", lambda: quantized(zero(T.FLOAT8E5M2))),
+    "a negative scale": ("quantized-scale", lambda: quantized(zero(T.INT8), scale=-1.0)),
     "a wider exponent": ("one-type", lambda: two("Pow", (T.FLOAT16, T.FLOAT))),
     "float64 inside": ("known-types", lambda: between(T.DOUBLE)),
     "a cast beyond float16": ("finite-constants", lambda: cast_constant(-3.4e38)),
@@ -156,9 +147,7 @@ def test_operators_of_tensorrt_alone_are_for_the_graph_it_is_given() -> None:
 
 def recorded(checkpoint: str, dtype: str) -> Iterator[tuple[str, onnx.ModelProto]]:
     """(name, graph) of a checkpoint's graphs."""
-    config = parse_model_config(
-        json.loads((CHECKPOINTS[checkpoint] / "config.json").read_text()), "config.json"
-    )
+    config = read_model_config(CHECKPOINTS[checkpoint] / "config.json")
     for name in signatures(config, dtype):
         yield name, ir.to_proto(build_graph(name, config, dtype).model)
 
@@ -170,9 +159,7 @@ def errors(made: onnx.ModelProto, *, fixed: bool) -> list[str]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_exported_graphs_are_clean_whole_and_in_segments(checkpoint: str, dtype: str) -> None:
-    config = parse_model_config(
-        json.loads((CHECKPOINTS[checkpoint] / "config.json").read_text()), "config.json"
-    )
+    config = read_model_config(CHECKPOINTS[checkpoint] / "config.json")
     for name, made in recorded(checkpoint, dtype):
         assert not errors(made, fixed=False)
         fix_axes(made, SIZES)
@@ -196,10 +183,8 @@ def test_rules_on_types_see_every_value_of_an_exported_graph() -> None:
     from twotower.graph_lint.view import UNKNOWN, GraphView
 
     for _, made in recorded("a", "bfloat16"):
-        view = GraphView(made)
-        assert not [
-            name for n in made.graph.node for name in n.output if view.dtype(name) == UNKNOWN
-        ]
+        view, nodes = GraphView(made), made.graph.node
+        assert not [o for n in nodes for o in n.output if view.dtype(o) == UNKNOWN]
 
 
 def test_the_published_model_takes_no_time() -> None:
@@ -209,23 +194,17 @@ def test_the_published_model_takes_no_time() -> None:
         for fixed in (False, True):
             started = time.perf_counter()
             assert not lint(made, fixed=fixed)
-            assert time.perf_counter() - started < 5, (
-                "seconds for 52 layers; it is far less on an idle machine"
-            )
+            assert time.perf_counter() - started < 5, "it is far less on an idle machine"
             fix_axes(made, {"T": 4352, "S": 16})
 
 
 def test_an_error_names_the_rule_the_place_the_reason_and_the_remedy() -> None:
     made = attention(is_causal=1, softcap=5.0)
     made.graph.node[0].name = "layers.5.attention/Attention"
-    with pytest.raises(ExportError) as caught:
+    rules = [BY_ID[rule] for rule in ("attention-causal", "attention-softcap")]
+    said = [text for rule in rules for text in (rule.id, rule.reason, rule.instead)]
+    with fails(ExportError, found=[*said, "layers.5.attention/Attention"], do="report it"):
         require_clean(made, "the graph", error=ExportError, do="report it")
-    for rule in ("attention-causal", "attention-softcap"):
-        assert rule in caught.value.found
-        assert BY_ID[rule].reason in caught.value.found
-        assert BY_ID[rule].instead in caught.value.found
-    assert "layers.5.attention/Attention" in caught.value.found
-    assert caught.value.do == "report it"
 
 
 def test_notes_are_returned() -> None:
@@ -247,9 +226,8 @@ def test_the_document_shows_the_rules() -> None:
 
 def test_rules_can_stand_in_a_table() -> None:
     for rule in RULES:
-        assert "|" not in "".join(
-            (rule.id, rule.subject, rule.avoid, rule.reason, rule.instead, rule.source)
-        )
+        cells = (rule.id, rule.subject, rule.avoid, rule.reason, rule.instead, rule.source)
+        assert "|" not in "".join(cells)
     assert len(BY_ID) == len(RULES)
 
 
@@ -258,11 +236,8 @@ def test_constants_of_every_kind_are_seen() -> None:
 
     attributes = {"value_int": 3, "value_ints": [3, 4], "value": constant("c", [5])}
     for kind, given in attributes.items():
-        made = model(
-            [node("Constant", [], ["c"], **{kind: given}), node("Neg", ["c"], ["y"])],
-            [],
-            [value("y", T.INT64, [None])],
-        )
+        nodes = [node("Constant", [], ["c"], **{kind: given}), node("Neg", ["c"], ["y"])]
+        made = model(nodes, [], [value("y", T.INT64, [None])])
         assert GraphView(made).constant("c") is not None, kind
 
 

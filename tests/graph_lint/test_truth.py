@@ -88,14 +88,10 @@ def outcome(logger: Any, said: list[str]) -> Iterator[Build]:
         config.num_compute_capabilities = 1
         assert config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
         plan = builder.build_serialized_network(network, config)
-        dropped = any(
-            "Unused Input:" in line or "[RemoveDeadLayers] Input Tensor" in line for line in said
-        )
-        return Outcome(
-            "building" if plan is None else "dropped" if dropped else "built",
-            list(said),
-            *described(trt, network),
-        )
+        words = ("Unused Input:", "[RemoveDeadLayers] Input Tensor")
+        dropped = any(word in line for line in said for word in words)
+        stage = "building" if plan is None else "dropped" if dropped else "built"
+        return Outcome(stage, list(said), *described(trt, network))
 
     yield build
     said.clear()
@@ -182,11 +178,8 @@ def test_two_operators_convert_what_others_refuse(outcome: Build) -> None:
     assert outcome(two("Pow", (T.FLOAT16, T.FLOAT))).outputs == ["HALF"]
     nodes = [node("RMSNormalization", ["x", "s"], ["y"])]
     weights = [constant("s", np.ones(64, np.float32))]
-    assert outcome(
-        model(
-            nodes, [value("x", T.FLOAT16, [4, 64])], [value("y", T.FLOAT, [4, 64])], weights=weights
-        )
-    ).outputs == ["HALF"]
+    x, y = value("x", T.FLOAT16, [4, 64]), value("y", T.FLOAT, [4, 64])
+    assert outcome(model(nodes, [x], [y], weights=weights)).outputs == ["HALF"]
 
 
 def test_a_plain_attention_is_eight_layers(outcome: Build) -> None:
@@ -204,9 +197,8 @@ def test_the_operators_the_parser_does_not_know_are_all_named(logger: Any) -> No
     builder = trt.Builder(logger)
     parser = trt.OnnxParser(builder.create_network(0), logger)
     schemas = onnx.defs.get_all_schemas_with_history()
-    names = {
-        s.name for s in schemas if s.domain == "" and s.since_version <= 24 and not s.deprecated
-    }
+    known = [s for s in schemas if s.domain == "" and s.since_version <= 24]
+    names = {s.name for s in known if not s.deprecated}
     unknown = {name for name in names if not parser.supports_operator(name)}
     assert not {name for name in ABSENT_OPERATORS if name in names} - unknown
     named = set(ABSENT_OPERATORS) | {"Unique", "Compress", "StringSplit"}

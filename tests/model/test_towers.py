@@ -12,11 +12,23 @@ from hypothesis import strategies as st
 
 from tests.helpers.towers import towers
 from twotower.model import empty_state
-from twotower.model.context_tower import last_valid
+from twotower.model.context_tower import ContextTower, last_valid
 from twotower.model.denoiser_tower import commit_step
 from twotower.model.layers import MoE
 
 TOKENS = torch.randint(4, 250, (2, 30), generator=torch.Generator().manual_seed(0))
+
+
+def read(
+    context: ContextTower,
+    tokens: torch.Tensor,
+    dtype: str = "float32",
+    lengths: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Last hidden values and state of texts that begin here."""
+    state = empty_state(context.config, len(tokens), 64, dtype)
+    past = torch.zeros(len(tokens), dtype=torch.int64)
+    return context.extend(tokens, state, past=past, lengths=lengths)
 
 
 @pytest.mark.slow
@@ -24,12 +36,7 @@ TOKENS = torch.randint(4, 250, (2, 30), generator=torch.Generator().manual_seed(
 def test_any_split_gives_the_same_state(widths: list[int], short: int) -> None:
     context, _ = towers("hybrid-a")
     lengths = torch.tensor([30, short])
-    _, whole = context.extend(
-        TOKENS,
-        empty_state(context.config, 2, 64),
-        past=torch.zeros(2, dtype=torch.int64),
-        lengths=lengths,
-    )
+    _, whole = read(context, TOKENS, lengths=lengths)
     state, past = empty_state(context.config, 2, 64), torch.zeros(2, dtype=torch.int64)
     for width in [*widths, *[7] * 5]:
         count = (lengths - past).clamp(0, width)
@@ -58,15 +65,10 @@ def test_narrow_towers_stay_near_and_keep_the_ssm_state_wide(dtype: str) -> None
     outcomes = []
     for context, denoiser in (wide, narrow):
         kept = dtype if context is narrow[0] else "float32"
-        _, state = context.extend(
-            TOKENS[:1], empty_state(context.config, 1, 64, kept), past=torch.tensor([0])
-        )
-        assert {k: v.dtype for k, v in state.items() if k.startswith("past_ssm")}.keys()
-        assert all(v.dtype is torch.float32 for k, v in state.items() if k.startswith("past_ssm"))
-        block = torch.full((1, 16), 3)
-        outcomes.append(
-            torch.softmax(denoiser.logits(block, state, context_length=torch.tensor([30])), -1)
-        )
+        _, state = read(context, TOKENS[:1], kept)
+        assert {v.dtype for k, v in state.items() if k.startswith("past_ssm")} == {torch.float32}
+        block, length = torch.full((1, 16), 3), torch.tensor([30])
+        outcomes.append(torch.softmax(denoiser.logits(block, state, context_length=length), -1))
     assert torch.isfinite(outcomes[1]).all()
     assert (outcomes[0].argmax(-1) == outcomes[1].argmax(-1)).float().mean() >= 0.5
     assert float((outcomes[0] - outcomes[1]).abs().max()) < 0.5
@@ -87,28 +89,16 @@ def test_long_text_keeps_a_finite_state() -> None:
 def test_rows_are_independent() -> None:
     context, denoiser = towers("hybrid-b")
     lengths = torch.tensor([30, 11])
-    hidden, state = context.extend(
-        TOKENS,
-        empty_state(context.config, 2, 64),
-        past=torch.zeros(2, dtype=torch.int64),
-        lengths=lengths,
-    )
+    hidden, state = read(context, TOKENS, lengths=lengths)
     block = torch.tensor([[3] * 8, [3, 5, 3, 5, 3, 5, 3, 5]])
     together = denoiser.logits(block, state, context_length=lengths)
     for row in range(2):
         n = int(lengths[row])
-        alone, mine = context.extend(
-            TOKENS[row : row + 1, :n], empty_state(context.config, 1, 64), past=torch.tensor([0])
-        )
-        torch.testing.assert_close(
-            last_valid(hidden, lengths)[row], alone[0, -1], rtol=1e-5, atol=1e-5
-        )
-        torch.testing.assert_close(
-            denoiser.logits(block[row : row + 1], mine, context_length=lengths[row : row + 1])[0],
-            together[row],
-            rtol=1e-4,
-            atol=1e-4,
-        )
+        alone, mine = read(context, TOKENS[row : row + 1, :n])
+        last, one = last_valid(hidden, lengths)[row], slice(row, row + 1)
+        torch.testing.assert_close(last, alone[0, -1], rtol=1e-5, atol=1e-5)
+        got = denoiser.logits(block[one], mine, context_length=lengths[one])[0]
+        torch.testing.assert_close(got, together[row], rtol=1e-4, atol=1e-4)
 
 
 @given(

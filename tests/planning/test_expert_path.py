@@ -32,6 +32,7 @@ from twotower.weights.external import load_graph
 
 PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
 KERNELS = PlanOptions(target="rtx")
+CUDA = PlanOptions(target="ort-cuda")
 SMALL = read_model_config(ROOT / "tests/fixtures/hybrid-a/config.json")
 TINY = read_model_config(ROOT / "assets/twotower-tiny/config.json")
 RECIPES = {"float": Recipe(name="float"), **builtin_recipes()}
@@ -57,12 +58,11 @@ def cut_towers(folder: Path, config: ModelConfig, recipe: str) -> Iterator[Exper
         }
         made = build_graph(graph, config, "bfloat16", Precision(few))
         save_program(folder / f"{graph}.onnx", made, lay_out(made.weights))
-        yield ExpertCut(
+        model, signature = (
             load_graph(folder / f"{graph}.onnx"),
             signatures(config, "bfloat16")[graph],
-            config,
-            dtype="bfloat16",
         )
+        yield ExpertCut(model, signature, config, dtype="bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -78,22 +78,10 @@ def cut_towers(folder: Path, config: ModelConfig, recipe: str) -> Iterator[Exper
         (PlanOptions(expert_path="dense"), "dense", "--expert-path dense"),
         (PlanOptions(target="ort-cuda"), "fused", ""),
         (PlanOptions(target="ort-cuda", max_batch=64, experts="int4"), "fused", ""),
-        (
-            PlanOptions(target="ort-cuda", experts="fp8"),
-            "dense",
-            "QMoE does not compute experts in this format",
-        ),
-        (
-            PlanOptions(target="ort-cuda", dtype="float32", experts="int8"),
-            "dense",
-            "no CUDA kernel for float32",
-        ),
-        (PlanOptions(target="ort-cuda", expert_path="dense"), "dense", "--expert-path dense"),
-        (
-            PlanOptions(target="ort-cuda", expert_path="kernels", experts="nvfp4", sms=(90,)),
-            "kernels",
-            "",
-        ),
+        (replace(CUDA, experts="fp8"), "dense", "QMoE does not compute experts in this format"),
+        (replace(CUDA, dtype="float32", experts="int8"), "dense", "no CUDA kernel for float32"),
+        (replace(CUDA, expert_path="dense"), "dense", "--expert-path dense"),
+        (replace(CUDA, expert_path="kernels", experts="nvfp4", sms=(90,)), "kernels", ""),
         (PlanOptions(target="ort-cpu"), "chosen", ""),
         (PlanOptions(target="ort-cpu", expert_path="dense"), "dense", "--expert-path dense"),
     ],
@@ -130,9 +118,8 @@ def test_room_is_what_the_runtime_allocates(tmp_path: Path) -> None:
         assert [first for first, _ in layers] == [first for first, _ in program_layers(SMALL)]
     room = expert_room(SMALL, replace(options_of("float"), max_batch=rows))
     assert room.handed == sum(count * nbytes for count, nbytes in wanted.values())
-    assert room.workspace == scratch_bytes(
-        shape_of(expert_step(SMALL, options_of("float"))), rows * 256
-    )
+    shape = shape_of(expert_step(SMALL, options_of("float")))
+    assert room.workspace == scratch_bytes(shape, rows * 256)
     assert expert_room(SMALL, replace(KERNELS, expert_path="dense")).handed == 0
 
 
@@ -152,14 +139,10 @@ def test_programs_keep_no_expert_s_results() -> None:
 
 def test_equal_programs_are_one_file() -> None:
     plan = plan_bundle(PUBLISHED, KERNELS)
-    assert {e.name: e.programs for e in plan.engines} == {
-        **{
-            f"{graph}.{n}.engine": count
-            for graph in (CONTEXT, DENOISER)
-            for n, count in enumerate((1, 16, 6, 1))
-        },
-        "context_head.engine": 1,
-    }
+    files = {"context_head.engine": 1}
+    for graph in (CONTEXT, DENOISER):
+        files |= {f"{graph}.{n}.engine": count for n, count in enumerate((1, 16, 6, 1))}
+    assert {e.name: e.programs for e in plan.engines} == files
     assert sum(e.weight_bytes for e in plan.engines) == sum(w.total for w in plan.weights.values())
     assert plan.devices[0].weights == sum(w.total for w in plan.weights.values())
     assert plan.build_peak < 0.5e9
@@ -168,21 +151,12 @@ def test_equal_programs_are_one_file() -> None:
 def test_sessions_between_experts_have_memory_of_their_own() -> None:
     """ONNX Runtime: 24 programs a tower keep what each needs; the kernels have theirs besides."""
     kernels = PlanOptions(target="ort-cuda", expert_path="kernels", sms=(90,))
-    plan, rtx = (
-        plan_bundle(PUBLISHED, kernels),
-        plan_bundle(PUBLISHED, replace(KERNELS, target="trt")),
-    )
+    plan, rtx = (plan_bundle(PUBLISHED, o) for o in (kernels, replace(KERNELS, target="trt")))
     assert len(plan.engines) == 49
     assert sum(e.weight_bytes for e in plan.engines) == sum(w.total for w in plan.weights.values())
-    assert (
-        18 * rtx.scratch[CONTEXT].nbytes
-        < plan.scratch[CONTEXT].nbytes
-        < 24 * rtx.scratch[CONTEXT].nbytes
-    )
-    assert (
-        plan.devices[0].scratch
-        == sum(s.nbytes for s in plan.scratch.values()) + plan.room.workspace + plan.room.handed
-    )
+    assert 18 < plan.scratch[CONTEXT].nbytes / rtx.scratch[CONTEXT].nbytes < 24
+    towers = sum(s.nbytes for s in plan.scratch.values())
+    assert plan.devices[0].scratch == towers + plan.room.workspace + plan.room.handed
     assert rtx.devices[0].scratch == rtx.scratch[CONTEXT].nbytes + rtx.room.handed
     assert (plan.held, plan.build_seconds) == (0, None)
     assert plan.passes == rtx.passes
@@ -195,11 +169,9 @@ def test_experts_in_few_bits_are_in_no_engine() -> None:
     assert plan.held == plan.disk.copies["rtx"] == plan.disk.copies["trt"] == 0
     assert plan.disk.engines["rtx"] < 1e8
     assert plan.build_peak < 0.5e9
-    mixed = plan_bundle(
-        PUBLISHED, replace(KERNELS, formats=tuple(sorted(RECIPES["mixed"].weights.items())))
-    )
+    formats = tuple(sorted(RECIPES["mixed"].weights.items()))
+    mixed = plan_bundle(PUBLISHED, replace(KERNELS, formats=formats))
     assert 0 < mixed.held < 4e9, "Mamba, attention and heads are"
     assert len(mixed.engines) == 49, "programs that hold weights of their own share no file"
-    assert sum(e.weight_bytes for e in mixed.engines) == sum(
-        w.total for w in mixed.weights.values()
-    )
+    weights = sum(w.total for w in mixed.weights.values())
+    assert sum(e.weight_bytes for e in mixed.engines) == weights

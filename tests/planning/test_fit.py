@@ -30,10 +30,8 @@ TRT = PlanOptions(target="trt")
 def applied(options: PlanOptions, flags: str) -> PlanOptions:
     """The options with flags typed as an alternative says them."""
     words = flags.split()
-    given = {
-        k.removeprefix("--").replace("-", "_"): v
-        for k, v in zip(words[::2], words[1::2], strict=True)
-    }
+    names = [word.removeprefix("--").replace("-", "_") for word in words[::2]]
+    given = dict(zip(names, words[1::2], strict=True))
     return replace(options, **{k: int(v) if v.isdigit() else v for k, v in given.items()})  # type: ignore[arg-type]
 
 
@@ -43,11 +41,8 @@ def test_the_published_model_fits_where_it_should() -> None:
     assert {title for title, f in fits.items() if f.fits} == {"2x H100 80GB", "H200", "B200"}
     assert not fits["H100 80GB"].fits
     assert fits["H100 80GB"].fullest.weights > 126e9
-    assert {a.flags for a in fits["H100 80GB"].alternatives if a.fits} >= {
-        "--devices 2",
-        "--mode ar",
-        "--experts int4",
-    }
+    enough = {a.flags for a in fits["H100 80GB"].alternatives if a.fits}
+    assert enough >= {"--devices 2", "--mode ar", "--experts int4"}
 
 
 def test_rtx_does_not_list_data_centre_gpus() -> None:
@@ -135,16 +130,12 @@ def test_formats_are_offered_where_the_hardware_has_them() -> None:
 
 def test_a_gpu_older_than_the_kernels_is_planned_with_all_experts_computing() -> None:
     options = PlanOptions(target="rtx", dtype="float16", max_batch=1)
-    new, old = fit(
-        PUBLISHED,
-        options,
-        [GpuModel("new", 10**12, 89, 10**12), GpuModel("old", 10**12, 75, 10**12)],
-    )
-    assert new.fits
-    assert old.fits
+    gpus = [GpuModel(f"SM {sm}", 10**12, sm, 10**12) for sm in (89, 75)]
+    new, old = fit(PUBLISHED, options, gpus)
+    assert new.fits and old.fits
     assert (old.step_seconds or 0) > 9 * (new.step_seconds or 0) > 0
     assert old.fullest.scratch > 4 * new.fullest.scratch
-    _, refused = fit(PUBLISHED, replace(options, expert_path="kernels"), [new.gpu, old.gpu])
+    _, refused = fit(PUBLISHED, replace(options, expert_path="kernels"), gpus)
     assert not refused.fits
     assert "SM 75" in refused.refused
 
@@ -178,8 +169,7 @@ def test_time_is_that_of_the_slower_of_memory_and_matrix_units() -> None:
     (unknown,) = fit(PUBLISHED, TRT, [GpuModel("some", 10**12, 90)])
     assert (unknown.pass_seconds, unknown.break_even) == (None, {})
     (ar,) = fit(PUBLISHED, replace(TRT, mode="ar"), [GPUS[0]])
-    assert ar.pass_seconds is None
-    assert ar.break_even == {}
+    assert (ar.pass_seconds, ar.break_even) == (None, {})
     assert ar.step_seconds is not None
 
 
@@ -195,10 +185,7 @@ def test_gpus_go_by_names_people_type() -> None:
 
 
 def test_a_gpu_at_hand_has_its_own_memory_and_the_table_s_bandwidth() -> None:
-    gpus = [
-        Gpu("NVIDIA GeForce RTX 4090", 89, 25_386_352_640),
-        Gpu("NVIDIA GeForce RTX 4090", 89, 25_386_352_640),
-    ]
+    gpus = [Gpu("NVIDIA GeForce RTX 4090", 89, 25_386_352_640)] * 2
     gpus.append(Gpu("NVIDIA H100 PCIe", 90, 85 * 10**9))
     gpus.append(Gpu("NVIDIA GeForce RTX 4090 Laptop GPU", 89, 16 * 10**9))
     known, *others = gpu_at_hand(gpus)
@@ -231,10 +218,8 @@ def test_rows_and_texts_are_as_many_and_as_long_as_just_fit() -> None:
     long = replace(TRT, max_batch=1, max_context=100_000)
     for context in (256, 320, 4096):  # as long as their cache
         needs = fullest(replace(long, max_context=context))
-        assert [largest_context(SMALL, long, needs - short) for short in (0, 1)] == [
-            context,
-            context - 64 if context > 256 else 0,
-        ]
+        less = context - 64 if context > 256 else 0
+        assert [largest_context(SMALL, long, needs - short) for short in (0, 1)] == [context, less]
     assert largest_context(SMALL, TRT, 10**13) == 4096, "what is planned without a word"
     assert largest_context(replace(SMALL, max_position_embeddings=1000), TRT, 10**13) == 1000
 
@@ -258,9 +243,8 @@ def test_alternatives_are_the_mildest_changes_that_suffice_and_what_does_not() -
     found = offered(PUBLISHED, replace(TRT, dtype="float32"), 40 * 10**9)
     assert found.keys() >= {*halved, "--devices 2", "--mode ar"}
     for dtype in (None, "float32"):
-        assert offered(PUBLISHED, PlanOptions(target="ort-cpu", dtype=dtype), 40 * 10**9) == {
-            "--mode ar": False
-        }
+        cpu = PlanOptions(target="ort-cpu", dtype=dtype)
+        assert offered(PUBLISHED, cpu, 40 * 10**9) == {"--mode ar": False}
     assert offered(SMALL, TRT, 10**9) == {"--devices 2": False, "--mode ar": False}
     spread = offered(PUBLISHED, replace(TRT, devices=2), 30 * 10**9)
     assert not [flags for flags in spread if "--devices" in flags]
@@ -271,9 +255,8 @@ def test_what_is_just_enough_for_a_change_suffices() -> None:
     assert offered(SMALL, TRT, few)["--mode ar"]
     assert "--mode ar" not in offered(SMALL, TRT, few - 1), "with fewer rows"
     single = fullest(replace(TRT, max_batch=1, max_context=2048))
-    assert offered(SMALL, replace(TRT, max_context=100_000), single)[
-        "--max-batch 1 --max-context 2048"
-    ]
+    long = replace(TRT, max_context=100_000)
+    assert offered(SMALL, long, single)["--max-batch 1 --max-context 2048"]
 
 
 def test_the_slower_way_to_load_counts() -> None:

@@ -52,10 +52,8 @@ def test_a_dense_pass_reads_all_weights_but_the_embedding() -> None:
     embeddings = 2 * 2 * 131072 * 2688
     state = state_bytes(PUBLISHED, single)
     written = state.per_row + state.per_token
-    assert (
-        denoising(single).nbytes + moved.ar_step.nbytes
-        == alone.weights - embeddings + 2 * state.read + written
-    )
+    both = denoising(single).nbytes + moved.ar_step.nbytes
+    assert both == alone.weights - embeddings + 2 * state.read + written
     head = 2 * 131072 * 2688
     assert moved.ar_step.nbytes - moved.extension.nbytes == head - 15 * state.per_token, (
         "no head; 16 positions are written"
@@ -97,11 +95,8 @@ def test_choosing_never_costs_more(rows: int, experts: str | None) -> None:
     few, every = (
         pass_costs(PUBLISHED, replace(o, experts=experts), rows) for o in (KERNELS, DENSE)
     )
-    for chosen, dense in (
-        (few.ar_step, every.ar_step),
-        (few.extension, every.extension),
-        (few.denoising, every.denoising),
-    ):
+    for kind in ("ar_step", "extension", "denoising"):
+        chosen, dense = getattr(few, kind), getattr(every, kind)
         assert chosen is not None
         assert dense is not None
         assert chosen.nbytes <= dense.nbytes
@@ -166,10 +161,8 @@ def test_eight_bit_products_are_counted_where_engines_have_them() -> None:
 
 def test_time_is_the_longer_of_memory_and_products() -> None:
     cost = PassCost(tokens=1, experts=1, nbytes=10**9, expanded=0, flops=1e12, flops_8bit=0)
-    memory, products = (
-        GpuModel("a", 1, 90, 10**9, flops=1e13),
-        GpuModel("b", 1, 90, 10**10, flops=1e12),
-    )
+    memory = GpuModel("a", 1, 90, 10**9, flops=1e13)
+    products = GpuModel("b", 1, 90, 10**10, flops=1e12)
     assert (cost.seconds(memory), cost.bound_by_arithmetic(memory)) == (1.0, False)
     assert (cost.seconds(products), cost.bound_by_arithmetic(products)) == (1.0, True)
     assert cost.seconds(GpuModel("c", 1, 90)) is None

@@ -26,26 +26,19 @@ from twotower.weights.refs import PAGE
 ROOT = Path(__file__).parents[2]
 PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
 TINY = read_model_config(ROOT / "assets/twotower-tiny/config.json")
+WHOLE = ["context.engine", "context_head.engine", "denoiser.engine"]
 DENSE = PlanOptions(target="rtx", expert_path="dense")
 
 
 def test_engines_are_programs_whatever_the_model() -> None:
     plan = plan_bundle(PUBLISHED, DENSE)
-    assert [e.name for e in plan.engines] == [
-        "context.engine",
-        "context_head.engine",
-        "denoiser.engine",
-    ]
+    assert [e.name for e in plan.engines] == WHOLE
     assert all(e.held_bytes == 0 and e.weight_bytes > 5e8 for e in plan.engines)
     assert plan.build_peak == build_memory(0, 52) < 1.5e9
     assert sum(e.engine_bytes for e in plan.engines) == plan.disk.engines["rtx"] < 1e8
     assert 30 < (plan.build_seconds or 0) < 240
-    assert plan.disk.copies == {
-        "rtx": 0,
-        "trt": 0,
-        "ort-cuda": 0,
-        "ort-cpu": plan.disk.engines["ort-cpu"],
-    }
+    none = dict.fromkeys(("rtx", "trt", "ort-cuda"), 0)
+    assert plan.disk.copies == {**none, "ort-cpu": plan.disk.engines["ort-cpu"]}
 
 
 def test_weights_in_few_bits_are_counted_where_they_lie_twice() -> None:
@@ -80,14 +73,8 @@ def test_a_memory_bound_cuts_what_holds_weights(experts: str) -> None:
 
 def test_several_devices_take_the_engines_that_build_makes_of_segments() -> None:
     plan = plan_bundle(PUBLISHED, replace(DENSE, devices=4))
-    names = [
-        "context.0.engine",
-        "context.1.engine",
-        "context_head.engine",
-        "denoiser.0.engine",
-        "denoiser.1.engine",
-    ]
-    assert [e.name for e in plan.engines] == names
+    names = ("context.0", "context.1", "context_head", "denoiser.0", "denoiser.1")
+    assert [e.name for e in plan.engines] == [f"{name}.engine" for name in names]
     assert [e.layers for e in plan.engines if e.graph == "denoiser"] == list(
         even_layers(plan.weights["denoiser"].layers, 2)
     )
@@ -135,11 +122,8 @@ def test_disk_is_what_onnx_runtime_s_files_take(tmp_path: Path, dtype: str) -> N
     build_engines(bundle, "ort-cpu", builder_for("ort-cpu"))
     plan = plan_bundle(bundle.config, PlanOptions(target="ort-cpu", dtype=dtype))
     pages = 3 * PAGE
-    assert (
-        0
-        <= plan.disk.bundle - sum(p.stat().st_size for p in bundle.path.glob("*/*.onnx.data"))
-        < pages
-    )
+    stored = sum(p.stat().st_size for p in bundle.path.glob("*/*.onnx.data"))
+    assert 0 <= plan.disk.bundle - stored < pages
     engine = bundle.path / "engines" / "ort-cpu"
     written = sum(p.stat().st_size for p in engine.glob("*.data"))
     assert (written == 0) == (dtype == "float32"), (
@@ -180,19 +164,13 @@ def test_disk_is_what_quantized_weights_take_on_a_cpu(
 @pytest.mark.parametrize("folder", ["hybrid-a", "hybrid-b"])
 def test_disk_is_what_tensorrt_s_engines_take(tmp_path: Path, folder: str) -> None:
     bundle = export_fixture(folder, tmp_path / "bundle", "float16")
-    record = build_engines(
-        bundle,
-        "rtx",
-        builder_for("rtx"),
-        config=BuildConfig(sms=(89,), max_context=256, experts="dense"),
-    )
-    plan = plan_bundle(
-        bundle.config, PlanOptions(dtype="float16", sms=(89,), max_context=256, expert_path="dense")
-    )
+    config = BuildConfig(sms=(89,), max_context=256, experts="dense")
+    record = build_engines(bundle, "rtx", builder_for("rtx"), config=config)
+    options = replace(DENSE, dtype="float16", sms=(89,), max_context=256)
+    plan = plan_bundle(bundle.config, options)
     assert {e.name for e in plan.engines} == set(record.files)
-    for (
-        engine
-    ) in plan.engines:  # the figures are of published widths; a head of this one's is smaller
+    # The figures are of published widths; a head of this one's is smaller.
+    for engine in plan.engines:
         facts, size = record.report["engines"][engine.name], record.files[engine.name].size
         assert size <= engine.engine_bytes < 1.3 * size or engine.graph == "context_head"
         assert engine.build_peak_bytes is not None
@@ -202,9 +180,7 @@ def test_disk_is_what_tensorrt_s_engines_take(tmp_path: Path, folder: str) -> No
 def test_a_plan_is_plain_data() -> None:
     facts = plan_bundle(TINY, PlanOptions()).to_json()
     assert facts["parameters"] == sum(w["total"] for w in facts["weights"].values()) // 4
-    names = {
-        e["name"] for e in plan_bundle(TINY, replace(DENSE, dtype="float32")).to_json()["engines"]
-    }
-    assert names == {"context.engine", "context_head.engine", "denoiser.engine"}
+    dense = plan_bundle(TINY, replace(DENSE, dtype="float32")).to_json()
+    assert [engine["name"] for engine in dense["engines"]] == WHOLE
     assert (facts["experts"]["name"], facts["passes"][1]["ar_step"]["tokens"]) == ("kernels", 1)
     assert facts["devices"][0]["total"] > facts["state"]["total"]

@@ -71,9 +71,8 @@ def test_attention_of_the_context() -> None:
     got = scratch(CONTEXT, model("*"), SHAPES).profiles
     for name, n in LENGTHS.items():
         queries, mask = B * 32 * n * 128 * 2, [B * 2 * n * T * 2] if n > 1 else []
-        assert got[name] == together(
-            [[queries, *WORK], [keys, keys, queries, queries]], [stream(n), *mask]
-        )
+        moments = [[queries, *WORK], [keys, keys, queries, queries]]
+        assert got[name] == together(moments, [stream(n), *mask])
     got = scratch(CONTEXT, model("*"), replace(SHAPES, dtype="float32")).profiles
     for name, n in LENGTHS.items():
         scores = B * 32 * n * T * 4
@@ -85,11 +84,8 @@ def test_attention_that_keeps_its_groups_together() -> None:
     """Keys and values are copied for every query head, but for a single position."""
     got = scratch(CONTEXT, replace(model("*"), num_key_value_heads=16), SHAPES).profiles
     for name, n in LENGTHS.items():
-        queries, every, mask = (
-            B * 32 * n * 128 * 2,
-            B * 32 * T * 128 * 2,
-            [B * n * T * 2] if n > 1 else [],
-        )
+        queries, every = B * 32 * n * 128 * 2, B * 32 * T * 128 * 2
+        mask = [B * n * T * 2] if n > 1 else []
         copies = [[every, every, queries, queries]] if n > 1 else []
         assert got[name] == together([[queries, *WORK], *copies], [stream(n), *mask])
 
@@ -112,11 +108,8 @@ def test_experts(path: str, expanded: bool) -> None:
         tokens = B * n
         rows = [128 * tokens * D * 2, 128 * tokens * 1856 * 2, WORK[0]]
         if path != "dense":
-            rows = [
-                tokens * 6 * D * 2,
-                tokens * 6 * D * 2,
-                tokens * (6 if path == FUSED else 1) * 1856 * 2,
-            ]
+            hidden = tokens * (6 if path == FUSED else 1) * 1856 * 2
+            rows = [tokens * 6 * D * 2, tokens * 6 * D * 2, hidden]
         assert got[name] == together([[*rows, *copy]], [stream(n)])
 
 
@@ -139,15 +132,15 @@ def test_programs_between_kernels() -> None:
     own = scratch(DENOISER, config, replace(shapes, arenas=True))
     assert (own.nbytes, own.profiles) == (2 * inner + last, {"denoise": 2 * inner + last})
     context = scratch(CONTEXT, config, replace(shapes, arenas=True))
-    assert context.profiles == {
-        name: 3 * together(scan(n), [stream(n)]) for name, n in LENGTHS.items()
-    }
+    want = {name: 3 * together(scan(n), [stream(n)]) for name, n in LENGTHS.items()}
+    assert context.profiles == want
     assert scratch(CONTEXT_HEAD, config, shapes) == scratch(CONTEXT_HEAD, config, SHAPES)
 
 
 def test_the_two_largest_are_named() -> None:
-    assert (
-        scratch(CONTEXT, model("ME"), SHAPES).because == "experts [E,B*L,D] and experts [E,B*L,F]"
-    )
-    assert scratch(CONTEXT, model("M"), SHAPES).because == "decay [B,H,L,L]"
-    assert scratch(CONTEXT, model("*"), SHAPES).because == "mask [B,KV,L,T] and keys [B,KV,T,d]"
+    named = {
+        "ME": "experts [E,B*L,D] and experts [E,B*L,F]",
+        "M": "decay [B,H,L,L]",
+        "*": "mask [B,KV,L,T] and keys [B,KV,T,d]",
+    }
+    assert {letters: scratch(CONTEXT, model(letters), SHAPES).because for letters in named} == named

@@ -61,8 +61,7 @@ def test_the_published_model_is_as_large_as_published() -> None:
 def test_few_bits_narrow_routed_experts_only(name: str) -> None:
     config = config_of("published")
     before, after = (
-        graph_weights(config, "bfloat16")[CONTEXT],
-        graph_weights(config, "bfloat16", (("routed_expert", name),))[CONTEXT],
+        graph_weights(config, "bfloat16", few)[CONTEXT] for few in ((), (("routed_expert", name),))
     )
     rest = {kind: size for kind, size in before.by_kind.items() if kind != "routed_expert"}
     assert rest == {kind: size for kind, size in after.by_kind.items() if kind != "routed_expert"}
@@ -102,19 +101,14 @@ def test_what_engines_hold_is_what_the_builder_leaves_inside(
         assert planned.packed == sum(planned.by_dtype.get(name, 0) for name in ("int4", "nvfp4"))
 
 
-def test_stacked_experts_in_8_bits_have_groups_that_divide_their_rows() -> None:
-    assert stored_format("int8", 1856, stacked=True).group == 64
-    assert stored_format("int8", 2688, stacked=True).group == 64
-    assert stored_format("int8", 96, stacked=True).group == 0, "a short row is a group"
-    assert stored_format("int8", 2688, stacked=False).group == 0
-    assert stored_format("int8", 2688, stacked=True, rounded_input=True).group == 0, (
-        "TensorRT for RTX builds no such product of blocks"
-    )
-    assert (
-        stored_format("int4", 1856, stacked=True).nbytes((3, 1856), "bfloat16")
-        == 3 * 928 + 3 * 58 * 2
-    )
-    assert (
-        stored_format("nvfp4", 1856, stacked=True).nbytes((3, 1856), "bfloat16")
-        == 3 * 928 + 3 * 116
-    )
+def test_stacked_experts_have_groups_that_divide_their_rows() -> None:
+    def group(columns: int, **how: bool) -> int:
+        return stored_format("int8", columns, **{"stacked": True, **how}).group
+
+    assert group(1856) == group(2688) == 64
+    assert group(96) == 0, "a short row is a group"
+    assert group(2688, stacked=False) == 0
+    assert group(2688, rounded_input=True) == 0, "TensorRT for RTX builds no such product of blocks"
+    for name, scales in (("int4", 3 * 58 * 2), ("nvfp4", 3 * 116)):
+        stored = stored_format(name, 1856, stacked=True).nbytes((3, 1856), "bfloat16")
+        assert stored == 3 * 928 + scales
