@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from tests.helpers.bundles import copy_of
-from tests.helpers.errors import check_error
+from tests.helpers.errors import fails
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.trt.execution import FakeBuilder, FakeTensorRT, fake_job, fake_kernels
 from tests.helpers.trt.install import L4, bundle_with_engines, machine_with
@@ -224,13 +224,10 @@ def test_a_missing_compiler_is_an_error_and_not_a_slow_engine(
     plain = TensorRTBuilder(builder.flavour)
     monkeypatch.setattr("twotower.extras.find_spec", lambda name: None)
     plan = plain.plan(bundle, config)
+    said: Any = {"found": "not installed: triton", "do": ("twotower[kernels]", "--experts dense")}
     for work in (plan.describe, lambda: plan.needed_bytes):
-        with pytest.raises(ConfigError) as caught:
+        with fails(ConfigError, what="kernels of experts", **said):
             work()
-        check_error(str(caught.value), "kernels of experts")
-        assert caught.value.found == "not installed: triton"
-        assert "twotower[kernels]" in caught.value.do
-        assert "--experts dense" in caught.value.do
     with pytest.raises(ConfigError):
         build_engines(bundle, "rtx", plain, config=config)
     assert not (bundle.path / "engines" / "rtx").exists()
@@ -264,20 +261,18 @@ def test_a_dry_run_counts_equal_programs(built: Bundle, builder: FakeBuilder) ->
 def test_what_no_kernel_computes_is_refused_before_anything_is_built(
     exported: Bundle, builder: FakeBuilder, options: dict[str, Any], what: str
 ) -> None:
-    with pytest.raises(BuildError) as error:
+    with fails(BuildError, what):
         _ = builder.plan(exported, replace(KERNELS, **options)).needed_bytes
-    check_error(str(error.value), what)
 
 
 def test_a_bound_on_memory_is_kept_or_refused(
     exported: Bundle, tmp_path: Path, builder: FakeBuilder
 ) -> None:
     """Programs are cut no further; the error names a bound that can be kept."""
-    with pytest.raises(BuildError) as error:
+    little, bound = "cannot be built in so little memory", "--max-build-memory to 0.4G"
+    with fails(BuildError, what=little, do=bound):
         plan = builder.plan(exported, replace(KERNELS, max_build_memory=10**8))
         plan.build(tmp_path, report=silent)
-    check_error(str(error.value), "cannot be built in so little memory")
-    assert "--max-build-memory to 0.4G" in error.value.do
 
 
 def test_another_version_of_a_kernel_is_another_source(

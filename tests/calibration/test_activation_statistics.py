@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +119,8 @@ def test_the_chosen_range_is_the_best_edge_by_hand(seed: int) -> None:
         step, total = edge / 127, 0.0
         for count, middle in zip(counts.tolist(), middles, strict=True):
             value = min(middle, most)
-            total += count * (
-                (value - edge) ** 2
-                if value > edge
-                else step**2 / 12
-                if value > step / 2
-                else value**2
-            )
+            kept = step**2 / 12 if value > step / 2 else value**2
+            total += count * ((value - edge) ** 2 if value > edge else kept)
         return total
 
     best = min((min(edge, most) for edge in edges[1:].tolist() if edge > most / 128), key=cost)
@@ -146,14 +142,9 @@ def test_trajectories_and_clean_text_read_other_buckets(bucket: int) -> None:
     context.add(0, 0, np.asarray([2.0]))
     statistics = Statistics(Path(), "s", {"context": context, "denoiser": denoiser})
     wanted = {"w": "int8", "c": "int8"}
-    assert activation_ranges(statistics, wanted, ranges="max", clean_text=False) == {
-        "w": 5.0,
-        "c": 2.0,
-    }
-    assert activation_ranges(statistics, wanted, ranges="max", clean_text=True) == {
-        "w": 1.0,
-        "c": 2.0,
-    }
+    for clean, greatest in ((False, 5.0), (True, 1.0)):
+        found = activation_ranges(statistics, wanted, ranges="max", clean_text=clean)
+        assert found == {"w": greatest, "c": 2.0}
     with pytest.raises(CalibrationError, match="nothing about 1 inputs"):
         activation_ranges(statistics, {"other": "int8"}, ranges="max", clean_text=False)
 
@@ -184,23 +175,19 @@ def test_what_is_written_is_read(stored: Path) -> None:
     assert back.towers["denoiser"].names == ("w",)
 
 
+def described(text: str) -> Callable[[Path], int]:
+    return lambda folder: (folder / DESCRIPTION_FILE).write_text(text)
+
+
 @pytest.mark.parametrize(
     ("damage", "what"),
     [
         (lambda f: shutil.rmtree(f), "holds no statistics"),
         (lambda f: (f / DATA_FILE).unlink(), "holds no statistics"),
         (lambda f: (f / DATA_FILE).write_bytes(b"x" * 100), "has changed"),
-        (lambda f: (f / DESCRIPTION_FILE).write_text("{"), "are damaged"),
-        (
-            lambda f: (f / DESCRIPTION_FILE).write_text(
-                '{"kind": "twotower-statistics", "schema": 1}'
-            ),
-            "are damaged",
-        ),
-        (
-            lambda f: (f / DESCRIPTION_FILE).write_text('{"kind": "twotower-trace", "schema": 1}'),
-            "of this version",
-        ),
+        (described("{"), "are damaged"),
+        (described('{"kind": "twotower-statistics", "schema": 1}'), "are damaged"),
+        (described('{"kind": "twotower-trace", "schema": 1}'), "of this version"),
     ],
 )
 def test_damaged_statistics(stored: Path, damage: Any, what: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ PROMPTS = suite_prompts(5)
 def gathered(
     bundle: Path,
     output: Path,
-    prompts: tuple[str, ...] = PROMPTS,
+    prompts: tuple[Any, ...] = PROMPTS,
     config: CollectConfig = CONFIG,
     **options: Any,
 ) -> Statistics:
@@ -68,11 +70,8 @@ def test_ranges_are_those_torch_sees(tiny_bundle: Path, whole: Statistics) -> No
 
     for prefix, tower in zip(("context_tower", "denoiser_tower"), towers, strict=True):
         for name, module in tower.named_modules():
-            if (
-                isinstance(module, nn.Linear)
-                and "experts." not in name
-                and not name.startswith(("t_", "lm_head"))
-            ):
+            skipped = "experts." in name or name.startswith(("t_", "lm_head"))
+            if isinstance(module, nn.Linear) and not skipped:
                 module.register_forward_pre_hook(hook(stack_of(f"{prefix}.{name}.weight")))
     with TwoTower.open(tiny_bundle) as model:
         assert model.tokenizer is not None
@@ -124,40 +123,32 @@ def test_any_chunking_of_the_prompts_gives_the_same_numbers(
         np.testing.assert_allclose(b.squares, a.squares, rtol=1e-4)
 
 
-def interrupt(
-    monkeypatch: pytest.MonkeyPatch, at: int, bundle: Path, output: Path, prompts: tuple[str, ...]
-) -> None:
-    """Calibrates, and stops when so many prompts have been generated, the last not yet counted."""
+@contextmanager
+def generated(monkeypatch: pytest.MonkeyPatch, stop_at: int = 0) -> Iterator[list[Any]]:
+    """The calls that generate; stopped after so many, the last one's passes not yet counted."""
     real, calls = TwoTower.generate, []
 
-    def interrupted(self: TwoTower, *args: Any) -> Any:
+    def generate(self: TwoTower, *args: Any) -> Any:
         result = real(self, *args)
         calls.append(args)
-        if len(calls) == at:
+        if len(calls) == stop_at:
             raise KeyboardInterrupt
         return result
 
     with monkeypatch.context() as patched:
-        patched.setattr(TwoTower, "generate", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            gathered(bundle, output, prompts)
+        patched.setattr(TwoTower, "generate", generate)
+        yield calls
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(
     tiny_bundle: Path, whole: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # After the passes of the third prompt were watched: half a prompt must not be counted.
-    interrupt(monkeypatch, 3, tiny_bundle, tmp_path / "stats", PROMPTS)
+    with generated(monkeypatch, 3), pytest.raises(KeyboardInterrupt):
+        gathered(tiny_bundle, tmp_path / "stats")
     (kept,) = tmp_path.iterdir()
     assert kept.name.startswith(".stats.") and not (tmp_path / "stats").exists()
-    real, calls = TwoTower.generate, []
-
-    def counted(self: TwoTower, *args: Any) -> Any:
-        calls.append(args)
-        return real(self, *args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(TwoTower, "generate", counted)
+    with generated(monkeypatch) as calls:
         resumed = gathered(tiny_bundle, tmp_path / "stats")
     assert len(calls) == len(PROMPTS) - 2, "two prompts were done"
     assert_same(whole, resumed)
@@ -168,7 +159,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
 def test_another_command_does_not_take_up_what_was_kept(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt(monkeypatch, 2, tiny_bundle, tmp_path / "stats", PROMPTS[:3])
+    with generated(monkeypatch, 2), pytest.raises(KeyboardInterrupt):
+        gathered(tiny_bundle, tmp_path / "stats", PROMPTS[:3])
     other = replace(CONFIG.generation, max_new_tokens=16)
     config = CollectConfig(generation=other)
     made = gathered(tiny_bundle, tmp_path / "stats", PROMPTS[:2], config)
@@ -197,12 +189,7 @@ def test_every_prompt_is_checked_before_the_first_is_read(
 ) -> None:
     monkeypatch.setattr(TwoTower, "generate", lambda *a, **o: pytest.fail("work began"))
     with pytest.raises(RequestError, match="99999"):
-        collect(
-            Bundle.open(tiny_bundle),
-            [Request("fine"), Request((1, 99999))],
-            tmp_path / "stats",
-            CONFIG,
-        )
+        gathered(tiny_bundle, tmp_path / "stats", ("fine", (1, 99999)))
     assert not list(tmp_path.iterdir())
 
 
@@ -210,12 +197,8 @@ def test_what_is_watched_of_the_published_model_stays_below_a_gigabyte() -> None
     config = parse_model_config(PUBLISHED_CONFIG, "published")
     chunk = watched_chunk(config)
     assert 16 <= chunk <= 64
-    hidden = (
-        sum(k.name == "MOE" for k in config.layers)
-        * config.n_routed_experts
-        * config.moe_intermediate_size
-        * 4
-    )
+    layers = sum(kind.name == "MOE" for kind in config.layers)
+    hidden = layers * config.n_routed_experts * config.moe_intermediate_size * 4
     assert hidden * chunk <= 1 << 30
 
 
@@ -224,12 +207,7 @@ def test_the_picture_has_a_panel_a_kind(whole: Statistics) -> None:
     drawn = draw_ranges(whole)
     assert drawn["ranges.png"].startswith(b"\x89PNG")
     svg = drawn["ranges.svg"].decode()
-    for title in (
-        "Mamba, in",
-        "attention, out",
-        "routed experts, hidden",
-        "shared expert, in",
-        "head, in",
-    ):
+    parts = ("Mamba, in", "attention, out", "routed experts, hidden", "shared expert, in")
+    for title in (*parts, "head, in"):
         assert title in svg
     assert draw_ranges(whole) == drawn, "the same numbers, the same picture"

@@ -74,9 +74,8 @@ def test_it_computes_what_torch_computes_with_rounded_numbers(
         {name: (how.dtype, how.scale) for name, how in precision.activations.items()},
         blocks=blocks,
     )
-    embedding = {"context_tower.embeddings.weight", "denoiser_tower.embeddings.weight"} & set(
-        precision.weights
-    )
+    names = ("context_tower.embeddings.weight", "denoiser_tower.embeddings.weight")
+    embedding = precision.weights.keys() & set(names)
     assert bool(embedding) == (recipe not in ("int4-experts", "nvfp4-experts"))
     differences: list[float] = []
     with TwoTower.open(bundle.path) as model:
@@ -118,15 +117,13 @@ def test_what_must_stay_high_is_the_float_bundle_s_to_the_bit(
     before, after = Bundle.open(tiny_bundle), few(recipe)
     for file in GRAPH_FILES.values():
         old, new = (weight_refs(load_graph(b.path / file)) for b in (before, after))
-        a, b = (
-            np.memmap(x.path / f"{file}.data", dtype=np.uint8, mode="r") for x in (before, after)
-        )
+        data = f"{file}.data"
+        a, b = (np.memmap(x.path / data, dtype=np.uint8, mode="r") for x in (before, after))
         for name, ref in new.items():
             if any(part in name for part in HIGH):
-                whole = read_weight(a, old[name.removesuffix(".dt")])
-                expected = (
-                    whole[-before.config.mamba_num_heads :] if name.endswith(".dt") else whole
-                )
+                expected = read_weight(a, old[name.removesuffix(".dt")])
+                if name.endswith(".dt"):
+                    expected = expected[-before.config.mamba_num_heads :]
                 assert ref.dtype == "float32"
                 np.testing.assert_array_equal(read_weight(b, ref), expected)
 
@@ -150,9 +147,8 @@ def test_bytes_of_a_half_width_bundle(tmp_path: Path) -> None:
     half = export_bundle(Checkpoint.open(TINY), tmp_path / "half", ExportConfig(dtype="bfloat16"))
     sizes = {}
     for recipe in ("int8-weights", "int4-experts"):
-        made = quantize_bundle(
-            half, plan_quantization(half, load_recipe(recipe)), tmp_path / recipe
-        )
+        plan = plan_quantization(half, load_recipe(recipe))
+        made = quantize_bundle(half, plan, tmp_path / recipe)
         data = [sum(b.data_file(name).stat().st_size for name in GRAPH_FILES) for b in (made, half)]
         sizes[recipe] = data[0] / data[1]
         experts = bytes_by_kind(made)["routed_expert"] / bytes_by_kind(half)["routed_expert"]
@@ -210,19 +206,15 @@ def test_a_weight_that_is_not_finite_leaves_nothing(tiny_bundle: Path, tmp_path:
     broken = tmp_path / "broken"
     shutil.copytree(tiny_bundle, broken)
     bundle = Bundle.open(broken)
-    ref = next(
-        ref
-        for name, ref in weight_refs(load_graph(bundle.graph_file("denoiser"))).items()
-        if "experts.up" in name
-    )
+    refs = weight_refs(load_graph(bundle.graph_file("denoiser")))
+    ref = next(ref for name, ref in refs.items() if "experts.up" in name)
     data = np.memmap(broken / "denoiser" / "model.onnx.data", dtype=np.uint8, mode="r+")
     data[ref.offset + 8 : ref.offset + 12].view(np.float32)[0] = np.nan
     data.flush()
     bundle = Bundle.open(broken, contents=False)
+    plan = plan_quantization(bundle, load_recipe("int4-experts"))
     with pytest.raises(BundleError, match="not finite"):
-        quantize_bundle(
-            bundle, plan_quantization(bundle, load_recipe("int4-experts")), tmp_path / "out"
-        )
+        quantize_bundle(bundle, plan, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 
 
@@ -231,12 +223,9 @@ def test_a_bundle_laid_out_by_another_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every weight on a page of its own, as it once was: both towers read what they should."""
-    recipe = Recipe(
-        name="one",
-        weights={"routed_expert": "int4"},
-        exceptions=(RecipeOverride(tower="context"),),
-    )
-    texts = []
+    exceptions = (RecipeOverride(tower="context"),)
+    recipe = Recipe(name="one", weights={"routed_expert": "int4"}, exceptions=exceptions)
+    texts, sizes = [], []
     for name, large in (("old", 0), ("new", 1 << 20)):
         with monkeypatch.context() as patched:
             patched.setattr("twotower.weights.refs.LARGE", large)
@@ -244,12 +233,9 @@ def test_a_bundle_laid_out_by_another_version(
         made = quantize_bundle(bundle, plan_quantization(bundle, recipe), tmp_path / f"{name}-few")
         build_engines(made, "ort-cpu", builder_for("ort-cpu"))
         with TwoTower.open(made.path) as model:
-            texts.append(
-                model.generate(suite_prompts(1)[0], GenerationConfig(max_new_tokens=32)).tokens
-            )
-    sizes = [
-        (tmp_path / name / "context" / "model.onnx.data").stat().st_size for name in ("old", "new")
-    ]
+            config = GenerationConfig(max_new_tokens=32)
+            texts.append(model.generate(suite_prompts(1)[0], config).tokens)
+        sizes.append(bundle.data_file("context").stat().st_size)
     assert sizes[0] > sizes[1]
     assert texts[0] == texts[1]
 

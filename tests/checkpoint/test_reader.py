@@ -91,14 +91,9 @@ def shard(path: Path, header: Any, data: bytes) -> Path:
     return path
 
 
-def entry(
-    first: int, last: int, *, dtype: str = "F32", shape: list[int] | None = None
-) -> dict[str, Any]:
-    return {
-        "dtype": dtype,
-        "shape": [(last - first) // 4] if shape is None else shape,
-        "data_offsets": [first, last],
-    }
+def entry(first: int, last: int, *shape: int) -> dict[str, Any]:
+    sizes = list(shape or [(last - first) // 4])
+    return {"dtype": "F32", "shape": sizes, "data_offsets": [first, last]}
 
 
 # --- what is sound opens
@@ -272,7 +267,7 @@ def test_a_sound_header_gives_places_in_the_file(tmp_path: Path) -> None:
     header = {
         "b": entry(8, 12),
         "__metadata__": {"format": "pt"},
-        "none": entry(8, 8, shape=[0, 3]),
+        "none": entry(8, 8, 0, 3),
         "a": entry(0, 8),
     }
     read = read_header(shard(tmp_path / "s", header, bytes(12)))
@@ -616,7 +611,14 @@ def test_read_into_fills_a_buffer_of_the_right_size_only(stored: Stored, name: s
             tensor.read_into(bytearray(wrong))
 
 
-@pytest.mark.parametrize("way", ["numpy", "chunks", "read_into"])
+WAYS: dict[str, Callable[[Tensor], Any]] = {
+    "numpy": lambda tensor: tensor.numpy(),
+    "chunks": lambda tensor: list(tensor.chunks(4096)),
+    "read_into": lambda tensor: tensor.read_into(bytearray(tensor.nbytes)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("left", [0, 1, 5000])
 def test_a_shard_that_became_shorter_is_an_error_and_not_a_crash(
     copy: Path, tmp_path: Path, way: str, left: int
@@ -624,9 +626,4 @@ def test_a_shard_that_became_shorter_is_an_error_and_not_a_crash(
     tensor = Checkpoint.open(copy).tensors["lm_head.weight"]
     os.truncate(tensor.file, tensor.offset + left)
     with fails(CheckpointError, r"lm_head\.weight", found=("ends too early", SECOND), do="again"):
-        if way == "numpy":
-            tensor.numpy()
-        elif way == "chunks":
-            list(tensor.chunks(4096))
-        else:
-            tensor.read_into(bytearray(tensor.nbytes))
+        WAYS[way](tensor)

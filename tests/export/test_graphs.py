@@ -100,8 +100,9 @@ def test_graphs_are_well_formed_and_keep_the_contract(name: str, dtype: str) -> 
     # The data are not written yet: inline zeros let the checker see the types.
     for tensor in proto.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            name, code, shape = tensor.name, tensor.data_type, list(tensor.dims)
-            tensor.CopyFrom(onnx.helper.make_tensor(name, code, shape, np.zeros(shape, np.float32)))
+            shape, code = list(tensor.dims), tensor.data_type
+            zeros = onnx.helper.make_tensor(tensor.name, code, shape, np.zeros(shape, np.float32))
+            tensor.CopyFrom(zeros)
     onnx.checker.check_model(proto, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
     assert [o.version for o in inferred.opset_import] == [OPSET]

@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers.graphs import FIXTURES, fixture_weights
 from twotower.config import GenerationConfig, read_model_config
-from twotower.model import ContextTower, DenoiserTower
+from twotower.model import ContextTower, DenoiserTower, empty_state
 from twotower.model.loading import load_context_tower, load_denoiser_tower
 
 
@@ -36,3 +36,15 @@ def golden_config(case: dict[str, Any]) -> GenerationConfig:
         temperature=p["temperature"],
         ignore_eos=True,
     )
+
+
+def read(
+    context: ContextTower,
+    tokens: torch.Tensor,
+    dtype: str = "float32",
+    lengths: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Last hidden values and state of texts that begin here."""
+    state = empty_state(context.config, len(tokens), tokens.shape[1] + 64, dtype)
+    past = torch.zeros(len(tokens), dtype=torch.int64)
+    return context.extend(tokens, state, past=past, lengths=lengths)

@@ -10,9 +10,8 @@ import torch
 from safetensors import safe_open
 
 from tests.helpers.graphs import FIXTURES
-from tests.helpers.towers import golden_config, towers
+from tests.helpers.towers import golden_config, read, towers
 from twotower.config import GenerationConfig
-from twotower.model import empty_state
 from twotower.model.reference import reference_generate
 
 CASES = [(folder, i) for folder in ("hybrid-a", "hybrid-b") for i in range(5)]
@@ -41,16 +40,11 @@ def test_diffusion_is_the_reference_step_by_step(folder: str, index: int) -> Non
 @pytest.mark.parametrize(("folder", "index"), CASES)
 def test_autoregression_is_the_reference(folder: str, index: int) -> None:
     case = goldens(folder)[index]
-    out = reference_generate(
-        towers(folder), case["prompt"], GenerationConfig(mode="ar", max_new_tokens=24)
-    )
+    config = GenerationConfig(mode="ar", max_new_tokens=24)
+    out = reference_generate(towers(folder), case["prompt"], config)
     assert out.tokens == case["ar_greedy_tokens"]
     context = towers(folder)[0]
-    hidden, _ = context.extend(
-        torch.tensor([case["prompt"]]),
-        empty_state(context.config, 1, len(case["prompt"])),
-        past=torch.tensor([0]),
-    )
+    hidden, _ = read(context, torch.tensor([case["prompt"]]))
     with safe_open(FIXTURES / folder / "golden.safetensors", "pt") as file:
         want = file.get_tensor(f"case{index}.context_last_logits").reshape(-1)
     torch.testing.assert_close(context.logits(hidden[0, -1]), want, rtol=1e-5, atol=1e-4)
@@ -60,9 +54,7 @@ def test_autoregression_is_the_reference(folder: str, index: int) -> None:
 def test_denoiser_logits_on_a_half_masked_block(folder: str) -> None:
     prompt = goldens(folder)[0]["prompt"]
     context, denoiser = towers(folder)
-    _, state = context.extend(
-        torch.tensor([prompt]), empty_state(context.config, 1, 64), past=torch.tensor([0])
-    )
+    _, state = read(context, torch.tensor([prompt]))
     with safe_open(FIXTURES / folder / "golden.safetensors", "pt") as file:
         block = file.get_tensor("case0.denoiser_block").reshape(1, -1).long()
         want = file.get_tensor("case0.denoiser_logits").reshape(1, block.shape[1], -1)

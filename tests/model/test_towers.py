@@ -10,25 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers.towers import towers
+from tests.helpers.towers import read, towers
 from twotower.model import empty_state
-from twotower.model.context_tower import ContextTower, last_valid
+from twotower.model.context_tower import last_valid
 from twotower.model.denoiser_tower import commit_step
 from twotower.model.layers import MoE
 
 TOKENS = torch.randint(4, 250, (2, 30), generator=torch.Generator().manual_seed(0))
-
-
-def read(
-    context: ContextTower,
-    tokens: torch.Tensor,
-    dtype: str = "float32",
-    lengths: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Last hidden values and state of texts that begin here."""
-    state = empty_state(context.config, len(tokens), 64, dtype)
-    past = torch.zeros(len(tokens), dtype=torch.int64)
-    return context.extend(tokens, state, past=past, lengths=lengths)
 
 
 @pytest.mark.slow

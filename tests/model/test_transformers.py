@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
 from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers.towers import towers
+from tests.helpers.source import ROOT
+from tests.helpers.towers import read
 from twotower.config import ModelConfig
-from twotower.model import ContextTower, empty_state
+from twotower.model import ContextTower
 from twotower.model.loading import load_context_tower
 
 transformers = pytest.importorskip("transformers")
@@ -21,34 +22,25 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "head_dim": 16,
-}
-MAMBA: dict[str, Any] = {
     "mamba_num_heads": 6,
     "mamba_head_dim": 12,
     "ssm_state_size": 14,
     "n_groups": 3,
     "conv_kernel": 4,
-}
-EXPERTS: dict[str, Any] = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 20,
     "moe_shared_expert_intermediate_size": 36,
+    "intermediate_size": 40,
+    "routed_scaling_factor": 1.7,
+    "n_group": 1,
+    "topk_group": 1,
 }
 WORDS = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
 
 
 def oracle(pattern: str, **changes: Any) -> tuple[Any, ModelConfig]:
-    sizes = {
-        **SIZES,
-        **MAMBA,
-        **EXPERTS,
-        "intermediate_size": 40,
-        "routed_scaling_factor": 1.7,
-        "n_group": 1,
-        "topk_group": 1,
-        **changes,
-    }
+    sizes = {**SIZES, **changes}
     theirs = transformers.NemotronHConfig(
         **sizes,
         layers_block_type=[WORDS[c] for c in pattern],
@@ -87,10 +79,8 @@ def tower_from(model: Any, config: ModelConfig) -> ContextTower:
 
     def read(name: str) -> torch.Tensor:
         key = name.replace("context_tower.", "backbone.")
-        for a, b in (
-            ("backbone.embeddings.", "backbone.embed_tokens."),
-            ("context_lm_head.", "lm_head."),
-        ):
+        others = {"backbone.embeddings.": "backbone.embed_tokens.", "context_lm_head.": "lm_head."}
+        for a, b in others.items():
             key = key.replace(a, b) if key.replace(a, b) in theirs else key
         if key in theirs:
             return theirs[key]
@@ -113,22 +103,19 @@ def tower_from(model: Any, config: ModelConfig) -> ContextTower:
 )
 def test_logits_of_random_models(pattern: str, changes: dict[str, Any]) -> None:
     model, config = oracle(pattern, **changes)
-    tokens = torch.randint(
-        0, config.vocab_size, (2, 29), generator=torch.Generator().manual_seed(1)
-    )
+    drawn = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, config.vocab_size, (2, 29), generator=drawn)
     with torch.no_grad():
         want = model(tokens, use_cache=False).logits
     tower = tower_from(model, config)
-    hidden, _ = tower.extend(
-        tokens, empty_state(config, 2, 32), past=torch.zeros(2, dtype=torch.int64)
-    )
+    hidden, _ = read(tower, tokens)
     torch.testing.assert_close(tower.logits(hidden), want.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_model_package_does_not_need_transformers() -> None:
-    source = Path(towers.__wrapped__.__code__.co_filename).parents[2] / "src" / "twotower" / "model"
-    assert not [
-        p
-        for p in source.glob("*.py")
-        if "import transformers" in p.read_text() or "from transformers" in p.read_text()
+    texts = [
+        file.read_text(encoding="utf-8")
+        for file in (ROOT / "src" / "twotower" / "model").glob("*.py")
     ]
+    assert texts
+    assert not [text for text in texts if re.search("(import|from) transformers", text)]

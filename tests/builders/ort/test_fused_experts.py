@@ -44,6 +44,7 @@ from twotower.cli.main import main
 from twotower.config import ModelConfig, read_model_config
 from twotower.errors import BuildError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
+from twotower.onnx_runtime import session_options
 from twotower.planning import PlanOptions, plan_bundle
 from twotower.spec import CONTEXT, DENOISER, TensorSpec, signatures
 from twotower.weights import mapped
@@ -81,9 +82,8 @@ def few_bits(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if key not in made:
             folder = tmp_path_factory.mktemp(recipe)
             sizes = {"hidden_size": width, "moe_intermediate_size": width, "torch_dtype": dtype}
-            checkpoint = Checkpoint.open(
-                write_checkpoint(folder / "checkpoint", {**SLICE, **sizes})
-            )
+            source = write_checkpoint(folder / "checkpoint", {**SLICE, **sizes})
+            checkpoint = Checkpoint.open(source)
             whole = export_bundle(checkpoint, folder / "float", ExportConfig(dtype=dtype))
             plan = plan_quantization(whole, builtin_recipes()[recipe])
             made[key] = quantize_bundle(whole, plan, folder / "few")
@@ -101,10 +101,8 @@ def compare(got: dict[str, Any], want: dict[str, Any], tolerance: float) -> None
 @pytest.mark.parametrize("graph", TOWERS)
 def test_it_is_the_exported_graph(bundle: Bundle, graph: str) -> None:
     """Written out in standard operators, and by the library's own kernels."""
-    model, inputs = (
-        engine(bundle, graph),
-        feed(bundle.signatures[graph].inputs, bundle.config.vocab_size),
-    )
+    model = engine(bundle, graph)
+    inputs = feed(bundle.signatures[graph].inputs, bundle.config.vocab_size)
     nodes = fused_nodes(model)
     assert [node.op_type for node in nodes] == ["MoE"] * bundle.config.pattern.count("E")
     whole = run(load_graph(bundle.graph_file(graph)), bundle.graph_file(graph).parent, inputs)
@@ -134,9 +132,8 @@ def widened(model: onnx.ModelProto, home: Path, folder: Path) -> onnx.ModelProto
     folder.mkdir(exist_ok=True)
     for number, location in enumerate(sorted({location for location, _ in located.values()})):
         refs = {name: ref for name, (where, ref) in located.items() if where == location}
-        attach_weights(
-            model, widen_data(home / location, folder / f"{number}.data", refs), f"{number}.data"
-        )
+        name = f"{number}.data"
+        attach_weights(model, widen_data(home / location, folder / name, refs), name)
     return model
 
 
@@ -152,9 +149,8 @@ def test_experts_in_few_bits(
     bundle = fused(few_bits(recipe, width))
     inputs = feed(signatures(bundle.config, "float32")[graph].inputs, bundle.config.vocab_size)
     file = bundle.graph_file(graph)
-    want = run(
-        widened(load_graph(file), file.parent, tmp_path / "whole"), tmp_path / "whole", inputs
-    )
+    whole = widened(load_graph(file), file.parent, tmp_path / "whole")
+    want = run(whole, tmp_path / "whole", inputs)
     model = widened(engine(bundle, graph), bundle.path, tmp_path / "fused")
     nodes = fused_nodes(model)
     assert [node.op_type for node in nodes] == ["QMoE"] * 2
@@ -169,11 +165,8 @@ def test_experts_in_few_bits(
 
 def resolved(bundle: Bundle, model: onnx.ModelProto) -> str:
     """What ONNX Runtime says to a graph on a CPU: it checks schemas, then looks for kernels."""
-    options = ort.SessionOptions()
+    options = session_options(bundle.path, threads=1)
     options.log_severity_level = 4
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(bundle.path)
-    )
     with pytest.raises(Exception, match="ONNXRuntimeError") as error:
         ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return str(error.value)
@@ -280,10 +273,8 @@ def layer(
 
     recorded, _ = recorded_moe(folder, config, value_of)
     whole = ir.to_proto(recorded)
-    weights = {
-        role: TensorSpec(f"{PREFIX}experts.{role}_proj.weight", "float32", ())
-        for role in ("up", "down")
-    }
+    names = {role: f"{PREFIX}experts.{role}_proj.weight" for role in ("up", "down")}
+    weights = {role: TensorSpec(name, "float32", ()) for role, name in names.items()}
     top, count = config.num_experts_per_tok, config.n_routed_experts
     sizes = {"hidden": config.hidden_size, "width": config.moe_intermediate_size}
     made = {"layer": 0, "dtype": "float32", "weights": weights, "shared_intermediate": 0}
@@ -294,12 +285,8 @@ def layer(
 
 
 def layer_config(**changed: Any) -> ModelConfig:
-    return replace(
-        read_model_config(FIXTURES / "hybrid-a" / "config.json"),
-        dtype="float32",
-        n_shared_experts=0,
-        **changed,
-    )
+    config = read_model_config(FIXTURES / "hybrid-a" / "config.json")
+    return replace(config, dtype="float32", n_shared_experts=0, **changed)
 
 
 @pytest.mark.parametrize(
@@ -315,12 +302,8 @@ def test_every_way_to_route(tmp_path: Path, changed: dict[str, Any]) -> None:
     whole, made = layer(layer_config(**changed), tmp_path)
     for rows, length in ((1, 1), (3, 16)):
         x = np.random.default_rng(1).standard_normal((rows, length, 64), dtype=np.float32)
-        np.testing.assert_allclose(
-            run(made, tmp_path, {"x": x})["y"],
-            run(whole, tmp_path, {"x": x})["y"],
-            rtol=0,
-            atol=2e-6,
-        )
+        got, want = (run(graph, tmp_path, {"x": x})["y"] for graph in (made, whole))
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
 
 
 def test_equal_scores_and_a_share_of_nothing(tmp_path: Path) -> None:
@@ -329,11 +312,8 @@ def test_equal_scores_and_a_share_of_nothing(tmp_path: Path) -> None:
     bias[5] = 1
     up = np.random.default_rng(3).standard_normal((8, 48, 64), dtype=np.float32)
     up[7] = np.inf
-    whole, made = layer(
-        layer_config(),
-        tmp_path,
-        **{"gate.weight": np.zeros(1, np.float32), "bias": bias, "up_proj": up},
-    )
+    changed = {"gate.weight": np.zeros(1, np.float32), "bias": bias, "up_proj": up}
+    whole, made = layer(layer_config(), tmp_path, **changed)
     x = np.random.default_rng(1).standard_normal((2, 16, 64), dtype=np.float32)
     got = run(made, tmp_path, {"x": x})["y"]
     assert np.isfinite(got).all()
@@ -355,30 +335,23 @@ def test_integers_are_unsigned_and_all_else_stays_in_the_bundle(few_bits: Any) -
     for recipe, middle in (("int4-experts", 8), ("int8-weights", 128)):
         bundle = fused(few_bits(recipe))
         record = load_engine_record(bundle, "ort-cuda")
-        assert set(record.files) == {f"{g}.onnx" for g in GRAPH_FILES} | {
-            f"{g}.data" for g in TOWERS
-        }
+        data = {f"{graph}.data" for graph in TOWERS}
+        assert set(record.files) == {f"{graph}.onnx" for graph in GRAPH_FILES} | data
         assert record.holds == {graph: bundle.data_identity(graph) for graph in TOWERS}
         for graph in TOWERS:
             own = f"engines/ort-cuda/{graph}.data"
-            moved = {
-                name: ref
-                for name, (where, ref) in located_weights(engine(bundle, graph)).items()
-                if where == own
-            }
+            places = located_weights(engine(bundle, graph)).items()
+            moved = {name: ref for name, (where, ref) in places if where == own}
             assert len(moved) == 2 * 2
             assert record.files[f"{graph}.data"].size == max(ref.end for ref in moved.values())
-            ours, theirs = (
-                np.memmap(bundle.path / f, np.uint8, "r")
-                for f in (own, f"{GRAPH_FILES[graph]}.data")
-            )
+            files = (own, f"{GRAPH_FILES[graph]}.data")
+            ours, theirs = (np.memmap(bundle.path / f, np.uint8, "r") for f in files)
             for name, ref in moved.items():
                 signed = read_weight(theirs, bundle.weights(graph)[name]).astype(np.int64)
                 raw = ours[ref.offset : ref.end].reshape(ref.shape)
-                unpacked = (
-                    np.stack((raw & 15, raw >> 4), -1).reshape(signed.shape) if middle == 8 else raw
-                )
-                np.testing.assert_array_equal(unpacked.astype(np.int64) - middle, signed)
+                if middle == 8:
+                    raw = np.stack((raw & 15, raw >> 4), -1).reshape(signed.shape)
+                np.testing.assert_array_equal(raw.astype(np.int64) - middle, signed)
 
 
 def test_a_large_matrix_is_written_in_pieces(
@@ -430,9 +403,8 @@ class TestBuilding:
         bundle, builder = few_bits("int4-experts"), builder_for("ort-cuda")
         fused(bundle)
         record = load_engine_record(bundle, "ort-cuda")
-        written = sum(
-            file.size for name, file in record.files.items() if name.endswith(DATA_SUFFIX)
-        )
+        data = [name for name in record.files if name.endswith(DATA_SUFFIX)]
+        written = sum(record.files[name].size for name in data)
         moved = 2 * 2 * 2 * 8 * 64 * 64 // 2
         assert moved <= written <= moved + 4 * 4096
         dense = builder.plan(bundle, BuildConfig(experts="dense")).needed_bytes
@@ -441,10 +413,8 @@ class TestBuilding:
 
     def test_inspect_says_so(self, few_bits: Any, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["inspect", str(fused(few_bits("int4-experts")).path)]) == 0
-        assert (
-            "experts are fused: 4 QMoE of ONNX Runtime compute the chosen ones"
-            in capsys.readouterr().out
-        )
+        told = "experts are fused: 4 QMoE of ONNX Runtime compute the chosen ones"
+        assert told in capsys.readouterr().out
 
 
 NVFP4 = "nvfp4 in groups of 16; it takes int4 and int8"
@@ -519,10 +489,8 @@ def test_an_earlier_library(version: str) -> None:
 
 
 def test_tensorrt_has_no_such_operator(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(["build", str(bundle.path), "--target", "rtx", "--sm", "89", "--experts", "fused"])
-        == 2
-    )
+    words = ["build", str(bundle.path), "--target", "rtx", "--sm", "89"]
+    assert main([*words, "--experts", "fused"]) == 2
     check_error(capsys.readouterr().err, "TensorRT has no operator for these experts")
 
 
@@ -531,15 +499,10 @@ def test_the_second_copy_of_integers_is_what_a_plan_says(
     few_bits: Any, recipe: str, width: int
 ) -> None:
     bundle, made = fused(few_bits(recipe, width)), builtin_recipes()[recipe]
-    options = PlanOptions(
-        target="ort-cuda",
-        dtype="bfloat16",
-        formats=tuple(sorted(made.weights.items())),
-        rounded=made.activations,
-    )
+    formats, rounded = tuple(sorted(made.weights.items())), made.activations
+    options = PlanOptions(target="ort-cuda", dtype="bfloat16", formats=formats, rounded=rounded)
     planned = plan_bundle(bundle.config, options)
     assert planned.experts.name == "fused"
     written = sum(file.stat().st_size for file in engine_folder(bundle, "ort-cuda").glob("*.data"))
-    assert (
-        0 < planned.disk.copies["ort-cuda"] <= written < planned.disk.copies["ort-cuda"] + 20 * PAGE
-    )
+    copies = planned.disk.copies["ort-cuda"]
+    assert 0 < copies <= written < copies + 20 * PAGE

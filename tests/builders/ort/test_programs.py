@@ -83,12 +83,11 @@ def test_a_program_is_a_graph_that_says_what_the_record_says(bundle: Bundle) -> 
             model = load_graph(engine_folder(bundle, "ort-cuda") / part.file)
             places = located_weights(model)
             assert tuple(places) == part.constants
-            assert [value.name for value in model.graph.input] == [
-                spec.name for spec in part.inputs
-            ]
-            assert [value.name for value in model.graph.output] == [
-                spec.name for spec in part.outputs
-            ]
+            for said, held in (
+                (part.inputs, model.graph.input),
+                (part.outputs, model.graph.output),
+            ):
+                assert [spec.name for spec in said] == [value.name for value in held]
             for name, (location, ref) in places.items():
                 assert (location, ref) == (f"{graph}/model.onnx.data", table[name])
             read += places
@@ -107,16 +106,15 @@ def test_what_fits_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     first = stamp.stat().st_mtime_ns
     built(bundle)
     assert stamp.stat().st_mtime_ns == first
-    for other in (
-        BuildConfig(experts="kernels", sms=(80, 90)),
-        BuildConfig(experts="kernels", sms=(80, 90), max_batch=4),
-    ):
+    more = BuildConfig(experts="kernels", sms=(80, 90))
+    fewer = BuildConfig(experts="kernels", sms=(80, 90), max_batch=4)
+    for other in (more, fewer):
         before = stamp.stat().st_mtime_ns
         built(bundle, other)
         assert stamp.stat().st_mtime_ns > before
     before = stamp.stat().st_mtime_ns
     monkeypatch.setattr("twotower.builders.ort.cuda.kernel_source", lambda: "of another version")
-    built(bundle, BuildConfig(experts="kernels", sms=(80, 90), max_batch=4))
+    built(bundle, fewer)
     assert stamp.stat().st_mtime_ns > before, "kernels are made from this version's"
 
 
@@ -153,13 +151,12 @@ def test_inspect_tells_programs_and_kernels(
 def test_what_no_kernel_takes(
     bundle: Bundle, options: list[str], what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stamp = (engine_folder(bundle, "ort-cuda") / BUILD_FILE).stat().st_mtime_ns
-    assert (
-        main(["build", str(bundle.path), "--target", "ort-cuda", "--experts", "kernels", *options])
-        == 2
-    )
+    file = engine_folder(bundle, "ort-cuda") / BUILD_FILE
+    stamp = file.stat().st_mtime_ns
+    words = ["build", str(bundle.path), "--target", "ort-cuda", "--experts", "kernels"]
+    assert main([*words, *options]) == 2
     check_error(capsys.readouterr().err, what)
-    assert (engine_folder(bundle, "ort-cuda") / BUILD_FILE).stat().st_mtime_ns == stamp
+    assert file.stat().st_mtime_ns == stamp
 
 
 def test_a_missing_compiler_is_named_before_anything_is_written(

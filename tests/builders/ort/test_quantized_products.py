@@ -67,9 +67,8 @@ class Graph:
         random, self.folder = np.random.default_rng(1), folder
         largest = {"int4": 7, "int8": 127}[dtype]
         self.values = random.integers(-largest - 1, largest + 1, (N, columns))
-        self.scales = random.uniform(
-            0.01, 0.02, (N, -(-columns // group)) if group else (N,)
-        ).astype(np.float32)
+        shape = (N, -(-columns // group)) if group else (N,)
+        self.scales = random.uniform(0.01, 0.02, shape).astype(np.float32)
         self.table = random.integers(-128, 128, (V, columns))
         self.table_scales = random.uniform(0.01, 0.02, V).astype(np.float32)
         each = np.repeat(self.scales.reshape(N, -1), group or columns, axis=1)[:, :columns]
@@ -86,27 +85,19 @@ class Graph:
             data += raw.tobytes() + bytes(-len(raw) % 64)
         (folder / "bundle.data").write_bytes(data)
         blocks = {"axis": 1, "block_size": group} if group else {"axis": 0}
+        node, value = helper.make_node, helper.make_tensor_value_info
         nodes = [
-            helper.make_node("DequantizeLinear", ["w", "w.scale"], ["wide"], name="read", **blocks),
-            helper.make_node("Transpose", ["wide"], ["turned"], name="turn", perm=[1, 0]),
-            helper.make_node("MatMul", ["x", "turned"], ["y"], name="product"),
-            helper.make_node(
-                "DequantizeLinear", ["t", "t.scale"], ["rows"], name="read_table", axis=0
-            ),
-            helper.make_node("Gather", ["rows", "ids"], ["e"], name="look_up"),
+            node("DequantizeLinear", ["w", "w.scale"], ["wide"], name="read", **blocks),
+            node("Transpose", ["wide"], ["turned"], name="turn", perm=[1, 0]),
+            node("MatMul", ["x", "turned"], ["y"], name="product"),
+            node("DequantizeLinear", ["t", "t.scale"], ["rows"], name="read_table", axis=0),
+            node("Gather", ["rows", "ids"], ["e"], name="look_up"),
         ]
-        ins = [
-            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "L", columns]),
-            helper.make_tensor_value_info("ids", TensorProto.INT64, ["B", "L"]),
-        ]
-        outs = [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", "L", None])
-            for name in ("y", "e")
-        ]
-        graph = helper.make_graph(nodes, "g", ins, outs)
-        self.model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11
-        )
+        x = value("x", TensorProto.FLOAT, ["B", "L", columns])
+        ids = value("ids", TensorProto.INT64, ["B", "L"])
+        outs = [value(name, TensorProto.FLOAT, ["B", "L", None]) for name in ("y", "e")]
+        graph, opset = helper.make_graph(nodes, "g", [x, ids], outs), helper.make_opsetid("", 24)
+        self.model = helper.make_model(graph, opset_imports=[opset], ir_version=11)
         attach_weights(self.model, refs, "bundle.data")
 
     def engine(self, *, as_stored: bool, even_rows: bool = False) -> tuple[Run, onnx.ModelProto]:
@@ -114,17 +105,15 @@ class Graph:
         model.CopyFrom(self.model)
         weights = cpu_weights(model, as_stored=as_stored, even_rows=even_rows)
         located = {name: ("bundle.data", ref) for name, ref in weight_refs(model).items()}
-        written, _ = write_engine_data(
-            self.folder / "bundle.data", self.folder / "own.data", weights
-        )
+        files = (self.folder / "bundle.data", self.folder / "own.data")
+        written, _ = write_engine_data(*files, weights)
         located |= {name: ("own.data", ref) for name, ref in written.items()}
         file = self.folder / f"{as_stored}.onnx"
         write_engine(model, located, file, name="few bits", top=1 if as_stored else None)
         options = session_options(self.folder, threads=2)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = ort.InferenceSession(
-            file.read_bytes(), options, providers=["CPUExecutionProvider"]
-        )
+        providers = ["CPUExecutionProvider"]
+        session = ort.InferenceSession(file.read_bytes(), options, providers=providers)
         return lambda x, ids: session.run(None, {"x": x, "ids": ids}), load_graph(file)
 
 
@@ -168,9 +157,8 @@ def test_a_lookup_expands_the_rows_it_looks_up(
     x, ids = inputs(columns, 2, 16)
     (run, model), (standard, _) = (graph.engine(as_stored=as_stored) for as_stored in (True, False))
     assert np.array_equal(run(x, ids)[1], standard(x, ids)[1])
-    assert np.array_equal(
-        run(x, ids)[1], (graph.table.astype(np.float32) * graph.table_scales[:, None])[ids]
-    )
+    table = graph.table.astype(np.float32) * graph.table_scales[:, None]
+    assert np.array_equal(run(x, ids)[1], table[ids])
     readers = [node.op_type for node in model.graph.node if "t" in node.input]
     assert readers == ["Gather"]
 
@@ -254,9 +242,8 @@ def build(bundle: Bundle, dialect: str = "chosen") -> dict[str, Any]:
 
 def text(bundle: Bundle) -> list[int]:
     with TwoTower.open(bundle.path, target="ort-cpu") as model:
-        return model.generate(
-            [5, 6, 7], GenerationConfig(max_new_tokens=16, ignore_eos=True)
-        ).tokens
+        config = GenerationConfig(max_new_tokens=16, ignore_eos=True)
+        return model.generate([5, 6, 7], config).tokens
 
 
 @pytest.mark.parametrize("length", [1, 15])
@@ -272,9 +259,8 @@ def test_a_pass_of_an_odd_number_of_positions_computes_a_row_alike(
             random, arrays = np.random.default_rng(3), {}
             for spec in (*engine.signature.inputs, *engine.signature.outputs):
                 shape = spec.shape({"B": 5, "S": length, "T": 32})
-                whole = (
-                    random.integers(1, 9, shape) if spec.dtype == "int64" else random.random(shape)
-                )
+                drawn = random.integers(1, 9, shape)
+                whole = drawn if spec.dtype == "int64" else random.random(shape)
                 arrays[spec.name] = np.ascontiguousarray(whole[first : first + rows], spec.dtype)
             given = {spec.name: arrays[spec.name].copy() for spec in engine.signature.inputs}
             engine.bind(arrays).run(HostStream())

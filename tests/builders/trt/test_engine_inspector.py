@@ -56,11 +56,8 @@ def test_a_library_that_fails_here_costs_no_engine(
 
 def test_layers_told_by_name_alone_are_counted_alone() -> None:
     """What the library writes for an engine without detailed profiling."""
-    assert summarize_layers({"Layers": ["a", "b"]}) == {
-        "layers": 2,
-        "by_type": {},
-        "by_precision": {},
-    }
+    told = {"layers": 2, "by_type": {}, "by_precision": {}}
+    assert summarize_layers({"Layers": ["a", "b"]}) == told
 
 
 def test_of_rtx_the_program_in_the_plan_is_told_without_a_gpu() -> None:
@@ -69,11 +66,8 @@ def test_of_rtx_the_program_in_the_plan_is_told_without_a_gpu() -> None:
     (told,) = inspect_plan(rtx, plan, machine_with(), profiles=1)["programs"]
     facts = ("kernels", "streams", "capturable", "scratch", "expanded")
     assert [told[fact] for fact in facts] == [2, 1, True, 5120, []]
-    for damaged, profiles in (
-        (plan[:-400], 1),
-        (plan, 3),
-        (memoryview(plan_of(program(layout=9).text())), 1),
-    ):
+    other = memoryview(plan_of(program(layout=9).text()))
+    for damaged, profiles in ((plan[:-400], 1), (plan, 3), (other, 1)):
         told = inspect_plan(rtx, damaged, machine_with(L4), profiles=profiles)
         assert "not read" in told["why_not"]
         assert told.keys() == {"why_not"}, "a figure that may be wrong is none"

@@ -21,24 +21,16 @@ ENGINE = EngineFile("denoiser.engine", (0, 2), (), (), (Profile("denoise", {}),)
 def facts(*dims: int, layers: int = 1) -> dict[str, Any]:
     """What a build observes of an engine that dequantizes a weight of that shape in `layers` layers."""
     tensors = [Described("q", dims, "int8", "p-consts"), Described("w", dims, "bf16", "scratch_1")]
-    launches = [
-        Launch("__myl_CastMul", ["q"], ["w"], [f"layers.{i}.moe/DequantizeLinear"])
-        for i in range(layers)
-    ]
+    nodes = [f"layers.{i}.moe/DequantizeLinear" for i in range(layers)]
+    launches = [Launch("__myl_CastMul", ["q"], ["w"], [node]) for node in nodes]
     text = program(inputs=["tokens.1"], tensors=tensors, launches=launches).text()
     return {"inspector": summarize_programs([read_program_text(text)])}
 
 
 def record(observed: dict[str, Any]) -> EngineRecord:
-    return EngineRecord(
-        target="rtx",
-        library={},
-        dtype="bfloat16",
-        graphs={},
-        weights={},
-        files={},
-        report={"engines": {"a": observed}},
-    )
+    none: Any = {name: {} for name in ("library", "graphs", "weights", "files")}
+    report = {"engines": {"a": observed}}
+    return EngineRecord(target="rtx", dtype="bfloat16", report=report, **none)
 
 
 def test_stacked_experts_are_named_with_what_they_cost_and_what_to_do() -> None:

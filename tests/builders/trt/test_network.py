@@ -74,11 +74,8 @@ def test_the_fake_has_them_and_no_name_that_only_rtx_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = install_fake(tmp_path, monkeypatch)
-    on_instances = {
-        "ILayer.type",
-        "IAttentionBoundaryLayer.attention",
-        "IBuilderConfig.profiling_verbosity",
-    }
+    on_instances = {"ILayer.type", "IAttentionBoundaryLayer.attention"}
+    on_instances.add("IBuilderConfig.profiling_verbosity")
     assert not set(lacking(module, USED)) - on_instances
     assert len(lacking(module, RTX_ONLY)) == 3
 
@@ -87,33 +84,22 @@ def test_the_list_is_complete() -> None:
     """What is read from the module itself; a new name must be added above, and so to the fake."""
     names = set()
     for file in ("network.py", "engine_inspector.py"):
-        for node in ast.walk(
-            ast.parse((ROOT / "builders" / "trt" / file).read_text(encoding="utf-8"))
-        ):
-            if (
-                isinstance(node, ast.Attribute)
-                and isinstance(node.value, ast.Name)
-                and node.value.id == "trt"
-            ):
-                names.add(node.attr)
+        text = (ROOT / "builders" / "trt" / file).read_text(encoding="utf-8")
+        attributes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)]
+        names |= {node.attr for node in attributes if ast.unparse(node.value) == "trt"}
     assert names - {"__name__"} <= USED.keys() | RTX_ONLY.keys()
     assert {"Builder", "OnnxParser", "ComputeCapability"} <= names, "or the walk sees nothing"
 
 
 def test_no_line_of_the_library_is_lost() -> None:
     log = BuildLog()
-    for severity, message in (
-        ("WARNING", "odd  thing"),
-        ("WARNING", "odd thing"),
-        ("ERROR", "bad thing"),
-    ):
-        log.add(severity, message)
+    for message in ("odd  thing", "odd thing"):
+        log.add("WARNING", message)
+    log.add("ERROR", "bad thing")
     log.add("WARNING", "ModelImporter.cpp:1: Make sure input tokens has Int64 binding.")
     lines = log.to_json()
-    assert [(line["message"], line["count"]) for line in lines[:2]] == [
-        ("odd thing", 2),
-        ("bad thing", 1),
-    ]
+    counts = [(line["message"], line["count"]) for line in lines[:2]]
+    assert counts == [("odd thing", 2), ("bad thing", 1)]
     assert [bool(line["explained"]) for line in lines] == [False, False, True]
     assert log.errors() == ["bad thing"]
     assert explain("something nobody has seen") is None

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,25 +118,20 @@ def check_programs(bundle: Bundle, record: Any, sms: tuple[int, ...] = SMS) -> N
     """What the plans themselves say of their passes."""
     kinds = Counter(kind.name.lower() for kind in bundle.config.layers)
     for graph, (engine,) in record.engines.items():
-        told = record.report["engines"][engine.file]["inspector"]["programs"]
-        assert [p["profile"] for p in told] == list(range(len(engine.profiles)))
-        for program in told:
+        programs = record.report["engines"][engine.file]["inspector"]["programs"]
+        assert [p["profile"] for p in programs] == list(range(len(engine.profiles)))
+        for program in programs:
             facts = ("sms", "streams", "events", "waits", "capturable", "expanded")
             assert [program[fact] for fact in facts] == [list(sms), 1, 1, 0, True, []]
-            assert (
-                sum(kind["kernels"] for kind in program["by_kind"].values()) == program["kernels"]
-            )
+            told = program["by_kind"]
+            assert sum(kind["kernels"] for kind in told.values()) == program["kernels"]
             if graph != "context_head":
-                assert {kind: program["by_kind"][kind]["layers"] for kind in kinds} == kinds
+                assert {kind: told[kind]["layers"] for kind in kinds} == kinds
             most = dict(MOST_KERNELS[engine.profiles[program["profile"]].name])
             if 75 in sms and "moe" in most:
                 most["moe"] += MORE_FOR_SUMS
-            told = program["by_kind"]
-            assert {
-                kind: told[kind]["max"]
-                for kind in told.keys() & most.keys()
-                if told[kind]["max"] > most[kind]
-            } == {}
+            over = [k for k in told.keys() & most.keys() if told[k]["max"] > most[k]]
+            assert not over, told
 
 
 def test_programs_for_one_row_are_read(folder: Path) -> None:
@@ -182,19 +178,15 @@ def test_towers_are_cut_and_every_piece_builds(
     from twotower.builders import build_cost
 
     bundle = exported(folder, "a", "bfloat16")
-    monkeypatch.setattr(
-        build_cost, "_MEMORY_BASE", 0
-    )  # tiny weights: the library itself would hide them
-    monkeypatch.setattr(build_cost, "_MEMORY_LAYER", 0)
+    for need in ("_MEMORY_BASE", "_MEMORY_LAYER"):  # they would hide tiny weights
+        monkeypatch.setattr(build_cost, need, 0)
     weights = bundle.files["denoiser/model.onnx.data"].size
     asked: dict[str, Any] = {"segments": 3}
     if how.startswith("a memory"):
         asked = {"weights": "inside", "max_build_memory": 2 * weights}
     record = build(bundle, sms=(89,), **asked)
     assert len(record.engines["denoiser"]) > 1
-    assert [e.layers[0] for e in record.engines["denoiser"][1:]] == [
-        e.layers[1] for e in record.engines["denoiser"][:-1]
-    ]
+    assert all(a.layers[1] == b.layers[0] for a, b in pairwise(record.engines["denoiser"]))
     assert not unexplained(record)
 
 

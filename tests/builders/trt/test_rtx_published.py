@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,9 +37,8 @@ ONE_STREAM = {"streams": 1, "events": 1, "signals": 0, "waits": 0} | {
 def record(tmp_path_factory: pytest.TempPathFactory) -> EngineRecord:
     folder = tmp_path_factory.mktemp("published")
     bundle = export_programs(SLICE, folder / "bundle", ExportConfig(dtype="bfloat16"), name="slice")
-    return build_engines(
-        bundle, "rtx", builder_for("rtx"), config=BuildConfig(sms=(89,), experts="dense")
-    )
+    config = BuildConfig(sms=(89,), experts="dense")
+    return build_engines(bundle, "rtx", builder_for("rtx"), config=config)
 
 
 def programs(record: EngineRecord) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -50,14 +50,11 @@ def programs(record: EngineRecord) -> Iterator[tuple[str, str, Mapping[str, Any]
 
 def in_all_layers(program: Mapping[str, Any], config: ModelConfig) -> int:
     """Kernels of a pass through a whole model: more layers of every kind; what layers share is in the first of them."""
-    more = {
-        kind.name.lower(): config.layers.count(kind) - SLICE.layers.count(kind)
-        for kind in set(SLICE.layers)
-    }
-    kinds = program["by_kind"]
-    return int(program["kernels"]) + sum(
-        count * kinds[kind]["min"] for kind, count in more.items() if kind in kinds
-    )
+    kernels, kinds = int(program["kernels"]), program["by_kind"]
+    for kind in set(SLICE.layers):
+        more = config.layers.count(kind) - SLICE.layers.count(kind)
+        kernels += more * kinds.get(kind.name.lower(), {"min": 0})["min"]
+    return kernels
 
 
 def test_a_pass_of_the_published_towers_launches_no_more_than_it_must(record: EngineRecord) -> None:
@@ -74,9 +71,8 @@ def test_a_pass_uses_one_stream_that_can_be_captured_and_expands_no_weight(
 
 
 def test_activations_take_what_is_planned(record: EngineRecord) -> None:
-    planned = plan_bundle(
-        SLICE, PlanOptions(target="rtx", dtype="bfloat16", expert_path="dense")
-    ).scratch
+    options = PlanOptions(target="rtx", dtype="bfloat16", expert_path="dense")
+    planned = plan_bundle(SLICE, options).scratch
     off = {}
     for graph, name, program in programs(record):
         said = planned[graph].profiles[name]
@@ -99,29 +95,21 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> EngineRecord:
 
 def test_programs_with_experts_between_launch_no_more_than_they_may(cut: EngineRecord) -> None:
     told = launch_facts(cut)
-    most = {
-        name: passes["kernels"] + passes["experts"][-1]
-        for graph in told.values()
-        for name, passes in graph.items()
-    }
-    assert most["denoise"] <= 610
-    assert most["decode"] <= 610
-    assert most["block"] <= 640
-    assert {graph: len({part.file for part in cut.engines[graph]}) for graph in told} == {
-        "context": 4,
-        "denoiser": 4,
-    }
-    assert {graph: len(cut.engines[graph]) for graph in told} == {"context": 24, "denoiser": 24}
+    passes = {name: facts for graph in told.values() for name, facts in graph.items()}
+    for name, most in {"denoise": 610, "decode": 610, "block": 640}.items():
+        assert passes[name]["kernels"] + passes[name]["experts"][-1] <= most
+    assert told.keys() == {"context", "denoiser"}
+    for graph in told:
+        parts = cut.engines[graph]
+        assert (len(parts), len({part.file for part in parts})) == (24, 4)
     assert sum(file.size for file in cut.files.values()) < 50e6
 
 
 def test_a_boundary_costs_no_launch_of_its_own(cut: EngineRecord) -> None:
     """What experts gave is added where the next layer is normed, and the stream is handed over by the kernel that adds to it."""
     (program,) = cut.report["engines"][cut.engines["denoiser"][1].file]["inspector"]["programs"]
-    assert {kind: counts["kernels"] for kind, counts in program["by_kind"].items()} == {
-        "mamba": 9,
-        "moe": 5,
-    }
+    kernels = {kind: counts["kernels"] for kind, counts in program["by_kind"].items()}
+    assert kernels == {"mamba": 9, "moe": 5}
     assert {key: program[key] for key in ONE_STREAM} == ONE_STREAM
 
 
@@ -133,15 +121,11 @@ def test_programs_with_experts_between_take_what_is_planned(cut: EngineRecord) -
             for program in cut.report["engines"][part.file]["inspector"]["programs"]:
                 key = graph, part.profiles[program["profile"]].name
                 found[key] = max(found.get(key, 0), program["scratch"])
-    assert found == {
-        key: pytest.approx(plan.scratch[key[0]].profiles[key[1]], rel=0.1) for key in found
-    }
+    planned = {(graph, name): plan.scratch[graph].profiles[name] for graph, name in found}
+    assert found == pytest.approx(planned, rel=0.1)
     assert len(found) == 5
-    counts = {engine.name: engine.programs for engine in plan.engines}
-    assert {
-        file: sum(part.file == file for parts in cut.engines.values() for part in parts)
-        for file in counts
-    } == counts
+    counts = Counter(part.file for parts in cut.engines.values() for part in parts)
+    assert counts == {engine.name: engine.programs for engine in plan.engines}
     for engine in plan.engines:
         facts = cut.report["engines"][engine.name]
         assert cut.files[engine.name].size <= engine.engine_bytes

@@ -91,11 +91,8 @@ def test_experts_stay_in_their_product_or_the_build_is_refused(quantized: Any, r
     )
     record = build(bundle, sms, allow_expanded=True)
     moe = [f"layers.{i}.moe" for i, kind in enumerate(bundle.config.layers) if kind.name == "MOE"]
-    profiles = sum(
-        len(engine.profiles)
-        for graph in ("context", "denoiser")
-        for engine in record.engines[graph]
-    )
+    towers = (*record.engines["context"], *record.engines["denoiser"])
+    profiles = sum(len(engine.profiles) for engine in towers)
     assert sorted(expanded(record, stacked=True)) == sorted(moe * 2 * profiles if told else [])
     if not told:
         assert build(bundle, sms) == record
@@ -126,13 +123,8 @@ def test_kernels_between_programs_read_experts_of_every_recipe(quantized: Any, r
     config = BuildConfig(sms=(max(86, *others, 0),), max_context=256, force=True)
     record = build_engines(quantized(recipe), "rtx", builder, config=config)
     assert record.report["choice_of_experts"] == {"computed_by": "kernels"}
-    assert not [
-        name
-        for parts in record.engines.values()
-        for part in parts
-        for name in part.constants
-        if "experts" in name
-    ]
+    programs = [part for parts in record.engines.values() for part in parts]
+    assert not [name for part in programs for name in part.constants if "experts" in name]
     assert not expanded(record, stacked=True)
 
 
