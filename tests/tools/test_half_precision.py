@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +53,8 @@ def test_a_result_inside_a_chain_is_rounded(dtype: str, x: float) -> None:
     assert round_results(model, dtype) == {"Add": 1, "Sub": 1}
     assert run_in_float32(model, x, 1.0) == 0.0
     assert run_in_float32(model, x, 3.0) == 4.0
-
-
-def test_overflow_is_infinite_as_it_is_in_float16() -> None:
-    model = chain("float16")
-    round_results(model, "float16")
-    assert run_in_float32(model, 65504.0, 65504.0) == float("inf")
+    if dtype == "float16":
+        assert run_in_float32(model, 65504.0, 65504.0) == float("inf"), "overflow"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -69,16 +66,10 @@ def test_every_narrow_result_of_the_towers_is_rounded(
     record = build_engines(bundle, "ort-cpu", RoundingBuilder())
     for name in GRAPH_FILES:
         model = load_graph(engine_folder(bundle, "ort-cpu") / f"{name}.onnx")
-        types = {
-            v.name: v.type.tensor_type.elem_type
-            for v in onnx.shape_inference.infer_shapes(
-                load_graph(bundle.graph_file(name))
-            ).graph.value_info
-        }
+        exported = onnx.shape_inference.infer_shapes(load_graph(bundle.graph_file(name))).graph
+        types = {v.name: v.type.tensor_type.elem_type for v in exported.value_info}
         made_by = {out: node for node in model.graph.node for out in node.output}
-        computed = [
-            n for n in load_graph(bundle.graph_file(name)).graph.node if n.op_type not in MOVES
-        ]
+        computed = [n for n in exported.node if n.op_type not in MOVES]
         narrow = [out for node in computed for out in node.output if types.get(out) == CODES[dtype]]
         assert narrow
         assert sum(record.report["rounded"][name].values()) >= len(narrow)
@@ -122,8 +113,6 @@ def test_a_difference_is_named_with_its_place(tiny_bundle: Path) -> None:
             self._model = model
 
         def generate(self, prompts: object, config: object) -> list[object]:
-            from dataclasses import replace
-
             first, *rest = self._model.generate(prompts, config)  # type: ignore[call-overload]
             return [replace(first, tokens=(*first.tokens[:2], 7, *first.tokens[3:])), *rest]
 

@@ -39,16 +39,25 @@ class HostTorch:
         return getattr(torch, name)
 
 
-@pytest.mark.parametrize("form", ("bfloat16", "int4"))
-def test_a_layer_is_right_and_its_rows_alone_are_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
-) -> None:
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A small layer over the fake, and its kernels; a pass takes 2 ms."""
     monkeypatch.setattr(FakeCuda, "device_of", lambda *_: None)  # torch's memory is the host's
-    shape = replace(published(form), **SMALL)
-    api = FakeCuda()
-    cuda = Cuda(api)
-    code = ExpertCode(write_kernels(tmp_path / "k", shape).folder, cuda, 0)
-    layer = Layer(HostTorch(cuda), shape, device="cpu")
+    monkeypatch.setattr(experts, "captured", lambda _, run: SimpleNamespace(replay=run))
+    monkeypatch.setattr(experts, "median_ms", lambda _, run: (run(), 2.0)[1])
+
+    def made(form: str = "bfloat16") -> tuple[Layer, ExpertCode]:
+        shape = replace(published(form), **SMALL)
+        cuda = Cuda(FakeCuda())
+        code = ExpertCode(write_kernels(tmp_path / "k", shape).folder, cuda, 0)
+        return Layer(HostTorch(cuda), shape, device="cpu"), code
+
+    return made
+
+
+@pytest.mark.parametrize("form", ("bfloat16", "int4"))
+def test_a_layer_is_right_and_its_rows_alone_are_the_same(make: Any, form: str) -> None:
+    layer, code = make(form)
     case = layer.case(7)
     assert ((case.shares != 0).sum(0) == 3).all()
     layer.bound(code, case)()
@@ -61,26 +70,9 @@ def test_a_layer_is_right_and_its_rows_alone_are_the_same(
     assert not layer.rows_alone(code, case, range(7))
 
 
-@pytest.fixture
-def small(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> tuple[Layer, ExpertCode]:
-    """A small layer in bfloat16 over the fake; a pass takes 2 ms."""
-    monkeypatch.setattr(FakeCuda, "device_of", lambda *_: None)
-    monkeypatch.setattr(experts, "captured", lambda _, run: SimpleNamespace(replay=run))
-    monkeypatch.setattr(experts, "median_ms", lambda _, run: (run(), 2.0)[1])
-    shape = replace(published("bfloat16"), **SMALL)
-    cuda = Cuda(FakeCuda())
-    code = ExpertCode(write_kernels(tmp_path / "k", shape).folder, cuda, 0)
-    return Layer(HostTorch(cuda), shape, device="cpu"), code
-
-
-def test_a_row_tells_errors_and_shares_of_a_copy(small: tuple[Layer, ExpertCode]) -> None:
-    layer, code = small
-    launched, replayed, alone, chosen, ms, rate, share, dense_ms, ratio = measured(
-        layer, code, 40, 1e-3
-    )
+def test_a_row_tells_errors_and_shares_of_a_copy(make: Any) -> None:
+    row = measured(*make(), 40, 1e-3)
+    launched, replayed, alone, chosen, ms, rate, share, dense_ms, ratio = row
     assert 0 < launched < 1e-2 and 0 < replayed < 1e-2 and alone is True
     assert (chosen, ms, dense_ms, ratio) == (8, 2.0, 2.0, 1.0)
     weights = 2 * (8 * 2 * 64 * 96 + 2 * 64 * 192)
@@ -88,13 +80,10 @@ def test_a_row_tells_errors_and_shares_of_a_copy(small: tuple[Layer, ExpertCode]
     assert share == pytest.approx(rate / 1e-3, rel=1e-3), "a copy's bytes are read and written"
 
 
-def test_wrong_kernels_are_said_to_be_wrong(
-    small: tuple[Layer, ExpertCode], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer, code = small
+def test_wrong_kernels_are_said_to_be_wrong(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = Layer.expected
     monkeypatch.setattr(Layer, "expected", lambda self, case: 1.1 * expected(self, case))
-    launched, replayed, *_ = measured(layer, code, 3, 1.0)
+    launched, replayed, *_ = measured(*make(), 3, 1.0)
     assert str(launched).startswith("WRONG 9") and str(replayed).startswith("WRONG 9")
 
 
@@ -124,8 +113,5 @@ def test_bytes_are_those_of_the_experts_that_were_chosen() -> None:
     case.shares[:] = 0
     case.shares[5] = 1
     assert layer.bytes_read(case) == 2 * (2 * 64 * 96 + 2 * 64 * 192)
-
-
-def test_the_published_layer() -> None:
     assert published("bfloat16").weights == ExpertFormats()
     assert published("int4").shared == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +56,27 @@ def words(folder: Path, *more: str) -> list[str]:
     return ["--out", str(folder / "out"), "--pages", str(folder / "pages"), *more]
 
 
-def test_without_a_gpu_it_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("gpus", "more", "what"),
+    [
+        ((), (), "error: no GPU"),
+        (MACHINE.gpus, ("--sections", "machine,nonsense"), "there is no section nonsense"),
+    ],
+)
+def test_what_cannot_begin_says_so_and_writes_nothing(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: tuple[Gpu, ...],
+    more: tuple[str, ...],
+    what: str,
 ) -> None:
-    monkeypatch.setattr(first_hour, "probe_machine", lambda: Machine("Linux", 2, 1, (), {}))
-    assert first_hour.main(words(tmp_path)) == 2
+    monkeypatch.setattr(first_hour, "probe_machine", lambda: replace(MACHINE, gpus=gpus))
+    assert first_hour.main(words(tmp_path, *more)) == 2
     captured = capsys.readouterr()
-    check_error(captured.err, "error: no GPU")
+    check_error(captured.err, what)
     assert captured.out == ""
-    assert not list(tmp_path.iterdir()), "nothing is written"
-
-
-def test_a_section_that_is_not_there_is_an_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(first_hour, "probe_machine", lambda: MACHINE)
-    assert first_hour.main(words(tmp_path, "--sections", "machine,nonsense")) == 2
-    check_error(capsys.readouterr().err, "there is no section nonsense")
+    assert not list(tmp_path.iterdir())
 
 
 def test_whatever_sections_do_there_is_an_archive(
@@ -82,14 +87,8 @@ def test_whatever_sections_do_there_is_an_archive(
     assert first_hour.main(words(sections, "--pack", str(sections / "pack"))) == 0
     results = read_results(sections / "out" / "results.json")
     states = {name: s["state"] for name, s in results["sections"].items()}
-    assert states == {
-        "fine": "ok",
-        "crashes": "failed",
-        "hangs": "stopped",
-        "lacks": "skipped",
-        "ours": "failed",
-        "late": "ok",
-    }
+    want = ("ok", "failed", "stopped", "skipped", "failed", "ok")
+    assert states == dict(zip(SECTIONS, want, strict=True))
     answers: dict[str, Any] = {n: s["answers"] for n, s in results["sections"].items()}
     assert answers["fine"]["summary"] == ["pack ['call1', 'call2']"]
     assert answers["crashes"] == {"n": 1}

@@ -52,10 +52,8 @@ def ask(work: Path) -> Answers:
 
 
 def table(answers: Answers, title: str) -> list[list[Any]]:
-    rows: list[list[Any]] = next(t for t in answers["tables"] if t["title"].startswith(title))[
-        "rows"
-    ]
-    return rows
+    found = next(t for t in answers["tables"] if t["title"].startswith(title))
+    return list(found["rows"])
 
 
 @pytest.mark.slow
@@ -74,11 +72,9 @@ def test_both_forms_are_built_run_and_found_equal(api: FakeCuda, tmp_path: Path)
         assert row[6] == "equal"
     assert answers["equal"] is True
     assert len(answers["passes"]) == len(ORDER)
-    memory = table(answers, "Memory")
-    assert [tuple(row[:3]) for row in memory] == [
-        *(("inputs", "replayed", "first"), ("inside", "replayed", "second")),
-        *(("inputs", "launched", "second"), ("inside", "launched", "first")),
-    ]
+    memory = [" ".join(row[:3]) for row in table(answers, "Memory")]
+    assert memory[:2] == ["inputs replayed first", "inside replayed second"]
+    assert memory[2:] == ["inputs launched second", "inside launched first"]
     assert "the same to the bit in 20 of 20 passes" in answers["summary"][0]
 
 
@@ -127,9 +123,6 @@ def test_what_differs_most_is_named() -> None:
     assert str(Difference({}, finite=False)) == "equal; not all finite"
     apart = {"hidden": (0.25, 4.0), "confidence": (0.5, 1.0)}
     assert str(Difference(apart, finite=True)) == "2 differ, confidence by 0.5 of 1"
-
-
-def test_numbers_of_bfloat16_are_those() -> None:
     bits = np.array([0x3F80, 0xC000, 0x7F80], np.uint16)  # 1, -2, infinity
     numbers = form_pair._numbers(bits.view(np.uint8), "bfloat16")
     np.testing.assert_array_equal(numbers, [1, -2, np.inf])

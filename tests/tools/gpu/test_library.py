@@ -32,22 +32,20 @@ def test_parts_are_joined_whatever_the_order_of_their_folders(
     assert [f.name for f in out.parent.iterdir()] == ["lib.so.1"]
 
 
-def test_a_missing_part_is_named(split: tuple[bytes, list[Path]], tmp_path: Path) -> None:
+def refused(split: tuple[bytes, list[Path]], what: str, name: str = "lib.so.1") -> None:
+    out = split[1][0] / "out"
     with pytest.raises(ConfigError) as caught:
-        join_file("lib.so.1", split[1][:2], tmp_path / "lib")
-    check_error(str(caught.value), "lib.so.1.2.xz")
-    with pytest.raises(ConfigError) as caught:
-        join_file("other.so", split[1], tmp_path / "lib")
-    check_error(str(caught.value), "no part of other.so")
-    assert not (tmp_path / "lib").exists()
+        join_file(name, split[1], out)
+    check_error(str(caught.value), what)
+    assert not out.exists()
 
 
-def test_a_damaged_part_is_named(split: tuple[bytes, list[Path]], tmp_path: Path) -> None:
+def test_a_missing_or_damaged_part_is_named(split: tuple[bytes, list[Path]]) -> None:
+    refused(split, "no part of other.so", "other.so")
+    refused((split[0], split[1][:2]), "lib.so.1.2.xz")
     part = split[1][1] / "lib.so.1.1.xz"
     part.write_bytes(part.read_bytes()[:-20])
-    with pytest.raises(ConfigError) as caught:
-        join_file("lib.so.1", split[1], tmp_path / "lib")
-    check_error(str(caught.value), "lib.so.1.1.xz is damaged")
+    refused(split, "lib.so.1.1.xz is damaged")
 
 
 def test_parts_of_another_library_are_refused(
@@ -56,9 +54,7 @@ def test_parts_of_another_library_are_refused(
     (tmp_path / "lib.so.1").write_bytes(bytes(100_001))
     split_file(tmp_path / "lib.so.1", [tmp_path / "x", split[1][1], tmp_path / "y"], preset=1)
     (split[1][1] / "lib.so.1.json").unlink()
-    with pytest.raises(ConfigError) as caught:
-        join_file("lib.so.1", split[1], tmp_path / "lib")
-    check_error(str(caught.value), "do not belong together")
+    refused(split, "do not belong together")
 
 
 def test_a_joined_library_is_not_joined_again(tmp_path: Path) -> None:

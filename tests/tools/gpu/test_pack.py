@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,37 +31,25 @@ def step(make: Maker, key: str = "1", *, sources: bool = False) -> Step:
     return Step("it", ("call1/it",), make, key, sources=sources)
 
 
-def test_a_piece_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make = Maker()
-    assert make_step(step(make), tmp_path)
-    assert make_step(step(make), tmp_path)
-    assert make.times == 1
-    assert "it: is there" in capsys.readouterr().out
-
-
-def test_a_piece_is_made_again_when_what_it_is_made_from_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_piece_is_made_once_until_what_it_is_made_from_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Or until it is gone."""
     make = Maker()
-    make_step(step(make), tmp_path)
-    make_step(step(make, "2"), tmp_path)
-    assert make.times == 2
-    monkeypatch.setattr(pack, "_sources", lambda: "one")
-    make_step(step(make, "2", sources=True), tmp_path)
-    make_step(step(make, "2", sources=True), tmp_path)
-    assert make.times == 3
-    monkeypatch.setattr(pack, "_sources", lambda: "two")
-    make_step(step(make, "2", sources=True), tmp_path)
-    assert make.times == 4
-
-
-def test_a_piece_that_is_gone_is_made_again(tmp_path: Path) -> None:
-    make = Maker()
-    make_step(step(make), tmp_path)
-    (tmp_path / "call1" / "it" / "file").unlink()
-    (tmp_path / "call1" / "it").rmdir()
-    make_step(step(make), tmp_path)
-    assert make.times == 2
+    for times, sources, given in (
+        (1, "", step(make)),
+        (2, "", step(make, "2")),
+        (3, "one", step(make, "2", sources=True)),
+        (4, "two", step(make, "2", sources=True)),
+    ):
+        monkeypatch.setattr(pack, "_sources", lambda sources=sources: sources)
+        assert make_step(given, tmp_path)
+        assert make_step(given, tmp_path)
+        assert make.times == times
+    assert "it: is there" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "call1" / "it")
+    make_step(given, tmp_path)
+    assert make.times == 5
 
 
 def test_a_piece_without_its_library_is_left_out_and_the_others_are_made(

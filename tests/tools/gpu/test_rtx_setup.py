@@ -18,56 +18,40 @@ from twotower.hardware import ANY_SM, Gpu, Machine
 
 @pytest.fixture
 def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Given:
-    monkeypatch.delenv(ANY_SM, raising=False)
+    monkeypatch.setenv(ANY_SM, "")  # put back at the end
+    monkeypatch.delenv(ANY_SM)
     monkeypatch.setattr(rtx_setup, "library_site", lambda given: None)
     return Given(name="full-denoiser", pack=(), work=tmp_path)
 
 
-def found(given: Given, **runs: bool) -> None:
-    (given.work / "rtx.json").write_text(json.dumps({"runs": runs}))
-
-
-def on_gpu(monkeypatch: pytest.MonkeyPatch, sm: int) -> None:
-    machine = Machine("Linux", 2, 1, (Gpu("G", sm, 1),), {})
-    monkeypatch.setattr(rtx_setup, "probe_machine", lambda: machine)
-
-
 @pytest.mark.parametrize(
-    ("runs", "environment", "words"),
+    ("sm", "runs", "environment", "words"),
     [
-        ({"default": True, "CURRENT": True}, "default", ()),
-        ({"default": False, "CURRENT": True}, "current", ()),
-        ({"default": False, "CURRENT": False, "SM80": True}, "default", ("--sm", "80")),
+        (90, {"default": True, "CURRENT": True}, "default", ()),
+        (90, {"default": False, "CURRENT": True}, "current", ()),
+        (90, {"default": False, "CURRENT": False, "SM80": True}, "default", ("--sm", "80")),
+        (89, {"default": False, "CURRENT": True}, None, ()),  # it is listed, and needs nothing
+        (90, {"default": False, "CURRENT": False, "SM80": False}, None, None),
     ],
 )
 def test_what_runs_is_what_is_built(
     given: Given,
     monkeypatch: pytest.MonkeyPatch,
+    sm: int,
     runs: dict[str, bool],
-    environment: str,
+    environment: str | None,
     words: Any,
 ) -> None:
-    on_gpu(monkeypatch, 90)
-    monkeypatch.setenv(ANY_SM, "")
-    found(given, **runs)
+    """Where nothing runs nothing larger is asked."""
+    machine = Machine("Linux", 2, 1, (Gpu("G", sm, 1),), {})
+    monkeypatch.setattr(rtx_setup, "probe_machine", lambda: machine)
+    (given.work / "rtx.json").write_text(json.dumps({"runs": runs}))
+    if words is None:
+        with pytest.raises(SkipSectionError, match="found no plan that runs"):
+            set_up_rtx(given)
+        return
     assert set_up_rtx(given) == words
-    assert os.environ[ANY_SM] == environment
-
-
-def test_a_listed_gpu_needs_nothing(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_gpu(monkeypatch, 89)
-    found(given, default=False, CURRENT=True)
-    assert set_up_rtx(given) == ()
-    assert ANY_SM not in os.environ
-
-
-def test_where_nothing_runs_nothing_larger_is_asked(
-    given: Given, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on_gpu(monkeypatch, 90)
-    found(given, default=False, CURRENT=False, SM80=False)
-    with pytest.raises(SkipSectionError, match="found no plan that runs"):
-        set_up_rtx(given)
+    assert os.environ.get(ANY_SM) == environment
 
 
 def test_what_was_not_asked_is_not_known(given: Given) -> None:
