@@ -11,7 +11,9 @@ import pytest
 
 from tests.helpers.commands import Commands
 from tests.helpers.errors import check_error
+from twotower.doctor import read_results
 from twotower.doctor.checks import CheckResult
+from twotower.hardware import Gpu, Machine
 
 
 def test_doctor_checks_the_whole_chain(cli: Commands) -> None:
@@ -77,19 +79,12 @@ def test_nothing_to_measure_is_a_user_error(built_bundle: Path, cli: Commands, w
 def test_a_report_is_an_archive_and_a_page_named_after_the_device(
     built_bundle: Path, tmp_path: Path, cli: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from twotower.doctor import read_results
-    from twotower.hardware import Machine
-
-    machine = Machine(
-        "Linux", 3, 8 << 30, (), {"onnxruntime": "1.32"}, processor="Some | CPU (R) 9000"
-    )
+    libraries = {"onnxruntime": "1.32"}
+    machine = Machine("Linux", 3, 8 << 30, (), libraries, processor="Some | CPU (R) 9000")
     monkeypatch.setattr("twotower.cli.doctor.probe_machine", lambda: machine)
     facts = cli.json("doctor", built_bundle, "--target ort-cpu --report", tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "logs.tar.gz",
-        "results.json",
-        "some-cpu-r-9000.md",
-    ]
+    names = {"logs.tar.gz", "results.json", "some-cpu-r-9000.md"}
+    assert {file.name for file in tmp_path.iterdir()} == names
     page = (tmp_path / "some-cpu-r-9000.md").read_text(encoding="utf-8")
     assert page.startswith("# Some | CPU (R) 9000\n")
     assert "| reference answer | ok |" in page
@@ -97,9 +92,8 @@ def test_a_report_is_an_archive_and_a_page_named_after_the_device(
     assert all(c["target"] == "ort-cpu" for c in facts["checks"])
     (times,) = facts["passes"]
     assert times["denoise_ms"] > 0 and times["extend_ms"] > 0
-    assert times["denoise_gb_per_s"] == pytest.approx(
-        times["denoiser_bytes"] / times["denoise_ms"] / 1e6
-    )
+    rate = times["denoiser_bytes"] / times["denoise_ms"] / 1e6
+    assert times["denoise_gb_per_s"] == pytest.approx(rate)
     assert f"{times['denoise_ms']:.3f} ms" in page
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert all(line.replace("\\|", "").endswith(" |") for line in rows)
@@ -115,8 +109,6 @@ def test_a_report_is_an_archive_and_a_page_named_after_the_device(
 def test_a_report_checks_every_target_that_runs_here_and_shows_the_one_that_does_not_open(
     built_bundle: Path, tmp_path: Path, cli: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from twotower.hardware import Gpu, Machine
-
     # The sections' processes see the real machine: there `trt` cannot be opened, and CUDA has no
     # GPU.
     libraries = {"onnxruntime-gpu": "1.32", "tensorrt": "11.4"}

@@ -22,16 +22,8 @@ def note_kernels(bundle: Bundle, kernels: int) -> None:
     """As if every program of every profile had been read and had so many kernels."""
     file = engine_folder(bundle, "rtx") / BUILD_FILE
     data = json.loads(file.read_text())
-    program = {
-        "kernels": kernels,
-        "streams": 1,
-        "events": 0,
-        "scratch": 0,
-        "capturable": True,
-        "expanded": [],
-        "copied": [],
-        "by_kind": {},
-    }
+    numbers = {"kernels": kernels, "streams": 1, "events": 0, "scratch": 0}
+    program = {**numbers, "capturable": True, "expanded": [], "copied": [], "by_kind": {}}
     for facts in data["report"]["engines"].values():
         facts["inspector"] = {"programs": [{**program, "profile": number} for number in range(3)]}
     file.write_text(json.dumps(data))

@@ -64,16 +64,9 @@ def test_inspect_shows_what_was_built_and_json_has_all_of_it(bundle: Bundle, cli
     edit(bundle, report=record["report"])
     text, facts = shown(bundle, cli)
     assert len(record["engines"]["denoiser"]) > 1
-    for word in (
-        "trt: tensorrt 11.4.0.106",
-        "SM 89",
-        "float16",
-        "prefill (B 1 to 8, L 1 to 256)",
-        "MATRIX_MULTIPLY",
-        "1 unexplained",
-        "weights read as inputs",
-    ):
-        assert word in text
+    words = ("trt: tensorrt 11.4.0.106", "SM 89", "float16", "prefill (B 1 to 8, L 1 to 256)")
+    words += ("MATRIX_MULTIPLY", "1 unexplained", "weights read as inputs")
+    assert [word for word in words if word not in text] == []
     rows = {line.split()[0]: line for line in text.splitlines() if ".engine " in line}
     for part in record["engines"]["denoiser"]:
         first, end = part["layers"]
@@ -100,11 +93,7 @@ def test_inspect_shows_what_was_built_and_json_has_all_of_it(bundle: Bundle, cli
     ],
 )
 def test_inspect_says_whether_engines_fit_here(
-    bundle: Bundle,
-    cli: Commands,
-    monkeypatch: pytest.MonkeyPatch,
-    change: dict[str, Any],
-    says: str,
+    bundle: Bundle, cli: Commands, monkeypatch: pytest.MonkeyPatch, change: Any, says: str
 ) -> None:
     machine = machine_with(L4)
     object.__setattr__(machine, "libraries", {"tensorrt": "11.4.0.106"})
@@ -149,41 +138,32 @@ EXPANDED = program(
 def rows_of(text: str) -> list[list[str]]:
     """The table of programs, cell by cell."""
     lines = text.splitlines()
-    first = next(i for i, line in enumerate(lines) if "capturable" in line)
-    return [
-        [c for c in line.split("  ") if c]
-        for line in lines[first:]
-        if ".engine  " in line or "capturable" in line
-    ]
+    head = next(i for i, line in enumerate(lines) if "capturable" in line)
+    rows = [lines[head], *(line for line in lines[head:] if ".engine  " in line)]
+    return [[cell.strip() for cell in row.split("  ") if cell] for row in rows]
 
 
 def test_inspect_shows_what_the_engines_run(bundle: Bundle, cli: Commands) -> None:
     record = json.loads((engine_folder(bundle, "trt") / BUILD_FILE).read_text())
-    engines = record["report"]["engines"]
-    engines["denoiser.0.engine"]["inspector"] = summarize_programs(
-        read_programs(plan_of(EXPANDED.text()))
-    )
-    engines["context_head.engine"]["inspector"] = summarize_programs(
-        read_programs(plan_of(program(capturable=0).text()))
-    )
+    for name, written in (
+        ("denoiser.0.engine", EXPANDED),
+        ("context_head.engine", program(capturable=0)),
+    ):
+        read = summarize_programs(read_programs(plan_of(written.text())))
+        record["report"]["engines"][name]["inspector"] = read
     edit(bundle, report=record["report"])
     text, facts = shown(bundle, cli)
     head, *rows = rows_of(text)
-    names = {
-        engine["file"]: engine["profiles"][0]["name"]
-        for parts in record["engines"].values()
-        for engine in parts
+    engines = [engine for parts in record["engines"].values() for engine in parts]
+    names = {engine["file"]: engine["profiles"][0]["name"] for engine in engines}
+    assert " ".join(head) == "engine profile kernels streams events scratch capturable expanded"
+    same = ["2", "1", "1", "5 KiB"]
+    ends = {
+        "context_head.engine": ["no", "none"],
+        "denoiser.0.engine": ["yes", "1 weights, 32 KiB a pass"],
     }
-    assert " ".join(cell.strip() for cell in head) == (
-        "engine profile kernels streams events scratch capturable expanded"
-    )
-    assert {row[0]: row[1:] for row in ([c.strip() for c in row] for row in rows)} == {
-        file: [names[file], "2", "1", "1", "5 KiB", *expected]
-        for file, expected in (
-            ("context_head.engine", ["no", "none"]),
-            ("denoiser.0.engine", ["yes", "1 weights, 32 KiB a pass"]),
-        )
-    }
+    want = {file: [names[file], *same, *end] for file, end in ends.items()}
+    assert {row[0]: row[1:] for row in rows} == want
     assert "kernels moe 2" in text
     assert "expanded in memory layers.2.moe experts as bf16 (32 KiB)" in text
     told = facts["builds"]["trt"]["report"]["engines"]["denoiser.0.engine"]["inspector"]

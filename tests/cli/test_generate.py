@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.bundles import flip_byte
 from tests.helpers.commands import Commands
 from tests.helpers.graphs import FIXTURES
 
@@ -60,22 +63,16 @@ def test_golden_tokens_from_the_command_line(built_bundle: Path, cli: Commands) 
     golden = json.loads((FIXTURES / "hybrid-a" / "golden.json").read_text())[0]
     options = golden["params"]
     prompt = ",".join(map(str, golden["prompt"]))
-    (one,) = generated(
-        cli,
-        built_bundle,
-        f"--tokens {prompt} --max-new-tokens {options['max_new_tokens']} "
-        f"--threshold {options['confidence_threshold']} --block-size {options['block_size']} "
-        f"--steps {options['steps_per_block']}",
-    )
+    flags = {
+        "max-new-tokens": "max_new_tokens",
+        "threshold": "confidence_threshold",
+        "block-size": "block_size",
+        "steps": "steps_per_block",
+    }
+    words = " ".join(f"--{flag} {options[name]}" for flag, name in flags.items())
+    (one,) = generated(cli, built_bundle, f"--tokens {prompt} {words}")
     assert one["tokens"] == golden["diffusion_tokens"]
     assert one["usage"]["nfe"] == golden["nfe"]
-
-
-def test_autoregression_has_no_blocks(built_bundle: Path, cli: Commands) -> None:
-    (one,) = generated(cli, built_bundle, f"{PROMPT} --mode ar --max-new-tokens 5 --ignore-eos")
-    assert len(one["tokens"]) == 5
-    assert one["usage"]["blocks"] == 0
-    assert one["timings_ms"]["denoise"] == 0
 
 
 def test_auto_names_the_mode_whose_text_it_is(built_bundle: Path, cli: Commands) -> None:
@@ -111,6 +108,7 @@ def test_prompt_files_give_each_line_its_own_options(
     (alone,) = generated(cli, built_bundle, TWENTY)
     assert first["tokens"] == alone["tokens"]
     assert (len(second["tokens"]), second["usage"]["blocks"]) == (3, 0)
+    assert second["timings_ms"]["denoise"] == 0
     lines = cli("generate", built_bundle, words, "--stream").out.splitlines()
     assert {line[:3] for line in lines if line} == {"[0]", "[1]"}
     streamed = [t for line in lines if line.startswith("[0]") for t in line[3:].split()]
@@ -167,37 +165,35 @@ def test_prompt_files_that_cannot_be_served(
     cli.refused("generate", built_bundle, "--prompt-file", file, what=what)
 
 
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "engines" / "ort-cpu" / "context.onnx", 1000)
+
+
+def change(file: str, part: str, **values: Any) -> Callable[[Path], None]:
+    """What changes fields of a JSON file, of a part of it unless that is the empty string."""
+
+    def changed(folder: Path) -> None:
+        data = json.loads((folder / file).read_text())
+        (data[part] if part else data).update(values)
+        (folder / file).write_text(json.dumps(data))
+
+    return changed
+
+
 @pytest.mark.parametrize(
     "damage",
     [
-        "flipped byte",
-        "engine of another library",
-        "truncated engine",
-        "other schema",
-        "path leading out",
+        lambda folder: flip_byte(next(folder.glob("denoiser/*.data"))),
+        truncate,
+        change("engines/ort-cpu/build.json", "library", version="0.0.1"),
+        change("bundle.json", "", schema=999),
+        change("bundle.json", "files", **{"../../etc/passwd": {"size": 1, "sha256": "0" * 64}}),
     ],
+    ids=["flipped byte", "truncated engine", "another library", "schema", "path leading out"],
 )
 def test_damaged_bundles_are_refused(
-    built_bundle: Path, tmp_path: Path, cli: Commands, damage: str
+    built_bundle: Path, tmp_path: Path, cli: Commands, damage: Callable[[Path], None]
 ) -> None:
-    folder = tmp_path / "bundle"
-    shutil.copytree(built_bundle, folder)
-    manifest, record = folder / "bundle.json", folder / "engines" / "ort-cpu" / "build.json"
-    facts, built = json.loads(manifest.read_text()), json.loads(record.read_text())
-    if damage == "flipped byte":
-        path = next(folder.glob("denoiser/*.data"))
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(bytes(data))
-    elif damage == "engine of another library":
-        built["library"]["version"] = "0.0.1"
-    elif damage == "truncated engine":
-        path = folder / "engines" / "ort-cpu" / "context.onnx"
-        path.write_bytes(path.read_bytes()[:1000])
-    elif damage == "other schema":
-        facts["schema"] = 999
-    else:
-        facts["files"]["../../etc/passwd"] = {"size": 1, "sha256": "0" * 64}
-    manifest.write_text(json.dumps(facts))
-    record.write_text(json.dumps(built))
+    folder = Path(shutil.copytree(built_bundle, tmp_path / "bundle"))
+    damage(folder)
     cli.refused("generate", folder, "--tokens 5", what="")

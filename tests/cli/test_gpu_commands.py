@@ -25,22 +25,14 @@ from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.trt_engine import open_tensorrt
 from twotower.tensorrt_library import flavour_from_module
 
-MACHINE = Machine(
-    "a machine",
-    2,
-    1 << 34,
-    GPUS[:2],
-    {"tensorrt-rtx-cu13": "1.7", "onnxruntime": "1.32"},
-    "a processor",
-    "580.1",
-)
+LIBRARIES = {"tensorrt-rtx-cu13": "1.7", "onnxruntime": "1.32"}
+MACHINE = Machine("a machine", 2, 1 << 34, GPUS[:2], LIBRARIES, "a processor", "580.1")
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made = bundle_with_engines(
-        "hybrid-b", tmp_path_factory.mktemp("gpu-commands") / "bundle", max_context=512
-    )
+    folder = tmp_path_factory.mktemp("gpu-commands")
+    made = bundle_with_engines("hybrid-b", folder / "bundle", max_context=512)
     build_engines(made, "ort-cpu", builder_for("ort-cpu"))
     return made
 

@@ -39,9 +39,8 @@ def test_an_interrupt_that_was_lost_is_raised_at_the_next_step(
 ) -> None:
     """Python drops what is raised in a finalizer; here it is an `except` that drops it."""
     monkeypatch.setattr(Interrupts, "pending", False)
-    outer = signal.signal(
-        number, signal.default_int_handler
-    )  # tests that run in the background may be deaf to Ctrl-C
+    # Tests that run in the background may be deaf to Ctrl-C.
+    outer = signal.signal(number, signal.default_int_handler)
     try:
         _lost_and_raised(number)
     finally:
@@ -77,8 +76,7 @@ def test_nothing_is_drawn_into_a_file(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_weights_that_are_loaded_have_a_rate_of_their_own(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seconds that went into checking files are not counted as time of loading."""
     now = 100.0

@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.helpers.commands import Commands
-from twotower.bundle import MANIFEST_FILE, Bundle
+from twotower.bundle import MANIFEST_FILE, Bundle, hash_file
 from twotower.cli.expert_words import expert_words
 
 QUESTION = "'Q: flip: a b\nA:'"
@@ -56,10 +57,8 @@ def test_auto_writes_what_it_chose(
     tiny_bundle: Path, tiny_statistics: Path, tmp_path: Path, cli: Commands
 ) -> None:
     output = tmp_path / "auto"
-    out = cli(
-        f"quantize {tiny_bundle} --recipe auto --budget 90 --stats {tiny_statistics} -o {output} "
-        "--limit 4 --max-new-tokens 48 --max-inflation 20"
-    ).out
+    words = f"--budget 90 --stats {tiny_statistics} --limit 4 --max-new-tokens 48"
+    out = cli(f"quantize {tiny_bundle} --recipe auto -o {output} --max-inflation 20", words).out
     assert "checked on the other half" in out
     facts = Bundle.open(output).quantization
     assert facts is not None and facts["recipe"]["name"] == "auto"
@@ -118,10 +117,8 @@ def test_a_dry_run_writes_nothing(tiny_bundle: Path, tmp_path: Path, cli: Comman
 def test_calibration_as_json_without_a_picture(
     tiny_bundle: Path, prompts: Path, tmp_path: Path, cli: Commands
 ) -> None:
-    facts = cli.json(
-        f"calibrate {tiny_bundle} --prompts {prompts} -o {tmp_path / 's'} --no-plot --limit 1 "
-        "--max-new-tokens 16"
-    )
+    words = f"-o {tmp_path / 's'} --no-plot --limit 1 --max-new-tokens 16"
+    facts = cli.json(f"calibrate {tiny_bundle} --prompts {prompts}", words)
     assert facts["prompts"] == 1 and facts["inputs"]["denoiser"] == 25
     files = {"statistics.json", "statistics.safetensors"}
     assert {p.name for p in (tmp_path / "s").iterdir()} == files
@@ -202,10 +199,6 @@ def test_statistics_of_another_checkpoint(
 def test_a_range_that_is_not_a_number(
     tiny_bundle: Path, tiny_statistics: Path, tmp_path: Path, cli: Commands
 ) -> None:
-    from safetensors.numpy import load_file, save_file
-
-    from twotower.bundle import hash_file
-
     folder = tmp_path / "stats"
     shutil.copytree(tiny_statistics, folder)
     arrays = load_file(folder / "statistics.safetensors")

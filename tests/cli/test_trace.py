@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 from tests.helpers.bundles import built_fixture
 from tests.helpers.commands import Commands
 from tests.helpers.traces import small_trace
-from twotower.cli.main import main
 from twotower.trace import read_trace, write_trace
 
 PROMPT = "--tokens '235 71 245'"
@@ -49,19 +47,14 @@ def test_files_are_written_and_can_be_shown_again(
 
 
 def test_differences_are_shown_and_in_the_exit_code(
-    built_bundle: Path,
-    file: Path,
-    tmp_path: Path,
-    cli: Commands,
-    capsys: pytest.CaptureFixture[str],
+    built_bundle: Path, file: Path, tmp_path: Path, cli: Commands
 ) -> None:
     out = cli(f"trace --diff {built_bundle} {built_bundle}@ort-cpu", FEW).out
     assert "every pass commits the same" in out
     half = built_fixture("hybrid-a", tmp_path / "half", "bfloat16")
-    code = main(["trace", "--diff", str(file), str(half.path), "--json"])
-    diff = json.loads(capsys.readouterr().out)
-    assert code == (0 if diff["equal"] else 1)
-    assert 0 < diff["agreed_to"] < 0.2 or diff["block"] == 0, "bfloat16 is not float32"
+    diff = cli.json("trace --diff", file, half.path, code=1)
+    assert not diff["equal"], "bfloat16 is not float32"
+    assert 0 < diff["agreed_to"] < 0.2 or diff["block"] == 0
 
 
 @pytest.mark.parametrize(
