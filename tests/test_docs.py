@@ -23,11 +23,8 @@ SHELL_ENDS = {"|", ">", ">>", "2>", "&&", ";", "&"}
 
 def fences(document: Path, *languages: str) -> Iterator[str]:
     """Contents of the fenced blocks in these languages; no language counts as the empty string."""
-    for language, body in re.findall(
-        r"^```([\w-]*)[^\n]*\n(.*?)^```",
-        document.read_text(encoding="utf-8"),
-        re.MULTILINE | re.DOTALL,
-    ):
+    text = document.read_text(encoding="utf-8")
+    for language, body in re.findall(r"(?ms)^```([\w-]*)[^\n]*\n(.*?)^```", text):
         if language in languages:
             yield body
 
@@ -51,25 +48,17 @@ def twotower_commands() -> list[tuple[str, list[str]]]:
 
 
 def without_fences(document: Path) -> str:
-    return re.sub(
-        r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
-    )
+    return re.sub(r"(?ms)^```.*?^```", "", document.read_text(encoding="utf-8"))
 
 
 def anchors(document: Path) -> set[str]:
     """Anchors a hub makes of the headings."""
-    headings = re.findall(r"^#+ (.+)$", without_fences(document), re.MULTILINE)
-    return {
-        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
-    }
+    headings = re.findall(r"(?m)^#+ (.+)$", without_fences(document).lower())
+    return {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in headings}
 
 
 def make_targets() -> set[str]:
-    return set(
-        re.findall(
-            r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
-        )
-    )
+    return set(re.findall(r"(?m)^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text("utf-8")))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
@@ -96,26 +85,21 @@ def test_commands_parse(document: str, arguments: list[str]) -> None:
     assert verb in VERBS, f"{document}: there is no such verb"
     if arguments[1:] == ["--help"]:
         return
-    build_parser(verb).parse_args(
-        arguments
-    )  # exits, and so fails, on an unknown or missing argument
+    # Exits, and so fails, on an unknown or missing argument.
+    build_parser(verb).parse_args(arguments)
 
 
 def test_the_readme_shows_commands() -> None:
     """Or the test above would hold for want of any."""
-    assert {words[0] for name, words in twotower_commands() if name == "README.md"} >= {
-        "export",
-        "build",
-        "generate",
-    }
+    shown = {words[0] for name, words in twotower_commands() if name == "README.md"}
+    assert shown >= {"export", "build", "generate"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
 def test_make_targets_exist(document: Path) -> None:
     shown = [words[1:] for words in shell_commands(document) if words[0] == "make"]
-    shown += [
-        shlex.split(text)[1:] for text in re.findall(r"`(make [^`]+)`", without_fences(document))
-    ]
+    quoted = re.findall(r"`make ([^`]+)`", without_fences(document))
+    shown += [shlex.split(text) for text in quoted]
     for words in shown:
         targets = {word for word in words if "=" not in word and word != "..."}
         assert targets <= make_targets(), f"make {' '.join(words)}"

@@ -31,17 +31,11 @@ ADAPTERS = {
     "matplotlib": ("src/twotower/evaluate/figures.py",),
     "triton": (
         "kernels/compile.py",
-        "kernels/device/formats.py",
-        "kernels/device/pairs.py",
-        "kernels/device/product.py",
+        *(f"kernels/device/{name}.py" for name in ("formats", "pairs", "product")),
     ),
-    "twotower.kernels.device": (
-        "kernels/compile.py",
-        "kernels/device/product.py",
-    ),
-    "transformers": (
-        "src/twotower/bench/peers/hugging_face.py",
-    ),  # a peer to measure, and an oracle of tests
+    "twotower.kernels.device": ("kernels/compile.py", "kernels/device/product.py"),
+    # A peer to measure, and an oracle of tests.
+    "transformers": ("src/twotower/bench/peers/hugging_face.py",),
 }
 
 
@@ -49,16 +43,19 @@ def real_path(file: Path) -> str:
     return file.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("vendor", ADAPTERS)
-def test_a_vendor_is_imported_behind_its_adapters_only(vendor: str) -> None:
-    users = {
+def importing(*modules: str) -> set[str]:
+    """Files that import one of these, or what is below them."""
+    starts = tuple(f"{module}." for module in modules)
+    return {
         real_path(f)
         for f in package_files().values()
-        if any(f"{name}.".startswith(f"{vendor}.") for name in imported(tree(f)))
+        if any(f"{name}.".startswith(starts) for name in imported(tree(f)))
     }
-    assert users <= set(ADAPTERS[vendor]), (
-        f"{vendor} is imported outside its adapters {ADAPTERS[vendor]}"
-    )
+
+
+@pytest.mark.parametrize("vendor", ADAPTERS)
+def test_a_vendor_is_imported_behind_its_adapters_only(vendor: str) -> None:
+    assert importing(vendor) <= set(ADAPTERS[vendor])
 
 
 def test_the_walk_sees_all_folders() -> None:
@@ -77,18 +74,10 @@ def test_the_folders_are_relative_links(folder: str) -> None:
 
 def test_modules_go_by_one_name() -> None:
     """`import runtime` would work from the repository root, and load each module twice."""
-    files = [
-        *package_files().values(),
-        *(ROOT / "tests").rglob("*.py"),
-        *(ROOT / "tools").rglob("*.py"),
-    ]
-    wrong = [
-        f"{real_path(f)}: {name}"
-        for f in files
-        for name in imported(tree(f))
-        if name.split(".")[0] in LINKED
-    ]
-    assert not wrong, "write twotower.<folder>"
+    others = [f for folder in ("tests", "tools") for f in (ROOT / folder).rglob("*.py")]
+    for file in (*package_files().values(), *others):
+        names = {name.split(".")[0] for name in imported(tree(file))}
+        assert not names & set(LINKED), f"{file}: write twotower.<folder>"
 
 
 def test_imports_are_absolute() -> None:
@@ -103,17 +92,8 @@ def test_imports_are_absolute() -> None:
 
 def test_only_the_registries_and_the_command_line_name_vendor_files() -> None:
     """An engine's file is imported when it is chosen; a second importer would need its library."""
-    engines = {
-        adapter
-        for some in ADAPTERS.values()
-        for adapter in some
-        if adapter.startswith(("builders/", "runtime/"))
-    }
-    adapters = {f"twotower.{adapter.removesuffix('.py').replace('/', '.')}" for adapter in engines}
-    allowed = {
-        "builders/__init__.py",
-        "runtime/engines/__init__.py",
-        "calibration/watched_engine.py",
-    }
-    users = {real_path(f) for f in package_files().values() if adapters & set(imported(tree(f)))}
-    assert users <= allowed
+    every = {adapter for some in ADAPTERS.values() for adapter in some}
+    engines = [a for a in every if a.startswith(("builders/", "runtime/")) and "__init__" not in a]
+    adapters = [f"twotower.{a.removesuffix('.py').replace('/', '.')}" for a in engines]
+    registries = {"builders/__init__.py", "runtime/engines/__init__.py"}
+    assert importing(*adapters) <= registries | {"calibration/watched_engine.py"}

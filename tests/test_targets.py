@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from itertools import product
 
 import pytest
@@ -11,12 +12,9 @@ from tests.helpers.source import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 RECIPE = r"^(test[a-z-]*|kernels): .*\n\t.* -m \"?([^\"$]+?)\"?((?: tests/\S+)*)(?: --cpu-limit \d+)? \$\(ARGS\)$"
-TARGETS = {name: expression for name, expression, _ in re.findall(RECIPE, MAKEFILE, re.MULTILINE)}
-FOLDERS = {
-    name: folders.split()
-    for name, _, folders in re.findall(RECIPE, MAKEFILE, re.MULTILINE)
-    if folders
-}
+RECIPES = re.findall(RECIPE, MAKEFILE, re.MULTILINE)
+TARGETS = {name: expression for name, expression, _ in RECIPES}
+FOLDERS = {name: folders.split() for name, _, folders in RECIPES if folders}
 NEEDS_A_GPU = {"test-gpu"}
 KINDS = ("trained", "wheel", "browser", "kernels", "trt_rtx", "slow")
 TOGETHER = {
@@ -33,6 +31,10 @@ def chosen_by(target: str, marks: tuple[bool, ...]) -> bool:
     return bool(eval(TARGETS[target], {"__builtins__": {}}, dict(zip(KINDS, marks, strict=True))))
 
 
+def chosen_by_any(targets: Iterable[str], marks: tuple[bool, ...]) -> bool:
+    return any(chosen_by(target, marks) for target in targets)
+
+
 def every_set_of_marks() -> list[tuple[bool, ...]]:
     return list(product((False, True), repeat=len(KINDS)))
 
@@ -40,44 +42,31 @@ def every_set_of_marks() -> list[tuple[bool, ...]]:
 def test_every_test_is_in_a_target_whatever_its_marks() -> None:
     assert len(TARGETS) == 11
     for marks in every_set_of_marks():
-        assert any(chosen_by(target, marks) for target in TARGETS if target not in NEEDS_A_GPU), (
-            marks
-        )
+        assert chosen_by_any(set(TARGETS) - NEEDS_A_GPU, marks), marks
 
 
 def test_the_continuous_integration_runs_every_target() -> None:
-    lines = re.findall(
-        r"^(?:\w+=\w+ )?make ([a-z -]+?)(?: #.*)?$",
-        (ROOT / ".ci" / "run").read_text(encoding="utf-8"),
-        re.MULTILINE,
-    )
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    lines = re.findall(r"(?m)^(?:\w+=\w+ )?make ([a-z -]+?)(?: #.*)?$", script)
     run = {target for line in lines for target in line.split()}
     assert run >= {"lint", "types", "wheel"}
     for marks in every_set_of_marks():
         for target in set(TARGETS) - NEEDS_A_GPU - TOO_LONG:
-            assert not chosen_by(target, marks) or any(
-                chosen_by(other, marks) for other in run & set(TARGETS)
-            ), (target, marks)
+            if chosen_by(target, marks):
+                assert chosen_by_any(run & set(TARGETS), marks), (target, marks)
 
 
 @pytest.mark.parametrize("target", TOGETHER)
 def test_what_is_run_at_once_is_its_parts(target: str) -> None:
     for marks in every_set_of_marks():
-        assert chosen_by(target, marks) == any(
-            chosen_by(part, marks) for part in TOGETHER[target]
-        ), marks
+        assert chosen_by(target, marks) == chosen_by_any(TOGETHER[target], marks), marks
 
 
 def test_a_target_that_names_folders_names_all_with_its_mark() -> None:
     for target, folders in FOLDERS.items():
-        marked = [
-            f
-            for f in (ROOT / "tests").rglob("test_*.py")
-            if f"pytest.mark.{TARGETS[target]}" in f.read_text(encoding="utf-8")
-        ]
-        outside = {
-            f.name for f in marked if not any(f.is_relative_to(ROOT / folder) for folder in folders)
-        }
-        assert outside <= {"test_targets.py", "test_account.py"}, (
-            f"make {target} does not look there"
-        )
+        paths = [ROOT / folder for folder in folders]
+        every = (ROOT / "tests").rglob("test_*.py")
+        outside = [f for f in every if not any(map(f.is_relative_to, paths))]
+        mark = f"pytest.mark.{TARGETS[target]}"
+        wrong = {f.name for f in outside if mark in f.read_text(encoding="utf-8")}
+        assert wrong <= {"test_targets.py", "test_account.py"}, f"make {target} leaves these out"

@@ -30,11 +30,8 @@ def names_of(file: Path) -> frozenset[str]:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             out.add(node.name)
         if isinstance(node, ast.ClassDef):
-            out |= {
-                f"{node.name}.{inner.name}"
-                for inner in node.body
-                if isinstance(inner, ast.FunctionDef)
-            }
+            methods = (inner for inner in node.body if isinstance(inner, ast.FunctionDef))
+            out |= {f"{node.name}.{method.name}" for method in methods}
     return frozenset(out)
 
 
