@@ -9,19 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.small_slice import SMALL_SLICE
 from tests.helpers.source import ROOT
 from twotower.checkpoint.synthetic import published_slice
 
-SMALL = {
-    "hidden_size": 128,
-    "vocab_size": 512,
-    "num_attention_heads": 4,
-    "head_dim": 32,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "moe_shared_expert_intermediate_size": 64,
-}
+SMALL = {**SMALL_SLICE, "hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 64}
 
 
 @pytest.fixture
@@ -37,14 +29,8 @@ def test_a_small_layer_through_the_whole_command(
 ) -> None:
     page = tmp_path / "page.md"
     page.write_text("{}\nold\n{}\n".format(*tool.MARKS))
-    words = [
-        "--scratch",
-        str(tmp_path / "scratch"),
-        "--recipes",
-        "int4-experts",
-        "--write-docs",
-        str(page),
-    ]
+    words = ["--scratch", str(tmp_path / "scratch"), "--recipes", "int4-experts"]
+    words += ["--write-docs", str(page)]
     assert tool.main(words, {**published_slice("E*"), **SMALL}) == 0
     out = capsys.readouterr().out
     assert out.count("| `int4-experts` |") == 2
@@ -64,6 +50,5 @@ def test_the_table_in_the_documents_is_one_the_tool_wrote(tool: Any) -> None:
     text = (ROOT / "docs" / "measurements" / "engines.md").read_text(encoding="utf-8")
     table = text.partition(tool.MARKS[0])[2].partition(tool.MARKS[1])[0].strip().splitlines()
     assert table[:2] == tool.table([]).splitlines()
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["`int4-experts`"] * 2 + [
-        "`int8`"
-    ] * 2
+    recipes = [line.split("|")[1].strip() for line in table[2:]]
+    assert recipes == ["`int4-experts`"] * 2 + ["`int8`"] * 2
