@@ -9,9 +9,11 @@ import onnx_ir as ir
 
 from twotower.checkpoint.layout import Tower
 from twotower.config import LayerKind, ModelConfig
-from twotower.export.graphs.attention import MASKED, context_attention, denoiser_attention
 from twotower.export.graphs.layers import (
+    MASKED,
     conditioning,
+    context_attention,
+    denoiser_attention,
     mlp,
     modulation,
     moe,
