@@ -54,10 +54,8 @@ def test_what_was_put_is_taken_as_the_same_file(cache: EngineCache, tmp_path: Pa
     assert entry is not None
     assert (entry.record, entry.facts) == (record, {"layers": 3})
     assert seen[-1] == (300, 300)
-    assert (
-        len({p.stat().st_ino for p in (made, tmp_path / "taken", cache.folder / f"{KEY}.engine")})
-        == 1
-    ), "no byte is copied"
+    files = (made, tmp_path / "taken", cache.folder / f"{KEY}.engine")
+    assert len({file.stat().st_ino for file in files}) == 1, "no byte is copied"
 
 
 def test_another_file_system_gets_a_copy(

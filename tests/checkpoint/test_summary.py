@@ -53,11 +53,10 @@ def header_of(path: Path) -> dict[str, Any]:
 
 
 def headers(folder: Path) -> dict[str, Any]:
-    return {
-        name: entry
-        for path in folder.glob("model*.safetensors")
-        for name, entry in header_of(path).items()
-    }
+    out: dict[str, Any] = {}
+    for path in folder.glob("model*.safetensors"):
+        out |= header_of(path)
+    return out
 
 
 def role_of(name: str) -> str:
@@ -124,10 +123,9 @@ def test_the_published_model_has_its_published_numbers(published: Checkpoint) ->
     assert summary.bytes_by_dtype == {"bfloat16": summary.weight_bytes}
     assert summary.routed == 2 * 23 * 128 * 2 * 2688 * 1856
     assert summary.routed / summary.parameters == pytest.approx(0.93, abs=0.001)
-    assert (
-        summary.by_tower["denoiser_tower"] - summary.by_tower["context_tower"]
-        == summary.by_role["conditioning"]
-    )
+    towers = summary.by_tower
+    more = towers["denoiser_tower"] - towers["context_tower"]
+    assert more == summary.by_role["conditioning"]
     assert summary.kv_bytes_per_token == 6 * 1024
     assert summary.state_bytes_per_row == 23 * ((64 * 64 + 2 * 8 * 128) * 3 * 2 + 64 * 64 * 128 * 4)
     assert summary.state_bytes_per_row == pytest.approx(47 * 2**20, rel=0.01)
@@ -144,11 +142,9 @@ def test_the_published_size_takes_no_disk(published: Checkpoint) -> None:
 
 
 def test_stored_dtypes_count_tensor_by_tensor(tmp_path: Path) -> None:
-    tensors = {
-        n: t
-        for shard in (FIXTURES / "hybrid-a").glob("model*.safetensors")
-        for n, t in load_file(shard).items()
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in (FIXTURES / "hybrid-a").glob("model*.safetensors"):
+        tensors |= load_file(shard)
     plain = summarize(SMALL)
     head, router = "lm_head.weight", "context_tower.layers.1.mixer.gate.weight"
     tensors[head] = tensors[head].to(torch.bfloat16)
@@ -196,7 +192,6 @@ def test_lines_name_every_role_largest_first() -> None:
     summary = summarize(read_model_config(FIXTURES / "hybrid-b" / "config.json"))
     rows = [line for line in summary.lines() if line.split()[0] in summary.by_role]
     assert {row.split()[0] for row in rows} == set(summary.by_role)
-    assert [summary.by_role[row.split()[0]] for row in rows] == sorted(
-        summary.by_role.values(), reverse=True
-    )
+    sizes = [summary.by_role[row.split()[0]] for row in rows]
+    assert sizes == sorted(sizes, reverse=True)
     assert len({row.index("%") for row in rows}) == 1, "the columns are aligned"

@@ -27,8 +27,7 @@ from tests.helpers.graph_faults import (
     two,
     value,
 )
-from tests.helpers.graphs import FIXTURES
-from tests.helpers.source import ROOT
+from tests.helpers.source import CHECKPOINTS, ROOT
 from twotower.builders.segment import fix_axes, layer_bytes, segment
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.model import parse_model_config, read_model_config
@@ -38,11 +37,6 @@ from twotower.graph_lint import RULES, Severity, explained, lint, require_clean,
 from twotower.spec import CONTEXT_HEAD, signatures
 
 BY_ID = {rule.id: rule for rule in RULES}
-CHECKPOINTS = {
-    "a": FIXTURES / "hybrid-a",
-    "b": FIXTURES / "hybrid-b",
-    "tiny": ROOT / "assets" / "twotower-tiny",
-}
 DTYPES = ("float32", "float16", "bfloat16")
 SIZES = {"T": 64, "S": 16}
 

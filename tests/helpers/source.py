@@ -8,6 +8,11 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+CHECKPOINTS = {
+    "a": ROOT / "tests" / "fixtures" / "hybrid-a",
+    "b": ROOT / "tests" / "fixtures" / "hybrid-b",
+    "tiny": ROOT / "assets" / "twotower-tiny",
+}
 LINKED = ("export", "builders", "runtime", "calibration", "kernels")
 """The five top-level folders that are subpackages of `twotower` by a relative link."""
 

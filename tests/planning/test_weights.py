@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from tests.helpers.source import CHECKPOINTS
 from twotower.builders.segment import layer_bytes
 from twotower.builders.weight_inputs import place_weights
 from twotower.calibration.recipes import Recipe, builtin_recipes, quantizable_weights
@@ -22,26 +23,19 @@ from twotower.spec import CONTEXT, CONTEXT_HEAD
 from twotower.weights.declared import lay_out
 from twotower.weights.external import load_graph, weight_refs
 
-ROOT = Path(__file__).parents[2]
-FOLDERS = {
-    "a": ROOT / "tests/fixtures/hybrid-a",
-    "b": ROOT / "tests/fixtures/hybrid-b",
-    "tiny": ROOT / "assets/twotower-tiny",
-}
-
 
 def config_of(name: str) -> ModelConfig:
     return (
         parse_model_config(PUBLISHED_CONFIG, "published")
         if name == "published"
-        else read_model_config(FOLDERS[name] / "config.json")
+        else read_model_config(CHECKPOINTS[name] / "config.json")
     )
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_checkpoint_holds_what_the_arithmetic_says(name: str) -> None:
     elements = 0
-    for shard in FOLDERS[name].glob("model*.safetensors"):
+    for shard in CHECKPOINTS[name].glob("model*.safetensors"):
         with safe_open(shard, "numpy") as file:
             elements += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     config = config_of(name)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.errors import fails
+from tests.helpers.source import CHECKPOINTS
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.bundle import (
     Bundle,
@@ -26,12 +27,6 @@ from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.hardware import RTX_SMS
 
 pytestmark = [pytest.mark.trt_rtx, pytest.mark.slow]
-ROOT = Path(__file__).parents[3]
-CHECKPOINTS = {
-    "a": "tests/fixtures/hybrid-a",
-    "b": "tests/fixtures/hybrid-b",
-    "tiny": "assets/twotower-tiny",
-}
 SMS = (86, 89, 120)
 # of one layer, in any element type; what layers share counts for the first of them
 MOST_KERNELS = {
@@ -56,7 +51,7 @@ MORE_FOR_SUMS = 3
 def exported(folder: Path, name: str, dtype: str) -> Bundle:
     path = folder / f"{name}-{dtype}"
     if not path.exists():
-        checkpoint = Checkpoint.open(ROOT / CHECKPOINTS[name])
+        checkpoint = Checkpoint.open(CHECKPOINTS[name])
         export_bundle(checkpoint, path, ExportConfig(dtype=dtype))
     return Bundle.open(path)
 
@@ -236,7 +231,7 @@ def test_without_a_word_on_experts_kernels_compute_the_chosen_ones(folder: Path)
 def test_a_config_alone_is_built_for_and_its_engines_serve_the_checkpoint(folder: Path) -> None:
     words = ["--target", "rtx", "--sm", "89", "--max-context", "256", "--experts", "dense"]
     words += ["--cache", str(folder / "shared")]
-    start = ["--from-config", ROOT / CHECKPOINTS["b"] / "config.json", "--dtype", "bfloat16"]
+    start = ["--from-config", CHECKPOINTS["b"] / "config.json", "--dtype", "bfloat16"]
     bundle = exported(folder, "b", "bfloat16")
     for _ in range(2):
         twotower("build", folder / "programs", *start, *words)
