@@ -56,16 +56,10 @@ class Environments:
     def _make(self, extras: str, folder: Path) -> None:
         if parent := PARENTS.get(extras):
             _start_from(self.made(parent), folder)
-        words = [
-            str(ROOT / "tools" / "install.py"),
-            "--venv",
-            str(folder),
-            "--extras",
-            extras,
-            "--wheel",
-            str(self._wheel),
-        ]
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+        options = {"venv": folder, "extras": extras, "wheel": self._wheel}
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        command = [sys.executable, str(ROOT / "tools" / "install.py"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
     def run(self, extras: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -82,10 +76,9 @@ class Environments:
 
     def _run(self, extras: str, command: str, *words: str) -> subprocess.CompletedProcess[str]:
         folder = self.made(extras)
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         full = [str(_commands(folder) / command), *words]
         return subprocess.run(
-            full, cwd=folder, env=clean, capture_output=True, text=True, check=False
+            full, cwd=folder, env=_clean(), capture_output=True, text=True, check=False
         )
 
     def installed(self, extras: str) -> dict[str, Distribution]:
@@ -127,6 +120,10 @@ def _commands(folder: Path) -> Path:
     return folder / ("Scripts" if sys.platform == "win32" else "bin")
 
 
+def _clean() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+
+
 def _normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -137,9 +134,7 @@ def _start_from(parent: Path, folder: Path) -> None:
     imports = """import importlib.util
 for name in ('torch', 'onnx_ir', 'onnx'):
     if importlib.util.find_spec(name): __import__(name)"""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    subprocess.run(
-        [str(_commands(parent) / "python"), "-c", imports], env=clean, check=True
-    )  # compiled here, once
+    # Compiled here, once.
+    subprocess.run([str(_commands(parent) / "python"), "-c", imports], env=_clean(), check=True)
     ours = shutil.ignore_patterns("twotower", "twotower-*")
     shutil.copytree(site, folder / site.relative_to(parent), copy_function=os.link, ignore=ours)

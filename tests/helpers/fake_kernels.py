@@ -42,16 +42,9 @@ def write_kernels(folder: Path, shape: ExpertShape, sms: Sequence[int] = (90,)) 
             file = f"{spec.name}.sm{sm}.cubin"
             (folder / file).write_bytes(text)
             digest = hashlib.sha256(text).hexdigest()
-            sizes = {
-                "threads": 32 * spec.warps,
-                "shared": 64 << 10,
-                "registers": 128,
-                "stack": 0,
-                "nulls": 2,
-            }
-            cubins.append(
-                Cubin(spec.name, sm, file, spec.function, digest, spec.arguments, **sizes)
-            )
+            sizes = {"shared": 64 << 10, "registers": 128, "stack": 0, "nulls": 2}
+            about = (spec.name, sm, file, spec.function, digest, spec.arguments)
+            cubins.append(Cubin(*about, threads=32 * spec.warps, **sizes))
     manifest = Manifest(folder, shape, "3.9.0", True, MOST_TOKENS, tuple(cubins))
     (folder / MANIFEST).write_text(json.dumps(manifest.to_json()), encoding="utf-8")
     return manifest
@@ -128,9 +121,8 @@ class FakeKernels:
 
 def _spec(text: dict[str, Any]) -> tuple[ExpertShape, KernelSpec]:
     shape = ExpertShape.from_json(text["shape"])
-    return shape, next(
-        spec for spec in kernel_specs(shape, text["sm"]) if spec.name == text["kernel"]
-    )
+    specs = {spec.name: spec for spec in kernel_specs(shape, text["sm"])}
+    return shape, specs[text["kernel"]]
 
 
 def _values(spec: KernelSpec, table: int) -> dict[str, int]:
@@ -200,11 +192,8 @@ class _Run:
         return experts.reshape(self.count, self.shape.top)
 
     def write_lists(self, experts: np.ndarray) -> None:
-        order = np.argsort(
-            np.where(experts.reshape(-1) < 0, self.shape.experts, experts.reshape(-1)),
-            kind="stable",
-        )
-        self.array("order", experts.size)[:] = order
+        last = np.where(experts < 0, self.shape.experts, experts).reshape(-1)
+        self.array("order", experts.size)[:] = np.argsort(last, kind="stable")
         blocks = self.array("blocks", 3, self.values["BLOCKS"])
         blocks[0] = -1
         at = start = 0
@@ -249,14 +238,12 @@ class _Run:
         """`h` cut into the rows of pairs and those of the shared experts."""
         s, pairs = self.shape, self.count * self.shape.top
         whole = self.array("h", pairs * s.width + self.count * s.shared_intermediate)
-        return whole[: pairs * s.width].reshape(pairs, s.width), whole[pairs * s.width :].reshape(
-            -1, s.shared_width
-        )
+        routed, shared = np.split(whole, [pairs * s.width])
+        return routed.reshape(pairs, s.width), shared.reshape(-1, s.shared_width)
 
     def check_grid(self, columns: int) -> None:
-        blocks = self.values["BLOCKS"] + self.shape.shared * -(
-            -self.count // self.spec.constants["BM"]
-        )
+        rows = -(-self.count // self.spec.constants["BM"])
+        blocks = self.values["BLOCKS"] + self.shape.shared * rows
         assert self.grid == (-(-columns // self.spec.constants["BN"]), blocks)
 
     def _up(self) -> None:
@@ -270,13 +257,11 @@ class _Run:
     def _down(self) -> None:
         self.check_grid(self.shape.hidden)
         share_of = self.array("share_of", self.count, self.shape.top)
-        made = down_twin(
-            self.shape, self.hidden(), (self.experts(), share_of), self.weights("down")
-        )
+        routing = (self.experts(), share_of)
+        made = down_twin(self.shape, self.hidden(), routing, self.weights("down"))
         used = np.concatenate([share_of.reshape(-1) != 0, np.ones(len(made) - share_of.size, bool)])
-        self.array("y", *made.shape)[used] = made[
-            used
-        ]  # a row of a slot that is not used keeps what was there
+        # A row of a slot that is not used keeps what was there.
+        self.array("y", *made.shape)[used] = made[used]
 
     def _combine(self) -> None:
         share_of = self.array("share_of", self.count, self.shape.top)

@@ -96,15 +96,8 @@ def domain(bad: bool) -> onnx.ModelProto:
 def function(bad: bool) -> onnx.ModelProto:
     made = one("Sigmoid")
     if bad:
-        body = helper.make_function(
-            "local",
-            "Same",
-            ["a"],
-            ["b"],
-            [node("Sigmoid", ["a"], ["b"])],
-            [helper.make_opsetid("", OPSET)],
-        )
-        made.functions.append(body)
+        nodes, opsets = [node("Sigmoid", ["a"], ["b"])], [helper.make_opsetid("", OPSET)]
+        made.functions.append(helper.make_function("local", "Same", ["a"], ["b"], nodes, opsets))
     return made
 
 
@@ -115,11 +108,9 @@ def cumsum(bad: bool) -> onnx.ModelProto:
 
 
 def data_dependent(bad: bool) -> onnx.ModelProto:
-    return (
-        one("NonZero", out=T.INT64, out_shape=[2, "n"])
-        if bad
-        else one("Cast", out=T.INT64, to=T.INT64)
-    )
+    if bad:
+        return one("NonZero", out=T.INT64, out_shape=[2, "n"])
+    return one("Cast", out=T.INT64, to=T.INT64)
 
 
 def loop(bad: bool) -> onnx.ModelProto:
@@ -382,27 +373,14 @@ def twice_scaled() -> onnx.ModelProto:
 
 def activations_in_four_bits() -> onnx.ModelProto:
     """NVFP4 activations: their scales are computed, which no standard operator says."""
+    how = {"domain": "trt", "axis": -1, "block_size": 16, "scale_type": 17}
     nodes = [
-        node(
-            "TRT_FP4DynamicQuantize",
-            ["x", "g"],
-            ["q", "b"],
-            domain="trt",
-            axis=-1,
-            block_size=16,
-            scale_type=17,
-        ),
+        node("TRT_FP4DynamicQuantize", ["x", "g"], ["q", "b"], **how),
         node("DequantizeLinear", ["b", "g"], ["s"]),
         node("DequantizeLinear", ["q", "s"], ["y"], axis=-1, block_size=16),
     ]
-    given, made = value("x", T.FLOAT16, [4, 64]), value("y", T.FLOAT16, [4, 64])
-    return model(
-        nodes,
-        [given],
-        [made],
-        weights=[helper.make_tensor("g", T.FLOAT16, [], [0.5])],
-        domains=["trt"],
-    )
+    weights = [helper.make_tensor("g", T.FLOAT16, [], [0.5])]
+    return model(nodes, "x:FLOAT16[4,64]", "y:FLOAT16[4,64]", weights=weights, domains=["trt"])
 
 
 def turned_between() -> onnx.ModelProto:

@@ -56,15 +56,10 @@ class GraphRunner:
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The context graph on tokens [B,L]; the new state under its input names, and `hidden`."""
         tokens, past = np.asarray(tokens, np.int64), np.asarray(past, np.int64)
-        lengths = (
-            np.full(len(tokens), tokens.shape[1])
-            if lengths is None
-            else np.asarray(lengths, np.int64)
-        )
+        lengths = np.asarray([tokens.shape[1]] * len(tokens) if lengths is None else lengths)
         out = self("context", tokens=tokens, chunk_length=lengths, past_length=past, **state)
-        return {
-            s.past.name: out[s.present.name] for s in state_tensors(self.config, "float32")
-        }, out["hidden"]
+        pairs = state_tensors(self.config, "float32")
+        return {s.past.name: out[s.present.name] for s in pairs}, out["hidden"]
 
 
 def graph_with_weight_inputs(

@@ -16,18 +16,8 @@ PASSES: tuple[tuple[int, int, list[int], list[float], list[int]], ...] = (
     (1, 1, [14, 15, 2, 2], [0.96, 0.93, 0.8, 0.92], [1, 3]),
     (1, 2, [14, 15, 2, 2], [0.96, 0.93, 0.98, 0.9], [2]),
 )
-PIECES = {
-    1: "<s>",
-    2: "</s>",
-    MASK: "<mask>",
-    10: "one",
-    11: " ",
-    12: "two",
-    13: "\n",
-    14: "three",
-    15: "!",
-    20: "guess",
-}
+PIECES = {1: "<s>", 2: "</s>", MASK: "<mask>", 20: "guess"}
+PIECES |= dict(enumerate(("one", " ", "two", "\n", "three", "!"), 10))
 
 
 def small_trace(
@@ -54,14 +44,9 @@ def small_trace(
                 denoise_ms=5.0,
             )
         )
-    usage: dict[str, Any] = {
-        "prompt_tokens": 2,
-        "completion_tokens": 6,
-        "nfe": 6,
-        "blocks": 2,
-        "steps_per_block": 3.0,
-        "tokens_per_nfe": 1.0,
-    }
+    usage: dict[str, Any] = {"prompt_tokens": 2, "completion_tokens": 6, "nfe": 6, "blocks": 2}
+    usage |= {"steps_per_block": 3.0, "tokens_per_nfe": 1.0}
+    options = {"confidence_threshold": 0.9, "steps_per_block": 4, "temperature": 0.0, "seed": 0}
     names = {
         str(t): str(t) if text is None else (pieces or {}).get(t, piece)
         for t, piece in PIECES.items()
@@ -73,12 +58,7 @@ def small_trace(
             target="ort-cpu",
             prompt=prompt,
             prompt_tokens=[1, 10],
-            config={
-                "confidence_threshold": 0.9,
-                "steps_per_block": 4,
-                "temperature": 0.0,
-                "seed": 0,
-            },
+            config=options,
             block_size=4,
             mask_token_id=MASK,
             pieces=names,
