@@ -56,7 +56,7 @@ def computed(layer: Layer, x: Array, shares: Array) -> Array:
 def check(shape: ExpertShape, count: int, kind: str = "uniform", seed: int = 0) -> None:
     """A random layer of this shape on so many tokens, routed in this way."""
     layer, dtype = random_layer(shape, seed), shape.dtype
-    x, shares = tokens(shape, count, seed), routing(shape, count, kind, seed)
+    x, shares = tokens(shape, count, seed + 1), routing(shape, count, kind, seed + 2)
     got = to_float32(computed(layer, x, shares), dtype)
     assert apart(got, exact(layer, x, shares)) < TO_FLOAT64[dtype]
     twin = to_float32(experts_twin(shape, x, shares, layer.stored), dtype)
