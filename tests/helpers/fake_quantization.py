@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 
-from twotower.config import ModelConfig, read_model_config
+from twotower.config import read_model_config
 from twotower.model import ContextTower, DenoiserTower
 from twotower.model.loading import load_context_tower, load_denoiser_tower
 
@@ -146,24 +146,25 @@ def quantized_towers(
         for name, module in list(tower.named_modules()):
             weight = stack_of(_HEADS.get(f"{prefix}.{name}", f"{prefix}.{name}") + ".weight")
             even = prefix == "denoiser_tower" or ".experts." in weight
-            if isinstance(module, nn.Linear):
-                block = (
-                    _block(formats.get(weight), module.in_features, even_rows=even) if blocks else 0
-                )
-                _rounds_input(module, weight, _Rounding(activations.get(weight), block))
+
+            def rounding(weight: str, columns: int, even: bool = even) -> _Rounding:
+                how, group = formats.get(weight, ("", 0))
+                in_blocks = blocks and how in ("int4", "int8")
+                block = block_of(columns, group, even_rows=even) if in_blocks else 0
+                return _Rounding(activations.get(weight), block)
+
+            if isinstance(module, nn.Linear) and not weight.endswith("in_proj.weight"):
+                _rounds_input(module, rounding(weight, module.in_features))
             split = f"{prefix}.{name}.in_proj.weight"
             if name.endswith("mixer") and split in formats:
-                block = _block(formats[split], config.hidden_size, even_rows=even) if blocks else 0
-                _split_in_projection(
-                    module, formats[split], _Rounding(activations.get(split), block), config
+                how, group = formats[split]
+                exact = module.in_proj.weight.detach()
+                few, rounded = (
+                    fake_quantize(exact, how, group=group),
+                    rounding(split, exact.shape[1]),
                 )
+                module.in_proj = _InProjection(exact, few, config.mamba_num_heads, rounded)
     return towers
-
-
-def _block(how: tuple[str, int] | None, columns: int, *, even_rows: bool) -> int:
-    if how is None or how[0] not in ("int4", "int8"):
-        return 0
-    return block_of(columns, how[1], even_rows=even_rows)
 
 
 _HEADS = {"context_tower.lm_head": "context_lm_head", "denoiser_tower.lm_head": "lm_head"}
@@ -181,17 +182,8 @@ class _Rounding:
         return in_blocks(x, self.block) if self.block else x
 
 
-def _split_in_projection(
-    module: Any, how: tuple[str, int], rounding: _Rounding, config: ModelConfig
-) -> None:
-    exact = module.in_proj.weight.detach()
-    few = fake_quantize(exact, how[0], group=how[1])
-    module.in_proj = _InProjection(exact, few, config.mamba_num_heads, rounding)
-
-
-def _rounds_input(module: nn.Module, weight: str, rounding: _Rounding) -> None:
-    if not weight.endswith("in_proj.weight"):
-        module.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]),))
+def _rounds_input(module: nn.Module, rounding: _Rounding) -> None:
+    module.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]),))
 
 
 def stack_of(name: str) -> str:
