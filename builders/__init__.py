@@ -8,7 +8,7 @@ from twotower.builders.base import BuildConfig, EngineBuilder
 from twotower.builders.build import build_engines
 from twotower.errors import BuildError
 from twotower.extras import TARGET_EXTRA, install_command
-from twotower.tensorrt_library import Flavour, load_tensorrt, load_tensorrt_rtx
+from twotower.tensorrt_library import Variant, load_tensorrt, load_tensorrt_rtx
 
 __all__ = ["BUILDERS", "BuildConfig", "EngineBuilder", "build_engines", "builder_for"]
 
@@ -25,7 +25,7 @@ def _ort_cuda() -> EngineBuilder:
     return make_cuda_builder()
 
 
-def _tensorrt(load: Callable[[], Flavour]) -> EngineBuilder:
+def _tensorrt(load: Callable[[], Variant]) -> EngineBuilder:
     library = load()  # what is missing is the library, not the builder
     from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
 

@@ -120,7 +120,7 @@ def built(config: ModelConfig, model: onnx.ModelProto, sm: int) -> Program:
     shapes = profiles(DENOISER, max_batch=ROWS, block_size=SIZES["S"])
     options = NetworkOptions(inputs=inputs, profiles=shapes, sms=(sm,), dtype=DTYPE)
     graph = (model.SerializeToString(), Path("."))
-    plan, _ = build_network(builder.flavour, graph, options, log=BuildLog(), tick=lambda *_: True)
+    plan, _ = build_network(builder.variant, graph, options, log=BuildLog(), tick=lambda *_: True)
     (program,) = read_programs(plan, profiles=1)
     return program
 

@@ -43,7 +43,7 @@ from twotower.bundle import (
 from twotower.hardware import Machine, untried
 from twotower.kernels.compile import compile_kernels
 from twotower.kernels.tilings import BUILDABLE_SMS
-from twotower.tensorrt_library import Flavour
+from twotower.tensorrt_library import Variant
 from twotower.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -61,13 +61,13 @@ class TensorRTPlan:
         bundle: Bundle,
         config: BuildConfig,
         *,
-        flavour: Flavour,
+        variant: Variant,
         compiler: Compile | None,
         machine: Machine,
         asked: str,
     ) -> None:
         self._bundle, self._asked_for, self._asked = bundle, config, asked
-        self._flavour, self._compiler, self._machine = flavour, compiler, machine
+        self._variant, self._compiler, self._machine = variant, compiler, machine
         self._graphs = BundleGraphs(bundle)
 
     @cached_property
@@ -100,13 +100,13 @@ class TensorRTPlan:
         """Engines in running order, equal programs sharing a file; may raise BuildError."""
         limits, chosen = self.limits, self._capabilities(self.config)
         gpu = None
-        if self._machine.gpus and (chosen.current or not self._flavour.sms):
+        if self._machine.gpus and (chosen.current or not self._variant.sms):
             first = self._machine.gpus[0]  # a library builds for the driver's first
             gpu = {"name": first.name, "sm": first.sm, "driver": self._machine.driver}
         planner = EnginePlanner(
             self._graphs,
             self.config,
-            flavour=self._flavour,
+            variant=self._variant,
             limits=limits,
             chosen=chosen,
             gpu=gpu,
@@ -157,7 +157,7 @@ class TensorRTPlan:
             return False
         facts = report.get("engines", {})
         keys = {file: about.get("key") for file, about in facts.items()}
-        return not self._flavour.sms or all(
+        return not self._variant.sms or all(
             keys.get(plan.engine.file) == plan.key for plan in self.engines
         )
 
@@ -211,7 +211,7 @@ class TensorRTPlan:
         started = time.perf_counter()
         if self._cache is not None:
             self._cache.prepare()
-        if self._machine.rtx_any_sm and self._flavour.sms:
+        if self._machine.rtx_any_sm and self._variant.sms:
             gpus = [gpu.sm for gpu in self._machine.gpus]
             logger.warning("%s", untried(self._machine.rtx_any_sm, gpus))
         self._require_memory()
@@ -226,8 +226,8 @@ class TensorRTPlan:
         files, facts = self._made(folder, report)
         bundle = self._bundle
         return EngineRecord(
-            target=self._flavour.target,
-            library=self._flavour.library,
+            target=self._variant.target,
+            library=self._variant.library,
             dtype=bundle.dtype,
             graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
             weights={name: GRAPH_FILES[name] + DATA_SUFFIX for name in GRAPH_FILES},
@@ -259,7 +259,7 @@ class TensorRTPlan:
             file = plan.engine.file
             files[file], made = maker.make(plan)
             if not self.config.allow_expanded:
-                require_fused(plan.engine, made, readable=bool(self._flavour.sms))
+                require_fused(plan.engine, made, readable=bool(self._variant.sms))
             facts[file] = {
                 **made,
                 "weights": plan.places.to_json(),
@@ -288,12 +288,12 @@ class TensorRTPlan:
             require_compiler()
 
     def _capabilities(self, config: BuildConfig) -> Capabilities:
-        return chosen_capabilities(self._flavour, self._bundle, config, self._machine)
+        return chosen_capabilities(self._variant, self._bundle, config, self._machine)
 
     def _kernel_sms(self, config: BuildConfig) -> tuple[int, ...]:
         """Engines tried on a GPU they hold no code for still need kernels that have it."""
         sms = self._capabilities(config).sms or BUILDABLE_SMS
-        if not (self._flavour.sms and self._machine.rtx_any_sm):
+        if not (self._variant.sms and self._machine.rtx_any_sm):
             return sms
         here = {gpu.sm for gpu in self._machine.gpus}.intersection(BUILDABLE_SMS)
         return tuple(sorted({*sms, *here}))

@@ -10,7 +10,7 @@ from twotower.checkpoint.layout import Role
 from twotower.config.formats import WeightFormat
 from twotower.errors import BuildError
 from twotower.hardware import Machine
-from twotower.tensorrt_library import Flavour
+from twotower.tensorrt_library import Variant
 
 DEFAULT_SMS = (86, 89, 120)
 """Without a GPU to ask: GeForce RTX 30, 40 and 50, and professional cards of their generations."""
@@ -39,33 +39,33 @@ class Capabilities:
 
 
 def chosen_capabilities(
-    flavour: Flavour, bundle: Bundle, config: BuildConfig, machine: Machine
+    variant: Variant, bundle: Bundle, config: BuildConfig, machine: Machine
 ) -> Capabilities:
     """What a library builds for; BuildError if unsupported or without a GPU."""
     present = tuple(dict.fromkeys(gpu.sm for gpu in machine.gpus))
-    if not flavour.sms:
-        return Capabilities(_at_hand(flavour, config, present))
+    if not variant.sms:
+        return Capabilities(_at_hand(variant, config, present))
     formats = _formats_of_programs(bundle, config)
     first = max((f.first_sm for f in formats), default=0)
     if machine.rtx_any_sm and not config.sms:
         current = machine.rtx_any_sm == "current"
-        sms = _at_hand(flavour, config, present) if current else ()
+        sms = _at_hand(variant, config, present) if current else ()
         _require_formats(bundle, sms, formats)
         return Capabilities(sms, current=current)
-    listed = tuple(sm for sm in sorted(present) if sm in flavour.sms)
+    listed = tuple(sm for sm in sorted(present) if sm in variant.sms)
     usual = tuple(sm for sm in DEFAULT_SMS if sm >= first)
     chosen = tuple(sorted(set(config.sms))) or listed or usual
-    unknown = [sm for sm in chosen if sm not in flavour.sms]
+    unknown = [sm for sm in chosen if sm not in variant.sms]
     if unknown:
         raise BuildError(
-            f"{_name(flavour)} does not build for SM {', '.join(map(str, unknown))}",
-            found=f"supported: {', '.join(map(str, flavour.sms))}",
+            f"{_name(variant)} does not build for SM {', '.join(map(str, unknown))}",
+            found=f"supported: {', '.join(map(str, variant.sms))}",
             do="choose others with --sm; for Hopper and data-centre Blackwell use `--target trt` "
             "or `--target ort-cuda`",
         )
     _require_formats(bundle, chosen, formats)
     if HALF_ONLY_SM in chosen and bundle.dtype != "float16":
-        others = ", ".join(str(sm) for sm in flavour.sms if sm != HALF_ONLY_SM)
+        others = ", ".join(str(sm) for sm in variant.sms if sm != HALF_ONLY_SM)
         raise BuildError(
             f"SM {HALF_ONLY_SM} has no products in {bundle.dtype}",
             found=f"supported in {bundle.dtype}: {others}",
@@ -74,11 +74,11 @@ def chosen_capabilities(
     return Capabilities(chosen, named=chosen)
 
 
-def _at_hand(flavour: Flavour, config: BuildConfig, present: tuple[int, ...]) -> tuple[int, ...]:
+def _at_hand(variant: Variant, config: BuildConfig, present: tuple[int, ...]) -> tuple[int, ...]:
     """The first GPU's capability, for a library that builds for it."""
     if config.sms or not present:
         raise BuildError(
-            f"{_name(flavour)} builds for the GPU at hand only",
+            f"{_name(variant)} builds for the GPU at hand only",
             found="--sm was given" if config.sms else "there is no NVIDIA GPU here",
             do="build on the machine that will run it, or use `--target rtx`, which builds "
             "ahead of time for RTX GPUs",
@@ -109,5 +109,5 @@ def _require_formats(
         )
 
 
-def _name(flavour: Flavour) -> str:
-    return f"{flavour.module.__name__} {flavour.version}"
+def _name(variant: Variant) -> str:
+    return f"{variant.module.__name__} {variant.version}"

@@ -38,7 +38,7 @@ def main(job_file: str) -> int:
     try:
         graph = (Path(job["graph"]).read_bytes(), Path(job["beside"]))
         plan, facts = build_network(
-            builder.flavour, graph, options_from_job(job), log=log, tick=_tick
+            builder.variant, graph, options_from_job(job), log=log, tick=_tick
         )
         _write(Path(job["output"]), plan)
     except TwoTowerError as e:
@@ -50,7 +50,7 @@ def main(job_file: str) -> int:
     _say({"done": facts})
     # The engine is written and reported: whatever the inspector does now cannot lose it.
     profiles = len(job["profiles"])
-    _say({"inspected": inspect_plan(builder.flavour, plan, probe_machine(), profiles=profiles)})
+    _say({"inspected": inspect_plan(builder.variant, plan, probe_machine(), profiles=profiles)})
     return 0
 
 

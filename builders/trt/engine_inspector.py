@@ -19,12 +19,12 @@ from twotower.bundle import EngineFile, EngineRecord
 from twotower.config.formats import FUSED_STACKS
 from twotower.errors import BuildError
 from twotower.hardware import Machine
-from twotower.tensorrt_library import Flavour
+from twotower.tensorrt_library import Variant
 from twotower.units import format_bytes
 
 
 def inspect_plan(
-    flavour: Flavour, plan: Any, machine: Machine, *, profiles: int | None = None
+    variant: Variant, plan: Any, machine: Machine, *, profiles: int | None = None
 ) -> dict[str, Any]:
     """What a serialized engine runs, or under `why_not` the reason that is not known.
 
@@ -33,12 +33,12 @@ def inspect_plan(
 
     The report is worth having and not worth an engine: nothing that is found here fails a build.
     """
-    if flavour.target == "rtx":
+    if variant.target == "rtx":
         try:
             return summarize_programs(read_programs(plan, profiles=profiles))
         except ProgramTextError as e:
             return {"why_not": f"{e.what}: {e.found}"}
-    trt = flavour.module
+    trt = variant.module
     if not machine.gpus:
         return {"why_not": "no GPU: the inspector reads an engine that was loaded on one"}
     if machine.gpus[0].memory < 2 * plan.nbytes:

@@ -30,7 +30,7 @@ from twotower.graph_lint import require_clean
 from twotower.graph_lint.view import GraphView
 from twotower.records import encode
 from twotower.spec import CONTEXT_HEAD
-from twotower.tensorrt_library import Flavour
+from twotower.tensorrt_library import Variant
 
 _KEY_SCHEMA = 2
 
@@ -85,13 +85,13 @@ class EnginePlanner:
         graphs: BundleGraphs,
         config: BuildConfig,
         *,
-        flavour: Flavour,
+        variant: Variant,
         limits: EngineLimits,
         chosen: Capabilities,
         gpu: Mapping[str, Any] | None,
     ) -> None:
         self._graphs, self._bundle, self._config = graphs, graphs.bundle, config
-        self._flavour, self._limits, self._chosen, self._gpu = flavour, limits, chosen, gpu
+        self._variant, self._limits, self._chosen, self._gpu = variant, limits, chosen, gpu
         self._sizes = {"T": limits.capacity, "S": self._bundle.trained_block_size}
         self._files: dict[tuple[str, str], str] = {}
 
@@ -181,7 +181,7 @@ class EnginePlanner:
             names=names,
         )
         job, data = self._job(engine), model.SerializeToString()
-        library = self._flavour.library
+        library = self._variant.library
         key = engine_key(job, data, holds=holds, library=library, gpu=self._gpu)
         numbered = f"{graph}.{sum(known == graph for known, _ in self._files)}.engine"
         file = self._files.setdefault((graph, key), file or numbered)
@@ -199,8 +199,8 @@ class EnginePlanner:
         )
 
     def _job(self, engine: EngineFile) -> dict[str, Any]:
-        target, timings = self._flavour.target, None
-        if not self._flavour.sms:
+        target, timings = self._variant.target, None
+        if not self._variant.sms:
             timings = str(self._bundle.path / "engines" / f".{target}.timing")
         described = encode(engine)
         inputs = [[engine.own(name), dtype, axes] for name, dtype, axes in described["inputs"]]

@@ -14,7 +14,7 @@ from twotower.bundle import Profile
 from twotower.errors import BuildError
 from twotower.files import write_atomically
 from twotower.spec import TensorSpec
-from twotower.tensorrt_library import Flavour
+from twotower.tensorrt_library import Variant
 
 SETTINGS: dict[str, Any] = {
     "cleared_flags": ["TF32"],  # float32 means float32
@@ -114,7 +114,7 @@ def make_logger(trt: Any, log: BuildLog) -> Any:
 
 
 def build_network(
-    flavour: Flavour,
+    variant: Variant,
     graph: tuple[bytes, Path],
     options: NetworkOptions,
     *,
@@ -124,7 +124,7 @@ def build_network(
     """Builds one engine.
 
     Args:
-        flavour: The library.
+        variant: The library.
         graph: The serialized model, and a file in the folder its weights lie in.
         options: What to build for.
         log: Gets the library's warnings and errors.
@@ -134,7 +134,7 @@ def build_network(
         The library's buffer with the serialized engine, and a report: operators by layer type and
         by type of output.
     """
-    trt = flavour.module
+    trt = variant.module
     sink = make_logger(trt, log)
     builder = trt.Builder(sink)
     network = builder.create_network(0)
@@ -158,7 +158,7 @@ def build_network(
                 layer.attention.decomposable = True
     parsed = time.perf_counter()
     facts = _counted(network)
-    config = _configured(flavour, builder, options, tick=tick)
+    config = _configured(variant, builder, options, tick=tick)
     begun = time.perf_counter()
     plan = builder.build_serialized_network(network, config)
     facts["parse_seconds"] = round(parsed - started, 3)
@@ -166,7 +166,7 @@ def build_network(
     if plan is None:
         unknown = "it gives no reason (a cancelled build gives none either)"
         raise BuildError(
-            f"{trt.__name__} {flavour.version} cannot build this graph",
+            f"{trt.__name__} {variant.version} cannot build this graph",
             found="; ".join(log.errors()[-3:]) or unknown,
             do=_NEXT,
         )
@@ -204,13 +204,13 @@ def _check_inputs(log: BuildLog) -> None:
 
 
 def _configured(
-    flavour: Flavour,
+    variant: Variant,
     builder: Any,
     options: NetworkOptions,
     *,
     tick: Callable[[str, int, int], bool],
 ) -> Any:
-    trt = flavour.module
+    trt = variant.module
     config = builder.create_builder_config()
     for flag in SETTINGS["cleared_flags"]:
         config.clear_flag(getattr(trt.BuilderFlag, flag))
@@ -221,7 +221,7 @@ def _configured(
     config.profiling_verbosity = getattr(trt.ProfilingVerbosity, SETTINGS["profiling_verbosity"])
     for profile in options.profiles:
         _add_profile(builder, config, options.inputs, profile)
-    _set_capabilities(flavour, config, options)
+    _set_capabilities(variant, config, options)
     if options.timing_cache is not None:
         # The measurements of earlier builds, or none where the library does not take those.
         known = [options.timing_cache.read_bytes()] if options.timing_cache.is_file() else []
@@ -233,9 +233,9 @@ def _configured(
     return config
 
 
-def _set_capabilities(flavour: Flavour, config: Any, options: NetworkOptions) -> None:
+def _set_capabilities(variant: Variant, config: Any, options: NetworkOptions) -> None:
     """Tells the library which GPUs to build for; the default is the one at hand or its own set."""
-    trt = flavour.module
+    trt = variant.module
     names = ["CURRENT"] if options.current else [f"SM{sm}" for sm in options.sms]
     if names:  # the count first: a slot does not exist before
         config.num_compute_capabilities = len(names)
@@ -246,7 +246,7 @@ def _set_capabilities(flavour: Flavour, config: Any, options: NetworkOptions) ->
                 what, do = "the GPU at hand", f"{do}, or TWOTOWER_RTX_ANY_SM=default"
             raise BuildError(
                 f"{trt.__name__} does not build for {what}",
-                found=f"it lists {', '.join(map(str, flavour.sms))}",
+                found=f"it lists {', '.join(map(str, variant.sms))}",
                 do=do,
             )
 

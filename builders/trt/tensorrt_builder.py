@@ -11,7 +11,7 @@ from twotower.builders.base import BuildConfig, BuildPlan
 from twotower.builders.cache import kernel_source, planning_source
 from twotower.bundle import GRAPH_FILES, Bundle
 from twotower.hardware import Machine, probe_machine
-from twotower.tensorrt_library import Flavour
+from twotower.tensorrt_library import Variant
 
 if TYPE_CHECKING:
     from twotower.builders.expert_kernels import Compile
@@ -22,11 +22,11 @@ _WITHOUT_EFFECT = ("force", "use_cache", "cache", "cache_bytes")
 class TensorRTBuilder:
     """Builds targets `rtx` and `trt`; expert kernels are compiled by Triton by default."""
 
-    def __init__(self, flavour: Flavour, compiler: Compile | None = None) -> None:
-        self.flavour, self._compiler = flavour, compiler
+    def __init__(self, variant: Variant, compiler: Compile | None = None) -> None:
+        self.variant, self._compiler = variant, compiler
 
     def library(self) -> dict[str, str]:
-        return self.flavour.library
+        return self.variant.library
 
     def asked(self, bundle: Bundle, config: BuildConfig) -> str:
         """SHA-256 of all that decides a build: the same again makes the same engines."""
@@ -41,7 +41,7 @@ class TensorRTBuilder:
         return TensorRTPlan(
             bundle,
             config,
-            flavour=self.flavour,
+            variant=self.variant,
             compiler=self._compiler,
             machine=machine,
             asked=self._asked(bundle, config, machine),
@@ -54,7 +54,7 @@ class TensorRTBuilder:
             "graphs": {name: bundle.program_identity(name) for name in GRAPH_FILES},
             "model": repr(bundle.config),
             "block": bundle.trained_block_size,
-            "library": self.flavour.library,
+            "library": self.variant.library,
             "gpus": [[gpu.name, gpu.sm] for gpu in machine.gpus],
             "any_sm": machine.rtx_any_sm,
             "source": planning_source(),

@@ -37,12 +37,12 @@ from twotower.runtime.engines.towers import OpenOptions, Towers
 from twotower.runtime.engines.trt_plan import Bound, Plan, PlanLoader
 from twotower.runtime.schedule import row_counts
 from twotower.spec import MAX_CHUNK, TowerSignature, signatures
-from twotower.tensorrt_library import Flavour
+from twotower.tensorrt_library import Variant
 
 logger = logging.getLogger(__name__)
 
 
-def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: OpenOptions) -> Towers:
+def open_tensorrt(bundle: Bundle, variant: Variant, cuda: Cuda, options: OpenOptions) -> Towers:
     """Opens the three graphs of a bundle on TensorRT.
 
     Raises:
@@ -51,7 +51,7 @@ def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: OpenOpt
         ConfigError: a device that is not there was asked for.
     """
     record = read_engine_record(
-        bundle, flavour.target, library=flavour.library, progress=options.progress
+        bundle, variant.target, library=variant.library, progress=options.progress
     )
     limits = record.limits
     assert limits is not None, "TensorRT engines have limits"
@@ -72,7 +72,7 @@ def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: OpenOpt
         queues = opening.queues(undo)
         in_place = {t.present.name: t.past.name for t in opening.state if t.in_place}
         sms = {number: gpu.sm for number, gpu in enumerate(options.gpus)}
-        loader = PlanLoader(flavour, cuda, in_place, sms)
+        loader = PlanLoader(variant, cuda, in_place, sms)
         steps, scratch = dict[str, list[Plan | ExpertsStep]](), dict[int, int]()
         for name, places in opening.placed.items():
             steps[name] = load_steps(bundle, record, name, devices=places, loader=loader)
@@ -98,7 +98,7 @@ def open_tensorrt(bundle: Bundle, flavour: Flavour, cuda: Cuda, options: OpenOpt
             shared,
             queues,
             row_counts=rows,
-            compiles=flavour.runtime_cache,
+            compiles=variant.runtime_cache,
             keep=loader.keep_kernels,
             fixed_block=bundle.trained_block_size,
         )

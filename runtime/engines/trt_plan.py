@@ -19,7 +19,7 @@ from twotower.errors import DeviceError, EngineMismatchError
 from twotower.files import write_atomically
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.cuda.device_memory import DeviceMemory
-from twotower.tensorrt_library import Flavour
+from twotower.tensorrt_library import Variant
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Execution:
     def may_be_captured(self, stream: int) -> bool:
         """What the library says, if it can be asked; a refusal is logged once an engine."""
         loader, file = self._loader, self.plan.part.file
-        if not loader.flavour.capturable:
+        if not loader.variant.capturable:
             return True
         loader.drain()
         if self.context.is_stream_capturable(stream):
@@ -144,17 +144,17 @@ class PlanLoader:
 
     def __init__(
         self,
-        flavour: Flavour,
+        variant: Variant,
         cuda: Cuda,
         in_place: Mapping[str, str],
         sms: Mapping[int, int] | None = None,
     ) -> None:
-        self.flavour, self.cuda = flavour, cuda
+        self.variant, self.cuda = variant, cuda
         self.uncapturable: set[str] = set()  # engines whose refusal was logged
         self._in_place = in_place
         self._sms = sms or {}
-        self._log = library_log(flavour.module)
-        self._runtime = flavour.module.Runtime(self._log.logger)
+        self._log = library_log(variant.module)
+        self._runtime = variant.module.Runtime(self._log.logger)
         # Engines of which contexts were made since their kernels were saved, by identity.
         self._unsaved: dict[int, Plan] = {}
 
@@ -172,7 +172,7 @@ class PlanLoader:
             engine = self._runtime.deserialize_cuda_engine(mapped)
         if engine is None:
             raise EngineMismatchError(
-                f"{self.flavour.module.__name__} {self.flavour.version} cannot load {file}",
+                f"{self.variant.module.__name__} {self.variant.version} cannot load {file}",
                 found=self.drain()
                 or "it gives no reason; the engine may be for another GPU or damaged",
                 do="build it again on or for this machine with "
@@ -180,7 +180,7 @@ class PlanLoader:
             )
         self._check(engine, part, file)
         cache, cache_file, config = None, None, None
-        if self.flavour.runtime_cache:
+        if self.variant.runtime_cache:
             cache_file = self._cache_file(file, device)
             config = engine.create_runtime_config()
             cache = config.create_runtime_cache()
@@ -201,7 +201,7 @@ class PlanLoader:
     def _cache_file(self, file: Path, device: int) -> Path:
         """Where an engine's kernels are kept: those of another library or GPU lie beside them."""
         sm = f"-sm{self._sms[device]}" if device in self._sms else ""
-        return file.with_name(f".{file.name}.{self.flavour.version}{sm}.kernels")
+        return file.with_name(f".{file.name}.{self.variant.version}{sm}.kernels")
 
     def context(self, plan: Plan, *, specialised: bool) -> Execution:
         """An execution context without activation memory of its own.
@@ -209,7 +209,7 @@ class PlanLoader:
         `specialised` compiles kernels for its one shape in the first run, and not behind the first
         runs, which a captured graph would freeze.
         """
-        trt = self.flavour.module
+        trt = self.variant.module
         config = plan.engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(
             trt.ExecutionContextAllocationStrategy.USER_MANAGED

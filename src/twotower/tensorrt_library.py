@@ -12,11 +12,11 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Flavour:
+class Variant:
     """An imported TensorRT library.
 
     Attributes:
-        module: `tensorrt` or `tensorrt_rtx`; whoever takes a flavour imports neither.
+        module: `tensorrt` or `tensorrt_rtx`; whoever takes a variant imports neither.
         target: `trt` or `rtx`.
         version: The library's version.
         sms: Compute capabilities engines can be built for ahead of time, without a GPU, e.g. 86;
@@ -38,11 +38,11 @@ class Flavour:
         return {"name": self.module.__name__, "version": self.version}
 
 
-def flavour_from_module(module: Any) -> Flavour:
+def variant_from_module(module: Any) -> Variant:
     """Probes an imported library for what it can do."""
     capability = getattr(module, "ComputeCapability", None)
     names = [n for n in dir(capability) if n.startswith("SM") and n[2:].isdigit()]
-    return Flavour(
+    return Variant(
         module=module,
         target="rtx" if capability is not None else "trt",
         version=str(module.__version__),
@@ -52,21 +52,21 @@ def flavour_from_module(module: Any) -> Flavour:
     )
 
 
-def load_tensorrt() -> Flavour:
+def load_tensorrt() -> Variant:
     """TensorRT: engines for the GPU at hand.
 
     ImportError if its bindings are not installed, OSError if they are and the library is not.
     """
     import tensorrt
 
-    return flavour_from_module(tensorrt)
+    return variant_from_module(tensorrt)
 
 
-def load_tensorrt_rtx() -> Flavour:
+def load_tensorrt_rtx() -> Variant:
     """TensorRT for RTX: engines for named compute capabilities, built on any machine.
 
     ImportError if its bindings are not installed, OSError if they are and the library is not.
     """
     import tensorrt_rtx
 
-    return flavour_from_module(tensorrt_rtx)
+    return variant_from_module(tensorrt_rtx)

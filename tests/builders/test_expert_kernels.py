@@ -47,7 +47,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
     """Of the target rtx; the command `twotower build` has the same."""
     monkeypatch.setattr(make_engine, "run_job", fake_job)
     made = FakeBuilder(FakeTensorRT(FakeCuda()))
-    made.flavour = replace(made.flavour, sms=(75, 80, 86, 89, 120))
+    made.variant = replace(made.variant, sms=(75, 80, 86, 89, 120))
     monkeypatch.setitem(builders.BUILDERS, "rtx", lambda: made)
     return made
 
@@ -221,7 +221,7 @@ def test_a_missing_compiler_is_an_error_and_not_a_slow_engine(
 ) -> None:
     """Engines with kernels that are there are kept all the same: they need no compiler."""
     config = replace(CONFIG, experts=experts)
-    plain = TensorRTBuilder(builder.flavour)
+    plain = TensorRTBuilder(builder.variant)
     monkeypatch.setattr("twotower.extras.find_spec", lambda name: None)
     plan = plain.plan(bundle, config)
     said: Any = {"found": "not installed: triton", "do": ("twotower[kernels]", "--experts dense")}

@@ -23,7 +23,7 @@ from twotower.hardware import Machine
 from twotower.runtime import engines
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.trt_engine import open_tensorrt
-from twotower.tensorrt_library import flavour_from_module
+from twotower.tensorrt_library import variant_from_module
 
 LIBRARIES = {"tensorrt-rtx-cu13": "1.7", "onnxruntime": "1.32"}
 MACHINE = Machine("a machine", 2, 1 << 34, GPUS[:2], LIBRARIES, "a processor", "580.1")
@@ -46,7 +46,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[engines.OpenOptions]:
         seen.append(options)
         api = FakeCuda(devices=2, sm=GPUS[0].sm)
         given = replace(options, gpus=GPUS[:2])
-        return open_tensorrt(bundle, flavour_from_module(FakeTensorRT(api)), Cuda(api), given)
+        return open_tensorrt(bundle, variant_from_module(FakeTensorRT(api)), Cuda(api), given)
 
     monkeypatch.setitem(engines.OPENERS, "rtx", open_)
     for module in ("twotower.runtime.session", "twotower.cli.doctor", "twotower.cli.inspect"):

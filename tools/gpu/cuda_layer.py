@@ -37,7 +37,7 @@ from twotower.runtime import Request
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines import OpenOptions
 from twotower.runtime.engines.trt_engine import open_tensorrt
-from twotower.tensorrt_library import flavour_from_module
+from twotower.tensorrt_library import variant_from_module
 
 __all__ = ["ARCHIVE", "CASES", "Case", "ask", "tokens_of_case", "torch_bundle"]
 
@@ -135,7 +135,7 @@ def tokens_of_case(
     began, counts = time.monotonic(), dict.fromkeys(("diffusion", "ar", "in a batch", "again"), 0)
     facts: dict[str, Any] = {"graphs": graphs, "texts": len(texts)}
     try:
-        towers = open_tensorrt(bundle, flavour_from_module(trt), cuda, options)
+        towers = open_tensorrt(bundle, variant_from_module(trt), cuda, options)
         with TwoTower.from_towers(towers, trained_block_size=size) as model:
             for name, right in _compared(model, texts):
                 counts[name] += right
@@ -172,9 +172,9 @@ def torch_bundle(case: Case, output: Path, compiler: Compile | None = None) -> B
 
     checkpoint = Checkpoint.open(FIXTURES / case.fixture)
     bundle = export_bundle(checkpoint, output, ExportConfig(dtype="float32"))
-    flavour = flavour_from_module(TorchTensorRT("cpu"))
-    builder = TensorRTBuilder(flavour, compiler)
-    sms = flavour.sms if case.experts == KERNELS else (89,)  # an engine of torch's runs anywhere
+    variant = variant_from_module(TorchTensorRT("cpu"))
+    builder = TensorRTBuilder(variant, compiler)
+    sms = variant.sms if case.experts == KERNELS else (89,)  # an engine of torch's runs anywhere
     options = {"sms": sms, "max_context": 256, "max_batch": _IN_A_BATCH}
     config = BuildConfig(**options, segments=case.pieces, experts=case.experts)
     with patch.object(make_engine, "run_job", torch_job):

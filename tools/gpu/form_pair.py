@@ -21,7 +21,7 @@ from twotower.runtime.engines import OpenOptions
 from twotower.runtime.engines.trt_engine import open_tensorrt
 from twotower.runtime.workspace import Workspace
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER, TensorSpec
-from twotower.tensorrt_library import Flavour
+from twotower.tensorrt_library import Variant
 
 __all__ = ["Difference", "OpenForm", "compared", "in_turns"]
 
@@ -50,7 +50,7 @@ class OpenForm:
 
     Args:
         bundle: Its bundle, with engines for the library.
-        flavour: The library.
+        variant: The library.
         cuda: The calls.
         graphs: Whether passes are captured.
 
@@ -64,7 +64,7 @@ class OpenForm:
         EngineMismatchError: the engines do not fit the library, the GPU or its memory.
     """
 
-    def __init__(self, bundle: Bundle, flavour: Flavour, cuda: Cuda, *, graphs: bool) -> None:
+    def __init__(self, bundle: Bundle, variant: Variant, cuda: Cuda, *, graphs: bool) -> None:
         machine = probe_machine()
         options = OpenOptions(
             devices=(0,), graphs=graphs, gpus=machine.gpus, any_sm=machine.rtx_any_sm
@@ -72,7 +72,7 @@ class OpenForm:
         self._cuda, began = cuda, time.monotonic()
         cuda.use(0)
         before = cuda.free_memory()[0]
-        towers = open_tensorrt(bundle, flavour, cuda, options)
+        towers = open_tensorrt(bundle, variant, cuda, options)
         self.opened_bytes, self.pass_bytes = before - self._free(), 0
         self.seconds, self.first_seconds = time.monotonic() - began, 0.0
         self._memory = _SeenMemory(cast(DeviceMemory, towers.memory))

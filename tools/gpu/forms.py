@@ -28,7 +28,7 @@ from twotower.doctor.sections import short
 from twotower.hardware import ANY_SM
 from twotower.runtime.cleanup import Cleanup
 from twotower.runtime.cuda.calls import Cuda
-from twotower.tensorrt_library import Flavour, flavour_from_module
+from twotower.tensorrt_library import Variant, variant_from_module
 
 __all__ = ["FORMS", "ask", "build_form", "compare_forms", "write_forms"]
 
@@ -74,7 +74,7 @@ def ask(answers: Answers, given: Given) -> None:
     cuda = Cuda(cudart)
     cuda.device_count()
     bundles = {form: Bundle.open(folder, contents=False) for form, folder in folders.items()}
-    compare_forms(answers, bundles, flavour_from_module(trt), cuda)
+    compare_forms(answers, bundles, variant_from_module(trt), cuda)
 
 
 def write_forms(work: Path) -> dict[str, Path]:
@@ -121,14 +121,14 @@ def build_form(folder: Path, form: str, words: Sequence[str]) -> tuple[float, fl
 
 
 def compare_forms(
-    answers: Answers, bundles: Mapping[str, Bundle], flavour: Flavour, cuda: Cuda
+    answers: Answers, bundles: Mapping[str, Bundle], variant: Variant, cuda: Cuda
 ) -> None:
     """Times every pass in both forms and compares what it writes, replayed and launched.
 
     Args:
         answers: Gets the numbers, a table of passes and one of memory.
         bundles: The bundle of each form, with its engines.
-        flavour: The library.
+        variant: The library.
         cuda: The calls.
     """
     rows: list[tuple[Any, ...]] = []
@@ -141,7 +141,7 @@ def compare_forms(
         with Cleanup() as close:
             forms: dict[str, OpenForm] = {}
             for name in order:
-                forms[name] = OpenForm(bundles[name], flavour, cuda, graphs=how == "replayed")
+                forms[name] = OpenForm(bundles[name], variant, cuda, graphs=how == "replayed")
                 close.callback(forms[name].close)
             for count in ROWS:
                 _compare_passes(answers, rows, [forms[name] for name in FORMS], (count, how))

@@ -36,7 +36,7 @@ from twotower.doctor.sections import short
 from twotower.hardware import ANY_SM
 from twotower.runtime.device import Event
 from twotower.runtime.workspace import Workspace
-from twotower.tensorrt_library import flavour_from_module
+from twotower.tensorrt_library import variant_from_module
 
 __all__ = ["ARCHIVE", "FOLDER", "ask", "build_full_size", "measure_tower"]
 
@@ -60,14 +60,14 @@ def ask(answers: Answers, given: Given) -> None:
     answers.put(library=trt.__version__, built_for=os.environ.get(ANY_SM) or "this GPU")
     cuda = CountedCuda(cudart, driver=cuda_driver)
     cuda.device_count()
-    flavour = flavour_from_module(trt)
+    variant = variant_from_module(trt)
     for experts in ("", DENSE):
         if experts and (given.find(ARCHIVE) is not None or answers.left < _LEAST_TIME):
             break
         began = time.monotonic()
         bundle = _bundle(given, (*words, *(("--experts", experts) if experts else ())))
         built = time.monotonic()
-        tower = OneTower(bundle, graph, flavour, cuda)
+        tower = OneTower(bundle, graph, variant, cuda)
         facts = {
             "build_seconds": short(built - began),
             "ready_seconds": short(time.monotonic() - built),

@@ -35,7 +35,7 @@ from twotower.spec import (
     signatures,
     state_tensors,
 )
-from twotower.tensorrt_library import Flavour
+from twotower.tensorrt_library import Variant
 
 __all__ = ["OneTower", "RandomWeights"]
 
@@ -107,7 +107,7 @@ class OneTower:
     Args:
         bundle: Of graphs alone, or any other, with engines for the library.
         graph: Which graph.
-        flavour: The library.
+        variant: The library.
         cuda: The calls.
 
     Attributes:
@@ -119,16 +119,16 @@ class OneTower:
         MemoryError: there is no room for the weights.
     """
 
-    def __init__(self, bundle: Bundle, graph: str, flavour: Flavour, cuda: Cuda) -> None:
+    def __init__(self, bundle: Bundle, graph: str, variant: Variant, cuda: Cuda) -> None:
         self._bundle, self._graph, self._cuda = bundle, graph, cuda
         cuda.use(0)
-        self._record = load_engine_record(bundle, flavour.target)
+        self._record = load_engine_record(bundle, variant.target)
         state = state_tensors(bundle.config, self._record.dtype)
         in_place = {t.present.name: t.past.name for t in state if t.in_place}
-        self._loader = PlanLoader(flavour, cuda, in_place)
+        self._loader = PlanLoader(variant, cuda, in_place)
         choice = self._record.report.get("choice_of_experts", {})
         self.computed_by = str(choice.get("computed_by", "dense"))
-        folder, parts = engine_folder(bundle, flavour.target), self._record.engines[graph]
+        folder, parts = engine_folder(bundle, variant.target), self._record.engines[graph]
         devices = [0] * len(parts)
         code = code_places(self._record.steps[graph], devices)
         self._steps = load_steps(bundle, self._record, graph, devices=devices, loader=self._loader)

@@ -19,13 +19,13 @@ from twotower.builders.trt.network import NetworkOptions, _configured
 from twotower.bundle import Bundle, engine_folder
 from twotower.errors import BuildError
 from twotower.hardware import Gpu, Machine
-from twotower.tensorrt_library import Flavour
+from twotower.tensorrt_library import Variant
 
 H100, ADA, TURING = Gpu("H100", 90, 80 << 30), Gpu("L4", 89, 24 << 30), Gpu("T4", 75, 16 << 30)
-RTX = Flavour(
+RTX = Variant(
     SimpleNamespace(__name__="tensorrt_rtx"), "rtx", "1.7", (75, 80, 86, 89, 120, 121), True, True
 )
-TRT = Flavour(SimpleNamespace(__name__="tensorrt"), "trt", "11.4", (), False, False)
+TRT = Variant(SimpleNamespace(__name__="tensorrt"), "trt", "11.4", (), False, False)
 
 
 def tried(how: str, *gpus: Gpu) -> Machine:
@@ -33,7 +33,7 @@ def tried(how: str, *gpus: Gpu) -> Machine:
 
 
 @pytest.mark.parametrize(
-    ("flavour", "asked", "machine", "want"),
+    ("variant", "asked", "machine", "want"),
     [
         (RTX, (89, 86), tried(""), Capabilities((86, 89), (86, 89))),
         (RTX, (), tried(""), Capabilities((86, 89, 120), (86, 89, 120))),
@@ -48,16 +48,16 @@ def tried(how: str, *gpus: Gpu) -> Machine:
 )
 def test_what_is_built_for(
     bundle: Bundle,
-    flavour: Flavour,
+    variant: Variant,
     asked: tuple[int, ...],
     machine: Machine,
     want: Capabilities,
 ) -> None:
-    assert chosen_capabilities(flavour, bundle, BuildConfig(sms=asked), machine) == want
+    assert chosen_capabilities(variant, bundle, BuildConfig(sms=asked), machine) == want
 
 
 @pytest.mark.parametrize(
-    ("flavour", "asked", "machine", "says"),
+    ("variant", "asked", "machine", "says"),
     [
         (RTX, (90,), tried("current", H100), "does not build for SM 90"),
         (RTX, (), tried("current"), "builds for the GPU at hand only"),
@@ -65,10 +65,10 @@ def test_what_is_built_for(
     ],
 )
 def test_what_is_not(
-    bundle: Bundle, flavour: Flavour, asked: tuple[int, ...], machine: Machine, says: str
+    bundle: Bundle, variant: Variant, asked: tuple[int, ...], machine: Machine, says: str
 ) -> None:
     with pytest.raises(BuildError, match=says):
-        chosen_capabilities(flavour, bundle, BuildConfig(sms=asked), machine)
+        chosen_capabilities(variant, bundle, BuildConfig(sms=asked), machine)
 
 
 def test_another_choice_builds_again_and_is_named(
@@ -119,13 +119,13 @@ def test_what_the_library_is_told(
     module.ComputeCapability = SimpleNamespace(CURRENT="current", SM86="sm86", SM89="sm89")
     module.BuilderFlag = SimpleNamespace(TF32="tf32", REQUIRE_USER_ALLOCATION="user")
     module.ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
-    flavour = replace(RTX, module=module)
+    variant = replace(RTX, module=module)
     options = NetworkOptions(inputs=(), profiles=(), sms=sms, current=current, dtype="float16")
     builder = SimpleNamespace(create_builder_config=lambda: config)
-    _configured(flavour, builder, options, tick=lambda *_: True)
+    _configured(variant, builder, options, tick=lambda *_: True)
     assert config.capabilities == want
     assert config.num_compute_capabilities == len(want)
     config.takes = False
     if want:
         with pytest.raises(BuildError):
-            _configured(flavour, builder, options, tick=lambda *_: True)
+            _configured(variant, builder, options, tick=lambda *_: True)

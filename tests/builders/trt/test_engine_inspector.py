@@ -11,16 +11,16 @@ from tests.helpers.rtx_program_text import plan_of, program
 from tests.helpers.trt.install import L4, install_fake, machine_with
 from twotower.builders.trt.engine_inspector import inspect_plan, summarize_layers
 from twotower.hardware import Gpu
-from twotower.tensorrt_library import Flavour, flavour_from_module
+from twotower.tensorrt_library import Variant, variant_from_module
 
 
 @pytest.fixture
-def flavour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flavour:
-    return flavour_from_module(install_fake(tmp_path, monkeypatch))
+def variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Variant:
+    return variant_from_module(install_fake(tmp_path, monkeypatch))
 
 
-def test_fused_layers_are_counted(flavour: Flavour) -> None:
-    told = inspect_plan(flavour, memoryview(b"plan"), machine_with(L4))
+def test_fused_layers_are_counted(variant: Variant) -> None:
+    told = inspect_plan(variant, memoryview(b"plan"), machine_with(L4))
     assert told == {
         "layers": 3,
         "by_type": {"kgen": 2, "gemm": 1},
@@ -37,19 +37,19 @@ def test_fused_layers_are_counted(flavour: Flavour) -> None:
     ],
 )
 def test_what_cannot_be_inspected_says_why(
-    flavour: Flavour, plan: bytes, gpus: tuple[Gpu, ...], why: str
+    variant: Variant, plan: bytes, gpus: tuple[Gpu, ...], why: str
 ) -> None:
-    assert why in inspect_plan(flavour, memoryview(plan), machine_with(*gpus))["why_not"]
+    assert why in inspect_plan(variant, memoryview(plan), machine_with(*gpus))["why_not"]
 
 
 def test_a_library_that_fails_here_costs_no_engine(
-    flavour: Flavour, monkeypatch: pytest.MonkeyPatch
+    variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(flavour.module.Runtime, "deserialize_cuda_engine", fail)
-    assert inspect_plan(flavour, memoryview(b"plan"), machine_with(L4)) == {
+    monkeypatch.setattr(variant.module.Runtime, "deserialize_cuda_engine", fail)
+    assert inspect_plan(variant, memoryview(b"plan"), machine_with(L4)) == {
         "why_not": "RuntimeError: out of memory"
     }
 
@@ -61,7 +61,7 @@ def test_layers_told_by_name_alone_are_counted_alone() -> None:
 
 
 def test_of_rtx_the_program_in_the_plan_is_told_without_a_gpu() -> None:
-    rtx = Flavour(None, "rtx", "1.7", (89,), runtime_cache=True, capturable=True)
+    rtx = Variant(None, "rtx", "1.7", (89,), runtime_cache=True, capturable=True)
     plan = memoryview(plan_of(program().text()))
     (told,) = inspect_plan(rtx, plan, machine_with(), profiles=1)["programs"]
     facts = ("kernels", "streams", "capturable", "scratch", "expanded")

@@ -17,7 +17,7 @@ from twotower.cli.engine_table import launch_facts
 from twotower.config.model import ModelConfig, parse_model_config
 from twotower.export import ExportConfig, export_programs
 from twotower.planning import PlanOptions, plan_bundle
-from twotower.tensorrt_library import flavour_from_module
+from twotower.tensorrt_library import variant_from_module
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 pytestmark = [pytest.mark.trt_rtx, pytest.mark.slow]
@@ -89,7 +89,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> EngineRecord:
     bundle = export_programs(
         PUBLISHED, folder / "bundle", ExportConfig(dtype="bfloat16"), name="published"
     )
-    builder = TensorRTBuilder(flavour_from_module(tensorrt_rtx), fake_kernels)
+    builder = TensorRTBuilder(variant_from_module(tensorrt_rtx), fake_kernels)
     return build_engines(bundle, "rtx", builder, config=BuildConfig(sms=(89,), experts="kernels"))
 
 

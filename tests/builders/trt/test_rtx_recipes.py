@@ -119,7 +119,7 @@ def test_kernels_between_programs_read_experts_of_every_recipe(quantized: Any, r
     others = [
         FORMATS[name].first_sm for kind, name in recipes.items() if not kind.endswith("_expert")
     ]
-    builder = TensorRTBuilder(builder_for("rtx").flavour, fake_kernels)  # type: ignore[attr-defined]
+    builder = TensorRTBuilder(builder_for("rtx").variant, fake_kernels)  # type: ignore[attr-defined]
     config = BuildConfig(sms=(max(86, *others, 0),), max_context=256, force=True)
     record = build_engines(quantized(recipe), "rtx", builder, config=config)
     assert record.report["choice_of_experts"] == {"computed_by": "kernels"}
@@ -147,7 +147,7 @@ def test_other_hardware_is_refused_before_and_would_be_by_the_library(
 
 
 def test_without_a_choice_it_is_built_for_all_that_can(quantized: Any) -> None:
-    plan = TensorRTBuilder(builder_for("rtx").flavour).plan(
+    plan = TensorRTBuilder(builder_for("rtx").variant).plan(
         quantized("fp8"), BuildConfig(max_context=256, experts="dense")
     )  # type: ignore[attr-defined]
     assert plan.limits.sms == (89, 120)

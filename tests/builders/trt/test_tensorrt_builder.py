@@ -18,7 +18,7 @@ from twotower.builders.trt import make_engine
 from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
 from twotower.bundle import Bundle
 from twotower.errors import BuildError
-from twotower.tensorrt_library import Flavour
+from twotower.tensorrt_library import Variant
 
 CONFIG = BuildConfig(max_context=256, experts="dense")
 
@@ -39,9 +39,9 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[onnx.ModelProto]:
 
 def build(bundle: Bundle, folder: Path) -> Any:
     module = SimpleNamespace(__name__="tensorrt_rtx")
-    flavour = Flavour(module, "rtx", "0", (86, 89, 120), runtime_cache=True, capturable=True)
+    variant = Variant(module, "rtx", "0", (86, 89, 120), runtime_cache=True, capturable=True)
     folder.mkdir()
-    return TensorRTBuilder(flavour).plan(bundle, CONFIG).build(folder, report=lambda *_: None)
+    return TensorRTBuilder(variant).plan(bundle, CONFIG).build(folder, report=lambda *_: None)
 
 
 def test_notes_are_in_the_report_of_their_engine(

@@ -16,7 +16,7 @@ from twotower.builders import BuildConfig, EngineBuilder, build_engines
 from twotower.bundle import Bundle, EngineRecord, engine_folder, read_engine_record
 from twotower.errors import BuildAbortedError, BuildError, EngineMismatchError
 from twotower.hardware import Gpu
-from twotower.tensorrt_library import flavour_from_module
+from twotower.tensorrt_library import variant_from_module
 
 CONFIG = BuildConfig(max_context=256, experts="dense", max_batch=2)
 KEPT = {"graph.onnx", "job.json", "log.json", "README.md"}
@@ -31,13 +31,13 @@ def timings(bundle: Bundle) -> list[str]:
     return list(json.loads((bundle.path / "engines" / ".trt.timing").read_text()))
 
 
-def test_the_flavour_is_told_by_what_it_can_do(
+def test_the_variant_is_told_by_what_it_can_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flavour = flavour_from_module(install_fake(tmp_path, monkeypatch))
-    assert (flavour.target, flavour.sms) == ("trt", ())
-    assert not flavour.runtime_cache and not flavour.capturable
-    assert flavour.library == {"name": "tensorrt", "version": "11.4.0.106"}
+    variant = variant_from_module(install_fake(tmp_path, monkeypatch))
+    assert (variant.target, variant.sms) == ("trt", ())
+    assert not variant.runtime_cache and not variant.capturable
+    assert variant.library == {"name": "tensorrt", "version": "11.4.0.106"}
 
 
 def test_engines_are_built_for_the_gpu_at_hand(bundle: Bundle, builder: EngineBuilder) -> None:

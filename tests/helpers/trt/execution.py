@@ -31,7 +31,7 @@ from tests.helpers.fake_kernels import write_kernels
 from tests.helpers.trt.host_graph import HostGraph, view
 from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
 from twotower.kernels import ExpertShape, Manifest
-from twotower.tensorrt_library import flavour_from_module
+from twotower.tensorrt_library import variant_from_module
 
 __all__ = [
     "SCRATCH",
@@ -405,7 +405,7 @@ class FakeBuilder(TensorRTBuilder):
     """The builder that ships, with compilers that keep the graph and the kernels' names."""
 
     def __init__(self, module: FakeTensorRT) -> None:
-        super().__init__(flavour_from_module(module), fake_kernels)
+        super().__init__(variant_from_module(module), fake_kernels)
 
 
 def fake_kernels(shape: ExpertShape, sms: Sequence[int], folder: Path, **_: Any) -> Manifest:

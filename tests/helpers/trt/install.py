@@ -24,7 +24,7 @@ from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines import OpenOptions
 from twotower.runtime.engines.towers import Towers
 from twotower.runtime.engines.trt_engine import open_tensorrt
-from twotower.tensorrt_library import flavour_from_module
+from twotower.tensorrt_library import variant_from_module
 from twotower.weights.external import load_graph
 
 __all__ = [
@@ -125,4 +125,4 @@ def build_fake_engines(bundle: Bundle, **options: Any) -> None:
 def open_fake(bundle: Bundle, trt: FakeTensorRT, **options: Any) -> Towers:
     """A bundle's engines opened with the fake library; options as of `OpenOptions`, with `GPUS`."""
     given = OpenOptions(**{"gpus": GPUS, **options})
-    return open_tensorrt(bundle, flavour_from_module(trt), Cuda(trt.cuda), given)
+    return open_tensorrt(bundle, variant_from_module(trt), Cuda(trt.cuda), given)

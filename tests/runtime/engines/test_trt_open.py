@@ -26,7 +26,7 @@ from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines import open_towers
 from twotower.runtime.engines.trt_plan import PlanLoader
-from twotower.tensorrt_library import flavour_from_module
+from twotower.tensorrt_library import variant_from_module
 
 GPU = Gpu("a GPU", 89, 1 << 34)
 
@@ -242,11 +242,11 @@ def test_a_full_disk_leaves_no_part_of_kernels(
 
 def test_kernels_of_another_gpu_or_library_lie_beside(copied: Bundle) -> None:
     def kept_at(version: str, sm: int) -> Path | None:
-        known = flavour_from_module(FakeTensorRT(FakeCuda()))
-        flavour = replace(known, version=version)
+        known = variant_from_module(FakeTensorRT(FakeCuda()))
+        variant = replace(known, version=version)
         (part,) = load_engine_record(copied, "rtx").engines["context"]
         file = engine_folder(copied, "rtx") / part.file
-        return PlanLoader(flavour, Cuda(FakeCuda()), {}, {0: sm}).load(file, part, 0).cache_file
+        return PlanLoader(variant, Cuda(FakeCuda()), {}, {0: sm}).load(file, part, 0).cache_file
 
     files = [kept_at("1.7.1", 89), kept_at("1.7.1", 120), kept_at("1.8.0", 89)]
     assert len(set(files)) == 3

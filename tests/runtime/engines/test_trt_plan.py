@@ -10,7 +10,7 @@ from twotower.bundle import Bundle, engine_folder, load_engine_record
 from twotower.errors import EngineMismatchError
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines.trt_plan import _DTYPES, PlanLoader
-from twotower.tensorrt_library import flavour_from_module
+from twotower.tensorrt_library import variant_from_module
 
 CONTEXT = (
     "set_optimization_profile_async",
@@ -72,7 +72,7 @@ def test_a_real_engine_is_mapped_and_refused_for_want_of_a_driver(really_built: 
     import tensorrt_rtx as trt
 
     (part,) = load_engine_record(really_built, "rtx").engines["context_head"]
-    loader = PlanLoader(flavour_from_module(trt), Cuda(FakeCuda()), {})
+    loader = PlanLoader(variant_from_module(trt), Cuda(FakeCuda()), {})
     with pytest.raises(EngineMismatchError, match="cannot load") as error:
         loader.load(engine_folder(really_built, "rtx") / part.file, part, 0)
     assert "35" in error.value.found, "cudaErrorInsufficientDriver"

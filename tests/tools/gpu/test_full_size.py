@@ -21,7 +21,7 @@ from twotower.doctor import Answers
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.device import HostStream
 from twotower.spec import TensorSpec
-from twotower.tensorrt_library import flavour_from_module
+from twotower.tensorrt_library import variant_from_module
 
 
 @pytest.fixture(scope="module", params=["kernels", "dense"])
@@ -43,7 +43,7 @@ def test_a_tower_is_timed_replayed_and_launched(
     api = FakeCuda(sm=90)
     cuda = CountedCuda(api)
     trt = TorchTensorRT("cpu", api)
-    tower = OneTower(bundle, graph, flavour_from_module(trt), cuda)
+    tower = OneTower(bundle, graph, variant_from_module(trt), cuda)
     answers = Answers(tmp_path / "answers.json", 60)
     full_size.measure_tower(answers, tower, graph, cuda)
     tower.close()
