@@ -148,7 +148,7 @@ class TwoTowerLM(LM):  # type: ignore[misc]
         return out
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts from the BOS token on, in windows where they are too long."""
+        """Log-probability of whole texts from the BOS token on, long ones in windows."""
         out: list[float] = []
         for part in self._parts(len(requests)):
             windows = [self._windows(*r.args) for r in requests[part]]
