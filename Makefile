@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test test-trained test-engines test-browser test-long test-all test-quick test-times test-wheel mutants kernels test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo mid bench bench-real house-numbers bench-auto bench-experts bench-weights engines-published engines-inside engines-boundary tiny browser docs clean ci
+.PHONY: help install lint format types test test-trained test-engines test-browser test-long test-all test-quick test-times test-wheel mutants kernels test-gpu gpu-pack gpu-first-hour gpu-page fp16-check quantization-tables quantize-real wheel demo mid bench bench-real house-numbers bench-auto bench-experts bench-weights engines-published engines-inside engines-boundary tiny browser docs clean ci faults soak
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +71,12 @@ test-wheel: $(STAMP) ## the wheel with each of its extras in an environment of i
 
 mutants: $(STAMP) ## one operator or number of a pure module changed at a time: which changes no test notices; half an hour
 	$(BIN)/python -m tools.mutants $(ARGS)
+
+faults: $(STAMP) ## kills, broken disks and flipped bits, hundreds of each, and what did not hold; needs a C compiler; half an hour
+	$(BIN)/python -m tools.faults $(ARGS)
+
+soak: $(STAMP) ## 10,000 requests of mixed kinds from eight threads: memory stays, and every text is right
+	$(BIN)/python -m tools.faults.soak $(ARGS)
 
 kernels: $(STAMP) ## expert kernels in Triton's interpreter, and compiled for every GPU and format; no GPU
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m kernels tests/kernels $(ARGS)

@@ -1,0 +1,1 @@
+"""Faults on purpose: kills, full and broken disks, flipped bits; `make faults`, `make soak`."""
