@@ -152,7 +152,7 @@ def built(checkpoint: Path, asked: Asked, dtype: str, *, target: str | None = No
 
 
 def store_reference_answer(bundle: Path, asked: Asked, dtype: str) -> None:
-    """Computes twotower-tiny's reference answer here, for a machine that cannot, into the bundle."""
+    """Computes twotower-tiny's reference answer into the bundle, for a machine that cannot."""
     built(TINY, asked, dtype, target=REFERENCE_TARGET)
     reference_answer_of(
         Bundle.open(bundle), partial(TwoTower.open, bundle, target=REFERENCE_TARGET)
@@ -198,7 +198,7 @@ def _goldens(answers: Answers, asked: Asked) -> None:
 
 
 def _half(answers: Answers, asked: Asked) -> None:
-    """The trained model in half precision: its reference answer, and prompts that keep their text."""
+    """The trained model in half precision: reference answer, and prompts that keep their text."""
     rows: list[tuple[Any, ...]] = []
     no_reference = refused(REFERENCE_TARGET)
     for way in asked.ways(answers):
