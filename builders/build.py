@@ -81,7 +81,12 @@ def _there(bundle: Bundle, target: str, library: dict[str, str]) -> EngineRecord
         return None
 
 
-def _publish(bundle: Bundle, folder: Path, plan: BuildPlan, report: Report) -> EngineRecord:
+def _publish(
+    bundle: Bundle,
+    folder: Path,
+    plan: BuildPlan,
+    report: Report,
+) -> EngineRecord:
     """Builds beside `folder` and renames it into its place; the old one goes last."""
     needed, free = plan.needed_bytes, shutil.disk_usage(bundle.path).free
     if needed > free:

@@ -82,7 +82,13 @@ def build_memory(held: int, layers: int, *, largest_packed: int = 0) -> int:
     return round(_MEMORY_BASE + _MEMORY_LAYER * layers + inside)
 
 
-def build_seconds(graph: str, layers: int, *, held: int = 0, packed: int = 0) -> float:
+def build_seconds(
+    graph: str,
+    layers: int,
+    *,
+    held: int = 0,
+    packed: int = 0,
+) -> float:
     """Seconds of one processor an engine's build takes.
 
     `held` counts bytes of weights inside, `packed` those of them in 4 bits, scales included.

@@ -142,7 +142,14 @@ class EngineCache:
             logger.debug("cannot mark %s as used: %s", key, e)
         return entry
 
-    def put(self, key: str, engine: Path, facts: dict[str, Any], *, tick: Tick) -> FileRecord:
+    def put(
+        self,
+        key: str,
+        engine: Path,
+        facts: dict[str, Any],
+        *,
+        tick: Tick,
+    ) -> FileRecord:
         """Keeps a built engine, or warns if space is lacking; its size and SHA-256."""
         record = FileRecord(engine.stat().st_size, _hashed(engine, engine.stat().st_size, tick))
         partial = self.folder / f".{key}.{secrets.token_hex(8)}"

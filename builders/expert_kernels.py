@@ -45,7 +45,9 @@ class ExpertChoice:
     def to_json(self) -> dict[str, str]:
         """Plain data, as `build.json` keeps it."""
         out = {"computed_by": self.experts}
-        return {**out, "why": self.why, "cost": DENSE_COST} if self.why else out
+        if self.why:
+            return {**out, "why": self.why, "cost": DENSE_COST}
+        return out
 
 
 def choose_path(

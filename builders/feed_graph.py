@@ -80,7 +80,12 @@ class FeedOptions:
     seed: int = 0
 
 
-def feed_graph(bundle: Bundle, name: str, folder: Path, options: FeedOptions | None = None) -> None:
+def feed_graph(
+    bundle: Bundle,
+    name: str,
+    folder: Path,
+    options: FeedOptions | None = None,
+) -> None:
     """Writes a graph, its inputs and what feeds them.
 
     The bundle has weights in float32 or float16: NumPy, which Polygraphy feeds, has no bfloat16.
@@ -144,7 +149,11 @@ def _values(
     if spec.name == COMMIT_FLOOR:
         return rng.integers(1, 4, shape)
     if spec.name in (THRESHOLD, TEMPERATURE):
-        return np.full(shape, 0.9 if spec.name == THRESHOLD else 0.0, np.float32)
+        return np.full(
+            shape,
+            0.9 if spec.name == THRESHOLD else 0.0,
+            np.float32,
+        )
     return np.asarray(rng.standard_normal(shape) * _SCALE, dtype=numpy_dtype(spec.dtype))
 
 
@@ -175,7 +184,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_context=args.max_context,
             layers=(int(first), int(end)) if args.layers else None,
         )
-        feed_graph(Bundle.open(args.bundle, contents=False), args.graph, args.output, options)
+        feed_graph(
+            Bundle.open(args.bundle, contents=False),
+            args.graph,
+            args.output,
+            options,
+        )
     except ValueError:
         parser.error(f"--layers {args.layers!r} is not of the form 0:4")
     except TwoTowerError as e:

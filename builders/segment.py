@@ -86,7 +86,12 @@ def layer_bytes(model: onnx.ModelProto) -> LayerBytes:
             after += nbytes
         else:
             before += nbytes
-    return LayerBytes(tuple(layers[i] for i in sorted(layers)), before, after, packed)
+    return LayerBytes(
+        tuple(layers[i] for i in sorted(layers)),
+        before,
+        after,
+        packed,
+    )
 
 
 def segment(
@@ -243,7 +248,11 @@ def _value(spec: TensorSpec, known: Mapping[str, onnx.ValueInfoProto]) -> onnx.V
     """The graph's own value of that name, its axes already fixed, or a new one."""
     if spec.name in known:
         return known[spec.name]
-    return onnx.helper.make_tensor_value_info(spec.name, onnx_code(spec.dtype), list(spec.axes))
+    return onnx.helper.make_tensor_value_info(
+        spec.name,
+        onnx_code(spec.dtype),
+        list(spec.axes),
+    )
 
 
 def _last_output(nodes: Iterable[onnx.NodeProto], scope: str) -> str:

@@ -71,7 +71,14 @@ class TowerStatistics:
         size = (len(names), len(buckets))
         infinite = np.full(size, np.inf, np.float32)
         counts = np.zeros((*size, BINS), np.int64)
-        return cls(tuple(names), tuple(buckets), counts, infinite, -infinite, np.zeros(size))
+        return cls(
+            tuple(names),
+            tuple(buckets),
+            counts,
+            infinite,
+            -infinite,
+            np.zeros(size),
+        )
 
     @property
     def count(self) -> npt.NDArray[np.int64]:
@@ -100,7 +107,11 @@ class TowerStatistics:
                 do="check the bundle with `twotower doctor BUNDLE`; "
                 "half-precision models overflow where float32 does not",
             )
-        keys = np.clip((bits >> np.uint32(20)).astype(np.int64) - _FIRST_KEY + 1, 0, BINS - 1)
+        keys = np.clip(
+            (bits >> np.uint32(20)).astype(np.int64) - _FIRST_KEY + 1,
+            0,
+            BINS - 1,
+        )
         self.histogram[index, bucket] += np.bincount(keys, minlength=BINS)
         self.minimum[index, bucket] = min(self.minimum[index, bucket], flat.min())
         self.maximum[index, bucket] = max(self.maximum[index, bucket], flat.max())
@@ -200,7 +211,13 @@ def read_statistics(folder: Path) -> Statistics:
                     )
                 setattr(seen, name, stored)
             towers[tower] = seen
-        statistics = Statistics(folder, str(data["source"]), towers, data["facts"], digest)
+        statistics = Statistics(
+            folder,
+            str(data["source"]),
+            towers,
+            data["facts"],
+            digest,
+        )
     except OSError as e:
         found = "no such folder" if not folder.is_dir() else str(e)
         raise CalibrationError(f"'{folder}' holds no statistics", found=found, do=_AGAIN) from e

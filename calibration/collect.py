@@ -152,7 +152,13 @@ def watched_chunk(config: ModelConfig) -> int:
     hidden = config.n_routed_experts * config.moe_intermediate_size
     experts = hidden * len(config.indices(LayerKind.MOE))
     others = len(config.layers) * 2 * (config.hidden_size + config.mamba_inner)
-    return int(np.clip(_WATCHED_BYTES // (4 * (experts + others)), 16, MAX_CHUNK))
+    return int(
+        np.clip(
+            _WATCHED_BYTES // (4 * (experts + others)),
+            16,
+            MAX_CHUNK,
+        )
+    )
 
 
 class _WatchedGraph:
@@ -196,7 +202,13 @@ class _Gathered:
             self.towers[name] = TowerStatistics.empty(inputs, buckets)
         self.done = self.passes = self.blocks = self.tokens = 0
 
-    def add(self, tower: str, bucket: int, length: int, seen: Mapping[str, Array]) -> None:
+    def add(
+        self,
+        tower: str,
+        bucket: int,
+        length: int,
+        seen: Mapping[str, Array],
+    ) -> None:
         """Takes in rows of real tokens: no padding, and for experts only their visitors."""
         for index, tap in enumerate(self._taps[tower]):
             values = seen[tap.value][..., :length, :]
@@ -271,7 +283,12 @@ def _watch_denoiser(run: _Gathered, bundle: Bundle) -> Seen:
         """Notes a step; a block that it finishes is run once more, without masks: clean text."""
         block = arrays[BLOCK]
         masked = int((block == bundle.config.mask_token_id).sum())
-        run.add(DENOISER, bucket_of(masked, block.shape[1]), block.shape[1], seen)
+        run.add(
+            DENOISER,
+            bucket_of(masked, block.shape[1]),
+            block.shape[1],
+            seen,
+        )
         if masked == 0:
             for name, value in before.items():
                 np.copyto(arrays[name], value)

@@ -78,6 +78,10 @@ def _least_error(counts: npt.NDArray[np.int64], amax: float, largest: float) -> 
     values = np.minimum(middles[occupied], amax)
     beyond = np.maximum(values[None] - candidates[:, None], 0.0)
     steps = (candidates / largest)[:, None]
-    spread = np.where(values[None] > steps / 2, steps**2 / 12, values[None] ** 2)
+    spread = np.where(
+        values[None] > steps / 2,
+        steps**2 / 12,
+        values[None] ** 2,
+    )
     costs = ((beyond**2 + spread * (beyond == 0)) * weights).sum(axis=1)
     return float(candidates[int(np.argmin(costs))])

@@ -233,7 +233,13 @@ def quantizable_weights(config: ModelConfig, graph: str) -> list[QuantizableWeig
     """The weights of a float graph that recipes are about: embeddings and matrices of products."""
     tower = "denoiser" if graph == DENOISER else "context"
     return [
-        QuantizableWeight(weight.name, tower, weight.layer, weight.role.value, weight.shape[-1])
+        QuantizableWeight(
+            weight.name,
+            tower,
+            weight.layer,
+            weight.role.value,
+            weight.shape[-1],
+        )
         for weight in declared_weights(config, graph, config.dtype)
         if weight.quantizable
     ]

@@ -84,7 +84,13 @@ class WatchedEngine(OrtEngine):
     The watched values are outputs of the optimised `graph`; weights are named from `folder`.
     """
 
-    def __init__(self, graph: Path, folder: Path, signature: TowerSignature, watch: Watch) -> None:
+    def __init__(
+        self,
+        graph: Path,
+        folder: Path,
+        signature: TowerSignature,
+        watch: Watch,
+    ) -> None:
         super().__init__(graph, folder, signature, pack=False)
         self._watch = watch
 

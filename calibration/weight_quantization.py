@@ -119,7 +119,11 @@ class _Groups:
             dtype, scales = self.dtype, np.maximum(wanted, _SMALLEST_SCALE)
         else:
             dtype = self.how.scale_dtype or self.dtype
-            scales = np.clip(wanted / np.float32(self.shared), _LEAST_SCALE, _GREATEST_SCALE)
+            scales = np.clip(
+                wanted / np.float32(self.shared),
+                _LEAST_SCALE,
+                _GREATEST_SCALE,
+            )
         return np.asarray(scales.astype(numpy_dtype(dtype)))
 
     def error(self, values: Floats, scales: Array) -> Floats:
@@ -131,4 +135,6 @@ class _Groups:
 
 def _wide(scales: Array, shared: Array | None) -> Floats:
     wide = scales.astype(np.float32)
-    return wide if shared is None else wide * np.float32(shared)
+    if shared is None:
+        return wide
+    return wide * np.float32(shared)

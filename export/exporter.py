@@ -245,7 +245,11 @@ def export_programs(
     with _published(output, f"the graphs could not be written to '{output}'", do) as folder:
         for graph, relative in GRAPH_FILES.items():
             (folder / relative).parent.mkdir(exist_ok=True)
-            save_program(folder / relative, graphs[graph], lay_out(graphs[graph].weights))
+            save_program(
+                folder / relative,
+                graphs[graph],
+                lay_out(graphs[graph].weights),
+            )
         outcome = {"verified": False, "why": "no weights", "notes": notes}
         _write_records(folder, manifest, outcome, {})
     return Bundle.open(output, contents=False)

@@ -188,7 +188,12 @@ def _compare_context(subject: _Subject, case: Case) -> Iterator[tuple[str, float
     tower: ContextTower = load_context_tower(subject.config, subject.read, rounded_to=subject.dtype)
     given = _tensors(case.context_inputs())
     lengths, before = given[CHUNK_LENGTH], _tensors(case.state)
-    hidden, state = tower.extend(given[TOKENS], before, past=given[PAST_LENGTH], lengths=lengths)
+    hidden, state = tower.extend(
+        given[TOKENS],
+        before,
+        past=given[PAST_LENGTH],
+        lengths=lengths,
+    )
     want = last_valid(hidden, lengths).numpy()
     want_logprobs = torch.log_softmax(tower.logits(torch.from_numpy(want)), -1).numpy()
     del tower
@@ -224,7 +229,9 @@ def _tensors(arrays: Arrays) -> dict[str, torch.Tensor]:
 def _error(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> float:
     """Largest difference relative to the largest magnitude; infinite where NaN or infinity is."""
     difference = np.abs(got.astype(np.float64) - want).max() / (np.abs(want).max() + 1e-30)
-    return float(difference) if np.isfinite(difference) else float("inf")
+    if np.isfinite(difference):
+        return float(difference)
+    return float("inf")
 
 
 def _run(subject: _Subject, name: str, feeds: Arrays) -> Arrays:
@@ -298,7 +305,11 @@ def random_case(config: ModelConfig, seed: int) -> Case:
     block = rng.choice(words, (_ROWS, _BLOCK))
     block[0] = config.mask_token_id
     block[1, rng.permutation(_BLOCK)[: _BLOCK // 2]] = config.mask_token_id
-    uniform = rng.uniform(1e-6, 1 - 1e-6, (_ROWS, _BLOCK, candidate_count(config)))
+    uniform = rng.uniform(
+        1e-6,
+        1 - 1e-6,
+        (_ROWS, _BLOCK, candidate_count(config)),
+    )
     sampling: Arrays = {
         "threshold": rng.uniform(0.0, 0.5, _ROWS).astype(np.float32),
         "floor": np.array([3, 1, 1]),

@@ -54,7 +54,13 @@ def break_even(times: PassTimes, tokens: int) -> float:
     return (tokens * times.step_ms - times.extend_ms) / times.denoise_ms
 
 
-def choose(times: PassTimes, setting: Setting, passes: float | None, *, tokens: int) -> str | None:
+def choose(
+    times: PassTimes,
+    setting: Setting,
+    passes: float | None,
+    *,
+    tokens: int,
+) -> str | None:
     """The faster mode, `diffusion` or `ar`; None if that depends on passes not yet measured."""
     even = break_even(times, tokens)
     if even < 1:
@@ -90,7 +96,14 @@ class PassesSeen:
     def __init__(self) -> None:
         self._seen: dict[Setting, dict[int, tuple[float, float]]] = {}  # by rows: mean, blocks
 
-    def note(self, setting: Setting, rows: int, *, passes: float, blocks: int) -> None:
+    def note(
+        self,
+        setting: Setting,
+        rows: int,
+        *,
+        passes: float,
+        blocks: int,
+    ) -> None:
         """Adds blocks that took so many passes together."""
         if blocks < 1:
             return
@@ -213,5 +226,10 @@ class AutoMode:
         passes, blocks = max(row.batch_passes for row in rows), max(row.blocks for row in rows)
         new = blocks - known[1]
         setting = setting_of(rows[0].config)
-        self._seen.note(setting, len(rows), passes=passes - known[0], blocks=new)
+        self._seen.note(
+            setting,
+            len(rows),
+            passes=passes - known[0],
+            blocks=new,
+        )
         return passes, blocks

@@ -131,7 +131,11 @@ class BlockLoop:
         for i, row in enumerate(self._rows):
             if row.live:
                 ids, logprobs = self._work.candidate_ids[i], self._work.candidate_logprobs[i]
-                self._check_candidates(ids, logprobs, f"row {row.index}, token {index}")
+                self._check_candidates(
+                    ids,
+                    logprobs,
+                    f"row {row.index}, token {index}",
+                )
                 self._next[i] = row.sampling.choose(ids, logprobs, index=index)
                 row.nfe += 1
         self._spend("extend", started)

@@ -60,7 +60,11 @@ def read_pass_record(folder: Path, here: Mapping[str, Any]) -> PassRecord | None
             times = PassTimes(**{name: _positive(one[name]) for name in names})
             record.times.setdefault(int(one["block_size"]), {})[int(one["rows"])] = times
         for one in data["passes"]:
-            setting = Setting(float(one["threshold"]), int(one["steps"]), int(one["block_size"]))
+            setting = Setting(
+                float(one["threshold"]),
+                int(one["steps"]),
+                int(one["block_size"]),
+            )
             record.passes[setting] = _positive(one["passes_per_block"]), int(one["blocks"])
     except FileNotFoundError:
         return None

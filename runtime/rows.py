@@ -77,7 +77,9 @@ class Continuation:
         self.tokens.append(token)
         if self._decoder is not None and self._reads_stop(self._decoder.push(token)):
             return STOP
-        return LENGTH if len(self.tokens) >= self._rule.max_new_tokens else None
+        if len(self.tokens) >= self._rule.max_new_tokens:
+            return LENGTH
+        return None
 
     def _reads_stop(self, new: str) -> bool:
         """Adds text; True when it completes a stop string, with the text cut before it."""

@@ -83,7 +83,13 @@ def prefill_plan(
             for n, start, count in zip(lengths, starts, counts, strict=True)
         )
         width = max(valid)
-        steps.append(ChunkStep(starts, valid, next((w for w in widths if w >= width), width)))
+        steps.append(
+            ChunkStep(
+                starts,
+                valid,
+                next((w for w in widths if w >= width), width),
+            )
+        )
     return PrefillPlan(tuple(steps), max(max(step.starts) + step.width for step in steps))
 
 

@@ -78,7 +78,12 @@ class GivenTokens:
 
     def score(self) -> Score:
         """What was noted."""
-        return Score(tuple(self._tokens), tuple(self._logprobs), self._best, self._bounded)
+        return Score(
+            tuple(self._tokens),
+            tuple(self._logprobs),
+            self._best,
+            self._bounded,
+        )
 
 
 def scoring_rows(pairs: Any, limits: Limits) -> tuple[list[GivenTokens], list[Row]]:

@@ -276,7 +276,9 @@ class TwoTower:
             for event in self._events(rows, Hooks(on_step, on_prefill, cancelled)):
                 if event.result is not None:
                     results[event.row] = event.result
-        return results[0] if single else [results[i] for i in range(len(rows))]
+        if single:
+            return results[0]
+        return [results[i] for i in range(len(rows))]
 
     def stream(
         self,

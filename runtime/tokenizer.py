@@ -90,7 +90,9 @@ class Tokenizer:
         encoding = self._backend.encode(text)
         ids, added = list(encoding.ids), encoding.special_tokens_mask
         front = added.index(0) if 0 in added else len(added)  # of a typed special token it is 0
-        return ids[front:] if ids[:front] == ids[front : 2 * front] else ids
+        if ids[:front] == ids[front : 2 * front]:
+            return ids[front:]
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens and ids the tokenizer does not know give none."""

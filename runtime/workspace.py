@@ -128,7 +128,11 @@ class ContextState:
             if tensor.in_place:
                 old = self._fixed[tensor.past.name]
                 new = self._memory.state(tensor.past, {"B": self._rows, "T": capacity})
-                self._memory.copy(old, new, span_of(tensor.past, "T", self._used))
+                self._memory.copy(
+                    old,
+                    new,
+                    span_of(tensor.past, "T", self._used),
+                )
                 self._fixed[tensor.past.name] = new
                 self._memory.release([old])
         self.capacity = capacity
@@ -170,7 +174,14 @@ class Workspace:
     candidate_ids: Array
     candidate_logprobs: Array
 
-    def __init__(self, towers: Towers, *, rows: int, capacity: int, largest: int = 0) -> None:
+    def __init__(
+        self,
+        towers: Towers,
+        *,
+        rows: int,
+        capacity: int,
+        largest: int = 0,
+    ) -> None:
         self.rows, self.largest = rows, largest
         self.model, self.streams = towers.config, towers.streams
         self.unmasked = int(towers.config.mask_token_id == 0)
@@ -285,7 +296,12 @@ class Workspace:
     def _bound(self, engine: TowerEngine, own: Mapping[str, Buffer]) -> Binding:
         """An engine on the current state, its own arrays and those of the context tower."""
         which = self._state.current
-        every = {**self._buffers, **own, **self._state.reads(which), **self._state.writes(which)}
+        every = {
+            **self._buffers,
+            **own,
+            **self._state.reads(which),
+            **self._state.writes(which),
+        }
         specs = (*engine.signature.inputs, *engine.signature.outputs)
         return engine.bind({spec.name: every[spec.name] for spec in specs})
 

@@ -268,7 +268,11 @@ class _ChosenExperts:
             return counts, chosen
         odd = w.op("Mod", counts, w.ints(2))
         counts = w.op("Add", counts, odd)
-        more = w.op("Unsqueeze", w.op("Cast", odd, to=TensorProto.BOOL), w.ints([1]))
+        more = w.op(
+            "Unsqueeze",
+            w.op("Cast", odd, to=TensorProto.BOOL),
+            w.ints([1]),
+        )
         return counts, w.op("Concat", chosen, more, axis=1)
 
     def _rows(self, tokens: str, chosen: str) -> str:
@@ -276,7 +280,11 @@ class _ChosenExperts:
         w = self._w
         token = w.op("Gather", w.op("NonZero", chosen), w.ints(1), axis=0)
         if self._form.even:
-            last = w.op("Sub", w.op("Shape", tokens, start=0, end=1), w.ints([1]))
+            last = w.op(
+                "Sub",
+                w.op("Shape", tokens, start=0, end=1),
+                w.ints([1]),
+            )
             token = w.op("Min", token, last)
         return w.op("Gather", tokens, token, axis=0)
 
@@ -310,7 +318,13 @@ class _ChosenExperts:
         results = []
         for expert in range(count):
             inner = NodeWriter(f"{w.scope}/{expert}")
-            own = inner.op("Slice", rows, firsts[expert], ends[expert], inner.ints([0]))
+            own = inner.op(
+                "Slice",
+                rows,
+                firsts[expert],
+                ends[expert],
+                inner.ints([0]),
+            )
             names = self._slices(expert) | {self._layer.tokens: self._stacked(inner, own)}
             for node in (*self._layer.expansions, *self._layer.chain):
                 names[node.output[0]] = self._copied(inner, node, names)
@@ -321,7 +335,13 @@ class _ChosenExperts:
             results.append(w.op("If", used[expert], **branches))
         return w.op("Concat", *results, axis=0)
 
-    def _sum(self, results: str, starts: str, number: str, top: int) -> None:
+    def _sum(
+        self,
+        results: str,
+        starts: str,
+        number: str,
+        top: int,
+    ) -> None:
         """The sum over each token's results [P,D], experts ascending."""
         w, layer = self._w, self._layer
         before = w.op("CumSum", number, w.ints(1), exclusive=1)
@@ -330,12 +350,26 @@ class _ChosenExperts:
         order = w.op("Transpose", w.op("Mul", number, descending), perm=[1, 0])
         # Exactly `top` of each token, even of one that is not a number and compares with nothing.
         _, mine = w.several("TopK", 2, order, w.ints([top]))
-        place = w.op("GatherElements", w.op("Transpose", place, perm=[1, 0]), mine, axis=1)
-        share = w.op("GatherElements", w.op("Transpose", layer.share, perm=[1, 0]), mine, axis=1)
+        place = w.op(
+            "GatherElements",
+            w.op("Transpose", place, perm=[1, 0]),
+            mine,
+            axis=1,
+        )
+        share = w.op(
+            "GatherElements",
+            w.op("Transpose", layer.share, perm=[1, 0]),
+            mine,
+            axis=1,
+        )
         own = w.op("Gather", results, place, axis=0)  # [N,top,D]
         # A product for each token, added up in one order; that of ReduceSum follows the number of
         # tokens.
-        total = w.op("MatMul", w.op("Unsqueeze", share, w.ints([1])), own)  # [N,1,D]
+        total = w.op(
+            "MatMul",
+            w.op("Unsqueeze", share, w.ints([1])),
+            own,
+        )  # [N,1,D]
         w.op("Squeeze", total, w.ints([1]), named=layer.total.output[0])
 
     def _slices(self, expert: int) -> dict[str, str]:
@@ -344,10 +378,26 @@ class _ChosenExperts:
 
     def _stacked(self, w: NodeWriter, rows: str) -> str:
         """Rows as the operators of this form take them: [n,D], or stacks of one [1,n,D]."""
-        return rows if self._form.matrices else w.op("Unsqueeze", rows, w.ints([0]))
+        return (
+            rows
+            if self._form.matrices
+            else w.op(
+                "Unsqueeze",
+                rows,
+                w.ints([0]),
+            )
+        )
 
     def _flat(self, w: NodeWriter, results: str) -> str:
-        return results if self._form.matrices else w.op("Squeeze", results, w.ints([0]))
+        return (
+            results
+            if self._form.matrices
+            else w.op(
+                "Squeeze",
+                results,
+                w.ints([0]),
+            )
+        )
 
     def _copied(self, w: NodeWriter, node: onnx.NodeProto, names: Mapping[str, str]) -> str:
         """An operator of one expert, without the axis of experts where there are matrices."""

@@ -208,7 +208,12 @@ class OrtCpuPlan:
             return located, None
         total = sum(made.written for made in weights.values())
         tick = byte_counter(report, f"writing weights of {name}", total)
-        places, record = write_engine_data(self._bundle.path / data, own, weights, tick)
+        places, record = write_engine_data(
+            self._bundle.path / data,
+            own,
+            weights,
+            tick,
+        )
         for weight, ref in places.items():
             located[weight] = (f"engines/{CPU}/{own.name}", ref)
         return located, record

@@ -127,7 +127,12 @@ def _halve(product: onnx.NodeProto, two: str) -> onnx.NodeProto:
     product.op_type, product.domain = "FusedMatMul", "com.microsoft"
     output, half = product.output[0], f"{product.output[0]}/half"
     product.output[0] = half
-    return make_node("Mul", [half, two], [output], name=f"{product.name}/double")
+    return make_node(
+        "Mul",
+        [half, two],
+        [output],
+        name=f"{product.name}/double",
+    )
 
 
 def choose_by_topk(model: onnx.ModelProto) -> None:

@@ -119,7 +119,9 @@ class OrtCudaPlan:
             if self._moved:
                 copied = sum(ref.nbytes for ref in self._moved)
                 experts += f"; {format_bytes(copied)} of integers are written anew"
-        return [*lines, f"{'experts':<22}{experts}"] if experts else lines
+        if experts:
+            return [*lines, f"{'experts':<22}{experts}"]
+        return lines
 
     @property
     def needed_bytes(self) -> int:
@@ -174,7 +176,11 @@ class OrtCudaPlan:
         places, record = write_engine_data(source, path, weights, tick)
         for weight, ref in places.items():
             columns = ref.shape[-1] * DTYPES[ref.dtype].bits // 8
-            places[weight] = replace(ref, dtype="uint8", shape=(*ref.shape[:-1], columns))
+            places[weight] = replace(
+                ref,
+                dtype="uint8",
+                shape=(*ref.shape[:-1], columns),
+            )
         return places, record
 
     def _with_kernels(self, folder: Path, report: Report) -> EngineRecord:
@@ -278,7 +284,9 @@ class OrtCudaPlan:
     def _experts_of(self, name: str) -> list[ExpertsStep]:
         """The layers of experts of a graph."""
         cut = self._cut(name)
-        return [] if cut is None else [cut.found(number) for number in range(cut.programs - 1)]
+        if cut is None:
+            return []
+        return [cut.found(number) for number in range(cut.programs - 1)]
 
     def _cut(self, name: str) -> ExpertCut | None:
         """A tower's cut at its experts; None for the head, which has no layers."""

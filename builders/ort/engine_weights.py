@@ -56,7 +56,9 @@ class EngineWeight:
     @property
     def written(self) -> int:
         """Bytes the engine's own file takes for it."""
-        return stored_bytes(self.stored, math.prod(self.shape)) if self.stored else 0
+        if not self.stored:
+            return 0
+        return stored_bytes(self.stored, math.prod(self.shape))
 
     def pieces(self, data: npt.NDArray[np.uint8]) -> Iterable[Piece]:
         """Its contents in the engine's own file, made from the bundle's data."""
@@ -75,7 +77,11 @@ class EngineWeight:
         shared = np.float32(read_weight(data, global_scale))
         groups = block_scales.shape[-1]
         rows = max(_ELEMENTS // self.ref.shape[-1], 1)
-        for values, scales in zip(self.ref.split(rows), block_scales.split(rows), strict=True):
+        for values, scales in zip(
+            self.ref.split(rows),
+            block_scales.split(rows),
+            strict=True,
+        ):
             # What two DequantizeLinear do: the scale is a product of its own, rounded, before it
             # meets the values.
             scale = read_weight(data, scales).astype(np.float32) * shared
@@ -131,5 +137,10 @@ def write_engine_data(
     data = np.memmap(source, dtype=np.uint8, mode="r")
     ordered = sorted(weights.items(), key=lambda item: item[1].ref.offset)
     places = place((name, w.stored, w.shape) for name, w in ordered if w.stored)
-    record = write_data(target, places, lambda name: weights[name].pieces(data), tick)
+    record = write_data(
+        target,
+        places,
+        lambda name: weights[name].pieces(data),
+        tick,
+    )
     return places, record

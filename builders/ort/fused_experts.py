@@ -96,7 +96,13 @@ class _ExpertLayer:
             select, node = node, users[node.output[0]]
         assert node.op_type == "ReduceSum", node.name
         chosen = makers_of(model.graph.node)[select.input[0]].input[0]
-        return cls(step, f"{scope}/{EXPERTS_IN}", f"{scope}/{SHARES}", chosen, node)
+        return cls(
+            step,
+            f"{scope}/{EXPERTS_IN}",
+            f"{scope}/{SHARES}",
+            chosen,
+            node,
+        )
 
     def _weight(self, role: str) -> str:
         return self.step.weights[role].name
@@ -117,7 +123,12 @@ class _ExpertLayer:
         """The nodes up to the sum over experts, which keeps its name."""
         step, w = self.step, NodeWriter(f"layers.{self.step.layer}.moe/fused")
         descending = w.constant(np.arange(step.experts, 0, -1, dtype=np.float32)[:, None])
-        order = w.op("Where", self.chosen, descending, w.constant(np.zeros((), np.float32)))
+        order = w.op(
+            "Where",
+            self.chosen,
+            descending,
+            w.constant(np.zeros((), np.float32)),
+        )
         # Exactly `top` of each token, even of one that is not a number and compares with nothing.
         _, experts = w.several("TopK", 2, order, w.ints([step.top]), axis=0)
         share = w.op("GatherElements", self.share, experts, axis=0)

@@ -107,5 +107,9 @@ class NodeWriter:
 
     def graph(self) -> onnx.GraphProto:
         """The nodes as a branch that gives what the last of them does, float32."""
-        output = make_tensor_value_info(self.nodes[-1].output[0], TensorProto.FLOAT, None)
+        output = make_tensor_value_info(
+            self.nodes[-1].output[0],
+            TensorProto.FLOAT,
+            None,
+        )
         return make_graph(self.nodes, self.scope, [], [output])

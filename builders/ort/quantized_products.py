@@ -85,9 +85,17 @@ def quantized_products(
             continue
         columns = ref.shape[-1]
         group = attributes_of(node).get("block_size", 0) or columns
-        block = product_block(columns, group, even_rows=even_rows or len(ref.shape) > 2)
+        block = product_block(
+            columns,
+            group,
+            even_rows=even_rows or len(ref.shape) > 2,
+        )
         if block:
-            out[node.input[0]] = QuantizedProduct(node.input[1], block, group // block)
+            out[node.input[0]] = QuantizedProduct(
+                node.input[1],
+                block,
+                group // block,
+            )
     return out
 
 
@@ -112,7 +120,11 @@ def read_as_stored(model: onnx.ModelProto, located: Located) -> dict[str, tuple[
         rows, columns = ref.shape
         out[name] = (
             file,
-            WeightRef("uint8", (rows, count, ref.nbytes // (rows * count)), ref.offset),
+            WeightRef(
+                "uint8",
+                (rows, count, ref.nbytes // (rows * count)),
+                ref.offset,
+            ),
         )
         if columns > NARROW_BLOCK * count and not is_slice(name):
             helper.set_model_props(model, {EVEN_ROWS: "1"})
@@ -128,7 +140,11 @@ def as_matrices(model: onnx.ModelProto, located: Located) -> dict[str, tuple[str
                 bits = attributes_of(node)["bits"]
                 file, ref = located[node.input[1]]
                 rows, blocks, size = ref.shape
-                matrix = WeightRef(f"uint{bits}", (rows, blocks * size * 8 // bits), ref.offset)
+                matrix = WeightRef(
+                    f"uint{bits}",
+                    (rows, blocks * size * 8 // bits),
+                    ref.offset,
+                )
                 out[node.input[1]] = (file, matrix)
     return out
 
@@ -205,16 +221,34 @@ def _lookup(gather: onnx.NodeProto, expansion: onnx.NodeProto) -> list[onnx.Node
 
     def op(kind: str, part: str, *inputs: str, **attributes: Any) -> str:
         name = f"{output}/{part}"
-        node = helper.make_node(kind, inputs, [name], name=f"{gather.name}/{part}", **attributes)
+        node = helper.make_node(
+            kind,
+            inputs,
+            [name],
+            name=f"{gather.name}/{part}",
+            **attributes,
+        )
         nodes.append(node)
         return name
 
     values = op("Gather", "values", expansion.input[0], ids, axis=0)
     wide = op("Cast", "wide", values, to=TensorProto.FLOAT)
     scales = op("Gather", "scales", expansion.input[1], ids, axis=0)
-    last = op("Constant", "last", value=numpy_helper.from_array(np.array([-1], np.int64)))
+    last = op(
+        "Constant",
+        "last",
+        value=numpy_helper.from_array(np.array([-1], np.int64)),
+    )
     scale = op("Unsqueeze", "scale", scales, last)
-    return [*nodes, helper.make_node("Mul", [wide, scale], [output], name=gather.name)]
+    return [
+        *nodes,
+        helper.make_node(
+            "Mul",
+            [wide, scale],
+            [output],
+            name=gather.name,
+        ),
+    ]
 
 
 _ROWS, _COLUMNS = 320, 640  # rows no multiple of what kernels compute at once
@@ -231,7 +265,13 @@ def probe_graph() -> bytes:
     w = NodeWriter("probe")
     count = w.op("Shape", "x", start=0, end=1)
     # The first row once more where their number is odd.
-    more = w.op("Slice", "x", w.ints([0]), w.op("Mod", count, w.ints([2])), w.ints([0]))
+    more = w.op(
+        "Slice",
+        "x",
+        w.ints([0]),
+        w.op("Mod", count, w.ints([2])),
+        w.ints([0]),
+    )
     even = w.op("Concat", "x", more, axis=0)
     weights, outputs = [], []
     for block in _BLOCKS:
@@ -245,10 +285,21 @@ def probe_graph() -> bytes:
             weights.append(numpy_helper.from_array(values, f"{name}.values"))
             is_narrow = block == NARROW_BLOCK
             result = onnx.NodeProto(name=name, output=[name if is_narrow else f"{name}.even"])
-            inputs = ["x" if is_narrow else even, f"{name}.values", f"scales{block}"]
+            inputs = [
+                "x" if is_narrow else even,
+                f"{name}.values",
+                f"scales{block}",
+            ]
             w.nodes.append(_product(inputs, result, ref, blocks))
             if not is_narrow:
-                w.op("Slice", result.output[0], w.ints([0]), count, w.ints([0]), named=name)
+                w.op(
+                    "Slice",
+                    result.output[0],
+                    w.ints([0]),
+                    count,
+                    w.ints([0]),
+                    named=name,
+                )
             outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["M", _ROWS]))
     x_info = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", _COLUMNS])
     graph = helper.make_graph(w.nodes, "products", [x_info], outputs, weights)

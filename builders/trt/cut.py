@@ -28,13 +28,20 @@ def tower_cuts(
     if not weights:
         return ((0, 0),)
     if segments == 1:
-        return ((0, len(weights)),) if bound is None else cut_layers(held, bound)
+        if bound is None:
+            return ((0, len(weights)),)
+        return cut_layers(held, bound)
     cuts = even_layers(weights, segments)
     for first, end in cuts:
         needed = held.build_memory(first, end)
         if bound is not None and needed > bound:
             more = f"{-(-needed // 10**9)}G or more, or cut into more --segments"
-            raise too_little_memory(f"layers {first} to {end - 1}", needed, bound, more=more)
+            raise too_little_memory(
+                f"layers {first} to {end - 1}",
+                needed,
+                bound,
+                more=more,
+            )
     return cuts
 
 

@@ -295,7 +295,12 @@ def _summed(node: onnx.NodeProto) -> list[onnx.NodeProto]:
         onnx.helper.make_node("Unsqueeze", [node.input[0], columns], [left]),
         onnx.helper.make_node("Unsqueeze", [node.input[1], rows], [right]),
         onnx.helper.make_node("Mul", [left, right], [product]),
-        onnx.helper.make_node("ReduceSum", [product, reduced], [node.output[0]], keepdims=0),
+        onnx.helper.make_node(
+            "ReduceSum",
+            [product, reduced],
+            [node.output[0]],
+            keepdims=0,
+        ),
     ]
     for part, new in zip(("left", "right", "product", "sum"), made, strict=True):
         new.name = f"{node.name}_{part}"
@@ -303,4 +308,9 @@ def _summed(node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _axis(axis: int) -> onnx.TensorProto:
-    return onnx.helper.make_tensor(f"float32_sums.axis{axis}", onnx.TensorProto.INT64, [1], [axis])
+    return onnx.helper.make_tensor(
+        f"float32_sums.axis{axis}",
+        onnx.TensorProto.INT64,
+        [1],
+        [axis],
+    )

@@ -251,7 +251,12 @@ def _set_capabilities(variant: Variant, config: Any, options: NetworkOptions) ->
             )
 
 
-def _add_profile(builder: Any, config: Any, inputs: Sequence[TensorSpec], profile: Profile) -> None:
+def _add_profile(
+    builder: Any,
+    config: Any,
+    inputs: Sequence[TensorSpec],
+    profile: Profile,
+) -> None:
     made = builder.create_optimization_profile()
     for spec in inputs:
         if not any(letter in spec.axes for letter in profile.axes):

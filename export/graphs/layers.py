@@ -76,10 +76,20 @@ def conditioning(model: Layer, masked_fraction: ir.Value) -> ir.Value:
     # In float64 and rounded after: numpy's float32 exp is off by an ulp in half the places.
     rates = np.exp(exponents.astype(np.float64))
     angles = graph.op("Mul", scaled, graph.constant(rates[None], "float32"))
-    waves = graph.op("Concat", graph.op("Cos", angles), graph.op("Sin", angles), axis=-1)
+    waves = graph.op(
+        "Concat",
+        graph.op("Cos", angles),
+        graph.op("Sin", angles),
+        axis=-1,
+    )
     e = affine(graph.to_model_dtype(waves), "t_embedder.mlp.0")
     e = affine(graph.silu(e), "t_embedder.mlp.2")
-    return graph.reshape(affine(graph.silu(e), "t_block.1"), 0, 3, model.config.hidden_size)
+    return graph.reshape(
+        affine(graph.silu(e), "t_block.1"),
+        0,
+        3,
+        model.config.hidden_size,
+    )
 
 
 def modulation(model: Layer, shared: ir.Value, layer: int) -> Modulation:
@@ -121,7 +131,14 @@ def moe(layer: Layer, x: ir.Value) -> ir.Value:
     # Selected and not only multiplied: what nobody chose may overflow, and infinity times 0 is NaN.
     weighed = graph.op("Mul", graph.to_float32(each), share)
     weighed = graph.op("Where", chosen, weighed, graph.constant(0.0, "float32"))
-    routed = graph.to_model_dtype(graph.op("ReduceSum", weighed, graph.constant([0]), keepdims=0))
+    routed = graph.to_model_dtype(
+        graph.op(
+            "ReduceSum",
+            weighed,
+            graph.constant([0]),
+            keepdims=0,
+        )
+    )
     routed = graph.op("Reshape", routed, graph.op("Shape", x))
     if config.shared_intermediate:
         routed = graph.op("Add", routed, mlp(layer, x, "shared_experts."))
@@ -145,14 +162,23 @@ def routing(layer: Layer, tokens: ir.Value) -> tuple[ir.Value, ir.Value]:
     share = graph.op("Where", chosen, scores, zero)
     if config.norm_topk_prob:
         total = graph.op("ReduceSum", share, graph.constant([0]), keepdims=1)
-        share = graph.op("Div", share, graph.op("Add", total, graph.constant(1e-20, "float32")))
+        share = graph.op(
+            "Div",
+            share,
+            graph.op("Add", total, graph.constant(1e-20, "float32")),
+        )
     share = graph.op("Mul", share, graph.constant(config.routed_scaling_factor, "float32"))
     graph.mark(SHARES, share)
     last = graph.constant([-1])
     return graph.op("Unsqueeze", chosen, last), graph.op("Unsqueeze", share, last)
 
 
-def _places(graph: GraphBuilder, x: ir.Value, other: ir.Value, count: int) -> ir.Value:
+def _places(
+    graph: GraphBuilder,
+    x: ir.Value,
+    other: ir.Value,
+    count: int,
+) -> ir.Value:
     """How many come before each of x [...,count,N] in descending order along its last axis but one.
 
     Of equal values the first comes first, as with TopK. On a GPU comparing all pairs is part of one
@@ -180,7 +206,12 @@ def within_best_groups(layer: Layer, choice: ir.Value) -> ir.Value:
     places = _places(graph, of_group, of_group, groups)
     kept = graph.op("Less", places, graph.constant(config.topk_group, "float32"))
     kept = graph.op("Unsqueeze", kept, graph.constant([1]))
-    limited = graph.op("Where", kept, by_group, graph.constant(-math.inf, "float32"))
+    limited = graph.op(
+        "Where",
+        kept,
+        by_group,
+        graph.constant(-math.inf, "float32"),
+    )
     return graph.reshape(limited, config.n_routed_experts, -1)
 
 
@@ -204,7 +235,13 @@ def context_attention(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
     q, k, v = _projected(layer, u)
     where, cache = graph.input(PAST_LENGTH), graph.input(past_key(layer.number))
     keys = graph.op("TensorScatter", cache, k, where, axis=-2)
-    values = graph.op("TensorScatter", graph.input(past_value(layer.number)), v, where, axis=-2)
+    values = graph.op(
+        "TensorScatter",
+        graph.input(past_value(layer.number)),
+        v,
+        where,
+        axis=-2,
+    )
     graph.output(present_key(layer.number), keys)
     graph.output(present_value(layer.number), values)
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -212,7 +249,15 @@ def context_attention(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
     if not splits_groups(config):
         return _merged(layer, graph.op("Attention", q, keys, values, mask, scale=scale))
 
-    length = graph.shared("chunk", lambda: graph.op("Shape", graph.input(TOKENS), start=1, end=2))
+    length = graph.shared(
+        "chunk",
+        lambda: graph.op(
+            "Shape",
+            graph.input(TOKENS),
+            start=1,
+            end=2,
+        ),
+    )
     # Of the cache as it comes in: its shape serves all layers, and a graph that is cut between them
     # must not compute the layer that it would otherwise be taken from.
     capacity = _capacity(layer, cache)
@@ -242,7 +287,15 @@ def denoiser_attention(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
     graph, config = layer.graph, layer.config
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q, k, v = _projected(layer, u)
-    length = graph.shared("block", lambda: graph.op("Shape", graph.input(BLOCK), start=1, end=2))
+    length = graph.shared(
+        "block",
+        lambda: graph.op(
+            "Shape",
+            graph.input(BLOCK),
+            start=1,
+            end=2,
+        ),
+    )
     each = graph.constant([heads // groups])
     rows = graph.shared("query rows", lambda: graph.op("Mul", length, each))
     q = graph.op("Mul", q, graph.scalar(1.0 / math.sqrt(size)))
@@ -282,7 +335,13 @@ def _projected(layer: Layer, u: ir.Value) -> Sequence[ir.Value]:
     joined = graph.linear(u, layer.weight("qkv_proj.weight"))
     split = graph.reshape(joined, 0, 0, heads + 2 * groups, config.head_dim)
     split = graph.op("Transpose", split, perm=[0, 2, 1, 3])
-    return graph.ops("Split", 3, split, graph.constant([heads, groups, groups]), axis=1)
+    return graph.ops(
+        "Split",
+        3,
+        split,
+        graph.constant([heads, groups, groups]),
+        axis=1,
+    )
 
 
 def _capacity(layer: Layer, cache: ir.Value) -> ir.Value:

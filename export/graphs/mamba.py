@@ -185,7 +185,11 @@ class _Mixer:
         gained = graph.op("MatMul", gained, steps.b)  # [B*G,HP/G,N]
         factor = graph.op("Exp", total)
         factor = graph.reshape(factor, 0, -1, 1, 1)
-        kept = graph.op("Mul", graph.input(past_ssm(self._layer.number)), factor)
+        kept = graph.op(
+            "Mul",
+            graph.input(past_ssm(self._layer.number)),
+            factor,
+        )
         gained = graph.reshape(gained, -1, g * h, p, n)
         after = graph.op("Add", kept, gained)
         graph.output(present_ssm(self._layer.number), after)
@@ -214,6 +218,11 @@ class _Mixer:
         else:
             masked = graph.op("Unsqueeze", step, graph.constant([-2]))
             masked = graph.op("Mul", masked, chunk.until)
-            running = graph.op("ReduceSum", masked, graph.constant([-1]), keepdims=0)
+            running = graph.op(
+                "ReduceSum",
+                masked,
+                graph.constant([-1]),
+                keepdims=0,
+            )
         split = (0, config.n_groups, config.mamba_num_heads // config.n_groups, -1)
         return graph.reshape(dt, *split), graph.reshape(running, *split)

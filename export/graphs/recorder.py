@@ -151,10 +151,14 @@ class GraphBuilder:
         return out
 
     def to_float32(self, x: ir.Value) -> ir.Value:
-        return x if self.dtype == "float32" else self.op("Cast", x, to=ir.DataType.FLOAT)
+        if self.dtype == "float32":
+            return x
+        return self.op("Cast", x, to=ir.DataType.FLOAT)
 
     def to_model_dtype(self, x: ir.Value) -> ir.Value:
-        return x if self.dtype == "float32" else self.op("Cast", x, to=ir_dtype(self.dtype))
+        if self.dtype == "float32":
+            return x
+        return self.op("Cast", x, to=ir_dtype(self.dtype))
 
     def reshape(self, x: ir.Value, *shape: int | ir.Value) -> ir.Value:
         """Reshape: 0 keeps an input dimension, -1 takes the rest, a size may be [1] int64."""
@@ -191,7 +195,11 @@ class GraphBuilder:
         assert x.name is not None
         known = next((tap for tap in self.taps.values() if tap.value == x.name), None)
         if known is None:
-            known = Tap(name, x.name, visited.name if visited is not None else None)
+            known = Tap(
+                name,
+                x.name,
+                visited.name if visited is not None else None,
+            )
             self.taps[name] = known
         how = self._activations.get(known.weight)
         if how is None:

@@ -38,9 +38,21 @@ def mask_info(graph: GraphBuilder, config: ModelConfig) -> tuple[MaskInfo, ir.Va
     masked = graph.op("Equal", block, graph.constant(config.mask_token_id))
     ones = graph.op("Cast", masked, to=ir.DataType.INT64)
     count = graph.op("ReduceSum", ones, graph.constant([1]), keepdims=1)
-    length = graph.op("Cast", graph.op("Shape", block, start=1, end=2), to=ir.DataType.FLOAT)
-    fraction = graph.op("Div", graph.op("Cast", count, to=ir.DataType.FLOAT), length)
-    return MaskInfo(masked, count), graph.op("Squeeze", fraction, graph.constant([1]))
+    length = graph.op(
+        "Cast",
+        graph.op("Shape", block, start=1, end=2),
+        to=ir.DataType.FLOAT,
+    )
+    fraction = graph.op(
+        "Div",
+        graph.op("Cast", count, to=ir.DataType.FLOAT),
+        length,
+    )
+    return MaskInfo(masked, count), graph.op(
+        "Squeeze",
+        fraction,
+        graph.constant([1]),
+    )
 
 
 def sample_and_commit(
@@ -51,7 +63,15 @@ def sample_and_commit(
     commit = _committed(graph, confidence, masks)
     graph.output(PREDICTED, predicted)
     graph.output(CONFIDENCE, confidence)
-    graph.output(NEXT_BLOCK, graph.op("Where", commit, predicted, graph.input(BLOCK)))
+    graph.output(
+        NEXT_BLOCK,
+        graph.op(
+            "Where",
+            commit,
+            predicted,
+            graph.input(BLOCK),
+        ),
+    )
     committed = graph.op("Cast", commit, to=ir.DataType.INT64)
     committed = graph.op("ReduceSum", committed, graph.constant([1]), keepdims=1)
     left = graph.op("Sub", masks.count, committed)
@@ -69,7 +89,11 @@ def _choose(
     temperature 0. Noise of -inf excludes a candidate (that is top-k).
     """
     best, ids, probabilities = _candidates(graph, logits, config)
-    temperature = graph.op("Unsqueeze", graph.input(TEMPERATURE), graph.constant([1, 2]))
+    temperature = graph.op(
+        "Unsqueeze",
+        graph.input(TEMPERATURE),
+        graph.constant([1, 2]),
+    )
     greedy = graph.op("LessOrEqual", temperature, graph.constant(0.0, "float32"))
     divisor = graph.op("Where", greedy, graph.constant(1.0, "float32"), temperature)
     noisy = graph.op("Add", graph.op("Div", best, divisor), graph.input(NOISE))
@@ -130,7 +154,12 @@ def _committed(graph: GraphBuilder, confidence: ir.Value, masks: MaskInfo) -> ir
     mine = graph.op("Unsqueeze", confidence, axis_t)
     other = graph.op("Unsqueeze", confidence, axis_s)
     length = graph.op("Shape", confidence, start=1, end=2)
-    places = graph.op("Range", graph.constant(0), graph.op("Squeeze", length), graph.constant(1))
+    places = graph.op(
+        "Range",
+        graph.constant(0),
+        graph.op("Squeeze", length),
+        graph.constant(1),
+    )
     first = graph.op("Unsqueeze", places, graph.constant([0]))
     second = graph.op("Unsqueeze", places, graph.constant([1]))
     left_of = graph.op("Less", first, second)
@@ -140,11 +169,23 @@ def _committed(graph: GraphBuilder, confidence: ir.Value, masks: MaskInfo) -> ir
     ahead = graph.op("Cast", ahead, to=ir.DataType.INT64)
     rank = graph.op("ReduceSum", ahead, axis_t, keepdims=0)
 
-    threshold = graph.op("Unsqueeze", graph.input(THRESHOLD), graph.constant([1]))
-    sure = graph.op("And", graph.op("Greater", confidence, threshold), masks.masked)
+    threshold = graph.op(
+        "Unsqueeze",
+        graph.input(THRESHOLD),
+        graph.constant([1]),
+    )
+    sure = graph.op(
+        "And",
+        graph.op("Greater", confidence, threshold),
+        masks.masked,
+    )
     count = graph.op("Cast", sure, to=ir.DataType.INT64)
     count = graph.op("ReduceSum", count, graph.constant([1]), keepdims=1)
-    floor = graph.op("Unsqueeze", graph.input(COMMIT_FLOOR), graph.constant([1]))
+    floor = graph.op(
+        "Unsqueeze",
+        graph.input(COMMIT_FLOOR),
+        graph.constant([1]),
+    )
     # More than are masked commits them all: no Min needed.
     count = graph.op("Max", count, floor, graph.constant([[1]]))
     return graph.op("And", masks.masked, graph.op("Less", rank, count))

@@ -66,7 +66,12 @@ def build_graph(
     """
     few = precision or Precision()
     declared = declared_weights(config, name, dtype, few.weights)
-    graph = GraphBuilder(signatures(config, dtype)[name], dtype, declared, few.activations)
+    graph = GraphBuilder(
+        signatures(config, dtype)[name],
+        dtype,
+        declared,
+        few.activations,
+    )
     record = {CONTEXT: _context, CONTEXT_HEAD: _context_head, DENOISER: _denoiser}[name]
     record(graph, config)
     assert tuple(graph.weights) == declared, f"the {name} graph declares other weights"
@@ -82,7 +87,11 @@ def _context(graph: GraphBuilder, config: ModelConfig) -> None:
         chunk = _chunk(tower, tokens, lengths=graph.input(CHUNK_LENGTH))
     for i, kind in enumerate(config.layers):
         with graph.scope(f"layers.{i}.{kind.name.lower()}"):
-            layer = replace(tower, prefix=f"{tower.prefix}layers.{i}.", number=i)
+            layer = replace(
+                tower,
+                prefix=f"{tower.prefix}layers.{i}.",
+                number=i,
+            )
             h = graph.op("Add", h, _mixer(layer, rms_norm(layer, h), chunk))
     with graph.scope("norm_f"):
         # The hidden vector of each row's last valid token, [B,D]; a row without tokens gives its
@@ -107,7 +116,11 @@ def _denoiser(graph: GraphBuilder, config: ModelConfig) -> None:
         chunk = _chunk(tower, block, lengths=None)
     for i, kind in enumerate(config.layers):
         with graph.scope(f"layers.{i}.{kind.name.lower()}"):
-            layer = replace(tower, prefix=f"{tower.prefix}layers.{i}.", number=i)
+            layer = replace(
+                tower,
+                prefix=f"{tower.prefix}layers.{i}.",
+                number=i,
+            )
             by = modulation(model, shared, i)
             y = _mixer(layer, normed_input(layer, h, by), chunk)
             h = graph.op("Add", h, graph.op("Mul", by.gate, y))
@@ -122,10 +135,23 @@ def _denoiser(graph: GraphBuilder, config: ModelConfig) -> None:
 def _context_head(graph: GraphBuilder, config: ModelConfig) -> None:
     logits = graph.linear(graph.input(HIDDEN), graph.weight(Tower.CONTEXT.head))
     logits = graph.to_float32(logits)
-    best, ids = graph.ops("TopK", 2, logits, graph.constant([candidate_count(config)]), axis=-1)
+    best, ids = graph.ops(
+        "TopK",
+        2,
+        logits,
+        graph.constant([candidate_count(config)]),
+        axis=-1,
+    )
     relative, total = relative_to_best(graph, logits, best)
     graph.output(CANDIDATE_IDS, ids)
-    graph.output(CANDIDATE_LOGPROBS, graph.op("Sub", relative, graph.op("Log", total)))
+    graph.output(
+        CANDIDATE_LOGPROBS,
+        graph.op(
+            "Sub",
+            relative,
+            graph.op("Log", total),
+        ),
+    )
 
 
 def _mixer(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
@@ -136,13 +162,20 @@ def _mixer(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
     if kind is LayerKind.ATTENTION:
         attention = denoiser_attention if chunk.lengths is None else context_attention
         return attention(mixer, u, chunk)
-    return moe(mixer, u) if kind is LayerKind.MOE else mlp(mixer, u)
+    if kind is LayerKind.MOE:
+        return moe(mixer, u)
+    return mlp(mixer, u)
 
 
 def _range_of(graph: GraphBuilder, x: ir.Value, axis: int) -> ir.Value:
     """0, 1, ... along one axis of x, int64."""
     length = graph.op("Shape", x, start=axis, end=axis + 1)
-    return graph.op("Range", graph.constant(0), graph.op("Squeeze", length), graph.constant(1))
+    return graph.op(
+        "Range",
+        graph.constant(0),
+        graph.op("Squeeze", length),
+        graph.constant(1),
+    )
 
 
 def _chunk(tower: Layer, tokens: ir.Value, *, lengths: ir.Value | None) -> ChunkInfo:
@@ -158,7 +191,11 @@ def _chunk(tower: Layer, tokens: ir.Value, *, lengths: ir.Value | None) -> Chunk
     until = graph.op("Cast", seen, to=ir.DataType.FLOAT)
     if lengths is None:
         return ChunkInfo(length, future, until, _score_limit(tower))
-    valid = graph.op("Less", second, graph.op("Unsqueeze", lengths, graph.constant([1])))
+    valid = graph.op(
+        "Less",
+        second,
+        graph.op("Unsqueeze", lengths, graph.constant([1])),
+    )
     valid = graph.op("Cast", valid, to=ir.DataType.FLOAT)
     valid = graph.op("Unsqueeze", valid, graph.constant([1]))  # [B,1,L]
     return ChunkInfo(length, future, until, _causal_mask(tower), valid, lengths)
@@ -173,7 +210,11 @@ def _causal_mask(tower: Layer) -> ir.Value | None:
     positions = _range_of(graph, graph.input(TOKENS), axis=1)
     past = graph.op("Unsqueeze", graph.input(PAST_LENGTH), graph.constant([1]))
     own = graph.op("Add", past, positions)  # [B,L]
-    return graph.op("LessOrEqual", slots, graph.op("Unsqueeze", own, graph.constant([1, 3])))
+    return graph.op(
+        "LessOrEqual",
+        slots,
+        graph.op("Unsqueeze", own, graph.constant([1, 3])),
+    )
 
 
 def _score_limit(tower: Layer) -> ir.Value | None:
@@ -183,8 +224,16 @@ def _score_limit(tower: Layer) -> ir.Value | None:
     if not layers:
         return None
     slots = _range_of(graph, graph.input(past_key(layers[0])), axis=2)
-    lengths = graph.op("Unsqueeze", graph.input(CONTEXT_LENGTH), graph.constant([1]))
-    lengths = graph.op("Expand", lengths, graph.constant([1, config.num_key_value_heads]))
+    lengths = graph.op(
+        "Unsqueeze",
+        graph.input(CONTEXT_LENGTH),
+        graph.constant([1]),
+    )
+    lengths = graph.op(
+        "Expand",
+        lengths,
+        graph.constant([1, config.num_key_value_heads]),
+    )
     held = graph.op("Less", slots, graph.reshape(lengths, -1, 1, 1))
     never, always = graph.constant(MASKED, "float32"), graph.constant(-MASKED, "float32")
     return graph.op("Where", held, always, never)

@@ -68,7 +68,9 @@ class Cuda:
         code, *results = getattr(self._api, name)(*args)
         if int(code) != _SUCCESS:
             raise self._error(name, int(code))
-        return results[0] if len(results) == 1 else tuple(results)
+        if len(results) == 1:
+            return results[0]
+        return tuple(results)
 
     def _error(self, call: str, code: int) -> CudaError:
         """The error of a call; after a sticky one it tells of that, and not of what came next."""
@@ -77,7 +79,12 @@ class Cuda:
         if code not in _STICKY:
             return _error(call, code, f"CUDA error {code}: {meaning}", do=_AGAIN)
         if self._first is None:
-            self._first = _error(call, code, f"CUDA error {code}: {meaning}", do=_NEW_PROCESS)
+            self._first = _error(
+                call,
+                code,
+                f"CUDA error {code}: {meaning}",
+                do=_NEW_PROCESS,
+            )
             return self._first
         found = f"{self._first.found}; every call since then fails, now {call}"
         later = _error(call, code, found, do=_NEW_PROCESS)
@@ -163,7 +170,14 @@ class Cuda:
         """Host memory as a buffer; the memory must outlive it."""
         return (ctypes.c_ubyte * size).from_address(address)
 
-    def copy(self, target: int, source: int, size: int, *, stream: int) -> None:
+    def copy(
+        self,
+        target: int,
+        source: int,
+        size: int,
+        *,
+        stream: int,
+    ) -> None:
         """Enqueues a copy between any two places: host, device, another device."""
         kind = self._api.cudaMemcpyKind.cudaMemcpyDefault
         self._call("cudaMemcpyAsync", target, source, size, kind, stream)
@@ -250,7 +264,13 @@ _NEW_PROCESS = (
 )
 
 
-def _error(call: str, code: int, found: str, *, do: str) -> CudaError:
+def _error(
+    call: str,
+    code: int,
+    found: str,
+    *,
+    do: str,
+) -> CudaError:
     error = CudaError(f"the GPU reported an error in {call}", found=found, do=do)
     error.code = code
     return error

@@ -94,8 +94,17 @@ class DeviceMemory:
 
     def state(self, spec: TensorSpec, sizes: Mapping[str, int]) -> DeviceBuffer:
         size = prod(spec.shape(sizes)) * carried_dtype(spec.dtype).itemsize
-        addresses, freed = self._allocated(size, self._devices_of(spec), (spec, sizes))
-        buffer = DeviceBuffer(spec.shape(sizes), spec.dtype, addresses, self._owner(freed))
+        addresses, freed = self._allocated(
+            size,
+            self._devices_of(spec),
+            (spec, sizes),
+        )
+        buffer = DeviceBuffer(
+            spec.shape(sizes),
+            spec.dtype,
+            addresses,
+            self._owner(freed),
+        )
         self.clear(buffer)
         return buffer
 

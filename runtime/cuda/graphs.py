@@ -11,7 +11,13 @@ from twotower.runtime.cuda.calls import Cuda, CudaError
 logger = logging.getLogger(__name__)
 
 
-def capture(cuda: Cuda, stream: int, enqueue: Callable[[], None], *, name: str) -> int | None:
+def capture(
+    cuda: Cuda,
+    stream: int,
+    enqueue: Callable[[], None],
+    *,
+    name: str,
+) -> int | None:
     """Captures what `enqueue` puts on a stream; None, logged, if it cannot be captured.
 
     `enqueue` has already run once, to completion, with the same addresses and shapes. It raises

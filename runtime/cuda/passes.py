@@ -153,7 +153,12 @@ class DevicePass:
     def _copy(self, transfers: Iterable[Transfer], queue: CudaStream) -> None:
         for t in transfers:
             self._cuda.use(t.device)
-            self._cuda.copy(t.target, t.source, t.size, stream=queue.handles[t.device])
+            self._cuda.copy(
+                t.target,
+                t.source,
+                t.size,
+                stream=queue.handles[t.device],
+            )
 
 
 def uploads(signature: TowerSignature, buffers: Mapping[str, DeviceBuffer]) -> tuple[Transfer, ...]:

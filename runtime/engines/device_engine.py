@@ -88,7 +88,11 @@ class DeviceEngine(ABC, Generic[P]):
             # Kernels compiled for a context are kept first: they may go with it.
             close=lambda: close_all((self._keep_kernels, run.close)),
         )
-        return DevicePass(shared.cuda, work, [shared.order[d] for d in dict.fromkeys(devices)])
+        return DevicePass(
+            shared.cuda,
+            work,
+            [shared.order[d] for d in dict.fromkeys(devices)],
+        )
 
     def close(self) -> None:
         """Frees the programs; idempotent."""

@@ -136,7 +136,9 @@ class DeviceOpening:
 
     def copies(self, name: str) -> StateCopies | None:
         """What copies the state that a graph writes to other devices."""
-        return StateCopies(self.cuda, self.state) if name == CONTEXT else None
+        if name != CONTEXT:
+            return None
+        return StateCopies(self.cuda, self.state)
 
     def towers(
         self,
@@ -229,7 +231,14 @@ def requests_of(
         table, path = bundle.weights(name), bundle.data_file(name)
         file = bundle.files[GRAPH_FILES[name] + DATA_SUFFIX]
         for device, reads in zip(placed[name], reads_of(steps), strict=True):
-            out.append(LoadRequest(path, file, {w.name: table[w.name] for w in reads}, device))
+            out.append(
+                LoadRequest(
+                    path,
+                    file,
+                    {w.name: table[w.name] for w in reads},
+                    device,
+                )
+            )
     return out
 
 

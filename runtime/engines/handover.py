@@ -74,4 +74,6 @@ def handed_bytes(part: EngineFile, sizes: Mapping[str, int]) -> dict[str, int]:
 def with_tokens(part: EngineFile, sizes: Mapping[str, int]) -> dict[str, int]:
     """The sizes with N, the number of tokens, of a program that ends where experts begin."""
     experts = next((spec for spec in part.outputs if spec.name == EXPERTS_IN), None)
-    return dict(sizes) if experts is None else {**sizes, "N": prod(experts.shape(sizes)[:-1])}
+    if experts is None:
+        return dict(sizes)
+    return {**sizes, "N": prod(experts.shape(sizes)[:-1])}

@@ -18,7 +18,11 @@ from twotower.kernels.tilings import BUILDABLE_SMS
 from twotower.runtime.cleanup import Cleanup, close_all
 from twotower.runtime.cuda.calls import Cuda
 
-_C_TYPES: Mapping[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+_C_TYPES: Mapping[str, Any] = {
+    "i32": ctypes.c_int32,
+    "i64": ctypes.c_int64,
+    "fp32": ctypes.c_float,
+}
 """Of numbers; a pointer is 64 bits."""
 
 

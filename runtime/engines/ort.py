@@ -134,7 +134,11 @@ class OrtEngine:
         session, binding = self._bound(copies)
         given = [(arrays[name], copies[name]) for name in names]
         wanted = [(arrays[spec.name], copies[spec.name]) for spec in self.signature.outputs]
-        return _OneMoreBinding(_OrtBinding(session, binding, tuple(copies.values())), given, wanted)
+        return _OneMoreBinding(
+            _OrtBinding(session, binding, tuple(copies.values())),
+            given,
+            wanted,
+        )
 
     def _bound(self, arrays: Mapping[str, Array]) -> tuple[ort.InferenceSession, ort.IOBinding]:
         if self._session is None:
@@ -142,10 +146,24 @@ class OrtEngine:
         binding = self._session.io_binding()
         for spec in self.signature.inputs:
             a = arrays[spec.name]
-            binding.bind_input(spec.name, "cpu", 0, a.dtype.type, a.shape, a.ctypes.data)
+            binding.bind_input(
+                spec.name,
+                "cpu",
+                0,
+                a.dtype.type,
+                a.shape,
+                a.ctypes.data,
+            )
         for spec in self.signature.outputs:
             a = arrays[spec.name]
-            binding.bind_output(spec.name, "cpu", 0, a.dtype.type, a.shape, a.ctypes.data)
+            binding.bind_output(
+                spec.name,
+                "cpu",
+                0,
+                a.dtype.type,
+                a.shape,
+                a.ctypes.data,
+            )
         return self._session, binding
 
     def close(self) -> None:

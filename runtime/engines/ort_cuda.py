@@ -43,7 +43,14 @@ class OrtLibrary(Protocol):
     version: str
     device_type: str
 
-    def session(self, graph: Path, folder: Path, *, device: int, stream: int) -> Any:
+    def session(
+        self,
+        graph: Path,
+        folder: Path,
+        *,
+        device: int,
+        stream: int,
+    ) -> Any:
         """A session of a graph on a device and a CUDA stream; weights are named from `folder`."""
         ...
 
@@ -166,6 +173,11 @@ class OrtDeviceEngine(DeviceEngine[_Program]):
             )
 
 
-def _run(session: Any, binding: Any, options: Any, stream: int) -> None:
+def _run(
+    session: Any,
+    binding: Any,
+    options: Any,
+    stream: int,
+) -> None:
     """Runs on the stream that the session was made for, which is this one."""
     session.run_with_iobinding(binding, options)

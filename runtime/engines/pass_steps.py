@@ -148,7 +148,12 @@ class BoundCopies:
             self._cuda.use(home)
             for _, target in others:
                 for at, size in spans:
-                    self._cuda.copy(target + at, source + at, size, stream=queue.handles[home])
+                    self._cuda.copy(
+                        target + at,
+                        source + at,
+                        size,
+                        stream=queue.handles[home],
+                    )
 
     def _chunks(self, buffer: DeviceBuffer) -> Iterable[tuple[int, int]]:
         """Offset and bytes of the chunk in a cache [B, heads, T, size], for each row and head."""

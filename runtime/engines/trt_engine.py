@@ -42,7 +42,12 @@ from twotower.tensorrt_library import Variant
 logger = logging.getLogger(__name__)
 
 
-def open_tensorrt(bundle: Bundle, variant: Variant, cuda: Cuda, options: OpenOptions) -> Towers:
+def open_tensorrt(
+    bundle: Bundle,
+    variant: Variant,
+    cuda: Cuda,
+    options: OpenOptions,
+) -> Towers:
     """Opens the three graphs of a bundle on TensorRT.
 
     Raises:
@@ -109,7 +114,11 @@ def open_tensorrt(bundle: Bundle, variant: Variant, cuda: Cuda, options: OpenOpt
 def _sizes(bundle: Bundle, record: EngineRecord, name: str) -> list[int]:
     """Bytes of each engine and the weights read there; a shared file counts once."""
     table, known, out = bundle.weights(name), set[str](), list[int]()
-    for part, reads in zip(record.engines[name], reads_of(record.steps[name]), strict=True):
+    for part, reads in zip(
+        record.engines[name],
+        reads_of(record.steps[name]),
+        strict=True,
+    ):
         size = sum(table[weight.name].nbytes for weight in reads)
         if part.file not in known:
             size += record.files[part.file].size
@@ -118,7 +127,12 @@ def _sizes(bundle: Bundle, record: EngineRecord, name: str) -> list[int]:
     return out
 
 
-def _check_sms(record: EngineRecord, gpus: Sequence[Gpu], bundle: Bundle, any_sm: str) -> None:
+def _check_sms(
+    record: EngineRecord,
+    gpus: Sequence[Gpu],
+    bundle: Bundle,
+    any_sm: str,
+) -> None:
     assert record.limits is not None
     sms = record.limits.sms
     foreign = [gpu for gpu in gpus if sms and gpu.sm not in sms]
@@ -126,7 +140,11 @@ def _check_sms(record: EngineRecord, gpus: Sequence[Gpu], bundle: Bundle, any_sm
         built = "built for the library's own set"
         if sms:
             built = f"built for SM {', '.join(map(str, sms))}"
-        logger.warning("%s; the engines are %s", untried(any_sm, [gpu.sm for gpu in gpus]), built)
+        logger.warning(
+            "%s; the engines are %s",
+            untried(any_sm, [gpu.sm for gpu in gpus]),
+            built,
+        )
     elif foreign:
         built = ", ".join(map(str, sms))
         wanted = ",".join(map(str, sorted({*sms, foreign[0].sm})))

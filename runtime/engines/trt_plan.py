@@ -62,7 +62,13 @@ class Execution:
     Attributes are released in the order they are set, with or without `close`: the context first.
     """
 
-    def __init__(self, context: Any, config: Any, plan: Plan, loader: PlanLoader) -> None:
+    def __init__(
+        self,
+        context: Any,
+        config: Any,
+        plan: Plan,
+        loader: PlanLoader,
+    ) -> None:
         self.context, self._config, self.plan = context, config, plan
         self._loader = loader
 
@@ -100,7 +106,9 @@ class Execution:
         self._loader.drain()
         self.context.set_device_memory(address, size)
         said = self._loader.drain(errors=True)
-        return [f"activation memory of {size:,} bytes: {said}"] if said else []
+        if not said:
+            return []
+        return [f"activation memory of {size:,} bytes: {said}"]
 
     def enqueue(self, stream: int) -> None:
         """Enqueues on a stream of its current device; DeviceError if refused."""
@@ -330,7 +338,12 @@ def _make_logger(trt: Any, said: deque[tuple[bool, str]]) -> Any:
         def log(self, severity: Any, message: str) -> None:
             serious = severity.value <= trt.ILogger.Severity.WARNING.value
             error = severity.value <= trt.ILogger.Severity.ERROR.value
-            logger.log(logging.INFO if serious else logging.DEBUG, "%s: %s", severity.name, message)
+            logger.log(
+                logging.INFO if serious else logging.DEBUG,
+                "%s: %s",
+                severity.name,
+                message,
+            )
             if serious:
                 said.append((error, " ".join(message.split())))
 

@@ -152,7 +152,11 @@ class DataFile:
         do = _COPY_AGAIN
         if not isinstance(e, FileNotFoundError):
             do = f"look at its permissions and at the disk (`dmesg`), or {do}"
-        return BundleError(f"{self.path} cannot be read", found=e.strerror or str(e), do=do)
+        return BundleError(
+            f"{self.path} cannot be read",
+            found=e.strerror or str(e),
+            do=do,
+        )
 
 
 class PageCache:

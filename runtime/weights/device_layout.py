@@ -75,7 +75,11 @@ def lay_out(weights: Mapping[str, WeightRef]) -> Layout:
             placed[place] = _append(runs, weight, end)
             end = placed[place] + weight.nbytes
         offsets[name] = placed[place]
-    return Layout(end, offsets, tuple(run for run in runs if run.stop > run.start))
+    return Layout(
+        end,
+        offsets,
+        tuple(run for run in runs if run.stop > run.start),
+    )
 
 
 def _append(runs: list[Run], weight: WeightRef, end: int) -> int:
@@ -90,7 +94,13 @@ def _append(runs: list[Run], weight: WeightRef, end: int) -> int:
     return target
 
 
-def cut_chunks(layouts: Iterable[Layout], *, size: int, most: int, whole: bool) -> list[Chunk]:
+def cut_chunks(
+    layouts: Iterable[Layout],
+    *,
+    size: int,
+    most: int,
+    whole: bool,
+) -> list[Chunk]:
     """What is read of a file for these devices, in order; no byte is in two chunks.
 
     `most` bounds the bytes of a chunk, a multiple of `PAGE`; `whole` reads bytes between weights

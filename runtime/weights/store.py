@@ -49,7 +49,9 @@ class Loaded:
     @property
     def rate(self) -> float:
         """Bytes a second; 0 where there was nothing to read."""
-        return self.nbytes / self.seconds if self.seconds and self.nbytes else 0.0
+        if self.seconds and self.nbytes:
+            return self.nbytes / self.seconds
+        return 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,7 +228,13 @@ class WeightStore:
         close_all(partial(self._cuda.free, address) for address in blocks)
 
 
-def _opened(path: Path, file: _File, opened: Cleanup, *, direct: bool) -> DataFile:
+def _opened(
+    path: Path,
+    file: _File,
+    opened: Cleanup,
+    *,
+    direct: bool,
+) -> DataFile:
     data = DataFile(path, file.record, direct=direct)
     opened.callback(data.close)
     for weights in file.wanted.values():
@@ -240,12 +248,23 @@ def _in_turns(by_file: Iterable[Iterator[Step]]) -> Iterator[Step]:
         yield from (step for step in some if step is not None)
 
 
-def _steps(data: DataFile, file: _File, *, most: int, whole: bool) -> Iterator[Step]:
+def _steps(
+    data: DataFile,
+    file: _File,
+    *,
+    most: int,
+    whole: bool,
+) -> Iterator[Step]:
     chunks = cut_chunks(file.layouts.values(), size=file.record.size, most=most, whole=whole)
     by_device = [(device, copies(chunks, layout)) for device, layout in file.layouts.items()]
     for number, chunk in enumerate(chunks):
         parts = [
-            DeviceCopy(device, file.bases[device] + copy.target, copy.source, copy.size)
+            DeviceCopy(
+                device,
+                file.bases[device] + copy.target,
+                copy.source,
+                copy.size,
+            )
             for device, some in by_device
             for copy in some[number]
         ]

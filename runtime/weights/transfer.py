@@ -114,7 +114,12 @@ class Transfer:
         for copy in step.copies:
             self.cuda.use(copy.device)
             stream = self.streams[copy.device]
-            self.cuda.copy(copy.address, slot.address + copy.source, copy.size, stream=stream)
+            self.cuda.copy(
+                copy.address,
+                slot.address + copy.source,
+                copy.size,
+                stream=stream,
+            )
         for device in dict.fromkeys(copy.device for copy in step.copies):
             self.cuda.use(device)
             slot.events[device].record(self.streams[device])

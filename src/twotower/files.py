@@ -97,7 +97,9 @@ def inside(root: Path, relative: str) -> Path | None:
     ):
         return None
     path = root / pure
-    return path if path.resolve().is_relative_to(root.resolve()) else None
+    if not path.resolve().is_relative_to(root.resolve()):
+        return None
+    return path
 
 
 @contextmanager
@@ -162,7 +164,13 @@ def require_new(output: Path, *, error: type[TwoTowerError]) -> None:
         )
 
 
-def require_room(output: Path, nbytes: int, *, error: type[TwoTowerError], smaller: str) -> None:
+def require_room(
+    output: Path,
+    nbytes: int,
+    *,
+    error: type[TwoTowerError],
+    smaller: str,
+) -> None:
     """Refuses a folder that exists, and a disk without room for so many bytes and some more.
 
     `error` is the class to raise; `smaller` says what to do other than free space.

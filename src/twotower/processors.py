@@ -29,7 +29,9 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 def installed_memory() -> int:
     """Bytes of memory of the machine; 0 where the system does not say."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    if not hasattr(os, "sysconf"):
+        return 0
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def usable_memory(root: Path = Path("/")) -> int:

@@ -73,7 +73,9 @@ def encode(value: object, *, leave_out: Collection[str] = ()) -> Any:
 
 
 def _encoded(value: Any) -> Any:
-    return value.to_json() if hasattr(value, "to_json") else encode(value)
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    return encode(value)
 
 
 def decode(kind: type[T], data: object, *, strict: bool = True, **given: object) -> T:

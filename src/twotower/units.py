@@ -14,4 +14,6 @@ def format_bytes(count: float) -> str:
     while count >= 999.5 and unit < len(_UNITS) - 1:
         count /= 1024
         unit += 1
-    return f"{count:.0f} B" if unit == 0 else f"{count:.3g} {_UNITS[unit]}"
+    if unit == 0:
+        return f"{count:.0f} B"
+    return f"{count:.3g} {_UNITS[unit]}"

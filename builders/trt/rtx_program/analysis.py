@@ -92,7 +92,12 @@ def _summary(program: Program) -> dict[str, Any]:
         "sms": list(program.sms),
         "kernels": len(program.kernels),
         "by_kind": {
-            kind: {"layers": len(n), "kernels": sum(n), "min": min(n), "max": max(n)}
+            kind: {
+                "layers": len(n),
+                "kernels": sum(n),
+                "min": min(n),
+                "max": max(n),
+            }
             for kind, n in counts.items()
         },
         "by_operation": _counts(k.operation for k in program.kernels),

@@ -51,7 +51,9 @@ class Statement:
         found = re.search(rf'(?<![\w"]){key} ?= ?(?:"([^"]*)"|([^\s"{{}}]+))', self.body)
         if found is None:
             return None
-        return found[2] if found[1] is None else found[1]
+        if found[1] is None:
+            return found[2]
+        return found[1]
 
     def number(self, key: str) -> int:
         """A key's integer; ProgramTextError if missing or no number."""
@@ -63,7 +65,9 @@ class Statement:
     def names(self, key: str) -> tuple[str, ...] | None:
         """The quoted names of a list `key={ "a" "b" }`; None where the key is missing."""
         found = re.search(rf'(?<![\w"]){key} ?= ?\{{((?:[^"}}]|"[^"]*")*)\}}', self.body)
-        return None if found is None else tuple(re.findall(r'"([^"]*)"', found[1]))
+        if found is None:
+            return None
+        return tuple(re.findall(r'"([^"]*)"', found[1]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,11 @@ class ExpertsStep:
     def from_json(cls, data: Any) -> ExpertsStep:
         """The inverse of `to_json`."""
         with at_path("experts"):
-            return decode(cls, decode(dict[str, Any], data).get("experts"), strict=False)
+            return decode(
+                cls,
+                decode(dict[str, Any], data).get("experts"),
+                strict=False,
+            )
 
 
 Step = EngineFile | ExpertsStep

@@ -380,4 +380,6 @@ def note_measurement(bundle: Bundle, measured: Mapping[str, Any]) -> None:
 def flags_of_bundle(bundle: Bundle) -> list[str]:
     """Warnings of a quantized bundle that was measured and is not inside its quality budget."""
     measured = (bundle.quantization or {}).get("measured")
-    return [str(flag) for flag in measured["flags"]] if measured else []
+    if not measured:
+        return []
+    return [str(flag) for flag in measured["flags"]]

@@ -52,7 +52,12 @@ class CheckpointTensor:
 def layer_tensors(config: ModelConfig, tower: Tower, layer: int) -> Iterator[CheckpointTensor]:
     """The tensors under `<tower>.layers.<layer>.`, in a fixed order."""
     prefix = f"{tower.value}.layers.{layer}."
-    yield CheckpointTensor(f"{prefix}norm.weight", (config.hidden_size,), Role.NORM, tower)
+    yield CheckpointTensor(
+        f"{prefix}norm.weight",
+        (config.hidden_size,),
+        Role.NORM,
+        tower,
+    )
     for name, shape, role in _MIXERS[config.layers[layer]](config):
         yield CheckpointTensor(f"{prefix}mixer.{name}", shape, role, tower)
 
@@ -67,7 +72,14 @@ def expected_tensors(config: ModelConfig) -> dict[str, CheckpointTensor]:
         )
         for layer in range(len(config.layers)):
             out += layer_tensors(config, tower, layer)
-        out.append(CheckpointTensor(f"{tower.value}.norm_f.weight", (d,), Role.NORM, tower))
+        out.append(
+            CheckpointTensor(
+                f"{tower.value}.norm_f.weight",
+                (d,),
+                Role.NORM,
+                tower,
+            )
+        )
         out.append(CheckpointTensor(tower.head, (v, d), Role.HEAD, tower))
     conditioning: list[tuple[str, tuple[int, ...]]] = [
         ("t_embedder.mlp.0.weight", (d, 2 * TIMESTEP_FREQUENCIES)),

@@ -161,7 +161,9 @@ class Tensor:
         """The whole tensor in an array of its own, bfloat16 widened to float32."""
         out = np.empty(self.shape, carried_dtype(self.dtype))
         self.read_into(out.reshape(-1))
-        return to_float32(out, self.dtype) if self.dtype == "bfloat16" else out
+        if self.dtype == "bfloat16":
+            return to_float32(out, self.dtype)
+        return out
 
     def _fill(self, file: Any, view: memoryview) -> None:
         done = 0

@@ -58,7 +58,11 @@ class ModelSummary:
             ("", f"{100 * self.active_ratio:.1f} % of a tower: {used}"),
             ("weights", f"{format_bytes(self.weight_bytes)} as {', '.join(self.bytes_by_dtype)}"),
         ]
-        for role, count in sorted(self.by_role.items(), key=lambda item: item[1], reverse=True):
+        for role, count in sorted(
+            self.by_role.items(),
+            key=lambda item: item[1],
+            reverse=True,
+        ):
             part, size = 100 * count / self.parameters, format_bytes(self.bytes_by_role[role])
             rows.append(("", f"{role:<14}{_count(count):>8}  {part:5.1f} %  {size:>10}"))
         token, row = format_bytes(self.kv_bytes_per_token), format_bytes(self.state_bytes_per_row)

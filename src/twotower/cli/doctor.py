@@ -141,4 +141,6 @@ def _described(facts: dict[str, Any]) -> list[str]:
         f"libraries   {', '.join(libraries) or 'no inference library'}",
         *labelled("targets", (f"{target}: {why}" for target, why in facts["targets"].items())),
     ]
-    return [*lines, f"CONFLICT    {facts['conflict']}"] if facts["conflict"] else lines
+    if facts["conflict"]:
+        return [*lines, f"CONFLICT    {facts['conflict']}"]
+    return lines

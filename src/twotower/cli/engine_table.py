@@ -216,7 +216,9 @@ def _weights(told: Mapping[str, Any]) -> str:
 
 
 def _range(least: int, most: int) -> str:
-    return f"{least}" if least == most else f"{least} to {most}"
+    if least == most:
+        return f"{least}"
+    return f"{least} to {most}"
 
 
 def _counted(counts: Mapping[str, int]) -> list[str]:
@@ -261,7 +263,9 @@ def launch_facts(record: EngineRecord) -> dict[str, dict[str, dict[str, Any]]]:
 def _positions(part: EngineFile, profile: Profile) -> int:
     """Tokens of a row, as the profile is tuned for."""
     length = next(spec for spec in part.outputs if spec.name == EXPERTS_IN).axes[1]
-    return profile.axes[length][1] if isinstance(length, str) else length
+    if isinstance(length, str):
+        return profile.axes[length][1]
+    return length
 
 
 def program_lines(
@@ -301,7 +305,9 @@ def program_lines(
                 f"{len(expanded)} weights, {size} a pass" if expanded else "none",
             )
             details += [f"  {file} {name}: {line}" for line in _program_details(program)]
-    return [*table.text("  "), *details] if details else []
+    if not details:
+        return []
+    return [*table.text("  "), *details]
 
 
 def _program_details(program: Mapping[str, Any]) -> list[str]:

@@ -167,7 +167,8 @@ def _evaluated(
     other = models[1] if args.against else None
     report = evaluate(models[0], suite, config, other=other, progress=line).report
     line.end()
-    for key, name, model in zip(("bundle", "other"), (args.bundle, args.against), models):  # noqa: B905
+    names = (args.bundle, args.against)
+    for key, name, model in zip(("bundle", "other"), names, models):  # noqa: B905
         report[key] = {"name": Path(name).resolve().name, "target": model.target}
     return report
 

@@ -105,7 +105,11 @@ def run(args: argparse.Namespace) -> int:
     if (concrete or args.fit) and not any(f.fits for f in fits):
         raise refusal(plan, fits)
     if args.json:
-        facts = {"path": args.path, **plan.to_json(), "gpus": [f.to_json() for f in fits]}
+        facts = {
+            "path": args.path,
+            **plan.to_json(),
+            "gpus": [f.to_json() for f in fits],
+        }
         print(json.dumps(facts))
         return 0
     lines = describe_plan(plan)

@@ -152,7 +152,11 @@ def _note(chosen: dict[str, Any]) -> dict[str, Any]:
     """What of a choice belongs into the bundle's manifest."""
     about = {name: chosen[name] for name in ("suite", "generation", "budget", "flags")}
     names = ("retention", "passes_per_block", "inflation", "step_time", "speedup")
-    return {**about, "target": "ort-cpu", **{name: chosen["check"][name] for name in names}}
+    return {
+        **about,
+        "target": "ort-cpu",
+        **{name: chosen["check"][name] for name in names},
+    }
 
 
 def _auto(

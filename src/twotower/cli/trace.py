@@ -183,7 +183,12 @@ def _diff(args: argparse.Namespace) -> int:
     if args.json:
         names = [{"bundle": t.header.bundle, "target": t.header.target} for t in (a, b)]
         threshold = a.header.config["confidence_threshold"]
-        facts = {"a": names[0], "b": names[1], "threshold": threshold, **diff.to_json()}
+        facts = {
+            "a": names[0],
+            "b": names[1],
+            "threshold": threshold,
+            **diff.to_json(),
+        }
         print(json.dumps(facts))
     else:
         print("\n".join(diff_lines(a, b, diff)))

@@ -53,7 +53,9 @@ class WeightFormat:
     @property
     def label(self) -> str:
         """As a person reads it: `int4 in groups of 32`."""
-        return f"{self.name} in groups of {self.group}" if self.group else self.name
+        if self.group:
+            return f"{self.name} in groups of {self.group}"
+        return self.name
 
 
 FORMATS: Mapping[str, WeightFormat] = MappingProxyType(

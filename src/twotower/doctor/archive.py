@@ -92,7 +92,11 @@ def read_results(file: Path) -> dict[str, Any]:
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise ConfigError(f"{file} cannot be read", found=f"{type(e).__name__}: {e}", do=do) from e
+        raise ConfigError(
+            f"{file} cannot be read",
+            found=f"{type(e).__name__}: {e}",
+            do=do,
+        ) from e
     schema = results.get("schema") if isinstance(results, dict) else None
     if schema != SCHEMA or not isinstance(results.get("sections"), dict):
         found = f"schema {schema!r}, this version reads {SCHEMA}"

@@ -221,4 +221,8 @@ def _same(
         return CheckResult(name, False, str(e))
     differ = sum(a != b for a, b in zip(wanted, seen, strict=True))
     end = f", {differ} of them differ" if differ else ", the same"
-    return CheckResult(name, not differ, f"{len(wanted)} texts of {_TOKENS} tokens{end}")
+    return CheckResult(
+        name,
+        not differ,
+        f"{len(wanted)} texts of {_TOKENS} tokens{end}",
+    )

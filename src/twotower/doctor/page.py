@@ -64,11 +64,18 @@ def _section(name: str, result: Mapping[str, Any]) -> list[str]:
         body.append(f"- {result['state']}: {' '.join(str(why).split())}")
     body += [""] if body else []
     for table in answers.get("tables", []):
-        body += [f"### {table['title']}", "", *_table(table["head"], table["rows"]), ""]
+        body += [
+            f"### {table['title']}",
+            "",
+            *_table(table["head"], table["rows"]),
+            "",
+        ]
         body += [table["note"], ""] if table.get("note") else []
     if result.get("last_words"):
         body += ["```text", *result["last_words"], "```", ""]
-    return [f"## {name}", "", *body] if body else []
+    if not body:
+        return []
+    return [f"## {name}", "", *body]
 
 
 def _table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:

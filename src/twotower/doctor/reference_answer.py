@@ -109,14 +109,25 @@ def _answer(model: TwoTower, prompt: Sequence[int], reference: Answer | None = N
         )
         for s in steps
     )
-    return Answer(tuple(prompt), tuple(out.tokens), passes, tuple(ar.tokens), tuple(score.logprobs))
+    return Answer(
+        tuple(prompt),
+        tuple(out.tokens),
+        passes,
+        tuple(ar.tokens),
+        tuple(score.logprobs),
+    )
 
 
 def compute_answer(bundle: Bundle, model: TwoTower) -> ReferenceAnswer:
     """The reference answer as this engine computes it."""
     short, long = reference_prompts(model.config)
     graphs = {name: bundle.graph_identity(name) for name in GRAPH_FILES}
-    return ReferenceAnswer(graphs, model.target, _answer(model, short), _answer(model, long))
+    return ReferenceAnswer(
+        graphs,
+        model.target,
+        _answer(model, short),
+        _answer(model, long),
+    )
 
 
 def reference_answer_of(
@@ -281,7 +292,11 @@ def check_answer(
     if model.max_context < needed:
         held = f"these engines hold texts of {model.max_context} tokens"
         do = f"build them with --max-context {needed} or more"
-        yield CheckResult(_CHECK, None, f"{held}, the reference answer has {needed}: {do}")
+        yield CheckResult(
+            _CHECK,
+            None,
+            f"{held}, the reference answer has {needed}: {do}",
+        )
         return
     try:
         seen = _observed(reference, model, dtype, open_plain)

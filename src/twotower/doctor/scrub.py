@@ -33,10 +33,18 @@ class Scrubber:
             str(form): word for path, word in places.items() for form in (path, path.resolve())
         }
         # The longest first: a folder inside another keeps its own word. "/" is in every path.
-        ordered = sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
+        ordered = sorted(
+            (text for text in texts if len(text) > 1),
+            key=len,
+            reverse=True,
+        )
         self._words = {text: texts[text] for text in ordered}
         self._places = re.compile("|".join(re.escape(text) for text in ordered))
-        names = {platform.node(): "[host]", platform.node().split(".")[0]: "[host]", **_people()}
+        names = {
+            platform.node(): "[host]",
+            platform.node().split(".")[0]: "[host]",
+            **_people(),
+        }
         self._names = [
             (re.compile(rf"(?<!\w){re.escape(name)}(?!\w)"), word)
             for name, word in names.items()

@@ -125,7 +125,13 @@ def ask_section(
     """
     limit = section.seconds if seconds is None else min(section.seconds, seconds)
     log, file = work / f"{section.name}.log", work / f"{section.name}.json"
-    command = [*section.command, "--answers", str(file), "--seconds", f"{limit:.1f}"]
+    command = [
+        *section.command,
+        "--answers",
+        str(file),
+        "--seconds",
+        f"{limit:.1f}",
+    ]
     began = time.monotonic()
     with log.open("wb") as out:
         process = subprocess.Popen(

@@ -96,7 +96,11 @@ def evaluate(
     if other is not None:
         # Measured against the first bundle's diffusion too: that is what a changed bundle must
         # keep.
-        report["other_to_default"] = summaries(suite.problems, measured[OTHER], measured[DEFAULT])
+        report["other_to_default"] = summaries(
+            suite.problems,
+            measured[OTHER],
+            measured[DEFAULT],
+        )
     if config.budget is not None:
         judged = OTHER if other is not None else DEFAULT
         kept = report["settings"][judged]["total"]["retention"]["value"]
@@ -146,8 +150,16 @@ def summaries(
 def summary(m: Measured, baseline: Measured) -> dict[str, Any]:
     """Quality, passes and speed of some problems; speeds count the prompt's time in."""
     draws = Resampler(len(m.right))
-    exact = draws.interval(lambda right, count: 100 * right / count, m.right, np.ones(len(m.right)))
-    retention = draws.interval(lambda a, b: 100 * a / b, m.right, baseline.right)
+    exact = draws.interval(
+        lambda right, count: 100 * right / count,
+        m.right,
+        np.ones(len(m.right)),
+    )
+    retention = draws.interval(
+        lambda a, b: 100 * a / b,
+        m.right,
+        baseline.right,
+    )
     speedup = draws.interval(
         lambda t, ms, bt, bms: (t / ms) / (bt / bms), m.tokens, m.ms, baseline.tokens, baseline.ms
     )

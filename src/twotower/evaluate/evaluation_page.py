@@ -71,7 +71,14 @@ def preset_lines(presets: dict[str, Any]) -> list[str]:
         Column("steps", of="config.steps_per_block"),
     ]
     for half, where in (("choice", "chosen on"), ("check", "checked on")):
-        columns.append(Column(f"{where}: kept", ".1f", " %", f"{half}.retention.value"))
+        columns.append(
+            Column(
+                f"{where}: kept",
+                ".1f",
+                " %",
+                f"{half}.retention.value",
+            )
+        )
         columns.append(Column("speed", ".2f", "x", f"{half}.speedup.value"))
     table = Table(columns)
     for name, facts in presets.items():
@@ -140,7 +147,11 @@ def _cards(report: dict[str, Any]) -> list[Card]:
         cards.append(
             Card(
                 f"{report['other']['name']} keeps",
-                number(report["settings"][OTHER]["total"]["retention"]["value"], ".1f", " %"),
+                number(
+                    report["settings"][OTHER]["total"]["retention"]["value"],
+                    ".1f",
+                    " %",
+                ),
                 f"{number(change['retention']['value'], '.1f', ' %')} of this bundle's, "
                 f"{number(change['speedup']['value'], '.2f', 'x')} its speed",
             )
@@ -171,7 +182,12 @@ def _tasks(report: dict[str, Any]) -> Table:
         ]
     )
 
-    def add(name: str, before: dict[str, Any], after: dict[str, Any], kind: str = "") -> None:
+    def add(
+        name: str,
+        before: dict[str, Any],
+        after: dict[str, Any],
+        kind: str = "",
+    ) -> None:
         each = after["tokens"] / after["problems"]
         table.add_facts({**after, "ar": before, "tokens_each": each}, name, kind=kind)
 

@@ -111,7 +111,12 @@ def _panels(figure: Any, report: Mapping[str, Any]) -> tuple[Any, Any]:
     if min((x for x in speeds if x is not None), default=1.0) < _FAR:
         axes = figure.add_subplot()
         return axes, axes
-    baseline, curve = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": (1, 8)})
+    baseline, curve = figure.subplots(
+        1,
+        2,
+        sharey=True,
+        gridspec_kw={"width_ratios": (1, 8)},
+    )
     baseline.set_xlim(0.9, 1.1)
     baseline.set_xticks([1.0])
     curve.tick_params(left=False)
@@ -126,7 +131,11 @@ def _draw_sweep(axes: Any, settings: Mapping[str, Any]) -> None:
             config = setting["config"]
             point = (config["confidence_threshold"], setting["total"])
             sweep.setdefault(config["steps_per_block"], []).append(point)
-    for colour, (steps, points) in zip(_COLOURS * len(sweep), sorted(sweep.items()), strict=False):
+    for colour, (steps, points) in zip(
+        _COLOURS * len(sweep),
+        sorted(sweep.items()),
+        strict=False,
+    ):
         points.sort(key=lambda point: point[0])
         x = [total["speedup"]["value"] for _, total in points]
         y = [total["retention"]["value"] for _, total in points]
@@ -139,7 +148,12 @@ def _draw_sweep(axes: Any, settings: Mapping[str, Any]) -> None:
             axes.annotate(f"{threshold:g}", (a, b), **place)
 
 
-def _draw_preset(axes: Any, total: Mapping[str, Any], marker: str, label: str) -> None:
+def _draw_preset(
+    axes: Any,
+    total: Mapping[str, Any],
+    marker: str,
+    label: str,
+) -> None:
     x, y = total["speedup"], total["retention"]
     if x["value"] is None or y["value"] is None:
         return
@@ -182,7 +196,13 @@ def draw_sensitivity(report: Mapping[str, Any]) -> tuple[str, bytes]:
         return _for_a_page(figure)
 
 
-def _draw_interval(axes: Any, y: int, points: list[float], *, inside: bool) -> None:
+def _draw_interval(
+    axes: Any,
+    y: int,
+    points: list[float],
+    *,
+    inside: bool,
+) -> None:
     """A value, and the low and the high end of its interval, which are the `points`."""
     value, low, high = points
     axes.errorbar(
@@ -226,7 +246,12 @@ def draw_ranges(statistics: Statistics) -> dict[str, bytes]:
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True).reshape(-1)
         t = np.arange(len(denoiser.buckets)) / 8
         for axes, (title, inside, outside) in zip(grid, panels, strict=False):
-            _draw_panel(axes, t, denoiser.amax[inside], context.amax[outside][:, 0])
+            _draw_panel(
+                axes,
+                t,
+                denoiser.amax[inside],
+                context.amax[outside][:, 0],
+            )
             axes.set_title(title, fontsize=9, color=_INK, loc="left")
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
@@ -240,7 +265,12 @@ def draw_ranges(statistics: Statistics) -> dict[str, bytes]:
     return {"ranges.svg": svg.encode(), "ranges.png": png}
 
 
-def _draw_panel(axes: Any, t: Any, denoiser: Any, context: Any) -> None:
+def _draw_panel(
+    axes: Any,
+    t: Any,
+    denoiser: Any,
+    context: Any,
+) -> None:
     """Largest magnitudes of inputs by t, [inputs, t], and in the context tower, [inputs]."""
     from matplotlib.ticker import LogFormatter  # noqa: PLC0415
 

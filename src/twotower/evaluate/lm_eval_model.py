@@ -142,7 +142,11 @@ class TwoTowerLM(LM):  # type: ignore[misc]
         out = [(0.0, True)] * len(requests)
         for part in self._parts(len(order)):
             pairs: list[tuple[str, str]] = [requests[i].args for i in order[part]]
-            for i, score in zip(order[part], self._model.score(pairs), strict=True):
+            for i, score in zip(
+                order[part],
+                self._model.score(pairs),
+                strict=True,
+            ):
                 out[i] = (score.total, score.greedy)
                 self.cache_hook.add_partial("loglikelihood", requests[i].args, out[i])
         return out

@@ -51,7 +51,16 @@ class Measured:
             np.zeros((3, count), np.int64),
             np.zeros((2, count)),
         )
-        return cls(flags[0], flags[1], whole[0], whole[1], whole[2], real[0], real[1], [""] * count)
+        return cls(
+            flags[0],
+            flags[1],
+            whole[0],
+            whole[1],
+            whole[2],
+            real[0],
+            real[1],
+            [""] * count,
+        )
 
     def take(self, chosen: npt.NDArray[Any]) -> Measured:
         """The chosen problems (a boolean mask or indices)."""
@@ -103,7 +112,12 @@ def measure(
     return out
 
 
-def _answer(problem: Problem, run: Run, into: Measured, at: int) -> None:
+def _answer(
+    problem: Problem,
+    run: Run,
+    into: Measured,
+    at: int,
+) -> None:
     result = run.model.generate(problem.prompt, run.config)
     assert result.text is not None
     verdict = judge(problem, result.text, result.tokens)

@@ -34,9 +34,11 @@ class Resampler:
 
     def __init__(self, count: int, *, draws: int = 2000, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
-        self._weights = rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(
-            np.float64
-        )
+        self._weights = rng.multinomial(
+            count,
+            np.full(count, 1 / count),
+            size=draws,
+        ).astype(np.float64)
 
     def interval(self, statistic: Callable[..., Values], *columns: Values) -> Interval:
         """The statistic of the columns' sums and its interval; it must work on arrays of sums."""

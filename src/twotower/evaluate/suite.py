@@ -111,7 +111,11 @@ def load_suite(path: Path | None = None) -> Suite:
         if line.strip()
     ]
     if not problems:
-        raise SuiteError(f"the suite {name} has no problems", found=f"{len(lines)} lines", do=_FORM)
+        raise SuiteError(
+            f"the suite {name} has no problems",
+            found=f"{len(lines)} lines",
+            do=_FORM,
+        )
     twice = sorted(id_ for id_, count in Counter(p.id for p in problems).items() if count > 1)
     if twice:
         raise SuiteError(

@@ -237,7 +237,9 @@ OPERATOR_RULES.add(
 )
 def _half(view: GraphView, node: onnx.NodeProto) -> str | None:
     dtype = view.dtype(view.operand(node, 0))
-    return f"{node.op_type} in {dtype}" if dtype in ("float16", "bfloat16") else None
+    if dtype not in ("float16", "bfloat16"):
+        return None
+    return f"{node.op_type} in {dtype}"
 
 
 OPERATOR_RULES.add(
@@ -312,7 +314,11 @@ def _nonpad(view: GraphView, node: onnx.NodeProto) -> str | None:
     ),
 )
 def _past(view: GraphView, node: onnx.NodeProto) -> str | None:
-    names = [view.operand(node, _PAST_KEY), view.operand(node, _PAST_VALUE), *node.output[1:]]
+    names = [
+        view.operand(node, _PAST_KEY),
+        view.operand(node, _PAST_VALUE),
+        *node.output[1:],
+    ]
     given = ", ".join(filter(None, names))
     return f"past, present or the products as operands: {given}" if given else None
 
@@ -371,7 +377,9 @@ def _no_mask(view: GraphView, node: onnx.NodeProto) -> str | None:
 def _mask_type(view: GraphView, node: onnx.NodeProto) -> str | None:
     name = view.operand(node, _MASK)
     dtype = view.dtype(name) if name else "bool"
-    return None if dtype in ("bool", UNKNOWN) else f"a mask of {dtype}"
+    if dtype in ("bool", UNKNOWN):
+        return None
+    return f"a mask of {dtype}"
 
 
 @ATTENTION_RULES.of_operator(
@@ -423,7 +431,9 @@ def _head_size(view: GraphView, node: onnx.NodeProto) -> str | None:
         return None
     shape = view.shape(query)
     size = shape[3] if shape and len(shape) == 4 else None
-    return f"heads of {size}" if isinstance(size, int) and size > _WIDEST_HEAD else None
+    if isinstance(size, int) and size > _WIDEST_HEAD:
+        return f"heads of {size}"
+    return None
 
 
 @ATTENTION_RULES.of_operator(
@@ -455,7 +465,9 @@ def _default_scale(view: GraphView, node: onnx.NodeProto) -> str | None:
     ),
 )
 def _float32(view: GraphView, node: onnx.NodeProto) -> str | None:
-    return "computed in float32" if view.dtype(view.operand(node, 0)) == "float32" else None
+    if view.dtype(view.operand(node, 0)) != "float32":
+        return None
+    return "computed in float32"
 
 
 ATTENTION_RULES.add(
@@ -525,7 +537,9 @@ def _cache_length(view: GraphView, node: onnx.NodeProto) -> str | None:
 )
 def _cache_input(view: GraphView, node: onnx.NodeProto) -> str | None:
     cache = node.input[0]
-    return None if cache in view.inputs else f"cache {cache} is no input of the graph"
+    if cache in view.inputs:
+        return None
+    return f"cache {cache} is no input of the graph"
 
 
 @ATTENTION_RULES.of_operator(
@@ -541,7 +555,9 @@ def _cache_input(view: GraphView, node: onnx.NodeProto) -> str | None:
 )
 def _cache_output(view: GraphView, node: onnx.NodeProto) -> str | None:
     result = node.output[0]
-    return None if result in view.outputs else f"result {result} is no output of the graph"
+    if result in view.outputs:
+        return None
+    return f"result {result} is no output of the graph"
 
 
 @ATTENTION_RULES.of_operator(
@@ -560,7 +576,9 @@ def _cache_readers(view: GraphView, node: onnx.NodeProto) -> str | None:
     cache = node.input[0]
     readers = [n for n in view.readers[cache] if n.op_type not in ("Shape", "Size")]
     others = [where(n) for n in readers if n is not node]
-    return f"cache {cache} is also read by {', '.join(others)}" if others else None
+    if not others:
+        return None
+    return f"cache {cache} is also read by {', '.join(others)}"
 
 
 @ATTENTION_RULES.of_operator(
@@ -640,7 +658,9 @@ def _type(view: GraphView, node: onnx.NodeProto) -> str | None:
         dtype = type_name(view.attribute(node, "output_dtype", 0))
         if dtype == UNKNOWN:
             dtype = "uint8, because neither zero point nor output_dtype is given"
-    return None if dtype in (*_NARROW, UNKNOWN) else f"quantized as {dtype}"
+    if dtype in (*_NARROW, UNKNOWN):
+        return None
+    return f"quantized as {dtype}"
 
 
 @QUANTIZATION_RULES.of_operator(
@@ -699,7 +719,9 @@ def _blocks(view: GraphView, node: onnx.NodeProto) -> str | None:
     if not block or not shape or not -len(shape) <= axis < len(shape):
         return None
     size = shape[axis]
-    return f"{size} in blocks of {block}" if isinstance(size, int) and size % block else None
+    if isinstance(size, int) and size % block:
+        return f"{size} in blocks of {block}"
+    return None
 
 
 @QUANTIZATION_RULES.of_graph(

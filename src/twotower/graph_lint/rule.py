@@ -118,7 +118,9 @@ def attribute(op_types: tuple[str, ...] | str, name: str, *allowed: Any) -> Find
 
     def check(view: GraphView, node: onnx.NodeProto) -> str | None:
         value = view.attribute(node, name, allowed[0])
-        return None if value in allowed else f"{name} = {value}"
+        if value in allowed:
+            return None
+        return f"{name} = {value}"
 
     return each(op_types, check)
 

@@ -65,7 +65,9 @@ class GraphView:
         """The element type of a value."""
         if name in self.initializers:
             return type_name(self.initializers[name].data_type)
-        return type_name(self._values[name].elem_type) if name in self._values else UNKNOWN
+        if name in self._values:
+            return type_name(self._values[name].elem_type)
+        return UNKNOWN
 
     def shape(self, name: str) -> tuple[int | str | None, ...] | None:
         """Whole numbers, letters of dynamic axes, None for an unknown axis or rank."""
@@ -85,7 +87,9 @@ class GraphView:
         if tensor is None and node is not None and node.op_type == "Constant":
             found = onnx.helper.get_attribute_value(node.attribute[0])
             if not isinstance(found, TensorProto):
-                return np.asarray(found) if isinstance(found, (int, float, list)) else None
+                if not isinstance(found, (int, float, list)):
+                    return None
+                return np.asarray(found)
             tensor = found
         if tensor is None or tensor.data_location == TensorProto.EXTERNAL:
             return None
@@ -124,4 +128,6 @@ class GraphView:
     @staticmethod
     def operand(node: onnx.NodeProto, index: int) -> str:
         """The name of an operand; empty where it is left out."""
-        return node.input[index] if index < len(node.input) else ""
+        if index < len(node.input):
+            return str(node.input[index])
+        return ""

@@ -15,10 +15,26 @@ class Attention(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.config = c
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_proj = nn.Linear(
+            c.hidden_size,
+            c.num_attention_heads * c.head_dim,
+            bias=False,
+        )
+        self.k_proj = nn.Linear(
+            c.hidden_size,
+            c.num_key_value_heads * c.head_dim,
+            bias=False,
+        )
+        self.v_proj = nn.Linear(
+            c.hidden_size,
+            c.num_key_value_heads * c.head_dim,
+            bias=False,
+        )
+        self.o_proj = nn.Linear(
+            c.num_attention_heads * c.head_dim,
+            c.hidden_size,
+            bias=False,
+        )
 
     def causal(
         self, u: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, past: torch.Tensor

@@ -31,7 +31,9 @@ def mixer_for(c: ModelConfig, kind: LayerKind) -> nn.Module:
         return Mamba2(c)
     if kind is LayerKind.ATTENTION:
         return Attention(c)
-    return MoE(c) if kind is LayerKind.MOE else MLP(c.hidden_size, c.intermediate_size)
+    if kind is LayerKind.MOE:
+        return MoE(c)
+    return MLP(c.hidden_size, c.intermediate_size)
 
 
 class ContextTower(nn.Module):

@@ -79,7 +79,12 @@ class DenoiserTower(nn.Module):
         if isinstance(mixer, Mamba2):
             return mixer(u, state[past_conv(i)], state[past_ssm(i)])[0]
         if isinstance(mixer, Attention):
-            return mixer.over_context(u, state[past_key(i)], state[past_value(i)], length)
+            return mixer.over_context(
+                u,
+                state[past_key(i)],
+                state[past_value(i)],
+                length,
+            )
         out: torch.Tensor = mixer(u)
         return out
 
@@ -118,13 +123,33 @@ def commit_step(
     logits[..., c.mask_token_id] = -math.inf
     best = logits.topk(candidate_count(c), -1)
     cold = (temperature <= 0)[:, None, None]
-    noisy = best.values / torch.where(cold, torch.ones(()), temperature[:, None, None]) + noise
-    place = torch.where(cold, torch.zeros((), dtype=torch.int64), noisy.argmax(-1, keepdim=True))
+    noisy = (
+        best.values
+        / torch.where(
+            cold,
+            torch.ones(()),
+            temperature[:, None, None],
+        )
+        + noise
+    )
+    place = torch.where(
+        cold,
+        torch.zeros((), dtype=torch.int64),
+        noisy.argmax(-1, keepdim=True),
+    )
     predicted = best.indices.gather(-1, place)[..., 0]
     confidence = F.softmax(logits, -1).gather(-1, predicted[..., None])[..., 0]
     count = torch.maximum(((confidence > threshold[:, None]) & masked).sum(-1), floor.clamp(min=1))
-    order = torch.where(masked, confidence, -math.inf).argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter(-1, order, torch.arange(block.shape[1]).expand_as(order))
+    order = torch.where(masked, confidence, -math.inf).argsort(
+        dim=-1,
+        descending=True,
+        stable=True,
+    )
+    rank = torch.empty_like(order).scatter(
+        -1,
+        order,
+        torch.arange(block.shape[1]).expand_as(order),
+    )
     commit = masked & (rank < count[:, None])
     after, left = torch.where(commit, predicted, block), (masked & ~commit).sum(-1)
     return Step(after, predicted, confidence, left)

@@ -72,7 +72,9 @@ class MoE(nn.Module):
         results = torch.cat([expert(part) for expert, part in parts if len(part)]).float()
         out = (results[order.argsort()].unflatten(0, chosen.shape) * weights[..., None]).sum(1)
         routed = out.to(x.dtype).reshape(x.shape)
-        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+        if self.shared_experts is None:
+            return routed
+        return routed + self.shared_experts(x)
 
     def route(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights [N,k] float32 and chosen experts [N,k] of tokens [N,D].

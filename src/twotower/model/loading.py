@@ -38,7 +38,12 @@ def load_context_tower(
     `rounded_to` rounds the weights first: the exact twin of a half-precision model.
     """
     tower = _empty(ContextTower, config)
-    _fill(tower, lambda name: read(published_name(name, Tower.CONTEXT)), dtype, rounded_to or dtype)
+    _fill(
+        tower,
+        lambda name: read(published_name(name, Tower.CONTEXT)),
+        dtype,
+        rounded_to or dtype,
+    )
     return tower
 
 
@@ -58,7 +63,9 @@ def published_name(name: str, tower: Tower) -> str:
     if name.startswith("lm_head."):
         return tower.head
     conditioning = ("t_embedder.", "t_block.", "scale_shift_tables.")
-    return name if name.startswith(conditioning) else f"{tower.value}.{name}"
+    if name.startswith(conditioning):
+        return name
+    return f"{tower.value}.{name}"
 
 
 def _empty(kind: type[T], config: ModelConfig) -> T:
@@ -67,7 +74,12 @@ def _empty(kind: type[T], config: ModelConfig) -> T:
         return kind(config).eval()
 
 
-def _fill(tower: nn.Module, read: Read, dtype: str, rounded_to: str) -> None:
+def _fill(
+    tower: nn.Module,
+    read: Read,
+    dtype: str,
+    rounded_to: str,
+) -> None:
     for name, parameter in list(tower.named_parameters()):
         rounded, kept = rounded_to, dtype
         if name.endswith(_HIGH_PRECISION):

@@ -36,7 +36,11 @@ def reference_generate(
     context, denoiser = towers
     capacity = len(prompt) + options.max_new_tokens + options.block_size
     state = empty_state(context.config, 1, capacity)
-    hidden, state = context.extend(torch.tensor([prompt]), state, past=torch.tensor([0]))
+    hidden, state = context.extend(
+        torch.tensor([prompt]),
+        state,
+        past=torch.tensor([0]),
+    )
     out = ReferenceText()
     while len(out.tokens) < options.max_new_tokens:
         past = torch.tensor([len(prompt) + len(out.tokens)])

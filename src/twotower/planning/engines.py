@@ -138,7 +138,13 @@ def _programs(
     for number, equal in enumerate(files.values()):
         first = equal[0]
         mixers = sum(kind is not LayerKind.MOE for kind in config.layers[slice(*first)])
-        piece = _Piece(f"{graph}.{number}.engine", graph, first, mixers, len(equal))
+        piece = _Piece(
+            f"{graph}.{number}.engine",
+            graph,
+            first,
+            mixers,
+            len(equal),
+        )
         size = sum(_of_program(weights.all, layers, config) for layers in equal)
         held = _of_program(weights.held, first, config)
         made.append(_engine(piece, weights, size=size, held=held))
@@ -166,7 +172,13 @@ class _Piece:
     programs: int = 1
 
 
-def _engine(piece: _Piece, weights: GraphWeights, *, size: int, held: int) -> EnginePlan:
+def _engine(
+    piece: _Piece,
+    weights: GraphWeights,
+    *,
+    size: int,
+    held: int,
+) -> EnginePlan:
     packed = round(weights.packed * held / weights.held.total) if held else 0
     largest = weights.held.largest_packed
     return EnginePlan(

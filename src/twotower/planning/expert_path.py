@@ -183,4 +183,6 @@ def segments_of(config: ModelConfig, options: PlanOptions) -> int:
     """
     if options.target not in TENSORRT or expert_path(config, options).name == KERNELS:
         return 1
-    return options.devices if options.mode == "ar" else -(-options.devices // 2)
+    if options.mode == "ar":
+        return options.devices
+    return -(-options.devices // 2)

@@ -73,7 +73,12 @@ class GpuFit:
             "seconds": self.load.seconds,
             "bound": self.load.bound,
         }
-        return {**asdict(self), "title": self.gpu.title, "needs": self.fullest.total, "load": load}
+        return {
+            **asdict(self),
+            "title": self.gpu.title,
+            "needs": self.fullest.total,
+            "load": load,
+        }
 
 
 def fit(config: ModelConfig, options: PlanOptions, gpus: Sequence[GpuModel]) -> tuple[GpuFit, ...]:

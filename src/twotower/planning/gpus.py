@@ -36,7 +36,9 @@ class GpuModel:
     @property
     def title(self) -> str:
         """The name, with the number in front if there are several."""
-        return self.name if self.count == 1 else f"{self.count}x {self.name}"
+        if self.count == 1:
+            return self.name
+        return f"{self.count}x {self.name}"
 
 
 PCIE_4, PCIE_5 = 32 * 10**9, 64 * 10**9  # 16 lanes, one direction, before the protocol's own share
@@ -45,13 +47,55 @@ PCIE_4, PCIE_5 = 32 * 10**9, 64 * 10**9  # 16 lanes, one direction, before the p
 # entered by hand. The published memory is counted as 1e9 bytes a GB; a device reports a few percent
 # more, so the table errs on the side of "does not fit".
 GPUS = (
-    GpuModel("RTX 4090", 24 * 10**9, 89, 1008 * 10**9, link=PCIE_4, flops=165.2e12),
-    GpuModel("RTX 5090", 32 * 10**9, 120, 1792 * 10**9, link=PCIE_5, flops=209.5e12),
-    GpuModel("RTX PRO 6000 Blackwell", 96 * 10**9, 120, 1792 * 10**9, link=PCIE_5, flops=503.8e12),
-    GpuModel("H100 80GB", 80 * 10**9, 90, 3350 * 10**9, link=PCIE_5, flops=989.4e12),
+    GpuModel(
+        "RTX 4090",
+        24 * 10**9,
+        89,
+        1008 * 10**9,
+        link=PCIE_4,
+        flops=165.2e12,
+    ),
+    GpuModel(
+        "RTX 5090",
+        32 * 10**9,
+        120,
+        1792 * 10**9,
+        link=PCIE_5,
+        flops=209.5e12,
+    ),
+    GpuModel(
+        "RTX PRO 6000 Blackwell",
+        96 * 10**9,
+        120,
+        1792 * 10**9,
+        link=PCIE_5,
+        flops=503.8e12,
+    ),
+    GpuModel(
+        "H100 80GB",
+        80 * 10**9,
+        90,
+        3350 * 10**9,
+        link=PCIE_5,
+        flops=989.4e12,
+    ),
     GpuModel("H100 80GB", 80 * 10**9, 90, 3350 * 10**9, count=2, link=PCIE_5, flops=989.4e12),
-    GpuModel("H200", 141 * 10**9, 90, 4800 * 10**9, link=PCIE_5, flops=989.4e12),
-    GpuModel("B200", 180 * 10**9, 100, 8000 * 10**9, link=PCIE_5, flops=2250e12),
+    GpuModel(
+        "H200",
+        141 * 10**9,
+        90,
+        4800 * 10**9,
+        link=PCIE_5,
+        flops=989.4e12,
+    ),
+    GpuModel(
+        "B200",
+        180 * 10**9,
+        100,
+        8000 * 10**9,
+        link=PCIE_5,
+        flops=2250e12,
+    ),
 )
 """The GPUs a plan is made for when none is named; H100 and H200 are the SXM modules."""
 
@@ -96,7 +140,12 @@ def gpu_at_hand(gpus: Sequence[Gpu]) -> tuple[GpuModel, ...]:
             named = set(known.name.lower().replace("80gb", "").split())
             if known.count == 1 and named <= words and not words & others:
                 rates = (known.bandwidth, known.link, known.flops)
-                kind = replace(kind, bandwidth=rates[0], link=rates[1], flops=rates[2])
+                kind = replace(
+                    kind,
+                    bandwidth=rates[0],
+                    link=rates[1],
+                    flops=rates[2],
+                )
                 break
         out.append(kind)
     return tuple(out)

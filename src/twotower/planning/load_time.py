@@ -31,7 +31,13 @@ class LoadTime:
         return "disk" if self.disk >= (self.link or 0.0) else "PCIe"
 
 
-def load_time(nbytes: int, most: int, *, disk_rate: float, link_rate: float) -> LoadTime:
+def load_time(
+    nbytes: int,
+    most: int,
+    *,
+    disk_rate: float,
+    link_rate: float,
+) -> LoadTime:
     """The time of loading `nbytes`, of which one device gets `most`; rates in bytes a second.
 
     A `link_rate` of 0 is not known.

@@ -59,7 +59,9 @@ class PassCost:
         return bool(gpu.bandwidth) and self._arithmetic(gpu) > self.nbytes / gpu.bandwidth
 
     def _arithmetic(self, gpu: GpuModel) -> float:
-        return (self.flops - self.flops_8bit / 2) / gpu.flops if gpu.flops else 0.0
+        if not gpu.flops:
+            return 0.0
+        return (self.flops - self.flops_8bit / 2) / gpu.flops
 
 
 @dataclass(frozen=True, slots=True)

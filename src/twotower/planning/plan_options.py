@@ -125,4 +125,6 @@ def capacity_of(config: ModelConfig, options: PlanOptions) -> int:
 
 def engine_dtype(config: ModelConfig, options: PlanOptions) -> str:
     """Element type the engines compute in: `ort-cpu` widens everything to float32."""
-    return "float32" if options.target == "ort-cpu" else options.dtype or config.dtype
+    if options.target == "ort-cpu":
+        return "float32"
+    return options.dtype or config.dtype

@@ -191,4 +191,6 @@ def bytes_or_none(nbytes: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds, or minutes where they are many."""
-    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min"

@@ -170,4 +170,6 @@ def refusal(plan: Plan, fits: Sequence[GpuFit]) -> ConfigError:
 def _milliseconds(seconds: float | None) -> str:
     if seconds is None:
         return "-"
-    return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-4 else f"{1e6 * seconds:.1f} us"
+    if seconds >= 1e-4:
+        return f"{1e3 * seconds:.1f} ms"
+    return f"{1e6 * seconds:.1f} us"

@@ -101,7 +101,12 @@ class Table:
         body = []
         for texts, figures, kind in zip(self._rows, self._figures, self._kinds, strict=True):
             cells = [f'<th scope="row">{escape(texts[0])}</th>']
-            for column, text, figure in zip(self._columns[1:], texts[1:], figures[1:], strict=True):
+            for column, text, figure in zip(
+                self._columns[1:],
+                texts[1:],
+                figures[1:],
+                strict=True,
+            ):
                 written = callable(column.spec) and isinstance(figure, (int, float))
                 value = f' data-value="{figure}"' if written else ""
                 cells.append(f"<td{_css(column)}{value}>{escape(text)}</td>")

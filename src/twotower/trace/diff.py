@@ -94,7 +94,12 @@ def diff_traces(a: Trace, b: Trace) -> TraceDiff:
             masked = [x == a.header.mask_token_id for x in pair[0].tokens]
             apart = (
                 abs(x - y)
-                for x, y, m in zip(pair[0].confidence, pair[1].confidence, masked, strict=True)
+                for x, y, m in zip(
+                    pair[0].confidence,
+                    pair[1].confidence,
+                    masked,
+                    strict=True,
+                )
                 if m
             )
             agreed_to = max(agreed_to, *apart, 0.0)
@@ -140,7 +145,12 @@ def _side(trace: Trace, step: TraceStep | None, position: int) -> Side:
     if step is None:
         return Side(False, None, None, None)
     token = step.predicted[position]
-    return Side(position in step.committed, token, trace.piece(token), step.confidence[position])
+    return Side(
+        position in step.committed,
+        token,
+        trace.piece(token),
+        step.confidence[position],
+    )
 
 
 def _margin(a: Side, b: Side, threshold: float) -> tuple[float | None, str | None]:

@@ -140,7 +140,12 @@ class _Reader:
                 f"{'no' if end is None else 'an'} end line"
             )
             raise TraceError(f"the trace {self._path} is truncated", found=found, do=_AGAIN)
-        return Trace(self._header, tuple(self._steps), tuple(self._blocks), end)
+        return Trace(
+            self._header,
+            tuple(self._steps),
+            tuple(self._blocks),
+            end,
+        )
 
     def _step(self, where: str, step: TraceStep) -> None:
         block = len(self._blocks)

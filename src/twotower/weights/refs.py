@@ -43,7 +43,11 @@ class WeightRef:
         """Rows [first, end) of it as a matrix: all axes but the last are counted through."""
         columns = self.shape[-1]
         before = stored_bytes(self.dtype, first * columns)
-        return WeightRef(self.dtype, (end - first, columns), self.offset + before)
+        return WeightRef(
+            self.dtype,
+            (end - first, columns),
+            self.offset + before,
+        )
 
     def split(self, count: int) -> Iterator[WeightRef]:
         """All rows of it as a matrix, `count` at a time."""

@@ -134,7 +134,9 @@ def widen_data(source: Path, target: Path, refs: Mapping[str, WeightRef]) -> dic
 
     def pieces(name: str) -> Iterator[Piece]:
         ref = refs[name]
-        return float32_pieces(data, ref) if ref.half_precision else raw_pieces(data, ref)
+        if ref.half_precision:
+            return float32_pieces(data, ref)
+        return raw_pieces(data, ref)
 
     write_data(target, places, pieces)
     return places

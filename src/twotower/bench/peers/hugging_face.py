@@ -126,7 +126,11 @@ def _config_of(config: ModelConfig) -> Any:
 def _state(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
     """Weights under transformers' names, with what the export had rearranged put back."""
     for graph in (CONTEXT, CONTEXT_HEAD):
-        data = np.memmap(bundle.path / (GRAPH_FILES[graph] + DATA_SUFFIX), dtype=np.uint8, mode="c")
+        data = np.memmap(
+            bundle.path / (GRAPH_FILES[graph] + DATA_SUFFIX),
+            dtype=np.uint8,
+            mode="c",
+        )
         for name, ref in bundle.weights(graph).items():
             value = torch.from_numpy(np.asarray(read_weight(data, ref), np.float32))
             key = name.replace("context_tower.", "model.", 1)

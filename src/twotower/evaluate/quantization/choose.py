@@ -196,7 +196,14 @@ class _Search:
             while few < many:  # the most layers that stay inside, as if costs only ever added up
                 middle = (few + many + 1) // 2
                 trial = {**lowered, **dict.fromkeys(order[:middle], smallest.format)}
-                if self._inside(self._of(chosen, trial, f"measuring layers of {kind}", tell)):
+                if self._inside(
+                    self._of(
+                        chosen,
+                        trial,
+                        f"measuring layers of {kind}",
+                        tell,
+                    )
+                ):
                     few = middle
                 else:
                     many = middle - 1

@@ -171,7 +171,12 @@ def _sizes(report: Mapping[str, Any]) -> Table:
         ]
     )
 
-    def add(name: str, stored: str, size: Mapping[str, int], kind: str = "") -> None:
+    def add(
+        name: str,
+        stored: str,
+        size: Mapping[str, int],
+        kind: str = "",
+    ) -> None:
         half = size.get("bfloat16")
         share = size["after"] / half if half else None
         table.add(name, stored, size["before"], size["after"], share, kind=kind)

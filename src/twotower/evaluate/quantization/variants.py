@@ -272,7 +272,11 @@ def bytes_report(quantized: Bundle, reference: Bundle) -> dict[str, Any]:
             "bfloat16": sum(half.values()),
         },
         "kinds": {
-            kind: {"before": before[kind], "after": after[kind], "bfloat16": half[kind]}
+            kind: {
+                "before": before[kind],
+                "after": after[kind],
+                "bfloat16": half[kind],
+            }
             for kind in sorted(before)
         },
     }
