@@ -175,15 +175,16 @@ def test_text_comes_with_a_tokenizer(
 def test_a_stop_string_across_blocks_ends_its_row_only(
     speaking: TwoTower, tokenizer: Tokenizer
 ) -> None:
-    free = speaking.generate(["one", "two"], SHORT)
-    fours = {i: tokenizer.decode(free[0].tokens[i : i + 4]) for i in range(14, 18)}
-    at = next(i for i, text in fours.items() if text.isprintable())
-    stop = tokenizer.decode(free[0].tokens[at : at + 4])
+    free = speaking.generate(["twelve", "two"], SHORT)
+    stop = tokenizer.decode(free[0].tokens[14:18])
+    assert stop.isascii() and len(stop) == 4, "two characters on each side of the block's end at 16"
     own = replace(SHORT, stop=(stop,))
-    stopped, other = speaking.generate([Request("one", own), Request("two")], SHORT)
-    assert (stopped.finish_reason, stopped.tokens) == ("stop", free[0].tokens[: at + 4])
-    assert stopped.text == tokenizer.decode(free[0].tokens[:at])
+    stopped, other = speaking.generate([Request("twelve", own), Request("two")], SHORT)
+    assert (stopped.finish_reason, stopped.tokens) == ("stop", free[0].tokens[:18])
+    assert stopped.text == tokenizer.decode(free[0].tokens[:14])
     assert other.tokens == free[1].tokens
+    shown = [event.text for event in speaking.stream("twelve", own)]
+    assert "".join(text or "" for text in shown) == stopped.text, "its beginning is held back"
 
 
 def test_eos_ends_its_row_only() -> None:
