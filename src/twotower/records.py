@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from enum import Enum
 from functools import cache
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -36,13 +34,12 @@ class RecordError(ValueError):
         self.problem = problem
 
 
-def stored(key: str = "", *, omit_default: bool = False, required: bool = False) -> dict[str, Any]:
+def stored(key: str = "", *, required: bool = False) -> dict[str, Any]:
     """Metadata of a dataclass field whose JSON form differs from the usual one.
 
-    Its key may differ from the field's name, be left out where the field has its default, or be
-    required although it has one.
+    Its key may differ from the field's name, or be required although the field has a default.
     """
-    return {"key": key, "omit_default": omit_default, "required": required}
+    return {"key": key, "required": required}
 
 
 def encode(value: object, *, leave_out: Collection[str] = ()) -> Any:
@@ -54,15 +51,9 @@ def encode(value: object, *, leave_out: Collection[str] = ()) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         out = {}
         for field in fields(value):
-            content = getattr(value, field.name)
-            omitted = field.metadata.get("omit_default") and content == _default(field)
-            if field.name not in leave_out and not omitted:
-                out[_key(field)] = _encoded(content)
+            if field.name not in leave_out:
+                out[_key(field)] = _encoded(getattr(value, field.name))
         return out
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Path):
-        return str(value)
     if isinstance(value, Mapping):
         return {key: _encoded(content) for key, content in value.items()}
     if isinstance(value, (set, frozenset)):
@@ -83,9 +74,9 @@ def decode(kind: type[T], data: object, *, strict: bool = True, **given: object)
 
     Args:
         kind: A dataclass, or a type made of dataclasses, `str`, `int`, `float`, `bool`, `None`,
-            `Any`, enums, literals, paths, tuples, lists, sets, mappings with keys of text or whole
-            numbers, and unions. Nested classes with a `from_json` are decoded by it; that of `kind`
-            itself is not asked.
+            `Any`, literals, tuples, lists, sets, mappings with keys of text or whole numbers, and
+            unions. Nested classes with a `from_json` are decoded by it; that of `kind` itself is
+            not asked.
         data: What `json.loads` returned. Numbers stay what they are: 1 is a `float` too.
         strict: Whether a key that no field has is an error, at any depth.
         given: Fields of `kind` that are not stored, with their values.
@@ -115,7 +106,7 @@ class _Decoder:
             if key in entries:
                 with at_path(key):
                     values[field.name] = self.value(hints[field.name], entries[key])
-            elif field.metadata.get("required") or _default(field) is MISSING:
+            elif field.metadata.get("required") or _has_no_default(field):
                 raise RecordError(key, "missing")
         unknown = [str(key) for key in entries if key not in by_key]
         if self.strict and unknown:
@@ -148,10 +139,6 @@ class _Decoder:
                 return kind.from_json(data)
             if is_dataclass(kind):
                 return self.record(kind, data, {})
-            if issubclass(kind, Enum):
-                return kind(_one_of([member.value for member in kind], data))
-            if issubclass(kind, Path):
-                return kind(_scalar(str, data))
         raise TypeError(f"no JSON form of {kind}")
 
     def _entries(self, kinds: Sequence[Any], entries: Sequence[Any]) -> Iterator[Any]:
@@ -223,8 +210,8 @@ def _key(field: Field[Any]) -> str:
     return field.metadata.get("key") or field.name
 
 
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+def _has_no_default(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 @cache
