@@ -20,6 +20,7 @@ import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from tools.gpu.unpack import unpack
@@ -33,14 +34,18 @@ _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 @dataclass(frozen=True)
 class Module:
-    """One source file: its dotted name, its text and its tree."""
+    """One source file: its dotted name, its text, and its tree, which is read once."""
 
     name: str
     text: str
 
-    @property
+    @cached_property
     def tree(self) -> ast.Module:
         return ast.parse(self.text)
+
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(ast.walk(self.tree))
 
 
 Modules = Sequence[Module]
@@ -162,9 +167,8 @@ def _density(modules: Modules) -> float:
     """Statements and expressions by lines that hold code: blank lines, comments and docstrings count in neither."""
     nodes = lines = 0
     for module in modules:
-        tree = module.tree
-        docstrings = list(_docstrings(tree))
-        nodes += sum(is_node(node) for node in ast.walk(tree)) - 2 * len(docstrings)
+        docstrings = list(_docstrings(module))
+        nodes += sum(map(is_node, module.nodes)) - 2 * len(docstrings)
         within = {n for d in docstrings for n in range(d.lineno, (d.end_lineno or d.lineno) + 1)}
         lines += len(_code_lines(module.text) - within)
     return nodes / lines
@@ -175,9 +179,9 @@ def is_node(node: ast.AST) -> bool:
     return isinstance(node, (ast.stmt, ast.expr))
 
 
-def _docstrings(tree: ast.AST) -> Iterator[ast.Expr]:
+def _docstrings(module: Module) -> Iterator[ast.Expr]:
     """Strings that stand alone: of modules, classes, functions and attributes."""
-    for node in ast.walk(tree):
+    for node in module.nodes:
         if (
             isinstance(node, ast.Expr)
             and isinstance(node.value, ast.Constant)
@@ -202,14 +206,14 @@ def _code_lines(text: str) -> set[int]:
     return out
 
 
-def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(tree):
+def _functions(module: Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in module.nodes:
         if isinstance(node, _FUNCTIONS):
             yield node
 
 
 def _function_lengths(module: Module) -> Iterator[int]:
-    for node in _functions(module.tree):
+    for node in _functions(module):
         yield (node.end_lineno or node.lineno) - node.lineno + 1
 
 
@@ -217,7 +221,7 @@ def _arguments(modules: Modules) -> list[int]:
     """Of every function; `self` and `cls` are not counted, keyword-only ones are."""
     out = []
     for module in modules:
-        for node in _functions(module.tree):
+        for node in _functions(module):
             names = [
                 a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
             ]
@@ -233,13 +237,12 @@ def _used_once(modules: Modules) -> tuple[int, int]:
     """Private functions of modules that their module names once besides defining them, and all of them."""
     once = total = 0
     for module in modules:
-        tree = module.tree
         private = [
             n.name
-            for n in tree.body
+            for n in module.tree.body
             if isinstance(n, _FUNCTIONS) and n.name.startswith("_") and not n.name.startswith("__")
         ]
-        used = Counter(n.id for n in ast.walk(tree) if isinstance(n, ast.Name))
+        used = Counter(n.id for n in module.nodes if isinstance(n, ast.Name))
         once += sum(used[name] == 1 for name in private)
         total += len(private)
     return once, total

@@ -91,6 +91,7 @@ class Proxy:
                 connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
 
 
+@pytest.mark.slow
 def test_the_adapter_keeps_the_library_silent(tmp_path: Path) -> None:
     """Beside a process that lets it speak, to know that this test would notice."""
     silent, loud = Proxy(), Proxy()
