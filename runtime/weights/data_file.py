@@ -25,16 +25,15 @@ _COPY_AGAIN = "copy the bundle again from where it was made, or export the check
 
 
 class DataFile:
-    """An open data file.
+    """An open data file; what is not in the page cache is read past it, where that can be done.
 
-    Args:
-        direct: Whether what is not in the page cache is read past it, where the file system can.
+    That spares a copy, and does not drop what other programs have there.
 
     Raises:
         BundleError: it cannot be opened, or is not of the recorded size.
     """
 
-    def __init__(self, path: Path, record: FileRecord, *, direct: bool = False) -> None:
+    def __init__(self, path: Path, record: FileRecord) -> None:
         self.path, self.record = path, record
         self._digest = hashlib.sha256()
         self._direct: int | None = None
@@ -46,9 +45,8 @@ class DataFile:
         try:
             self._stamp = self._stat()
             self._require_size()
-            if direct:
-                self._direct = self._opened_directly()
-                self._cache = PageCache(self._file, record.size)
+            self._direct = self._opened_directly()
+            self._cache = PageCache(self._file, record.size)
         except BaseException:
             self.close()
             raise

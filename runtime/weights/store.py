@@ -54,19 +54,6 @@ class Loaded:
         return 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
-    """Options of loading.
-
-    Attributes:
-        direct: Whether what is not in the page cache is read past it: that spares a copy and does
-            not drop what other programs have there.
-    """
-
-    ring: Ring = field(default_factory=Ring)
-    direct: bool = True
-
-
 @dataclass(slots=True)
 class _File:
     """What is to be read of one file, for each device."""
@@ -80,9 +67,9 @@ class _File:
 class WeightStore:
     """The weights of one opened bundle; addresses hold until it is closed."""
 
-    def __init__(self, cuda: Cuda, options: LoadOptions | None = None) -> None:
+    def __init__(self, cuda: Cuda, ring: Ring | None = None) -> None:
         self._cuda = cuda
-        self._options = options or LoadOptions()
+        self._ring = ring or Ring()
         self._addresses: dict[tuple[Path, str, int], int] = {}
         self._blocks: list[int] = []
 
@@ -163,12 +150,10 @@ class WeightStore:
     ) -> int:
         for file in files.values():
             file.layouts = {device: lay_out(some) for device, some in file.wanted.items()}
-        direct = self._options.direct
-        data = {path: _opened(path, file, opened, direct=direct) for path, file in files.items()}
+        data = {path: _opened(path, file, opened) for path, file in files.items()}
         self._allocate(files, blocks)
-        ring = self._options.ring
         by_file = [
-            _steps(data[path], file, most=ring.slot_bytes, whole=hashed)
+            _steps(data[path], file, most=self._ring.slot_bytes, whole=hashed)
             for path, file in files.items()
         ]
         # In turns, so that each file's hashing thread has work; otherwise a file after another.
@@ -183,7 +168,7 @@ class WeightStore:
 
         devices = dict.fromkeys(device for file in files.values() for device in file.wanted)
         read = data.values() if hashed else ()
-        with open_transfer(self._cuda, tuple(devices), ring, hashed=read) as transfer:
+        with open_transfer(self._cuda, tuple(devices), self._ring, hashed=read) as transfer:
             transfer.run(iter(steps), tick=tick)
         for file_read in data.values():
             file_read.require_unchanged()
@@ -228,14 +213,8 @@ class WeightStore:
         close_all(partial(self._cuda.free, address) for address in blocks)
 
 
-def _opened(
-    path: Path,
-    file: _File,
-    opened: Cleanup,
-    *,
-    direct: bool,
-) -> DataFile:
-    data = DataFile(path, file.record, direct=direct)
+def _opened(path: Path, file: _File, opened: Cleanup) -> DataFile:
+    data = DataFile(path, file.record)
     opened.callback(data.close)
     for weights in file.wanted.values():
         data.require_within(weights)

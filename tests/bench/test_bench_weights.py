@@ -14,7 +14,7 @@ import pytest
 from tests.helpers.source import ROOT
 from tests.helpers.weight_files import record_of, write_weights
 from twotower.runtime.cuda.calls import Cuda
-from twotower.runtime.weights.store import LoadOptions, LoadRequest, WeightStore
+from twotower.runtime.weights.store import LoadRequest, WeightStore
 from twotower.runtime.weights.transfer import Ring
 
 
@@ -55,9 +55,9 @@ def test_its_device_copies_behind_the_caller(tools: Any, tmp_path: Path) -> None
     weights = write_weights(path, (5_000_000, 100, 3_000_000, 64))
     content = path.read_bytes()
     device = tools("host_device").HostDevice(1 << 40)
-    options = LoadOptions(ring=Ring(threads=3, slots=5, slot_bytes=1 << 16))
+    ring = Ring(threads=3, slots=5, slot_bytes=1 << 16)
     for _ in range(10):
-        store = WeightStore(Cuda(device), options)
+        store = WeightStore(Cuda(device), ring)
         store.load([LoadRequest(path, record_of(path), weights, 0)], hashed=True)
         for name, weight in weights.items():
             there = ctypes.string_at(store.address(path, name, 0), weight.nbytes)

@@ -34,8 +34,8 @@ def data_file(path: Path) -> Iterator[Open]:
     """Opens the file; closing it a second time does nothing."""
     files: list[DataFile] = []
 
-    def open_(**options: Any) -> DataFile:
-        files.append(DataFile(path, record_of(path), **options))
+    def open_() -> DataFile:
+        files.append(DataFile(path, record_of(path)))
         return files[-1]
 
     yield open_
@@ -55,14 +55,13 @@ def read(file: DataFile, start: int, stop: int) -> bytes:
     return bytes(room[: stop - start])
 
 
-@pytest.mark.parametrize(("direct", "cached"), [(False, 1.0), (True, 1.0), (True, 0.0)])
+@pytest.mark.parametrize("cached", [1.0, 0.0])
 @pytest.mark.parametrize("chunk", [(0, PAGE), (PAGE, 4 * PAGE), (4 * PAGE, len(CONTENT)), (0, 100)])
 def test_a_chunk_is_read(
-    data_file: Open, monkeypatch: Patch, chunk: tuple[int, int], *, direct: bool, cached: float
+    data_file: Open, monkeypatch: Patch, chunk: tuple[int, int], cached: float
 ) -> None:
     monkeypatch.setattr(PageCache, "share", lambda *_: cached)
-    file = data_file(direct=direct)
-    assert read(file, *chunk) == CONTENT[slice(*chunk)]
+    assert read(data_file(), *chunk) == CONTENT[slice(*chunk)]
 
 
 @pytest.mark.parametrize(("cached", "flag"), [(0.4, os.O_DIRECT), (0.6, 0)])
@@ -85,8 +84,7 @@ def test_what_is_not_in_the_page_cache_is_read_past_it(
     monkeypatch.setattr(os, "open", opened)
     monkeypatch.setattr(os, "preadv", read_all)
     monkeypatch.setattr(PageCache, "share", lambda *_: cached)
-    file = data_file(direct=True)
-    read(file, 0, PAGE)
+    read(data_file(), 0, PAGE)
     assert used == [flag]
 
 
@@ -113,25 +111,27 @@ def test_a_file_system_without_direct_reads(
     monkeypatch.setattr(os, "open", opened)
     monkeypatch.setattr(os, "preadv", read_some)
     monkeypatch.setattr(PageCache, "share", lambda *_: 0.0)
-    file = data_file(direct=True)
-    assert read(file, PAGE, 4 * PAGE) == CONTENT[PAGE : 4 * PAGE]
+    assert read(data_file(), PAGE, 4 * PAGE) == CONTENT[PAGE : 4 * PAGE]
 
 
-@pytest.mark.parametrize("direct", [False, True])
-def test_short_reads_are_gone_on_with(data_file: Open, monkeypatch: Patch, direct: bool) -> None:
+@pytest.mark.parametrize(("cached", "most"), [(1.0, 1000), (0.0, PAGE)])
+def test_short_reads_are_gone_on_with(
+    data_file: Open, monkeypatch: Patch, cached: float, most: int
+) -> None:
     read_all = os.preadv
 
     def read_some(handle: int, rooms: list[memoryview], at: int) -> int:
-        return read_all(handle, [rooms[0][:1000]], at)
+        return read_all(handle, [rooms[0][:most]], at)
 
     monkeypatch.setattr(os, "preadv", read_some)
+    monkeypatch.setattr(PageCache, "share", lambda *_: cached)
+    assert read(data_file(), 0, len(CONTENT)) == CONTENT
+
+
+@pytest.mark.parametrize("cached", [1.0, 0.0])
+def test_an_error_of_the_disk_is_told(data_file: Open, monkeypatch: Patch, cached: float) -> None:
+    monkeypatch.setattr(PageCache, "share", lambda *_: cached)
     file = data_file()
-    assert read(file, 0, len(CONTENT)) == CONTENT
-
-
-@pytest.mark.parametrize("direct", [False, True])
-def test_an_error_of_the_disk_is_told(data_file: Open, monkeypatch: Patch, direct: bool) -> None:
-    file = data_file(direct=direct)
 
     def broken(*_: Any) -> int:
         raise OSError(errno.EIO, "Input/output error")

@@ -19,14 +19,14 @@ from twotower.bundle import FileRecord
 from twotower.errors import BundleError, DeviceError, EngineMismatchError
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.weights.data_file import DataFile
-from twotower.runtime.weights.store import LoadOptions, LoadRequest, WeightStore
+from twotower.runtime.weights.store import LoadRequest, WeightStore
 from twotower.runtime.weights.transfer import Ring
 from twotower.weights.refs import PAGE, WeightRef
 
 Patch = pytest.MonkeyPatch
 SIZES = (2 << 20, 100, 64, 40_000, (1 << 20) + 50, 7, 2_000_000, 1 << 20, 0, 5_000)
 ALL = slice(None)
-SMALL = LoadOptions(ring=Ring(threads=2, slots=3, slot_bytes=16 * PAGE))
+SMALL = Ring(threads=2, slots=3, slot_bytes=16 * PAGE)
 
 
 Store = Callable[..., tuple[WeightStore, FakeCuda]]
@@ -184,7 +184,7 @@ def test_threads_read_ahead_while_copies_run(file: File, store: Store, monkeypat
     """Whenever a copy is waited for, reads behind it go on; reading and copying in turns fails."""
     sizes, waits = bytes_read(monkeypatch), 0
     really = Cuda.wait_event
-    chunks = -(-file.record.size // SMALL.ring.slot_bytes)
+    chunks = -(-file.record.size // SMALL.slot_bytes)
 
     def waited(self: Cuda, event: int) -> None:
         nonlocal waits
@@ -441,7 +441,7 @@ def test_host_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     with path.open("wb") as opened:
         opened.truncate(size)
     api = Drain()
-    weights = WeightStore(Cuda(api), LoadOptions(direct=True))
+    weights = WeightStore(Cuda(api))
     whole = WeightRef("int8", (size,), 0)
     request = LoadRequest(path, FileRecord(size, ""), {"w": whole}, 0)
     before, peak = anonymous(), 0
