@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from twotower.bench.export_cost import run_measured
+from twotower.bench.speed import run_measured
 from twotower.calibration.quantized_data import FloatWeights, stream_quantized
 from twotower.calibration.recipes import Recipe, quantizable_weights
 from twotower.calibration.weight_quantization import expand_rows

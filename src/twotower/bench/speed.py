@@ -1,20 +1,28 @@
-"""Tokens a second of both modes, interleaved so that system noise affects all alike, and passes."""
+"""Time and memory of generation, passes and exports, as ratios of things measured in one run."""
 
 from __future__ import annotations
 
+import json
+import math
+import multiprocessing
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle
+from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, REPORT_FILE, Bundle
+from twotower.checkpoint.reader import Checkpoint
+from twotower.checkpoint.synthetic import SyntheticOptions, published_slice, write_checkpoint
 from twotower.config import GenerationConfig, ModelConfig
-from twotower.errors import ConfigError
+from twotower.errors import BuildError, ConfigError
 from twotower.runtime import Generation, StepRecord, TwoTower
 from twotower.spec import CONTEXT, DENOISER
+from twotower.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,3 +190,119 @@ def measure_passes(
         denoiser_bytes=bundle.files[GRAPH_FILES[DENOISER] + DATA_SUFFIX].size,
         context_bytes=bundle.files[GRAPH_FILES[CONTEXT] + DATA_SUFFIX].size,
     )
+
+
+def run_measured(work: Callable[..., None], *arguments: Any) -> tuple[float, int]:
+    """Seconds of `work(*arguments)` in a fresh process, and its peak anonymous memory in bytes.
+
+    The peak is sampled every 10 ms, without file pages the system can drop; 0 without /proc.
+    BuildError if the process fails.
+    """
+    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+    began = time.perf_counter()
+    process.start()
+    peak = 0
+    while process.is_alive():
+        peak = max(peak, _anonymous(process.pid or 0))
+        process.join(0.01)
+    seconds = time.perf_counter() - began
+    if process.exitcode:
+        raise BuildError(
+            "a measured process failed",
+            found=f"exit code {process.exitcode}",
+            do="read its message above",
+        )
+    return seconds, peak
+
+
+def _anonymous(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
+
+
+SMALL_CONFIG: dict[str, Any] = {
+    **published_slice("MEM*E-"),
+    "hidden_size": 512,
+    "vocab_size": 8192,
+    "n_routed_experts": 16,
+    "moe_intermediate_size": 256,
+    "intermediate_size": 256,
+    "moe_shared_expert_intermediate_size": 512,
+    "mamba_num_heads": 16,
+    "ssm_state_size": 64,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+    "time_step_limit": [0.0, math.inf],
+}
+"""A model of 100 MB with every layer kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportCost:
+    """One measurement.
+
+    The export's time includes hashing but not verification; `verify_seconds` (None if not asked
+    for) is the comparison with torch, `largest_error` its largest relative error.
+    """
+
+    checkpoint_bytes: int
+    copy_seconds: float
+    export_seconds: float
+    export_peak_bytes: int
+    verify_seconds: float | None
+    largest_error: float | None
+
+    @property
+    def ratio(self) -> float:
+        """Export time over copy time."""
+        return self.export_seconds / self.copy_seconds
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "export_to_copy": self.ratio}
+
+
+def measure_export(
+    scratch: Path,
+    pattern: str | None,
+    *,
+    verify: bool = False,
+    say: Callable[[str], None] = lambda what: None,
+) -> ExportCost:
+    """Writes a synthetic BF16 checkpoint and measures a copy and an export of it.
+
+    Args:
+        scratch: An empty folder on the disk to measure; its content is removed again.
+        pattern: Layers at published widths (`ME*` is 8 GB), or None for a model of 100 MB.
+        verify: Also compare the result with the torch towers.
+        say: Told what is being done.
+    """
+    say("writing a synthetic checkpoint")
+    config = published_slice(pattern) if pattern else SMALL_CONFIG
+    source = write_checkpoint(scratch / "checkpoint", config, SyntheticOptions())
+    size = sum(p.stat().st_size for p in source.iterdir())
+    say(f"copying {format_bytes(size)}")
+    copy_seconds, _ = run_measured(shutil.copytree, source, scratch / "copy")
+    shutil.rmtree(scratch / "copy")
+    say("exporting it")
+    export_seconds, peak = run_measured(_export, source, scratch / "bundle", False)
+    verify_seconds, error = None, None
+    if verify:
+        shutil.rmtree(scratch / "bundle")
+        say("exporting it again, with verification")
+        whole, _ = run_measured(_export, source, scratch / "bundle", True)
+        verify_seconds = whole - export_seconds
+        report = (scratch / "bundle" / REPORT_FILE).read_text(encoding="utf-8")
+        error = json.loads(report).get("largest_error")
+    for name in ("checkpoint", "bundle"):
+        shutil.rmtree(scratch / name)
+    return ExportCost(size, copy_seconds, export_seconds, peak, verify_seconds, error)
+
+
+def _export(source: Path, target: Path, verified: bool) -> None:
+    from twotower.export.exporter import export_bundle
+    from twotower.export.verify import verify_bundle
+
+    export_bundle(Checkpoint.open(source), target, verify=verify_bundle if verified else None)
