@@ -11,7 +11,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from twotower.bundle import Bundle, is_bundle
-from twotower.cli.options import Adder, adder, byte_size, checked_bundle, number_list
+from twotower.cli.options import (
+    Adder,
+    adder,
+    byte_size,
+    checked_bundle,
+    given_fields,
+    number_list,
+)
 from twotower.cli.progress import ProgressLine
 from twotower.errors import ConfigError
 from twotower.units import format_bytes
@@ -136,10 +143,9 @@ def run(args: argparse.Namespace) -> int:
             do="export with another --dtype",
         )
     builder = builder_for(args.target)
-    line = ProgressLine()
     try:
         # A dry run writes nothing: graphs it needs go to a folder that is gone at the end.
-        with ExitStack() as scratch:
+        with ProgressLine() as line, ExitStack() as scratch:
             bundle = (
                 _of_graphs_alone(args, scratch) if args.from_config else checked_bundle(args.bundle)
             )
@@ -154,15 +160,12 @@ def run(args: argparse.Namespace) -> int:
             before = file.stat().st_mtime_ns if file.is_file() else None
             record = build_engines(bundle, args.target, builder, config=config, report=line)
     except KeyboardInterrupt:
-        line.end()
         if args.target in ("rtx", "trt") and not args.no_cache:
             print(
                 "finished engines are in the cache: the same command resumes after them",
                 file=sys.stderr,
             )
         raise
-    finally:
-        line.end()
     if args.json:
         print(json.dumps(record.to_json()))
     _report(args, record, kept=file.stat().st_mtime_ns == before)
@@ -172,21 +175,14 @@ def run(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> BuildConfig:
     from twotower.builders import BuildConfig
 
-    return BuildConfig(
-        force=args.force,
-        sms=number_list(args.sm, "--sm", "86,89,120", int),
-        max_batch=args.max_batch,
-        max_context=args.max_context,
-        max_build_memory=byte_size(args.max_build_memory, "--max-build-memory"),
-        weights=args.weights,
-        segments=args.segments,
-        experts=args.experts,
-        allow_expanded=args.allow_expanded,
-        dialect=args.dialect,
-        use_cache=not args.no_cache,
-        cache=args.cache,
-        cache_bytes=byte_size(args.cache_size, "--cache-size") or 0,
-    )
+    given = {
+        **given_fields(args, BuildConfig),
+        "sms": number_list(args.sm, "--sm", "86,89,120", int),
+        "max_build_memory": byte_size(args.max_build_memory, "--max-build-memory"),
+        "use_cache": not args.no_cache,
+        "cache_bytes": byte_size(args.cache_size, "--cache-size") or 0,
+    }
+    return BuildConfig(**given)
 
 
 def _of_graphs_alone(args: argparse.Namespace, scratch: ExitStack) -> Bundle:

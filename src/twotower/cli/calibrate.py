@@ -58,16 +58,16 @@ def run(args: argparse.Namespace) -> int:
     bundle = checked_bundle(args.bundle)
     base = GenerationConfig.from_mapping(generation_overrides(args), base=bundle.defaults)
     prompts = read_prompts(Path(args.prompts), base)[: args.limit]
-    line = ProgressLine("prompts")
-    statistics = collect(
-        bundle,
-        [Request(prompt, config) for prompt, config in prompts],
-        Path(args.output),
-        CollectConfig(generation=base),
-        draw=None if args.no_plot else draw_ranges,
-        report=line,
-    )
-    line.end()
+    requests = [Request(prompt, config) for prompt, config in prompts]
+    with ProgressLine("prompts") as line:
+        statistics = collect(
+            bundle,
+            requests,
+            Path(args.output),
+            CollectConfig(generation=base),
+            draw=None if args.no_plot else draw_ranges,
+            report=line,
+        )
     facts = statistics.facts
     inputs = {tower: len(s.names) for tower, s in statistics.towers.items()}
     if args.json:

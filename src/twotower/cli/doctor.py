@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,7 @@ def _checked(machine: Machine, options: Any) -> Iterator[dict[str, Any]]:
         say=lambda what: print(f"... {what}", file=sys.stderr) if sys.stderr.isatty() else None,
     )
     for result in checks.run():
-        yield {
-            "name": result.name,
-            "ok": result.ok,
-            "detail": result.detail,
-            "target": checks.target,
-        }
+        yield {**asdict(result), "target": checks.target}
 
 
 def _reported(

@@ -163,10 +163,9 @@ def _evaluated(
 ) -> dict[str, Any]:
     from twotower.evaluate.evaluation import evaluate
 
-    line = ProgressLine("problems")
     other = models[1] if args.against else None
-    report = evaluate(models[0], suite, config, other=other, progress=line).report
-    line.end()
+    with ProgressLine("problems") as line:
+        report = evaluate(models[0], suite, config, other=other, progress=line).report
     names = (args.bundle, args.against)
     for key, name, model in zip(("bundle", "other"), names, models):  # noqa: B905
         report[key] = {"name": Path(name).resolve().name, "target": model.target}
@@ -184,19 +183,17 @@ def _impact(
         budget=98.7 if args.budget is None else args.budget,
         max_inflation=args.max_inflation,
     )
-    line = ProgressLine("problems")
     first, second = models
-    report = impact_of(
-        pair,
-        (first, second) if pair.quantized.path == Path(args.bundle) else (second, first),
-        suite,
-        config,
-        sensitivity=not args.no_sensitivity,
-        threads=args.threads,
-        progress=lambda done, total: line("answering", done, total),
-    )
-    line.end()
-    return report
+    with ProgressLine("problems") as line:
+        return impact_of(
+            pair,
+            (first, second) if pair.quantized.path == Path(args.bundle) else (second, first),
+            suite,
+            config,
+            sensitivity=not args.no_sensitivity,
+            threads=args.threads,
+            progress=lambda done, total: line("answering", done, total),
+        )
 
 
 def _publish(args: argparse.Namespace, report: dict[str, Any], files: dict[str, Path]) -> None:

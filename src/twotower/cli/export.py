@@ -52,12 +52,9 @@ def run(args: argparse.Namespace) -> int:
     from twotower.units import format_bytes
 
     config = ExportConfig(dtype=args.dtype, trained_block_size=args.block_size)
-    line = ProgressLine()
-    try:
+    with ProgressLine() as line:
         checkpoint = Checkpoint.open(locate_checkpoint(args.checkpoint))
         bundle = export_bundle(checkpoint, Path(args.output), config, verify=verify, report=line)
-    finally:
-        line.end()
     size = format_bytes(sum(record.size for record in bundle.files.values()))
     report = json.loads((bundle.path / REPORT_FILE).read_text(encoding="utf-8"))
     verdict = (

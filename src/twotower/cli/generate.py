@@ -64,11 +64,10 @@ def run(args: argparse.Namespace) -> int:
         if args.stream:
             _stream(model, requests, as_json=args.json)
             return 0
-        line = ProgressLine()
-        results = model.generate(
-            requests, on_prefill=lambda done, total: line("reading the prompt", done, total)
-        )
-        line.end()
+        with ProgressLine() as line:
+            results = model.generate(
+                requests, on_prefill=lambda done, total: line("reading the prompt", done, total)
+            )
     for result in results:
         if args.json:
             print(json.dumps(result.to_json()))

@@ -104,7 +104,3 @@ def _refused(error: TwoTowerError, cause: Exception, *, debug: bool) -> int:
         raise cause
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
     return EXIT_USER_ERROR
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,6 +14,8 @@ from twotower.config import MODES, GenerationConfig
 from twotower.errors import ConfigError
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from twotower.bundle import Bundle
     from twotower.evaluate.suite import Suite
     from twotower.runtime import TwoTower
@@ -165,27 +167,21 @@ def opened_session(args: argparse.Namespace, bundle: str, **options: Any) -> Ite
     """
     from twotower.runtime import TwoTower
 
-    line = ProgressLine()
     names = ("target", "threads", "preset", "max_context", "max_batch")
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    with TwoTower.open(
-        bundle,
-        **{**given, **device_options(args), **options},
-        **opening(line),
-    ) as model:
-        line.end()
-        yield model
+    options = {**given, **device_options(args), **options}
+    with ProgressLine() as line:
+        session = TwoTower.open(bundle, **options, **opening(line))
+    with session:
+        yield session
 
 
 def checked_bundle(path: str) -> Bundle:
     """A bundle whose files are compared with its manifest; progress is shown."""
     from twotower.bundle import Bundle
 
-    line = ProgressLine()
-    try:
+    with ProgressLine() as line:
         return Bundle.open(path, progress=opening(line)["progress"])
-    finally:
-        line.end()
 
 
 def chosen_suite(args: argparse.Namespace) -> Suite:
@@ -199,10 +195,13 @@ def chosen_suite(args: argparse.Namespace) -> Suite:
 
 def generation_overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The generation options that were given."""
-    names = {field.name for field in fields(GenerationConfig)}
-    return {
-        name: value for name, value in vars(args).items() if name in names and value is not None
-    }
+    return given_fields(args, GenerationConfig)
+
+
+def given_fields(args: argparse.Namespace, options: type[DataclassInstance]) -> dict[str, Any]:
+    """What the command line gives of the fields of a dataclass, None left out."""
+    given = ((field.name, getattr(args, field.name, None)) for field in fields(options))
+    return {name: value for name, value in given if value is not None}
 
 
 def number_list(

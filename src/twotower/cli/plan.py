@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from twotower.cli.options import adder
+from twotower.cli.options import adder, byte_size, given_fields, number_list
 from twotower.hardware import TARGETS
 from twotower.units import format_bytes
 
@@ -72,7 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from twotower.cli.options import byte_size, number_list
     from twotower.hardware import probe_machine
     from twotower.planning import (
         PlanOptions,
@@ -84,20 +83,13 @@ def run(args: argparse.Namespace) -> int:
         refusal,
     )
 
-    asked = PlanOptions(
-        target=args.target,
-        dtype=args.dtype,
-        max_batch=args.max_batch,
-        max_context=args.max_context,
-        max_build_memory=byte_size(args.max_build_memory, "--max-build-memory"),
-        sms=number_list(args.sm, "--sm", "86,89,120", int),
-        devices=args.devices,
-        experts=args.experts,
-        expert_path=args.expert_path,
-        mode=args.mode,
-        disk_rate=byte_size(args.disk_rate, "--disk-rate"),
-    )
-    config, options = _source(args.path, asked)
+    given = {
+        **given_fields(args, PlanOptions),
+        "max_build_memory": byte_size(args.max_build_memory, "--max-build-memory"),
+        "sms": number_list(args.sm, "--sm", "86,89,120", int),
+        "disk_rate": byte_size(args.disk_rate, "--disk-rate"),
+    }
+    config, options = _source(args.path, PlanOptions(**given))
     machine = probe_machine()
     gpus, concrete = _gpus(args.gpu, options, machine)
     plan = plan_bundle(config, on_gpus(options, [gpu.sm for gpu in gpus]) if concrete else options)
@@ -105,12 +97,8 @@ def run(args: argparse.Namespace) -> int:
     if (concrete or args.fit) and not any(f.fits for f in fits):
         raise refusal(plan, fits)
     if args.json:
-        facts = {
-            "path": args.path,
-            **plan.to_json(),
-            "gpus": [f.to_json() for f in fits],
-        }
-        print(json.dumps(facts))
+        gpus_told = [f.to_json() for f in fits]
+        print(json.dumps({"path": args.path, **plan.to_json(), "gpus": gpus_told}))
         return 0
     lines = describe_plan(plan)
     if plan.build_peak and machine.available:

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from twotower.units import format_bytes
 
@@ -43,6 +43,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 class ProgressLine:
     """Call it with (what, done, total); it redraws one line at most ten times a second.
 
+    At the end of a `with` statement the line is cleared.
     Unit `bytes` shows sizes and a rate, anything else a counted noun. Totals too small for a line
     as bytes are steps of a build or an export and are shown as they are.
     """
@@ -67,6 +68,12 @@ class ProgressLine:
         self._shown = now
         sys.stderr.write(f"\r\x1b[K{what}  {self._figures(done, total, now - self._started)}")
         sys.stderr.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
     def end(self) -> None:
         """Clears the line."""

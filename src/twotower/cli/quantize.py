@@ -112,9 +112,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _report(args, bundle, facts)
         return 0
-    line = ProgressLine()
-    made = quantize_bundle(bundle, plan, Path(args.output), report=line)
-    line.end()
+    with ProgressLine() as line:
+        made = quantize_bundle(bundle, plan, Path(args.output), report=line)
     _report(args, bundle, {**facts, "precision": made.precision})
     print(
         f"next: twotower build {args.output} --target ort-cpu, then "
@@ -189,19 +188,18 @@ def _auto(
         quantize=config,
     )
     suite, output = chosen_suite(args), Path(args.output or "auto")
-    line = ProgressLine("problems")
     parent = output.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.auto.", dir=parent) as scratch:
-            choice = choose(
-                bundle, suite, wanted, Path(scratch), statistics=statistics, progress=line
-            )
+        with (
+            ProgressLine("problems") as line,
+            tempfile.TemporaryDirectory(prefix=f".{output.name}.auto.", dir=parent) as scratch,
+        ):
+            folder = Path(scratch)
+            choice = choose(bundle, suite, wanted, folder, statistics=statistics, progress=line)
     except BudgetError as e:
         print(f"BudgetError: {e}", file=sys.stderr)
         return EXIT_BELOW_BUDGET
-    finally:
-        line.end()
     chosen = choice.report
     plan = plan_quantization(bundle, choice.recipe, config, statistics)
     facts = {
@@ -211,9 +209,8 @@ def _auto(
         "chosen": chosen,
     }
     if not args.dry_run:
-        line = ProgressLine()
-        made = quantize_bundle(bundle, plan, output, report=line, extra={"chosen": chosen})
-        line.end()
+        with ProgressLine() as line:
+            made = quantize_bundle(bundle, plan, output, report=line, extra={"chosen": chosen})
         note_measurement(made, _note(chosen))
         facts["precision"] = made.precision
     _report(args, bundle, facts)

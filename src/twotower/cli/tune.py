@@ -47,26 +47,24 @@ def run(args: argparse.Namespace) -> int:
     from twotower.files import require_room
 
     output, base = Path(args.output), TuneConfig()
+    thresholds = number_list(args.thresholds, "--thresholds", "0.8,0.9", float)
+    steps = number_list(args.steps, "--steps", "4,16", int)
     config = TuneConfig(
         budget=args.budget,
         loose=args.loose,
-        thresholds=number_list(args.thresholds, "--thresholds", "0.8,0.9", float)
-        or base.thresholds,
-        steps=number_list(args.steps, "--steps", "4,16", int) or base.steps,
+        thresholds=thresholds or base.thresholds,
+        steps=steps or base.steps,
         max_new_tokens=args.max_new_tokens,
     )
     suite = chosen_suite(args)
     require_room(output, 0, error=BundleError, smaller="or name another disk with -o")
-    line = ProgressLine("problems")
     try:
-        with opened_session(args, args.bundle) as model:
+        with ProgressLine("problems") as line, opened_session(args, args.bundle) as model:
             tuned = tune(model, suite, config, line)
             tuned.report["auto"] = replace(model.pass_record(), passes=tuned.passes).to_json()
     except BudgetError as e:
         print(f"BudgetError: {e}", file=sys.stderr)
         return EXIT_NO_SETTING
-    finally:
-        line.end()
     bundle = Bundle.open(args.bundle, contents=False)
     derive_bundle(
         bundle, output, presets=tuned.presets, default="balanced", reports={"tune": tuned.report}
