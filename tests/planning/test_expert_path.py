@@ -23,8 +23,7 @@ from twotower.kernels.shape import shape_of
 from twotower.planning import PlanOptions, plan_bundle
 from twotower.planning.engines import program_layers
 from twotower.planning.expert_path import expert_path, expert_step, on_gpus, outside_engines
-from twotower.planning.expert_room import expert_room
-from twotower.planning.working_memory import tower_scratch
+from twotower.planning.working_memory import expert_room, tower_scratch
 from twotower.runtime.engines.handover import buffer_sizes
 from twotower.spec import CONTEXT, DENOISER, signatures
 from twotower.weights.declared import lay_out

@@ -18,8 +18,7 @@ from twotower.hardware import Gpu
 from twotower.planning import GPUS, GpuModel, PlanOptions, fit, gpu_at_hand, gpus_named
 from twotower.planning.devices import device_needs
 from twotower.planning.expert_path import left_out
-from twotower.planning.fit import largest_batch, largest_context
-from twotower.planning.load_time import ASSUMED_DISK_RATE, LoadTime, load_time
+from twotower.planning.fit import ASSUMED_DISK_RATE, LoadTime, largest_batch, largest_context
 from twotower.planning.pass_cost import pass_costs
 from twotower.planning.weights import EXPERT_FORMATS, EXPERT_RECIPES
 
@@ -260,11 +259,11 @@ def test_what_is_just_enough_for_a_change_suffices() -> None:
 
 
 def test_the_slower_way_to_load_counts() -> None:
-    assert load_time(100, 100, disk_rate=10, link_rate=50) == LoadTime(10, 2)
     assert LoadTime(10, 2).seconds == LoadTime(2, 10).seconds == 10
     assert [LoadTime(10, 2).bound, LoadTime(2, 10).bound] == ["disk", "PCIe"]
-    unknown = load_time(100, 100, disk_rate=10, link_rate=0)
-    assert (unknown.link, unknown.seconds, unknown.bound) == (None, 10, "disk")
+    (found,) = fit(SMALL, replace(TRT, disk_rate=10), [GpuModel("no link known", 10**12, 89)])
+    assert found.load is not None
+    assert (found.load.link, found.load.bound) == (None, "disk")
 
 
 def test_the_published_model_loads_the_weights_of_its_mode_once() -> None:
@@ -290,7 +289,7 @@ def test_loading_is_as_long_as_its_fullest_device_takes() -> None:
     (found,) = fit(PUBLISHED, replace(TRT, devices=3, disk_rate=10**12), [gpu])
     weights = [d.weights for d in found.devices]
     assert max(weights) > 1.5 * min(weights)
-    assert found.load == load_time(sum(weights), max(weights), disk_rate=10**12, link_rate=gpu.link)
+    assert found.load == LoadTime(sum(weights) / 10**12, max(weights) / gpu.link)
     assert found.to_json()["load"]["seconds"] == found.load.seconds
     (mapped,) = fit(PUBLISHED, PlanOptions(target="ort-cpu"), [gpu])
     assert (mapped.load, mapped.to_json()["load"]) == (None, None)

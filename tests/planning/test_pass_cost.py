@@ -9,13 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.source import ROOT
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.model import parse_model_config
-from twotower.planning import GpuModel, PlanOptions
+from twotower.planning import GPUS, GpuModel, PlanOptions, gpus_named
 from twotower.planning.devices import device_needs
 from twotower.planning.expert_path import distinct_experts
-from twotower.planning.pass_cost import PassCost, pass_costs
+from twotower.planning.pass_cost import ROWS, PassCost, break_evens, pass_costs
 from twotower.planning.working_memory import state_bytes
+from twotower.units import format_bytes
 
 PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
 KERNELS = PlanOptions(target="trt")
@@ -169,3 +171,56 @@ def test_time_is_the_longer_of_memory_and_products() -> None:
     assert cost.seconds(GpuModel("d", 1, 90, 10**9)) == 1.0, (
         "without a rate of products memory alone counts"
     )
+
+
+@pytest.mark.parametrize("experts", [None, "int4", "fp8"])
+@pytest.mark.parametrize("path", ["auto", "dense"])
+def test_both_modes_take_equally_long_there(experts: str | None, path: str) -> None:
+    options = replace(KERNELS, experts=experts, expert_path=path)
+    for gpu in GPUS:
+        for rows, passes in break_evens(PUBLISHED, options, gpu).items():
+            costs = pass_costs(PUBLISHED, options, rows)
+            assert costs.denoising is not None
+            denoise, extend, step = (
+                c.seconds(gpu) or 0.0 for c in (costs.denoising, costs.extension, costs.ar_step)
+            )
+            assert passes * denoise + extend == pytest.approx(16 * step)
+
+
+def test_dense_experts_flatter_diffusion_at_one_row_and_hurt_it_at_many() -> None:
+    """A step of one row pays for 128 experts; 32 rows pay for products nobody needs."""
+    (gpu,) = gpus_named("H200")
+    chosen, dense = (
+        break_evens(PUBLISHED, replace(KERNELS, expert_path=path), gpu)
+        for path in ("auto", "dense")
+    )
+    assert tuple(chosen) == tuple(dense) == ROWS == (1, 8, 32)
+    assert 1.5 < chosen[1] < 2.5 < 14 < dense[1] < 16
+    assert dense[32] < 0.6 * chosen[32]
+    assert chosen[1] < chosen[8] < chosen[32] < 16
+
+
+def test_only_the_context_tower_breaks_even_with_nothing() -> None:
+    assert break_evens(PUBLISHED, replace(KERNELS, mode="ar"), GPUS[0]) == {}
+
+
+def test_the_document_has_these_figures() -> None:
+    """Its table of passes by format of the experts and rows: chosen experts beside dense ones."""
+    (gpu,) = gpus_named("H200")
+
+    def told(cost: PassCost) -> str:
+        star = "\\*" if cost.bound_by_arithmetic(gpu) else ""
+        size, ms = format_bytes(cost.nbytes), 1e3 * (cost.seconds(gpu) or 0)
+        return f"{size}, {cost.flops / 1e12:.3g} TFLOP: {ms:.2f} ms{star}"
+
+    document = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    for name in (None, "int4", "fp8"):
+        chosen, dense = (replace(o, experts=name) for o in (KERNELS, DENSE))
+        for rows in ROWS:
+            few, every = (pass_costs(PUBLISHED, o, rows) for o in (chosen, dense))
+            first, last = (break_evens(PUBLISHED, o, gpu)[rows] for o in (chosen, dense))
+            read = f"{denoising(chosen, rows).experts:.1f} of 128"
+            cells = [name or "bfloat16", f"{rows}", read, told(denoising(chosen, rows))]
+            cells += [told(few.extension), told(few.ar_step), f"**{first:.1f}**"]
+            cells += [told(denoising(dense, rows)), told(every.ar_step), f"{last:.1f}"]
+            assert f"\n| {' | '.join(cells)} |\n" in document

@@ -8,10 +8,14 @@ from typing import Any
 
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.planning.engines import placed_pieces
-from twotower.planning.expert_room import expert_room
 from twotower.planning.plan_options import PlanOptions
 from twotower.planning.weights import GraphWeights
-from twotower.planning.working_memory import needed_weights, state_bytes, tower_scratch
+from twotower.planning.working_memory import (
+    expert_room,
+    needed_weights,
+    state_bytes,
+    tower_scratch,
+)
 from twotower.runtime.placement import place_engines
 from twotower.spec import CONTEXT_HEAD, DENOISER
 
@@ -65,14 +69,7 @@ def device_needs(config: ModelConfig, options: PlanOptions) -> tuple[DeviceNeed,
         graphs = {piece.graph for piece in pieces}
         shared = room.with_scratch(scratch[graph] for graph in graphs) if pieces else 0
         size = sum(piece.weights for piece in pieces)
-        out.append(
-            DeviceNeed(
-                _described(pieces, weights),
-                size,
-                round(state.rows * row),
-                shared,
-            )
-        )
+        out.append(DeviceNeed(_described(pieces, weights), size, round(state.rows * row), shared))
     return tuple(out)
 
 

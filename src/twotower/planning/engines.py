@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from twotower.builders.base import DENSE, FUSED, KERNELS
@@ -49,10 +49,10 @@ class EnginePlan:
     graph: str
     layers: Layers
     weight_bytes: int
-    held_bytes: int
-    build_peak_bytes: int | None
-    build_seconds: float | None
-    engine_bytes: int
+    held_bytes: int = 0
+    build_peak_bytes: int | None = None
+    build_seconds: float | None = None
+    engine_bytes: int = 0
     programs: int = 1
 
 
@@ -70,10 +70,11 @@ def engine_plans(
         pieces = placed_pieces(weights, config, options)
         if len(pieces) > 1:
             return [
-                EnginePlan(f"{graph}.{n}.onnx", graph, layers, size, 0, None, None, 0)
+                EnginePlan(f"{graph}.{n}.onnx", graph, layers, size)
                 for n, (layers, size) in enumerate(pieces)
             ]
-        return [EnginePlan(f"{graph}.onnx", graph, layers, size, stored, None, None, stored)]
+        engine = EnginePlan(f"{graph}.onnx", graph, layers, size, stored, engine_bytes=stored)
+        return [engine]
     if weights.layers and expert_path(config, options).name == KERNELS:
         return _programs(graph, weights, config, bound=options.max_build_memory)
     segments, bound = segments_of(config, options), options.max_build_memory
@@ -81,9 +82,9 @@ def engine_plans(
     made = []
     for number, layers in enumerate(cuts):
         name = f"{graph}.{number}.engine" if len(cuts) > 1 else f"{graph}.engine"
-        piece = _Piece(name, graph, layers, layers[1] - layers[0])
         size, held = weights.all.between(*layers), weights.held.between(*layers)
-        made.append(_engine(piece, weights, size=size, held=held))
+        engine = EnginePlan(name, graph, layers, size, held)
+        made.append(_compiled(engine, weights, layers[1] - layers[0]))
     return made
 
 
@@ -138,16 +139,11 @@ def _programs(
     for number, equal in enumerate(files.values()):
         first = equal[0]
         mixers = sum(kind is not LayerKind.MOE for kind in config.layers[slice(*first)])
-        piece = _Piece(
-            f"{graph}.{number}.engine",
-            graph,
-            first,
-            mixers,
-            len(equal),
-        )
         size = sum(_of_program(weights.all, layers, config) for layers in equal)
         held = _of_program(weights.held, first, config)
-        made.append(_engine(piece, weights, size=size, held=held))
+        name = f"{graph}.{number}.engine"
+        engine = EnginePlan(name, graph, first, size, held, programs=len(equal))
+        made.append(_compiled(engine, weights, mixers))
     require_bound({e.name: e.build_peak_bytes or 0 for e in made}, bound)
     return made
 
@@ -161,34 +157,13 @@ def _of_program(places: LayerBytes, layers: Layers, config: ModelConfig) -> int:
     return places.between(*layers) - (places.after if before_last else 0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A file, its graph, its layers, how many mixers it computes, and how many programs it is."""
-
-    name: str
-    graph: str
-    layers: Layers
-    mixers: int
-    programs: int = 1
-
-
-def _engine(
-    piece: _Piece,
-    weights: GraphWeights,
-    *,
-    size: int,
-    held: int,
-) -> EnginePlan:
+def _compiled(engine: EnginePlan, weights: GraphWeights, mixers: int) -> EnginePlan:
+    """The same with what its build takes, which computes so many mixers."""
+    graph, held = engine.graph, engine.held_bytes
     packed = round(weights.packed * held / weights.held.total) if held else 0
-    largest = weights.held.largest_packed
-    return EnginePlan(
-        name=piece.name,
-        graph=piece.graph,
-        layers=piece.layers,
-        weight_bytes=size,
-        held_bytes=held,
-        build_peak_bytes=build_memory(held, piece.mixers, largest_packed=largest),
-        build_seconds=build_seconds(piece.graph, piece.mixers, held=held, packed=packed),
-        engine_bytes=held + program_bytes(piece.graph, piece.mixers),
-        programs=piece.programs,
+    return replace(
+        engine,
+        build_peak_bytes=build_memory(held, mixers, largest_packed=weights.held.largest_packed),
+        build_seconds=build_seconds(graph, mixers, held=held, packed=packed),
+        engine_bytes=held + program_bytes(graph, mixers),
     )

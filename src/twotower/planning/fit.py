@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,18 +13,46 @@ from twotower.config.formats import FORMATS
 from twotower.config.model import LayerKind, ModelConfig
 from twotower.errors import ConfigError
 from twotower.hardware import RTX_SMS
-from twotower.planning.break_even import break_evens
 from twotower.planning.devices import DeviceNeed, device_needs
 from twotower.planning.expert_path import expert_path, left_out, on_gpus, require_path
 from twotower.planning.gpus import GpuModel
-from twotower.planning.load_time import ASSUMED_DISK_RATE, LoadTime, load_time
-from twotower.planning.pass_cost import pass_costs
+from twotower.planning.pass_cost import break_evens, pass_costs
 from twotower.planning.plan_options import PlanOptions, all_formats, capacity_of, engine_dtype
 from twotower.planning.weights import EXPERT_FORMATS, EXPERT_RECIPES
 from twotower.planning.working_memory import needed_weights
 
+ASSUMED_DISK_RATE = 3_000_000_000
+"""Bytes a second, assumed for reading large files from one NVMe drive: PCIe 3.0 drives are
+specified for 3 to 3.5 GB/s, 4.0 drives for 5 to 7. Network disks of clouds give a tenth of it."""
+
 LEAST_CONTEXT = 256
 """Shorter texts are no alternative."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTime:
+    """Seconds of the two ways weights go until they are on their devices, which overlap.
+
+    `disk` reads every byte once; `link` is PCIe at its published rate to the device that gets most,
+    as each has a link of its own; None where the rate is not known.
+    """
+
+    disk: float
+    link: float | None
+
+    @property
+    def seconds(self) -> float:
+        """Of the slower one."""
+        return max(self.disk, self.link or 0.0)
+
+    @property
+    def bound(self) -> str:
+        """Which one that is: `disk` or `PCIe`."""
+        return "disk" if self.disk >= (self.link or 0.0) else "PCIe"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with what follows of it."""
+        return {**asdict(self), "seconds": self.seconds, "bound": self.bound}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +97,9 @@ class GpuFit:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        load = self.load and {
-            **asdict(self.load),
-            "seconds": self.load.seconds,
-            "bound": self.load.bound,
-        }
-        return {
-            **asdict(self),
-            "title": self.gpu.title,
-            "needs": self.fullest.total,
-            "load": load,
-        }
+        load = self.load and self.load.to_json()
+        added = {"title": self.gpu.title, "needs": self.fullest.total, "load": load}
+        return {**asdict(self), **added}
 
 
 def fit(config: ModelConfig, options: PlanOptions, gpus: Sequence[GpuModel]) -> tuple[GpuFit, ...]:
@@ -97,9 +118,9 @@ def _fit(config: ModelConfig, asked: PlanOptions, gpu: GpuModel) -> GpuFit:
     load = None
     if options.target != "ort-cpu":  # which maps its weights and loads nothing
         nbytes = sum(w.total for w in needed_weights(config, options).values())
-        rate = options.disk_rate or ASSUMED_DISK_RATE
         most = max(d.weights for d in needs)
-        load = load_time(nbytes, most, disk_rate=rate, link_rate=gpu.link)
+        link = most / gpu.link if gpu.link else None
+        load = LoadTime(nbytes / (options.disk_rate or ASSUMED_DISK_RATE), link)
     return GpuFit(
         gpu=gpu,
         refused=refused,
@@ -134,33 +155,16 @@ def _refused(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> str:
 
 def largest_batch(config: ModelConfig, options: PlanOptions, memory: int) -> int:
     """Most rows, up to those asked for, that fit so much memory a device; 0 if none does."""
-
-    def holds(rows: int) -> bool:
-        return _fullest(config, replace(options, max_batch=rows)) <= memory
-
-    return _largest(0, options.max_batch, holds)
+    sizes = range(1, options.max_batch + 1)
+    return bisect(sizes, memory, key=lambda n: _fullest(config, replace(options, max_batch=n)))
 
 
 def largest_context(config: ModelConfig, options: PlanOptions, memory: int) -> int:
     """Longest text, up to the one asked for, that fits the memory of a device; 0 if none does."""
-
-    def holds(length: int) -> bool:
-        return _fullest(config, replace(options, max_context=length)) <= memory
-
     default = min(capacity_of(config, options), 4096, config.max_position_embeddings)
-    found = _largest(LEAST_CONTEXT - 1, options.max_context or default, holds)
-    return found if found >= LEAST_CONTEXT else 0
-
-
-def _largest(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The largest number in (low, high] that holds, `low` if none; larger numbers only lose it."""
-    while low < high:
-        middle = (low + high + 1) // 2
-        if holds(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    sizes = range(LEAST_CONTEXT, (options.max_context or default) + 1)
+    holding = bisect(sizes, memory, key=lambda n: _fullest(config, replace(options, max_context=n)))
+    return sizes[holding - 1] if holding else 0
 
 
 def _fullest(config: ModelConfig, options: PlanOptions) -> int:

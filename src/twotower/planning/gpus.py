@@ -139,13 +139,7 @@ def gpu_at_hand(gpus: Sequence[Gpu]) -> tuple[GpuModel, ...]:
         for known in GPUS:
             named = set(known.name.lower().replace("80gb", "").split())
             if known.count == 1 and named <= words and not words & others:
-                rates = (known.bandwidth, known.link, known.flops)
-                kind = replace(
-                    kind,
-                    bandwidth=rates[0],
-                    link=rates[1],
-                    flops=rates[2],
-                )
+                kind = replace(known, name=kind.name, memory=kind.memory, sm=kind.sm)
                 break
         out.append(kind)
     return tuple(out)

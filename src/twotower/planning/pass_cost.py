@@ -1,4 +1,4 @@
-"""What a pass of each kind reads and computes, and how long it takes a GPU at least: arithmetic."""
+"""What passes read and compute, how long a GPU takes at least, and where both modes break even."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from twotower.planning.gpus import GpuModel
 from twotower.planning.plan_options import TENSORRT, PlanOptions, engine_dtype, rounded_of
 from twotower.planning.weights import weight_counts
 from twotower.planning.working_memory import needed_weights, state_bytes
+from twotower.runtime.auto import PassTimes, break_even
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
+
+ROWS = (1, 8, 32)
+"""Rows the passes are planned for, beside those of `max_batch`."""
 
 _ROUTED = Role.ROUTED_EXPERT.value
 _OF_TOKENS = (
@@ -85,6 +89,26 @@ def pass_costs(config: ModelConfig, options: PlanOptions, rows: int | None = Non
     denoiser = _Pass((DENOISER,), rows, block)
     both = options.mode == "diffusion"
     return PassCosts(step, extension, _cost(config, options, denoiser) if both else None)
+
+
+def break_evens(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> dict[int, float]:
+    """Denoising passes a block at which both modes take equally long, by rows.
+
+    A block of S tokens takes the denoiser its passes and the context tower one extension, or S
+    steps of autoregression; every pass takes its floor, and both modes compute their experts alike.
+    Below 1 a block of one pass is slower already. Empty for an unknown GPU and for the context
+    tower alone.
+    """
+    out = {}
+    for rows in ROWS:
+        costs = pass_costs(config, options, rows)
+        if costs.denoising is None or not gpu.bandwidth:
+            return {}
+        floors = (costs.denoising, costs.extension, costs.ar_step)
+        denoise, extend, step = (1e3 * (cost.seconds(gpu) or 0.0) for cost in floors)
+        times = PassTimes(denoise_ms=denoise, extend_ms=extend, step_ms=step)
+        out[rows] = break_even(times, options.block_size)
+    return out
 
 
 @dataclass(frozen=True, slots=True)

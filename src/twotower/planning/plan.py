@@ -12,7 +12,6 @@ from twotower.config.model import LayerKind, ModelConfig
 from twotower.dtypes import item_bytes
 from twotower.errors import ConfigError
 from twotower.hardware import RTX_SMS, TARGETS
-from twotower.planning.break_even import ROWS
 from twotower.planning.devices import DeviceNeed, device_needs
 from twotower.planning.engines import EnginePlan, engine_plans, own_bytes
 from twotower.planning.expert_path import (
@@ -22,8 +21,7 @@ from twotower.planning.expert_path import (
     require_path,
     segments_of,
 )
-from twotower.planning.expert_room import ExpertRoom, expert_room
-from twotower.planning.pass_cost import PassCosts, pass_costs
+from twotower.planning.pass_cost import ROWS, PassCosts, pass_costs
 from twotower.planning.plan_options import (
     TENSORRT,
     PlanOptions,
@@ -34,7 +32,14 @@ from twotower.planning.plan_options import (
 )
 from twotower.planning.scratch import Scratch
 from twotower.planning.weights import GraphWeights, checkpoint_bytes, graph_weights
-from twotower.planning.working_memory import State, needed_weights, state_bytes, tower_scratch
+from twotower.planning.working_memory import (
+    ExpertRoom,
+    State,
+    expert_room,
+    needed_weights,
+    state_bytes,
+    tower_scratch,
+)
 from twotower.records import encode
 
 EXPORT_MEMORY = 200_000_000

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from twotower.builders.base import DENSE, FUSED, KERNELS
 from twotower.config.formats import FUSED_STACKS
 from twotower.planning.expert_path import CHOSEN, FUSED_SINCE
 from twotower.planning.pass_cost import PassCost, PassCosts
 from twotower.planning.plan import EXPORT_MEMORY, Plan
 from twotower.planning.plan_options import all_formats
+from twotower.report.tables import Column, Table, labelled
 from twotower.units import format_bytes
 
 _EXPERTS = {
@@ -32,65 +31,56 @@ def describe_plan(plan: Plan) -> list[str]:
     what = "both towers" if o.mode == "diffusion" else "context tower alone"
     few = "".join(f", {kind} in {name}" for kind, name in all_formats(o))
     rows = f"up to {o.max_batch} rows of {state.capacity} positions"
-    lines = under("plan", [f"target {o.target}, {plan.dtype}{few}, {what}; {rows}"])
+    lines = labelled("plan", [f"target {o.target}, {plan.dtype}{few}, {what}; {rows}"])
 
     count = plan.parameters
     billions = f"{count / 1e9:.3g} billion" if count >= 10**9 else f"{count / 1e6:.3g} million"
-    total = bytes_or_none(sum(w.total for w in plan.weights.values()))
+    total = size_of(sum(w.total for w in plan.weights.values()))
     weights = [f"{total}; {billions} parameters in both towers"]
     for name, w in plan.weights.items():
         largest = sorted(w.by_kind.items(), key=lambda kind: -kind[1])[:4]
-        kinds = ", ".join(f"{kind} {bytes_or_none(size)}" for kind, size in largest)
-        weights.append(f"{name:<14}{bytes_or_none(w.total):>10}   {kinds}")
-    lines += under("weights", weights)
+        kinds = ", ".join(f"{kind} {size_of(size)}" for kind, size in largest)
+        weights.append(f"{name:<14}{size_of(w.total):>10}   {kinds}")
+    lines += labelled("weights", weights)
 
     each = f"{format_bytes(state.per_token)} a token and {format_bytes(state.per_row)} a row"
-    lines += under(
-        "state", [f"{each}; {bytes_or_none(state.total)} for all rows (the latter twice)"]
-    )
-    lines += under("experts", _expert_lines(plan))
-    lines += under("passes", _pass_lines(plan))
-    lines += under("scratch", _scratch_lines(plan))
+    lines += labelled("state", [f"{each}; {size_of(state.total)} for all rows (the latter twice)"])
+    lines += labelled("experts", _expert_lines(plan))
+    lines += labelled("passes", _pass_lines(plan))
+    lines += labelled("scratch", _scratch_lines(plan))
 
-    lines += under("disk", _file_lines(plan))
+    lines += labelled("disk", _file_lines(plan))
 
     if len(plan.devices) > 1:
         devices = []
         for number, d in enumerate(plan.devices):
-            devices.append(f"{number}: {bytes_or_none(d.weights):>8}  {d.holds or 'nothing'}")
+            devices.append(f"{number}: {size_of(d.weights):>8}  {d.holds or 'nothing'}")
         if plan.segments > 1:
             devices.append(f"built with --segments {plan.segments}")
-        lines += under("devices", devices)
-    lines += under("export", [f"{bytes_or_none(EXPORT_MEMORY)} of memory: weights stream"])
-    return lines + under("build", _build_lines(plan))
-
-
-def under(name: str, lines: Sequence[str]) -> list[str]:
-    """Lines under one name."""
-    return [f"{'' if i else name:<12}{line}" for i, line in enumerate(lines)]
+        lines += labelled("devices", devices)
+    lines += labelled("export", [f"{size_of(EXPORT_MEMORY)} of memory: weights stream"])
+    return lines + labelled("build", _build_lines(plan))
 
 
 def _scratch_lines(plan: Plan) -> list[str]:
     """Activation memory, and what kernels need besides."""
     room = plan.room
-    scratch = [bytes_or_none(room.with_scratch(s.nbytes for s in plan.scratch.values()))]
+    scratch = [size_of(room.with_scratch(s.nbytes for s in plan.scratch.values()))]
     for name, s in plan.scratch.items():
-        scratch.append(f"{name:<14}{bytes_or_none(s.nbytes):>10}   {s.because}")
+        scratch.append(f"{name:<14}{size_of(s.nbytes):>10}   {s.because}")
     if room.workspace:  # of towers that are cut at their experts
         place = "in the same place" if room.shared else "beside them, each program having its own"
-        handed = f"{place}; {bytes_or_none(room.handed)} where programs and experts hand over"
-        scratch.append(f"{'kernels':<14}{bytes_or_none(room.workspace):>10}   {handed}")
+        handed = f"{place}; {size_of(room.handed)} where programs and experts hand over"
+        scratch.append(f"{'kernels':<14}{size_of(room.workspace):>10}   {handed}")
     return scratch
 
 
 def _file_lines(plan: Plan) -> list[str]:
     disk = plan.disk
-    files = [f"checkpoint {bytes_or_none(disk.checkpoint)}, bundle {bytes_or_none(disk.bundle)}"]
-    engines = ", ".join(f"{target} {bytes_or_none(size)}" for target, size in disk.engines.items())
+    files = [f"checkpoint {size_of(disk.checkpoint)}, bundle {size_of(disk.bundle)}"]
+    engines = ", ".join(f"{target} {size_of(size)}" for target, size in disk.engines.items())
     files.append(f"engines {engines}")
-    copies = ", ".join(
-        f"{target} {bytes_or_none(size)}" for target, size in disk.copies.items() if size
-    )
+    copies = ", ".join(f"{target} {size_of(size)}" for target, size in disk.copies.items() if size)
     if copies:
         files.append(f"of these, weights the bundle holds too: {copies}")
     return files
@@ -106,7 +96,7 @@ def _expert_lines(plan: Plan) -> list[str]:
     costs = plan.passes[plan.options.max_batch]
     expanded = (costs.denoising or costs.ar_step).expanded
     if expanded:
-        half = bytes_or_none(expanded / 2)
+        half = size_of(expanded / 2)
         moved = f"{half} written and {half} read besides, slower than {plan.dtype} experts"
         lines.append(f"expanded in memory in every pass: {moved}")
         lines.append(f"multiplied as they are stored: {FUSED_STACKS}; by kernels, any")
@@ -115,20 +105,22 @@ def _expert_lines(plan: Plan) -> list[str]:
 
 def _pass_lines(plan: Plan) -> list[str]:
     """Every pass for every number of rows, beside the same with every expert computing."""
-    head = ["rows", "pass", "tokens"]
-    head += ["experts"] if plan.experts.name else []
-    head += ["memory", "products"]
-    head += ["dense: memory", "products"] if plan.dense else []
-    rows = [head]
+    taken = (Column("memory", format_bytes), Column("products", _operations))
+    columns: list[Column | str] = [Column("rows"), "pass", Column("tokens")]
+    columns += [Column("experts", ".1f")] if plan.experts.name else []
+    columns += taken
+    columns += [Column("dense: memory", format_bytes), taken[1]] if plan.dense else []
+    table = Table(columns)
     for count, costs in plan.passes.items():
         for name, cost in _named(costs).items():
-            row = [str(count), name, str(cost.tokens)]
-            row += [f"{cost.experts:.1f}"] if plan.experts.name else []
-            row += _taken(cost)
+            cells: list[str | float] = [count, name, cost.tokens]
+            cells += [cost.experts] if plan.experts.name else []
+            cells += [cost.nbytes, cost.flops]
             if plan.dense:
-                row += _taken(_named(plan.dense[count])[name])
-            rows.append(row)
-    return aligned(rows, left=(1,))
+                dense = _named(plan.dense[count])[name]
+                cells += [dense.nbytes, dense.flops]
+            table.add(*cells)
+    return table.text()
 
 
 def _named(costs: PassCosts) -> dict[str, PassCost]:
@@ -138,11 +130,11 @@ def _named(costs: PassCosts) -> dict[str, PassCost]:
     return named
 
 
-def _taken(cost: PassCost) -> tuple[str, str]:
+def _operations(flops: float) -> str:
     for unit, scale in (("TFLOP", 1e12), ("GFLOP", 1e9)):
-        if cost.flops >= 0.1 * scale:
-            return format_bytes(cost.nbytes), f"{cost.flops / scale:.2f} {unit}"
-    return format_bytes(cost.nbytes), f"{cost.flops / 1e6:.2f} MFLOP"
+        if flops >= 0.1 * scale:
+            return f"{flops / scale:.2f} {unit}"
+    return f"{flops / 1e6:.2f} MFLOP"
 
 
 def _build_lines(plan: Plan) -> list[str]:
@@ -154,7 +146,7 @@ def _build_lines(plan: Plan) -> list[str]:
     files = f"{len(plan.engines)} engines"
     files += f" for {programs} programs" if programs > len(plan.engines) else ""
     files += " and kernels, which are not counted" if kernels else ""
-    took = f"{bytes_or_none(plan.build_peak)} of memory at the peak, "
+    took = f"{size_of(plan.build_peak)} of memory at the peak, "
     took += f"{duration(plan.build_seconds or 0.0)} of one processor"
     where = "on the GPU that runs it"
     if not plan.held:
@@ -162,9 +154,7 @@ def _build_lines(plan: Plan) -> list[str]:
         if plan.options.target == "rtx":
             where = "on any x86-64 Linux, a laptop will do; run where it fits"
     else:
-        inside = (
-            f"{bytes_or_none(plan.held)} of weights inside, which TensorRT takes as constants only"
-        )
+        inside = f"{size_of(plan.held)} of weights inside, which TensorRT takes as constants only"
         if plan.options.target == "rtx":
             where = "on any x86-64 Linux; run where it fits"
         if not plan.options.max_build_memory:
@@ -172,19 +162,7 @@ def _build_lines(plan: Plan) -> list[str]:
     return [f"{files}, one after the other: {inside}", took, where]
 
 
-def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> list[str]:
-    """Lines of a table; columns are flush right but for those named."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = []
-        for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            cells.append(cell.ljust(width) if i in left else cell.rjust(width))
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
-def bytes_or_none(nbytes: float) -> str:
+def size_of(nbytes: float) -> str:
     """A size, or `none`."""
     return format_bytes(nbytes) if nbytes else "none"
 

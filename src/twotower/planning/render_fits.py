@@ -8,10 +8,10 @@ from twotower.builders.base import FUSED, KERNELS
 from twotower.errors import ConfigError
 from twotower.kernels import MOST_TOKENS
 from twotower.planning.devices import LIBRARY_OVERHEAD
-from twotower.planning.fit import Alternative, GpuFit
-from twotower.planning.load_time import ASSUMED_DISK_RATE
+from twotower.planning.fit import ASSUMED_DISK_RATE, Alternative, GpuFit
 from twotower.planning.plan import Plan
-from twotower.planning.render import aligned, bytes_or_none, duration, under
+from twotower.planning.render import duration, size_of
+from twotower.report.tables import Column, Table, labelled
 from twotower.spec import MAX_CHUNK
 from twotower.units import format_bytes
 
@@ -21,24 +21,27 @@ _EXPANDS = {
     "shares its compiler",
     "ort-cuda": "ONNX Runtime dequantizes experts with a kernel of their own in every pass",
 }
+_SIZES = ("weights", "state", "scratch", "total", "of")
 
 
 def describe_fits(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
     """The table of GPUs, what would fit those it does not fit, and what the numbers rest on."""
-    rows = [["GPU", "fits", "weights", "state", "scratch", "total", "of", "used"]]
-    rows[0] += ["pass", "AR step", "load"]
+    sizes = [Column(name, format_bytes) for name in _SIZES]
+    times = [Column("pass"), Column("AR step"), Column("load", duration)]
+    table = Table(["GPU", "fits", *sizes, Column("used", ".0f", " %"), *times])
     for f in fits:
         need = f.fullest
         verdict = "no (SM)" if f.refused else "yes" if f.fits else "no"
-        sizes = (need.weights, need.state, need.scratch, need.total, f.gpu.memory)
-        row = [f.gpu.title, verdict, *map(format_bytes, sizes)]
-        row.append(f"{100 * need.total / f.gpu.memory:.0f} %")
+        cells = (need.weights, need.state, need.scratch, need.total, f.gpu.memory)
+        bounds = []
         for name, seconds in (("pass", f.pass_seconds), ("step", f.step_seconds)):
-            row.append(_milliseconds(seconds) + ("*" if name in f.by_arithmetic else ""))
-        rows.append([*row, "-" if f.load is None else duration(f.load.seconds)])
+            bounds.append(_milliseconds(seconds) + ("*" if name in f.by_arithmetic else ""))
+        loading = f.load.seconds if f.load else None
+        used = 100 * need.total / f.gpu.memory
+        table.add(f.gpu.title, verdict, *cells, used, *bounds, loading)
     many = plan.options.max_batch
     lines = ["", f"On the fullest device; times are lower bounds for {many} rows at full length:"]
-    lines += aligned(rows, left=(0, 1))
+    lines += table.text()
     lines += _break_even_lines(plan, fits)
     refused = [f for f in fits if f.refused]
     for why in dict.fromkeys(f.refused for f in refused):
@@ -59,23 +62,22 @@ def _break_even_lines(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
     if not known:
         return []
     counts = list(known[0].break_even)
-    rows = [["GPU", *(f"{n} row{'s' if n > 1 else ''}" for n in counts)]]
+    table = Table(["GPU", *(Column(f"{n} row{'s' if n > 1 else ''}") for n in counts)])
     for f in known:
         passes = [f.break_even[n] for n in counts]
         # Below one pass a block nothing is to be won.
-        rows.append([f.gpu.title, *(f"{n:.1f}" if n >= 1 else "never" for n in passes)])
+        table.add(f.gpu.title, *(f"{n:.1f}" if n >= 1 else "never" for n in passes))
     block = plan.options.block_size
     said = f"diffusion breaks even with AR at N denoising passes a block of {block} tokens"
-    return ["", f"{said}, and is faster with fewer, by such bounds:", *aligned(rows, left=(0,))]
+    return ["", f"{said}, and is faster with fewer, by such bounds:", *table.text()]
 
 
 def _instead(f: GpuFit) -> list[str]:
     """What else could be asked for on a GPU that the plan does not fit."""
     possible = [a for a in f.alternatives if a.fits]
     if possible:
-        width = max(len(a.flags) for a in possible)
-        rows = [f"  {a.flags:<{width}}  {_needs(a)}" for a in possible]
-        return ["", f"{f.gpu.title} would fit with", *rows]
+        table = Table(["", ""], [(a.flags, _needs(a)) for a in possible])
+        return ["", f"{f.gpu.title} would fit with", *table.text("  ")]
     least = min(f.alternatives, key=lambda a: a.needs, default=None)
     found = f"; least: `{least.flags}` {_needs(least)}" if least else ""
     return ["", f"{f.gpu.title}: nothing tried fits{found}"]
@@ -137,7 +139,7 @@ def _notes(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
         estimated.append(
             "several devices: one tower each on two, of more runs of layers; never run"
         )
-    return [*under("exact", [exact]), *under("estimated", estimated)]
+    return [*labelled("exact", [exact]), *labelled("estimated", estimated)]
 
 
 def refusal(plan: Plan, fits: Sequence[GpuFit]) -> ConfigError:
@@ -146,9 +148,9 @@ def refusal(plan: Plan, fits: Sequence[GpuFit]) -> ConfigError:
     found, possible, near = [], [], []
     for f in fits:
         need = f.fullest
-        parts = f"weights {bytes_or_none(need.weights)}, state {bytes_or_none(need.state)}, "
-        parts += f"scratch {bytes_or_none(need.scratch)}, library {bytes_or_none(need.overhead)}"
-        lacks = f"needs {bytes_or_none(need.total)} ({parts}), has {bytes_or_none(f.gpu.memory)}"
+        parts = f"weights {size_of(need.weights)}, state {size_of(need.state)}, "
+        parts += f"scratch {size_of(need.scratch)}, library {size_of(need.overhead)}"
+        lacks = f"needs {size_of(need.total)} ({parts}), has {size_of(f.gpu.memory)}"
         found.append(f"{f.gpu.title}: {f.refused or lacks}")
         title = f"{f.gpu.title}: " if len(fits) > 1 else ""
         for a in f.alternatives:

@@ -1,15 +1,24 @@
-"""What generating texts keeps in memory: weights, state and scratch."""
+"""What generating texts keeps in memory: weights, state, scratch, and what kernels need."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
+from twotower.builders.base import KERNELS
 from twotower.builders.profiles import greatest_rows
+from twotower.bundle import EngineFile
 from twotower.config.model import ModelConfig
 from twotower.dtypes import item_bytes
-from twotower.planning.expert_path import expert_path, experts_are_expanded, outside_engines
+from twotower.kernels import scratch_bytes
+from twotower.kernels.shape import shape_of
+from twotower.planning.expert_path import (
+    expert_path,
+    expert_step,
+    experts_are_expanded,
+    outside_engines,
+)
 from twotower.planning.plan_options import (
     TENSORRT,
     PlanOptions,
@@ -20,7 +29,20 @@ from twotower.planning.plan_options import (
 )
 from twotower.planning.scratch import Scratch, Shapes, scratch
 from twotower.planning.weights import GraphWeights, graph_weights
-from twotower.spec import CONTEXT, CONTEXT_HEAD, state_tensors
+from twotower.runtime.engines.handover import buffer_sizes
+from twotower.spec import (
+    CONDITIONING,
+    CONTEXT,
+    CONTEXT_HEAD,
+    EXPERTS_IN,
+    EXPERTS_OUT,
+    MAX_CHUNK,
+    RESIDUAL_IN,
+    RESIDUAL_OUT,
+    SHARES,
+    TensorSpec,
+    state_tensors,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +112,51 @@ def tower_scratch(config: ModelConfig, options: PlanOptions) -> dict[str, Scratc
         arenas=options.target not in TENSORRT,
     )
     return {name: scratch(name, config, shapes) for name in needed_weights(config, options)}
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRoom:
+    """Bytes kernels need besides on every device that runs programs with experts between.
+
+    `workspace` is of the kernels for the most tokens, `handed` of the buffers between programs and
+    experts. `shared`: the workspace lies in the engines' scratch; sessions of ONNX Runtime have an
+    arena each.
+    """
+
+    workspace: int = 0
+    handed: int = 0
+    shared: bool = True
+
+    def with_scratch(self, engines: Iterable[int]) -> int:
+        """Bytes of all of it with the scratch of engines, which run in turn."""
+        kernels = (max if self.shared else sum)((self.workspace, *engines))
+        return kernels + self.handed
+
+
+def expert_room(config: ModelConfig, options: PlanOptions) -> ExpertRoom:
+    """As the runtime allocates it: for the longest chunk of a prompt, whatever a device runs."""
+    if expert_path(config, options).name != KERNELS:
+        return ExpertRoom()
+    shape = shape_of(expert_step(config, options))
+    sizes = {"B": options.max_batch, "L": MAX_CHUNK}
+    buffers = buffer_sizes([_program(config, engine_dtype(config, options))], sizes)
+    return ExpertRoom(
+        workspace=scratch_bytes(shape, options.max_batch * MAX_CHUNK),
+        handed=sum(count * nbytes for count, nbytes in buffers.values()),
+        shared=options.target in TENSORRT,
+    )
+
+
+def _program(config: ModelConfig, dtype: str) -> EngineFile:
+    """A program of the middle of the denoiser: its buffers are the context tower's and one more."""
+    names = (RESIDUAL_IN, EXPERTS_OUT, RESIDUAL_OUT, EXPERTS_IN)
+    stream = [TensorSpec(name, dtype, ("B", "L", config.hidden_size)) for name in names]
+    conditioning = TensorSpec(CONDITIONING, dtype, ("B", 3, config.hidden_size))
+    shares = TensorSpec(SHARES, "float32", (config.n_routed_experts, "N"))
+    return EngineFile(
+        file="",
+        layers=(0, 0),
+        inputs=(*stream[:2], conditioning),
+        outputs=(*stream[2:], shares),
+        profiles=(),
+    )
