@@ -80,8 +80,6 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "max(sum(sizes), 1) -> max(sum(sizes), 2)": "layers without bytes are in the first group by any sum",
     },
     "planning/fit": {
-        "LEAST_CONTEXT - 1 -> LEAST_CONTEXT - 2": "whatever is found below the least is no alternative",
-        "low + high + 1 -> low + high + 2": "the middle of two is the higher one either way, and of more one of them",
         "few <= set(changes.items()) -> few < set(changes.items())": "no two sets of changes are the same",
     },
     "export/graphs/sampler": {

@@ -214,6 +214,7 @@ def test_rows_and_texts_are_as_many_and_as_long_as_just_fit() -> None:
     for rows in range(1, 9):
         needs = fullest(replace(TRT, max_batch=rows))
         assert [largest_batch(SMALL, most, needs - short) for short in (0, 1)] == [rows, rows - 1]
+    assert largest_batch(SMALL, most, 10**13) == 8
     long = replace(TRT, max_batch=1, max_context=100_000)
     for context in (256, 320, 4096):  # as long as their cache
         needs = fullest(replace(long, max_context=context))
@@ -261,9 +262,14 @@ def test_what_is_just_enough_for_a_change_suffices() -> None:
 def test_the_slower_way_to_load_counts() -> None:
     assert LoadTime(10, 2).seconds == LoadTime(2, 10).seconds == 10
     assert [LoadTime(10, 2).bound, LoadTime(2, 10).bound] == ["disk", "PCIe"]
+    assert (LoadTime(2, 2).bound, LoadTime(0.5, None).bound) == ("disk", "disk")
+    assert LoadTime(0.5, None).seconds == 0.5
     (found,) = fit(SMALL, replace(TRT, disk_rate=10), [GpuModel("no link known", 10**12, 89)])
     assert found.load is not None
     assert (found.load.link, found.load.bound) == (None, "disk")
+    (found,) = fit(SMALL, TRT, [gpus_named("H200")[0]])
+    assert found.load is not None
+    assert found.load.disk == found.fullest.weights / 3e9, "assumed"
 
 
 def test_the_published_model_loads_the_weights_of_its_mode_once() -> None:
