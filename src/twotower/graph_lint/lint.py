@@ -7,14 +7,11 @@ from collections.abc import Iterable
 import onnx
 
 from twotower.errors import TwoTowerError
-from twotower.graph_lint.operator_rules import ATTENTION_RULES, OPERATOR_RULES, QUANTIZATION_RULES
+from twotower.graph_lint import rules
 from twotower.graph_lint.rule import Finding, Rule, Severity
-from twotower.graph_lint.tensor_rules import TENSOR_RULES
 from twotower.graph_lint.view import GraphView
 
-_TABLE = (*OPERATOR_RULES, *ATTENTION_RULES, *QUANTIZATION_RULES, *TENSOR_RULES)
-
-RULES: tuple[Rule, ...] = tuple(rule for rule, _ in _TABLE)
+RULES: tuple[Rule, ...] = tuple(rule for rule, _ in rules.RULES)
 """Every rule."""
 
 _SHOWN = 5  # findings of one rule an error names one by one: 52 layers share their faults
@@ -23,20 +20,20 @@ _SHOWN = 5  # findings of one rule an error names one by one: 52 layers share th
 def lint(model: onnx.ModelProto, *, fixed: bool = False) -> tuple[Finding, ...]:
     """Every place of a graph (weights may be absent) where a rule does not hold, errors first.
 
-    `fixed` says that its axes were fixed for a build; some rules hold only then.
+    `fixed` says that its axes were fixed for a build.
     """
     view = GraphView(model, fixed=fixed)
-    found = [
-        Finding(rule, where, what)
-        for rule, find in _TABLE
-        if fixed or not rule.built_only
-        for where, what in find(view)
-    ]
+    found = [Finding(rule, where, what) for rule, find in rules.RULES for where, what in find(view)]
     return tuple(sorted(found, key=lambda f: f.rule.severity is Severity.NOTE))
 
 
 def require_clean(
-    model: onnx.ModelProto, name: str, *, error: type[TwoTowerError], do: str, fixed: bool = False
+    model: onnx.ModelProto,
+    name: str,
+    *,
+    error: type[TwoTowerError],
+    do: str,
+    fixed: bool = False,
 ) -> tuple[Finding, ...]:
     """The notes on a graph that has no errors; else raises `error` with every finding.
 
@@ -75,9 +72,7 @@ def rules_table() -> str:
         "|---|---|---|---|---|---|",
     ]
     for rule in RULES:
-        words = ["note"] if rule.severity is Severity.NOTE else []
-        words += ["fixed axes"] if rule.built_only else []
-        kind = f" ({', '.join(words)})" if words else ""
+        kind = " (note)" if rule.severity is Severity.NOTE else ""
         cells = (rule.subject, rule.avoid, rule.reason, rule.instead, rule.source)
         rows.append(f"| `{rule.id}`{kind} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import onnx
 
@@ -36,7 +35,7 @@ class Rule:
     """One thing a graph must not, or should not, have.
 
     `id` is kebab case, for good; `source` is where the reason comes from; errors (`severity`) stop
-    an export and a build; `built_only` rules hold only once axes were fixed for a build.
+    an export and a build.
     """
 
     id: str
@@ -46,7 +45,6 @@ class Rule:
     instead: str
     source: str
     severity: Severity = Severity.ERROR
-    built_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,56 +71,38 @@ class Finding:
 class Rules(list[tuple[Rule, Find]]):
     """Rules with what finds their places; a check stands below the rule it is for."""
 
-    def add(self, rule: Rule, find: Find) -> None:
-        """A rule with a check that other rules use, too."""
-        self.append((rule, find))
-
     def of_graph(self, rule: Rule) -> Callable[[Find], Find]:
         """Decorates what looks at a whole graph."""
 
         def register(find: Find) -> Find:
-            self.add(rule, find)
+            self.append((rule, find))
             return find
 
         return register
 
-    def of_operator(self, op_types: tuple[str, ...] | str, rule: Rule) -> Callable[[Check], Check]:
+    def of_operators(
+        self,
+        op_types: tuple[str, ...],
+        rule: Rule,
+    ) -> Callable[[Check], Check]:
         """Decorates what looks at one operator of some types."""
 
         def register(check: Check) -> Check:
-            self.add(rule, each(op_types, check))
+            self.append((rule, each(op_types, check)))
             return check
 
         return register
 
 
-def each(op_types: tuple[str, ...] | str, check: Check) -> Find:
-    """Asks every operator of some types, whatever its domain: TensorRT does not read it either."""
-    wanted = (op_types,) if isinstance(op_types, str) else op_types
+def each(op_types: tuple[str, ...], check: Check) -> Find:
+    """Asks every operator of some types what is wrong with it, if anything."""
 
     def find(view: GraphView) -> Iterator[Complaint]:
         for node in view.nodes:
-            if node.op_type in wanted and (found := check(view, node)):
+            if node.op_type in op_types and (found := check(view, node)):
                 yield where(node), found
 
     return find
-
-
-def absent(op_types: tuple[str, ...] | str) -> Find:
-    """Finds every operator of some types."""
-    return each(op_types, lambda view, node: f"operator {node.op_type}")
-
-
-def attribute(op_types: tuple[str, ...] | str, name: str, *allowed: Any) -> Find:
-    """Finds operators whose attribute is none of `allowed`, the first of which is its default."""
-
-    def check(view: GraphView, node: onnx.NodeProto) -> str | None:
-        value = view.attribute(node, name, allowed[0])
-        if value in allowed:
-            return None
-        return f"{name} = {value}"
-
-    return each(op_types, check)
 
 
 def where(node: onnx.NodeProto) -> str:

@@ -1,4 +1,4 @@
-"""An ONNX graph as rules ask it: types, shapes, constants, producers and readers."""
+"""An ONNX graph as rules ask it: types, shapes, constants and readers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,10 @@ from onnx import TensorProto, numpy_helper
 UNKNOWN = "unknown"
 """The type of a value about which nothing is known."""
 
-_SHAPE_OF = ("Shape", "Size")
-"""What leaves these depends on shapes only, never on values."""
 
-
-def type_name(code: int) -> str:
+def _type_name(code: int) -> str:
     """`float32`, `bfloat16`, ... of an ONNX element type."""
-    names: dict[int, str] = {
-        TensorProto.FLOAT: "float32",
-        TensorProto.DOUBLE: "float64",
-        TensorProto.UNDEFINED: UNKNOWN,
-    }
+    names: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.DOUBLE: "float64"}
     return names.get(code) or str(TensorProto.DataType.Name(code)).lower()
 
 
@@ -35,7 +28,12 @@ class GraphView:
     else reads it.
     """
 
-    def __init__(self, model: onnx.ModelProto, *, fixed: bool = False) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        *,
+        fixed: bool = False,
+    ) -> None:
         self.model = model
         self.fixed = fixed
         graph = model.graph
@@ -44,10 +42,8 @@ class GraphView:
         self.initializers = {t.name: t for t in graph.initializer}
         self.inputs = {i.name for i in graph.input} - set(self.initializers)
         self.outputs = {o.name for o in graph.output}
-        self.producers = {name: node for node in graph.node for name in node.output if name}
-        self.declared = {v.name: v.type.tensor_type for v in graph.output}
-        self.inferred = self._infer()
-        self._values = {**self.declared, **self.inferred}
+        self.declared = {v.name: _type_name(v.type.tensor_type.elem_type) for v in graph.output}
+        self._inferred = self._infer()
 
     def _infer(self) -> dict[str, onnx.TypeProto.Tensor]:
         """What ONNX infers of every value; what the model declares of outputs is not believed."""
@@ -64,33 +60,22 @@ class GraphView:
     def dtype(self, name: str) -> str:
         """The element type of a value."""
         if name in self.initializers:
-            return type_name(self.initializers[name].data_type)
-        if name in self._values:
-            return type_name(self._values[name].elem_type)
+            return _type_name(self.initializers[name].data_type)
+        if name in self._inferred:
+            return _type_name(self._inferred[name].elem_type)
         return UNKNOWN
 
-    def shape(self, name: str) -> tuple[int | str | None, ...] | None:
-        """Whole numbers, letters of dynamic axes, None for an unknown axis or rank."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The sizes of a value's axes, 0 for what is not a number; empty if nothing is known."""
         if name in self.initializers:
             return tuple(self.initializers[name].dims)
-        kind = self.declared.get(name) or self._values.get(name)
-        if kind is None or not kind.HasField("shape"):
-            return None
-        return tuple(
-            d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim
-        )
+        if name in self._inferred:
+            return tuple(d.dim_value for d in self._inferred[name].shape.dim)
+        return ()
 
     def constant(self, name: str) -> np.ndarray[Any, Any] | None:
         """The value of a constant that lies in the graph itself."""
         tensor = self.initializers.get(name)
-        node = self.producers.get(name)
-        if tensor is None and node is not None and node.op_type == "Constant":
-            found = onnx.helper.get_attribute_value(node.attribute[0])
-            if not isinstance(found, TensorProto):
-                if not isinstance(found, (int, float, list)):
-                    return None
-                return np.asarray(found)
-            tensor = found
         if tensor is None or tensor.data_location == TensorProto.EXTERNAL:
             return None
         return numpy_helper.to_array(tensor)
@@ -103,7 +88,7 @@ class GraphView:
             if tensor.data_location == TensorProto.EXTERNAL:
                 out.add(name)
         for node in self.nodes:
-            if node.op_type not in _SHAPE_OF and any(name in out for name in node.input):
+            if node.op_type != "Shape" and any(name in out for name in node.input):
                 out.update(name for name in node.output if name)
         return frozenset(out)
 
@@ -117,12 +102,15 @@ class GraphView:
         return {name: tuple(nodes) for name, nodes in out.items()}
 
     @staticmethod
-    def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
-        """An attribute's value; text as text."""
+    def attribute(
+        node: onnx.NodeProto,
+        name: str,
+        default: int = 0,
+    ) -> int:
+        """A whole number among an operator's attributes."""
         for a in node.attribute:
             if a.name == name:
-                value = onnx.helper.get_attribute_value(a)
-                return value.decode() if isinstance(value, bytes) else value
+                return int(a.i)
         return default
 
     @staticmethod

@@ -55,10 +55,10 @@ def test_notes_are_in_the_report_of_their_engine(
     assert len(given) == 3
 
 
-def circular(model: onnx.ModelProto) -> None:
-    """A cache that wraps around, in the first attention layer."""
-    node = next(n for n in model.graph.node if n.op_type == "TensorScatter")
-    node.attribute.append(onnx.helper.make_attribute("mode", "circular"))
+def causal(model: onnx.ModelProto) -> None:
+    """A mask in the wrong corner, in the first attention layer."""
+    node = next(n for n in model.graph.node if n.op_type == "Attention")
+    node.attribute.append(onnx.helper.make_attribute("is_causal", 1))
 
 
 def summed(model: onnx.ModelProto) -> None:
@@ -71,7 +71,7 @@ def summed(model: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize(
     ("graph", "harm", "rule"),
-    [("context", circular, "cache-mode"), ("denoiser", summed, "no-cumsum")],
+    [("context", causal, "attention-causal"), ("denoiser", summed, "known-operators")],
 )
 def test_a_bundle_that_breaks_a_rule_is_refused_before_anything_is_built(
     graph: str,
