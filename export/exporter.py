@@ -111,7 +111,7 @@ def export_bundle(
     options = config or ExportConfig()
     dtype = options.dtype or checkpoint.config.dtype
     graphs = {name: build_graph(name, checkpoint.config, dtype) for name in GRAPH_FILES}
-    notes = graph_notes(graphs)
+    notes = _graph_notes(graphs)
     total = sum(w.nbytes for graph in graphs.values() for w in graph.weights)
     smaller = "choose another disk with -o, or a smaller --dtype"
     require_room(output, total, error=ExportError, smaller=smaller)
@@ -133,7 +133,7 @@ def export_bundle(
         "the start; nothing was left behind"
     )
     with _published(output, f"the export to '{output}' failed while writing", do) as folder:
-        with _identity_in_background(checkpoint) as shards:
+        with identity_in_background(checkpoint) as shards:
             for name, relative in GRAPH_FILES.items():
                 (folder / relative).parent.mkdir(exist_ok=True)
                 weights, data = graphs[name].weights, relative + DATA_SUFFIX
@@ -149,7 +149,11 @@ def export_bundle(
 
 
 @contextmanager
-def _published(output: Path, failed: str, do: str) -> Iterator[Path]:
+def _published(
+    output: Path,
+    failed: str,
+    do: str,
+) -> Iterator[Path]:
     """The unpublished folder of a bundle, where an error of the disk is one of the export."""
     try:
         with unpublished(output) as folder:
@@ -158,7 +162,7 @@ def _published(output: Path, failed: str, do: str) -> Iterator[Path]:
         raise ExportError(failed, found=str(e), do=do) from e
 
 
-def graph_notes(graphs: dict[str, TowerGraph]) -> list[dict[str, str]]:
+def _graph_notes(graphs: dict[str, TowerGraph]) -> list[dict[str, str]]:
     """What the graphs cost on TensorRT, before a byte of weights is written."""
     notes = []
     for name, graph in graphs.items():
@@ -172,7 +176,7 @@ def graph_notes(graphs: dict[str, TowerGraph]) -> list[dict[str, str]]:
 
 
 @contextmanager
-def _identity_in_background(checkpoint: Checkpoint) -> Iterator[Future[dict[str, dict[str, Any]]]]:
+def identity_in_background(checkpoint: Checkpoint) -> Iterator[Future[dict[str, dict[str, Any]]]]:
     """Hashes the checkpoint beside the writer, which leaves the shards in the page cache.
 
     A block that fails does not wait for the rest of 118 GB.
@@ -222,7 +226,11 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def export_programs(
-    config: ModelConfig, output: Path, options: ExportConfig | None = None, *, name: str = "config"
+    config: ModelConfig,
+    output: Path,
+    options: ExportConfig | None = None,
+    *,
+    name: str = "config",
 ) -> Bundle:
     """Writes the graphs of a model and the tables of its weights, and no weights.
 
@@ -236,7 +244,7 @@ def export_programs(
     chosen = options or ExportConfig()
     dtype = chosen.dtype or config.dtype
     graphs = {graph: build_graph(graph, config, dtype) for graph in GRAPH_FILES}
-    notes = graph_notes(graphs)
+    notes = _graph_notes(graphs)
     require_room(output, 0, error=ExportError, smaller="or choose another disk with -o")
     manifest = _manifest(config, chosen, chosen.defaults or GenerationConfig())
     manifest["requires"] = ["no-weights"]
@@ -245,18 +253,16 @@ def export_programs(
     with _published(output, f"the graphs could not be written to '{output}'", do) as folder:
         for graph, relative in GRAPH_FILES.items():
             (folder / relative).parent.mkdir(exist_ok=True)
-            save_program(
-                folder / relative,
-                graphs[graph],
-                lay_out(graphs[graph].weights),
-            )
+            save_program(folder / relative, graphs[graph], lay_out(graphs[graph].weights))
         outcome = {"verified": False, "why": "no weights", "notes": notes}
         _write_records(folder, manifest, outcome, {})
     return Bundle.open(output, contents=False)
 
 
 def _manifest(
-    config: ModelConfig, options: ExportConfig, defaults: GenerationConfig
+    config: ModelConfig,
+    options: ExportConfig,
+    defaults: GenerationConfig,
 ) -> dict[str, Any]:
     """All of a manifest but its source and its files."""
     dtype = options.dtype or config.dtype

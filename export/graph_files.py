@@ -11,7 +11,11 @@ from twotower.export.graphs.tower_graphs import TowerGraph
 from twotower.weights.refs import WeightRef
 
 
-def point_to_data(model: ir.Model, refs: dict[str, WeightRef], location: str) -> None:
+def point_to_data(
+    model: ir.Model,
+    refs: dict[str, WeightRef],
+    location: str,
+) -> None:
     """Gives every weight its place in a data file that is named relative to the graph's."""
     for name, ref in refs.items():
         value = model.graph.initializers[name]
@@ -26,18 +30,21 @@ def point_to_data(model: ir.Model, refs: dict[str, WeightRef], location: str) ->
         )
 
 
-def save_graph(model: ir.Model, path: Path) -> None:
-    """Writes a graph whose weights lie outside, without a value_info of initializers."""
-    proto = ir.to_proto(model)
-    named = {tensor.name for tensor in proto.graph.initializer}
-    left = [value for value in proto.graph.value_info if value.name not in named]
+def save_program(
+    path: Path,
+    graph: TowerGraph,
+    refs: dict[str, WeightRef],
+) -> None:
+    """Writes a graph and the table of its weights, whose data file lies or will lie beside it."""
+    point_to_data(graph.model, refs, path.name + DATA_SUFFIX)
+    proto = ir.to_proto(graph.model)
+    # Initializers say themselves what they are.
+    left = [
+        value
+        for value in proto.graph.value_info
+        if value.name not in graph.model.graph.initializers
+    ]
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(left)
     path.write_bytes(proto.SerializeToString())
-
-
-def save_program(path: Path, graph: TowerGraph, refs: dict[str, WeightRef]) -> None:
-    """Writes a graph and the table of its weights, whose data file lies or will lie beside it."""
-    point_to_data(graph.model, refs, path.name + DATA_SUFFIX)
-    save_graph(graph.model, path)
     write_weight_table(path.with_name(path.name + TABLE_SUFFIX), refs)

@@ -30,7 +30,6 @@ from twotower.config import LayerKind, ModelConfig
 from twotower.errors import ExportError
 from twotower.export.graph_files import point_to_data
 from twotower.export.graphs.tower_graphs import build_graph
-from twotower.model import ContextTower, DenoiserTower
 from twotower.model.context_tower import last_valid
 from twotower.model.denoiser_tower import commit_step
 from twotower.model.loading import load_context_tower, load_denoiser_tower
@@ -90,9 +89,79 @@ class _Subject:
         array = self.checkpoint.tensors[self.original(name)].numpy()
         return torch.from_numpy(array if array.flags.writeable else array.copy())
 
+    def context_errors(self, case: Case) -> Iterator[tuple[str, float]]:
+        """The error of every output of the context tower and its head."""
+        tower = load_context_tower(self.config, self.read, rounded_to=self.dtype)
+        given, before = _tensors(case.context), _tensors(case.state)
+        lengths = given[CHUNK_LENGTH]
+        hidden, state = tower.extend(
+            given[TOKENS], before, past=given[PAST_LENGTH], lengths=lengths
+        )
+        want = last_valid(hidden, lengths).numpy()
+        want_logprobs = torch.log_softmax(tower.logits(torch.from_numpy(want)), -1).numpy()
+        del tower
+        got = self.run(CONTEXT, {**case.context, **case.state})
+        busy = case.context[CHUNK_LENGTH] > 0
+        yield "hidden", _error(got["hidden"][busy], want[busy])
+        for s in state_tensors(self.config, "float32"):
+            yield s.present.name, _error(got[s.present.name], state[s.past.name].numpy())
+        head = self.run(CONTEXT_HEAD, {"hidden": want})
+        at_ids = np.take_along_axis(want_logprobs, head["candidate_ids"], -1)
+        yield "candidate_logprobs", _error(head["candidate_logprobs"], at_ids)
+        yield "candidate_ids", _error(at_ids, -np.sort(-want_logprobs, -1)[:, : at_ids.shape[1]])
+
+    def denoiser_errors(self, case: Case) -> Iterator[tuple[str, float]]:
+        """The error of every output of the denoiser."""
+        tower = load_denoiser_tower(self.config, self.read, rounded_to=self.dtype)
+        sampling = _tensors(case.denoiser)
+        block, length = sampling.pop(BLOCK), sampling.pop(CONTEXT_LENGTH)
+        logits = tower.logits(block, _tensors(case.state), context_length=length)
+        del tower
+        want = commit_step(logits, block, self.config, **sampling)
+        got = self.run(DENOISER, {**case.denoiser, **case.state})
+        yield "confidence", _error(got["confidence"], want.confidence.numpy())
+        for name in ("predicted", "next_block", "masked_left"):
+            yield name, float(np.mean(got[name] != getattr(want, name).numpy()))
+
+    def run(
+        self,
+        name: str,
+        feeds: Arrays,
+    ) -> Arrays:
+        """One exported graph on float32 inputs, its weights mapped from the written data file."""
+        file = self.folder / GRAPH_FILES[name]
+        data = file.with_name(file.name + DATA_SUFFIX)
+        model = load_graph(file)
+        refs = weight_refs(model)
+        if len(self.layers) != len(self.checkpoint.config.layers):
+            # The graph of the selected layers; each weight where the whole model's file holds it.
+            graph = build_graph(name, self.config, self.dtype)
+            point_to_data(graph.model, lay_out(graph.weights), "unused")
+            model = ir.to_proto(graph.model)
+            refs = {w.name: refs[self.original(w.name)] for w in graph.weights}
+        wide = file.with_name(f"{file.name}.float32")
+        try:
+            if self.dtype != "float32":
+                widen_to_float32(model)
+                refs, data = widen_data(data, wide, refs), wide
+            attach_weights(model, refs, data.name)
+            options = session_options(file.parent)
+            # Nothing may be folded or packed: each would copy the weights into memory.
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            text = model.SerializeToString()
+            session = ort.InferenceSession(text, options, providers=["CPUExecutionProvider"])
+            names = [o.name for o in session.get_outputs()]
+            return dict(zip(names, session.run(names, feeds), strict=True))
+        finally:
+            wide.unlink(missing_ok=True)
+
 
 def verify_bundle(
-    folder: Path, checkpoint: Checkpoint, dtype: str, report: Report
+    folder: Path,
+    checkpoint: Checkpoint,
+    dtype: str,
+    report: Report,
 ) -> dict[str, Any]:
     """Compares every output of the three graphs; the result is stored in the bundle.
 
@@ -117,9 +186,9 @@ def verify_bundle(
     for attempt in range(1, _ATTEMPTS + 1):
         case = random_case(config, seed=attempt)
         report("verifying", 0, 2)
-        errors = dict(_compare_context(subject, case))
+        errors = dict(subject.context_errors(case))
         report("verifying", 1, 2)
-        errors.update(_compare_denoiser(subject, case))
+        errors.update(subject.denoiser_errors(case))
         if max(errors.values()) <= TOLERANCE:
             break
     worst = max(errors, key=lambda name: errors[name])
@@ -184,44 +253,6 @@ def _selected(config: ModelConfig, layers: tuple[int, ...]) -> ModelConfig:
     return replace(config, layers=tuple(config.layers[i] for i in layers))
 
 
-def _compare_context(subject: _Subject, case: Case) -> Iterator[tuple[str, float]]:
-    tower: ContextTower = load_context_tower(subject.config, subject.read, rounded_to=subject.dtype)
-    given = _tensors(case.context_inputs())
-    lengths, before = given[CHUNK_LENGTH], _tensors(case.state)
-    hidden, state = tower.extend(
-        given[TOKENS],
-        before,
-        past=given[PAST_LENGTH],
-        lengths=lengths,
-    )
-    want = last_valid(hidden, lengths).numpy()
-    want_logprobs = torch.log_softmax(tower.logits(torch.from_numpy(want)), -1).numpy()
-    del tower
-    got = _run(subject, CONTEXT, {**case.context_inputs(), **case.state})
-    busy = case.chunk_length > 0
-    yield "hidden", _error(got["hidden"][busy], want[busy])
-    for s in state_tensors(subject.config, "float32"):
-        yield s.present.name, _error(got[s.present.name], state[s.past.name].numpy())
-    head = _run(subject, CONTEXT_HEAD, {"hidden": want})
-    at_ids = np.take_along_axis(want_logprobs, head["candidate_ids"], -1)
-    yield "candidate_logprobs", _error(head["candidate_logprobs"], at_ids)
-    yield "candidate_ids", _error(at_ids, -np.sort(-want_logprobs, -1)[:, : at_ids.shape[1]])
-
-
-def _compare_denoiser(subject: _Subject, case: Case) -> Iterator[tuple[str, float]]:
-    tower: DenoiserTower = load_denoiser_tower(
-        subject.config, subject.read, rounded_to=subject.dtype
-    )
-    block, length = torch.from_numpy(case.block), torch.from_numpy(case.context_length)
-    logits = tower.logits(block, _tensors(case.state), context_length=length)
-    del tower
-    want = commit_step(logits, block, subject.config, **_tensors(case.sampling))
-    got = _run(subject, DENOISER, {**case.denoiser_inputs(), **case.state})
-    yield "confidence", _error(got["confidence"], want.confidence.numpy())
-    for name in ("predicted", "next_block", "masked_left"):
-        yield name, float(np.mean(got[name] != getattr(want, name).numpy()))
-
-
 def _tensors(arrays: Arrays) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -232,36 +263,6 @@ def _error(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> float:
     if np.isfinite(difference):
         return float(difference)
     return float("inf")
-
-
-def _run(subject: _Subject, name: str, feeds: Arrays) -> Arrays:
-    """One exported graph on float32 inputs, its weights mapped from the written data file."""
-    file = subject.folder / GRAPH_FILES[name]
-    data = file.with_name(file.name + DATA_SUFFIX)
-    model = load_graph(file)
-    refs = weight_refs(model)
-    if len(subject.layers) != len(subject.checkpoint.config.layers):
-        # The graph of the selected layers, with each weight where the whole model's file holds it.
-        graph = build_graph(name, subject.config, subject.dtype)
-        point_to_data(graph.model, lay_out(graph.weights), "unused")
-        model = ir.to_proto(graph.model)
-        refs = {w.name: refs[subject.original(w.name)] for w in graph.weights}
-    wide = file.with_name(f"{file.name}.float32")
-    try:
-        if subject.dtype != "float32":
-            widen_to_float32(model)
-            refs, data = widen_data(data, wide, refs), wide
-        attach_weights(model, refs, data.name)
-        options = session_options(file.parent)
-        # Nothing may be folded or packed: each would copy the weights into memory.
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        text = model.SerializeToString()
-        session = ort.InferenceSession(text, options, providers=["CPUExecutionProvider"])
-        names = [o.name for o in session.get_outputs()]
-        return dict(zip(names, session.run(names, feeds), strict=True))
-    finally:
-        wide.unlink(missing_ok=True)
 
 
 def available_memory() -> int:
@@ -278,24 +279,11 @@ _ROWS, _CHUNK, _BLOCK, _CAPACITY = 3, 8, 16, 32
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Inputs of all three graphs; `state` is the context state by input names, float32."""
+    """Inputs of both towers by name; `state` is what both read of the context, float32."""
 
-    tokens: np.ndarray[Any, np.dtype[np.int64]]
-    chunk_length: np.ndarray[Any, np.dtype[np.int64]]
-    past_length: np.ndarray[Any, np.dtype[np.int64]]
-    context_length: np.ndarray[Any, np.dtype[np.int64]]
-    block: np.ndarray[Any, np.dtype[np.int64]]
-    sampling: Arrays
+    context: Arrays
+    denoiser: Arrays
     state: Arrays
-
-    def context_inputs(self) -> Arrays:
-        return {TOKENS: self.tokens, CHUNK_LENGTH: self.chunk_length, PAST_LENGTH: self.past_length}
-
-    def denoiser_inputs(self) -> Arrays:
-        names = {"threshold": THRESHOLD, "floor": COMMIT_FLOOR, "temperature": TEMPERATURE}
-        names["noise"] = NOISE
-        options = {names[name]: array for name, array in self.sampling.items()}
-        return {BLOCK: self.block, CONTEXT_LENGTH: self.context_length, **options}
 
 
 def random_case(config: ModelConfig, seed: int) -> Case:
@@ -305,16 +293,12 @@ def random_case(config: ModelConfig, seed: int) -> Case:
     block = rng.choice(words, (_ROWS, _BLOCK))
     block[0] = config.mask_token_id
     block[1, rng.permutation(_BLOCK)[: _BLOCK // 2]] = config.mask_token_id
-    uniform = rng.uniform(
-        1e-6,
-        1 - 1e-6,
-        (_ROWS, _BLOCK, candidate_count(config)),
-    )
-    sampling: Arrays = {
-        "threshold": rng.uniform(0.0, 0.5, _ROWS).astype(np.float32),
-        "floor": np.array([3, 1, 1]),
-        "temperature": np.array([0.0, 0.7, 0.0], np.float32),
-        "noise": -np.log(-np.log(uniform)).astype(np.float32),
+    uniform = rng.uniform(1e-6, 1 - 1e-6, (_ROWS, _BLOCK, candidate_count(config)))
+    sampling = {
+        THRESHOLD: rng.uniform(0.0, 0.5, _ROWS).astype(np.float32),
+        COMMIT_FLOOR: np.array([3, 1, 1]),
+        TEMPERATURE: np.array([0.0, 0.7, 0.0], np.float32),
+        NOISE: -np.log(-np.log(uniform)).astype(np.float32),
     }
     sizes = {"B": _ROWS, "T": _CAPACITY}
     state = {
@@ -322,6 +306,9 @@ def random_case(config: ModelConfig, seed: int) -> Case:
         for s in state_tensors(config, "float32")
     }
     lengths, past = np.array([_CHUNK, 3, 0]), np.array([0, 5, 17])
+    tokens = rng.choice(words, (_ROWS, _CHUNK))
     return Case(
-        rng.choice(words, (_ROWS, _CHUNK)), lengths, past, past + lengths, block, sampling, state
+        {TOKENS: tokens, CHUNK_LENGTH: lengths, PAST_LENGTH: past},
+        {BLOCK: block, CONTEXT_LENGTH: past + lengths, **sampling},
+        state,
     )

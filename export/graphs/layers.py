@@ -27,7 +27,11 @@ from twotower.spec import (
 )
 
 
-def rms_norm(layer: Layer, x: ir.Value, weight: str = "norm.weight") -> ir.Value:
+def rms_norm(
+    layer: Layer,
+    x: ir.Value,
+    weight: str = "norm.weight",
+) -> ir.Value:
     """RMSNorm over the last axis, in float32, cast back to the model's dtype."""
     graph, scale, epsilon = layer.graph, layer.weight(weight), layer.config.layer_norm_epsilon
     wide = graph.to_float32(x)
@@ -35,7 +39,11 @@ def rms_norm(layer: Layer, x: ir.Value, weight: str = "norm.weight") -> ir.Value
     return graph.to_model_dtype(normed)
 
 
-def mlp(layer: Layer, x: ir.Value, name: str = "") -> ir.Value:
+def mlp(
+    layer: Layer,
+    x: ir.Value,
+    name: str = "",
+) -> ir.Value:
     """down(relu(up(x))^2), the non-gated MLP of dense layers and of the shared expert."""
     up = layer.weight(f"{name}up_proj.weight")
     down = layer.weight(f"{name}down_proj.weight")
@@ -68,7 +76,7 @@ def conditioning(model: Layer, masked_fraction: ir.Value) -> ir.Value:
     # order: angles reach 1000, where another order of rounding moves the embedding by more than the
     # rest of the float32 arithmetic does.
     t = graph.to_float32(graph.to_model_dtype(masked_fraction))
-    t = graph.op("Unsqueeze", t, graph.constant([1]))
+    t = graph.unsqueeze(t, 1)
     scaled = graph.op("Mul", t, graph.constant(1000.0, "float32"))
     count = np.float32(TIMESTEP_FREQUENCIES)
     exponents = np.arange(TIMESTEP_FREQUENCIES, dtype=np.float32)
@@ -92,7 +100,11 @@ def conditioning(model: Layer, masked_fraction: ir.Value) -> ir.Value:
     )
 
 
-def modulation(model: Layer, shared: ir.Value, layer: int) -> Modulation:
+def modulation(
+    model: Layer,
+    shared: ir.Value,
+    layer: int,
+) -> Modulation:
     """Shift, scale and gate of one layer: its table plus the shared conditioning."""
     graph, table = model.graph, model.weight(f"scale_shift_tables.{layer}")
     summed = graph.op("Add", shared, table)
@@ -100,7 +112,11 @@ def modulation(model: Layer, shared: ir.Value, layer: int) -> Modulation:
     return Modulation(shift, graph.op("Add", scale, graph.scalar(1.0)), gate)
 
 
-def normed_input(layer: Layer, h: ir.Value, by: Modulation) -> ir.Value:
+def normed_input(
+    layer: Layer,
+    h: ir.Value,
+    by: Modulation,
+) -> ir.Value:
     """What a mixer reads: Mamba and attention modulate, then norm; MoE and MLP norm first."""
     graph, kind = layer.graph, layer.config.layers[layer.number]
 
@@ -131,14 +147,7 @@ def moe(layer: Layer, x: ir.Value) -> ir.Value:
     # Selected and not only multiplied: what nobody chose may overflow, and infinity times 0 is NaN.
     weighed = graph.op("Mul", graph.to_float32(each), share)
     weighed = graph.op("Where", chosen, weighed, graph.constant(0.0, "float32"))
-    routed = graph.to_model_dtype(
-        graph.op(
-            "ReduceSum",
-            weighed,
-            graph.constant([0]),
-            keepdims=0,
-        )
-    )
+    routed = graph.to_model_dtype(graph.sum(weighed, 0))
     routed = graph.op("Reshape", routed, graph.op("Shape", x))
     if config.shared_intermediate:
         routed = graph.op("Add", routed, mlp(layer, x, "shared_experts."))
@@ -161,7 +170,7 @@ def routing(layer: Layer, tokens: ir.Value) -> tuple[ir.Value, ir.Value]:
     chosen = graph.op("Less", places, graph.constant(config.num_experts_per_tok, "float32"))
     share = graph.op("Where", chosen, scores, zero)
     if config.norm_topk_prob:
-        total = graph.op("ReduceSum", share, graph.constant([0]), keepdims=1)
+        total = graph.sum(share, 0, keepdims=1)
         share = graph.op(
             "Div",
             share,
@@ -187,10 +196,10 @@ def _places(
     """
     zero, one = graph.constant(0.0, "float32"), graph.constant(1.0, "float32")
     earlier = graph.constant(np.tri(count, k=-1)[..., None], "float32")  # [mine,other,1]
-    mine = graph.op("Unsqueeze", x, graph.constant([-2]))
+    mine = graph.unsqueeze(x, -2)
     ahead = graph.op("Where", graph.op("Equal", other, mine), earlier, zero)
     ahead = graph.op("Where", graph.op("Greater", other, mine), one, ahead)
-    return graph.op("ReduceSum", ahead, graph.constant([-2]), keepdims=0)
+    return graph.sum(ahead, -2)
 
 
 def within_best_groups(layer: Layer, choice: ir.Value) -> ir.Value:
@@ -198,14 +207,14 @@ def within_best_groups(layer: Layer, choice: ir.Value) -> ir.Value:
     graph, config = layer.graph, layer.config
     groups, size = config.n_group, config.n_routed_experts // config.n_group
     by_group = graph.reshape(choice, groups, size, -1)
-    other = graph.op("Unsqueeze", by_group, graph.constant([1]))  # [groups,1,size,N]
+    other = graph.unsqueeze(by_group, 1)  # [groups,1,size,N]
     places = _places(graph, by_group, other, size)
     best = graph.op("Less", places, graph.constant(2.0, "float32"))
     best = graph.op("Where", best, by_group, graph.constant(0.0, "float32"))
-    of_group = graph.op("ReduceSum", best, graph.constant([1]), keepdims=0)  # [groups,N]
+    of_group = graph.sum(best, 1)  # [groups,N]
     places = _places(graph, of_group, of_group, groups)
     kept = graph.op("Less", places, graph.constant(config.topk_group, "float32"))
-    kept = graph.op("Unsqueeze", kept, graph.constant([1]))
+    kept = graph.unsqueeze(kept, 1)
     limited = graph.op(
         "Where",
         kept,
@@ -220,7 +229,11 @@ MASKED = -1e30
 arithmetic with -inf."""
 
 
-def context_attention(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
+def context_attention(
+    layer: Layer,
+    u: ir.Value,
+    chunk: ChunkInfo,
+) -> ir.Value:
     """Attention [B,L,D] of a chunk u [B,L,D] over everything before it and itself.
 
     The chunk's keys and values are written into the cache [B,KV,T,hd] at `past_length`, in place
@@ -249,15 +262,7 @@ def context_attention(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
     if not splits_groups(config):
         return _merged(layer, graph.op("Attention", q, keys, values, mask, scale=scale))
 
-    length = graph.shared(
-        "chunk",
-        lambda: graph.op(
-            "Shape",
-            graph.input(TOKENS),
-            start=1,
-            end=2,
-        ),
-    )
+    length = graph.shared("chunk", lambda: graph.size(graph.input(TOKENS), 1))
     # Of the cache as it comes in: its shape serves all layers, and a graph that is cut between them
     # must not compute the layer that it would otherwise be taken from.
     capacity = _capacity(layer, cache)
@@ -274,7 +279,11 @@ def context_attention(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
     return _merged(layer, graph.reshape(out, -1, heads, length, size))
 
 
-def denoiser_attention(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
+def denoiser_attention(
+    layer: Layer,
+    u: ir.Value,
+    chunk: ChunkInfo,
+) -> ir.Value:
     """Attention of a block u [B,S,D] over the context's cache [B,KV,T,hd] and the whole block.
 
     The two segments meet in the softmax only: concatenating the caches would copy every key and
@@ -287,15 +296,7 @@ def denoiser_attention(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
     graph, config = layer.graph, layer.config
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q, k, v = _projected(layer, u)
-    length = graph.shared(
-        "block",
-        lambda: graph.op(
-            "Shape",
-            graph.input(BLOCK),
-            start=1,
-            end=2,
-        ),
-    )
+    length = graph.shared("block", lambda: graph.size(graph.input(BLOCK), 1))
     each = graph.constant([heads // groups])
     rows = graph.shared("query rows", lambda: graph.op("Mul", length, each))
     q = graph.op("Mul", q, graph.scalar(1.0 / math.sqrt(size)))
@@ -346,7 +347,7 @@ def _projected(layer: Layer, u: ir.Value) -> Sequence[ir.Value]:
 
 def _capacity(layer: Layer, cache: ir.Value) -> ir.Value:
     """T, [1] int64."""
-    return layer.graph.shared("capacity", lambda: layer.graph.op("Shape", cache, start=2, end=3))
+    return layer.graph.shared("capacity", lambda: layer.graph.size(cache, 2))
 
 
 def _merged(layer: Layer, x: ir.Value) -> ir.Value:

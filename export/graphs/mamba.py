@@ -11,7 +11,11 @@ from twotower.export.graphs.recorder import ChunkInfo, Layer
 from twotower.spec import past_conv, past_ssm, present_conv, present_ssm
 
 
-def mamba(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
+def mamba(
+    layer: Layer,
+    u: ir.Value,
+    chunk: ChunkInfo,
+) -> ir.Value:
     """Mamba-2 [B,L,D] on u [B,L,D], from the convolution's and the SSM's state.
 
     With `chunk.lengths` the states after the last valid token are outputs of the graph.
@@ -30,7 +34,11 @@ class _Steps:
 
 
 class _Mixer:
-    def __init__(self, layer: Layer, chunk: ChunkInfo) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        chunk: ChunkInfo,
+    ) -> None:
         self._layer, self._chunk = layer, chunk
         self._graph, self._config = layer.graph, layer.config
 
@@ -95,19 +103,27 @@ class _Mixer:
         mixed = graph.op("Sum", *terms)
         return graph.to_float32(graph.silu(mixed))
 
-    def _output_conv_state(self, rows: ir.Value, lengths: ir.Value) -> None:
+    def _output_conv_state(
+        self,
+        rows: ir.Value,
+        lengths: ir.Value,
+    ) -> None:
         """The last K-1 raw rows before each text's end: [n, n+K-1) of [B,K-1+L,C], n tokens."""
         graph, count = self._graph, self._config.conv_kernel - 1
 
         def places() -> ir.Value:
             offsets = graph.constant([[[i] for i in range(count)]])
-            ends = graph.op("Unsqueeze", lengths, graph.constant([1, 2]))
+            ends = graph.unsqueeze(lengths, 1, 2)
             return graph.op("Add", ends, offsets)
 
         kept = graph.op("GatherND", rows, graph.shared("conv state", places), batch_dims=1)
         graph.output(present_conv(self._layer.number), kept)
 
-    def _scan(self, mixed: ir.Value, raw_dt: ir.Value) -> ir.Value:
+    def _scan(
+        self,
+        mixed: ir.Value,
+        raw_dt: ir.Value,
+    ) -> ir.Value:
         """The state-space recurrence over a whole chunk: y [B,L,HP], all in float32.
 
         `mixed` is x, B and C side by side and convolved, [B,L,HP+2GN] float32; `raw_dt` is [B,L,H].
@@ -147,7 +163,11 @@ class _Mixer:
             self._output_state(steps)
         return y
 
-    def _within(self, steps: _Steps, c: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def _within(
+        self,
+        steps: _Steps,
+        c: ir.Value,
+    ) -> tuple[ir.Value, ir.Value]:
         """What the chunk's own tokens add, [B,G,H/G,L,P], and the decay to each of them, [...,L,1].
 
         Position t sees s <= t through exp(decay_t - decay_s). Masked before exp, which would
@@ -158,7 +178,7 @@ class _Mixer:
         last = graph.constant([-1])
         x_dt = graph.op("Mul", steps.x, graph.op("Unsqueeze", steps.dt, last))
         decay_t = graph.op("Unsqueeze", steps.decay, last)
-        decay_s = graph.op("Unsqueeze", steps.decay, graph.constant([-2]))
+        decay_s = graph.unsqueeze(steps.decay, -2)
         exponent = graph.op("Sub", decay_t, decay_s)
         exponent = graph.op("Add", exponent, self._chunk.future)
         within = graph.op("Exp", exponent)
@@ -216,13 +236,8 @@ class _Mixer:
             lower = graph.op("Transpose", chunk.until, perm=[1, 0])
             running = graph.op("MatMul", step, lower)
         else:
-            masked = graph.op("Unsqueeze", step, graph.constant([-2]))
+            masked = graph.unsqueeze(step, -2)
             masked = graph.op("Mul", masked, chunk.until)
-            running = graph.op(
-                "ReduceSum",
-                masked,
-                graph.constant([-1]),
-                keepdims=0,
-            )
+            running = graph.sum(masked, -1)
         split = (0, config.n_groups, config.mamba_num_heads // config.n_groups, -1)
         return graph.reshape(dt, *split), graph.reshape(running, *split)

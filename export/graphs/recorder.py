@@ -14,7 +14,7 @@ from onnx_ir import tape
 from twotower.config import ModelConfig
 from twotower.dtypes import numpy_dtype, onnx_code
 from twotower.export.graphs.precision import ActivationFormat, Tap
-from twotower.spec import TensorSpec, TowerSignature
+from twotower.spec import TowerSignature
 from twotower.weights.declared import Weight
 
 OPSET = 24
@@ -54,7 +54,14 @@ class GraphBuilder:
             self._parts.setdefault(weight.origin or weight.name, []).append(weight)
         self._activations = activations or {}
         self._tape = tape.Tape()
-        self._inputs = {spec.name: _value(spec) for spec in signature.inputs}
+        self._inputs = {
+            spec.name: ir.Value(
+                name=spec.name,
+                type=ir.TensorType(ir_dtype(spec.dtype)),
+                shape=ir.Shape(spec.axes),
+            )
+            for spec in signature.inputs
+        }
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._initializers: dict[str, ir.Value] = {}
         self._shared: dict[str, ir.Value] = {}
@@ -88,7 +95,11 @@ class GraphBuilder:
             value.name = f"v{self._values}"
         return values
 
-    def mark(self, name: str, value: ir.Value) -> ir.Value:
+    def mark(
+        self,
+        name: str,
+        value: ir.Value,
+    ) -> ir.Value:
         """Names a value within the current scope, so that builders find it.
 
         To be called before anything notes its name. Graph inputs keep the names of the contract.
@@ -97,7 +108,11 @@ class GraphBuilder:
             value.name = f"{self._scope}{name}"
         return value
 
-    def constant(self, data: Any, dtype: str = "int64") -> ir.Value:
+    def constant(
+        self,
+        data: Any,
+        dtype: str = "int64",
+    ) -> ir.Value:
         """A small constant; equal constants are stored once."""
         array = np.asarray(data).astype(numpy_dtype(dtype))
         key = (dtype, array.shape, array.tobytes())
@@ -114,7 +129,11 @@ class GraphBuilder:
 
         return self.shared(f"scalar {value!r}", cast)
 
-    def shared(self, key: str, make: Callable[[], ir.Value]) -> ir.Value:
+    def shared(
+        self,
+        key: str,
+        make: Callable[[], ir.Value],
+    ) -> ir.Value:
         """What `make()` recorded the first time this key was asked for: masks serve every layer."""
         if key not in self._shared:
             with self.scope("shared"):
@@ -169,7 +188,13 @@ class GraphBuilder:
         target = self.shared(f"shape {key}", lambda: self.op("Concat", *parts, axis=0))
         return self.op("Reshape", x, target)
 
-    def linear(self, x: ir.Value, weight: ir.Value, *, visited: ir.Value | None = None) -> ir.Value:
+    def linear(
+        self,
+        x: ir.Value,
+        weight: ir.Value,
+        *,
+        visited: ir.Value | None = None,
+    ) -> ir.Value:
         """X W^T with W as the checkpoint stores it, [out, in], or stacked [E, out, in].
 
         Readers fold the transpose into the product. `visited` [E,N,1] float32 is above 0 where a
@@ -181,11 +206,20 @@ class GraphBuilder:
         perm = [0, 2, 1] if stacked else [1, 0]
         return self.op("MatMul", x, self.op("Transpose", weight, perm=perm))
 
-    def linear_exact(self, x: ir.Value, weight: ir.Value) -> ir.Value:
+    def linear_exact(
+        self,
+        x: ir.Value,
+        weight: ir.Value,
+    ) -> ir.Value:
         """The same with x as it is, whatever other products of x read."""
         return self.op("MatMul", x, self.op("Transpose", weight, perm=[1, 0]))
 
-    def _product_input(self, x: ir.Value, name: str, visited: ir.Value | None) -> ir.Value:
+    def _product_input(
+        self,
+        x: ir.Value,
+        name: str,
+        visited: ir.Value | None,
+    ) -> ir.Value:
         """X as a product with that weight reads it: noted as a tap, and quantized where wanted.
 
         Products of one input share its quantization, which goes by the first one's name.
@@ -209,10 +243,52 @@ class GraphBuilder:
         self._quantized[x] = self.op("DequantizeLinear", narrow, scale)
         return self._quantized[x]
 
+    def unsqueeze(self, x: ir.Value, *axes: int) -> ir.Value:
+        """X with axes of size 1 at these places."""
+        return self.op("Unsqueeze", x, self.constant(axes))
+
+    def squeeze(
+        self,
+        x: ir.Value,
+        axis: int,
+    ) -> ir.Value:
+        return self.op("Squeeze", x, self.constant([axis]))
+
+    def sum(
+        self,
+        x: ir.Value,
+        axis: int,
+        *,
+        keepdims: int = 0,
+    ) -> ir.Value:
+        return self.op("ReduceSum", x, self.constant([axis]), keepdims=keepdims)
+
+    def size(
+        self,
+        x: ir.Value,
+        axis: int,
+    ) -> ir.Value:
+        """The size of one axis of x, [1] int64."""
+        return self.op("Shape", x, start=axis, end=axis + 1)
+
+    def places(
+        self,
+        x: ir.Value,
+        axis: int,
+    ) -> ir.Value:
+        """0, 1, ... along one axis of x, int64."""
+        length = self.size(x, axis)
+        zero, end = self.constant(0), self.op("Squeeze", length)
+        return self.op("Range", zero, end, self.constant(1))
+
     def silu(self, x: ir.Value) -> ir.Value:
         return self.op("Mul", x, self.op("Sigmoid", x))
 
-    def output(self, name: str, value: ir.Value) -> None:
+    def output(
+        self,
+        name: str,
+        value: ir.Value,
+    ) -> None:
         """Names a value as a graph output."""
         spec = self.signature.tensor(name)
         if value.is_graph_input() or value.name in self._outputs:
@@ -243,7 +319,11 @@ class GraphBuilder:
         finally:
             self._scope = before
 
-    def _initializer(self, name: str, tensor: Any) -> ir.Value:
+    def _initializer(
+        self,
+        name: str,
+        tensor: Any,
+    ) -> ir.Value:
         value = ir.Value(
             name=name,
             type=ir.TensorType(tensor.dtype),
@@ -252,12 +332,6 @@ class GraphBuilder:
         )
         self._initializers[name] = value
         return value
-
-
-def _value(spec: TensorSpec) -> ir.Value:
-    return ir.Value(
-        name=spec.name, type=ir.TensorType(ir_dtype(spec.dtype)), shape=ir.Shape(spec.axes)
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,48 +37,31 @@ def mask_info(graph: GraphBuilder, config: ModelConfig) -> tuple[MaskInfo, ir.Va
     block = graph.input(BLOCK)
     masked = graph.op("Equal", block, graph.constant(config.mask_token_id))
     ones = graph.op("Cast", masked, to=ir.DataType.INT64)
-    count = graph.op("ReduceSum", ones, graph.constant([1]), keepdims=1)
-    length = graph.op(
-        "Cast",
-        graph.op("Shape", block, start=1, end=2),
-        to=ir.DataType.FLOAT,
-    )
-    fraction = graph.op(
-        "Div",
-        graph.op("Cast", count, to=ir.DataType.FLOAT),
-        length,
-    )
-    return MaskInfo(masked, count), graph.op(
-        "Squeeze",
-        fraction,
-        graph.constant([1]),
-    )
+    count = graph.sum(ones, 1, keepdims=1)
+    length = graph.op("Cast", graph.size(block, 1), to=ir.DataType.FLOAT)
+    fraction = graph.op("Div", graph.op("Cast", count, to=ir.DataType.FLOAT), length)
+    return MaskInfo(masked, count), graph.squeeze(fraction, 1)
 
 
 def sample_and_commit(
-    graph: GraphBuilder, logits: ir.Value, masks: MaskInfo, config: ModelConfig
+    graph: GraphBuilder,
+    logits: ir.Value,
+    masks: MaskInfo,
+    config: ModelConfig,
 ) -> None:
     """Records the graph's four outputs from logits [B,S,V] float32."""
-    predicted, confidence = _choose(graph, logits, config)
-    commit = _committed(graph, confidence, masks)
+    predicted, confidence = choose(graph, logits, config)
+    commit = committed_places(graph, confidence, masks)
     graph.output(PREDICTED, predicted)
     graph.output(CONFIDENCE, confidence)
-    graph.output(
-        NEXT_BLOCK,
-        graph.op(
-            "Where",
-            commit,
-            predicted,
-            graph.input(BLOCK),
-        ),
-    )
+    graph.output(NEXT_BLOCK, graph.op("Where", commit, predicted, graph.input(BLOCK)))
     committed = graph.op("Cast", commit, to=ir.DataType.INT64)
-    committed = graph.op("ReduceSum", committed, graph.constant([1]), keepdims=1)
+    committed = graph.sum(committed, 1, keepdims=1)
     left = graph.op("Sub", masks.count, committed)
-    graph.output(MASKED_LEFT, graph.op("Squeeze", left, graph.constant([1])))
+    graph.output(MASKED_LEFT, graph.squeeze(left, 1))
 
 
-def _choose(
+def choose(
     graph: GraphBuilder,
     logits: ir.Value,
     config: ModelConfig,
@@ -88,12 +71,19 @@ def _choose(
     It has the highest logit / temperature + noise of the K best, or is the best itself at
     temperature 0. Noise of -inf excludes a candidate (that is top-k).
     """
-    best, ids, probabilities = _candidates(graph, logits, config)
-    temperature = graph.op(
-        "Unsqueeze",
-        graph.input(TEMPERATURE),
-        graph.constant([1, 2]),
+    # Positions of all rows are one axis, as the product before writes them, lest TopK copies them.
+    count, penalty = candidate_count(config), [0.0] * config.vocab_size
+    penalty[config.mask_token_id] = _NEVER
+    rows = graph.reshape(logits, -1, config.vocab_size)
+    rows = graph.op("Add", rows, graph.constant(penalty, "float32"))
+    best, ids = graph.ops("TopK", 2, rows, graph.constant([count]), axis=-1)
+    relative, total = relative_to_best(graph, rows, best)
+    probabilities = graph.op("Div", graph.op("Exp", relative), total)
+    length = graph.size(graph.input(BLOCK), 1)
+    best, ids, probabilities = (
+        graph.reshape(x, -1, length, count) for x in (best, ids, probabilities)
     )
+    temperature = graph.unsqueeze(graph.input(TEMPERATURE), 1, 2)
     greedy = graph.op("LessOrEqual", temperature, graph.constant(0.0, "float32"))
     divisor = graph.op("Where", greedy, graph.constant(1.0, "float32"), temperature)
     noisy = graph.op("Add", graph.op("Div", best, divisor), graph.input(NOISE))
@@ -103,28 +93,6 @@ def _choose(
     confidence = graph.op("GatherElements", probabilities, place, axis=-1)
     last = graph.constant([-1])
     return graph.op("Squeeze", token, last), graph.op("Squeeze", confidence, last)
-
-
-def _candidates(
-    graph: GraphBuilder,
-    logits: ir.Value,
-    config: ModelConfig,
-) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """The K best tokens: their logits, ids and un-tempered probabilities, [B,S,K] each.
-
-    Positions of all rows are one axis, as the product before writes them, lest TopK copies them.
-    """
-    count, penalty = candidate_count(config), [0.0] * config.vocab_size
-    penalty[config.mask_token_id] = _NEVER
-    rows = graph.reshape(logits, -1, config.vocab_size)
-    rows = graph.op("Add", rows, graph.constant(penalty, "float32"))
-    best, ids = graph.ops("TopK", 2, rows, graph.constant([count]), axis=-1)
-    relative, total = relative_to_best(graph, rows, best)
-    probabilities = graph.op("Div", graph.op("Exp", relative), total)
-    length = graph.op("Shape", graph.input(BLOCK), start=1, end=2)
-    best = graph.reshape(best, -1, length, count)
-    ids = graph.reshape(ids, -1, length, count)
-    return best, ids, graph.reshape(probabilities, -1, length, count)
 
 
 def relative_to_best(
@@ -140,52 +108,37 @@ def relative_to_best(
     ends = graph.constant([0]), graph.constant([1]), graph.constant([-1])
     greatest = graph.op("Slice", best, *ends)
     shares = graph.op("Exp", graph.op("Sub", logits, greatest))
-    total = graph.op("ReduceSum", shares, graph.constant([-1]), keepdims=1)
+    total = graph.sum(shares, -1, keepdims=1)
     return graph.op("Sub", best, greatest), total
 
 
-def _committed(graph: GraphBuilder, confidence: ir.Value, masks: MaskInfo) -> ir.Value:
+def committed_places(
+    graph: GraphBuilder,
+    confidence: ir.Value,
+    masks: MaskInfo,
+) -> ir.Value:
     """The positions that take their prediction, [B,S] bool: the most confident masked ones.
 
     A position's rank is the number of masked positions ahead of it (more confident, or equal and
     further left), summed over S x S comparisons: no sort, no data-dependent shape.
     """
-    axis_t, axis_s = graph.constant([2]), graph.constant([1])
-    mine = graph.op("Unsqueeze", confidence, axis_t)
-    other = graph.op("Unsqueeze", confidence, axis_s)
-    length = graph.op("Shape", confidence, start=1, end=2)
-    places = graph.op(
-        "Range",
-        graph.constant(0),
-        graph.op("Squeeze", length),
-        graph.constant(1),
-    )
-    first = graph.op("Unsqueeze", places, graph.constant([0]))
-    second = graph.op("Unsqueeze", places, graph.constant([1]))
+    mine = graph.unsqueeze(confidence, 2)
+    other = graph.unsqueeze(confidence, 1)
+    places = graph.places(confidence, 1)
+    first = graph.unsqueeze(places, 0)
+    second = graph.unsqueeze(places, 1)
     left_of = graph.op("Less", first, second)
     tied = graph.op("And", graph.op("Equal", other, mine), left_of)
     ahead = graph.op("Or", graph.op("Greater", other, mine), tied)
-    ahead = graph.op("And", ahead, graph.op("Unsqueeze", masks.masked, axis_s))
+    ahead = graph.op("And", ahead, graph.unsqueeze(masks.masked, 1))
     ahead = graph.op("Cast", ahead, to=ir.DataType.INT64)
-    rank = graph.op("ReduceSum", ahead, axis_t, keepdims=0)
+    rank = graph.sum(ahead, 2)
 
-    threshold = graph.op(
-        "Unsqueeze",
-        graph.input(THRESHOLD),
-        graph.constant([1]),
-    )
-    sure = graph.op(
-        "And",
-        graph.op("Greater", confidence, threshold),
-        masks.masked,
-    )
+    threshold = graph.unsqueeze(graph.input(THRESHOLD), 1)
+    sure = graph.op("And", graph.op("Greater", confidence, threshold), masks.masked)
     count = graph.op("Cast", sure, to=ir.DataType.INT64)
-    count = graph.op("ReduceSum", count, graph.constant([1]), keepdims=1)
-    floor = graph.op(
-        "Unsqueeze",
-        graph.input(COMMIT_FLOOR),
-        graph.constant([1]),
-    )
+    count = graph.sum(count, 1, keepdims=1)
+    floor = graph.unsqueeze(graph.input(COMMIT_FLOOR), 1)
     # More than are masked commits them all: no Min needed.
     count = graph.op("Max", count, floor, graph.constant([[1]]))
     return graph.op("And", masks.masked, graph.op("Less", rank, count))

@@ -53,7 +53,10 @@ class TowerGraph:
 
 
 def build_graph(
-    name: str, config: ModelConfig, dtype: str, precision: Precision | None = None
+    name: str,
+    config: ModelConfig,
+    dtype: str,
+    precision: Precision | None = None,
 ) -> TowerGraph:
     """Records one graph of the contract, without weights or torch and well within a second.
 
@@ -72,13 +75,17 @@ def build_graph(
         declared,
         few.activations,
     )
-    record = {CONTEXT: _context, CONTEXT_HEAD: _context_head, DENOISER: _denoiser}[name]
+    record = {
+        CONTEXT: record_context,
+        CONTEXT_HEAD: record_context_head,
+        DENOISER: record_denoiser,
+    }[name]
     record(graph, config)
     assert tuple(graph.weights) == declared, f"the {name} graph declares other weights"
     return TowerGraph(graph.finish(), declared, tuple(graph.taps.values()))
 
 
-def _context(graph: GraphBuilder, config: ModelConfig) -> None:
+def record_context(graph: GraphBuilder, config: ModelConfig) -> None:
     tower = Layer(graph, config, f"{Tower.CONTEXT.value}.")
     tokens = graph.input(TOKENS)
     with graph.scope("embed"):
@@ -98,12 +105,12 @@ def _context(graph: GraphBuilder, config: ModelConfig) -> None:
         # first position, which nobody uses.
         last = graph.op("Sub", graph.input(CHUNK_LENGTH), graph.constant(1))
         last = graph.op("Max", last, graph.constant(0))
-        last = graph.op("Unsqueeze", last, graph.constant([1]))
+        last = graph.unsqueeze(last, 1)
         last = graph.op("GatherND", h, last, batch_dims=1)
         graph.output(HIDDEN, rms_norm(tower, last, "norm_f.weight"))
 
 
-def _denoiser(graph: GraphBuilder, config: ModelConfig) -> None:
+def record_denoiser(graph: GraphBuilder, config: ModelConfig) -> None:
     model = Layer(graph, config)
     tower = replace(model, prefix=f"{Tower.DENOISER.value}.")
     block = graph.input(BLOCK)
@@ -132,7 +139,7 @@ def _denoiser(graph: GraphBuilder, config: ModelConfig) -> None:
         sample_and_commit(graph, logits, masks, config)
 
 
-def _context_head(graph: GraphBuilder, config: ModelConfig) -> None:
+def record_context_head(graph: GraphBuilder, config: ModelConfig) -> None:
     logits = graph.linear(graph.input(HIDDEN), graph.weight(Tower.CONTEXT.head))
     logits = graph.to_float32(logits)
     best, ids = graph.ops(
@@ -144,17 +151,14 @@ def _context_head(graph: GraphBuilder, config: ModelConfig) -> None:
     )
     relative, total = relative_to_best(graph, logits, best)
     graph.output(CANDIDATE_IDS, ids)
-    graph.output(
-        CANDIDATE_LOGPROBS,
-        graph.op(
-            "Sub",
-            relative,
-            graph.op("Log", total),
-        ),
-    )
+    graph.output(CANDIDATE_LOGPROBS, graph.op("Sub", relative, graph.op("Log", total)))
 
 
-def _mixer(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
+def _mixer(
+    layer: Layer,
+    u: ir.Value,
+    chunk: ChunkInfo,
+) -> ir.Value:
     kind = layer.config.layers[layer.number]
     mixer = replace(layer, prefix=f"{layer.prefix}mixer.")
     if kind is LayerKind.MAMBA:
@@ -167,73 +171,45 @@ def _mixer(layer: Layer, u: ir.Value, chunk: ChunkInfo) -> ir.Value:
     return mlp(mixer, u)
 
 
-def _range_of(graph: GraphBuilder, x: ir.Value, axis: int) -> ir.Value:
-    """0, 1, ... along one axis of x, int64."""
-    length = graph.op("Shape", x, start=axis, end=axis + 1)
-    return graph.op(
-        "Range",
-        graph.constant(0),
-        graph.op("Squeeze", length),
-        graph.constant(1),
-    )
-
-
-def _chunk(tower: Layer, tokens: ir.Value, *, lengths: ir.Value | None) -> ChunkInfo:
+def _chunk(
+    tower: Layer,
+    tokens: ir.Value,
+    *,
+    lengths: ir.Value | None,
+) -> ChunkInfo:
     """What there is to know of a chunk [B,L]; with `lengths` [B] what comes after is padding."""
     graph = tower.graph
-    length = graph.op("Shape", tokens, start=1, end=2)
-    positions = _range_of(graph, tokens, axis=1)
-    first = graph.op("Unsqueeze", positions, graph.constant([1]))
-    second = graph.op("Unsqueeze", positions, graph.constant([0]))
+    length = graph.size(tokens, 1)
+    positions = graph.places(tokens, 1)
+    first = graph.unsqueeze(positions, 1)
+    second = graph.unsqueeze(positions, 0)
     seen = graph.op("GreaterOrEqual", first, second)
     never = graph.constant(-math.inf, "float32")
     future = graph.op("Where", seen, graph.constant(0.0, "float32"), never)
     until = graph.op("Cast", seen, to=ir.DataType.FLOAT)
     if lengths is None:
-        return ChunkInfo(length, future, until, _score_limit(tower))
-    valid = graph.op(
-        "Less",
-        second,
-        graph.op("Unsqueeze", lengths, graph.constant([1])),
-    )
+        return ChunkInfo(length, future, until, _seen(tower, causal=False))
+    valid = graph.op("Less", second, graph.unsqueeze(lengths, 1))
     valid = graph.op("Cast", valid, to=ir.DataType.FLOAT)
-    valid = graph.op("Unsqueeze", valid, graph.constant([1]))  # [B,1,L]
-    return ChunkInfo(length, future, until, _causal_mask(tower), valid, lengths)
+    valid = graph.unsqueeze(valid, 1)  # [B,1,L]
+    return ChunkInfo(length, future, until, _seen(tower, causal=True), valid, lengths)
 
 
-def _causal_mask(tower: Layer) -> ir.Value | None:
-    """[B,1,L,T] bool: position past + l sees the cache up to itself, so never padding."""
-    graph, layers = tower.graph, tower.config.indices(LayerKind.ATTENTION)
-    if not layers:
-        return None
-    slots = _range_of(graph, graph.input(past_key(layers[0])), axis=2)
-    positions = _range_of(graph, graph.input(TOKENS), axis=1)
-    past = graph.op("Unsqueeze", graph.input(PAST_LENGTH), graph.constant([1]))
-    own = graph.op("Add", past, positions)  # [B,L]
-    return graph.op(
-        "LessOrEqual",
-        slots,
-        graph.op("Unsqueeze", own, graph.constant([1, 3])),
-    )
-
-
-def _score_limit(tower: Layer) -> ir.Value | None:
-    """[B*KV,1,T] float32: `MASKED` where the cache holds no token, and -`MASKED` elsewhere."""
+def _seen(tower: Layer, *, causal: bool) -> ir.Value | None:
+    """What attention may see of the cache, as `ChunkInfo.seen` says; `causal` for the context."""
     graph, config = tower.graph, tower.config
     layers = config.indices(LayerKind.ATTENTION)
     if not layers:
         return None
-    slots = _range_of(graph, graph.input(past_key(layers[0])), axis=2)
-    lengths = graph.op(
-        "Unsqueeze",
-        graph.input(CONTEXT_LENGTH),
-        graph.constant([1]),
-    )
-    lengths = graph.op(
-        "Expand",
-        lengths,
-        graph.constant([1, config.num_key_value_heads]),
-    )
+    slots = graph.places(graph.input(past_key(layers[0])), 2)
+    if causal:
+        # Position past + l sees the cache up to itself, so never padding.
+        positions = graph.places(graph.input(TOKENS), 1)
+        past = graph.unsqueeze(graph.input(PAST_LENGTH), 1)
+        own = graph.op("Add", past, positions)  # [B,L]
+        return graph.op("LessOrEqual", slots, graph.unsqueeze(own, 1, 3))
+    lengths = graph.unsqueeze(graph.input(CONTEXT_LENGTH), 1)
+    lengths = graph.op("Expand", lengths, graph.constant([1, config.num_key_value_heads]))
     held = graph.op("Less", slots, graph.reshape(lengths, -1, 1, 1))
     never, always = graph.constant(MASKED, "float32"), graph.constant(-MASKED, "float32")
     return graph.op("Where", held, always, never)

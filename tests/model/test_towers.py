@@ -104,7 +104,7 @@ def test_commit_step_is_its_definition(rows: list[tuple[float, bool]], floor: in
         block,
         config,
         threshold=torch.tensor([0.6]),
-        floor=torch.tensor([floor]),
+        commit_floor=torch.tensor([floor]),
         temperature=torch.zeros(1),
         noise=torch.zeros(1, len(rows), 7),
     )

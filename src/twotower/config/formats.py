@@ -43,7 +43,11 @@ class WeightFormat:
         """Scales of a row."""
         return -(-columns // self.group) if self.group else 1
 
-    def nbytes(self, shape: tuple[int, ...], dtype: str) -> int:
+    def nbytes(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+    ) -> int:
         """Bytes of a matrix with its scales, in a graph of element type `dtype`."""
         rows, scales = math.prod(shape[:-1]), self.groups(shape[-1])
         return stored_bytes(self.dtype, rows * shape[-1]) + stored_bytes(
@@ -79,7 +83,12 @@ _LONG_ROW, _INT8_GROUPS = 128, (64, 32)
 
 
 def stored_format(
-    name: str, columns: int, *, stacked: bool, rounded_input: bool = False, group: int = 32
+    name: str,
+    columns: int,
+    *,
+    stacked: bool,
+    rounded_input: bool = False,
+    group: int = 32,
 ) -> WeightFormat:
     """The format as a matrix with rows of `columns` takes it; `group` is of int4.
 
@@ -100,7 +109,12 @@ NARROW_BLOCK = 32
 _BLOCKS = (128, 64, NARROW_BLOCK)
 
 
-def product_block(columns: int, group: int, *, even_rows: bool) -> int:
+def product_block(
+    columns: int,
+    group: int,
+    *,
+    even_rows: bool,
+) -> int:
     """Weights that share a scale in a product of ONNX Runtime on a CPU, 0 if it cannot read them.
 
     `group` is the same as stored, a row's length for one scale a row. `even_rows`: the product
@@ -114,7 +128,12 @@ FUSED_STACKS = "int4 (recipes mixed, int4-experts), or 8 bits with 8-bit inputs 
 """Stacked experts that TensorRT for RTX multiplies as they are stored, as it is said to a user."""
 
 
-def stack_is_expanded(target: str, name: str, *, rounded_input: bool) -> bool:
+def stack_is_expanded(
+    target: str,
+    name: str,
+    *,
+    rounded_input: bool,
+) -> bool:
     """Whether a pass dequantizes stacked experts to device memory before it multiplies them.
 
     TensorRT for RTX 1.7 dequantizes inside the product only where it has a kernel for that: 4-bit

@@ -88,7 +88,9 @@ class GenerationConfig:
 
     @classmethod
     def from_mapping(
-        cls, data: Mapping[str, Any], base: GenerationConfig | None = None
+        cls,
+        data: Mapping[str, Any],
+        base: GenerationConfig | None = None,
     ) -> GenerationConfig:
         """A config from plain data (a prompt file's line, a bundle's defaults), on top of `base`.
 

@@ -99,7 +99,7 @@ class ModelConfig:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        problems = _problems(self)
+        problems = self._problems()
         if problems:
             raise ConfigError(
                 f"the model config has {len(problems)} unusable value(s)",
@@ -107,6 +107,79 @@ class ModelConfig:
                 do="use the config.json published with the checkpoint, or correct the fields "
                 "named above",
             )
+
+    def _problems(self) -> list[str]:
+        """Values that are of no use, or contradict one another."""
+        out = self._mistyped()
+        if out:
+            return out
+        if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads:
+            out.append(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if LayerKind.MAMBA in self.layers and self.mamba_num_heads % self.n_groups:
+            heads = self.mamba_num_heads
+            out.append(f"mamba_num_heads={heads} is not a multiple of n_groups={self.n_groups}")
+        if LayerKind.MOE in self.layers:
+            out += self._moe_problems()
+        if not self.layers:
+            out.append("no layers")
+        vocabulary = f"is outside the vocabulary of {self.vocab_size}"
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            out.append(f"mask_token_id={self.mask_token_id} {vocabulary}")
+        outside = [token for token in self.eos_token_ids if token >= self.vocab_size]
+        if outside:
+            out.append(f"eos_token_id={outside} {vocabulary}")
+        if self.dtype not in FLOATS:
+            out.append(f"dtype={self.dtype!r} (allowed: {', '.join(FLOATS)})")
+        return out
+
+    def _mistyped(self) -> list[str]:
+        """Values no arithmetic should be tried on: JSON gives any type to any field."""
+        positive = {"vocab_size", "hidden_size"}.union(*(_NEEDED_BY[kind] for kind in self.layers))
+        out = []
+        for f in fields(self):
+            value, number = getattr(self, f.name), "a whole number above 0"
+            if f.name in positive:
+                fits, expected = _is_count(value) and value > 0, number
+            elif f.type == "int":
+                fits, expected = _is_count(value), "a whole number, 0 or more"
+            elif f.type == "float":
+                fits, expected = _is_number(value) and math.isfinite(value), "a number"
+            elif f.type == "bool":
+                fits, expected = isinstance(value, bool), "true or false"
+            elif f.type == "str":
+                fits, expected = isinstance(value, str), "a word"
+            else:
+                continue
+            if not fits:
+                out.append(f"{f.name}={value!r} ({expected})")
+        if not all(_is_count(token) for token in self.eos_token_ids):
+            out.append(f"eos_token_id={list(self.eos_token_ids)!r} (token ids, 0 or more)")
+        limit: Any = self.time_step_limit
+        interval = isinstance(limit, tuple) and len(limit) == 2 and all(map(_is_number, limit))
+        if not interval or not 0 <= limit[0] <= limit[1]:
+            out.append(f"time_step_limit={limit!r} is not an interval")
+        return out
+
+    def _moe_problems(self) -> list[str]:
+        out = []
+        chosen, experts = self.num_experts_per_tok, self.n_routed_experts
+        if chosen > experts:
+            out.append(f"num_experts_per_tok={chosen} of only {experts} experts")
+        if self.n_group < 1 or experts % self.n_group or not 1 <= self.topk_group <= self.n_group:
+            groups = f"n_group={self.n_group}, topk_group={self.topk_group}"
+            out.append(f"{groups} do not divide {experts} experts")
+        elif chosen > self.topk_group * (experts // self.n_group):
+            held = f"the {self.topk_group} chosen group(s) hold"
+            out.append(f"num_experts_per_tok={chosen} is more than {held}")
+        width = self.moe_shared_expert_intermediate_size
+        if self.n_shared_experts not in (0, 1):
+            out.append(f"n_shared_experts={self.n_shared_experts} (0 or 1)")
+        elif self.n_shared_experts and not width:
+            out.append(f"moe_shared_expert_intermediate_size={width!r} (a whole number above 0)")
+        return out
 
     @property
     def mamba_inner(self) -> int:
@@ -194,7 +267,7 @@ def parse_model_config(raw: object, name: str) -> ModelConfig:
 
 
 def _from_published(raw: dict[str, Any], path: str) -> ModelConfig:
-    values: dict[str, Any] = {"layers": _layers(raw, path)}
+    values: dict[str, Any] = {"layers": published_layers(raw, path)}
     wrong = []
     for name, value in _FIXED.items():
         if raw.get(name, value) != value:
@@ -212,7 +285,7 @@ def _from_published(raw: dict[str, Any], path: str) -> ModelConfig:
             values[f.name] = raw[f.name]
     ends = raw.get("eos_token_id", 2)
     values["eos_token_ids"] = tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
-    values["time_step_limit"] = _interval(raw.get("time_step_limit"))
+    values["time_step_limit"] = step_interval(raw.get("time_step_limit"))
     values["dtype"] = raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"
     missing = [k for k in ("vocab_size", "hidden_size") if k not in values]
     if missing:
@@ -224,7 +297,7 @@ def _from_published(raw: dict[str, Any], path: str) -> ModelConfig:
     return ModelConfig(**values)
 
 
-def _interval(value: Any) -> Any:
+def step_interval(value: Any) -> Any:
     """(lower, upper) with None for "no bound"; what is no interval comes back for the check."""
     if value is None:
         return 0.0, math.inf
@@ -235,7 +308,7 @@ def _interval(value: Any) -> Any:
     return float(low or 0.0), math.inf if high is None else float(high)
 
 
-def _layers(raw: dict[str, Any], path: str) -> tuple[LayerKind, ...]:
+def published_layers(raw: dict[str, Any], path: str) -> tuple[LayerKind, ...]:
     pattern, words = raw.get("hybrid_override_pattern"), raw.get("layers_block_type")
     letters = {kind.value: kind for kind in LayerKind}
     if isinstance(pattern, str):
@@ -266,82 +339,6 @@ def _layers(raw: dict[str, Any], path: str) -> tuple[LayerKind, ...]:
             do="use the published config.json",
         )
     return tuple(table[name] for name in names)
-
-
-def _problems(c: ModelConfig) -> list[str]:
-    """Values that are of no use, or contradict one another."""
-    out = _mistyped(c)
-    if out:
-        return out
-    if c.num_key_value_heads and c.num_attention_heads % c.num_key_value_heads:
-        out.append(
-            f"num_attention_heads={c.num_attention_heads} is not a multiple of "
-            f"num_key_value_heads={c.num_key_value_heads}"
-        )
-    if LayerKind.MAMBA in c.layers and c.mamba_num_heads % c.n_groups:
-        heads = c.mamba_num_heads
-        out.append(f"mamba_num_heads={heads} is not a multiple of n_groups={c.n_groups}")
-    if LayerKind.MOE in c.layers:
-        out += _moe_problems(c)
-    if not c.layers:
-        out.append("no layers")
-    vocabulary = f"is outside the vocabulary of {c.vocab_size}"
-    if not 0 <= c.mask_token_id < c.vocab_size:
-        out.append(f"mask_token_id={c.mask_token_id} {vocabulary}")
-    outside = [token for token in c.eos_token_ids if token >= c.vocab_size]
-    if outside:
-        out.append(f"eos_token_id={outside} {vocabulary}")
-    if c.dtype not in FLOATS:
-        out.append(f"dtype={c.dtype!r} (allowed: {', '.join(FLOATS)})")
-    return out
-
-
-def _mistyped(c: ModelConfig) -> list[str]:
-    """Values no arithmetic should be tried on: JSON gives any type to any field."""
-    positive = {"vocab_size", "hidden_size"}.union(*(_NEEDED_BY[kind] for kind in c.layers))
-    out = []
-    for f in fields(c):
-        value, number = getattr(c, f.name), "a whole number above 0"
-        if f.name in positive:
-            fits, expected = _is_count(value) and value > 0, number
-        elif f.type == "int":
-            fits, expected = _is_count(value), "a whole number, 0 or more"
-        elif f.type == "float":
-            fits, expected = _is_number(value) and math.isfinite(value), "a number"
-        elif f.type == "bool":
-            fits, expected = isinstance(value, bool), "true or false"
-        elif f.type == "str":
-            fits, expected = isinstance(value, str), "a word"
-        else:
-            continue
-        if not fits:
-            out.append(f"{f.name}={value!r} ({expected})")
-    if not all(_is_count(token) for token in c.eos_token_ids):
-        out.append(f"eos_token_id={list(c.eos_token_ids)!r} (token ids, 0 or more)")
-    limit: Any = c.time_step_limit
-    interval = isinstance(limit, tuple) and len(limit) == 2 and all(map(_is_number, limit))
-    if not interval or not 0 <= limit[0] <= limit[1]:
-        out.append(f"time_step_limit={limit!r} is not an interval")
-    return out
-
-
-def _moe_problems(c: ModelConfig) -> list[str]:
-    out = []
-    chosen, experts = c.num_experts_per_tok, c.n_routed_experts
-    if chosen > experts:
-        out.append(f"num_experts_per_tok={chosen} of only {experts} experts")
-    if c.n_group < 1 or experts % c.n_group or not 1 <= c.topk_group <= c.n_group:
-        groups = f"n_group={c.n_group}, topk_group={c.topk_group}"
-        out.append(f"{groups} do not divide {experts} experts")
-    elif chosen > c.topk_group * (experts // c.n_group):
-        held = f"the {c.topk_group} chosen group(s) hold"
-        out.append(f"num_experts_per_tok={chosen} is more than {held}")
-    width = c.moe_shared_expert_intermediate_size
-    if c.n_shared_experts not in (0, 1):
-        out.append(f"n_shared_experts={c.n_shared_experts} (0 or 1)")
-    elif c.n_shared_experts and not width:
-        out.append(f"moe_shared_expert_intermediate_size={width!r} (a whole number above 0)")
-    return out
 
 
 def _is_count(value: object) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -15,29 +17,19 @@ class Attention(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.config = c
-        self.q_proj = nn.Linear(
-            c.hidden_size,
-            c.num_attention_heads * c.head_dim,
-            bias=False,
-        )
-        self.k_proj = nn.Linear(
-            c.hidden_size,
-            c.num_key_value_heads * c.head_dim,
-            bias=False,
-        )
-        self.v_proj = nn.Linear(
-            c.hidden_size,
-            c.num_key_value_heads * c.head_dim,
-            bias=False,
-        )
-        self.o_proj = nn.Linear(
-            c.num_attention_heads * c.head_dim,
-            c.hidden_size,
-            bias=False,
-        )
+        linear = partial(nn.Linear, bias=False)
+        queries, groups = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = linear(c.hidden_size, queries)
+        self.k_proj = linear(c.hidden_size, groups)
+        self.v_proj = linear(c.hidden_size, groups)
+        self.o_proj = linear(queries, c.hidden_size)
 
     def causal(
-        self, u: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, past: torch.Tensor
+        self,
+        u: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        past: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The context tower: u [B,L,D] sees everything up to itself.
 
@@ -52,7 +44,11 @@ class Attention(nn.Module):
         return self._attend(q, keys, values, mask), keys, values
 
     def over_context(
-        self, u: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, length: torch.Tensor
+        self,
+        u: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        length: torch.Tensor,
     ) -> torch.Tensor:
         """The denoiser: u [B,S,D] sees the first `length` [B] slots of the cache, and itself."""
         q, k, v = self._heads(u)
@@ -71,7 +67,11 @@ class Attention(nn.Module):
         )
 
     def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor,
     ) -> torch.Tensor:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(-2))

@@ -19,7 +19,11 @@ from twotower.spec import candidate_count, past_conv, past_key, past_ssm, past_v
 class Layer(nn.Module):
     """One layer: its norm and its mixer."""
 
-    def __init__(self, c: ModelConfig, kind: LayerKind) -> None:
+    def __init__(
+        self,
+        c: ModelConfig,
+        kind: LayerKind,
+    ) -> None:
         super().__init__()
         self.norm = RMSNorm(c.hidden_size, c.layer_norm_epsilon)
         self.mixer = mixer_for(c, kind)

@@ -57,7 +57,11 @@ class DenoiserTower(nn.Module):
         self.scale_shift_tables = nn.ParameterList(torch.empty(3, d) for _ in c.layers)
 
     def logits(
-        self, block: torch.Tensor, state: ContextState, *, context_length: torch.Tensor
+        self,
+        block: torch.Tensor,
+        state: ContextState,
+        *,
+        context_length: torch.Tensor,
     ) -> torch.Tensor:
         """Float32 logits [B,S,V] of a block [B,S] with masks in it; the state is only read."""
         h = self.embeddings(block)
@@ -74,7 +78,12 @@ class DenoiserTower(nn.Module):
         return self.lm_head(self.norm_f(h)).float()
 
     def _mix(
-        self, mixer: nn.Module, u: torch.Tensor, state: ContextState, i: int, length: torch.Tensor
+        self,
+        mixer: nn.Module,
+        u: torch.Tensor,
+        state: ContextState,
+        i: int,
+        length: torch.Tensor,
     ) -> torch.Tensor:
         if isinstance(mixer, Mamba2):
             return mixer(u, state[past_conv(i)], state[past_ssm(i)])[0]
@@ -108,7 +117,7 @@ def commit_step(
     c: ModelConfig,
     *,
     threshold: torch.Tensor,
-    floor: torch.Tensor,
+    commit_floor: torch.Tensor,
     temperature: torch.Tensor,
     noise: torch.Tensor,
 ) -> Step:
@@ -116,7 +125,7 @@ def commit_step(
 
     `logits` are [B,S,V] float32, `block` [B,S] int64; `noise` [B,S,K] is added to the K best
     tempered logits. Of each row [B]: commit what is more confident than `threshold`, and at least
-    `floor` tokens; `temperature` 0 is greedy.
+    `commit_floor` tokens; `temperature` 0 is greedy.
     """
     masked = block == c.mask_token_id
     logits = logits.clone()
@@ -139,7 +148,9 @@ def commit_step(
     )
     predicted = best.indices.gather(-1, place)[..., 0]
     confidence = F.softmax(logits, -1).gather(-1, predicted[..., None])[..., 0]
-    count = torch.maximum(((confidence > threshold[:, None]) & masked).sum(-1), floor.clamp(min=1))
+    count = torch.maximum(
+        ((confidence > threshold[:, None]) & masked).sum(-1), commit_floor.clamp(min=1)
+    )
     order = torch.where(masked, confidence, -math.inf).argsort(
         dim=-1,
         descending=True,

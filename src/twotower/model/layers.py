@@ -14,7 +14,11 @@ from twotower.config import ModelConfig
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, in float32, cast back to x's dtype."""
 
-    def __init__(self, size: int, epsilon: float) -> None:
+    def __init__(
+        self,
+        size: int,
+        epsilon: float,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.epsilon = epsilon
@@ -28,7 +32,11 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """down(relu(up(x))^2), without a gate."""
 
-    def __init__(self, size: int, width: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        width: int,
+    ) -> None:
         super().__init__()
         self.up_proj = nn.Linear(size, width, bias=False)
         self.down_proj = nn.Linear(width, size, bias=False)
@@ -40,7 +48,11 @@ class MLP(nn.Module):
 class Router(nn.Module):
     """The gate's parameters: `weight` [E,D] and `e_score_correction_bias` [E], used in float64."""
 
-    def __init__(self, experts: int, size: int) -> None:
+    def __init__(
+        self,
+        experts: int,
+        size: int,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, size))
         self.e_score_correction_bias = nn.Parameter(torch.empty(experts))

@@ -31,7 +31,11 @@ _HIGH_PRECISION = (
 
 
 def load_context_tower(
-    config: ModelConfig, read: Read, dtype: str = "float32", *, rounded_to: str | None = None
+    config: ModelConfig,
+    read: Read,
+    dtype: str = "float32",
+    *,
+    rounded_to: str | None = None,
 ) -> ContextTower:
     """The context tower with its head, computing in `dtype`; `read` takes published tensor names.
 
@@ -48,7 +52,11 @@ def load_context_tower(
 
 
 def load_denoiser_tower(
-    config: ModelConfig, read: Read, dtype: str = "float32", *, rounded_to: str | None = None
+    config: ModelConfig,
+    read: Read,
+    dtype: str = "float32",
+    *,
+    rounded_to: str | None = None,
 ) -> DenoiserTower:
     """The denoiser tower with its conditioning and head; arguments as of `load_context_tower`."""
     tower = _empty(DenoiserTower, config)

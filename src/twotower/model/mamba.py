@@ -70,7 +70,10 @@ class Mamba2(nn.Module):
         return out, rows.gather(1, kept.expand(-1, -1, c.conv_channels)), after
 
     def _scan(
-        self, mixed: torch.Tensor, dt: torch.Tensor, state: torch.Tensor
+        self,
+        mixed: torch.Tensor,
+        dt: torch.Tensor,
+        state: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Y [B,L,HP] and the new state, from x, B and C side by side [B,L,C] and dt [B,L,H]."""
         c = self.config
@@ -96,7 +99,11 @@ class Mamba2(nn.Module):
         after = kept + (x_dt * to_end).transpose(-1, -2) @ b
         return y.transpose(1, 2).flatten(-2), after
 
-    def _gated_norm(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    def _gated_norm(
+        self,
+        y: torch.Tensor,
+        z: torch.Tensor,
+    ) -> torch.Tensor:
         """RMSNorm of y * silu(z) within each group of channels, float32."""
         gated = (y * F.silu(z.float())).unflatten(-1, (self.config.n_groups, -1))
         squares = gated.square().mean(-1, keepdim=True)

@@ -30,7 +30,9 @@ class ReferenceText:
 
 
 def reference_generate(
-    towers: tuple[ContextTower, DenoiserTower], prompt: list[int], options: GenerationConfig
+    towers: tuple[ContextTower, DenoiserTower],
+    prompt: list[int],
+    options: GenerationConfig,
 ) -> ReferenceText:
     """Greedy generation of one text of exactly `max_new_tokens`, in either mode."""
     context, denoiser = towers
@@ -59,7 +61,7 @@ def reference_generate(
                     block,
                     context.config,
                     threshold=torch.tensor([options.confidence_threshold]),
-                    floor=torch.tensor([floor]),
+                    commit_floor=torch.tensor([floor]),
                     temperature=torch.zeros(1),
                     noise=torch.zeros(1, options.block_size, candidate_count(context.config)),
                 )

@@ -22,7 +22,10 @@ ContextState = dict[str, torch.Tensor]
 
 
 def empty_state(
-    config: ModelConfig, rows: int, capacity: int, dtype: str = "float32"
+    config: ModelConfig,
+    rows: int,
+    capacity: int,
+    dtype: str = "float32",
 ) -> ContextState:
     """The state before the first token."""
     sizes = {"B": rows, "T": capacity}
