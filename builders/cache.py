@@ -13,16 +13,16 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from twotower.builders.base import BuildConfig
+from twotower.builders.base import BuildConfig, Report
 from twotower.bundle import Bundle, FileRecord, hash_file, write_json
 from twotower.errors import BuildError
 from twotower.files import locked
+from twotower.weights.writer import byte_counter
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +30,6 @@ CACHE_FOLDER = ".cache"
 """In a bundle's `engines`: an engine and its entry are one file with two names."""
 
 _ABANDONED_SECONDS = 24 * 3600.0  # a half-written entry that old has no writer any more
-
-Tick = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +109,7 @@ class EngineCache:
             return None
         return entry
 
-    def take(self, key: str, target: Path, *, tick: Tick) -> Entry | None:
+    def take(self, key: str, target: Path, *, report: Report) -> Entry | None:
         """Puts a cached engine at `target`, as a link where that is possible, and checks it.
 
         A damaged entry is dropped with a warning. None if there is none or it was damaged.
@@ -130,7 +127,8 @@ class EngineCache:
             if not linked:
                 with target.open("wb") as file:
                     shutil.copyfileobj(source, file, 8 << 20)
-        if _hashed(target, entry.record.size, tick) != entry.record.sha256:
+        tick = byte_counter(report, f"{target.name}: from the cache", entry.record.size)
+        if hash_file(target, tick) != entry.record.sha256:
             target.unlink()
             what = f"{self._engine(key)} is damaged (its SHA-256 differs)"
             logger.warning("the cached engine %s; it is dropped and built again", what)
@@ -148,10 +146,11 @@ class EngineCache:
         engine: Path,
         facts: dict[str, Any],
         *,
-        tick: Tick,
+        report: Report,
     ) -> FileRecord:
         """Keeps a built engine, or warns if space is lacking; its size and SHA-256."""
-        record = FileRecord(engine.stat().st_size, _hashed(engine, engine.stat().st_size, tick))
+        size = engine.stat().st_size
+        record = FileRecord.of(engine, byte_counter(report, f"{engine.name}: checksum", size))
         partial = self.folder / f".{key}.{secrets.token_hex(8)}"
         try:
             if not _linked(engine, partial):
@@ -238,14 +237,3 @@ def _linked(source: Path, target: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _hashed(path: Path, size: int, tick: Tick) -> str:
-    done = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        tick(done, size)
-
-    return hash_file(path, count)

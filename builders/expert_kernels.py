@@ -12,7 +12,7 @@ from typing import Any
 
 from twotower.builders.base import AUTO, DENSE, FUSED, KERNELS, BuildConfig, Report
 from twotower.builders.cache import kernel_source
-from twotower.bundle import Bundle, ExpertsStep, FileRecord, hash_file
+from twotower.bundle import Bundle, ExpertsStep
 from twotower.config import LayerKind
 from twotower.errors import BuildError, ConfigError
 from twotower.extras import require_libraries
@@ -94,8 +94,10 @@ def require_kernels(step: ExpertsStep, sms: Sequence[int], *, max_batch: int) ->
         refuse_sm(shape, sm)
 
 
-def require_compiler() -> None:
-    """Raises ConfigError without Triton: dense engines instead would be slow."""
+def require_compiler(given: Compile | None) -> None:
+    """Raises ConfigError where Triton is to compile and is not there: dense engines are slow."""
+    if given is not None:
+        return
     try:
         require_libraries("kernels", "triton", what="compiling the kernels of experts")
     except ConfigError as e:
@@ -111,16 +113,12 @@ def compile_code(
     max_batch: int,
     compiler: Compile,
     report: Report,
-) -> tuple[dict[str, FileRecord], dict[str, Any]]:
+) -> dict[str, Any]:
     """Compiles the kernels of every shape of experts there is, each into a folder of its own.
 
-    Returns:
-        The files, and what the build record keeps of them, by folder.
-
-    Raises:
-        BuildError: there are no kernels for a shape or a compute capability.
+    Returns what the build record keeps of each folder. BuildError if there are no kernels for a
+    shape or a compute capability.
     """
-    files: dict[str, FileRecord] = {}
     facts: dict[str, Any] = {}
     for code, shape in {step.code: shape_of(step) for step in steps}.items():
 
@@ -129,8 +127,6 @@ def compile_code(
 
         tokens = max_batch * MAX_CHUNK
         manifest = compiler(shape, sms, folder / code, max_tokens=tokens, report=tell)
-        for file in sorted((folder / code).iterdir()):
-            files[f"{code}/{file.name}"] = FileRecord(file.stat().st_size, hash_file(file))
         tiers = [tier.tokens for tier in TIERS if tier.tokens <= manifest.max_tokens]
         facts[code] = {
             "triton": manifest.triton,
@@ -141,4 +137,4 @@ def compile_code(
             "launches": [[n, len(launches(shape, n, sms[0], manifest))] for n in tiers],
             "source": kernel_source(),
         }
-    return files, facts
+    return facts

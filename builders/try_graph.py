@@ -20,6 +20,7 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
+from twotower.builders.base import silent
 from twotower.builders.trt.make_engine import RefusedError, run_job
 from twotower.dtypes import dtype_of_onnx, onnx_code
 from twotower.errors import TwoTowerError
@@ -116,7 +117,7 @@ def _tried(graph: Path, job: dict[str, Any]) -> int:
             "output": str(Path(scratch) / "out.engine"),
         }
         try:
-            run_job({**job, **places}, Path(scratch), tick=lambda phase, step, steps: None)
+            run_job({**job, **places}, Path(scratch), tick=silent)
         except RefusedError as e:
             sys.stderr.write(f"{e.what}\n  found: {e.found}\n")
             return REFUSED

@@ -18,7 +18,7 @@ from twotower.bundle import (
     REPORT_FILE,
     Bundle,
     FileRecord,
-    hash_file,
+    file_records,
     link_file,
     require_room,
     unpublished,
@@ -29,6 +29,7 @@ from twotower.calibration.quantized_data import FloatWeights, stream_quantized
 from twotower.errors import BundleError
 from twotower.export.graph_files import save_program
 from twotower.graph_lint import require_clean
+from twotower.records import encode
 from twotower.weights.declared import lay_out
 from twotower.weights.writer import byte_counter
 
@@ -66,12 +67,8 @@ def quantize_bundle(
             files = _write_graphs(folder, bundle, plan, report)
             (folder / REPORT_FILE).parent.mkdir(exist_ok=True)
             write_json(folder / REPORT_FILE, {"quantized_from": bundle.path.name, "notes": notes})
-            for path in folder.rglob("*"):
-                relative = path.relative_to(folder).as_posix()
-                if path.is_file() and relative not in files:
-                    files[relative] = FileRecord(path.stat().st_size, hash_file(path))
             manifest = _manifest(bundle, plan, extra or {})
-            manifest["files"] = {name: asdict(files[name]) for name in sorted(files)}
+            manifest["files"] = encode(file_records(folder, files))
             write_json(folder / MANIFEST_FILE, manifest)
     except OSError as e:
         raise BundleError(

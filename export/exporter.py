@@ -29,7 +29,7 @@ from twotower.bundle import (
     TOKENIZER_FILE,
     Bundle,
     FileRecord,
-    hash_file,
+    file_records,
     require_room,
     unpublished,
     write_json,
@@ -308,10 +308,5 @@ def _write_records(
     """
     (folder / REPORT_FILE).parent.mkdir()
     write_json(folder / REPORT_FILE, outcome)
-    files = dict(known)
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        relative = path.relative_to(folder).as_posix()
-        if relative not in files:
-            files[relative] = FileRecord(path.stat().st_size, hash_file(path))
-    listed = encode(dict(sorted(files.items())))
+    listed = encode(file_records(folder, known))
     write_json(folder / MANIFEST_FILE, {**manifest, "files": listed})

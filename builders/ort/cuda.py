@@ -111,7 +111,7 @@ class OrtCudaPlan:
         if choice.why:
             experts = f"dense: {choice.why}; {DENSE_COST}"
         elif choice.experts == KERNELS:
-            self._require_compiler()
+            require_compiler(self._compiler)
             sms = ", ".join(map(str, self._limits.sms))
             experts = f"kernels between programs for SM {sms}, {self._limits.max_batch} rows"
         elif choice.experts == FUSED:
@@ -127,7 +127,7 @@ class OrtCudaPlan:
     def needed_bytes(self) -> int:
         graphs = sum(self._bundle.files[graph].size for graph in GRAPH_FILES.values())
         if self._choice.experts == KERNELS:
-            self._require_compiler()
+            require_compiler(self._compiler)
         if self._choice.experts == FUSED:
             graphs += sum(ref.nbytes for ref in self._moved)
         return graphs
@@ -185,15 +185,14 @@ class OrtCudaPlan:
 
     def _with_kernels(self, folder: Path, report: Report) -> EngineRecord:
         """Programs, and kernels for the experts between them."""
-        self._require_compiler()
+        require_compiler(self._compiler)
         limits = self._limits
         steps: dict[str, tuple[Step, ...]] = {}
         operators: dict[str, dict[str, int]] = {}
         for name in GRAPH_FILES:
             steps[name] = tuple(self._write_programs(name, folder, operators, report))
-        files = file_records(folder)
         every = [step for some in steps.values() for step in some]
-        code, about = compile_code(
+        about = compile_code(
             [step for step in every if isinstance(step, ExpertsStep)],
             limits.sms,
             folder,
@@ -202,7 +201,8 @@ class OrtCudaPlan:
             report=report,
         )
         facts = {"operators": operators, "experts": about}
-        return self._record(files=files | code, report=facts, limits=limits, steps=steps)
+        files = file_records(folder)
+        return self._record(files=files, report=facts, limits=limits, steps=steps)
 
     def _write_programs(
         self, name: str, folder: Path, operators: dict[str, dict[str, int]], report: Report
@@ -240,10 +240,6 @@ class OrtCudaPlan:
             files=files,
             **facts,
         )
-
-    def _require_compiler(self) -> None:
-        if self._compiler is None:
-            require_compiler()
 
     @property
     def _limits(self) -> EngineLimits:

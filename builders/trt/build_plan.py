@@ -39,6 +39,7 @@ from twotower.bundle import (
     ExpertsStep,
     FileRecord,
     Step,
+    file_records,
 )
 from twotower.hardware import Machine, untried
 from twotower.kernels.compile import compile_kernels
@@ -170,7 +171,7 @@ class TensorRTPlan:
         uses = Counter(plan.engine.file for plan in self.engines)
         lines += [self._line(plan, uses[plan.engine.file]) for plan in self._files]
         if self._experts:
-            self._require_compiler()
+            require_compiler(self._compiler)
             what = f"{len(self._experts)} layers of experts between programs"
             kernels = f"kernels for SM {', '.join(map(str, self.kernel_sms))}"
             lines.append(f"{'experts':<22}{what}; {kernels}")
@@ -202,7 +203,7 @@ class TensorRTPlan:
     def needed_bytes(self) -> int:
         """Disk space the engines will take; those in the bundle's own cache are linked."""
         if self._experts:
-            self._require_compiler()
+            require_compiler(self._compiler)
         linked = self.config.cache is None
         return sum(p.nbytes for p in self._files if not (linked and self._cached(p)))
 
@@ -215,7 +216,7 @@ class TensorRTPlan:
             gpus = [gpu.sm for gpu in self._machine.gpus]
             logger.warning("%s", untried(self._machine.rtx_any_sm, gpus))
         self._require_memory()
-        code, about_code = compile_code(
+        about_code = compile_code(
             self._experts,
             self.kernel_sms,
             folder,
@@ -236,7 +237,7 @@ class TensorRTPlan:
                 for plan in self.engines
                 if plan.engine.constants
             },
-            files=files | code,
+            files=file_records(folder, files),
             report={
                 "seconds": round(time.perf_counter() - started, 2),
                 "engines": facts,
@@ -282,10 +283,6 @@ class TensorRTPlan:
         else:
             least = least_build_memory(self._graphs, self.config.weights)
         require_build_memory(needed, least=least, available=self._machine.available, bound=bound)
-
-    def _require_compiler(self) -> None:
-        if self._compiler is None:
-            require_compiler()
 
     def _capabilities(self, config: BuildConfig) -> Capabilities:
         return chosen_capabilities(self._variant, self._bundle, config, self._machine)

@@ -20,10 +20,9 @@ from twotower.builders import builder_for
 from twotower.builders.trt.engine_inspector import inspect_plan
 from twotower.builders.trt.network import BuildLog, NetworkOptions, build_network
 from twotower.builders.trt.tensorrt_builder import TensorRTBuilder
-from twotower.bundle import Profile
 from twotower.errors import BuildError, TwoTowerError
 from twotower.hardware import probe_machine
-from twotower.spec import TensorSpec
+from twotower.records import decode
 from twotower.units import format_bytes
 
 _PR_SET_PDEATHSIG = 1
@@ -37,9 +36,9 @@ def main(job_file: str) -> int:
     log = BuildLog()
     try:
         graph = (Path(job["graph"]).read_bytes(), Path(job["beside"]))
-        plan, facts = build_network(
-            builder.variant, graph, options_from_job(job), log=log, tick=_tick
-        )
+        timings = Path(job["timing_cache"]) if job["timing_cache"] else None
+        options = decode(NetworkOptions, job, strict=False, timing_cache=timings)
+        plan, facts = build_network(builder.variant, graph, options, log=log, tick=_tick)
         _write(Path(job["output"]), plan)
     except TwoTowerError as e:
         error = {"what": e.what, "found": e.found, "do": e.do}
@@ -52,21 +51,6 @@ def main(job_file: str) -> int:
     profiles = len(job["profiles"])
     _say({"inspected": inspect_plan(builder.variant, plan, probe_machine(), profiles=profiles)})
     return 0
-
-
-def options_from_job(job: dict[str, Any]) -> NetworkOptions:
-    """What `TensorRTBuilder` wrote into a job, read back."""
-    return NetworkOptions(
-        inputs=tuple(TensorSpec(name, dtype, tuple(axes)) for name, dtype, axes in job["inputs"]),
-        profiles=tuple(
-            Profile(p["name"], {k: (v[0], v[1], v[2]) for k, v in p["axes"].items()})
-            for p in job["profiles"]
-        ),
-        sms=tuple(job["sms"]),
-        current=bool(job.get("current")),
-        dtype=job["dtype"],
-        timing_cache=Path(job["timing_cache"]) if job["timing_cache"] else None,
-    )
 
 
 def _write(output: Path, plan: Any) -> None:

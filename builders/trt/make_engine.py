@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import onnx
 from twotower.builders.base import Report
 from twotower.builders.cache import EngineCache
 from twotower.builders.trt.engine_plan import EnginePlan
-from twotower.bundle import Bundle, FileRecord, hash_file, write_json
+from twotower.bundle import Bundle, FileRecord, write_json
 from twotower.errors import BuildAbortedError, BuildError
 
 logger = logging.getLogger(__name__)
@@ -90,21 +89,16 @@ class EngineMaker:
 
     def make(self, plan: EnginePlan) -> tuple[FileRecord, dict[str, Any]]:
         """The engine's size and SHA-256, and what its build observed."""
-        file = plan.engine.file
-        output = self._folder / file
-
-        def tick(what: str) -> Callable[[int, int], None]:
-            return lambda done, total: self._report(f"{file}: {what}", done, total)
-
+        output = self._folder / plan.engine.file
         if self._cache is not None and not self._force:
-            found = self._cache.take(plan.key, output, tick=tick("from the cache"))
+            found = self._cache.take(plan.key, output, report=self._report)
             if found is not None:
                 return found.record, {**found.facts, "key": plan.key, "cached": True}
         facts = self._built(plan, output)
         if self._cache is not None:
-            record = self._cache.put(plan.key, output, facts, tick=tick("checksum"))
+            record = self._cache.put(plan.key, output, facts, report=self._report)
         else:
-            record = FileRecord(output.stat().st_size, hash_file(output))
+            record = FileRecord.of(output)
         return record, {**facts, "key": plan.key, "cached": False}
 
     def _built(self, plan: EnginePlan, output: Path) -> dict[str, Any]:
@@ -121,11 +115,11 @@ class EngineMaker:
             "output": str(output),
         }
 
-        def tick(phase: str, step: int, steps: int) -> None:
+        def tell(phase: str, step: int, steps: int) -> None:
             self._report(f"{output.name}: {phase}", step, steps)
 
         try:
-            facts = run_job({**plan.job, **places}, scratch, tick=tick)
+            facts = run_job({**plan.job, **places}, scratch, tick=tell)
         except RefusedError as e:
             raise _keep_failed(failed, plan, e) from e
         finally:
@@ -179,9 +173,7 @@ def _keep_failed(folder: Path, plan: EnginePlan, error: RefusedError) -> BuildEr
     return kind(error.what, found=found, do=do)
 
 
-def run_job(
-    job: dict[str, Any], scratch: Path, *, tick: Callable[[str, int, int], None]
-) -> dict[str, Any]:
+def run_job(job: dict[str, Any], scratch: Path, *, tick: Report) -> dict[str, Any]:
     """Builds one engine in a child process, which dies with this call.
 
     Raises:
@@ -219,9 +211,7 @@ def run_job(
     return {**result["done"], "inspector": result.get("inspected", died)}
 
 
-def _followed(
-    child: subprocess.Popen[str], tick: Callable[[str, int, int], None]
-) -> dict[str, Any]:
+def _followed(child: subprocess.Popen[str], tick: Report) -> dict[str, Any]:
     """What the child said in the end, all its lines as one; empty if it died before that."""
     assert child.stdout is not None
     result: dict[str, Any] = {}

@@ -31,6 +31,11 @@ class FileRecord:
     size: int
     sha256: str
 
+    @classmethod
+    def of(cls, path: Path, tick: Callable[[int], None] | None = None) -> FileRecord:
+        """The record of a file as it is now; `tick` gets the bytes of each piece read."""
+        return cls(path.stat().st_size, hash_file(path, tick))
+
 
 def hash_file(path: Path, tick: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file, read in bounded pieces; `tick` gets the bytes of each."""
@@ -47,11 +52,12 @@ def hash_file(path: Path, tick: Callable[[int], None] | None = None) -> str:
 def file_records(
     folder: Path, known: Mapping[str, FileRecord] | None = None
 ) -> dict[str, FileRecord]:
-    """Every file of a folder by name, hashed unless its record is known."""
+    """Every file below a folder by its path in it, hashed unless its record is known."""
     out = dict(known or {})
-    for path in folder.iterdir():
-        if path.name not in out:
-            out[path.name] = FileRecord(path.stat().st_size, hash_file(path))
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in out:
+            out[name] = FileRecord.of(path)
     return dict(sorted(out.items()))
 
 

@@ -16,14 +16,11 @@ from tests.helpers.bundles import flip_byte
 from tests.helpers.errors import fails
 from tests.helpers.processes import environment
 from twotower.builders import cache as cache_module
+from twotower.builders.base import silent
 from twotower.builders.cache import EngineCache
 from twotower.errors import BuildError
 
 KEY = "a" * 32
-
-
-def quiet(done: int, total: int) -> None:
-    """Nobody watches."""
 
 
 @pytest.fixture
@@ -46,14 +43,14 @@ def names(cache: EngineCache) -> set[str]:
 
 def test_what_was_put_is_taken_as_the_same_file(cache: EngineCache, tmp_path: Path) -> None:
     made = engine(tmp_path / "new")
-    record = cache.put(KEY, made, {"layers": 3}, tick=quiet)
+    record = cache.put(KEY, made, {"layers": 3}, report=silent)
     assert record.size == 300
-    assert cache.take("b" * 32, tmp_path / "other", tick=quiet) is None
-    seen: list[tuple[int, int]] = []
-    entry = cache.take(KEY, tmp_path / "taken", tick=lambda done, total: seen.append((done, total)))
+    assert cache.take("b" * 32, tmp_path / "other", report=silent) is None
+    seen: list[tuple[object, ...]] = []
+    entry = cache.take(KEY, tmp_path / "taken", report=lambda *told: seen.append(told))
     assert entry is not None
     assert (entry.record, entry.facts) == (record, {"layers": 3})
-    assert seen[-1] == (300, 300)
+    assert seen[-1] == ("taken: from the cache", 300, 300)
     files = (made, tmp_path / "taken", cache.folder / f"{KEY}.engine")
     assert len({file.stat().st_ino for file in files}) == 1, "no byte is copied"
 
@@ -66,8 +63,8 @@ def test_another_file_system_gets_a_copy(
 
     monkeypatch.setattr(cache_module.os, "link", refuse)
     made = engine(tmp_path / "new")
-    record = cache.put(KEY, made, {}, tick=quiet)
-    entry = cache.take(KEY, tmp_path / "taken", tick=quiet)
+    record = cache.put(KEY, made, {}, report=silent)
+    entry = cache.take(KEY, tmp_path / "taken", report=silent)
     assert entry is not None
     assert entry.record == record
     assert (tmp_path / "taken").read_bytes() == made.read_bytes()
@@ -78,7 +75,7 @@ def test_another_file_system_gets_a_copy(
 def test_a_damaged_entry_is_no_entry(
     cache: EngineCache, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
-    cache.put(KEY, engine(tmp_path / "new"), {}, tick=quiet)
+    cache.put(KEY, engine(tmp_path / "new"), {}, report=silent)
     file, note = cache.folder / f"{KEY}.engine", cache.folder / f"{KEY}.json"
     if damage == "flipped":
         flip_byte(file, 100)
@@ -89,20 +86,20 @@ def test_a_damaged_entry_is_no_entry(
     else:
         (file if damage == "no engine" else note).unlink()
     with caplog.at_level(logging.WARNING):
-        assert cache.take(KEY, tmp_path / "taken", tick=quiet) is None
+        assert cache.take(KEY, tmp_path / "taken", report=silent) is None
     assert not (tmp_path / "taken").exists()
     assert bool(caplog.records) == (damage in ("flipped", "truncated", "garbage")), (
         "damage is told; an entry that is not there is not"
     )
     new = engine(tmp_path / "new", "again.engine")
-    cache.put(KEY, new, {}, tick=quiet)
-    assert cache.take(KEY, tmp_path / "taken", tick=quiet) is not None
+    cache.put(KEY, new, {}, report=silent)
+    assert cache.take(KEY, tmp_path / "taken", report=silent) is not None
 
 
 def test_putting_never_writes_through_a_link_in_use(cache: EngineCache, tmp_path: Path) -> None:
     used = engine(tmp_path / "new", "used.engine", b"old" * 100)
-    cache.put(KEY, used, {}, tick=quiet)
-    cache.put(KEY, engine(tmp_path / "new", "newer.engine", b"new" * 100), {}, tick=quiet)
+    cache.put(KEY, used, {}, report=silent)
+    cache.put(KEY, engine(tmp_path / "new", "newer.engine", b"new" * 100), {}, report=silent)
     assert used.read_bytes() == b"old" * 100
 
 
@@ -110,13 +107,13 @@ def test_the_least_recently_used_go_first_and_what_is_in_use_is_free(
     cache: EngineCache, tmp_path: Path
 ) -> None:
     used = engine(tmp_path / "new", "used.engine", b"u" * 5000)
-    cache.put("used", used, {}, tick=quiet)
+    cache.put("used", used, {}, report=silent)
     for i, key in enumerate(("one", "two", "three", "four")):
         made = engine(tmp_path / "new", f"{key}.engine", key.encode() * 80)
-        cache.put(key, made, {}, tick=quiet)
+        cache.put(key, made, {}, report=silent)
         made.unlink()
         os.utime(cache.folder / f"{key}.json", (1000 + i, 1000 + i))
-    cache.take("one", tmp_path / "taken", tick=quiet)
+    cache.take("one", tmp_path / "taken", report=silent)
     (tmp_path / "taken").unlink()
     assert cache.trim() == ["two"], "240 + 400 + 320 bytes are within 1000; the first was used last"
     assert cache.find("used") is not None
@@ -128,7 +125,7 @@ def test_the_least_recently_used_go_first_and_what_is_in_use_is_free(
 def test_what_killed_processes_left_is_swept(
     cache: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache.put(KEY, engine(tmp_path / "new"), {}, tick=quiet)
+    cache.put(KEY, engine(tmp_path / "new"), {}, report=silent)
     for name in (".half.1234", "lonely.engine", "lonelier.json"):
         (cache.folder / name).write_text("{}")
     cache.trim()
@@ -159,7 +156,7 @@ def test_a_full_cache_loses_the_entry_and_not_the_engine(
     monkeypatch.setattr(cache_module.os, "link", full)
     monkeypatch.setattr(cache_module.shutil, "copyfile", full)
     made = engine(tmp_path / "new")
-    assert cache.put(KEY, made, {}, tick=quiet).size == 300
+    assert cache.put(KEY, made, {}, report=silent).size == 300
     assert "No space left" in caplog.text
     assert not names(cache)
 
@@ -172,7 +169,7 @@ def test_writers_at_once_leave_one_sound_entry(cache: EngineCache, tmp_path: Pat
         "cache = EngineCache(folder / 'cache', 1000)\n"
         "for i in range(30):\n"
         "    file = folder / f'{who}.{i}'; file.write_bytes((who * 1000).encode())\n"
-        f"    cache.put('{KEY}', file, {{'who': who}}, tick=lambda a, b: None)\n"
+        f"    cache.put('{KEY}', file, {{'who': who}}, report=lambda *told: None)\n"
     )
     writers = [
         subprocess.Popen([sys.executable, "-c", script, str(tmp_path), who], env=environment())
@@ -182,7 +179,7 @@ def test_writers_at_once_leave_one_sound_entry(cache: EngineCache, tmp_path: Pat
     while any(w.poll() is None for w in writers) or not taken:
         target = tmp_path / "taken"
         target.unlink(missing_ok=True)
-        entry = cache.take(KEY, target, tick=quiet)
+        entry = cache.take(KEY, target, report=silent)
         if entry is not None:
             taken += 1
             assert target.read_bytes() == entry.facts["who"].encode() * 1000

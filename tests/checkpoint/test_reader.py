@@ -580,21 +580,9 @@ def test_chunks_are_whole_elements_of_what_the_library_reads(
     assert max(map(len, pieces)) <= max(chunk, want.itemsize)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_read_into_fills_a_buffer_of_the_right_size_only(stored: Stored, name: str) -> None:
-    tensor, want = stored[0][name], stored[1][name]
-    for buffer in (bytearray(tensor.nbytes), np.empty(tensor.shape, np.dtype(f"u{want.itemsize}"))):
-        tensor.read_into(buffer)
-        assert bytes(memoryview(buffer).cast("B")) == raw(want)
-    for wrong in (tensor.nbytes - 1, tensor.nbytes + 1, 0):
-        with pytest.raises(ValueError, match=name):
-            tensor.read_into(bytearray(wrong))
-
-
 WAYS: dict[str, Callable[[Tensor], Any]] = {
     "numpy": lambda tensor: tensor.numpy(),
     "chunks": lambda tensor: list(tensor.chunks(4096)),
-    "read_into": lambda tensor: tensor.read_into(bytearray(tensor.nbytes)),
 }
 
 

@@ -106,7 +106,7 @@ STEPS: dict[str, tuple[Any, str]] = {
     "saving a graph": (exporter_module, "save_program"),
     "copying the tokenizer": (exporter_module.shutil, "copyfile"),
     "writing the report": (exporter_module, "write_json"),
-    "hashing the small files": (exporter_module, "hash_file"),
+    "hashing the small files": (exporter_module, "file_records"),
     "publishing": (Path, "rename"),
 }
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from twotower.checkpoint.generation_defaults import read_eos_token_ids
 from twotower.checkpoint.layout import expected_tensors
-from twotower.checkpoint.shard import HeaderError, StoredTensor, Tensor, read_header, refuse_repeats
+from twotower.checkpoint.shard import (
+    FLOAT_DTYPES,
+    HeaderError,
+    Tensor,
+    read_header,
+    refuse_repeats,
+)
 from twotower.config import ModelConfig, read_model_config
-from twotower.dtypes import DTYPES, FLOATS
 from twotower.errors import CheckpointError
-from twotower.files import hash_file, inside
+from twotower.files import FileRecord, inside
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-FLOAT_DTYPES = {DTYPES[name].safetensors: name for name in FLOATS}
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.txt"]
 _LISTED = 20
 _NAME = 80
@@ -67,22 +71,12 @@ class Checkpoint:
                 found="; ".join(problems[:_LISTED]) + more,
                 do="download the files named above again, or use their own config.json",
             )
-        tensors = {}
-        for name, (file, stored) in shards.stored.items():
-            dtype = FLOAT_DTYPES[stored.dtype]
-            tensors[name] = Tensor(name, dtype, stored.shape, file, stored.offset, stored.nbytes)
-        return cls(root, config, tensors)
+        return cls(root, config, shards.stored)
 
     def identity(self, tick: Callable[[int], None] | None = None) -> dict[str, dict[str, Any]]:
         """Size and SHA-256 of every shard by its path in the folder; reads every byte."""
         files = sorted({t.file for t in self.tensors.values()})
-        return {
-            f.relative_to(self.path).as_posix(): {
-                "size": f.stat().st_size,
-                "sha256": hash_file(f, tick),
-            }
-            for f in files
-        }
+        return {f.relative_to(self.path).as_posix(): asdict(FileRecord.of(f, tick)) for f in files}
 
 
 def locate_checkpoint(name: str) -> Path:
@@ -125,7 +119,7 @@ class _Shards:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self.stored: dict[str, tuple[Path, StoredTensor]] = {}
+        self.stored: dict[str, Tensor] = {}
         self.problems: list[str] = []
 
     def read(self) -> None:
@@ -181,13 +175,13 @@ class _Shards:
             return False
         for tensor, entry in header.items():
             if tensor in self.stored:
-                first = self.stored[tensor][0].name
+                first = self.stored[tensor].file.name
                 self.problems.append(f"{tensor}: stored twice, in {first} and {name}")
             elif index is not None and index.get(tensor) != name:
                 listed = index.get(tensor)
                 says = "does not list it" if listed is None else f"says {_short(listed)}"
                 self.problems.append(f"{tensor}: stored in {name}, but the index {says}")
-            self.stored[tensor] = (path, entry)
+            self.stored[tensor] = entry
         return True
 
     def _path_of(self, name: str) -> Path | None:
@@ -214,10 +208,10 @@ class _Shards:
             if name not in self.stored:
                 yield f"{name}: missing"
                 continue
-            got = self.stored[name][1]
+            got = self.stored[name]
             if got.shape != want.shape:
                 yield f"{name}: shape {list(got.shape)} instead of {list(want.shape)}"
-            if got.dtype not in FLOAT_DTYPES:
+            if got.dtype not in FLOAT_DTYPES.values():
                 yield f"{name}: dtype {got.dtype} instead of one of {', '.join(FLOAT_DTYPES)}"
         yield from (
             f"{name}: not part of this model" for name in self.stored if name not in expected

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twotower.dtypes import carried_dtype, item_bytes, to_float32
+from twotower.dtypes import DTYPES, FLOATS, carried_dtype, item_bytes, to_float32
 from twotower.errors import CheckpointError
 
 _TYPES_BY_BYTES = {
@@ -25,6 +25,9 @@ _TYPES_BY_BYTES = {
     1: ("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"),
 }
 _ITEM_BYTES = {name: size for size, names in _TYPES_BY_BYTES.items() for name in names}
+FLOAT_DTYPES = {DTYPES[name].safetensors: name for name in FLOATS}
+"""Our names of the types that weights can have, by those of the format."""
+
 _MAX_HEADER = 100_000_000  # the format's own bound
 _MAX_AXES = 64
 _SHOWN = 200
@@ -34,17 +37,7 @@ class HeaderError(Exception):
     """Why a file is not a sound safetensors file; the caller adds which one and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One entry of a header: dtype as the format writes it, absolute byte offset in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path) -> dict[str, Tensor]:
     """Reads the header of one file; no tensor data are touched.
 
     HeaderError if the file is truncated, oversized, or its header is not sound.
@@ -67,9 +60,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(raw, dict):
         raise HeaderError("its header is not a JSON object")
     raw.pop("__metadata__", None)
-    start = 8 + length
-    out = {name: _stored(name, entry, start) for name, entry in raw.items()}
-    end = start
+    end = 8 + length
+    out = {name: _stored(name, entry, path, end) for name, entry in raw.items()}
     for tensor in sorted(out.values(), key=lambda t: (t.offset, t.nbytes)):
         if tensor.offset != end:
             raise HeaderError(f"its tensors overlap or leave a hole at byte {end}")
@@ -89,7 +81,7 @@ def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _stored(name: str, entry: Any, start: int) -> StoredTensor:
+def _stored(name: str, entry: Any, path: Path, start: int) -> Tensor:
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         first, last = entry["data_offsets"]
@@ -105,14 +97,16 @@ def _stored(name: str, entry: Any, start: int) -> StoredTensor:
     if not sound or last - first != math.prod(shape) * _ITEM_BYTES[dtype]:
         shown = f"dtype {dtype!r}, shape {list(shape)}, bytes {first!r} to {last!r}"
         raise HeaderError(f"the entry of {name!r} is malformed: {shown[:_SHOWN]}")
-    return StoredTensor(dtype, shape, start + first, last - first)
+    known = FLOAT_DTYPES.get(dtype, dtype)
+    return Tensor(name, known, shape, path, start + first, last - first)
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """One tensor of a checkpoint, not yet read: `nbytes` from byte `offset` of a shard.
 
-    `name` is the published one; `dtype` is `float32`, `float16` or `bfloat16`.
+    `name` is the published one; `dtype` is `float32`, `float16` or `bfloat16` in a checkpoint that
+    was opened, and of other types the name in the header.
     """
 
     # Plain reads and no mapping: pages of a mapping count as the process's own (RSS) until the
@@ -125,23 +119,6 @@ class Tensor:
     file: Path
     offset: int
     nbytes: int
-
-    def read_into(self, buffer: Any) -> None:
-        """Fills a writable contiguous buffer with the tensor's raw little-endian bytes.
-
-        Raises:
-            ValueError: the buffer is not of `nbytes` bytes.
-            CheckpointError: the shard became shorter since it was opened.
-        """
-        view = memoryview(buffer)
-        if view.nbytes != self.nbytes:
-            raise ValueError(f"{self.name} has {self.nbytes} bytes, the buffer {view.nbytes}")
-        if not view.nbytes:
-            return
-        view = view.cast("B")
-        with self.file.open("rb", buffering=0) as file:
-            file.seek(self.offset)
-            self._fill(file, view)
 
     def chunks(self, chunk_bytes: int) -> Iterator[npt.NDArray[np.uint8]]:
         """Its raw little-endian bytes in pieces of at most `chunk_bytes`, but one element at least.
@@ -159,11 +136,10 @@ class Tensor:
 
     def numpy(self) -> npt.NDArray[Any]:
         """The whole tensor in an array of its own, bfloat16 widened to float32."""
-        out = np.empty(self.shape, carried_dtype(self.dtype))
-        self.read_into(out.reshape(-1))
+        (raw,) = self.chunks(self.nbytes)
         if self.dtype == "bfloat16":
-            return to_float32(out, self.dtype)
-        return out
+            return to_float32(raw, self.dtype).reshape(self.shape)
+        return raw.view(carried_dtype(self.dtype)).reshape(self.shape)
 
     def _fill(self, file: Any, view: memoryview) -> None:
         done = 0
