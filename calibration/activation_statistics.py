@@ -126,11 +126,6 @@ class TowerStatistics:
             "squares": self.squares,
         }
 
-    def copy(self) -> TowerStatistics:
-        """The same numbers in arrays of their own."""
-        arrays = {name: array.copy() for name, array in self.arrays().items()}
-        return TowerStatistics(self.names, self.buckets, **arrays)
-
 
 @dataclass(frozen=True, slots=True)
 class Statistics:

@@ -8,7 +8,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from copy import deepcopy
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from twotower.builders import build_engines, builder_for
+from twotower.builders.base import Report, silent
 from twotower.bundle import GRAPH_FILES, Bundle, engine_folder, unpublished, write_json
 from twotower.calibration.activation_statistics import (
     CONTEXT_BUCKETS,
@@ -60,27 +62,16 @@ from twotower.spec import (
 from twotower.weights.declared import lay_out
 
 Array = npt.NDArray[Any]
-Report = Callable[[str, int, int], None]
 _TARGET = "ort-cpu"
 _KEEP_EVERY_SECONDS = 20.0
 _WATCHED_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CollectConfig:
-    """Options of one calibration; `generation` serves prompts without options of their own.
-
-    A prompt without a seed takes seed 0, so that a run that goes on draws the same.
-    """
-
-    generation: GenerationConfig
 
 
 def collect(
     bundle: Bundle,
     requests: Sequence[Request],
     output: Path,
-    config: CollectConfig,
+    generation: GenerationConfig,
     *,
     draw: Callable[[Statistics], Mapping[str, bytes]] | None = None,
     report: Report | None = None,
@@ -89,8 +80,9 @@ def collect(
 
     The bundle's `ort-cpu` engine is built if it is not there. What was gathered is kept beside the
     folder from time to time; the same prompts and options go on from there with the same result,
-    number for number. `draw` makes pictures (file name -> content); `report` is called with (what,
-    prompts done, prompts in all).
+    number for number. `generation` serves prompts without options of their own; one without a seed
+    takes seed 0, so that a run that goes on draws the same. `draw` makes pictures (file name ->
+    content); `report` is called with (what, prompts done, prompts in all).
 
     Raises:
         CalibrationError: the folder exists, no prompts, or an activation that is not finite.
@@ -108,9 +100,9 @@ def collect(
         raise CalibrationError(
             "there is nothing to calibrate on", found="no prompts", do="name a file with prompts"
         )
-    tell = report or (lambda what, done, total: None)
+    tell = report or silent
     build_engines(bundle, _TARGET, builder_for(_TARGET), report=tell)
-    key = _key(bundle, requests, config)
+    key = _key(bundle, requests, generation)
     kept = output.absolute().parent / f".{output.name}.{key[:12]}.unfinished"
     graphs = {name: _WatchedGraph(bundle, name) for name in (CONTEXT, DENOISER)}
     run = _Gathered(kept, key, identity_of(bundle), graphs)
@@ -119,7 +111,7 @@ def collect(
         tempfile.TemporaryDirectory(prefix="twotower-calibrate-") as scratch,
         _opened(bundle, graphs, run, Path(scratch)) as model,
     ):
-        _gather(model, run, requests, config, tell)
+        _gather(model, run, requests, generation, tell)
     facts = {
         "bundle": bundle.path.resolve().name,
         "dtype": bundle.dtype,
@@ -128,7 +120,7 @@ def collect(
         "passes": run.passes,
         "blocks": run.blocks,
         "tokens": run.tokens,
-        "generation": config.generation.seeded().to_json(),
+        "generation": generation.seeded().to_json(),
     }
     statistics = Statistics(output, identity_of(bundle), run.towers, facts)
     try:
@@ -152,13 +144,8 @@ def watched_chunk(config: ModelConfig) -> int:
     hidden = config.n_routed_experts * config.moe_intermediate_size
     experts = hidden * len(config.indices(LayerKind.MOE))
     others = len(config.layers) * 2 * (config.hidden_size + config.mamba_inner)
-    return int(
-        np.clip(
-            _WATCHED_BYTES // (4 * (experts + others)),
-            16,
-            MAX_CHUNK,
-        )
-    )
+    tokens = _WATCHED_BYTES // (4 * (experts + others))
+    return max(16, min(tokens, MAX_CHUNK))
 
 
 class _WatchedGraph:
@@ -306,20 +293,20 @@ def _gather(
     model: TwoTower,
     run: _Gathered,
     requests: Sequence[Request],
-    config: CollectConfig,
+    generation: GenerationConfig,
     tell: Report,
 ) -> None:
     """Generates from every prompt that is not done yet; all are checked before the first."""
     wanted = []
     for request in requests:
-        given = (request.config or config.generation).seeded()
+        given = (request.config or generation).seeded()
         wanted.append(Request(request.prompt, replace(given, mode="diffusion")))
     model.stream(wanted).close()  # checks, and does no work
     kept_at = time.monotonic()
     try:
         while run.done < len(wanted):
             tell("calibrating", run.done, len(wanted))
-            before = {name: seen.copy() for name, seen in run.towers.items()}
+            before = deepcopy(run.towers)
             try:
                 result = model.generate(wanted[run.done])
             except BaseException:
@@ -340,12 +327,12 @@ def _gather(
     tell("calibrating", run.done, len(wanted))
 
 
-def _key(bundle: Bundle, requests: Sequence[Request], config: CollectConfig) -> str:
+def _key(bundle: Bundle, requests: Sequence[Request], generation: GenerationConfig) -> str:
     """What must be the same for a run to go on with what another gathered."""
     prompts = []
     for request in requests:
         prompt = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
         prompts.append([prompt, request.config.to_json() if request.config else None])
     graphs = [bundle.graph_identity(name) for name in GRAPH_FILES]
-    facts = {"graphs": graphs, "prompts": prompts, "generation": asdict(config.generation)}
+    facts = {"graphs": graphs, "prompts": prompts, "generation": asdict(generation)}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

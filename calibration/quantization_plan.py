@@ -14,6 +14,7 @@ from twotower.config.formats import ACTIVATIONS, WeightFormat
 from twotower.errors import BundleError, CalibrationError, ConfigError
 from twotower.export.graphs.precision import ActivationFormat, Precision
 from twotower.export.graphs.tower_graphs import TowerGraph, build_graph
+from twotower.records import decode
 
 RANGES = ("max", "percentile", "mse")
 SOURCES = ("trajectories", "text")
@@ -132,10 +133,7 @@ def precision_of(bundle: Bundle) -> Precision:
     assert facts is not None
     described = {key: value for key, value in facts["recipe"].items() if key != "name"}
     recipe = Recipe.from_mapping(facts["recipe"]["name"], described)
-    activations = {
-        name: ActivationFormat(how["dtype"], how["scale"])
-        for name, how in facts["activations"].items()
-    }
+    activations = decode(dict[str, ActivationFormat], facts["activations"])
     return Precision(_formats(recipe, quantizable_of(bundle)), activations)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from twotower import __version__
+from twotower.builders.base import Report
 from twotower.bundle import (
     DATA_SUFFIX,
     GRAPH_FILES,
@@ -32,8 +33,6 @@ from twotower.graph_lint import require_clean
 from twotower.records import encode
 from twotower.weights.declared import lay_out
 from twotower.weights.writer import byte_counter
-
-Report = Callable[[str, int, int], None]
 
 
 def quantize_bundle(

@@ -109,12 +109,12 @@ class _Quantizer:
         parts = list(ref.split(max(_PIECE // ref.shape[-1], 1)))
         dtype, shared = self._source.dtype, None
         if how.scale_dtype:
-            amax = max(self._pool.map(lambda part: self._amax(name, self._rows(part)), parts))
+            amax = max(self._pool.map(lambda part: _amax(name, _read(self._data, part)), parts))
             shared = self._scales[f"{name}.global_scale"] = global_scale(amax, how, dtype)
 
         def quantize(part: WeightRef) -> tuple[npt.NDArray[np.uint8], Array]:
-            rows = self._rows(part)
-            self._amax(name, rows)
+            rows = _read(self._data, part)
+            _amax(name, rows)
             values, scale = quantize_rows(rows, how, dtype, rounding=self._rounding, shared=shared)
             return pack(values, how.dtype), scale
 
@@ -123,20 +123,6 @@ class _Quantizer:
             scales.append(scale)
             yield packed
         self._scales[f"{name}.scale"] = np.concatenate(scales)
-
-    def _rows(self, part: WeightRef) -> npt.NDArray[np.float32]:
-        return _read(self._data, part)
-
-    @staticmethod
-    def _amax(name: str, rows: npt.NDArray[np.float32]) -> float:
-        amax = float(np.abs(rows).max(initial=0.0))
-        if not math.isfinite(amax):
-            raise BundleError(
-                f"weight {name} is not finite",
-                found="NaN or infinity among its values",
-                do="check the checkpoint: a model with such a weight computes nothing of use",
-            )
-        return amax
 
     def _in_order(
         self, work: Callable[[WeightRef], Any], items: Iterable[WeightRef]
@@ -149,6 +135,18 @@ class _Quantizer:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _amax(name: str, rows: npt.NDArray[np.float32]) -> float:
+    """The greatest magnitude; BundleError where it is not finite."""
+    amax = float(np.abs(rows).max(initial=0.0))
+    if not math.isfinite(amax):
+        raise BundleError(
+            f"weight {name} is not finite",
+            found="NaN or infinity among its values",
+            do="check the checkpoint: a model with such a weight computes nothing of use",
+        )
+    return amax
 
 
 def _read(data: npt.NDArray[np.uint8], ref: WeightRef) -> npt.NDArray[np.float32]:

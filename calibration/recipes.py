@@ -13,6 +13,7 @@ from twotower.checkpoint.layout import Role
 from twotower.config import ModelConfig
 from twotower.config.formats import ACTIVATIONS, FORMATS, GROUPS, WeightFormat, stored_format
 from twotower.errors import RecipeError
+from twotower.records import RecordError, decode, encode, stored
 from twotower.spec import DENOISER
 from twotower.weights.declared import QUANTIZABLE, declared_weights
 
@@ -74,7 +75,7 @@ class Recipe:
     weights: Mapping[str, str] = field(default_factory=dict)
     activations: tuple[str, ...] = ()
     group: int = 32
-    exceptions: tuple[RecipeOverride, ...] = ()
+    exceptions: tuple[RecipeOverride, ...] = field(default=(), metadata=stored("except"))
 
     def __post_init__(self) -> None:
         of = f"recipe {self.name!r}"
@@ -100,34 +101,18 @@ class Recipe:
     @classmethod
     def from_mapping(cls, name: str, data: Mapping[str, Any]) -> Recipe:
         """A recipe from a TOML table; RecipeError for unknown keys or unusable values."""
-        known = ("summary", "weights", "activations", "group", "except")
-        for key in data:
-            _require(key, known, f"recipe {name!r} has a key there is not")
         try:
-            fields: dict[str, Any] = {
-                "summary": str(data.get("summary", "")),
-                "weights": {str(k): str(v) for k, v in data.get("weights", {}).items()},
-                "activations": tuple(str(kind) for kind in data.get("activations", ())),
-                "group": int(data.get("group", 32)),
-                "exceptions": tuple(RecipeOverride(**entry) for entry in data.get("except", ())),
-            }
-        except (TypeError, ValueError, AttributeError) as e:
+            return decode(cls, data, name=name)
+        except RecordError as e:
             raise RecipeError(
                 f"recipe {name!r} is not written like one",
                 found=str(e),
                 do="see docs/quantization.md for the form",
             ) from e
-        return cls(name=name, **fields)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `from_mapping` reads it."""
-        return {
-            "summary": self.summary,
-            "weights": dict(self.weights),
-            "activations": list(self.activations),
-            "group": self.group,
-            "except": [e.to_json() for e in self.exceptions],
-        }
+        return dict(encode(self, leave_out=("name",)))
 
     def format_of(self, weight: QuantizableWeight) -> WeightFormat | None:
         """The format of a weight; None where it stays as it is."""

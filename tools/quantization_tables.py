@@ -26,7 +26,7 @@ from twotower.builders.trt.engine_inspector import expands_experts
 from twotower.bundle import Bundle
 from twotower.calibration import QuantizeConfig, builtin_recipes, plan_quantization, quantize_bundle
 from twotower.calibration.activation_statistics import Statistics
-from twotower.calibration.collect import CollectConfig, collect
+from twotower.calibration.collect import collect
 from twotower.cli.prompts import read_prompts
 from twotower.errors import BuildAbortedError, BuildError
 from twotower.evaluate.evaluation import interval_text
@@ -56,9 +56,7 @@ class Bench:
         )
         base = replace(self.full.defaults, max_new_tokens=160)
         requests = [Request(prompt, config) for prompt, config in read_prompts(PROMPTS, base)]
-        self.statistics: Statistics = collect(
-            self.full, requests, scratch / "statistics", CollectConfig(generation=base)
-        )
+        self.statistics: Statistics = collect(self.full, requests, scratch / "statistics", base)
 
     def quantized(
         self, recipe: str, bundle: Bundle | None = None, *, engine: bool = True, **options: Any

@@ -19,7 +19,7 @@ from tests.helpers.quantized import TINY, suite_prompts
 from twotower.bundle import Bundle
 from twotower.calibration import collect as collect_module
 from twotower.calibration.activation_statistics import Statistics
-from twotower.calibration.collect import CollectConfig, collect, watched_chunk
+from twotower.calibration.collect import collect, watched_chunk
 from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config import GenerationConfig, read_model_config
 from twotower.config.model import parse_model_config
@@ -29,7 +29,7 @@ from twotower.model.loading import load_context_tower, load_denoiser_tower
 from twotower.model.reference import reference_generate
 from twotower.runtime import Request, TwoTower
 
-CONFIG = CollectConfig(generation=GenerationConfig(max_new_tokens=32, ignore_eos=True))
+CONFIG = GenerationConfig(max_new_tokens=32, ignore_eos=True)
 PROMPTS = suite_prompts(5)
 
 
@@ -37,7 +37,7 @@ def gathered(
     bundle: Path,
     output: Path,
     prompts: tuple[Any, ...] = PROMPTS,
-    config: CollectConfig = CONFIG,
+    config: GenerationConfig = CONFIG,
     **options: Any,
 ) -> Statistics:
     return collect(Bundle.open(bundle), [Request(p) for p in prompts], output, config, **options)
@@ -76,7 +76,7 @@ def test_ranges_are_those_torch_sees(tiny_bundle: Path, whole: Statistics) -> No
     with TwoTower.open(tiny_bundle) as model:
         assert model.tokenizer is not None
         for prompt in PROMPTS:
-            reference_generate(towers, list(model.tokenizer.encode(prompt)), CONFIG.generation)  # type: ignore[arg-type]
+            reference_generate(towers, list(model.tokenizer.encode(prompt)), CONFIG)  # type: ignore[arg-type]
     watched = whole.towers["denoiser"]
     for i, name in enumerate(watched.names):
         if name in seen:
@@ -87,8 +87,7 @@ def test_ranges_are_those_torch_sees(tiny_bundle: Path, whole: Statistics) -> No
 @pytest.mark.slow
 def test_sampled_calibrations_are_the_same_again(tiny_bundle: Path, tmp_path: Path) -> None:
     config = GenerationConfig(max_new_tokens=32, ignore_eos=True, temperature=50.0)
-    options, some = CollectConfig(generation=config), PROMPTS[:2]
-    runs = [gathered(tiny_bundle, tmp_path / name, some, options) for name in ("a", "b")]
+    runs = [gathered(tiny_bundle, tmp_path / name, PROMPTS[:2], config) for name in ("a", "b")]
     assert_same(*runs)
     assert runs[0].facts["generation"]["seed"] == 0
 
@@ -161,9 +160,8 @@ def test_another_command_does_not_take_up_what_was_kept(
 ) -> None:
     with generated(monkeypatch, 2), pytest.raises(KeyboardInterrupt):
         gathered(tiny_bundle, tmp_path / "stats", PROMPTS[:3])
-    other = replace(CONFIG.generation, max_new_tokens=16)
-    config = CollectConfig(generation=other)
-    made = gathered(tiny_bundle, tmp_path / "stats", PROMPTS[:2], config)
+    other = replace(CONFIG, max_new_tokens=16)
+    made = gathered(tiny_bundle, tmp_path / "stats", PROMPTS[:2], other)
     assert made.facts["prompts"] == 2
 
 

@@ -94,10 +94,10 @@ HEAD = '[a]\nweights = { head = "int8" }\n'
         ('[a]\nactivations = ["mamba"]', "the inputs of mamba", "int8, fp8"),
         ('[a]\nweights = { mamba = "int4" }\nactivations = ["mamba"]', "inputs of mamba", "int4"),
         (HEAD + "group = 48", "the kernels of experts do not take", "48"),
-        ('[a]\nbits = 4', "a key there is not", "weights"),
+        ('[a]\nbits = 4', "is not written like one", "bits: unknown key; known: summary, weights"),
         (HEAD + 'except = [{ tower = "third" }]', "a tower there is not", "denoiser"),
         (HEAD + "except = [{ row = 1 }]", "is not written like one", "row"),
-        ('[a]\nweights = 8', "is not written like one", "items"),
+        ('[a]\nweights = 8', "is not written like one", "weights: 8, expected an object"),
         ("[a", "cannot read the recipe file", "Expected"),
     ],
 )  # fmt: skip

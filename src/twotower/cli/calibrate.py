@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     require_libraries("calibration", "onnx", "onnx_ir", "safetensors")
     require_libraries("calibration,cpu", "onnxruntime", what="generating from the prompts")
-    from twotower.calibration.collect import CollectConfig, collect
+    from twotower.calibration.collect import collect
     from twotower.cli.prompts import read_prompts
     from twotower.errors import ConfigError
     from twotower.evaluate.figures import draw_ranges
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             bundle,
             requests,
             Path(args.output),
-            CollectConfig(generation=base),
+            base,
             draw=None if args.no_plot else draw_ranges,
             report=line,
         )
