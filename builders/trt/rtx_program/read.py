@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 from twotower.builders.trt.rtx_program.analysis import copied_caches, expanded_weights, with_scopes
 from twotower.builders.trt.rtx_program.program import Kernel, Program, Region, Tensor
@@ -14,7 +14,6 @@ from twotower.builders.trt.rtx_program.text import (
     ProgramText,
     Statement,
     greatest_sizes,
-    header_fields,
     program_texts,
     split_text,
     unreadable,
@@ -51,12 +50,7 @@ _DATA = frozenset(
 """Inputs of our graphs that are data, states left out; any other input of a program is a weight."""
 
 
-def read_programs(
-    plan: PlanBytes,
-    *,
-    profiles: int | None = None,
-    data_inputs: Collection[str] | None = None,
-) -> tuple[Program, ...]:
+def read_programs(plan: PlanBytes, *, profiles: int | None = None) -> tuple[Program, ...]:
     """The compiled programs of a TensorRT for RTX plan, one for every optimization profile.
 
     Nothing is loaded and no GPU is needed; what is told are launches, fusions and memory as the
@@ -65,12 +59,11 @@ def read_programs(
     Args:
         plan: The serialized engine.
         profiles: How many profiles it was built with, where that is known.
-        data_inputs: Inputs that are data; other inputs are weights. None for those of our graphs.
 
     Raises:
         ProgramTextError: there is none, it is damaged, or its layout is unknown.
     """
-    programs = [read_program_text(text, data_inputs=data_inputs) for text in program_texts(plan)]
+    programs = [read_program_text(text) for text in program_texts(plan)]
     numbers = sorted(program.profile for program in programs)
     expected = list(range(profiles if profiles is not None else max(len(programs), 1)))
     if numbers != expected:
@@ -79,26 +72,27 @@ def read_programs(
     return tuple(sorted(programs, key=lambda program: program.profile))
 
 
-def read_program_text(text: str, *, data_inputs: Collection[str] | None = None) -> Program:
-    """One program from its text; arguments and errors as of `read_programs`."""
+def read_program_text(text: str) -> Program:
+    """One program from its text; errors as of `read_programs`."""
     parts = split_text(text)
-    fields = header_fields(parts.header)
-    if fields.get("version") != str(LAYOUT):
-        raise unreadable(f"its layout is {fields.get('version', 'not stated')}")
+    header = parts.header
+    layout = header.word("version")
+    if layout != str(LAYOUT):
+        raise unreadable(f"its layout is {layout or 'not stated'}")
     tensors = _Tensors(parts)
     main = [s for s in parts.statements("main") if s.operation not in _HOST]
     kernels = [_kernel(s, tensors) for s in main if s.operation not in _EVENTS]
     if not kernels:
         raise unreadable("it launches nothing")
     program = Program(
-        profile=_profile(parts),
-        sms=_sms(parts),
+        profile=_profile(header),
+        sms=_sms(header),
         kernels=with_scopes(kernels),
-        streams=_count(fields, "n_streams"),
-        events=_count(fields, "n_events"),
+        streams=header.number("n_streams"),
+        events=header.number("n_events"),
         signals=sum(s.operation == "signal" for s in main),
         waits=sum(s.operation == "wait" for s in main),
-        capturable={"1": True, "0": False}.get(fields.get("stream_capturable", "")),
+        capturable={"1": True, "0": False}.get(header.word("stream_capturable") or ""),
         regions=tensors.regions,
         tensors={name: tensors[name] for k in kernels for name in (*k.reads, *k.writes)},
         expanded=(),
@@ -106,39 +100,31 @@ def read_program_text(text: str, *, data_inputs: Collection[str] | None = None) 
     )
     if any(not 0 <= s.number("stream") < program.streams for s in main):
         raise unreadable(f"it uses more streams than the {program.streams} it states")
-    weights = _weight_inputs(parts, data_inputs)
     return replace(
         program,
-        expanded=expanded_weights(program, weights),
+        expanded=expanded_weights(program, _weight_inputs(header)),
         copied=copied_caches(program),
     )
 
 
-def _count(fields: Mapping[str, str], key: str) -> int:
-    value = fields.get(key, "")
-    if not value.isdecimal():
-        raise unreadable(f"its header has no number '{key}'")
-    return int(value)
-
-
-def _sms(parts: ProgramText) -> tuple[int, ...]:
-    found = re.search(r"^  accelerators=\{([^}]*)\}", parts.header, re.MULTILINE)
+def _sms(header: Statement) -> tuple[int, ...]:
+    found = re.search(r"^  accelerators=\{([^}]*)\}", header.body, re.MULTILINE)
     if found is None:
         raise unreadable("its header does not state what it was compiled for")
     words = found[1].split()
     return tuple(sorted(int(w[2:]) for w in words if re.fullmatch(r"sm\d+", w)))
 
 
-def _names_of(parts: ProgramText, key: str) -> tuple[str, ...]:
-    names = Statement("header", parts.header).names(key)
+def _names_of(header: Statement, key: str) -> tuple[str, ...]:
+    names = header.names(key)
     if names is None:
         raise unreadable(f"its header has no list '{key}'")
     return names
 
 
-def _profile(parts: ProgramText) -> int:
+def _profile(header: Statement) -> int:
     """Names of all but the first profile carry its number; those the compiler gave do not."""
-    given = [*_names_of(parts, "inputs"), *_names_of(parts, "outputs")]
+    given = [*_names_of(header, "inputs"), *_names_of(header, "outputs")]
     names = [name for name in given if not name.startswith(_COMPILERS_OWN)]
     found = set()
     for name in names:
@@ -149,11 +135,9 @@ def _profile(parts: ProgramText) -> int:
     return found.pop()
 
 
-def _weight_inputs(parts: ProgramText, data_inputs: Collection[str] | None) -> frozenset[str]:
-    shapes = set(Statement("header", parts.header).names("shape_inputs") or ())
-    names = {_plain(name) for name in _names_of(parts, "inputs") if name not in shapes}
-    if data_inputs is not None:
-        return frozenset(names - set(data_inputs))
+def _weight_inputs(header: Statement) -> frozenset[str]:
+    shapes = set(header.names("shape_inputs") or ())
+    names = {_plain(name) for name in _names_of(header, "inputs") if name not in shapes}
     return frozenset(name for name in names - _DATA if not _STATE.fullmatch(name))
 
 
@@ -162,54 +146,45 @@ def _plain(name: str) -> str:
     return _VERSION.sub("", _PROFILE.sub("", name))
 
 
-@dataclass(frozen=True, slots=True)
-class _Descriptor:
-    """A line of `descriptors`: a tensor, or a view of one."""
-
-    base: str | None
-    tensor: Tensor
-
-
 class _Tensors:
     """Tensors of a program by the names its statements use; a view stands for what it views."""
 
     def __init__(self, parts: ProgramText) -> None:
-        self.regions = tuple(_region(m[1]) for m in _REGION.finditer(parts.header))
+        self.regions = tuple(_region(m[1]) for m in _REGION.finditer(parts.header.body))
         self._sizes = greatest_sizes(parts)
         self._shapes = {n for s in parts.host_statements() for n in s.names("output") or ()}
         known = {region.name for region in self.regions}
-        self._all: dict[str, _Descriptor] = {}
+        self._all: dict[str, Tensor] = {}
+        self._bases: dict[str, str] = {}  # what each view is of
         for statement in parts.statements("descriptors"):
-            made = self._descriptor(statement)
-            if made.tensor.region not in known | {""}:
-                raise unreadable(f"a tensor lies in an unknown region '{made.tensor.region}'")
-            self._all[statement.word("name") or ""] = made
-
-    def is_shape(self, name: str) -> bool:
-        """Whether it is a size that the host works out, and no data."""
-        return name in self._shapes
+            made = self._described(statement)
+            if made.region not in known | {""}:
+                raise unreadable(f"a tensor lies in an unknown region '{made.region}'")
+            name, base = statement.word("name") or "", statement.word("base")
+            self._all[name] = made
+            if base is not None and statement.operation == "sub_tensor":
+                self._bases[name] = base
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor a plain name stands for."""
-        return self._all[name].tensor
+        return self._all[name]
 
     def resolve(self, names: Sequence[str]) -> tuple[str, ...]:
         """Keys of the tensors a statement names, views resolved and sizes left out."""
         out = []
         for name in names:
-            if self.is_shape(name):
+            if name in self._shapes:  # a size that the host works out, and no data
                 continue
-            for _ in range(len(self._all)):
-                found = self._all.get(name)
-                if found is None:
-                    raise unreadable(f"a kernel names a tensor that is not described: '{name}'")
-                if found.base is None:
+            for _ in self._bases:  # so often at most, should views be of one another
+                if name not in self._bases:
                     break
-                name = found.base
+                name = self._bases[name]
+            if name not in self._all:
+                raise unreadable(f"a kernel names a tensor that is not described: '{name}'")
             out.append(name)
         return tuple(out)
 
-    def _descriptor(self, statement: Statement) -> _Descriptor:
+    def _described(self, statement: Statement) -> Tensor:
         if statement.operation not in ("tensor", "sub_tensor"):
             raise unreadable(f"it describes a '{statement.operation}'")
         name, dtype = statement.word("name"), statement.word("type")
@@ -217,15 +192,12 @@ class _Tensors:
         if name is None or dtype is None or listed is None:
             raise unreadable(f"a description lacks name, type or dims: {statement.body[:60]!r}")
         dims = _DIM.findall(listed[1])
-        return _Descriptor(
-            base=statement.word("base") if statement.operation == "sub_tensor" else None,
-            tensor=Tensor(
-                name=_plain(name),
-                dtype=dtype,
-                dims=tuple(self._sizes.get(var) if var else int(number) for var, number in dims),
-                region=statement.word("region") or "",
-                fixed=not any(var for var, _ in dims),
-            ),
+        return Tensor(
+            name=_plain(name),
+            dtype=dtype,
+            dims=tuple(self._sizes.get(var) if var else int(number) for var, number in dims),
+            region=statement.word("region") or "",
+            fixed=not any(var for var, _ in dims),
         )
 
 

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
-from types import MappingProxyType
 
 from twotower.errors import BuildError
 
@@ -72,9 +71,12 @@ class Statement:
 
 @dataclass(frozen=True, slots=True)
 class ProgramText:
-    """The four sections of a program; the last is empty where all shapes are fixed."""
+    """The four sections of a program; the last is empty where all shapes are fixed.
 
-    header: str
+    `header` has keys and values as a statement has.
+    """
+
+    header: Statement
     descriptors: str
     main: str
     shape_main: str
@@ -168,12 +170,13 @@ def split_text(text: str) -> ProgramText:
         raise unreadable(f"its section '{missing[0]}' is missing or has no end")
     if text[end:].strip():
         raise unreadable(f"it goes on after '{last}', or breaks off there")
-    return ProgramText(**{name: sections.get(name, "") for name in _SECTIONS})
-
-
-def header_fields(header: str) -> Mapping[str, str]:
-    """The header's lines `key = value` that hold one word each."""
-    return MappingProxyType(dict(re.findall(r"^  (\w+) ?= ?([^\s{}]+)$", header, re.MULTILINE)))
+    header, descriptors, main = (sections[name] for name in _SECTIONS[:3])
+    return ProgramText(
+        Statement("header", header),
+        descriptors,
+        main,
+        sections.get("shape_main", ""),
+    )
 
 
 _BOUNDS = re.compile(
