@@ -13,16 +13,10 @@ from twotower.tensorrt_library import Variant, load_tensorrt, load_tensorrt_rtx
 __all__ = ["BUILDERS", "BuildConfig", "EngineBuilder", "build_engines", "builder_for"]
 
 
-def _ort_cpu() -> EngineBuilder:
-    from twotower.builders.ort.cpu import OrtCpuBuilder
+def _onnx_runtime(target: str) -> EngineBuilder:
+    from twotower.builders.ort.cpu import make_builder
 
-    return OrtCpuBuilder()
-
-
-def _ort_cuda() -> EngineBuilder:
-    from twotower.builders.ort.cpu import make_cuda_builder
-
-    return make_cuda_builder()
+    return make_builder(target)
 
 
 def _tensorrt(load: Callable[[], Variant]) -> EngineBuilder:
@@ -33,8 +27,8 @@ def _tensorrt(load: Callable[[], Variant]) -> EngineBuilder:
 
 
 BUILDERS: dict[str, Callable[[], EngineBuilder]] = {
-    "ort-cpu": _ort_cpu,
-    "ort-cuda": _ort_cuda,
+    "ort-cpu": lambda: _onnx_runtime("ort-cpu"),
+    "ort-cuda": lambda: _onnx_runtime("ort-cuda"),
     "rtx": lambda: _tensorrt(load_tensorrt_rtx),
     "trt": lambda: _tensorrt(load_tensorrt),
 }

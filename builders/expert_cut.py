@@ -41,13 +41,18 @@ from twotower.weights.external import weight_refs
 _NUMBERED = re.compile(
     r"\b(layers|scale_shift_tables|past_key_values|past_conv|past_ssm|present|present_conv|present_ssm)\.(\d+)"
 )
-_ROLES = {
+_MATRICES = {
     "experts.up_proj.weight": "up",
     "experts.down_proj.weight": "down",
     "shared_experts.up_proj.weight": "shared_up",
     "shared_experts.down_proj.weight": "shared_down",
 }
 _PARTS = {"": "", ".scale": "_scale", ".global_scale": "_global_scale"}
+_ROLES = {
+    f"{stem}{part}": f"{matrix}{suffix}"
+    for stem, matrix in _MATRICES.items()
+    for part, suffix in _PARTS.items()
+}
 
 
 class ExpertCut:
@@ -123,7 +128,9 @@ class ExpertCut:
             shared_intermediate=config.shared_intermediate,
             dtype=self._dtype,
             formats={
-                matrix: found for matrix in _ROLES.values() if (found := _format(weights, matrix))
+                matrix: found
+                for matrix in _MATRICES.values()
+                if (found := _format(weights, matrix))
             },
             code="",
             weights=weights,
@@ -137,17 +144,8 @@ class ExpertCut:
         out: dict[str, TensorSpec] = {}
         for name, ref in weight_refs(self._model).items():
             _, found, rest = name.partition(f".layers.{layer}.mixer.")
-            role = next(
-                (
-                    f"{_ROLES[stem]}{_PARTS[part]}"
-                    for stem in _ROLES
-                    for part in _PARTS
-                    if rest == stem + part
-                ),
-                None,
-            )
-            if found and role:
-                out[role] = TensorSpec(name, ref.dtype, ref.shape)
+            if found and rest in _ROLES:
+                out[_ROLES[rest]] = TensorSpec(name, ref.dtype, ref.shape)
         return out
 
     def _require_marks(self) -> None:

@@ -36,12 +36,12 @@ from onnx import TensorProto
 from twotower.builders.ort.nodes import (
     PRODUCTS,
     NodeWriter,
-    drop_values,
     makers_of,
     readers_of,
     replace_nodes,
 )
 from twotower.config.formats import NARROW_BLOCK
+from twotower.weights.external import drop_values
 from twotower.weights.refs import WeightRef
 
 Located = Mapping[str, tuple[str, WeightRef]]
@@ -249,11 +249,10 @@ class _ChosenExperts:
         counts, chosen = self._counts(number)
         starts = w.op("Sub", w.op("CumSum", counts, w.ints(0)), counts)
         rows = self._rows(tokens, chosen)
-        results = (
-            self._branches(rows, counts, starts)
-            if self._form.expanded
-            else self._products(rows, counts)
-        )
+        if self._form.expanded:
+            results = self._branches(rows, counts, starts)
+        else:
+            results = self._products(rows, counts)
         self._sum(results, starts, number, top)
         return w.nodes
 
@@ -378,26 +377,14 @@ class _ChosenExperts:
 
     def _stacked(self, w: NodeWriter, rows: str) -> str:
         """Rows as the operators of this form take them: [n,D], or stacks of one [1,n,D]."""
-        return (
-            rows
-            if self._form.matrices
-            else w.op(
-                "Unsqueeze",
-                rows,
-                w.ints([0]),
-            )
-        )
+        if self._form.matrices:
+            return rows
+        return w.op("Unsqueeze", rows, w.ints([0]))
 
     def _flat(self, w: NodeWriter, results: str) -> str:
-        return (
-            results
-            if self._form.matrices
-            else w.op(
-                "Squeeze",
-                results,
-                w.ints([0]),
-            )
-        )
+        if self._form.matrices:
+            return results
+        return w.op("Squeeze", results, w.ints([0]))
 
     def _copied(self, w: NodeWriter, node: onnx.NodeProto, names: Mapping[str, str]) -> str:
         """An operator of one expert, without the axis of experts where there are matrices."""

@@ -29,7 +29,7 @@ from twotower.builders.ort.cpu_graph import (
     hide_dequantization,
     show_dequantization,
 )
-from twotower.builders.ort.cuda import OrtCudaBuilder
+from twotower.builders.ort.cuda import CUDA, OrtBuilder, OrtCudaPlan
 from twotower.builders.ort.engine_weights import EngineWeight, cpu_weights, write_engine_data
 from twotower.builders.ort.nodes import with_branches
 from twotower.builders.ort.quantized_products import (
@@ -70,33 +70,17 @@ AS_STORED, EXPANDED = "as stored", "expanded"
 _SHARE_OF_MEMORY = 2
 
 
-def make_cuda_builder() -> OrtCudaBuilder:
-    """The builder of `ort-cuda` engines for the installed ONNX Runtime."""
-    return OrtCudaBuilder(_library())
-
-
-def _library() -> dict[str, str]:
-    return {"name": "onnxruntime", "version": ort.__version__}
-
-
-class OrtCpuBuilder:
-    """Builds the `ort-cpu` target: shapes stay free, so any sound engine of the dialect fits."""
-
-    def library(self) -> dict[str, str]:
-        return _library()
-
-    def asked(self, bundle: Bundle, config: BuildConfig) -> str:
-        return ""
-
-    def plan(self, bundle: Bundle, config: BuildConfig) -> OrtCpuPlan:
-        return OrtCpuPlan(bundle, config)
+def make_builder(target: str) -> OrtBuilder:
+    """The builder of `ort-cpu` or `ort-cuda` engines for the installed ONNX Runtime."""
+    plans = {CPU: OrtCpuPlan, CUDA: OrtCudaPlan}
+    return OrtBuilder({"name": "onnxruntime", "version": ort.__version__}, plans[target])
 
 
 class OrtCpuPlan:
-    """What one build makes of a bundle; see `BuildPlan`."""
+    """What one build makes of a bundle: any sound engine of the dialect fits; see `BuildPlan`."""
 
-    def __init__(self, bundle: Bundle, config: BuildConfig) -> None:
-        self._bundle, self._graphs = bundle, BundleGraphs(bundle)
+    def __init__(self, bundle: Bundle, config: BuildConfig, library: dict[str, str]) -> None:
+        self._bundle, self._graphs, self._library = bundle, BundleGraphs(bundle), library
         self._dialect, self._is_standard = config.dialect, config.dialect == STANDARD
 
     @cached_property
@@ -180,7 +164,7 @@ class OrtCpuPlan:
             (folder / PROBE_FILE).write_bytes(probe_graph())
         return EngineRecord(
             target=CPU,
-            library=_library(),
+            library=self._library,
             dtype="float32",
             graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
             weights=weights,

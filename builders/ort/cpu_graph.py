@@ -13,12 +13,12 @@ from onnx.helper import make_attribute, make_node, make_tensor_value_info
 from twotower.builders.ort.nodes import (
     PRODUCTS,
     NodeWriter,
-    drop_values,
     makers_of,
     replace_nodes,
     with_branches,
 )
-from twotower.weights.external import weight_refs
+from twotower.builders.segment import needed_nodes
+from twotower.weights.external import drop_values, weight_refs
 
 
 def float4_weights(model: onnx.ModelProto) -> Iterator[tuple[str, str, str, str]]:
@@ -156,13 +156,8 @@ def choose_by_topk(model: onnx.ModelProto) -> None:
             nodes.append(node)
     if len(nodes) == len(graph.node):
         return
-    wanted = {value.name for value in graph.output}
-    used = []
-    for node in reversed(nodes):  # none has branches yet
-        if wanted.intersection(node.output):
-            wanted.update(node.input)
-            used.append(node)
-    replace_nodes(graph, reversed(used))
+    used = needed_nodes(nodes, [value.name for value in graph.output])  # none has branches yet
+    replace_nodes(graph, [nodes[i] for i in used])
 
 
 def _compared_in_pairs(less: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> str | None:

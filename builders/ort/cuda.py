@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import onnx
 
-from twotower.builders.base import DENSE, FUSED, KERNELS, BuildConfig, Report
+from twotower.builders.base import DENSE, FUSED, KERNELS, BuildConfig, BuildPlan, Report
 from twotower.builders.cache import kernel_source
 from twotower.builders.expert_cut import ExpertCut, experts_of, exported_cut
 from twotower.builders.expert_kernels import (
@@ -38,7 +39,7 @@ from twotower.builders.ort.fusable import require_fusable
 from twotower.builders.ort.fused_experts import fuse_experts
 from twotower.builders.ort.quantized_products import UNSIGNED
 from twotower.builders.profiles import cache_capacity
-from twotower.builders.segment import BundleGraphs
+from twotower.builders.segment import BundleGraphs, Segment
 from twotower.bundle import (
     DATA_SUFFIX,
     GRAPH_FILES,
@@ -66,33 +67,42 @@ from twotower.weights.writer import byte_counter
 CUDA = "ort-cuda"
 
 
-class OrtCudaBuilder:
-    """Builds the `ort-cuda` target without a GPU.
+class OrtBuilder:
+    """Builds a target of ONNX Runtime, for a GPU without one: shapes stay free.
 
-    Shapes stay free. The engine is tied to the version of ONNX Runtime: a bundle is built and
-    checked with the library it will run on. The `compiler` of expert kernels is Triton if None.
+    The engine is tied to the version of the library: a bundle is built and checked with the one it
+    will run on. `make_plan` is `OrtCpuPlan` or `OrtCudaPlan`.
     """
 
-    def __init__(self, library: dict[str, str], compiler: Compile | None = None) -> None:
-        self._library = library
-        self.compiler = compiler
+    def __init__(self, library: dict[str, str], make_plan: Callable[..., BuildPlan]) -> None:
+        self._library, self._make_plan = library, make_plan
 
     def library(self) -> dict[str, str]:
-        return dict(self._library)
+        return self._library
 
     def asked(self, bundle: Bundle, config: BuildConfig) -> str:
         return ""
 
-    def plan(self, bundle: Bundle, config: BuildConfig) -> OrtCudaPlan:
-        return OrtCudaPlan(self, bundle, config)
+    def plan(self, bundle: Bundle, config: BuildConfig) -> BuildPlan:
+        return self._make_plan(bundle, config, self._library)
 
 
 class OrtCudaPlan:
-    """What one build makes of a bundle; see `BuildPlan`."""
+    """What one build makes of a bundle; see `BuildPlan`.
 
-    def __init__(self, builder: OrtCudaBuilder, bundle: Bundle, config: BuildConfig) -> None:
+    The `compiler` of expert kernels is Triton if None.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        config: BuildConfig,
+        library: dict[str, str],
+        *,
+        compiler: Compile | None = None,
+    ) -> None:
         self._bundle, self._config = bundle, config
-        self._library, self._compiler = builder.library(), builder.compiler
+        self._library, self._compiler = library, compiler
         self._graphs = BundleGraphs(bundle)
 
     def keeps(self, record: EngineRecord) -> bool:
@@ -217,14 +227,16 @@ class OrtCudaPlan:
             if cut is None:
                 model, signature = self._graphs.copied(name), self._bundle.signatures[name]
                 layers = (0, len(self._bundle.config.layers))
-                inputs, outputs = signature.inputs, signature.outputs
+                made = Segment(model, layers, signature.inputs, signature.outputs)
             else:
                 made = cut.program(number)
-                model, layers, inputs, outputs = made.model, made.layers, made.inputs, made.outputs
-            weights = weight_refs(model)
-            attach_weights(model, weights, GRAPH_FILES[name] + DATA_SUFFIX)
-            operators[file] = _write_graph(model, folder / file)
-            steps.append(EngineFile(file, layers, inputs, outputs, (), constants=tuple(weights)))
+            weights = weight_refs(made.model)
+            attach_weights(made.model, weights, GRAPH_FILES[name] + DATA_SUFFIX)
+            operators[file] = _write_graph(made.model, folder / file)
+            step = EngineFile(
+                file, made.layers, made.inputs, made.outputs, (), constants=tuple(weights)
+            )
+            steps.append(step)
             if cut is not None and number < count - 1:
                 steps.append(cut.experts(number))
         return steps

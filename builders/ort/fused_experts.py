@@ -32,13 +32,13 @@ import onnx
 from onnx import TensorProto
 from onnx.helper import make_opsetid
 
-from twotower.builders.ort.nodes import NodeWriter, drop_values, makers_of, replace_nodes
+from twotower.builders.ort.nodes import NodeWriter, makers_of, replace_nodes
 from twotower.builders.segment import needed_nodes
 from twotower.bundle import ExpertsStep
 from twotower.config.formats import FORMATS
 from twotower.dtypes import numpy_dtype
 from twotower.spec import EXPERTS_IN, SHARES
-from twotower.weights.external import weight_refs
+from twotower.weights.external import drop_values, weight_refs
 from twotower.weights.refs import WeightRef
 
 _DOMAIN = "com.microsoft"

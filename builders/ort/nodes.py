@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,15 +38,6 @@ def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> No
     new = list(nodes)
     del graph.node[:]
     graph.node.extend(new)
-
-
-def drop_values(graph: onnx.GraphProto, names: Collection[str]) -> None:
-    """Takes inputs and initializers out of a graph."""
-    inputs = [value for value in graph.input if value.name not in names]
-    initializers = [tensor for tensor in graph.initializer if tensor.name not in names]
-    del graph.input[:], graph.initializer[:]
-    graph.input.extend(inputs)
-    graph.initializer.extend(initializers)
 
 
 def with_branches(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

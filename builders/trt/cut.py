@@ -50,7 +50,7 @@ def cut_layers(held: LayerBytes, bound: int) -> Cuts:
 
     Greedy from the front, which is optimal. Raises BuildError if a single layer needs more.
     """
-    count = max(len(held.layers), 1)
+    count = len(held.layers)
     groups: list[tuple[int, int]] = []
     start = 0
     for i in range(count):
@@ -68,10 +68,9 @@ def cut_layers(held: LayerBytes, bound: int) -> Cuts:
 
 def even_layers(weights: Sequence[int], count: int) -> Cuts:
     """At most `count` groups of layers with about equal bytes, by each layer's middle."""
-    sizes = list(weights) or [0]
-    total, before = max(sum(sizes), 1), 0
+    total, before = max(sum(weights), 1), 0
     groups: dict[int, list[int]] = {}
-    for i, size in enumerate(sizes):
+    for i, size in enumerate(weights):
         middle = (before + size / 2) / total
         groups.setdefault(min(int(middle * count), count - 1), []).append(i)
         before += size

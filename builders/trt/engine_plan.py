@@ -129,11 +129,7 @@ class EnginePlanner:
         held = _held(self._graphs, name, config.weights)
         cuts = tower_cuts(whole, held, segments=config.segments, bound=config.max_build_memory)
         for number, layers in enumerate(cuts):
-            model = self._graph(name)
-            if name == CONTEXT_HEAD:
-                made = Segment(model, layers, signature.inputs, signature.outputs)
-            else:
-                made = segment(model, signature, layers, dtype=bundle.dtype)
+            made = segment(self._graph(name), signature, layers, dtype=bundle.dtype)
             file = f"{name}.engine" if len(cuts) == 1 else f"{name}.{number}.engine"
             yield self._engine(name, made, file=file)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +39,7 @@ def detach_weights(model: onnx.ModelProto, refs: Mapping[str, WeightRef] | None 
     The model is loaded without its weights' data; `refs` are the ones to turn, None for all.
     """
     refs = weight_refs(model) if refs is None else refs
-    kept = [t for t in model.graph.initializer if t.name not in refs]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    drop_values(model.graph, refs)
     for name, ref in refs.items():
         model.graph.input.append(
             onnx.helper.make_tensor_value_info(name, onnx_code(ref.dtype), list(ref.shape))
@@ -50,12 +48,7 @@ def detach_weights(model: onnx.ModelProto, refs: Mapping[str, WeightRef] | None 
 
 def attach_weights(model: onnx.ModelProto, refs: dict[str, WeightRef], location: str) -> None:
     """Makes the named inputs or initializers external initializers in the file `location`."""
-    kept = [i for i in model.graph.input if i.name not in refs]
-    del model.graph.input[:]
-    model.graph.input.extend(kept)
-    inline = [t for t in model.graph.initializer if t.name not in refs]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(inline)
+    drop_values(model.graph, refs)
     for name, ref in refs.items():
         tensor = TensorProto(
             name=name,
@@ -66,6 +59,15 @@ def attach_weights(model: onnx.ModelProto, refs: dict[str, WeightRef], location:
         for key, value in (("location", location), ("offset", ref.offset), ("length", ref.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
         model.graph.initializer.append(tensor)
+
+
+def drop_values(graph: onnx.GraphProto, names: Collection[str]) -> None:
+    """Takes inputs and initializers out of a graph."""
+    inputs = [value for value in graph.input if value.name not in names]
+    initializers = [tensor for tensor in graph.initializer if tensor.name not in names]
+    del graph.input[:], graph.initializer[:]
+    graph.input.extend(inputs)
+    graph.initializer.extend(initializers)
 
 
 def widen_to_float32(model: onnx.ModelProto) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from tests.helpers.errors import check_error
 from tests.helpers.trt.execution import fake_kernels
 from twotower.builders import BuildConfig, build_engines, builder_for, expert_kernels
 from twotower.builders.ort import cuda
-from twotower.builders.ort.cuda import OrtCudaBuilder, kernel_limits
+from twotower.builders.ort.cuda import OrtBuilder, OrtCudaPlan, kernel_limits
 from twotower.bundle import (
     BUILD_FILE,
     Bundle,
@@ -44,7 +45,9 @@ KERNELS = BuildConfig(experts="kernels", sms=(90,))
 
 
 def built(bundle: Bundle, config: BuildConfig = KERNELS) -> EngineRecord:
-    builder = OrtCudaBuilder(builder_for("ort-cuda").library(), fake_kernels)
+    builder = OrtBuilder(
+        builder_for("ort-cuda").library(), partial(OrtCudaPlan, compiler=fake_kernels)
+    )
     return build_engines(bundle, "ort-cuda", builder, config=config)
 
 

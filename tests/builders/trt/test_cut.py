@@ -57,10 +57,8 @@ def test_a_piece_is_as_long_as_it_may_be_to_the_byte(
     assert cut_layers(held, bound) == (*groups, (start, len(sizes)))
 
 
-def test_a_graph_without_layers_is_one_piece() -> None:
-    held = LayerBytes((), GB, GB)
-    assert least_bound(held) == build_memory(2 * GB, 0)
-    assert cut_layers(held, build_memory(2 * GB, 1)) == ((0, 1),)
+def test_a_graph_without_layers_needs_memory_for_all_of_it() -> None:
+    assert least_bound(LayerBytes((), GB, GB)) == build_memory(2 * GB, 0)
 
 
 @given(SIZES, END, END, st.integers(0, GB))
@@ -95,7 +93,6 @@ def test_a_layer_goes_where_its_middle_lies() -> None:
     assert even_layers([5, 2, 5], 2) == ((0, 1), (1, 3))
     assert even_layers([5, 1, 6], 2) == ((0, 2), (2, 3))
     assert even_layers([4, 4, 0], 2) == ((0, 1), (1, 3)), "there are no more groups than devices"
-    assert even_layers([], 2) == ((0, 1),)
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=12), st.integers(1, 6))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.helpers.towers import golden_config
 from tests.helpers.trt.execution import fake_kernels
 from twotower import GenerationConfig
 from twotower.builders import BuildConfig, build_engines, builder_for
-from twotower.builders.ort.cuda import OrtCudaBuilder
+from twotower.builders.ort.cuda import OrtBuilder, OrtCudaPlan
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
 from twotower.errors import ConfigError, EngineMismatchError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
@@ -68,9 +69,11 @@ class _Deferred:
         self.cuda.enqueue(self.stream, lambda: self.session.run_with_iobinding(binding, options))
 
 
-def kernel_builder() -> OrtCudaBuilder:
+def kernel_builder() -> OrtBuilder:
     """The builder that ships, with a fake for what compiles kernels."""
-    return OrtCudaBuilder(builder_for("ort-cuda").library(), fake_kernels)
+    return OrtBuilder(
+        builder_for("ort-cuda").library(), partial(OrtCudaPlan, compiler=fake_kernels)
+    )
 
 
 @pytest.fixture
