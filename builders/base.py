@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from twotower.bundle import Bundle, EngineRecord
+from twotower.bundle import DATA_SUFFIX, GRAPH_FILES, Bundle, EngineRecord
 from twotower.errors import ConfigError
 
 Report = Callable[[str, int, int], None]
@@ -106,6 +106,18 @@ class BuildConfig:
                 found="it is negative",
                 do="pass e.g. --cache-size 20G, or 0",
             )
+
+
+def engine_record(
+    bundle: Bundle, target: str, library: dict[str, str], **facts: Any
+) -> EngineRecord:
+    """A record of engines that are whole graphs and read the bundle's weights, but for `facts`."""
+    stated = {
+        "dtype": bundle.dtype,
+        "weights": {name: file + DATA_SUFFIX for name, file in GRAPH_FILES.items()},
+    }
+    graphs = {name: bundle.program_identity(name) for name in GRAPH_FILES}
+    return EngineRecord(target=target, library=library, graphs=graphs, **{**stated, **facts})
 
 
 class BuildPlan(Protocol):

@@ -12,7 +12,7 @@ import onnx
 
 from twotower.builders.build_cost import LayerBytes
 from twotower.bundle import Bundle
-from twotower.dtypes import DTYPES, dtype_of_onnx, onnx_code
+from twotower.dtypes import DTYPES, dtype_of_onnx, onnx_code, stored_bytes
 from twotower.spec import (
     BLOCK,
     CONDITIONING,
@@ -71,9 +71,10 @@ def layer_bytes(model: onnx.ModelProto) -> LayerBytes:
     sizes: dict[str, int] = {}
     packed = 0
     for tensor in model.graph.initializer:
-        bits = _bits(tensor)
-        sizes[tensor.name] = -(-math.prod(tensor.dims) * bits // 8)
-        if bits == 4:
+        dtype = dtype_of_onnx(tensor.data_type)
+        assert dtype is not None, tensor.data_type
+        sizes[tensor.name] = stored_bytes(dtype, math.prod(tensor.dims))
+        if DTYPES[dtype].bits == 4:
             packed = max(packed, sizes[tensor.name])
     layers: dict[int, int] = {}
     before = after = 0
@@ -267,14 +268,6 @@ def _layer_of(node: onnx.NodeProto) -> int | None:
 
 def _last_layer(model: onnx.ModelProto) -> int:
     return max((i for i in map(_layer_of, model.graph.node) if i is not None), default=-1)
-
-
-def _bits(tensor: onnx.TensorProto) -> int:
-    """Of one element."""
-    name = dtype_of_onnx(tensor.data_type)
-    if name is None:
-        return 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return DTYPES[name].bits
 
 
 def _width(model: onnx.ModelProto) -> int:

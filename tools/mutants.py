@@ -76,8 +76,7 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "self._started = 0.0 -> self._started = 1.0": "a row is started before it takes anything",
     },
     "builders/trt/cut": {
-        "[0] -> [1]": "of a graph without layers: the share of its one piece is the whole whatever its bytes",
-        "max(sum(sizes), 1) -> max(sum(sizes), 2)": "layers without bytes are in the first group by any sum",
+        "max(sum(weights), 1) -> max(sum(weights), 2)": "layers without bytes are in the first group by any sum",
     },
     "planning/fit": {
         "few <= set(changes.items()) -> few < set(changes.items())": "no two sets of changes are the same",

@@ -349,17 +349,9 @@ class _ChosenExperts:
         order = w.op("Transpose", w.op("Mul", number, descending), perm=[1, 0])
         # Exactly `top` of each token, even of one that is not a number and compares with nothing.
         _, mine = w.several("TopK", 2, order, w.ints([top]))
-        place = w.op(
-            "GatherElements",
-            w.op("Transpose", place, perm=[1, 0]),
-            mine,
-            axis=1,
-        )
-        share = w.op(
-            "GatherElements",
-            w.op("Transpose", layer.share, perm=[1, 0]),
-            mine,
-            axis=1,
+        place, share = (
+            w.op("GatherElements", w.op("Transpose", values, perm=[1, 0]), mine, axis=1)
+            for values in (place, layer.share)
         )
         own = w.op("Gather", results, place, axis=0)  # [N,top,D]
         # A product for each token, added up in one order; that of ReduceSum follows the number of

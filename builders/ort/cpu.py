@@ -20,7 +20,7 @@ from pathlib import Path
 
 import onnx
 
-from twotower.builders.base import STANDARD, BuildConfig, Report
+from twotower.builders.base import STANDARD, BuildConfig, Report, engine_record
 from twotower.builders.ort.chosen_experts import Located, choose_experts, stacked_places
 from twotower.builders.ort.cpu_graph import (
     choose_by_topk,
@@ -162,11 +162,11 @@ class OrtCpuPlan:
             operators[name] = dict(counts.most_common())
         if any("MatMulNBits" in counts for counts in operators.values()):
             (folder / PROBE_FILE).write_bytes(probe_graph())
-        return EngineRecord(
-            target=CPU,
-            library=self._library,
+        return engine_record(
+            bundle,
+            CPU,
+            self._library,
             dtype="float32",
-            graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
             weights=weights,
             holds=holds,
             files=file_records(folder, written),

@@ -22,7 +22,15 @@ from typing import Any
 
 import onnx
 
-from twotower.builders.base import DENSE, FUSED, KERNELS, BuildConfig, BuildPlan, Report
+from twotower.builders.base import (
+    DENSE,
+    FUSED,
+    KERNELS,
+    BuildConfig,
+    BuildPlan,
+    Report,
+    engine_record,
+)
 from twotower.builders.cache import kernel_source
 from twotower.builders.expert_cut import ExpertCut, experts_of, exported_cut
 from twotower.builders.expert_kernels import (
@@ -146,15 +154,15 @@ class OrtCudaPlan:
         self._bundle.require_weights("an engine of ONNX Runtime")
         started, choice = time.perf_counter(), self._choice
         if choice.experts == KERNELS:
-            record = self._with_kernels(folder, report)
+            facts = self._with_kernels(folder, report)
         else:
-            record = self._whole(folder, report, fused=choice.experts == FUSED)
+            facts = self._whole(folder, report, fused=choice.experts == FUSED)
         seconds = round(time.perf_counter() - started, 3)
-        facts = {"seconds": seconds, **record.report, "choice_of_experts": choice.to_json()}
-        return replace(record, report=facts)
+        told = {"seconds": seconds, **facts["report"], "choice_of_experts": choice.to_json()}
+        return engine_record(self._bundle, CUDA, self._library, **{**facts, "report": told})
 
-    def _whole(self, folder: Path, report: Report, *, fused: bool) -> EngineRecord:
-        """Every graph in one piece."""
+    def _whole(self, folder: Path, report: Report, *, fused: bool) -> dict[str, Any]:
+        """Writes every graph in one piece; what the record says of them."""
         operators: dict[str, dict[str, int]] = {}
         holds: dict[str, str] = {}
         written: dict[str, FileRecord] = {}
@@ -172,7 +180,7 @@ class OrtCudaPlan:
                 holds[name] = self._bundle.data_identity(name)
             operators[name] = _write_graph(model, folder / f"{name}.onnx")
         files = file_records(folder, written)
-        return self._record(holds=holds, files=files, report={"operators": operators})
+        return {"holds": holds, "files": files, "report": {"operators": operators}}
 
     def _write_unsigned(
         self, name: str, moved: dict[str, WeightRef], path: Path, report: Report
@@ -193,8 +201,8 @@ class OrtCudaPlan:
             )
         return places, record
 
-    def _with_kernels(self, folder: Path, report: Report) -> EngineRecord:
-        """Programs, and kernels for the experts between them."""
+    def _with_kernels(self, folder: Path, report: Report) -> dict[str, Any]:
+        """Writes programs, and kernels for the experts between them; what the record says."""
         require_compiler(self._compiler)
         limits = self._limits
         steps: dict[str, tuple[Step, ...]] = {}
@@ -212,7 +220,7 @@ class OrtCudaPlan:
         )
         facts = {"operators": operators, "experts": about}
         files = file_records(folder)
-        return self._record(files=files, report=facts, limits=limits, steps=steps)
+        return {"files": files, "report": facts, "limits": limits, "steps": steps}
 
     def _write_programs(
         self, name: str, folder: Path, operators: dict[str, dict[str, int]], report: Report
@@ -240,18 +248,6 @@ class OrtCudaPlan:
             if cut is not None and number < count - 1:
                 steps.append(cut.experts(number))
         return steps
-
-    def _record(self, *, files: dict[str, FileRecord], **facts: Any) -> EngineRecord:
-        bundle = self._bundle
-        return EngineRecord(
-            target=CUDA,
-            library=self._library,
-            dtype=bundle.dtype,
-            graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
-            weights={name: file + DATA_SUFFIX for name, file in GRAPH_FILES.items()},
-            files=files,
-            **facts,
-        )
 
     @property
     def _limits(self) -> EngineLimits:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from twotower.builders.base import AUTO, KERNELS, BuildConfig, Report
+from twotower.builders.base import AUTO, KERNELS, BuildConfig, Report, engine_record
 from twotower.builders.build_cost import require_bound, require_build_memory
 from twotower.builders.cache import EngineCache, kernel_source, open_cache
 from twotower.builders.expert_cut import experts_of
@@ -31,8 +31,6 @@ from twotower.builders.trt.engine_inspector import expands_experts, require_fuse
 from twotower.builders.trt.engine_plan import EnginePlan, EnginePlanner, least_build_memory
 from twotower.builders.trt.make_engine import EngineMaker
 from twotower.bundle import (
-    DATA_SUFFIX,
-    GRAPH_FILES,
     Bundle,
     EngineLimits,
     EngineRecord,
@@ -226,12 +224,10 @@ class TensorRTPlan:
         )
         files, facts = self._made(folder, report)
         bundle = self._bundle
-        return EngineRecord(
-            target=self._variant.target,
-            library=self._variant.library,
-            dtype=bundle.dtype,
-            graphs={name: bundle.program_identity(name) for name in GRAPH_FILES},
-            weights={name: GRAPH_FILES[name] + DATA_SUFFIX for name in GRAPH_FILES},
+        return engine_record(
+            bundle,
+            self._variant.target,
+            self._variant.library,
             holds={
                 plan.graph: bundle.data_identity(plan.graph)
                 for plan in self.engines
