@@ -77,13 +77,6 @@ def move_second(folder: Path, name: str) -> None:
     )
 
 
-def edit_config(folder: Path, **changes: Any) -> None:
-    config = {**json.loads((folder / "config.json").read_text()), **changes}
-    (folder / "config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if v is not None})
-    )
-
-
 def shard(path: Path, header: Any, data: bytes) -> Path:
     """A safetensors file with any header, sound or not."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -181,13 +174,6 @@ def test_a_long_list_of_problems_is_cut_and_counted(tmp_path: Path) -> None:
     assert f"has {missing} problem(s)" in error.what
     assert error.found.count(": missing") == 20
     assert error.found.endswith(f"; and {missing - 20} more")
-
-
-def test_a_checkpoint_of_another_size_is_refused(copy: Path) -> None:
-    edit_config(copy, n_routed_experts=9)
-    found = refused(copy).found
-    assert "context_tower.layers.1.mixer.experts.8.up_proj.weight: missing" in found
-    assert "context_tower.layers.1.mixer.gate.weight: shape [8, 64] instead of [9, 64]" in found
 
 
 # --- shards that are damaged
@@ -413,33 +399,6 @@ def test_a_folder_without_config_is_refused(copy: Path) -> None:
     (copy / "config.json").unlink()
     with pytest.raises(ConfigError, match="cannot read"):
         Checkpoint.open(copy)
-
-
-def test_an_unknown_layer_letter_is_named_with_the_allowed_ones(copy: Path) -> None:
-    edit_config(copy, hybrid_override_pattern="MEM*XME*")
-    with fails(ConfigError, found="'X' at layer 4") as caught:
-        Checkpoint.open(copy)
-    assert all(repr(letter) in caught.value.found for letter in "ME*-")
-    assert "hybrid_override_pattern" in caught.value.do
-
-
-def test_layers_block_type_opens_as_the_same_model(copy: Path) -> None:
-    plain = Checkpoint.open(copy).config
-    words = {"M": "mamba", "E": "moe", "*": "attention"}
-    edit_config(
-        copy,
-        hybrid_override_pattern=None,
-        layers_block_type=[words[letter] for letter in plain.pattern],
-    )
-    assert Checkpoint.open(copy).config == plain
-
-
-def test_a_literal_infinity_in_the_config_is_accepted(copy: Path) -> None:
-    assert "Infinity" in (copy / "config.json").read_text()
-    bounded = Checkpoint.open(copy).config
-    assert bounded.time_step_limit[1] == float("inf")
-    edit_config(copy, time_step_limit=[0.0, 0.5])
-    assert Checkpoint.open(copy).config != bounded
 
 
 # --- where a checkpoint is looked for

@@ -9,7 +9,6 @@ import pytest
 from tests.helpers.rtx_program_text import Described, Launch, program
 from twotower.builders.trt.rtx_program.analysis import (
     SHARED,
-    kind_of,
     summarize_programs,
     with_scopes,
 )
@@ -54,11 +53,6 @@ def test_a_kernel_without_nodes_counts_for_its_reader_and_else_for_the_one_befor
     found = with_scopes([first, second, before, reader, kernel("", writes="e")])
     moe = "layers.1.moe"
     assert [k.scope for k in found] == [moe, moe, "layers.0.mamba", moe, moe]
-
-
-def test_kinds() -> None:
-    scopes = {"layers.12.attention": "attention", "sampler": "sampler", "graph": "graph"}
-    assert {scope: kind_of(scope) for scope in scopes} == scopes
 
 
 def test_kernels_are_counted_by_kind_and_fusions_told_once_a_kind() -> None:
