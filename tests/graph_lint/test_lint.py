@@ -85,7 +85,7 @@ def no_product() -> onnx.ModelProto:
 
 VARIANTS: dict[str, tuple[str, Callable[[], onnx.ModelProto]]] = {
     **{name: (rule, partial(make, True)) for name, (rule, make) in FORMS.items()},
-    "one of ONNX Runtime": ("known-operators", lambda: one_operator("com.microsoft", "FastGelu")),
+    "one of ONNX Runtime": ("refused-operators", lambda: one_operator("com.microsoft", "FastGelu")),
     "an operator nobody tried": ("known-operators", lambda: one_operator("", "Erf")),
     "no operator of ONNX": ("known-operators", lambda: one_operator("", "Rope")),
     "e5m2": ("known-types", lambda: quantized(zero(T.FLOAT8E5M2))),

@@ -112,7 +112,7 @@ PLANTED = FAULTS | {name: make for name, (_, make) in FORMS.items()}
 
 REFUSED = {
     "parsing": (
-        "known-operators", "attention-causal", "quantized-scale", "quantized-blocks", "one-type",
+        "refused-operators", "attention-causal", "quantized-scale", "quantized-blocks", "one-type",
         "another type of keys",
     ),
     "building": (

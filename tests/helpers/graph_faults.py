@@ -318,7 +318,8 @@ LEGITIMATE: dict[str, Callable[[], onnx.ModelProto]] = {
 
 FAULTS: dict[str, Callable[[bool], onnx.ModelProto]] = {
     "opset": opset,
-    "known-operators": data_dependent,
+    "refused-operators": data_dependent,
+    "known-operators": lambda bad: one("Erf" if bad else "Sigmoid"),
     "wide-normalization": stash,
     "wide-exponentials": lambda bad: one("Softplus", dtype=T.FLOAT16 if bad else T.FLOAT),
     "attention-causal": lambda bad: attention(is_causal=int(bad)),
@@ -343,7 +344,7 @@ FAULTS: dict[str, Callable[[bool], onnx.ModelProto]] = {
 """Rule -> the model with the fault (True) or without it (False)."""
 
 FORMS: dict[str, tuple[str, Callable[[bool], onnx.ModelProto]]] = {
-    "another domain": ("known-operators", domain),
+    "another domain": ("refused-operators", domain),
     "causal without a mask": (
         "attention-causal",
         lambda bad: attention(is_causal=int(bad), mask=None if bad else T.BOOL),

@@ -14,8 +14,6 @@ from twotower.config import MODES, GenerationConfig
 from twotower.errors import ConfigError
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
     from twotower.bundle import Bundle
     from twotower.evaluate.suite import Suite
     from twotower.runtime import TwoTower
@@ -198,7 +196,7 @@ def generation_overrides(args: argparse.Namespace) -> dict[str, Any]:
     return given_fields(args, GenerationConfig)
 
 
-def given_fields(args: argparse.Namespace, options: type[DataclassInstance]) -> dict[str, Any]:
+def given_fields(args: argparse.Namespace, options: type[Any]) -> dict[str, Any]:
     """What the command line gives of the fields of a dataclass, None left out."""
     given = ((field.name, getattr(args, field.name, None)) for field in fields(options))
     return {name: value for name, value in given if value is not None}

@@ -178,23 +178,38 @@ def _opset(view: GraphView) -> Iterator[Complaint]:
 
 @RULES.of_graph(
     Rule(
-        "known-operators",
-        "every operator",
-        f"any but {', '.join(OPERATORS)}",
-        "nobody has tried it with TensorRT, which matches by name alone, whatever the domain; "
-        + "; ".join(f"{op_type}: {why}" for op_type, why in _TEMPTING.items()),
-        "these operators, of the default domain",
+        "refused-operators",
+        f"{', '.join(_TEMPTING)}; a domain of its own",
+        "any",
+        "; ".join(f"{op_type}: {why}" for op_type, why in _TEMPTING.items())
+        + "; TensorRT matches by name alone, whatever the domain",
+        "operators of the default domain",
         f"{BUILT}; NVIDIA/TensorRT #4551, #4513; onnx/onnx-tensorrt #1034; "
         "NVIDIA/trt-samples-for-hackathon-cn",
     )
 )
-def _unknown(view: GraphView) -> Iterator[Complaint]:
+def _refused(view: GraphView) -> Iterator[Complaint]:
     for node in view.nodes:
         if node.domain not in ("", "ai.onnx"):
             yield where(node), f"operator {node.domain}::{node.op_type}"
         elif node.op_type in _TEMPTING:
             yield where(node), f"operator {node.op_type} ({_TEMPTING[node.op_type]})"
-        elif node.op_type not in OPERATORS:
+
+
+@RULES.of_graph(
+    Rule(
+        "known-operators",
+        "every operator",
+        f"any but {', '.join(OPERATORS)}",
+        "these rules know nothing of it, and nobody has tried it here with TensorRT",
+        "these operators",
+        "what the recorder writes",
+        Severity.NOTE,
+    )
+)
+def _unknown(view: GraphView) -> Iterator[Complaint]:
+    for node in view.nodes:
+        if node.op_type not in OPERATORS and node.op_type not in _TEMPTING:
             yield where(node), f"operator {node.op_type}"
 
 
