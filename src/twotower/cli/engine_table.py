@@ -279,12 +279,9 @@ def program_lines(
         [
             "engine",
             "profile",
-            Column("kernels"),
-            Column("streams"),
-            Column("events"),
-            Column("scratch", format_bytes),
-            "capturable",
-            "expanded",
+            *(Column(name, of=name) for name in ("kernels", "streams", "events")),
+            Column("scratch", format_bytes, of="scratch"),
+            *(Column(name, of=name, left=True) for name in ("capturable", "expanded")),
         ]
     )
     details: list[str] = []
@@ -294,16 +291,11 @@ def program_lines(
             number, expanded = program["profile"], program["expanded"]
             name = names[number] if number < len(names) else str(number)
             size = format_bytes(sum(weight["nbytes"] for weight in expanded))
-            table.add(
-                file,
-                name,
-                program["kernels"],
-                program["streams"],
-                program["events"],
-                program["scratch"],
-                {True: "yes", False: "no"}.get(program["capturable"], "unknown"),
-                f"{len(expanded)} weights, {size} a pass" if expanded else "none",
-            )
+            told_of = {
+                "capturable": {True: "yes", False: "no"}.get(program["capturable"], "unknown"),
+                "expanded": f"{len(expanded)} weights, {size} a pass" if expanded else "none",
+            }
+            table.add_facts({**program, **told_of}, file, name)
             details += [f"  {file} {name}: {line}" for line in _program_details(program)]
     if not details:
         return []

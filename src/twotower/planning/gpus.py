@@ -46,56 +46,18 @@ PCIE_4, PCIE_5 = 32 * 10**9, 64 * 10**9  # 16 lanes, one direction, before the p
 # Memory, bandwidth and matrix products a second as public specifications of these cards give them,
 # entered by hand. The published memory is counted as 1e9 bytes a GB; a device reports a few percent
 # more, so the table errs on the side of "does not fit".
-GPUS = (
-    GpuModel(
-        "RTX 4090",
-        24 * 10**9,
-        89,
-        1008 * 10**9,
-        link=PCIE_4,
-        flops=165.2e12,
-    ),
-    GpuModel(
-        "RTX 5090",
-        32 * 10**9,
-        120,
-        1792 * 10**9,
-        link=PCIE_5,
-        flops=209.5e12,
-    ),
-    GpuModel(
-        "RTX PRO 6000 Blackwell",
-        96 * 10**9,
-        120,
-        1792 * 10**9,
-        link=PCIE_5,
-        flops=503.8e12,
-    ),
-    GpuModel(
-        "H100 80GB",
-        80 * 10**9,
-        90,
-        3350 * 10**9,
-        link=PCIE_5,
-        flops=989.4e12,
-    ),
-    GpuModel("H100 80GB", 80 * 10**9, 90, 3350 * 10**9, count=2, link=PCIE_5, flops=989.4e12),
-    GpuModel(
-        "H200",
-        141 * 10**9,
-        90,
-        4800 * 10**9,
-        link=PCIE_5,
-        flops=989.4e12,
-    ),
-    GpuModel(
-        "B200",
-        180 * 10**9,
-        100,
-        8000 * 10**9,
-        link=PCIE_5,
-        flops=2250e12,
-    ),
+_SPECIFIED = (  # name, GB, SM, GB a second, PCIe, TFLOP a second, how many
+    ("RTX 4090", 24, 89, 1008, PCIE_4, 165.2, 1),
+    ("RTX 5090", 32, 120, 1792, PCIE_5, 209.5, 1),
+    ("RTX PRO 6000 Blackwell", 96, 120, 1792, PCIE_5, 503.8, 1),
+    ("H100 80GB", 80, 90, 3350, PCIE_5, 989.4, 1),
+    ("H100 80GB", 80, 90, 3350, PCIE_5, 989.4, 2),
+    ("H200", 141, 90, 4800, PCIE_5, 989.4, 1),
+    ("B200", 180, 100, 8000, PCIE_5, 2250.0, 1),
+)
+GPUS = tuple(
+    GpuModel(name, gb * 10**9, sm, rate * 10**9, count=count, link=link, flops=tera * 1e12)
+    for name, gb, sm, rate, link, tera, count in _SPECIFIED
 )
 """The GPUs a plan is made for when none is named; H100 and H200 are the SXM modules."""
 
