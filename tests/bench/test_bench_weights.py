@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import json
 import os
 from pathlib import Path
@@ -11,17 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.source import ROOT
 from tests.helpers.weight_files import record_of, write_weights
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.weights.store import LoadRequest, WeightStore
 from twotower.runtime.weights.transfer import Ring
-
-
-@pytest.fixture
-def tools(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module
 
 
 def test_the_command_measures_every_kind_and_writes_its_table(

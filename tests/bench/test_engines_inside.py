@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ SMALL = {**SMALL_SLICE, "hidden_size": 128, "head_dim": 32, "moe_intermediate_si
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module("engines_inside")
+def tool(tools: Any) -> Any:
+    return tools("engines_inside")
 
 
 @pytest.mark.trt_rtx

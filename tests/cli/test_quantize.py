@@ -127,10 +127,7 @@ def test_calibration_as_json_without_a_picture(
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        ("", "has no prompts"),
         ("\n\n", "has no prompts"),
-        ("not json\n", "line 1 is not JSON"),
-        ('{"text": 3}\n', "neither text nor"),
         ('{"text": "a"}\n{"both": 1}\n', "line 2 is not one prompt"),
         ('{"tokens": [1, 99999]}\n', "99999"),
     ],

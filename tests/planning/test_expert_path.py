@@ -8,16 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.published import PUBLISHED, RECIPES, of_layers, saved_graph
 from tests.helpers.source import ROOT
 from twotower.builders.expert_cut import ExpertCut
 from twotower.bundle import EngineFile
-from twotower.calibration.recipes import Recipe, builtin_recipes, quantizable_weights
-from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
-from twotower.config.model import ModelConfig, parse_model_config, read_model_config
+from twotower.config.model import ModelConfig, read_model_config
 from twotower.errors import ConfigError
-from twotower.export.graph_files import save_program
-from twotower.export.graphs.precision import Precision
-from twotower.export.graphs.tower_graphs import build_graph
 from twotower.kernels import scratch_bytes
 from twotower.kernels.shape import shape_of
 from twotower.planning import PlanOptions, plan_bundle
@@ -26,15 +22,11 @@ from twotower.planning.expert_path import expert_path, expert_step, on_gpus, out
 from twotower.planning.working_memory import expert_room, tower_scratch
 from twotower.runtime.engines.handover import buffer_sizes
 from twotower.spec import CONTEXT, DENOISER, signatures
-from twotower.weights.declared import lay_out
-from twotower.weights.external import load_graph
 
-PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
 KERNELS = PlanOptions(target="rtx")
 CUDA = PlanOptions(target="ort-cuda")
 SMALL = read_model_config(ROOT / "tests/fixtures/hybrid-a/config.json")
 TINY = read_model_config(ROOT / "assets/twotower-tiny/config.json")
-RECIPES = {"float": Recipe(name="float"), **builtin_recipes()}
 
 
 def options_of(recipe: str) -> PlanOptions:
@@ -50,18 +42,8 @@ def options_of(recipe: str) -> PlanOptions:
 def cut_towers(folder: Path, config: ModelConfig, recipe: str) -> Iterator[ExpertCut]:
     """Both towers' graphs as an export writes them, cut as a build cuts them."""
     for graph in (CONTEXT, DENOISER):
-        few = {
-            part.name: how
-            for part in quantizable_weights(config, graph)
-            if (how := RECIPES[recipe].format_of(part))
-        }
-        made = build_graph(graph, config, "bfloat16", Precision(few))
-        save_program(folder / f"{graph}.onnx", made, lay_out(made.weights))
-        model, signature = (
-            load_graph(folder / f"{graph}.onnx"),
-            signatures(config, "bfloat16")[graph],
-        )
-        yield ExpertCut(model, signature, config, dtype="bfloat16")
+        model = saved_graph(folder / f"{graph}.onnx", config, graph, recipe)
+        yield ExpertCut(model, signatures(config, "bfloat16")[graph], config, dtype="bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +76,7 @@ def test_what_computes_the_experts(options: PlanOptions, name: str, why: str) ->
 
 
 def test_a_model_without_experts_has_none_to_compute() -> None:
-    plan = plan_bundle(parse_model_config(published_slice("M*M"), "none"), KERNELS)
+    plan = plan_bundle(of_layers("M*M"), KERNELS)
     assert (plan.experts.name, plan.dense, len(plan.engines)) == ("", {}, 3)
 
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.published import PUBLISHED, of_layers
 from twotower.calibration.recipes import builtin_recipes
-from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
 from twotower.config.formats import stack_is_expanded
-from twotower.config.model import ModelConfig, parse_model_config
+from twotower.config.model import ModelConfig
 from twotower.errors import ConfigError
 from twotower.hardware import Gpu
 from twotower.planning import GPUS, GpuModel, PlanOptions, fit, gpu_at_hand, gpus_named
@@ -22,7 +22,6 @@ from twotower.planning.fit import ASSUMED_DISK_RATE, LoadTime, largest_batch, la
 from twotower.planning.pass_cost import pass_costs
 from twotower.planning.weights import EXPERT_FORMATS, EXPERT_RECIPES
 
-PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
 TRT = PlanOptions(target="trt")
 
 
@@ -32,16 +31,6 @@ def applied(options: PlanOptions, flags: str) -> PlanOptions:
     names = [word.removeprefix("--").replace("-", "_") for word in words[::2]]
     given = dict(zip(names, words[1::2], strict=True))
     return replace(options, **{k: int(v) if v.isdigit() else v for k, v in given.items()})  # type: ignore[arg-type]
-
-
-@pytest.mark.slow
-def test_the_published_model_fits_where_it_should() -> None:
-    fits = {f.gpu.title: f for f in fit(PUBLISHED, TRT, GPUS)}
-    assert {title for title, f in fits.items() if f.fits} == {"2x H100 80GB", "H200", "B200"}
-    assert not fits["H100 80GB"].fits
-    assert fits["H100 80GB"].fullest.weights > 126e9
-    enough = {a.flags for a in fits["H100 80GB"].alternatives if a.fits}
-    assert enough >= {"--devices 2", "--mode ar", "--experts int4"}
 
 
 def test_rtx_does_not_list_data_centre_gpus() -> None:
@@ -193,7 +182,7 @@ def test_a_gpu_at_hand_has_its_own_memory_and_the_table_s_bandwidth() -> None:
     assert [gpu.bandwidth + gpu.link for gpu in others] == [0, 0], "other cards than the table's"
 
 
-SMALL = parse_model_config(published_slice("M*" * 20), "40 layers without experts")
+SMALL = of_layers("M*" * 20)
 
 
 def fullest(options: PlanOptions) -> int:

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.published import PUBLISHED
 from tests.helpers.source import ROOT
-from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
-from twotower.config.model import parse_model_config
 from twotower.planning import GPUS, GpuModel, PlanOptions, gpus_named
 from twotower.planning.devices import device_needs
 from twotower.planning.expert_path import distinct_experts
@@ -19,7 +18,6 @@ from twotower.planning.pass_cost import ROWS, PassCost, break_evens, pass_costs
 from twotower.planning.working_memory import state_bytes
 from twotower.units import format_bytes
 
-PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
 KERNELS = PlanOptions(target="trt")
 DENSE = replace(KERNELS, expert_path="dense")
 EXPERTS = 128 * 2 * 1856 * 2688 * 23

@@ -10,21 +10,20 @@ import pytest
 
 from tests.helpers.bundles import export_fixture
 from tests.helpers.errors import fails
+from tests.helpers.published import PUBLISHED
 from tests.helpers.quantized import TINY as TINY_CHECKPOINT
 from twotower.builders import BuildConfig, build_engines, builder_for
 from twotower.builders.base import DIALECTS, STANDARD
 from twotower.builders.build_cost import build_memory
 from twotower.builders.trt.cut import even_layers
 from twotower.calibration import builtin_recipes, plan_quantization, quantize_bundle
-from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
-from twotower.config.model import parse_model_config, read_model_config
+from twotower.config.model import read_model_config
 from twotower.errors import BuildError, ConfigError
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.planning import PlanOptions, plan_bundle
 from twotower.weights.refs import PAGE
 
 ROOT = Path(__file__).parents[2]
-PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
 TINY = read_model_config(ROOT / "assets/twotower-tiny/config.json")
 WHOLE = ["context.engine", "context_head.engine", "denoiser.engine"]
 DENSE = PlanOptions(target="rtx", expert_path="dense")

@@ -8,9 +8,8 @@ from itertools import zip_longest
 
 import pytest
 
+from tests.helpers.published import of_layers
 from twotower.builders.base import FUSED, KERNELS
-from twotower.checkpoint.synthetic import published_slice
-from twotower.config.model import ModelConfig, parse_model_config
 from twotower.planning.expert_path import CHOSEN
 from twotower.planning.scratch import Shapes, scratch
 from twotower.spec import CONTEXT, CONTEXT_HEAD, DENOISER
@@ -21,10 +20,6 @@ WORK = 8_192_000, 2_048_000
 SHAPES = Shapes("bfloat16", B, T, S)
 
 Moments = list[list[int]]
-
-
-def model(letters: str) -> ModelConfig:
-    return parse_model_config(published_slice(letters), letters)
 
 
 def together(moments: Iterable[Iterable[int]], always: Iterable[int]) -> int:
@@ -56,24 +51,24 @@ LOGITS = [[B * S * V * 4, B * S * V * 4]]
 
 
 def test_a_scan() -> None:
-    got = scratch(CONTEXT, model("M"), SHAPES)
+    got = scratch(CONTEXT, of_layers("M"), SHAPES)
     assert got.profiles == {name: together(scan(n), [stream(n)]) for name, n in LENGTHS.items()}
     assert got.nbytes == got.profiles["prefill"]
-    written = scratch(DENOISER, model("MM"), SHAPES)
+    written = scratch(DENOISER, of_layers("MM"), SHAPES)
     assert written.nbytes == together([*scan(S)[:1], *LOGITS], of_denoiser(2))
-    single = scratch(DENOISER, model("M"), replace(SHAPES, block_size=1)).nbytes
+    single = scratch(DENOISER, of_layers("M"), replace(SHAPES, block_size=1)).nbytes
     assert single == together([*scan(1), [B * V * 4] * 2], [stream(1), stream(1), B * 3 * D * 2])
 
 
 def test_attention_of_the_context() -> None:
     """The fused kernel copies keys and values once; in float32 scores are written out."""
     keys = B * 2 * T * 128 * 2
-    got = scratch(CONTEXT, model("*"), SHAPES).profiles
+    got = scratch(CONTEXT, of_layers("*"), SHAPES).profiles
     for name, n in LENGTHS.items():
         queries, mask = B * 32 * n * 128 * 2, [B * 2 * n * T * 2] if n > 1 else []
         moments = [[queries, *WORK], [keys, keys, queries, queries]]
         assert got[name] == together(moments, [stream(n), *mask])
-    got = scratch(CONTEXT, model("*"), replace(SHAPES, dtype="float32")).profiles
+    got = scratch(CONTEXT, of_layers("*"), replace(SHAPES, dtype="float32")).profiles
     for name, n in LENGTHS.items():
         scores = B * 32 * n * T * 4
         moments = [[B * 32 * n * 128 * 4, *WORK], [scores, scores, *WORK], [2 * keys, *WORK]]
@@ -82,7 +77,7 @@ def test_attention_of_the_context() -> None:
 
 def test_attention_that_keeps_its_groups_together() -> None:
     """Keys and values are copied for every query head, but for a single position."""
-    got = scratch(CONTEXT, replace(model("*"), num_key_value_heads=16), SHAPES).profiles
+    got = scratch(CONTEXT, replace(of_layers("*"), num_key_value_heads=16), SHAPES).profiles
     for name, n in LENGTHS.items():
         queries, every = B * 32 * n * 128 * 2, B * 32 * T * 128 * 2
         mask = [B * n * T * 2] if n > 1 else []
@@ -94,7 +89,7 @@ def test_attention_that_keeps_its_groups_together() -> None:
 def test_attention_of_the_denoiser_sees_the_cache_and_its_own_block(capacity: int) -> None:
     scores = B * 32 * S * (capacity + S) * 4
     queries = [B * 32 * S * 128 * 2, *WORK]
-    got = scratch(DENOISER, model("*"), replace(SHAPES, capacity=capacity))
+    got = scratch(DENOISER, of_layers("*"), replace(SHAPES, capacity=capacity))
     assert got.nbytes == together([queries, [scores, scores], *LOGITS], of_denoiser(1))
 
 
@@ -102,7 +97,7 @@ def test_attention_of_the_denoiser_sees_the_cache_and_its_own_block(capacity: in
 @pytest.mark.parametrize("path", ["dense", CHOSEN, FUSED])
 def test_experts(path: str, expanded: bool) -> None:
     """All for every token, one after another for its own, or pairs of both."""
-    got = scratch(CONTEXT, model("E"), replace(SHAPES, path=path, expanded=expanded)).profiles
+    got = scratch(CONTEXT, of_layers("E"), replace(SHAPES, path=path, expanded=expanded)).profiles
     copy = [1856 * D * 2 * (128 if path == "dense" else 1)] if expanded else []
     for name, n in LENGTHS.items():
         tokens = B * n
@@ -115,17 +110,17 @@ def test_experts(path: str, expanded: bool) -> None:
 
 def test_a_perceptron_and_the_head() -> None:
     hidden = {n: B * n * 1856 * 2 for n in LENGTHS.values()}
-    got = scratch(CONTEXT, model("-"), SHAPES).profiles
+    got = scratch(CONTEXT, of_layers("-"), SHAPES).profiles
     assert got == {
         name: together([[hidden[n], hidden[n], *WORK]], [stream(n)]) for name, n in LENGTHS.items()
     }
     head = together([[B * V * 2, *WORK], [B * V * 2, B * V * 4]], [])
-    assert scratch(CONTEXT_HEAD, model("M"), SHAPES).nbytes == head
+    assert scratch(CONTEXT_HEAD, of_layers("M"), SHAPES).nbytes == head
 
 
 def test_programs_between_kernels() -> None:
     """Of three the first two are alike; the last writes the logits, widening them."""
-    config, shapes = model("MEMEM"), replace(SHAPES, path=KERNELS)
+    config, shapes = of_layers("MEMEM"), replace(SHAPES, path=KERNELS)
     inner = together(scan(S)[:1], of_denoiser(1))
     last = together([*scan(S)[:1], [B * S * V * 4, B * S * V * 2]], of_denoiser(1))
     assert scratch(DENOISER, config, shapes).nbytes == max(inner, last)
@@ -143,4 +138,6 @@ def test_the_two_largest_are_named() -> None:
         "M": "decay [B,H,L,L]",
         "*": "mask [B,KV,L,T] and keys [B,KV,T,d]",
     }
-    assert {letters: scratch(CONTEXT, model(letters), SHAPES).because for letters in named} == named
+    assert {
+        letters: scratch(CONTEXT, of_layers(letters), SHAPES).because for letters in named
+    } == named

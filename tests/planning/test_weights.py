@@ -8,28 +8,21 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from tests.helpers.published import PUBLISHED, RECIPES, saved_graph
 from tests.helpers.source import CHECKPOINTS
 from twotower.builders.segment import layer_bytes
 from twotower.builders.weight_inputs import place_weights
-from twotower.calibration.recipes import Recipe, builtin_recipes, quantizable_weights
-from twotower.checkpoint.synthetic import PUBLISHED_CONFIG
 from twotower.config.formats import FORMATS, stored_format
-from twotower.config.model import ModelConfig, parse_model_config, read_model_config
-from twotower.export.graph_files import save_program
-from twotower.export.graphs.precision import Precision
-from twotower.export.graphs.tower_graphs import build_graph
+from twotower.config.model import ModelConfig, read_model_config
 from twotower.planning.weights import EXPERT_FORMATS, checkpoint_bytes, graph_weights
 from twotower.spec import CONTEXT, CONTEXT_HEAD
-from twotower.weights.declared import lay_out
-from twotower.weights.external import load_graph, weight_refs
+from twotower.weights.external import weight_refs
 
 
 def config_of(name: str) -> ModelConfig:
-    return (
-        parse_model_config(PUBLISHED_CONFIG, "published")
-        if name == "published"
-        else read_model_config(CHECKPOINTS[name] / "config.json")
-    )
+    if name == "published":
+        return PUBLISHED
+    return read_model_config(CHECKPOINTS[name] / "config.json")
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -64,21 +57,16 @@ def test_few_bits_narrow_routed_experts_only(name: str) -> None:
     assert after.by_dtype[name] == after.by_kind["routed_expert"]
 
 
-@pytest.mark.parametrize("recipe", ["float", *builtin_recipes()])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", ["a", "tiny"])
 def test_what_engines_hold_is_what_the_builder_leaves_inside(
     tmp_path: Path, name: str, recipe: str
 ) -> None:
-    config, chosen = config_of(name), builtin_recipes().get(recipe) or Recipe(name="float")
+    config, chosen = config_of(name), RECIPES[recipe]
     formats = tuple(sorted(chosen.weights.items()))
     rounded = tuple(chosen.activations)
     for graph, planned in graph_weights(config, "bfloat16", formats, rounded).items():
-        few = {
-            p.name: how for p in quantizable_weights(config, graph) if (how := chosen.format_of(p))
-        }
-        made = build_graph(graph, config, "bfloat16", Precision(few))
-        save_program(tmp_path / "model.onnx", made, lay_out(made.weights))
-        model = load_graph(tmp_path / "model.onnx")
+        model = saved_graph(tmp_path / "model.onnx", config, graph, recipe)
         refs = weight_refs(model).values()
         assert planned.total == sum(ref.nbytes for ref in refs)
         assert planned.stored == max(ref.end for ref in refs)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.errors import fails
-from twotower.checkpoint.synthetic import PUBLISHED_CONFIG, published_slice
-from twotower.config.model import LayerKind, ModelConfig, parse_model_config
+from tests.helpers.published import PUBLISHED, of_layers
+from twotower.config.model import LayerKind
 from twotower.errors import ConfigError
 from twotower.planning import PlanOptions
 from twotower.planning.devices import device_needs
@@ -22,7 +22,6 @@ from twotower.planning.scratch import Shapes, scratch
 from twotower.planning.working_memory import state_bytes, tower_scratch
 from twotower.spec import CONTEXT, DENOISER
 
-PUBLISHED = parse_model_config(PUBLISHED_CONFIG, "published")
 OPTIONS = PlanOptions(target="trt")
 DENSE = replace(OPTIONS, expert_path="dense")
 
@@ -112,11 +111,6 @@ def test_onnx_runtime_runs_towers_whole() -> None:
 
 
 SHAPES = Shapes("bfloat16", 8, 4352, 16)
-
-
-def of_layers(letters: str) -> ModelConfig:
-    """The published model with these layers alone."""
-    return parse_model_config(published_slice(letters), letters)
 
 
 @pytest.mark.parametrize("graph", [CONTEXT, DENOISER])
