@@ -21,7 +21,7 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import save_file
 
-from tests.helpers.bundles import export_fixture
+from tests.helpers.bundles import fresh_export
 from tests.helpers.errors import fails
 from tests.helpers.graphs import FIXTURES, fixture_weights
 from tests.helpers.processes import environment
@@ -42,7 +42,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_data_files_hold_the_checkpoint(tmp_path: Path, dtype: str) -> None:
-    bundle = export_fixture("hybrid-a", tmp_path / "b", dtype)
+    bundle = fresh_export("hybrid-a", tmp_path / "b", dtype)
     tensors = fixture_weights(FIXTURES / "hybrid-a")
     seen = set()
     for relative in GRAPH_FILES.values():
@@ -76,7 +76,7 @@ def exported(name: str, tensors: dict[str, np.ndarray], experts: int) -> np.ndar
 
 
 def test_same_checkpoint_same_bundle(tmp_path: Path) -> None:
-    one, two = (export_fixture("hybrid-b", tmp_path / name) for name in "ab")
+    one, two = (fresh_export("hybrid-b", tmp_path / name) for name in "ab")
     assert one.files == two.files
 
 
@@ -84,7 +84,7 @@ def test_plain_onnxruntime_opens_the_files(tmp_path: Path) -> None:
     """No loader of ours is needed: the standard dialect with standard external data."""
     import onnxruntime as ort
 
-    bundle = export_fixture("hybrid-b", tmp_path / "b")
+    bundle = fresh_export("hybrid-b", tmp_path / "b")
     for relative in GRAPH_FILES.values():
         ort.InferenceSession(str(bundle.path / relative), providers=["CPUExecutionProvider"])
 
@@ -147,7 +147,7 @@ def test_small_disk_is_noticed_before_any_work(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(ExportError, match="disk space"):
-        export_fixture("hybrid-b", tmp_path / "b")
+        fresh_export("hybrid-b", tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -172,7 +172,7 @@ def test_a_terminated_export_leaves_nothing(tmp_path: Path) -> None:
 def test_a_running_neighbour_is_left_alone(tmp_path: Path) -> None:
     other = tmp_path / f".b.partial.{os.getppid()}"
     other.mkdir()
-    export_fixture("hybrid-b", tmp_path / "b")
+    fresh_export("hybrid-b", tmp_path / "b")
     assert other.exists()
 
 
@@ -236,7 +236,7 @@ def test_a_failed_export_does_not_hash_the_rest_of_the_checkpoint(
     monkeypatch.setattr(Checkpoint, "identity", identity)
     monkeypatch.setattr(exporter_module, "stream_weights", full)
     with pytest.raises(ExportError, match="failed while writing"):
-        export_fixture("hybrid-b", tmp_path / "b")
+        fresh_export("hybrid-b", tmp_path / "b")
     assert len(seen) < 1000
     assert not list(tmp_path.iterdir())
 
@@ -261,7 +261,7 @@ def test_a_graph_that_breaks_a_rule_is_not_published(
     places = ("layers.3.attention/Attention", "layers.7.attention/Attention")
     said = ("attention-causal", *places)
     with fails(ExportError, what="context", found=said, do="defect of twotower"):
-        export_fixture("hybrid-a", tmp_path / "b")
+        fresh_export("hybrid-a", tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -269,7 +269,7 @@ def test_a_graph_that_breaks_a_rule_is_not_published(
     ("dtype", "rules"), [("float32", {"attention-float32"}), ("bfloat16", set())]
 )
 def test_notes_on_the_graphs_are_in_the_report(tmp_path: Path, dtype: str, rules: set[str]) -> None:
-    bundle = export_fixture("hybrid-a", tmp_path / "b", dtype)
+    bundle = fresh_export("hybrid-a", tmp_path / "b", dtype)
     notes = json.loads((bundle.path / REPORT_FILE).read_text())["notes"]
     assert {(note["graph"], note["rule"]) for note in notes} == {
         ("context", rule) for rule in rules

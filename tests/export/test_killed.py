@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.bundles import export_fixture
+from tests.helpers.bundles import fresh_export
 from tests.helpers.errors import fails
 from tests.helpers.graphs import FIXTURES
 from tests.helpers.processes import environment
@@ -74,7 +74,7 @@ def test_a_kill_at_any_stage_leaves_no_bundle_under_the_name(tmp_path: Path, sta
     if stage != "publishing":
         with fails(BundleError, found=f"no {MANIFEST_FILE}"):
             Bundle.open(left)
-    export_fixture("hybrid-b", output)
+    fresh_export("hybrid-b", output)
     assert list(tmp_path.iterdir()) == [output], "the next export clears away what was left"
     assert (0 < size < written(Bundle.open(output).path)) is (
         stage in ("first piece", "halfway")
@@ -95,11 +95,11 @@ def largest_file(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("size", [1, 1000, 4097, 100_001])
 def test_a_write_that_the_system_refuses_leaves_nothing(tmp_path: Path, size: int) -> None:
     with pytest.raises(ExportError, match="failed while writing") as caught, largest_file(size):
-        export_fixture("hybrid-b", tmp_path / "b")
+        fresh_export("hybrid-b", tmp_path / "b")
     assert os.strerror(errno.EFBIG) in caught.value.found
     assert "free disk space" in caught.value.do
     assert list(tmp_path.iterdir()) == []
-    export_fixture("hybrid-b", tmp_path / "b")
+    fresh_export("hybrid-b", tmp_path / "b")
 
 
 STEPS: dict[str, tuple[Any, str]] = {
@@ -188,7 +188,7 @@ def test_whatever_has_the_name_is_refused_and_untouched(tmp_path: Path, kind: st
 
     before = state()
     with fails(ExportError, "exists already", found="never overwritten", do="-o"):
-        export_fixture("hybrid-b", output)
+        fresh_export("hybrid-b", output)
     assert before == state()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.helpers.graphs import FIXTURES
@@ -27,9 +29,25 @@ TRUNCATED_AND_PADDED = {
 """Of a tokenizer.json, as after a training."""
 
 
-def export_fixture(folder: str, output: Path, dtype: str | None = None) -> Bundle:
-    """An unverified bundle of a fixture."""
+_EXPORTED = TemporaryDirectory(prefix="twotower-exported-")
+
+
+def fresh_export(folder: str | Path, output: Path, dtype: str | None = None) -> Bundle:
+    """An unverified bundle of a fixture or a checkpoint, for tests of the export itself."""
     return export_bundle(Checkpoint.open(FIXTURES / folder), output, ExportConfig(dtype=dtype))
+
+
+def export_fixture(folder: str | Path, output: Path, dtype: str | None = None) -> Bundle:
+    """The same for all others: a process exports each once, and this is a copy."""
+    shutil.copytree(_exported(folder, dtype), output, copy_function=shutil.copyfile)
+    return Bundle.open(output, contents=False)
+
+
+@cache
+def _exported(folder: str | Path, dtype: str | None) -> Path:
+    output = Path(_EXPORTED.name) / f"{Path(folder).name}-{dtype}"
+    fresh_export(folder, output, dtype)
+    return output
 
 
 def built_fixture(folder: str, output: Path, dtype: str | None = None) -> Bundle:

@@ -12,13 +12,12 @@ from typing import Any
 import onnx
 import pytest
 
+from tests.helpers.bundles import export_fixture
 from tests.helpers.fake_cuda import FakeCuda
-from tests.helpers.graphs import FIXTURES
 from tests.helpers.trt.execution import FakeBuilder, FakeTensorRT, fake_job
 from twotower.builders import BuildConfig, build_engines
 from twotower.builders.trt import engine_plan, make_engine, tensorrt_builder
 from twotower.bundle import Bundle
-from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.hardware import Gpu, Machine
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines import OpenOptions
@@ -106,7 +105,7 @@ def bundle_with_engines(
         dtype: Of the graphs.
         options: Of the build: 256 tokens of text and dense experts if nothing else is said.
     """
-    bundle = export_bundle(Checkpoint.open(FIXTURES / folder), output, ExportConfig(dtype=dtype))
+    bundle = export_fixture(folder, output, dtype)
     build_fake_engines(bundle, segments=pieces, **options)
     return bundle
 
