@@ -121,7 +121,7 @@ class TwoTower:
         if target is not None and target in TARGETS:
             require_opener(target)
         machine = probe_machine()
-        chosen = select_target(machine, built_targets(bundle.path), wanted=target).target
+        chosen = select_target(machine, built_targets(bundle.path), wanted=target)
         # Weights that go to a device are hashed on their way there: they are read once.
         bundle.check(weights=chosen not in STREAMED, progress=progress)
         _check_option("max_batch", max_batch)

@@ -39,21 +39,6 @@ class LoadRequest:
     device: int
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """Bytes read from files, and seconds from the first allocation to the last copy's end."""
-
-    nbytes: int
-    seconds: float
-
-    @property
-    def rate(self) -> float:
-        """Bytes a second; 0 where there was nothing to read."""
-        if self.seconds and self.nbytes:
-            return self.nbytes / self.seconds
-        return 0.0
-
-
 @dataclass(slots=True)
 class _File:
     """What is to be read of one file, for each device."""
@@ -79,7 +64,7 @@ class WeightStore:
         *,
         hashed: bool = False,
         progress: Progress | None = None,
-    ) -> Loaded:
+    ) -> int:
         """Brings weights to devices; all of them, or none and nothing is left of it.
 
         Args:
@@ -87,6 +72,9 @@ class WeightStore:
             hashed: Whether each file is read as a whole and its SHA-256 compared on the way;
                 several files are read in turns then, and hashed at the same time.
             progress: Called with (bytes arrived, bytes to read).
+
+        Returns:
+            Bytes read from files.
 
         Raises:
             BundleError: a file is missing, unreadable, of another size or content, or shorter than
@@ -96,7 +84,7 @@ class WeightStore:
         """
         files = self._missing(requests)
         if not files:
-            return Loaded(0, 0.0)
+            return 0
         begun = time.perf_counter()
         blocks: list[int] = []
         with Cleanup(lambda: self._free(blocks)) as undo:
@@ -108,14 +96,10 @@ class WeightStore:
             for device, layout in file.layouts.items():
                 for name, offset in layout.offsets.items():
                     self._addresses[path, name, device] = file.bases[device] + offset
-        loaded = Loaded(total, time.perf_counter() - begun)
-        logger.info(
-            "weights: %s in %.1f s, %s/s",
-            format_bytes(loaded.nbytes),
-            loaded.seconds,
-            format_bytes(loaded.rate),
-        )
-        return loaded
+        seconds = time.perf_counter() - begun
+        rate = format_bytes(total / seconds)
+        logger.info("weights: %s in %.1f s, %s/s", format_bytes(total), seconds, rate)
+        return total
 
     def address(self, file: Path, name: str, device: int) -> int:
         """A weight's address, a multiple of `ALIGNMENT`; KeyError if it is not loaded there."""

@@ -80,14 +80,6 @@ class Machine:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """A chosen target and why every other one was not taken."""
-
-    target: str
-    rejected: Mapping[str, str]
-
-
 def probe_machine() -> Machine:
     """Looks at the machine: processors, memory, GPUs, installed libraries (none is imported).
 
@@ -127,9 +119,7 @@ def untried(how: str, sms: Sequence[int]) -> str:
     )
 
 
-def select_target(
-    machine: Machine, built: Collection[str], *, wanted: str | None = None
-) -> Selection:
+def select_target(machine: Machine, built: Collection[str], *, wanted: str | None = None) -> str:
     """Picks the wanted target, or the first of `TARGETS` that is built and can run here.
 
     A mapping `built` has the compute capabilities the engines hold code for, none for any.
@@ -141,8 +131,7 @@ def select_target(
     candidates = (wanted,) if wanted else TARGETS
     for target in candidates:
         if target in reasons and reasons[target] is None:
-            others = {t: r or "less preferred" for t, r in reasons.items() if t != target}
-            return Selection(target, others)
+            return target
     if wanted and wanted not in reasons:
         raise EngineMismatchError(
             f"unknown target {wanted!r}",

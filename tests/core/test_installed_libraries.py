@@ -50,7 +50,7 @@ def test_the_one_in_front_is_the_library(
     assert installed_libraries(NAMES) == {first: versions[first]}
     here = probe_machine()
     assert here.conflict is None
-    assert select_target(here, ("ort-cpu",)).target == "ort-cpu"
+    assert select_target(here, ("ort-cpu",)) == "ort-cpu"
 
 
 @pytest.mark.parametrize("listed", [True, False])

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,9 +34,8 @@ def open_(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     ) -> Iterator[tuple[TwoTower, FakeTensorRT]]:
         api = FakeCuda(memory=memory)
         trt = FakeTensorRT(api)
-        selected = SimpleNamespace(target="rtx")
         monkeypatch.setitem(OPENERS, "rtx", lambda bundle, _: open_fake(bundle, trt))
-        monkeypatch.setattr(session, "select_target", lambda *_, **__: selected)
+        monkeypatch.setattr(session, "select_target", lambda *_, **__: "rtx")
         with TwoTower.open(bundle.path, **options) as model:
             yield model, trt
         assert not api.leaked
