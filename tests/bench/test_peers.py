@@ -53,6 +53,7 @@ def few(built_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return made
 
 
+@pytest.mark.slow
 def test_what_has_no_peer(built_bundle: Path, few: Bundle, cli: Commands) -> None:
     cli.refused("bench", built_bundle, SHORT, "--peers vllm", what="allowed: transformers")
     pytest.importorskip("transformers")

@@ -56,6 +56,7 @@ def whole(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Statis
     return gathered(tiny_bundle, tmp_path_factory.mktemp("whole") / "stats")
 
 
+@pytest.mark.slow
 def test_ranges_are_those_torch_sees(tiny_bundle: Path, whole: Statistics) -> None:
     """Hooks in the torch towers, on the same texts, see the same extremes."""
     config, tensors = read_model_config(TINY / "config.json"), weights_of(TINY)

@@ -110,6 +110,7 @@ def test_it_computes_what_torch_computes_with_rounded_numbers(
         assert max(differences) <= (2e-2 if precision.activations else 2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_must_stay_high_is_the_float_bundle_s_to_the_bit(
     few: Any, tiny_bundle: Path, recipe: str
@@ -128,6 +129,7 @@ def test_what_must_stay_high_is_the_float_bundle_s_to_the_bit(
                 np.testing.assert_array_equal(read_weight(b, ref), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_graphs_are_clean_and_of_standard_operators(few: Any, recipe: str) -> None:
     bundle = few(recipe)
@@ -157,6 +159,7 @@ def test_bytes_of_a_half_width_bundle(tmp_path: Path) -> None:
     assert sizes["int8-weights"] <= 0.545
 
 
+@pytest.mark.slow
 def test_the_manifest_says_what_was_done(few: Any, tiny_bundle: Path) -> None:
     bundle, source = few("mixed"), Bundle.open(tiny_bundle)
     facts = bundle.quantization
@@ -172,11 +175,13 @@ def test_the_manifest_says_what_was_done(few: Any, tiny_bundle: Path) -> None:
     assert source.quantization is None and source.formats == ()
 
 
+@pytest.mark.slow
 def test_a_second_quantization_is_refused(few: Any) -> None:
     with fails(BundleError, "is quantized already", found="int4-experts"):
         plan_quantization(few("int4-experts"), load_recipe("int8-weights"))
 
 
+@pytest.mark.slow
 def test_recipes_with_inputs_need_statistics_of_this_checkpoint(
     tiny_bundle: Path, tiny_statistics: Path, tmp_path: Path
 ) -> None:

@@ -193,6 +193,7 @@ def test_statistics_of_another_checkpoint(
     cli.refused("quantize", built_bundle, words, what="are of another checkpoint")
 
 
+@pytest.mark.slow
 def test_a_range_that_is_not_a_number(
     tiny_bundle: Path, tiny_statistics: Path, tmp_path: Path, cli: Commands
 ) -> None:

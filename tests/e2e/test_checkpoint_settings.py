@@ -75,14 +75,6 @@ def test_a_typed_bos_changes_neither_a_text_nor_a_score(models: Models) -> None:
     assert models.plain.score(("", f"<s>{answer}")) == models.plain.score(("", answer))
 
 
-def test_equal_prompts_at_a_temperature_give_several_texts(models: Models) -> None:
-    hot = GenerationConfig(temperature=3.0, max_new_tokens=32, ignore_eos=True)
-    texts = models.plain.generate(["Once upon a time"] * 4, hot)
-    assert len({t.text for t in texts}) == 4
-    again = [models.plain.generate("Once upon a time", replace(hot, seed=t.seed)) for t in texts]
-    assert [t.text for t in again] == [t.text for t in texts]
-
-
 @pytest.mark.slow
 def test_derived_and_quantized_bundles_carry_the_list(
     changed_bundle: Bundle,

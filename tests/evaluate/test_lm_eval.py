@@ -6,7 +6,7 @@ import json
 import math
 import os
 import socket
-import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -287,30 +287,26 @@ socket.socket.connect = refuse
 """
 
 
-def run_offline(folder: Path, arguments: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """A task in the library's command line where every connection is refused.
-
-    RULER's needle in repeated text, which the library writes; it need not be found.
-    """
-    (folder / "sitecustomize.py").write_text(NO_NETWORK)
-    # Only asked for, never read: this haystack has no sentences.
-    (folder / "nltk" / "tokenizers" / "punkt_tab").mkdir(parents=True)
-    command = ["run", "--model", "twotower", "--model_args", arguments]
-    return run_python(
-        *("-m", "twotower.evaluate.lm_eval_model", *command, "--tasks", "niah_single_1", *words),
-        HF_HUB_OFFLINE="1",
-        HF_DATASETS_OFFLINE="1",
-        HF_HOME=str(folder / "hf"),
-        NLTK_DATA=str(folder / "nltk"),
-        PYTHONPATH=os.pathsep.join((str(folder), str(ROOT / "src"))),
-    )
+COMMAND = ["run", "--model", "twotower", "--tasks", "niah_single_1", "--model_args"]
 
 
 def test_a_task_of_the_library_runs_without_a_network(tiny_bundle: Path, tmp_path: Path) -> None:
+    """RULER's needle in repeated text, which the library writes; it need not be found."""
+    (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
+    # Only asked for, never read: this haystack has no sentences.
+    (tmp_path / "nltk" / "tokenizers" / "punkt_tab").mkdir(parents=True)
     tokenizer = ROOT / "assets" / "twotower-tiny"
     arguments = f"bundle={tiny_bundle},tokenizer={tokenizer},max_gen_toks=16"
     words = ["--limit", "3", "--metadata", '{"max_seq_lengths": [700]}', "--log_samples"]
-    done = run_offline(tmp_path, arguments, *words, "--output_path", str(tmp_path / "out"))
+    words += ["--output_path", str(tmp_path / "out")]
+    done = run_python(
+        *("-m", "twotower.evaluate.lm_eval_model", *COMMAND, arguments, *words),
+        HF_HUB_OFFLINE="1",
+        HF_DATASETS_OFFLINE="1",
+        HF_HOME=str(tmp_path / "hf"),
+        NLTK_DATA=str(tmp_path / "nltk"),
+        PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT / "src"))),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "niah_single_1" in done.stdout
     (samples,) = (tmp_path / "out").rglob("samples_niah_single_1*.jsonl")
@@ -318,8 +314,13 @@ def test_a_task_of_the_library_runs_without_a_network(tiny_bundle: Path, tmp_pat
     assert "punkt_tab" not in done.stderr
 
 
-def test_what_a_user_can_cause_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
-    done = run_offline(tmp_path, f"bundle={tmp_path / 'none'}")
-    assert done.returncode == 2
-    assert "is not a bundle" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_what_a_user_can_cause_ends_with_2_and_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from twotower.evaluate import lm_eval_model
+
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *COMMAND, f"bundle={tmp_path / 'none'}"])
+    assert lm_eval_model.main() == 2
+    said = capsys.readouterr().err
+    assert "is not a bundle" in said
+    assert "Traceback" not in said

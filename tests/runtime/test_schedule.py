@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from twotower.runtime.schedule import (
     CHUNK_WIDTHS,
-    block_count,
     capacity_bucket,
     capacity_limit,
     commit_floor,
@@ -87,10 +86,6 @@ def test_buckets_double_up_to_the_limit() -> None:
     buckets = {1: 256, 256: 256, 257: 512, 512: 512, 513: 1000, 1000: 1000}
     assert {n: capacity_bucket(n, 1000) for n in buckets} == buckets
     assert capacity_bucket(10, 100) == 100
-
-
-def test_the_last_block_may_be_cut() -> None:
-    assert [block_count(n, 16) for n in (1, 16, 17, 48)] == [1, 1, 2, 3]
 
 
 @given(lengths)

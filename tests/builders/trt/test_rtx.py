@@ -210,7 +210,7 @@ def test_without_a_word_on_experts_kernels_compute_the_chosen_ones(folder: Path)
     """Compiled by Triton, as a user's build is; `inspect` has programs, kernels and launches."""
     pytest.importorskip("triton")  # make EXTRAS=...,kernels
     bundle = exported(folder, "tiny", "bfloat16")
-    words = ["--target", "rtx", "--sm", "80,89,120", "--max-context", "256"]
+    words = ["--target", "rtx", "--sm", "89,120", "--max-context", "256"]
     for _ in range(2):
         done = twotower("build", bundle.path, *words)
         assert "note:" not in done.stderr
@@ -225,7 +225,7 @@ def test_without_a_word_on_experts_kernels_compute_the_chosen_ones(folder: Path)
         r"denoiser denoise: 4 programs \(\d+ kernels\) and 3 layers of experts .*; \d+ launches a pass",
         done.stdout,
     )
-    assert "kernels for SM 80, 89, 120, up to 4096 tokens, by Triton" in done.stdout
+    assert "kernels for SM 89, 120, up to 4096 tokens, by Triton" in done.stdout
 
 
 def test_a_config_alone_is_built_for_and_its_engines_serve_the_checkpoint(folder: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers.bundles import export_fixture
 from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.once import made_once
 from tests.helpers.trt.execution import FakeTensorRT
 from tests.helpers.trt.install import GPUS, bundle_with_engines, open_fake
 from twotower.builders import BuildConfig, build_engines, builder_for
@@ -98,12 +99,15 @@ def copied(built: Callable[..., Bundle], tmp_path: Path) -> Bundle:
     return Bundle.open(tmp_path / "bundle")
 
 
-@pytest.fixture
-def really_built(tmp_path: Path) -> Bundle:
-    """Engines of the real library, on a machine without a driver."""
+@pytest.fixture(scope="session")
+def really_built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Engines of the real library, on a machine without a driver. Read only."""
     if probe_machine().gpus:
         pytest.skip("there is a GPU here")
-    bundle = export_fixture("hybrid-b", tmp_path / "bundle", "float16")
-    config = BuildConfig(sms=(89,), max_context=256, experts="dense")
-    build_engines(bundle, "rtx", builder_for("rtx"), config=config)
-    return bundle
+
+    def make(folder: Path) -> None:
+        bundle = export_fixture("hybrid-b", folder / "bundle", "float16")
+        config = BuildConfig(sms=(89,), max_context=256, experts="dense")
+        build_engines(bundle, "rtx", builder_for("rtx"), config=config)
+
+    return Bundle.open(made_once(tmp_path_factory, "really-built", make) / "bundle")

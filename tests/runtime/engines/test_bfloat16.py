@@ -51,7 +51,10 @@ def on_a_cpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[t
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("folder", "pieces"), [("hybrid-a", 1), ("hybrid-a", 4), ("hybrid-b", 1)])
+@pytest.mark.parametrize(
+    ("folder", "pieces"),
+    [("hybrid-a", 1), ("hybrid-a", 4), pytest.param("hybrid-b", 1, marks=pytest.mark.slow)],
+)
 def test_the_text_is_that_of_a_cpu(
     opened: Any, on_a_cpu: Any, folder: str, pieces: int, layout: str
 ) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.bundles import flip_byte
-from tests.helpers.fake_cuda import FakeCuda
-from tests.helpers.trt.execution import FakeTensorRT, engines_changed
-from tests.helpers.trt.install import bundle_with_engines, open_fake
+from tests.helpers.trt.execution import engines_changed
+from tests.helpers.trt.install import bundle_with_engines
+from tests.runtime.engines.test_trt_open import open_
 from twotower import GenerationConfig
 from twotower.builders import build_engines, builder_for
 from twotower.bundle import (
@@ -49,17 +49,6 @@ def fine_tuned(bundle: Bundle) -> Bundle:
         manifest["files"][f"{graph}.data"]["sha256"] = hash_file(bundle.data_file(name))
     (bundle.path / MANIFEST_FILE).write_text(json.dumps(manifest))
     return Bundle.open(bundle.path)
-
-
-def open_(bundle: Bundle, change: Callable[[FakeTensorRT], None] | None = None) -> Any:
-    trt = FakeTensorRT(FakeCuda())
-    if change:
-        change(trt)
-    try:
-        return open_fake(bundle, trt)
-    except TwoTowerError:
-        assert not trt.cuda.leaked, "a failed opening leaves nothing"
-        raise
 
 
 def test_one_engine_serves_every_checkpoint_of_its_shapes(copied: Bundle, opened: Any) -> None:
@@ -147,9 +136,8 @@ def test_data_files_are_read_once_and_compared_on_their_way(copied: Bundle) -> N
 def test_loading_is_told_apart_from_checking(copied: Bundle) -> None:
     checked: list[tuple[int, int]] = []
     loaded: list[tuple[int, int]] = []
-    open_fake(
+    open_(
         copied,
-        FakeTensorRT(FakeCuda()),
         progress=lambda *step: checked.append(step),
         loading=lambda *step: loaded.append(step),
     ).close()

@@ -16,9 +16,7 @@ from tests.helpers.goldens import (
     AR,
     DIFFUSION,
     check_goldens,
-    check_rows,
     golden_cases,
-    random_prompt,
 )
 from tests.helpers.quantized import TINY, quantized
 from tests.helpers.trt.execution import FakeTensorRT
@@ -127,18 +125,6 @@ def test_experts_in_few_bits_are_read_from_the_bundle(
         expected = [out.tokens for out in model.generate(prompts, options)]
     with opened(bundle) as it:
         assert [out.tokens for out in it.model.generate(prompts, options)] == expected
-
-
-def test_rows_are_independent(cut: Bundle, opened: Any) -> None:
-    with opened(cut, **LAYOUTS["two devices"]) as it:
-        check_rows(it.model, [random_prompt(n) for n in (1, 17, 90)], DIFFUSION)
-
-
-def test_kernels_for_another_gpu_are_refused(cut: Bundle) -> None:
-    api = FakeCuda(sm=120)
-    with pytest.raises(EngineMismatchError, match="SM 120"):
-        open_fake(cut, FakeTensorRT(api), gpus=())
-    assert not api.leaked
 
 
 def test_a_damaged_kernel_is_refused(cut: Bundle, tmp_path: Path) -> None:

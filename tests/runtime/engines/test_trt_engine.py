@@ -32,7 +32,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("folder", ["hybrid-a", "hybrid-b"])
+@pytest.mark.parametrize("folder", ["hybrid-a", pytest.param("hybrid-b", marks=pytest.mark.slow)])
 def test_the_goldens(opened: Any, folder: str, layout: str) -> None:
     with opened(folder, **LAYOUTS[layout]) as it:
         check_goldens(it.model, golden_cases(folder))

@@ -17,25 +17,25 @@ import pytest
 from tests.helpers.bundles import flip_byte
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.trt.execution import FakeTensorRT, engines_changed
-from tests.helpers.trt.install import open_fake
+from tests.helpers.trt.install import GPUS, open_fake
 from twotower import GenerationConfig
 from twotower.bundle import BUILD_FILE, Bundle, engine_folder, load_engine_record
 from twotower.errors import ConfigError, EngineMismatchError, RequestError, TwoTowerError
-from twotower.hardware import Gpu, probe_machine
+from twotower.hardware import probe_machine
 from twotower.runtime import TwoTower
 from twotower.runtime.cuda.calls import Cuda
 from twotower.runtime.engines import open_towers
 from twotower.runtime.engines.trt_plan import PlanLoader
 from twotower.tensorrt_library import variant_from_module
 
-GPU = Gpu("a GPU", 89, 1 << 34)
+GPU = GPUS[0]
 
 
 def open_(
     bundle: Bundle,
+    change: Callable[[FakeTensorRT], None] | None = None,
     *,
     cuda: FakeCuda | None = None,
-    change: Callable[[FakeTensorRT], None] | None = None,
     **options: Any,
 ) -> Any:
     api = cuda or FakeCuda()
@@ -43,7 +43,7 @@ def open_(
     if change:
         change(trt)
     try:
-        return open_fake(bundle, trt, **{"gpus": (GPU,), **options})
+        return open_fake(bundle, trt, **options)
     except TwoTowerError:
         assert not api.leaked, "a failed opening leaves nothing"
         raise
