@@ -45,7 +45,6 @@ def test_every_optional_import_has_an_extra() -> None:
         "twotower",
         *(name_of(r).replace("-", "_") for r in PROJECT["dependencies"]),
         "google",
-        "_typeshed",  # of type checkers alone
     }
     used = {
         name.split(".")[0] for file in package_files().values() for name in imported(tree(file))
