@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib
 import logging
@@ -114,7 +115,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Its name is the process's own: of several that write one file the last one counts, whole.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = _own_name(path, f".{path.name}.")
     try:
         yield partial
         partial.replace(path)
@@ -132,6 +133,28 @@ def write_atomically(path: Path, data: bytes | bytearray | memoryview | str) -> 
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def write_output(path: Path, data: bytes | str, *, error: type[TwoTowerError]) -> None:
+    """Writes a file that a user asked for, whole, and the folder it is in; `error` if it cannot."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+    except OSError as e:
+        raise _no_output(path, str(e), error) from e
+
+
+def require_place(path: Path, *, error: type[TwoTowerError]) -> None:
+    """Refuses, before the work, a file to write that is a folder or lies in none."""
+    if path.is_dir():
+        raise _no_output(path, "it is a folder", error)
+    if not path.parent.is_dir():
+        raise _no_output(path, f"there is no folder {path.parent}", error)
+
+
+def _no_output(path: Path, found: str, error: type[TwoTowerError]) -> TwoTowerError:
+    do = "name a file in a folder that exists, can be written and has room"
+    return error(f"cannot write {path}", found=found, do=do)
+
+
 logger = logging.getLogger(__name__)
 
 _SLACK_BYTES = 64 << 20  # graphs, manifest, tokenizer and the file system's own needs
@@ -143,15 +166,8 @@ def unpublished(output: Path) -> Iterator[Path]:
 
     What killed processes left behind under that name is removed, but not what a living one writes.
     """
-    parent = output.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    stem = f".{output.name}.partial."
-    for left in parent.glob(f"{stem}*"):
-        owner = left.name.removeprefix(stem)
-        if owner.isdigit() and not _alive(int(owner)):
-            logger.info("removing %s, left by a killed process", left)
-            shutil.rmtree(left, ignore_errors=True)
-    folder = parent / f"{stem}{os.getpid()}"
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    folder = _own_name(output.absolute(), f".{output.name}.partial.")
     folder.mkdir()
     try:
         yield folder
@@ -200,6 +216,19 @@ def link_file(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
+
+
+def _own_name(path: Path, stem: str) -> Path:
+    """A hidden name beside `path` for this process; removes what killed processes left there."""
+    for left in path.parent.glob(f"{glob.escape(stem)}*"):
+        owner = left.name.removeprefix(stem)
+        if owner.isdigit() and not _alive(int(owner)):
+            logger.info("removing %s, left by a killed process", left)
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+    return path.with_name(f"{stem}{os.getpid()}")
 
 
 def _alive(pid: int) -> bool:

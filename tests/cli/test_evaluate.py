@@ -63,6 +63,20 @@ def test_json_goes_to_stdout_or_a_file(
     assert report == json.loads(file.read_text())
 
 
+def test_a_full_disk_costs_the_files_and_not_the_figures(
+    model: FakeModel, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Commands
+) -> None:
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    words = f"evaluate b --suite {suite} {FEW} -o {tmp_path / 'r.json'}"
+    out, err = cli(words, code=2)
+    check_error(err, "No space left")
+    assert "diffusion keeps" in out
+    assert [file.name for file in tmp_path.iterdir()] == ["suite.jsonl"]
+
+
 def test_below_the_budget_the_exit_code_is_three(
     model: FakeModel, suite: Path, cli: Commands
 ) -> None:

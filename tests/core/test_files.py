@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from twotower.files import replacing, write_atomically
+from tests.helpers.errors import check_error
+from twotower.errors import ConfigError
+from twotower.files import replacing, require_place, write_atomically, write_output
 
 
 def test_what_is_written_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
@@ -43,3 +48,24 @@ def test_what_fails_leaves_what_was_there_and_nothing_else(
 def test_a_folder_that_cannot_be_written_to_is_told_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "nowhere" / "a.json", b"")
+
+
+def test_what_a_killed_process_left_is_removed_and_not_what_a_living_one_writes(
+    tmp_path: Path,
+) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    alive, others = f".a.json.{os.getppid()}", [".a.json.mine", f".b.json.{dead.pid}"]
+    for name in (f".a.json.{dead.pid}", alive, *others):
+        (tmp_path / name).write_bytes(b"half")
+    write_atomically(tmp_path / "a.json", b"whole")
+    assert {file.name for file in tmp_path.iterdir()} == {"a.json", alive, *others}
+
+
+def test_a_file_a_user_named_is_refused_in_three_parts(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for check in (require_place, lambda path, error: write_output(path, b"", error=error)):
+        for path in (tmp_path, tmp_path / "file" / "a.json"):
+            with pytest.raises(ConfigError) as caught:
+                check(path, error=ConfigError)
+            check_error(str(caught.value), "cannot write")

@@ -115,4 +115,4 @@ def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError) as caught:
         Archive(tmp_path / "file", "D", "make it").add("machine", OK)
-    check_error(str(caught.value), "cannot be written")
+    check_error(str(caught.value), "cannot write")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from twotower.cli.options import add_suite_options, adder, chosen_suite, number_list, opened_session
 from twotower.cli.progress import ProgressLine
 from twotower.errors import ConfigError
-from twotower.files import write_atomically
+from twotower.files import require_place, write_output
 
 if TYPE_CHECKING:
     from twotower.evaluate.evaluation import EvaluationConfig
@@ -127,12 +127,7 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
         files |= {"html": page, "png": page.with_suffix(".png")}
         files.setdefault("json", page.with_suffix(".json"))
     for file in files.values():
-        if not file.absolute().parent.is_dir() or file.is_dir():
-            raise ConfigError(
-                f"cannot write {file}",
-                found="no such folder, or a folder of that name",
-                do="name a file in a folder that exists",
-            )
+        require_place(file, error=ConfigError)
     return files
 
 
@@ -197,7 +192,7 @@ def _impact(
 
 
 def _publish(args: argparse.Namespace, report: dict[str, Any], files: dict[str, Path]) -> None:
-    """Writes the files, and prints the report."""
+    """Prints the report, which a full disk must not cost, and writes the files."""
     from twotower.bundle import Bundle
     from twotower.evaluate.evaluation_page import report_lines, report_page
     from twotower.evaluate.figures import draw_curve, draw_sensitivity
@@ -212,11 +207,11 @@ def _publish(args: argparse.Namespace, report: dict[str, Any], files: dict[str, 
         contents["html"] = page.encode()
     if "json" in files:
         contents["json"] = (json.dumps(report, indent=1) + "\n").encode()
-    for kind, data in contents.items():
-        write_atomically(files[kind], data)
     if args.json:
         print(json.dumps(report))
     else:
-        print("\n".join((impact_lines if impact else report_lines)(report)))
+        print("\n".join((impact_lines if impact else report_lines)(report)), flush=True)
+    for kind, data in contents.items():
+        write_output(files[kind], data, error=ConfigError)
     for file in files.values():
         print(f"wrote {file}", file=sys.stderr)

@@ -18,7 +18,8 @@ from twotower.cli.options import (
     opened_session,
 )
 from twotower.config import GenerationConfig
-from twotower.errors import RequestError
+from twotower.errors import RequestError, TraceError
+from twotower.files import require_place, write_output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,15 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from twotower.trace import read_trace, trace_page
-    from twotower.trace.file import check_output, write_text, write_trace
+    from twotower.trace import read_trace, trace_page, write_trace
     from twotower.trace.terminal import LiveView, Words, pass_lines, summary, totals
 
     if args.diff:
         return _diff(args)
     files = [Path(path) for path in (args.output, args.html) if path]
     for path in files:
-        check_output(path)
+        require_place(path, error=TraceError)
     if args.source is None:
         raise RequestError(
             "there is nothing to trace",
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         write_trace(Path(args.output), trace)
     if args.html:
-        write_text(Path(args.html), trace_page(trace))
+        write_output(Path(args.html), trace_page(trace), error=TraceError)
     if args.json:
         print(json.dumps(summary(trace)))
     elif not (files or args.live):

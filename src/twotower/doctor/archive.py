@@ -17,7 +17,7 @@ from twotower.doctor.page import device_page, page_name
 from twotower.doctor.scrub import Scrubber
 from twotower.doctor.sections import NOT_ASKED
 from twotower.errors import ConfigError
-from twotower.files import write_atomically
+from twotower.files import write_output
 
 RESULTS_FILE, LOGS_FILE = "results.json", "logs.tar.gz"
 SCHEMA = 1
@@ -43,7 +43,8 @@ class Archive:
         ConfigError if it cannot be written.
         """
         self.sections[name] = self.scrubber.data(result)
-        self._write(RESULTS_FILE, (json.dumps(self.results, indent=1) + "\n").encode())
+        text = json.dumps(self.results, indent=1) + "\n"
+        write_output(self.folder / RESULTS_FILE, text, error=ConfigError)
 
     @property
     def results(self) -> dict[str, Any]:
@@ -57,18 +58,11 @@ class Archive:
             "sections": self.sections,
         }
 
-    def finish(self, work: Path) -> list[Path]:
-        """Writes the logs found in a folder and the page; returns every file of the archive.
-
-        ConfigError if one cannot be written.
-        """
-        logs = sorted(work.glob("*.log"))
-        self._write(LOGS_FILE, _packed_logs(logs, self.scrubber))
-        page = write_page(self.folder, self.results)
-        return [self.folder / RESULTS_FILE, self.folder / LOGS_FILE, page]
-
-    def _write(self, name: str, data: bytes) -> None:
-        _write(self.folder / name, data)
+    def finish(self, work: Path) -> None:
+        """Writes the logs found in a folder and the page; ConfigError if one cannot be written."""
+        logs = _packed_logs(sorted(work.glob("*.log")), self.scrubber)
+        write_output(self.folder / LOGS_FILE, logs, error=ConfigError)
+        write_page(self.folder, self.results)
 
 
 def _packed_logs(logs: Iterable[Path], scrubber: Scrubber) -> bytes:
@@ -128,17 +122,5 @@ def merge_results(some: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def write_page(folder: Path, results: Mapping[str, Any]) -> Path:
     """Writes the page of a device into a folder, over an older one; ConfigError if it cannot."""
     file = folder / page_name(results["device"])
-    _write(file, device_page(results).encode())
+    write_output(file, device_page(results), error=ConfigError)
     return file
-
-
-def _write(file: Path, data: bytes) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, data)
-    except OSError as e:
-        raise ConfigError(
-            f"{file} cannot be written",
-            found=str(e),
-            do="name a folder that can be written to",
-        ) from e

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.errors import TraceError
-from twotower.files import write_atomically
+from twotower.files import write_output
 from twotower.trace.record import KIND, SCHEMA, Trace, TraceBlock, TraceEnd, TraceHeader, TraceStep
 
 _AGAIN = "record it again with `twotower trace BUNDLE PROMPT -o FILE.jsonl`"
@@ -29,30 +29,7 @@ def trace_lines(trace: Trace) -> Iterator[str]:
 
 def write_trace(path: Path, trace: Trace) -> None:
     """Writes the file; TraceError if it cannot, and then an earlier file is untouched."""
-    write_text(path, "".join(f"{line}\n" for line in trace_lines(trace)))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file beside its place and moves it there; TraceError if it cannot."""
-    try:
-        write_atomically(path, text)
-    except OSError as e:
-        raise TraceError(
-            f"cannot write {path}",
-            found=str(e),
-            do="name a file in a folder that exists and can be written",
-        ) from e
-
-
-def check_output(path: Path) -> None:
-    """Finds out before the work whether a file could be written; TraceError if not."""
-    if path.is_dir() or not path.parent.is_dir():
-        found = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise TraceError(
-            f"cannot write {path}",
-            found=found,
-            do="name a file in a folder that exists and can be written",
-        )
+    write_output(path, "".join(f"{line}\n" for line in trace_lines(trace)), error=TraceError)
 
 
 def read_trace(path: Path) -> Trace:
