@@ -89,6 +89,8 @@ def test_part_of_a_suite_is_spread_over_it_and_halves_share_nothing() -> None:
     for wrong in ({"kinds": ("c",)}, {"limit": 0}):
         with pytest.raises(SuiteError):
             suite.only(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(SuiteError, match="cannot be halved"):
+        suite.only(kinds=("b",), limit=1).halves()
 
 
 def test_right_is_the_answer_and_nothing_else() -> None:

@@ -73,11 +73,18 @@ class Suite:
         return replace(self, problems=tuple(kept))
 
     def halves(self) -> tuple[Suite, Suite]:
-        """Every other problem of each kind: one half to choose with, one to check with."""
-        ordered = sorted(self.problems, key=lambda p: p.kind)
-        return replace(self, problems=tuple(ordered[::2])), replace(
-            self, problems=tuple(ordered[1::2])
-        )
+        """Every other problem of each kind: one half to choose with, one to check with.
+
+        SuiteError if there is only one problem.
+        """
+        if len(self.problems) < 2:
+            raise SuiteError(
+                "one problem cannot be halved, to choose with one half and check with the other",
+                found=self.problems[0].id,
+                do="name more with --suite, or leave out --kinds and --limit",
+            )
+        ordered = tuple(sorted(self.problems, key=lambda p: p.kind))
+        return replace(self, problems=ordered[::2]), replace(self, problems=ordered[1::2])
 
 
 @dataclass(frozen=True, slots=True)
