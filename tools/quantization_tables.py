@@ -29,11 +29,11 @@ from twotower.calibration.activation_statistics import Statistics
 from twotower.calibration.collect import collect
 from twotower.cli.prompts import read_prompts
 from twotower.errors import BuildAbortedError, BuildError
-from twotower.evaluate.evaluation import interval_text
 from twotower.evaluate.figures import draw_ranges
 from twotower.evaluate.measure import Run, measure
 from twotower.evaluate.quantization.impact import compared
 from twotower.evaluate.quantization.variants import Variants, bytes_by_kind, parts_alone
+from twotower.evaluate.resampling import interval_text
 from twotower.evaluate.suite import load_suite
 from twotower.export import Checkpoint, ExportConfig, export_bundle
 from twotower.runtime import Request, TwoTower

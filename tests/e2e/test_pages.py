@@ -110,7 +110,7 @@ def test_the_evaluation_page_sorts_its_tables_and_needs_no_network(
     )
     model = FakeModel(problems)
     config = EvaluationConfig(thresholds=(0.5, 0.9), steps=(2, 16), budget=98.7)
-    report = evaluate(model, Suite("s", "0" * 64, problems), config).report  # type: ignore[arg-type]
+    report = evaluate(model, Suite("s", "0" * 64, problems), config)  # type: ignore[arg-type]
     report["bundle"] = {"name": "b", "target": "fake"}
     curve, png = draw_curve(report)
     assert png.startswith(b"\x89PNG")

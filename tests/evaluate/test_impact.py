@@ -18,14 +18,13 @@ from twotower.evaluate.figures import draw_sensitivity
 from twotower.evaluate.measure import Measured
 from twotower.evaluate.quantization.candidates import Candidate, ChooseConfig
 from twotower.evaluate.quantization.choose import choose
-from twotower.evaluate.quantization.impact import ImpactConfig, compared, flags_of
+from twotower.evaluate.quantization.impact import ImpactConfig, compared, flags_of, note_of
 from twotower.evaluate.quantization.quantization_page import impact_lines, impact_page
 from twotower.evaluate.quantization.variants import (
     Pair,
     Variants,
     bytes_report,
     impact_of,
-    note_of,
     parts_alone,
     require_pair,
 )
@@ -37,11 +36,10 @@ PROMPT = "Q: flip: a cat b red c lamp d owl e blue f kite g fox h bell i green j
 
 
 def figures(count: int, *, right: int, nfe: int, blocks: int, ms: float) -> Measured:
-    m = Measured.empty(count)
-    m.right[:right] = True
-    m.nfe[:], m.blocks[:], m.tokens[:], m.ms[:], m.prefill_ms[:] = nfe, blocks, 16, ms + 5.0, 5.0
-    m.texts = [f"text {i}" for i in range(count)]
-    return m
+    times = ms + 5.0, 5.0
+    return Measured.of(
+        [(i < right, False, 16, nfe, blocks, *times, f"text {i}") for i in range(count)]
+    )
 
 
 def test_ratios_of_known_figures() -> None:
@@ -169,9 +167,10 @@ def test_lines_and_page_show_it(report: dict[str, Any]) -> None:
 def test_the_note_reaches_the_manifest_and_the_next_replaces_it(
     report: dict[str, Any], mixed: Bundle, tiny_bundle: Path
 ) -> None:
-    note_measurement(mixed, {**note_of(report), "flags": ["is wrong"]})
+    note = note_of(report, report["compared"], "ort-cpu")
+    note_measurement(mixed, {**note, "flags": ["is wrong"]})
     assert flags_of_bundle(Bundle.open(mixed.path)) == ["is wrong"]
-    note_measurement(mixed, note_of(report))
+    note_measurement(mixed, note)
     again = Bundle.open(mixed.path)
     assert flags_of_bundle(again) == [] and again.quantization is not None
     assert again.quantization["measured"]["retention"] == report["compared"]["retention"]

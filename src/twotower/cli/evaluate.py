@@ -94,9 +94,10 @@ def run(args: argparse.Namespace) -> int:
     if pair is not None and not args.no_note:
         # Last: a bundle that cannot be written must not cost the figures.
         from twotower.bundle import note_measurement
-        from twotower.evaluate.quantization.variants import note_of
+        from twotower.evaluate.quantization.impact import note_of
 
-        note_measurement(pair.quantized, note_of(report))
+        target = report["quantized"]["target"]
+        note_measurement(pair.quantized, note_of(report, report["compared"], target))
     if args.budget is None:
         return 0
     if pair is None:
@@ -160,7 +161,7 @@ def _evaluated(
 
     other = models[1] if args.against else None
     with ProgressLine("problems") as line:
-        report = evaluate(models[0], suite, config, other=other, progress=line).report
+        report = evaluate(models[0], suite, config, other=other, progress=line)
     names = (args.bundle, args.against)
     for key, name, model in zip(("bundle", "other"), names, models):  # noqa: B905
         report[key] = {"name": Path(name).resolve().name, "target": model.target}

@@ -147,17 +147,6 @@ def _report(args: argparse.Namespace, bundle: Bundle, facts: dict[str, Any]) -> 
         print(f"  {label:<15}{line}")
 
 
-def _note(chosen: dict[str, Any]) -> dict[str, Any]:
-    """What of a choice belongs into the bundle's manifest."""
-    about = {name: chosen[name] for name in ("suite", "generation", "budget", "flags")}
-    names = ("retention", "passes_per_block", "inflation", "step_time", "speedup")
-    return {
-        **about,
-        "target": "ort-cpu",
-        **{name: chosen["check"][name] for name in names},
-    }
-
-
 def _auto(
     args: argparse.Namespace,
     bundle: Bundle,
@@ -173,7 +162,7 @@ def _auto(
     from twotower.errors import BudgetError
     from twotower.evaluate.quantization.candidates import ChooseConfig
     from twotower.evaluate.quantization.choose import choose
-    from twotower.evaluate.quantization.impact import ImpactConfig
+    from twotower.evaluate.quantization.impact import ImpactConfig, note_of
     from twotower.evaluate.quantization.quantization_page import choice_lines
 
     wanted = ChooseConfig(
@@ -211,7 +200,7 @@ def _auto(
     if not args.dry_run:
         with ProgressLine() as line:
             made = quantize_bundle(bundle, plan, output, report=line, extra={"chosen": chosen})
-        note_measurement(made, _note(chosen))
+        note_measurement(made, note_of(chosen, chosen["check"], "ort-cpu"))
         facts["precision"] = made.precision
     _report(args, bundle, facts)
     if not args.json:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import platform
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +16,9 @@ import numpy.typing as npt
 from twotower import __version__
 from twotower.config import GenerationConfig
 from twotower.evaluate.measure import Measured, Run, measure
-from twotower.evaluate.resampling import Interval, Resampler
+from twotower.evaluate.resampling import Resampler
 from twotower.evaluate.suite import Problem, Suite
-from twotower.runtime import TwoTower
+from twotower.runtime import Score, TwoTower
 
 AR, DEFAULT, OTHER = "ar", "default", "other"
 SCHEMA = 1
@@ -37,21 +40,6 @@ class EvaluationConfig:
     likelihood: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """The measured figures of all runs, and the report made of them."""
-
-    problems: tuple[Problem, ...]
-    measured: dict[str, Measured] = field(repr=False)
-    configs: dict[str, GenerationConfig]
-    report: dict[str, Any] = field(repr=False)
-
-    @property
-    def retention(self) -> float:
-        """Percent of autoregression's right answers that the default preset keeps."""
-        return float(self.report["settings"][DEFAULT]["total"]["retention"]["value"] or 0.0)
-
-
 def setting_name(threshold: float, steps: int) -> str:
     """How a pair of the sweep is called."""
     return f"{threshold:g}/{steps}"
@@ -64,11 +52,12 @@ def evaluate(
     *,
     other: TwoTower | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-) -> Evaluation:
+) -> dict[str, Any]:
     """Measures autoregression, the default preset and the sweep on every problem of a suite.
 
     The default preset of `other`, a second bundle, is compared with the first one's autoregression
-    and default preset. `progress` is called with (what, problems done, problems in all).
+    and default preset. `progress` is called with (what, problems done, problems in all). Returns
+    the report as plain data.
 
     Raises:
         RequestError: a bundle has no tokenizer, or a problem does not fit.
@@ -77,9 +66,9 @@ def evaluate(
     configs = sweep_configs(model, config)
     runs = [Run(name, model, c) for name, c in configs.items()]
     if other is not None:
-        configs[OTHER] = _in_diffusion(other, config)
+        configs[OTHER] = measured_preset(other, config.max_new_tokens)
         runs.append(Run(OTHER, other, configs[OTHER]))
-    measured = measure(suite.problems, runs, lambda done, total: tell("answering", done, total))
+    measured = measure(suite.problems, runs, partial(tell, "answering"))
     report: dict[str, Any] = {
         **report_head("twotower-evaluation", suite),
         "settings": {
@@ -94,13 +83,8 @@ def evaluate(
     if config.likelihood:
         report["likelihood"] = _likelihood(model, suite.problems, tell)
     if other is not None:
-        # Measured against the first bundle's diffusion too: that is what a changed bundle must
-        # keep.
-        report["other_to_default"] = summaries(
-            suite.problems,
-            measured[OTHER],
-            measured[DEFAULT],
-        )
+        # Against the first bundle's diffusion too: that is what a changed bundle must keep.
+        report["other_to_default"] = summaries(suite.problems, measured[OTHER], measured[DEFAULT])
     if config.budget is not None:
         judged = OTHER if other is not None else DEFAULT
         kept = report["settings"][judged]["total"]["retention"]["value"]
@@ -110,12 +94,12 @@ def evaluate(
             "retention": kept,
             "met": bool(kept and kept >= config.budget),
         }
-    return Evaluation(suite.problems, measured, configs, report)
+    return report
 
 
 def sweep_configs(model: TwoTower, config: EvaluationConfig) -> dict[str, GenerationConfig]:
     """Autoregression, the bundle's default preset, and every pair of the sweep, by name."""
-    base = _in_diffusion(model, config)
+    base = measured_preset(model, config.max_new_tokens)
     out = {AR: replace(base, mode="ar"), DEFAULT: base}
     for steps in config.steps:
         for threshold in config.thresholds:
@@ -125,10 +109,10 @@ def sweep_configs(model: TwoTower, config: EvaluationConfig) -> dict[str, Genera
     return out
 
 
-def _in_diffusion(model: TwoTower, config: EvaluationConfig) -> GenerationConfig:
-    """The bundle's default preset as it is measured."""
-    options, most = model.defaults.seeded(), config.max_new_tokens
-    return replace(options, mode="diffusion", top_p=1.0, max_new_tokens=most)
+def measured_preset(model: TwoTower, max_new_tokens: int) -> GenerationConfig:
+    """A bundle's default preset as it is measured: in diffusion, with a seed."""
+    options = model.defaults.seeded()
+    return replace(options, mode="diffusion", top_p=1.0, max_new_tokens=max_new_tokens)
 
 
 def summaries(
@@ -150,31 +134,19 @@ def summaries(
 def summary(m: Measured, baseline: Measured) -> dict[str, Any]:
     """Quality, passes and speed of some problems; speeds count the prompt's time in."""
     draws = Resampler(len(m.right))
-    exact = draws.interval(
-        lambda right, count: 100 * right / count,
-        m.right,
-        np.ones(len(m.right)),
-    )
-    retention = draws.interval(
-        lambda a, b: 100 * a / b,
-        m.right,
-        baseline.right,
-    )
+    exact = draws.interval(lambda a, n: 100 * a / n, m.right, np.ones(len(m.right)))
+    retention = draws.interval(lambda a, b: 100 * a / b, m.right, baseline.right)
     speedup = draws.interval(
         lambda t, ms, bt, bms: (t / ms) / (bt / bms), m.tokens, m.ms, baseline.tokens, baseline.ms
     )
-    seconds, blocks, nfe, tokens = (
-        m.ms.sum() / 1000,
-        int(m.blocks.sum()),
-        int(m.nfe.sum()),
-        int(m.tokens.sum()),
-    )
+    blocks, nfe, tokens = int(m.blocks.sum()), int(m.nfe.sum()), int(m.tokens.sum())
+    seconds = float(m.ms.sum()) / 1000
     return {
         "problems": len(m.right),
         "right": int(m.right.sum()),
-        "exact": exact.to_json(),
+        "exact": exact,
         "degenerate": int(m.degenerate.sum()),
-        "retention": retention.to_json(),
+        "retention": retention,
         "lost": int((baseline.right & ~m.right).sum()),
         "won": int((m.right & ~baseline.right).sum()),
         "tokens": tokens,
@@ -182,9 +154,9 @@ def summary(m: Measured, baseline: Measured) -> dict[str, Any]:
         "passes_per_block": round(nfe / blocks, 4) if blocks else None,
         "tokens_per_pass": round(tokens / nfe, 4) if nfe else None,
         "tokens_per_second": round(tokens / seconds, 2) if seconds else None,
-        "seconds": round(float(seconds), 4),
+        "seconds": round(seconds, 4),
         "prefill_seconds": round(float(m.prefill_ms.sum()) / 1000, 4),
-        "speedup": speedup.to_json(),
+        "speedup": speedup,
     }
 
 
@@ -212,56 +184,38 @@ def lost_examples(
     problems: Sequence[Problem], before: Measured, after: Measured
 ) -> list[dict[str, str]]:
     """Problems that were solved before and are not after: what to look at first."""
-    lost = [i for i in range(len(problems)) if before.right[i] and not after.right[i]]
-    out = []
-    for i in lost[:_EXAMPLES]:
-        p = problems[i]
-        out.append(
-            {
-                "id": p.id,
-                "kind": p.kind,
-                "prompt": p.prompt,
-                "answer": p.answer,
-                "diffusion": after.texts[i],
-            }
-        )
-    return out
+    return [
+        {
+            "id": problems[i].id,
+            "kind": problems[i].kind,
+            "prompt": problems[i].prompt,
+            "answer": problems[i].answer,
+            "diffusion": after.texts[i],
+        }
+        for i in np.flatnonzero(before.right & ~after.right)[:_EXAMPLES]
+    ]
 
 
 def _likelihood(
     model: TwoTower, problems: Sequence[Problem], tell: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
     """Log-likelihood of the right answers under the context tower."""
-    scores = []
+    scores, of_kind = [], defaultdict(list)
     for i, p in enumerate(problems):
         scores.append(model.score((p.prompt, f" {p.answer}")))
+        of_kind[p.kind].append(scores[-1])
         tell("scoring likelihoods", i + 1, len(problems))
-    total, tokens = sum(s.total for s in scores), sum(len(s.logprobs) for s in scores)
-    kinds = sorted({p.kind for p in problems})
-    of_kind = {k: [s for s, p in zip(scores, problems, strict=True) if p.kind == k] for k in kinds}
+    tokens, nats = _nats_per_token(scores)
     return {
-        "nats_per_token": round(-total / tokens, 6) if tokens else None,
-        "perplexity": round(float(np.exp(-total / tokens)), 5) if tokens else None,
+        "nats_per_token": round(nats, 6) if tokens else None,
+        "perplexity": round(math.exp(nats), 5) if tokens else None,
         "bounded_tokens": sum(s.bounded for s in scores),
         "tokens": tokens,
         "greedy": round(100 * sum(s.greedy for s in scores) / len(scores), 2),
-        "kinds": {
-            k: round(-sum(s.total for s in v) / max(sum(len(s.logprobs) for s in v), 1), 6)
-            for k, v in of_kind.items()
-        },
+        "kinds": {k: round(_nats_per_token(of_kind[k])[1], 6) for k in sorted(of_kind)},
     }
 
 
-def interval_text(data: dict[str, float | None], digits: int = 1, unit: str = "") -> str:
-    """`98.9 [97.8, 99.7]`, or a dash where there is nothing to say."""
-    i = Interval(
-        *(
-            float("nan") if data[k] is None else float(data[k] or 0.0)
-            for k in ("value", "low", "high")
-        )
-    )
-    return (
-        "-"
-        if np.isnan(i.value)
-        else f"{i.value:.{digits}f}{unit} [{i.low:.{digits}f}, {i.high:.{digits}f}]"
-    )
+def _nats_per_token(scores: Sequence[Score]) -> tuple[int, float]:
+    tokens = sum(len(s.logprobs) for s in scores)
+    return tokens, -sum(s.total for s in scores) / max(tokens, 1)

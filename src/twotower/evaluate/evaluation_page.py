@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from twotower.evaluate.evaluation import AR, DEFAULT, OTHER, interval_text
+from twotower.evaluate.evaluation import AR, DEFAULT, OTHER
+from twotower.evaluate.resampling import interval_text
 from twotower.report.pages import Card, Page, paragraphs, picture, unfolding_examples
 from twotower.report.tables import Column, Table, number
 

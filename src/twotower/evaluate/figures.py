@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from twotower.evaluate.evaluation import AR, DEFAULT, OTHER
+from twotower.evaluate.quantization.impact import more_passes
 from twotower.extras import require_libraries
 from twotower.spec import CONTEXT, DENOISER
 
@@ -47,17 +49,12 @@ def _figure(width: float, height: float, font: int = 9) -> Iterator[Any]:
 
 
 def _saved(figure: Any, *, dpi: int = 150, transparent: bool = True) -> tuple[str, bytes]:
-    """The figure as SVG and as PNG."""
+    """The figure as SVG, without what stands before its element, and as PNG."""
     svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=transparent)
     figure.savefig(png, format="png", dpi=dpi, facecolor="white")
-    return svg.getvalue(), png.getvalue()
-
-
-def _for_a_page(figure: Any) -> tuple[str, bytes]:
-    """The same, the SVG without what stands before its element."""
-    svg, png = _saved(figure)
-    return svg[svg.index("<svg") :], png
+    text = svg.getvalue()
+    return text[text.index("<svg") :], png.getvalue()
 
 
 def _frame(axes: Any, grid: str = "both") -> None:
@@ -101,7 +98,7 @@ def draw_curve(report: Mapping[str, Any]) -> tuple[str, bytes]:
         curve.legend(
             handles.values(), handles.keys(), frameon=False, fontsize=8.5, loc="lower left"
         )
-        return _for_a_page(figure)
+        return _saved(figure)
 
 
 def _panels(figure: Any, report: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -111,12 +108,7 @@ def _panels(figure: Any, report: Mapping[str, Any]) -> tuple[Any, Any]:
     if min((x for x in speeds if x is not None), default=1.0) < _FAR:
         axes = figure.add_subplot()
         return axes, axes
-    baseline, curve = figure.subplots(
-        1,
-        2,
-        sharey=True,
-        gridspec_kw={"width_ratios": (1, 8)},
-    )
+    baseline, curve = figure.subplots(1, 2, sharey=True, width_ratios=(1, 8))
     baseline.set_xlim(0.9, 1.1)
     baseline.set_xticks([1.0])
     curve.tick_params(left=False)
@@ -131,11 +123,7 @@ def _draw_sweep(axes: Any, settings: Mapping[str, Any]) -> None:
             config = setting["config"]
             point = (config["confidence_threshold"], setting["total"])
             sweep.setdefault(config["steps_per_block"], []).append(point)
-    for colour, (steps, points) in zip(
-        _COLOURS * len(sweep),
-        sorted(sweep.items()),
-        strict=False,
-    ):
+    for colour, (steps, points) in zip(cycle(_COLOURS), sorted(sweep.items()), strict=False):
         points.sort(key=lambda point: point[0])
         x = [total["speedup"]["value"] for _, total in points]
         y = [total["retention"]["value"] for _, total in points]
@@ -148,20 +136,15 @@ def _draw_sweep(axes: Any, settings: Mapping[str, Any]) -> None:
             axes.annotate(f"{threshold:g}", (a, b), **place)
 
 
-def _draw_preset(
-    axes: Any,
-    total: Mapping[str, Any],
-    marker: str,
-    label: str,
-) -> None:
+def _draw_preset(axes: Any, total: Mapping[str, Any], marker: str, label: str) -> None:
     x, y = total["speedup"], total["retention"]
     if x["value"] is None or y["value"] is None:
         return
     axes.errorbar(
-        [x["value"]],
-        [y["value"]],
-        xerr=[[x["value"] - x["low"]], [x["high"] - x["value"]]],
-        yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]],
+        x["value"],
+        y["value"],
+        xerr=_ends(x),
+        yerr=_ends(y),
         fmt=marker,
         color=_INK,
         markersize=13 if marker == "*" else 7,
@@ -172,6 +155,12 @@ def _draw_preset(
     )
 
 
+def _ends(interval: Mapping[str, float]) -> list[list[float]]:
+    """How far the ends of an interval are from its value, as an error bar takes them."""
+    value = interval["value"]
+    return [[value - interval["low"]], [interval["high"] - value]]
+
+
 def draw_sensitivity(report: Mapping[str, Any]) -> tuple[str, bytes]:
     """Quality and passes with one part quantized at a time, with intervals, as SVG and PNG."""
     rows = [*report["sensitivity"].items(), ("all together", report["compared"])][::-1]
@@ -179,13 +168,13 @@ def draw_sensitivity(report: Mapping[str, Any]) -> tuple[str, bytes]:
     with _figure(9.2, 0.8 + 0.42 * len(rows)) as figure:
         kept, passes = figure.subplots(1, 2, sharey=True)
         for y, (_, facts) in enumerate(rows):
-            points = [facts["retention"][k] for k in ("value", "low", "high")]
-            if points[0] is not None:
-                _draw_interval(kept, y, points, inside=points[0] >= budget["percent"])
-            ratios = [facts["inflation"][k] for k in ("value", "low", "high")]
-            if ratios[0] is not None:
-                more = [100 * (ratio - 1) for ratio in ratios]
-                _draw_interval(passes, y, more, inside=more[0] <= budget["max_inflation"])
+            retention, more = facts["retention"], more_passes(facts["inflation"])
+            if retention["value"] is not None:
+                inside = retention["value"] >= budget["percent"]
+                _draw_interval(kept, y, retention, inside=inside)
+            if more["value"] is not None:
+                inside = more["value"] <= budget["max_inflation"]
+                _draw_interval(passes, y, more, inside=inside)
         for axes, limit in ((kept, budget["percent"]), (passes, budget["max_inflation"])):
             axes.axvline(limit, color=_FAINT, linewidth=0.9, linestyle="--")
             axes.set_yticks(range(len(rows)), [label for label, _ in rows])
@@ -193,22 +182,14 @@ def draw_sensitivity(report: Mapping[str, Any]) -> tuple[str, bytes]:
             _frame(axes, "x")
         kept.set_xlabel("right answers kept, %")
         passes.set_xlabel("more passes a block, %")
-        return _for_a_page(figure)
+        return _saved(figure)
 
 
-def _draw_interval(
-    axes: Any,
-    y: int,
-    points: list[float],
-    *,
-    inside: bool,
-) -> None:
-    """A value, and the low and the high end of its interval, which are the `points`."""
-    value, low, high = points
+def _draw_interval(axes: Any, y: int, interval: Any, *, inside: bool) -> None:
     axes.errorbar(
-        [value],
-        [y],
-        xerr=[[value - low], [high - value]],
+        interval["value"],
+        y,
+        xerr=_ends(interval),
         fmt="o",
         color=_BLUE if inside else _ORANGE,
         markersize=5,
@@ -246,12 +227,7 @@ def draw_ranges(statistics: Statistics) -> dict[str, bytes]:
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True).reshape(-1)
         t = np.arange(len(denoiser.buckets)) / 8
         for axes, (title, inside, outside) in zip(grid, panels, strict=False):
-            _draw_panel(
-                axes,
-                t,
-                denoiser.amax[inside],
-                context.amax[outside][:, 0],
-            )
+            _draw_panel(axes, t, denoiser.amax[inside], context.amax[outside][:, 0])
             axes.set_title(title, fontsize=9, color=_INK, loc="left")
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
@@ -265,12 +241,7 @@ def draw_ranges(statistics: Statistics) -> dict[str, bytes]:
     return {"ranges.svg": svg.encode(), "ranges.png": png}
 
 
-def _draw_panel(
-    axes: Any,
-    t: Any,
-    denoiser: Any,
-    context: Any,
-) -> None:
+def _draw_panel(axes: Any, t: Any, denoiser: Any, context: Any) -> None:
     """Largest magnitudes of inputs by t, [inputs, t], and in the context tower, [inputs]."""
     from matplotlib.ticker import LogFormatter  # noqa: PLC0415
 

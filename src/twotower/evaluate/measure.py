@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,12 @@ class Run:
     config: GenerationConfig
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Measured:
     """What one run did, problem by problem, [N] each.
 
     `degenerate` texts ran into a loop; `nfe` counts passes as `Usage.nfe` does; `ms` is from start
-    to end, `prefill_ms` the prompt's share of it.
+    to end, `prefill_ms` the prompt's share of it; `texts` are objects.
     """
 
     right: npt.NDArray[np.bool_]
@@ -41,40 +41,20 @@ class Measured:
     blocks: npt.NDArray[np.int64]
     ms: npt.NDArray[np.float64]
     prefill_ms: npt.NDArray[np.float64]
-    texts: list[str]
+    texts: npt.NDArray[np.object_]
 
     @classmethod
-    def empty(cls, count: int) -> Measured:
-        """Room for so many problems."""
-        flags, whole, real = (
-            np.zeros((2, count), bool),
-            np.zeros((3, count), np.int64),
-            np.zeros((2, count)),
-        )
-        return cls(
-            flags[0],
-            flags[1],
-            whole[0],
-            whole[1],
-            whole[2],
-            real[0],
-            real[1],
-            [""] * count,
-        )
+    def of(cls, answers: Sequence[tuple[Any, ...]]) -> Measured:
+        """The fields of one answer after another, in their order."""
+        columns = zip(zip(*answers, strict=True), _KINDS, strict=True)
+        return cls(*(np.array(column, kind) for column, kind in columns))
 
     def take(self, chosen: npt.NDArray[Any]) -> Measured:
         """The chosen problems (a boolean mask or indices)."""
-        texts = [self.texts[i] for i in np.arange(len(self.texts))[chosen]]
-        return Measured(
-            self.right[chosen],
-            self.degenerate[chosen],
-            self.tokens[chosen],
-            self.nfe[chosen],
-            self.blocks[chosen],
-            self.ms[chosen],
-            self.prefill_ms[chosen],
-            texts,
-        )
+        return Measured(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+
+_KINDS = (bool, bool, np.int64, np.int64, np.int64, np.float64, np.float64, object)
 
 
 def measure(
@@ -97,35 +77,24 @@ def measure(
                 found="problems are written as text",
                 do="export a checkpoint that has a tokenizer.json",
             )
-    out = {c.name: Measured.empty(len(problems)) for c in runs}
+    answers: dict[str, list[tuple[Any, ...]]] = {run.name: [] for run in runs}
     for problem in problems[:_WARM_UP]:
         for run in runs:
             run.model.generate(problem.prompt, run.config)
     for i, problem in enumerate(problems):
-        # Each problem starts with another run: none is always the one that finds the caches
-        # cold.
+        # Each problem starts with another run: none is always the one that finds the caches cold.
         for j in range(len(runs)):
             run = runs[(i + j) % len(runs)]
-            _answer(problem, run, out[run.name], i)
+            answers[run.name].append(_answer(problem, run))
         if progress is not None:
             progress(i + 1, len(problems))
-    return out
+    return {name: Measured.of(some) for name, some in answers.items()}
 
 
-def _answer(
-    problem: Problem,
-    run: Run,
-    into: Measured,
-    at: int,
-) -> None:
+def _answer(problem: Problem, run: Run) -> tuple[Any, ...]:
+    """The fields of `Measured`."""
     result = run.model.generate(problem.prompt, run.config)
     assert result.text is not None
-    verdict = judge(problem, result.text, result.tokens)
-    into.right[at], into.degenerate[at] = verdict.right, verdict.degenerate
-    into.tokens[at], into.nfe[at], into.blocks[at] = (
-        len(result.tokens),
-        result.usage.nfe,
-        result.usage.blocks,
-    )
-    into.ms[at], into.prefill_ms[at] = result.timings.total, result.timings.prefill
-    into.texts[at] = result.text
+    verdict, usage, times = judge(problem, result.text, result.tokens), result.usage, result.timings
+    counts = len(result.tokens), usage.nfe, usage.blocks
+    return verdict.right, verdict.degenerate, *counts, times.total, times.prefill, result.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,18 +11,9 @@ import numpy.typing as npt
 Values = npt.NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """An estimate and the ends of its 95 % interval; NaN where it is not defined."""
-
-    value: float
-    low: float
-    high: float
-
-    def to_json(self) -> dict[str, float | None]:
-        """Plain data; None for NaN, which JSON has no word for."""
-        pairs = {"value": self.value, "low": self.low, "high": self.high}
-        return {k: None if np.isnan(v) else round(v, 5) for k, v in pairs.items()}
+Interval = dict[str, float | None]
+"""`value`, an estimate, and `low` and `high`, the ends of its 95 % interval: all None where it is
+not defined."""
 
 
 class Resampler:
@@ -47,6 +37,14 @@ class Resampler:
             value = float(statistic(*(np.asarray(c.sum(), np.float64) for c in columns)))
         usable = values[np.isfinite(values)]
         if not np.isfinite(value) or not len(usable):
-            return Interval(float("nan"), float("nan"), float("nan"))
-        low, high = np.percentile(usable, (2.5, 97.5))
-        return Interval(value, float(low), float(high))
+            return {"value": None, "low": None, "high": None}
+        low, high = np.percentile(usable, (2.5, 97.5)).tolist()
+        return {"value": round(value, 5), "low": round(low, 5), "high": round(high, 5)}
+
+
+def interval_text(data: Interval, digits: int = 1, unit: str = "") -> str:
+    """`98.9 [97.8, 99.7]`, or a dash where there is nothing to say."""
+    if data["value"] is None:
+        return "-"
+    value, low, high = (f"{data[end]:.{digits}f}" for end in ("value", "low", "high"))
+    return f"{value}{unit} [{low}, {high}]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ def tune(
     runs = [Run(name, model, c) for name, c in configs.items()]
     halves = suite.halves()
     problems = halves[0].problems + halves[1].problems
-    measured = measure(problems, runs, lambda done, total: tell("answering", done, total))
+    measured = measure(problems, runs, partial(tell, "answering"))
     first = np.arange(len(problems)) < len(halves[0].problems)
     chosen_on = {name: m.take(first) for name, m in measured.items()}
     checked_on = {name: m.take(~first) for name, m in measured.items()}

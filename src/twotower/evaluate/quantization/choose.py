@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from twotower.builders import build_engines, builder_for
 from twotower.bundle import Bundle
@@ -17,7 +18,8 @@ from twotower.calibration.quantized_data import quantization_error
 from twotower.calibration.recipes import Recipe
 from twotower.config.formats import ACTIVATIONS, FORMATS
 from twotower.errors import BudgetError
-from twotower.evaluate.measure import Measured, Run, measure
+from twotower.evaluate.evaluation import measured_preset
+from twotower.evaluate.measure import Run, measure
 from twotower.evaluate.quantization.candidates import (
     KEPT,
     Candidate,
@@ -26,12 +28,13 @@ from twotower.evaluate.quantization.candidates import (
 )
 from twotower.evaluate.quantization.impact import compared, flags_of
 from twotower.evaluate.quantization.variants import Variants
-from twotower.evaluate.suite import Problem, Suite
+from twotower.evaluate.suite import Suite
 from twotower.export.graphs.precision import ActivationFormat, Precision
 from twotower.runtime import TwoTower
 
 _TARGET = "ort-cpu"
 _FLOAT = "float"
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +72,11 @@ def choose(
     Raises:
         BudgetError: nothing can be quantized inside the budget.
     """
-    tell = progress or (lambda what, done, total: None)
     with ExitStack() as stack:
-        search = _Search(bundle, suite, config, stack)
-        search.prepare(scratch, statistics, tell)
-        alone = search.alone(tell)
-        chosen = search.together(alone, tell)
+        search = _Search(bundle, suite, config, progress or (lambda what, done, total: None))
+        search.prepare(scratch, statistics, stack)
+        alone = search.alone()
+        chosen = search.together(alone)
         if all(candidate == KEPT for candidate in chosen.values()):
             best = max(alone, key=lambda key: alone[key]["retention"]["value"] or 0.0)
             raise BudgetError(
@@ -84,29 +86,31 @@ def choose(
                 f"{alone[best]['retention']['value']}",
                 do="lower --budget, raise --max-inflation, or name wider --formats",
             )
-        lowered = search.by_layer(chosen, tell)
-        recipe = search.formats.recipe(chosen, lowered)
-        return Choice(recipe, search.report(alone, chosen, lowered, recipe, tell))
+        return search.choice(alone, chosen, search.by_layer(chosen))
+
+
+_Tell = Callable[[str, int, int], None]
+_Alone = dict[tuple[str, Candidate], dict[str, Any]]
+"""Figures of a kind in a format."""
+
+_Chosen = Mapping[str, Candidate]
+_Lowered = Mapping[tuple[str, int, str], str]
+"""(tower, layer, kind) -> the smallest format, where a kind as a whole cannot take it."""
 
 
 class _Search:
     """The measurements of one search; runs are opened when they are asked for and closed after."""
 
-    def __init__(
-        self, bundle: Bundle, suite: Suite, config: ChooseConfig, stack: ExitStack
-    ) -> None:
-        self._bundle, self._config, self._stack = bundle, config, stack
+    def __init__(self, bundle: Bundle, suite: Suite, config: ChooseConfig, tell: _Tell) -> None:
+        self._bundle, self._suite, self._config, self._tell = bundle, suite, config, tell
         self._halves = suite.halves()
-        self._suite = suite
         self._parts = list(quantizable_of(bundle).values())
         self.formats = Candidates(self._parts, config)
         self._trail: list[dict[str, Any]] = []
 
-    def prepare(
-        self, scratch: Path, statistics: Statistics | None, tell: Callable[[str, int, int], None]
-    ) -> None:
+    def prepare(self, scratch: Path, statistics: Statistics | None, stack: ExitStack) -> None:
         """Every format once, as a bundle that variants take their weights from."""
-        build_engines(self._bundle, _TARGET, builder_for(_TARGET), report=tell)
+        build_engines(self._bundle, _TARGET, builder_for(_TARGET), report=self._tell)
         made: list[Bundle] = []
         held: list[Precision] = []
         self._activations: dict[str, dict[str, ActivationFormat]] = {}
@@ -122,57 +126,37 @@ class _Search:
                 if any(other.weights == plan.precision.weights for other in held):
                     continue  # the same weights: variants take them from the one that is there
                 held.append(plan.precision)
-                made.append(
-                    quantize_bundle(
-                        self._bundle,
-                        plan,
-                        scratch / f"{name}{'-inputs' if inputs else ''}",
-                        report=tell,
-                    )
-                )
+                output = scratch / f"{name}{'-inputs' if inputs else ''}"
+                made.append(quantize_bundle(self._bundle, plan, output, report=self._tell))
                 build_engines(made[-1], _TARGET, builder_for(_TARGET))
         graphs = scratch / "graphs"
         graphs.mkdir()
         self._variants = Variants(self._bundle, made, graphs, threads=self._config.threads)
-        self._float = self._stack.enter_context(
+        self._float = stack.enter_context(
             TwoTower.open(self._bundle.path, _TARGET, threads=self._config.threads)
         )
-        impact = self._config.impact
-        options, most = self._float.defaults.seeded(), impact.max_new_tokens
-        self._generation = replace(options, mode="diffusion", top_p=1.0, max_new_tokens=most)
+        most = self._config.impact.max_new_tokens
+        self._generation = measured_preset(self._float, most)
         self._candidates = {
             kind: self.formats.candidates(kind, inputs=statistics is not None)
             for kind in self.formats.kinds
         }
 
-    def alone(
-        self, tell: Callable[[str, int, int], None]
-    ) -> dict[tuple[str, Candidate], dict[str, Any]]:
+    def alone(self) -> _Alone:
         """Every kind in every format, everything else as it is."""
-        wanted = {
-            (kind, c): {kind: c}
-            for kind, candidates in self._candidates.items()
-            for c in candidates
-        }
-        return self._measured(
-            wanted,
-            self._halves[0].problems,
-            lambda done, total: tell("measuring kinds alone", done, total),
-        )
+        wanted: dict[tuple[str, Candidate], tuple[_Chosen, _Lowered]] = {}
+        for kind, candidates in self._candidates.items():
+            wanted |= {(kind, c): ({kind: c}, {}) for c in candidates}
+        return self._measured(wanted, "measuring kinds alone")
 
-    def together(
-        self,
-        alone: Mapping[tuple[str, Candidate], dict[str, Any]],
-        tell: Callable[[str, int, int], None],
-    ) -> dict[str, Candidate]:
+    def together(self, alone: _Alone) -> dict[str, Candidate]:
         """The smallest formats whose variant is inside the budget."""
         chosen = {
             kind: next((c for c in candidates if self._inside(alone[kind, c])), KEPT)
             for kind, candidates in self._candidates.items()
         }
         while any(c != KEPT for c in chosen.values()):
-            facts = self._of(chosen, {}, "measuring a variant", tell)
-            if self._inside(facts):
+            if self._inside(self._of(chosen, {}, "measuring a variant")):
                 break
             worst = max(
                 (kind for kind, c in chosen.items() if c != KEPT),
@@ -182,10 +166,8 @@ class _Search:
             chosen[worst] = (*candidates, KEPT)[candidates.index(chosen[worst]) + 1]
         return chosen
 
-    def by_layer(
-        self, chosen: Mapping[str, Candidate], tell: Callable[[str, int, int], None]
-    ) -> dict[tuple[str, int, str], str]:
-        """(tower, layer, kind) -> the smallest format, where a kind as a whole cannot take it."""
+    def by_layer(self, chosen: _Chosen) -> _Lowered:
+        """The layers that can be smaller than their kind."""
         lowered: dict[tuple[str, int, str], str] = {}
         for kind, candidates in self._candidates.items():
             if not candidates or (chosen[kind] != KEPT and chosen[kind].bits == candidates[0].bits):
@@ -196,31 +178,18 @@ class _Search:
             while few < many:  # the most layers that stay inside, as if costs only ever added up
                 middle = (few + many + 1) // 2
                 trial = {**lowered, **dict.fromkeys(order[:middle], smallest.format)}
-                if self._inside(
-                    self._of(
-                        chosen,
-                        trial,
-                        f"measuring layers of {kind}",
-                        tell,
-                    )
-                ):
+                if self._inside(self._of(chosen, trial, f"measuring layers of {kind}")):
                     few = middle
                 else:
                     many = middle - 1
             lowered |= dict.fromkeys(order[:few], smallest.format)
         return lowered
 
-    def report(
-        self,
-        alone: Mapping[tuple[str, Candidate], dict[str, Any]],
-        chosen: Mapping[str, Candidate],
-        lowered: Mapping[tuple[str, int, str], str],
-        recipe: Recipe,
-        tell: Callable[[str, int, int], None],
-    ) -> dict[str, Any]:
+    def choice(self, alone: _Alone, chosen: _Chosen, lowered: _Lowered) -> Choice:
         """Everything measured, and the check on the half that was not chosen on."""
-        check = self._of(chosen, lowered, "checking on the other half", tell, half=1)
-        return {
+        recipe = self.formats.recipe(chosen, lowered)
+        check = self._of(chosen, lowered, "checking on the other half", half=1)
+        report = {
             "suite": {
                 "name": self._suite.name,
                 "sha256": self._suite.sha256,
@@ -241,10 +210,9 @@ class _Search:
             "check": check,
             "flags": flags_of(check, self._config.impact),
         }
+        return Choice(recipe, report)
 
-    def _precision(
-        self, chosen: Mapping[str, Candidate], lowered: Mapping[tuple[str, int, str], str]
-    ) -> Precision:
+    def _precision(self, chosen: _Chosen, lowered: _Lowered) -> Precision:
         plain = self.formats.recipe(chosen, lowered)
         weights = {part.name: how for part in self._parts if (how := plain.format_of(part))}
         activations: dict[str, ActivationFormat] = {}
@@ -255,24 +223,10 @@ class _Search:
         return Precision(weights, activations)
 
     def _of(
-        self,
-        chosen: Mapping[str, Candidate],
-        lowered: Mapping[tuple[str, int, str], str],
-        what: str,
-        tell: Callable[[str, int, int], None],
-        *,
-        half: int = 0,
+        self, chosen: _Chosen, lowered: _Lowered, what: str, *, half: int = 0
     ) -> dict[str, Any]:
-        """Figures of one variant on one half of the problems."""
-        model = self._variants.open(self._precision(chosen, lowered))
-        try:
-            facts = self._against_float(
-                {"it": model},
-                self._halves[half].problems,
-                lambda done, total: tell(what, done, total),
-            )["it"]
-        finally:
-            model.close()
+        """Figures of one variant, which is noted as tried."""
+        facts = self._measured({"": (chosen, lowered)}, what, half=half)[""]
         tried = {
             "kinds": {k: c.label for k, c in chosen.items()},
             "layers": len(lowered),
@@ -283,29 +237,20 @@ class _Search:
         return facts
 
     def _measured(
-        self,
-        wanted: Mapping[Any, Mapping[str, Candidate]],
-        problems: Sequence[Problem],
-        tick: Callable[[int, int], None],
-    ) -> dict[Any, dict[str, Any]]:
+        self, wanted: Mapping[_Key, tuple[_Chosen, _Lowered]], what: str, *, half: int = 0
+    ) -> dict[_Key, dict[str, Any]]:
+        """Figures of variants against the float bundle, on one half of the problems."""
         with ExitStack() as stack:
-            models = {
-                key: stack.enter_context(self._variants.open(self._precision(chosen, {})))
-                for key, chosen in wanted.items()
-            }
-            return self._against_float(models, problems, tick)
-
-    def _against_float(
-        self,
-        models: Mapping[Any, TwoTower],
-        problems: Sequence[Problem],
-        tick: Callable[[int, int], None],
-    ) -> dict[Any, dict[str, Any]]:
-        names = {key: str(i) for i, key in enumerate(models)}
-        runs = [Run(_FLOAT, self._float, self._generation)]
-        runs += [Run(names[key], model, self._generation) for key, model in models.items()]
-        measured: dict[str, Measured] = measure(problems, runs, tick)
-        return {key: compared(measured[names[key]], measured[_FLOAT]) for key in models}
+            runs = [Run(_FLOAT, self._float, self._generation)]
+            for number, variant in enumerate(wanted.values()):
+                model = stack.enter_context(self._variants.open(self._precision(*variant)))
+                runs.append(Run(f"{number}", model, self._generation))
+            measured = measure(self._halves[half].problems, runs, partial(self._tell, what))
+        before = measured.pop(_FLOAT)
+        return {
+            key: compared(after, before)
+            for key, after in zip(wanted, measured.values(), strict=True)
+        }
 
     def _inside(self, facts: Mapping[str, Any]) -> bool:
         return not flags_of(facts, self._config.impact)
@@ -313,10 +258,8 @@ class _Search:
     def _cost(self, facts: Mapping[str, Any]) -> float:
         """Shares of the budgets that are used up, added."""
         impact = self._config.impact
-        lost, more = (
-            100 - (facts["retention"]["value"] or 0.0),
-            100 * ((facts["inflation"]["value"] or 1.0) - 1),
-        )
+        lost = 100 - (facts["retention"]["value"] or 0.0)
+        more = 100 * ((facts["inflation"]["value"] or 1.0) - 1)
         return float(lost / max(100 - impact.budget, 0.1) + more / max(impact.max_inflation, 0.1))
 
     def _layers_by_error(self, kind: str, name: str) -> list[tuple[str, int, str]]:

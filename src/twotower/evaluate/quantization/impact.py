@@ -9,14 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from twotower.evaluate.evaluation import lost_examples, report_head, summaries, summary
+from twotower.evaluate.evaluation import (
+    lost_examples,
+    measured_preset,
+    report_head,
+    summaries,
+    summary,
+)
 from twotower.evaluate.measure import Measured, Run, measure
-from twotower.evaluate.resampling import Resampler
+from twotower.evaluate.resampling import Interval, Resampler
 from twotower.evaluate.suite import Suite
 from twotower.runtime import TwoTower
 
 FLOAT, QUANTIZED, FLOAT_AR, QUANTIZED_AR = "float", "quantized", "float ar", "quantized ar"
 KIND = "twotower-quantization"
+_NOTED = ("retention", "passes_per_block", "inflation", "step_time", "speedup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +52,7 @@ def measure_impact(
     Raises:
         RequestError: a bundle has no tokenizer, or a problem does not fit.
     """
-    options = reference.defaults.seeded()
-    base = replace(options, mode="diffusion", top_p=1.0, max_new_tokens=config.max_new_tokens)
+    base = measured_preset(reference, config.max_new_tokens)
     runs = [
         Run(FLOAT, reference, base),
         Run(QUANTIZED, quantized, base),
@@ -79,6 +85,15 @@ def measure_impact(
     }
 
 
+def note_of(report: Mapping[str, Any], figures: Mapping[str, Any], target: str) -> dict[str, Any]:
+    """What of a report, with the `figures` that were `compared`, a bundle's manifest is to hold."""
+    return {
+        **{name: report[name] for name in ("suite", "generation", "budget", "flags")},
+        "target": target,
+        **{name: figures[name] for name in _NOTED},
+    }
+
+
 def compared(after: Measured, before: Measured) -> dict[str, Any]:
     """Ratios of a changed model to the original one on the same problems, each with its interval.
 
@@ -103,17 +118,22 @@ def compared(after: Measured, before: Measured) -> dict[str, Any]:
         "retention": figures["retention"],
         "lost": figures["lost"],
         "won": figures["won"],
-        "same_text": sum(a == b for a, b in zip(after.texts, before.texts, strict=True)),
+        "same_text": int((after.texts == before.texts).sum()),
         "problems": len(after.right),
         "passes_per_block": [
             summary(before, before)["passes_per_block"],
             figures["passes_per_block"],
         ],
-        "inflation": inflation.to_json(),
-        "step_time": step.to_json(),
-        "speedup": speed.to_json(),
+        "inflation": inflation,
+        "step_time": step,
+        "speedup": speed,
         "tokens_per_second": figures["speedup"],
     }
+
+
+def more_passes(inflation: Interval) -> Interval:
+    """A ratio of passes a block as percent of more of them."""
+    return {end: None if ratio is None else 100 * (ratio - 1) for end, ratio in inflation.items()}
 
 
 def flags_of(result: Mapping[str, Any], config: ImpactConfig) -> list[str]:

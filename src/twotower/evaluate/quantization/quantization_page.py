@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from twotower.evaluate.evaluation import interval_text
-from twotower.evaluate.quantization.impact import FLOAT, FLOAT_AR, QUANTIZED, QUANTIZED_AR
+from twotower.evaluate.quantization.impact import (
+    FLOAT,
+    FLOAT_AR,
+    QUANTIZED,
+    QUANTIZED_AR,
+    more_passes,
+)
+from twotower.evaluate.resampling import Interval, interval_text
 from twotower.report.pages import Card, Page, paragraphs, picture, unfolding_examples
 from twotower.report.tables import Column, Table, number
 from twotower.units import format_bytes
@@ -100,15 +106,14 @@ def choice_lines(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _inflation(ratio: Mapping[str, float | None]) -> str:
+def _inflation(ratio: Interval) -> str:
     """Percent of more passes a block, with the interval."""
-    return interval_text({k: None if v is None else 100 * (v - 1) for k, v in ratio.items()})
+    return interval_text(more_passes(ratio))
 
 
 def _cards(report: Mapping[str, Any]) -> list[Card]:
     total, weights, budget = report["compared"], report["bytes"]["weights"], report["budget"]
-    kept, ratio = total["retention"]["value"], total["inflation"]["value"]
-    more = None if ratio is None else 100 * (ratio - 1)
+    kept, more = total["retention"]["value"], more_passes(total["inflation"])["value"]
     before, after = total["passes_per_block"]
     return [
         Card(

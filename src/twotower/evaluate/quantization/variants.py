@@ -194,22 +194,6 @@ def impact_of(
     return report
 
 
-def note_of(report: dict[str, Any]) -> dict[str, Any]:
-    """What of a report belongs into the bundle's manifest."""
-    total = report["compared"]
-    return {
-        "suite": report["suite"],
-        "target": report["quantized"]["target"],
-        "generation": report["generation"],
-        "budget": report["budget"],
-        **{
-            name: total[name]
-            for name in ("retention", "passes_per_block", "inflation", "step_time", "speedup")
-        },
-        "flags": report["flags"],
-    }
-
-
 def parts_alone(bundle: Bundle) -> Iterator[tuple[str, Precision]]:
     """Every layer kind of a quantized bundle alone, then every tower."""
     whole = precision_of(bundle)
