@@ -59,10 +59,15 @@ class Page:
             cards="".join(card.html() for card in self.cards),
             sections="\n".join(sections),
             method=escape(self.method),
-            data=json.dumps(self.data).replace("<", "\\u003c"),
+            data=script_data(self.data),
             style=style,
             sort=sort,
         )
+
+
+def script_data(data: Any) -> str:
+    """Data as JSON for a script element, without the "</" and "<!--" that would move its end."""
+    return json.dumps(data).replace("<", "\\u003c")
 
 
 def paragraphs(*texts: str) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from twotower.errors import TraceError
 from twotower.files import write_output
+from twotower.records import RecordError, decode
+from twotower.report.pages import script_data
 from twotower.trace.record import KIND, SCHEMA, Trace, TraceBlock, TraceEnd, TraceHeader, TraceStep
 
+_Line = TypeVar("_Line", TraceHeader, TraceStep, TraceBlock, TraceEnd)
 _AGAIN = "record it again with `twotower trace BUNDLE PROMPT -o FILE.jsonl`"
 
 
@@ -46,22 +49,18 @@ def read_trace(path: Path) -> Trace:
             found=str(e),
             do="name a file that `twotower trace -o` wrote",
         ) from e
-    entries = [
-        _object(f"line {n} of {path}", line) for n, line in enumerate(lines, 1) if line.strip()
-    ]
-    if not entries or entries[0].get("kind") != KIND:
+    places = {f"line {n} of {path}": line for n, line in enumerate(lines, 1) if line.strip()}
+    entries = [(where, _object(where, line)) for where, line in places.items()]
+    if not entries or entries[0][1].get("kind") != KIND:
         found = f'its first line has no "kind": "{KIND}"' if entries else "the file is empty"
         raise TraceError(
             f"{path} is not a trace", found=found, do="name a file that `twotower trace -o` wrote"
         )
-    if entries[0].get("schema") != SCHEMA:
-        found = (
-            f"schema {entries[0].get('schema')!r}; this version of twotower reads schema {SCHEMA}"
-        )
+    schema = entries[0][1].get("schema")
+    if schema != SCHEMA:
+        found = f"schema {schema!r}; this version of twotower reads schema {SCHEMA}"
         raise TraceError(f"the trace {path} is of another schema", found=found, do=_AGAIN)
-    header = TraceHeader(**_checked(f"line 1 of {path}", entries[0], _HEADER))
-    numbers = [n for n, line in enumerate(lines, 1) if line.strip()]
-    return _Reader(str(path), header).read(zip(numbers, entries, strict=True))
+    return _trace(path, entries)
 
 
 def _object(where: str, line: str) -> dict[str, Any]:
@@ -86,143 +85,66 @@ def _malformed(where: str, found: str) -> TraceError:
     return TraceError(f"{where} does not belong in a trace", found=found, do=_AGAIN)
 
 
-class _Reader:
-    """Takes the lines in order and knows which may come next."""
+def _decoded(kind: type[_Line], where: str, entry: dict[str, Any]) -> _Line:
+    """A line as what it is; fields that are not known are of later versions."""
+    try:
+        return decode(kind, entry, strict=False)
+    except RecordError as e:
+        raise _malformed(where, str(e)) from e
 
-    def __init__(self, path: str, header: TraceHeader) -> None:
-        self._path, self._header = path, header
-        self._steps: list[TraceStep] = []
-        self._blocks: list[TraceBlock] = []
 
-    def read(self, entries: Iterator[tuple[int, dict[str, Any]]]) -> Trace:
-        end: TraceEnd | None = None
-        next(entries)  # the header
-        for number, entry in entries:
-            where = f"line {number} of {self._path}"
-            kind = entry.get("type")
-            if end is not None:
-                raise _malformed(where, "it comes after the end line")
-            if kind == "step":
-                self._step(where, TraceStep(**_checked(where, entry, _STEP)))
-            elif kind == "block":
-                self._block(where, TraceBlock(**_checked(where, entry, _BLOCK)))
-            elif kind == "end":
-                end = TraceEnd(**_checked(where, entry, _END))
-            else:
-                raise _malformed(where, f"type {kind!r}; known: step, block, end")
-        begun = len({s.block for s in self._steps})
-        if end is None or not self._blocks or len(self._blocks) != begun:
-            found = (
-                f"{len(self._blocks)} finished block(s), {len(self._steps)} pass(es) and "
-                f"{'no' if end is None else 'an'} end line"
-            )
-            raise TraceError(f"the trace {self._path} is truncated", found=found, do=_AGAIN)
-        return Trace(
-            self._header,
-            tuple(self._steps),
-            tuple(self._blocks),
-            end,
+def _trace(path: Path, entries: list[tuple[str, dict[str, Any]]]) -> Trace:
+    """The lines in their order, the header first."""
+    header = _decoded(TraceHeader, *entries[0])
+    steps: list[TraceStep] = []
+    blocks: list[TraceBlock] = []
+    end: TraceEnd | None = None
+    for where, entry in entries[1:]:
+        kind = entry.get("type")
+        if end is not None:
+            raise _malformed(where, "it comes after the end line")
+        if kind == "step":
+            steps.append(_decoded(TraceStep, where, entry))
+            expected = len(blocks), sum(s.block == len(blocks) for s in steps[:-1])
+            wrong = _wrong_step(steps[-1], expected, header.block_size)
+        elif kind == "block":
+            blocks.append(_decoded(TraceBlock, where, entry))
+            expected = len(blocks) - 1, steps[-1].block if steps else -1
+            wrong = _wrong_block(blocks[-1], expected, header.block_size)
+        elif kind == "end":
+            end, wrong = _decoded(TraceEnd, where, entry), ""
+        else:
+            wrong = f"type {kind!r}; known: step, block, end"
+        if wrong:
+            raise _malformed(where, wrong)
+    if end is None or not blocks or len(blocks) != len({s.block for s in steps}):
+        found = (
+            f"{len(blocks)} finished block(s), {len(steps)} pass(es) and "
+            f"{'no' if end is None else 'an'} end line"
         )
-
-    def _step(self, where: str, step: TraceStep) -> None:
-        block = len(self._blocks)
-        expected = (block, sum(s.block == block for s in self._steps))
-        if (step.block, step.step) != expected:
-            wanted = f"{expected[0]}, {expected[1]} was expected"
-            raise _malformed(where, f"block {step.block}, step {step.step} where {wanted}")
-        size = self._header.block_size
-        lengths = {len(x) for x in (step.tokens, step.predicted, step.confidence, step.next)}
-        if lengths != {size} or any(not 0 <= p < size for p in step.committed):
-            raise _malformed(where, f"lists or positions that do not fit blocks of {size}")
-        self._steps.append(step)
-
-    def _block(self, where: str, block: TraceBlock) -> None:
-        if (
-            block.block != len(self._blocks)
-            or not self._steps
-            or self._steps[-1].block != block.block
-        ):
-            raise _malformed(
-                where, f"block {block.block} where a pass of block {len(self._blocks)} was expected"
-            )
-        if len(block.tokens) != self._header.block_size:
-            raise _malformed(
-                where, f"{len(block.tokens)} tokens in a block of {self._header.block_size}"
-            )
-        self._blocks.append(block)
+        raise TraceError(f"the trace {path} is truncated", found=found, do=_AGAIN)
+    return Trace(header, tuple(steps), tuple(blocks), end)
 
 
-def _checked(
-    where: str, entry: dict[str, Any], checks: Mapping[str, Callable[[Any], bool]]
-) -> dict[str, Any]:
-    """The fields of a line that are known, each of its kind; others are of later versions."""
-    for name, check in checks.items():
-        if name not in entry:
-            raise _malformed(where, f"no {name!r}")
-        if not check(entry[name]):
-            raise _malformed(where, f"{name} is {json.dumps(entry[name])[:60]}")
-    return {name: entry[name] for name in checks}
+def _wrong_step(step: TraceStep, expected: tuple[int, int], size: int) -> str:
+    """What is wrong with a pass where (block, step) was expected; empty if nothing is."""
+    if (step.block, step.step) != expected:
+        wanted = f"{expected[0]}, {expected[1]} was expected"
+        return f"block {step.block}, step {step.step} where {wanted}"
+    lengths = {len(x) for x in (step.tokens, step.predicted, step.confidence, step.next)}
+    if lengths != {size} or any(not 0 <= p < size for p in step.committed):
+        return f"lists or positions that do not fit blocks of {size}"
+    return ""
 
 
-def _whole(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
-
-
-def _real(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
-
-
-def _text(x: Any) -> bool:
-    return isinstance(x, str)
-
-
-def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda x: isinstance(x, list) and all(map(check, x))
-
-
-def _object_of(check: Callable[[Any], bool], *names: str) -> Callable[[Any], bool]:
-    return lambda x: isinstance(x, dict) and all(map(check, x.values())) and set(names) <= set(x)
-
-
-def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda x: x is None or check(x)
-
-
-_HEADER = {
-    **dict.fromkeys(("twotower", "bundle", "target"), _text),
-    "prompt": _or_none(_text),
-    "prompt_tokens": _list_of(_whole),
-    "config": lambda x: isinstance(x, dict) and _real(x.get("confidence_threshold")),
-    "block_size": lambda x: _whole(x) and x > 0,
-    "mask_token_id": _whole,
-    "pieces": _object_of(_text),
-}
-_STEP = {
-    **dict.fromkeys(("block", "step"), _whole),
-    **dict.fromkeys(("t", "denoise_ms"), _real),
-    **dict.fromkeys(("tokens", "predicted", "committed", "next"), _list_of(_whole)),
-    "confidence": _list_of(_real),
-}
-_BLOCK = {"block": _whole, "tokens": _list_of(_whole), "extend_ms": _or_none(_real)}
-_END = {
-    "finish_reason": _text,
-    "tokens": _list_of(_whole),
-    "text": _or_none(_text),
-    "usage": _object_of(_real, "completion_tokens", "tokens_per_nfe"),
-    "timings_ms": _object_of(_real, "prefill", "denoise", "extend", "total"),
-}
-
-
-_PLACE = "{{trace}}"
+def _wrong_block(block: TraceBlock, expected: tuple[int, int], size: int) -> str:
+    """The same of a block, by its number and that of the last pass."""
+    if expected != (block.block, block.block):
+        return f"block {block.block} where a pass of block {expected[0]} was expected"
+    return "" if len(block.tokens) == size else f"{len(block.tokens)} tokens in a block of {size}"
 
 
 def trace_page(trace: Trace) -> str:
     """The page; its script shows strings of the trace by `textContent` only."""
-    before, _, after = (
-        (resources.files("twotower.trace") / "trace.html")
-        .read_text(encoding="utf-8")
-        .partition(_PLACE)
-    )
-    # Not only "</": a "<!--" inside a script element would change where the browser sees the
-    # element's end.
-    return before + json.dumps(asdict(trace)).replace("<", "\\u003c") + after
+    page = (resources.files("twotower.trace") / "trace.html").read_text(encoding="utf-8")
+    return page.replace("{{trace}}", script_data(asdict(trace)), 1)

@@ -16,6 +16,7 @@ from twotower.runtime import StepRecord, TwoTower
 
 KIND = "twotower-trace"
 SCHEMA = 1
+_FIGURES = ("completion_tokens", "tokens_per_nfe", "prefill", "denoise", "extend", "total")
 _DIGITS = 6  # of a confidence: float32 has no more
 
 
@@ -38,6 +39,11 @@ class TraceHeader:
     mask_token_id: int
     pieces: dict[str, str]
 
+    def __post_init__(self) -> None:
+        has_threshold = isinstance(self.config.get("confidence_threshold"), (int, float))
+        if self.block_size < 1 or not has_threshold:
+            raise ValueError("blocks of no size, or a config without confidence_threshold")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceStep:
@@ -57,6 +63,11 @@ class TraceStep:
     committed: list[int]
     next: list[int]
     denoise_ms: float
+
+    @property
+    def lowest(self) -> float | None:
+        """The lowest confidence of what was filled; None where nothing was."""
+        return min((self.confidence[position] for position in self.committed), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +91,14 @@ class TraceEnd:
     finish_reason: str
     tokens: list[int]
     text: str | None
-    usage: dict[str, Any]
-    timings_ms: dict[str, Any]
+    usage: dict[str, float]
+    timings_ms: dict[str, float]
+
+    def __post_init__(self) -> None:
+        known = {*self.usage, *self.timings_ms}
+        missing = [name for name in _FIGURES if name not in known]
+        if missing:
+            raise ValueError(f"no {', '.join(missing)}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,8 +54,7 @@ class Words:
 
     def line(self, step: TraceStep) -> str:
         """One pass: its place, how many positions it filled, the lowest confidence, the block."""
-        sure = [step.confidence[position] for position in step.committed]
-        lowest = f"{min(sure):.3f}" if sure else "-"
+        lowest = "-" if step.lowest is None else f"{step.lowest:.3f}"
         return (
             f"{step.block:5d}  {step.step:4d}  {len(step.committed):9d}  {lowest:>6}  "
             f"{step.denoise_ms:8.2f}  {self.block(step)}"
@@ -159,7 +158,7 @@ def summary(trace: Trace) -> dict[str, Any]:
             "block": step.block,
             "step": step.step,
             "committed": len(step.committed),
-            "lowest_confidence": min((step.confidence[p] for p in step.committed), default=None),
+            "lowest_confidence": step.lowest,
             "denoise_ms": step.denoise_ms,
         }
         for step in trace.steps
