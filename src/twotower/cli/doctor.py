@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def _checked(machine: Machine, options: Any) -> Iterator[dict[str, Any]]:
         say=lambda what: print(f"... {what}", file=sys.stderr) if sys.stderr.isatty() else None,
     )
     for result in checks.run():
-        yield {**asdict(result), "target": checks.target}
+        yield result.facts(checks.target)
 
 
 def _reported(

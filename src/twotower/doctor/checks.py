@@ -6,7 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,10 @@ class CheckResult:
     name: str
     ok: bool | None
     detail: str
+
+    def facts(self, target: str | None) -> dict[str, Any]:
+        """The check as `twotower doctor --json` prints it."""
+        return {**asdict(self), "target": target}
 
 
 def ordinary_tokens(config: ModelConfig) -> npt.NDArray[np.int64]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from statistics import median
-from typing import Self
 
 import numpy as np
 
@@ -21,40 +20,21 @@ _TIMES = 5
 
 
 class _Bench:
-    """Two streams, an event, two blocks of device memory and one of pinned host memory."""
+    """Two streams, an event, two blocks of device memory and a pinned one, until `undo` ends."""
 
-    def __init__(self, cuda: Cuda, size: int) -> None:
+    def __init__(self, cuda: Cuda, size: int, undo: ExitStack) -> None:
         self.cuda, self.size = cuda, size
-        self._undo = ExitStack()
-
-    def __enter__(self) -> Self:
-        cuda, undo = self.cuda, self._undo
-        try:
-            cuda.use(0)
-            self.first, self.second = (self._stream() for _ in range(2))
-            self.event = CudaEvent(cuda, 0)
-            undo.callback(self.event.close)
-            self.a, self.b = (self._device() for _ in range(2))
-            self.host = cuda.allocate_pinned(self.size)
-            undo.callback(cuda.free_pinned, self.host)
-            self.seen = np.frombuffer(cuda.bytes_at(self.host, self.size), np.uint8)
-        except BaseException:
-            undo.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._undo.close()
-
-    def _stream(self) -> CudaStream:
-        stream = CudaStream(self.cuda, (0,))
-        self._undo.callback(stream.close)
-        return stream
-
-    def _device(self) -> int:
-        address = self.cuda.allocate(self.size)
-        self._undo.callback(self.cuda.free, address)
-        return address
+        cuda.use(0)
+        self.first = undo.enter_context(closing(CudaStream(cuda, (0,))))
+        self.second = undo.enter_context(closing(CudaStream(cuda, (0,))))
+        self.event = undo.enter_context(closing(CudaEvent(cuda, 0)))
+        self.a = cuda.allocate(size)
+        undo.callback(cuda.free, self.a)
+        self.b = cuda.allocate(size)
+        undo.callback(cuda.free, self.b)
+        self.host = cuda.allocate_pinned(size)
+        undo.callback(cuda.free_pinned, self.host)
+        self.seen = np.frombuffer(cuda.bytes_at(self.host, size), np.uint8)
 
 
 def check_cuda(cuda: Cuda) -> Iterator[CheckResult]:
@@ -62,7 +42,8 @@ def check_cuda(cuda: Cuda) -> Iterator[CheckResult]:
 
     DeviceError if a call failed that must not; the process's CUDA is then of no more use.
     """
-    with _Bench(cuda, _SIZE) as on:
+    with ExitStack() as undo:
+        on = _Bench(cuda, _SIZE, undo)
         yield _ordered(on)
         yield from _replayed(on)
         yield _refused(on)
@@ -74,7 +55,8 @@ def copy_rates(cuda: Cuda, *, size: int = 1 << 30) -> dict[str, float]:
     `within the device` counts bytes read and written; `to the device` and `to the host` go from and
     to pinned memory.
     """
-    with _Bench(cuda, size) as on:
+    with ExitStack() as undo:
+        on = _Bench(cuda, size, undo)
         ways = {
             "within the device": (on.b, on.a, 2),
             "to the device": (on.a, on.host, 1),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from twotower.doctor.sections import OK
+from twotower.report.tables import Table
 
 MACHINE = "machine"
 """The section whose facts stand at the head of the page."""
@@ -33,22 +34,15 @@ def device_page(results: Mapping[str, Any]) -> str:
     facts = sections.get(MACHINE, {}).get("answers", {}).get("facts", {})
     if facts:
         lines += [*_table(("", ""), list(facts.items())), ""]
-    lines += [
-        "## Sections",
-        "",
-        *_table(("section", "question", "state", "seconds"), _overview(sections)),
-        "",
+    overview = [
+        (name, result["question"], _state(result["state"]), result["seconds"])
+        for name, result in sections.items()
     ]
+    head = ("section", "question", "state", "seconds")
+    lines += ["## Sections", "", *_table(head, overview), ""]
     for name, result in sections.items():
         lines += _section(name, result)
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _overview(sections: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    return [
-        (name, result["question"], _state(result["state"]), f"{result['seconds']:g}")
-        for name, result in sections.items()
-    ]
 
 
 def _state(state: str) -> str:
@@ -64,12 +58,7 @@ def _section(name: str, result: Mapping[str, Any]) -> list[str]:
         body.append(f"- {result['state']}: {' '.join(str(why).split())}")
     body += [""] if body else []
     for table in answers.get("tables", []):
-        body += [
-            f"### {table['title']}",
-            "",
-            *_table(table["head"], table["rows"]),
-            "",
-        ]
+        body += [f"### {table['title']}", "", *_table(table["head"], table["rows"]), ""]
         body += [table["note"], ""] if table.get("note") else []
     if result.get("last_words"):
         body += ["```text", *result["last_words"], "```", ""]
@@ -78,9 +67,8 @@ def _section(name: str, result: Mapping[str, Any]) -> list[str]:
     return [f"## {name}", "", *body]
 
 
-def _table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
-    cells = [[_cell(cell) for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in ([*head], ["---"] * len(head), *cells)]
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    return Table(head, [[_cell(cell) for cell in row] for row in rows]).markdown()
 
 
 def _cell(value: Any) -> str:
@@ -88,5 +76,4 @@ def _cell(value: Any) -> str:
         return "yes" if value else "**no**"
     if value is None:
         return ""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return " ".join(text.split()).replace("|", "\\|")
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from twotower.doctor.sections import (
 from twotower.doctor.target_checks import TargetChecks
 from twotower.errors import EngineMismatchError, TwoTowerError
 from twotower.hardware import TARGETS, Machine
+from twotower.report.tables import Column, number
 from twotower.runtime.engines import open_cuda
 from twotower.units import format_bytes
 
@@ -36,6 +37,18 @@ _TARGET_SECONDS = 3600.0
 """A published model may have to be read from a slow disk, several times."""
 
 _MARK = {True: "ok", False: "**FAILED**", None: "note"}
+_PASS = (
+    Column("target", of="target"),
+    Column("type", of="dtype"),
+    Column("context", of="context"),
+    Column("denoiser pass", ".3f", " ms", of="denoise_ms"),
+    Column("weights read", format_bytes, of="denoiser_bytes"),
+    Column("GB/s", ".1f", of="denoise_gb_per_s"),
+    Column("16-token extension and head", ".3f", " ms", of="extend_ms"),
+    Column("weights read", format_bytes, of="context_bytes"),
+    Column("GB/s", ".1f", of="extend_gb_per_s"),
+    Column("runs", of="runs"),
+)
 _PASSES_NOTE = (
     "Medians of wall-clock times from the launch until the result is on the host, one row. Weights "
     "read are all weights of\nthe tower as the bundle stores them, and GB/s is that over the time, "
@@ -76,21 +89,22 @@ def make_report(folder: Path, machine: Machine, options: ReportOptions) -> Itera
         archive.finish(Path(work))
 
 
-def _report_sections(machine: Machine, options: ReportOptions) -> list[Section]:
+def _report_sections(machine: Machine, options: ReportOptions) -> Iterator[Section]:
     """The sections of a report, in the order they are asked."""
-    out = [_section(options, MACHINE, "What is this machine?", 60)]
+    bundle = [str(options.bundle)] if options.bundle else []
+
+    def section(name: str, question: str, seconds: float, *words: str) -> Section:
+        command = (*options.command, *bundle, *words, "--section", name)
+        return Section(name=name, question=question, seconds=seconds, command=command)
+
+    yield section(MACHINE, "What is this machine?", 60)
     if machine.gpus:
         question = "Do copies, events and captured graphs work, and how fast are copies?"
-        out.append(_section(options, CUDA, question, 120))
+        yield section(CUDA, question, 120)
     for target in _targets(machine, options):
         question = f"Does {target or 'the best target'} compute right, and how long is a pass?"
         words = ["--target", target] if target else []
-        out.append(
-            _section(
-                options, f"{TARGET}-{target or 'best'}", question, _TARGET_SECONDS, words=words
-            )
-        )
-    return out
+        yield section(f"{TARGET}-{target or 'best'}", question, _TARGET_SECONDS, *words)
 
 
 def answer_report_section(
@@ -126,9 +140,12 @@ def _ask_target(answers: Answers, checks: TargetChecks) -> None:
     _put_checks(answers, checks.run(), lambda: checks.target)
     answers.put(target=checks.target, passes=checks.passes)
     if checks.passes:
-        answers.table(
-            "Time of a pass", _PASS_HEAD, [_pass_row(p) for p in checks.passes], note=_PASSES_NOTE
-        )
+        head = [column.heading for column in _PASS]
+        rows = [
+            [number(facts[column.of], column.spec, column.unit) for column in _PASS]
+            for facts in checks.passes
+        ]
+        answers.table("Time of a pass", head, rows, note=_PASSES_NOTE)
 
 
 def _put_checks(
@@ -138,9 +155,7 @@ def _put_checks(
     made: list[dict[str, Any]] = []
 
     def put(result: CheckResult) -> None:
-        made.append(
-            {"name": result.name, "ok": result.ok, "detail": result.detail, "target": target()}
-        )
+        made.append(result.facts(target()))
         answers.put(checks=made)
         answers.table(
             "Checks",
@@ -153,14 +168,6 @@ def _put_checks(
             put(result)
     except TwoTowerError as e:
         put(CheckResult("runs", False, str(e)))
-
-
-def _section(
-    options: ReportOptions, name: str, question: str, seconds: float, *, words: Sequence[str] = ()
-) -> Section:
-    bundle = [str(options.bundle)] if options.bundle else []
-    command = (*options.command, *bundle, *words, "--section", name)
-    return Section(name=name, question=question, seconds=seconds, command=command)
 
 
 def _targets(machine: Machine, options: ReportOptions) -> list[str | None]:
@@ -180,39 +187,5 @@ def _answers(name: str, result: dict[str, Any]) -> dict[str, Any]:
     answers: dict[str, Any] = result["answers"]
     if result["state"] in (OK, SKIPPED):
         return answers
-    how = {
-        "name": name,
-        "ok": False,
-        "detail": "; ".join(result["last_words"]),
-        "target": answers.get("target"),
-    }
-    return {**answers, "checks": [*answers.get("checks", []), how]}
-
-
-_PASS_HEAD = (
-    "target",
-    "type",
-    "context",
-    "denoiser pass",
-    "weights read",
-    "GB/s",
-    "16-token extension and head",
-    "weights read",
-    "GB/s",
-    "runs",
-)
-
-
-def _pass_row(p: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        p["target"],
-        p["dtype"],
-        f"{p['context']}",
-        f"{p['denoise_ms']:.3f} ms",
-        format_bytes(p["denoiser_bytes"]),
-        f"{p['denoise_gb_per_s']:.1f}",
-        f"{p['extend_ms']:.3f} ms",
-        format_bytes(p["context_bytes"]),
-        f"{p['extend_gb_per_s']:.1f}",
-        f"{p['runs']}",
-    )
+    how = CheckResult(name, False, "; ".join(result["last_words"]))
+    return {**answers, "checks": [*answers.get("checks", []), how.facts(answers.get("target"))]}
