@@ -58,7 +58,14 @@ def machine_facts(machine: Machine) -> dict[str, Any]:
         "cpus": machine.cpus,
         "memory_bytes": machine.memory,
         "driver": machine.driver,
-        "gpus": [{"name": g.name, "sm": g.sm, "memory_bytes": g.memory} for g in machine.gpus],
+        "gpus": [
+            {
+                "name": g.name,
+                "sm": g.sm,
+                "memory_bytes": g.memory,
+            }
+            for g in machine.gpus
+        ],
         "libraries": dict(machine.libraries),
         "conflict": machine.conflict,
         "targets": targets_here(machine, TARGETS),
@@ -111,7 +118,13 @@ def driver_facts() -> dict[str, str]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    return dict(zip(_SMI_FIELDS, done.stdout.strip().split(", "), strict=False))
+    return dict(
+        zip(
+            _SMI_FIELDS,
+            done.stdout.strip().split(", "),
+            strict=False,
+        )
+    )
 
 
 def targets_here(machine: Machine, built: tuple[str, ...]) -> dict[str, str]:
