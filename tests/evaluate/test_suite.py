@@ -36,12 +36,12 @@ def test_the_shipped_suite_is_large_varied_and_without_repetition() -> None:
     [
         ("{", "line 3 is not JSON"),
         ("[1]", "line 3 is not a problem"),
-        ('{"prompt": "p", "answer": "q"}', "no kind"),
+        ('{"prompt": "p", "answer": "q"}', "kind: missing"),
         ('{"kind": "a", "prompt": "p", "answer": ""}', "answer is empty"),
-        ('{"kind": "a", "prompt": 5, "answer": "q"}', "prompt=5 is not text"),
-        ('{"kind": "a", "prompt": "p", "answer": "q", "hint": "r"}', "unknown field 'hint'"),
-        ('{"kind": "a", "prompt": "p", "answer": "q", "match": "fuzzy"}', "match='fuzzy'"),
-        ('{"kind": "a", "prompt": "p", "answer": "q", "length": "long"}', "length='long'"),
+        ('{"kind": "a", "prompt": 5, "answer": "q"}', "prompt: 5"),
+        ('{"kind": "a", "prompt": "p", "answer": "q", "hint": "r"}', "hint: unknown"),
+        ('{"kind": "a", "prompt": "p", "answer": "q", "match": "fuzzy"}', "match: 'fuzzy'"),
+        ('{"kind": "a", "prompt": "p", "answer": "q", "length": "long"}', "length: 'long'"),
     ],
 )
 def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str, what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from twotower.config import GenerationConfig
 from twotower.evaluate.suite import Problem
@@ -15,7 +15,7 @@ from twotower.runtime.auto import PassRecord, PassTimes
 AR_MS, PASS_MS, EXTEND_MS = 1.0, 2.0, 1.0
 
 
-def problem(kind: str, number: int, length: str = "in") -> Problem:
+def problem(kind: str, number: int, length: Literal["in", "out"] = "in") -> Problem:
     """A problem with an answer of twenty words."""
     return Problem(
         f"{kind}-{number}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -178,6 +178,15 @@ def report_head(kind: str, suite: Suite) -> dict[str, Any]:
             "kinds": list(suite.kinds),
         },
     }
+
+
+def origin_text(report: Mapping[str, Any]) -> str:
+    """What a report was made of and with, for the foot of its page."""
+    suite = report["suite"]
+    return (
+        f"Suite {suite['name']} {suite['sha256'][:12]}, twotower {report['twotower']}, "
+        f"Python {report['machine']['python']}."
+    )
 
 
 def lost_examples(

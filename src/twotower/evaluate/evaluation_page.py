@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from twotower.evaluate.evaluation import AR, DEFAULT, OTHER
+from twotower.evaluate.evaluation import AR, DEFAULT, OTHER, origin_text
 from twotower.evaluate.resampling import interval_text
 from twotower.report.pages import Card, Page, paragraphs, picture, unfolding_examples
 from twotower.report.tables import Column, Table, number
@@ -72,15 +72,10 @@ def preset_lines(presets: dict[str, Any]) -> list[str]:
         Column("steps", of="config.steps_per_block"),
     ]
     for half, where in (("choice", "chosen on"), ("check", "checked on")):
-        columns.append(
-            Column(
-                f"{where}: kept",
-                ".1f",
-                " %",
-                f"{half}.retention.value",
-            )
-        )
-        columns.append(Column("speed", ".2f", "x", f"{half}.speedup.value"))
+        columns += [
+            Column(f"{where}: kept", ".1f", " %", f"{half}.retention.value"),
+            Column("speed", ".2f", "x", f"{half}.speedup.value"),
+        ]
     table = Table(columns)
     for name, facts in presets.items():
         table.add_facts(facts, name)
@@ -226,15 +221,14 @@ def _settings(report: dict[str, Any]) -> Table:
 
 
 def _method(report: dict[str, Any]) -> str:
-    suite, machine, scores = report["suite"], report["machine"], report.get("likelihood")
+    scores = report.get("likelihood")
     sentences = [
         "Every problem is answered by every setting in turn, one request at a time, so that "
         "system noise affects all equally; the first two answers of each are not counted. "
         "Times include reading the prompt. A right answer is the expected text and nothing else; "
         "a loop is a text that ends in the same up to 16 tokens four times over. Intervals are "
         "percentiles of 2000 paired bootstrap draws of the problems.",
-        f"Suite {suite['name']} {suite['sha256'][:12]}, twotower {report['twotower']}, "
-        f"Python {machine['python']}.",
+        origin_text(report),
     ]
     if scores and scores["nats_per_token"] is not None:
         sentences.append(

@@ -108,7 +108,12 @@ def _panels(figure: Any, report: Mapping[str, Any]) -> tuple[Any, Any]:
     if min((x for x in speeds if x is not None), default=1.0) < _FAR:
         axes = figure.add_subplot()
         return axes, axes
-    baseline, curve = figure.subplots(1, 2, sharey=True, width_ratios=(1, 8))
+    baseline, curve = figure.subplots(
+        1,
+        2,
+        sharey=True,
+        width_ratios=(1, 8),
+    )
     baseline.set_xlim(0.9, 1.1)
     baseline.set_xticks([1.0])
     curve.tick_params(left=False)
@@ -136,7 +141,12 @@ def _draw_sweep(axes: Any, settings: Mapping[str, Any]) -> None:
             axes.annotate(f"{threshold:g}", (a, b), **place)
 
 
-def _draw_preset(axes: Any, total: Mapping[str, Any], marker: str, label: str) -> None:
+def _draw_preset(
+    axes: Any,
+    total: Mapping[str, Any],
+    marker: str,
+    label: str,
+) -> None:
     x, y = total["speedup"], total["retention"]
     if x["value"] is None or y["value"] is None:
         return
@@ -227,7 +237,12 @@ def draw_ranges(statistics: Statistics) -> dict[str, bytes]:
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True).reshape(-1)
         t = np.arange(len(denoiser.buckets)) / 8
         for axes, (title, inside, outside) in zip(grid, panels, strict=False):
-            _draw_panel(axes, t, denoiser.amax[inside], context.amax[outside][:, 0])
+            _draw_panel(
+                axes,
+                t,
+                denoiser.amax[inside],
+                context.amax[outside][:, 0],
+            )
             axes.set_title(title, fontsize=9, color=_INK, loc="left")
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
@@ -241,7 +256,12 @@ def draw_ranges(statistics: Statistics) -> dict[str, bytes]:
     return {"ranges.svg": svg.encode(), "ranges.png": png}
 
 
-def _draw_panel(axes: Any, t: Any, denoiser: Any, context: Any) -> None:
+def _draw_panel(
+    axes: Any,
+    t: Any,
+    denoiser: Any,
+    context: Any,
+) -> None:
     """Largest magnitudes of inputs by t, [inputs, t], and in the context tower, [inputs]."""
     from matplotlib.ticker import LogFormatter  # noqa: PLC0415
 

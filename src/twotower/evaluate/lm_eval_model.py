@@ -91,10 +91,14 @@ class TwoTowerLM(LM):  # type: ignore[misc]
         self._model = TwoTower.open(
             str(bundle), target=given.target, preset=given.preset, max_batch=given.max_batch
         )
-        changes = {"mode": given.mode, "max_new_tokens": given.max_gen_toks}
-        changes |= {"confidence_threshold": given.threshold} if given.threshold is not None else {}
-        changes |= {"steps_per_block": given.steps} if given.steps is not None else {}
-        changes |= {"seed": given.seed} if given.seed is not None else {}
+        changes = {
+            "mode": given.mode,
+            "max_new_tokens": given.max_gen_toks,
+            "confidence_threshold": given.threshold,
+            "steps_per_block": given.steps,
+            "seed": given.seed,
+        }
+        changes = {name: value for name, value in changes.items() if value is not None}
         try:
             _require_tokenizer(self._model, bundle)
             self._base = GenerationConfig.from_mapping(changes, base=self._model.defaults).seeded()

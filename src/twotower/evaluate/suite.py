@@ -9,12 +9,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from twotower.errors import SuiteError
+from twotower.records import RecordError, decode
 
-MATCHES = ("exact", "contains")
-LENGTHS = ("in", "out")
 _FORM = 'write one {"kind": ..., "prompt": ..., "answer": ...} a line'
 _LONGEST_PERIOD, _REPEATS, _REPEATED_TOKENS = 16, 4, 16
 
@@ -31,8 +30,12 @@ class Problem:
     kind: str
     prompt: str
     answer: str
-    length: str = "in"
-    match: str = "exact"
+    length: Literal["in", "out"] = "in"
+    match: Literal["exact", "contains"] = "exact"
+
+    def __post_init__(self) -> None:
+        if not self.answer:
+            raise ValueError("the answer is empty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,30 +141,12 @@ def _problem(where: str, line: str, number: int) -> Problem:
         data = json.loads(line)
     except (ValueError, RecursionError) as e:
         raise SuiteError(f"{where} is not JSON", found=str(e), do=_FORM) from e
-    if not isinstance(data, dict):
-        raise SuiteError(f"{where} is not a problem", found=line[:80], do=_FORM)
-    wrong = _wrong_fields(data)
-    if wrong:
-        raise SuiteError(f"{where} is not a problem", found="; ".join(wrong), do=_FORM)
-    return Problem(**{"id": f"{number}", **data})
-
-
-def _wrong_fields(data: dict[str, Any]) -> list[str]:
-    known = Problem.__dataclass_fields__
-    out = [f"no {name}" for name in ("kind", "prompt", "answer") if name not in data]
-    out += [
-        f"unknown field {name!r} (known: {', '.join(known)})"
-        for name in sorted(set(data) - set(known))
-    ]
-    out += [
-        f"{k}={v!r} is not text" for k, v in data.items() if k in known and not isinstance(v, str)
-    ]
-    for name, allowed in (("match", MATCHES), ("length", LENGTHS)):
-        if data.get(name, allowed[0]) not in allowed:
-            out.append(f"{name}={data[name]!r} (allowed: {', '.join(allowed)})")
-    if data.get("answer") == "":
-        out.append("the answer is empty")
-    return out
+    if isinstance(data, dict):
+        data.setdefault("id", f"{number}")
+    try:
+        return decode(Problem, data)
+    except RecordError as e:
+        raise SuiteError(f"{where} is not a problem", found=str(e), do=_FORM) from e
 
 
 def judge(problem: Problem, text: str, tokens: Sequence[int]) -> Verdict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from twotower.evaluate.evaluation import origin_text
 from twotower.evaluate.quantization.impact import (
     FLOAT,
     FLOAT_AR,
@@ -216,7 +217,6 @@ def _parts(heading: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _method(report: Mapping[str, Any]) -> str:
-    suite, machine = report["suite"], report["machine"]
     sentences = [
         "Every problem is answered by every model in turn, one request at a time, so that system "
         "noise affects all equally. Kept: right answers of the quantized bundle over those of the "
@@ -230,8 +230,5 @@ def _method(report: Mapping[str, Any]) -> str:
             "ONNX Runtime on a CPU expands quantized weights in every pass: a quantized bundle is "
             "smaller there, not faster."
         )
-    sentences.append(
-        f"Suite {suite['name']} {suite['sha256'][:12]}, twotower {report['twotower']}, "
-        f"Python {machine['python']}."
-    )
+    sentences.append(origin_text(report))
     return " ".join(sentences)

@@ -164,11 +164,7 @@ def impact_of(
     `threads` as the bundles were opened with. `progress` is called with (problems done, in all).
     """
     quantized, reference = opened
-    why_not = (
-        _why_no_parts(pair, opened)
-        if sensitivity
-        else "parts were not measured alone: not asked for"
-    )
+    why_not = _why_no_parts(pair, opened) if sensitivity else "not asked for"
     with ExitStack() as stack:
         alone: dict[str, TwoTower] = {}
         if not why_not:
@@ -190,7 +186,7 @@ def impact_of(
     }
     report["reference"] = {"name": pair.reference.path.resolve().name, "target": reference.target}
     report["bytes"] = bytes_report(pair.quantized, pair.reference)
-    report["why_not"] = why_not
+    report["why_not"] = f"parts were not measured alone: {why_not}" if why_not else ""
     return report
 
 
@@ -198,34 +194,23 @@ def parts_alone(bundle: Bundle) -> Iterator[tuple[str, Precision]]:
     """Every layer kind of a quantized bundle alone, then every tower."""
     whole = precision_of(bundle)
     parts = {name: part for name, part in quantizable_of(bundle).items() if name in whole.weights}
-    for kind in dict.fromkeys(part.kind for part in parts.values()):
-        yield kind, _restricted(whole, {name for name, part in parts.items() if part.kind == kind})
-    for tower in ("context", "denoiser"):
-        yield (
-            f"{tower} tower",
-            _restricted(whole, {name for name, part in parts.items() if part.tower == tower}),
-        )
-
-
-def _restricted(whole: Precision, chosen: set[str]) -> Precision:
-    weights = {name: how for name, how in whole.weights.items() if name in chosen}
-    return Precision(
-        weights, {name: how for name, how in whole.activations.items() if name in weights}
-    )
+    kinds = dict.fromkeys(part.kind for part in parts.values())
+    for what in (*kinds, "context tower", "denoiser tower"):
+        weights = {
+            name: whole.weights[name]
+            for name, part in parts.items()
+            if what in (part.kind, f"{part.tower} tower")
+        }
+        activations = {name: how for name, how in whole.activations.items() if name in weights}
+        yield what, Precision(weights, activations)
 
 
 def _why_no_parts(pair: Pair, opened: tuple[TwoTower, TwoTower]) -> str:
     if any(model.target != _TARGET for model in opened):
-        return (
-            f"parts were not measured alone: that needs target {_TARGET}, "
-            f"this is {opened[0].target}"
-        )
+        return f"that needs target {_TARGET}, this is {opened[0].target}"
     facts = pair.quantized.quantization
     if facts is None or facts["source"] != source_identity(pair.reference):
-        return (
-            "parts were not measured alone: the bundle was not made from the weights "
-            f"of {pair.reference.path.name} themselves"
-        )
+        return f"the bundle was not made from the weights of {pair.reference.path.name} themselves"
     return ""
 
 
@@ -243,26 +228,18 @@ def bytes_by_kind(bundle: Bundle, dtype: str | None = None) -> dict[str, int]:
 
 def bytes_report(quantized: Bundle, reference: Bundle) -> dict[str, Any]:
     """Before, after, and in bfloat16; the files of engines are not counted."""
-    after, before, half = (
-        bytes_by_kind(quantized),
-        bytes_by_kind(reference),
-        bytes_by_kind(reference, "bfloat16"),
-    )
+    sizes = {
+        "before": bytes_by_kind(reference),
+        "after": bytes_by_kind(quantized),
+        "bfloat16": bytes_by_kind(reference, "bfloat16"),
+    }
+    kinds = {}
+    for kind in sorted(sizes["before"]):
+        kinds[kind] = {name: size[kind] for name, size in sizes.items()}
     return {
         "files": {"before": _files(reference), "after": _files(quantized)},
-        "weights": {
-            "before": sum(before.values()),
-            "after": sum(after.values()),
-            "bfloat16": sum(half.values()),
-        },
-        "kinds": {
-            kind: {
-                "before": before[kind],
-                "after": after[kind],
-                "bfloat16": half[kind],
-            }
-            for kind in sorted(before)
-        },
+        "weights": {name: sum(size.values()) for name, size in sizes.items()},
+        "kinds": kinds,
     }
 
 
