@@ -104,15 +104,6 @@ def test_what_cannot_be_evaluated_is_refused(
     assert not model.calls
 
 
-def test_a_malformed_suite_is_named_by_line(
-    model: FakeModel, tmp_path: Path, cli: Commands
-) -> None:
-    file = tmp_path / "s.jsonl"
-    file.write_text('{"kind": "a", "prompt": "p", "answer": "q"}\n{"kind": "a"}\n')
-    for verb in ("evaluate b", f"tune b -o {tmp_path / 't'}"):
-        cli.refused(verb, "--suite", file, what="line 2")
-
-
 def test_a_bundle_without_a_tokenizer_is_refused(built_bundle: Path, cli: Commands) -> None:
     cli.refused("evaluate", built_bundle, FEW, what="tokenizer")
 

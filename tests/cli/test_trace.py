@@ -80,13 +80,6 @@ def test_what_cannot_be_traced(built_bundle: Path, cli: Commands, words: str, wh
     cli.refused("trace", words.replace("B", str(built_bundle)), what=what)
 
 
-def test_an_older_schema_is_named(file: Path, tmp_path: Path, cli: Commands) -> None:
-    file.write_text(file.read_text().replace('"schema": 1', '"schema": 0', 1))
-    for words in (f"{file} --html {tmp_path / 'p.html'}", f"--diff {file} {file}"):
-        cli.refused("trace", words, what="schema 0")
-    assert not (tmp_path / "p.html").exists()
-
-
 def test_a_trace_brings_its_own_request(file: Path, cli: Commands) -> None:
     for words in ("F text", f"F {PROMPT}", "F --threshold 0.5", f"--diff F F {PROMPT}"):
         cli.refused("trace", words.replace("F", str(file)), what="options of its own")
@@ -118,19 +111,3 @@ def test_the_first_difference_is_shown(tmp_path: Path, cli: Commands) -> None:
     facts = cli.json("trace --diff", a, b, code=1)
     found = facts["a"]["bundle"], facts["equal"], facts["position"], facts["margin_of"]
     assert found == ("small", False, 3, "threshold")
-
-
-def test_a_failed_write_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Commands
-) -> None:
-    file, page = tmp_path / "t.jsonl", tmp_path / "t.html"
-    write_trace(file, small_trace())
-    page.write_text("before")
-
-    def full(self: Path, target: Path) -> Path:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
-    cli.refused("trace", file, "--html", page, what="No space left")
-    assert page.read_text() == "before"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.html", "t.jsonl"]

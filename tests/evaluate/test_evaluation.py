@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 
 from tests.helpers.fake_model import AR_MS, EXTEND_MS, PASS_MS, FakeModel, difficulty, problem
 from twotower.config import GenerationConfig
-from twotower.errors import BudgetError, ConfigError, RequestError
+from twotower.errors import BudgetError, ConfigError
 from twotower.evaluate.evaluation import (
     AR,
     DEFAULT,
@@ -21,7 +20,6 @@ from twotower.evaluate.evaluation import (
     setting_name,
 )
 from twotower.evaluate.evaluation_page import report_page, where_it_loses
-from twotower.evaluate.measure import Run, measure
 from twotower.evaluate.resampling import Resampler
 from twotower.evaluate.suite import Suite
 from twotower.evaluate.tune import TuneConfig, tune
@@ -100,13 +98,6 @@ def test_a_second_bundle_is_measured_against_the_first() -> None:
     assert report["other_to_default"]["total"]["retention"]["value"] == kept
     assert report["budget"]["setting"] == OTHER
     assert not report["budget"]["met"]
-
-
-def test_a_bundle_without_a_tokenizer_is_refused() -> None:
-    model = FakeModel(PROBLEMS, tokenizer=None)
-    with pytest.raises(RequestError, match="tokenizer"):
-        measure(PROBLEMS, [Run("x", model, GenerationConfig())])  # type: ignore[arg-type]
-    assert not model.calls
 
 
 @pytest.mark.slow
@@ -188,7 +179,7 @@ def test_a_budget_out_of_reach_names_the_best() -> None:
             TuneConfig(budget=wrong)
 
 
-def test_the_page_holds_every_setting_and_no_markup_of_its_content(tmp_path: Path) -> None:
+def test_the_page_holds_every_setting_and_no_markup_of_its_content() -> None:
     hostile = tuple(problem("<script>alert(1)</script>", i) for i in range(4))
     model = FakeModel(hostile, wrong_below=-1.0)
     report = evaluate(model, Suite("s", "0" * 64, hostile), CONFIG)  # type: ignore[arg-type]

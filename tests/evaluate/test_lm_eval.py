@@ -67,14 +67,12 @@ def test_generations_are_those_of_the_model_and_end_where_the_task_says(adapter:
     assert len(texts[2]) < len(whole[1])
 
 
-def test_likelihoods_are_the_context_towers(adapter: Any) -> None:
+def test_likelihoods_say_whether_a_text_is_the_greedy_one(adapter: Any) -> None:
     answer = adapter.model.generate(PROMPTS[0], adapter._config({})).text
     pairs = [(PROMPTS[0], answer), (PROMPTS[0], " a 47 b 70"), ("", "Q:")]
-    got = adapter.loglikelihood(instances(*pairs))
-    assert [g[0] for g in got] == [s.total for s in adapter.model.score(pairs)]
-    assert got[0][1] is True
-    assert got[1][1] is False
-    assert got[0][0] > got[1][0]
+    likely, unlikely, _ = adapter.loglikelihood(instances(*pairs))
+    assert likely[1] is True and unlikely[1] is False
+    assert likely[0] > unlikely[0]
 
 
 def test_rolling_likelihood_is_that_of_the_whole_text(
@@ -260,20 +258,10 @@ def test_the_librarys_evaluation_of_every_kind(
         {**shared, **choose, "doc_to_target": "right", "task": "choose"},
         {**shared, **whole_text, "doc_to_target": "{{prompt}}", "task": "whole"},
     ]
-    found = lm_eval.simple_evaluate(model=adapter, tasks=tasks, log_samples=True, bootstrap_iters=0)
+    found = lm_eval.simple_evaluate(model=adapter, tasks=tasks, bootstrap_iters=0)
     assert found["results"]["write"]["exact_match,none"] == 1
     assert found["results"]["choose"]["acc,none"] == 1
-    samples = {
-        name: sorted(some, key=lambda s: s["doc_id"]) for name, some in found["samples"].items()
-    }
-    assert [s["resps"][0][0] for s in samples["write"]] == answers
-    for i, sample in enumerate(samples["choose"]):
-        scores = adapter.model.score([(PROMPTS[i], c) for c in choices[i]])
-        assert [float(r[0][0]) for r in sample["resps"]] == pytest.approx(
-            [s.total for s in scores], abs=1e-3
-        )
     whole = [adapter.model.score(("", p)).total for p in PROMPTS]
-    assert [float(s["resps"][0][0]) for s in samples["whole"]] == pytest.approx(whole, abs=1e-3)
     words = sum(len(p.split()) for p in PROMPTS)
     assert found["results"]["whole"]["word_perplexity,none"] == pytest.approx(
         math.exp(-sum(whole) / words), rel=1e-3

@@ -54,28 +54,32 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str, what
     assert "write one" in caught.value.do
 
 
+NAMED = LINE.replace("{", '{"id": "x", ')
+
+
 @pytest.mark.parametrize(
     ("data", "what"),
-    [(b"", "no problems"), (b"\xff\xfe", "cannot read"), (f"{LINE}\n{LINE}".encode(), None)],
+    [
+        (b"", "no problems"),
+        (b"\xff\xfe", "cannot read"),
+        (f"{NAMED}\n{NAMED}".encode(), "twice"),
+        (None, "cannot read"),
+    ],
 )
-def test_files_without_problems_are_refused(tmp_path: Path, data: bytes, what: str | None) -> None:
+def test_files_without_problems_or_with_one_twice_are_refused(
+    tmp_path: Path, data: bytes | None, what: str
+) -> None:
     file = tmp_path / "s.jsonl"
-    file.write_bytes(data)
-    if what is None:
-        assert [p.id for p in load_suite(file).problems] == ["1", "2"]
-        return
+    if data is not None:
+        file.write_bytes(data)
     with pytest.raises(SuiteError, match=what):
         load_suite(file)
 
 
-def test_names_given_twice_are_refused(tmp_path: Path) -> None:
+def test_problems_without_a_name_are_numbered(tmp_path: Path) -> None:
     file = tmp_path / "s.jsonl"
-    line = json.dumps({"id": "x", "kind": "a", "prompt": "p", "answer": "q"})
-    file.write_text(f"{line}\n{line}\n")
-    with pytest.raises(SuiteError, match="twice"):
-        load_suite(file)
-    with pytest.raises(SuiteError, match="cannot read"):
-        load_suite(tmp_path / "nowhere.jsonl")
+    file.write_text(f"{LINE}\n\n{LINE}\n")
+    assert [p.id for p in load_suite(file).problems] == ["1", "3"]
 
 
 def test_part_of_a_suite_is_spread_over_it_and_halves_share_nothing() -> None:
