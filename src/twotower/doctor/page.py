@@ -34,19 +34,20 @@ def device_page(results: Mapping[str, Any]) -> str:
     facts = sections.get(MACHINE, {}).get("answers", {}).get("facts", {})
     if facts:
         lines += [*_table(("", ""), list(facts.items())), ""]
-    overview = [
-        (name, result["question"], _state(result["state"]), result["seconds"])
-        for name, result in sections.items()
-    ]
+    overview = []
+    for name, result in sections.items():
+        state = OK if result["state"] == OK else f"**{result['state']}**"
+        overview.append((name, result["question"], state, result["seconds"]))
     head = ("section", "question", "state", "seconds")
-    lines += ["## Sections", "", *_table(head, overview), ""]
+    lines += [
+        "## Sections",
+        "",
+        *_table(head, overview),
+        "",
+    ]
     for name, result in sections.items():
         lines += _section(name, result)
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _state(state: str) -> str:
-    return state if state == OK else f"**{state}**"
 
 
 def _section(name: str, result: Mapping[str, Any]) -> list[str]:
@@ -58,7 +59,12 @@ def _section(name: str, result: Mapping[str, Any]) -> list[str]:
         body.append(f"- {result['state']}: {' '.join(str(why).split())}")
     body += [""] if body else []
     for table in answers.get("tables", []):
-        body += [f"### {table['title']}", "", *_table(table["head"], table["rows"]), ""]
+        body += [
+            f"### {table['title']}",
+            "",
+            *_table(table["head"], table["rows"]),
+            "",
+        ]
         body += [table["note"], ""] if table.get("note") else []
     if result.get("last_words"):
         body += ["```text", *result["last_words"], "```", ""]

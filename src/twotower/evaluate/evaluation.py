@@ -134,12 +134,22 @@ def summaries(
 def summary(m: Measured, baseline: Measured) -> dict[str, Any]:
     """Quality, passes and speed of some problems; speeds count the prompt's time in."""
     draws = Resampler(len(m.right))
-    exact = draws.interval(lambda a, n: 100 * a / n, m.right, np.ones(len(m.right)))
-    retention = draws.interval(lambda a, b: 100 * a / b, m.right, baseline.right)
+    exact = draws.interval(
+        lambda right, count: 100 * right / count,
+        m.right,
+        np.ones(len(m.right)),
+    )
+    retention = draws.interval(
+        lambda a, b: 100 * a / b,
+        m.right,
+        baseline.right,
+    )
     speedup = draws.interval(
         lambda t, ms, bt, bms: (t / ms) / (bt / bms), m.tokens, m.ms, baseline.tokens, baseline.ms
     )
-    blocks, nfe, tokens = int(m.blocks.sum()), int(m.nfe.sum()), int(m.tokens.sum())
+    blocks = int(m.blocks.sum())
+    nfe = int(m.nfe.sum())
+    tokens = int(m.tokens.sum())
     seconds = float(m.ms.sum()) / 1000
     return {
         "problems": len(m.right),

@@ -91,6 +91,13 @@ class TwoTowerLM(LM):  # type: ignore[misc]
         self._model = TwoTower.open(
             str(bundle), target=given.target, preset=given.preset, max_batch=given.max_batch
         )
+        if self._model.tokenizer is None:
+            self._model.close()
+            raise ConfigError(
+                f"bundle '{bundle}' has no tokenizer",
+                found="tasks are text",
+                do="export a checkpoint that has a tokenizer.json",
+            )
         changes = {
             "mode": given.mode,
             "max_new_tokens": given.max_gen_toks,
@@ -100,7 +107,6 @@ class TwoTowerLM(LM):  # type: ignore[misc]
         }
         changes = {name: value for name, value in changes.items() if value is not None}
         try:
-            _require_tokenizer(self._model, bundle)
             self._base = GenerationConfig.from_mapping(changes, base=self._model.defaults).seeded()
         except ConfigError:
             self._model.close()
@@ -210,12 +216,6 @@ class TwoTowerLM(LM):  # type: ignore[misc]
             top_p=top_p,
             max_new_tokens=most,
         )
-
-
-def _require_tokenizer(model: TwoTower, bundle: str) -> None:
-    if model.tokenizer is None:
-        do = "export a checkpoint that has a tokenizer.json"
-        raise ConfigError(f"bundle '{bundle}' has no tokenizer", found="tasks are text", do=do)
 
 
 def _split(inputs: Sequence[int], predicted: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -54,7 +54,16 @@ class Measured:
         return Measured(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
-_KINDS = (bool, bool, np.int64, np.int64, np.int64, np.float64, np.float64, object)
+_KINDS = (
+    bool,
+    bool,
+    np.int64,
+    np.int64,
+    np.int64,
+    np.float64,
+    np.float64,
+    object,
+)
 
 
 def measure(
@@ -95,6 +104,14 @@ def _answer(problem: Problem, run: Run) -> tuple[Any, ...]:
     """The fields of `Measured`."""
     result = run.model.generate(problem.prompt, run.config)
     assert result.text is not None
-    verdict, usage, times = judge(problem, result.text, result.tokens), result.usage, result.timings
-    counts = len(result.tokens), usage.nfe, usage.blocks
-    return verdict.right, verdict.degenerate, *counts, times.total, times.prefill, result.text
+    verdict = judge(problem, result.text, result.tokens)
+    return (
+        verdict.right,
+        verdict.degenerate,
+        len(result.tokens),
+        result.usage.nfe,
+        result.usage.blocks,
+        result.timings.total,
+        result.timings.prefill,
+        result.text,
+    )

@@ -39,7 +39,11 @@ class Resampler:
         if not np.isfinite(value) or not len(usable):
             return {"value": None, "low": None, "high": None}
         low, high = np.percentile(usable, (2.5, 97.5)).tolist()
-        return {"value": round(value, 5), "low": round(low, 5), "high": round(high, 5)}
+        return {
+            "value": round(value, 5),
+            "low": round(low, 5),
+            "high": round(high, 5),
+        }
 
 
 def interval_text(data: Interval, digits: int = 1, unit: str = "") -> str:

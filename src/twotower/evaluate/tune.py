@@ -157,7 +157,10 @@ def _choose(measured: dict[str, Measured], options: TuneConfig) -> dict[str, str
         for threshold in options.thresholds
         for steps in options.steps
     }
-    rate = {pair: _rate(measured[setting_name(*pair)]) for pair in kept}
+    rate = {}
+    for pair in kept:
+        m = measured[setting_name(*pair)]
+        rate[pair] = float(m.tokens.sum() / m.ms.sum())
 
     def inside(budget: float) -> list[tuple[float, int]]:
         return [
@@ -182,7 +185,3 @@ def _choose(measured: dict[str, Measured], options: TuneConfig) -> dict[str, str
         "fast": max(inside(options.budget - options.loose), key=rate.__getitem__),
     }
     return {preset: setting_name(*pair) for preset, pair in choice.items()}
-
-
-def _rate(m: Measured) -> float:
-    return float(m.tokens.sum() / m.ms.sum())

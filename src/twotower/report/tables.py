@@ -131,6 +131,6 @@ def _markdown_cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def labelled(label: str, lines: Iterable[str], width: int = 12) -> list[str]:
+def labelled(label: str, lines: Iterable[str]) -> list[str]:
     """Lines in a column of their own, with a label before the first of them."""
-    return [f"{'' if i else label:<{width}}{line}" for i, line in enumerate(lines)]
+    return [f"{'' if i else label:<12}{line}" for i, line in enumerate(lines)]

@@ -71,6 +71,12 @@ class TraceStep:
     next: list[int]
     denoise_ms: float
 
+    def __post_init__(self) -> None:
+        lengths = {len(self.tokens), len(self.predicted), len(self.confidence), len(self.next)}
+        outside = [p for p in self.committed if not 0 <= p < len(self.tokens)]
+        if len(lengths) > 1 or outside:
+            raise ValueError("lists of different lengths, or positions outside of them")
+
     @property
     def lowest(self) -> float | None:
         """The lowest confidence of what was filled; None where nothing was."""
@@ -309,24 +315,30 @@ def _trace(path: Path, entries: list[tuple[str, dict[str, Any]]]) -> Trace:
     steps: list[TraceStep] = []
     blocks: list[TraceBlock] = []
     end: TraceEnd | None = None
+    place: tuple[int, int | None]
     for where, entry in entries[1:]:
         kind = entry.get("type")
         if end is not None:
             raise _malformed(where, "it comes after the end line")
+        if kind == "end":
+            end = _decoded(TraceEnd, where, entry)
+            continue
         if kind == "step":
             steps.append(_decoded(TraceStep, where, entry))
-            expected = len(blocks), sum(s.block == len(blocks) for s in steps[:-1])
-            wrong = _wrong_step(steps[-1], expected, header.block_size)
+            number = sum(s.block == len(blocks) for s in steps[:-1])
+            place, expected = (steps[-1].block, steps[-1].step), (len(blocks), number)
+            size = len(steps[-1].tokens)
         elif kind == "block":
             blocks.append(_decoded(TraceBlock, where, entry))
-            expected = len(blocks) - 1, steps[-1].block if steps else -1
-            wrong = _wrong_block(blocks[-1], expected, header.block_size)
-        elif kind == "end":
-            end, wrong = _decoded(TraceEnd, where, entry), ""
+            last = steps[-1].block if steps else None
+            place, expected = (blocks[-1].block, last), (len(blocks) - 1, len(blocks) - 1)
+            size = len(blocks[-1].tokens)
         else:
-            wrong = f"type {kind!r}; known: step, block, end"
-        if wrong:
-            raise _malformed(where, wrong)
+            raise _malformed(where, f"type {kind!r}; known: step, block, end")
+        if place != expected:
+            raise _malformed(where, f"{kind} {place} where {expected} was expected")
+        if size != header.block_size:
+            raise _malformed(where, f"{size} tokens in a block of {header.block_size}")
     if end is None or not blocks or len(blocks) != len({s.block for s in steps}):
         found = (
             f"{len(blocks)} finished block(s), {len(steps)} pass(es) and "
@@ -334,24 +346,6 @@ def _trace(path: Path, entries: list[tuple[str, dict[str, Any]]]) -> Trace:
         )
         raise TraceError(f"the trace {path} is truncated", found=found, do=_AGAIN)
     return Trace(header, tuple(steps), tuple(blocks), end)
-
-
-def _wrong_step(step: TraceStep, expected: tuple[int, int], size: int) -> str:
-    """What is wrong with a pass where (block, step) was expected; empty if nothing is."""
-    if (step.block, step.step) != expected:
-        wanted = f"{expected[0]}, {expected[1]} was expected"
-        return f"block {step.block}, step {step.step} where {wanted}"
-    lengths = {len(x) for x in (step.tokens, step.predicted, step.confidence, step.next)}
-    if lengths != {size} or any(not 0 <= p < size for p in step.committed):
-        return f"lists or positions that do not fit blocks of {size}"
-    return ""
-
-
-def _wrong_block(block: TraceBlock, expected: tuple[int, int], size: int) -> str:
-    """The same of a block, by its number and that of the last pass."""
-    if expected != (block.block, block.block):
-        return f"block {block.block} where a pass of block {expected[0]} was expected"
-    return "" if len(block.tokens) == size else f"{len(block.tokens)} tokens in a block of {size}"
 
 
 def trace_page(trace: Trace) -> str:

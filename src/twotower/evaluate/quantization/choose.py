@@ -101,8 +101,15 @@ _Lowered = Mapping[tuple[str, int, str], str]
 class _Search:
     """The measurements of one search; runs are opened when they are asked for and closed after."""
 
-    def __init__(self, bundle: Bundle, suite: Suite, config: ChooseConfig, tell: _Tell) -> None:
-        self._bundle, self._suite, self._config, self._tell = bundle, suite, config, tell
+    def __init__(
+        self,
+        bundle: Bundle,
+        suite: Suite,
+        config: ChooseConfig,
+        tell: _Tell,
+    ) -> None:
+        self._bundle, self._suite = bundle, suite
+        self._config, self._tell = config, tell
         self._halves = suite.halves()
         self._parts = list(quantizable_of(bundle).values())
         self.formats = Candidates(self._parts, config)
@@ -115,11 +122,8 @@ class _Search:
         held: list[Precision] = []
         self._activations: dict[str, dict[str, ActivationFormat]] = {}
         for name in self._config.formats:
-            for inputs in (
-                (False, True)
-                if statistics is not None and FORMATS[name].dtype in ACTIVATIONS
-                else (False,)
-            ):
+            both = statistics is not None and FORMATS[name].dtype in ACTIVATIONS
+            for inputs in (False, True) if both else (False,):
                 recipe = self.formats.everything(name, inputs=inputs)
                 plan = plan_quantization(self._bundle, recipe, self._config.quantize, statistics)
                 self._activations.setdefault(name, {}).update(plan.precision.activations)
@@ -127,8 +131,14 @@ class _Search:
                     continue  # the same weights: variants take them from the one that is there
                 held.append(plan.precision)
                 output = scratch / f"{name}{'-inputs' if inputs else ''}"
-                made.append(quantize_bundle(self._bundle, plan, output, report=self._tell))
-                build_engines(made[-1], _TARGET, builder_for(_TARGET))
+                few = quantize_bundle(
+                    self._bundle,
+                    plan,
+                    output,
+                    report=self._tell,
+                )
+                build_engines(few, _TARGET, builder_for(_TARGET))
+                made.append(few)
         graphs = scratch / "graphs"
         graphs.mkdir()
         self._variants = Variants(self._bundle, made, graphs, threads=self._config.threads)
@@ -146,7 +156,8 @@ class _Search:
         """Every kind in every format, everything else as it is."""
         wanted: dict[tuple[str, Candidate], tuple[_Chosen, _Lowered]] = {}
         for kind, candidates in self._candidates.items():
-            wanted |= {(kind, c): ({kind: c}, {}) for c in candidates}
+            for candidate in candidates:
+                wanted[kind, candidate] = ({kind: candidate}, {})
         return self._measured(wanted, "measuring kinds alone")
 
     def together(self, alone: _Alone) -> dict[str, Candidate]:
@@ -156,7 +167,8 @@ class _Search:
             for kind, candidates in self._candidates.items()
         }
         while any(c != KEPT for c in chosen.values()):
-            if self._inside(self._of(chosen, {}, "measuring a variant")):
+            facts = self._of(chosen, {}, "measuring a variant")
+            if self._inside(facts):
                 break
             worst = max(
                 (kind for kind, c in chosen.items() if c != KEPT),
@@ -178,7 +190,8 @@ class _Search:
             while few < many:  # the most layers that stay inside, as if costs only ever added up
                 middle = (few + many + 1) // 2
                 trial = {**lowered, **dict.fromkeys(order[:middle], smallest.format)}
-                if self._inside(self._of(chosen, trial, f"measuring layers of {kind}")):
+                facts = self._of(chosen, trial, f"measuring layers of {kind}")
+                if self._inside(facts):
                     few = middle
                 else:
                     many = middle - 1
@@ -223,7 +236,12 @@ class _Search:
         return Precision(weights, activations)
 
     def _of(
-        self, chosen: _Chosen, lowered: _Lowered, what: str, *, half: int = 0
+        self,
+        chosen: _Chosen,
+        lowered: _Lowered,
+        what: str,
+        *,
+        half: int = 0,
     ) -> dict[str, Any]:
         """Figures of one variant, which is noted as tried."""
         facts = self._measured({"": (chosen, lowered)}, what, half=half)[""]
@@ -237,7 +255,11 @@ class _Search:
         return facts
 
     def _measured(
-        self, wanted: Mapping[_Key, tuple[_Chosen, _Lowered]], what: str, *, half: int = 0
+        self,
+        wanted: Mapping[_Key, tuple[_Chosen, _Lowered]],
+        what: str,
+        *,
+        half: int = 0,
     ) -> dict[_Key, dict[str, Any]]:
         """Figures of variants against the float bundle, on one half of the problems."""
         with ExitStack() as stack:

@@ -83,23 +83,17 @@ class Variants:
         located: dict[str, tuple[str, WeightRef]] = {}
         for weight in graph.weights:
             source = self._source(weight)
-            if (
-                weight.name in self._places[source][name]
-            ):  # scales that were expanded with their weight are not
+            # Scales that were expanded with their weight are not there.
+            if weight.name in self._places[source][name]:
                 location, ref = self._places[source][name][weight.name]
                 located[weight.name] = (f"{self._folders[source]}/{location}", ref)
-        path, signature = (
-            self._scratch / f"{number}.{name}.onnx",
-            signatures(self._reference.config, "float32")[name],
-        )
-        top = self._reference.config.num_experts_per_tok or None
         return composed_engine(
             ir.to_proto(graph.model),
             located,
-            path,
+            self._scratch / f"{number}.{name}.onnx",
             root=self._root,
-            signature=signature,
-            top=top,
+            signature=signatures(self._reference.config, "float32")[name],
+            top=self._reference.config.num_experts_per_tok or None,
             threads=self._threads,
         )
 
