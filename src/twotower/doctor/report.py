@@ -188,4 +188,5 @@ def _answers(name: str, result: dict[str, Any]) -> dict[str, Any]:
     if result["state"] in (OK, SKIPPED):
         return answers
     how = CheckResult(name, False, "; ".join(result["last_words"]))
-    return {**answers, "checks": [*answers.get("checks", []), how.facts(answers.get("target"))]}
+    checks = [*answers.get("checks", []), how.facts(answers.get("target"))]
+    return {**answers, "checks": checks}

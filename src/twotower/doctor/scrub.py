@@ -40,10 +40,11 @@ class Scrubber:
         )
         self._words = {text: texts[text] for text in ordered}
         self._places = re.compile("|".join(re.escape(text) for text in ordered))
+        people = [os.environ.get(key, "") for key in ("USER", "LOGNAME", "USERNAME")]
         names = {
             platform.node(): "[host]",
             platform.node().split(".")[0]: "[host]",
-            **_people(),
+            **dict.fromkeys(people, "[user]"),
         }
         self._names = [
             (re.compile(rf"(?<!\w){re.escape(name)}(?!\w)"), word)
@@ -68,9 +69,3 @@ class Scrubber:
         if isinstance(value, list | tuple):
             return [self.data(item) for item in value]
         return value
-
-
-def _people() -> dict[str, str]:
-    return {
-        name: "[user]" for key in ("USER", "LOGNAME", "USERNAME") if (name := os.environ.get(key))
-    }

@@ -158,7 +158,8 @@ def ask_section(
         "answers": answers,
     }
     if state in (FAILED, STOPPED):
-        result["last_words"] = [how, *_last_lines(log)]
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        result["last_words"] = [how, *lines[-_LAST_LINES:]]
     return result
 
 
@@ -200,7 +201,3 @@ def _read(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}  # it ended before its first answer
-
-
-def _last_lines(log: Path) -> list[str]:
-    return log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LAST_LINES:]

@@ -84,7 +84,11 @@ def evaluate(
         report["likelihood"] = _likelihood(model, suite.problems, tell)
     if other is not None:
         # Against the first bundle's diffusion too: that is what a changed bundle must keep.
-        report["other_to_default"] = summaries(suite.problems, measured[OTHER], measured[DEFAULT])
+        report["other_to_default"] = summaries(
+            suite.problems,
+            measured[OTHER],
+            measured[DEFAULT],
+        )
     if config.budget is not None:
         judged = OTHER if other is not None else DEFAULT
         kept = report["settings"][judged]["total"]["retention"]["value"]

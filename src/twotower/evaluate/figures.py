@@ -195,7 +195,13 @@ def draw_sensitivity(report: Mapping[str, Any]) -> tuple[str, bytes]:
         return _saved(figure)
 
 
-def _draw_interval(axes: Any, y: int, interval: Any, *, inside: bool) -> None:
+def _draw_interval(
+    axes: Any,
+    y: int,
+    interval: Any,
+    *,
+    inside: bool,
+) -> None:
     axes.errorbar(
         interval["value"],
         y,

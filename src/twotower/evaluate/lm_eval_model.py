@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -179,7 +179,11 @@ class TwoTowerLM(LM):  # type: ignore[misc]
         tokens = self._model.tokenizer.encode(text)
         tokens = tokens[1:] if tokens[:1] == [bos] else tokens
         longest = self._model.config.max_position_embeddings - 1
-        return [_split(*window) for window in get_rolling_token_windows(tokens, bos, longest, 1)]
+        out = []
+        for inputs, predicted in get_rolling_token_windows(tokens, bos, longest, 1):
+            known = len(inputs) - len(predicted) + 1  # inputs end one before what they predict
+            out.append((list(inputs[:known]), list(predicted)))
+        return out
 
     def _parts(self, count: int) -> Iterator[slice]:
         """A batch at a time: what is finished is in the library's cache if the rest fails."""
@@ -216,12 +220,6 @@ class TwoTowerLM(LM):  # type: ignore[misc]
             top_p=top_p,
             max_new_tokens=most,
         )
-
-
-def _split(inputs: Sequence[int], predicted: Sequence[int]) -> tuple[list[int], list[int]]:
-    """A window as context and continuation: inputs end one token before what they predict."""
-    known = len(inputs) - len(predicted) + 1
-    return list(inputs[:known]), list(predicted)
 
 
 def main() -> int:
