@@ -14,10 +14,18 @@ from twotower.units import format_bytes
 # profiles, published widths, 6 to 52 layers in the published order. How many compute capabilities
 # are listed makes no difference; smaller widths take a little less.
 _PROGRAM_BYTES: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {CONTEXT: (13_000_000, 700_000), CONTEXT_HEAD: (700_000, 0), DENOISER: (4_600_000, 250_000)}
+    {
+        CONTEXT: (13_000_000, 700_000),
+        CONTEXT_HEAD: (700_000, 0),
+        DENOISER: (4_600_000, 250_000),
+    }
 )
 _SECONDS: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {CONTEXT: (1.0, 1.5), CONTEXT_HEAD: (1.0, 0.0), DENOISER: (1.0, 0.5)}
+    {
+        CONTEXT: (1.0, 1.5),
+        CONTEXT_HEAD: (1.0, 0.0),
+        DENOISER: (1.0, 0.5),
+    }
 )
 _PROFILES: Mapping[str, int] = MappingProxyType({CONTEXT: 3, CONTEXT_HEAD: 1, DENOISER: 1})
 

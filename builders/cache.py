@@ -127,7 +127,11 @@ class EngineCache:
             if not linked:
                 with target.open("wb") as file:
                     shutil.copyfileobj(source, file, 8 << 20)
-        tick = byte_counter(report, f"{target.name}: from the cache", entry.record.size)
+        tick = byte_counter(
+            report,
+            f"{target.name}: from the cache",
+            entry.record.size,
+        )
         if hash_file(target, tick) != entry.record.sha256:
             target.unlink()
             what = f"{self._engine(key)} is damaged (its SHA-256 differs)"

@@ -144,7 +144,11 @@ def _values(
     if spec.name == CHUNK_LENGTH:
         return rng.integers(1, sizes["L"] + 1, shape)
     if spec.name in (PAST_LENGTH, CONTEXT_LENGTH):
-        return rng.integers(1, min(64, sizes["T"] - sizes["L"]), shape)
+        return rng.integers(
+            1,
+            min(64, sizes["T"] - sizes["L"]),
+            shape,
+        )
     if spec.name == COMMIT_FLOOR:
         return rng.integers(1, 4, shape)
     if spec.name in (THRESHOLD, TEMPERATURE):

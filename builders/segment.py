@@ -138,7 +138,13 @@ def stream_before(nodes: Sequence[onnx.NodeProto], layer: int) -> str:
 def conditioning_of(model: onnx.ModelProto, dtype: str) -> dict[str, TensorSpec]:
     """The denoiser's conditioning by its name in the whole graph, as segments hand it over."""
     name = _last_output(model.graph.node, "conditioning/")
-    return {name: TensorSpec(CONDITIONING, dtype, ("B", 3, _width(model)))}
+    return {
+        name: TensorSpec(
+            CONDITIONING,
+            dtype,
+            ("B", 3, _width(model)),
+        )
+    }
 
 
 def outputs_of(

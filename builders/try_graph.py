@@ -64,7 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for pair in filter(None, args.axes.split(",")):
             name, size = pair.split("=")
             axes[name] = (int(size),) * 3
-        job = job_of_graph(load_graph(args.graph), args.target, given, axes=axes)
+        job = job_of_graph(
+            load_graph(args.graph),
+            args.target,
+            given,
+            axes=axes,
+        )
         if args.sm and args.target == "rtx":
             job["sms"] = [int(sm) for sm in args.sm.split(",")]
     except (OSError, ValueError, KeyError, DecodeError) as e:

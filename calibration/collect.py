@@ -169,7 +169,12 @@ class _WatchedGraph:
             graph.model.graph.outputs.append(value)
         point_to_data(graph.model, lay_out(graph.weights), "unused")
         places = engine_places(self._bundle, self._name)
-        write_engine(ir.to_proto(graph.model), places, path, name=self._name)
+        write_engine(
+            ir.to_proto(graph.model),
+            places,
+            path,
+            name=self._name,
+        )
 
 
 class _Gathered:

@@ -62,7 +62,12 @@ def stream_quantized(
     with ThreadPoolExecutor(usable_cores()) as pool:
         quantizer = _Quantizer(source, rounding, pool)
         places = lay_out(weights)
-        return write_data(path, places, lambda name: quantizer.pieces(declared[name]), tick)
+        return write_data(
+            path,
+            places,
+            lambda name: quantizer.pieces(declared[name]),
+            tick,
+        )
 
 
 def quantization_error(
@@ -70,14 +75,22 @@ def quantization_error(
 ) -> float:
     """Relative error of a weight in a format: the root of the sums of squares of sampled rows."""
     graph = next(graph for graph in GRAPH_FILES if name in bundle.weights(graph))
-    data = np.memmap(bundle.data_file(graph), dtype=np.uint8, mode="r")
+    data = np.memmap(
+        bundle.data_file(graph),
+        dtype=np.uint8,
+        mode="r",
+    )
     ref = bundle.weights(graph)[name]
     count = math.prod(ref.shape[:-1])
     starts = range(0, count, max(count // rows, 1))
     sample = np.concatenate([_read(data, ref.rows(first, first + 1)) for first in starts])
     shared = None
     if how.scale_dtype:
-        shared = global_scale(float(np.abs(sample).max()), how, bundle.dtype)
+        shared = global_scale(
+            float(np.abs(sample).max()),
+            how,
+            bundle.dtype,
+        )
     values, scales = quantize_rows(sample, how, bundle.dtype, rounding=rounding, shared=shared)
     lost = np.square(expand_rows(values, scales, shared) - sample).sum()
     return float(np.sqrt(lost / max(float(np.square(sample).sum()), 1e-30)))

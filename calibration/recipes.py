@@ -88,7 +88,11 @@ class Recipe:
             _require(name, FORMATS, f"{of} {unknown}")
         for override in overrides:
             unknown = "has an exception with an unknown format"
-            _require(override.format, (*FORMATS, KEEP), f"{of} {unknown}")
+            _require(
+                override.format,
+                (*FORMATS, KEEP),
+                f"{of} {unknown}",
+            )
             if override.tower is not None:
                 _require(override.tower, TOWERS, f"{of} names a tower there is not")
         fitting = [name for name, how in FORMATS.items() if how.dtype in ACTIVATIONS]

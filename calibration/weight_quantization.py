@@ -105,8 +105,16 @@ class _Groups:
         elif how.dtype == "float4e2m1":
             # Steps of 1/2 below 2, of 1 below 4, of 2 above: the even multiple is the even bit
             # pattern, so this is the cast, ten times as fast.
-            steps = np.where(np.abs(values) < 4, np.float32(1), np.float32(2))
-            np.copyto(steps, np.float32(0.5), where=np.abs(values) < 2)
+            steps = np.where(
+                np.abs(values) < 4,
+                np.float32(1),
+                np.float32(2),
+            )
+            np.copyto(
+                steps,
+                np.float32(0.5),
+                where=np.abs(values) < 2,
+            )
             values /= steps
             np.rint(values, out=values)
             values *= steps

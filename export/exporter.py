@@ -138,7 +138,11 @@ def export_bundle(
                 (folder / relative).parent.mkdir(exist_ok=True)
                 weights, data = graphs[name].weights, relative + DATA_SUFFIX
                 files[data] = stream_weights(folder / data, weights, checkpoint, tick=tick)
-                save_program(folder / relative, graphs[name], lay_out(weights))
+                save_program(
+                    folder / relative,
+                    graphs[name],
+                    lay_out(weights),
+                )
             manifest["source"] = {**source, "shards": shards.result()}
         copy_tokenizer(checkpoint.path, folder)
         outcome: dict[str, Any] = {"verified": False, "why": "not asked for"}
@@ -209,11 +213,19 @@ def check_tokenizer(source: Path) -> None:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise CheckpointError(f"cannot read {path}", found=str(e), do=do) from e
+        raise CheckpointError(
+            f"cannot read {path}",
+            found=str(e),
+            do=do,
+        ) from e
     try:
         Tokenizer.from_str(text)
     except Exception as e:  # the library raises plain Exception for every fault of a file
-        raise CheckpointError(f"{path} is not a tokenizer", found=str(e), do=do) from e
+        raise CheckpointError(
+            f"{path} is not a tokenizer",
+            found=str(e),
+            do=do,
+        ) from e
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -253,7 +265,11 @@ def export_programs(
     with _published(output, f"the graphs could not be written to '{output}'", do) as folder:
         for graph, relative in GRAPH_FILES.items():
             (folder / relative).parent.mkdir(exist_ok=True)
-            save_program(folder / relative, graphs[graph], lay_out(graphs[graph].weights))
+            save_program(
+                folder / relative,
+                graphs[graph],
+                lay_out(graphs[graph].weights),
+            )
         outcome = {"verified": False, "why": "no weights", "notes": notes}
         _write_records(folder, manifest, outcome, {})
     return Bundle.open(output, contents=False)

@@ -293,7 +293,11 @@ def random_case(config: ModelConfig, seed: int) -> Case:
     block = rng.choice(words, (_ROWS, _BLOCK))
     block[0] = config.mask_token_id
     block[1, rng.permutation(_BLOCK)[: _BLOCK // 2]] = config.mask_token_id
-    uniform = rng.uniform(1e-6, 1 - 1e-6, (_ROWS, _BLOCK, candidate_count(config)))
+    uniform = rng.uniform(
+        1e-6,
+        1 - 1e-6,
+        (_ROWS, _BLOCK, candidate_count(config)),
+    )
     sampling = {
         THRESHOLD: rng.uniform(0.0, 0.5, _ROWS).astype(np.float32),
         COMMIT_FLOOR: np.array([3, 1, 1]),

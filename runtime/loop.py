@@ -107,7 +107,11 @@ class BlockLoop:
             began = perf_counter()
             self._denoiser_event = self._work.denoise()
             if step + 1 < steps:
-                self._draw_ahead(self._denoiser_event, masked, (index, step + 1))
+                self._draw_ahead(
+                    self._denoiser_event,
+                    masked,
+                    (index, step + 1),
+                )
             self._denoiser_event.wait_done()
             ms = 1000 * (perf_counter() - began)
             self._check_step(index, step)
@@ -197,7 +201,11 @@ class BlockLoop:
         for row, confidence in zip(self._rows, self._io.confidence, strict=True):
             if row.live and not np.isfinite(confidence).all():
                 where = f"row {row.index}, block {block}, step {step}"
-                raise _fault(DENOISER, where, f"{CONFIDENCE} {_first_bad(confidence)}")
+                raise _fault(
+                    DENOISER,
+                    where,
+                    f"{CONFIDENCE} {_first_bad(confidence)}",
+                )
 
     def _check_block(self, block: int) -> None:
         """Every token of a complete block must be of the vocabulary, and none a mask."""

@@ -32,12 +32,16 @@ class Usage:
     @property
     def steps_per_block(self) -> float:
         """Denoiser passes a block; 0 in `ar` mode."""
-        return self.nfe / self.blocks if self.blocks else 0.0
+        if not self.blocks:
+            return 0.0
+        return self.nfe / self.blocks
 
     @property
     def tokens_per_nfe(self) -> float:
         """Returned tokens a pass."""
-        return self.completion_tokens / self.nfe if self.nfe else 0.0
+        if not self.nfe:
+            return 0.0
+        return self.completion_tokens / self.nfe
 
     def to_json(self) -> dict[str, Any]:
         """Plain data with the derived numbers."""

@@ -152,7 +152,9 @@ class Row:
     @property
     def width(self) -> int:
         """Tokens it gets at a time: its block size, or 1 in `ar` mode."""
-        return 1 if self.config.mode == "ar" else self.config.block_size
+        if self.config.mode == "ar":
+            return 1
+        return self.config.block_size
 
     @property
     def end(self) -> int:
@@ -183,7 +185,12 @@ class Row:
             tuple(done.tokens),
             done.text,
             done.finish_reason,
-            Usage(len(self.prompt), len(done.tokens), self.nfe, self.blocks),
+            Usage(
+                len(self.prompt),
+                len(done.tokens),
+                self.nfe,
+                self.blocks,
+            ),
             Timings(*(1000 * one for one in spent)),
             self.seed,
             self.config.mode,

@@ -116,7 +116,11 @@ def _slices(
     each = ref.nbytes // ref.shape[0]
     shape = ref.shape[1:] if matrices else (1, *ref.shape[1:])
     for expert in range(ref.shape[0]):
-        part = WeightRef(ref.dtype, shape, ref.offset + expert * each)
+        part = WeightRef(
+            ref.dtype,
+            shape,
+            ref.offset + expert * each,
+        )
         yield _slice_name(stack, expert), (file, part)
 
 
@@ -245,9 +249,17 @@ class _ChosenExperts:
         """The nodes, of which the last makes the sum over experts under the name it had."""
         w, layer = self._w, self._layer
         number = w.op("Cast", layer.chosen, to=TensorProto.INT64)
-        tokens = w.op("Reshape", layer.tokens, w.ints([-1, layer.width]))
+        tokens = w.op(
+            "Reshape",
+            layer.tokens,
+            w.ints([-1, layer.width]),
+        )
         counts, chosen = self._counts(number)
-        starts = w.op("Sub", w.op("CumSum", counts, w.ints(0)), counts)
+        starts = w.op(
+            "Sub",
+            w.op("CumSum", counts, w.ints(0)),
+            counts,
+        )
         rows = self._rows(tokens, chosen)
         if self._form.expanded:
             results = self._branches(rows, counts, starts)
@@ -277,7 +289,12 @@ class _ChosenExperts:
     def _rows(self, tokens: str, chosen: str) -> str:
         """The tokens [N,D] of the pairs [P,D]; a row more is the last token's."""
         w = self._w
-        token = w.op("Gather", w.op("NonZero", chosen), w.ints(1), axis=0)
+        token = w.op(
+            "Gather",
+            w.op("NonZero", chosen),
+            w.ints(1),
+            axis=0,
+        )
         if self._form.even:
             last = w.op(
                 "Sub",
@@ -344,13 +361,26 @@ class _ChosenExperts:
         """The sum over each token's results [P,D], experts ascending."""
         w, layer = self._w, self._layer
         before = w.op("CumSum", number, w.ints(1), exclusive=1)
-        place = w.op("Add", before, w.op("Unsqueeze", starts, w.ints([1])))
+        place = w.op(
+            "Add",
+            before,
+            w.op("Unsqueeze", starts, w.ints([1])),
+        )
         descending = w.constant(np.arange(layer.experts, 0, -1, dtype=np.int64)[:, None])
-        order = w.op("Transpose", w.op("Mul", number, descending), perm=[1, 0])
+        order = w.op(
+            "Transpose",
+            w.op("Mul", number, descending),
+            perm=[1, 0],
+        )
         # Exactly `top` of each token, even of one that is not a number and compares with nothing.
         _, mine = w.several("TopK", 2, order, w.ints([top]))
         place, share = (
-            w.op("GatherElements", w.op("Transpose", values, perm=[1, 0]), mine, axis=1)
+            w.op(
+                "GatherElements",
+                w.op("Transpose", values, perm=[1, 0]),
+                mine,
+                axis=1,
+            )
             for values in (place, layer.share)
         )
         own = w.op("Gather", results, place, axis=0)  # [N,top,D]
@@ -361,7 +391,12 @@ class _ChosenExperts:
             w.op("Unsqueeze", share, w.ints([1])),
             own,
         )  # [N,1,D]
-        w.op("Squeeze", total, w.ints([1]), named=layer.total.output[0])
+        w.op(
+            "Squeeze",
+            total,
+            w.ints([1]),
+            named=layer.total.output[0],
+        )
 
     def _slices(self, expert: int) -> dict[str, str]:
         """An expert's own part of each stack, by its name."""

@@ -181,6 +181,10 @@ def _topk(less: onnx.NodeProto, values: str, k: int) -> list[onnx.NodeProto]:
     no, yes = (numpy_helper.from_array(np.array([flag])) for flag in (False, True))
     _, places = w.several("TopK", 2, values, w.ints([k]), axis=0)
     nobody = w.op("ConstantOfShape", w.op("Shape", values), value=no)
-    everybody = w.op("ConstantOfShape", w.op("Shape", places), value=yes)
+    everybody = w.op(
+        "ConstantOfShape",
+        w.op("Shape", places),
+        value=yes,
+    )
     w.op("ScatterElements", nobody, places, everybody, named=less.output[0], axis=0)
     return w.nodes

@@ -158,8 +158,17 @@ class OrtCudaPlan:
         else:
             facts = self._whole(folder, report, fused=choice.experts == FUSED)
         seconds = round(time.perf_counter() - started, 3)
-        told = {"seconds": seconds, **facts["report"], "choice_of_experts": choice.to_json()}
-        return engine_record(self._bundle, CUDA, self._library, **{**facts, "report": told})
+        told = {
+            "seconds": seconds,
+            **facts["report"],
+            "choice_of_experts": choice.to_json(),
+        }
+        return engine_record(
+            self._bundle,
+            CUDA,
+            self._library,
+            **{**facts, "report": told},
+        )
 
     def _whole(self, folder: Path, report: Report, *, fused: bool) -> dict[str, Any]:
         """Writes every graph in one piece; what the record says of them."""
@@ -176,7 +185,11 @@ class OrtCudaPlan:
             if moved:
                 own = f"{name}{DATA_SUFFIX}"
                 places, written[own] = self._write_unsigned(name, moved, folder / own, report)
-                attach_weights(model, places, f"engines/{CUDA}/{own}")
+                attach_weights(
+                    model,
+                    places,
+                    f"engines/{CUDA}/{own}",
+                )
                 holds[name] = self._bundle.data_identity(name)
             operators[name] = _write_graph(model, folder / f"{name}.onnx")
         files = file_records(folder, written)
@@ -294,7 +307,9 @@ class OrtCudaPlan:
 
     def _cut(self, name: str) -> ExpertCut | None:
         """A tower's cut at its experts; None for the head, which has no layers."""
-        return None if name == CONTEXT_HEAD else exported_cut(self._graphs, name)
+        if name == CONTEXT_HEAD:
+            return None
+        return exported_cut(self._graphs, name)
 
 
 def kernel_limits(bundle: Bundle, config: BuildConfig) -> EngineLimits:

@@ -85,7 +85,11 @@ class EngineWeight:
             # What two DequantizeLinear do: the scale is a product of its own, rounded, before it
             # meets the values.
             scale = read_weight(data, scales).astype(np.float32) * shared
-            grouped = read_weight(data, values).reshape(len(scale), groups, -1)
+            grouped = read_weight(data, values).reshape(
+                len(scale),
+                groups,
+                -1,
+            )
             yield grouped.astype(np.float32) * scale[..., None]
 
     def _repeated_scales(self, data: npt.NDArray[np.uint8]) -> Iterator[Piece]:

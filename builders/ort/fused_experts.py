@@ -130,21 +130,44 @@ class _ExpertLayer:
             w.constant(np.zeros((), np.float32)),
         )
         # Exactly `top` of each token, even of one that is not a number and compares with nothing.
-        _, experts = w.several("TopK", 2, order, w.ints([step.top]), axis=0)
+        _, experts = w.several(
+            "TopK",
+            2,
+            order,
+            w.ints([step.top]),
+            axis=0,
+        )
         share = w.op("GatherElements", self.share, experts, axis=0)
-        tokens = w.op("Reshape", self.tokens, w.ints([-1, step.hidden]))
+        tokens = w.op(
+            "Reshape",
+            self.tokens,
+            w.ints([-1, step.hidden]),
+        )
         rows = w.op("Concat", *[tokens] * step.top, axis=0)
         certain = w.constant((_CERTAIN * np.eye(step.experts)).astype(numpy_dtype(step.dtype)))
         probs = w.op("Gather", certain, experts, axis=0)
         probs = w.op("Reshape", probs, w.ints([-1, step.experts]))
         results = self._operator(w, rows, probs)
-        results = w.op("Reshape", results, w.ints([step.top, -1, step.hidden]))
+        results = w.op(
+            "Reshape",
+            results,
+            w.ints([step.top, -1, step.hidden]),
+        )
         if step.dtype != "float32":
             results = w.op("Cast", results, to=TensorProto.FLOAT)
-        weighed = w.op("Mul", results, w.op("Unsqueeze", share, w.ints([-1])))
+        weighed = w.op(
+            "Mul",
+            results,
+            w.op("Unsqueeze", share, w.ints([-1])),
+        )
         # Not ReduceSum, which may add in an order of its own.
         total = w.op("Sum", *w.split(weighed, step.top))
-        w.op("Squeeze", total, w.ints([0]), named=self.total.output[0])
+        w.op(
+            "Squeeze",
+            total,
+            w.ints([0]),
+            named=self.total.output[0],
+        )
         return w.nodes
 
     def _operator(self, w: NodeWriter, rows: str, probs: str) -> str:

@@ -75,7 +75,12 @@ class TensorRTPlan:
         sms: tuple[int, ...] = ()
         if self._asked_for.experts == AUTO:
             sms = self._kernel_sms(replace(self._asked_for, experts=KERNELS, segments=1))
-        return choose_path(self._bundle, self._asked_for, sms, experts_of(self._graphs))
+        return choose_path(
+            self._bundle,
+            self._asked_for,
+            sms,
+            experts_of(self._graphs),
+        )
 
     @cached_property
     def config(self) -> BuildConfig:
@@ -87,7 +92,11 @@ class TensorRTPlan:
         """What the engines will take; BuildError if the library does not support it."""
         longest = self._bundle.config.max_position_embeddings
         capacity = cache_capacity(self.config.max_context, longest)
-        return EngineLimits(capacity, self.config.max_batch, self._capabilities(self.config).sms)
+        return EngineLimits(
+            capacity,
+            self.config.max_batch,
+            self._capabilities(self.config).sms,
+        )
 
     @cached_property
     def kernel_sms(self) -> tuple[int, ...]:
@@ -101,7 +110,11 @@ class TensorRTPlan:
         gpu = None
         if self._machine.gpus and (chosen.current or not self._variant.sms):
             first = self._machine.gpus[0]  # a library builds for the driver's first
-            gpu = {"name": first.name, "sm": first.sm, "driver": self._machine.driver}
+            gpu = {
+                "name": first.name,
+                "sm": first.sm,
+                "driver": self._machine.driver,
+            }
         planner = EnginePlanner(
             self._graphs,
             self.config,

@@ -45,7 +45,11 @@ def main(job_file: str) -> int:
         refused = not isinstance(e.__cause__, OSError)
         _say({"error": error, "refused": refused, "log": log.to_json()})
         return 2
-    facts |= {"bytes": plan.nbytes, "peak_memory": _peak_memory(), "log": log.to_json()}
+    facts |= {
+        "bytes": plan.nbytes,
+        "peak_memory": _peak_memory(),
+        "log": log.to_json(),
+    }
     _say({"done": facts})
     # The engine is written and reported: whatever the inspector does now cannot lose it.
     profiles = len(job["profiles"])

@@ -110,7 +110,12 @@ class EnginePlanner:
         """A tower cut at its experts; equal programs share a file."""
         bundle = self._bundle
         signature = bundle.signatures[name].with_sizes(self._sizes)
-        cut = ExpertCut(self._graph(name), signature, bundle.config, dtype=bundle.dtype)
+        cut = ExpertCut(
+            self._graph(name),
+            signature,
+            bundle.config,
+            dtype=bundle.dtype,
+        )
         for number in range(cut.programs):
             made, last = cut.program(number), number == cut.programs - 1
             if cut.programs == 1:
@@ -129,7 +134,12 @@ class EnginePlanner:
         held = _held(self._graphs, name, config.weights)
         cuts = tower_cuts(whole, held, segments=config.segments, bound=config.max_build_memory)
         for number, layers in enumerate(cuts):
-            made = segment(self._graph(name), signature, layers, dtype=bundle.dtype)
+            made = segment(
+                self._graph(name),
+                signature,
+                layers,
+                dtype=bundle.dtype,
+            )
             file = f"{name}.engine" if len(cuts) == 1 else f"{name}.{number}.engine"
             yield self._engine(name, made, file=file)
 
@@ -288,8 +298,16 @@ def _summed(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     left, right, product = (f"{node.output[0]}/{part}" for part in ("left", "right", "product"))
     columns, reduced, rows = (_axis(axis).name for axis in (-1, -2, -3))
     made = [
-        onnx.helper.make_node("Unsqueeze", [node.input[0], columns], [left]),
-        onnx.helper.make_node("Unsqueeze", [node.input[1], rows], [right]),
+        onnx.helper.make_node(
+            "Unsqueeze",
+            [node.input[0], columns],
+            [left],
+        ),
+        onnx.helper.make_node(
+            "Unsqueeze",
+            [node.input[1], rows],
+            [right],
+        ),
         onnx.helper.make_node("Mul", [left, right], [product]),
         onnx.helper.make_node(
             "ReduceSum",

@@ -96,7 +96,12 @@ class EngineMaker:
                 return found.record, {**found.facts, "key": plan.key, "cached": True}
         facts = self._built(plan, output)
         if self._cache is not None:
-            record = self._cache.put(plan.key, output, facts, report=self._report)
+            record = self._cache.put(
+                plan.key,
+                output,
+                facts,
+                report=self._report,
+            )
         else:
             record = FileRecord.of(output)
         return record, {**facts, "key": plan.key, "cached": False}

@@ -286,7 +286,11 @@ def _monitor(trt: Any, tick: Callable[[str, int, int], bool]) -> Any:
             self._steps[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            return tick(phase_name, step + 1, self._steps.get(phase_name, 0))
+            return tick(
+                phase_name,
+                step + 1,
+                self._steps.get(phase_name, 0),
+            )
 
         def phase_finish(self, phase_name: str) -> None:
             self._steps.pop(phase_name, None)

@@ -83,7 +83,11 @@ def conditioning(model: Layer, masked_fraction: ir.Value) -> ir.Value:
     exponents = exponents * np.float32(-math.log(10000.0)) / count
     # In float64 and rounded after: numpy's float32 exp is off by an ulp in half the places.
     rates = np.exp(exponents.astype(np.float64))
-    angles = graph.op("Mul", scaled, graph.constant(rates[None], "float32"))
+    angles = graph.op(
+        "Mul",
+        scaled,
+        graph.constant(rates[None], "float32"),
+    )
     waves = graph.op(
         "Concat",
         graph.op("Cos", angles),
@@ -109,7 +113,11 @@ def modulation(
     graph, table = model.graph, model.weight(f"scale_shift_tables.{layer}")
     summed = graph.op("Add", shared, table)
     shift, scale, gate = graph.ops("Split", 3, summed, axis=1, num_outputs=3)
-    return Modulation(shift, graph.op("Add", scale, graph.scalar(1.0)), gate)
+    return Modulation(
+        shift,
+        graph.op("Add", scale, graph.scalar(1.0)),
+        gate,
+    )
 
 
 def normed_input(
@@ -121,7 +129,11 @@ def normed_input(
     graph, kind = layer.graph, layer.config.layers[layer.number]
 
     def modulated(x: ir.Value) -> ir.Value:
-        return graph.op("Add", graph.op("Mul", x, by.scale), by.shift)
+        return graph.op(
+            "Add",
+            graph.op("Mul", x, by.scale),
+            by.shift,
+        )
 
     if kind in (LayerKind.MAMBA, LayerKind.ATTENTION):
         return rms_norm(layer, modulated(h))
@@ -146,11 +158,20 @@ def moe(layer: Layer, x: ir.Value) -> ir.Value:
     each = graph.linear(hidden, down, visited=share)  # [E,N,D]
     # Selected and not only multiplied: what nobody chose may overflow, and infinity times 0 is NaN.
     weighed = graph.op("Mul", graph.to_float32(each), share)
-    weighed = graph.op("Where", chosen, weighed, graph.constant(0.0, "float32"))
+    weighed = graph.op(
+        "Where",
+        chosen,
+        weighed,
+        graph.constant(0.0, "float32"),
+    )
     routed = graph.to_model_dtype(graph.sum(weighed, 0))
     routed = graph.op("Reshape", routed, graph.op("Shape", x))
     if config.shared_intermediate:
-        routed = graph.op("Add", routed, mlp(layer, x, "shared_experts."))
+        routed = graph.op(
+            "Add",
+            routed,
+            mlp(layer, x, "shared_experts."),
+        )
     return graph.mark(EXPERTS_OUT, routed)
 
 
@@ -160,14 +181,22 @@ def routing(layer: Layer, tokens: ir.Value) -> tuple[ir.Value, ir.Value]:
     zero = graph.constant(0.0, "float32")
     gate = layer.weight("gate.weight")
     bias = layer.weight("gate.e_score_correction_bias")
-    rows = graph.reshape(graph.to_float32(tokens), -1, config.hidden_size)
+    rows = graph.reshape(
+        graph.to_float32(tokens),
+        -1,
+        config.hidden_size,
+    )
     scores = graph.op("Sigmoid", graph.linear(rows, gate))
     scores = graph.op("Transpose", scores, perm=[1, 0])  # [E,N]
     choice = graph.op("Add", scores, bias)
     if config.n_group > 1:
         choice = within_best_groups(layer, choice)
     places = _places(graph, choice, choice, config.n_routed_experts)
-    chosen = graph.op("Less", places, graph.constant(config.num_experts_per_tok, "float32"))
+    chosen = graph.op(
+        "Less",
+        places,
+        graph.constant(config.num_experts_per_tok, "float32"),
+    )
     share = graph.op("Where", chosen, scores, zero)
     if config.norm_topk_prob:
         total = graph.sum(share, 0, keepdims=1)
@@ -176,7 +205,11 @@ def routing(layer: Layer, tokens: ir.Value) -> tuple[ir.Value, ir.Value]:
             share,
             graph.op("Add", total, graph.constant(1e-20, "float32")),
         )
-    share = graph.op("Mul", share, graph.constant(config.routed_scaling_factor, "float32"))
+    share = graph.op(
+        "Mul",
+        share,
+        graph.constant(config.routed_scaling_factor, "float32"),
+    )
     graph.mark(SHARES, share)
     last = graph.constant([-1])
     return graph.op("Unsqueeze", chosen, last), graph.op("Unsqueeze", share, last)
@@ -197,8 +230,18 @@ def _places(
     zero, one = graph.constant(0.0, "float32"), graph.constant(1.0, "float32")
     earlier = graph.constant(np.tri(count, k=-1)[..., None], "float32")  # [mine,other,1]
     mine = graph.unsqueeze(x, -2)
-    ahead = graph.op("Where", graph.op("Equal", other, mine), earlier, zero)
-    ahead = graph.op("Where", graph.op("Greater", other, mine), one, ahead)
+    ahead = graph.op(
+        "Where",
+        graph.op("Equal", other, mine),
+        earlier,
+        zero,
+    )
+    ahead = graph.op(
+        "Where",
+        graph.op("Greater", other, mine),
+        one,
+        ahead,
+    )
     return graph.sum(ahead, -2)
 
 
@@ -210,10 +253,19 @@ def within_best_groups(layer: Layer, choice: ir.Value) -> ir.Value:
     other = graph.unsqueeze(by_group, 1)  # [groups,1,size,N]
     places = _places(graph, by_group, other, size)
     best = graph.op("Less", places, graph.constant(2.0, "float32"))
-    best = graph.op("Where", best, by_group, graph.constant(0.0, "float32"))
+    best = graph.op(
+        "Where",
+        best,
+        by_group,
+        graph.constant(0.0, "float32"),
+    )
     of_group = graph.sum(best, 1)  # [groups,N]
     places = _places(graph, of_group, of_group, groups)
-    kept = graph.op("Less", places, graph.constant(config.topk_group, "float32"))
+    kept = graph.op(
+        "Less",
+        places,
+        graph.constant(config.topk_group, "float32"),
+    )
     kept = graph.unsqueeze(kept, 1)
     limited = graph.op(
         "Where",
@@ -271,7 +323,11 @@ def context_attention(
     values = graph.reshape(values, -1, 1, capacity, size)
 
     def of_heads() -> ir.Value:
-        every = graph.op("Expand", mask, graph.constant([1, groups, 1, 1]))
+        every = graph.op(
+            "Expand",
+            mask,
+            graph.constant([1, groups, 1, 1]),
+        )
         return graph.reshape(every, -1, 1, length, capacity)
 
     mask = graph.shared("mask of heads", of_heads)
@@ -334,7 +390,13 @@ def _projected(layer: Layer, u: ir.Value) -> Sequence[ir.Value]:
     graph, config = layer.graph, layer.config
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     joined = graph.linear(u, layer.weight("qkv_proj.weight"))
-    split = graph.reshape(joined, 0, 0, heads + 2 * groups, config.head_dim)
+    split = graph.reshape(
+        joined,
+        0,
+        0,
+        heads + 2 * groups,
+        config.head_dim,
+    )
     split = graph.op("Transpose", split, perm=[0, 2, 1, 3])
     return graph.ops(
         "Split",

@@ -116,7 +116,12 @@ class _Mixer:
             ends = graph.unsqueeze(lengths, 1, 2)
             return graph.op("Add", ends, offsets)
 
-        kept = graph.op("GatherND", rows, graph.shared("conv state", places), batch_dims=1)
+        kept = graph.op(
+            "GatherND",
+            rows,
+            graph.shared("conv state", places),
+            batch_dims=1,
+        )
         graph.output(present_conv(self._layer.number), kept)
 
     def _scan(
@@ -153,10 +158,18 @@ class _Mixer:
         state = graph.op("Transpose", state, perm=[0, 2, 1])
         carried = graph.op("MatMul", c, state)
         carried = graph.reshape(carried, -1, g, length, h, p)
-        carried = graph.op("Transpose", carried, perm=[0, 1, 3, 2, 4])
+        carried = graph.op(
+            "Transpose",
+            carried,
+            perm=[0, 1, 3, 2, 4],
+        )
         carried = graph.op("Mul", carried, graph.op("Exp", decay_t))
         y = graph.op("Add", y, carried)
-        y = graph.op("Add", y, graph.op("Mul", x, self._layer.weight("D")))
+        y = graph.op(
+            "Add",
+            y,
+            graph.op("Mul", x, self._layer.weight("D")),
+        )
         y = graph.op("Transpose", y, perm=[0, 3, 1, 2, 4])
         y = graph.reshape(y, 0, 0, config.mamba_inner)
         if self._chunk.lengths is not None:
@@ -176,7 +189,11 @@ class _Mixer:
         """
         graph, length = self._graph, self._chunk.length
         last = graph.constant([-1])
-        x_dt = graph.op("Mul", steps.x, graph.op("Unsqueeze", steps.dt, last))
+        x_dt = graph.op(
+            "Mul",
+            steps.x,
+            graph.op("Unsqueeze", steps.dt, last),
+        )
         decay_t = graph.op("Unsqueeze", steps.decay, last)
         decay_s = graph.unsqueeze(steps.decay, -2)
         exponent = graph.op("Sub", decay_t, decay_s)
@@ -198,7 +215,11 @@ class _Mixer:
         total = graph.op("Slice", steps.decay, last, end, axis)
         to_end = graph.op("Exp", graph.op("Sub", total, steps.decay))
         to_end = graph.op("Mul", steps.dt, to_end)
-        gained = graph.op("Mul", steps.x, graph.op("Unsqueeze", to_end, last))
+        gained = graph.op(
+            "Mul",
+            steps.x,
+            graph.op("Unsqueeze", to_end, last),
+        )
         gained = graph.op("Transpose", gained, perm=[0, 1, 3, 2, 4])
         gained = graph.reshape(gained, -1, self._chunk.length, h * p)
         gained = graph.op("Transpose", gained, perm=[0, 2, 1])
@@ -228,7 +249,11 @@ class _Mixer:
             dt = graph.op("Clip", dt, least, most)
         if chunk.valid is not None:
             dt = graph.op("Mul", dt, chunk.valid)
-        step = graph.op("Mul", dt, self._layer.weight("A_log.negated_exp"))
+        step = graph.op(
+            "Mul",
+            dt,
+            self._layer.weight("A_log.negated_exp"),
+        )
         # Running sums without CumSum, which TensorRT miscompiles. Over a block they are sums of
         # what is masked, which fuse with what is around them. Over a chunk of any length that would
         # be L x L numbers a head, and a product is faster.

@@ -204,7 +204,11 @@ class GraphBuilder:
         x = self._product_input(x, name, visited)
         stacked = len(self._parts[name][0].shape) == 3
         perm = [0, 2, 1] if stacked else [1, 0]
-        return self.op("MatMul", x, self.op("Transpose", weight, perm=perm))
+        return self.op(
+            "MatMul",
+            x,
+            self.op("Transpose", weight, perm=perm),
+        )
 
     def linear_exact(
         self,
@@ -212,7 +216,11 @@ class GraphBuilder:
         weight: ir.Value,
     ) -> ir.Value:
         """The same with x as it is, whatever other products of x read."""
-        return self.op("MatMul", x, self.op("Transpose", weight, perm=[1, 0]))
+        return self.op(
+            "MatMul",
+            x,
+            self.op("Transpose", weight, perm=[1, 0]),
+        )
 
     def _product_input(
         self,
@@ -239,7 +247,12 @@ class GraphBuilder:
         if how is None:
             return x
         scale = self.constant(how.scale, self.dtype)
-        narrow = self.op("QuantizeLinear", x, scale, output_dtype=ir_dtype(how.dtype))
+        narrow = self.op(
+            "QuantizeLinear",
+            x,
+            scale,
+            output_dtype=ir_dtype(how.dtype),
+        )
         self._quantized[x] = self.op("DequantizeLinear", narrow, scale)
         return self._quantized[x]
 
@@ -261,7 +274,12 @@ class GraphBuilder:
         *,
         keepdims: int = 0,
     ) -> ir.Value:
-        return self.op("ReduceSum", x, self.constant([axis]), keepdims=keepdims)
+        return self.op(
+            "ReduceSum",
+            x,
+            self.constant([axis]),
+            keepdims=keepdims,
+        )
 
     def size(
         self,

@@ -35,11 +35,23 @@ class MaskInfo:
 def mask_info(graph: GraphBuilder, config: ModelConfig) -> tuple[MaskInfo, ir.Value]:
     """The block's masks and t [B] float32, the masked fraction of each row's own block."""
     block = graph.input(BLOCK)
-    masked = graph.op("Equal", block, graph.constant(config.mask_token_id))
+    masked = graph.op(
+        "Equal",
+        block,
+        graph.constant(config.mask_token_id),
+    )
     ones = graph.op("Cast", masked, to=ir.DataType.INT64)
     count = graph.sum(ones, 1, keepdims=1)
-    length = graph.op("Cast", graph.size(block, 1), to=ir.DataType.FLOAT)
-    fraction = graph.op("Div", graph.op("Cast", count, to=ir.DataType.FLOAT), length)
+    length = graph.op(
+        "Cast",
+        graph.size(block, 1),
+        to=ir.DataType.FLOAT,
+    )
+    fraction = graph.op(
+        "Div",
+        graph.op("Cast", count, to=ir.DataType.FLOAT),
+        length,
+    )
     return MaskInfo(masked, count), graph.squeeze(fraction, 1)
 
 
@@ -54,7 +66,15 @@ def sample_and_commit(
     commit = committed_places(graph, confidence, masks)
     graph.output(PREDICTED, predicted)
     graph.output(CONFIDENCE, confidence)
-    graph.output(NEXT_BLOCK, graph.op("Where", commit, predicted, graph.input(BLOCK)))
+    graph.output(
+        NEXT_BLOCK,
+        graph.op(
+            "Where",
+            commit,
+            predicted,
+            graph.input(BLOCK),
+        ),
+    )
     committed = graph.op("Cast", commit, to=ir.DataType.INT64)
     committed = graph.sum(committed, 1, keepdims=1)
     left = graph.op("Sub", masks.count, committed)
@@ -76,7 +96,13 @@ def choose(
     penalty[config.mask_token_id] = _NEVER
     rows = graph.reshape(logits, -1, config.vocab_size)
     rows = graph.op("Add", rows, graph.constant(penalty, "float32"))
-    best, ids = graph.ops("TopK", 2, rows, graph.constant([count]), axis=-1)
+    best, ids = graph.ops(
+        "TopK",
+        2,
+        rows,
+        graph.constant([count]),
+        axis=-1,
+    )
     relative, total = relative_to_best(graph, rows, best)
     probabilities = graph.op("Div", graph.op("Exp", relative), total)
     length = graph.size(graph.input(BLOCK), 1)
@@ -84,9 +110,22 @@ def choose(
         graph.reshape(x, -1, length, count) for x in (best, ids, probabilities)
     )
     temperature = graph.unsqueeze(graph.input(TEMPERATURE), 1, 2)
-    greedy = graph.op("LessOrEqual", temperature, graph.constant(0.0, "float32"))
-    divisor = graph.op("Where", greedy, graph.constant(1.0, "float32"), temperature)
-    noisy = graph.op("Add", graph.op("Div", best, divisor), graph.input(NOISE))
+    greedy = graph.op(
+        "LessOrEqual",
+        temperature,
+        graph.constant(0.0, "float32"),
+    )
+    divisor = graph.op(
+        "Where",
+        greedy,
+        graph.constant(1.0, "float32"),
+        temperature,
+    )
+    noisy = graph.op(
+        "Add",
+        graph.op("Div", best, divisor),
+        graph.input(NOISE),
+    )
     sampled = graph.op("ArgMax", noisy, axis=-1, keepdims=1)
     place = graph.op("Where", greedy, graph.constant(0), sampled)
     token = graph.op("GatherElements", ids, place, axis=-1)
@@ -135,10 +174,18 @@ def committed_places(
     rank = graph.sum(ahead, 2)
 
     threshold = graph.unsqueeze(graph.input(THRESHOLD), 1)
-    sure = graph.op("And", graph.op("Greater", confidence, threshold), masks.masked)
+    sure = graph.op(
+        "And",
+        graph.op("Greater", confidence, threshold),
+        masks.masked,
+    )
     count = graph.op("Cast", sure, to=ir.DataType.INT64)
     count = graph.sum(count, 1, keepdims=1)
     floor = graph.unsqueeze(graph.input(COMMIT_FLOOR), 1)
     # More than are masked commits them all: no Min needed.
     count = graph.op("Max", count, floor, graph.constant([[1]]))
-    return graph.op("And", masks.masked, graph.op("Less", rank, count))
+    return graph.op(
+        "And",
+        masks.masked,
+        graph.op("Less", rank, count),
+    )

@@ -82,14 +82,23 @@ def build_graph(
     }[name]
     record(graph, config)
     assert tuple(graph.weights) == declared, f"the {name} graph declares other weights"
-    return TowerGraph(graph.finish(), declared, tuple(graph.taps.values()))
+    return TowerGraph(
+        graph.finish(),
+        declared,
+        tuple(graph.taps.values()),
+    )
 
 
 def record_context(graph: GraphBuilder, config: ModelConfig) -> None:
     tower = Layer(graph, config, f"{Tower.CONTEXT.value}.")
     tokens = graph.input(TOKENS)
     with graph.scope("embed"):
-        h = graph.op("Gather", tower.weight("embeddings.weight"), tokens, axis=0)
+        h = graph.op(
+            "Gather",
+            tower.weight("embeddings.weight"),
+            tokens,
+            axis=0,
+        )
     with graph.scope("chunk"):
         chunk = _chunk(tower, tokens, lengths=graph.input(CHUNK_LENGTH))
     for i, kind in enumerate(config.layers):
@@ -99,11 +108,19 @@ def record_context(graph: GraphBuilder, config: ModelConfig) -> None:
                 prefix=f"{tower.prefix}layers.{i}.",
                 number=i,
             )
-            h = graph.op("Add", h, _mixer(layer, rms_norm(layer, h), chunk))
+            h = graph.op(
+                "Add",
+                h,
+                _mixer(layer, rms_norm(layer, h), chunk),
+            )
     with graph.scope("norm_f"):
         # The hidden vector of each row's last valid token, [B,D]; a row without tokens gives its
         # first position, which nobody uses.
-        last = graph.op("Sub", graph.input(CHUNK_LENGTH), graph.constant(1))
+        last = graph.op(
+            "Sub",
+            graph.input(CHUNK_LENGTH),
+            graph.constant(1),
+        )
         last = graph.op("Max", last, graph.constant(0))
         last = graph.unsqueeze(last, 1)
         last = graph.op("GatherND", h, last, batch_dims=1)
@@ -115,7 +132,12 @@ def record_denoiser(graph: GraphBuilder, config: ModelConfig) -> None:
     tower = replace(model, prefix=f"{Tower.DENOISER.value}.")
     block = graph.input(BLOCK)
     with graph.scope("embed"):
-        h = graph.op("Gather", tower.weight("embeddings.weight"), block, axis=0)
+        h = graph.op(
+            "Gather",
+            tower.weight("embeddings.weight"),
+            block,
+            axis=0,
+        )
     with graph.scope("conditioning"):
         masks, fraction = mask_info(graph, config)
         shared = conditioning(model, fraction)
@@ -151,7 +173,14 @@ def record_context_head(graph: GraphBuilder, config: ModelConfig) -> None:
     )
     relative, total = relative_to_best(graph, logits, best)
     graph.output(CANDIDATE_IDS, ids)
-    graph.output(CANDIDATE_LOGPROBS, graph.op("Sub", relative, graph.op("Log", total)))
+    graph.output(
+        CANDIDATE_LOGPROBS,
+        graph.op(
+            "Sub",
+            relative,
+            graph.op("Log", total),
+        ),
+    )
 
 
 def _mixer(
@@ -185,7 +214,12 @@ def _chunk(
     second = graph.unsqueeze(positions, 0)
     seen = graph.op("GreaterOrEqual", first, second)
     never = graph.constant(-math.inf, "float32")
-    future = graph.op("Where", seen, graph.constant(0.0, "float32"), never)
+    future = graph.op(
+        "Where",
+        seen,
+        graph.constant(0.0, "float32"),
+        never,
+    )
     until = graph.op("Cast", seen, to=ir.DataType.FLOAT)
     if lengths is None:
         return ChunkInfo(length, future, until, _seen(tower, causal=False))
@@ -207,9 +241,17 @@ def _seen(tower: Layer, *, causal: bool) -> ir.Value | None:
         positions = graph.places(graph.input(TOKENS), 1)
         past = graph.unsqueeze(graph.input(PAST_LENGTH), 1)
         own = graph.op("Add", past, positions)  # [B,L]
-        return graph.op("LessOrEqual", slots, graph.unsqueeze(own, 1, 3))
+        return graph.op(
+            "LessOrEqual",
+            slots,
+            graph.unsqueeze(own, 1, 3),
+        )
     lengths = graph.unsqueeze(graph.input(CONTEXT_LENGTH), 1)
-    lengths = graph.op("Expand", lengths, graph.constant([1, config.num_key_value_heads]))
+    lengths = graph.op(
+        "Expand",
+        lengths,
+        graph.constant([1, config.num_key_value_heads]),
+    )
     held = graph.op("Less", slots, graph.reshape(lengths, -1, 1, 1))
     never, always = graph.constant(MASKED, "float32"), graph.constant(-MASKED, "float32")
     return graph.op("Where", held, always, never)

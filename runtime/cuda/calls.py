@@ -77,7 +77,12 @@ class Cuda:
         _, told = self._api.cudaGetErrorString(code)
         meaning = told.decode() if isinstance(told, bytes) else str(told)
         if code not in _STICKY:
-            return _error(call, code, f"CUDA error {code}: {meaning}", do=_AGAIN)
+            return _error(
+                call,
+                code,
+                f"CUDA error {code}: {meaning}",
+                do=_AGAIN,
+            )
         if self._first is None:
             self._first = _error(
                 call,

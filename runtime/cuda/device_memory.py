@@ -119,7 +119,11 @@ class DeviceMemory:
                 * _ALIGNED
             )
         devices = tuple(dict.fromkeys(d for spec in specs for d in self._devices_of(spec)))
-        addresses, freed = self._allocated(end, devices, (specs[0], sizes))
+        addresses, freed = self._allocated(
+            end,
+            devices,
+            (specs[0], sizes),
+        )
         token = self._owner(
             freed
         )  # before more is asked for: whatever fails from here on, closing frees it

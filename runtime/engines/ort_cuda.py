@@ -93,7 +93,11 @@ def open_ort_cuda(
             most = {"B": limits.max_batch, "L": MAX_CHUNK, "S": bundle.trained_block_size}
             used = {device for places in opening.placed.values() for device in places}
             # Sessions bring scratch memory of their own.
-            shared.allocate(steps.values(), scratch=dict.fromkeys(used, 0), sizes=most)
+            shared.allocate(
+                steps.values(),
+                scratch=dict.fromkeys(used, 0),
+                sizes=most,
+            )
         engines: dict[str, OrtDeviceEngine] = {}
         for name, signature in contract.items():
             places, loaded = iter(opening.placed[name]), list[_Program | ExpertsStep]()

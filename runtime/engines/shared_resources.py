@@ -98,7 +98,12 @@ class SharedResources:
             addresses[role] = self.weights.address(data, weight.name, device)
         self.cuda.use(device)
         code, tokens = self.experts.code(step, device), with_tokens(after.part, sizes)["N"]
-        return ExpertStep(code, tokens, addresses, self.scratch[device][0])
+        return ExpertStep(
+            code,
+            tokens,
+            addresses,
+            self.scratch[device][0],
+        )
 
 
 def code_places(steps: Sequence[Step], devices: Sequence[int]) -> list[tuple[str, int]]:

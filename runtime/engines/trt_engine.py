@@ -174,7 +174,13 @@ def load_steps(
         device, file = next(places), folder / step.file
         cuda.use(device)
         if (step.file, device) in known:
-            out.append(loader.another(known[step.file, device], step, file))
+            out.append(
+                loader.another(
+                    known[step.file, device],
+                    step,
+                    file,
+                )
+            )
             continue
         before = cuda.free_memory()[0]
         plan = loader.load(file, step, device)

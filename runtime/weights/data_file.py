@@ -185,7 +185,11 @@ class PageCache:
         pages = np.empty(-(-(stop - start) // mmap.PAGESIZE), np.uint8)
         mincore = ctypes.CDLL(None, use_errno=True).mincore
         mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-        if mincore(self._start + start, stop - start, pages.ctypes.data):
+        if mincore(
+            self._start + start,
+            stop - start,
+            pages.ctypes.data,
+        ):
             logger.debug("mincore: %s", os.strerror(ctypes.get_errno()))
             return 1.0
         return float((pages & 1).mean())

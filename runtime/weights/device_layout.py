@@ -129,6 +129,12 @@ def copies(chunks: Sequence[Chunk], layout: Layout) -> list[tuple[Copy, ...]]:
             chunk = chunks[number]
             start, stop = max(run.start, chunk.start), min(run.stop, chunk.stop)
             target = start - run.start + run.target
-            out[number].append(Copy(target, start - chunk.start, stop - start))
+            out[number].append(
+                Copy(
+                    target,
+                    start - chunk.start,
+                    stop - start,
+                )
+            )
             number += 1
     return [tuple(some) for some in out]

@@ -152,7 +152,12 @@ class WeightStore:
 
         devices = dict.fromkeys(device for file in files.values() for device in file.wanted)
         read = data.values() if hashed else ()
-        with open_transfer(self._cuda, tuple(devices), self._ring, hashed=read) as transfer:
+        with open_transfer(
+            self._cuda,
+            tuple(devices),
+            self._ring,
+            hashed=read,
+        ) as transfer:
             transfer.run(iter(steps), tick=tick)
         for file_read in data.values():
             file_read.require_unchanged()
@@ -218,7 +223,12 @@ def _steps(
     most: int,
     whole: bool,
 ) -> Iterator[Step]:
-    chunks = cut_chunks(file.layouts.values(), size=file.record.size, most=most, whole=whole)
+    chunks = cut_chunks(
+        file.layouts.values(),
+        size=file.record.size,
+        most=most,
+        whole=whole,
+    )
     by_device = [(device, copies(chunks, layout)) for device, layout in file.layouts.items()]
     for number, chunk in enumerate(chunks):
         parts = [

@@ -94,7 +94,11 @@ class Transfer:
         while True:
             while self.free and (step := next(steps, None)) is not None:
                 slot = self.free.pop()
-                read = self.readers.submit(step.file.read, step.chunk, slot.view)
+                read = self.readers.submit(
+                    step.file.read,
+                    step.chunk,
+                    slot.view,
+                )
                 reading.append((step, slot, read))
             if reading:
                 step, slot, read = reading.popleft()

@@ -208,5 +208,11 @@ def _gpus() -> tuple[Gpu, ...]:
         cuda.cuDeviceGetAttribute(ctypes.byref(major), _CC_MAJOR, device)
         cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CC_MINOR, device)
         shown = name.value.decode(errors="replace")
-        out.append(Gpu(shown, 10 * major.value + minor.value, memory.value))
+        out.append(
+            Gpu(
+                shown,
+                10 * major.value + minor.value,
+                memory.value,
+            )
+        )
     return tuple(out)

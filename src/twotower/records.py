@@ -125,7 +125,11 @@ class _Decoder:
         if origin is Literal:
             return _one_of(arguments, data)
         if origin is tuple and Ellipsis not in arguments:
-            entries = _require(data, Sequence, f"a list of {len(arguments)}")
+            entries = _require(
+                data,
+                Sequence,
+                f"a list of {len(arguments)}",
+            )
             if len(entries) != len(arguments):
                 raise RecordError("", f"{len(entries)} entries, expected {len(arguments)}")
             return tuple(self._entries(arguments, entries))

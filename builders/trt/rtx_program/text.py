@@ -218,11 +218,15 @@ def greatest_sizes(text: ProgramText) -> dict[str, int]:
 def _value(statement: Statement, inputs: list[int | None]) -> int | None:
     if statement.operation == "memset":
         constant = _CONSTANT.fullmatch(statement.word("src") or "")
-        return None if constant is None else int(constant[1])
+        if constant is None:
+            return None
+        return int(constant[1])
     if statement.operation == "copy" and len(inputs) == 1:
         return inputs[0]
     if statement.operation == "select" and len(inputs) == 3 and inputs[0] is not None:
-        return inputs[1] if inputs[0] else inputs[2]
+        if inputs[0]:
+            return inputs[1]
+        return inputs[2]
     known = [value for value in inputs if value is not None]
     if statement.operation in _ARITHMETIC and len(inputs) == len(known) == 2:
         return _ARITHMETIC[statement.operation](known[0], known[1])

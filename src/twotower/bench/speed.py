@@ -78,7 +78,12 @@ def measure_in_turns(
                 do=f"name a larger {name}",
             )
     config = config.seeded()
-    prompts = random_prompts(models[0].config, prompt_tokens, rows, seed=config.seed)
+    prompts = random_prompts(
+        models[0].config,
+        prompt_tokens,
+        rows,
+        seed=config.seed,
+    )
     configs = [
         replace(config, mode=mode, ignore_eos=True, top_p=1.0) for mode in ("diffusion", "ar")
     ]
@@ -305,4 +310,8 @@ def _export(source: Path, target: Path, verified: bool) -> None:
     from twotower.export.exporter import export_bundle
     from twotower.export.verify import verify_bundle
 
-    export_bundle(Checkpoint.open(source), target, verify=verify_bundle if verified else None)
+    export_bundle(
+        Checkpoint.open(source),
+        target,
+        verify=verify_bundle if verified else None,
+    )

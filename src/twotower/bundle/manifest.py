@@ -100,7 +100,11 @@ class Bundle:
     signatures: dict[str, TowerSignature] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "signatures", signatures(self.config, self.dtype))
+        object.__setattr__(
+            self,
+            "signatures",
+            signatures(self.config, self.dtype),
+        )
 
     @classmethod
     def open(
@@ -198,7 +202,9 @@ class Bundle:
     @property
     def tokenizer_file(self) -> Path | None:
         """The tokenizer, if the checkpoint came with one."""
-        return self.path / TOKENIZER_FILE if TOKENIZER_FILE in self.files else None
+        if TOKENIZER_FILE not in self.files:
+            return None
+        return self.path / TOKENIZER_FILE
 
     @property
     def formats(self) -> tuple[WeightFormat, ...]:

@@ -53,7 +53,11 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
-        raise ConfigError(f"cannot read {file}", found=str(e), do=do) from e
+        raise ConfigError(
+            f"cannot read {file}",
+            found=str(e),
+            do=do,
+        ) from e
     if not isinstance(data, dict):
         found = f"a {type(data).__name__}; expected a JSON object"
         raise ConfigError(f"cannot read {file}", found=found, do=do)

@@ -59,7 +59,12 @@ def layer_tensors(config: ModelConfig, tower: Tower, layer: int) -> Iterator[Che
         tower,
     )
     for name, shape, role in _MIXERS[config.layers[layer]](config):
-        yield CheckpointTensor(f"{prefix}mixer.{name}", shape, role, tower)
+        yield CheckpointTensor(
+            f"{prefix}mixer.{name}",
+            shape,
+            role,
+            tower,
+        )
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, CheckpointTensor]:
@@ -68,7 +73,12 @@ def expected_tensors(config: ModelConfig) -> dict[str, CheckpointTensor]:
     v, d = config.vocab_size, config.hidden_size
     for tower in Tower:
         out.append(
-            CheckpointTensor(f"{tower.value}.embeddings.weight", (v, d), Role.EMBEDDING, tower)
+            CheckpointTensor(
+                f"{tower.value}.embeddings.weight",
+                (v, d),
+                Role.EMBEDDING,
+                tower,
+            )
         )
         for layer in range(len(config.layers)):
             out += layer_tensors(config, tower, layer)
@@ -80,7 +90,14 @@ def expected_tensors(config: ModelConfig) -> dict[str, CheckpointTensor]:
                 tower,
             )
         )
-        out.append(CheckpointTensor(tower.head, (v, d), Role.HEAD, tower))
+        out.append(
+            CheckpointTensor(
+                tower.head,
+                (v, d),
+                Role.HEAD,
+                tower,
+            )
+        )
     conditioning: list[tuple[str, tuple[int, ...]]] = [
         ("t_embedder.mlp.0.weight", (d, 2 * TIMESTEP_FREQUENCIES)),
         ("t_embedder.mlp.0.bias", (d,)),

@@ -93,7 +93,12 @@ def _generation(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         speeds = measure_in_turns(
             models, config, prompt_tokens=args.prompt_tokens, rows=args.rows, runs=args.runs
         )
-        prompts = random_prompts(models[0].config, args.prompt_tokens, args.rows, seed=0)
+        prompts = random_prompts(
+            models[0].config,
+            args.prompt_tokens,
+            args.rows,
+            seed=0,
+        )
         how = {"new_tokens": args.max_new_tokens, "runs": args.runs}
         rivals = [measure_peer(models[0], peer, prompts, **how) for peer in peers]
     diffusion, ar = speeds[0]

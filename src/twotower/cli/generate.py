@@ -88,7 +88,11 @@ def _stream(model: TwoTower, requests: list[Request], *, as_json: bool) -> None:
         if several:
             print(f"[{event.row}] {piece}", flush=True)
         else:
-            print(piece, end="\n" if event.result is not None else "", flush=True)
+            print(
+                piece,
+                end="\n" if event.result is not None else "",
+                flush=True,
+            )
         if event.result is not None:
             print(_summary(event.result), file=sys.stderr)
 

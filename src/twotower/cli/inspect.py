@@ -149,7 +149,11 @@ def _graph(path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         model = load_graph(path)
     except (OSError, DecodeError) as e:
-        raise ConfigError(f"cannot read '{path}'", found=str(e), do="name an ONNX file") from e
+        raise ConfigError(
+            f"cannot read '{path}'",
+            found=str(e),
+            do="name an ONNX file",
+        ) from e
     if not model.graph.node:
         raise ConfigError(
             f"'{path}' is no ONNX graph", found="there is no operator in it", do="name an ONNX file"
@@ -186,10 +190,19 @@ def _engine(path: Path) -> tuple[dict[str, Any], list[str]]:
             programs = read_programs(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except (OSError, ValueError) as e:
         do = "name an engine: BUNDLE/engines/rtx/denoiser.engine"
-        raise ConfigError(f"cannot read '{path}'", found=str(e), do=do) from e
+        raise ConfigError(
+            f"cannot read '{path}'",
+            found=str(e),
+            do=do,
+        ) from e
     told = summarize_programs(programs)
     kernels = [[asdict(kernel) for kernel in program.kernels] for program in programs]
-    facts = {"kind": "engine", "path": str(path), **told, "kernels": kernels}
+    facts = {
+        "kind": "engine",
+        "path": str(path),
+        **told,
+        "kernels": kernels,
+    }
     profiles = ", ".join(str(program.profile) for program in programs)
     return facts, [
         f"engine      {path}: TensorRT for RTX, profiles {profiles}",

@@ -24,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path CHECKPOINT|BUNDLE|CONFIG",
         "a checkpoint (local folder or hub id), a bundle, or a config.json",
     )
-    add("--target T", f"what would be built: {', '.join(TARGETS)}", default="rtx")
+    add(
+        "--target T",
+        f"what would be built: {', '.join(TARGETS)}",
+        default="rtx",
+    )
     add("--dtype D", "float32, float16 or bfloat16 (default: the checkpoint's or bundle's)")
     add(
         "--experts R",

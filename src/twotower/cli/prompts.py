@@ -47,9 +47,17 @@ def _prompt_line(where: str, line: str, base: GenerationConfig) -> tuple[Any, Ge
     try:
         data = json.loads(line)
     except ValueError as e:
-        raise RequestError(f"{where} is not JSON", found=str(e), do=_FORM) from e
+        raise RequestError(
+            f"{where} is not JSON",
+            found=str(e),
+            do=_FORM,
+        ) from e
     if not isinstance(data, dict) or ("text" in data) == ("tokens" in data):
-        raise RequestError(f"{where} is not one prompt", found=line[:80], do=_FORM)
+        raise RequestError(
+            f"{where} is not one prompt",
+            found=line[:80],
+            do=_FORM,
+        )
     prompt = data.pop("text") if "text" in data else data.pop("tokens")
     ids = isinstance(prompt, list) and all(
         isinstance(t, int) and not isinstance(t, bool) for t in prompt

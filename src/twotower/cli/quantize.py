@@ -30,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     file = resources.files("twotower") / "calibration" / "data" / "recipes.toml"
     recipes = tomllib.loads(file.read_text(encoding="utf-8"))
     add("bundle BUNDLE", "a float bundle; it is not changed")
-    add("--recipe R", f"{', '.join(recipes)}, auto, or a .toml file of your own", required=True)
+    add(
+        "--recipe R",
+        f"{', '.join(recipes)}, auto, or a .toml file of your own",
+        required=True,
+    )
     add("-o --output BUNDLE2", "the folder to make; not needed with --dry-run")
     add(
         "--stats STATS",
@@ -108,7 +112,11 @@ def run(args: argparse.Namespace) -> int:
     if args.group is not None:
         recipe = replace(recipe, group=args.group)
     plan = plan_quantization(bundle, recipe, config, statistics)
-    facts = {"weight_bytes": plan.nbytes, "recipe": recipe.to_json(), "name": recipe.name}
+    facts = {
+        "weight_bytes": plan.nbytes,
+        "recipe": recipe.to_json(),
+        "name": recipe.name,
+    }
     if args.dry_run:
         _report(args, bundle, facts)
         return 0

@@ -91,7 +91,11 @@ def run(args: argparse.Namespace) -> int:
                 view(step)
             view.end()
     else:
-        trace = _recorded(args, args.source, _prompt(args.prompt, args.tokens))
+        trace = _recorded(
+            args,
+            args.source,
+            _prompt(args.prompt, args.tokens),
+        )
     if args.output:
         write_trace(Path(args.output), trace)
     if args.html:

@@ -41,7 +41,9 @@ class WeightFormat:
 
     def groups(self, columns: int) -> int:
         """Scales of a row."""
-        return -(-columns // self.group) if self.group else 1
+        if not self.group:
+            return 1
+        return -(-columns // self.group)
 
     def nbytes(
         self,

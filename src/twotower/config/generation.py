@@ -108,7 +108,9 @@ class GenerationConfig:
 
     def seeded(self, seed: int = 0) -> GenerationConfig:
         """These options, with `seed` if they have none: for texts that must come out the same."""
-        return self if self.seed is not None else replace(self, seed=seed)
+        if self.seed is not None:
+            return self
+        return replace(self, seed=seed)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that `from_mapping` reads back."""

@@ -244,7 +244,11 @@ def read_model_config(path: Path) -> ModelConfig:
             f"cannot read {path}", found=str(e), do="name the folder that holds config.json"
         ) from e
     except (ValueError, RecursionError) as e:
-        raise ConfigError(f"{path} is not JSON", found=str(e), do="download the file again") from e
+        raise ConfigError(
+            f"{path} is not JSON",
+            found=str(e),
+            do="download the file again",
+        ) from e
     return parse_model_config(raw, str(path))
 
 

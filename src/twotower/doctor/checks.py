@@ -91,7 +91,11 @@ def check_bundle(model: TwoTower) -> Iterator[CheckResult]:
         yield CheckResult("generation", False, str(e))
         return
     finite = all(np.isfinite(s.confidence).all() for s in steps)
-    yield CheckResult("confidences are finite", finite, f"{len(steps)} denoiser passes")
+    yield CheckResult(
+        "confidences are finite",
+        finite,
+        f"{len(steps)} denoiser passes",
+    )
     at = first_difference(alone.tokens, together.tokens)
     detail = "alone and in a batch of three" if at is None else f"the texts differ from token {at}"
     yield CheckResult("output is independent of batch composition", at is None, detail)
@@ -99,7 +103,11 @@ def check_bundle(model: TwoTower) -> Iterator[CheckResult]:
     detail = "8 autoregressive tokens"
     yield CheckResult("prefill and token-by-token decoding agree", agree, detail)
     mask = model.config.mask_token_id
-    yield CheckResult("no mask token in the text", mask not in alone.tokens, f"mask token {mask}")
+    yield CheckResult(
+        "no mask token in the text",
+        mask not in alone.tokens,
+        f"mask token {mask}",
+    )
     # Not a failure: random weights and hard texts stay near 1. A trained model at exactly 1.0 has
     # lost its parallelism.
     rate = alone.usage.tokens_per_nfe
@@ -198,7 +206,11 @@ def check_execution(open_engine: OpenEngine, *, devices: int) -> Iterator[CheckR
         with open_engine(**options) as other:
             return _texts(other, prompts)
 
-    yield _same("passes launched piece by piece", wanted, partial(reopened, {"graphs": False}))
+    yield _same(
+        "passes launched piece by piece",
+        wanted,
+        partial(reopened, {"graphs": False}),
+    )
     if devices > 1:
         apart = partial(reopened, {"devices": (0, 1)})
         yield _same("a tower on each of two GPUs", wanted, apart)

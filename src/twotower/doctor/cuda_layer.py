@@ -73,7 +73,12 @@ def _seconds(on: _Bench, target: int, source: int) -> float:
     times = []
     for _ in range(_TIMES + 1):
         started = time.perf_counter()
-        on.cuda.copy(target, source, on.size, stream=on.first.handles[0])
+        on.cuda.copy(
+            target,
+            source,
+            on.size,
+            stream=on.first.handles[0],
+        )
         on.first.synchronize()
         times.append(time.perf_counter() - started)
     return median(times[1:])
@@ -109,7 +114,12 @@ def _replayed(on: _Bench) -> Iterator[CheckResult]:
 
     def work() -> None:
         cuda.copy(on.a, on.host, on.size, stream=stream)
-        cuda.copy_rows((on.b, 512), (on.a, 1024), (1024, 256), stream=stream)
+        cuda.copy_rows(
+            (on.b, 512),
+            (on.a, 1024),
+            (1024, 256),
+            stream=stream,
+        )
         cuda.copy(on.host, on.b, on.size, stream=stream)
 
     work()
@@ -135,7 +145,12 @@ def _refused(on: _Bench) -> CheckResult:
     """A capture that a forbidden wait breaks leaves no graph, and a stream that works."""
     cuda, stream = on.cuda, on.first.handles[0]
     name = "a broken capture leaves the stream usable"
-    graph = capture(cuda, stream, lambda: cuda.synchronize(stream), name="a forbidden wait")
+    graph = capture(
+        cuda,
+        stream,
+        lambda: cuda.synchronize(stream),
+        name="a forbidden wait",
+    )
     if graph is not None:
         cuda.destroy_graph(graph)
         return CheckResult(name, False, "waiting inside a capture was not refused")
@@ -148,4 +163,8 @@ def _refused(on: _Bench) -> CheckResult:
         on.first.synchronize()
     except DeviceError as e:
         return CheckResult(name, False, f"{e.what}: {e.found}")
-    return CheckResult(name, bool((on.seen == wanted).all()), "copies up and down after it")
+    return CheckResult(
+        name,
+        bool((on.seen == wanted).all()),
+        "copies up and down after it",
+    )

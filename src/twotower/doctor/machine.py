@@ -92,9 +92,17 @@ def put_machine(answers: Answers, machine: Machine) -> None:
     """Answers a report's section on the machine: facts, and nothing that could fail."""
     answers.put(facts=report_facts(machine))
     targets = targets_here(machine, TARGETS)
-    answers.table("Targets", ("target", "on this machine"), list(targets.items()))
+    answers.table(
+        "Targets",
+        ("target", "on this machine"),
+        list(targets.items()),
+    )
     if smi := driver_facts():
-        answers.table("As found by nvidia-smi", ("", ""), list(smi.items()))
+        answers.table(
+            "As found by nvidia-smi",
+            ("", ""),
+            list(smi.items()),
+        )
 
 
 def library_versions() -> dict[str, str]:
@@ -113,7 +121,12 @@ def driver_facts() -> dict[str, str]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}
-    command = [program, f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader", "--id=0"]
+    command = [
+        program,
+        f"--query-gpu={','.join(_SMI_FIELDS)}",
+        "--format=csv,noheader",
+        "--id=0",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -82,4 +82,6 @@ def _cell(value: Any) -> str:
         return "yes" if value else "**no**"
     if value is None:
         return ""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)

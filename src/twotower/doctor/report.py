@@ -104,7 +104,12 @@ def _report_sections(machine: Machine, options: ReportOptions) -> Iterator[Secti
     for target in _targets(machine, options):
         question = f"Does {target or 'the best target'} compute right, and how long is a pass?"
         words = ["--target", target] if target else []
-        yield section(f"{TARGET}-{target or 'best'}", question, _TARGET_SECONDS, *words)
+        yield section(
+            f"{TARGET}-{target or 'best'}",
+            question,
+            _TARGET_SECONDS,
+            *words,
+        )
 
 
 def answer_report_section(
@@ -131,7 +136,11 @@ def _ask_cuda(answers: Answers) -> None:
     _put_checks(answers, check_cuda(cuda), lambda: None)
     rates = {name: short(rate) for name, rate in copy_rates(cuda).items()}
     answers.put(copy_gb_per_s=rates)
-    answers.table("Copies of 1 GiB", ("", "GB/s"), list(rates.items()))
+    answers.table(
+        "Copies of 1 GiB",
+        ("", "GB/s"),
+        list(rates.items()),
+    )
 
 
 def _ask_target(answers: Answers, checks: TargetChecks) -> None:
@@ -142,7 +151,14 @@ def _ask_target(answers: Answers, checks: TargetChecks) -> None:
     if checks.passes:
         head = [column.heading for column in _PASS]
         rows = [
-            [number(facts[column.of], column.spec, column.unit) for column in _PASS]
+            [
+                number(
+                    facts[column.of],
+                    column.spec,
+                    column.unit,
+                )
+                for column in _PASS
+            ]
             for facts in checks.passes
         ]
         answers.table("Time of a pass", head, rows, note=_PASSES_NOTE)

@@ -73,7 +73,12 @@ def preset_lines(presets: dict[str, Any]) -> list[str]:
     ]
     for half, where in (("choice", "chosen on"), ("check", "checked on")):
         columns += [
-            Column(f"{where}: kept", ".1f", " %", f"{half}.retention.value"),
+            Column(
+                f"{where}: kept",
+                ".1f",
+                " %",
+                f"{half}.retention.value",
+            ),
             Column("speed", ".2f", "x", f"{half}.speedup.value"),
         ]
     table = Table(columns)
@@ -185,7 +190,11 @@ def _tasks(report: dict[str, Any]) -> Table:
         kind: str = "",
     ) -> None:
         each = after["tokens"] / after["problems"]
-        table.add_facts({**after, "ar": before, "tokens_each": each}, name, kind=kind)
+        table.add_facts(
+            {**after, "ar": before, "tokens_each": each},
+            name,
+            kind=kind,
+        )
 
     for task, facts in diffusion["kinds"].items():
         add(task, ar["kinds"][task], facts)

@@ -75,7 +75,12 @@ def draw_curve(report: Mapping[str, Any]) -> tuple[str, bytes]:
             (OTHER, "D", "other bundle"),
         ):
             if name in report["settings"]:
-                _draw_preset(curve, report["settings"][name]["total"], marker, label)
+                _draw_preset(
+                    curve,
+                    report["settings"][name]["total"],
+                    marker,
+                    label,
+                )
         if "budget" in report:
             percent = report["budget"]["percent"]
             curve.axhline(percent, color=_FAINT, linewidth=0.9, linestyle="--")
@@ -128,7 +133,11 @@ def _draw_sweep(axes: Any, settings: Mapping[str, Any]) -> None:
             config = setting["config"]
             point = (config["confidence_threshold"], setting["total"])
             sweep.setdefault(config["steps_per_block"], []).append(point)
-    for colour, (steps, points) in zip(cycle(_COLOURS), sorted(sweep.items()), strict=False):
+    for colour, (steps, points) in zip(
+        cycle(_COLOURS),
+        sorted(sweep.items()),
+        strict=False,
+    ):
         points.sort(key=lambda point: point[0])
         x = [total["speedup"]["value"] for _, total in points]
         y = [total["retention"]["value"] for _, total in points]
@@ -136,7 +145,12 @@ def _draw_sweep(axes: Any, settings: Mapping[str, Any]) -> None:
         axes.plot(x, y, "-o", color=colour, markersize=4, linewidth=1.5, label=label)
         if steps != max(sweep):
             continue  # thresholds stand at one line only: the lines lie close together
-        place = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8, "color": colour}
+        place = {
+            "xytext": (5, 5),
+            "textcoords": "offset points",
+            "fontsize": 8,
+            "color": colour,
+        }
         for (threshold, _), a, b in zip(points, x, y, strict=True):
             axes.annotate(f"{threshold:g}", (a, b), **place)
 

@@ -158,7 +158,11 @@ class TwoTowerLM(LM):  # type: ignore[misc]
                 strict=True,
             ):
                 out[i] = (score.total, score.greedy)
-                self.cache_hook.add_partial("loglikelihood", requests[i].args, out[i])
+                self.cache_hook.add_partial(
+                    "loglikelihood",
+                    requests[i].args,
+                    out[i],
+                )
         return out
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -169,7 +173,11 @@ class TwoTowerLM(LM):  # type: ignore[misc]
             scores = iter(self._model.score([window for some in windows for window in some]))
             for request, some in zip(requests[part], windows, strict=True):
                 out.append(math.fsum(next(scores).total for _ in some))
-                self.cache_hook.add_partial("loglikelihood_rolling", request.args, out[-1])
+                self.cache_hook.add_partial(
+                    "loglikelihood_rolling",
+                    request.args,
+                    out[-1],
+                )
         return out
 
     def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:

@@ -133,20 +133,32 @@ def load_suite(path: Path | None = None) -> Suite:
             found=", ".join(twice[:5]),
             do="give every problem an id of its own",
         )
-    return Suite(name, hashlib.sha256(data).hexdigest(), tuple(problems))
+    return Suite(
+        name,
+        hashlib.sha256(data).hexdigest(),
+        tuple(problems),
+    )
 
 
 def _problem(where: str, line: str, number: int) -> Problem:
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as e:
-        raise SuiteError(f"{where} is not JSON", found=str(e), do=_FORM) from e
+        raise SuiteError(
+            f"{where} is not JSON",
+            found=str(e),
+            do=_FORM,
+        ) from e
     if isinstance(data, dict):
         data.setdefault("id", f"{number}")
     try:
         return decode(Problem, data)
     except RecordError as e:
-        raise SuiteError(f"{where} is not a problem", found=str(e), do=_FORM) from e
+        raise SuiteError(
+            f"{where} is not a problem",
+            found=str(e),
+            do=_FORM,
+        ) from e
 
 
 def judge(problem: Problem, text: str, tokens: Sequence[int]) -> Verdict:

@@ -226,7 +226,9 @@ def _unknown(view: GraphView) -> Iterator[Complaint]:
 )
 def _stash(view: GraphView, node: onnx.NodeProto) -> str | None:
     stash = view.attribute(node, "stash_type", onnx.TensorProto.FLOAT)
-    return None if stash == onnx.TensorProto.FLOAT else f"stash_type = {stash}"
+    if stash == onnx.TensorProto.FLOAT:
+        return None
+    return f"stash_type = {stash}"
 
 
 @RULES.of_operators(
@@ -310,7 +312,9 @@ def _mask(view: GraphView, node: onnx.NodeProto) -> str | None:
 def _mask_type(view: GraphView, node: onnx.NodeProto) -> str | None:
     name = view.operand(node, 3)
     dtype = view.dtype(name) if name else "bool"
-    return None if dtype == "bool" else f"a mask of {dtype}"
+    if dtype == "bool":
+        return None
+    return f"a mask of {dtype}"
 
 
 @RULES.of_operators(
@@ -366,7 +370,9 @@ def _in_place(view: GraphView, node: onnx.NodeProto) -> str | None:
     cache, result = view.operand(node, 0), node.output[0]
     if cache not in view.inputs:
         return f"cache {cache} is no input of the graph"
-    return None if result in view.outputs else f"result {result} is no output of the graph"
+    if result in view.outputs:
+        return None
+    return f"result {result} is no output of the graph"
 
 
 @RULES.of_operators(

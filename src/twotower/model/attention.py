@@ -53,8 +53,19 @@ class Attention(nn.Module):
         """The denoiser: u [B,S,D] sees the first `length` [B] slots of the cache, and itself."""
         q, k, v = self._heads(u)
         cached = torch.arange(keys.shape[2]) < length[:, None, None, None]
-        block = torch.ones(u.shape[0], 1, 1, u.shape[1], dtype=torch.bool)
-        mask = torch.cat([cached, block], -1).expand(-1, -1, u.shape[1], -1)
+        block = torch.ones(
+            u.shape[0],
+            1,
+            1,
+            u.shape[1],
+            dtype=torch.bool,
+        )
+        mask = torch.cat([cached, block], -1).expand(
+            -1,
+            -1,
+            u.shape[1],
+            -1,
+        )
         return self._attend(
             q, torch.cat([keys.to(k.dtype), k], 2), torch.cat([values.to(v.dtype), v], 2), mask
         )

@@ -66,7 +66,11 @@ class DenoiserTower(nn.Module):
         """Float32 logits [B,S,V] of a block [B,S] with masks in it; the state is only read."""
         h = self.embeddings(block)
         shared = self._conditioning((block == self.config.mask_token_id).float().mean(-1))
-        layers = zip(cast("Iterable[Layer]", self.layers), self.config.layers, strict=True)
+        layers = zip(
+            cast("Iterable[Layer]", self.layers),
+            self.config.layers,
+            strict=True,
+        )
         for i, (layer, kind) in enumerate(layers):
             by = (shared + self.scale_shift_tables[i]).unsqueeze(2)
             shift, scale, gate = by.unbind(1)  # [B,1,D] each

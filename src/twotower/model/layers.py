@@ -80,7 +80,11 @@ class MoE(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         rows = order // chosen.shape[1]
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
-        parts = zip(self.experts, tokens[rows].split(counts), strict=True)
+        parts = zip(
+            self.experts,
+            tokens[rows].split(counts),
+            strict=True,
+        )
         results = torch.cat([expert(part) for expert, part in parts if len(part)]).float()
         out = (results[order.argsort()].unflatten(0, chosen.shape) * weights[..., None]).sum(1)
         routed = out.to(x.dtype).reshape(x.shape)

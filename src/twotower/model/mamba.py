@@ -87,7 +87,11 @@ class Mamba2(nn.Module):
         )  # [B,H,L,N]
         dt = dt.transpose(1, 2)
         decay = (dt * -torch.exp(self.A_log.float())[:, None]).cumsum(-1)
-        causal = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool).tril()
+        causal = torch.ones(
+            x.shape[2],
+            x.shape[2],
+            dtype=torch.bool,
+        ).tril()
         exponent = decay[..., :, None] - decay[..., None, :]
         within = torch.exp(exponent.masked_fill(~causal, -math.inf))
         x_dt = x * dt[..., None]

@@ -70,6 +70,10 @@ def reference_generate(
                 block = done.next_block
             new = block[0].tolist()
         out.tokens += new
-        hidden, state = context.extend(torch.tensor([new]), state, past=past)
+        hidden, state = context.extend(
+            torch.tensor([new]),
+            state,
+            past=past,
+        )
     out.tokens = out.tokens[: options.max_new_tokens]
     return out

@@ -69,7 +69,14 @@ def device_needs(config: ModelConfig, options: PlanOptions) -> tuple[DeviceNeed,
         graphs = {piece.graph for piece in pieces}
         shared = room.with_scratch(scratch[graph] for graph in graphs) if pieces else 0
         size = sum(piece.weights for piece in pieces)
-        out.append(DeviceNeed(_described(pieces, weights), size, round(state.rows * row), shared))
+        out.append(
+            DeviceNeed(
+                _described(pieces, weights),
+                size,
+                round(state.rows * row),
+                shared,
+            )
+        )
     return tuple(out)
 
 

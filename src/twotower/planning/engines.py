@@ -84,7 +84,13 @@ def engine_plans(
         name = f"{graph}.{number}.engine" if len(cuts) > 1 else f"{graph}.engine"
         size, held = weights.all.between(*layers), weights.held.between(*layers)
         engine = EnginePlan(name, graph, layers, size, held)
-        made.append(_compiled(engine, weights, layers[1] - layers[0]))
+        made.append(
+            _compiled(
+                engine,
+                weights,
+                layers[1] - layers[0],
+            )
+        )
     return made
 
 

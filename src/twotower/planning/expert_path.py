@@ -152,7 +152,9 @@ def distinct_experts(config: ModelConfig, tokens: int) -> float:
 
 def outside_engines(config: ModelConfig, options: PlanOptions) -> tuple[str, ...]:
     """Layer kinds whose weights no engine holds or reads, because kernels do."""
-    return _EXPERT_KINDS if expert_path(config, options).name == KERNELS else ()
+    if expert_path(config, options).name != KERNELS:
+        return ()
+    return _EXPERT_KINDS
 
 
 def experts_are_expanded(config: ModelConfig, options: PlanOptions) -> bool:

@@ -48,7 +48,9 @@ class LoadTime:
     @property
     def bound(self) -> str:
         """Which one that is: `disk` or `PCIe`."""
-        return "disk" if self.disk >= (self.link or 0.0) else "PCIe"
+        if self.disk >= (self.link or 0.0):
+            return "disk"
+        return "PCIe"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with what follows of it."""
@@ -98,7 +100,11 @@ class GpuFit:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         load = self.load and self.load.to_json()
-        added = {"title": self.gpu.title, "needs": self.fullest.total, "load": load}
+        added = {
+            "title": self.gpu.title,
+            "needs": self.fullest.total,
+            "load": load,
+        }
         return {**asdict(self), **added}
 
 
@@ -113,7 +119,11 @@ def _fit(config: ModelConfig, asked: PlanOptions, gpu: GpuModel) -> GpuFit:
     needs, refused = device_needs(config, options), _refused(config, options, gpu)
     fits = not refused and max(d.total for d in needs) <= gpu.memory
     costs = pass_costs(config, options)
-    passes = {"pass": costs.denoising, "step": costs.ar_step, "extension": costs.extension}
+    passes = {
+        "pass": costs.denoising,
+        "step": costs.ar_step,
+        "extension": costs.extension,
+    }
     seconds = {name: cost.seconds(gpu) if cost else None for name, cost in passes.items()}
     load = None
     if options.target != "ort-cpu":  # which maps its weights and loads nothing
@@ -156,14 +166,22 @@ def _refused(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> str:
 def largest_batch(config: ModelConfig, options: PlanOptions, memory: int) -> int:
     """Most rows, up to those asked for, that fit so much memory a device; 0 if none does."""
     sizes = range(1, options.max_batch + 1)
-    return bisect(sizes, memory, key=lambda n: _fullest(config, replace(options, max_batch=n)))
+    return bisect(
+        sizes,
+        memory,
+        key=lambda n: _fullest(config, replace(options, max_batch=n)),
+    )
 
 
 def largest_context(config: ModelConfig, options: PlanOptions, memory: int) -> int:
     """Longest text, up to the one asked for, that fits the memory of a device; 0 if none does."""
     default = min(capacity_of(config, options), 4096, config.max_position_embeddings)
     sizes = range(LEAST_CONTEXT, (options.max_context or default) + 1)
-    holding = bisect(sizes, memory, key=lambda n: _fullest(config, replace(options, max_context=n)))
+    holding = bisect(
+        sizes,
+        memory,
+        key=lambda n: _fullest(config, replace(options, max_context=n)),
+    )
     return sizes[holding - 1] if holding else 0
 
 
@@ -192,7 +210,12 @@ def _alternatives(
             if value != getattr(options, name):
                 flags.append(f"--{name.replace('_', '-')} {value}")
         recipe = EXPERT_RECIPES.get(shrunk.experts or "", "")
-        yield Alternative(" ".join(flags), needs, needs <= gpu.memory, recipe)
+        yield Alternative(
+            " ".join(flags),
+            needs,
+            needs <= gpu.memory,
+            recipe,
+        )
 
 
 def _changes(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> Iterator[dict[str, Any]]:

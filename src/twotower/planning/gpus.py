@@ -56,7 +56,15 @@ _SPECIFIED = (  # name, GB, SM, GB a second, PCIe, TFLOP a second, how many
     ("B200", 180, 100, 8000, PCIE_5, 2250.0, 1),
 )
 GPUS = tuple(
-    GpuModel(name, gb * 10**9, sm, rate * 10**9, count=count, link=link, flops=tera * 1e12)
+    GpuModel(
+        name,
+        gb * 10**9,
+        sm,
+        rate * 10**9,
+        count=count,
+        link=link,
+        flops=tera * 1e12,
+    )
     for name, gb, sm, rate, link, tera, count in _SPECIFIED
 )
 """The GPUs a plan is made for when none is named; H100 and H200 are the SXM modules."""

@@ -88,7 +88,11 @@ def pass_costs(config: ModelConfig, options: PlanOptions, rows: int | None = Non
     step, extension = (_cost(config, options, what) for what in towers)
     denoiser = _Pass((DENOISER,), rows, block)
     both = options.mode == "diffusion"
-    return PassCosts(step, extension, _cost(config, options, denoiser) if both else None)
+    return PassCosts(
+        step,
+        extension,
+        _cost(config, options, denoiser) if both else None,
+    )
 
 
 def break_evens(config: ModelConfig, options: PlanOptions, gpu: GpuModel) -> dict[int, float]:

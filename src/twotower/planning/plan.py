@@ -153,7 +153,12 @@ def plan_bundle(config: ModelConfig, options: PlanOptions | None = None) -> Plan
 def _disk(config: ModelConfig, options: PlanOptions) -> Disk:
     """Graphs and tokenizer, a few megabytes, are left out."""
     dtype = options.dtype or config.dtype
-    kept = graph_weights(config, dtype, all_formats(options), rounded_of(options))
+    kept = graph_weights(
+        config,
+        dtype,
+        all_formats(options),
+        rounded_of(options),
+    )
     sizes, copies = {}, {}
     for target in TARGETS:
         o = replace(options, target=target, mode="diffusion", devices=1, max_build_memory=None)
@@ -164,7 +169,12 @@ def _disk(config: ModelConfig, options: PlanOptions) -> Disk:
         copies[target] = sum(engine.held_bytes for engine in engines)
         sizes[target] = sum(engine.engine_bytes for engine in engines)
     stored = sum(w.stored for w in kept.values())
-    return Disk(options.checkpoint_bytes or checkpoint_bytes(config), stored, sizes, copies)
+    return Disk(
+        options.checkpoint_bytes or checkpoint_bytes(config),
+        stored,
+        sizes,
+        copies,
+    )
 
 
 def _engines(config: ModelConfig, options: PlanOptions) -> tuple[EnginePlan, ...]:

@@ -27,7 +27,11 @@ _SIZES = ("weights", "state", "scratch", "total", "of")
 def describe_fits(plan: Plan, fits: Sequence[GpuFit]) -> list[str]:
     """The table of GPUs, what would fit those it does not fit, and what the numbers rest on."""
     sizes = [Column(name, format_bytes) for name in _SIZES]
-    times = [Column("pass"), Column("AR step"), Column("load", duration)]
+    times = [
+        Column("pass"),
+        Column("AR step"),
+        Column("load", duration),
+    ]
     table = Table(["GPU", "fits", *sizes, Column("used", ".0f", " %"), *times])
     for f in fits:
         need = f.fullest
@@ -77,7 +81,11 @@ def _instead(f: GpuFit) -> list[str]:
     possible = [a for a in f.alternatives if a.fits]
     if possible:
         table = Table(["", ""], [(a.flags, _needs(a)) for a in possible])
-        return ["", f"{f.gpu.title} would fit with", *table.text("  ")]
+        return [
+            "",
+            f"{f.gpu.title} would fit with",
+            *table.text("  "),
+        ]
     least = min(f.alternatives, key=lambda a: a.needs, default=None)
     found = f"; least: `{least.flags}` {_needs(least)}" if least else ""
     return ["", f"{f.gpu.title}: nothing tried fits{found}"]

@@ -208,7 +208,11 @@ class _Alive:
             pairs = self.tokens * config.num_experts_per_tok
             rows = pairs if path == FUSED else self.tokens
             pair = ("rows of pairs [B*L*K,D]", pairs * hidden * self.item)
-            out = [pair, pair, ("hidden rows of pairs [B*L*K,F]", rows * width * self.item)]
+            out = [
+                pair,
+                pair,
+                ("hidden rows of pairs [B*L*K,F]", rows * width * self.item),
+            ]
             expanded = ("one expanded expert [F,D]", copy)
         else:
             rows = config.n_routed_experts * self.tokens
@@ -218,7 +222,9 @@ class _Alive:
                 _PRODUCT[0],
             ]
             expanded = ("expanded experts [E,F,D]", config.n_routed_experts * copy)
-        return [*out, expanded] if self.shapes.expanded else out
+        if self.shapes.expanded:
+            return [*out, expanded]
+        return out
 
     def scan(self) -> Iterator[_Tensors]:
         """A chunk's masked decay of every pair of positions, twice; a single step has none."""

@@ -187,4 +187,8 @@ def _product_block(weight: Weight, graph: str) -> int:
     if how is None or how.name not in AS_STORED or weight.role is Role.EMBEDDING:
         return 0
     columns, stacked = weight.shape[-1], weight.role is Role.ROUTED_EXPERT
-    return product_block(columns, how.group or columns, even_rows=stacked or graph == DENOISER)
+    return product_block(
+        columns,
+        how.group or columns,
+        even_rows=stacked or graph == DENOISER,
+    )

@@ -119,7 +119,11 @@ class Table:
     def markdown(self) -> list[str]:
         """Lines of a Markdown table, whose cells may hold Markdown."""
         rules = ["---" if column.left else "---:" for column in self._columns]
-        rows = [[column.heading for column in self._columns], rules, *self._rows]
+        rows = [
+            [column.heading for column in self._columns],
+            rules,
+            *self._rows,
+        ]
         return [f"| {' | '.join(map(_markdown_cell, row))} |" for row in rows]
 
 

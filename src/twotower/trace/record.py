@@ -72,7 +72,12 @@ class TraceStep:
     denoise_ms: float
 
     def __post_init__(self) -> None:
-        lengths = {len(self.tokens), len(self.predicted), len(self.confidence), len(self.next)}
+        lengths = {
+            len(self.tokens),
+            len(self.predicted),
+            len(self.confidence),
+            len(self.next),
+        }
         outside = [p for p in self.committed if not 0 <= p < len(self.tokens)]
         if len(lengths) > 1 or outside:
             raise ValueError("lists of different lengths, or positions outside of them")
@@ -192,7 +197,12 @@ def record_trace(
         usage=facts["usage"],
         timings_ms={k: round(v, 3) for k, v in facts["timings_ms"].items()},
     )
-    return Trace(header, tuple(recorder.steps), recorder.blocks(), end)
+    return Trace(
+        header,
+        tuple(recorder.steps),
+        recorder.blocks(),
+        end,
+    )
 
 
 class _Recorder:
@@ -248,7 +258,11 @@ def trace_lines(trace: Trace) -> Iterator[str]:
 
 def write_trace(path: Path, trace: Trace) -> None:
     """Writes the file; TraceError if it cannot, and then an earlier file is untouched."""
-    write_output(path, "".join(f"{line}\n" for line in trace_lines(trace)), error=TraceError)
+    write_output(
+        path,
+        "".join(f"{line}\n" for line in trace_lines(trace)),
+        error=TraceError,
+    )
 
 
 def read_trace(path: Path) -> Trace:

@@ -135,7 +135,12 @@ def _quantized(weight: Weight, how: WeightFormat, config: ModelConfig) -> Iterat
     yield replace(whole, dtype=how.dtype, part="values")
     yield replace(whole, name=f"{weight.name}.scale", shape=scales, dtype=kept, part="scale")
     if how.scale_dtype:
-        yield replace(whole, name=f"{weight.name}.global_scale", shape=(), part="global_scale")
+        yield replace(
+            whole,
+            name=f"{weight.name}.global_scale",
+            shape=(),
+            part="global_scale",
+        )
 
 
 @lru_cache(maxsize=32)

@@ -28,7 +28,11 @@ def located_weights(model: onnx.ModelProto) -> dict[str, tuple[str, WeightRef]]:
             entries = {e.key: e.value for e in tensor.external_data}
             dtype = dtype_of_onnx(tensor.data_type)
             assert dtype is not None, tensor.data_type
-            ref = WeightRef(dtype, tuple(tensor.dims), int(entries["offset"]))
+            ref = WeightRef(
+                dtype,
+                tuple(tensor.dims),
+                int(entries["offset"]),
+            )
             out[tensor.name] = (entries["location"], ref)
     return out
 
@@ -42,7 +46,11 @@ def detach_weights(model: onnx.ModelProto, refs: Mapping[str, WeightRef] | None 
     drop_values(model.graph, refs)
     for name, ref in refs.items():
         model.graph.input.append(
-            onnx.helper.make_tensor_value_info(name, onnx_code(ref.dtype), list(ref.shape))
+            onnx.helper.make_tensor_value_info(
+                name,
+                onnx_code(ref.dtype),
+                list(ref.shape),
+            )
         )
 
 

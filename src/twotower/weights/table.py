@@ -66,7 +66,11 @@ def read_weight_table(path: Path, data_bytes: int) -> Mapping[str, WeightRef]:
         problems.append("a name stands twice")
     if problems:
         what = f"the weights in {path} are not where the data file has room for them"
-        raise BundleError(what, found="; ".join(problems[:5]), do=_AGAIN)
+        raise BundleError(
+            what,
+            found="; ".join(problems[:5]),
+            do=_AGAIN,
+        )
     return MappingProxyType(table)
 
 

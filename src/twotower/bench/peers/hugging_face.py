@@ -94,7 +94,11 @@ class TransformersPeer:
             "use_cache": True,
         }
         with torch.inference_mode():
-            out = self._model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+            out = self._model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                **options,
+            )
         return [list(map(int, row[tokens.shape[1] :])) for row in out]
 
 

@@ -24,7 +24,9 @@ class Candidate:
     @property
     def label(self) -> str:
         """As a person reads it."""
-        return f"{self.format}, inputs too" if self.inputs else self.format
+        if self.inputs:
+            return f"{self.format}, inputs too"
+        return self.format
 
     @property
     def bits(self) -> int:

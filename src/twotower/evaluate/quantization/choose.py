@@ -267,7 +267,11 @@ class _Search:
             for number, variant in enumerate(wanted.values()):
                 model = stack.enter_context(self._variants.open(self._precision(*variant)))
                 runs.append(Run(f"{number}", model, self._generation))
-            measured = measure(self._halves[half].problems, runs, partial(self._tell, what))
+            measured = measure(
+                self._halves[half].problems,
+                runs,
+                partial(self._tell, what),
+            )
         before = measured.pop(_FLOAT)
         return {
             key: compared(after, before)

@@ -23,7 +23,11 @@ def impact_page(report: Mapping[str, Any], sensitivity: str, *, model: str) -> s
     """The page of a report by `impact_of`, with the sensitivity as SVG (or empty)."""
     suite, facts = report["suite"], report["quantized"]
     flags = "".join(
-        paragraphs(f"Flagged: {flag}.").replace("Flagged:", "<b>Flagged:</b>", 1)
+        paragraphs(f"Flagged: {flag}.").replace(
+            "Flagged:",
+            "<b>Flagged:</b>",
+            1,
+        )
         for flag in report["flags"]
     )
     alone = (
@@ -161,7 +165,11 @@ def _settings(report: Mapping[str, Any]) -> Table:
     )
     for name in (FLOAT, QUANTIZED, FLOAT_AR, QUANTIZED_AR):
         kind = "total" if name == QUANTIZED else ""
-        table.add_facts(report["settings"][name]["total"], name, kind=kind)
+        table.add_facts(
+            report["settings"][name]["total"],
+            name,
+            kind=kind,
+        )
     return table
 
 

@@ -78,7 +78,12 @@ class Variants:
         )
 
     def _engine(self, name: str, precision: Precision, number: int) -> TowerEngine:
-        graph = build_graph(name, self._reference.config, self._reference.dtype, precision)
+        graph = build_graph(
+            name,
+            self._reference.config,
+            self._reference.dtype,
+            precision,
+        )
         point_to_data(graph.model, lay_out(graph.weights), "unused")
         located: dict[str, tuple[str, WeightRef]] = {}
         for weight in graph.weights:
@@ -163,7 +168,12 @@ def impact_of(
         alone: dict[str, TwoTower] = {}
         if not why_not:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="twotower-parts-"))
-            variants = Variants(pair.reference, [pair.quantized], Path(scratch), threads=threads)
+            variants = Variants(
+                pair.reference,
+                [pair.quantized],
+                Path(scratch),
+                threads=threads,
+            )
             for name, precision in parts_alone(pair.quantized):
                 alone[name] = stack.enter_context(variants.open(precision))
         report = measure_impact(
