@@ -21,8 +21,7 @@ from typing import Any
 from twotower.builders.base import BuildConfig, Report
 from twotower.bundle import Bundle, FileRecord, hash_file, write_json
 from twotower.errors import BuildError
-from twotower.files import locked
-from twotower.weights.writer import byte_counter
+from twotower.files import byte_counter, locked
 
 logger = logging.getLogger(__name__)
 

@@ -29,10 +29,10 @@ from twotower.calibration.quantization_plan import QuantizationPlan, quantizable
 from twotower.calibration.quantized_data import FloatWeights, stream_quantized
 from twotower.errors import BundleError
 from twotower.export.graph_files import save_program
+from twotower.files import byte_counter
 from twotower.graph_lint import require_clean
 from twotower.records import encode
 from twotower.weights.declared import lay_out
-from twotower.weights.writer import byte_counter
 
 
 def quantize_bundle(

@@ -83,7 +83,6 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
     },
     "export/graphs/sampler": {
         "-1e+30 -> -1e+30": "one more is nothing there",
-        "end=2 -> end=3": "a block has two axes",
         "graph.constant(1.0, 'float32') -> graph.constant(2.0, 'float32')": "what a greedy row divides by is not looked at",
         "[0.0] -> [1.0]": "the same shift of all tokens but the mask, which never competes",
         "-1 -> +1": "the last of two axes",

@@ -49,6 +49,7 @@ from twotower.bundle import (
     file_records,
 )
 from twotower.errors import BuildError
+from twotower.files import byte_counter
 from twotower.onnx_runtime import ort, session_options
 from twotower.processors import usable_memory
 from twotower.product_probe import PROBE_FILE, rows_are_alike
@@ -61,7 +62,6 @@ from twotower.weights.external import (
     widen_to_float32,
 )
 from twotower.weights.refs import WeightRef
-from twotower.weights.writer import byte_counter
 
 CPU = "ort-cpu"
 PACKED, MAPPED = "packed", "mapped"

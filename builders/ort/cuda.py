@@ -63,6 +63,7 @@ from twotower.bundle import (
 from twotower.config import LayerKind
 from twotower.dtypes import DTYPES
 from twotower.errors import BuildError
+from twotower.files import byte_counter
 from twotower.hardware import probe_machine
 from twotower.kernels.compile import compile_kernels
 from twotower.kernels.tilings import BUILDABLE_SMS
@@ -70,7 +71,6 @@ from twotower.spec import CONTEXT_HEAD
 from twotower.units import format_bytes
 from twotower.weights.external import attach_weights, weight_refs
 from twotower.weights.refs import WeightRef
-from twotower.weights.writer import byte_counter
 
 CUDA = "ort-cuda"
 

@@ -38,6 +38,20 @@ class FileRecord:
         return cls(path.stat().st_size, hash_file(path, tick))
 
 
+def byte_counter(
+    report: Callable[[str, int, int], None], what: str, total: int
+) -> Callable[[int], None]:
+    """A `tick` that adds up and reports (what, bytes done, bytes in all)."""
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        report(what, done, total)
+
+    return tick
+
+
 def hash_file(path: Path, tick: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file, read in bounded pieces; `tick` gets the bytes of each."""
     digest = hashlib.sha256()

@@ -72,20 +72,6 @@ def write_data(
     return FileRecord(end, digest.hexdigest())
 
 
-def byte_counter(
-    report: Callable[[str, int, int], None], what: str, total: int
-) -> Callable[[int], None]:
-    """A `tick` that adds up and reports (what, bytes done, bytes in all)."""
-    done = 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        report(what, done, total)
-
-    return tick
-
-
 def stream_weights(
     path: Path,
     weights: Sequence[Weight],
