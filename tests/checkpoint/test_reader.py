@@ -52,6 +52,14 @@ def refused(folder: Path) -> CheckpointError:
     return caught.value
 
 
+def test_a_checkpoint_of_another_size_is_refused(copy: Path) -> None:
+    config = {**json.loads((copy / "config.json").read_text()), "n_routed_experts": 9}
+    (copy / "config.json").write_text(json.dumps(config))
+    found = refused(copy).found
+    assert "context_tower.layers.1.mixer.experts.8.up_proj.weight: missing" in found
+    assert "context_tower.layers.1.mixer.gate.weight: shape [8, 64] instead of [9, 64]" in found
+
+
 def all_tensors() -> dict[str, torch.Tensor]:
     return {**load_file(SOURCE / FIRST), **load_file(SOURCE / SECOND)}
 

@@ -55,6 +55,7 @@ def test_layers_block_type_means_the_same_as_the_pattern(tmp_path: Path) -> None
     ("changes", "named"),
     [
         ({"hybrid_override_pattern": "MEMXEME*"}, "'X' at layer 3"),
+        ({"hybrid_override_pattern": "MEMXEME*"}, "'M', 'E', '*', '-'"),
         ({"hybrid_override_pattern": None}, "neither"),
         ({"num_hidden_layers": 9}, "num_hidden_layers 9"),
         ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),

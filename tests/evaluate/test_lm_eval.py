@@ -67,10 +67,12 @@ def test_generations_are_those_of_the_model_and_end_where_the_task_says(adapter:
     assert len(texts[2]) < len(whole[1])
 
 
-def test_likelihoods_say_whether_a_text_is_the_greedy_one(adapter: Any) -> None:
+def test_likelihoods_are_the_context_towers(adapter: Any) -> None:
     answer = adapter.model.generate(PROMPTS[0], adapter._config({})).text
     pairs = [(PROMPTS[0], answer), (PROMPTS[0], " a 47 b 70"), ("", "Q:")]
-    likely, unlikely, _ = adapter.loglikelihood(instances(*pairs))
+    got = adapter.loglikelihood(instances(*pairs))
+    assert [g[0] for g in got] == [s.total for s in adapter.model.score(pairs)]
+    likely, unlikely, _ = got
     assert likely[1] is True and unlikely[1] is False
     assert likely[0] > unlikely[0]
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from twotower.runtime.schedule import (
     CHUNK_WIDTHS,
+    block_count,
     capacity_bucket,
     capacity_limit,
     commit_floor,
@@ -28,6 +29,16 @@ def test_the_floor_alone_empties_a_block_in_its_steps(masked: int, steps: int) -
         assert (floor == 0) == (left == 0)
         left -= floor
     assert left == 0
+
+
+@given(st.integers(1, 10_000), st.integers(1, 64))
+def test_blocks_hold_all_tokens_and_none_is_empty(tokens: int, size: int) -> None:
+    blocks = block_count(tokens, size)
+    assert (blocks - 1) * size < tokens <= blocks * size
+
+
+def test_widths_of_chunks_double_up_to_the_longest_chunk() -> None:
+    assert tuple(2**n for n in range(9)) == CHUNK_WIDTHS
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ class TraceHeader:
         has_threshold = isinstance(self.config.get("confidence_threshold"), (int, float))
         if self.block_size < 1 or not has_threshold:
             raise ValueError("blocks of no size, or a config without confidence_threshold")
+        _require_ids([self.mask_token_id, *self.prompt_tokens])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,7 @@ class TraceStep:
         outside = [p for p in self.committed if not 0 <= p < len(self.tokens)]
         if len(lengths) > 1 or outside:
             raise ValueError("lists of different lengths, or positions outside of them")
+        _require_ids([*self.tokens, *self.predicted, *self.next])
 
     @property
     def lowest(self) -> float | None:
@@ -101,6 +103,9 @@ class TraceBlock:
     tokens: list[int]
     extend_ms: float | None
 
+    def __post_init__(self) -> None:
+        _require_ids(self.tokens)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceEnd:
@@ -117,6 +122,12 @@ class TraceEnd:
         missing = [name for name in _FIGURES if name not in known]
         if missing:
             raise ValueError(f"no {', '.join(missing)}")
+        _require_ids(self.tokens)
+
+
+def _require_ids(tokens: Sequence[int]) -> None:
+    if min(tokens, default=0) < 0:
+        raise ValueError("a negative token id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,6 +341,7 @@ def _trace(path: Path, entries: list[tuple[str, dict[str, Any]]]) -> Trace:
     blocks: list[TraceBlock] = []
     end: TraceEnd | None = None
     place: tuple[int, int | None]
+    number = 0  # of the next pass in its block
     for where, entry in entries[1:]:
         kind = entry.get("type")
         if end is not None:
@@ -339,14 +351,15 @@ def _trace(path: Path, entries: list[tuple[str, dict[str, Any]]]) -> Trace:
             continue
         if kind == "step":
             steps.append(_decoded(TraceStep, where, entry))
-            number = sum(s.block == len(blocks) for s in steps[:-1])
             place, expected = (steps[-1].block, steps[-1].step), (len(blocks), number)
             size = len(steps[-1].tokens)
+            number += 1
         elif kind == "block":
             blocks.append(_decoded(TraceBlock, where, entry))
             last = steps[-1].block if steps else None
             place, expected = (blocks[-1].block, last), (len(blocks) - 1, len(blocks) - 1)
             size = len(blocks[-1].tokens)
+            number = 0
         else:
             raise _malformed(where, f"type {kind!r}; known: step, block, end")
         if place != expected:

@@ -27,17 +27,7 @@ def write_weight_table(path: Path, weights: Mapping[str, WeightRef]) -> None:
     The whole file is the same for every checkpoint of one shape and dtype.
     """
     ordered = sorted(weights.items(), key=lambda item: item[1].offset)
-    lines = [
-        json.dumps(
-            [
-                name,
-                ref.dtype,
-                list(ref.shape),
-                ref.offset,
-            ]
-        )
-        for name, ref in ordered
-    ]
+    lines = [json.dumps([name, ref.dtype, list(ref.shape), ref.offset]) for name, ref in ordered]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
