@@ -25,3 +25,10 @@ def test_the_context_is_tuned_for_its_three_uses_and_two_rows_at_least() -> None
         for graph, name in ((CONTEXT_HEAD, "head"), (DENOISER, "denoise")):
             (one,) = profiles(graph, max_batch=most, block_size=16)
             assert (one.name, dict(one.axes)) == (name, {"B": rows})
+
+
+@pytest.mark.parametrize(("longest", "capacity"), [(2048, 2304), (131072, 4352)])
+def test_a_length_that_is_not_given_is_4096_or_the_models_limit(
+    longest: int, capacity: int
+) -> None:
+    assert cache_capacity(None, longest) == capacity

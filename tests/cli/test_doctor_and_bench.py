@@ -16,6 +16,7 @@ from twotower.doctor.checks import CheckResult
 from twotower.hardware import Gpu, Machine
 
 
+@pytest.mark.slow
 def test_doctor_checks_the_whole_chain(cli: Commands) -> None:
     facts = cli.json("doctor")
     assert facts["targets"]["ort-cpu"] == "can run here"

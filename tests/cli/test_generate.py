@@ -38,6 +38,7 @@ def test_json_has_the_documented_keys(built_bundle: Path, cli: Commands) -> None
     assert one["finish_reason"] in ("eos", "length")
 
 
+@pytest.mark.slow
 def test_a_drawn_seed_is_reported_and_gives_the_text_again(
     built_bundle: Path, tmp_path: Path, cli: Commands
 ) -> None:

@@ -91,6 +91,7 @@ def test_an_engine_that_fails_is_reported_and_not_raised(model: TwoTower) -> Non
     assert "build again" in result.detail
 
 
+@pytest.mark.slow
 def test_a_loop_that_computes_something_else_fails_the_chain(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -65,6 +65,7 @@ def test_a_section_that_ends_early_says_why_and_keeps_what_was_found(
         assert "in ask" in (tmp_path / "it.log").read_text(), "the log says where"
 
 
+@pytest.mark.slow
 def test_a_section_ends_at_its_limit_with_all_it_started(tmp_path: Path) -> None:
     body = "answers.put(first=subprocess.Popen(['sleep', '987']).pid); time.sleep(987)"
     began = time.monotonic()

@@ -50,6 +50,7 @@ def test_recorded_tokens_are_written(tmp_path: Path, case: Case) -> None:
         assert not api.leaked
 
 
+@pytest.mark.slow
 def test_a_wrong_engine_is_not_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tools.gpu import torch_operators
 

@@ -79,6 +79,7 @@ def test_what_cannot_begin_says_so_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_whatever_sections_do_there_is_an_archive(
     sections: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
