@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.source import LINKED, ROOT, imported, package_files, tree
+from tests.helpers.source import LINKED, ROOT, imports, package_files, tree
 
 ADAPTERS = {
     "tensorrt": ("src/twotower/tensorrt_library.py",),
@@ -49,7 +49,7 @@ def importing(*modules: str) -> set[str]:
     return {
         real_path(f)
         for f in package_files().values()
-        if any(f"{name}.".startswith(starts) for name in imported(tree(f)))
+        if any(f"{name}.".startswith(starts) for name in imports(f))
     }
 
 
@@ -76,7 +76,7 @@ def test_modules_go_by_one_name() -> None:
     """`import runtime` would work from the repository root, and load each module twice."""
     others = [f for folder in ("tests", "tools") for f in (ROOT / folder).rglob("*.py")]
     for file in (*package_files().values(), *others):
-        names = {name.split(".")[0] for name in imported(tree(file))}
+        names = {name.split(".")[0] for name in imports(file)}
         assert not names & set(LINKED), f"{file}: write twotower.<folder>"
 
 

@@ -57,6 +57,7 @@ def small(folder: Path, operator: str = "Relu") -> Path:
     return one_node(folder, operator, onnx.TensorProto.FLOAT16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("operator", "code"),
     [

@@ -76,6 +76,7 @@ def test_a_section_ends_at_its_limit_with_all_it_started(tmp_path: Path) -> None
     assert is_gone(result["answers"]["first"])
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_end_itself_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,7 @@ def test_plain_onnxruntime_opens_the_files(tmp_path: Path) -> None:
         ort.InferenceSession(str(bundle.path / relative), providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["hybrid-a", "hybrid-b"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_export_verifies_itself(tmp_path: Path, folder: str, dtype: str) -> None:
@@ -110,6 +111,7 @@ def test_export_verifies_itself(tmp_path: Path, folder: str, dtype: str) -> None
     assert written[-1] == next(total for what, _, total in calls if what == "writing weights")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "which", ["context/model.onnx.data", "context/head.onnx.data", "denoiser/model.onnx.data"]
 )

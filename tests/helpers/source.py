@@ -50,6 +50,12 @@ def imported(node: ast.AST) -> Iterator[str]:
             yield child.module
 
 
+@cache
+def imports(file: Path) -> frozenset[str]:
+    """Modules imported anywhere in a file."""
+    return frozenset(imported(tree(file)))
+
+
 def imported_at_import(file: Path) -> set[str]:
     """Modules that importing the file imports: not those in functions or for type checkers."""
     names: set[str] = set()

@@ -107,6 +107,7 @@ def compare_dialects(
         np.testing.assert_allclose(chosen(tokens(*size)), want, 0, limit, err_msg=str(size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("groups", "best"), [(1, 1), (4, 2)])
 def test_of_equal_scores_the_first_are_chosen(tmp_path: Path, groups: int, best: int) -> None:
     """TopK and comparing pairs agree where a router cannot decide, and on open groups."""

@@ -137,6 +137,7 @@ def widened(model: onnx.ModelProto, home: Path, folder: Path) -> onnx.ModelProto
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graph", TOWERS)
 @pytest.mark.parametrize(
     ("recipe", "width", "group"),
@@ -420,6 +421,7 @@ class TestBuilding:
 NVFP4 = "nvfp4 in groups of 16; it takes int4 and int8"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "dtype", "what", "found"),
     [

@@ -130,6 +130,7 @@ def test_a_build_dies_with_a_parent_that_is_killed(
     assert is_gone(child)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_caller_ends_the_child(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,7 @@ def test_the_collector_may_run_inside_a_capture(
     assert "cannot be captured" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [(1,), (1, 0)])
 def test_threads_take_turns(opened: Any, devices: tuple[int, ...]) -> None:
     """Calls and iterators of several threads, some abandoned: each text is what it is alone."""

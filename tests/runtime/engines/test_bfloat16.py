@@ -50,6 +50,7 @@ def on_a_cpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[t
     return texts_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("folder", "pieces"),

@@ -103,6 +103,7 @@ def opened_ort(built: Any) -> Callable[..., Any]:
     return open_
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "seed"), [((0,), None), ((0,), 1), ((0, 1), 2), ((1, 0), None)]
 )
@@ -161,6 +162,7 @@ def test_experts_in_a_format_onnx_runtime_has_no_kernel_for(tmp_path: Path) -> N
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["diffusion", "ar"])
 def test_a_text_that_outgrows_its_cache_keeps_it(opened_ort: Any, mode: str) -> None:
     """From 256 positions to 512: keys and values move, and passes are bound again."""

@@ -31,6 +31,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("folder", ["hybrid-a", pytest.param("hybrid-b", marks=pytest.mark.slow)])
 def test_the_goldens(opened: Any, folder: str, layout: str) -> None:
@@ -53,6 +54,7 @@ def test_segments_write_the_same_text_on_any_number_of_devices(
         check_goldens(it.model, golden_cases("hybrid-a"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graphs", [True, False])
 def test_passes_may_use_streams_of_the_library_s_own(opened: Any, graphs: bool) -> None:
     """Engines are built without hidden streams; others may have some, joined before they return."""
@@ -70,6 +72,7 @@ def test_rows_are_independent_and_long_prompts_are_padded_to_few_widths(opened: 
         assert it.trt.made - made <= 8, "one width, whatever the length"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [None, 8])
 def test_noise_drawn_beside_a_pass_is_not_the_pass_s(
     built: Any, opened: Any, order: int | None
@@ -85,6 +88,7 @@ def test_noise_drawn_beside_a_pass_is_not_the_pass_s(
         assert [out.tokens for out in it.model.generate(requests)] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", ["dense", "kernels"])
 def test_a_step_is_one_launch_and_sets_nothing(opened: Any, experts: str) -> None:
     """Copies, programs, kernels and an event in one launch; once warm, nothing is set again."""
@@ -171,6 +175,7 @@ def test_an_error_of_ours_leaves_no_stream_in_a_capture(
 CAPTURE = ("cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["capturable", "refuse_capture", "allocates", *CAPTURE])
 def test_what_cannot_be_captured_is_launched_instead(
     opened: Any, how: str, caplog: pytest.LogCaptureFixture
