@@ -143,7 +143,7 @@ bench-weights: $(STAMP) ## a file of 4.3 GB to a device made of host memory, bes
 engines-published: $(STAMP) ## the published model compiled for TensorRT for RTX without its weights, held to figures: two minutes, no GPU
 	$(BIN)/python tools/engines_published.py $(ARGS)
 
-engines-inside: $(STAMP) ## memory, time and size of engines that hold experts in few bits, beside what is planned: two minutes, no GPU
+engines-inside: $(STAMP) ## memory, time and size of engines that hold quantized experts, beside what is planned: two minutes, no GPU
 	$(BIN)/python tools/engines_inside.py $(ARGS)
 
 engines-boundary: $(STAMP) ## a slice at published widths in one piece and in segments, side by side on the CPU

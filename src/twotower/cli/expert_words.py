@@ -1,4 +1,4 @@
-"""What computes experts in few bits on TensorRT, in words: for `quantize` and `inspect`."""
+"""What computes quantized experts on TensorRT, in words: for `quantize` and `inspect`."""
 
 from __future__ import annotations
 

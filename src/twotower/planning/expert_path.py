@@ -30,7 +30,7 @@ FUSED_SINCE = ".".join(map(str, RELU2_SINCE))
 """The version of ONNX Runtime that fused experts are planned for; the GPU machine has its own."""
 
 _WITHOUT_COPIES = (KERNELS, FUSED)
-"""What reads experts in few bits as they are stored."""
+"""What reads quantized experts as they are stored."""
 
 _EXPERT_KINDS = (Role.ROUTED_EXPERT.value, Role.SHARED_EXPERT.value)
 
